@@ -1,0 +1,1 @@
+"""Text to token shards (MDS), and token shards to batches."""

@@ -1,0 +1,1 @@
+"""Measures a model: held-out text in bits per byte, samples."""

@@ -1,0 +1,1 @@
+"""Composes everything: configuration, engines, the training loop, checkpoints and the command line."""

@@ -1,0 +1,1 @@
+"""Quantization that attaches to a finished module from outside."""
