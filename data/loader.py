@@ -1,0 +1,334 @@
+"""Prepared folders to batches: the same samples in every global batch, whatever the number of ranks.
+
+The order of the training rows is `streaming.StreamingDataset`'s. Everything that it would derive from the machine is
+given to it explicitly, so that the order is a function of the data and the configuration alone, and the position in it
+is one integer: the sequences that all ranks together have consumed since the start. An epoch is a whole number of
+global batches; each global batch is the next stretch of the order, of which every rank reads its part.
+
+Dimensions: B sequences of a micro-batch on one rank, T tokens of a sequence.
+"""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.errors import DataError
+from data.mixture import Source, rows_per_epoch
+from data.prepared import COLUMN, TOKEN_BYTES, TRAIN, VALIDATION
+from data.shards import PrepareConfig, prepare
+from data.sources import OpenSource, is_local_leader, local_leader_first, one_start_at_a_time, open_sources
+from data.torchvision_repair import repair_torchvision
+
+__all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData", "token_bytes", "validation_rows"]
+
+IGNORED_LABEL = -100
+"""Label of a position that is not to be predicted."""
+
+# What decides the order besides the configuration. A change of either must change the fingerprint.
+ORDER_VERSION = 1
+SHUFFLE_ALGORITHM = "py1e"
+PREFETCHED_BATCHES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which prepared folders are trained and validated on, and in what order."""
+
+    __pydantic_config__: ClassVar[dict] = {
+        "extra": "forbid",
+        "strict": True,
+        "use_attribute_docstrings": True,
+        "allow_inf_nan": False,
+    }
+
+    sources: tuple[Source, ...]
+    """The prepared folders to mix."""
+
+    sequence_length: int
+    """Tokens of one sequence, as the folders were prepared with."""
+
+    prepare: PrepareConfig | None = None
+    """How to make the folder of the only source when it is not there yet."""
+
+    validation_rows: int = 256
+    """At most this many held-out sequences are read in one evaluation, the same ones each time."""
+
+    shuffle: bool = True
+    """Whether rows come in a random order, another one in each epoch; otherwise in that of the text, source by source."""
+
+    shuffle_seed: int = 0
+    """Seed of that order, and of the choice of rows from a source that gives only a part."""
+
+    shuffle_block_rows: int = 1 << 18
+    """Rows move at most about this far, so that few shards are needed at a time."""
+
+    canonical_nodes: int = 1
+    """Parts into which an epoch is cut for nodes to download. Fixed for a run; the number of nodes must divide it, or
+    be divided by it. With 1 every node downloads every shard."""
+
+    workers: int = 1
+    """Processes per rank that read ahead; 0 reads in the training process."""
+
+    cache: str | None = None
+    """Folder on each node's own disk for the shards of remote sources; one folder for one run."""
+
+    def __post_init__(self) -> None:
+        problems: dict[str, str] = {}
+        if not self.sources:
+            problems["sources"] = "is empty; name at least one prepared folder"
+        paths = [source.path for source in self.sources]
+        if repeated := sorted({path for path in paths if paths.count(path) > 1}):
+            problems["sources"] = f"names {', '.join(repeated)} more than once; add the weights instead"
+        if self.prepare and len(self.sources) != 1:
+            problems["prepare"] = f"makes the folder of one source, here are {len(self.sources)}; prepare them before"
+        if self.prepare and any(source.is_remote for source in self.sources):
+            problems["prepare"] = "makes a folder, and the source is a URL; prepare it before and copy it there"
+        if self.cache is None and any(source.is_remote for source in self.sources):
+            problems["cache"] = "is needed for a remote source; name a folder on each node's own disk"
+        for name, least in {
+            "sequence_length": 1, "validation_rows": 0, "shuffle_seed": 0, "shuffle_block_rows": 2,
+            "canonical_nodes": 1, "workers": 0,
+        }.items():  # fmt: skip
+            if getattr(self, name) < least:
+                problems[name] = f"{getattr(self, name)} is too small; {least} is the least"
+        if problems:
+            raise ValueError(problems)
+
+
+class TrainingData:
+    """An endless iterator of micro-batches `(tokens_BT, labels_BT)`, int64, across epochs.
+
+    `labels_BT[b, t]` is the token that follows `tokens_BT[b, t]`. All ranks must construct it, after the process group
+    was initialised and with the environment of torchrun (`RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE`); a single process
+    needs neither.
+
+    Args:
+        config: what to read.
+        vocab_size: the model's; the tokenizer's must fit in.
+        global_batch_sequences: sequences of one optimizer step over all ranks.
+        micro_batch_sequences: B. The order of a rank's sequences does not depend on it.
+        rank: this process.
+        world_size: number of processes.
+        first_sequence: how many sequences were consumed before, a multiple of `global_batch_sequences`.
+
+    Raises:
+        DataError: a folder is missing, damaged or of another sequence length, tokenizer or vocabulary.
+    """
+
+    fingerprint: str
+    """A hash of everything that determines the order of the samples. Positions carry over only if it is equal."""
+    tokenizer_path: Path
+    """The tokenizer that made the tokens."""
+    epoch_sequences: int
+    """Sequences of one epoch over all ranks."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        vocab_size: int,
+        global_batch_sequences: int,
+        micro_batch_sequences: int,
+        rank: int,
+        world_size: int,
+        first_sequence: int = 0,
+    ) -> None:
+        assert global_batch_sequences % (micro_batch_sequences * world_size) == 0
+        assert first_sequence % global_batch_sequences == 0
+        _check_launch(config, rank, world_size)
+        sources = _open(config, vocab_size, rank)
+        self.tokenizer_path = sources[0].tokenizer_path
+        rows = rows_per_epoch(
+            [source.num_rows(TRAIN) for source in sources],
+            [source.source.weight for source in sources],
+            # Canonical nodes get equal parts of an epoch, or `streaming` would repeat samples to make them equal.
+            math.lcm(global_batch_sequences, config.canonical_nodes),
+        )
+        self.epoch_sequences = sum(rows)
+        self.fingerprint = _fingerprint(config, sources, rows, global_batch_sequences)
+
+        repair_torchvision()
+        from streaming import StreamingDataset
+
+        rank_sequences = global_batch_sequences // world_size
+        with one_start_at_a_time(rank, world_size):
+            dataset = StreamingDataset(
+                streams=[source.stream(choose) for source, choose in zip(sources, rows, strict=True)],
+                batch_size=rank_sequences,
+                num_canonical_nodes=config.canonical_nodes,
+                shuffle=config.shuffle,
+                shuffle_algo=SHUFFLE_ALGORITHM,
+                shuffle_seed=config.shuffle_seed,
+                shuffle_block_size=config.shuffle_block_rows,
+                partition_algo="relaxed",
+                sampling_method="balanced",
+                batching_method="random",
+            )
+        if first_sequence:
+            epoch, sample_in_epoch = divmod(first_sequence, self.epoch_sequences)
+            dataset.load_state_dict(
+                {
+                    "epoch": epoch,
+                    "sample_in_epoch": sample_in_epoch,
+                    "num_canonical_nodes": config.canonical_nodes,
+                    "shuffle_seed": config.shuffle_seed,
+                }
+            )
+        is_apart = config.workers > 0
+        self._loader: DataLoader = DataLoader(
+            dataset,
+            batch_size=rank_sequences,
+            num_workers=config.workers,
+            collate_fn=_stack_rows,
+            worker_init_fn=_ignore_signals if is_apart else None,
+            persistent_workers=is_apart,
+            prefetch_factor=PREFETCHED_BATCHES if is_apart else None,
+        )
+        self._batches = _endless(self._loader, micro_batch_sequences)
+        self._finalizer = weakref.finalize(self, _close, self._loader, is_local_leader(rank))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return the one iterator there is: asking again goes on where it stands."""
+        return self._batches
+
+    def close(self) -> None:
+        """Stop the processes and threads that read ahead; happens by itself at the latest when the program ends."""
+        self._finalizer()
+
+
+def validation_rows(
+    config: DataConfig, *, vocab_size: int, micro_batch_sequences: int, rank: int, world_size: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Return this rank's part of the held-out rows, as micro-batches `(tokens_BT, labels_BT)`, int64.
+
+    The rows are the first `config.validation_rows` when the sources' validation splits are read in turns, a row of each
+    at a time. All ranks together get each row once, and every rank gets the same number of batches of the same shape:
+    what is missing at the end is filled with rows whose labels are all `IGNORED_LABEL`.
+
+    Raises:
+        DataError: no source has a validation split, or one cannot be opened.
+    """
+    sources = _open(config, vocab_size, rank)
+    counts = [min(source.num_rows(VALIDATION), config.validation_rows) for source in sources]
+    in_turns = sorted((row, turn) for turn, count in enumerate(counts) for row in range(count))[: config.validation_rows]
+    if not in_turns:
+        raise DataError(
+            f"{', '.join(source.path for source in config.sources)}: no held-out text; prepare with "
+            "validation_fraction or validation_inputs, or set data.validation_rows to 0"
+        )
+    with local_leader_first(rank):
+        splits = [
+            source.read_first_rows(VALIDATION, num_rows)
+            for source, num_rows in zip(sources, np.bincount([turn for _, turn in in_turns]), strict=False)
+        ]
+    rows = torch.from_numpy(np.stack([splits[turn][row] for row, turn in in_turns]))
+    per_round = world_size * micro_batch_sequences
+    batches = []
+    for begin in range(rank * micro_batch_sequences, math.ceil(len(rows) / per_round) * per_round, per_round):
+        micro = rows[begin : begin + micro_batch_sequences]
+        tokens_BT = torch.zeros(micro_batch_sequences, config.sequence_length, dtype=torch.int64)
+        labels_BT = torch.full_like(tokens_BT, IGNORED_LABEL)
+        tokens_BT[: len(micro)], labels_BT[: len(micro)] = _inputs_and_labels(micro)
+        batches.append((tokens_BT, labels_BT))
+    return batches
+
+
+def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
+    """Return the bytes of text behind each token, int64, shape [vocab_size]; 0 for special and unused ids."""
+    source = open_sources(config.sources, config.cache, config.sequence_length, vocab_size)[0]
+    sizes = torch.zeros(vocab_size, dtype=torch.int64)
+    sizes[: source.manifest["vocab_size"]] = torch.from_numpy(np.load(source.folder / TOKEN_BYTES, allow_pickle=False))
+    return sizes
+
+
+def _endless(loader: DataLoader, micro_batch_sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        for rows in loader:  # once around is one epoch
+            for micro in rows.split(micro_batch_sequences):
+                yield _inputs_and_labels(micro)
+
+
+def _inputs_and_labels(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows[:, :-1].long(), rows[:, 1:].long()
+
+
+def _stack_rows(samples: list[dict[str, np.ndarray]]) -> Tensor:
+    """Stack samples as they are stored, 2 or 4 bytes a token, for the way between processes."""
+    return torch.from_numpy(np.stack([sample[COLUMN] for sample in samples]))
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave to the training process the signals that schedulers send to all: it reads on until it has saved."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def _close(loader: Any, is_leader: bool) -> None:
+    dataset = loader.dataset
+    if loader.num_workers and loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        for worker in loader._iterator._workers:
+            worker.kill()  # only one that hangs in a download is still there, and it ignores anything milder
+    elif hasattr(dataset, "_iterator"):
+        dataset._iterator.exit()
+    if is_leader:
+        for lock in (dataset._shared_barrier.filelock_path, dataset._cache_filelock_path):
+            Path(lock).unlink(missing_ok=True)
+
+
+def _check_launch(config: DataConfig, rank: int, world_size: int) -> None:
+    """Check what `streaming` takes from the environment, where a wrong value would repeat data or hang."""
+    assumed = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"} if world_size == 1 else {}
+    found = {name: os.environ.get(name, assumed.get(name)) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    if found["RANK"] != str(rank) or found["WORLD_SIZE"] != str(world_size) or found["LOCAL_WORLD_SIZE"] is None:
+        raise RuntimeError(
+            f"the environment says {found}, this is rank {rank} of {world_size}; start with torchrun, or set RANK, "
+            "WORLD_SIZE and LOCAL_WORLD_SIZE as it does"
+        )
+    if world_size > 1 and not dist.is_initialized():
+        raise RuntimeError("initialise the process group before the data: `streaming` would start one of its own")
+    nodes = world_size // int(found["LOCAL_WORLD_SIZE"])
+    if config.canonical_nodes % nodes and nodes % config.canonical_nodes:
+        raise DataError(
+            f"canonical_nodes: {config.canonical_nodes} and the number of nodes, {nodes}, do not divide each other; "
+            f"1 or a multiple of {nodes} would do"
+        )
+
+
+def _open(config: DataConfig, vocab_size: int, rank: int) -> list[OpenSource]:
+    """Prepare if asked to, then open every source."""
+    if config.prepare:
+        prepare(config.prepare, config.sequence_length, Path(config.sources[0].path))
+    with local_leader_first(rank):
+        return open_sources(config.sources, config.cache, config.sequence_length, vocab_size)
+
+
+def _fingerprint(
+    config: DataConfig, sources: list[OpenSource], rows: tuple[int, ...], global_batch_sequences: int
+) -> str:
+    order = {
+        "version": ORDER_VERSION,
+        "sources": [source.manifest["splits"][TRAIN]["fingerprint"] for source in sources],
+        "rows_per_epoch": rows,
+        "tokenizer": sources[0].manifest["tokenizer"]["fingerprint"],
+        "end_of_document": sources[0].manifest["end_of_document"],
+        "sequence_length": config.sequence_length,
+        "global_batch_sequences": global_batch_sequences,
+        "shuffle": [SHUFFLE_ALGORITHM, config.shuffle_block_rows] if config.shuffle else None,
+        "shuffle_seed": config.shuffle_seed,
+        "canonical_nodes": config.canonical_nodes,
+    }
+    return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()

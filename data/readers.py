@@ -1,0 +1,237 @@
+"""Documents from files, folders, Hugging Face datasets and the quickstart corpus.
+
+An input is one of:
+
+| input | documents |
+| --- | --- |
+| `FILE.txt`, `.md`, `.rst`, `.py` | the whole file |
+| `FILE.jsonl`, `.jsonl.zst`, `.jsonl.gz` | the value of `text` of each line |
+| `FILE.parquet` | the column `text`, row by row |
+| `FOLDER` | every file of these kinds in it, recursively, in the order of their paths |
+| `hf:NAME[:CONFIG]:SPLIT` | the column `text` of a data set that `datasets` can stream |
+| `python-stdlib` | the source files of Python's standard library |
+
+Everything is read as a stream, in a fixed order, and nothing is guessed: what cannot be read is an error that names the
+file and the line. Empty documents are left out.
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from data import quickstart_corpus
+from data.errors import DataError
+
+HF_PREFIX = "hf:"
+TEXT_KEY = "text"
+MAX_ZSTD_WINDOW_BYTES = 2**31  # files written with `zstd --long` need more than the decoder's default of 128 MiB
+PARQUET_BATCH_ROWS = 256
+READ_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, and where it came from."""
+
+    text: str
+    origin: str
+    """`FILE`, `FILE:LINE` or `INPUT:ROW`, for messages."""
+
+
+def read_documents(inputs: Sequence[str]) -> Iterator[Document]:
+    """Yield the documents of all inputs, one input after the other; see the top of this file for what an input is.
+
+    Raises:
+        DataError: an input does not exist, is of no known kind, is broken, or they hold no text at all.
+    """
+    is_empty = True
+    for source in inputs:
+        for document in _read_input(source):
+            if not document.text:
+                continue
+            if not document.text.isascii():
+                _check_encodable(document)
+            is_empty = False
+            yield document
+    if is_empty:
+        raise DataError(f"{', '.join(inputs)}: no text in there, so there is nothing to train on")
+
+
+def _read_input(source: str) -> Iterator[Document]:
+    if source == quickstart_corpus.NAME:
+        yield from (Document(text, f"{source}/{path}") for path, text in quickstart_corpus.read_standard_library())
+    elif source.startswith(HF_PREFIX):
+        yield from _read_hugging_face(source)
+    else:
+        for path in _find_files(Path(source)):
+            yield from READERS[_suffix(path)](path)
+
+
+def _find_files(path: Path) -> list[Path]:
+    """Return the path itself, or the readable files below it in a fixed order; hidden ones are left out."""
+    kinds = " ".join(READERS)
+    if path.is_dir():
+        inside = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in READERS]
+        found = sorted(f for f in inside if not any(part.startswith(".") for part in f.relative_to(path).parts))
+        if not found:
+            raise DataError(f"{path}: no file in this folder can be read; the kinds that can are {kinds}")
+        return found
+    if not path.exists():
+        raise DataError(
+            f"{path}: no such file or folder; an input is one of these, {HF_PREFIX}NAME[:CONFIG]:SPLIT or "
+            f"{quickstart_corpus.NAME}"
+        )
+    if _suffix(path) not in READERS:
+        raise DataError(f"{path}: cannot read this kind of file; the kinds that can be read are {kinds}")
+    return [path]
+
+
+def _suffix(path: Path) -> str:
+    """Return `.jsonl.zst` for `a.b.jsonl.zst`, `.txt` for `a.b.txt`."""
+    compressed = path.suffix in (".zst", ".gz")
+    return "".join(path.suffixes[-2:] if compressed else path.suffixes[-1:]).lower()
+
+
+def _check_encodable(document: Document) -> None:
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        lone = ascii(document.text[error.start])
+        raise DataError(
+            f"{document.origin}: half of a surrogate pair ({lone}), which is not text; repair it"
+        ) from error
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    try:
+        yield Document(path.read_bytes().decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    with path.open("rb") as file:
+        yield from _parse_lines(file, path)
+
+
+def _read_jsonl_gz(path: Path) -> Iterator[Document]:
+    with gzip.open(path, "rb") as file:
+        yield from _parse_lines(file, path)
+
+
+def _read_jsonl_zst(path: Path) -> Iterator[Document]:
+    with path.open("rb") as file:
+        yield from _parse_lines(_split_lines(_decompress_zstd(file)), path)
+
+
+def _decompress_zstd(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the contents of all frames, and raise if the last one is cut, which `stream_reader` would not notice."""
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
+    frame = decompressor.decompressobj()
+    is_inside_frame = False
+    while compressed := file.read(READ_BYTES):
+        while compressed:
+            yield frame.decompress(compressed)
+            is_inside_frame = not frame.eof
+            compressed = frame.unused_data
+            if frame.eof:
+                frame = decompressor.decompressobj()
+    if is_inside_frame:
+        raise EOFError("it ends in the middle of a frame")
+
+
+def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    yield rest
+
+
+def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[Document]:
+    iterator = iter(lines)
+    number = 0
+    while True:
+        number += 1
+        origin = f"{path}:{number}"
+        try:
+            line = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # each decompressor has its own kind
+            raise DataError(
+                f"{origin}: cannot be decompressed further; the file is damaged or cut ({error})"
+            ) from error
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # broken JSON or broken UTF-8
+            raise DataError(f"{origin}: not JSON: {error}") from error
+        yield Document(_text_of(record, origin), origin)
+
+
+def _text_of(record: Any, origin: str) -> str:
+    if not isinstance(record, dict):
+        raise DataError(f'{origin}: a line is an object with the key "{TEXT_KEY}", not {type(record).__name__}')
+    if TEXT_KEY not in record:
+        raise DataError(f'{origin}: no key "{TEXT_KEY}"; the keys there are {sorted(record)}')
+    text = record[TEXT_KEY]
+    if not isinstance(text, str):
+        raise DataError(f'{origin}: "{TEXT_KEY}" is {type(text).__name__} where text is needed')
+    return text
+
+
+def _read_parquet(path: Path) -> Iterator[Document]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a parquet file, or one that is cut ({error})") from error
+    with file:
+        columns = file.schema_arrow.names
+        if TEXT_KEY not in columns:
+            raise DataError(f'{path}: no column "{TEXT_KEY}"; the columns there are {sorted(columns)}')
+        row = 0
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[TEXT_KEY]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                origin = f"{path}:{row}"
+                yield Document(_text_of({TEXT_KEY: value}, origin), origin)
+
+
+def _read_hugging_face(source: str) -> Iterator[Document]:
+    """Stream `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`; NAME may be a folder of data files."""
+    parts = source.removeprefix(HF_PREFIX).split(":")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise DataError(f"{source}: a data set is named {HF_PREFIX}NAME:SPLIT or {HF_PREFIX}NAME:CONFIG:SPLIT")
+    import datasets
+
+    name, *config, split = parts
+    try:
+        rows = datasets.load_dataset(name, *config, split=split, streaming=True)
+    except Exception as error:  # the hub, the network and the builder each have their own kinds
+        raise DataError(f"{source}: `datasets` cannot open it ({type(error).__name__}: {error})") from error
+    for number, record in enumerate(rows, start=1):
+        origin = f"{source}:{number}"
+        yield Document(_text_of(record, origin), origin)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".rst": _read_text,
+    ".py": _read_text,
+    ".jsonl": _read_jsonl,
+    ".jsonl.zst": _read_jsonl_zst,
+    ".jsonl.gz": _read_jsonl_gz,
+    ".parquet": _read_parquet,
+}
+"""What reads a file, by the end of its name."""

@@ -1,0 +1,334 @@
+"""Text to token shards: `prepare` reads documents, tokenizes them and writes rows of tokens in the MDS format.
+
+The documents of a split are joined into one stream, `end_of_document` before the first and after each. A row is
+sequence_length + 1 tokens of it and its last token is the first of the next row, so that every token of every document
+is predicted exactly once; the tail that does not fill a row is dropped, and counted in the manifest.
+
+The result does not depend on the number of workers, and is built in a temporary folder that is renamed into place: a
+folder that exists is complete.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import heapq
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data.encoding import Chunk, gather_chunks, token_type, tokenize
+from data.errors import DataError
+from data.prepared import (
+    COLUMN,
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    SHARD_HASH,
+    TOKEN_BYTES,
+    TRAIN,
+    VALIDATION,
+    open_prepared,
+)
+from data.readers import Document, read_documents
+from data.tokenizer import TRAINED_SPEC, Tokenizer, load_tokenizer, train_tokenizer
+from data.torchvision_repair import repair_torchvision
+
+TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
+TRAINING_SCAN_BYTES = 1_000_000_000  # where to stop looking for that sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What text becomes token shards, and how."""
+
+    __pydantic_config__: ClassVar[dict] = {
+        "extra": "forbid",
+        "strict": True,
+        "use_attribute_docstrings": True,
+        "allow_inf_nan": False,
+    }
+
+    inputs: tuple[str, ...]
+    """Files, folders, `hf:NAME[:CONFIG]:SPLIT` or `python-stdlib`."""
+
+    tokenizer: str
+    """A SentencePiece `.model`, a `tokenizer.json`, or `bpe:VOCAB` / `unigram:VOCAB` to train one on the inputs."""
+
+    validation_fraction: float = 0.0
+    """Share of the documents that is held out; which ones depends on their text alone, so equal texts stay together."""
+
+    validation_inputs: tuple[str, ...] = ()
+    """Inputs that are held out as a whole, instead of a fraction."""
+
+    workers: int = 1
+    """Processes that tokenize. The result is the same for any number."""
+
+    def __post_init__(self) -> None:
+        problems: dict[str, str] = {}
+        if not self.inputs:
+            problems["inputs"] = "is empty; name at least one file, folder, hf: data set or python-stdlib"
+        if re.match("(bpe|unigram):", self.tokenizer) and not TRAINED_SPEC.fullmatch(self.tokenizer):
+            problems["tokenizer"] = f"{self.tokenizer!r} lacks the vocabulary's size; bpe:32000 would be right"
+        if not self.tokenizer:
+            problems["tokenizer"] = "is empty; give a tokenizer's file, bpe:VOCAB or unigram:VOCAB"
+        if not 0 <= self.validation_fraction < 1:
+            problems["validation_fraction"] = f"{self.validation_fraction} is not a share from 0 up to but without 1"
+        if self.validation_inputs and self.validation_fraction:
+            problems["validation_inputs"] = "and validation_fraction exclude each other; leave one of them out"
+        if self.workers < 1:
+            problems["workers"] = f"{self.workers} is too few; 1 tokenizes in this process"
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareProgress:
+    """How far `prepare` is."""
+
+    stage: str
+    """`tokenizer` while one is trained, then `tokens`."""
+    documents: int
+    text_bytes: int
+    tokens: int
+    seconds: float
+    """Time since this stage began."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Text read and tokenized per second of this stage."""
+        return self.text_bytes / self.seconds if self.seconds else 0.0
+
+
+def prepare(
+    config: PrepareConfig,
+    sequence_length: int,
+    out: Path,
+    progress: Callable[[PrepareProgress], None] | None = None,
+) -> dict[str, Any]:
+    """Write the prepared folder `out` and return its manifest; see the top of this file.
+
+    If the folder is there already and was made with the same options, nothing is done. Processes that prepare the same
+    folder at once do so in turns, and all but the first find it done.
+
+    Args:
+        config: inputs, tokenizer and held-out text.
+        sequence_length: tokens that a model sees of one row; a row has one more.
+        out: folder to make.
+        progress: called about once per MiB of text.
+
+    Raises:
+        DataError: an input cannot be read, there is too little text, or `out` holds something else.
+    """
+    if sequence_length < 1:
+        raise DataError(f"sequence_length: {sequence_length} is too short; 1 is the least")
+    out = Path(os.path.abspath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if manifest := _find_done(config, sequence_length, out):
+        return manifest
+    with _exclusive(out):
+        if manifest := _find_done(config, sequence_length, out):
+            return manifest
+        building = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
+        try:
+            manifest = _build(config, sequence_length, building, progress or (lambda _: None))
+            building.chmod(0o755)  # temporary folders are closed to others, data are not
+            os.rename(building, out)
+        except BaseException:
+            shutil.rmtree(building)
+            raise
+    return manifest
+
+
+@contextlib.contextmanager
+def _exclusive(out: Path) -> Iterator[None]:
+    """Let one process at a time in; a process that dies lets go. `os.rename` stays the last word."""
+    path = out.with_name(f".{out.name}.lock")
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
+    """Return what decides the result, and so what must agree for a prepared folder to serve."""
+    is_trained = TRAINED_SPEC.fullmatch(config.tokenizer)
+    return {
+        "inputs": list(config.inputs),
+        "tokenizer": config.tokenizer if is_trained else f"sha256:{load_tokenizer(config.tokenizer).fingerprint}",
+        "validation_fraction": config.validation_fraction,
+        "validation_inputs": list(config.validation_inputs),
+        "sequence_length": sequence_length,
+    }
+
+
+def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[str, Any] | None:
+    """Return the manifest of `out` if it is what would be made, None if there is nothing yet."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / MANIFEST).is_file():
+        raise DataError(f"{out}: exists and is not a folder of prepared data; choose another --out, or remove it")
+    manifest = open_prepared(out)
+    there, wanted = manifest["options"], _options(config, sequence_length)
+    differing = [f"{key} (there {there[key]!r}, wanted {wanted[key]!r})" for key in wanted if there[key] != wanted[key]]
+    if differing:
+        raise DataError(f"{out}: was prepared with other {'; '.join(differing)}; choose another folder, or remove it")
+    return manifest
+
+
+def _build(
+    config: PrepareConfig, sequence_length: int, out: Path, progress: Callable[[PrepareProgress], None]
+) -> dict[str, Any]:
+    tokenizer = _place_tokenizer(config, out, progress)
+    np.save(out / TOKEN_BYTES, tokenizer.token_bytes())
+    writers = {TRAIN: RowWriter(out / TRAIN, tokenizer, sequence_length)}
+    if config.validation_fraction or config.validation_inputs:
+        writers[VALIDATION] = RowWriter(out / VALIDATION, tokenizer, sequence_length)
+
+    start = time.monotonic()
+    for split, chunk in tokenize(gather_chunks(_assign_splits(config)), tokenizer, config.workers):
+        writers[split].write(chunk)
+        progress(
+            PrepareProgress(
+                stage="tokens",
+                documents=sum(writer.documents for writer in writers.values()),
+                text_bytes=sum(writer.text_bytes for writer in writers.values()),
+                tokens=sum(writer.tokens for writer in writers.values()),
+                seconds=time.monotonic() - start,
+            )
+        )
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "options": _options(config, sequence_length),
+        "sequence_length": sequence_length,
+        "tokenizer": {"file": tokenizer.path.name, "fingerprint": tokenizer.fingerprint},
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_document": tokenizer.end_of_document,
+        "splits": {split: writer.finish() for split, writer in writers.items()},
+    }
+    with (out / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return manifest
+
+
+def _place_tokenizer(config: PrepareConfig, out: Path, progress: Callable[[PrepareProgress], None]) -> Tokenizer:
+    if not TRAINED_SPEC.fullmatch(config.tokenizer):
+        source = load_tokenizer(config.tokenizer)
+        path = out / f"tokenizer{source.path.suffix}"
+        shutil.copyfile(source.path, path)
+        return load_tokenizer(path)
+    progress(PrepareProgress(stage="tokenizer", documents=0, text_bytes=0, tokens=0, seconds=0.0))
+    texts = (document.text for split, document in _assign_splits(config) if split == TRAIN)
+    path = out / "tokenizer.model"
+    train_tokenizer(sample_texts(texts), config.tokenizer, path)
+    return load_tokenizer(path)
+
+
+def _assign_splits(config: PrepareConfig) -> Iterator[tuple[str, Document]]:
+    """Yield every document with the split that it belongs to."""
+    for document in read_documents(config.inputs):
+        is_held_out = config.validation_fraction and _uniform(document.text) < config.validation_fraction
+        yield VALIDATION if is_held_out else TRAIN, document
+    if config.validation_inputs:
+        yield from ((VALIDATION, document) for document in read_documents(config.validation_inputs))
+
+
+def _uniform(text: str) -> float:
+    """Return a number in [0, 1) that depends on the text alone and is spread evenly over texts."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
+
+
+def sample_texts(texts: Iterable[str]) -> list[str]:
+    """Return a random sample of at most `TRAINING_SAMPLE_BYTES`, of long texts a random stretch.
+
+    It looks at the first `TRAINING_SCAN_BYTES` and keeps the texts with the smallest hashes: every machine draws the
+    same sample, in whatever order it reads the texts.
+    """
+    longest = TRAINING_SAMPLE_BYTES // 10
+    kept: list[tuple[float, str]] = []  # a heap with the largest hash on top, as its negative
+    kept_bytes = scanned_bytes = 0
+    for text in texts:
+        key = _uniform(text)
+        scanned_bytes += len(text.encode())
+        begin = int(key * max(0, len(text) - longest))
+        stretch = text[begin : begin + longest]
+        heapq.heappush(kept, (-key, stretch))
+        kept_bytes += len(stretch.encode())
+        while kept_bytes > TRAINING_SAMPLE_BYTES:
+            kept_bytes -= len(heapq.heappop(kept)[1].encode())
+        if scanned_bytes > TRAINING_SCAN_BYTES:
+            break
+    return [text for _, text in sorted(kept)]
+
+
+class RowWriter:
+    """Cuts the token stream of one split into rows and writes them as MDS shards.
+
+    Args:
+        folder: where to write.
+        tokenizer: what made the tokens.
+        sequence_length: a row has one more token, shared with the next row.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int) -> None:
+        repair_torchvision()
+        from streaming import MDSWriter
+
+        self._folder = folder
+        self._sequence_length = sequence_length
+        dtype = token_type(tokenizer.vocab_size)
+        self._writer = MDSWriter(
+            out=str(folder),
+            columns={COLUMN: f"ndarray:{dtype.__name__}:{sequence_length + 1}"},
+            hashes=[SHARD_HASH],
+        )
+        self._rest = np.array([tokenizer.end_of_document], dtype)  # its first token is predicted by an earlier row
+        self.rows = self.tokens = self.documents = self.text_bytes = 0
+
+    def write(self, chunk: Chunk) -> None:
+        """Append the tokens of some documents."""
+        length = self._sequence_length
+        stream = np.concatenate([self._rest, chunk.tokens])
+        num_rows = (len(stream) - 1) // length
+        for row in range(num_rows):
+            self._writer.write({COLUMN: stream[row * length : (row + 1) * length + 1]})
+        self._rest = stream[num_rows * length :]
+        self.rows += num_rows
+        self.tokens += len(chunk.tokens)
+        self.documents += chunk.documents
+        self.text_bytes += chunk.text_bytes
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left and the index, and return the manifest's facts about this split.
+
+        Raises:
+            DataError: the text did not fill one row.
+        """
+        if not self.rows:
+            raise DataError(
+                f"the {self._folder.name} split has {self.documents} documents with {self.tokens} tokens, too few for "
+                f"one row of {self._sequence_length + 1}; give more text, a larger validation_fraction if it is the "
+                "validation split, or a shorter sequence_length"
+            )
+        self._writer.finish()
+        return {
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "dropped_tokens": len(self._rest) - 1,
+            "documents": self.documents,
+            "text_bytes": self.text_bytes,
+            "fingerprint": hashlib.sha256((self._folder / INDEX).read_bytes()).hexdigest(),
+        }

@@ -1,0 +1,188 @@
+"""Where the files of a source are: in its folder, or, of a remote one, in a cache that is filled as needed."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from data.errors import DataError
+from data.mixture import Source
+from data.prepared import (
+    COLUMN,
+    INDEX,
+    MANIFEST,
+    SHARD_HASH,
+    TOKEN_BYTES,
+    TRAIN,
+    open_prepared,
+    read_index,
+    read_manifest,
+)
+from data.torchvision_repair import repair_torchvision
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source whose manifest, tokenizer and indexes are on this machine and checked."""
+
+    source: Source
+    folder: Path
+    """The prepared folder itself, or the cache of a remote one."""
+    manifest: dict[str, Any]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer that made the tokens."""
+        return self.folder / self.manifest["tokenizer"]["file"]
+
+    def num_rows(self, split: str) -> int:
+        """Return the rows of a split, 0 if there is none."""
+        return self.manifest["splits"][split]["rows"] if split in self.manifest["splits"] else 0
+
+    def stream(self, choose: int) -> Any:
+        """Return the `streaming.Stream` of the training rows, of which an epoch takes `choose`."""
+        repair_torchvision()
+        from streaming import Stream
+
+        return Stream(
+            remote=self.source.path if self.source.is_remote else None,
+            local=str(self.folder),
+            split=TRAIN,
+            choose=choose,
+            validate_hash=SHARD_HASH,  # of downloads; what is there already is not read for it
+        )
+
+    def read_first_rows(self, split: str, num_rows: int) -> NDArray:
+        """Return the first rows of a split, [num_rows, sequence_length + 1], fetching the shards that hold them."""
+        repair_torchvision()
+        from streaming.base.format import reader_from_json
+
+        rows: list[NDArray] = []
+        for shard in read_index(self.folder / split):
+            if len(rows) == num_rows:
+                break
+            if self.source.is_remote:
+                _fetch(self.source, self.folder, f"{split}/{shard['raw_data']['basename']}")
+            reader = reader_from_json(str(self.folder), split, shard)
+            reader.validate(allow_unsafe_types=False)
+            rows += [reader[row][COLUMN] for row in range(min(reader.size, num_rows - len(rows)))]
+        return np.stack(rows)
+
+
+def is_local_leader(rank: int) -> bool:
+    """Return whether this is the first rank of its node."""
+    return rank % int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 0
+
+
+@contextlib.contextmanager
+def local_leader_first(rank: int) -> Iterator[None]:
+    """Let the first rank of each node do what the body does, such as to download, before the others of the node."""
+    if dist.is_initialized() and not is_local_leader(rank):
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and is_local_leader(rank):
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def one_start_at_a_time(rank: int, world_size: int) -> Iterator[None]:
+    """Keep jobs of one node from running the body, which makes a `StreamingDataset`, at the same time.
+
+    A `StreamingDataset` names its shared memory by the first number that is free, and two that start together find the
+    same one. Jobs over several nodes go ahead without: two of them, each waiting on the other's node, would never start.
+    """
+    if world_size != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        yield
+        return
+    with Path(tempfile.gettempdir(), f"tritrain-{os.getuid()}.lock").open("w") as lock:
+        if is_local_leader(rank):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if dist.is_initialized():
+            dist.barrier()
+        yield
+
+
+def open_sources(
+    sources: Sequence[Source], cache: str | None, sequence_length: int, vocab_size: int
+) -> list[OpenSource]:
+    """Open every source and check that the sources, the model and the configuration agree.
+
+    Only one process of a machine at a time may do this with a remote source.
+
+    Raises:
+        DataError: a folder is missing or damaged, was prepared with another sequence length, with a vocabulary larger
+            than `vocab_size`, or with another tokenizer than the first one.
+    """
+    opened = [_open_source(source, cache) for source in sources]
+    first = opened[0]
+    for source in opened:
+        path, manifest = source.source.path, source.manifest
+        if manifest["sequence_length"] != sequence_length:
+            raise DataError(
+                f"{path}: was prepared with sequence_length {manifest['sequence_length']}, the configuration says "
+                f"{sequence_length}; set data.sequence_length to the former or prepare the text again"
+            )
+        if manifest["vocab_size"] > vocab_size:
+            raise DataError(
+                f"{path}: its tokenizer has {manifest['vocab_size']} tokens, the model's vocabulary {vocab_size}; set "
+                f"model.vocab_size to {manifest['vocab_size']} or more"
+            )
+        if manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
+            raise DataError(
+                f"{path}: was prepared with another tokenizer than {first.source.path}; prepare it again with "
+                f"--tokenizer {first.tokenizer_path}"
+            )
+    return opened
+
+
+def _open_source(source: Source, cache: str | None) -> OpenSource:
+    """Check a source; of a remote one fetch the small files first, if the cache lacks them."""
+    if not source.is_remote:
+        folder = Path(os.path.abspath(source.path))
+        return OpenSource(source, folder, open_prepared(folder))
+    assert cache is not None
+    folder = Path(os.path.abspath(cache)) / hashlib.sha256(source.path.encode()).hexdigest()[:16]
+    _fetch(source, folder, MANIFEST)
+    manifest = read_manifest(folder)
+    _fetch(source, folder, manifest["tokenizer"]["file"])
+    _fetch(source, folder, TOKEN_BYTES)
+    for split in manifest["splits"]:
+        _fetch(source, folder, f"{split}/{INDEX}")
+        _drop_cut_shards(folder / split)
+    return OpenSource(source, folder, open_prepared(folder, may_lack_shards=True))
+
+
+def _fetch(source: Source, folder: Path, name: str) -> None:
+    """Download one file of a remote source into `folder`, unless it is there."""
+    path = folder / name
+    if path.exists():
+        return
+    from streaming.base.storage.download import CloudDownloader
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.unlink(missing_ok=True)
+    try:
+        CloudDownloader.direct_download(f"{source.path.rstrip('/')}/{name}", str(partial))
+    except Exception as error:  # every kind of storage has its own
+        raise DataError(f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {error})") from error
+    os.rename(partial, path)
+
+
+def _drop_cut_shards(folder: Path) -> None:
+    """Remove shards of the wrong size from a cache: downloads that were cut, which `streaming` would read."""
+    for shard in read_index(folder):
+        path = folder / shard["raw_data"]["basename"]
+        if path.exists() and path.stat().st_size != shard["raw_data"]["bytes"]:
+            path.unlink()

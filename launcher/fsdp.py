@@ -1,0 +1,146 @@
+"""The engine on PyTorch FSDP2 (`fully_shard`), also for a single process.
+
+Parameters and optimizer state are fp32; the forward and backward passes run in the compute dtype on gathered copies
+(`MixedPrecisionPolicy`), gradients are reduced in fp32. The optimizer works on the local shards as plain tensors:
+AdamW is element-wise, plain tensors skip DTensor's dispatch, and the fused kernel can then skip a non-finite step on
+the device, without asking the host.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+from launcher.engine import Engine, EngineConfig, Shard
+from launcher.optim import OptimizerConfig, build_adamw, create_adam_state, parameter_groups, set_learning_rate
+
+
+def build_mesh(device: torch.device, replicas: int) -> DeviceMesh:
+    """A mesh of (replicas, ranks of each) or, with one replica, of all ranks.
+
+    Raises:
+        ValueError: ``replicas`` does not divide the number of ranks.
+    """
+    world_size = dist.get_world_size()
+    if world_size % replicas:
+        raise ValueError(f"engine.replicas {replicas} does not divide the {world_size} ranks")
+    if replicas == 1:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+class FSDPEngine(Engine):
+    """Shards ``model`` block by block over the ranks of the default process group.
+
+    Args:
+        model: on the meta device, with no value yet; what applies to its blocks (quantization, activation
+            checkpointing, compilation) is applied already. Write the weights through `shards`.
+        blocks: the modules that are gathered one at a time, in the order of the forward pass.
+        optimizer: configuration of AdamW.
+        config: configuration of the engine.
+        compute_dtype: dtype of the forward and backward passes; parameters are fp32 (fp64 if it is fp64).
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        *,
+        optimizer: OptimizerConfig,
+        config: EngineConfig,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        storage_dtype = torch.promote_types(compute_dtype, torch.float32)
+        mixed = compute_dtype != storage_dtype
+        self.mesh = build_mesh(device, config.replicas)
+        options: dict[str, Any] = {
+            "mesh": self.mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=compute_dtype if mixed else None,
+                reduce_dtype=storage_dtype if mixed else None,
+                # The rotary tables that blocks are given stay in the precision that the model chose for them.
+                cast_forward_inputs=False,
+            ),
+            "reshard_after_forward": config.reshard_after_forward,
+        }
+        if config.offload == "all":
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        model = model.to(storage_dtype)
+        for block in blocks:
+            fully_shard(block, **options)
+        self.model = fully_shard(model, **options)
+        self.model.to_empty(device=torch.device("cpu") if config.offload == "all" else device)
+        self.device = device
+        self.max_grad_norm = optimizer.max_grad_norm
+        self._names = [name for name, _ in self.model.named_parameters()]
+        self._sharded: list[Any] = list(self.model.parameters())  # DTensors
+        self._local = [nn.Parameter(parameter.to_local()) for parameter in self._sharded]
+        dimensions = [parameter.ndim for parameter in self._sharded]
+        self.optimizer = build_adamw(
+            parameter_groups(zip(self._names, dimensions, self._local, strict=True), optimizer), optimizer, fused=True
+        )
+
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        return self.model(tokens_BT, labels_BT, reduction=reduction)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+        loss.backward()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+        gradients = [parameter.grad.to_local() for parameter in self._sharded]
+        squares = torch.stack([norm.square() for norm in torch._foreach_norm(gradients)]).sum().to(self.device)
+        dist.all_reduce(squares, group=self.mesh.get_group(self.mesh.ndim - 1))
+        grad_norm = squares.sqrt()
+        skipped = (~grad_norm.isfinite()).float()
+        where_state_is = gradients[0].device
+        torch._foreach_mul_(gradients, (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0).to(where_state_is))
+        self._follow_shards()
+        for local, gradient in zip(self._local, gradients, strict=True):
+            local.grad = gradient
+        set_learning_rate(self.optimizer, learning_rate)
+        # What GradScaler sets: where it is 1, the fused kernel leaves weights, moments and step as they are.
+        self.optimizer.found_inf = skipped.to(where_state_is)
+        self.optimizer.step()
+        for local, sharded in zip(self._local, self._sharded, strict=True):
+            local.grad = sharded.grad = None
+        return grad_norm.float(), skipped
+
+    def shards(self) -> Iterator[Shard]:
+        self._follow_shards()
+        primary = self.mesh.ndim == 1 or self.mesh.get_local_rank(0) == 0
+        shard_rank, num_shards = self.mesh.get_local_rank(self.mesh.ndim - 1), self.mesh.size(self.mesh.ndim - 1)
+        for name, sharded, local in zip(self._names, self._sharded, self._local, strict=True):
+            state = create_adam_state(self.optimizer, local)
+            # FSDP2 cuts the first dimension into chunks of equal size; the last ones may be shorter, or empty.
+            num_rows = len(sharded)
+            first_row = min(num_rows, shard_rank * math.ceil(num_rows / num_shards))
+            yield Shard(
+                name=name,
+                shape=tuple(sharded.shape),
+                start=first_row * math.prod(sharded.shape[1:]),
+                tensors={
+                    "weight": local.detach().view(-1),
+                    "exp_avg": state["exp_avg"].view(-1),
+                    "exp_avg_sq": state["exp_avg_sq"].view(-1),
+                },
+                step=state["step"],
+                primary=primary,
+            )
+
+    def refresh_weights(self) -> None:
+        """Nothing to renew: gathered copies are made from the fp32 shards at every forward pass."""
+
+    def _follow_shards(self) -> None:
+        """Point the local tensors to the shards again: FSDP2 moves uneven shards when the first forward pads them."""
+        for local, sharded in zip(self._local, self._sharded, strict=True):
+            local.data = sharded.to_local().data

@@ -1,0 +1,209 @@
+"""The run that a configuration resolves to on a number of ranks: pure functions of the step, and sizes.
+
+The training loop reads its steps, learning rates and strengths from a `Plan`, and `tritrain plan` prints one.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.config import Config, ConfigError
+from launcher.schedule import learning_rate_factor
+from launcher.transition import TransitionConfig
+from model.size import activation_bytes, flops_per_token, num_linear_parameters, num_parameters
+from quant.linear import QuantConfig
+from quant.ramp import strength_at
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase with its place in the run: the steps from ``start`` up to but without ``end``."""
+
+    index: int
+    precision: str
+    start: int
+    end: int
+    quantization: QuantConfig | None
+    transition: TransitionConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration resolved for ``world_size`` ranks."""
+
+    config: Config
+    world_size: int
+    global_batch_sequences: int
+    num_micro_batches: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.phases[-1].end
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that all ranks together train on in a step."""
+        return self.global_batch_sequences * self.config.data.sequence_length
+
+    def phase_of(self, step: int) -> Phase:
+        """The phase that the step of this number, counted from 0, belongs to."""
+        return next(phase for phase in self.phases if step < phase.end)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of the step of this number, counted from 0."""
+        config, origin = self.config.schedule, 0
+        for phase in self.phases:
+            if phase.start <= step and phase.transition.schedule == "restart":
+                origin = phase.start
+        horizon = config.horizon_steps or self.total_steps
+        factor = learning_rate_factor(step - origin, horizon - origin, config)
+        phase = self.phase_of(step)
+        rewarm_steps = math.ceil(phase.transition.rewarm_tokens / self.tokens_per_step)
+        if step - phase.start < rewarm_steps:
+            factor *= (step - phase.start + 1) / rewarm_steps
+        return factor * self.config.optimizer.learning_rate
+
+    def strength_at(self, step: int) -> float:
+        """Quantization strength of the step of this number: 0 in a 16-bit phase."""
+        phase = self.phase_of(step)
+        if phase.quantization is None:
+            return 0.0
+        return strength_at(step - phase.start, phase.transition.ramp)
+
+    def first_sequence_at(self, step: int) -> int:
+        """Position in the data stream, in sequences, at which the step of this number begins."""
+        origin = 0
+        for phase in self.phases:
+            if phase.start <= step and phase.transition.data == "restart":
+                origin = phase.start
+        return (step - origin) * self.global_batch_sequences
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Resolve lengths and batches.
+
+    Raises:
+        ConfigError: the global batch does not divide into micro-batches on this many ranks.
+    """
+    training, length = config.training, config.data.sequence_length
+    sequences = training.global_batch_sequences or (training.global_batch_tokens or 0) // length
+    at_once = training.micro_batch_sequences * world_size
+    if sequences % at_once:
+        fitting = [n for n in range(1, sequences + 1) if sequences % (n * world_size) == 0]
+        raise ConfigError(
+            f"training.global_batch_sequences: {sequences} does not divide into micro-batches of "
+            f"{training.micro_batch_sequences} on {world_size} ranks; "
+            + (
+                f"training.micro_batch_sequences of {', '.join(map(str, fitting))} would"
+                if fitting
+                else f"a multiple of {world_size} would, such as {math.ceil(sequences / world_size) * world_size}"
+            )
+        )
+    tokens_per_step = sequences * length
+    total_steps = training.total_steps or math.ceil((training.total_tokens or 0) / tokens_per_step)
+    phases: list[Phase] = []
+    for index, phase in enumerate(config.phases):
+        steps = (
+            phase.steps or math.ceil((phase.tokens or 0) / tokens_per_step) or round((phase.fraction or 0) * total_steps)
+        )
+        if not steps:
+            raise ConfigError(f"phases.{index}.fraction: {phase.fraction} of {total_steps} steps is less than a step")
+        start = phases[-1].end if phases else 0
+        quantization = (phase.quantization or QuantConfig()) if phase.precision == "ternary" else None
+        transition = phase.transition or TransitionConfig()
+        phases.append(Phase(index, phase.precision, start, start + steps, quantization, transition))
+    horizon = config.schedule.horizon_steps or phases[-1].end
+    if config.schedule.warmup_steps >= horizon:
+        raise ConfigError(
+            f"schedule.warmup_steps: {config.schedule.warmup_steps} leaves nothing of the {horizon} steps; "
+            f"{horizon - 1} at most"
+        )
+    return Plan(config, world_size, sequences, sequences // at_once, tuple(phases))
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of a checkpoint: fp32 weights and both moments."""
+    return 12 * num_parameters(config.model)
+
+
+def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
+    """Estimate what one rank holds on its device, in bytes, leaving out allocator overhead and temporary buffers.
+
+    FSDP2 keeps fp32 weights, gradients and moments, each sharded; ZeRO keeps 16-bit weights (sharded at stage 3),
+    16-bit gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments
+    (arXiv 1910.02054, section 5).
+    """
+    config, engine = plan.config, plan.config.engine
+    parameters = num_parameters(config.model)
+    compute_bytes = 2 if config.training.compute_dtype == "bf16" else 4
+    shards = plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
+    if engine.name == "fsdp2":
+        gathered = 2 * parameters / config.model.num_layers if shards > 1 or compute_bytes == 2 else 0
+        sizes = {
+            "weights": 4 * parameters / shards + compute_bytes * gathered,
+            "gradients": 4 * parameters / shards,
+            "moments": 8 * parameters / shards,
+        }
+    else:
+        stage = engine.zero_stage or 0
+        state_shards = shards if stage >= 1 else 1
+        masters = 4 * parameters / state_shards if compute_bytes == 2 or stage else 0
+        sizes = {
+            "weights": compute_bytes * parameters / (shards if stage == 3 else 1) + masters,
+            "gradients": (4 if stage else compute_bytes) * parameters / (shards if stage >= 2 else 1),
+            "moments": 8 * parameters / state_shards,
+        }
+    if engine.offload != "none":
+        sizes["moments"] = 0
+    if engine.offload == "all":
+        sizes["weights"] = compute_bytes * 2 * parameters / config.model.num_layers
+        sizes["gradients"] = sizes["weights"]
+    sizes["activations"] = activation_bytes(
+        config.model,
+        config.training.micro_batch_sequences,
+        config.data.sequence_length,
+        compute_bytes,
+        checkpointing=config.training.activation_checkpointing,
+        ternary=any(phase.quantization for phase in plan.phases),
+    )
+    return sizes
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The numbers that `tritrain plan` prints, by name with unit."""
+    config = plan.config
+    memory = memory_bytes_per_rank(plan)
+    interval = config.checkpoint.interval_steps
+    saves = {phase.end for phase in plan.phases} | set(range(interval or plan.total_steps, plan.total_steps, interval or 1))
+    kept = len({phase.end for phase in plan.phases}) + (config.checkpoint.keep_last if interval else 0)
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    return {
+        "parameters": num_parameters(config.model),
+        "ternary_parameters": num_linear_parameters(config.model),
+        "flops_per_token": flops,
+        "total_flops": flops * plan.tokens_per_step * plan.total_steps,
+        "ranks": plan.world_size,
+        "micro_batches_per_step": plan.num_micro_batches,
+        "sequences_per_step": plan.global_batch_sequences,
+        "tokens_per_step": plan.tokens_per_step,
+        "phases": [
+            {
+                "precision": phase.precision,
+                "first_step": phase.start,
+                "steps": phase.end - phase.start,
+                "tokens": (phase.end - phase.start) * plan.tokens_per_step,
+            }
+            for phase in plan.phases
+        ],
+        "total_steps": plan.total_steps,
+        "total_tokens": plan.total_steps * plan.tokens_per_step,
+        "bytes_per_rank": {name: round(size) for name, size in memory.items()},
+        "total_bytes_per_rank": round(sum(memory.values())),
+        "checkpoints_written": len(saves),
+        "checkpoints_kept": len(saves) if not config.checkpoint.keep_last else min(len(saves), kept),
+        "checkpoint_bytes": checkpoint_bytes(config),
+    }

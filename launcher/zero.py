@@ -1,0 +1,232 @@
+"""The engine on DeepSpeed ZeRO, stages 0 to 3.
+
+DeepSpeed 0.19.8 keeps the fp32 state of each stage in another layout and has some defects on the way; both are dealt
+with here and nowhere else. Each departure from the plain use of DeepSpeed says what it works around.
+"""
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from launcher.engine import Engine, EngineConfig, Shard
+from launcher.optim import (
+    OptimizerConfig,
+    build_adamw,
+    create_adam_state,
+    named_dimensions,
+    parameter_groups,
+    set_learning_rate,
+)
+
+
+def deepspeed_config(
+    *,
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    compute_dtype: torch.dtype,
+    micro_batch_sequences: int,
+    num_micro_batches: int,
+) -> dict[str, Any]:
+    """The configuration given to ``deepspeed.initialize``, complete: what we derive, and the user's further keys."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_sequences,
+        "gradient_accumulation_steps": num_micro_batches,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "bf16": {"enabled": compute_dtype == torch.bfloat16},
+    }
+    if config.zero_stage != 0:
+        derived["gradient_clipping"] = optimizer.max_grad_norm
+        # Without it, gradients of several micro-batches are summed in bf16; stage 0 knows no other way.
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif compute_dtype == torch.bfloat16:
+        derived["gradient_clipping"] = optimizer.max_grad_norm
+    return _merge(config.deepspeed or {}, derived)
+
+
+def _merge(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(theirs)
+    for key, value in ours.items():
+        merged[key] = _merge(theirs.get(key, {}), value) if isinstance(value, dict) else value
+    return merged
+
+
+class ZeroEngine(Engine):
+    """Shards ``model`` by DeepSpeed over the ranks of the default process group.
+
+    Args:
+        model: on the meta device, as for `launcher.fsdp.FSDPEngine`.
+        optimizer: configuration of AdamW.
+        config: configuration of the engine.
+        compute_dtype: bf16 (with fp32 masters) or fp32.
+        device: where to compute.
+        micro_batch_sequences: sequences of one micro-batch on this rank.
+        num_micro_batches: micro-batches of one step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerConfig,
+        config: EngineConfig,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        micro_batch_sequences: int,
+        num_micro_batches: int,
+    ) -> None:
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        if device.type == "cpu":
+            # Else the first init compiles a shared-memory op for minutes, and a killed build hangs every later run.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+        settings = deepspeed_config(
+            config=config,
+            optimizer=optimizer,
+            compute_dtype=compute_dtype,
+            micro_batch_sequences=micro_batch_sequences,
+            num_micro_batches=num_micro_batches,
+        )
+        self.device = device
+        self.stage = config.zero_stage
+        self.max_grad_norm = optimizer.max_grad_norm
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        dimensions = named_dimensions(model)
+        for module in model.modules():
+            module.to_empty(device=device, recurse=False)
+            if self.stage == 3 and any(True for _ in module.parameters(recurse=False)):
+                # One layer at a time, so that the whole model is never there.
+                deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=compute_dtype)
+        groups = parameter_groups(
+            ((name, dimensions[name], parameter) for name, parameter in model.named_parameters()), optimizer
+        )
+        self.inner = build_adamw(groups, optimizer, fused=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use, whatever its log level
+            self._engine, self._outer, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=settings)
+        self.model = self._engine.module
+        if self.stage == 0 and compute_dtype == torch.bfloat16:
+            # Its constructor runs a step on zeros, which leaves Adam one step ahead.
+            for state in self.inner.state.values():
+                state["step"].zero_()
+        if self.stage in (1, 2):
+            self._outer.check_grad_overflow = True  # in fp32 DeepSpeed would not look for non-finite gradients
+
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        return self._engine(tokens_BT, labels_BT, reduction=reduction)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+        set_learning_rate(self.inner, learning_rate)
+        if self._outer is self.inner:
+            return self._plain_step()
+        self._engine.step()
+        skipped = bool(self._outer.overflow)
+        grad_norm = math.nan if skipped else float(self._engine.get_global_grad_norm())
+        return self._scalar(grad_norm), self._scalar(float(skipped))
+
+    def _plain_step(self) -> tuple[Tensor, Tensor]:
+        """Step of stage 0 in fp32, where DeepSpeed neither reports the gradient norm nor looks at it."""
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        finite = bool(grad_norm.isfinite())
+        if finite:
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return grad_norm.float(), self._scalar(float(not finite))
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self.device)
+
+    def shards(self) -> Iterator[Shard]:
+        replicated = self.stage == 0
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            located = self._locate(index, parameter)
+            if located is None:
+                continue
+            master, offset, start, length = located
+            state = create_adam_state(self.inner, master)
+            yield Shard(
+                name=name,
+                shape=self._shapes[name],
+                start=start,
+                tensors={
+                    "weight": master.detach().view(-1)[offset : offset + length],
+                    "exp_avg": state["exp_avg"].view(-1)[offset : offset + length],
+                    "exp_avg_sq": state["exp_avg_sq"].view(-1)[offset : offset + length],
+                },
+                step=state["step"],
+                primary=not replicated or dist.get_rank() == 0,
+            )
+
+    def _locate(self, index: int, parameter: Any) -> tuple[Tensor, int, int, int] | None:
+        """Where this rank keeps its part of a parameter.
+
+        Returns:
+            The fp32 master that the optimizer updates (flat above stage 0), the part's offset in it, the part's first
+            element in the flattened parameter, and its length; None if this rank has no part.
+        """
+        outer = self._outer
+        if self.stage == 0:
+            master = parameter if outer is self.inner else self._stage0_masters[id(parameter)]
+            return master, 0, 0, parameter.numel()
+        if self.stage == 3:
+            group, offset, length = outer.grad_position[outer.get_param_id(parameter)]
+            start = dist.get_rank() * parameter.ds_tensor.ds_numel
+            length = min(length, parameter.ds_numel - start)
+            return (outer.fp32_partitioned_groups_flat[group], offset, start, length) if length > 0 else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        masters = getattr(outer, "single_partition_of_fp32_groups", None) or outer.fp32_groups_flat_partition
+        address, part = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+        return masters[mapping.param_group_index], address.start, part.start, part.numel
+
+    @property
+    def _stage0_masters(self) -> dict[int, Tensor]:
+        return {
+            id(low): high
+            for lows, highs in zip(self._outer.fp16_groups, self._outer.fp32_groups, strict=True)
+            for low, high in zip(lows, highs, strict=True)
+        }
+
+    @torch.no_grad()
+    def refresh_weights(self) -> None:
+        outer = self._outer
+        if outer is self.inner:
+            return
+        if self.stage == 0:
+            masters = self._stage0_masters
+            for parameter in self.model.parameters():
+                parameter.copy_(masters[id(parameter)])
+        elif self.stage == 3:
+            outer._partition_all_parameters()
+            for group in range(len(outer.fp16_groups)):
+                outer._reassign_or_swap_out_partitioned_parameters(group)
+            if outer.persistent_parameters:
+                outer.persistent_parameters[0].all_gather(outer.persistent_parameters)
+        else:
+            outer.update_lp_params()
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds on the model, so that another engine may be built in this process."""
+        with contextlib.suppress(AttributeError):
+            self._engine.destroy()

@@ -1,0 +1,325 @@
+"""A decoder-only transformer: tokens in, logits or loss out, and nothing else.
+
+One definition covers the families whose checkpoints it reads and writes, and the parameters carry the names that these
+have in Hugging Face Transformers: Llama (arXiv 2302.13971: pre-norm, RMSNorm, SwiGLU, rotary positions), OLMo
+(2402.00838: LayerNorm without parameters), OLMo 2 (2501.00656: norms behind the sublayers, and on queries and keys),
+Qwen3 (2505.09388: queries and keys normalised per head) and BitNet b1.58 2B4T (2504.12285: squared ReLU and SubLN).
+In bfloat16 as in float32 every operation rounds where the family's does, so that a model computes the same bits here
+and there.
+
+The projections are plain `nn.Linear` without bias and are always called as modules: whatever changes their class from
+outside, a quantizer for one, takes part in every product. Parameters hold what torch puts there until
+`model.init.initialize_` or a checkpoint fills them. There are no buffers: a model that was built on the meta device has
+nothing but parameters to fill.
+
+Dimensions in names: B sequences, T tokens of a sequence, N = B * T rows, D hidden, F intermediate, V vocabulary,
+H query heads, K key-value heads, E width of a head.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.loss import linear_cross_entropy, token_nll
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture, how its parameters start, and how its loss is computed."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "extra": "forbid",
+        "strict": True,
+        "use_attribute_docstrings": True,
+        "allow_inf_nan": False,
+    }
+
+    vocab_size: int
+    """Rows of the embedding; at least the tokenizer's vocabulary, a multiple of 64 or 128 runs faster."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Blocks of attention and MLP."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key-value heads (grouped queries, arXiv 2305.13245); a divisor of `num_heads`, which is the default."""
+    head_dim: int | None = None
+    """Width of a head, even; hidden_size / num_heads if not given."""
+    intermediate_size: int
+    """Width of the gated MLP."""
+    activation: Literal["silu", "relu2"] = "silu"
+    """On the MLP's gate: `silu` makes it SwiGLU, `relu2` is the squared ReLU of BitNet b1.58 2B4T."""
+    norm: Literal["rmsnorm", "layernorm-nonparametric"] = "rmsnorm"
+    """`rmsnorm` has a weight, OLMo's `layernorm-nonparametric` none."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """`pre` normalises what enters a sublayer, `post` what leaves it, before it is added (OLMo 2)."""
+    norm_eps: float = 1e-5
+    """Added to the mean square (or variance) of every norm."""
+    qk_norm: Literal["none", "full", "head"] = "none"
+    """A norm on queries and keys: over all heads at once (`full`, OLMo 2) or within each (`head`, Qwen3)."""
+    sub_norm: bool = False
+    """SubLN: a norm in front of the attention-output and the down projection, as in BitNet."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool = True
+    """The output head is the embedding."""
+    max_sequence_length: int = 2048
+    """Longest sequence, in tokens."""
+    initialization: Literal["normal", "mitchell"] = "normal"
+    """`normal`: one standard deviation, residual projections smaller; `mitchell`: by fan-in and depth (OLMo)."""
+    init_std: float = 0.02
+    """Standard deviation of the `normal` initialization."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-partition in the loss (PaLM, arXiv 2204.02311); OLMo 2 takes 1e-5."""
+    loss_chunk_tokens: int = 1024
+    """Rows of logits that exist at once while the loss is computed."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError with a dict from field to what is wrong with it, all of it at once."""
+        problems: dict[str, str] = {}
+        counts = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*counts, "intermediate_size", "max_sequence_length", "loss_chunk_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems[name] = f"{value} is too small; 1 is the least"
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            if getattr(self, name) <= 0:
+                problems[name] = f"{getattr(self, name)} must be above 0"
+        if self.z_loss < 0:
+            problems["z_loss"] = f"{self.z_loss} must not be negative; 0 turns it off"
+        if not problems:
+            if self.hidden_size % self.num_heads and self.head_dim is None:
+                problems["num_heads"] = (
+                    f"{self.num_heads} does not divide hidden_size {self.hidden_size} and head_dim is not given; "
+                    f"{_divisors_near(self.hidden_size, self.num_heads)} would"
+                )
+            elif self.head_width % 2:
+                problems["head_dim"] = f"{self.head_width} is odd, and rotary positions turn pairs; take an even one"
+            if self.num_heads % self.kv_heads:
+                problems["num_kv_heads"] = (
+                    f"{self.kv_heads} does not divide num_heads {self.num_heads}; "
+                    f"{_divisors_near(self.num_heads, self.kv_heads)} would"
+                )
+        if problems:
+            raise ValueError(problems)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads, resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head, resolved."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rounds_once(self) -> bool:
+        """Whether norm weights and rotations apply in float32, as in OLMo, or after rounding, as in the Llama line."""
+        return self.norm_position == "post" or self.norm == "layernorm-nonparametric"
+
+
+def _divisors_near(number: int, target: int) -> str:
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    nearest = sorted(sorted(divisors, key=lambda n: abs(n - target))[:3])
+    return " or ".join(", ".join(map(str, nearest)).rsplit(", ", 1))
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Cast to float32, but leave float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over the last dimension, times a weight (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.rounds_once = config.rounds_once
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape whose last dimension is `size`; the result has the input's dtype."""
+        wide = _widened(x)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * (wide if self.rounds_once else wide.to(x.dtype))).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Subtract the mean and divide by the standard deviation over the last dimension; no parameters."""
+
+    def __init__(self, size: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.size = size
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape whose last dimension is `size`; the result has the input's dtype."""
+        return F.layer_norm(_widened(x), (self.size,), eps=self.eps).to(x.dtype)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm-nonparametric": LayerNorm}
+
+
+def rotary_tables(config: ModelConfig, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions (RoFormer, arXiv 2104.09864), float32, `[T, E]` each.
+
+    The angle of pair i at position t is t * theta^(-2i / E); both halves of the last dimension hold the same angles.
+    """
+    E = config.head_width
+    exponents = torch.arange(0, E, 2, device=device).float() / E
+    angles = torch.outer(torch.arange(num_tokens, device=device).float(), 1.0 / config.rope_theta**exponents)
+    angles_TE = torch.cat((angles, angles), dim=-1)
+    return angles_TE.cos(), angles_TE.sin()
+
+
+def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Turn each pair (i, i + E/2), Hugging Face's convention, by its position's angle; keeps the input's dtype."""
+    first, second = x_BHTE.chunk(2, dim=-1)
+    return (x_BHTE * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE).to(x_BHTE.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped queries."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, E = config.hidden_size, config.head_width
+        H, K = config.num_heads, config.kv_heads
+        self.head_dim, self.qk_norm, self.grouped = E, config.qk_norm, K < H
+        self.q_proj = nn.Linear(D, H * E, bias=False)
+        self.k_proj = nn.Linear(D, K * E, bias=False)
+        self.v_proj = nn.Linear(D, K * E, bias=False)
+        self.o_proj = nn.Linear(H * E, D, bias=False)
+        norm = NORMS[config.norm]
+        if config.qk_norm != "none":
+            self.q_norm = norm(E if config.qk_norm == "head" else H * E, config)
+            self.k_norm = norm(E if config.qk_norm == "head" else K * E, config)
+        self.attn_sub_norm = norm(H * E, config) if config.sub_norm else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+        """Return what attention adds to the residual stream, `[B, T, D]`."""
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q, k, v))
+        out_BHTE = F.scaled_dot_product_attention(
+            rotate(q_BHTE, cos_TE, sin_TE),
+            rotate(k_BKTE, cos_TE, sin_TE),
+            v_BKTE,
+            is_causal=True,
+            enable_gqa=self.grouped,
+        )
+        return self.o_proj(self.attn_sub_norm(out_BHTE.transpose(1, 2).flatten(-2)))
+
+
+class MLP(nn.Module):
+    """Gated linear unit (arXiv 2002.05202): down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.ffn_sub_norm = NORMS[config.norm](config.intermediate_size, config) if config.sub_norm else nn.Identity()
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return what the MLP adds to the residual stream, `[B, T, D]`."""
+        gate_BTF = self.gate_proj(x_BTD)
+        gate_BTF = F.silu(gate_BTF) if self.activation == "silu" else F.relu(gate_BTF).square()
+        return self.down_proj(self.ffn_sub_norm(gate_BTF * self.up_proj(x_BTD)))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream: the unit that is sharded, compiled and checkpointed.
+
+    The rotary tables must arrive in the dtype they are given in: with FSDP2, `cast_forward_inputs=False`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_position = config.norm_position
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        norm = NORMS[config.norm]
+        if config.norm_position == "pre":
+            self.input_layernorm = norm(config.hidden_size, config)
+        self.post_attention_layernorm = norm(config.hidden_size, config)
+        if config.norm_position == "post":
+            self.post_feedforward_layernorm = norm(config.hidden_size, config)
+
+    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+        """Return the residual stream behind this block, `[B, T, D]`."""
+        if self.norm_position == "pre":
+            x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE)
+            # Hugging Face's name for it; before the MLP is where it stands.
+            return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        x_BTD = x_BTD + self.post_attention_layernorm(self.self_attn(x_BTD, cos_TE, sin_TE))
+        return x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = NORMS[config.norm](config.hidden_size, config)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Return the normalised residual stream behind the last block, `[B, T, D]`."""
+        num_tokens = tokens_BT.shape[1]
+        if num_tokens > self.config.max_sequence_length:
+            raise ValueError(
+                f"a sequence has {num_tokens} tokens and max_sequence_length is {self.config.max_sequence_length}"
+            )
+        x_BTD = self.embed_tokens(tokens_BT)
+        cos_TE, sin_TE = rotary_tables(self.config, num_tokens, tokens_BT.device)
+        if not self.config.rounds_once:
+            cos_TE, sin_TE = cos_TE.to(x_BTD.dtype), sin_TE.to(x_BTD.dtype)
+        for block in self.layers:
+            x_BTD = block(x_BTD, cos_TE, sin_TE)
+        return self.norm(x_BTD)
+
+
+class Transformer(nn.Module):
+    """A decoder and its output head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, tokens_BT: Tensor, labels_BT: Tensor | None = None, reduction: Literal["mean", "none"] = "mean"
+    ) -> Tensor:
+        """Logits, the training loss, or the loss of every token.
+
+        `labels_BT[b, t]` is the token that follows `tokens_BT[b, :t + 1]`, so the caller shifts; -100 is left out.
+
+        Without labels the result is logits, `[B, T, V]`, in the parameters' dtype. With reduction "mean" it is the mean
+        cross-entropy in nats over the labels that count plus the z-loss, a float32 scalar. With "none" it is the
+        cross-entropy of every token, `[B, T]`, float32, 0 at -100, without z-loss and without gradient. (Where the
+        parameters are float64, so is the loss.)
+        """
+        hidden_BTD = self.model(tokens_BT)
+        head_VD = self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        if labels_BT is None:
+            return F.linear(hidden_BTD, head_VD)
+        hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
+        if reduction == "none":
+            return token_nll(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens).view_as(labels_BT)
+        return linear_cross_entropy(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens, self.config.z_loss)
