@@ -194,6 +194,7 @@ class TrainingData:
             num_workers=config.workers,
             collate_fn=_stack_rows,
             worker_init_fn=_ignore_signals if is_apart else None,
+            multiprocessing_context="fork" if is_apart else None,  # workers read files; imports take them seconds
             persistent_workers=is_apart,
             prefetch_factor=PREFETCHED_BATCHES if is_apart else None,
         )
@@ -223,7 +224,9 @@ def validation_rows(
     """
     sources = _open(config, vocab_size, rank)
     counts = [min(source.num_rows(VALIDATION), config.validation_rows) for source in sources]
-    in_turns = sorted((row, turn) for turn, count in enumerate(counts) for row in range(count))[: config.validation_rows]
+    in_turns = sorted((row, turn) for turn, count in enumerate(counts) for row in range(count))[
+        : config.validation_rows
+    ]
     if not in_turns:
         raise DataError(
             f"{', '.join(source.path for source in config.sources)}: no held-out text; prepare with "

@@ -254,21 +254,25 @@ def _uniform(text: str) -> float:
 def sample_texts(texts: Iterable[str]) -> list[str]:
     """Return a random sample of at most `TRAINING_SAMPLE_BYTES`, of long texts a random stretch.
 
-    It looks at the first `TRAINING_SCAN_BYTES` and keeps the texts with the smallest hashes: every machine draws the
-    same sample, in whatever order it reads the texts.
+    It looks at the first `TRAINING_SCAN_BYTES` and keeps the texts with the smallest hashes, as many as fit: every
+    machine draws the same sample, in whatever order it reads the texts.
     """
     longest = TRAINING_SAMPLE_BYTES // 10
     kept: list[tuple[float, str]] = []  # a heap with the largest hash on top, as its negative
     kept_bytes = scanned_bytes = 0
+    limit = 1.0  # the smallest hash that did not fit
     for text in texts:
         key = _uniform(text)
         scanned_bytes += len(text.encode())
-        begin = int(key * max(0, len(text) - longest))
-        stretch = text[begin : begin + longest]
-        heapq.heappush(kept, (-key, stretch))
-        kept_bytes += len(stretch.encode())
+        if key < limit:
+            begin = int(key * max(0, len(text) - longest))
+            stretch = text[begin : begin + longest]
+            heapq.heappush(kept, (-key, stretch))
+            kept_bytes += len(stretch.encode())
         while kept_bytes > TRAINING_SAMPLE_BYTES:
-            kept_bytes -= len(heapq.heappop(kept)[1].encode())
+            negative_key, dropped = heapq.heappop(kept)
+            limit = -negative_key
+            kept_bytes -= len(dropped.encode())
         if scanned_bytes > TRAINING_SCAN_BYTES:
             break
     return [text for _, text in sorted(kept)]

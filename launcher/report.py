@@ -9,6 +9,7 @@ Everything measured comes from `metrics.jsonl`. The training loss of a phase is 
 """
 
 import json
+import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -177,6 +178,8 @@ def read_history(path: Path, name: str) -> History:
         for column, value in ((steps, step), (tokens, seen), (phases, phase)):
             column.append(value)
         precisions[phase] = precision
+        if "train/learning_rate" in row:  # a training step; a loss that is not finite is not written down
+            row.setdefault(LOSS, math.nan)
         for key, value in row.items():
             if isinstance(value, (int, float)):
                 rows, values = columns.setdefault(key, (array("q"), array("d")))
@@ -300,8 +303,7 @@ def _last(history: History, key: str) -> float | None:
 
 
 def _engine_text(name: str | None, zero_stage: int | None) -> str | None:
-    is_zero = name is not None and "fsdp" not in name.lower() and zero_stage is not None
-    return f"{name}, ZeRO stage {zero_stage}" if is_zero else name
+    return name if zero_stage is None else f"{name}, ZeRO stage {zero_stage}"
 
 
 def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[str]:

@@ -78,11 +78,16 @@ class QuantLinear(nn.Linear):
         return F.linear(x, weight_OI, self.bias)
 
 
-def quantize_(model: nn.Module, config: QuantConfig) -> list[str]:
+def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None = None) -> list[str]:
     """Turn every matching ``nn.Linear`` of ``model`` into a `QuantLinear` in place, at strength 1.
 
     All layers share one 0-dim strength tensor (see `set_strength_`), so that neither a ramp nor a compiled graph needs
     to know how many there are.
+
+    Args:
+        model: what is changed; its parameters stay the same objects.
+        config: which layers, and how.
+        device: where the strength lives; by default where the parameters do, which must be given on the meta device.
 
     Returns:
         The dotted names of the layers that were changed.
@@ -100,12 +105,18 @@ def quantize_(model: nn.Module, config: QuantConfig) -> list[str]:
     if not matches:
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         raise ValueError(f"include={config.include!r} matches none of the linear layers, such as {linears[:3]}")
-    device = next(model.parameters()).device
-    strength = torch.ones((), device=device)
+    strength = torch.ones((), device=device or next(model.parameters()).device)
     for module in matches.values():
         module.__class__ = QuantLinear
         module.quant_config, module.strength = config, strength
     return list(matches)
+
+
+def dequantize_(model: nn.Module) -> None:
+    """Undo `quantize_`: the layers compute with their latent weights again, as plain ``nn.Linear``."""
+    for module in quantized_layers(model).values():
+        module.__class__ = nn.Linear
+        del module.quant_config, module.strength
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:

@@ -216,9 +216,10 @@ def test_configuration_reports_all_problems_at_once():
 def test_the_package_needs_torch_alone():
     program = """
 import sys
+BLOCKED = {"pydantic", "transformers", "safetensors", "deepspeed", "data", "quant", "launcher"}
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"pydantic", "transformers", "safetensors", "deepspeed", "data", "quant", "launcher"}:
+        if name.partition(".")[0] in BLOCKED:
             raise ImportError(f"{name} is not for model/")
 sys.meta_path.insert(0, Block())
 import model.hf, model.init, model.loss, model.size, model.transformer

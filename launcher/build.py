@@ -1,0 +1,62 @@
+"""From a plan to an engine, in the order that is settled in the field.
+
+Meta device, quantize, activation checkpointing, compile per block, shard, materialise; weights come last, from
+`launcher.engine.load_weights` or a checkpoint.
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from launcher.engine import Engine
+from launcher.plan import Phase, Plan
+from launcher.runtime import Ranks
+from model.transformer import Transformer
+from quant.linear import quantize_
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_engine(plan: Plan, phase: Phase, ranks: Ranks) -> Engine:
+    """Build the model as it is in ``phase``, sharded over all ranks, with its weights not yet written."""
+    config = plan.config
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    if phase.quantization is not None:
+        quantize_(model, phase.quantization, ranks.device)
+    blocks = list(model.model.layers)
+    for block in blocks:
+        if config.training.activation_checkpointing:
+            checkpoint_activations_(block)
+        if config.training.compile:
+            block.compile()
+    compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+    if config.engine.name == "fsdp2":
+        from launcher.fsdp import FSDPEngine
+
+        return FSDPEngine(
+            model,
+            blocks,
+            optimizer=config.optimizer,
+            config=config.engine,
+            compute_dtype=compute_dtype,
+            device=ranks.device,
+        )
+    from launcher.zero import ZeroEngine
+
+    return ZeroEngine(
+        model,
+        optimizer=config.optimizer,
+        config=config.engine,
+        compute_dtype=compute_dtype,
+        device=ranks.device,
+        micro_batch_sequences=config.training.micro_batch_sequences,
+        num_micro_batches=plan.num_micro_batches,
+    )
+
+
+def checkpoint_activations_(block: nn.Module) -> None:
+    """Make ``block`` keep only its inputs for the backward pass; names of parameters stay as they are."""
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]

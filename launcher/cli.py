@@ -1,0 +1,180 @@
+"""The `tritrain` command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.console import Console, human_bytes, human_count
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain language models in 16 bits and finish them in 1.58 bits.",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="Configuration, a YAML file.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value: override one key.", show_default=False)]
+RanksOption = Annotated[int | None, typer.Option("--ranks", min=1, help="Processes; by default the GPUs, or one.")]
+
+
+def main() -> None:
+    """Run the command; what the user can put right is told in a sentence, without a traceback."""
+    from data.errors import DataError
+    from launcher.config import ConfigError
+
+    try:
+        app()
+    except (ConfigError, DataError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: RanksOption = None,
+    launcher: Annotated[str, typer.Option("--with", help="torchrun or deepspeed")] = "torchrun",
+) -> None:
+    """Start a run on this machine, or go on with it."""
+    from launcher.config import ConfigError, load_config
+    from launcher.ending import show_next
+    from launcher.plan import make_plan
+    from launcher.run_folder import RunFolder
+
+    if launcher not in ("torchrun", "deepspeed"):
+        raise ConfigError(f"--with {launcher}: torchrun and deepspeed are there")
+    parsed = load_config(config, overrides or ())
+    num_ranks = ranks or default_ranks()
+    plan = make_plan(parsed, num_ranks)
+    folder, console = RunFolder(parsed), Console(silent=False)
+    folder.check_configuration()
+    if folder.read_state().get("status") == "complete":
+        console.line(f"The run {parsed.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
+        show_next(folder, console)
+        return
+    sys.exit(launch(launcher, config, overrides or [], num_ranks))
+
+
+def default_ranks() -> int:
+    """As many ranks as there are GPUs, or one."""
+    import torch
+
+    return torch.cuda.device_count() or 1
+
+
+def launch(launcher: str, config: Path, overrides: list[str], num_ranks: int) -> int:
+    """Start the ranks of this machine and wait for them; returns the exit code."""
+    script = [str(Path(__file__).with_name("pretrain.py")), "--config", str(config), *overrides]
+    environment = os.environ | {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")}
+    if launcher == "deepspeed":
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), *script]
+    else:
+        command = [sys.executable, "-m", "launcher.torchrun", str(num_ranks), *script]
+    child = subprocess.Popen(command, env=environment)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue  # the terminal sent it to the ranks too: they save, and then the launcher ends
+    return 0
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: RanksOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a run would do, without doing it."""
+    from launcher.config import flat_lines, load_config, to_tree
+    from launcher.plan import describe, make_plan
+
+    parsed = load_config(config, overrides or ())
+    numbers = describe(make_plan(parsed, ranks or default_ranks()))
+    console = Console(silent=False)
+    if as_json:
+        console.line(json.dumps({"config": to_tree(parsed), "plan": numbers}, indent=2))
+        return
+    for line in flat_lines(to_tree(parsed)):
+        console.line(line)
+    console.line()
+    memory = numbers["bytes_per_rank"]
+    rows = [
+        ["parameters", f"{numbers['parameters']:,} ({numbers['ternary_parameters']:,} in layers that become ternary)"],
+        ["FLOPs per token", f"{human_count(numbers['flops_per_token'])} (forward and backward)"],
+        ["FLOPs of the run", human_count(numbers["total_flops"])],
+        ["ranks", str(numbers["ranks"])],
+        ["tokens per step", f"{numbers['tokens_per_step']:,} ({numbers['sequences_per_step']} sequences)"],
+        ["micro-batches per step", str(numbers["micro_batches_per_step"])],
+        *[
+            [f"phase {index}: {phase['precision']}", f"{phase['steps']:,} steps, {human_count(phase['tokens'])} tokens"]
+            for index, phase in enumerate(numbers["phases"])
+        ],
+        *[[f"bytes per rank: {name}", human_bytes(size)] for name, size in memory.items()],
+        ["bytes per rank: all", f"{human_bytes(numbers['total_bytes_per_rank'])} (estimate)"],
+        [
+            "checkpoints",
+            f"{numbers['checkpoints_written']} of {human_bytes(numbers['checkpoint_bytes'])}, "
+            f"{numbers['checkpoints_kept']} kept",
+        ],
+    ]
+    console.table(f"Plan of {parsed.run.name}", ["", "value"], rows)
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    tokenizer: Annotated[str, typer.Option(help="A tokenizer's file, bpe:VOCAB or unigram:VOCAB.")],
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 2048,
+    validation_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.0,
+    validation_input: Annotated[list[str] | None, typer.Option(help="Input that is held out as a whole.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+) -> None:
+    """Turn text into token shards."""
+    from data.shards import PrepareConfig
+    from launcher.config import ConfigError
+    from launcher.preparing import prepare_with_progress
+
+    try:
+        config = PrepareConfig(
+            inputs=tuple(inputs),
+            tokenizer=tokenizer,
+            validation_fraction=validation_fraction,
+            validation_inputs=tuple(validation_input or ()),
+            workers=workers,
+        )
+    except ValueError as error:
+        raise ConfigError("\n".join(f"{key}: {problem}" for key, problem in error.args[0].items())) from error
+    prepare_with_progress(config, sequence_length, out, Console(silent=False))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, side by side.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="HTML file to write; .png draws the loss curve of one run.")],
+) -> None:
+    """Write tables and plots to look at."""
+    from launcher.report import write_picture, write_report
+
+    if out.suffix == ".png":
+        write_picture(runs[0], out)
+    else:
+        write_report(runs, out)
+    Console(silent=False).line(f"Written: {out}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    from launcher.config import json_schema
+
+    Console(silent=False).line(json.dumps(json_schema(), indent=2))

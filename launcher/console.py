@@ -1,0 +1,103 @@
+"""What a person sees while a run goes on: one live line in a terminal, plain lines in a log."""
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+
+def human_count(number: float) -> str:
+    """A number with three digits and a decimal prefix: 1.18 B."""
+    for limit, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def human_bytes(size: float) -> str:
+    """A size with a binary prefix: 13.2 GiB."""
+    for limit, suffix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= limit:
+            return f"{size / limit:.3g} {suffix}"
+    return f"{size:.0f} B"
+
+
+def human_time(seconds: float) -> str:
+    """A duration as h:mm:ss, with days where there are any."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+class _Remaining(ProgressColumn):
+    """Remaining time, as the training loop computes it."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("remaining", ""), style="cyan")
+
+
+class Console:
+    """Lines and progress of one rank; silent on all ranks but the first."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self._rich = RichConsole(file=sys.stdout, highlight=False, quiet=silent, soft_wrap=True)
+        self._silent = silent
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    @property
+    def _live(self) -> bool:
+        return self._rich.is_terminal and not self._silent
+
+    def line(self, text: str = "") -> None:
+        """Print a line, above the progress if there is one."""
+        self._rich.print(text, markup=False)
+        if not self._live and not self._silent:
+            sys.stdout.flush()
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """Print a small table."""
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self._rich.print(table)
+
+    def start(self, total_steps: int, step: int) -> None:
+        """Begin to show progress."""
+        if not self._live:
+            return
+        self._progress = Progress(
+            TextColumn("{task.fields[phase]}", style="bold"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[numbers]}"),
+            _Remaining(),
+            console=self._rich,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=step, phase="", numbers="", remaining="")
+        self._progress.start()
+
+    def progress(
+        self, *, step: int, total_steps: int, phase: str, loss: float, tokens_per_second: float, remaining: float
+    ) -> None:
+        """Show where the run is; called once a logged step."""
+        numbers = f"loss {loss:.4f}  {human_count(tokens_per_second)} tokens/s"
+        if self._progress is not None:
+            left = f"{human_time(remaining)} left"
+            self._progress.update(self._task, completed=step, phase=phase, numbers=numbers, remaining=left)
+        else:
+            clock = time.strftime("%H:%M:%S")
+            self.line(f"{clock}  {phase:<8}step {step}/{total_steps}  {numbers}  {human_time(remaining)} left")
+
+    def stop(self) -> None:
+        """End the progress display."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

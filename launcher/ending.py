@@ -1,0 +1,54 @@
+"""What a person sees at the end of a run: a short table, a sample, and what can be done next."""
+
+from launcher.console import Console, human_count, human_time
+from launcher.report import RunSummary, summarize, verdict, write_report
+from launcher.run_folder import RunFolder
+
+
+def show_ending(folder: RunFolder, console: Console) -> None:
+    """Write the report of a complete run and show its results."""
+    report = folder.path / "report.html"
+    write_report([folder.path], report)
+    summary = summarize(folder.path)
+    console.line()
+    console.line(verdict(summary))
+    console.table(f"Run {summary.name}", *phase_table(summary))
+    if summary.sample_completion is not None:
+        console.line("A sample, from the finished model:")
+        console.line((summary.sample_prompt or "") + summary.sample_completion)
+        console.line()
+    console.line(f"{human_time(summary.elapsed_seconds or 0)} in all. The report, to look at: {report}")
+    show_next(folder, console)
+
+
+def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of phases."""
+    columns = ["phase", "steps", "tokens", "train loss", "held-out bits per byte", "tokens/s"]
+    rows = [
+        [
+            phase.precision,
+            str(phase.steps),
+            human_count(phase.tokens),
+            number(phase.train_loss),
+            f"{number(phase.validation_bits_per_byte_at_start)} to {number(phase.validation_bits_per_byte)}",
+            human_count(phase.tokens_per_second or 0),
+        ]
+        for phase in summary.phases
+    ]
+    return columns, rows
+
+
+def number(value: float | None) -> str:
+    """A loss with four digits, or a dash."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def show_next(folder: RunFolder, console: Console) -> None:
+    """Say what can be done with a complete run."""
+    console.line("Next:")
+    console.line(f"  tritrain report {folder.path} OTHER_RUN --out compared.html     compare with another run")
+    console.line(f"  tensorboard --logdir {folder.path}                             every curve")
+    console.line(
+        f"  tritrain train CONFIG run.name=NEW checkpoint.start_from={folder.newest_checkpoint()}     begin another run "
+        "with these weights"
+    )

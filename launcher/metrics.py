@@ -1,0 +1,198 @@
+"""What a run writes down: `metrics.jsonl` and TensorBoard, with the same keys and units in the keys' names."""
+
+import json
+import math
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eval.perplexity import HeldOutLoss
+from launcher.console import Console
+from launcher.plan import Plan
+from launcher.runtime import Ranks
+from model.size import flops_per_token
+
+GIB = 2**30
+
+PEAK_BF16_FLOPS_PER_SECOND = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+"""Dense bf16 peak by the beginning of the device's name, from NVIDIA's data sheets; the longest match counts."""
+
+
+def peak_flops_per_second(device: torch.device) -> float | None:
+    """Peak of the device in bf16; None where it is not known, so that no utilisation is invented."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = [known for known in PEAK_BF16_FLOPS_PER_SECOND if name.startswith(known)]
+    return PEAK_BF16_FLOPS_PER_SECOND[max(matches, key=len)] if matches else None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has used: of the device's allocator, or, on the CPU, resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl` and TensorBoard.
+
+    Args:
+        folder: the run's folder.
+        step: where the run goes on; what was logged beyond it is dropped.
+        phase: index of the phase that ``step`` steps end in; rows of a later phase at ``step`` are dropped too.
+        tensorboard: whether to write TensorBoard's files.
+    """
+
+    def __init__(self, folder: Path, *, step: int, phase: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if (row["step"], row["phase"]) <= (step, phase)] if step else []
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rewritten.rename(path)
+        self._file = path.open("a")
+        self.elapsed_seconds = max((row.get("time/elapsed_seconds", 0.0) for row in kept), default=0.0)
+        self._tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; values that are not finite are left out, as JSON has no word for them."""
+        row = {key: value for key, value in row.items() if not (isinstance(value, float) and not math.isfinite(value))}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for key, value in row.items():
+                if "/" in key and isinstance(value, int | float):
+                    self._tensorboard.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, less a last line that a killed run left unfinished."""
+    rows = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+@dataclass
+class Progress:
+    """Where a run is. Everything of it goes into a checkpoint."""
+
+    step: int = 0
+    """Steps finished."""
+    phase: int = 0
+    """Index of the phase that the model is in."""
+    skipped_steps: int = 0
+    """Steps so far that had no finite gradient."""
+
+
+class Meter:
+    """Turns what the loop measures into rows of the log and lines for people."""
+
+    def __init__(self, plan: Plan, ranks: Ranks, log: MetricsLog | None, console: Console, at: Progress) -> None:
+        self._plan, self._ranks, self._log, self._console, self._at = plan, ranks, log, console, at
+        self._flops_per_token = flops_per_token(plan.config.model, plan.config.data.sequence_length)
+        self._peak = peak_flops_per_second(ranks.device)
+        self._started_seconds = time.perf_counter() - (log.elapsed_seconds if log else 0.0)
+        self._skipped = torch.tensor(float(at.skipped_steps), device=ranks.device)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin a new interval, leaving out what happened between steps."""
+        self._since_seconds, self._steps, self._waited_seconds = time.perf_counter(), 0, 0.0
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds that the run has taken, over all its starts."""
+        return time.perf_counter() - self._started_seconds
+
+    def add(self, waited_seconds: float, skipped: Tensor) -> None:
+        """Count one step."""
+        self._steps += 1
+        self._waited_seconds += waited_seconds
+        self._skipped += skipped
+
+    def _row(self) -> dict[str, Any]:
+        at = self._at
+        return {
+            "step": at.step,
+            "tokens": at.step * self._plan.tokens_per_step,
+            "phase": at.phase,
+            "precision": self._plan.phases[at.phase].precision,
+        }
+
+    def logged(self, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
+        """Log the step just taken; the one place where the host waits for the device."""
+        dist.all_reduce(loss)
+        mean_loss = float(loss) / self._ranks.world_size
+        seconds = time.perf_counter() - self._since_seconds
+        tokens_per_second = self._steps * self._plan.tokens_per_step / seconds
+        self._at.skipped_steps = int(self._skipped)
+        row = self._row() | {
+            "train/loss": mean_loss,
+            "train/grad_norm": float(grad_norm),
+            "train/learning_rate": learning_rate,
+            "train/skipped_steps": self._at.skipped_steps,
+            "quant/strength": self._plan.strength_at(self._at.step - 1),
+            "throughput/tokens_per_second": tokens_per_second,
+            "data/wait_share": min(1.0, self._waited_seconds / seconds),
+            "memory/peak_gib": peak_memory_gib(self._ranks.device),
+            "time/elapsed_seconds": self.elapsed_seconds,
+        }
+        if self._peak is not None:
+            achieved = tokens_per_second * self._flops_per_token / self._ranks.world_size
+            row["throughput/model_flops_utilization"] = achieved / self._peak
+        if self._log is not None:
+            self._log.write(row)
+        if not math.isfinite(mean_loss):
+            self._console.line(f"WARNING: the loss of step {self._at.step} is {mean_loss}; non-finite steps are skipped")
+        self._console.progress(
+            step=self._at.step,
+            total_steps=self._plan.total_steps,
+            phase=row["precision"],
+            loss=mean_loss,
+            tokens_per_second=tokens_per_second,
+            remaining=(self._plan.total_steps - self._at.step) * seconds / self._steps,
+        )
+        self.restart_clock()
+
+    def evaluated(self, result: HeldOutLoss | None, when: str) -> None:
+        """Log a held-out loss."""
+        if result is not None and self._log is not None:
+            self._log.write(
+                self._row()
+                | {
+                    "validation/loss": result.nats_per_token,
+                    "validation/bits_per_byte": result.bits_per_byte,
+                    "validation/when": when,
+                    "time/elapsed_seconds": self.elapsed_seconds,
+                }
+            )
+            self._console.line(
+                f"{self._row()['precision']}, step {self._at.step}, {when}: {result.bits_per_byte:.4f} bits per byte of "
+                f"held-out text ({result.nats_per_token:.4f} nats per token)"
+            )
+        self.restart_clock()

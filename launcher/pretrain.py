@@ -1,0 +1,104 @@
+"""Entry of a rank: `deepspeed launcher/pretrain.py --config FILE [key.sub=value ...]`.
+
+`torchrun`, `srun` and plain `python` start it the same way.
+"""
+
+import sys
+from pathlib import Path
+
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # A script's folder comes first on the path, where our modules would hide others of the same name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import os
+import traceback
+from collections.abc import Sequence
+
+from data.errors import DataError
+from launcher.checkpoint import CheckpointError
+from launcher.config import Config, ConfigError, load_config
+from launcher.console import Console
+from launcher.plan import make_plan
+from launcher.run_folder import RunFolder
+from launcher.runtime import Ranks, StopRequest, missing_ranks, process_group, seed_everything, write_presence
+from launcher.train import TrainingError, train
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
+
+COMPLETE, FAILED, MISCONFIGURED, INTERRUPTED = 0, 1, 2, 3
+"""Exit codes. A stop that was asked for is not a failure, but not the end of the run either."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; returns an exit code."""
+    parser = argparse.ArgumentParser(description="One rank of a training run.")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment has it too")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override one key of the configuration")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        RunFolder(config).check_configuration()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)  # noqa: T201
+        return MISCONFIGURED
+    return run(config)
+
+
+def run(config: Config) -> int:
+    """Join the other ranks and train."""
+    folder = RunFolder(config)
+    with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds) as ranks:
+        try:
+            return run_rank(config, folder, ranks, stop)
+        except USER_ERRORS as error:
+            message = str(error)
+        except Exception as error:
+            # A rank that is gone shows itself to the others as a broken connection, with nothing said of who it was.
+            gone = missing_ranks(folder.ranks)
+            if gone:
+                message = f"{' and '.join(gone)} died; the others cannot go on. {resume_advice(folder)}"
+            else:
+                message = "".join(traceback.format_exception(error)) + resume_advice(folder)
+        print(f"rank {ranks.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        if ranks.is_first:
+            folder.write_state("failed", message=message)
+        os._exit(FAILED)  # the process group cannot be left in order: the others may be anywhere
+
+
+def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest) -> int:
+    """Train on this rank, all ranks being there."""
+    console = Console(silent=not ranks.is_first)
+    plan = make_plan(config, ranks.world_size)
+    seed_everything(config.run.seed, ranks.rank)
+    if ranks.is_first:
+        folder.prepare()
+        folder.write_state("running")
+    write_presence(folder.ranks, ranks)
+    outcome = train(plan, ranks, folder, stop, console)
+    if not ranks.is_first:
+        return COMPLETE if outcome == "complete" else INTERRUPTED
+    if outcome == "interrupted":
+        newest = folder.newest_checkpoint()
+        folder.write_state("interrupted", checkpoint=str(newest))
+        console.line(f"Stopped and saved: {newest}. The same command goes on from there.")
+        return INTERRUPTED
+    from launcher.ending import show_ending
+
+    folder.write_state("complete")
+    show_ending(folder, console)
+    return COMPLETE
+
+
+def resume_advice(folder: RunFolder) -> str:
+    """What remains after a failure."""
+    newest = folder.newest_checkpoint()
+    if newest is None:
+        return "No checkpoint had been written yet; the same command begins again."
+    return f"The same command goes on from {newest}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""A run's folder: what is where, and whether it belongs to this configuration.
+
+    RUN/config.yaml      the resolved configuration, with the code's version
+    RUN/state.json       whether the run is running, interrupted, complete or failed
+    RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/report.html
+"""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.checkpoint import complete_checkpoints
+from launcher.config import Config, ConfigError, flat_lines, parse_yaml, to_tree
+
+MAY_CHANGE = (
+    "run.folder",
+    "logging.",
+    "evaluation.",
+    "checkpoint.",
+    "engine.",
+    "data.workers",
+    "data.cache",
+    "data.validation_rows",
+    "data.prepare",
+    "training.micro_batch_sequences",
+    "training.activation_checkpointing",
+    "training.compile",
+    "training.max_skipped_steps",
+)
+"""Keys that may differ when a run goes on: they decide how it is run, not what is trained."""
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        config: of the run that this process belongs to.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.run.path
+        self.checkpoints = self.path / "checkpoints"
+        self.ranks = self.path / "ranks"
+        self._tree = to_tree(config)
+        self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **self._tree}, sort_keys=False)
+
+    def check_configuration(self) -> None:
+        """Make sure that what the folder holds belongs to this configuration.
+
+        Raises:
+            ConfigError: lists the keys that differ.
+        """
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return
+        there = parse_yaml(path.read_text(), str(path))
+        there.pop("tritrain_version", None)
+        before = dict(line.split(": ", 1) for line in flat_lines(there))
+        now = dict(line.split(": ", 1) for line in flat_lines(self._tree))
+        differing = [
+            f"  {key}: {before.get(key, 'not there')} in {self.path}, {now.get(key, 'not there')} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{self.path} holds a run of another configuration; a run that goes on changes nothing:\n"
+                + "\n".join(differing)
+                + "\nSet run.name or run.folder to begin another run; with checkpoint.start_from=CHECKPOINT it begins "
+                "with this one's weights."
+            )
+
+    def prepare(self) -> None:
+        """Make the folder and write the configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _replace(self.path / "config.yaml", self.config_text)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return next(reversed(complete_checkpoints(self.checkpoints)), None)
+
+    def write_state(self, status: str, **details: Any) -> None:
+        """Leave the marker that says how the run stands: `running`, `interrupted`, `complete` or `failed`."""
+        _replace(self.path / "state.json", json.dumps({"status": status, **details}, indent=2))
+
+    def read_state(self) -> dict[str, Any]:
+        """The marker; empty before the first start."""
+        path = self.path / "state.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write what a complete run has to say of itself."""
+        _replace(self.path / "summary.json", json.dumps(summary, indent=2))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

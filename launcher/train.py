@@ -1,0 +1,256 @@
+"""The training loop: an ordinary function, read from top to bottom.
+
+Between logged steps the host never waits for the device: losses, gradient norms and the count of skipped steps stay
+there until a step is logged. (DeepSpeed waits for its own gradient norm, inside its step.)
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data.loader import TrainingData
+from launcher.build import build_engine
+from launcher.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    load_checkpoint,
+    prune_checkpoints,
+    restore_rng,
+    save_checkpoint,
+)
+from launcher.console import Console
+from launcher.engine import Engine, load_weights
+from launcher.held_out import HeldOut
+from launcher.metrics import Meter, MetricsLog, Progress
+from launcher.plan import Phase, Plan
+from launcher.run_folder import RunFolder
+from launcher.runtime import Ranks, StopRequest, any_rank
+from launcher.transition import carry_optimizer_
+from model.init import initial_value
+from model.size import num_linear_parameters, num_parameters
+from quant.linear import dequantize_, quantize_, quantized_layers, set_strength_
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; says why and what may help."""
+
+
+def train_step(engine: Engine, batches: Batches, num_micro_batches: int, learning_rate: float) -> tuple[Tensor, ...]:
+    """Take one optimizer step.
+
+    Returns:
+        This rank's mean loss, the gradient norm, whether the step was skipped (all 0-dim, on the device), and the
+        seconds spent waiting for data.
+    """
+    loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
+    for index in range(num_micro_batches):
+        asked = time.perf_counter()
+        tokens_BT, labels_BT = next(batches)
+        waited_seconds += time.perf_counter() - asked
+        tokens_BT = tokens_BT.to(engine.device, non_blocking=True)
+        labels_BT = labels_BT.to(engine.device, non_blocking=True)
+        loss = engine.forward(tokens_BT, labels_BT) / num_micro_batches
+        engine.backward(loss, last=index == num_micro_batches - 1)
+        loss_sum += loss.detach()
+    grad_norm, skipped = engine.step(learning_rate)
+    return loss_sum, grad_norm, skipped, torch.tensor(waited_seconds)
+
+
+def train(
+    plan: Plan, ranks: Ranks, folder: RunFolder, stop: StopRequest, console: Console
+) -> Literal["complete", "interrupted"]:
+    """Run a plan from where its folder stands to its end, or until a stop is asked for.
+
+    Raises:
+        TrainingError: too many steps in a row without a finite gradient.
+        CheckpointError, data.errors.DataError: what was to be read or written is not as it should be.
+    """
+    config, total_steps = plan.config, plan.total_steps
+
+    # Resume, or begin
+    resumed = folder.newest_checkpoint()
+    reader = CheckpointReader(resumed) if resumed else None
+    at = Progress(**reader.manifest["progress"]) if reader else Progress()
+    phase = plan.phases[at.phase]
+    data = open_data(plan, ranks, at.step)
+    engine = build_engine(plan, phase, ranks)
+    if reader is not None:
+        if reader.manifest["data_fingerprint"] != data.fingerprint:
+            raise CheckpointError(
+                f"{reader.folder}: was trained on other data, another mixture or another order; restore the data "
+                "configuration, or begin a new run with checkpoint.start_from"
+            )
+        load_checkpoint(reader, engine, with_optimizer=True)
+        restore_rng(reader, ranks)
+        console.line(f"Resuming {config.run.name} after step {at.step}, from {reader.folder}")
+    elif config.checkpoint.start_from:
+        start_from(Path(config.checkpoint.start_from), engine, plan.phases[0])
+    else:
+        load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, config.run.seed))
+
+    held_out = HeldOut(plan, ranks, data)
+    log = None
+    if ranks.is_first:
+        log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
+    meter = Meter(plan, ranks, log, console, at)
+    console.start(total_steps, at.step)
+
+    if at.step == 0:
+        meter.evaluated(held_out.measure(engine), "start of phase")
+    batches = iter(data)
+    longest_skip = torch.zeros(2, device=engine.device)  # skipped steps in a row: now, and at most since last read
+
+    # Train
+    while at.step < total_steps:
+        if (entered := plan.phase_of(at.step)) is not phase:
+            phase = enter_phase(engine, entered, ranks)
+            at.phase = phase.index
+            if phase.transition.data == "restart":
+                data.close()
+                data = open_data(plan, ranks, at.step)
+                batches = iter(data)
+            meter.evaluated(held_out.measure(engine), "start of phase")
+        if phase.quantization is not None:
+            set_strength_(engine.model, plan.strength_at(at.step))
+
+        learning_rate = plan.learning_rate_at(at.step)
+        loss, grad_norm, skipped, waited_seconds = train_step(engine, batches, plan.num_micro_batches, learning_rate)
+        at.step += 1
+        longest_skip[0].add_(1).mul_(skipped)
+        longest_skip[1] = longest_skip.max()
+        meter.add(float(waited_seconds), skipped)
+
+        phase_ends = at.step == phase.end
+        stopping = any_rank(stop.requested, ranks)
+        saving = phase_ends or stopping or is_due(at.step, config.checkpoint.interval_steps)
+        evaluating = phase_ends or is_due(at.step, config.evaluation.interval_steps)
+        if saving or evaluating or is_due(at.step, config.logging.interval_steps):
+            meter.logged(loss, grad_norm, learning_rate)
+            if longest_skip[1] >= config.training.max_skipped_steps:
+                raise TrainingError(skip_advice(plan, at, int(longest_skip[1]), folder.newest_checkpoint()))
+            longest_skip[1] = longest_skip[0]
+        if evaluating:
+            meter.evaluated(held_out.measure(engine), "end of phase" if phase_ends else "interval")
+        if saving:
+            must = phase_ends or stopping
+            save(plan, ranks, folder, engine, at, data.fingerprint, console, milestone=phase_ends, must=must)
+            meter.restart_clock()
+        if stopping and at.step < total_steps:
+            break
+
+    # Finish
+    console.stop()
+    data.close()
+    done = at.step == total_steps
+    if done:
+        sample = held_out.sample(engine) if config.evaluation.sample_prompt else None
+        if ranks.is_first:
+            folder.write_summary(summary(plan, ranks, meter, sample))
+    if log is not None:
+        log.close()
+    return "complete" if done else "interrupted"
+
+
+def is_due(step: int, interval: int | None) -> bool:
+    """Whether something that happens every ``interval`` steps happens after this one."""
+    return interval is not None and step % interval == 0
+
+
+def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
+    """The training stream from where the step of this number begins."""
+    return TrainingData(
+        plan.config.data,
+        vocab_size=plan.config.model.vocab_size,
+        global_batch_sequences=plan.global_batch_sequences,
+        micro_batch_sequences=plan.config.training.micro_batch_sequences,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        first_sequence=plan.first_sequence_at(step),
+    )
+
+
+def enter_phase(engine: Engine, phase: Phase, ranks: Ranks) -> Phase:
+    """Carry the model and the optimizer over the transition into ``phase``, in place."""
+    if quantized_layers(engine.model):
+        dequantize_(engine.model)
+    if phase.quantization is not None:
+        quantize_(engine.model, phase.quantization, ranks.device)
+    carry_optimizer_(engine, phase.transition.optimizer)
+    return phase
+
+
+def start_from(checkpoint: Path, engine: Engine, first: Phase) -> None:
+    """Begin a run with another's weights, and what else the first phase's transition keeps."""
+    with_optimizer = first.transition.optimizer != "reset"
+    load_checkpoint(CheckpointReader(checkpoint), engine, with_optimizer=with_optimizer)
+    if with_optimizer:
+        carry_optimizer_(engine, first.transition.optimizer)
+
+
+def save(
+    plan: Plan,
+    ranks: Ranks,
+    folder: RunFolder,
+    engine: Engine,
+    at: Progress,
+    data_fingerprint: str,
+    console: Console,
+    *,
+    milestone: bool,
+    must: bool,
+) -> None:
+    """Write a checkpoint and remove those that are no longer kept.
+
+    A checkpoint that cannot be written ends the run only if it ``must`` be there; else the run goes on, says so, and
+    tries again at the next interval.
+    """
+    counters = {
+        "step": at.step,
+        "tokens": at.step * plan.tokens_per_step,
+        "progress": vars(at),
+        "data_fingerprint": data_fingerprint,
+        "world_size": ranks.world_size,
+        "engine": plan.config.engine.name,
+        "zero_stage": plan.config.engine.zero_stage,
+    }
+    try:
+        save_checkpoint(
+            folder.checkpoints, engine, ranks, counters=counters, config_text=folder.config_text, milestone=milestone
+        )
+    except CheckpointError as error:
+        if must:
+            raise
+        console.line(f"WARNING: {error} Training goes on; the next interval tries again.")
+        return
+    if ranks.is_first:
+        prune_checkpoints(folder.checkpoints, plan.config.checkpoint.keep_last)
+
+
+def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) -> str:
+    """What to say, and to try, when the gradients stay non-finite."""
+    return (
+        f"{in_a_row} steps in a row, up to step {at.step}, had a loss or gradient that is not finite; they were skipped "
+        f"and nothing was saved since. Learning rate: {plan.learning_rate_at(at.step - 1):.3g}. Try a lower "
+        "optimizer.learning_rate, a longer schedule.warmup_steps, a smaller optimizer.max_grad_norm or a model.z_loss "
+        f"of 1e-5. The newest good checkpoint: {newest or 'none yet'}."
+    )
+
+
+def summary(plan: Plan, ranks: Ranks, meter: Meter, sample: dict[str, str] | None) -> dict[str, Any]:
+    """What `RUN/summary.json` says of a complete run."""
+    ternary = any(phase.quantization for phase in plan.phases)
+    return {
+        "status": "complete",
+        "num_ranks": ranks.world_size,
+        "num_parameters": num_parameters(plan.config.model),
+        "num_ternary_parameters": num_linear_parameters(plan.config.model) if ternary else 0,
+        "tokens": plan.total_steps * plan.tokens_per_step,
+        "elapsed_seconds": meter.elapsed_seconds,
+        "sample": sample,
+    }

@@ -1,0 +1,83 @@
+"""Real ranks for the tests of `data`: processes with a gloo group that start fast.
+
+`import streaming` takes seconds, so one fork server imports it once, and the ranks are forked from there.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data.torchvision_repair import repair_torchvision
+
+TIMEOUT_SECONDS = 120
+IN_FORK_SERVER = "DATA_RANKS_IN_FORK_SERVER"
+
+if IN_FORK_SERVER in os.environ:
+    repair_torchvision()
+    import streaming  # noqa: F401
+
+    import data.loader  # noqa: F401
+
+os.environ[IN_FORK_SERVER] = "1"  # the server inherits it, and imports this module by name
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["data_ranks"])
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, ranks_per_node: int | None = None
+) -> list[Any]:
+    """Return what `function(rank, world_size, *args)` gives on each rank; without a process group for one rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        queue = CONTEXT.Queue()
+        processes = [
+            CONTEXT.Process(
+                target=_rank,
+                args=(queue, f"{folder}/store", rank, world_size, ranks_per_node or world_size, function, args),
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            results = dict(queue.get(timeout=TIMEOUT_SECONDS) for _ in processes)
+        finally:
+            for process in processes:
+                process.join(20)
+                process.kill()
+    for result in results.values():
+        if isinstance(result, BaseException):
+            raise result
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank(
+    queue: Any, store: str, rank: int, world_size: int, ranks_per_node: int, function: Callable[..., Any], args: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(ranks_per_node),
+        LOCAL_RANK=str(rank % ranks_per_node),
+    )
+    try:
+        if world_size > 1:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            )
+        queue.put((rank, function(rank, world_size, *args)))
+    except BaseException as error:
+        error.add_note(f"rank {rank}:\n{traceback.format_exc()}")
+        queue.put((rank, error))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,447 @@
+"""The order of the training rows: one for all numbers of ranks, and resumable at any step."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_ranks import CONTEXT, run_ranks
+
+from data.loader import (
+    IGNORED_LABEL,
+    DataConfig,
+    DataError,
+    PrepareConfig,
+    Source,
+    TrainingData,
+    token_bytes,
+    validation_rows,
+)
+from data.shards import prepare
+
+LENGTH = 16
+GLOBAL = 8
+
+
+def write_text(path: Path, seed: int, num_lines: int) -> str:
+    """Write lines of words, most of them unlike any other line."""
+    rng = np.random.default_rng(seed)
+    words = ["".join(rng.choice(list("abcdefghij"), 4)) for _ in range(200)]
+    lines = [json.dumps({"text": " ".join(rng.choice(words, 8))}) for _ in range(num_lines)]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[str, str]:
+    """Two prepared folders of different sizes with the same tokenizer, of about 150 and 70 rows."""
+    root = tmp_path_factory.mktemp("prepared")
+    big, small = root / "big", root / "small"
+    text = write_text(root / "big.jsonl", 1, 180)
+    prepare(PrepareConfig(inputs=(text,), tokenizer="bpe:400", validation_fraction=0.2), LENGTH, big)
+    text = write_text(root / "small.jsonl", 2, 80)
+    tokenizer = str(big / "tokenizer.model")
+    prepare(PrepareConfig(inputs=(text,), tokenizer=tokenizer, validation_fraction=0.2), LENGTH, small)
+    return str(big), str(small)
+
+
+def mixture(folders: tuple[str, str], **changes) -> DataConfig:
+    big, small = folders
+    options = {
+        "sources": (Source(path=big, weight=0.4), Source(path=small, weight=0.6)),
+        "sequence_length": LENGTH,
+        "shuffle_block_rows": 512,
+        "workers": 0,
+    }
+    return DataConfig(**options | changes)
+
+
+def open_data(config: DataConfig, rank: int = 0, world_size: int = 1, micro: int = 1, **options) -> TrainingData:
+    options = {"vocab_size": 400, "global_batch_sequences": GLOBAL} | options
+    return TrainingData(config, micro_batch_sequences=micro, rank=rank, world_size=world_size, **options)
+
+
+def read_steps(data: TrainingData, num_steps: int, num_micro_batches: int) -> np.ndarray:
+    """Return this rank's rows, [step, row of the rank, token]."""
+    steps = []
+    for _ in range(num_steps):
+        micro_batches = list(itertools.islice(data, num_micro_batches))
+        rows = [torch.cat([tokens_BT, labels_BT[:, -1:]], 1) for tokens_BT, labels_BT in micro_batches]
+        for tokens_BT, labels_BT in micro_batches:
+            assert tokens_BT.dtype == labels_BT.dtype == torch.int64
+            assert torch.equal(tokens_BT[:, 1:], labels_BT[:, :-1])
+        steps.append(torch.cat(rows).numpy())
+    return np.stack(steps)
+
+
+def rank_of_node_reads(rank: int, world_size: int, jobs: list) -> list[np.ndarray]:
+    """`rank_reads` on two nodes of two ranks, which here share one machine's shared memory and must not meet there."""
+    from streaming.base.shared import prefix
+
+    first_free = 100_000 * (1 + rank // 2)
+    prefix._each_prefix_int = lambda: itertools.count(first_free)
+    return rank_reads(rank, world_size, jobs)
+
+
+def rank_reads(rank: int, world_size: int, jobs: list[tuple[DataConfig, int, int, int]]) -> list[np.ndarray]:
+    """Read several times: each job is a configuration, the first step, the number of steps, and a micro-batch."""
+    results = []
+    for config, first_step, num_steps, micro in jobs:
+        data = open_data(config, rank, world_size, micro, first_sequence=first_step * GLOBAL)
+        results.append(read_steps(data, num_steps, GLOBAL // world_size // micro))
+        data.close()
+    return results
+
+
+def as_sets(per_rank: list[np.ndarray]) -> list[Counter]:
+    """Return the rows of each global batch, as a multiset."""
+    return [Counter(row.tobytes() for row in np.concatenate(step)) for step in zip(*per_rank, strict=True)]
+
+
+def test_every_global_batch_is_the_same_for_any_number_of_ranks_and_resumes_bitwise(folders):
+    mixed = mixture(folders)
+    with_workers = mixture(folders, workers=2)
+    epoch_steps = open_data(mixed).epoch_sequences // GLOBAL
+    total = epoch_steps + 6
+    starts = [epoch_steps - 1, epoch_steps, epoch_steps + 3]
+    jobs = [(mixed, 0, total, 1)]
+    jobs += [(mixed, start, total - start, 1) for start in starts]  # the second and later ones resume once more
+    jobs += [(with_workers, 0, total, 2), (with_workers, 5, total - 5, 1)]
+    nodes = mixture(folders, canonical_nodes=4, workers=1)
+    jobs += [(nodes, 0, 6, 1), (nodes, 3, 3, 1)]
+
+    results = {1: run_ranks(1, rank_reads, jobs), 2: run_ranks(2, rank_reads, jobs), 4: run_ranks(4, rank_reads, jobs)}
+    results["two nodes"] = run_ranks(4, rank_of_node_reads, jobs, ranks_per_node=2)
+
+    for world_size, ranks in results.items():
+        for rank, (whole, *others) in enumerate(ranks):
+            for start, resumed in zip([*starts, 0, 5], others, strict=False):
+                assert np.array_equal(resumed, whole[start:]), (world_size, rank, start)
+            assert np.array_equal(others[-1], others[-2][3:])
+    single = as_sets([rank[0] for rank in results[1]])
+    single_nodes = as_sets([rank[-2] for rank in results[1]])
+    for name, ranks in results.items():
+        assert as_sets([rank[0] for rank in ranks]) == single, name
+        assert as_sets([rank[-2] for rank in ranks]) == single_nodes, name
+    assert single != as_sets([rank[0][::-1] for rank in results[1]])
+
+
+def test_an_epoch_has_every_row_at_most_once_and_another_order_next_time(folders):
+    config = mixture(folders, sources=(Source(path=folders[0]),))
+    data = open_data(config)
+    steps = data.epoch_sequences // GLOBAL
+    first, second = (read_steps(data, steps, GLOBAL).reshape(-1, LENGTH + 1) for _ in range(2))
+    ordered = open_data(mixture(folders, sources=(Source(path=folders[0]),), shuffle=False))
+    stored = read_steps(ordered, steps, GLOBAL).reshape(-1, LENGTH + 1)
+    rows = json.loads(Path(folders[0], "manifest.json").read_text())["splits"]["train"]["rows"]
+    assert 0 <= rows - len(first) < GLOBAL
+    goes_on = stored[:-1, -1] == stored[1:, 0]  # in the order of the text a row begins where the one before it ended
+    assert (~goes_on).sum() <= rows - len(stored)
+    assert max(Counter(map(bytes, first)).values()) == max(Counter(map(bytes, second)).values()) == 1
+    assert not np.array_equal(first, stored)
+    assert not np.array_equal(first, second)
+
+
+def test_weights_are_shares_of_the_rows(folders):
+    def read_epoch(*sources: Source) -> Counter:
+        data = open_data(mixture(folders, sources=sources))
+        rows = read_steps(data, data.epoch_sequences // GLOBAL, GLOBAL).reshape(-1, LENGTH + 1)
+        return Counter(row.tobytes() for row in rows)
+
+    big, small = (Source(path=path) for path in folders)
+    of_big = read_epoch(big)
+    mixed = read_epoch(big, Source(path=small.path, weight=3))
+    num_of_big = sum(count for row, count in mixed.items() if row in of_big)
+    slack = GLOBAL  # rows that an epoch of the big source alone left out
+    assert abs(num_of_big - mixed.total() / 4) <= slack
+    assert max(count for row, count in mixed.items() if row in of_big) == 1  # a share smaller than the source
+    assert max(mixed.values()) > 1  # a share larger than the source
+
+
+def test_the_fingerprint_follows_what_decides_the_order(folders):
+    base = open_data(mixture(folders)).fingerprint
+    assert open_data(mixture(folders, workers=1, validation_rows=3)).fingerprint == base
+    assert open_data(mixture(folders), micro=4).fingerprint == base
+    big, small = (Source(path=path) for path in folders)
+    changed = [
+        mixture(folders, sources=(big, small)),
+        mixture(folders, sources=(big,)),
+        mixture(folders, shuffle=False),
+        mixture(folders, shuffle_seed=1),
+        mixture(folders, shuffle_block_rows=600),
+        mixture(folders, canonical_nodes=2),
+    ]
+    fingerprints = [open_data(config).fingerprint for config in changed]
+    fingerprints.append(open_data(mixture(folders), global_batch_sequences=16).fingerprint)
+    assert len({base, *fingerprints}) == len(changed) + 2
+
+
+def rank_validates(rank: int, world_size: int, config: DataConfig, micro: int) -> list:
+    options = {"vocab_size": 400, "micro_batch_sequences": micro, "rank": rank, "world_size": world_size}
+    return [(tokens.numpy(), labels.numpy()) for tokens, labels in validation_rows(config, **options)]
+
+
+@pytest.mark.parametrize("limit", [11, 10_000])
+def test_validation_rows_are_the_same_in_total_for_any_number_of_ranks(folders, limit):
+    config = mixture(folders, validation_rows=limit)
+    totals = []
+    for world_size, micro in [(1, 1), (1, 4), (4, 2)]:
+        ranks = (
+            run_ranks(world_size, rank_validates, config, micro)
+            if world_size > 1
+            else [rank_validates(0, 1, config, micro)]
+        )
+        assert len({len(batches) for batches in ranks}) == 1
+        batches = [batch for rank in ranks for batch in rank]
+        assert {tokens.shape for tokens, _ in batches} == {(micro, LENGTH)}
+        labels = np.concatenate([labels for _, labels in batches])
+        real = (labels != IGNORED_LABEL).all(1)
+        assert (labels[~real] == IGNORED_LABEL).all()
+        totals.append(Counter(map(bytes, labels[real])))
+    assert totals[0] == totals[1] == totals[2]
+    splits = [json.loads(Path(folder, "manifest.json").read_text())["splits"] for folder in folders]
+    assert totals[0].total() == min(limit, sum(split["validation"]["rows"] for split in splits))
+
+
+def test_held_out_rows_of_all_sources_come_in_turns(folders):
+    def first_row(*paths):
+        config = mixture(folders, sources=tuple(Source(path=path) for path in paths), validation_rows=2)
+        return validation_rows(config, vocab_size=400, micro_batch_sequences=2, rank=0, world_size=1)[0][0]
+
+    big, small = folders
+    assert torch.equal(first_row(big, small), torch.stack([first_row(big)[0], first_row(small)[0]]))
+
+
+def test_token_bytes_measure_the_text(folders):
+    sizes = token_bytes(mixture(folders), 448)
+    assert sizes.shape == (448,)
+    assert sizes[400:].sum() == 0
+    assert sizes[2] == 0  # </s>
+    assert sizes[3:259].tolist() == [1] * 256
+
+
+def test_a_source_is_prepared_when_it_is_not_there(tmp_path):
+    text = write_text(tmp_path / "text.jsonl", 3, 60)
+    config = DataConfig(
+        sources=(Source(path=str(tmp_path / "out")),),
+        sequence_length=LENGTH,
+        prepare=PrepareConfig(inputs=(text,), tokenizer="bpe:350"),
+        workers=1,
+    )
+    ranks = run_ranks(2, rank_reads, [(config, 0, 2, 1)])
+    assert ranks[0][0].shape == (2, GLOBAL // 2, LENGTH + 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.jsonl"]
+
+
+def copy_of(folder: str, to: Path) -> Path:
+    subprocess.run(["cp", "-r", folder, str(to)], check=True)
+    return to
+
+
+def test_a_truncated_shard_is_named_with_its_sizes(folders, tmp_path):
+    copy = copy_of(folders[0], tmp_path / "copy")
+    shard = copy / "train" / "shard.00000.mds"
+    size = shard.stat().st_size
+    os.truncate(shard, size - 100)
+    with pytest.raises(DataError, match=rf"shard\.00000\.mds: {size - 100} bytes, where index\.json says {size}"):
+        open_data(mixture((str(copy), folders[1])))
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: missing"):
+        open_data(mixture((str(copy), folders[1])))
+
+
+def test_an_index_that_lies_is_found_out(folders, tmp_path):
+    copy = copy_of(folders[0], tmp_path / "copy")
+    path = copy / "train" / "index.json"
+    original = path.read_text()
+    index = json.loads(original)
+    index["shards"][0]["raw_data"]["bytes"] += 7
+    path.write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: \d+ bytes, where index\.json says"):
+        open_data(mixture((str(copy), folders[1])))
+    index["shards"][0]["raw_data"]["bytes"] -= 7
+    index["shards"][0]["samples"] += 1
+    path.write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"index\.json: lists \d+ rows, where manifest\.json says \d+"):
+        open_data(mixture((str(copy), folders[1])))
+    path.write_text(original + " ")
+    with pytest.raises(DataError, match=r"index\.json: changed since manifest\.json was written"):
+        open_data(mixture((str(copy), folders[1])))
+    path.write_text(original[:20])
+    with pytest.raises(DataError, match=r"index\.json: not an index"):
+        open_data(mixture((str(copy), folders[1])))
+
+
+def test_what_is_missing_is_named(folders, tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: no such folder .*tritrain prepare"):
+        open_data(mixture((str(tmp_path / "nowhere"), folders[1])))
+    with pytest.raises(DataError, match=r"holds no manifest\.json.*tritrain prepare"):
+        open_data(mixture((str(tmp_path), folders[1])))
+    copy = copy_of(folders[0], tmp_path / "copy")
+    (copy / "tokenizer.model").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.model: missing; it is the tokenizer that made the tokens"):
+        open_data(mixture((str(copy), folders[1])))
+    (copy / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(DataError, match=r"tokenizer\.model: not the tokenizer that made the tokens"):
+        open_data(mixture((str(copy), folders[1])))
+
+
+def test_what_does_not_fit_together_is_named(folders, tmp_path):
+    with pytest.raises(
+        DataError, match=r"400 tokens, the model's vocabulary 399; set model\.vocab_size to 400 or more"
+    ):
+        open_data(mixture(folders), vocab_size=399)
+    with pytest.raises(DataError, match="prepared with sequence_length 16, the configuration says 32"):
+        open_data(mixture(folders, sequence_length=32))
+    with pytest.raises(DataError, match="fewer than the 100000 of one global batch"):
+        open_data(mixture(folders), global_batch_sequences=100_000)
+    other = tmp_path / "other"
+    prepare(PrepareConfig(inputs=(write_text(tmp_path / "t.jsonl", 3, 60),), tokenizer="bpe:350"), LENGTH, other)
+    with pytest.raises(DataError, match="another tokenizer than"):
+        open_data(mixture((folders[0], str(other))))
+    with pytest.raises(DataError, match="no held-out text"):
+        rank_validates(0, 1, mixture(folders, sources=(Source(path=str(other)),)), 1)
+
+
+def rank_fails(rank: int, world_size: int, config: DataConfig) -> str:
+    try:
+        open_data(config, rank, world_size)
+    except DataError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def test_every_rank_raises_the_same_error(folders):
+    messages = run_ranks(2, rank_fails, mixture(folders, sequence_length=8))
+    assert messages[0] == messages[1]
+    assert "prepared with sequence_length 16" in messages[0]
+    messages = run_ranks(2, rank_fails, mixture(folders, canonical_nodes=3), ranks_per_node=1)
+    assert (
+        "canonical_nodes: 3 and the number of nodes, 2, do not divide each other; 1 or a multiple of 2" in messages[0]
+    )
+
+
+def test_an_environment_that_contradicts_is_refused(folders, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="this is rank 0 of 1; start with torchrun"):
+        open_data(mixture(folders))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        ({"sources": ()}, "sources", "is empty"),
+        ({"sources": (Source(path="a"), Source(path="a"))}, "sources", "names a more than once"),
+        ({"sources": (Source(path="s3://b/c"),)}, "cache", "needed for a remote source"),
+        (
+            {"prepare": PrepareConfig(inputs=("x",), tokenizer="bpe:9")},
+            "prepare",
+            "makes the folder of one source, here are 2",
+        ),
+        ({"sequence_length": 0}, "sequence_length", "0 is too small; 1 is the least"),
+        ({"workers": -1}, "workers", "-1 is too small; 0 is the least"),
+    ],
+)
+def test_configurations_are_checked(changes, key, message):
+    options = {"sources": (Source(path="a"), Source(path="b")), "sequence_length": 8} | changes
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        DataConfig(**options)
+    assert message in caught.value.args[0][key]
+
+
+def read_until_killed(connection, config: DataConfig) -> None:
+    os.setsid()
+    for tokens_BT, _ in open_data(config, micro=GLOBAL):
+        connection.send(tokens_BT.tolist())
+
+
+ENDS_IN_MID_EPOCH = """
+    import itertools, json, sys
+    from data.loader import DataConfig, Source, TrainingData
+
+    config = {"sources": (Source(path=sys.argv[1]),), "sequence_length": 16, "shuffle_block_rows": 512}
+    data = [
+        TrainingData(
+            DataConfig(**config, workers=workers), vocab_size=400, global_batch_sequences=8, micro_batch_sequences=8,
+            rank=0, world_size=1, first_sequence=24,
+        )
+        for workers in (0, 2)
+    ]
+    print(json.dumps([[tokens.tolist() for tokens, _ in itertools.islice(each, 2)] for each in data]))
+"""
+
+
+def test_a_killed_run_starts_again_in_the_same_folder_and_ends_quietly(folders):
+    before = []
+    for workers in (0, 2):
+        config = mixture(folders, sources=(Source(path=folders[0]),), workers=workers)
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=read_until_killed, args=(sender, config))
+        process.start()
+        before.append([receiver.recv() for _ in range(5)])
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    again = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ENDS_IN_MID_EPOCH), folders[0]],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert again.stderr == ""
+    assert again.returncode == 0
+    assert json.loads(again.stdout) == [before[0][3:5], before[1][3:5]]
+
+
+def register_file_urls() -> None:
+    """Make `file://` a remote, as `s3://` is one."""
+    import shutil
+    import urllib.parse
+
+    from streaming.base.storage import download
+
+    class FileDownloader(download.CloudDownloader):
+        @staticmethod
+        def _client_identifier() -> str:
+            return "file"
+
+        def clean_up(self) -> None:
+            pass
+
+        def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
+            shutil.copyfile(urllib.parse.urlparse(remote).path, local)
+
+    download.DOWNLOADER_MAPPINGS["file"] = FileDownloader
+
+
+def rank_reads_remote(rank: int, world_size: int, jobs: list, validation: DataConfig) -> tuple:
+    register_file_urls()
+    return rank_reads(rank, world_size, jobs), rank_validates(rank, world_size, validation, 2)
+
+
+def test_remote_shards_are_fetched_into_the_cache_and_read_as_local_ones(folders, tmp_path):
+    local = mixture(folders, workers=1)
+    remote = mixture(
+        tuple(f"file://{path}" for path in folders),
+        sources=tuple(Source(path=f"file://{s.path}", weight=s.weight) for s in local.sources),
+        cache=str(tmp_path / "cache"),
+        workers=1,
+    )
+    from_local = run_ranks(2, rank_reads_remote, [(local, 2, 20, 1)], local)
+    for _ in range(2):  # the second time from the cache
+        from_remote = run_ranks(2, rank_reads_remote, [(remote, 2, 20, 1)], remote)
+        for (ours, ours_held_out), (theirs, theirs_held_out) in zip(from_local, from_remote, strict=True):
+            assert np.array_equal(ours[0], theirs[0])
+            assert np.array_equal(ours_held_out, theirs_held_out)
+        cached = sorted(tmp_path.rglob("train/shard.00000.mds"))
+        assert len(cached) == 2
+        os.truncate(cached[0], 50)  # as a killed download would leave it
+    with pytest.raises(DataError, match=r"file:///nowhere/manifest\.json: cannot be downloaded"):
+        rank_reads_remote(
+            0, 1, [(mixture(folders, sources=(Source(path="file:///nowhere"),), cache="x"), 0, 1, 1)], remote
+        )

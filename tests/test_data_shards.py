@@ -1,0 +1,303 @@
+"""`prepare`: every token is predicted once, the options alone decide the result, and nothing is left half done."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import encoding, shards
+from data.errors import DataError
+from data.prepared import open_prepared
+from data.quickstart_corpus import read_standard_library
+from data.shards import PrepareConfig, PrepareProgress, prepare, sample_texts
+from data.tokenizer import load_tokenizer, train_tokenizer
+from data.torchvision_repair import repair_torchvision
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    texts = [text for name, text in read_standard_library() if name.startswith(("json/", "email/", "asyncio/"))]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(corpus, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_tokenizer([json.loads(line)["text"] for line in corpus.read_text().splitlines()], "bpe:500", path)
+    return path
+
+
+def read_rows(folder: Path) -> np.ndarray:
+    repair_torchvision()
+    from streaming.base.format import reader_from_json
+
+    index = json.loads((folder / "index.json").read_text())
+    readers = [reader_from_json(str(folder), None, shard) for shard in index["shards"]]
+    return np.stack([reader[row]["tokens"] for reader in readers for row in range(reader.size)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_token_of_every_document_is_predicted_once(corpus, tokenizer_path, tmp_path):
+    config = PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path), validation_fraction=0.3)
+    manifest = prepare(config, LENGTH, tmp_path / "out")
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text()) == open_prepared(tmp_path / "out")
+    tokenizer = load_tokenizer(tokenizer_path)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    expected = {tuple(tokenizer.encode(text)): len(text.encode()) for text in texts}
+    num_documents = 0
+    for split, facts in manifest["splits"].items():
+        rows = read_rows(tmp_path / "out" / split)
+        assert rows.dtype == np.uint16
+        assert rows.shape == (facts["rows"], LENGTH + 1)
+        assert np.array_equal(rows[:-1, -1], rows[1:, 0])
+        assert rows[0, 0] == tokenizer.end_of_document
+        predicted = rows[:, 1:].flatten()
+        assert len(predicted) + facts["dropped_tokens"] == facts["tokens"]
+        assert 0 <= facts["dropped_tokens"] < LENGTH
+        ends = np.flatnonzero(predicted == tokenizer.end_of_document)
+        documents = [tuple(part[:-1].tolist()) for part in np.split(predicted, ends + 1)[:-1]]
+        assert set(documents) <= set(expected)
+        assert facts["documents"] - len(documents) in (0, 1)  # the last one may have lost its end
+        assert sum(expected[document] for document in documents) <= facts["text_bytes"]
+        num_documents += facts["documents"]
+    assert num_documents == len(texts)
+    assert sum(facts["text_bytes"] for facts in manifest["splits"].values()) == sum(expected.values())
+    assert np.array_equal(np.load(tmp_path / "out" / "token_bytes.npy"), tokenizer.token_bytes())
+
+
+def test_the_result_is_bitwise_the_same_for_any_number_of_workers_and_any_order(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK_CHARS", 20_000)
+    monkeypatch.setattr(shards, "TRAINING_SAMPLE_BYTES", 200_000)
+    options = {"tokenizer": "bpe:600", "validation_fraction": 0.2}
+    for workers in (1, 3):
+        prepare(PrepareConfig(inputs=(str(corpus),), workers=workers, **options), LENGTH, tmp_path / str(workers))
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+    lines = corpus.read_text().splitlines()
+    (tmp_path / "turned.jsonl").write_text("\n".join(reversed(lines)))
+    turned = prepare(PrepareConfig(inputs=(str(tmp_path / "turned.jsonl"),), **options), LENGTH, tmp_path / "turned")
+    straight = open_prepared(tmp_path / "1")
+    assert turned["tokenizer"] == straight["tokenizer"]
+    for split, facts in straight["splits"].items():
+        assert turned["splits"][split]["text_bytes"] == facts["text_bytes"]
+        assert turned["splits"][split]["tokens"] == facts["tokens"]
+
+
+def test_vocabularies_beyond_16_bits_are_stored_in_32(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {f"w{number}": number for number in range(70_000)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("w1 w65535 w65536 w69999 " * 10)
+    config = PrepareConfig(inputs=(str(tmp_path / "a.txt"),), tokenizer=str(tmp_path))
+    prepare(config, 4, tmp_path / "out")
+    rows = read_rows(tmp_path / "out" / "train")
+    assert rows.dtype == np.uint32
+    assert rows[0].tolist() == [70_000, 1, 65_535, 65_536, 69_999]
+
+
+def test_a_prepared_folder_serves_again_only_with_the_same_options(corpus, tokenizer_path, tmp_path):
+    config = PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path))
+    manifest = prepare(config, LENGTH, tmp_path / "out")
+    before = os.stat(tmp_path / "out" / "manifest.json")
+    copied = tmp_path / "copied.model"
+    copied.write_bytes(tokenizer_path.read_bytes())
+    same = PrepareConfig(inputs=(str(corpus),), tokenizer=str(copied), workers=4)
+    assert prepare(same, LENGTH, tmp_path / "out") == manifest
+    assert os.stat(tmp_path / "out" / "manifest.json") == before
+    other = PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:400", validation_fraction=0.5)
+    with pytest.raises(DataError) as caught:
+        prepare(other, 64, tmp_path / "out")
+    for part in ("tokenizer (there 'sha256:", "wanted 'bpe:400')", "validation_fraction (there 0.0, wanted 0.5)",
+                 "sequence_length (there 32, wanted 64)"):  # fmt: skip
+        assert part in str(caught.value)
+    assert "inputs" not in str(caught.value)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(DataError, match="mine: exists and is not a folder of prepared data"):
+        prepare(config, LENGTH, tmp_path / "mine")
+
+
+def test_an_empty_folder_may_be_there_already(corpus, tokenizer_path, tmp_path):
+    (tmp_path / "out").mkdir()
+    prepare(PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path)), LENGTH, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_two_that_prepare_at_once_take_turns(corpus, tokenizer_path, tmp_path):
+    stages: list[PrepareProgress] = []
+    config = PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path))
+    threads = [
+        threading.Thread(target=prepare, args=(config, LENGTH, tmp_path / "out", stages.append)) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stages[-1].documents == open_prepared(tmp_path / "out")["splits"]["train"]["documents"]
+    assert [stage.documents for stage in stages] == sorted({stage.documents for stage in stages})  # one of them worked
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+PREPARES_FOR_EVER = """
+    import itertools, sys
+    from pathlib import Path
+    from data import encoding, shards
+    from data.readers import Document
+
+    def endless(inputs):
+        for number in itertools.count():
+            yield Document(f"document {number} " * 100, str(number))
+
+    if __name__ == "__main__":
+        encoding.CHUNK_CHARS = 10_000
+        shards.read_documents = endless
+        config = shards.PrepareConfig(inputs=("x",), tokenizer=sys.argv[1], workers=2)
+        shards.prepare(config, 32, Path(sys.argv[2]), lambda progress: print(progress.tokens, flush=True))
+"""
+
+
+def test_a_killed_prepare_leaves_nothing_that_loads_and_no_worker(corpus, tokenizer_path, tmp_path):
+    (tmp_path / "endless.py").write_text(textwrap.dedent(PREPARES_FOR_EVER))
+    command = [sys.executable, str(tmp_path / "endless.py"), str(tokenizer_path), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(3):
+        assert int(process.stdout.readline()) > 0
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith("out.") and path.name.endswith(".tmp")]
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    alive = [child for child in children if Path(f"/proc/{child}/cmdline").exists()]
+    assert not [child for child in alive if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    prepare(
+        PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path)), LENGTH, tmp_path / "out"
+    )  # no lock stays
+
+
+def test_a_failed_prepare_leaves_nothing(tokenizer_path, tmp_path):
+    lines = [json.dumps({"text": "some words " * 1000})] * 300 + ["{broken"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for workers in (1, 2):
+        config = PrepareConfig(inputs=(str(tmp_path / "a.jsonl"),), tokenizer=str(tokenizer_path), workers=workers)
+        with pytest.raises(DataError, match=r"a\.jsonl:301: not JSON"):
+            prepare(config, LENGTH, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_too_little_text_is_an_error(tokenizer_path, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("one two three")
+    (tmp_path / "long.txt").write_text("one two three " * 100)
+
+    def attempt(*names: str, **options):
+        options = {"tokenizer": str(tokenizer_path)} | options
+        prepare(
+            PrepareConfig(inputs=tuple(str(tmp_path / name) for name in names), **options), LENGTH, tmp_path / "out"
+        )
+
+    with pytest.raises(DataError, match=r"empty\.txt: no text in there"):
+        attempt("empty.txt")
+    with pytest.raises(DataError, match=r"empty\.txt: no text in there"):
+        attempt("empty.txt", tokenizer="bpe:500")
+    with pytest.raises(DataError, match=r"the train split has 1 documents with \d+ tokens, too few for one row of 33"):
+        attempt("short.txt")
+    with pytest.raises(DataError, match="the validation split has 0 documents with 0 tokens, too few"):
+        attempt("long.txt", validation_fraction=1e-6)
+    with pytest.raises(DataError, match=r"bpe:30000: the text gives at most \d+ tokens"):
+        attempt("long.txt", tokenizer="bpe:30000")
+    with pytest.raises(DataError, match="no such tokenizer file"):
+        attempt("long.txt", tokenizer="nowhere.model")
+
+
+def test_held_out_inputs_and_equal_texts_stay_on_one_side(corpus, tokenizer_path, tmp_path):
+    (tmp_path / "held.txt").write_text("held out words " * 100)
+    config = PrepareConfig(
+        inputs=(str(corpus),), tokenizer=str(tokenizer_path), validation_inputs=(str(tmp_path / "held.txt"),)
+    )
+    splits = prepare(config, LENGTH, tmp_path / "a")["splits"]
+    assert splits["validation"]["documents"] == 1
+    twice = PrepareConfig(inputs=(str(corpus), str(corpus)), tokenizer=str(tokenizer_path), validation_fraction=0.3)
+    once = PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path), validation_fraction=0.3)
+    two, one = prepare(twice, LENGTH, tmp_path / "b")["splits"], prepare(once, LENGTH, tmp_path / "c")["splits"]
+    for split in ("train", "validation"):
+        assert two[split]["documents"] == 2 * one[split]["documents"]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.text(alphabet="a \n", max_size=200))
+@settings(max_examples=50, deadline=None)
+def test_long_documents_are_cut_without_loss(lengths, text):
+    original = encoding.SEGMENT_CHARS
+    try:
+        encoding.SEGMENT_CHARS = lengths[0]
+        segments = list(encoding._segments(text))
+    finally:
+        encoding.SEGMENT_CHARS = original
+    assert "".join(segments) == text
+    assert all(len(segment) <= lengths[0] for segment in segments)
+    assert all(segments[:-1]) or len(segments) == 1
+
+
+def test_cutting_after_newlines_does_not_change_the_tokens(tokenizer_path, monkeypatch):
+    tokenizer = load_tokenizer(tokenizer_path)
+    texts = [text for name, text in read_standard_library() if name.startswith("json/")]
+    whole = encoding.encode_documents(tokenizer, texts)
+    monkeypatch.setattr(encoding, "SEGMENT_CHARS", 3000)
+    cut = encoding.encode_documents(tokenizer, texts)
+    assert np.array_equal(whole.tokens, cut.tokens)
+    assert (whole.documents, whole.text_bytes) == (cut.documents, cut.text_bytes)
+
+
+def test_the_sample_for_a_tokenizer_is_bounded_and_independent_of_the_order(monkeypatch):
+    monkeypatch.setattr(shards, "TRAINING_SAMPLE_BYTES", 5000)
+    texts = [f"text {number} " * (number % 50 + 1) for number in range(300)]
+    sample = sample_texts(texts)
+    assert sample == sample_texts(reversed(texts))
+    assert 4000 < sum(map(len, sample)) <= 5000
+    assert sample_texts(texts[:3]) == sorted(texts[:3], key=sample_texts(texts[:3]).index)
+    (stretch,) = sample_texts(["x" * 100_000])
+    assert len(stretch) == 500
+    monkeypatch.setattr(shards, "TRAINING_SCAN_BYTES", 1000)
+    assert sum(map(len, sample_texts(texts))) < 1500
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        ({"inputs": ()}, "inputs", "is empty"),
+        ({"tokenizer": "bpe:"}, "tokenizer", "lacks the vocabulary's size; bpe:32000"),
+        ({"tokenizer": "bpe:4k"}, "tokenizer", "lacks the vocabulary's size"),
+        ({"tokenizer": ""}, "tokenizer", "is empty"),
+        ({"validation_fraction": 1.0}, "validation_fraction", "1.0 is not a share"),
+        ({"validation_fraction": 0.1, "validation_inputs": ("b",)}, "validation_inputs", "exclude each other"),
+        ({"workers": 0}, "workers", "0 is too few"),
+    ],
+)
+def test_options_are_checked(changes, key, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        PrepareConfig(**({"inputs": ("a",), "tokenizer": "bpe:400"} | changes))
+    assert message in caught.value.args[0][key]
