@@ -29,7 +29,7 @@ from data.errors import DataError
 from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import PrepareConfig, prepare
-from data.sources import OpenSource, is_local_leader, local_leader_first, one_start_at_a_time, open_sources
+from data.sources import OpenSource, local_leader_first, one_start_at_a_time, open_sources
 from data.torchvision_repair import repair_torchvision
 
 __all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData", "token_bytes", "validation_rows"]
@@ -67,7 +67,7 @@ class DataConfig:
     """At most this many held-out sequences are read in one evaluation, the same ones each time."""
 
     shuffle: bool = True
-    """Whether rows come in a random order, another one in each epoch; otherwise in that of the text, source by source."""
+    """Whether rows come in a random order, another one in each epoch; if not, in that of the text, source by source."""
 
     shuffle_seed: int = 0
     """Seed of that order, and of the choice of rows from a source that gives only a part."""
@@ -192,6 +192,7 @@ class TrainingData:
             dataset,
             batch_size=rank_sequences,
             num_workers=config.workers,
+            generator=torch.Generator(),  # else it would draw seeds from the process's own, at every start
             collate_fn=_stack_rows,
             worker_init_fn=_ignore_signals if is_apart else None,
             multiprocessing_context="fork" if is_apart else None,  # workers read files; imports take them seconds
@@ -199,7 +200,7 @@ class TrainingData:
             prefetch_factor=PREFETCHED_BATCHES if is_apart else None,
         )
         self._batches = _endless(self._loader, micro_batch_sequences)
-        self._finalizer = weakref.finalize(self, _close, self._loader, is_local_leader(rank))
+        self._finalizer = weakref.finalize(self, _close, self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the one iterator there is: asking again goes on where it stands."""
@@ -279,7 +280,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def _close(loader: Any, is_leader: bool) -> None:
+def _close(loader: Any) -> None:
     dataset = loader.dataset
     if loader.num_workers and loader._iterator is not None:
         loader._iterator._shutdown_workers()
@@ -287,9 +288,8 @@ def _close(loader: Any, is_leader: bool) -> None:
             worker.kill()  # only one that hangs in a download is still there, and it ignores anything milder
     elif hasattr(dataset, "_iterator"):
         dataset._iterator.exit()
-    if is_leader:
-        for lock in (dataset._shared_barrier.filelock_path, dataset._cache_filelock_path):
-            Path(lock).unlink(missing_ok=True)
+    for lock in (dataset._shared_barrier.filelock_path, dataset._cache_filelock_path):
+        Path(lock).unlink(missing_ok=True)  # `streaming` leaves them for ever, and takes them for signs of a live run
 
 
 def _check_launch(config: DataConfig, rank: int, world_size: int) -> None:

@@ -100,7 +100,7 @@ def one_start_at_a_time(rank: int, world_size: int) -> Iterator[None]:
     """Keep jobs of one node from running the body, which makes a `StreamingDataset`, at the same time.
 
     A `StreamingDataset` names its shared memory by the first number that is free, and two that start together find the
-    same one. Jobs over several nodes go ahead without: two of them, each waiting on the other's node, would never start.
+    same one. Jobs over several nodes go ahead without: two, each waiting on the other's node, would never start.
     """
     if world_size != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         yield

@@ -53,8 +53,8 @@ class RunConfig:
     """Seed of the initial weights."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]+", self.name):
-            raise ValueError({"name": f"{self.name!r} may hold letters, digits, '.', '_' and '-' only"})
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError({"name": f"{self.name!r} may hold letters, digits, '_', and behind the first '.' and '-'"})
 
     @property
     def path(self) -> Path:
@@ -132,8 +132,6 @@ class PhaseConfig:
                 problems["quantization"] = "is given for a 16-bit phase; only ternary phases quantize"
             if self.transition is not None and self.transition.ramp.steps:
                 problems["transition.ramp"] = "is given for a 16-bit phase; only ternary phases have a strength"
-        if self.transition is not None and self.steps is not None and self.transition.ramp.steps > self.steps:
-            problems["transition.ramp.steps"] = f"is {self.transition.ramp.steps}, longer than the phase's {self.steps}"
         if problems:
             raise ValueError(problems)
 
@@ -244,10 +242,17 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
         total, micro = training.global_batch_sequences, training.micro_batch_sequences
         if total % micro:
             problems["training.micro_batch_sequences"] = (
-                f"{micro} does not divide the global batch of {total} sequences; {_divisors(total)} do"
+                f"{micro} does not divide the global batch of {total} sequences; {divisors(total)} do"
             )
     if phases is not None and not phases:
         problems["phases"] = "is empty; list at least one phase with its precision and length"
+    if phases and training:
+        share = sum(phase.fraction or 0 for phase in phases)
+        length = "total_steps" if training.total_steps else "total_tokens"
+        if not share and getattr(training, length):
+            problems[f"training.{length}"] = "does nothing, because no phase's length is a fraction; leave it out"
+        if share > 1 + 1e-9:
+            problems["phases"] = f"have fractions of {share:g} in sum; 1 is the whole run"
     for index, phase in enumerate(phases or ()):
         path = f"phases.{index}"
         if phase.fraction and training and not (training.total_steps or training.total_tokens):
@@ -266,7 +271,8 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
     return problems
 
 
-def _divisors(number: int) -> str:
+def divisors(number: int) -> str:
+    """All divisors of a number, as a list for a message."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
@@ -289,9 +295,10 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9][0-9_]*", list("-+0123456789")),
-    ("float", r"[-+]?([0-9][0-9_]*)?(\.[0-9_]*)?([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", list("-+.0123456789")),
+    ("float", r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", list("-+.0123456789")),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$", re.ASCII), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # 010 is ten
 
 
 def parse_yaml(text: str, origin: str) -> Any:
@@ -309,9 +316,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: lists every problem, each with the key's path, what is wrong and what would be right.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections such as run, model and data")
@@ -336,14 +345,14 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             if node.get(key) is None:
                 node[key] = {}
             node = node[key]
-        elif isinstance(node, list) and key.isdigit() and int(key) < len(node):
+        elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):
             node = node[int(key)]
         else:
             raise ConfigError(f"{override!r}: {'.'.join(parents[: depth + 1])} is not there")
     parsed = parse_yaml(value, repr(override))
     if isinstance(node, dict):
         node[last] = parsed
-    elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
+    elif isinstance(node, list) and last.isdecimal() and int(last) < len(node):
         node[int(last)] = parsed
     else:
         raise ConfigError(f"{override!r}: {path} is not there")
@@ -357,7 +366,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
     """
     sections = {part.name: part for part in fields(Config)}
     types = typing.get_type_hints(Config)
-    problems = {key: f"unknown section{_suggestion(key, Config)}" for key in tree if key not in sections}
+    problems = {str(key): f"unknown section{_suggestion(str(key), Config)}" for key in tree if key not in sections}
     parts: dict[str, Any] = {}
     for name, part in sections.items():
         if name not in tree and part.default_factory is dataclasses.MISSING:
@@ -371,31 +380,38 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 
 def _parse_part(kind: Any, tree: Any, path: str, problems: dict[str, str]) -> Any:
-    """Read one part, adding what is wrong to ``problems``; None if it cannot be built.
+    """Read one part, adding what is wrong to ``problems``; None if anything is.
 
     A part checks itself as a whole only once every key of it is well-formed. So what is not is left out and the part
-    read again, until nothing new is found.
+    read again, until nothing new is found. What is then said about a key that was left out does not count.
     """
     tree = json.loads(json.dumps(tree, default=str))  # a copy, in JSON's types
     adapter = TypeAdapter(kind)
+    left_out: list[str] = []
     while True:
         try:
-            return adapter.validate_json(json.dumps(tree))
+            part = adapter.validate_json(json.dumps(tree))
+            return None if left_out else part
         except ValidationError as error:
-            malformed = []
+            found: dict[str, str] = {}
+            removed: list[str] = []
             for detail in error.errors():
                 location = tuple(str(key) for key in detail["loc"])
                 where = ".".join((path, *location))
                 if detail["type"] == "value_error":
                     reason = detail["ctx"]["error"].args[0]
                     nested = reason if isinstance(reason, dict) else {"": str(reason)}
-                    problems |= {f"{where}.{key}".rstrip("."): text for key, text in nested.items()}
-                elif where not in problems:
-                    problems[where] = _explain(detail, kind, location)
-                    if not detail["type"].startswith("missing"):
-                        malformed.append(location)
-            if not any(_remove(tree, location) for location in malformed):
+                    found |= {f"{where}.{key}".rstrip("."): text for key, text in nested.items()}
+                else:
+                    found[where] = _explain(detail, kind, location)
+                if not detail["type"].startswith("missing") and _remove(tree, location):
+                    removed.append(location[-1])
+            for where, text in found.items():
+                if not any(re.search(rf"\b{re.escape(key)}\b", f"{where}: {text}") for key in left_out):
+                    problems[where] = text
+            if not removed:
                 return None
+            left_out += removed
 
 
 def _remove(tree: Any, location: tuple[str, ...]) -> bool:
@@ -417,14 +433,13 @@ def _explain(detail: Any, kind: Any, location: tuple[str, ...]) -> str:
         case "dataclass_type":
             return f"is {detail['input']!r}; must be a mapping of keys"
         case _:
-            expected = detail["msg"].removeprefix("Input should be ")
-            return f"is {detail['input']!r}; must be {expected}"
+            return f"is {detail['input']!r}; {detail['msg'].replace('Input should be', 'must be')}"
 
 
 def _owner(kind: Any, location: Sequence[str]) -> Any:
     """The dataclass that stands at ``location`` under the type ``kind``."""
     for key in location:
-        kind = typing.get_args(kind)[0] if key.isdigit() else typing.get_type_hints(_dataclass_of(kind))[key]
+        kind = typing.get_args(kind)[0] if key.isdecimal() else typing.get_type_hints(_dataclass_of(kind))[key]
     return _dataclass_of(kind)
 
 

@@ -128,6 +128,7 @@ class Engine(ABC):
     """Owns the sharded model and its optimizer. The module's docstring has the contract."""
 
     model: nn.Module
+    device: torch.device
 
     @abstractmethod
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:

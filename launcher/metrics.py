@@ -123,16 +123,19 @@ class Meter:
     def restart_clock(self) -> None:
         """Begin a new interval, leaving out what happened between steps."""
         self._since_seconds, self._steps, self._waited_seconds = time.perf_counter(), 0, 0.0
+        self._loss_sum = torch.zeros((), device=self._ranks.device)
+        self._skipped_before = self._skipped.clone()
 
     @property
     def elapsed_seconds(self) -> float:
         """Seconds that the run has taken, over all its starts."""
         return time.perf_counter() - self._started_seconds
 
-    def add(self, waited_seconds: float, skipped: Tensor) -> None:
-        """Count one step."""
+    def add(self, loss: Tensor, skipped: Tensor, waited_seconds: float) -> None:
+        """Count one step; nothing here waits for the device."""
         self._steps += 1
         self._waited_seconds += waited_seconds
+        self._loss_sum += torch.where(skipped > 0, 0.0, loss)
         self._skipped += skipped
 
     def _row(self) -> dict[str, Any]:
@@ -144,10 +147,15 @@ class Meter:
             "precision": self._plan.phases[at.phase].precision,
         }
 
-    def logged(self, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
-        """Log the step just taken; the one place where the host waits for the device."""
-        dist.all_reduce(loss)
-        mean_loss = float(loss) / self._ranks.world_size
+    def logged(self, grad_norm: Tensor, learning_rate: float) -> None:
+        """Log the steps since the last time; the one place where the host waits for the device.
+
+        The loss is their mean, over all ranks and without skipped steps; all else is of the last step.
+        """
+        dist.all_reduce(self._loss_sum)
+        skipped_steps = int(self._skipped - self._skipped_before)
+        taken = self._steps - skipped_steps
+        mean_loss = float(self._loss_sum) / self._ranks.world_size / taken if taken else math.nan
         seconds = time.perf_counter() - self._since_seconds
         tokens_per_second = self._steps * self._plan.tokens_per_step / seconds
         self._at.skipped_steps = int(self._skipped)
@@ -167,8 +175,11 @@ class Meter:
             row["throughput/model_flops_utilization"] = achieved / self._peak
         if self._log is not None:
             self._log.write(row)
-        if not math.isfinite(mean_loss):
-            self._console.line(f"WARNING: the loss of step {self._at.step} is {mean_loss}; non-finite steps are skipped")
+        if skipped_steps:
+            self._console.line(
+                f"WARNING: {skipped_steps} of the {self._steps} steps up to step {self._at.step} had no finite gradient "
+                "and were skipped"
+            )
         self._console.progress(
             step=self._at.step,
             total_steps=self._plan.total_steps,

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.config import Config, ConfigError
+from launcher.config import Config, ConfigError, divisors
 from launcher.schedule import learning_rate_factor
 from launcher.transition import TransitionConfig
 from model.size import activation_bytes, flops_per_token, num_linear_parameters, num_parameters
@@ -87,9 +87,11 @@ def make_plan(config: Config, world_size: int) -> Plan:
     """Resolve lengths and batches.
 
     Raises:
-        ConfigError: the global batch does not divide into micro-batches on this many ranks.
+        ConfigError: the batch or the replicas do not divide on this many ranks, or a warm-up or ramp is too long.
     """
-    training, length = config.training, config.data.sequence_length
+    training, length, replicas = config.training, config.data.sequence_length, config.engine.replicas
+    if world_size % replicas:
+        raise ConfigError(f"engine.replicas: {replicas} does not divide {world_size} ranks; {divisors(world_size)} do")
     sequences = training.global_batch_sequences or (training.global_batch_tokens or 0) // length
     at_once = training.micro_batch_sequences * world_size
     if sequences % at_once:
@@ -100,29 +102,49 @@ def make_plan(config: Config, world_size: int) -> Plan:
             + (
                 f"training.micro_batch_sequences of {', '.join(map(str, fitting))} would"
                 if fitting
-                else f"a multiple of {world_size} would, such as {math.ceil(sequences / world_size) * world_size}"
+                else f"a multiple of {at_once} sequences would, such as {math.ceil(sequences / at_once) * at_once}"
             )
         )
     tokens_per_step = sequences * length
+    phases = _resolve_phases(config, tokens_per_step)
+    warmup_steps, horizon = config.schedule.warmup_steps, config.schedule.horizon_steps or phases[-1].end
+    for phase in phases:
+        remaining = horizon - phase.start
+        restarts = phase.transition.schedule == "restart"
+        if restarts and remaining <= 0:
+            raise ConfigError(
+                f"phases.{phase.index}.transition.schedule: is restart at step {phase.start}, "
+                f"where schedule.horizon_steps {horizon} leaves nothing; above {phase.start} it would"
+            )
+        if warmup_steps >= remaining and (restarts or phase.start == 0):
+            raise ConfigError(
+                f"schedule.warmup_steps: {warmup_steps} leaves nothing of the {remaining} steps "
+                f"from step {phase.start} on; {remaining - 1} at most"
+            )
+    return Plan(config, world_size, sequences, sequences // at_once, phases)
+
+
+def _resolve_phases(config: Config, tokens_per_step: int) -> tuple[Phase, ...]:
+    training = config.training
     total_steps = training.total_steps or math.ceil((training.total_tokens or 0) / tokens_per_step)
     phases: list[Phase] = []
+    share = 0.0
     for index, phase in enumerate(config.phases):
-        steps = (
-            phase.steps or math.ceil((phase.tokens or 0) / tokens_per_step) or round((phase.fraction or 0) * total_steps)
-        )
+        steps = phase.steps or math.ceil((phase.tokens or 0) / tokens_per_step)
+        if phase.fraction:  # rounds where the phase ends, so that fractions of 1 in sum make total_steps
+            steps = round((share + phase.fraction) * total_steps) - round(share * total_steps)
+            share += phase.fraction
         if not steps:
             raise ConfigError(f"phases.{index}.fraction: {phase.fraction} of {total_steps} steps is less than a step")
         start = phases[-1].end if phases else 0
         quantization = (phase.quantization or QuantConfig()) if phase.precision == "ternary" else None
         transition = phase.transition or TransitionConfig()
+        if transition.ramp.steps > steps:
+            raise ConfigError(
+                f"phases.{index}.transition.ramp.steps: is {transition.ramp.steps}, longer than the phase's {steps}"
+            )
         phases.append(Phase(index, phase.precision, start, start + steps, quantization, transition))
-    horizon = config.schedule.horizon_steps or phases[-1].end
-    if config.schedule.warmup_steps >= horizon:
-        raise ConfigError(
-            f"schedule.warmup_steps: {config.schedule.warmup_steps} leaves nothing of the {horizon} steps; "
-            f"{horizon - 1} at most"
-        )
-    return Plan(config, world_size, sequences, sequences // at_once, tuple(phases))
+    return tuple(phases)
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -178,8 +200,9 @@ def describe(plan: Plan) -> dict[str, Any]:
     config = plan.config
     memory = memory_bytes_per_rank(plan)
     interval = config.checkpoint.interval_steps
-    saves = {phase.end for phase in plan.phases} | set(range(interval or plan.total_steps, plan.total_steps, interval or 1))
-    kept = len({phase.end for phase in plan.phases}) + (config.checkpoint.keep_last if interval else 0)
+    milestones = {phase.end for phase in plan.phases}
+    saves = milestones | set(range(interval, plan.total_steps, interval) if interval else ())
+    kept = len(milestones) + config.checkpoint.keep_last
     flops = flops_per_token(config.model, config.data.sequence_length)
     return {
         "parameters": num_parameters(config.model),

@@ -74,7 +74,7 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
     plan = make_plan(config, ranks.world_size)
     seed_everything(config.run.seed, ranks.rank)
     if ranks.is_first:
-        folder.prepare()
+        folder.prepare([phase.end - phase.start for phase in plan.phases])
         folder.write_state("running")
     write_presence(folder.ranks, ranks)
     outcome = train(plan, ranks, folder, stop, console)

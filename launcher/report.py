@@ -126,7 +126,7 @@ def summarize(run: Path) -> RunSummary:
             raise ValueError(f"{summary_path}: not JSON: {error}") from None
     name, engine = str(config.get("run", {}).get("name", run.name)), config.get("engine", {})
     history = read_history(metrics_path, name)
-    planned = [phase.get("steps") for phase in config.get("phases", [])]
+    planned = config.get("phase_steps", [])
     elapsed, skipped = (_last(history, key) for key in ("time/elapsed_seconds", "train/skipped_steps"))
     sample = summary.get("sample") or {}
     return RunSummary(

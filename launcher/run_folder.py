@@ -7,6 +7,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class RunFolder:
         if not path.exists():
             return
         there = parse_yaml(path.read_text(), str(path))
-        there.pop("tritrain_version", None)
+        for derived in ("tritrain_version", "phase_steps"):
+            there.pop(derived, None)
         before = dict(line.split(": ", 1) for line in flat_lines(there))
         now = dict(line.split(": ", 1) for line in flat_lines(self._tree))
         differing = [
@@ -74,9 +76,10 @@ class RunFolder:
                 "with this one's weights."
             )
 
-    def prepare(self) -> None:
-        """Make the folder and write the configuration."""
+    def prepare(self, phase_steps: Sequence[int]) -> None:
+        """Make the folder and write the configuration, with the steps that each phase comes to."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self.config_text += yaml.safe_dump({"phase_steps": list(phase_steps)})
         _replace(self.path / "config.yaml", self.config_text)
 
     def newest_checkpoint(self) -> Path | None:

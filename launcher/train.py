@@ -41,11 +41,13 @@ class TrainingError(RuntimeError):
     """Training cannot go on; says why and what may help."""
 
 
-def train_step(engine: Engine, batches: Batches, num_micro_batches: int, learning_rate: float) -> tuple[Tensor, ...]:
+def train_step(
+    engine: Engine, batches: Batches, num_micro_batches: int, learning_rate: float
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Take one optimizer step.
 
     Returns:
-        This rank's mean loss, the gradient norm, whether the step was skipped (all 0-dim, on the device), and the
+        This rank's mean loss, the gradient norm, and whether the step was skipped (all 0-dim, on the device); and the
         seconds spent waiting for data.
     """
     loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
@@ -59,7 +61,7 @@ def train_step(engine: Engine, batches: Batches, num_micro_batches: int, learnin
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
     grad_norm, skipped = engine.step(learning_rate)
-    return loss_sum, grad_norm, skipped, torch.tensor(waited_seconds)
+    return loss_sum, grad_norm, skipped, waited_seconds
 
 
 def train(
@@ -124,14 +126,14 @@ def train(
         at.step += 1
         longest_skip[0].add_(1).mul_(skipped)
         longest_skip[1] = longest_skip.max()
-        meter.add(float(waited_seconds), skipped)
+        meter.add(loss, skipped, waited_seconds)
 
         phase_ends = at.step == phase.end
         stopping = any_rank(stop.requested, ranks)
         saving = phase_ends or stopping or is_due(at.step, config.checkpoint.interval_steps)
         evaluating = phase_ends or is_due(at.step, config.evaluation.interval_steps)
         if saving or evaluating or is_due(at.step, config.logging.interval_steps):
-            meter.logged(loss, grad_norm, learning_rate)
+            meter.logged(grad_norm, learning_rate)
             if longest_skip[1] >= config.training.max_skipped_steps:
                 raise TrainingError(skip_advice(plan, at, int(longest_skip[1]), folder.newest_checkpoint()))
             longest_skip[1] = longest_skip[0]

@@ -48,14 +48,18 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "bf16": {"enabled": compute_dtype == torch.bfloat16},
+        # Stage 0 in fp32 is clipped by us, see ZeroEngine._plain_step; left out, this would be 1.
+        "gradient_clipping": 0.0 if _is_plain(config, compute_dtype) else optimizer.max_grad_norm,
     }
     if config.zero_stage != 0:
-        derived["gradient_clipping"] = optimizer.max_grad_norm
         # Without it, gradients of several micro-batches are summed in bf16; stage 0 knows no other way.
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif compute_dtype == torch.bfloat16:
-        derived["gradient_clipping"] = optimizer.max_grad_norm
     return _merge(config.deepspeed or {}, derived)
+
+
+def _is_plain(config: EngineConfig, compute_dtype: torch.dtype) -> bool:
+    """Whether DeepSpeed steps the given optimizer as it is, without a wrapper of its own: stage 0 in fp32."""
+    return config.zero_stage == 0 and compute_dtype != torch.bfloat16
 
 
 def _merge(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -105,6 +109,7 @@ class ZeroEngine(Engine):
         )
         self.device = device
         self.stage = config.zero_stage
+        self.is_plain = _is_plain(config, compute_dtype)
         self.max_grad_norm = optimizer.max_grad_norm
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         dimensions = named_dimensions(model)
@@ -136,7 +141,7 @@ class ZeroEngine(Engine):
 
     def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
         set_learning_rate(self.inner, learning_rate)
-        if self._outer is self.inner:
+        if self.is_plain:
             return self._plain_step()
         self._engine.step()
         skipped = bool(self._outer.overflow)
@@ -157,9 +162,8 @@ class ZeroEngine(Engine):
         return torch.tensor(value, dtype=torch.float32, device=self.device)
 
     def shards(self) -> Iterator[Shard]:
-        replicated = self.stage == 0
-        for index, (name, parameter) in enumerate(self.model.named_parameters()):
-            located = self._locate(index, parameter)
+        for name, parameter in self.model.named_parameters():
+            located = self._locate(parameter)
             if located is None:
                 continue
             master, offset, start, length = located
@@ -174,10 +178,10 @@ class ZeroEngine(Engine):
                     "exp_avg_sq": state["exp_avg_sq"].view(-1)[offset : offset + length],
                 },
                 step=state["step"],
-                primary=not replicated or dist.get_rank() == 0,
+                primary=self.stage != 0 or dist.get_rank() == 0,
             )
 
-    def _locate(self, index: int, parameter: Any) -> tuple[Tensor, int, int, int] | None:
+    def _locate(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
         """Where this rank keeps its part of a parameter.
 
         Returns:
@@ -186,7 +190,7 @@ class ZeroEngine(Engine):
         """
         outer = self._outer
         if self.stage == 0:
-            master = parameter if outer is self.inner else self._stage0_masters[id(parameter)]
+            master = parameter if self.is_plain else self._stage0_masters[id(parameter)]
             return master, 0, 0, parameter.numel()
         if self.stage == 3:
             group, offset, length = outer.grad_position[outer.get_param_id(parameter)]
@@ -211,7 +215,7 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def refresh_weights(self) -> None:
         outer = self._outer
-        if outer is self.inner:
+        if self.is_plain:
             return
         if self.stage == 0:
             masters = self._stage0_masters
@@ -225,8 +229,3 @@ class ZeroEngine(Engine):
                 outer.persistent_parameters[0].all_gather(outer.persistent_parameters)
         else:
             outer.update_lp_params()
-
-    def close(self) -> None:
-        """Release what DeepSpeed holds on the model, so that another engine may be built in this process."""
-        with contextlib.suppress(AttributeError):
-            self._engine.destroy()

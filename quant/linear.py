@@ -93,7 +93,8 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
         The dotted names of the layers that were changed.
 
     Raises:
-        ValueError: the pattern matches no linear layer, or the model is quantized already.
+        ValueError: the pattern matches no linear layer, the model is quantized already, or it is on the meta device
+            and ``device`` is not given.
     """
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError("the model is quantized already")
@@ -105,17 +106,25 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
     if not matches:
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         raise ValueError(f"include={config.include!r} matches none of the linear layers, such as {linears[:3]}")
-    strength = torch.ones((), device=device or next(model.parameters()).device)
+    device = device or next(model.parameters()).device
+    if device.type == "meta":
+        raise ValueError("the model is on the meta device: give the device on which it will compute")
+    strength = torch.ones((), device=device)
     for module in matches.values():
         module.__class__ = QuantLinear
-        module.quant_config, module.strength = config, strength
+    for layer in quantized_layers(model).values():
+        layer.quant_config, layer.strength = config, strength
     return list(matches)
 
 
 def dequantize_(model: nn.Module) -> None:
-    """Undo `quantize_`: the layers compute with their latent weights again, as plain ``nn.Linear``."""
-    for module in quantized_layers(model).values():
-        module.__class__ = nn.Linear
+    """Undo `quantize_`: the layers compute with their latent weights again, as plain ``nn.Linear``.
+
+    Raises:
+        ValueError: no layer is quantized.
+    """
+    for module in _expect_quantized(model).values():
+        module.__class__ = nn.Linear  # type: ignore[assignment]
         del module.quant_config, module.strength
 
 
@@ -125,10 +134,17 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def set_strength_(model: nn.Module, strength: float) -> None:
-    """Set how much of the quantization is on, from 0 (none: the 16-bit model) to 1 (all of it)."""
+    """Set how much of the quantization is on, from 0 (none: the 16-bit model) to 1 (all of it).
+
+    Raises:
+        ValueError: the strength is outside of 0 to 1, or no layer is quantized.
+    """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength {strength} is outside of 0 to 1")
-    layers = quantized_layers(model)
-    if not layers:
-        raise ValueError("the model has no quantized layer: call quantize_ first")
-    next(iter(layers.values())).strength.fill_(strength)
+    next(iter(_expect_quantized(model).values())).strength.fill_(strength)
+
+
+def _expect_quantized(model: nn.Module) -> dict[str, QuantLinear]:
+    if layers := quantized_layers(model):
+        return layers
+    raise ValueError("the model has no quantized layer: call quantize_ first")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -359,7 +360,9 @@ def test_configurations_are_checked(changes, key, message):
 
 def read_until_killed(connection, config: DataConfig) -> None:
     os.setsid()
-    for tokens_BT, _ in open_data(config, micro=GLOBAL):
+    data = open_data(config, micro=GLOBAL)
+    connection.send(data._loader.dataset._shm_prefix_int)
+    for tokens_BT, _ in data:
         connection.send(tokens_BT.tolist())
 
 
@@ -380,12 +383,13 @@ ENDS_IN_MID_EPOCH = """
 
 
 def test_a_killed_run_starts_again_in_the_same_folder_and_ends_quietly(folders):
-    before = []
+    before, prefixes = [], []
     for workers in (0, 2):
         config = mixture(folders, sources=(Source(path=folders[0]),), workers=workers)
         receiver, sender = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(target=read_until_killed, args=(sender, config))
         process.start()
+        prefixes.append(receiver.recv())
         before.append([receiver.recv() for _ in range(5)])
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
@@ -396,6 +400,11 @@ def test_a_killed_run_starts_again_in_the_same_folder_and_ends_quietly(folders):
     assert again.stderr == ""
     assert again.returncode == 0
     assert json.loads(again.stdout) == [before[0][3:5], before[1][3:5]]
+    left = [path for prefix in prefixes for folder in ("/dev/shm", tempfile.gettempdir())
+            for path in Path(folder).glob(f"{prefix:06}_*")]  # fmt: skip
+    assert left  # what the killed left is what the other started beside
+    for path in left:
+        path.unlink()
 
 
 def register_file_urls() -> None:

@@ -1,0 +1,136 @@
+"""A run that is stopped and goes on is the run that was not stopped: bit for bit, in and across phases."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from safetensors.torch import load_file
+from tiny import tiny_config
+
+from launcher.config import Config
+from launcher.console import Console
+from launcher.metrics import read_metrics
+from launcher.plan import make_plan
+from launcher.run_folder import RunFolder
+from launcher.runtime import Ranks
+from launcher.train import train
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "fsdp2": {"name": "fsdp2"},
+    "fsdp2-keep-gathered": {"name": "fsdp2", "reshard_after_forward": False},
+    "hsdp": {"name": "fsdp2", "replicas": 2},
+    "fsdp2-offload": {"name": "fsdp2", "offload": "all"},
+    **{f"zero-{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)},
+    "zero-2-offload": {"name": "deepspeed", "zero_stage": 2, "offload": "optimizer"},
+    "zero-3-offload": {"name": "deepspeed", "zero_stage": 3, "offload": "all"},
+}
+
+
+class StopAfter:
+    """Asks for a stop at the end of the n-th step from now."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    @property
+    def requested(self) -> bool:
+        self.steps -= 1
+        return self.steps <= 0
+
+
+def run(config: Config, steps: int = 10**6) -> str:
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+    folder = RunFolder(config)
+    plan = make_plan(config, ranks.world_size)
+    if ranks.is_first:
+        folder.prepare([phase.end - phase.start for phase in plan.phases])
+    dist.barrier()
+    return train(plan, ranks, folder, StopAfter(steps), Console(silent=True))  # type: ignore[arg-type]
+
+
+def whole_and_in_pieces(shards: str, out: str, engines: list[str], dtype: str, pieces: list[int]) -> None:
+    for name in engines:
+        for kind in ("whole", "pieces"):
+            config = tiny_config(
+                Path(shards),
+                Path(out) / name / kind,
+                engine=ENGINES[name],
+                training={"compute_dtype": dtype},
+                phases=[
+                    {"precision": "16-bit", "steps": 4},
+                    {
+                        "precision": "ternary",
+                        "steps": 5,
+                        "transition": {
+                            "optimizer": "keep-variance",
+                            "rewarm_tokens": 600,
+                            "data": "restart",
+                            "ramp": {"shape": "tanh", "steps": 3},
+                        },
+                    },
+                ],
+            )
+            if kind == "whole":
+                assert run(config) == "complete"
+            else:
+                for steps in pieces:
+                    assert run(config, steps) == "interrupted"
+                assert run(config) == "complete"
+
+
+def final_state(run: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(path) for path in sorted((run / "checkpoints" / "step-00000009").glob("*.safetensors"))]
+
+
+def compare(out: Path, engines: list[str]) -> None:
+    for name in engines:
+        whole, pieces = (out / name / kind for kind in ("whole", "pieces"))
+        keys = ("step", "phase", "train/loss", "train/grad_norm", "train/learning_rate", "quant/strength")
+        keys += ("validation/bits_per_byte", "validation/when")
+        rows = [[[row.get(key) for key in keys] for row in read_metrics(r / "metrics.jsonl")] for r in (whole, pieces)]
+        assert rows[0] == rows[1], name
+        assert len(rows[0]) == 9 + 4, name
+        for ours, theirs in zip(final_state(whole), final_state(pieces), strict=True):
+            assert ours.keys() == theirs.keys()
+            for key in ours:
+                assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
+
+
+# A few engines in a launch: `streaming` opens the shared memory of every data set of the process for each new one.
+@pytest.mark.parametrize(
+    ("dtype", "engines"),
+    [
+        ("fp32", ["fsdp2", "hsdp", "zero-1"]),
+        ("fp32", ["zero-0", "zero-2", "zero-3"]),
+        ("bf16", ["fsdp2", "zero-1", "zero-2"]),
+        ("bf16", ["fsdp2-offload", "zero-0", "zero-3"]),
+        pytest.param("bf16", ["fsdp2-keep-gathered", "zero-2-offload", "zero-3-offload"], marks=pytest.mark.slow),
+    ],
+)
+def test_resume_is_bitwise_on_every_engine(shards: Path, tmp_path: Path, dtype: str, engines: list[str]) -> None:
+    # Stops: in the 16-bit phase, again in it, right at the transition, and inside the ternary ramp.
+    run_ranks(2, whole_and_in_pieces, str(shards), str(tmp_path), engines, dtype, [2, 1, 1, 2])
+    compare(tmp_path, engines)
+
+
+def test_resume_is_bitwise_in_a_single_process(shards: Path, tmp_path: Path) -> None:
+    run_ranks(1, whole_and_in_pieces, str(shards), str(tmp_path), ["fsdp2", "zero-1"], "fp32", [3, 1, 3])
+    compare(tmp_path, ["fsdp2", "zero-1"])
+
+
+def test_milestones_stay_and_passing_checkpoints_go(shards: Path, tmp_path: Path) -> None:
+    run_ranks(1, complete_with_checkpoints, str(shards), str(tmp_path / "run"))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    # Every step is saved; 4 and 8 end the phases, 6 and 7 are the last two others.
+    assert names == [f"step-{step:08d}" for step in (4, 6, 7, 8)]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json").read_text())
+    assert manifest["milestone"] is True
+    assert manifest["step"] == 4
+
+
+def complete_with_checkpoints(shards: str, out: str) -> None:
+    run(tiny_config(Path(shards), Path(out), checkpoint={"interval_steps": 1, "keep_last": 2}))
