@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -62,7 +63,7 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             out = Path(folder, str(repeat))
             encode_seconds.append(seconds_of(encode_only))
-            prepare_seconds.append(seconds_of(lambda out=out: prepare(config, arguments.sequence_length, out)))
+            prepare_seconds.append(seconds_of(partial(prepare, config, arguments.sequence_length, out)))
 
     rates = {
         "sentencepiece encode": num_bytes / 1e6 / statistics.median(encode_seconds),

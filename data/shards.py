@@ -44,6 +44,7 @@ from data.torchvision_repair import repair_torchvision
 
 TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
 TRAINING_SCAN_BYTES = 1_000_000_000  # where to stop looking for that sample
+SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and one that is all there is gives enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,30 +253,29 @@ def _uniform(text: str) -> float:
 
 
 def sample_texts(texts: Iterable[str]) -> list[str]:
-    """Return a random sample of at most `TRAINING_SAMPLE_BYTES`, of long texts a random stretch.
+    """Return a random sample of at most `TRAINING_SAMPLE_BYTES`, of long texts in pieces.
 
-    It looks at the first `TRAINING_SCAN_BYTES` and keeps the texts with the smallest hashes, as many as fit: every
+    It looks at the first `TRAINING_SCAN_BYTES` and keeps the pieces with the smallest hashes, as many as fit: every
     machine draws the same sample, in whatever order it reads the texts.
     """
-    longest = TRAINING_SAMPLE_BYTES // 10
     kept: list[tuple[float, str]] = []  # a heap with the largest hash on top, as its negative
     kept_bytes = scanned_bytes = 0
     limit = 1.0  # the smallest hash that did not fit
     for text in texts:
-        key = _uniform(text)
-        scanned_bytes += len(text.encode())
-        if key < limit:
-            begin = int(key * max(0, len(text) - longest))
-            stretch = text[begin : begin + longest]
-            heapq.heappush(kept, (-key, stretch))
-            kept_bytes += len(stretch.encode())
-        while kept_bytes > TRAINING_SAMPLE_BYTES:
-            negative_key, dropped = heapq.heappop(kept)
-            limit = -negative_key
-            kept_bytes -= len(dropped.encode())
+        for begin in range(0, len(text), SAMPLE_PIECE_CHARS):
+            piece = text[begin : begin + SAMPLE_PIECE_CHARS]
+            num_bytes = len(piece.encode())
+            scanned_bytes += num_bytes
+            if (key := _uniform(piece)) < limit:
+                heapq.heappush(kept, (-key, piece))
+                kept_bytes += num_bytes
+            while kept_bytes > TRAINING_SAMPLE_BYTES:
+                negative_key, dropped = heapq.heappop(kept)
+                limit = -negative_key
+                kept_bytes -= len(dropped.encode())
         if scanned_bytes > TRAINING_SCAN_BYTES:
             break
-    return [text for _, text in sorted(kept)]
+    return [piece for _, piece in sorted(kept)]
 
 
 class RowWriter:

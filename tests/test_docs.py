@@ -66,7 +66,7 @@ def test_tritrain_command_parses(words: list[str]) -> None:
 
     from launcher.cli import app
 
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     arguments = words[words.index("tritrain") + 1 :]
     if arguments == ["--help"]:
         return
@@ -98,7 +98,12 @@ def test_pretrain_command_parses(words: list[str], monkeypatch: pytest.MonkeyPat
         assert options[-1] == "python"
 
     started: list[Config] = []
-    monkeypatch.setattr(pretrain, "run", lambda config: started.append(config) or 0)
+
+    def run(config: Config) -> int:
+        started.append(config)
+        return 0
+
+    monkeypatch.setattr(pretrain, "run", run)
     monkeypatch.chdir(tmp_path)  # where no run is that the configuration would have to belong to
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     arguments = [QUICKSTART if word.isupper() else word for word in arguments]
@@ -155,7 +160,8 @@ def expand(nodes: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def test_schema_has_keys_and_lacks_others() -> None:
-    assert schema_has("engine.") and schema_has("phases.1.transition.ramp.steps")
+    assert schema_has("engine.")
+    assert schema_has("phases.1.transition.ramp.steps")
     assert not schema_has("engine.stage")
     assert not schema_has("phases.1.ramp")
 

@@ -1,0 +1,314 @@
+"""Engines agree: with a plain training loop written here, and with each other.
+
+In a 16-bit phase the losses and gradient norms of 20 steps agree within 1e-5. A ternary phase is chaotic (a change of
+the weights by 1e-7 moves the loss by several hundredths within 20 steps, in one process), so there the first loss, the
+first gradients, the codes and the scales are held tight, a few fp64 steps too, and the long curve stays inside what
+such a change does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from launcher.engine import Engine, EngineConfig, load_weights
+from launcher.fsdp import FSDPEngine
+from launcher.optim import OptimizerConfig, parameter_groups
+from launcher.zero import ZeroEngine
+from model.init import initial_value, initialize_
+from model.transformer import ModelConfig, Transformer
+from quant.linear import QuantConfig, quantize_, quantized_layers
+from quant.rounding import ternary
+
+# Rows that neither 2 nor 3 ranks divide, and gradients that are clipped.
+MODEL = ModelConfig(
+    vocab_size=257, hidden_size=66, num_layers=2, num_heads=3, num_kv_heads=1, intermediate_size=101, sub_norm=True,
+    max_sequence_length=32,
+)  # fmt: skip
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.5)
+LEARNING_RATE, NUM_STEPS, NUM_SEQUENCES, NUM_MICRO_BATCHES = 3e-3, 20, 8, 2
+ENGINES = ("fsdp2", "zero-0", "zero-1", "zero-2", "zero-3")
+CPU = torch.device("cpu")
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    starts = torch.randint(0, 257, (NUM_SEQUENCES, 1), generator=generator)
+    steps = torch.randint(1, 4, (NUM_SEQUENCES, 32), generator=generator)
+    tokens = torch.cat([starts, starts + steps.cumsum(1)], 1) % 257
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def plain_run(
+    dtype: torch.dtype, *, quantized: bool, num_steps: int = NUM_STEPS, nudge: int | None = None
+) -> dict[str, Any]:
+    """The oracle: one process, whole batches, torch's own AdamW and clipping."""
+    model = Transformer(MODEL)
+    initialize_(model, 0)
+    model = model.to(dtype)
+    if nudge is not None:
+        generator = torch.Generator().manual_seed(nudge)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 1 + 1e-7 * torch.randn(parameter.shape, generator=generator)
+    codes = watch_codes(model) if quantized else {}
+    groups = parameter_groups(((name, p.ndim, p) for name, p in model.named_parameters()), OPTIMIZER)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+    curve, first_moments = [], {}
+    for step in range(num_steps):
+        loss = model(*batch(step))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((loss.item(), norm.item()))
+        if step == 0:
+            first_moments = {n: optimizer.state[p]["exp_avg"].clone() for n, p in model.named_parameters()}
+    return {"curve": curve, "first_moments": first_moments, "codes": codes}
+
+
+def watch_codes(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Quantize, and note the codes and the scale that each layer sees in its first forward pass."""
+    quantize_(model, QuantConfig(), CPU)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Linear, _: Any) -> None:
+            if name not in seen:
+                codes, scale = ternary(module.weight.detach())
+                seen[name] = (codes.to(torch.int8), scale)
+
+        return hook
+
+    for name, layer in quantized_layers(model).items():
+        layer.register_forward_pre_hook(look(name))
+    return seen
+
+
+def build(name: str, dtype: torch.dtype) -> Engine:
+    with torch.device("meta"):
+        model = Transformer(MODEL)
+    return shard(model, name, dtype)
+
+
+def shard(model: Transformer, name: str, dtype: torch.dtype) -> Engine:
+    if name == "fsdp2":
+        blocks = list(model.model.layers)
+        engine: Engine = FSDPEngine(
+            model, blocks, optimizer=OPTIMIZER, config=EngineConfig(), compute_dtype=dtype, device=CPU
+        )
+    else:
+        engine = ZeroEngine(
+            model,
+            optimizer=OPTIMIZER,
+            config=EngineConfig(name="deepspeed", zero_stage=int(name[-1])),  # type: ignore[arg-type]
+            compute_dtype=dtype,
+            device=CPU,
+            micro_batch_sequences=NUM_SEQUENCES // dist.get_world_size() // NUM_MICRO_BATCHES,
+            num_micro_batches=NUM_MICRO_BATCHES,
+        )
+    list(engine.shards())  # looking at the state before the first step must not move Adam to step 1
+    load_weights(engine, lambda name, shape: initial_value(name, shape, MODEL, 0))
+    return engine
+
+
+def step_once(engine: Engine, step: int, poison: float = 1.0) -> tuple[float, float, float]:
+    """One step on this rank's part of the batch; returns the mean loss of all ranks, gradient norm and skipped."""
+    tokens, labels = batch(step)
+    rank, size = dist.get_rank(), NUM_SEQUENCES // dist.get_world_size() // NUM_MICRO_BATCHES
+    total = torch.zeros(())
+    for index in range(NUM_MICRO_BATCHES):
+        rows = slice((rank * NUM_MICRO_BATCHES + index) * size, (rank * NUM_MICRO_BATCHES + index + 1) * size)
+        loss = engine.forward(tokens[rows], labels[rows]) / NUM_MICRO_BATCHES
+        engine.backward(loss * poison, last=index == NUM_MICRO_BATCHES - 1)
+        total = total + loss.detach()
+    norm, skipped = engine.step(LEARNING_RATE)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size(), norm.item(), skipped.item()
+
+
+def gathered(engine: Engine, kind: str) -> dict[str, Tensor]:
+    """Whole tensors from all ranks' shards, on every rank."""
+    mine = [(s.name, s.shape, s.start, s.tensors[kind].clone()) for s in engine.shards() if s.primary]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    whole: dict[str, Tensor] = {}
+    for name, shape, start, values in (piece for pieces in everyone for piece in pieces):
+        flat = whole.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype)).view(-1)
+        flat[start : start + len(values)] = values
+    return whole
+
+
+def engine_run(name: str, dtype: torch.dtype, *, quantized: bool, num_steps: int = NUM_STEPS) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = Transformer(MODEL)
+    codes = watch_codes(model) if quantized else {}
+    engine = shard(model, name, dtype)
+    curve, first_moments = [], {}
+    for step in range(num_steps):
+        loss, norm, skipped = step_once(engine, step)
+        assert skipped == 0
+        curve.append((loss, norm))
+        if step == 0:
+            first_moments = gathered(engine, "exp_avg")
+    return {"curve": curve, "first_moments": first_moments, "codes": codes}
+
+
+def all_engines() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for name in ENGINES:
+        results[f"{name}/16-bit"] = engine_run(name, torch.float32, quantized=False)
+        results[f"{name}/ternary"] = engine_run(name, torch.float32, quantized=True)
+    results["fsdp2/fp64"] = engine_run("fsdp2", torch.float64, quantized=True, num_steps=4)
+    return results
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> dict[str, Any]:
+    """Every engine on two ranks, in one launch; what rank 0 saw."""
+    return run_ranks(2, all_engines)[0]
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, Any]:
+    return {
+        "16-bit": plain_run(torch.float32, quantized=False),
+        "ternary": plain_run(torch.float32, quantized=True),
+    }
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], column: int) -> list[float]:
+    return [abs(a[column] - b[column]) for a, b in zip(ours["curve"], theirs["curve"], strict=True)]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_16_bit_phase_agrees_for_20_steps(name: str, two_ranks: dict[str, Any], single: dict[str, Any]) -> None:
+    ours, theirs = two_ranks[f"{name}/16-bit"], single["16-bit"]
+    assert max(differences(ours, theirs, 0)) < 1e-5
+    assert max(differences(ours, theirs, 1)) < 1e-5
+    assert any(norm > OPTIMIZER.max_grad_norm for _, norm in theirs["curve"])  # clipping took part
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_ternary_phase_starts_equal(name: str, two_ranks: dict[str, Any], single: dict[str, Any]) -> None:
+    ours, theirs = two_ranks[f"{name}/ternary"], single["ternary"]
+    assert ours["codes"].keys() == theirs["codes"].keys()
+    for layer, (codes, scale) in theirs["codes"].items():
+        assert torch.equal(ours["codes"][layer][0], codes), layer
+        assert torch.equal(ours["codes"][layer][1], scale), layer
+    assert differences(ours, theirs, 0)[0] < 1e-6
+    assert differences(ours, theirs, 1)[0] < 1e-6
+    # After one step Adam's first moment is the clipped gradient, times 1 - beta1.
+    for parameter, moment in theirs["first_moments"].items():
+        torch.testing.assert_close(ours["first_moments"][parameter], moment, rtol=0, atol=1e-6, msg=parameter)
+
+
+@pytest.fixture(scope="module")
+def envelope(single: dict[str, Any]) -> float:
+    """How far a change of the weights by 1e-7 moves the ternary loss within 20 steps."""
+    nudged = [plain_run(torch.float32, quantized=True, nudge=seed) for seed in range(4)]
+    return max(max(differences(run, single["ternary"], 0)) for run in nudged)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_ternary_phase_stays_inside_the_envelope(
+    name: str, two_ranks: dict[str, Any], single: dict[str, Any], envelope: float
+) -> None:
+    assert 0 < max(differences(two_ranks[f"{name}/ternary"], single["ternary"], 0)) < 2 * envelope
+
+
+def test_ternary_phase_in_fp64_is_tight(two_ranks: dict[str, Any]) -> None:
+    theirs = plain_run(torch.float64, quantized=True, num_steps=4)
+    assert max(differences(two_ranks["fsdp2/fp64"], theirs, 0)) < 1e-12
+
+
+# State
+
+
+def initial_weights() -> dict[str, Any]:
+    results = {}
+    for name in ENGINES:
+        for dtype in (torch.float32, torch.bfloat16):
+            engine = build(name, dtype)
+            results[f"{name}/{dtype}"] = gathered(engine, "weight")
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_initial_weights_are_bitwise_the_same_on_any_number_of_ranks(world_size: int) -> None:
+    plain = Transformer(MODEL)
+    initialize_(plain, 0)
+    for name, weights in run_ranks(world_size, initial_weights)[0].items():
+        for parameter, value in plain.named_parameters():
+            assert torch.equal(weights[parameter], value), f"{name}: {parameter}"
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    state = {}
+    for shard in engine.shards():
+        state |= {f"{kind}/{shard.name}": tensor.clone() for kind, tensor in shard.tensors.items()}
+        state[f"step/{shard.name}"] = shard.step.clone()
+    return state
+
+
+def skipped_steps() -> dict[str, Any]:
+    """Per engine: what a poisoned step reports, whether it changed anything, and the step after it."""
+    results: dict[str, Any] = {}
+    for name in ENGINES:
+        for dtype in (torch.float32, torch.bfloat16):
+            engine = build(name, dtype)
+            twin = build(name, dtype)
+            step_once(engine, 0)
+            step_once(twin, 0)
+            before = state_of(engine)
+            poison = torch.nan if dist.get_rank() == 1 else 1.0
+            _, _, skipped = step_once(engine, 1, poison)
+            after = state_of(engine)
+            unchanged = all(torch.equal(before[key], after[key]) for key in before)
+            next_step = step_once(engine, 2) == step_once(twin, 2)
+            updates = {float(shard.step) for shard in engine.shards()}
+            results[f"{name}/{dtype}"] = [skipped, unchanged, next_step, sorted(updates)]
+    return results
+
+
+def test_a_non_finite_step_changes_nothing_on_any_rank() -> None:
+    for rank in run_ranks(2, skipped_steps):
+        for name, (skipped, unchanged, next_step, updates) in rank.items():
+            assert skipped == 1, name
+            assert unchanged, name
+            assert next_step, name
+            assert updates == [2.0], name  # two steps were taken; also: no engine begins at step 1
+
+
+def written_weights() -> dict[str, Any]:
+    """Write weights through the shards after a step, and look at what the forward pass then sees."""
+    results = {}
+    tokens, labels = batch(0)
+    for name in ENGINES:
+        for dtype in (torch.float32, torch.bfloat16):
+            engine = build(name, dtype)
+            first = engine.forward(tokens, labels).item()
+            step_once(engine, 0)
+            moved = engine.forward(tokens, labels).item()
+            load_weights(engine, lambda name, shape: initial_value(name, shape, MODEL, 0))
+            results[f"{name}/{dtype}"] = [first, moved, engine.forward(tokens, labels).item()]
+    return results
+
+
+def test_written_weights_reach_the_forward_pass() -> None:
+    for name, (first, moved, restored) in run_ranks(2, written_weights)[0].items():
+        assert moved != first, name
+        assert restored == first, name
+
+
+def parameter_names() -> list[Any]:
+    return [[n for n, _ in build(name, torch.float32).model.named_parameters()] for name in ENGINES]
+
+
+def test_names_are_the_models_own() -> None:
+    plain = [name for name, _ in Transformer(MODEL).named_parameters()]
+    assert run_ranks(1, parameter_names)[0] == [plain] * len(ENGINES)
