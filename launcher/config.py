@@ -7,6 +7,7 @@ Each folder owns its part as a frozen dataclass that checks itself and lists its
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import typing
@@ -234,9 +235,10 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
         )
     if data and training and training.global_batch_tokens and training.global_batch_tokens % data.sequence_length:
         below = training.global_batch_tokens // data.sequence_length * data.sequence_length
+        nearest = [str(tokens) for tokens in (below, below + data.sequence_length) if tokens]
         problems["training.global_batch_tokens"] = (
             f"is {training.global_batch_tokens}, no multiple of data.sequence_length {data.sequence_length}; "
-            f"{below or data.sequence_length} or {below + data.sequence_length} would be"
+            f"{' or '.join(nearest)} would be"
         )
     if training and training.global_batch_sequences:
         total, micro = training.global_batch_sequences, training.micro_batch_sequences
@@ -379,6 +381,9 @@ def parse_config(tree: dict[str, Any]) -> Config:
     return Config(**parts)
 
 
+_adapter = functools.cache(TypeAdapter)  # building one takes longer than reading with it
+
+
 def _parse_part(kind: Any, tree: Any, path: str, problems: dict[str, str]) -> Any:
     """Read one part, adding what is wrong to ``problems``; None if anything is.
 
@@ -386,7 +391,7 @@ def _parse_part(kind: Any, tree: Any, path: str, problems: dict[str, str]) -> An
     read again, until nothing new is found. What is then said about a key that was left out does not count.
     """
     tree = json.loads(json.dumps(tree, default=str))  # a copy, in JSON's types
-    adapter = TypeAdapter(kind)
+    adapter = _adapter(kind)
     left_out: list[str] = []
     while True:
         try:

@@ -12,8 +12,11 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import os
+import shutil
 import traceback
 from collections.abc import Sequence
+
+import torch.distributed as dist
 
 from data.errors import DataError
 from launcher.checkpoint import CheckpointError
@@ -21,7 +24,15 @@ from launcher.config import Config, ConfigError, load_config
 from launcher.console import Console
 from launcher.plan import make_plan
 from launcher.run_folder import RunFolder
-from launcher.runtime import Ranks, StopRequest, missing_ranks, process_group, seed_everything, write_presence
+from launcher.runtime import (
+    Ranks,
+    StopRequest,
+    is_first_to_say,
+    missing_ranks,
+    process_group,
+    seed_everything,
+    write_presence,
+)
 from launcher.train import TrainingError, train
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
@@ -54,7 +65,7 @@ def run(config: Config) -> int:
         try:
             return run_rank(config, folder, ranks, stop)
         except USER_ERRORS as error:
-            message = str(error)
+            message = str(error)  # the same on all ranks, mostly
         except Exception as error:
             # A rank that is gone shows itself to the others as a broken connection, with nothing said of who it was.
             gone = missing_ranks(folder.ranks)
@@ -62,8 +73,8 @@ def run(config: Config) -> int:
                 message = f"{' and '.join(gone)} died; the others cannot go on. {resume_advice(folder)}"
             else:
                 message = "".join(traceback.format_exception(error)) + resume_advice(folder)
-        print(f"rank {ranks.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
-        if ranks.is_first:
+        if is_first_to_say(folder.ranks, message):
+            print(f"rank {ranks.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
             folder.write_state("failed", message=message)
         os._exit(FAILED)  # the process group cannot be left in order: the others may be anywhere
 
@@ -74,8 +85,10 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
     plan = make_plan(config, ranks.world_size)
     seed_everything(config.run.seed, ranks.rank)
     if ranks.is_first:
+        shutil.rmtree(folder.ranks, ignore_errors=True)
         folder.prepare([phase.end - phase.start for phase in plan.phases])
         folder.write_state("running")
+    dist.barrier()
     write_presence(folder.ranks, ranks)
     outcome = train(plan, ranks, folder, stop, console)
     if not ranks.is_first:

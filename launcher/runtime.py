@@ -1,9 +1,11 @@
 """What a process finds around itself: its rank, its device, its peers, and the signals it is sent."""
 
+import hashlib
 import os
 import random
 import signal
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ class Ranks:
 def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     """Join the process group that torchrun, `deepspeed`, Slurm or plain `python` started this process for."""
     _complete_environment()
+    # FSDP2 calls functions that torch itself calls deprecated, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -112,6 +116,16 @@ def write_presence(folder: Path, ranks: Ranks) -> None:
     """Note host and process of this rank, for `missing_ranks`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"rank-{ranks.rank:05d}").write_text(f"{socket.gethostname()} {os.getpid()}")
+
+
+def is_first_to_say(folder: Path, message: str) -> bool:
+    """Whether no rank has claimed this message before; what all ranks fail with alike is to be said once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / f"said-{hashlib.sha256(message.encode()).hexdigest()[:16]}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def missing_ranks(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,20 @@ def yaml_blocks() -> list[Any]:
 @pytest.mark.parametrize("text", yaml_blocks())
 def test_configuration_snippet_is_valid_in_the_quickstart(text: str) -> None:
     tree = parse_yaml((ROOT / QUICKSTART).read_text(), QUICKSTART)
+    del tree["data"]["prepare"]  # belongs to the quickstart's own source
+    tree["model"]["max_sequence_length"] = 1 << 20
     for section, keys in parse_yaml(text, "snippet").items():
         tree[section] = {**tree.get(section, {}), **keys} if isinstance(keys, dict) else keys
     parse_config(tree)
+
+
+def test_example_without_the_launcher_runs_on_torch_alone() -> None:
+    blocks = [text for language, text in fenced_blocks(ROOT / "docs/installing.md") if language == "python"]
+    (example,) = (text for text in blocks if "quantize_" in text)
+    ours_elsewhere = ("launcher", "data", "eval")
+    heavy = ("deepspeed", "matplotlib", "pydantic", "streaming", "transformers", "yaml")
+    check = f"import sys; assert loss.isfinite(); assert not sys.modules.keys() & {{*{ours_elsewhere + heavy}}}"
+    subprocess.run([sys.executable, "-c", f"{example}\n{check}"], check=True, timeout=120)
 
 
 def schema_has(path: str) -> bool:

