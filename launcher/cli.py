@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -59,7 +58,7 @@ def train(
         console.line(f"The run {parsed.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
         show_next(folder, console)
         return
-    sys.exit(launch(launcher, config, overrides or [], num_ranks))
+    launch(launcher, config, overrides or [], num_ranks)
 
 
 def default_ranks() -> int:
@@ -69,21 +68,15 @@ def default_ranks() -> int:
     return torch.cuda.device_count() or 1
 
 
-def launch(launcher: str, config: Path, overrides: list[str], num_ranks: int) -> int:
-    """Start the ranks of this machine and wait for them; returns the exit code."""
+def launch(launcher: str, config: Path, overrides: list[str], num_ranks: int) -> NoReturn:
+    """Become the launcher of this machine's ranks, so that signals reach it and its exit code is the command's."""
     script = [str(Path(__file__).with_name("pretrain.py")), "--config", str(config), *overrides]
-    environment = os.environ | {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")}
     if launcher == "deepspeed":
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), *script]
     else:
         command = [sys.executable, "-m", "launcher.torchrun", str(num_ranks), *script]
-    child = subprocess.Popen(command, env=environment)
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            continue  # the terminal sent it to the ranks too: they save, and then the launcher ends
-    return 0
+    sys.stdout.flush()
+    os.execv(command[0], command)
 
 
 @app.command()

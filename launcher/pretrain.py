@@ -62,10 +62,12 @@ def run(config: Config) -> int:
     """Join the other ranks and train."""
     folder = RunFolder(config)
     with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds) as ranks:
+        code = FAILED
         try:
             return run_rank(config, folder, ranks, stop)
         except USER_ERRORS as error:
-            message = str(error)  # the same on all ranks, mostly
+            message = str(error)
+            code = MISCONFIGURED if isinstance(error, ConfigError) else FAILED
         except Exception as error:
             # A rank that is gone shows itself to the others as a broken connection, with nothing said of who it was.
             gone = missing_ranks(folder.ranks)
@@ -76,7 +78,7 @@ def run(config: Config) -> int:
         if is_first_to_say(folder.ranks, message):
             print(f"rank {ranks.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
             folder.write_state("failed", message=message)
-        os._exit(FAILED)  # the process group cannot be left in order: the others may be anywhere
+        os._exit(code)  # the process group cannot be left in order: the others may be anywhere
 
 
 def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest) -> int:

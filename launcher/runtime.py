@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,19 +129,29 @@ def is_first_to_say(folder: Path, message: str) -> bool:
     return True
 
 
-def missing_ranks(folder: Path) -> list[str]:
-    """Name the ranks on this host whose process is gone, as far as one can see from here."""
+def missing_ranks(folder: Path, patience_seconds: float = 3.0) -> list[str]:
+    """Name the ranks on this host whose process is gone, as far as one can see from here.
+
+    A killed process closes its connections some time before it is seen to be gone; hence the patience.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while not (missing := [path for path in sorted(folder.glob("rank-*")) if not _is_alive(*path.read_text().split())]):
+        if time.monotonic() > deadline:
+            return []
+        time.sleep(0.1)
+    return [
+        f"rank {int(path.name.removeprefix('rank-'))} (process {path.read_text().split()[1]} on {socket.gethostname()})"
+        for path in missing
+    ]
+
+
+def _is_alive(host: str, pid: str) -> bool:
+    """Whether a process runs; those of other hosts are taken to."""
+    if host != socket.gethostname():
+        return True
     import psutil
 
-    missing = []
-    for path in sorted(folder.glob("rank-*")):
-        host, pid = path.read_text().split()
-        if host != socket.gethostname():
-            continue
-        try:
-            alive = psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            alive = False
-        if not alive:
-            missing.append(f"rank {int(path.name.removeprefix('rank-'))} (process {pid} on {host})")
-    return missing
+    try:
+        return bool(psutil.Process(int(pid)).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,112 @@
+"""The folders of this checkout are the packages that are imported, and the light ones stay light."""
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("launcher", "model", "data", "quant", "eval")
+LIGHT = ("model.transformer", "model.init", "model.loss", "model.size", "quant.linear", "quant.ramp", "quant.rounding")
+LIGHT_LAUNCHER = ("launcher.engine", "launcher.fsdp", "launcher.optim", "launcher.schedule", "launcher.transition")
+HEAVY = (
+    "pydantic", "yaml", "transformers", "deepspeed", "streaming", "datasets", "rich", "typer", "matplotlib", "psutil",
+    "tensorboard", "tokenizers", "sentencepiece", "safetensors", "zstandard", "huggingface_hub", "torchvision",
+)  # fmt: skip
+
+
+def python(code, *arguments, cwd=ROOT, **variables):
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def sources(folder):
+    return sorted(path for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_is_imported_from_this_checkout(package):
+    assert Path(importlib.import_module(package).__file__) == ROOT / package / "__init__.py"
+
+
+def test_stray_folders_in_the_working_directory_do_not_win(tmp_path):
+    """A `./data` full of somebody's text is no package of ours, whether or not Python could import it."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "corpus.txt").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "script.py").write_text(
+        f"import importlib\nfor name in {PACKAGES}: print(importlib.import_module(name).__file__)\n"
+    )
+    expected = [str(ROOT / package / "__init__.py") for package in PACKAGES]
+    as_script = "import runpy, sys; runpy.run_path(sys.argv[1])"
+    assert python(as_script, str(tmp_path / "script.py"), cwd=tmp_path).split() == expected
+    script = [sys.executable, str(tmp_path / "script.py")]
+    result = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == expected
+
+
+BLOCKED_IMPORTS = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY!r}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocked())
+import importlib
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+"""
+
+
+def test_imports_with_torch_alone():
+    python(BLOCKED_IMPORTS, *LIGHT, *LIGHT_LAUNCHER)
+
+
+def test_the_block_works():
+    """An import that is blocked fails, so the test above can."""
+    with pytest.raises(AssertionError, match="blocked: "):
+        python(BLOCKED_IMPORTS, "launcher.config")
+
+
+@pytest.mark.parametrize("folder", ["model", "quant"])
+def test_light_folders_name_no_heavy_library_at_import(folder):
+    """At the top of a module; inside of functions anything may be imported."""
+    for path in sources(folder):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            heavy = {name.split(".")[0] for name in names} & set(HEAVY)
+            assert not heavy, f"{path.relative_to(ROOT)} imports {heavy}"
+
+
+def test_no_file_of_the_launcher_hides_another_module():
+    """`deepspeed launcher/pretrain.py` puts launcher/ first on sys.path."""
+    hidden = sys.stdlib_module_names | {"deepspeed", "torch", "streaming", "transformers", "datasets", *PACKAGES}
+    taken = {path.stem for path in (ROOT / "launcher").iterdir()} & hidden
+    assert not taken
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_are_absolute(package):
+    for path in sources(package):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def test_tests_are_flat_and_no_package():
+    tests = ROOT / "tests"
+    assert not list(tests.rglob("__init__.py"))
+    assert {path.parent for path in tests.rglob("test_*.py")} == {tests}
