@@ -8,31 +8,16 @@ both are MB/s of one core. Their runs alternate, so that a slow moment of the ma
 """
 
 import argparse
-import importlib.metadata
-import json
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
+from itertools import count
 from pathlib import Path
 
 import sentencepiece
+from measure import interleaved, report
 
 from data.readers import read_documents
 from data.shards import PrepareConfig, prepare
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def seconds_of(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -59,39 +44,29 @@ def main() -> None:
             for text in texts:
                 model.encode(text)
 
-        encode_seconds, prepare_seconds = [], []
-        for repeat in range(arguments.repeats):
-            out = Path(folder, str(repeat))
-            encode_seconds.append(seconds_of(encode_only))
-            prepare_seconds.append(seconds_of(partial(prepare, config, arguments.sequence_length, out)))
+        outs = (Path(folder, str(repeat)) for repeat in count())
+        seconds = interleaved(
+            {
+                "sentencepiece encode": encode_only,
+                "prepare": lambda: prepare(config, arguments.sequence_length, next(outs)),
+            },
+            arguments.repeats,
+        )
 
-    rates = {
-        "sentencepiece encode": num_bytes / 1e6 / statistics.median(encode_seconds),
-        "prepare": num_bytes / 1e6 / statistics.median(prepare_seconds),
-    }
+    rates = {name: num_bytes / 1e6 / statistics.median(values) for name, values in seconds.items()}
     ratio = rates["prepare"] / rates["sentencepiece encode"]
-    print("| | MB/s per core | slowest to fastest run |\n| --- | --- | --- |")
-    for name, seconds in zip(rates, (encode_seconds, prepare_seconds), strict=True):
-        slowest, fastest = (num_bytes / 1e6 / extreme(seconds) for extreme in (max, min))
-        print(f"| {name} | {rates[name]:.2f} | {slowest:.2f} to {fastest:.2f} |")
-    print(f"| ratio of the medians | {ratio:.2f} | |\n")
-    packages = ("sentencepiece", "mosaicml-streaming", "numpy")
-    result = {
+    lines = [f"{num_bytes / 1e6:.1f} MB of text, {len(texts)} documents, {arguments.repeats} rounds.", ""]
+    lines += ["| | MB/s per core | slowest to fastest |", "| --- | --- | --- |"]
+    for name, values in seconds.items():
+        slowest, fastest = (num_bytes / 1e6 / extreme(values) for extreme in (max, min))
+        lines.append(f"| {name} | {rates[name]:.2f} | {slowest:.2f} to {fastest:.2f} |")
+    lines.append(f"| ratio of the medians | {ratio:.2f} | |")
+    numbers = {
         "input": arguments.input,
-        "tokenizer": arguments.tokenizer,
-        "sequence_length": arguments.sequence_length,
-        "text_megabytes": round(num_bytes / 1e6, 2),
-        "documents": len(texts),
-        "repeats": arguments.repeats,
         "megabytes_per_second": {name: round(rate, 3) for name, rate in rates.items()},
         "ratio": round(ratio, 3),
-        "cpu": cpu_model(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
     }
-    print(json.dumps(result))
+    report("prepare", "\n".join(lines), numbers, ("sentencepiece", "mosaicml-streaming", "numpy"))
 
 
 if __name__ == "__main__":

@@ -59,4 +59,4 @@ def build_engine(plan: Plan, phase: Phase, ranks: Ranks) -> Engine:
 
 def checkpoint_activations_(block: nn.Module) -> None:
     """Make ``block`` keep only its inputs for the backward pass; names of parameters stay as they are."""
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -242,7 +242,8 @@ def load_checkpoint(reader: CheckpointReader, engine: Engine, *, with_optimizer:
         CheckpointError: lists every parameter that only one side has, or that has another shape.
     """
     shards = list(engine.shards())
-    if problems := list(_mismatches(reader, {shard.name: shard.shape for shard in shards})):
+    names = {name for name, _ in engine.model.named_parameters()}
+    if problems := list(_mismatches(reader, names, {shard.name: shard.shape for shard in shards})):
         raise CheckpointError(f"{reader.folder} does not fit the model:\n" + "\n".join(problems))
     for shard in shards:
         kinds = ("weight", *OPTIMIZER_KINDS) if with_optimizer else ("weight",)
@@ -254,12 +255,14 @@ def load_checkpoint(reader: CheckpointReader, engine: Engine, *, with_optimizer:
     engine.refresh_weights()
 
 
-def _mismatches(reader: CheckpointReader, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    for name in shapes:
-        if name not in reader.shapes:
-            yield f"{name}: the model has it, the checkpoint does not"
-        elif reader.shapes[name] != shapes[name]:
-            yield f"{name}: {list(reader.shapes[name])} in the checkpoint, {list(shapes[name])} in the model"
+def _mismatches(reader: CheckpointReader, names: set[str], shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    for name in sorted(names - reader.shapes.keys()):
+        yield f"{name}: the model has it, the checkpoint does not"
+    for name in sorted(reader.shapes.keys() - names):
+        yield f"{name}: the checkpoint has it, the model does not"
+    for name, shape in shapes.items():
+        if name in reader.shapes and reader.shapes[name] != shape:
+            yield f"{name}: {list(reader.shapes[name])} in the checkpoint, {list(shape)} in the model"
 
 
 def restore_rng(reader: CheckpointReader, ranks: Ranks) -> None:

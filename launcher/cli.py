@@ -147,7 +147,9 @@ def prepare(
         )
     except ValueError as error:
         raise ConfigError("\n".join(f"{key}: {problem}" for key, problem in error.args[0].items())) from error
-    prepare_with_progress(config, sequence_length, out, Console(silent=False))
+    console = Console(silent=False)
+    prepare_with_progress(config, sequence_length, out, console)
+    console.line(f"{out} is ready: name it in data.sources, with data.sequence_length {sequence_length}")
 
 
 @app.command()

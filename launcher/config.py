@@ -148,7 +148,8 @@ class CheckpointConfig:
     keep_last: int = 2
     """Checkpoints kept besides the milestones (transitions and the end): 0 keeps all, else at least 2."""
     start_from: str | None = None
-    """Begin with the weights of this checkpoint folder; the first phase's transition says what else it brings."""
+    """Begin with this checkpoint folder's weights, and with its optimizer state unless the first phase's transition
+    resets it; schedule and data begin anew."""
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1)
@@ -228,7 +229,7 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
     """
     problems: dict[str, str] = {}
     model, data, training = parts.get("model"), parts.get("data"), parts.get("training")
-    phases, checkpoint = parts.get("phases"), parts.get("checkpoint")
+    phases, checkpoint, engine = parts.get("phases"), parts.get("checkpoint"), parts.get("engine")
     if model and data and data.sequence_length > model.max_sequence_length:
         problems["data.sequence_length"] = (
             f"is {data.sequence_length}, beyond model.max_sequence_length {model.max_sequence_length}"
@@ -246,6 +247,11 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
             problems["training.micro_batch_sequences"] = (
                 f"{micro} does not divide the global batch of {total} sequences; {divisors(total)} do"
             )
+    if training and engine and training.compile and engine.zero_stage == 3:
+        problems["training.compile"] = (
+            "is true, but the hooks of engine.zero_stage 3 cut every graph at each layer; "
+            "compile with zero_stage 1 or 2, or with engine.name fsdp2"
+        )
     if phases is not None and not phases:
         problems["phases"] = "is empty; list at least one phase with its precision and length"
     if phases and training:

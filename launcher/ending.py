@@ -46,9 +46,9 @@ def number(value: float | None) -> str:
 def show_next(folder: RunFolder, console: Console) -> None:
     """Say what can be done with a complete run."""
     console.line("Next:")
-    console.line(f"  tritrain report {folder.path} OTHER_RUN --out compared.html     compare with another run")
-    console.line(f"  tensorboard --logdir {folder.path}                             every curve")
-    console.line(
-        f"  tritrain train CONFIG run.name=NEW checkpoint.start_from={folder.newest_checkpoint()}     begin another run "
-        "with these weights"
-    )
+    console.line("  compare it with another run:")
+    console.line(f"    tritrain report {folder.path} OTHER_RUN --out compared.html")
+    console.line("  look at every curve:")
+    console.line(f"    tensorboard --logdir {folder.path}")
+    console.line("  begin another run with its weights:")
+    console.line(f"    tritrain train CONFIG run.name=NEW checkpoint.start_from={folder.newest_checkpoint()}")

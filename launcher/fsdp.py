@@ -75,8 +75,8 @@ class FSDPEngine(Engine):
         model = model.to(storage_dtype)
         for block in blocks:
             fully_shard(block, **options)
-        self.model = fully_shard(model, **options)
-        self.model.to_empty(device=torch.device("cpu") if config.offload == "all" else device)
+        fully_shard(model, **options)
+        self.model = model.to_empty(device=torch.device("cpu") if config.offload == "all" else device)
         self.device = device
         self.max_grad_norm = optimizer.max_grad_norm
         self._names = [name for name, _ in self.model.named_parameters()]
@@ -91,8 +91,9 @@ class FSDPEngine(Engine):
         return self.model(tokens_BT, labels_BT, reduction=reduction)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self.model.set_requires_gradient_sync(last)
-        self.model.set_is_last_backward(last)
+        root: Any = self.model  # fully_shard changed its class to one with these methods
+        root.set_requires_gradient_sync(last)
+        root.set_is_last_backward(last)
         loss.backward()
 
     @torch.no_grad()
@@ -109,7 +110,7 @@ class FSDPEngine(Engine):
             local.grad = gradient
         set_learning_rate(self.optimizer, learning_rate)
         # What GradScaler sets: where it is 1, the fused kernel leaves weights, moments and step as they are.
-        self.optimizer.found_inf = skipped.to(where_state_is)
+        self.optimizer.found_inf = skipped.to(where_state_is)  # type: ignore[attr-defined]
         self.optimizer.step()
         for local, sharded in zip(self._local, self._sharded, strict=True):
             local.grad = sharded.grad = None

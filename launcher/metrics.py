@@ -177,8 +177,8 @@ class Meter:
             self._log.write(row)
         if skipped_steps:
             self._console.line(
-                f"WARNING: {skipped_steps} of the {self._steps} steps up to step {self._at.step} had no finite gradient "
-                "and were skipped"
+                f"WARNING: {skipped_steps} of the {self._steps} steps up to step {self._at.step} had no finite "
+                "gradient and were skipped"
             )
         self._console.progress(
             step=self._at.step,
@@ -203,7 +203,7 @@ class Meter:
                 }
             )
             self._console.line(
-                f"{self._row()['precision']}, step {self._at.step}, {when}: {result.bits_per_byte:.4f} bits per byte of "
-                f"held-out text ({result.nats_per_token:.4f} nats per token)"
+                f"{self._row()['precision']}, step {self._at.step}, {when}: {result.bits_per_byte:.4f} bits per byte "
+                f"of held-out text ({result.nats_per_token:.4f} nats per token)"
             )
         self.restart_clock()

@@ -96,8 +96,9 @@ def make_plan(config: Config, world_size: int) -> Plan:
     at_once = training.micro_batch_sequences * world_size
     if sequences % at_once:
         fitting = [n for n in range(1, sequences + 1) if sequences % (n * world_size) == 0]
+        key = "global_batch_sequences" if training.global_batch_sequences else "global_batch_tokens"
         raise ConfigError(
-            f"training.global_batch_sequences: {sequences} does not divide into micro-batches of "
+            f"training.{key}: {sequences} sequences do not divide into micro-batches of "
             f"{training.micro_batch_sequences} on {world_size} ranks; "
             + (
                 f"training.micro_batch_sequences of {', '.join(map(str, fitting))} would"

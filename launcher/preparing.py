@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 from data.shards import PrepareConfig, PrepareProgress, prepare
 from launcher.console import Console, human_count
@@ -10,26 +9,29 @@ from launcher.console import Console, human_count
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path, console: Console) -> dict[str, Any]:
-    """Prepare a folder, with a line every few seconds and one at the end; returns the manifest."""
-    shown = time.perf_counter()
+def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path, console: Console) -> None:
+    """Prepare a folder, with a line every few seconds and the result; silent where it is there already."""
+    started = time.perf_counter()
+    shown: float | None = None
 
     def show(progress: PrepareProgress) -> None:
         nonlocal shown
-        if time.perf_counter() - shown < SECONDS_BETWEEN_LINES:
+        if shown is None:
+            console.line(f"Preparing {out} from {', '.join(config.inputs)}")
+        elif time.perf_counter() - shown < SECONDS_BETWEEN_LINES:
             return
         shown = time.perf_counter()
-        doing = "training the tokenizer" if progress.stage == "tokenizer" else "tokenizing"
+        doing = "reading text for the tokenizer" if progress.stage == "tokenizer" else "tokenizing"
         console.line(
             f"{doing}: {human_count(progress.documents)} documents, {human_count(progress.text_bytes)}B of text, "
             f"{human_count(progress.tokens)} tokens, {progress.bytes_per_second / 1e6:.2f} MB/s"
         )
 
-    started = time.perf_counter()
     manifest = prepare(config, sequence_length, out, show)
+    if shown is None:
+        return
     for name, split in manifest["splits"].items():
         console.line(
             f"{out}/{name}: {split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"
         )
     console.line(f"Prepared in {time.perf_counter() - started:.1f} s")
-    return manifest

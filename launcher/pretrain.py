@@ -23,6 +23,7 @@ from launcher.checkpoint import CheckpointError
 from launcher.config import Config, ConfigError, load_config
 from launcher.console import Console
 from launcher.plan import make_plan
+from launcher.preparing import prepare_with_progress
 from launcher.run_folder import RunFolder
 from launcher.runtime import (
     Ranks,
@@ -92,6 +93,10 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
         folder.write_state("running")
     dist.barrier()
     write_presence(folder.ranks, ranks)
+    if config.data.prepare is not None:
+        # One rank of a machine does it, with a console of its own, and the others find it done.
+        source = Path(config.data.sources[0].path)
+        prepare_with_progress(config.data.prepare, config.data.sequence_length, source, Console(silent=False))
     outcome = train(plan, ranks, folder, stop, console)
     if not ranks.is_first:
         return COMPLETE if outcome == "complete" else INTERRUPTED

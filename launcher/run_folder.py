@@ -1,8 +1,8 @@
 """A run's folder: what is where, and whether it belongs to this configuration.
 
-    RUN/config.yaml      the resolved configuration, with the code's version
-    RUN/state.json       whether the run is running, interrupted, complete or failed
-    RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/report.html
+RUN/config.yaml      the resolved configuration, with the code's version
+RUN/state.json       whether the run is running, interrupted, complete or failed
+RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/report.html
 """
 
 import json

@@ -188,7 +188,7 @@ def enter_phase(engine: Engine, phase: Phase, ranks: Ranks) -> Phase:
 
 
 def start_from(checkpoint: Path, engine: Engine, first: Phase) -> None:
-    """Begin a run with another's weights, and what else the first phase's transition keeps."""
+    """Begin a run with another's weights, and with what the first phase's transition keeps of its optimizer."""
     with_optimizer = first.transition.optimizer != "reset"
     load_checkpoint(CheckpointReader(checkpoint), engine, with_optimizer=with_optimizer)
     if with_optimizer:
@@ -237,8 +237,8 @@ def save(
 def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) -> str:
     """What to say, and to try, when the gradients stay non-finite."""
     return (
-        f"{in_a_row} steps in a row, up to step {at.step}, had a loss or gradient that is not finite; they were skipped "
-        f"and nothing was saved since. Learning rate: {plan.learning_rate_at(at.step - 1):.3g}. Try a lower "
+        f"{in_a_row} steps in a row, up to step {at.step}, had a loss or gradient that is not finite; they were "
+        f"skipped and nothing was saved since. Learning rate: {plan.learning_rate_at(at.step - 1):.3g}. Try a lower "
         "optimizer.learning_rate, a longer schedule.warmup_steps, a smaller optimizer.max_grad_norm or a model.z_loss "
         f"of 1e-5. The newest good checkpoint: {newest or 'none yet'}."
     )

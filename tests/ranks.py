@@ -19,7 +19,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _start(rank: int, world_size: int, port: int, out: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _start(
+    rank: int, world_size: int, port: int, out: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -106,6 +107,29 @@ def test_shipped_config_is_short_and_points_editors_to_the_schema(path):
 def test_round_trip(path):
     config = load_config(path)
     assert parse_config(to_tree(config)) == config
+
+
+# The page on configuring
+
+PAGE = (ROOT / "docs" / "configuring.md").read_text(encoding="utf-8")
+
+
+def test_the_page_shows_a_real_error():
+    shown = re.search(r"```\n\$ tritrain plan (\S+) (.*?)\n```", PAGE, re.DOTALL)
+    command, _, said = shown[2].replace("\\\n", "").partition("\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / shown[1], command.split())
+    assert str(caught.value) == said
+
+
+def test_the_page_shows_real_phases():
+    phases = next(block for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if "phases:" in block)
+    config = parse_config(tree("training.total_steps=10") | parse_yaml(phases, "page"))
+    assert [phase.fraction for phase in config.phases] == [0.6, 0.4]
+
+
+def test_the_page_lists_every_shipped_config():
+    assert set(re.findall(r"\(\.\./configs/(.*?)\.yaml\)", PAGE)) == {path.stem for path in CONFIGS}
 
 
 # The schema
@@ -291,7 +315,7 @@ def test_betas_are_two_numbers(betas):
         ("on", "on"), ("no", "no"), ("yes", "yes"), ("y", "y"), ("true", True), ("False", False), ("null", None),
         ("~", None), ("", None), ("'3'", "3"), (".", "."), ("..", ".."), ("+", "+"), ("_1", "_1"), ("1e", "1e"),
         ("16-bit", "16-bit"), ("2024-01-01", "2024-01-01"), ("1.2.3", "1.2.3"), ("e5", "e5"), ("<<", "<<"), ("=", "="),
-        (".e5", ".e5"), ("٣", "٣"),
+        (".e5", ".e5"), ("٣", "٣"), ("1٣", "1٣"),
     ],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2(text, value):

@@ -65,9 +65,11 @@ def test_batches_resolve():
 def test_what_does_not_divide_lists_what_would():
     message = refusal(world_size=8)
     assert message == (
-        "training.global_batch_sequences: 24 does not divide into micro-batches of 2 on 8 ranks; "
+        "training.global_batch_sequences: 24 sequences do not divide into micro-batches of 2 on 8 ranks; "
         "training.micro_batch_sequences of 1, 3 would"
     )
+    in_tokens = refusal("training.global_batch_sequences=null", "training.global_batch_tokens=192", world_size=8)
+    assert in_tokens.startswith("training.global_batch_tokens: 24 sequences do not divide")
     assert "a multiple of 10 sequences would, such as 30" in refusal(world_size=5)
 
 

@@ -1,0 +1,80 @@
+"""What the benchmarks here share: interleaved timing, medians, and a file that says what ran where."""
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds_of(run: Callable[[], object], device: torch.device | None = None) -> float:
+    """Wall-clock seconds of one call, up to the end of the device's work."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    variants: dict[str, Callable[[], object]], repeats: int, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every variant, taken in turns, so that a slow moment of the machine falls on all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            seconds[name].append(seconds_of(run, device))
+    return seconds
+
+
+def table(seconds: dict[str, list[float]], baseline: str) -> str:
+    """Median, range and ratio to the baseline, as Markdown."""
+    base = statistics.median(seconds[baseline])
+    lines = ["| | median ms | fastest to slowest | x baseline |", "| --- | --- | --- | --- |"]
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        lines.append(
+            f"| {name} | {1e3 * median:.1f} | {1e3 * min(values):.1f} to {1e3 * max(values):.1f} | {median / base:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    """The GPU, or the CPU with its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def report(name: str, text: str, numbers: dict[str, Any], packages: tuple[str, ...] = ("torch",)) -> None:
+    """Print a benchmark's result and write it to `results/NAME.md`, with date, hardware, versions and command."""
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    head = (
+        f"# {name}\n\n"
+        f"- date: {datetime.now(UTC):%Y-%m-%d}\n"
+        f"- hardware: {hardware()}\n"
+        f"- versions: python {platform.python_version()}, "
+        + ", ".join(f"{package} {version}" for package, version in versions.items())
+        + f", commit {commit.stdout.strip() or 'unknown'}\n"
+        f"- command: `python {' '.join(sys.argv)}`\n"
+    )
+    document = f"{head}\n{text}\n\n```json\n{json.dumps(numbers)}\n```\n"
+    print(document)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(document)
