@@ -44,10 +44,8 @@ def table(seconds: dict[str, list[float]], baseline: str) -> str:
     base = statistics.median(seconds[baseline])
     lines = ["| | median ms | fastest to slowest | x baseline |", "| --- | --- | --- | --- |"]
     for name, values in seconds.items():
-        median = statistics.median(values)
-        lines.append(
-            f"| {name} | {1e3 * median:.1f} | {1e3 * min(values):.1f} to {1e3 * max(values):.1f} | {median / base:.2f} |"
-        )
+        median, fastest, slowest = (1e3 * value for value in (statistics.median(values), min(values), max(values)))
+        lines.append(f"| {name} | {median:.1f} | {fastest:.1f} to {slowest:.1f} | {median / base / 1e3:.2f} |")
     return "\n".join(lines)
 
 

@@ -33,11 +33,11 @@ def main() -> None:
     wait_shares: dict[int, list[float]] = {0: [], 1: []}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(options.repeats + 1):
-            for workers in wait_shares:
+            for workers, shares in wait_shares.items():
                 first_step, wait_share = run(options.config, options.ranks, workers, Path(folder), repeat)
                 if repeat:  # the first prepares the data and fills the caches
                     seconds.append(first_step)
-                    wait_shares[workers].append(wait_share)
+                    shares.append(wait_share)
     numbers = {
         "seconds_to_first_step": round(statistics.median(seconds), 2),
         "data_wait_share": {
