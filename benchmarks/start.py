@@ -17,7 +17,7 @@ from pathlib import Path
 
 from measure import report
 
-from launcher.config import load_config
+from launcher.config_file import load_config
 from launcher.metrics import read_metrics
 
 STEPS = 20

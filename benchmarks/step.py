@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from measure import interleaved, report, table
 
-from launcher.config import load_config
+from launcher.config_file import load_config
 from launcher.optim import build_adamw, parameter_groups
 from model.init import initialize_
 from model.transformer import Transformer

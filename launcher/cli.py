@@ -42,7 +42,8 @@ def train(
     launcher: Annotated[str, typer.Option("--with", help="torchrun or deepspeed")] = "torchrun",
 ) -> None:
     """Start a run on this machine, or go on with it."""
-    from launcher.config import ConfigError, load_config
+    from launcher.config import ConfigError
+    from launcher.config_file import load_config
     from launcher.ending import show_next
     from launcher.plan import make_plan
     from launcher.run_folder import RunFolder
@@ -87,7 +88,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a run would do, without doing it."""
-    from launcher.config import flat_lines, load_config, to_tree
+    from launcher.config_file import flat_lines, load_config, to_tree
     from launcher.plan import describe, make_plan
 
     parsed = load_config(config, overrides or ())
@@ -170,6 +171,6 @@ def report(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors."""
-    from launcher.config import json_schema
+    from launcher.config_file import json_schema
 
     Console(silent=False).line(json.dumps(json_schema(), indent=2))

@@ -10,12 +10,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 
-def human_count(number: float) -> str:
-    """A number with three digits and a decimal prefix: 1.18 B."""
-    for limit, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{suffix}"
-    return f"{number:.3g}"
+def human_count(value: float) -> str:
+    """Write a count in three significant digits: 950, 12.5 k, 3.2 M, 1.05 B."""
+    for size, unit in ((1e21, " Z"), (1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= 0.9995 * size:
+            return f"{float(f'{value / size:.3g}'):g}{unit}"
+    return f"{value:.3g}"
 
 
 def human_bytes(size: float) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,27 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, less a last line that a killed run left unfinished."""
-    rows = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+    """The rows of a `metrics.jsonl`, as `numbered_rows`; none where there is no file."""
+    return [row for _, row in numbered_rows(path)] if path.exists() else []
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the object of every line, but for a last one that a killed run left unfinished.
+
+    Raises:
+        ValueError: with file and line, for any other line that is not a JSON object.
+    """
+    with path.open("rb") as lines:
+        for line_number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise ValueError(f"{path}:{line_number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{line_number}: a row must be a JSON object, not {line[:40]!r}")
+            yield line_number, row
 
 
 @dataclass

@@ -1,8 +1,4 @@
-"""The curves of runs: how they are smoothed, what a transition did to the loss, and the figures that show it.
-
-Smoothing is an exponential moving average (EMA) over logged values with Adam's bias correction (Kingma and Ba,
-arXiv 1412.6980, section 3), so that the first values are not dragged towards zero. It starts anew in every phase:
-a value after a switch never contains one from before it.
+"""The figures of a report.
 
 Long curves are thinned to the smallest and the largest value of each of a few hundred equal stretches, about one per
 horizontal pixel, which looks the same as the whole curve and keeps every spike.
@@ -12,7 +8,6 @@ the page that contains it choose light or dark.
 """
 
 import io
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from launcher.console import human_count
+from launcher.curves import TRANSITION_WINDOW, History, Series, Transition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,96 +44,6 @@ RUN_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # a second round through the col
 RUN_MARKERS = "os^DvP"
 RUN_NAME_CHARACTERS = 44  # longer names are cut in legends
 
-TRANSITION_WINDOW = 10
-"""EMA window of the transition statistics, in logged values: short, for a spike may last only a few of them."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Series:
-    """One metric: its value at each row that has it, with that row's step, tokens and phase (all of one length N)."""
-
-    steps: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    phases: NDArray[np.int64]
-    values: NDArray[np.float64]
-
-    def of_phase(self, index: int) -> "Series":
-        """Keep the rows of one phase."""
-        keep = self.phases == index
-        return Series(
-            steps=self.steps[keep], tokens=self.tokens[keep], phases=self.phases[keep], values=self.values[keep]
-        )
-
-    def smoothed(self, window: int) -> NDArray[np.float64]:
-        """Smooth the values, starting anew in every phase."""
-        starts = np.flatnonzero(np.diff(self.phases)) + 1
-        return np.concatenate([smooth(part, window) for part in np.split(self.values, starts)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseSpan:
-    """Where a phase lies: it begins with `first_step` steps finished, and `last_step` is the last one on record."""
-
-    index: int
-    precision: str
-    first_step: int
-    first_tokens: int
-    last_step: int
-    last_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class History:
-    """What a run has written down so far: its phases in order, and a series for each numeric metric."""
-
-    name: str
-    phases: tuple[PhaseSpan, ...]
-    series: Mapping[str, Series]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transition:
-    """What a change of precision did to the training loss; losses are in nats per token."""
-
-    to_phase: int
-    step: int
-    tokens: int
-    from_precision: str
-    to_precision: str
-    loss_before: float
-    """Smoothed loss at the end of the phase before: the level to come back to."""
-    noise: float
-    """Standard deviation of single logged losses around the smoothed loss, shortly before the switch."""
-    peak_loss: float
-    """Largest single logged loss from the switch until the loss is back at `loss_before`, or until now."""
-    peak_steps: int
-    """Steps from the switch to the peak."""
-    recovery_steps: int | None
-    """Steps until the smoothed loss is back at `loss_before` with the quantization fully on; None: not yet."""
-    recovery_tokens: int | None
-
-    @property
-    def spike(self) -> float:
-        """Height of the peak above the level before the switch."""
-        return self.peak_loss - self.loss_before
-
-
-def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Take the exponential moving average with bias correction: weights fall by 1 - 1/window a value and sum to 1.
-
-    A value that is not a number stays one and leaves the average of the others alone.
-    """
-    decay = 1 - 1 / window
-    total = weight = 0.0
-    result = []
-    for value in values.tolist():
-        if math.isfinite(value):
-            total, weight = decay * total + value, decay * weight + 1
-            result.append(total / weight)
-        else:
-            result.append(float("nan"))
-    return np.asarray(result, dtype=np.float64)
-
 
 def thin(values: NDArray[np.float64], num_stretches: int) -> NDArray[np.int64]:
     """Choose the indices of the first, the last and, of each of `num_stretches` stretches, the extreme values."""
@@ -147,51 +55,6 @@ def thin(values: NDArray[np.float64], num_stretches: int) -> NDArray[np.int64]:
     for start, stop in pairwise(edges):
         kept |= {start + int(low[start:stop].argmin()), start + int(high[start:stop].argmax())}
     return np.asarray(sorted(kept))
-
-
-def find_transitions(history: History) -> tuple[Transition, ...]:
-    """Measure every transition that has a logged loss on both of its sides."""
-    if "train/loss" not in history.series:
-        return ()
-    loss, strength = history.series["train/loss"], history.series.get("quant/strength")
-    found = []
-    for before, after in pairwise(history.phases):
-        old, new = loss.of_phase(before.index), loss.of_phase(after.index)
-        if not len(old.values) or not len(new.values):
-            continue
-        old_smoothed, new_smoothed = old.smoothed(TRANSITION_WINDOW), new.smoothed(TRANSITION_WINDOW)
-        loss_before = float(old_smoothed[-1])
-        recent = slice(-5 * TRANSITION_WINDOW, None)
-        back = new_smoothed <= loss_before
-        if strength is not None and after.precision == "ternary":  # a ramp begins at strength 0, where nothing changes
-            back &= np.interp(new.steps, strength.steps, strength.values) >= 1
-        recovery = int(back.argmax()) if back.any() else None
-        so_far = new.values[: len(new.values) if recovery is None else recovery + 1]
-        peak = int(np.where(np.isfinite(so_far), so_far, -np.inf).argmax())
-        found.append(
-            Transition(
-                to_phase=after.index,
-                step=after.first_step,
-                tokens=after.first_tokens,
-                from_precision=before.precision,
-                to_precision=after.precision,
-                loss_before=loss_before,
-                noise=float(np.std((old.values - old_smoothed)[recent])),
-                peak_loss=float(so_far[peak]),
-                peak_steps=int(new.steps[peak]) - after.first_step,
-                recovery_steps=None if recovery is None else int(new.steps[recovery]) - after.first_step,
-                recovery_tokens=None if recovery is None else int(new.tokens[recovery]) - after.first_tokens,
-            )
-        )
-    return tuple(found)
-
-
-def compact(value: float) -> str:
-    """Write a count in three significant digits: 950, 12.5 k, 3.2 M, 1.05 B."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{float(f'{value / size:.3g}'):g}{unit}"
-    return f"{value:.3g}"
 
 
 def overview_window(series: Series) -> int:
@@ -332,7 +195,7 @@ def panel_figure(panel: Panel, histories: Sequence[History]) -> "Figure":
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif axes.dataLim.y1 > 0:
         axes.set_ylim(0, 1.06 * axes.dataLim.y1)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
     _mark_phases(axes, histories)
     _token_axis(axes)
     return figure
@@ -392,7 +255,7 @@ def _label(index: int, history: History) -> str:
 def _token_axis(axes: "Axes") -> None:
     from matplotlib.ticker import FuncFormatter
 
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
     axes.set_xlabel("tokens")
     axes.set_xlim(left=0)
 

@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from data.errors import DataError
 from launcher.checkpoint import CheckpointError
-from launcher.config import Config, ConfigError, load_config
+from launcher.config import Config, ConfigError
+from launcher.config_file import load_config
 from launcher.console import Console
 from launcher.plan import make_plan
 from launcher.preparing import prepare_with_progress

@@ -5,13 +5,10 @@ or several runs on a single HTML page that loads nothing from anywhere; `write_p
 All of them work on a run that is still going or was interrupted.
 
 Everything measured comes from `metrics.jsonl`. The training loss of a phase is its smoothed loss at the end (see
-`launcher.plots`), its throughput the median over its logged steps, its validation the last evaluation after its start.
+`launcher.curves`), its throughput the median over its logged steps, its validation the last evaluation after its start.
 """
 
 import json
-import math
-from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -23,16 +20,20 @@ from typing import Any
 import numpy as np
 import yaml
 
-from launcher.plots import (
-    PANELS,
-    THEME,
+from launcher.console import human_count
+from launcher.curves import (
+    LOSS,
     TRANSITION_WINDOW,
     History,
     PhaseSpan,
     Series,
     Transition,
-    compact,
     find_transitions,
+    read_history,
+)
+from launcher.plots import (
+    PANELS,
+    THEME,
     loss_figure,
     overview_window,
     panel_figure,
@@ -42,7 +43,7 @@ from launcher.plots import (
 )
 
 MISSING = "\N{EM DASH}"
-LOSS, BITS_PER_BYTE, THROUGHPUT = "train/loss", "validation/bits_per_byte", "throughput/tokens_per_second"
+BITS_PER_BYTE, THROUGHPUT = "validation/bits_per_byte", "throughput/tokens_per_second"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,65 +154,6 @@ def summarize(run: Path) -> RunSummary:
     )
 
 
-def read_history(path: Path, name: str) -> History:
-    """Read a metrics.jsonl into one series for each numeric key.
-
-    A last line that breaks off before its newline (a running job is writing it) is left out. A resumed run repeats
-    the steps since its checkpoint: where the step falls back, the rows from there on give way to the new ones. Any
-    other line that is not a JSON object with `step`, `tokens`, `phase` and `precision` raises ValueError with file
-    and line.
-    """
-    steps, tokens, phases = array("q"), array("q"), array("q")  # one entry a row
-    columns: dict[str, tuple[array[int], array[float]]] = {}  # key -> rows that have it, values there
-    precisions: dict[int, str] = {}
-    for line_number, row in _rows(path):
-        try:
-            step, seen, phase, precision = (row.pop(key) for key in ("step", "tokens", "phase", "precision"))
-        except KeyError as error:
-            raise ValueError(f"{path}:{line_number}: the row lacks {error}") from None
-        if steps and step < steps[-1]:
-            first = bisect_left(steps, step)
-            for rows, values in columns.values():
-                kept = bisect_left(rows, first)
-                del rows[kept:], values[kept:]
-            del steps[first:], tokens[first:], phases[first:]
-        for column, value in ((steps, step), (tokens, seen), (phases, phase)):
-            column.append(value)
-        precisions[phase] = precision
-        if "train/learning_rate" in row:  # a training step; a loss that is not finite is not written down
-            row.setdefault(LOSS, math.nan)
-        for key, value in row.items():
-            if isinstance(value, (int, float)):
-                rows, values = columns.setdefault(key, (array("q"), array("d")))
-                rows.append(len(steps) - 1)
-                values.append(value)
-    if not steps:
-        raise ValueError(f"{path}: no complete row yet; a report needs at least one")
-    axes = {"steps": np.asarray(steps), "tokens": np.asarray(tokens), "phases": np.asarray(phases)}
-    series = {
-        key: Series(**{axis: column[np.asarray(rows)] for axis, column in axes.items()}, values=np.asarray(values))
-        for key, (rows, values) in columns.items()
-        if rows
-    }
-    spans: list[PhaseSpan] = []
-    for index in np.unique(axes["phases"]).tolist():
-        rows_of_phase = np.flatnonzero(axes["phases"] == index)
-        first, last = int(rows_of_phase[0]), int(rows_of_phase[-1])
-        begin = (spans[-1].last_step, spans[-1].last_tokens) if spans else (steps[first], tokens[first])
-        begin = (0, 0) if index == 0 else begin  # a run that starts from a checkpoint begins with a later phase
-        spans.append(
-            PhaseSpan(
-                index=index,
-                precision=precisions[index],
-                first_step=begin[0],
-                first_tokens=begin[1],
-                last_step=steps[last],
-                last_tokens=tokens[last],
-            )
-        )
-    return History(name=name, phases=tuple(spans), series=series)
-
-
 def verdict(summary: RunSummary) -> str:
     """Say in one sentence where each phase ended, and how far that is from the phase before, per cent."""
     values = [phase.validation_bits_per_byte for phase in summary.phases]
@@ -257,21 +199,6 @@ def write_picture(run: Path, out: Path) -> None:
     """Write the loss curve of one run, with its switches and validation points, as a PNG."""
     summary = summarize(run)
     save_png(loss_figure([summary.history], title=summary.name), out)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield every line's number and object, but for a last line that is torn."""
-    with path.open("rb") as lines:
-        for line_number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise ValueError(f"{path}:{line_number}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line_number}: a row must be a JSON object, not {line[:40]!r}")
-            yield line_number, row
 
 
 def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[int, int | None]) -> PhaseSummary:
@@ -380,13 +307,14 @@ def _fact_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
         if s.num_parameters is None or s.num_ternary_parameters is None:
             return _count(s.num_parameters)
         share = s.num_ternary_parameters / s.num_parameters
-        return f"{compact(s.num_parameters)}, of which {compact(s.num_ternary_parameters)} ternary ({share:.0%})"
+        total, ternary = human_count(s.num_parameters), human_count(s.num_ternary_parameters)
+        return f"{total}, of which {ternary} ternary ({share:.0%})"
 
     facts: dict[str, Callable[[RunSummary], str | None]] = {
         "Status": lambda s: "complete" if s.is_complete else "unfinished (running or interrupted)",
         "Parameters": parameters,
         "Steps": lambda s: f"{s.step:,}" + (f" of {s.planned_steps:,}" if s.planned_steps else ""),
-        "Tokens": lambda s: compact(s.tokens),
+        "Tokens": lambda s: human_count(s.tokens),
         "Throughput, ternary / 16-bit": lambda s: None if s.throughput_ratio is None else f"{s.throughput_ratio:.3g}",
         "Engine": lambda s: s.engine,
         "Ranks": lambda s: _count(s.num_ranks),
@@ -417,10 +345,10 @@ def _phase_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
             yield (
                 (f"run {number}, " if len(summaries) > 1 else "") + f"phase {phase.index + 1}: {phase.precision}",
                 f"{phase.steps:,}" + (f" of {phase.planned_steps:,}" if phase.planned_steps else ""),
-                compact(phase.tokens),
+                human_count(phase.tokens),
                 _decimal(phase.train_loss),
                 _decimal(phase.validation_bits_per_byte),
-                MISSING if phase.tokens_per_second is None else compact(phase.tokens_per_second),
+                MISSING if phase.tokens_per_second is None else human_count(phase.tokens_per_second),
                 MISSING if share is None else f"{share:.1%}",
             )
 
@@ -450,11 +378,11 @@ def _transition_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...
             before, after = sides[transition.to_phase]
             back = "not yet"
             if transition.recovery_steps is not None and transition.recovery_tokens is not None:
-                back = f"{steps(transition.recovery_steps)} ({compact(transition.recovery_tokens)} tokens)"
+                back = f"{steps(transition.recovery_steps)} ({human_count(transition.recovery_tokens)} tokens)"
             columns.append(
                 (
                     (f"run {number}, " if len(summaries) > 1 else "") + f"to {transition.to_precision}",
-                    f"{transition.step:,} ({compact(transition.tokens)} tokens)",
+                    f"{transition.step:,} ({human_count(transition.tokens)} tokens)",
                     _decimal(transition.loss_before),
                     f"±{transition.noise:.2g}",
                     f"{_signed(transition.spike, 3)} after {steps(transition.peak_steps)}",
@@ -476,7 +404,7 @@ def duration(seconds: float) -> str:
 
 
 def _count(value: int | None) -> str | None:
-    return None if value is None else compact(value)
+    return None if value is None else human_count(value)
 
 
 def _decimal(value: float | None) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from launcher.checkpoint import complete_checkpoints
-from launcher.config import Config, ConfigError, flat_lines, parse_yaml, to_tree
+from launcher.config import Config, ConfigError
+from launcher.config_file import flat_lines, parse_yaml, to_tree
 
 MAY_CHANGE = (
     "run.folder",

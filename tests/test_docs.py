@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.config import Config, apply_override, json_schema, load_config, parse_config, parse_yaml
+from launcher.config import Config
+from launcher.config_file import apply_override, json_schema, load_config, parse_config, parse_yaml
 from launcher.plan import make_plan
 from launcher.run_folder import MAY_CHANGE
 

@@ -1,5 +1,6 @@
 """The `tritrain` command as a person uses it: real processes, real signals."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,12 +47,27 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+STARTED: list["subprocess.Popen[str]"] = []
+
+
+@pytest.fixture(autouse=True)
+def no_orphans() -> Iterator[None]:
+    """Whatever a test started is gone when it ends, however it ends."""
+    yield
+    for process in STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    STARTED.clear()
+
+
 def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         env=environment | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    STARTED.append(process)
+    return process
 
 
 def finish(folder: Path, command: list[str]) -> tuple[int, str]:

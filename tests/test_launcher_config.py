@@ -11,18 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.config import (
-    Config,
-    ConfigError,
-    RunConfig,
-    apply_override,
-    flat_lines,
-    json_schema,
-    load_config,
-    parse_config,
-    parse_yaml,
-    to_tree,
-)
+from launcher.config import Config, ConfigError, RunConfig
+from launcher.config_file import apply_override, flat_lines, json_schema, load_config, parse_config, parse_yaml, to_tree
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.config import ConfigError, apply_override, load_config, parse_config
+from launcher.config import ConfigError
+from launcher.config_file import apply_override, load_config, parse_config
 from launcher.plan import checkpoint_bytes, describe, make_plan, memory_bytes_per_rank
 from model.size import activation_bytes
 from quant.linear import QuantConfig

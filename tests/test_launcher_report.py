@@ -12,19 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.plots import (
-    TRANSITION_WINDOW,
-    History,
-    PhaseSpan,
-    Series,
-    compact,
-    find_transitions,
-    loss_figure,
-    smooth,
-    thin,
-    to_svg,
-)
-from launcher.report import duration, read_history, summarize, verdict, write_picture, write_report
+from launcher.console import human_count
+from launcher.curves import TRANSITION_WINDOW, History, PhaseSpan, Series, find_transitions, read_history, smooth
+from launcher.plots import loss_figure, thin, to_svg
+from launcher.report import duration, summarize, verdict, write_picture, write_report
 
 TOKENS_PER_STEP = 32_768
 
@@ -50,7 +41,7 @@ def make_run(
     precisions = ["16-bit", "ternary", "16-bit"][: len(phase_steps)]
     config = [f"tritrain_version: 0.1.0\nrun:\n  name: {json.dumps(name)}\n  seed: 17\nphases:\n"]
     config += [f"- precision: {p}\n  steps: {n}\n" for p, n in zip(precisions, phase_steps, strict=True)]
-    config += ["engine:\n  name: deepspeed\n  zero_stage: 2\n"]
+    config += ["engine:\n  name: deepspeed\n  zero_stage: 2\n", f"phase_steps: {list(phase_steps)}\n"]
     (folder / "config.yaml").write_text("".join(config))
     lines, start = [], 0
 
@@ -246,8 +237,8 @@ def test_a_transition_that_has_not_recovered_and_one_without_losses():
     ("value", "text"),
     [(0, "0"), (950, "950"), (12_500, "12.5 k"), (999_600, "1 M"), (1_048_576, "1.05 M"), (3e9, "3 B"), (2e12, "2 T")],
 )
-def test_compact_counts(value, text):
-    assert compact(value) == text
+def test_human_count_counts(value, text):
+    assert human_count(value) == text
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from launcher.config import Config, parse_config
+from launcher.config import Config
+from launcher.config_file import parse_config
 
 SEQUENCE_LENGTH = 32
 
