@@ -19,6 +19,7 @@ from launcher.run_folder import MAY_CHANGE
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICKSTART = "configs/quickstart.yaml"
+COPIES = {"mine.yaml": "configs/tiny-150m.yaml"}  # made by the command before, on docs/configuring.md
 RUN_COMMAND = "pip install -e . && tritrain train configs/quickstart.yaml --ranks 2"
 TEST_COMMAND = "pip install -e '.[test]' && pytest"
 
@@ -39,7 +40,8 @@ def commands(page: Path) -> Iterator[list[str]]:
     blocks = [text for language, text in fenced_blocks(page) if language in ("", "bash", "sh")]
     lines = [line for text in blocks for line in text.replace("\\\n", " ").splitlines()]
     for line in (*lines, *code_spans(page)):
-        if re.search(r"\btritrain \w|launcher/pretrain\.py --", line):
+        # What follows a prompt is shown with its output, an error message for one.
+        if not line.startswith("$") and re.search(r"\btritrain \w|launcher/pretrain\.py --", line):
             for command in re.split(r" && | > .*", line):
                 yield shlex.split(command, comments=True)
 
@@ -51,7 +53,7 @@ def commands_with(word: str) -> list[Any]:
 
 def check_overrides(config: str, overrides: list[str], ranks: int) -> None:
     """Load the named configuration, or, where its name only stands for one, the quickstart's, and plan it."""
-    path = ROOT / config
+    path = ROOT / COPIES.get(config, config)
     if config.isupper():
         path = ROOT / QUICKSTART
     make_plan(load_config(path, overrides), ranks)
@@ -135,7 +137,7 @@ def test_configuration_snippet_is_valid_in_the_quickstart(text: str) -> None:
     tree = parse_yaml((ROOT / QUICKSTART).read_text(), QUICKSTART)
     del tree["data"]["prepare"]  # belongs to the quickstart's own source
     tree["model"]["max_sequence_length"] = 1 << 20
-    for section, keys in parse_yaml(text, "snippet").items():
+    for section, keys in (parse_yaml(text, "snippet") or {}).items():
         tree[section] = {**tree.get(section, {}), **keys} if isinstance(keys, dict) else keys
     parse_config(tree)
 

@@ -77,7 +77,7 @@ def test_imports_with_torch_alone():
 def test_the_block_works():
     """An import that is blocked fails, so the test above can."""
     with pytest.raises(AssertionError, match="blocked: "):
-        python(BLOCKED_IMPORTS, "launcher.config")
+        python(BLOCKED_IMPORTS, "launcher.config_file")
 
 
 @pytest.mark.parametrize("folder", ["model", "quant"])
