@@ -1,8 +1,12 @@
-"""Runs a function on real ranks: processes with a gloo group between them."""
+"""Real ranks: processes with a gloo group that start fast.
 
+`import streaming` takes seconds, so one fork server imports it once, and the ranks are forked from there.
+"""
+
+import multiprocessing
 import os
-import socket
 import tempfile
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -10,40 +14,87 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from data.torchvision_repair import repair_torchvision
+
+TIMEOUT_SECONDS = 400
+IN_FORK_SERVER = "TRITRAIN_TEST_FORK_SERVER"
+
+if IN_FORK_SERVER in os.environ:
+    repair_torchvision()
+    import streaming  # noqa: F401
+
+    import launcher.fsdp
+    import launcher.train  # noqa: F401
+
+os.environ[IN_FORK_SERVER] = "1"  # the server inherits it, and imports this module by name
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["ranks"])
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, ranks_per_node: int | None = None
+) -> list[Any]:
+    """Return what `function(rank, world_size, *args)` gives on each rank; without a process group for one rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        queue = CONTEXT.Queue()
+        processes = [
+            CONTEXT.Process(
+                target=_rank,
+                args=(queue, f"{folder}/store", rank, world_size, ranks_per_node or world_size, function, args),
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            results = dict(queue.get(timeout=TIMEOUT_SECONDS) for _ in processes)
+        finally:
+            for process in processes:
+                process.join(20)
+                process.kill()
+    for result in results.values():
+        if isinstance(result, BaseException):
+            raise result
+    return [results[rank] for rank in range(world_size)]
 
 
-def _start(
-    rank: int, world_size: int, port: int, out: str, function: Callable[..., Any], args: tuple[Any, ...]
+def _rank(
+    queue: Any, store: str, rank: int, world_size: int, ranks_per_node: int, function: Callable[..., Any], args: Any
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-    }
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(ranks_per_node),
+        LOCAL_RANK=str(rank % ranks_per_node),
+    )
     try:
-        torch.save(function(*args), Path(out) / f"{rank}.pt")
-        dist.barrier()
+        if world_size > 1:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            )
+        queue.put((rank, function(rank, world_size, *args)))
+    except BaseException as error:
+        error.add_note(f"rank {rank}:\n{traceback.format_exc()}")
+        queue.put((rank, error))
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call ``function(*args)`` on every rank and return what each returned (tensors and plain containers)."""
-    with tempfile.TemporaryDirectory() as out:
-        mp.start_processes(
-            _start, (world_size, free_port(), out, function, args), nprocs=world_size, start_method="spawn"
-        )
-        return [torch.load(Path(out) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+def run_group(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Return what `function(*args)` gives on each rank (tensors and plain containers), a single one in a group too."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks(world_size, _call_in_group, folder, function, args)
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world_size)]
+
+
+def _call_in_group(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: Any) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if world_size == 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    # A file, because tensors in a queue are gone with the process that put them there.
+    torch.save(function(*args), Path(folder, f"{rank}.pt"))
+    dist.barrier()

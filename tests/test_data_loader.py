@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_ranks import CONTEXT, run_ranks
+from ranks import CONTEXT, run_ranks
 
 from data.loader import (
     IGNORED_LABEL,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import run_group
 from torch import Tensor, nn
 
 from launcher.engine import Engine, EngineConfig, load_weights
@@ -170,7 +170,7 @@ def all_engines() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, Any]:
     """Every engine on two ranks, in one launch; what rank 0 saw."""
-    return run_ranks(2, all_engines)[0]
+    return run_group(2, all_engines)[0]
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def initial_weights() -> dict[str, Any]:
 def test_initial_weights_are_bitwise_the_same_on_any_number_of_ranks(world_size: int) -> None:
     plain = Transformer(MODEL)
     initialize_(plain, 0)
-    for name, weights in run_ranks(world_size, initial_weights)[0].items():
+    for name, weights in run_group(world_size, initial_weights)[0].items():
         for parameter, value in plain.named_parameters():
             assert torch.equal(weights[parameter], value), f"{name}: {parameter}"
 
@@ -276,7 +276,7 @@ def skipped_steps() -> dict[str, Any]:
 
 
 def test_a_non_finite_step_changes_nothing_on_any_rank() -> None:
-    for rank in run_ranks(2, skipped_steps):
+    for rank in run_group(2, skipped_steps):
         for name, (skipped, unchanged, next_step, updates) in rank.items():
             assert skipped == 1, name
             assert unchanged, name
@@ -300,7 +300,7 @@ def written_weights() -> dict[str, Any]:
 
 
 def test_written_weights_reach_the_forward_pass() -> None:
-    for name, (first, moved, restored) in run_ranks(2, written_weights)[0].items():
+    for name, (first, moved, restored) in run_group(2, written_weights)[0].items():
         assert moved != first, name
         assert restored == first, name
 
@@ -311,4 +311,4 @@ def parameter_names() -> list[Any]:
 
 def test_names_are_the_models_own() -> None:
     plain = [name for name, _ in Transformer(MODEL).named_parameters()]
-    assert run_ranks(1, parameter_names)[0] == [plain] * len(ENGINES)
+    assert run_group(1, parameter_names)[0] == [plain] * len(ENGINES)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import run_group
 from test_launcher_resume import run
 from tiny import tiny_config
 
@@ -43,14 +43,14 @@ def run_on_a_full_disk(shards: str, out: str, full_at: int) -> list[str]:
 
 
 def test_a_full_disk_costs_one_checkpoint(shards: Path, tmp_path: Path) -> None:
-    for outcome, _ in run_ranks(2, run_on_a_full_disk, str(shards), str(tmp_path / "run"), 3):
+    for outcome, _ in run_group(2, run_on_a_full_disk, str(shards), str(tmp_path / "run"), 3):
         assert outcome == "complete"
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == [f"step-{step:08d}" for step in (1, 2, 4, 5, 6, 7, 8)]  # no step 3, and nothing half-written
 
 
 def test_a_full_disk_at_a_milestone_ends_the_run_and_the_one_before_loads(shards: Path, tmp_path: Path) -> None:
-    for outcome, message in run_ranks(2, run_on_a_full_disk, str(shards), str(tmp_path / "run"), 4):
+    for outcome, message in run_group(2, run_on_a_full_disk, str(shards), str(tmp_path / "run"), 4):
         assert outcome == "stopped"
         assert "step-00000004" in message
         assert "rank 1" in message
@@ -70,7 +70,7 @@ def complete_run(shards: str, out: str) -> None:
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run of two ranks with a checkpoint at every step."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    run_ranks(2, complete_run, str(shards), str(out))
+    run_group(2, complete_run, str(shards), str(out))
     return out
 
 
@@ -127,7 +127,7 @@ def test_other_data_are_refused_on_resume(finished: Path, shards: Path, tmp_path
     for step in range(6, 9):
         shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
     other = {"data": {"shuffle_seed": 1}}
-    [[kind, message]] = run_ranks(1, resume_with, str(shards), str(out), other)
+    [[kind, message]] = run_group(1, resume_with, str(shards), str(out), other)
     assert kind == "CheckpointError"
     assert "other data" in message
 
@@ -137,7 +137,7 @@ def test_a_model_of_other_shapes_is_refused_with_every_difference(finished: Path
         "checkpoint": {"start_from": str(finished / "checkpoints" / "step-00000004")},
         "model": {"intermediate_size": 60, "sub_norm": True, "num_layers": 1},
     }
-    [[kind, message]] = run_ranks(1, resume_with, str(shards), str(tmp_path / "run"), start)
+    [[kind, message]] = run_group(1, resume_with, str(shards), str(tmp_path / "run"), start)
     assert kind == "CheckpointError"
     assert "model.layers.0.mlp.down_proj.weight: [36, 51] in the checkpoint, [36, 60] in the model" in message
     assert "model.layers.0.self_attn.attn_sub_norm.weight: the model has it, the checkpoint does not" in message
@@ -146,7 +146,7 @@ def test_a_model_of_other_shapes_is_refused_with_every_difference(finished: Path
 
 def test_start_from_takes_the_weights_of_another_run(finished: Path, shards: Path, tmp_path: Path) -> None:
     start = {"checkpoint": {"start_from": str(finished / "checkpoints" / "step-00000008")}}
-    [[outcome, _]] = run_ranks(1, resume_with, str(shards), str(tmp_path / "run"), start)
+    [[outcome, _]] = run_group(1, resume_with, str(shards), str(tmp_path / "run"), start)
     assert outcome == "complete"
     first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     fresh = read_metrics(finished / "metrics.jsonl")[0]
@@ -165,7 +165,7 @@ def test_a_run_whose_gradients_stay_non_finite_stops_with_advice_and_saves_nothi
         "training": {"max_skipped_steps": 3},
         "checkpoint": {"interval_steps": 5},
     }
-    for kind, message in run_ranks(2, resume_with, str(shards), str(tmp_path / "run"), diverging):
+    for kind, message in run_group(2, resume_with, str(shards), str(tmp_path / "run"), diverging):
         assert kind == "TrainingError"
         assert "3 steps in a row" in message
         assert "optimizer.learning_rate" in message

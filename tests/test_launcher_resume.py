@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import run_group
 from safetensors.torch import load_file
 from tiny import tiny_config
 
@@ -113,17 +113,17 @@ def compare(out: Path, engines: list[str]) -> None:
 )
 def test_resume_is_bitwise_on_every_engine(shards: Path, tmp_path: Path, dtype: str, engines: list[str]) -> None:
     # Stops: in the 16-bit phase, again in it, right at the transition, and inside the ternary ramp.
-    run_ranks(2, whole_and_in_pieces, str(shards), str(tmp_path), engines, dtype, [2, 1, 1, 2])
+    run_group(2, whole_and_in_pieces, str(shards), str(tmp_path), engines, dtype, [2, 1, 1, 2])
     compare(tmp_path, engines)
 
 
 def test_resume_is_bitwise_in_a_single_process(shards: Path, tmp_path: Path) -> None:
-    run_ranks(1, whole_and_in_pieces, str(shards), str(tmp_path), ["fsdp2", "zero-1"], "fp32", [3, 1, 3])
+    run_group(1, whole_and_in_pieces, str(shards), str(tmp_path), ["fsdp2", "zero-1"], "fp32", [3, 1, 3])
     compare(tmp_path, ["fsdp2", "zero-1"])
 
 
 def test_milestones_stay_and_passing_checkpoints_go(shards: Path, tmp_path: Path) -> None:
-    run_ranks(1, complete_with_checkpoints, str(shards), str(tmp_path / "run"))
+    run_group(1, complete_with_checkpoints, str(shards), str(tmp_path / "run"))
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     # Every step is saved; 4 and 8 end the phases, 6 and 7 are the last two others.
     assert names == [f"step-{step:08d}" for step in (4, 6, 7, 8)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_group
 from test_launcher_engines import build, state_of, step_once
 from test_launcher_resume import ENGINES, run
 from tiny import tiny_config
@@ -31,14 +31,14 @@ def test_activation_checkpointing_changes_no_bit(shards: Path, tmp_path: Path) -
     variants = {
         f"{engine}-{on}": [engine, {"activation_checkpointing": on}] for engine in engines for on in (False, True)
     }
-    run_ranks(2, run_variants, str(shards), str(tmp_path), variants)
+    run_group(2, run_variants, str(shards), str(tmp_path), variants)
     for engine in engines:
         assert losses(tmp_path / f"{engine}-False") == losses(tmp_path / f"{engine}-True"), engine
 
 
 def test_sharding_and_offloading_options_agree(shards: Path, tmp_path: Path) -> None:
     engines = ["fsdp2", "fsdp2-keep-gathered", "fsdp2-offload", "hsdp", "zero-2-offload", "zero-3-offload"]
-    run_ranks(2, run_variants, str(shards), str(tmp_path), {engine: [engine, {}] for engine in engines})
+    run_group(2, run_variants, str(shards), str(tmp_path), {engine: [engine, {}] for engine in engines})
     expected = losses(tmp_path / "fsdp2")[:5]  # up to the first ternary step
     for engine in engines:
         assert losses(tmp_path / engine)[:5] == pytest.approx(expected, abs=1e-5), engine
@@ -48,7 +48,7 @@ def test_sharding_and_offloading_options_agree(shards: Path, tmp_path: Path) -> 
 def test_compiled_blocks_train_through_the_switch(shards: Path, tmp_path: Path) -> None:
     engines = ["fsdp2", "zero-1", "zero-2"]
     variants = {f"{engine}-{on}": [engine, {"compile": on}] for engine in engines for on in (False, True)}
-    run_ranks(2, run_variants, str(shards), str(tmp_path), variants)
+    run_group(2, run_variants, str(shards), str(tmp_path), variants)
     for engine in engines:
         eager, compiled = losses(tmp_path / f"{engine}-False"), losses(tmp_path / f"{engine}-True")
         assert compiled[:5] == pytest.approx(eager[:5], abs=1e-4), engine
@@ -90,7 +90,7 @@ def reads_between_steps(shards: str, out: str) -> list[int]:
 
 
 def test_the_host_waits_for_the_device_only_when_a_step_is_logged(shards: Path, tmp_path: Path) -> None:
-    [reads] = run_ranks(1, reads_between_steps, str(shards), str(tmp_path / "run"))
+    [reads] = run_group(1, reads_between_steps, str(shards), str(tmp_path / "run"))
     assert len(reads) == 7
     assert [count > 0 for count in reads] == [False, False, False, True, False, False, False]
 
@@ -112,7 +112,7 @@ def carried(choice: OptimizerChoice) -> dict[str, Any]:
 
 @pytest.mark.parametrize("choice", ["keep", "reset", "keep-variance"])
 def test_the_optimizer_is_carried_over_as_chosen(choice: OptimizerChoice) -> None:
-    for name, (before, after, then) in run_ranks(1, carried, choice)[0].items():
+    for name, (before, after, then) in run_group(1, carried, choice)[0].items():
         for key in before:
             kind, parameter = key.split("/", 1)
             cleared = (kind == "exp_avg" and choice != "keep") or (kind in ("exp_avg_sq", "step") and choice == "reset")
