@@ -30,6 +30,7 @@ from launcher.runtime import (
     Ranks,
     StopRequest,
     is_first_to_say,
+    leave_presence,
     missing_ranks,
     process_group,
     seed_everything,
@@ -99,6 +100,7 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
         source = Path(config.data.sources[0].path)
         prepare_with_progress(config.data.prepare, config.data.sequence_length, source, Console(silent=False))
     outcome = train(plan, ranks, folder, stop, console)
+    leave_presence(folder.ranks, ranks)
     if not ranks.is_first:
         return COMPLETE if outcome == "complete" else INTERRUPTED
     if outcome == "interrupted":

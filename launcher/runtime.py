@@ -119,6 +119,11 @@ def write_presence(folder: Path, ranks: Ranks) -> None:
     (folder / f"rank-{ranks.rank:05d}").write_text(f"{socket.gethostname()} {os.getpid()}")
 
 
+def leave_presence(folder: Path, ranks: Ranks) -> None:
+    """Take the note back: this rank ends in order, and will not be missing."""
+    (folder / f"rank-{ranks.rank:05d}").unlink(missing_ok=True)
+
+
 def is_first_to_say(folder: Path, message: str) -> bool:
     """Whether no rank has claimed this message before; what all ranks fail with alike is to be said once."""
     folder.mkdir(parents=True, exist_ok=True)
