@@ -20,8 +20,9 @@ from launcher.metrics import numbered_rows
 
 LOSS = "train/loss"
 
-TRANSITION_WINDOW = 10
-"""EMA window of the transition statistics, in logged values: short, for a spike may last only a few of them."""
+TRANSITION_WINDOW = 3
+"""EMA window of the transition statistics, in logged values: short, because an average lags behind a loss that falls,
+and a logged value is the mean of its interval already."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
