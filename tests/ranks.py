@@ -3,6 +3,7 @@
 `import streaming` takes seconds, so one fork server imports it once, and the ranks are forked from there.
 """
 
+import atexit
 import multiprocessing
 import os
 import tempfile
@@ -82,6 +83,7 @@ def _rank(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        atexit._run_exitfuncs()  # forked ranks skip it, and `streaming` would leave its shared memory behind
 
 
 def run_group(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
