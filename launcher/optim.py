@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,3 @@ def create_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> di
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
     return state
-
-
-def named_dimensions(model: nn.Module) -> dict[str, int]:
-    """Number of dimensions of every parameter by name, taken while the model is whole."""
-    return {name: parameter.ndim for name, parameter in model.named_parameters()}

@@ -14,8 +14,6 @@ from model.size import activation_bytes, flops_per_token, num_linear_parameters,
 from quant.linear import QuantConfig
 from quant.ramp import strength_at
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Phase:

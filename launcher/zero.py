@@ -20,7 +20,6 @@ from launcher.optim import (
     OptimizerConfig,
     build_adamw,
     create_adam_state,
-    named_dimensions,
     parameter_groups,
     set_learning_rate,
 )
@@ -112,14 +111,13 @@ class ZeroEngine(Engine):
         self.is_plain = _is_plain(config, compute_dtype)
         self.max_grad_norm = optimizer.max_grad_norm
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        dimensions = named_dimensions(model)
         for module in model.modules():
             module.to_empty(device=device, recurse=False)
             if self.stage == 3 and any(True for _ in module.parameters(recurse=False)):
                 # One layer at a time, so that the whole model is never there.
                 deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=compute_dtype)
         groups = parameter_groups(
-            ((name, dimensions[name], parameter) for name, parameter in model.named_parameters()), optimizer
+            ((name, len(self._shapes[name]), parameter) for name, parameter in model.named_parameters()), optimizer
         )
         self.inner = build_adamw(groups, optimizer, fused=True)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use, whatever its log level
