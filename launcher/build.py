@@ -19,12 +19,15 @@ from quant.linear import quantize_
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_engine(plan: Plan, phase: Phase, ranks: Ranks) -> Engine:
-    """Build the model as it is in ``phase``, sharded over all ranks, with its weights not yet written."""
+def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
+    """Build the model as it is in ``phase``, sharded over all ranks, with its weights not yet written.
+
+    Before the first phase (None) it is as in 16 bits.
+    """
     config = plan.config
     with torch.device("meta"):
         model = Transformer(config.model)
-    if phase.quantization is not None:
+    if phase is not None and phase.quantization is not None:
         quantize_(model, phase.quantization, ranks.device)
     blocks = list(model.model.layers)
     for block in blocks:

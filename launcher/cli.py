@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -26,10 +26,11 @@ def main() -> None:
     """Run the command; what the user can put right is told in a sentence, without a traceback."""
     from data.errors import DataError
     from launcher.config import ConfigError
+    from launcher.source import CheckpointError
 
     try:
         app()
-    except (ConfigError, DataError, FileNotFoundError) as error:
+    except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(2)
 
@@ -151,6 +152,111 @@ def prepare(
     console = Console(silent=False)
     prepare_with_progress(config, sequence_length, out, console)
     console.line(f"{out} is ready: name it in data.sources, with data.sequence_length {sequence_length}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint or run of ours, DeepSpeed's or Hugging Face's folder.")],
+    to: Annotated[Path, typer.Option(help="Folder to make: of a run, or of the other format.")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration of the run (or just of the model).")] = None,
+    into: Annotated[str, typer.Option("--format", help="run, universal (DeepSpeed) or hf (16 bits).")] = "run",
+    phase: Annotated[int | None, typer.Option(help="Phase to begin in; by default the one that begins there.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="The transition's: keep, reset or keep-variance.")] = None,
+    dtype: Annotated[str, typer.Option(help="hf: bf16 or fp32.")] = "bf16",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say for every tensor what will happen.")] = False,
+) -> None:
+    """Turn a checkpoint into a run that begins with it, or into another format. Needs no GPU."""
+    from launcher.config import ConfigError
+    from launcher.config_file import load_config
+    from launcher.convert import (
+        config_of,
+        convert_to_hf,
+        convert_to_run,
+        convert_to_universal,
+        not_carried,
+        preview,
+        starting_phase,
+        write_provenance,
+    )
+    from launcher.start_from import open_source
+
+    console, changes = Console(silent=False), list(overrides or ())
+    if into == "run":
+        if config is None:
+            raise ConfigError("--config: is missing; a run needs its configuration")
+        changes += [f"run.folder={json.dumps(str(to))}", f"checkpoint.start_from={json.dumps(source)}"]
+        opened = open_source(source)
+        begins = starting_phase(load_config(config, changes), opened) if phase is None else phase
+        changes.append(f"checkpoint.start_phase={begins}")
+        if optimizer is not None:
+            changes.append(f"phases.{begins}.transition.optimizer={optimizer}")
+        parsed = load_config(config, changes)
+        console.line(f"{opened.location} to {to}, before phase {begins} ({parsed.phases[begins].precision})")
+        for sentence in opened.missing:
+            console.line(f"  {sentence}")
+        if dry_run:
+            console.table("What happens to each tensor", ["tensor", "shape", "weight", "moments"], preview(parsed))
+            return
+        made = convert_to_run(parsed)
+        console.line(f"Written: {made}. Train it: tritrain train {to / 'config.yaml'}")
+        return
+    if into not in ("universal", "hf"):
+        raise ConfigError(f"--format {into}: run, universal and hf are there")
+    dtypes = {"bf16": torch_dtype("bfloat16"), "fp32": torch_dtype("float32")}
+    if dtype not in dtypes:
+        raise ConfigError(f"--dtype {dtype}: bf16 and fp32 are there")
+    opened = open_source(source)
+    given = load_config(config, changes) if config else None
+    for sentence in [*opened.missing, *not_carried(opened, into)]:
+        console.line(f"  {sentence}")
+    if dry_run:
+        rows = [[name, " x ".join(map(str, shape))] for name, shape in opened.shapes.items()]
+        console.table(f"What is written as {into}", ["tensor", "shape"], rows)
+        return
+    if to.exists():
+        raise ConfigError(f"{to}: is there already; name a folder that is not")
+    if into == "hf":
+        convert_to_hf(opened, given, to, dtypes[dtype])
+    else:
+        convert_to_universal(opened, given or config_of(opened), to)
+    write_provenance(to, opened)
+    console.line(f"Written: {to}")
+
+
+def torch_dtype(name: str) -> Any:
+    """A dtype by name; torch is imported only where it is needed."""
+    import torch
+
+    return getattr(torch, name)
+
+
+@app.command()
+def verify(
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints of ours, or runs: folders or URLs.")],
+) -> None:
+    """Read every byte of checkpoints and say which tensors of which files are damaged."""
+    from launcher.checkpoint import MANIFEST, complete_checkpoints
+    from launcher.checkpoint_reader import CheckpointReader
+    from launcher.location import reaching, to_location
+    from launcher.source import CheckpointError
+
+    console, damaged = Console(silent=False), False
+    for text in checkpoints:
+        place = to_location(text)
+        with reaching(place):
+            inside = [*complete_checkpoints(place), *complete_checkpoints(place / "checkpoints")]
+        folders = [place] if (place / MANIFEST).is_file() or not inside else inside
+        for folder in folders:
+            try:
+                problems = list(CheckpointReader(folder).damage())
+            except CheckpointError as error:
+                problems = [str(error)]
+            damaged |= bool(problems)
+            for line in problems or [f"{folder}: sound"]:
+                console.line(line)
+    if damaged:
+        raise typer.Exit(1)
 
 
 @app.command()

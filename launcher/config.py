@@ -131,7 +131,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written and which stay."""
+    """When checkpoints are written and which stay, and what a run begins with."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -139,14 +139,24 @@ class CheckpointConfig:
     """Save every so many steps; null: only at transitions, at the end and when interrupted."""
     keep_last: int = 2
     """Checkpoints kept besides the milestones (transitions and the end): 0 keeps all, else at least 2."""
+    folder: str | None = None
+    """Where checkpoints go: a folder, or a URL such as `s3://bucket/run`; null: `checkpoints` in the run's folder."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; false: training waits."""
     start_from: str | None = None
-    """Begin with this checkpoint folder's weights, and with its optimizer state unless the first phase's transition
-    resets it; schedule and data begin anew."""
+    """Begin with the weights of this checkpoint (ours, DeepSpeed's or Hugging Face's), a folder or a URL, and with its
+    optimizer state unless the transition of the phase that the run begins in resets it."""
+    start_phase: int = 0
+    """Index of the phase that a run with `start_from` begins in. Those before it are taken as done: steps, schedule and
+    data go on behind them."""
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1)
         if self.keep_last < 0 or self.keep_last == 1:
             problems["keep_last"] = f"is {self.keep_last}; 0 (keep all) or at least 2, so that one is always complete"
+        problems |= _at_least(self, "start_phase", 0)
+        if self.start_phase and self.start_from is None:
+            problems["start_phase"] = f"is {self.start_phase}, but there is no start_from to take the place of a phase"
         if problems:
             raise ValueError(problems)
 
@@ -253,6 +263,10 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
             problems[f"training.{length}"] = "does nothing, because no phase's length is a fraction; leave it out"
         if share > 1 + 1e-9:
             problems["phases"] = f"have fractions of {share:g} in sum; 1 is the whole run"
+    if phases and checkpoint and checkpoint.start_phase >= len(phases):
+        problems["checkpoint.start_phase"] = (
+            f"is {checkpoint.start_phase}; the last of the {len(phases)} phases is {len(phases) - 1}"
+        )
     for index, phase in enumerate(phases or ()):
         path = f"phases.{index}"
         if phase.fraction and training and not (training.total_steps or training.total_tokens):

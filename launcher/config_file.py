@@ -19,6 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from launcher.config import Config, ConfigError, spanning_problems
 
+DERIVED_KEYS = ("tritrain_version", "phase_steps")
+"""What a run's own `config.yaml` holds besides the configuration, which it is a configuration without."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: `3e-4` is a number, `on` and `no` are words; a key given twice is an error."""
@@ -68,6 +71,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections such as run, model and data")
+    for derived in DERIVED_KEYS:
+        tree.pop(derived, None)
     for override in overrides:
         apply_override(tree, override)
     return parse_config(tree)

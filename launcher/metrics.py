@@ -134,6 +134,12 @@ class Meter:
         self._peak = peak_flops_per_second(ranks.device)
         self._started_seconds = time.perf_counter() - (log.elapsed_seconds if log else 0.0)
         self._skipped = torch.tensor(float(at.skipped_steps), device=ranks.device)
+        self._stalled_seconds = self._stalled_seconds_logged = 0.0
+        self.restart_clock()
+
+    def saved(self, stalled_seconds: float) -> None:
+        """Take note of how long saving has held training up, in all."""
+        self._stalled_seconds = stalled_seconds
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -174,6 +180,8 @@ class Meter:
         mean_loss = float(self._loss_sum) / self._ranks.world_size / taken if taken else math.nan
         seconds = time.perf_counter() - self._since_seconds
         tokens_per_second = self._steps * self._plan.tokens_per_step / seconds
+        stalled_seconds = self._stalled_seconds - self._stalled_seconds_logged
+        self._stalled_seconds_logged = self._stalled_seconds
         self._at.skipped_steps = int(self._skipped)
         row = self._row() | {
             "train/loss": mean_loss,
@@ -183,6 +191,7 @@ class Meter:
             "quant/strength": self._plan.strength_at(self._at.step - 1),
             "throughput/tokens_per_second": tokens_per_second,
             "data/wait_share": min(1.0, self._waited_seconds / seconds),
+            "checkpoint/stall_share": stalled_seconds / (seconds + stalled_seconds),
             "memory/peak_gib": peak_memory_gib(self._ranks.device),
             "time/elapsed_seconds": self.elapsed_seconds,
         }

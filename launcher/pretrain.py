@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from data.errors import DataError
-from launcher.checkpoint import CheckpointError
 from launcher.config import Config, ConfigError
 from launcher.config_file import load_config
 from launcher.console import Console
@@ -36,6 +35,7 @@ from launcher.runtime import (
     seed_everything,
     write_presence,
 )
+from launcher.source import CheckpointError
 from launcher.train import TrainingError, train
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
@@ -65,6 +65,10 @@ def run(config: Config) -> int:
     """Join the other ranks and train."""
     folder = RunFolder(config)
     with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds) as ranks:
+        if refusal := claim(folder, ranks):
+            if ranks.is_first:
+                print(refusal, file=sys.stderr)  # noqa: T201
+            return MISCONFIGURED
         code = FAILED
         try:
             return run_rank(config, folder, ranks, stop)
@@ -82,6 +86,18 @@ def run(config: Config) -> int:
             print(f"rank {ranks.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
             folder.write_state("failed", message=message)
         os._exit(code)  # the process group cannot be left in order: the others may be anywhere
+
+
+def claim(folder: RunFolder, ranks: Ranks) -> str | None:
+    """Take the run's folder for this job; returns, on all ranks, why that cannot be."""
+    outcome: list[str | None] = [None]
+    if ranks.is_first:
+        try:
+            folder.claim()
+        except ConfigError as error:
+            outcome = [str(error)]
+    dist.broadcast_object_list(outcome)
+    return outcome[0]
 
 
 def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest) -> int:

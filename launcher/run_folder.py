@@ -2,11 +2,15 @@
 
 RUN/config.yaml      the resolved configuration, with the code's version
 RUN/state.json       whether the run is running, interrupted, complete or failed
+RUN/lock             held by the process that trains here; a second one is refused
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/report.html
 """
 
+import fcntl
 import json
 import os
+import socket
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +20,8 @@ import yaml
 
 from launcher.checkpoint import complete_checkpoints
 from launcher.config import Config, ConfigError
-from launcher.config_file import flat_lines, parse_yaml, to_tree
+from launcher.config_file import DERIVED_KEYS, flat_lines, parse_yaml, to_tree
+from launcher.location import to_location
 
 MAY_CHANGE = (
     "run.folder",
@@ -45,7 +50,7 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.path = config.run.path
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = to_location(config.checkpoint.folder or self.path / "checkpoints")
         self.ranks = self.path / "ranks"
         self._tree = to_tree(config)
         self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **self._tree}, sort_keys=False)
@@ -60,7 +65,7 @@ class RunFolder:
         if not path.exists():
             return
         there = parse_yaml(path.read_text(), str(path))
-        for derived in ("tritrain_version", "phase_steps"):
+        for derived in DERIVED_KEYS:
             there.pop(derived, None)
         before = dict(line.split(": ", 1) for line in flat_lines(there))
         now = dict(line.split(": ", 1) for line in flat_lines(self._tree))
@@ -76,6 +81,28 @@ class RunFolder:
                 + "\nSet run.name or run.folder to begin another run; with checkpoint.start_from=CHECKPOINT it begins "
                 "with this one's weights."
             )
+
+    def claim(self) -> None:
+        """Make sure that no other process trains in this folder, for as long as this one lives.
+
+        Raises:
+            ConfigError: another one does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / "lock").open("a+")
+        try:
+            # A record lock: it ends with the process, however that ends, and file systems of clusters know it.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            raise ConfigError(
+                f"{self.path}: another job trains here ({self._lock.read().strip() or error}); two would overwrite "
+                "each other's checkpoints. Wait for it or stop it, or set run.name to begin another run."
+            ) from error
+        self._lock.truncate(0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
+        self._lock.flush()
 
     def prepare(self, phase_steps: Sequence[int]) -> None:
         """Make the folder and write the configuration, with the steps that each phase comes to."""

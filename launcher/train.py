@@ -14,21 +14,17 @@ from torch import Tensor
 
 from data.loader import TrainingData
 from launcher.build import build_engine
-from launcher.checkpoint import (
-    CheckpointError,
-    CheckpointReader,
-    load_checkpoint,
-    prune_checkpoints,
-    restore_rng,
-    save_checkpoint,
-)
+from launcher.checkpoint_reader import load_state, newest_sound_checkpoint, restore_rng
 from launcher.console import Console
 from launcher.engine import Engine, load_weights
 from launcher.held_out import HeldOut
+from launcher.location import check_writable
 from launcher.metrics import Meter, MetricsLog, Progress
 from launcher.plan import Phase, Plan
 from launcher.run_folder import RunFolder
 from launcher.runtime import Ranks, StopRequest, any_rank
+from launcher.saver import Saver
+from launcher.start_from import check_data, first_progress, open_start
 from launcher.transition import carry_optimizer_
 from model.init import initial_value
 from model.size import num_linear_parameters, num_parameters
@@ -76,23 +72,24 @@ def train(
     config, total_steps = plan.config, plan.total_steps
 
     # Resume, or begin
-    resumed = folder.newest_checkpoint()
-    reader = CheckpointReader(resumed) if resumed else None
-    at = Progress(**reader.manifest["progress"]) if reader else Progress()
-    phase = plan.phases[at.phase]
+    if ranks.is_first:
+        check_writable(folder.checkpoints)
+    reader = newest_sound_checkpoint(folder.checkpoints, ranks, console.line)
+    at = Progress(**reader.manifest["progress"]) if reader else first_progress(plan)
+    phase = plan.phases[at.phase] if at.phase >= 0 else None
     data = open_data(plan, ranks, at.step)
     engine = build_engine(plan, phase, ranks)
     if reader is not None:
-        if reader.manifest["data_fingerprint"] != data.fingerprint:
-            raise CheckpointError(
-                f"{reader.folder}: was trained on other data, another mixture or another order; restore the data "
-                "configuration, or begin a new run with checkpoint.start_from"
-            )
-        load_checkpoint(reader, engine, with_optimizer=True)
+        check_data(reader, data.fingerprint)
+        load_state(reader, engine, with_optimizer=reader.has_moments)
         restore_rng(reader, ranks)
         console.line(f"Resuming {config.run.name} after step {at.step}, from {reader.folder}")
     elif config.checkpoint.start_from:
-        start_from(Path(config.checkpoint.start_from), engine, plan.phases[0])
+        source, with_optimizer = open_start(plan, data.fingerprint)
+        load_state(source, engine, with_optimizer=with_optimizer)
+        console.line(f"Beginning {config.run.name} with {source.location}")
+        for sentence in source.missing:
+            console.line(f"  {sentence}")
     else:
         load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, config.run.seed))
 
@@ -101,9 +98,16 @@ def train(
     if ranks.is_first:
         log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
     meter = Meter(plan, ranks, log, console, at)
+    saver = Saver(
+        folder.checkpoints,
+        ranks,
+        keep_last=config.checkpoint.keep_last,
+        asynchronous=config.checkpoint.asynchronous,
+        say=console.line,
+    )
     console.start(total_steps, at.step)
 
-    if at.step == 0:
+    if at.step == 0 and phase is not None:
         meter.evaluated(held_out.measure(engine), "start of phase")
     batches = iter(data)
     longest_skip = torch.zeros(2, device=engine.device)  # skipped steps in a row: now, and at most since last read
@@ -140,13 +144,19 @@ def train(
         if evaluating:
             meter.evaluated(held_out.measure(engine), "end of phase" if phase_ends else "interval")
         if saving:
-            must = phase_ends or stopping
-            save(plan, ranks, folder, engine, at, data.fingerprint, console, milestone=phase_ends, must=must)
-            meter.restart_clock()
+            saver.save(
+                engine,
+                counters=counters(plan, ranks, at, data.fingerprint),
+                config_text=folder.config_text,
+                milestone=phase_ends,
+                must=phase_ends or stopping,
+            )
+            meter.saved(saver.stalled_seconds)
         if stopping and at.step < total_steps:
             break
 
     # Finish
+    saver.wait()
     console.stop()
     data.close()
     done = at.step == total_steps
@@ -187,51 +197,17 @@ def enter_phase(engine: Engine, phase: Phase, ranks: Ranks) -> Phase:
     return phase
 
 
-def start_from(checkpoint: Path, engine: Engine, first: Phase) -> None:
-    """Begin a run with another's weights, and with what the first phase's transition keeps of its optimizer."""
-    with_optimizer = first.transition.optimizer != "reset"
-    load_checkpoint(CheckpointReader(checkpoint), engine, with_optimizer=with_optimizer)
-    if with_optimizer:
-        carry_optimizer_(engine, first.transition.optimizer)
-
-
-def save(
-    plan: Plan,
-    ranks: Ranks,
-    folder: RunFolder,
-    engine: Engine,
-    at: Progress,
-    data_fingerprint: str,
-    console: Console,
-    *,
-    milestone: bool,
-    must: bool,
-) -> None:
-    """Write a checkpoint and remove those that are no longer kept.
-
-    A checkpoint that cannot be written ends the run only if it ``must`` be there; else the run goes on, says so, and
-    tries again at the next interval.
-    """
-    counters = {
+def counters(plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint's manifest says of where the run is."""
+    return {
         "step": at.step,
         "tokens": at.step * plan.tokens_per_step,
-        "progress": vars(at),
+        "progress": dict(vars(at)),
         "data_fingerprint": data_fingerprint,
         "world_size": ranks.world_size,
         "engine": plan.config.engine.name,
         "zero_stage": plan.config.engine.zero_stage,
     }
-    try:
-        save_checkpoint(
-            folder.checkpoints, engine, ranks, counters=counters, config_text=folder.config_text, milestone=milestone
-        )
-    except CheckpointError as error:
-        if must:
-            raise
-        console.line(f"WARNING: {error} Training goes on; the next interval tries again.")
-        return
-    if ranks.is_first:
-        prune_checkpoints(folder.checkpoints, plan.config.checkpoint.keep_last)
 
 
 def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) -> str:

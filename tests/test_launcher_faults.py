@@ -11,26 +11,27 @@ from ranks import run_group
 from test_launcher_resume import run
 from tiny import tiny_config
 
-import launcher.checkpoint
-from launcher.checkpoint import CheckpointError, CheckpointReader, complete_checkpoints
+from launcher.checkpoint import CheckpointWriter, complete_checkpoints
+from launcher.checkpoint_reader import CheckpointReader
 from launcher.metrics import read_metrics
+from launcher.source import CheckpointError
 from launcher.train import TrainingError
 
 
 def fill_disk_at(step: int, rank: int) -> None:
     """Let this rank write no more than a few bytes of a step's checkpoint: the kernel refuses the rest."""
-    write = launcher.checkpoint._write_rank_file
+    write = CheckpointWriter.write_rank
 
-    def write_or_fail(path: Path, *args: Any) -> None:
+    def write_or_fail(writer: CheckpointWriter, *args: Any) -> Any:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if path.parent.name == f"step-{step:08d}.tmp" and dist.get_rank() == rank:
+        if writer.final.name == f"step-{step:08d}" and dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         try:
-            write(path, *args)
+            return write(writer, *args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    launcher.checkpoint._write_rank_file = write_or_fail
+    CheckpointWriter.write_rank = write_or_fail  # type: ignore[method-assign]
 
 
 def run_on_a_full_disk(shards: str, out: str, full_at: int) -> list[str]:
@@ -88,7 +89,7 @@ def test_a_truncated_file_is_named_with_its_sizes_and_the_way_out(damaged: Path)
         CheckpointError, match=rf"rank-00001\.safetensors has {size - 100} bytes instead of {size}"
     ) as e:
         CheckpointReader(damaged / "step-00000008")
-    assert "To go on from step-00000007, move step-00000008 away" in str(e.value)
+    assert "Others are in the same place: step-00000001" in str(e.value)
 
 
 def test_a_missing_file_is_named(damaged: Path) -> None:

@@ -1,0 +1,216 @@
+"""Reading our own checkpoints: by any engine, on any number of ranks, and never a damaged one."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+
+from launcher.checkpoint import CONFIG, FORMAT_VERSION, MANIFEST, complete_checkpoints, manifest_digest
+from launcher.engine import Engine
+from launcher.location import reaching
+from launcher.runtime import Ranks
+from launcher.source import KINDS, CheckpointError, Source
+from launcher.tensor_file import TensorFile, TensorFileError
+
+OPENED_AT_ONCE = 16
+
+
+class CheckpointReader(Source):
+    """A complete checkpoint, opened: manifest, sizes and headers are checked, the tensors are not (see `damage`).
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: it is not complete, or damaged as far as that is seen from here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.location = folder, str(folder)
+        with reaching(folder):
+            self.manifest = _read_manifest(folder)
+            for name, record in self.manifest["files"].items():
+                self._check_size(folder / name, record["size"])
+            names = [name for name in self.manifest["files"] if name.endswith(".safetensors")]
+            with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+                self._files = dict(zip(names, pool.map(self._open, names), strict=True))
+        self.has_moments = self.manifest["has_moments"]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._ranges: dict[str, list[tuple[int, int, str]]] = {}
+        self._steps: dict[str, float] = {}
+        for file_name, file in self._files.items():
+            for name, about in json.loads(file.metadata["ranges"]).items():
+                self.shapes[name], self._steps[name] = tuple(about["shape"]), about["step"]
+                length = file.entries[f"weight/{name}"].num_elements
+                self._ranges.setdefault(name, []).append((about["start"], about["start"] + length, file_name))
+
+    def _check_size(self, path: Path, size: int) -> None:
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"{path} {state}; the checkpoint is damaged. {self._way_out()}")
+
+    def _way_out(self) -> str:
+        others = [folder.name for folder in complete_checkpoints(self.folder.parent) if folder != self.folder]
+        return f"Others are in the same place: {', '.join(others)}." if others else "There is no other one beside it."
+
+    def _open(self, name: str) -> TensorFile:
+        try:
+            return TensorFile(self.folder / name, self.manifest["files"][name]["digest"])
+        except TensorFileError as error:
+            raise CheckpointError(f"{self.folder / name} {error}. {self._way_out()}") from error
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        pieces = []
+        for begin, end, file_name in sorted(self._ranges[name]):
+            low, high = max(begin, start), min(end, start + length)
+            if low < high:
+                with reaching(self.folder):
+                    try:
+                        pieces.append(self._files[file_name].read(f"{kind}/{name}", low - begin, high - low))
+                    except TensorFileError as error:
+                        raise CheckpointError(f"{self.folder / file_name} {error}") from error
+        values = pieces[0] if len(pieces) == 1 else torch.cat([torch.empty(0), *pieces])
+        if len(values) != length:
+            raise CheckpointError(f"{self.folder}: holds only {len(values)} of {length} elements of {kind}/{name}")
+        return values
+
+    def read_step(self, name: str) -> float:
+        return self._steps[name]
+
+    def rng_states(self, rank: int) -> dict[str, Tensor]:
+        """The generators' states of a rank, if the checkpoint was written by that many ranks."""
+        file = self._files.get(f"rank-{rank:05d}.safetensors")
+        names = [name for name in file.entries if name.startswith("rng/")] if file else []
+        return {name.removeprefix("rng/"): file.read(name) for name in names if file}
+
+    def damage(self, rank: int = 0, world_size: int = 1) -> Iterator[str]:
+        """Read every byte of this rank's share of the files, and yield a sentence for each that is not as written."""
+        for name in sorted(self._files)[rank::world_size]:
+            with reaching(self.folder):
+                for tensor in self._files[name].damaged():
+                    yield f"{self.folder / name}: {tensor} is damaged: it does not have the digest it was written with"
+        if rank == 0:
+            with reaching(self.folder):
+                config = (self.folder / CONFIG).read_bytes()
+            if xxhash.xxh3_128_hexdigest(config) != self.manifest["files"][CONFIG]["digest"]:
+                yield f"{self.folder / CONFIG}: is damaged: it does not have the digest it was written with"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        sound = manifest["digest"] == manifest_digest(manifest)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no complete checkpoint (no {MANIFEST} is in it)") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged: it is no manifest") from error
+    if not sound:
+        raise CheckpointError(f"{path}: damaged: it does not have the digest it was written with")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: has format_version {manifest.get('format_version')}; this version reads {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str], None]) -> CheckpointReader | None:
+    """Open the newest checkpoint whose every byte is as it was written, going back where one is damaged; a collective.
+
+    Ranks share the reading. A damaged checkpoint is set aside: its manifest becomes `manifest.damaged.json`.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is sound. Beginning anew must then be somebody's decision.
+    """
+    with reaching(checkpoints):
+        names = _from_first([folder.name for folder in complete_checkpoints(checkpoints)] if ranks.is_first else [])
+    found: list[str] = []
+    for name in reversed(names):
+        reader, problems = None, []
+        try:
+            reader = CheckpointReader(checkpoints / name)
+            problems = list(reader.damage(ranks.rank, ranks.world_size))
+        except CheckpointError as error:
+            problems = [str(error)]
+        problems = sorted({problem for rank in _from_all(problems, ranks) for problem in rank})
+        if not problems:
+            return reader
+        found += problems
+        say("WARNING: " + "\n".join([*problems, f"{name} is set aside, and the one before it is taken."]))
+        if ranks.is_first:
+            with reaching(checkpoints):
+                manifest = checkpoints / name / MANIFEST
+                manifest.rename(manifest.with_name("manifest.damaged.json"))
+    if found:
+        raise CheckpointError(
+            "no checkpoint is sound:\n  "
+            + "\n  ".join(found)
+            + f"\nTo begin anew, move {checkpoints} away; to go on from another run's, set checkpoint.start_from."
+        )
+    return None
+
+
+def _from_first(names: list[str]) -> list[str]:
+    box = [names]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _from_all(problems: list[str], ranks: Ranks) -> list[list[str]]:
+    gathered: list[list[str]] = [problems] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(gathered, problems)
+    return gathered
+
+
+@torch.no_grad()
+def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
+    """Write a source's weights, and Adam's state if asked for, into this rank's shards.
+
+    Raises:
+        CheckpointError: lists every parameter that only one side has, or that has another shape; or the source has
+            no moments.
+    """
+    shards = list(engine.shards())
+    names = {name for name, _ in engine.model.named_parameters()}
+    if problems := list(mismatches(source, names, {shard.name: shard.shape for shard in shards})):
+        raise CheckpointError(f"{source.location} does not fit the model:\n" + "\n".join(problems))
+    if with_optimizer and not source.has_moments:
+        raise CheckpointError(
+            f"{source.location} has no optimizer moments to keep; set the transition's optimizer to reset"
+        )
+    for shard in shards:
+        for kind in KINDS if with_optimizer else ("weight",):
+            tensor = shard.tensors[kind]
+            tensor.copy_(source.read(kind, shard.name, shard.start, len(tensor)))
+        if with_optimizer:
+            shard.step.fill_(source.read_step(shard.name))
+    engine.refresh_weights()
+
+
+def mismatches(source: Source, names: set[str], shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """Say how a source's parameters differ from a model's: all its ``names``, and ``shapes`` as far as known."""
+    for name in sorted(names - source.shapes.keys()):
+        yield f"{name}: the model has it, the checkpoint does not"
+    for name in sorted(source.shapes.keys() - names):
+        yield f"{name}: the checkpoint has it, the model does not"
+    for name, shape in shapes.items():
+        if name in source.shapes and source.shapes[name] != shape:
+            yield f"{name}: {list(source.shapes[name])} in the checkpoint, {list(shape)} in the model"
+
+
+def restore_rng(reader: CheckpointReader, ranks: Ranks) -> None:
+    """Set this rank's generators to where they were."""
+    for name, state in reader.rng_states(ranks.rank).items():
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(state)

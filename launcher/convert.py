@@ -1,0 +1,257 @@
+"""Converting checkpoints, offline and tensor by tensor: between phases, engines and formats.
+
+A conversion into a run makes what the run itself would have at the transition: the checkpoint before it. The transition
+then happens when the run starts, by the same code as inside a run, so that both continue with the same bits. That is
+why converting one of our own checkpoints costs nothing: its files are immutable, and the new checkpoint links to them.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from launcher.checkpoint import CONFIG, CheckpointWriter, complete_checkpoints, folder_of
+from launcher.checkpoint_reader import CheckpointReader
+from launcher.config import Config, ConfigError
+from launcher.config_file import DERIVED_KEYS, parse_config, parse_yaml
+from launcher.location import reaching, to_location
+from launcher.optim import is_decayed
+from launcher.plan import Plan, make_plan
+from launcher.run_folder import RunFolder
+from launcher.source import KINDS, MOMENTS, CheckpointError, Source
+from launcher.start_from import check_shapes, first_progress, open_start
+from model.size import parameter_shapes
+from model.transformer import Transformer
+from quant.linear import quantize_
+
+CPU = torch.device("cpu")
+
+CHUNK_ELEMENTS = 16 * 2**20
+"""Elements that are in memory at once: 64 MiB of fp32."""
+
+
+def config_of(source: Source) -> Config:
+    """The configuration of the run that a checkpoint of ours is of.
+
+    Raises:
+        ConfigError: it is none of ours, so that one must be given.
+    """
+    if not isinstance(source, CheckpointReader):
+        raise ConfigError(f"{source.location}: what the model is must be said here: give --config")
+    path = source.folder / CONFIG
+    tree = parse_yaml(path.read_text(), str(path))
+    return parse_config({key: value for key, value in tree.items() if key not in DERIVED_KEYS})
+
+
+def starting_phase(config: Config, source: Source) -> int:
+    """The phase that begins where a checkpoint of ours stands; the first where none does."""
+    plan = make_plan(config, 1)
+    if isinstance(source, CheckpointReader):
+        at = (source.manifest["step"], source.manifest["tokens"])
+        for phase in plan.phases[1:]:
+            if at == (phase.start, phase.start * plan.tokens_per_step):
+                return phase.index
+    return 0
+
+
+def preview(config: Config) -> list[list[str]]:
+    """For each tensor, what a conversion into this run will do: name, shape, weight, moments.
+
+    Raises:
+        CheckpointError: as `convert_to_run`.
+    """
+    plan = make_plan(config, 1)
+    source, _ = open_start(plan)
+    check_shapes(source, plan)
+    phase = plan.phases[config.checkpoint.start_phase]
+    quantization = phase.quantization
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    ternary = {f"{name}.weight" for name in quantize_(model, quantization, CPU)} if quantization else set()
+    as_ternary = f"latent of {quantization.weights} codes" if quantization else ""
+    moments = {"keep": "both kept", "keep-variance": "first cleared, second kept", "reset": "cleared"}
+    return [
+        [
+            name,
+            " x ".join(map(str, shape)),
+            as_ternary if name in ternary else "16-bit",
+            moments[phase.transition.optimizer],
+        ]
+        for name, shape in source.shapes.items()
+    ]
+
+
+def convert_to_run(config: Config) -> Path:
+    """Make the folder of a run that begins with a checkpoint, ready to be trained.
+
+    Args:
+        config: of the run, with ``checkpoint.start_from`` and ``start_phase``.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ConfigError: the folder holds a run already.
+        CheckpointError: the source does not fit, or a file cannot be read or written.
+    """
+    plan = make_plan(config, 1)
+    folder = RunFolder(config)
+    if complete_checkpoints(folder.checkpoints):
+        raise ConfigError(f"{folder.path}: a run with checkpoints is there already; convert to another folder")
+    source, _ = open_start(plan)
+    check_shapes(source, plan)
+    folder.claim()
+    folder.prepare([phase.end - phase.start for phase in plan.phases])
+    at = first_progress(plan)
+    writer = CheckpointWriter(folder_of(folder.checkpoints, at.step))
+    with reaching(writer.final):
+        writer.begin()
+        try:
+            if isinstance(source, CheckpointReader):
+                files = {name: record for name, record in source.manifest["files"].items() if name != CONFIG}
+                for name in files:
+                    writer.link(source.folder / name)
+            else:
+                files = write_streamed(writer, source)
+            writer.finish(
+                files,
+                folder.config_text,
+                {
+                    "step": at.step,
+                    "tokens": at.step * plan.tokens_per_step,
+                    "progress": vars(at),
+                    "data_fingerprint": carried_fingerprint(plan, source),
+                    "provenance": provenance(source, plan),
+                },
+                milestone=True,
+                has_moments=source.has_moments,
+            )
+        except BaseException:
+            writer.abandon()
+            raise
+    folder.write_state("converted", source=source.location)
+    return writer.final
+
+
+def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, Any]:
+    """Write all of a source into one file of ours, a piece of a tensor at a time; returns its record."""
+    kinds = KINDS if source.has_moments else ("weight",)
+    entries = [
+        (f"{kind}/{name}", torch.float32, (prod(shape),)) for name, shape in source.shapes.items() for kind in kinds
+    ]
+    values = (pieces(source, kind, name) for name in source.shapes for kind in kinds)
+    ranges = {
+        name: {"shape": shape, "start": 0, "step": source.read_step(name) if source.has_moments else 0.0}
+        for name, shape in source.shapes.items()
+    }
+    return writer.write_tensors("rank-00000.safetensors", entries, values, ranges)
+
+
+def pieces(source: Source, kind: str, name: str) -> Iterator[Tensor]:
+    """A flattened tensor of a source, piece by piece."""
+    length = prod(source.shapes[name])
+    for start in range(0, length, CHUNK_ELEMENTS):
+        yield source.read(kind, name, start, min(CHUNK_ELEMENTS, length - start))
+
+
+def carried_fingerprint(plan: Plan, source: Source) -> str | None:
+    """The fingerprint of the data that the run must go on with; None where it begins them anew."""
+    phase = plan.phases[plan.config.checkpoint.start_phase]
+    if phase.index and phase.transition.data == "continue" and isinstance(source, CheckpointReader):
+        fingerprint: str | None = source.manifest["data_fingerprint"]
+        return fingerprint
+    return None
+
+
+def provenance(source: Source, plan: Plan) -> dict[str, Any]:
+    """Where a converted run comes from: the source with its digest, the options, the code's version."""
+    phase = plan.phases[plan.config.checkpoint.start_phase]
+    return {
+        "source": source.location,
+        "source_digest": source_digest(source),
+        "source_step": source.manifest["step"] if isinstance(source, CheckpointReader) else None,
+        "earlier": source.manifest.get("provenance") if isinstance(source, CheckpointReader) else None,
+        "phase": phase.index,
+        "transition": dataclasses.asdict(phase.transition),
+        "quantization": dataclasses.asdict(phase.quantization) if phase.quantization else None,
+        "tritrain_version": version("tritrain"),
+        "converted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def source_digest(source: Source) -> str:
+    """XXH3-128 that identifies a source: of our manifest, which covers all; else of all files' names and contents."""
+    if isinstance(source, CheckpointReader):
+        return str(source.manifest["digest"])
+    digest = xxhash.xxh3_128()
+    folder = to_location(source.location)
+    for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=str):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            while chunk := file.read(16 * 2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def convert_to_universal(source: Source, config: Config, folder: Path) -> None:
+    """Write a DeepSpeed universal checkpoint, with the parameter groups that this configuration's optimizer has.
+
+    Raises:
+        CheckpointError: the source has no moments, does not fit the configuration, or cannot be read.
+    """
+    from launcher.deepspeed_files import write_universal
+
+    check_shapes(source, make_plan(config, 1))
+    if not source.has_moments:
+        raise CheckpointError(f"{source.location} has no optimizer moments, and a universal checkpoint must have them")
+    names = list(parameter_shapes(config.model))
+    decayed = [name for name in names if is_decayed(name, len(source.shapes[name]), config.optimizer)]
+    others = [name for name in names if name not in set(decayed)]
+    write_universal(source, folder, [group for group in (decayed, others) if group])
+
+
+def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: torch.dtype) -> None:
+    """Write a Hugging Face folder with the weights in 16 bits; of a ternary run, its latent weights.
+
+    Args:
+        source: what is converted.
+        config: whose model it is; None for a source that says so itself: a checkpoint of ours or a folder of Hugging Face.
+        folder: what is made.
+        dtype: of the weights.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the folder not be written.
+        ConfigError: the configuration is needed and not there.
+    """
+    from launcher.hf_source import HuggingFaceSource, write_hf
+
+    model = source.model_config if isinstance(source, HuggingFaceSource) else (config or config_of(source)).model
+    write_hf(source, model, folder, dtype=dtype)
+
+
+def not_carried(source: Source, into: str) -> list[str]:
+    """One sentence for each thing that a source has and the other format does not carry."""
+    sentences = []
+    if source.has_moments and into == "hf":
+        sentences.append(f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place.")
+    if isinstance(source, CheckpointReader):
+        sentences.append("The data position, the counters and the generators' states are not carried.")
+    return sentences
+
+
+def write_provenance(folder: Path, source: Source) -> None:
+    """Leave beside a converted folder's files where they come from."""
+    content = {
+        "source": source.location,
+        "source_digest": source_digest(source),
+        "tritrain_version": version("tritrain"),
+    }
+    (folder / "provenance.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,115 @@
+"""What a run begins with when that is not chance: whose checkpoint, and what of it.
+
+`checkpoint.start_from` and `tritrain convert` begin runs in the same place, before the transition into the phase that
+`checkpoint.start_phase` names, and the training loop takes it from there: so a switch inside a run, a start and a
+conversion are one code path.
+"""
+
+from launcher.checkpoint import MANIFEST, complete_checkpoints
+from launcher.checkpoint_reader import CheckpointReader, mismatches
+from launcher.location import is_local, reaching, to_location
+from launcher.metrics import Progress
+from launcher.plan import Plan
+from launcher.source import CheckpointError, Source
+from model.size import parameter_shapes
+
+
+def open_source(text: str) -> Source:
+    """Open a checkpoint of any kind that is known, by what is in the folder.
+
+    Args:
+        text: a folder or URL: one of our checkpoints, or a run with some, of which the newest is taken; a folder
+            of DeepSpeed (ZeRO or universal); a folder of Hugging Face.
+
+    Raises:
+        CheckpointError: it is none of these, or not complete, or damaged.
+    """
+    folder = to_location(text)
+    with reaching(folder):
+        if (folder / MANIFEST).is_file():
+            return CheckpointReader(folder)
+        if newest := [*complete_checkpoints(folder), *complete_checkpoints(folder / "checkpoints")]:
+            return CheckpointReader(newest[-1])
+        if not folder.is_dir():
+            raise CheckpointError(f"{text}: there is no such folder")
+    from launcher.deepspeed_files import DeepSpeedSource, UniversalSource, is_deepspeed, is_universal
+    from launcher.hf_source import HuggingFaceSource, is_hf
+
+    if is_hf(folder):
+        return HuggingFaceSource(folder)
+    if is_local(folder):
+        if is_universal(folder):
+            return UniversalSource(folder)
+        if is_deepspeed(folder):
+            return DeepSpeedSource(folder)
+    raise CheckpointError(
+        f"{text}: no checkpoint that is known. A checkpoint of ours has {MANIFEST}, a Hugging Face folder config.json, "
+        "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ beside that; DeepSpeed's must be local"
+    )
+
+
+def first_progress(plan: Plan) -> Progress:
+    """Where a run begins: inside its first phase, or, with ``start_from``, before the transition into one."""
+    checkpoint = plan.config.checkpoint
+    if checkpoint.start_from is None:
+        return Progress()
+    return Progress(step=plan.phases[checkpoint.start_phase].start, phase=checkpoint.start_phase - 1)
+
+
+def open_start(plan: Plan, data_fingerprint: str | None = None) -> tuple[Source, bool]:
+    """Open what a run begins with.
+
+    Args:
+        plan: of a run with ``checkpoint.start_from``.
+        data_fingerprint: of the run's data; None leaves them unchecked.
+
+    Returns:
+        The source, and whether its optimizer state is taken.
+
+    Raises:
+        CheckpointError: it does not fit the phase that the run begins in.
+    """
+    checkpoint = plan.config.checkpoint
+    assert checkpoint.start_from is not None
+    source = open_source(checkpoint.start_from)
+    phase = plan.phases[checkpoint.start_phase]
+    if phase.transition.optimizer != "reset" and not source.has_moments:
+        raise CheckpointError(
+            f"{source.location} has no optimizer moments, and phases.{phase.index}.transition.optimizer is "
+            f"{phase.transition.optimizer}; set it to reset"
+        )
+    if isinstance(source, CheckpointReader) and phase.index:
+        manifest = source.manifest
+        if (manifest["step"], manifest["tokens"]) != (phase.start, phase.start * plan.tokens_per_step):
+            raise CheckpointError(
+                f"{source.location} is at step {manifest['step']} with {manifest['tokens']} tokens, but phase "
+                f"{phase.index} begins at step {phase.start} with {phase.start * plan.tokens_per_step}; change the "
+                "lengths of the phases before it, take another checkpoint, or set checkpoint.start_phase to 0"
+            )
+        if data_fingerprint is not None and phase.transition.data == "continue":
+            check_data(source, data_fingerprint)
+    return source, phase.transition.optimizer != "reset"
+
+
+def check_data(reader: CheckpointReader, data_fingerprint: str) -> None:
+    """Make sure that a checkpoint's position is one in these data.
+
+    Raises:
+        CheckpointError: it was trained on others.
+    """
+    if reader.manifest["data_fingerprint"] not in (data_fingerprint, None):
+        raise CheckpointError(
+            f"{reader.folder}: was trained on other data, another mixture or another order; restore the data "
+            "configuration, or begin a new run with checkpoint.start_from and, in the transition, data: restart"
+        )
+
+
+def check_shapes(source: Source, plan: Plan) -> None:
+    """Make sure that a source holds the model of a plan.
+
+    Raises:
+        CheckpointError: lists every parameter that only one side has, or that has another shape.
+    """
+    shapes = parameter_shapes(plan.config.model)
+    if problems := list(mismatches(source, set(shapes), shapes)):
+        raise CheckpointError(f"{source.location} does not fit the model:\n" + "\n".join(problems))
