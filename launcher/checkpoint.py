@@ -69,10 +69,11 @@ class CheckpointWriter:
         self._building = final.with_name(final.name + ".tmp") if is_local(final) else final
 
     def begin(self) -> None:
-        """Make room: remove what an earlier attempt left."""
-        (self.final / MANIFEST).unlink(missing_ok=True)  # first: half a folder must not count as complete
-        for leftover in {self._building, self.final}:
-            remove_folder(leftover)
+        """Make room: remove what earlier attempts left, of this checkpoint and of others that were never finished."""
+        if is_local(self.final):
+            for leftover in self.final.parent.glob("step-*.tmp"):
+                remove_folder(leftover)
+        remove_checkpoint(self.final)
         if is_local(self.final):
             self._building.mkdir(parents=True)
 
@@ -163,7 +164,24 @@ def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:
     """Remove all but the newest ``keep_last`` checkpoints and the milestones; 0 keeps all."""
     if not keep_last:
         return
-    passing = [f for f in complete_checkpoints(checkpoints) if not json.loads((f / MANIFEST).read_text())["milestone"]]
+    passing = [folder for folder in complete_checkpoints(checkpoints) if _is_passing(folder)]
     for folder in passing[:-keep_last]:
-        (folder / MANIFEST).unlink()  # first, so that a folder that is half removed does not count as complete
-        remove_folder(folder)
+        remove_checkpoint(folder)
+
+
+def _is_passing(folder: Path) -> bool:
+    """Whether a checkpoint is surely no milestone; one with a damaged manifest may be, and is left to people."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        return bool(manifest["digest"] == manifest_digest(manifest) and not manifest["milestone"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, if it is there, so that at no moment half of it counts as complete."""
+    if is_local(folder) and folder.exists():
+        folder = folder.rename(folder.with_name(folder.name + ".tmp"))
+    else:
+        (folder / MANIFEST).unlink(missing_ok=True)
+    remove_folder(folder)

@@ -1,5 +1,6 @@
 """Reading our own checkpoints: by any engine, on any number of ranks, and never a damaged one."""
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,10 @@ from launcher.source import KINDS, CheckpointError, Source
 from launcher.tensor_file import TensorFile, TensorFileError
 
 OPENED_AT_ONCE = 16
+
+
+class DamageError(CheckpointError):
+    """A checkpoint is not as it was written; other than one that cannot be reached just now."""
 
 
 class CheckpointReader(Source):
@@ -54,7 +59,7 @@ class CheckpointReader(Source):
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise CheckpointError(f"{path} {state}; the checkpoint is damaged. {self._way_out()}")
+            raise DamageError(f"{path} {state}; the checkpoint is damaged. {self._way_out()}")
 
     def _way_out(self) -> str:
         others = [folder.name for folder in complete_checkpoints(self.folder.parent) if folder != self.folder]
@@ -64,7 +69,7 @@ class CheckpointReader(Source):
         try:
             return TensorFile(self.folder / name, self.manifest["files"][name]["digest"])
         except TensorFileError as error:
-            raise CheckpointError(f"{self.folder / name} {error}. {self._way_out()}") from error
+            raise DamageError(f"{self.folder / name} {error}. {self._way_out()}") from error
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         pieces = []
@@ -111,9 +116,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no complete checkpoint (no {MANIFEST} is in it)") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged: it is no manifest") from error
+        raise DamageError(f"{path}: damaged: it is no manifest") from error
     if not sound:
-        raise CheckpointError(f"{path}: damaged: it does not have the digest it was written with")
+        raise DamageError(f"{path}: damaged: it does not have the digest it was written with")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: has format_version {manifest.get('format_version')}; this version reads {FORMAT_VERSION}"
@@ -124,30 +129,39 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str], None]) -> CheckpointReader | None:
     """Open the newest checkpoint whose every byte is as it was written, going back where one is damaged; a collective.
 
-    Ranks share the reading. A damaged checkpoint is set aside: its manifest becomes `manifest.damaged.json`.
+    Ranks share the reading. Once a sound one is found, the damaged ones after it are set aside: their manifests become
+    `manifest.damaged.json`.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is sound. Beginning anew must then be somebody's decision.
+        CheckpointError: there are checkpoints, but none is sound. Beginning anew must then be somebody's decision. Or
+            one cannot be read for another reason than damage, which is none to go back.
     """
     with reaching(checkpoints):
         names = _from_first([folder.name for folder in complete_checkpoints(checkpoints)] if ranks.is_first else [])
     found: list[str] = []
+    damaged: list[Path] = []
     for name in reversed(names):
-        reader, problems = None, []
+        reader, problems, obstacles = None, [], []
         try:
             reader = CheckpointReader(checkpoints / name)
             problems = list(reader.damage(ranks.rank, ranks.world_size))
         except CheckpointError as error:
-            problems = [str(error)]
+            damaged_disk = getattr(error.__cause__, "errno", None) == errno.EIO
+            (problems if isinstance(error, DamageError) or damaged_disk else obstacles).append(str(error))
         problems = sorted({problem for rank in _from_all(problems, ranks) for problem in rank})
-        if not problems:
+        obstacles = sorted({obstacle for rank in _from_all(obstacles, ranks) for obstacle in rank})
+        if obstacles:
+            raise CheckpointError("\n".join(obstacles))
+        if reader and not problems:
+            for folder in damaged:
+                say(f"WARNING: {folder.name} is set aside, and {name} is taken.")
+                if ranks.is_first:
+                    with reaching(checkpoints):
+                        (folder / MANIFEST).rename(folder / "manifest.damaged.json")
             return reader
+        say("WARNING: " + "\n".join(problems))
         found += problems
-        say("WARNING: " + "\n".join([*problems, f"{name} is set aside, and the one before it is taken."]))
-        if ranks.is_first:
-            with reaching(checkpoints):
-                manifest = checkpoints / name / MANIFEST
-                manifest.rename(manifest.with_name("manifest.damaged.json"))
+        damaged.append(checkpoints / name)
     if found:
         raise CheckpointError(
             "no checkpoint is sound:\n  "

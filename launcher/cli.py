@@ -196,7 +196,7 @@ def convert(
         for sentence in opened.missing:
             console.line(f"  {sentence}")
         if dry_run:
-            console.table("What happens to each tensor", ["tensor", "shape", "weight", "moments"], preview(parsed))
+            console.aligned([["tensor", "shape", "weight", "moments"], *preview(parsed)])
             return
         made = convert_to_run(parsed)
         console.line(f"Written: {made}. Train it: tritrain train {to / 'config.yaml'}")
@@ -212,7 +212,7 @@ def convert(
         console.line(f"  {sentence}")
     if dry_run:
         rows = [[name, " x ".join(map(str, shape))] for name, shape in opened.shapes.items()]
-        console.table(f"What is written as {into}", ["tensor", "shape"], rows)
+        console.aligned([["tensor", "shape"], *rows])
         return
     if to.exists():
         raise ConfigError(f"{to}: is there already; name a folder that is not")

@@ -53,7 +53,7 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """Print a line, above the progress if there is one."""
-        self._rich.print(text, markup=False)
+        self._rich.print(text, markup=False, soft_wrap=True)  # cut nowhere: a terminal wraps by itself
         if not self._live and not self._silent:
             sys.stdout.flush()
 
@@ -67,6 +67,13 @@ class Console:
         for row in rows:
             table.add_row(*row)
         self._rich.print(table)
+
+    def aligned(self, rows: list[list[str]]) -> None:
+        """Print rows as lines with aligned columns; a table would cut long names off at the terminal's width."""
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            self.line("  ".join(cells).rstrip())
 
     def start(self, total_steps: int, step: int) -> None:
         """Begin to show progress."""

@@ -205,17 +205,12 @@ def convert_to_universal(source: Source, config: Config, folder: Path) -> None:
     """Write a DeepSpeed universal checkpoint, with the parameter groups that this configuration's optimizer has.
 
     Raises:
-        CheckpointError: the source has no moments, does not fit the configuration, or cannot be read.
+        CheckpointError: the source does not fit the configuration, or cannot be read.
     """
-    from launcher.deepspeed_files import write_universal
+    from launcher.deepspeed_universal import write_universal
 
     check_shapes(source, make_plan(config, 1))
-    if not source.has_moments:
-        raise CheckpointError(f"{source.location} has no optimizer moments, and a universal checkpoint must have them")
-    names = list(parameter_shapes(config.model))
-    decayed = [name for name in names if is_decayed(name, len(source.shapes[name]), config.optimizer)]
-    others = [name for name in names if name not in set(decayed)]
-    write_universal(source, folder, [group for group in (decayed, others) if group])
+    write_universal(source, folder)
 
 
 def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: torch.dtype) -> None:
@@ -223,7 +218,7 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
 
     Args:
         source: what is converted.
-        config: whose model it is; None for a source that says so itself: a checkpoint of ours or a folder of Hugging Face.
+        config: whose model it is; None for a source that says so itself: a checkpoint of ours or Hugging Face's folder.
         folder: what is made.
         dtype: of the weights.
 

@@ -32,7 +32,8 @@ def open_source(text: str) -> Source:
             return CheckpointReader(newest[-1])
         if not folder.is_dir():
             raise CheckpointError(f"{text}: there is no such folder")
-    from launcher.deepspeed_files import DeepSpeedSource, UniversalSource, is_deepspeed, is_universal
+    from launcher.deepspeed_native import DeepSpeedSource, is_deepspeed
+    from launcher.deepspeed_universal import UniversalSource, is_universal
     from launcher.hf_source import HuggingFaceSource, is_hf
 
     if is_hf(folder):

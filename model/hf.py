@@ -1,34 +1,37 @@
-"""Hugging Face folders in and out: a configuration and the parameters, `config.json` and safetensors.
+"""The architecture in Hugging Face's words: a `config.json` becomes a `ModelConfig` and back.
 
 The parameters have Hugging Face's names already (see `model.transformer`), so what is left is to map the configuration
 and to refuse what one side cannot express: a key that changes what the model computes is never passed over.
 Transformers itself is not needed.
 """
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from model.size import parameter_shapes
 from model.transformer import ModelConfig
 
-TRAITS = ("norm", "norm_position", "qk_norm", "sub_norm")
+TRAITS = ("norm", "norm_position", "qk_norm", "sub_norm", "qkv_bias")
 """The fields that a family fixes, and its `config.json` does not mention."""
 
 FAMILIES: dict[str, tuple[Any, ...]] = {
-    "llama": ("rmsnorm", "pre", "none", False),
-    "olmo": ("layernorm-nonparametric", "pre", "none", False),
-    "olmo2": ("rmsnorm", "post", "full", False),
-    "bitnet": ("rmsnorm", "pre", "none", True),
-    "qwen3": ("rmsnorm", "pre", "head", False),
-    "mistral": ("rmsnorm", "pre", "none", False),  # last: what it can express is written as llama
+    "llama": ("rmsnorm", "pre", "none", False, False),
+    "olmo": ("layernorm-nonparametric", "pre", "none", False, False),
+    "olmo2": ("rmsnorm", "post", "full", False, False),
+    "bitnet": ("rmsnorm", "pre", "none", True, False),
+    "qwen2": ("rmsnorm", "pre", "none", False, True),
+    "qwen3": ("rmsnorm", "pre", "head", False, False),
+    "mistral": ("rmsnorm", "pre", "none", False, False),  # last: what it can express is written as llama
 }
 """`model_type` of each family, and the values of its traits."""
 
-CLASS_PREFIXES = {"llama": "Llama", "olmo": "Olmo", "olmo2": "Olmo2", "bitnet": "BitNet", "qwen3": "Qwen3"}
+CLASS_PREFIXES = {
+    "llama": "Llama",
+    "olmo": "Olmo",
+    "olmo2": "Olmo2",
+    "bitnet": "BitNet",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
 
 OLMO_EPS = 1e-5
 """The number in the source of Transformers' OLMo, which its `config.json` does not hold."""
@@ -48,6 +51,10 @@ FIELD_KEYS = {
     "max_sequence_length": "max_position_embeddings",
     "init_std": "initializer_range",
 }
+KINDS = {"activation": str, "norm_eps": float, "rope_theta": float, "tie_embeddings": bool, "init_std": float}
+"""What the fields that are no whole numbers are."""
+LARGEST = 2**40
+"""No number of a model is larger."""
 
 # What Transformers assumes for a key that is absent, where that is not an error here. Not every folder has every key.
 DEFAULTS: dict[str, Any] = {
@@ -63,6 +70,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "olmo2": {"rms_norm_eps": 1e-5},
     "bitnet": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "hidden_act": "relu2", "num_key_value_heads": 5},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
 }
 
@@ -72,53 +80,81 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "clip_qkv": (None,),
     "mlp_bias": (False, None),
+    "no_rope_layers": (None,),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
 }
 
-DERIVED = "rotary_emb.inv_freq"
-"""End of the names of a buffer that old Llama folders hold and every program computes."""
-
-MAX_SHARD_BYTES = 5 * 10**9
-
 
 def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
-    """Map a `config.json` of the families llama, mistral, olmo, olmo2, bitnet and qwen3.
+    """Map a `config.json` of the families llama, mistral, olmo, olmo2, bitnet, qwen2 and qwen3.
 
-    Raises ValueError with one line for each key whose value the model cannot express.
+    Raises ValueError with one line for each key whose value the model cannot express, or that is no value for it.
     """
     family = hf_config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type {family!r} is not known; {', '.join(FAMILIES)} are")
+    if not isinstance(family, str) or family not in FAMILIES:
+        reason = f"model_type {family!r} is not known; {', '.join(FAMILIES)} are"
+        if "no_rope_layers" in hf_config:
+            reason += ". Its layers without rotary positions (no_rope_layers, NoPE) are not in the model"
+        raise ValueError(reason)
     given = DEFAULTS | FAMILY_DEFAULTS.get(family, {}) | dict(hf_config)
-    rope = dict(given.get("rope_parameters") or {})  # Transformers 5 keeps the rotary settings in here
-    given["rope_theta"] = rope.pop("rope_theta", given["rope_theta"])
     problems = [
         f"{key} {given[key]!r}: the model has only {values[0]!r}"
         for key, values in NEUTRAL.items()
         if key in given and given[key] not in values
     ]
-    if rope.pop("rope_type", "default") != "default" or rope:
-        problems.append(f"rope_parameters {given['rope_parameters']!r}: only rope_type 'default' is there")
+    rope = given.get("rope_parameters") or {}  # Transformers 5 keeps the rotary settings in here
+    if (
+        not isinstance(rope, dict)
+        or rope.keys() - {"rope_type", "rope_theta"}
+        or rope.get("rope_type") not in (None, "default")
+    ):
+        problems.append(f"rope_parameters {rope!r}: only rope_type 'default' is there")
+    else:
+        given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
+    problems += _value_problems(given)
+    window = given.get("sliding_window")
+    slides = window is not None and given.get("use_sliding_window", family == "mistral")
+    if slides and not problems and (type(window) is not int or window < given["max_position_embeddings"]):
+        problems.append(
+            f"sliding_window {window!r}: attention here always sees the whole sequence; null would be right, "
+            "or max_position_embeddings no larger than the window"
+        )
+    layer_types = given.get("layer_types")
+    others = (
+        {str(each) for each in layer_types} if isinstance(layer_types, list) else {str(layer_types or "full_attention")}
+    )
+    if others := others - {"full_attention"}:
+        problems.append(f"layer_types {', '.join(sorted(others))}: only full_attention is there")
+    if not problems:
+        fields = {field: given[key] for field, key in FIELD_KEYS.items()}
+        fields |= {field: float(fields[field]) for field, kind in KINDS.items() if kind is float}
+        fields |= dict(zip(TRAITS, FAMILIES[family], strict=True))
+        if family == "olmo":
+            fields["norm_eps"] = OLMO_EPS
+        try:
+            return ModelConfig(**fields)
+        except ValueError as error:
+            problems = [f"{FIELD_KEYS[field]}: {problem}" for field, problem in error.args[0].items()]
+    raise ValueError("this config.json cannot be expressed:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def _value_problems(given: Mapping[str, Any]) -> list[str]:
+    """What is missing, and what is of another type than its field."""
+    missing = [key for key in FIELD_KEYS.values() if key not in given]
+    problems = [f"{', '.join(missing)}: missing"] if missing else []
+    for field, key in FIELD_KEYS.items():
+        value: Any = given.get(key)
+        kind = KINDS.get(field, int)
+        if key in missing or (value is None and DEFAULTS.get(key, "") is None):
+            continue
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind in (int, float) and not -LARGEST < value < LARGEST):
+            problems.append(f"{key} {value!r}: is no {kind.__name__}")
     if given["hidden_act"] not in ("silu", "relu2"):
         problems.append(f"hidden_act {given['hidden_act']!r}: only silu and relu2 are there")
-    slides = given.get("sliding_window") is not None and given.get("use_sliding_window", family == "mistral")
-    if slides and given["sliding_window"] < given.get("max_position_embeddings", 0):
-        problems.append(f"sliding_window {given['sliding_window']}: attention here always sees the whole sequence")
-    other_layers = set(given.get("layer_types") or ()) - {"full_attention"}
-    if other_layers:
-        problems.append(f"layer_types {', '.join(sorted(other_layers))}: only full_attention is there")
-    missing = [key for key in FIELD_KEYS.values() if key not in given]
-    if missing:
-        problems.append(f"{', '.join(missing)}: missing")
-    if problems:
-        raise ValueError("this config.json cannot be expressed:\n" + "\n".join(f"  {line}" for line in problems))
-    fields = {field: given[key] for field, key in FIELD_KEYS.items()} | dict(zip(TRAITS, FAMILIES[family], strict=True))
-    fields["rope_theta"] = float(fields["rope_theta"])
-    if family == "olmo":
-        fields["norm_eps"] = OLMO_EPS
-    return ModelConfig(**fields)
+    return problems
 
 
 def config_to_hf(
@@ -149,119 +185,15 @@ def config_to_hf(
     hf_config |= {"num_key_value_heads": config.kv_heads, "head_dim": config.head_width}
     if family == "olmo":
         del hf_config["rms_norm_eps"]
+    if family != "qwen2":
+        hf_config["attention_bias"] = False
     return {
         "architectures": [f"{CLASS_PREFIXES[family]}ForCausalLM"],
         "model_type": family,
         **hf_config,
-        "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
         "use_cache": True,
     }
-
-
-def load_hf(folder: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
-    """Open a folder with `config.json` and one or several safetensors files.
-
-    The second result yields each parameter's name and value, read when it is asked for, in the dtype it is stored in;
-    `dict` of it is a state dict. Names and shapes have been checked by then, for all files.
-
-    Raises ValueError, naming all of them, where tensors are missing, unknown or of another shape than `config.json`
-    says, and FileNotFoundError where a file is missing.
-    """
-    from safetensors import safe_open
-
-    folder = Path(folder)
-    config = config_from_hf(json.loads((folder / "config.json").read_text()))
-    stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for path in _safetensors_files(folder):
-        with safe_open(path, framework="pt") as file:
-            stored |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
-    stored = {name: found for name, found in stored.items() if not name.endswith(DERIVED)}
-    if config.tie_embeddings:
-        stored.pop("lm_head.weight", None)  # Transformers ties it whatever it holds
-    _check_shapes({name: shape for name, (_, shape) in stored.items()}, config, str(folder))
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for path in sorted({path for path, _ in stored.values()}):
-            with safe_open(path, framework="pt") as file:
-                for name in (name for name in stored if stored[name][0] == path):
-                    yield name, file.get_tensor(name)
-
-    return config, tensors()
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ValueError(f"{index} points outside of its folder: {', '.join(outside)}")
-    return [folder / name for name in names]
-
-
-def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
-    expected = parameter_shapes(config)
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
-    problems += [f"not in the model: {name} {shape}" for name, shape in found.items() if name not in expected]
-    problems += [
-        f"shape: {name} is {found[name]} and must be {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise ValueError(f"{where} does not hold the model:\n" + "\n".join(f"  {line}" for line in problems))
-
-
-def save_hf(
-    folder: str | Path,
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    *,
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens: `config.json` and safetensors.
-
-    `tensors` are the parameters by name, all of one dtype, which is the one that is written. A file holds at most
-    `max_shard_bytes` unless one tensor alone is larger; more than one file come with an index.
-
-    Raises ValueError where no family has this configuration, or where tensors are missing, unknown, of another shape or
-    of several dtypes.
-    """
-    from safetensors.torch import save_file
-
-    hf_config = config_to_hf(config, bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
-    _check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, "what is to be saved")
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-    if len(dtypes) > 1:
-        raise ValueError(f"the tensors have several dtypes, {', '.join(dtypes)}; cast them to one")
-    shards: list[list[str]] = [[]]
-    room = max_shard_bytes
-    for name in parameter_shapes(config):
-        if shards[-1] and tensors[name].nbytes > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= tensors[name].nbytes
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file({name: tensors[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": weight_map,
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps({**hf_config, "torch_dtype": dtypes[0]}, indent=2) + "\n")

@@ -13,36 +13,48 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of `Transformer(config)`'s parameters."""
+    """Names and shapes of `Transformer(config)`'s parameters, in the order of its `named_parameters()`."""
     D, F, V, E = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_width
     H, K = config.num_heads, config.kv_heads
-    norms: dict[str, tuple[int, ...]] = {"post_attention_layernorm": (D,)}
-    norms["input_layernorm" if config.norm_position == "pre" else "post_feedforward_layernorm"] = (D,)
+    block: dict[str, tuple[int, ...]] = {}
+
+    def add_norm(name: str, width: int) -> None:
+        if config.norm == "rmsnorm":
+            block[f"{name}.weight"] = (width,)
+
+    for projection, width in (("q_proj", H * E), ("k_proj", K * E), ("v_proj", K * E)):
+        block[f"self_attn.{projection}.weight"] = (width, D)
+        if config.qkv_bias:
+            block[f"self_attn.{projection}.bias"] = (width,)
+    block["self_attn.o_proj.weight"] = (D, H * E)
     if config.qk_norm != "none":
         per_head = config.qk_norm == "head"
-        norms |= {"self_attn.q_norm": (E if per_head else H * E,), "self_attn.k_norm": (E if per_head else K * E,)}
+        add_norm("self_attn.q_norm", E if per_head else H * E)
+        add_norm("self_attn.k_norm", E if per_head else K * E)
     if config.sub_norm:
-        norms |= {"self_attn.attn_sub_norm": (H * E,), "mlp.ffn_sub_norm": (F,)}
-    block: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (H * E, D),
-        "self_attn.k_proj": (K * E, D),
-        "self_attn.v_proj": (K * E, D),
-        "self_attn.o_proj": (D, H * E),
-        "mlp.gate_proj": (F, D),
-        "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
-    }
-    has_weights = config.norm == "rmsnorm"
-    if has_weights:
-        block |= norms
+        add_norm("self_attn.attn_sub_norm", H * E)
+    block |= {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
+    if config.sub_norm:
+        add_norm("mlp.ffn_sub_norm", F)
+    if config.norm_position == "pre":
+        add_norm("input_layernorm", D)
+    add_norm("post_attention_layernorm", D)
+    if config.norm_position == "post":
+        add_norm("post_feedforward_layernorm", D)
+
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
     for layer in range(config.num_layers):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
-    if has_weights:
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+    if config.norm == "rmsnorm":
         shapes["model.norm.weight"] = (D,)
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = (V, D)
     return shapes
+
+
+def is_projection(name: str) -> bool:
+    """Whether a parameter of this name is the matrix of a block's linear layer."""
+    return name.endswith(".weight") and name.split(".")[-2] in PROJECTIONS
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -51,8 +63,8 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def num_linear_parameters(config: ModelConfig) -> int:
-    """Parameters of the blocks' projections: those that become ternary."""
-    return sum(prod(shape) for name, shape in parameter_shapes(config).items() if name.split(".")[-2] in PROJECTIONS)
+    """Parameters of the blocks' projections, biases apart: those that become ternary."""
+    return sum(prod(shape) for name, shape in parameter_shapes(config).items() if is_projection(name))
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:

@@ -3,12 +3,13 @@
 One definition covers the families whose checkpoints it reads and writes, and the parameters carry the names that these
 have in Hugging Face Transformers: Llama (arXiv 2302.13971: pre-norm, RMSNorm, SwiGLU, rotary positions), OLMo
 (2402.00838: LayerNorm without parameters), OLMo 2 (2501.00656: norms behind the sublayers, and on queries and keys),
-Qwen3 (2505.09388: queries and keys normalised per head) and BitNet b1.58 2B4T (2504.12285: squared ReLU and SubLN).
+Qwen2 (2407.10671: biases on queries, keys and values), Qwen3 (2505.09388: queries and keys normalised per head) and
+BitNet b1.58 2B4T (2504.12285: squared ReLU and SubLN).
 In bfloat16 as in float32 every operation rounds where the family's does, so that a model computes the same bits here
 and there.
 
-The projections are plain `nn.Linear` without bias and are always called as modules: whatever changes their class from
-outside, a quantizer for one, takes part in every product. Parameters hold what torch puts there until
+The projections are plain `nn.Linear`, without bias but for Qwen2's, and are always called as modules: whatever changes
+their class from outside, a quantizer for one, takes part in every product. Parameters hold what torch puts there until
 `model.init.initialize_` or a checkpoint fills them. There are no buffers: a model that was built on the meta device has
 nothing but parameters to fill.
 
@@ -17,6 +18,7 @@ H query heads, K key-value heads, E width of a head.
 """
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -61,6 +63,8 @@ class ModelConfig:
     """Added to the mean square (or variance) of every norm."""
     qk_norm: Literal["none", "full", "head"] = "none"
     """A norm on queries and keys: over all heads at once (`full`, OLMo 2) or within each (`head`, Qwen3)."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values add a bias (Qwen2)."""
     sub_norm: bool = False
     """SubLN: a norm in front of the attention-output and the down projection, as in BitNet."""
     rope_theta: float = 10_000.0
@@ -124,7 +128,8 @@ class ModelConfig:
 
 
 def _divisors_near(number: int, target: int) -> str:
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    divisors = sorted({*small, *(number // n for n in small)})
     nearest = sorted(sorted(divisors, key=lambda n: abs(n - target))[:3])
     return " or ".join(", ".join(map(str, nearest)).rsplit(", ", 1))
 
@@ -192,9 +197,9 @@ class Attention(nn.Module):
         D, E = config.hidden_size, config.head_width
         H, K = config.num_heads, config.kv_heads
         self.head_dim, self.qk_norm, self.grouped = E, config.qk_norm, K < H
-        self.q_proj = nn.Linear(D, H * E, bias=False)
-        self.k_proj = nn.Linear(D, K * E, bias=False)
-        self.v_proj = nn.Linear(D, K * E, bias=False)
+        self.q_proj = nn.Linear(D, H * E, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * E, D, bias=False)
         norm = NORMS[config.norm]
         if config.qk_norm != "none":

@@ -1,38 +1,26 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from test_model_transformer import VARIANTS, build, random_tokens
+from hypothesis import given
+from hypothesis import strategies as st
+from test_model_transformer import VARIANTS
 
 from data.torchvision_repair import repair_torchvision
-from model.hf import config_from_hf, config_to_hf, load_hf, save_hf
-from model.transformer import Transformer
+from model.hf import FIELD_KEYS, config_from_hf, config_to_hf
+from model.size import num_parameters
+from model.transformer import ModelConfig
 
-TINY_HF = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "pad_token_id": None,
-}
-MODELS = {
-    "llama": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "llama-untied": ("Llama", {"head_dim": 12, "rope_theta": 5e5, "rms_norm_eps": 1e-5}),
-    "llama-relu2": ("Llama", {"num_key_value_heads": 1, "hidden_act": "relu2"}),
-    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
-    "olmo": ("Olmo", {"tie_word_embeddings": True}),
-    "olmo-grouped": ("Olmo", {"num_key_value_heads": 2, "rope_theta": 5e5}),
-    "olmo2": ("Olmo2", {"num_key_value_heads": 2}),
-    "olmo2-tied": ("Olmo2", {"rms_norm_eps": 1e-6, "tie_word_embeddings": True}),
-    "bitnet": ("BitNet", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "bitnet-silu": ("BitNet", {"num_key_value_heads": 4, "hidden_act": "silu", "rope_theta": 1e4}),
-    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
-    "qwen3-tied": ("Qwen3", {"num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}),
-}
+NEEDED_KEYS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 FAMILIES = {name: config for name, config in VARIANTS.items() if name != "no-family"}
 
 
@@ -42,122 +30,11 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
-def logits_of(transformers, folder, dtype):
-    """Logits of Transformers' model, which must have taken every tensor of the folder and lacked none."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, torch_dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-    )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
-    with torch.no_grad():
-        return model.eval()(random_tokens(3, 17)).logits
-
-
-def our_logits(folder, dtype):
-    config, tensors = load_hf(folder)
-    model = Transformer(config)
-    model.load_state_dict(dict(tensors))
-    with torch.no_grad():
-        return model.to(dtype)(random_tokens(3, 17))
-
-
-@pytest.mark.parametrize(("family", "options"), MODELS.values(), ids=MODELS)
-def test_a_transformers_model_computes_the_same_bits_here(transformers, tmp_path, family, options):
-    torch.manual_seed(0)
-    hf_config = getattr(transformers, f"{family}Config")(**TINY_HF, **options)
-    model = getattr(transformers, f"{family}ForCausalLM")(hf_config)
-    for name, parameter in model.named_parameters():
-        parameter.data = (
-            0.15 * torch.randn_like(parameter) if "norm" not in name else 1 + 0.3 * torch.randn_like(parameter)
-        )
-    model.save_pretrained(tmp_path, safe_serialization=True)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(our_logits(tmp_path, dtype), logits_of(transformers, tmp_path, dtype)), dtype
-
-
-@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
-def test_our_model_computes_the_same_bits_in_transformers(transformers, tmp_path, config):
-    model = build(config)
-    save_hf(tmp_path, config, model.state_dict(), bos_token_id=1, eos_token_id=2)
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.no_grad():
-            expected = model.to(dtype)(random_tokens(3, 17))
-        assert torch.equal(logits_of(transformers, tmp_path, dtype), expected), dtype
-    hf_config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert (hf_config.bos_token_id, hf_config.eos_token_id) == (1, 2)
-
-
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_configuration_survives_the_round_trip(config):
     config = replace(config, init_std=0.03)
     explicit = replace(config, num_kv_heads=config.kv_heads, head_dim=config.head_width)
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == explicit
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 9_000])
-def test_tensors_survive_the_round_trip(tmp_path, dtype, max_shard_bytes):
-    config = VARIANTS["bitnet"]
-    weights = build(config).to(dtype).state_dict()
-    save_hf(tmp_path, config, weights, max_shard_bytes=max_shard_bytes)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert (len(files) > 1) == (max_shard_bytes == 9_000) == (tmp_path / "model.safetensors.index.json").exists()
-    for file in files:
-        assert len(load_file(file)) == 1 or sum(each.nbytes for each in load_file(file).values()) <= max_shard_bytes
-    loaded = dict(load_hf(tmp_path)[1])
-    assert loaded.keys() == weights.keys()
-    assert all(loaded[name].dtype == dtype and torch.equal(loaded[name], weights[name]) for name in weights)
-
-
-def test_sharded_folders_open_in_transformers(transformers, tmp_path):
-    model = build(VARIANTS["olmo2"])
-    save_hf(tmp_path, model.config, model.state_dict(), max_shard_bytes=9_000)
-    with torch.no_grad():
-        assert torch.equal(logits_of(transformers, tmp_path, torch.float32), model(random_tokens(3, 17)))
-
-
-def test_a_head_stored_beside_a_tied_embedding_is_left_out(tmp_path):
-    config = VARIANTS["bitnet"]
-    weights = build(config).state_dict()
-    save_hf(tmp_path, config, weights)
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    stored = weights | {
-        "lm_head.weight": weights["model.embed_tokens.weight"].clone(),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-    }
-    save_file(stored, tmp_path / "model.safetensors")
-    assert dict(load_hf(tmp_path)[1]).keys() == weights.keys()
-
-
-def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path):
-    config = VARIANTS["llama"]
-    weights = build(config).state_dict()
-    save_hf(tmp_path, config, weights)
-    del weights["lm_head.weight"]
-    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
-    weights["model.norm.weight"] = torch.ones(31)
-    expected = (
-        r"does not hold the model:\n  missing: lm_head\.weight \(96, 32\)"
-        r"\n  not in the model: model\.layers\.0\.self_attn\.q_proj\.bias \(32,\)"
-        r"\n  shape: model\.norm\.weight is \(31,\) and must be \(32,\)$"
-    )
-    with pytest.raises(ValueError, match=expected):
-        save_hf(tmp_path / "out", config, weights)
-    assert not (tmp_path / "out").exists()
-    save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=expected):
-        load_hf(tmp_path)
-
-
-def test_files_that_are_not_there_or_elsewhere(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        load_hf(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(VARIANTS["llama"])))
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        load_hf(tmp_path)
-    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"outside of its folder: \.\./model\.safetensors"):
-        load_hf(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +56,12 @@ def test_files_that_are_not_there_or_elsewhere(tmp_path):
             {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
             "layer_types sliding_attention",
         ),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16}, "sliding_window 16"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0]}, r"'smollm3' is not known.*NoPE"),
+        ({"no_rope_layers": [1, 0]}, r"no_rope_layers \[1, 0\]"),
         ({"vocab_size": None}, "vocab_size: missing"),
+        ({"vocab_size": "many", "hidden_size": 32.0}, "(?s)vocab_size 'many': is no int.*hidden_size 32.0: is no int"),
+        ({"num_attention_heads": 5, "head_dim": None}, "num_attention_heads: 5 does not divide hidden_size 32"),
         ({"attention_bias": True, "hidden_act": "gelu"}, "(?s)attention_bias.*hidden_act"),
     ],
 )
@@ -205,13 +87,12 @@ def test_keys_that_change_nothing_are_accepted():
     assert config == replace(VARIANTS["llama"], rope_theta=1e6, head_dim=8)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Olmo", "Olmo2", "BitNet", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Olmo", "Olmo2", "BitNet", "Qwen2", "Qwen3"])
 def test_absent_keys_mean_what_they_mean_in_transformers(transformers, family):
     hf_config = getattr(transformers, f"{family}Config")()
     whole = hf_config.to_dict()
-    needed = ("model_type", *(key for key in TINY_HF if key != "pad_token_id"))
     whole["sliding_window"] = None
-    sparse = {key: whole[key] for key in needed} | {"sliding_window": None}
+    sparse = {key: whole[key] for key in NEEDED_KEYS} | {"sliding_window": None}
     assert config_from_hf(sparse) == replace(
         config_from_hf(whole),
         num_kv_heads=config_from_hf(sparse).num_kv_heads,
@@ -219,6 +100,64 @@ def test_absent_keys_mean_what_they_mean_in_transformers(transformers, family):
     )
     assert config_from_hf(sparse).kv_heads == config_from_hf(whole).kv_heads
     assert config_from_hf(sparse).head_width == config_from_hf(whole).head_width
+
+
+PUBLISHED = {
+    "SmolLM2-135M": (
+        134_515_008,
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "vocab_size": 49152,
+        },
+    ),
+    "Qwen2.5-0.5B": (
+        494_032_768,
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "hidden_size": 896,
+            "initializer_range": 0.02,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "model_type": "qwen2",
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("size", "hf_config"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_models_have_their_published_sizes(size, hf_config):
+    assert num_parameters(config_from_hf(hf_config)) == size
 
 
 def test_combinations_without_a_family_are_refused():
@@ -230,8 +169,19 @@ def test_combinations_without_a_family_are_refused():
         config_to_hf(replace(VARIANTS["olmo"], norm_eps=1e-6))
 
 
-def test_tensors_of_several_dtypes_are_refused(tmp_path):
-    weights = build(VARIANTS["llama"]).state_dict()
-    weights["model.norm.weight"] = weights["model.norm.weight"].bfloat16()
-    with pytest.raises(ValueError, match="several dtypes, bfloat16, float32"):
-        save_hf(tmp_path, VARIANTS["llama"], weights)
+SCALARS = st.sampled_from([None, True, 0, -1, 3, 10**400, 0.5, -1.0, math.nan, math.inf, "", "silu", "full_attention"])
+JSON_VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.sampled_from(["rope_type", "a"]), SCALARS)
+OTHER_KEYS = ("model_type", "rope_parameters", "rope_scaling", "sliding_window", "use_sliding_window", "layer_types")
+
+
+@given(
+    family=st.sampled_from(["llama", "mistral", "olmo", "olmo2", "bitnet", "qwen2", "qwen3"]),
+    change=st.dictionaries(st.sampled_from([*FIELD_KEYS.values(), *OTHER_KEYS]), JSON_VALUES, max_size=3),
+)
+def test_any_value_is_a_model_or_one_error(family, change):
+    try:
+        config = config_from_hf({**config_to_hf(VARIANTS["llama"]), "model_type": family, **change})
+    except ValueError as error:
+        assert isinstance(error.args[0], str)  # noqa: PT017
+    else:
+        assert isinstance(config, ModelConfig)

@@ -27,6 +27,7 @@ VARIANTS = {
     "olmo": replace(TINY, norm="layernorm-nonparametric", norm_eps=1e-5),
     "olmo2": replace(TINY, num_kv_heads=1, norm_position="post", qk_norm="full", tie_embeddings=False),
     "bitnet": replace(TINY, num_kv_heads=2, sub_norm=True, activation="relu2"),
+    "qwen2": replace(TINY, num_kv_heads=2, qkv_bias=True),
     "qwen3": replace(TINY, num_kv_heads=2, head_dim=16, qk_norm="head"),
     "no-family": replace(TINY, norm="layernorm-nonparametric", qk_norm="head", sub_norm=True, norm_position="post"),
 }
@@ -34,12 +35,12 @@ every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANT
 
 
 def build(config: ModelConfig, seed: int = 0) -> Transformer:
-    """A model with random norm weights too, for ones would hide them."""
+    """A model with random norm weights and biases too, for ones and zeros would hide them."""
     model = Transformer(config)
     initialize_(model, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or name.endswith(".bias"):
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
 
@@ -211,6 +212,8 @@ def test_configuration_reports_all_problems_at_once():
     assert set(caught.value.args[0]) == {"num_layers", "num_kv_heads", "z_loss", "norm_eps", "loss_chunk_tokens"}
     with pytest.raises(ValueError, match=r"head_dim.*7 is odd"):
         replace(TINY, head_dim=7)
+    with pytest.raises(ValueError, match=r"4 does not divide hidden_size 1099511627777 .*; 1, 257 or 4278255361 would"):
+        replace(TINY, hidden_size=2**40 + 1)  # at once: the divisors of a number of any size
 
 
 def test_the_package_needs_torch_alone():

@@ -1,0 +1,57 @@
+"""Ternary codes in 2 bits, laid out as in Transformers' BitNet layers.
+
+A byte holds the codes of four rows, each plus 1, the first in the lowest bits. The rows are not neighbours: with
+R = O / 4 byte ``[r, i]`` has column i of the rows r, R + r, 2 R + r and 3 R + r. So each fourth of the matrix, its
+rows in one piece, is in the same two bits of all bytes.
+
+Dimensions: O output features, I input features, R rows of bytes.
+"""
+
+import torch
+from torch import Tensor
+
+CODES_PER_BYTE = 4
+
+
+def pack(codes_OI: Tensor) -> Tensor:
+    """Pack codes -1, 0 and +1 of any dtype; uint8 of a fourth of the rows.
+
+    Raises:
+        ValueError: the number of rows is no multiple of 4, or there is another value.
+    """
+    if len(codes_OI) % CODES_PER_BYTE:
+        raise ValueError(f"{len(codes_OI)} rows cannot be packed; a multiple of {CODES_PER_BYTE} can")
+    if not torch.isin(codes_OI, torch.tensor([-1, 0, 1], dtype=codes_OI.dtype, device=codes_OI.device)).all():
+        raise ValueError("there are other values than -1, 0 and +1")
+    packed_RI, *others = (codes_OI + 1).to(torch.uint8).chunk(CODES_PER_BYTE)
+    for block, bits_RI in enumerate(others, start=1):
+        packed_RI = packed_RI | bits_RI << 2 * block
+    return packed_RI.contiguous()
+
+
+def unpack(packed_RI: Tensor) -> Tensor:
+    """Undo `pack`; int8 of four times the rows.
+
+    Raises:
+        ValueError: a byte is none that `pack` makes.
+    """
+    return torch.cat([unpack_block(packed_RI, block) for block in range(CODES_PER_BYTE)])
+
+
+def unpack_block(packed: Tensor, block: int) -> Tensor:
+    """Codes of one fourth of the rows; of any bytes, so that a range of a matrix needs no more than its own.
+
+    Args:
+        packed: uint8 of any shape.
+        block: 0 to 3; rows ``block * R`` up to ``(block + 1) * R``.
+
+    Returns:
+        int8 of the shape of ``packed``.
+
+    Raises:
+        ValueError: a byte is none that `pack` makes.
+    """
+    bits = (packed >> 2 * block) & 3
+    if (bits == 3).any():
+        raise ValueError("a packed byte stands for another code than -1, 0 and +1")
+    return bits.to(torch.int8) - 1

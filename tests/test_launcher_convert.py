@@ -1,0 +1,184 @@
+"""A conversion and a switch inside a run continue with the same bits; and nothing is converted that does not fit."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks import run_group
+from test_launcher_resume import run
+from tiny import tiny_config, tiny_tree
+from typer.testing import CliRunner
+
+from launcher.checkpoint import complete_checkpoints
+from launcher.checkpoint_reader import CheckpointReader
+from launcher.cli import app
+from launcher.config_file import load_config
+from launcher.hf_source import HuggingFaceSource
+from launcher.metrics import read_metrics
+from launcher.source import KINDS, CheckpointError
+
+SWITCHED: dict[str, Any] = {
+    "keep": {"ramp": {"shape": "linear", "steps": 2}},
+    "reset": {"optimizer": "reset", "schedule": "restart", "rewarm_tokens": 600},
+    "keep-variance": {"optimizer": "keep-variance", "data": "restart", "ramp": {"shape": "tanh", "steps": 3}},
+}
+
+
+def phases(transition: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"precision": "16-bit", "steps": 4}, {"precision": "ternary", "steps": 4, "transition": transition}]
+
+
+def trunk_and_switched(shards: str, out: str) -> None:
+    """A 16-bit run of 8 steps with a checkpoint at 4, and runs that switch there."""
+    trunk = [{"precision": "16-bit", "steps": 8}]
+    run(tiny_config(Path(shards), Path(out, "trunk"), phases=trunk, checkpoint={"interval_steps": 4}))
+    for name, transition in SWITCHED.items():
+        run(tiny_config(Path(shards), Path(out, name), phases=phases(transition)))
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    run_group(2, trunk_and_switched, str(shards), str(out))
+    return out
+
+
+def write_config(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def train_converted(folders: list[str]) -> None:
+    for folder in folders:
+        assert run(load_config(Path(folder, "config.yaml"))) == "complete"
+
+
+def tritrain(*arguments: Any) -> str:
+    """Run the command in this process; what it printed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def losses(folder: Path, after: int) -> list[float]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [row["train/loss"] for row in rows if "train/loss" in row and row["step"] > after]
+
+
+def same_state(first: Path, second: Path) -> bool:
+    a, b = CheckpointReader(first), CheckpointReader(second)
+    return a.shapes == b.shapes and all(
+        torch.equal(a.read(kind, name, 0, torch.Size(shape).numel()), b.read(kind, name, 0, torch.Size(shape).numel()))
+        for name, shape in a.shapes.items()
+        for kind in KINDS
+    )
+
+
+def test_a_converted_run_is_the_run_that_switched(runs: Path, shards: Path, tmp_path: Path) -> None:
+    source = runs / "trunk" / "checkpoints" / "step-00000004"
+    for name, transition in SWITCHED.items():
+        # The choice for the optimizer is given to the command, all else by the configuration.
+        given = {key: value for key, value in transition.items() if key != "optimizer"}
+        config = write_config(tmp_path / f"{name}.yaml", tiny_tree(shards, tmp_path) | {"phases": phases(given)})
+        said = tritrain("convert", source, "--to", tmp_path / name, "--config", config, "--optimizer", name)
+        assert "before phase 1 (ternary)" in said
+        (tmp_path / f"{name}-started").mkdir()
+        tree = tiny_tree(shards, tmp_path / f"{name}-started") | {
+            "phases": phases(transition),
+            "checkpoint": {"start_from": str(source), "start_phase": 1},
+        }
+        write_config(tmp_path / f"{name}-started" / "config.yaml", tree)
+    run_group(2, train_converted, [str(tmp_path / f"{name}{kind}") for name in SWITCHED for kind in ("", "-started")])
+    for name in SWITCHED:
+        for kind in ("", "-started"):
+            assert losses(tmp_path / f"{name}{kind}", 0) == losses(runs / name, 4), (name, kind)
+            newest = [
+                complete_checkpoints(run / "checkpoints")[-1] for run in (tmp_path / f"{name}{kind}", runs / name)
+            ]
+            assert same_state(*newest), (name, kind)
+
+
+def test_one_checkpoint_seeds_many_runs_without_being_copied(runs: Path, shards: Path, tmp_path: Path) -> None:
+    source = runs / "trunk" / "checkpoints" / "step-00000004"
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
+    for name in ("one", "two"):
+        tritrain("convert", source, "--to", tmp_path / name, "--config", config)
+        made = tmp_path / name / "checkpoints" / "step-00000004"
+        for path in source.glob("*.safetensors"):
+            assert (made / path.name).samefile(path)
+        provenance = CheckpointReader(made).manifest["provenance"]
+        assert provenance["source"] == str(source)
+        assert provenance["source_digest"] == json.loads((source / "manifest.json").read_text())["digest"]
+        assert provenance["transition"]["optimizer"] == "keep"
+        assert provenance["tritrain_version"]
+    assert "sound" in tritrain("verify", tmp_path / "one", tmp_path / "two")
+
+
+def test_a_ternary_run_returns_to_16_bits(runs: Path, shards: Path, tmp_path: Path) -> None:
+    there_and_back = [*phases(SWITCHED["keep"]), {"precision": "16-bit", "steps": 2}]
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path) | {"phases": there_and_back})
+    said = tritrain("convert", runs / "keep", "--to", tmp_path / "back", "--config", config)
+    assert "before phase 2 (16-bit)" in said
+    run_group(1, train_converted, [str(tmp_path / "back")])
+    first = read_metrics(tmp_path / "back" / "metrics.jsonl")[0]
+    assert (first["precision"], first["validation/when"]) == ("16-bit", "start of phase")
+    assert len(losses(tmp_path / "back", 8)) == 2
+
+
+def test_out_to_hugging_face_and_in_again(runs: Path, shards: Path, tmp_path: Path) -> None:
+    said = tritrain("convert", runs / "keep", "--to", tmp_path / "hf", "--format", "hf", "--dtype", "fp32")
+    assert "moments (exp_avg, exp_avg_sq) and steps are not carried" in said
+    ours = CheckpointReader(complete_checkpoints(runs / "keep" / "checkpoints")[-1])
+    theirs = HuggingFaceSource(tmp_path / "hf")
+    for name, shape in ours.shapes.items():
+        length = torch.Size(shape).numel()
+        assert torch.equal(ours.read("weight", name, 0, length), theirs.read("weight", name, 0, length))
+    assert json.loads((tmp_path / "hf" / "provenance.json").read_text())["source"] == ours.location
+
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path) | {"phases": phases({})[1:]})
+    with pytest.raises(CheckpointError, match=r"no optimizer moments.*set it to reset"):
+        tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config)
+    assert not (tmp_path / "run").exists()
+    tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
+    run_group(2, train_converted, [str(tmp_path / "run")])
+    assert len(losses(tmp_path / "run", 0)) == 4
+
+
+def test_a_dry_run_says_what_happens_to_each_tensor_and_writes_nothing(
+    runs: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
+    arguments = ("convert", runs / "trunk" / "checkpoints" / "step-00000004", "--to", tmp_path / "run", "--dry-run")
+    said = tritrain(*arguments, "--config", config, "--optimizer", "keep-variance")
+    lines = {found[0]: line for line in said.splitlines() if (found := re.search(r"model\.[\w.]+", line))}
+    assert len(lines) == 20
+    assert "latent of absmean codes" in lines["model.layers.0.mlp.up_proj.weight"]
+    assert "51 x 36" in lines["model.layers.0.mlp.up_proj.weight"]
+    assert "16-bit" in lines["model.embed_tokens.weight"]
+    assert all("first cleared, second kept" in line for line in lines.values())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(shards, tmp_path)
+    config = write_config(tmp_path / "config.yaml", tree)
+    source = runs / "trunk" / "checkpoints" / "step-00000004"
+    arguments = ("--to", tmp_path / "run", "--config", config)
+    with pytest.raises(CheckpointError, match="is at step 8 with 2048 tokens, but phase 1 begins at step 4 with 1024"):
+        tritrain("convert", runs / "trunk", *arguments, "--phase", 1)
+    with pytest.raises(CheckpointError, match=r"36, 51. in the checkpoint, .36, 60. in the model"):
+        tritrain("convert", source, "model.intermediate_size=60", *arguments)
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        tritrain("convert", tmp_path / "nothing", *arguments)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no checkpoint that is known"):
+        tritrain("convert", tmp_path / "empty", *arguments)
+    tritrain("convert", source, *arguments)
+    with pytest.raises(ValueError, match="a run with checkpoints is there already"):
+        tritrain("convert", source, *arguments)

@@ -1,0 +1,193 @@
+"""Packed BitNet folders against Transformers' own layers, and ranges of any folder."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_launcher_hf_source import edit_config, load, our_logits, whole, write_variant
+from test_model_transformer import random_tokens
+
+from data.torchvision_repair import repair_torchvision
+from launcher.hf_source import HuggingFaceSource
+from launcher.source import CheckpointError
+from quant.codes import pack, unpack
+from quant.linear import QuantConfig, quantize_
+from quant.rounding import ternary
+
+
+def pack_folder(folder, linear_class, **quantization):
+    """Put packed codes in the place of a folder's projections, in the convention of one of the linear classes."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        codes_OI, scale = ternary(tensors[name])
+        tensors[name] = pack(codes_OI)
+        tensors[f"{name}_scale"] = (scale if linear_class == "autobitlinear" else 1 / scale).reshape(1)
+    save_file(tensors, folder / "model.safetensors")
+    edit_config(folder, quantization_config={"quant_method": "bitnet", "linear_class": linear_class, **quantization})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A plain and a packed folder, opened, with all their weights."""
+    plain, packed = tmp_path_factory.mktemp("hf") / "plain", tmp_path_factory.mktemp("hf") / "packed"
+    write_variant(plain, "bitnet", max_shard_bytes=9_000)
+    write_variant(packed, "bitnet")
+    pack_folder(packed, "autobitlinear")
+    result = []
+    for folder in (plain, packed):
+        source = HuggingFaceSource(folder)
+        result.append((source, {name: whole(source, name).flatten() for name in source.shapes}))
+    return result
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_any_range_is_that_of_the_whole(folders, data):
+    source, weights = data.draw(st.sampled_from(folders))
+    name = data.draw(st.sampled_from(sorted(weights)))
+    start = data.draw(st.integers(0, len(weights[name])))
+    length = data.draw(st.integers(0, len(weights[name]) - start))
+    value = source.read("weight", name, start, length)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, weights[name][start : start + length])
+    value.fill_(7)  # its own memory
+    assert torch.equal(source.read("weight", name, start, length), weights[name][start : start + length])
+    with pytest.raises(CheckpointError, match=f"{name} holds {len(weights[name])}"):
+        source.read("weight", name, start, len(weights[name]) - start + 1)
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    repair_torchvision()
+    return pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
+def test_packed_weights_are_those_that_transformers_unpacks(transformers, tmp_path, linear_class):
+    from transformers.integrations.bitnet import unpack_weights
+
+    folder = tmp_path / "hf"
+    write_variant(folder, "bitnet")
+    pack_folder(folder, linear_class)
+    tensors, source = load_file(folder / "model.safetensors"), HuggingFaceSource(folder)
+    assert "packed" in source.missing[-1]
+    for name in source.shapes:
+        expected = tensors[name]
+        if expected.dtype == torch.uint8:
+            with torch.compiler.set_stance("force_eager"):
+                codes, scale = unpack_weights(expected, dtype=torch.float32), tensors[f"{name}_scale"]
+            expected = codes * scale if linear_class == "autobitlinear" else codes / scale
+        assert torch.equal(whole(source, name), expected), name
+
+
+def test_requantizing_finds_the_same_codes_and_absmedian_the_same_scale(tmp_path):
+    write_variant(tmp_path / "hf", "bitnet")
+    pack_folder(tmp_path / "hf", "autobitlinear")
+    tensors, source = load_file(tmp_path / "hf" / "model.safetensors"), HuggingFaceSource(tmp_path / "hf")
+    for name in [name for name in source.shapes if name.endswith("_proj.weight")]:
+        codes, scale = unpack(tensors[name]).float(), tensors[f"{name}_scale"][0].bfloat16().float()
+        requantized, same_scale = ternary(whole(source, name), "absmedian")
+        assert torch.equal(requantized, codes)
+        assert same_scale == scale
+        requantized, smaller_scale = ternary(whole(source, name), "absmean")
+        assert torch.equal(requantized, codes)
+        torch.testing.assert_close(smaller_scale, scale * codes.abs().mean())
+
+
+def packed_logits(transformers, folder, linear_class):
+    """Logits with Transformers' layers, put in as its quantizer does, which needs `accelerate` where this does not."""
+    from transformers.integrations import bitnet
+
+    layer_class = {"bitlinear": bitnet.BitLinear, "autobitlinear": bitnet.AutoBitLinear}[linear_class]
+    hf_config = transformers.AutoConfig.from_pretrained(folder)
+    del hf_config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa").eval()
+    for name, module in list(model.named_modules()):
+        if name.endswith("_proj"):
+            layer = layer_class(module.in_features, module.out_features, bias=False, dtype=torch.float32)
+            model.set_submodule(name, layer)
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        assert (missing, unexpected) == (["lm_head.weight"], [])  # tied
+        return model(random_tokens(3, 17)).logits
+
+
+@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
+def test_a_packed_model_computes_the_same_up_to_rounding(transformers, tmp_path, linear_class):
+    """Activations are rounded in another order, so not bit for bit; the wrong convention of the scale is far off."""
+    folder = tmp_path / "hf"
+    write_variant(folder, "bitnet")
+    pack_folder(folder, linear_class)
+    expected = packed_logits(transformers, folder, linear_class)
+
+    def distance():
+        model = load(folder)
+        quantize_(model, QuantConfig(weights="absmedian"))
+        with torch.no_grad():
+            return (model(random_tokens(3, 17)) - expected).std() / expected.std()
+
+    assert distance() < 0.02
+    other = "autobitlinear" if linear_class == "bitlinear" else "bitlinear"
+    edit_config(folder, quantization_config={"quant_method": "bitnet", "linear_class": other})
+    assert distance() > 0.2
+
+
+def test_modules_that_are_not_packed(tmp_path):
+    folder = tmp_path / "hf"
+    write_variant(folder, "llama")
+    before = load_file(folder / "model.safetensors")
+    pack_folder(folder, "bitlinear", modules_to_not_convert=["lm_head", "layers.1.mlp"])
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in before.items() if "layers.1.mlp" in name}
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(tuple(kept))} | kept
+    save_file(tensors, folder / "model.safetensors")
+    source = HuggingFaceSource(folder)
+    assert all(torch.equal(whole(source, name), value) for name, value in kept.items())
+    edit_config(folder, quantization_config={"quant_method": "bitnet"})
+    with pytest.raises(
+        CheckpointError, match=r"(?s)missing: model.layers.1.mlp.gate_proj.weight_scale \(1,\).*must be uint8"
+    ):
+        HuggingFaceSource(folder)
+
+
+def test_weights_that_are_quantized_while_computing_are_16_bit(tmp_path):
+    folder = tmp_path / "hf"
+    model = write_variant(folder, "bitnet")
+    online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    edit_config(folder, quantization_config=online)
+    assert torch.equal(our_logits(folder, torch.float32), model(random_tokens(3, 17)))
+    assert len(HuggingFaceSource(folder).missing) == 3
+
+
+def test_damaged_codes_and_scales(tmp_path):
+    folder, name = tmp_path / "hf", "model.layers.0.self_attn.q_proj.weight"
+    write_variant(folder, "bitnet")
+    pack_folder(folder, "bitlinear")
+    sound = load_file(folder / "model.safetensors")
+    for change, message in (
+        ({name: torch.full_like(sound[name], 0xFF)}, "model.safetensors: a packed byte stands for another code"),
+        ({f"{name}_scale": torch.zeros(1)}, f"{name}_scale is 0.0 and must be positive"),
+        ({f"{name}_scale": torch.full((1,), torch.nan)}, f"{name}_scale is nan"),
+    ):
+        save_file(sound | change, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            whole(HuggingFaceSource(folder), name)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "only quant_method 'bitnet' is read"),
+        ("bitnet", "only quant_method 'bitnet' is read"),
+        ({"quant_method": "bitnet", "linear_class": "other"}, "linear_class 'other'"),
+        ({"quant_method": "bitnet", "quantization_mode": "both"}, "quantization_mode 'both'"),
+        ({"quant_method": "bitnet", "use_rms_norm": True}, "use_rms_norm true"),
+        ({"quant_method": "bitnet", "modules_to_not_convert": "lm_head"}, "modules_to_not_convert 'lm_head': must be"),
+    ],
+)
+def test_quantizations_that_are_not_read(tmp_path, quantization, message):
+    write_variant(tmp_path / "hf")
+    edit_config(tmp_path / "hf", quantization_config=quantization)
+    with pytest.raises(CheckpointError, match=f"config.json: .*(?s:.*){message}"):
+        HuggingFaceSource(tmp_path / "hf")

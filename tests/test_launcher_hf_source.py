@@ -1,0 +1,424 @@
+"""Hugging Face folders against Transformers itself: the same bits both ways."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_model_hf import FAMILIES
+from test_model_transformer import VARIANTS, build, random_tokens
+
+from data.torchvision_repair import repair_torchvision
+from launcher.hf_source import HuggingFaceSource, is_hf, write_hf
+from launcher.location import to_location
+from launcher.source import CheckpointError, Source
+from model.hf import config_to_hf
+from model.transformer import Transformer
+
+DTYPES = (torch.float32, torch.bfloat16)
+TINY_HF = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "pad_token_id": None,
+}
+MODELS = {
+    "llama": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama-untied": ("Llama", {"head_dim": 12, "rope_theta": 5e5, "rms_norm_eps": 1e-5}),
+    "llama-relu2": ("Llama", {"num_key_value_heads": 1, "hidden_act": "relu2"}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "olmo": ("Olmo", {"tie_word_embeddings": True}),
+    "olmo-grouped": ("Olmo", {"num_key_value_heads": 2, "rope_theta": 5e5}),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 2}),
+    "olmo2-tied": ("Olmo2", {"rms_norm_eps": 1e-6, "tie_word_embeddings": True}),
+    "bitnet": ("BitNet", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "bitnet-silu": ("BitNet", {"num_key_value_heads": 4, "hidden_act": "silu", "rope_theta": 1e4}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "use_sliding_window": False}),
+    "qwen2-tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3-tied": ("Qwen3", {"num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    repair_torchvision()
+    return pytest.importorskip("transformers")
+
+
+class ModelSource(Source):
+    """The parameters of a module."""
+
+    location = "a module"
+    has_moments = False
+
+    def __init__(self, model):
+        self.tensors = dict(model.named_parameters())
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def read(self, kind, name, start, length):
+        return self.tensors[name].detach().flatten()[start : start + length].float()
+
+    def read_step(self, name):
+        raise NotImplementedError
+
+
+def hf_model(transformers, family, options):
+    """A random model of Transformers, its norms and biases random too."""
+    torch.manual_seed(0)
+    hf_config = getattr(transformers, f"{family}Config")(**TINY_HF, **options)
+    model = getattr(transformers, f"{family}ForCausalLM")(hf_config)
+    for name, parameter in model.named_parameters():
+        parameter.data = (
+            0.15 * torch.randn_like(parameter) if "norm" not in name else 1 + 0.3 * torch.randn_like(parameter)
+        )
+    return model
+
+
+def logits_of(transformers, folder, dtype):
+    """Logits of Transformers' model, which must have taken every tensor of the folder and lacked none."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+    with torch.no_grad():
+        return model.eval()(random_tokens(3, 17)).logits
+
+
+def whole(source, name):
+    shape = source.shapes[name]
+    return source.read("weight", name, 0, torch.Size(shape).numel()).view(shape)
+
+
+def load(folder):
+    source = HuggingFaceSource(folder)
+    model = Transformer(source.model_config)
+    model.load_state_dict({name: whole(source, name) for name in source.shapes})
+    return model
+
+
+def our_logits(folder, dtype):
+    with torch.no_grad():
+        return load(folder).to(dtype)(random_tokens(3, 17))
+
+
+def write_variant(folder, name="llama", **options):
+    model = build(VARIANTS[name])
+    write_hf(ModelSource(model), model.config, folder, torch.float32, **options)
+    return model
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+# Reading
+
+
+@pytest.mark.parametrize(("family", "options"), MODELS.values(), ids=MODELS)
+def test_a_transformers_model_computes_the_same_bits_here(transformers, tmp_path, family, options):
+    hf_model(transformers, family, options).save_pretrained(tmp_path)
+    for dtype in DTYPES:
+        assert torch.equal(our_logits(tmp_path, dtype), logits_of(transformers, tmp_path, dtype)), dtype
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+def test_shards_of_16_bits_are_read_exactly(transformers, tmp_path, stored):
+    hf_model(transformers, *MODELS["qwen2"]).to(stored).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == 3
+    source = HuggingFaceSource(tmp_path)
+    assert any(str(stored).removeprefix("torch.") in sentence for sentence in source.missing)
+    assert torch.equal(our_logits(tmp_path, torch.float32), logits_of(transformers, tmp_path, torch.float32))
+
+
+def test_what_a_folder_does_not_hold_is_said(tmp_path):
+    write_variant(tmp_path / "hf")
+    source = HuggingFaceSource(tmp_path / "hf")
+    assert not source.has_moments
+    assert [word for word in ("moments", "data position", "random generators") if word in " ".join(source.missing)]
+    assert len(source.missing) == 3
+    for read in (
+        lambda: source.read("exp_avg", "model.norm.weight", 0, 1),
+        lambda: source.read_step("model.norm.weight"),
+    ):
+        with pytest.raises(CheckpointError, match="holds no"):
+            read()
+
+
+def test_a_head_stored_beside_a_tied_embedding_is_left_out(tmp_path):
+    folder = tmp_path / "hf"
+    model = write_variant(folder, "bitnet")
+    file = folder / "model.safetensors"
+    assert "lm_head.weight" not in load_file(file)
+    for head in (model.model.embed_tokens.weight.detach().clone(), torch.zeros(3)):
+        save_file(load_file(file) | {"lm_head.weight": head, "model.rotary_emb.inv_freq": torch.ones(4)}, file)
+        assert list(HuggingFaceSource(folder).shapes) == [name for name, _ in model.named_parameters()]
+        assert torch.equal(our_logits(folder, torch.float32), model(random_tokens(3, 17)))
+
+
+# What is wrong with a folder
+
+
+def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path):
+    folder = tmp_path / "hf"
+    write_variant(folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+    weights["model.norm.weight"] = torch.ones(31)
+    weights["model.layers.0.input_layernorm.weight"] = torch.ones(32, dtype=torch.int64)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        HuggingFaceSource(folder)
+    assert str(caught.value).splitlines() == [
+        f"{folder} does not hold the model that its config.json describes:",
+        "  missing: model.layers.1.mlp.up_proj.weight (56, 32)",
+        "  not in the model: model.layers.0.self_attn.q_proj.bias (32,)",
+        "  dtype: model.layers.0.input_layernorm.weight is int64 and must be float32 or bfloat16 or float16",
+        "  shape: model.norm.weight is (31,) and must be (32,)",
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "bitnet"])  # untied, tied
+def test_a_padded_vocabulary_is_named_with_the_right_number(tmp_path, name):
+    write_variant(tmp_path / "hf", name)
+    edit_config(tmp_path / "hf", vocab_size=90)
+    with pytest.raises(CheckpointError) as caught:
+        HuggingFaceSource(tmp_path / "hf")
+    assert str(caught.value).splitlines()[1:] == [
+        "  vocabulary: config.json says vocab_size 90 and the embedding has 96 rows; "
+        '"vocab_size": 96 is right for these files, rows that no token uses included'
+    ]
+    edit_config(tmp_path / "hf", vocab_size=96)
+    HuggingFaceSource(tmp_path / "hf")
+
+
+def test_an_untied_head_is_required(tmp_path):
+    write_variant(tmp_path / "hf", "bitnet")
+    edit_config(tmp_path / "hf", tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match=r"missing: lm_head.weight \(96, 32\)"):
+        HuggingFaceSource(tmp_path / "hf")
+
+
+def test_files_that_are_not_there_or_elsewhere(tmp_path):
+    config, index = tmp_path / "config.json", tmp_path / "model.safetensors.index.json"
+    assert not is_hf(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json is not there"):
+        HuggingFaceSource(tmp_path)
+    config.write_text(json.dumps(config_to_hf(VARIANTS["llama"])))
+    assert is_hf(tmp_path)
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json$"):
+        HuggingFaceSource(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a pickle, which is never opened: save the model as safetensors"):
+        HuggingFaceSource(tmp_path)
+    for content, message in (
+        ({"weight_map": {"a": "../model.safetensors"}}, r"points outside of its folder: \.\./model\.safetensors"),
+        ({"weight_map": {"a": "x.safetensors", "b": "y"}}, "names files that are not there: x.safetensors, y"),
+        ({"weight_map": {"a": "x" * 300}}, "name too long"),
+        ({"weight_map": {"a": 5}}, "must have a weight_map"),
+        ({"weight_map": {}}, "must have a weight_map"),
+        ({}, "must have a weight_map"),
+        ([], "must hold a JSON object, not a list"),
+    ):
+        index.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=f"(?s)index.json.*{message}"):
+            HuggingFaceSource(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    index.write_text(json.dumps({"weight_map": {"a": "pipe"}}))
+    with pytest.raises(CheckpointError, match="not there: pipe"):  # opening it would wait for ever
+        HuggingFaceSource(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    folder = tmp_path / "hf"
+    write_variant(folder, max_shard_bytes=9_000)
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    save_file(load_file(first) | load_file(second), second)
+    with pytest.raises(CheckpointError, match=f"{second.name}: model.embed_tokens.weight is in {first.name} as well"):
+        HuggingFaceSource(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is no JSON"),
+        (b"\xff\xfe\x00", "is no JSON"),
+        (b"[" * 100_000, "is no JSON"),
+        (b"[1]", "must hold a JSON object, not a list"),
+        (b"{}", "model_type None is not known"),
+        (b'{"model_type": ["llama"]}', ".* is not known"),
+    ],
+)
+def test_a_malformed_configuration(tmp_path, content, message):
+    write_variant(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"config.json: {message}"):
+        HuggingFaceSource(tmp_path / "hf")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "vocab_size"])
+def test_absurd_sizes_end_at_once(tmp_path, key):
+    write_variant(tmp_path / "hf")
+    for value in (10**12 + 39, 10**30, -1):
+        edit_config(tmp_path / "hf", **{key: value})
+        with pytest.raises(CheckpointError):
+            HuggingFaceSource(tmp_path / "hf")
+
+
+@pytest.fixture(scope="module")
+def sound_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "hf"
+    write_variant(folder, max_shard_bytes=30_000)
+    return sorted(folder.iterdir())
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), cut=st.booleans())
+def test_a_damaged_folder_is_read_or_one_error(sound_files, data, cut):
+    """Headers and JSON are overwritten, or files cut off; other programs' weights have no digests to tell damage by."""
+    path = data.draw(st.sampled_from(sound_files), label="file")
+    sound = path.read_bytes()
+    header = 8 + struct.unpack("<Q", sound[:8])[0] if path.suffix == ".safetensors" else len(sound)
+    damaged = bytearray(sound)
+    if cut:
+        del damaged[data.draw(st.integers(0, len(sound) - 2)) :]
+    else:
+        places = st.lists(
+            st.tuples(st.integers(0, header - 1), st.sampled_from(b'0019{}[]",:-.ae\x00\xff')), max_size=3
+        )
+        for place, byte in data.draw(places):
+            damaged[place] = byte
+    path.write_bytes(damaged)
+    try:
+        source = HuggingFaceSource(path.parent)
+        for name in source.shapes:
+            whole(source, name)
+    except CheckpointError as error:
+        assert str(path.parent) in str(error)  # noqa: PT017
+        assert not cut or path.name in str(error)  # noqa: PT017
+    else:
+        assert not cut
+    finally:
+        path.write_bytes(sound)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_our_model_computes_the_same_bits_in_transformers(transformers, tmp_path, config):
+    model = build(config)
+    for dtype in DTYPES:
+        folder = tmp_path / str(dtype)
+        write_hf(ModelSource(model), config, folder, dtype)
+        with torch.no_grad():
+            expected = model.to(dtype)(random_tokens(3, 17))
+        assert torch.equal(logits_of(transformers, folder, dtype), expected), dtype
+        assert transformers.AutoConfig.from_pretrained(folder).torch_dtype == dtype
+
+
+def test_a_folder_holds_the_parameters_and_nothing_else(tmp_path):
+    model = build(VARIANTS["qwen2"])
+    write_hf(ModelSource(model), model.config, tmp_path / "hf")
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert stored.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(stored[name], value.bfloat16()) for name, value in model.named_parameters())
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_shards_open_in_transformers(transformers, tmp_path):
+    model = write_variant(tmp_path / "hf", "olmo2", max_shard_bytes=9_000)
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 3
+    for file in files:
+        assert len(load_file(file)) == 1 or sum(each.nbytes for each in load_file(file).values()) <= 9_000
+    with torch.no_grad():
+        assert torch.equal(logits_of(transformers, tmp_path / "hf", torch.float32), model(random_tokens(3, 17)))
+
+
+def test_a_folder_is_complete_or_not_there(tmp_path, monkeypatch):
+    class Failing(ModelSource):
+        def read(self, kind, name, start, length):
+            if name == "model.norm.weight":
+                raise OSError("No space left on device")
+            return super().read(kind, name, start, length)
+
+    model = build(VARIANTS["llama"])
+    (tmp_path / "hf.tmp").mkdir()
+    (tmp_path / "hf.tmp" / "of an earlier attempt").touch()
+    with pytest.raises(CheckpointError, match=r"hf: OSError: No space left"):
+        write_hf(Failing(model), model.config, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+    write_hf(ModelSource(model), model.config, tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="is there already; name another folder"):
+        write_hf(ModelSource(model), model.config, tmp_path / "hf")
+
+
+def test_a_folder_in_a_store(tmp_path):
+    model, folder = build(VARIANTS["qwen2"]), to_location(f"memory://bucket{tmp_path}/hf")
+    write_hf(ModelSource(model), model.config, folder, torch.float32, max_shard_bytes=9_000)
+    assert is_hf(folder)
+    source = HuggingFaceSource(folder)
+    assert all(torch.equal(whole(source, name), value) for name, value in model.named_parameters())
+    name = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"]["model.norm.weight"]
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"names files that are not there: {name}"):
+        HuggingFaceSource(folder)
+
+
+def test_what_no_family_has_or_does_not_fit_is_refused(tmp_path):
+    model = build(VARIANTS["no-family"])
+    with pytest.raises(CheckpointError, match="no Hugging Face family has norm layernorm-nonparametric"):
+        write_hf(ModelSource(model), model.config, tmp_path / "hf")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)a module does not fit the model:\n.*q_norm.weight: the model has it"
+    ):
+        write_hf(ModelSource(model), VARIANTS["qwen3"], tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_stays_small(tmp_path):
+    """A process copies a folder of one large embedding; its peak stays far below the tensor."""
+    program = """
+import resource, sys
+from pathlib import Path
+import torch
+from launcher.hf_source import HuggingFaceSource, write_hf
+from launcher.source import Source
+from model.size import parameter_shapes
+from model.transformer import ModelConfig
+
+class Zeros(Source):
+    location, has_moments = "zeros", False
+    config = ModelConfig(vocab_size=2**19, hidden_size=128, num_layers=1, num_heads=1, intermediate_size=8)
+    shapes = parameter_shapes(config)
+    def read(self, kind, name, start, length):
+        return torch.zeros(length)
+    def read_step(self, name):
+        raise NotImplementedError
+
+folder = Path(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_hf(Zeros(), Zeros.config, folder / "a")
+source = HuggingFaceSource(folder / "a")
+write_hf(source, source.model_config, folder / "b")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert (tmp_path / "b" / "model.safetensors").stat().st_size > 125 * 2**20
+    assert int(result.stdout) / 1024 < 230  # MiB; in fp32 the tensor has 256 of them
