@@ -170,15 +170,14 @@ def convert(
     from launcher.config import ConfigError
     from launcher.config_file import load_config
     from launcher.convert import (
-        config_of,
         convert_to_hf,
         convert_to_run,
-        convert_to_universal,
         not_carried,
         preview,
         starting_phase,
         write_provenance,
     )
+    from launcher.deepspeed_universal import write_universal
     from launcher.start_from import open_source
 
     console, changes = Console(silent=False), list(overrides or ())
@@ -219,7 +218,7 @@ def convert(
     if into == "hf":
         convert_to_hf(opened, given, to, dtypes[dtype])
     else:
-        convert_to_universal(opened, given or config_of(opened), to)
+        write_universal(opened, to)
     write_provenance(to, opened)
     console.line(f"Written: {to}")
 

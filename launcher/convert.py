@@ -23,12 +23,10 @@ from launcher.checkpoint_reader import CheckpointReader
 from launcher.config import Config, ConfigError
 from launcher.config_file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.location import reaching, to_location
-from launcher.optim import is_decayed
 from launcher.plan import Plan, make_plan
 from launcher.run_folder import RunFolder
-from launcher.source import KINDS, MOMENTS, CheckpointError, Source
+from launcher.source import KINDS, MOMENTS, Source
 from launcher.start_from import check_shapes, first_progress, open_start
-from model.size import parameter_shapes
 from model.transformer import Transformer
 from quant.linear import quantize_
 
@@ -199,18 +197,6 @@ def source_digest(source: Source) -> str:
             while chunk := file.read(16 * 2**20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def convert_to_universal(source: Source, config: Config, folder: Path) -> None:
-    """Write a DeepSpeed universal checkpoint, with the parameter groups that this configuration's optimizer has.
-
-    Raises:
-        CheckpointError: the source does not fit the configuration, or cannot be read.
-    """
-    from launcher.deepspeed_universal import write_universal
-
-    check_shapes(source, make_plan(config, 1))
-    write_universal(source, folder)
 
 
 def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: torch.dtype) -> None:

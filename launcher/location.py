@@ -1,36 +1,41 @@
 """Folders that may lie elsewhere: a local path, or a URL of any store that fsspec knows (`s3://`, `gs://`, ...)."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from data.urls import redacted, url_problem
 from launcher.source import CheckpointError
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 def to_location(text: str | Path) -> Path:
-    """A path; of a URL, a `upath.UPath`, which has the same methods.
+    """A path; of a URL, a `launcher.remote_path.RemotePath`, which has the same methods.
 
     Raises:
-        CheckpointError: what is needed to reach the store is not installed.
+        CheckpointError: the URL has credentials or no bucket in it, or what is needed to reach the store is missing.
     """
-    scheme, separator, rest = str(text).partition("://")
+    url = str(text)
+    scheme, separator, rest = url.partition("://")
     if not separator:
         return Path(text)
     if scheme == "file":
         return Path(rest)
-    from upath import UPath
-
+    if problem := url_problem(url):
+        raise CheckpointError(problem)
+    if scheme in PACKAGES and not rest.strip("/"):
+        raise CheckpointError(f"{url}: names no bucket; {scheme}://BUCKET/FOLDER would be right")
     try:
-        location: Any = UPath(str(text), use_listings_cache=False)
-        location.fs  # noqa: B018  (made when asked for; until then nothing is known to be missing)
+        from launcher.remote_path import remote_path
+
+        return cast(Path, remote_path(url))
     except (ImportError, ValueError) as error:
         advice = f"; `pip install {PACKAGES[scheme]}`" if scheme in PACKAGES else ""
-        raise CheckpointError(f"{text}: this kind of store cannot be reached: {error}{advice}") from error
-    return cast(Path, location)
+        raise CheckpointError(f"{url}: this kind of store cannot be reached: {error}{advice}") from error
 
 
 def is_local(location: Path) -> bool:
@@ -50,18 +55,16 @@ def reaching(location: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        if is_local(location) and not isinstance(error, OSError):
-            raise
-        advice = ""
+        if not isinstance(error, OSError) and (is_local(location) or type(error).__module__ == "builtins"):
+            raise  # a mistake of ours
+        name = type(error).__name__
+        advice = "" if is_local(location) else " Check the network and the endpoint."
         if not is_local(location):
-            name = type(error).__name__
-            if isinstance(error, PermissionError) or "Credentials" in name or "403" in str(error):
+            if isinstance(error, PermissionError) or "Credentials" in name:
                 advice = " Check the credentials and what they may do there."
-            elif isinstance(error, FileNotFoundError) or "NoSuchBucket" in str(error):
+            elif isinstance(error, FileNotFoundError):
                 advice = " Check that the bucket exists and is spelled right."
-            else:
-                advice = " Check the network and the endpoint."
-        raise CheckpointError(f"{location}: {type(error).__name__}: {error}.{advice}") from error
+        raise CheckpointError(f"{location}: {name}: {redacted(str(error))}.{advice}") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -82,10 +85,22 @@ def check_writable(folder: Path) -> None:
 def create(path: Path) -> Iterator[BinaryIO]:
     """Open a new file for writing; it has reached the disk, or the store, when the block ends."""
     with path.open("wb") as file:
-        yield file
-        file.flush()
+        try:
+            yield file
+        except BaseException:
+            if not is_local(path):
+                _discard(file)
+            raise
         if is_local(path):
+            file.flush()
             os.fsync(file.fileno())
+
+
+def _discard(file: Any) -> None:
+    """Give an upload up; merely closing the file would send what there is, and make half a file of it."""
+    with contextlib.suppress(Exception):  # the reason to give up is the error to tell
+        file.discard()
+    file.closed = True
 
 
 def flush_folder(folder: Path) -> None:

@@ -11,6 +11,8 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
+import errno
 import os
 import shutil
 import traceback
@@ -42,6 +44,9 @@ USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 COMPLETE, FAILED, MISCONFIGURED, INTERRUPTED = 0, 1, 2, 3
 """Exit codes. A stop that was asked for is not a failure, but not the end of the run either."""
+
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,16 +81,29 @@ def run(config: Config) -> int:
             message = str(error)
             code = MISCONFIGURED if isinstance(error, ConfigError) else FAILED
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                message = f"{folder.path}: {error}. Make room there. {resume_advice(folder)}"
             # A rank that is gone shows itself to the others as a broken connection, with nothing said of who it was.
-            gone = missing_ranks(folder.ranks)
-            if gone:
+            elif gone := missing_ranks(folder.ranks):
                 message = f"{' and '.join(gone)} died; the others cannot go on. {resume_advice(folder)}"
             else:
                 message = "".join(traceback.format_exception(error)) + resume_advice(folder)
-        if is_first_to_say(folder.ranks, message):
-            print(f"rank {ranks.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        try:
+            say_failure(folder, ranks, message)
+        finally:
+            os._exit(code)  # the process group cannot be left in order: the others may be anywhere
+
+
+def say_failure(folder: RunFolder, ranks: Ranks, message: str) -> None:
+    """Say why this rank fails, unless another one has, and leave it in the run's folder."""
+    try:
+        is_first = is_first_to_say(folder.ranks, message)
+    except OSError:  # where nothing can be noted, it is better said twice than never
+        is_first = True
+    if is_first:
+        print(f"rank {ranks.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        with contextlib.suppress(OSError):
             folder.write_state("failed", message=message)
-        os._exit(code)  # the process group cannot be left in order: the others may be anywhere
 
 
 def claim(folder: RunFolder, ranks: Ranks) -> str | None:
@@ -96,6 +114,8 @@ def claim(folder: RunFolder, ranks: Ranks) -> str | None:
             folder.claim()
         except ConfigError as error:
             outcome = [str(error)]
+        except OSError as error:
+            outcome = [f"{folder.path}: {error}"]
     dist.broadcast_object_list(outcome)
     return outcome[0]
 
@@ -116,6 +136,7 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
         source = Path(config.data.sources[0].path)
         prepare_with_progress(config.data.prepare, config.data.sequence_length, source, Console(silent=False))
     outcome = train(plan, ranks, folder, stop, console)
+    dist.barrier()  # a rank that leaves breaks the connections that others may still be making
     leave_presence(folder.ranks, ranks)
     if not ranks.is_first:
         return COMPLETE if outcome == "complete" else INTERRUPTED

@@ -124,9 +124,14 @@ class Saver:
 
         def finish() -> None:
             writer.finish(files, config_text, counters, milestone=milestone)
-            prune_checkpoints(self._checkpoints, self._keep_last)
 
         self._all_ranks(finish if first else None, writer)
+        if first:
+            try:
+                with reaching(self._checkpoints):
+                    prune_checkpoints(self._checkpoints, self._keep_last)
+            except CheckpointError as error:
+                self._say(f"WARNING: old checkpoints could not be removed: {error} The next save tries again.")
 
     def _all_ranks(self, action: Callable[[], Any] | None, writer: CheckpointWriter) -> list[Any]:
         """Run one stage of saving on the ranks that have an action; returns what each rank's gave.

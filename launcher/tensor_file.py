@@ -188,7 +188,8 @@ def range_reader(path: Path) -> Callable[[int, int], bytearray]:
     if not isinstance(path, Path):
 
         def read_remote(start: int, length: int) -> bytearray:
-            return _whole(bytearray(path.fs.cat_file(path.path, start, start + length)), length)
+            data = path.fs.cat_file(path.path, start=start, end=start + length) if length else b""
+            return _whole(bytearray(data), length)
 
         return read_remote
 
