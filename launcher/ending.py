@@ -1,7 +1,7 @@
 """What a person sees at the end of a run: a short table, a sample, and what can be done next."""
 
-from launcher.console import Console, human_count, human_time
-from launcher.report import RunSummary, summarize, verdict, write_report
+from launcher.console import Console, human_count
+from launcher.report import RunSummary, duration, summarize, verdict, write_report
 from launcher.run_folder import RunFolder
 
 
@@ -17,7 +17,7 @@ def show_ending(folder: RunFolder, console: Console) -> None:
         console.line("A sample, from the finished model:")
         console.line((summary.sample_prompt or "") + summary.sample_completion)
         console.line()
-    console.line(f"{human_time(summary.elapsed_seconds or 0)} in all. The report, to look at: {report}")
+    console.line(f"{duration(summary.elapsed_seconds or 0)} in all. The report, to look at: {report}")
     show_next(folder, console)
 
 

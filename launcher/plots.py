@@ -80,6 +80,7 @@ PANELS = (
     Panel("throughput/tokens_per_second", "Throughput, tokens/s", is_noisy=True),
     Panel("throughput/model_flops_utilization", "Model FLOPs utilization, %", scale=100, is_noisy=True),
     Panel("data/wait_share", "Time spent waiting for data, %", scale=100, is_noisy=True),
+    Panel("checkpoint/stall_share", "Time spent waiting for checkpoints, %", scale=100),
     Panel("memory/peak_gib", "Peak memory, GiB"),
 )
 
