@@ -161,11 +161,11 @@ class TrainingData:
         self.fingerprint = _fingerprint(config, sources, rows, global_batch_sequences)
 
         repair_torchvision()
-        from streaming import StreamingDataset
+        from data.rows import RowDataset
 
         rank_sequences = global_batch_sequences // world_size
         with one_start_at_a_time(rank, world_size):
-            dataset = StreamingDataset(
+            dataset = RowDataset(
                 streams=[source.stream(choose) for source, choose in zip(sources, rows, strict=True)],
                 batch_size=rank_sequences,
                 num_canonical_nodes=config.canonical_nodes,
@@ -260,9 +260,12 @@ def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
 
 def _endless(loader: DataLoader, micro_batch_sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
-        for rows in loader:  # once around is one epoch
-            for micro in rows.split(micro_batch_sequences):
-                yield _inputs_and_labels(micro)
+        try:
+            for rows in loader:  # once around is one epoch
+                for micro in rows.split(micro_batch_sequences):
+                    yield _inputs_and_labels(micro)
+        except DataError as error:  # a worker's comes with its traceback in the message
+            raise DataError(str(error).strip().rpartition(f"{DataError.__module__}.DataError: ")[2]) from error
 
 
 def _inputs_and_labels(rows: Tensor) -> tuple[Tensor, Tensor]:

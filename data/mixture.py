@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from data.errors import DataError
+from data.urls import url_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Source:
         problems: dict[str, str] = {}
         if not self.path:
             problems["path"] = "is empty; give the folder that `tritrain prepare --out` made"
+        if problem := url_problem(self.path):
+            problems["path"] = problem
         if not (math.isfinite(self.weight) and self.weight > 0):
             problems["weight"] = f"{self.weight} is not a positive number; leave a source out that should give nothing"
         if problems:

@@ -46,7 +46,7 @@ def open_prepared(folder: Path, *, may_lack_shards: bool = False) -> dict[str, A
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a prepared folder, unchecked but for its version.
+    """Return the manifest of a prepared folder, unchecked but for its version and the names of the files beside it.
 
     Raises:
         DataError: there is no such folder, or it is not a prepared one.
@@ -61,11 +61,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise DataError(f"{path}: not a manifest of prepared data; copy or prepare the folder again")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"{path}: has format_version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; "
             "prepare the data again"
         )
+    for name in (manifest["tokenizer"]["file"], *manifest["splits"]):
+        if Path(name).name != name:  # what is fetched from elsewhere must not be written elsewhere
+            raise DataError(f"{path}: names {name!r}, which is no name of a file beside it; prepare the data again")
     return manifest
 
 

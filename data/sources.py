@@ -28,6 +28,7 @@ from data.prepared import (
     read_manifest,
 )
 from data.torchvision_repair import repair_torchvision
+from data.urls import redacted
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,23 @@ def _fetch(source: Source, folder: Path, name: str) -> None:
     try:
         CloudDownloader.direct_download(f"{source.path.rstrip('/')}/{name}", str(partial))
     except Exception as error:  # every kind of storage has its own
-        raise DataError(f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {error})") from error
+        raise DataError(
+            f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
+            f"{_advice(error)}"
+        ) from error
     os.rename(partial, path)
+
+
+def _advice(error: Exception) -> str:
+    """Say what to look at; where there is one, the code of the answer tells more than the client's message."""
+    if isinstance(error, ImportError):
+        return "install what reads this kind of store"
+    reason = f"{type(error).__name__} {getattr(error, 'response', {}).get('Error', {}).get('Code', error)}"
+    if any(word in reason for word in ("Credentials", "403", "Forbidden", "AccessDenied", "InvalidAccessKeyId")):
+        return "check the credentials and what they may read"
+    if any(word in reason for word in ("404", "NoSuch", "NotFound", "not found", "No such file")):
+        return "check the bucket and the path, and that all of the prepared folder was copied there"
+    return "check the network and the store's address"
 
 
 def _drop_cut_shards(folder: Path) -> None:

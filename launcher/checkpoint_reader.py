@@ -13,6 +13,7 @@ import xxhash
 from torch import Tensor
 
 from launcher.checkpoint import CONFIG, FORMAT_VERSION, MANIFEST, complete_checkpoints, manifest_digest
+from launcher.checkpoint_checks import check_manifest, parameters_of
 from launcher.engine import Engine
 from launcher.location import reaching
 from launcher.runtime import Ranks
@@ -46,14 +47,11 @@ class CheckpointReader(Source):
             with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
                 self._files = dict(zip(names, pool.map(self._open, names), strict=True))
         self.has_moments = self.manifest["has_moments"]
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._ranges: dict[str, list[tuple[int, int, str]]] = {}
-        self._steps: dict[str, float] = {}
-        for file_name, file in self._files.items():
-            for name, about in json.loads(file.metadata["ranges"]).items():
-                self.shapes[name], self._steps[name] = tuple(about["shape"]), about["step"]
-                length = file.entries[f"weight/{name}"].num_elements
-                self._ranges.setdefault(name, []).append((about["start"], about["start"] + length, file_name))
+        try:
+            self._parameters = parameters_of(self._files, has_moments=self.has_moments)
+        except TensorFileError as error:
+            raise DamageError(f"{folder}/{error}. {self._way_out()}") from error
+        self.shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
 
     def _check_size(self, path: Path, size: int) -> None:
         found = path.stat().st_size if path.is_file() else None
@@ -73,7 +71,7 @@ class CheckpointReader(Source):
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         pieces = []
-        for begin, end, file_name in sorted(self._ranges[name]):
+        for begin, end, file_name in self._parameters[name].ranges:
             low, high = max(begin, start), min(end, start + length)
             if low < high:
                 with reaching(self.folder):
@@ -87,7 +85,7 @@ class CheckpointReader(Source):
         return values
 
     def read_step(self, name: str) -> float:
-        return self._steps[name]
+        return self._parameters[name].step
 
     def rng_states(self, rank: int) -> dict[str, Tensor]:
         """The generators' states of a rank, if the checkpoint was written by that many ranks."""
@@ -98,9 +96,13 @@ class CheckpointReader(Source):
     def damage(self, rank: int = 0, world_size: int = 1) -> Iterator[str]:
         """Read every byte of this rank's share of the files, and yield a sentence for each that is not as written."""
         for name in sorted(self._files)[rank::world_size]:
+            path = self.folder / name
             with reaching(self.folder):
-                for tensor in self._files[name].damaged():
-                    yield f"{self.folder / name}: {tensor} is damaged: it does not have the digest it was written with"
+                try:
+                    for tensor in self._files[name].damaged():
+                        yield f"{path}: {tensor} is damaged: it does not have the digest it was written with"
+                except TensorFileError as error:
+                    yield f"{path} {error}"
         if rank == 0:
             with reaching(self.folder):
                 config = (self.folder / CONFIG).read_bytes()
@@ -123,6 +125,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: has format_version {manifest.get('format_version')}; this version reads {FORMAT_VERSION}"
         )
+    try:
+        check_manifest(manifest)
+    except ValueError as error:
+        raise DamageError(f"{path}: {error}") from error
     return manifest
 
 
@@ -141,16 +147,17 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str]
     found: list[str] = []
     damaged: list[Path] = []
     for name in reversed(names):
-        reader, problems, obstacles = None, [], []
+        reader: CheckpointReader | None = None
+        problems: list[str] = []
+        obstacles: list[str] = []
         try:
             reader = CheckpointReader(checkpoints / name)
             problems = list(reader.damage(ranks.rank, ranks.world_size))
         except CheckpointError as error:
             damaged_disk = getattr(error.__cause__, "errno", None) == errno.EIO
             (problems if isinstance(error, DamageError) or damaged_disk else obstacles).append(str(error))
-        problems = sorted({problem for rank in _from_all(problems, ranks) for problem in rank})
-        obstacles = sorted({obstacle for rank in _from_all(obstacles, ranks) for obstacle in rank})
-        if obstacles:
+        problems = everyones(problems, ranks)
+        if obstacles := everyones(obstacles, ranks):
             raise CheckpointError("\n".join(obstacles))
         if reader and not problems:
             for folder in damaged:
@@ -178,11 +185,12 @@ def _from_first(names: list[str]) -> list[str]:
     return box[0]
 
 
-def _from_all(problems: list[str], ranks: Ranks) -> list[list[str]]:
+def everyones(problems: list[str], ranks: Ranks) -> list[str]:
+    """The problems of all ranks, each once, in order; a collective."""
     gathered: list[list[str]] = [problems] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(gathered, problems)
-    return gathered
+    return sorted({problem for rank in gathered for problem in rank})
 
 
 @torch.no_grad()
@@ -222,9 +230,16 @@ def mismatches(source: Source, names: set[str], shapes: dict[str, tuple[int, ...
 
 
 def restore_rng(reader: CheckpointReader, ranks: Ranks) -> None:
-    """Set this rank's generators to where they were."""
+    """Set this rank's generators to where they were.
+
+    Raises:
+        CheckpointError: what is there is no generator's state.
+    """
     for name, state in reader.rng_states(ranks.rank).items():
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(state)
+        try:
+            if name == "cpu":
+                torch.set_rng_state(state)
+            elif ranks.device.type == "cuda":
+                torch.cuda.set_rng_state(state)
+        except RuntimeError as error:
+            raise DamageError(f"{reader.folder}: rank {ranks.rank}'s random state is none: {error}") from error

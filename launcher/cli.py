@@ -178,7 +178,7 @@ def convert(
         write_provenance,
     )
     from launcher.deepspeed_universal import write_universal
-    from launcher.start_from import open_source
+    from launcher.start_from import check_sound, open_source
 
     console, changes = Console(silent=False), list(overrides or ())
     if into == "run":
@@ -218,6 +218,7 @@ def convert(
     if into == "hf":
         convert_to_hf(opened, given, to, dtypes[dtype])
     else:
+        check_sound(opened)
         write_universal(opened, to)
     write_provenance(to, opened)
     console.line(f"Written: {to}")

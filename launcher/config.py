@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.loader import DataConfig
+from data.urls import url_problem
 from launcher.engine import EngineConfig
 from launcher.optim import OptimizerConfig
 from launcher.schedule import ScheduleConfig
@@ -154,6 +155,9 @@ class CheckpointConfig:
         problems = _at_least(self, "interval_steps", 1)
         if self.keep_last < 0 or self.keep_last == 1:
             problems["keep_last"] = f"is {self.keep_last}; 0 (keep all) or at least 2, so that one is always complete"
+        for name in ("folder", "start_from"):
+            if problem := url_problem(getattr(self, name) or ""):
+                problems[name] = problem
         problems |= _at_least(self, "start_phase", 0)
         if self.start_phase and self.start_from is None:
             problems["start_phase"] = f"is {self.start_phase}, but there is no start_from to take the place of a phase"

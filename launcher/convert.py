@@ -8,7 +8,7 @@ why converting one of our own checkpoints costs nothing: its files are immutable
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+import zipfile
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
 
 from launcher.checkpoint import CONFIG, CheckpointWriter, complete_checkpoints, folder_of
 from launcher.checkpoint_reader import CheckpointReader
@@ -25,15 +24,12 @@ from launcher.config_file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.location import reaching, to_location
 from launcher.plan import Plan, make_plan
 from launcher.run_folder import RunFolder
-from launcher.source import KINDS, MOMENTS, Source
-from launcher.start_from import check_shapes, first_progress, open_start
+from launcher.source import KINDS, MOMENTS, Source, in_pieces
+from launcher.start_from import check_shapes, check_sound, first_progress, open_start
 from model.transformer import Transformer
 from quant.linear import quantize_
 
 CPU = torch.device("cpu")
-
-CHUNK_ELEMENTS = 16 * 2**20
-"""Elements that are in memory at once: 64 MiB of fp32."""
 
 
 def config_of(source: Source) -> Config:
@@ -145,19 +141,12 @@ def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, Any]:
     entries = [
         (f"{kind}/{name}", torch.float32, (prod(shape),)) for name, shape in source.shapes.items() for kind in kinds
     ]
-    values = (pieces(source, kind, name) for name in source.shapes for kind in kinds)
+    values = (in_pieces(source, kind, name) for name in source.shapes for kind in kinds)
     ranges = {
         name: {"shape": shape, "start": 0, "step": source.read_step(name) if source.has_moments else 0.0}
         for name, shape in source.shapes.items()
     }
     return writer.write_tensors("rank-00000.safetensors", entries, values, ranges)
-
-
-def pieces(source: Source, kind: str, name: str) -> Iterator[Tensor]:
-    """A flattened tensor of a source, piece by piece."""
-    length = prod(source.shapes[name])
-    for start in range(0, length, CHUNK_ELEMENTS):
-        yield source.read(kind, name, start, min(CHUNK_ELEMENTS, length - start))
 
 
 def carried_fingerprint(plan: Plan, source: Source) -> str | None:
@@ -186,7 +175,10 @@ def provenance(source: Source, plan: Plan) -> dict[str, Any]:
 
 
 def source_digest(source: Source) -> str:
-    """XXH3-128 that identifies a source: of our manifest, which covers all; else of all files' names and contents."""
+    """XXH3-128 that identifies a source: of our manifest, which covers all; else of all files' names and contents.
+
+    For the contents of a zip archive stand the names, sizes and CRC-32s of its records.
+    """
     if isinstance(source, CheckpointReader):
         return str(source.manifest["digest"])
     digest = xxhash.xxh3_128()
@@ -194,6 +186,13 @@ def source_digest(source: Source) -> str:
     for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=str):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         with path.open("rb") as file:
+            if zipfile.is_zipfile(file):  # as `.pt` files are, which hold a checksum of each record
+                records = [
+                    (record.filename, record.CRC, record.file_size) for record in zipfile.ZipFile(file).infolist()
+                ]
+                digest.update(repr(records).encode())
+                continue
+            file.seek(0)
             while chunk := file.read(16 * 2**20):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -214,6 +213,7 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
     """
     from launcher.hf_source import HuggingFaceSource, write_hf
 
+    check_sound(source)
     model = source.model_config if isinstance(source, HuggingFaceSource) else (config or config_of(source)).model
     write_hf(source, model, folder, dtype=dtype)
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from launcher.checkpoint_reader import mismatches
 from launcher.location import create, flush_folder, is_local, reaching, remove_folder
-from launcher.source import CheckpointError, Source
-from launcher.tensor_file import CHUNK_BYTES, Entry, TensorFile, TensorFileError, write_tensors
+from launcher.source import CheckpointError, Source, in_pieces
+from launcher.tensor_file import Entry, TensorFile, TensorFileError, write_tensors
 from model.hf import config_from_hf, config_to_hf
 from model.size import is_projection, parameter_shapes
 from model.transformer import ModelConfig
@@ -304,8 +304,9 @@ def write_hf(
             weight_map: dict[str, str] = {}
             for number, shard in enumerate(shards, start=1):
                 name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
+                values = ((piece.to(dtype) for piece in in_pieces(source, "weight", entry[0])) for entry in shard)
                 with create(building / name) as file:
-                    write_tensors(file, shard, (_chunks(source, entry) for entry in shard), {}, with_digests=False)
+                    write_tensors(file, shard, values, {}, with_digests=False)
                 weight_map |= dict.fromkeys((entry[0] for entry in shard), name)
             if len(shards) > 1:
                 total = {"total_size": sum(map(_num_bytes, entries))}
@@ -322,13 +323,6 @@ def write_hf(
 
 def _num_bytes(entry: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
     return prod(entry[2]) * entry[1].itemsize
-
-
-def _chunks(source: Source, entry: tuple[str, torch.dtype, tuple[int, ...]]) -> Iterator[Tensor]:
-    name, dtype, shape = entry
-    length, size = CHUNK_BYTES // torch.float32.itemsize, prod(shape)
-    for start in range(0, size, length):
-        yield source.read("weight", name, start, min(length, size - start)).to(dtype)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         RunFolder(config).check_configuration()
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)  # noqa: T201
         return MISCONFIGURED

@@ -36,6 +36,10 @@ class Ranks:
         return self.rank == 0
 
 
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+"""A process that belongs to no group."""
+
+
 @contextmanager
 def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     """Join the process group that torchrun, `deepspeed`, Slurm or plain `python` started this process for."""

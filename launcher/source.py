@@ -4,12 +4,16 @@ A source is read by range, so that a rank reads only what it holds, and a conver
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
+PIECE_ELEMENTS = 4 * 2**20
+"""Elements that a conversion reads at once: 16 MiB of fp32."""
 
 
 class CheckpointError(RuntimeError):
@@ -45,3 +49,19 @@ class Source(ABC):
     @abstractmethod
     def read_step(self, name: str) -> float:
         """Number of updates behind the moments of a parameter."""
+
+
+def in_pieces(source: Source, kind: str, name: str) -> Iterator[Tensor]:
+    """A flattened tensor of a source, a piece at a time; a thread reads the next one while one is in use."""
+    length = prod(source.shapes[name])
+    starts = iter(range(0, length, PIECE_ELEMENTS))
+
+    def read_next() -> Tensor | None:
+        start = next(starts, None)
+        return None if start is None else source.read(kind, name, start, min(PIECE_ELEMENTS, length - start))
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read_next)
+        while (piece := coming.result()) is not None:
+            coming = pool.submit(read_next)
+            yield piece

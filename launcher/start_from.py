@@ -6,10 +6,11 @@ conversion are one code path.
 """
 
 from launcher.checkpoint import MANIFEST, complete_checkpoints
-from launcher.checkpoint_reader import CheckpointReader, mismatches
+from launcher.checkpoint_reader import CheckpointReader, everyones, mismatches
 from launcher.location import is_local, reaching, to_location
 from launcher.metrics import Progress
 from launcher.plan import Plan
+from launcher.runtime import ALONE, Ranks
 from launcher.source import CheckpointError, Source
 from model.size import parameter_shapes
 
@@ -90,6 +91,18 @@ def open_start(plan: Plan, data_fingerprint: str | None = None) -> tuple[Source,
         if data_fingerprint is not None and phase.transition.data == "continue":
             check_data(source, data_fingerprint)
     return source, phase.transition.optimizer != "reset"
+
+
+def check_sound(source: Source, ranks: Ranks = ALONE) -> None:
+    """Make sure that every byte of a checkpoint of ours is as it was written; a collective, in which ranks share.
+
+    Raises:
+        CheckpointError: names what is damaged.
+    """
+    if not isinstance(source, CheckpointReader):
+        return
+    if problems := everyones(list(source.damage(ranks.rank, ranks.world_size)), ranks):
+        raise CheckpointError("\n".join(problems))
 
 
 def check_data(reader: CheckpointReader, data_fingerprint: str) -> None:

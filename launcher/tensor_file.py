@@ -38,12 +38,21 @@ DIGESTS = "digests"
 DIGEST_BYTES = 16
 MAX_HEADER_BYTES = 100_000_000
 """As the safetensors library has it."""
+MAX_DIMENSIONS = 64
 CHUNK_BYTES = 64 * 2**20
 """How much is read at once where a whole tensor need not be in memory."""
 
 
+def is_count(value: object) -> bool:
+    """Whether a value from JSON is a whole number from 0 on, of a size that a file or a tensor can have."""
+    return type(value) is int and 0 <= value < 2**63
+
+
 class TensorFileError(ValueError):
     """A file is not what it should be; says what is wrong, but not where: the caller knows the path."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text if len(text) <= 500 else f"{text[:500]}...")  # a header may hold names of any length
 
 
 @dataclass(frozen=True)
@@ -137,10 +146,9 @@ class TensorFile:
     def __init__(self, path: Path, root: str | None = None) -> None:
         self._read_bytes = range_reader(path)
         size = path.stat().st_size
-        first = self._read_bytes(0, 8)
-        if len(first) < 8:
+        if size < 8:
             raise TensorFileError(f"has {size} bytes and cannot be a safetensors file")
-        (length,) = struct.unpack("<Q", first)
+        (length,) = struct.unpack("<Q", self._read_bytes(0, 8))
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise TensorFileError(f"is no safetensors file, or is cut off: the header has {length} of {size} bytes")
         text = bytes(self._read_bytes(8, length))
@@ -151,6 +159,8 @@ class TensorFile:
             if _root(text, digests) != root:
                 raise TensorFileError("its header is damaged: it does not have the digest that the manifest says")
             names = [name for name in self.entries if name != DIGESTS]
+            if len(digests) != DIGEST_BYTES * len(names):
+                raise TensorFileError(f"has {len(digests)} bytes of digests for {len(names)} tensors")
             cut = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
             self._digests = dict(zip(names, cut, strict=True))
 
@@ -217,24 +227,25 @@ def _parse_header(text: bytes, size: int) -> tuple[dict[str, Entry], dict[str, s
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         base = 8 + len(text)
-        entries = {
-            name: Entry(DTYPES[about["dtype"]], tuple(about["shape"]), base + about["data_offsets"][0])
-            for name, about in header.items()
-        }
-        ends = [base + about["data_offsets"][1] for about in header.values()]
-        position = base
-        for start, end, name in sorted(zip((e.start for e in entries.values()), ends, entries, strict=True)):
-            entry = entries[name]
-            if any(type(n) is not int or n < 0 for n in entry.shape) or (start, entry.end) != (position, end):
+        entries, ends = {}, {}
+        for name, about in header.items():
+            start, ends[name] = about["data_offsets"]
+            entries[name] = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), base + start)
+            numbers = [*about["shape"][:MAX_DIMENSIONS], start, ends[name]]
+            if len(about["shape"]) > MAX_DIMENSIONS or not all(map(is_count, numbers)):
                 raise TensorFileError(f"its header does not say where {name!r} is")
-            position = end
+        position = base
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+            if (entry.start, entry.end) != (position, base + ends[name]):
+                raise TensorFileError(f"its header does not say where {name!r} is")
+            position = entry.end
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TensorFileError("its header's __metadata__ holds something else than text")
     except TensorFileError:
         raise
     except KeyError as error:
         raise TensorFileError(f"its header has no or an unknown {error}") from error
-    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TensorFileError(f"its header is damaged: {error}") from error
     if position != size:
         raise TensorFileError(f"has {size} bytes instead of {position}")

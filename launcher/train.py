@@ -24,7 +24,7 @@ from launcher.plan import Phase, Plan
 from launcher.run_folder import RunFolder
 from launcher.runtime import Ranks, StopRequest, any_rank
 from launcher.saver import Saver
-from launcher.start_from import check_data, first_progress, open_start
+from launcher.start_from import check_data, check_sound, first_progress, open_start
 from launcher.transition import carry_optimizer_
 from model.init import initial_value
 from model.size import num_linear_parameters, num_parameters
@@ -86,6 +86,7 @@ def train(
         console.line(f"Resuming {config.run.name} after step {at.step}, from {reader.folder}")
     elif config.checkpoint.start_from:
         source, with_optimizer = open_start(plan, data.fingerprint)
+        check_sound(source, ranks)
         load_state(source, engine, with_optimizer=with_optimizer)
         console.line(f"Beginning {config.run.name} with {source.location}")
         for sentence in source.missing:

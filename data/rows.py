@@ -1,0 +1,62 @@
+"""`streaming.StreamingDataset`, made to fail loudly.
+
+As it is, a failed download ends the epoch early and without an error in the process that meets it, and makes every
+other process of the machine wait for that shard for ever; a download that was damaged on the way stays in the cache.
+Import this module after `repair_torchvision()`.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from streaming import StreamingDataset
+from streaming.base.dataset import _ShardState
+
+from data.errors import DataError
+from data.urls import redacted
+
+
+class RowDataset(StreamingDataset):
+    """A `StreamingDataset` that gives all of its rows or raises DataError, in every process that reads."""
+
+    _failure: BaseException | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield this process's rows of the next epoch.
+
+        Raises:
+            DataError: a shard could not be had.
+        """
+        try:
+            yield from super().__iter__()
+        except Exception as error:
+            raise self._error(self._failure or error) from error
+        if self._failure is not None:
+            raise self._error(self._failure) from self._failure
+
+    def on_exception(self, future: Future) -> None:
+        """Note why a thread that reads ahead has ended; the base class then makes the others end."""
+        if error := future.exception():
+            self._failure = self._failure or error
+            self._event.set()
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetch a shard, unless it is there; if that fails, let the other processes find out by themselves."""
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            stream = self.streams[self.stream_per_shard[shard_id]]
+            if stream.remote not in (None, stream.local):
+                for info, _ in self.shards[shard_id].file_pairs:
+                    Path(stream.local, stream.split, info.basename).unlink(missing_ok=True)
+            # Those that wait go on, miss the file, and fetch it again.
+            self._shard_states[shard_id] = _ShardState.LOCAL
+            raise DataError(f"{stream.remote or stream.local}: {type(error).__name__}: {error}") from error
+
+    @staticmethod
+    def _error(error: BaseException) -> DataError:
+        return DataError(
+            f"a shard of the training data cannot be read: {redacted(str(error))}; the same command goes on from the "
+            "newest checkpoint once it can"
+        )
