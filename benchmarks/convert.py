@@ -3,10 +3,11 @@
 A native ZeRO-2 folder of four ranks is made: plain DeepSpeed writes one of a tiny model, whose tensors are replaced by
 those of the configuration's size. Then, each in a process of its own, in turns: our conversion into a run against
 `ds_to_universal` (both keep weights and moments), and our conversion to a Hugging Face folder in fp32 against
-`zero_to_fp32` (both keep the weights). Peak memory is the largest resident set of any process of the command. Needs
-five times the checkpoint's size on disk.
+`zero_to_fp32` (both keep the weights). A command begins with its source out of the page cache and ends when what it
+wrote has reached the disk. Peak memory is the largest resident set of any process of the command. Needs five times the
+checkpoint's size on disk.
 
-    python benchmarks/convert.py [--config configs/olmo-1b.yaml] [--rounds 2] [--folder DIR]
+    python benchmarks/convert.py [--config configs/olmo-1b.yaml] [--rounds 2] [--folder DIR] [key.sub=value ...]
 """
 
 import argparse
@@ -37,14 +38,17 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/olmo-1b.yaml"))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to work; by default the temporary folder")
+    parser.add_argument("--name", default="convert", help="of the file of results")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value: change the configuration")
     options = parser.parse_args()
-    model = load_config(options.config).model
+    model = load_config(options.config, options.overrides).model
     with tempfile.TemporaryDirectory(dir=options.folder) as text:
         folder = Path(text)
         native = folder / "native"
         make_native(model, native)
         tag, out = native / "global_step1", folder / "out"
         tritrain = [sys.executable, "-c", CLI, "convert", str(native), "--config", str(options.config)]
+        tritrain += options.overrides
         commands = {
             "ours, to a run": [*tritrain, "--to", str(out), "--phase", "1"],
             "ds_to_universal": [
@@ -61,6 +65,7 @@ def main() -> None:
         results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for _ in range(options.rounds):
             for name, command in commands.items():
+                forget(tag)
                 results[name].append(timed(command, folder / "log"))
                 shutil.rmtree(out)
         size = sum(path.stat().st_size for path in tag.iterdir())
@@ -84,15 +89,25 @@ def main() -> None:
         f"{largest:.2f} GiB; {options.rounds} interleaved rounds.\n\n"
         "| | seconds, median | peak memory, GiB |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n\n" + "\n".join(ratios)
     )
-    report("convert", text, numbers, ("torch", "deepspeed"))
+    report(options.name, text, numbers, ("torch", "deepspeed"))
+
+
+def forget(folder: Path) -> None:
+    """Let the page cache forget a folder's files, so that each command reads them from the disk."""
+    os.sync()
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def timed(command: list[str], log: Path) -> tuple[float, float]:
     """Seconds and peak memory in GiB of a command; a child of its own waits for it, so that others do not count."""
     code = (
-        "import resource, subprocess, sys, time\n"
+        "import os, resource, subprocess, sys, time\n"
         "began = time.perf_counter()\n"
         "subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)\n"
+        "os.sync()\n"
         "print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
     )
     root = str(Path(__file__).resolve().parents[1])

@@ -1,6 +1,7 @@
 """Folders that may lie elsewhere: a local path, or a URL of any store that fsspec knows (`s3://`, `gs://`, ...)."""
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, BinaryIO, cast
 from data.urls import redacted, url_problem
 from launcher.source import CheckpointError
 
+FLOW_BYTES = 32 * 2**20
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -84,9 +86,10 @@ def check_writable(folder: Path) -> None:
 @contextmanager
 def create(path: Path) -> Iterator[BinaryIO]:
     """Open a new file for writing; it has reached the disk, or the store, when the block ends."""
-    with path.open("wb") as file:
+    opened = io.BufferedWriter(_Flowing(path, "wb")) if is_local(path) else path.open("wb")
+    with opened as file:
         try:
-            yield file
+            yield cast(BinaryIO, file)
         except BaseException:
             if not is_local(path):
                 _discard(file)
@@ -94,6 +97,21 @@ def create(path: Path) -> Iterator[BinaryIO]:
         if is_local(path):
             file.flush()
             os.fsync(file.fileno())
+
+
+class _Flowing(io.FileIO):
+    """A file whose bytes are on their way to the disk while more are being written, not all of them at its end."""
+
+    behind = 0
+
+    def write(self, data: Any) -> int:
+        """Write, and now and then have the kernel begin to flush; it also gives up the pages that are done."""
+        count = super().write(data)
+        self.behind += count
+        if self.behind >= FLOW_BYTES and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self.behind = 0
+        return count
 
 
 def _discard(file: Any) -> None:

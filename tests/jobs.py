@@ -130,9 +130,11 @@ def wait_for_moment(job: Job, moments: random.Random) -> None:
 
 def has_begun(job: Job) -> bool:
     """Whether the ranks of this job, not those of an earlier one, have met."""
-    notes = [job.run / "ranks" / f"rank-{rank:05d}" for rank in range(NUM_RANKS)]
-    pids = [str(process.pid) for process in job.processes]
-    return all(note.exists() and pid in note.read_text() for note, pid in zip(notes, pids, strict=True))
+    try:
+        notes = [(job.run / "ranks" / f"rank-{rank:05d}").read_text() for rank in range(NUM_RANKS)]
+    except FileNotFoundError:
+        return False
+    return all(note.endswith(f" {process.pid}") for note, process in zip(notes, job.processes, strict=True))
 
 
 def logged_step(run: Path) -> int:
