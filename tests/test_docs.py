@@ -79,8 +79,9 @@ def test_tritrain_command_parses(words: list[str]) -> None:
     if len(arguments) == 1 and arguments[0] != "schema":
         return  # the name of a command in a sentence
     values = group.commands[arguments[0]].make_context(arguments[0], arguments[1:], parent=context).params
-    if "config" in values:
-        check_overrides(str(values["config"]), list(values["overrides"] or ()), values["ranks"] or 1)
+    config = str(values.get("config") or "")
+    if config.startswith("configs/"):  # any other is the reader's own
+        check_overrides(config, list(values["overrides"] or ()), values.get("ranks") or 1)
 
 
 @pytest.mark.parametrize("words", commands_with("launcher/pretrain.py"))
