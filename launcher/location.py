@@ -79,8 +79,10 @@ def check_writable(folder: Path) -> None:
         if is_local(folder):
             folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"writable-{os.getpid()}"
-        probe.write_bytes(b"yes")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"yes")
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 @contextmanager

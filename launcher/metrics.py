@@ -47,6 +47,10 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
+class LogError(ValueError):
+    """A line of `metrics.jsonl` is not what was written there; says which and what is wrong."""
+
+
 class MetricsLog:
     """Appends rows to `metrics.jsonl` and TensorBoard.
 
@@ -98,7 +102,7 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the object of every line, but for a last one that a killed run left unfinished.
 
     Raises:
-        ValueError: with file and line, for any other line that is not a JSON object.
+        LogError: with file and line, for any other line that is not a JSON object.
     """
     with path.open("rb") as lines:
         for line_number, line in enumerate(lines, start=1):
@@ -107,9 +111,9 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except ValueError as error:
                 if not line.endswith(b"\n"):
                     return
-                raise ValueError(f"{path}:{line_number}: not JSON: {error}") from None
+                raise LogError(f"{path}:{line_number}: not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line_number}: a row must be a JSON object, not {line[:40]!r}")
+                raise LogError(f"{path}:{line_number}: a row must be a JSON object, not {line[:40]!r}")
             yield line_number, row
 
 

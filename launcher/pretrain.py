@@ -24,6 +24,7 @@ from data.errors import DataError
 from launcher.config import Config, ConfigError
 from launcher.config_file import load_config
 from launcher.console import Console
+from launcher.metrics import LogError
 from launcher.plan import make_plan
 from launcher.preparing import prepare_with_progress
 from launcher.run_folder import RunFolder
@@ -40,7 +41,7 @@ from launcher.runtime import (
 from launcher.source import CheckpointError
 from launcher.train import TrainingError, train
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, LogError, TrainingError)
 
 COMPLETE, FAILED, MISCONFIGURED, INTERRUPTED = 0, 1, 2, 3
 """Exit codes. A stop that was asked for is not a failure, but not the end of the run either."""
@@ -154,7 +155,10 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
 
 def resume_advice(folder: RunFolder) -> str:
     """What remains after a failure."""
-    newest = folder.newest_checkpoint()
+    try:
+        newest = folder.newest_checkpoint()
+    except CheckpointError as error:  # the store may be what failed
+        return f"Which checkpoint is the newest cannot be told: {error}"
     if newest is None:
         return "No checkpoint had been written yet; the same command begins again."
     return f"The same command goes on from {newest}."

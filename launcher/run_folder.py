@@ -21,7 +21,7 @@ import yaml
 from launcher.checkpoint import complete_checkpoints
 from launcher.config import Config, ConfigError
 from launcher.config_file import DERIVED_KEYS, flat_lines, parse_yaml, to_tree
-from launcher.location import to_location
+from launcher.location import reaching, to_location
 
 MAY_CHANGE = (
     "run.folder",
@@ -111,8 +111,13 @@ class RunFolder:
         _replace(self.path / "config.yaml", self.config_text)
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return next(reversed(complete_checkpoints(self.checkpoints)), None)
+        """The newest complete checkpoint.
+
+        Raises:
+            CheckpointError: the store that they are in cannot be reached.
+        """
+        with reaching(self.checkpoints):
+            return next(reversed(complete_checkpoints(self.checkpoints)), None)
 
     def write_state(self, status: str, **details: Any) -> None:
         """Leave the marker that says how the run stands: `running`, `interrupted`, `complete` or `failed`."""

@@ -13,7 +13,8 @@ from tiny import tiny_config
 
 from launcher.checkpoint import CheckpointWriter, complete_checkpoints
 from launcher.checkpoint_reader import CheckpointReader
-from launcher.metrics import read_metrics
+from launcher.metrics import LogError, MetricsLog, read_metrics
+from launcher.pretrain import USER_ERRORS
 from launcher.source import CheckpointError
 from launcher.train import TrainingError
 
@@ -113,6 +114,17 @@ def test_ranges_can_be_read_across_the_files_of_two_ranks(finished: Path) -> Non
         assert reader.read("weight", name, start, count).equal(whole[start : start + count])
     with pytest.raises(CheckpointError, match="holds only"):
         reader.read("weight", name, length - 5, 10)
+
+
+def test_a_damaged_line_of_the_log_is_named(finished: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(finished, tmp_path / "run")) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b"{", b"[", 1)
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(LogError, match=r"metrics\.jsonl:3: not JSON"):
+        MetricsLog(path.parent, step=4, phase=0, tensorboard=False)
+    assert LogError in USER_ERRORS  # told in a sentence
+    assert path.read_bytes() == b"".join(lines)
 
 
 def resume_with(shards: str, out: str, sections: dict[str, Any]) -> list[str]:
