@@ -20,29 +20,15 @@ import xxhash
 from launcher.checkpoint import CONFIG, CheckpointWriter, complete_checkpoints, folder_of
 from launcher.checkpoint_reader import CheckpointReader
 from launcher.config import Config, ConfigError
-from launcher.config_file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.location import reaching, to_location
 from launcher.plan import Plan, make_plan
 from launcher.run_folder import RunFolder
 from launcher.source import KINDS, MOMENTS, Source, in_pieces
-from launcher.start_from import check_shapes, check_sound, first_progress, open_start
+from launcher.start_from import check_sound, first_progress, model_of, open_start
 from model.transformer import Transformer
 from quant.linear import quantize_
 
 CPU = torch.device("cpu")
-
-
-def config_of(source: Source) -> Config:
-    """The configuration of the run that a checkpoint of ours is of.
-
-    Raises:
-        ConfigError: it is none of ours, so that one must be given.
-    """
-    if not isinstance(source, CheckpointReader):
-        raise ConfigError(f"{source.location}: what the model is must be said here: give --config")
-    path = source.folder / CONFIG
-    tree = parse_yaml(path.read_text(), str(path))
-    return parse_config({key: value for key, value in tree.items() if key not in DERIVED_KEYS})
 
 
 def starting_phase(config: Config, source: Source) -> int:
@@ -64,7 +50,6 @@ def preview(config: Config) -> list[list[str]]:
     """
     plan = make_plan(config, 1)
     source, _ = open_start(plan)
-    check_shapes(source, plan)
     phase = plan.phases[config.checkpoint.start_phase]
     quantization = phase.quantization
     with torch.device("meta"):
@@ -101,7 +86,6 @@ def convert_to_run(config: Config) -> Path:
     if complete_checkpoints(folder.checkpoints):
         raise ConfigError(f"{folder.path}: a run with checkpoints is there already; convert to another folder")
     source, _ = open_start(plan)
-    check_shapes(source, plan)
     folder.claim()
     folder.prepare([phase.end - phase.start for phase in plan.phases])
     at = first_progress(plan)
@@ -211,10 +195,12 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
         CheckpointError: the source cannot be read, or the folder not be written.
         ConfigError: the configuration is needed and not there.
     """
-    from launcher.hf_source import HuggingFaceSource, write_hf
+    from launcher.hf_source import write_hf
 
+    model = config.model if config else model_of(source)
+    if model is None:
+        raise ConfigError(f"{source.location}: what the model is must be said here: give --config")
     check_sound(source)
-    model = source.model_config if isinstance(source, HuggingFaceSource) else (config or config_of(source)).model
     write_hf(source, model, folder, dtype=dtype)
 
 

@@ -5,14 +5,19 @@
 conversion are one code path.
 """
 
-from launcher.checkpoint import MANIFEST, complete_checkpoints
+from launcher.checkpoint import CONFIG, MANIFEST, complete_checkpoints
 from launcher.checkpoint_reader import CheckpointReader, everyones, mismatches
+from launcher.config_file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.location import is_local, reaching, to_location
 from launcher.metrics import Progress
 from launcher.plan import Plan
 from launcher.runtime import ALONE, Ranks
 from launcher.source import CheckpointError, Source
 from model.size import parameter_shapes
+from model.transformer import ModelConfig
+
+TRAITS = ("num_heads", "kv_heads", "head_width", "activation", "norm", "norm_position", "norm_eps", "qk_norm")
+"""What a model computes with its parameters, and their shapes do not say."""
 
 
 def open_source(text: str) -> Source:
@@ -69,11 +74,12 @@ def open_start(plan: Plan, data_fingerprint: str | None = None) -> tuple[Source,
         The source, and whether its optimizer state is taken.
 
     Raises:
-        CheckpointError: it does not fit the phase that the run begins in.
+        CheckpointError: it does not fit the model, or the phase that the run begins in.
     """
     checkpoint = plan.config.checkpoint
     assert checkpoint.start_from is not None
     source = open_source(checkpoint.start_from)
+    check_model(source, plan)
     phase = plan.phases[checkpoint.start_phase]
     if phase.transition.optimizer != "reset" and not source.has_moments:
         raise CheckpointError(
@@ -118,12 +124,36 @@ def check_data(reader: CheckpointReader, data_fingerprint: str) -> None:
         )
 
 
-def check_shapes(source: Source, plan: Plan) -> None:
-    """Make sure that a source holds the model of a plan.
+def check_model(source: Source, plan: Plan) -> None:
+    """Make sure that a source holds the model of a plan: the same parameters, and the same use of them.
 
     Raises:
-        CheckpointError: lists every parameter that only one side has, or that has another shape.
+        CheckpointError: lists every parameter that only one side has, or that has another shape, and every key of the
+            model that is another one where the source says so.
     """
-    shapes = parameter_shapes(plan.config.model)
-    if problems := list(mismatches(source, set(shapes), shapes)):
+    model = plan.config.model
+    shapes = parameter_shapes(model)
+    problems = list(mismatches(source, set(shapes), shapes))
+    if theirs := model_of(source):
+        # Of a run of ours, the rotary base may be changed on purpose, for a longer context.
+        traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, "rope_theta")
+        problems += [
+            f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} there"
+            for trait in traits
+            if getattr(model, trait) != getattr(theirs, trait)
+        ]
+    if problems:
         raise CheckpointError(f"{source.location} does not fit the model:\n" + "\n".join(problems))
+
+
+def model_of(source: Source) -> ModelConfig | None:
+    """The model that a source says it is of; None for DeepSpeed's, which do not."""
+    from launcher.hf_source import HuggingFaceSource
+
+    if isinstance(source, HuggingFaceSource):
+        return source.model_config
+    if isinstance(source, CheckpointReader):
+        path = source.folder / CONFIG
+        tree = parse_yaml(path.read_text(), str(path))
+        return parse_config({key: value for key, value in tree.items() if key not in DERIVED_KEYS}).model
+    return None

@@ -144,6 +144,9 @@ def test_out_to_hugging_face_and_in_again(runs: Path, shards: Path, tmp_path: Pa
     config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path) | {"phases": phases({})[1:]})
     with pytest.raises(CheckpointError, match=r"no optimizer moments.*set it to reset"):
         tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config)
+    reset = ("--config", config, "--optimizer", "reset")
+    with pytest.raises(CheckpointError, match=r"model.rope_theta is 500.0, and 10000.0 there"):
+        tritrain("convert", tmp_path / "hf", "model.rope_theta=500.0", "--to", tmp_path / "run", *reset)
     assert not (tmp_path / "run").exists()
     tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
     run_group(2, train_converted, [str(tmp_path / "run")])
@@ -174,6 +177,8 @@ def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) 
         tritrain("convert", runs / "trunk", *arguments, "--phase", 1)
     with pytest.raises(CheckpointError, match=r"36, 51. in the checkpoint, .36, 60. in the model"):
         tritrain("convert", source, "model.intermediate_size=60", *arguments)
+    with pytest.raises(CheckpointError, match=r"model.norm_eps is 0.001, and 1e-05 there"):
+        tritrain("convert", source, "model.norm_eps=1e-3", *arguments)
     with pytest.raises(CheckpointError, match="there is no such folder"):
         tritrain("convert", tmp_path / "nothing", *arguments)
     (tmp_path / "empty").mkdir()
