@@ -137,7 +137,7 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
         source = Path(config.data.sources[0].path)
         prepare_with_progress(config.data.prepare, config.data.sequence_length, source, Console(silent=False))
     outcome = train(plan, ranks, folder, stop, console)
-    # A rank that leaves breaks connections that others may still be making. All is saved: what breaks here is no failure.
+    # A rank that leaves breaks connections that others may still be making. All is saved: to break here is no failure.
     with contextlib.suppress(RuntimeError):
         dist.barrier()
     leave_presence(folder.ranks, ranks)
