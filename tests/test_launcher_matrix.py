@@ -83,11 +83,17 @@ def step_once(engine: Engine, step: int) -> float:
     return total.item() / dist.get_world_size()
 
 
+def counters(step: int) -> dict[str, Any]:
+    """What a manifest must say."""
+    progress = {"step": step, "phase": 0, "skipped_steps": 0}
+    return {"step": step, "tokens": step, "data_fingerprint": None, "progress": progress}
+
+
 def save(engine: Engine, folder: Path, step: int) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ranks = Ranks(rank, world_size, rank, CPU)
     saver = Saver(folder, ranks, keep_last=0, asynchronous=True, say=print)
-    saver.save(engine, counters={"step": step}, config_text="", milestone=False, must=True)
+    saver.save(engine, counters=counters(step), config_text="", milestone=False, must=True)
     saver.wait()
 
 

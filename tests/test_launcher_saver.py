@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_group
-from test_launcher_matrix import build, step_once
+from test_launcher_matrix import build, counters, step_once
 
 from launcher.checkpoint import CheckpointWriter, complete_checkpoints, folder_of
 from launcher.checkpoint_reader import CheckpointReader
@@ -36,13 +36,7 @@ def make_saver(folder: str, *, asynchronous: bool = True, said: list[str] | None
 
 
 def save(saver: Saver, engine: Engine, step: int, *, must: bool = True) -> None:
-    counters: dict[str, Any] = {
-        "step": step,
-        "tokens": step,
-        "data_fingerprint": None,
-        "progress": {"step": step, "phase": 0, "skipped_steps": 0},
-    }
-    saver.save(engine, counters=counters, config_text="", milestone=False, must=must)
+    saver.save(engine, counters=counters(step), config_text="", milestone=False, must=must)
 
 
 class Gate:
