@@ -12,6 +12,7 @@ What the stages have in these files, and where, is in `launcher.deepspeed_parts`
 import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,6 +62,17 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     return short
 
 
+@contextmanager
+def naming_content(location: str) -> Iterator[None]:
+    """Turn what content of another form than DeepSpeed's makes of its reader, anywhere, into one CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{location} does not hold what DeepSpeed 0.19 writes: {error!r}") from error
+
+
 class DeepSpeedSource(Source):
     """A folder that plain DeepSpeed wrote with ZeRO stage 0, 1, 2 or 3, at any number of ranks.
 
@@ -77,7 +89,7 @@ class DeepSpeedSource(Source):
     def __init__(self, folder: Path) -> None:
         self.folder = tag_folder(folder, "latest")
         self.location = str(self.folder)
-        try:
+        with naming_content(self.location):
             models, ranks = _open_files(self.folder)
             shapes, trained, frozen = find_parts(models, ranks)
             self._parts: dict[str, list[Part]] = {name: [] for name in shapes}
@@ -85,10 +97,6 @@ class DeepSpeedSource(Source):
                 self._parts[part.name].append(part)
             for name, shape in shapes.items():
                 self._check(name, shape)
-        except CheckpointError:
-            raise
-        except Exception as error:  # content of another form than DeepSpeed's fails anywhere
-            raise CheckpointError(f"{self.location} does not hold what DeepSpeed 0.19 writes: {error!r}") from error
         self._names = unwrapped(shapes)
         self.shapes = {short: shapes[name] for short, name in self._names.items()}
         self.has_moments = bool(trained) and all(part.step is not None for part in trained)

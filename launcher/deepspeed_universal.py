@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.deepspeed_native import MISSING, tag_folder, unwrapped
+from launcher.deepspeed_native import MISSING, naming_content, tag_folder, unwrapped
 from launcher.pickled import PickledFile
 from launcher.source import MOMENTS, CheckpointError, Source
 
@@ -52,12 +52,8 @@ class UniversalSource(Source):
         self.folder = tag_folder(folder, POINTER)
         self.location = str(self.folder)
         self._files: dict[tuple[str, str], PickledFile] = {}
-        try:
+        with naming_content(self.location):
             shapes = self._find_shapes()
-        except CheckpointError:
-            raise
-        except Exception as error:  # content of another form than DeepSpeed's fails anywhere
-            raise CheckpointError(f"{self.location} does not hold what DeepSpeed 0.19 writes: {error!r}") from error
         self._names = unwrapped(shapes)
         self.shapes = {short: shapes[name] for short, name in self._names.items()}
         self.has_moments = bool(self._trained)
