@@ -183,13 +183,14 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     if engine.offload == "all":
         sizes["weights"] = compute_bytes * 2 * parameters / config.model.num_layers
         sizes["gradients"] = sizes["weights"]
+    ternary = any(phase.quantization for phase in plan.phases)
     sizes["activations"] = activation_bytes(
         config.model,
         config.training.micro_batch_sequences,
         config.data.sequence_length,
         compute_bytes,
         checkpointing=config.training.activation_checkpointing,
-        ternary=any(phase.quantization for phase in plan.phases),
+        quantized="ramp" if any(phase.transition.ramp.steps for phase in plan.phases) else "codes" if ternary else "no",
     )
     return sizes
 
