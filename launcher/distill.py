@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
 
 from launcher.build import COMPUTE_DTYPES
-from launcher.checkpoint import folder_of
+from launcher.checkpoint import MANIFEST, folder_of
 from launcher.checkpoint_reader import CheckpointReader, mismatches
 from launcher.fsdp import build_mesh, first_element
 from launcher.hf_source import HuggingFaceSource
+from launcher.location import reaching
 from launcher.plan import Phase, Plan
 from launcher.runtime import Ranks
 from launcher.source import CheckpointError, Source
@@ -88,12 +89,14 @@ def check_teacher(reader: CheckpointReader, teacher: Teacher) -> None:
 
 def teacher_location(plan: Plan, phase: Phase, checkpoints: Path) -> str:
     """Where a phase's teacher is: the one that is configured, or else what the phase begins with."""
-    checkpoint = plan.config.checkpoint
     if phase.distillation is not None and phase.distillation.teacher is not None:
         return phase.distillation.teacher
+    own, checkpoint = folder_of(checkpoints, phase.start), plan.config.checkpoint
     if checkpoint.start_from is not None and checkpoint.start_phase == phase.index:
-        return checkpoint.start_from
-    return str(folder_of(checkpoints, phase.start))
+        with reaching(own):
+            # A run that `tritrain convert` has made holds what it begins with.
+            return str(own) if (own / MANIFEST).is_file() else checkpoint.start_from
+    return str(own)
 
 
 def teacher_model(source: Source, plan: Plan) -> ModelConfig:
@@ -147,8 +150,9 @@ def shard_teacher(source: Source, config: ModelConfig, plan: Plan, ranks: Ranks)
     fully_shard(model, reshard_after_forward=False, **options)
     register_fsdp_forward_method(model, "teach")
     model.to_empty(device=torch.device("cpu") if engine.offload == "all" else ranks.device)
-    for name, parameter in model.named_parameters():
-        local: Tensor = parameter.to_local()  # type: ignore[operator]
+    parameters: Iterator[tuple[str, Any]] = model.named_parameters()  # DTensors
+    for name, parameter in parameters:
+        local = parameter.to_local()
         values = source.read("weight", name, first_element(parameter, mesh), local.numel())
         local.copy_(values.view_as(local))
     return model

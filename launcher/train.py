@@ -48,7 +48,7 @@ def train_step(
         seconds spent waiting for data. With a teacher also the three parts of the loss, unweighted, else None.
     """
     loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
-    parts_sum = torch.zeros(3, device=engine.device) if teacher else None
+    parts_sum = torch.zeros(3, device=engine.device)
     for index in range(num_micro_batches):
         asked = time.perf_counter()
         tokens_BT, labels_BT = next(batches)
@@ -58,13 +58,14 @@ def train_step(
         if teacher is not None:
             with teacher.teaching(tokens_BT) as lesson:
                 losses = engine.forward(tokens_BT, labels_BT, teacher=lesson) / num_micro_batches
-            loss, parts_sum = losses[0], parts_sum + losses[1:].detach()
+            loss = losses[0]
+            parts_sum += losses[1:].detach()
         else:
             loss = engine.forward(tokens_BT, labels_BT) / num_micro_batches
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
     grad_norm, skipped = engine.step(learning_rate)
-    return loss_sum, grad_norm, skipped, waited_seconds, parts_sum
+    return loss_sum, grad_norm, skipped, waited_seconds, parts_sum if teacher is not None else None
 
 
 def train(

@@ -87,11 +87,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _divergence(logits_CV: Tensor, teacher_logits_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """KL(q || p) of each row, where p and q are the softmaxes of both logits over T, and its gradient by the logits."""
-    log_p_CV = (logits_CV / temperature).log_softmax(-1)
-    log_q_CV = (teacher_logits_CV / temperature).log_softmax(-1)
+    """KL(q || p) of each row, where p and q are the softmaxes of both logits over T, and its gradient by the logits.
+
+    Overwrites the teacher's logits, so that four chunks exist at once and not more.
+    """
+    log_p_CV, log_q_CV = logits_CV / temperature, teacher_logits_CV.div_(temperature)
+    for log_probabilities_CV in (log_p_CV, log_q_CV):
+        log_probabilities_CV.sub_(log_probabilities_CV.logsumexp(-1, keepdim=True))
     q_CV = log_q_CV.exp()
-    kl_C = (q_CV * (log_q_CV - log_p_CV)).sum(-1)
+    kl_C = log_q_CV.sub_(log_p_CV).mul_(q_CV).sum(-1)
     return kl_C, log_p_CV.exp_().sub_(q_CV).div_(temperature)
 
 

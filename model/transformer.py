@@ -372,6 +372,6 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if not config.relation_weight:
             return self.model(tokens_BT), ()
-        layer = self.model.layers[config.layer_of(self.config.num_layers, student_layers)]
-        with watched_projections(layer.self_attn) as relations:
+        layer = config.layer_of(self.config.num_layers, student_layers)
+        with watched_projections(self.model.get_submodule(f"layers.{layer}.self_attn")) as relations:
             return self.model(tokens_BT), tuple(relations)

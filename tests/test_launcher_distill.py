@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_tree
 from launcher.checkpoint_reader import CheckpointReader
 from launcher.config import Config, ConfigError
 from launcher.config_file import parse_config
-from launcher.distill import open_teacher
+from launcher.distill import open_teacher, teacher_location
 from launcher.metrics import LOSS_PARTS, Meter, read_metrics
 from launcher.plan import describe, make_plan, memory_bytes_per_rank
 from launcher.runtime import Ranks
@@ -47,16 +47,28 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 # What it changes
 
 
-def with_and_without(shards: str, out: str) -> None:
+ENGINE_NAMES = ("fsdp2", "hsdp", "zero-2", "zero-3")
+
+
+def on_two_ranks(shards: str, out: str) -> None:
+    """All runs that the next tests compare, in one launch."""
     for name in ("fsdp2", "zero-2"):
         for kind, distillation in (("plain", None), ("weight-0", {"weight": 0.0})):
             run(config_of(shards, Path(out) / name / kind, distillation, engine=ENGINES[name]))
+    on_engines(shards, out, ENGINE_NAMES)
+    in_pieces(shards, out, {"fsdp2": [3, 2], "zero-2": [5]})  # right at the transition, and behind it
 
 
-def test_weight_0_is_bitwise_the_run_without_a_teacher(shards: Path, tmp_path: Path) -> None:
-    run_group(2, with_and_without, str(shards), str(tmp_path))
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("distilled")
+    run_group(2, on_two_ranks, str(shards), str(out))
+    return out
+
+
+def test_weight_0_is_bitwise_the_run_without_a_teacher(runs: Path) -> None:
     for name in ("fsdp2", "zero-2"):
-        plain, taught = tmp_path / name / "plain", tmp_path / name / "weight-0"
+        plain, taught = runs / name / "plain", runs / name / "weight-0"
         keys = ("train/loss", "train/grad_norm", "quant/strength")
         assert rows(plain, *keys) == rows(taught, *keys)
         ours, theirs = weights(taught, 7), weights(plain, 7)
@@ -69,47 +81,44 @@ def test_weight_0_is_bitwise_the_run_without_a_teacher(shards: Path, tmp_path: P
         assert all(kl > 0 for _, _, kl, _ in parts[4:])
 
 
-def every_engine(shards: str, out: str, names: list[str]) -> None:
+def on_engines(shards: str, out: str, names: tuple[str, ...]) -> None:
     for name in names:
         distillation = {"weight": 0.1, "temperature": 2.0, "relation_weight": 0.5}
-        run(config_of(shards, Path(out) / name, distillation, engine=ENGINES[name]))
+        run(config_of(shards, Path(out) / name / "taught", distillation, engine=ENGINES[name]))
 
 
-def test_engines_agree_with_a_single_process(shards: Path, tmp_path: Path) -> None:
-    names = ["fsdp2", "hsdp", "zero-0", "zero-2", "zero-3"]
-    run_group(1, every_engine, str(shards), str(tmp_path / "single"), ["fsdp2"])
-    run_group(2, every_engine, str(shards), str(tmp_path), names)
+def test_engines_agree_with_a_single_process(shards: Path, runs: Path, tmp_path: Path) -> None:
+    run_group(1, on_engines, str(shards), str(tmp_path), ("fsdp2",))
     # Up to the second ternary step; from there on rounding to codes lets tiny differences grow.
-    keys = ("train/loss", *LOSS_PARTS)
-    expected = rows(tmp_path / "single" / "fsdp2", *keys)[3:5]
+    keys = ("train/loss", *LOSS_PARTS, "train/grad_norm")
+    expected = rows(tmp_path / "fsdp2" / "taught", *keys)[3:5]
     assert all(value > 0 for value in expected[1])
-    for name in names:
-        for ours, theirs in zip(rows(tmp_path / name, *keys)[3:5], expected, strict=True):
+    for name in ENGINE_NAMES:
+        for ours, theirs in zip(rows(runs / name / "taught", *keys)[3:5], expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5), name
-    total, nll, kl, relation = expected[1]
+    total, nll, kl, relation, _ = expected[1]
     assert total == pytest.approx(nll + 0.1 * 4 * kl + 0.5 * relation, abs=1e-5)
 
 
-def in_pieces(shards: str, out: str, dtype: str, names: list[str]) -> None:
-    for name in names:
+def in_pieces(shards: str, out: str, stops: dict[str, list[int]]) -> None:
+    for name, pieces in stops.items():
         distillation = {"relation_weight": 0.1}
-        for kind, pieces in (("whole", []), ("pieces", [3, 2])):  # right at the transition, and behind it
+        for kind in ("whole", "pieces"):
             config = config_of(
                 shards,
                 Path(out) / name / kind,
                 distillation,
                 engine=ENGINES[name],
-                training={"compute_dtype": dtype, "activation_checkpointing": True},
+                training={"compute_dtype": "bf16", "activation_checkpointing": True},
             )
-            for steps in pieces:
+            for steps in pieces if kind == "pieces" else []:
                 assert run(config, steps) == "interrupted"
             assert run(config) == "complete"
 
 
-def test_resume_in_mid_distillation_is_bitwise(shards: Path, tmp_path: Path) -> None:
-    run_group(2, in_pieces, str(shards), str(tmp_path), "bf16", ["fsdp2", "zero-2"])
+def test_resume_in_mid_distillation_is_bitwise(runs: Path) -> None:
     for name in ("fsdp2", "zero-2"):
-        whole, pieces = tmp_path / name / "whole", tmp_path / name / "pieces"
+        whole, pieces = runs / name / "whole", runs / name / "pieces"
         keys = ("train/loss", "train/grad_norm", *LOSS_PARTS)
         assert rows(whole, *keys) == rows(pieces, *keys)
         ours, theirs = weights(pieces, 7), weights(whole, 7)
@@ -131,6 +140,19 @@ def reads_between_steps(shards: str, out: str) -> list[int]:
 
 def test_the_host_does_not_wait_for_a_lesson(shards: Path, tmp_path: Path) -> None:
     assert run_group(1, reads_between_steps, str(shards), str(tmp_path / "run"))[0] == [0, 0, 0]
+
+
+def compiled_and_not(shards: str, out: str) -> None:
+    for compiled in (False, True):
+        run(config_of(shards, Path(out) / str(compiled), {}, training={"compile": compiled}))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_from_a_compiled_teacher(shards: Path, tmp_path: Path) -> None:
+    run_group(2, compiled_and_not, str(shards), str(tmp_path))
+    eager, compiled = (rows(tmp_path / str(on), "train/loss", *LOSS_PARTS) for on in (False, True))
+    assert compiled[3] == pytest.approx(eager[3], abs=1e-5)
+    assert compiled[6][2] == pytest.approx(eager[6][2], abs=0.01)
 
 
 @pytest.mark.slow
@@ -207,6 +229,21 @@ def test_teachers_from_elsewhere(shards: Path, tmp_path: Path) -> None:
     assert seen["started"] == "interrupted"
     assert "no such teacher can be had" in seen["gone on resuming"]
     assert "its phase had another teacher" in seen["another on resuming"]
+
+
+def test_what_a_phase_begins_with_is_its_teacher(tmp_path: Path) -> None:
+    def location(distillation: dict[str, Any], **checkpoint: Any) -> str:
+        plan = make_plan(config_of("shards", tmp_path, distillation, checkpoint=checkpoint), 1)
+        return teacher_location(plan, plan.phases[1], tmp_path)
+
+    milestone = tmp_path / "step-00000003"
+    assert location({}) == str(milestone)
+    assert location({"teacher": "other"}, start_from="trunk", start_phase=1) == "other"
+    assert location({}, start_from="trunk", start_phase=1) == "trunk"
+    assert location({}, start_from="trunk") == str(milestone)
+    milestone.mkdir()
+    (milestone / "manifest.json").touch()
+    assert location({}, start_from="trunk", start_phase=1) == str(milestone)  # a converted run holds its own
 
 
 def held_by_a_teacher(shards: str, out: str) -> list[Any]:
