@@ -102,7 +102,9 @@ def train(
     else:
         load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, config.run.seed))
 
-    teacher = open_teacher(plan, phase, ranks, folder.checkpoints) if phase is not None else None
+    teacher = None
+    if phase is not None and at.step < phase.end:
+        teacher = open_teacher(plan, phase, ranks, folder.checkpoints)
     if reader is not None and teacher is not None:
         check_teacher(reader, teacher)
 
@@ -130,8 +132,9 @@ def train(
         if (entered := plan.phase_of(at.step)) is not phase:
             phase = enter_phase(engine, entered, ranks)
             at.phase = phase.index
-            saver.wait()  # the checkpoint that is written just now may be the teacher
-            teacher = None  # the last phase's makes room first
+            teacher = None  # the last phase's makes room for the next
+            if phase.distillation is not None:
+                saver.wait()  # it may be writing the teacher
             teacher = open_teacher(plan, phase, ranks, folder.checkpoints)
             if phase.transition.data == "restart":
                 data.close()
