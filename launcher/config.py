@@ -20,7 +20,7 @@ from launcher.transition import TransitionConfig
 from model.distillation import DistillationConfig
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
-from quant.linear import QuantConfig
+from quant.config import QuantConfig
 
 STRICT: dict[str, Any] = {
     "extra": "forbid",

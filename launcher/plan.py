@@ -12,7 +12,7 @@ from launcher.schedule import learning_rate_factor
 from launcher.transition import TransitionConfig
 from model.distillation import DistillationConfig
 from model.size import activation_bytes, flops_per_token, num_linear_parameters, num_parameters
-from quant.linear import QuantConfig
+from quant.config import QuantConfig
 from quant.ramp import strength_at
 
 
