@@ -17,6 +17,7 @@ from launcher.build import build_engine
 from launcher.checkpoint_reader import load_state, newest_sound_checkpoint, restore_rng
 from launcher.config import Config
 from launcher.console import Console
+from launcher.distill import Teacher, check_teacher, open_teacher
 from launcher.engine import Engine, load_weights
 from launcher.held_out import HeldOut
 from launcher.learned_scales import initialize_scales_, is_learned_scale
@@ -40,26 +41,33 @@ class TrainingError(RuntimeError):
 
 
 def train_step(
-    engine: Engine, batches: Batches, num_micro_batches: int, learning_rate: float
-) -> tuple[Tensor, Tensor, Tensor, float]:
+    engine: Engine, batches: Batches, num_micro_batches: int, learning_rate: float, teacher: Teacher | None = None
+) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
     """Take one optimizer step.
 
     Returns:
         This rank's mean loss, the gradient norm, and whether the step was skipped (all 0-dim, on the device); and the
-        seconds spent waiting for data.
+        seconds spent waiting for data. With a teacher also the three parts of the loss, unweighted, else None.
     """
     loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
+    parts_sum = torch.zeros(3, device=engine.device)
     for index in range(num_micro_batches):
         asked = time.perf_counter()
         tokens_BT, labels_BT = next(batches)
         waited_seconds += time.perf_counter() - asked
         tokens_BT = tokens_BT.to(engine.device, non_blocking=True)
         labels_BT = labels_BT.to(engine.device, non_blocking=True)
-        loss = engine.forward(tokens_BT, labels_BT) / num_micro_batches
+        if teacher is not None:
+            with teacher.teaching(tokens_BT) as lesson:
+                losses = engine.forward(tokens_BT, labels_BT, teacher=lesson) / num_micro_batches
+            loss = losses[0]
+            parts_sum += losses[1:].detach()
+        else:
+            loss = engine.forward(tokens_BT, labels_BT) / num_micro_batches
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
     grad_norm, skipped = engine.step(learning_rate)
-    return loss_sum, grad_norm, skipped, waited_seconds
+    return loss_sum, grad_norm, skipped, waited_seconds, parts_sum if teacher is not None else None
 
 
 def train(
@@ -97,6 +105,12 @@ def train(
         load_weights(engine, lambda name, shape: first_value(name, shape, config))
         initialize_scales_(engine)
 
+    teacher = None
+    if phase is not None and at.step < phase.end:
+        teacher = open_teacher(plan, phase, ranks, folder.checkpoints)
+    if reader is not None and teacher is not None:
+        check_teacher(reader, teacher)
+
     held_out = HeldOut(plan, ranks, data)
     log = None
     if ranks.is_first:
@@ -121,6 +135,10 @@ def train(
         if (entered := plan.phase_of(at.step)) is not phase:
             phase = enter_phase(engine, entered, ranks)
             at.phase = phase.index
+            teacher = None  # the last phase's makes room for the next
+            if phase.distillation is not None:
+                saver.wait()  # it may be writing the teacher
+            teacher = open_teacher(plan, phase, ranks, folder.checkpoints)
             if phase.transition.data == "restart":
                 data.close()
                 data = open_data(plan, ranks, at.step)
@@ -130,11 +148,13 @@ def train(
             set_strength_(engine.model, plan.strength_at(at.step))
 
         learning_rate = plan.learning_rate_at(at.step)
-        loss, grad_norm, skipped, waited_seconds = train_step(engine, batches, plan.num_micro_batches, learning_rate)
+        loss, grad_norm, skipped, waited_seconds, parts = train_step(
+            engine, batches, plan.num_micro_batches, learning_rate, teacher
+        )
         at.step += 1
         longest_skip[0].add_(1).mul_(skipped)
         longest_skip[1] = longest_skip.max()
-        meter.add(loss, skipped, waited_seconds)
+        meter.add(loss, skipped, waited_seconds, parts)
 
         phase_ends = at.step == phase.end
         stopping = any_rank(stop.requested, ranks)
@@ -150,7 +170,7 @@ def train(
         if saving:
             saver.save(
                 engine,
-                counters=counters(plan, ranks, at, data.fingerprint),
+                counters=counters(plan, ranks, at, data.fingerprint, teacher),
                 config_text=folder.config_text,
                 milestone=phase_ends,
                 must=phase_ends or stopping,
@@ -211,13 +231,14 @@ def enter_phase(engine: Engine, phase: Phase, ranks: Ranks) -> Phase:
     return phase
 
 
-def counters(plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str) -> dict[str, Any]:
+def counters(plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str, teacher: Teacher | None) -> dict[str, Any]:
     """What a checkpoint's manifest says of where the run is."""
     return {
         "step": at.step,
         "tokens": at.step * plan.tokens_per_step,
         "progress": dict(vars(at)),
         "data_fingerprint": data_fingerprint,
+        "teacher": teacher.identity if teacher else None,
         "world_size": ranks.world_size,
         "engine": plan.config.engine.name,
         "zero_stage": plan.config.engine.zero_stage,

@@ -23,6 +23,7 @@ from launcher.optim import (
     parameter_groups,
     set_learning_rate,
 )
+from model.distillation import Lesson
 
 
 def deepspeed_config(
@@ -130,8 +131,14 @@ class ZeroEngine(Engine):
         if self.stage in (1, 2):
             self._outer.check_grad_overflow = True  # in fp32 DeepSpeed would not look for non-finite gradients
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        return self._engine(tokens_BT, labels_BT, reduction=reduction)
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        reduction: str = "mean",
+        teacher: Lesson | None = None,
+    ) -> Tensor:
+        return self._engine(tokens_BT, labels_BT, reduction=reduction, teacher=teacher)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
