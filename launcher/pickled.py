@@ -141,7 +141,7 @@ class PickledFile:
         size = tensor.dtype.itemsize
         try:
             self._check(record, position)
-            view = None if into is None else memoryview(into.view(torch.uint8).numpy())
+            view = None if into is None else into.view(torch.uint8).numpy().data
             data = self._read_bytes(position + (tensor.storage_offset() + start) * size, length * size, view)
         except (TensorFileError, OSError) as error:
             raise CheckpointError(f"{self.path} {error}") from error

@@ -212,7 +212,7 @@ def range_reader(path: Path) -> Callable[..., memoryview]:
 
     def read_local(start: int, length: int, into: memoryview | None = None) -> memoryview:
         # A bytearray would be cleared first.
-        view, filled = memoryview(np.empty(length, np.uint8)) if into is None else into, 0
+        view, filled = np.empty(length, np.uint8).data if into is None else into, 0
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
             while filled < length and (count := file.readinto(view[filled:])):

@@ -10,7 +10,7 @@ has one graph for a whole ramp, and three at most.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -230,12 +230,12 @@ def is_rotated(name: str, config: QuantConfig) -> bool:
     return config.hadamard == "all" or (config.hadamard == "outputs" and name.endswith(OUTPUTS))
 
 
-def sharers(name: str, layers: dict[str, nn.Module]) -> tuple[nn.Linear, ...]:
+def sharers(name: str, layers: Mapping[str, nn.Linear]) -> tuple[nn.Linear, ...]:
     """Those of the quantized layers that are one matrix with the layer of this name where they are fused."""
     parent, _, last = name.rpartition(".")
     parts = next((parts for parts in FUSED if last in parts), (last,))
     names = [f"{parent}.{part}".lstrip(".") for part in parts]
-    return tuple(layers[name] for name in names if name in layers)  # type: ignore[misc]
+    return tuple(layers[name] for name in names if name in layers)
 
 
 def width_problem(name: str, width: int, config: QuantConfig) -> str | None:

@@ -77,7 +77,7 @@ class CodeProduct(torch.autograd.Function):
         return product.to(x.dtype).view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         """Gradients by x, the latent weight and, where it is learned, the level."""
         codes, scale, weight_OI, level, threshold = ctx.saved_tensors
         codes_OI = weight_codes(weight_OI, Scale(level, threshold), ctx.config)
@@ -106,7 +106,7 @@ class RoundedWeight(torch.autograd.Function):
         return dequantize(codes_OI, level).to(weight_OI.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """Gradients by the latent weight and the level."""
         weight_OI, level, threshold = ctx.saved_tensors
         codes_OI = weight_codes(weight_OI, Scale(level, threshold), ctx.config)
