@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from collections.abc import Callable
+
 from quant.rounding import WeightQuantizer, int8_per_token, ternary
 
 
@@ -67,9 +69,18 @@ class QuantLinear(nn.Linear):
 
     quant_config: QuantConfig
     strength: Tensor
+    probe: Callable[["QuantLinear", Tensor], None] | None = None
+
+    def weight_codes(self) -> tuple[Tensor, Tensor]:
+        return ternary(self.weight.detach(), self.quant_config.weights)
+
+    def input_codes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        return int8_per_token(x.detach()) if self.quant_config.activations == "int8" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is [..., I], the result [..., O]; both in the dtype of the weight."""
+        if self.probe is not None:
+            self.probe(self, x)
         codes_OI, scale = ternary(self.weight.detach(), self.quant_config.weights)
         weight_OI = StraightThrough.apply(self.weight, (codes_OI * scale).to(self.weight.dtype), self.strength)
         if self.quant_config.activations == "int8":
