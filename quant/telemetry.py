@@ -1,0 +1,200 @@
+"""What quantization does to a model while it trains: shares of codes, flips, distances, errors.
+
+A `Probe` is called by every quantized layer at the beginning of a forward pass, where the weight is whole (gathered)
+and the input is there. It takes what can be computed in place, small sums on the device, and of the codes only this
+rank's own range, so that no rank remembers more than its share. Nothing here waits for the device, and nothing of
+the training is touched.
+
+Weights are looked at as the layers quantize them: as the bf16 cast of the latent weight.
+
+Dimensions: O output features, I input features, L quantized layers.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.linear import QuantLinear
+from quant.rounding import dequantize
+
+WEIGHT_FIGURES = (
+    "zero_share",
+    "plus_share",
+    "minus_share",
+    "scale",
+    "threshold_distance",
+    "weight_error",
+    "dead_row_share",
+)
+"""What `weight_figures` gives, in its order."""
+
+DISTANCE_EDGES = (*(tenth / 10 for tenth in range(11)), 1.1)
+"""Bins of the distance of a latent weight to its nearest threshold, in scales; the last has all that is farther."""
+
+MOST_FLIPS = 8
+"""Flips of a weight are binned as 0, 1, ... and this many or more."""
+
+SUMS = ("input_error", "input", "clipped", "num_inputs", "flipped", "moved", "num_weights")
+"""What `Probe` sums for each layer besides, in its order; all of it adds up over ranks."""
+
+
+def weight_figures(weight_OI: Tensor, codes_OI: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Describe one matrix and its codes.
+
+    Args:
+        weight_OI: the latent weight, gathered.
+        codes_OI: its integer codes.
+        scale: what the codes are multiplied by: for the matrix, for each row ([O, 1]) or group of a row ([O, I / g]).
+
+    Returns:
+        `WEIGHT_FIGURES` as an fp32 vector, and how many weights lie in each bin of `DISTANCE_EDGES` (fp32).
+
+        Shares are of the matrix's weights: with code 0, and with the largest and the smallest code that occur (+1 and
+        -1 at least). The scale is the mean over rows and groups. The error is the L2 norm of what rounding changes,
+        relative to the weight's own. A dead row has no code but 0: its output is constant.
+    """
+    weight_OI = weight_OI.to(torch.bfloat16).float()
+    codes_OI = codes_OI.float()
+    top, bottom = codes_OI.amax().clamp(min=1), codes_OI.amin().clamp(max=-1)
+    is_zero_OI = codes_OI == 0
+    distance_OI = threshold_distance(weight_OI, codes_OI, scale)
+    error = (dequantize(codes_OI, scale) - weight_OI).norm() / weight_OI.norm().clamp(min=1e-30)
+    figures = (
+        is_zero_OI.float().mean(),
+        (codes_OI == top).float().mean(),
+        (codes_OI == bottom).float().mean(),
+        scale.float().mean(),
+        distance_OI.mean(),
+        error,
+        is_zero_OI.all(dim=1).float().mean(),
+    )
+    farthest = DISTANCE_EDGES[-1]
+    histogram = torch.histc(distance_OI.clamp(max=farthest), bins=len(DISTANCE_EDGES) - 1, min=0, max=farthest)
+    return torch.stack(figures), histogram
+
+
+def threshold_distance(weight_OI: Tensor, codes_OI: Tensor, scale: Tensor) -> Tensor:
+    """How far each weight is from where its code would change, in scales; fp32 of the shape of the weight.
+
+    For codes that are the nearest integer to ``weight / scale``, thresholds lie half-way between neighbouring codes.
+    The largest and the smallest code have one on one side only, so that the distance of a weight beyond them has no
+    bound.
+    """
+    if scale.ndim and scale.shape[-1] > 1:
+        scale = scale.repeat_interleave(weight_OI.shape[1] // scale.shape[-1], dim=1)
+    top, bottom = codes_OI.amax().clamp(min=1), codes_OI.amin().clamp(max=-1)
+    beyond_OI = weight_OI / scale - codes_OI
+    towards_OI = torch.where(
+        codes_OI == top, -beyond_OI, torch.where(codes_OI == bottom, beyond_OI, beyond_OI.abs())
+    )
+    return (0.5 - towards_OI).clamp(min=0)  # below 0 only by rounding
+
+
+def input_sums(x: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error of the inputs' quantization, the inputs' squares, and how many were clipped; 0-dim, to be summed.
+
+    An input is clipped where it lies beyond the outermost code, so that rounding moved it by more than half a step:
+    never with a scale of absmax / 127, but with one of absmax / 128 where the largest of a token is positive.
+    """
+    x = x.to(torch.bfloat16).float()
+    error = dequantize(codes, scale) - x
+    # 1 % of a step for the rounding of scale and product.
+    return error.square().sum(), x.square().sum(), (error.abs() > 0.51 * scale).sum()
+
+
+@dataclass
+class Measurement:
+    """What one probed step gave, on the device."""
+
+    figures: Tensor
+    """[L, `WEIGHT_FIGURES`], equal on all ranks."""
+    distances: Tensor
+    """[`DISTANCE_EDGES` - 1]: weights of all layers in each bin, equal on all ranks."""
+    sums: Tensor
+    """[L, `SUMS`] in fp64: this rank's part."""
+    flip_counts: Tensor
+    """[`MOST_FLIPS` + 1] in fp64: weights of this rank's ranges by the number of their flips."""
+    has_flips: bool
+    """Whether the step before was looked at as well, so that `flipped` says something."""
+
+
+class Probe:
+    """Looks at all quantized layers of a model in the first forward pass of a step.
+
+    What it remembers lies on the device: for each weight of this rank's ranges the first code seen and a count of flips
+    (2 bytes), and between two steps that are compared the code (1 byte).
+
+    Args:
+        layers: the quantized layers.
+        ranges: for each of them the first element and the length of this rank's range of the flattened weight. Over
+            all ranks they cover each weight once.
+    """
+
+    def __init__(self, layers: Iterable[QuantLinear], ranges: Iterable[tuple[int, int]]) -> None:
+        self._ranges = dict(zip(layers, ranges, strict=True))
+        self._first: dict[QuantLinear, Tensor] = {}
+        self._before: Mapping[QuantLinear, Tensor] = {}
+        self._num_flips: dict[QuantLinear, Tensor] = {}
+        self._compare_next = False
+
+    def attach(self, *, measure: bool, compare_next: bool) -> None:
+        """Begin a step.
+
+        Args:
+            measure: take everything; else only the codes.
+            compare_next: whether the next step is compared with this one.
+        """
+        self._measure, self._compare_next = measure, compare_next
+        self._now: dict[QuantLinear, Tensor] = {}
+        self._taken: dict[QuantLinear, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        for layer in self._ranges:
+            layer.probe = self
+
+    def detach(self) -> Measurement | None:
+        """End what `attach` began; returns what was measured, None if only codes were taken."""
+        for layer in self._ranges:
+            layer.probe = None
+        has_flips = bool(self._before)
+        self._before = self._now if self._compare_next else {}
+        if not self._measure:
+            return None
+        taken = (self._taken[layer] for layer in self._ranges)
+        figures, distances, sums, flip_counts = (torch.stack(column) for column in zip(*taken, strict=True))
+        return Measurement(figures, distances.sum(0), sums, flip_counts.sum(0), has_flips)
+
+    def forget(self) -> None:
+        """Forget the codes of the step before, which is not the one before the next."""
+        self._before = {}
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def __call__(self, layer: QuantLinear, x: Tensor) -> None:
+        """Look at one layer, the first time that a step calls it (activation checkpointing calls it again)."""
+        if layer in self._now:
+            return
+        codes_OI, scale = layer.weight_codes()
+        start, length = self._ranges[layer]
+        codes = self._now[layer] = codes_OI.flatten()[start : start + length].to(torch.int8)
+        if layer not in self._first:
+            self._first[layer] = codes
+            self._num_flips[layer] = torch.zeros_like(codes, dtype=torch.uint8)
+        if not self._measure:
+            return
+        flipped: float | Tensor = 0
+        if layer in self._before:
+            is_flipped = codes != self._before[layer]
+            flipped = is_flipped.sum()
+            self._num_flips[layer] += is_flipped & (self._num_flips[layer] < 255)
+        moved = (codes != self._first[layer]).sum()
+        inputs = layer.input_codes(x)
+        of_inputs = (*input_sums(x, *inputs), x.numel()) if inputs is not None else (0, 0, 0, 0)
+        sums = [
+            value.double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=x.device)
+            for value in (*of_inputs, flipped, moved, length)
+        ]
+        capped = self._num_flips[layer].clamp(max=MOST_FLIPS).float()
+        flip_counts = torch.histc(capped, bins=MOST_FLIPS + 1, min=-0.5, max=MOST_FLIPS + 0.5).double()
+        figures = weight_figures(layer.weight.detach(), codes_OI, scale)
+        self._taken[layer] = (*figures, torch.stack(sums), flip_counts)
