@@ -219,6 +219,12 @@ class Meter:
         )
         self.restart_clock()
 
+    def write_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Log rows that are complete."""
+        for row in rows:
+            if self._log is not None:
+                self._log.write(row)
+
     def evaluated(self, result: HeldOutLoss | None, when: str) -> None:
         """Log a held-out loss."""
         if result is not None and self._log is not None:

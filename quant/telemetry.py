@@ -10,7 +10,7 @@ Weights are looked at as the layers quantize them: as the bf16 cast of the laten
 Dimensions: O output features, I input features, L quantized layers.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -86,9 +86,7 @@ def threshold_distance(weight_OI: Tensor, codes_OI: Tensor, scale: Tensor) -> Te
         scale = scale.repeat_interleave(weight_OI.shape[1] // scale.shape[-1], dim=1)
     top, bottom = codes_OI.amax().clamp(min=1), codes_OI.amin().clamp(max=-1)
     beyond_OI = weight_OI / scale - codes_OI
-    towards_OI = torch.where(
-        codes_OI == top, -beyond_OI, torch.where(codes_OI == bottom, beyond_OI, beyond_OI.abs())
-    )
+    towards_OI = torch.where(codes_OI == top, -beyond_OI, torch.where(codes_OI == bottom, beyond_OI, beyond_OI.abs()))
     return (0.5 - towards_OI).clamp(min=0)  # below 0 only by rounding
 
 
@@ -135,38 +133,36 @@ class Probe:
     def __init__(self, layers: Iterable[QuantLinear], ranges: Iterable[tuple[int, int]]) -> None:
         self._ranges = dict(zip(layers, ranges, strict=True))
         self._first: dict[QuantLinear, Tensor] = {}
-        self._before: Mapping[QuantLinear, Tensor] = {}
+        self._before: dict[QuantLinear, Tensor] = {}
+        self._now: dict[QuantLinear, Tensor] = {}
+        self._taken: dict[QuantLinear, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._num_flips: dict[QuantLinear, Tensor] = {}
-        self._compare_next = False
 
     def attach(self, *, measure: bool, compare_next: bool) -> None:
         """Begin a step.
 
         Args:
             measure: take everything; else only the codes.
-            compare_next: whether the next step is compared with this one.
+            compare_next: whether the step that follows will be looked at too, and its codes compared with this one's.
         """
         self._measure, self._compare_next = measure, compare_next
-        self._now: dict[QuantLinear, Tensor] = {}
-        self._taken: dict[QuantLinear, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._now, self._taken = {}, {}
         for layer in self._ranges:
             layer.probe = self
 
     def detach(self) -> Measurement | None:
-        """End what `attach` began; returns what was measured, None if only codes were taken."""
+        """End the step, attached or not; returns what was measured."""
+        if not self._now:
+            return None
         for layer in self._ranges:
             layer.probe = None
         has_flips = bool(self._before)
-        self._before = self._now if self._compare_next else {}
+        self._before, self._now = self._now if self._compare_next else {}, {}
         if not self._measure:
             return None
-        taken = (self._taken[layer] for layer in self._ranges)
+        taken = [self._taken[layer] for layer in self._ranges]
         figures, distances, sums, flip_counts = (torch.stack(column) for column in zip(*taken, strict=True))
         return Measurement(figures, distances.sum(0), sums, flip_counts.sum(0), has_flips)
-
-    def forget(self) -> None:
-        """Forget the codes of the step before, which is not the one before the next."""
-        self._before = {}
 
     @torch.compiler.disable
     @torch.no_grad()
