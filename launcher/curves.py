@@ -17,12 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.metrics import numbered_rows
+from launcher.spike import Average, Level, Transition
 
 LOSS = "train/loss"
-
-TRANSITION_WINDOW = 3
-"""EMA window of the transition statistics, in logged values: short, because an average lags behind a loss that falls,
-and a logged value is the mean of its interval already."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,33 +63,6 @@ class History:
     name: str
     phases: tuple[PhaseSpan, ...]
     series: Mapping[str, Series]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transition:
-    """What a change of precision did to the training loss; losses are in nats per token."""
-
-    to_phase: int
-    step: int
-    tokens: int
-    from_precision: str
-    to_precision: str
-    loss_before: float
-    """Smoothed loss at the end of the phase before: the level to come back to."""
-    noise: float
-    """Standard deviation of single logged losses around the smoothed loss, shortly before the switch."""
-    peak_loss: float
-    """Largest single logged loss from the switch until the loss is back at `loss_before`, or until now."""
-    peak_steps: int
-    """Steps from the switch to the peak."""
-    recovery_steps: int | None
-    """Steps until the smoothed loss is back at `loss_before` with the quantization fully on; None: not yet."""
-    recovery_tokens: int | None
-
-    @property
-    def spike(self) -> float:
-        """Height of the peak above the level before the switch."""
-        return self.peak_loss - self.loss_before
 
 
 def read_history(path: Path, name: str) -> History:
@@ -159,16 +129,8 @@ def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
 
     A value that is not a number stays one and leaves the average of the others alone.
     """
-    decay = 1 - 1 / window
-    total = weight = 0.0
-    result = []
-    for value in values.tolist():
-        if math.isfinite(value):
-            total, weight = decay * total + value, decay * weight + 1
-            result.append(total / weight)
-        else:
-            result.append(float("nan"))
-    return np.asarray(result, dtype=np.float64)
+    average = Average(window)
+    return np.asarray([average.add(value) for value in values.tolist()], dtype=np.float64)
 
 
 def find_transitions(history: History) -> tuple[Transition, ...]:
@@ -181,28 +143,22 @@ def find_transitions(history: History) -> tuple[Transition, ...]:
         old, new = loss.of_phase(before.index), loss.of_phase(after.index)
         if not len(old.values) or not len(new.values):
             continue
-        old_smoothed, new_smoothed = old.smoothed(TRANSITION_WINDOW), new.smoothed(TRANSITION_WINDOW)
-        loss_before = float(old_smoothed[-1])
-        recent = slice(-5 * TRANSITION_WINDOW, None)
-        back = new_smoothed <= loss_before
-        if strength is not None and after.precision == "ternary":  # a ramp begins at strength 0, where nothing changes
-            back &= np.interp(new.steps, strength.steps, strength.values) >= 1
-        recovery = int(back.argmax()) if back.any() else None
-        so_far = new.values[: len(new.values) if recovery is None else recovery + 1]
-        peak = int(np.where(np.isfinite(so_far), so_far, -np.inf).argmax())
-        found.append(
-            Transition(
-                to_phase=after.index,
-                step=after.first_step,
-                tokens=after.first_tokens,
-                from_precision=before.precision,
-                to_precision=after.precision,
-                loss_before=loss_before,
-                noise=float(np.std((old.values - old_smoothed)[recent])),
-                peak_loss=float(so_far[peak]),
-                peak_steps=int(new.steps[peak]) - after.first_step,
-                recovery_steps=None if recovery is None else int(new.steps[recovery]) - after.first_step,
-                recovery_tokens=None if recovery is None else int(new.tokens[recovery]) - after.first_tokens,
-            )
+        level = Level()
+        for value in old.values.tolist():
+            level.add(value)
+        transition = Transition(
+            to_phase=after.index,
+            step=after.first_step,
+            tokens=after.first_tokens,
+            from_precision=before.precision,
+            to_precision=after.precision,
+            loss_before=level.loss,
+            noise=level.noise,
         )
+        strengths = np.ones(len(new.steps))
+        if strength is not None:
+            strengths = np.interp(new.steps, strength.steps, strength.values)
+        for point in zip(new.steps.tolist(), new.tokens.tolist(), new.values.tolist(), strengths.tolist(), strict=True):
+            transition.add(*point)
+        found.append(transition)
     return tuple(found)

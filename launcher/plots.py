@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.console import human_count
-from launcher.curves import TRANSITION_WINDOW, History, Series, Transition
+from launcher.curves import History, Series
+from launcher.spike import WINDOW, Transition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,8 +59,8 @@ def thin(values: NDArray[np.float64], num_stretches: int) -> NDArray[np.int64]:
 
 
 def overview_window(series: Series) -> int:
-    """EMA window of a curve over the whole run, in logged values: 1/200 of them, at least `TRANSITION_WINDOW`."""
-    return max(TRANSITION_WINDOW, len(series.values) // 200)
+    """EMA window of a curve over the whole run, in logged values: 1/200 of them, at least `WINDOW`."""
+    return max(WINDOW, len(series.values) // 200)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def transition_figure(histories: Sequence[History], transitions: Sequence[Transi
         loss, style = history.series["train/loss"], _line_style(index)
         since = loss.steps - transition.step
         near = (since >= -0.4 * reach) & (since <= reach)
-        smoothed = loss.smoothed(TRANSITION_WINDOW)[near]
+        smoothed = loss.smoothed(WINDOW)[near]
         _plot(axes, since[near], loss.values[near], 300, f"raw-{index}", **style | {"lw": 0.7, "alpha": 0.4})
         for part, side in ((since[near] <= 0, "before"), (since[near] > 0, "after")):
             _plot(axes, since[near][part], smoothed[part], 300, f"{side}-{index}", **style | {"lw": 1.8})
@@ -307,4 +308,4 @@ def _zoom_steps(history: History, transition: Transition) -> int:
     if transition.recovery_steps is None:
         return int(steps[-1]) - transition.step
     interval = max(1, int(np.median(np.diff(steps)))) if len(steps) > 1 else 1
-    return max(int(1.6 * transition.recovery_steps), 2 * transition.peak_steps, 4 * TRANSITION_WINDOW * interval)
+    return max(int(1.6 * transition.recovery_steps), 2 * transition.peak_steps, 4 * WINDOW * interval)

@@ -23,11 +23,9 @@ import yaml
 from launcher.console import human_count
 from launcher.curves import (
     LOSS,
-    TRANSITION_WINDOW,
     History,
     PhaseSpan,
     Series,
-    Transition,
     find_transitions,
     read_history,
 )
@@ -41,6 +39,7 @@ from launcher.plots import (
     to_svg,
     transition_figure,
 )
+from launcher.spike import WINDOW, Transition
 
 MISSING = "\N{EM DASH}"
 BITS_PER_BYTE, THROUGHPUT = "validation/bits_per_byte", "throughput/tokens_per_second"
@@ -213,7 +212,7 @@ def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[i
         steps=span.last_step - span.first_step,
         planned_steps=planned_steps.get(span.index),
         tokens=span.last_tokens - span.first_tokens,
-        train_loss=float(loss.smoothed(TRANSITION_WINDOW)[-1]) if loss and len(loss.values) else None,
+        train_loss=float(loss.smoothed(WINDOW)[-1]) if loss and len(loss.values) else None,
         validation_bits_per_byte_at_start=at_start,
         validation_bits_per_byte=at_end,
         tokens_per_second=_median(parts.get(THROUGHPUT)),
@@ -262,7 +261,7 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
             yield _figure(
                 svg,
                 "Dotted: the smoothed loss just before the switch. Triangle: peak. Circle: back at that level with the "
-                f"quantization fully on. Bold: moving average over {TRANSITION_WINDOW} logged values.",
+                f"quantization fully on. Bold: moving average over {WINDOW} logged values.",
                 title=f"Switch {number}",
             )
         yield "</div>"

@@ -6,14 +6,13 @@ for bit what the 16-bit model computes.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from collections.abc import Callable
 
 from quant.rounding import WeightQuantizer, int8_per_token, ternary
 

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.console import human_count
-from launcher.curves import TRANSITION_WINDOW, History, PhaseSpan, Series, find_transitions, read_history, smooth
+from launcher.curves import History, PhaseSpan, Series, find_transitions, read_history, smooth
 from launcher.plots import loss_figure, thin, to_svg
 from launcher.report import duration, summarize, verdict, write_picture, write_report
+from launcher.spike import WINDOW
 
 TOKENS_PER_STEP = 32_768
 
@@ -199,7 +200,7 @@ def test_thinning_keeps_ends_and_extremes_in_order(values, num_stretches):
 def test_a_sharp_transition_with_a_known_answer():
     after = [3.5, 3.2, *[1.9] * 40]
     (found,) = find_transitions(history_of({"16-bit": [2.0] * 60, "ternary": after}, [1.0] * 42, log_every=5))
-    smoothed = smooth(np.asarray(after), TRANSITION_WINDOW)
+    smoothed = smooth(np.asarray(after), WINDOW)
     first_back = int((smoothed <= 2.0).argmax())
     assert 2 < first_back < 40
     assert (found.step, found.tokens) == (300, 30_000)
