@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,19 @@ class Series:
         return np.concatenate([smooth(part, window) for part in np.split(self.values, starts)])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerGrid:
+    """Figures of each quantized layer of one ternary phase, at each of N steps that were looked at."""
+
+    phase: int
+    names: tuple[str, ...]
+    """The L layers, from the model's first block to its last."""
+    steps: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    values: Mapping[str, NDArray[np.float64]]
+    """[N, L] by figure; NaN where a step has none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhaseSpan:
     """Where a phase lies: it begins with `first_step` steps finished, and `last_step` is the last one on record."""
@@ -63,6 +77,7 @@ class History:
     name: str
     phases: tuple[PhaseSpan, ...]
     series: Mapping[str, Series]
+    grids: tuple[LayerGrid, ...] = ()
 
 
 def read_history(path: Path, name: str) -> History:
@@ -76,6 +91,7 @@ def read_history(path: Path, name: str) -> History:
     steps, tokens, phases = array("q"), array("q"), array("q")  # one entry a row
     columns: dict[str, tuple[array[int], array[float]]] = {}  # key -> rows that have it, values there
     precisions: dict[int, str] = {}
+    looks: list[tuple[int, int, int, dict[str, Any]]] = []  # step, tokens, phase, figures by layer
     for line_number, row in numbered_rows(path):
         try:
             step, seen, phase, precision = (row.pop(key) for key in ("step", "tokens", "phase", "precision"))
@@ -87,11 +103,14 @@ def read_history(path: Path, name: str) -> History:
                 kept = bisect_left(rows, first)
                 del rows[kept:], values[kept:]
             del steps[first:], tokens[first:], phases[first:]
+            looks = [look for look in looks if look[0] < step]
         for column, value in ((steps, step), (tokens, seen), (phases, phase)):
             column.append(value)
         precisions[phase] = precision
         if "train/learning_rate" in row:  # a training step; a loss that is not finite is not written down
             row.setdefault(LOSS, math.nan)
+        if "quant/layers" in row:
+            looks.append((step, seen, phase, row["quant/layers"]))
         for key, value in row.items():
             if isinstance(value, (int, float)):
                 rows, values = columns.setdefault(key, (array("q"), array("d")))
@@ -121,7 +140,23 @@ def read_history(path: Path, name: str) -> History:
                 last_tokens=tokens[last],
             )
         )
-    return History(name=name, phases=tuple(spans), series=series)
+    grids = tuple(_grid(index, [look for look in looks if look[2] == index]) for index in sorted({k[2] for k in looks}))
+    return History(name=name, phases=tuple(spans), series=series, grids=grids)
+
+
+def _grid(phase: int, looks: list[tuple[int, int, int, dict[str, Any]]]) -> LayerGrid:
+    """Arrange what was seen of one phase's layers; their names stand where a job first looked at them."""
+    steps, tokens, _, figures = zip(*looks, strict=True)
+    names = figures[0]["names"]
+    missing = [math.nan] * len(names)
+    keys = sorted({key for look in figures for key in look} - {"names"})
+    return LayerGrid(
+        phase=phase,
+        names=tuple(names),
+        steps=np.asarray(steps),
+        tokens=np.asarray(tokens),
+        values={key: np.asarray([look.get(key, missing) for look in figures], dtype=np.float64) for key in keys},
+    )
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

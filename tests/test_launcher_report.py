@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from launcher.console import human_count
 from launcher.curves import History, PhaseSpan, Series, find_transitions, read_history, smooth
 from launcher.plots import loss_figure, thin, to_svg
-from launcher.report import duration, summarize, verdict, write_picture, write_report
+from launcher.report import write_picture, write_report
 from launcher.spike import WINDOW
+from launcher.summary import duration, summarize, verdict
 
 TOKENS_PER_STEP = 32_768
 
@@ -375,9 +376,9 @@ def test_the_page_of_one_run_has_everything_in_order(tmp_path):
     assert positions == sorted(positions)
     for mark in ("loss-raw-0", "loss-smoothed-0", "loss-validation-0", "loss-switch-0-1", "loss-ternary-0-1"):
         assert mark in page.ids
-    for mark in ("transition-1-level-0", "transition-1-peak-0", "grad-norm-run-0", "strength-ternary-0-1"):
+    for mark in ("transition-1-level-0", "transition-1-peak-0", "train-grad-norm-run-0", "quant-strength-ternary-0-1"):
         assert mark in page.ids
-    assert "model-flops-utilization-run-0" not in page.ids
+    assert "throughput-model-flops-utilization-run-0" not in page.ids
 
 
 def test_the_page_loads_nothing_and_its_ids_are_unique(tmp_path):
