@@ -165,6 +165,7 @@ def duration(seconds: float) -> str:
 
 
 def signed(value: float, digits: int) -> str:
+    """Write a number with its sign."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
