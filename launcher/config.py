@@ -19,7 +19,7 @@ from launcher.schedule import ScheduleConfig
 from launcher.transition import TransitionConfig
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
-from quant.linear import QuantConfig
+from quant.config import QuantConfig
 
 STRICT: dict[str, Any] = {
     "extra": "forbid",

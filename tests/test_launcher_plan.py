@@ -13,7 +13,7 @@ from launcher.config import ConfigError
 from launcher.config_file import apply_override, load_config, parse_config
 from launcher.plan import checkpoint_bytes, describe, make_plan, memory_bytes_per_rank
 from model.size import activation_bytes
-from quant.linear import QuantConfig
+from quant.config import QuantConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
