@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.config import QuantConfig
 from quant.linear import QuantLinear
-from quant.rounding import dequantize
+from quant.rounding import LARGEST_CODE, LEARNED, Scale, bf16_values, by_ones, dequantize, over_blocks, weight_codes
 
 WEIGHT_FIGURES = (
     "zero_share",
@@ -40,32 +41,38 @@ SUMS = ("input_error", "input", "clipped", "num_inputs", "flipped", "moved", "nu
 """What `Probe` sums for each layer besides, in its order; all of it adds up over ranks."""
 
 
-def weight_figures(weight_OI: Tensor, codes_OI: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def code_range(config: QuantConfig) -> tuple[int, int]:
+    """The smallest and the largest code that there are."""
+    largest = LARGEST_CODE[config.levels]
+    return LEARNED[config.levels].codes if config.learned else (-largest, largest)
+
+
+def weight_figures(weight_OI: Tensor, codes_OI: Tensor, scale: Scale, config: QuantConfig) -> tuple[Tensor, Tensor]:
     """Describe one matrix and its codes.
 
     Args:
-        weight_OI: the latent weight, gathered.
-        codes_OI: its integer codes.
-        scale: what the codes are multiplied by: for the matrix, for each row ([O, 1]) or group of a row ([O, I / g]).
+        weight_OI: the latent weight as it is rounded, gathered.
+        codes_OI: its codes.
+        scale: of its blocks.
+        config: what made the codes.
 
     Returns:
         `WEIGHT_FIGURES` as an fp32 vector, and how many weights lie in each bin of `DISTANCE_EDGES` (fp32).
 
-        Shares are of the matrix's weights: with code 0, and with the largest and the smallest code that occur (+1 and
-        -1 at least). The scale is the mean over rows and groups. The error is the L2 norm of what rounding changes,
+        Shares are of the matrix's weights: with code 0, with the largest and with the smallest code. The scale is what
+        codes are multiplied by, the mean over rows and groups. The error is the L2 norm of what rounding changes,
         relative to the weight's own. A dead row has no code but 0: its output is constant.
     """
-    weight_OI = weight_OI.to(torch.bfloat16).float()
-    codes_OI = codes_OI.float()
-    top, bottom = codes_OI.amax().clamp(min=1), codes_OI.amin().clamp(max=-1)
+    weight_OI = bf16_values(weight_OI)
+    smallest, largest = code_range(config)
     is_zero_OI = codes_OI == 0
-    distance_OI = threshold_distance(weight_OI, codes_OI, scale)
-    error = (dequantize(codes_OI, scale) - weight_OI).norm() / weight_OI.norm().clamp(min=1e-30)
+    distance_OI = threshold_distance(weight_OI, codes_OI, scale, config)
+    error = (dequantize(codes_OI, scale.level) - weight_OI).norm() / weight_OI.norm().clamp(min=1e-30)
     figures = (
         is_zero_OI.float().mean(),
-        (codes_OI == top).float().mean(),
-        (codes_OI == bottom).float().mean(),
-        scale.float().mean(),
+        (codes_OI == largest).float().mean(),
+        (codes_OI == smallest).float().mean(),
+        scale.level.float().mean(),
         distance_OI.mean(),
         error,
         is_zero_OI.all(dim=1).float().mean(),
@@ -75,29 +82,30 @@ def weight_figures(weight_OI: Tensor, codes_OI: Tensor, scale: Tensor) -> tuple[
     return torch.stack(figures), histogram
 
 
-def threshold_distance(weight_OI: Tensor, codes_OI: Tensor, scale: Tensor) -> Tensor:
-    """How far each weight is from where its code would change, in scales; fp32 of the shape of the weight.
+def threshold_distance(weight_OI: Tensor, codes_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor:
+    """How far each weight is from where its code would change; fp32 of the shape of the weight.
 
-    For codes that are the nearest integer to ``weight / scale``, thresholds lie half-way between neighbouring codes.
-    The largest and the smallest code have one on one side only, so that the distance of a weight beyond them has no
-    bound.
+    In units of what weights are divided by before they are rounded: the level, and for `twn` twice its threshold.
+    Thresholds lie half-way between neighbouring codes. The largest and the smallest code have one on one side only, so
+    that the distance of a weight beyond them has no bound.
     """
-    if scale.ndim and scale.shape[-1] > 1:
-        scale = scale.repeat_interleave(weight_OI.shape[1] // scale.shape[-1], dim=1)
-    top, bottom = codes_OI.amax().clamp(min=1), codes_OI.amin().clamp(max=-1)
-    beyond_OI = weight_OI / scale - codes_OI
-    towards_OI = torch.where(codes_OI == top, -beyond_OI, torch.where(codes_OI == bottom, beyond_OI, beyond_OI.abs()))
-    return (0.5 - towards_OI).clamp(min=0)  # below 0 only by rounding
+    divisor = scale.level if scale.threshold is None else 2 * scale.threshold
+    half_step = 0.5 if by_ones(config) else 1.0
+    smallest, largest = code_range(config)
+    beyond_OI = weight_OI / over_blocks(divisor, weight_OI.shape) - codes_OI
+    towards_OI = torch.where(codes_OI == largest, -beyond_OI, beyond_OI.abs())
+    towards_OI = torch.where(codes_OI == smallest, beyond_OI, towards_OI)
+    return (half_step - towards_OI).clamp(min=0)  # below 0 only by rounding
 
 
 def input_sums(x: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error of the inputs' quantization, the inputs' squares, and how many were clipped; 0-dim, to be summed.
+    """Squared error of the inputs' rounding, the inputs' squares, and how many were clipped; 0-dim, to be summed.
 
     An input is clipped where it lies beyond the outermost code, so that rounding moved it by more than half a step:
     never with a scale of absmax / 127, but with one of absmax / 128 where the largest of a token is positive.
     """
-    x = x.to(torch.bfloat16).float()
-    error = dequantize(codes, scale) - x
+    x = x.float()
+    error = codes * scale - x
     # 1 % of a step for the rounding of scale and product.
     return error.square().sum(), x.square().sum(), (error.abs() > 0.51 * scale).sum()
 
@@ -164,13 +172,14 @@ class Probe:
         figures, distances, sums, flip_counts = (torch.stack(column) for column in zip(*taken, strict=True))
         return Measurement(figures, distances.sum(0), sums, flip_counts.sum(0), has_flips)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, layer: QuantLinear, x: Tensor) -> None:
         """Look at one layer, the first time that a step calls it (activation checkpointing calls it again)."""
         if layer in self._now:
             return
-        codes_OI, scale = layer.weight_codes()
+        config, weight_OI = layer.quant_config, layer.rotated_weight()
+        scale = layer.weight_scale(weight_OI)
+        codes_OI = weight_codes(weight_OI, scale, config)
         start, length = self._ranges[layer]
         codes = self._now[layer] = codes_OI.flatten()[start : start + length].to(torch.int8)
         if layer not in self._first:
@@ -185,12 +194,12 @@ class Probe:
             self._num_flips[layer] += is_flipped & (self._num_flips[layer] < 255)
         moved = (codes != self._first[layer]).sum()
         inputs = layer.input_codes(x)
-        of_inputs = (*input_sums(x, *inputs), x.numel()) if inputs is not None else (0, 0, 0, 0)
+        of_inputs = (*input_sums(layer.rounded_input(x), *inputs), x.numel()) if inputs is not None else (0, 0, 0, 0)
         sums = [
             value.double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=x.device)
             for value in (*of_inputs, flipped, moved, length)
         ]
         capped = self._num_flips[layer].clamp(max=MOST_FLIPS).float()
         flip_counts = torch.histc(capped, bins=MOST_FLIPS + 1, min=-0.5, max=MOST_FLIPS + 0.5).double()
-        figures = weight_figures(layer.weight.detach(), codes_OI, scale)
+        figures = weight_figures(weight_OI, codes_OI, scale, config)
         self._taken[layer] = (*figures, torch.stack(sums), flip_counts)

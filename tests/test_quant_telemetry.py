@@ -22,7 +22,7 @@ from launcher.report import write_report
 from launcher.telemetry import is_measured
 from launcher.transition import TransitionConfig
 from quant.linear import QuantConfig, quantize_, quantized_layers
-from quant.rounding import int8_per_token
+from quant.rounding import Scale, quantize_activation
 from quant.telemetry import (
     SUMS,
     WEIGHT_FIGURES,
@@ -67,7 +67,8 @@ def test_figures_of_a_matrix_by_hand() -> None:
     # Multiples of 1/8: exact in bf16, and with a scale of 1/2 the thresholds are at +-1/4.
     weight = torch.tensor([[0.125, -0.25, 0.5, 1.0], [0.0, 0.125, -0.125, 0.125], [-0.5, -0.375, 0.375, 0.25]])
     codes = torch.tensor([[0.0, 0, 1, 1], [0, 0, 0, 0], [-1, -1, 1, 0]])
-    figures, histogram = weight_figures(weight, codes, torch.tensor(0.5))
+    scale = Scale(torch.tensor([[0.5]]))
+    figures, histogram = weight_figures(weight, codes, scale, QuantConfig())
     by_name = dict(zip(WEIGHT_FIGURES, figures.tolist(), strict=True))
     assert by_name["zero_share"] == pytest.approx(7 / 12)
     assert by_name["plus_share"] == pytest.approx(3 / 12)
@@ -75,28 +76,40 @@ def test_figures_of_a_matrix_by_hand() -> None:
     assert by_name["scale"] == 0.5
     assert by_name["dead_row_share"] == pytest.approx(1 / 3)
     distances = torch.tensor([[0.25, 0.0, 0.5, 1.5], [0.5, 0.25, 0.25, 0.25], [0.5, 0.25, 0.25, 0.0]])
-    torch.testing.assert_close(threshold_distance(weight, codes, torch.tensor(0.5)), distances)
+    torch.testing.assert_close(
+        threshold_distance(weight, codes, Scale(torch.tensor([[0.5]])), QuantConfig()), distances
+    )
     assert by_name["threshold_distance"] == pytest.approx(distances.mean().item())
     assert histogram.tolist() == [2, 0, 6, 0, 0, 3, 0, 0, 0, 0, 1]
     error = torch.tensor([0.125, -0.25, 0, 0.5, 0, 0.125, -0.125, 0.125, 0, 0.125, -0.125, 0.25])
     assert by_name["weight_error"] == pytest.approx((error.norm() / weight.norm()).item())
 
 
-def test_scales_of_rows_and_groups_are_applied_to_their_weights() -> None:
-    weight = torch.tensor([[0.25, 0.5, 1.0, 2.0], [0.5, 0.5, 4.0, 4.0]])
-    codes = torch.tensor([[0.0, 1, 1, 2], [1, 1, 1, 1]])
-    expected = torch.tensor([[0.0, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]])
-    groups = torch.tensor([[0.5, 1.0], [0.5, 4.0]])
-    torch.testing.assert_close(threshold_distance(weight, codes, groups), expected)
-    assert threshold_distance(weight[:, :2], codes[:, :2], torch.tensor([[0.5], [0.25]])).tolist() == [
-        [0.0, 0.5],
-        [0.5, 0.5],
+def test_distances_follow_the_quantizers_own_thresholds() -> None:
+    def distances(weight: list[float], codes: list[int], scale: Scale, **config: Any) -> list[float]:
+        return threshold_distance(torch.tensor([weight]), torch.tensor([codes]), scale, QuantConfig(**config))[
+            0
+        ].tolist()
+
+    groups = Scale(torch.tensor([[0.5, 4.0]]))
+    assert distances([0.25, 0.5, 1.0, -8.0], [0, 1, 0, -1], groups) == [0.0, 0.5, 0.25, 1.5]
+    # Thresholds of TWN are not at half of its level: here at 1, with a level of 3.
+    twn = Scale(torch.tensor([[3.0]]), torch.tensor([[1.0]]))
+    assert distances([0.5, 1.5, -4.0], [0, 1, -1], twn, weights="twn") == [0.25, 0.25, 1.5]
+    # Codes -3, -1, 1 and 3: thresholds at -2, 0 and 2.
+    int2 = Scale(torch.tensor([[0.5]]))
+    assert distances([0.25, -0.75, 2.0, -1.0], [1, -1, 3, -3], int2, levels="int2", weights="absmax") == [
+        0.5,
+        0.5,
+        2,
+        0,
     ]
+    assert distances([0.5, -1.0], [1, -1], int2, levels="binary") == [1.0, 2.0]
 
 
 def test_only_inputs_beyond_the_outermost_code_count_as_clipped() -> None:
     x = torch.tensor([[127.5, -127.5, 63.25, 0.5], [1.0, 0.5, 0.25, 0.0]])
-    error, squares, clipped = input_sums(x, *int8_per_token(x))
+    error, squares, clipped = input_sums(x, *quantize_activation(x))
     assert clipped == 0
     assert squares == x.square().sum()
     assert error.sqrt() / squares.sqrt() < 1 / 254
