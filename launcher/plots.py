@@ -8,6 +8,7 @@ the page that contains it choose light or dark.
 """
 
 import io
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ class Panel:
     is_log: bool = False
     is_noisy: bool = False
     is_close: bool = False
-    """Whether the axes fit the values, in both directions, instead of beginning at 0."""
+    """Whether the axes fit the values in both directions, instead of beginning at 0 and marking the phases."""
 
 
 PANELS = (
@@ -178,6 +179,11 @@ def transition_figure(histories: Sequence[History], transitions: Sequence[Transi
         _plot(axes, since[near], loss.values[near], 300, f"raw-{index}", **style | {"lw": 0.7, "alpha": 0.4})
         for part, side in ((since[near] <= 0, "before"), (since[near] > 0, "after")):
             _plot(axes, since[near][part], smoothed[part], 300, f"{side}-{index}", **style | {"lw": 1.8})
+        until = math.inf if transition.recovery_steps is None else transition.recovery_steps
+        is_in = (since >= 0) & (since <= min(until, reach))
+        top = np.maximum(loss.values[is_in], transition.loss_before)
+        area = axes.fill_between(since[is_in], top, transition.loss_before, color=style["color"], alpha=0.15, lw=0)
+        area.set_gid(f"area-{index}")
         level = axes.axhline(transition.loss_before, color=style["color"], lw=0.9, ls=(0, (1, 2)))
         level.set_gid(f"level-{index}")
         _plot(axes, [transition.peak_steps], [transition.peak_loss], 1, f"peak-{index}", **style | {"marker": "v"})
@@ -212,11 +218,13 @@ def panel_figure(panel: Panel, histories: Sequence[History]) -> "Figure":
     elif axes.dataLim.y1 > 0 and not panel.is_close:
         axes.set_ylim(0, 1.06 * axes.dataLim.y1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
-    span = axes.dataLim.x0, axes.dataLim.x1
-    _mark_phases(axes, histories)
+    if not panel.is_close:
+        _mark_phases(axes, histories)
     _token_axis(axes)
-    if panel.is_close and span[0] < span[1]:
-        axes.set_xlim(*span)
+    if panel.is_close and axes.dataLim.width:
+        axes.set_xlim(axes.dataLim.x0, axes.dataLim.x1)
+    if axes.dataLim.y0 == axes.dataLim.y1 == 0:
+        axes.set_ylim(0, 1)
     return figure
 
 

@@ -81,8 +81,8 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
             svg = to_svg(transition_figure(histories, group), f"transition-{number}", f"loss around switch {number}")
             yield _figure(
                 svg,
-                "Dotted: the smoothed loss just before the switch. Triangle: peak. Circle: back at that level with the "
-                f"quantization fully on. Bold: moving average over {WINDOW} logged values.",
+                "Dotted: the smoothed loss just before the switch. Shaded: the area above it. Triangle: peak. Circle: "
+                f"back at that level with the quantization fully on. Bold: moving average over {WINDOW} logged values.",
                 title=f"Switch {number}",
             )
         yield "</div>"
