@@ -4,7 +4,7 @@ from launcher.console import Console, human_count
 from launcher.report import write_report
 from launcher.run_folder import RunFolder
 from launcher.spike import Transition
-from launcher.summary import RunSummary, duration, summarize, verdict
+from launcher.summary import RunSummary, duration, signed, summarize, verdict
 
 
 def show_ending(folder: RunFolder, console: Console) -> None:
@@ -44,13 +44,12 @@ def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
 
 def transition_sentence(transition: Transition) -> str:
     """What a switch did to the training loss."""
-    back = "and is not back at it yet"
+    back = "not back at it yet"
     if transition.recovery_steps is not None:
-        tokens = human_count(transition.recovery_tokens or 0)
-        back = f"and was back after {transition.recovery_steps} steps ({tokens} tokens)"
+        back = f"back after {transition.recovery_steps} steps ({human_count(transition.recovery_tokens or 0)} tokens)"
     return (
-        f"Switch to {transition.to_precision} at step {transition.step}: the training loss rose by "
-        f"{transition.spike:.3f} above {transition.loss_before:.3f} {back}; "
+        f"Switch to {transition.to_precision} at step {transition.step}: training loss at most "
+        f"{signed(transition.spike, 3)} against {transition.loss_before:.3f} before, {back}; "
         f"{human_count(transition.area)} nats in all."
     )
 
