@@ -14,7 +14,7 @@ from launcher.engine import Engine
 from launcher.plan import Phase, Plan
 from launcher.runtime import Ranks
 from model.transformer import Transformer
-from quant.linear import quantize_
+from quant.linear import add_learned_scales_, quantize_
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -27,6 +27,9 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
     config = plan.config
     with torch.device("meta"):
         model = Transformer(config.model)
+    for other in plan.phases:
+        if other.quantization is not None and other.quantization.learned:
+            add_learned_scales_(model, other.quantization)
     if phase is not None and phase.quantization is not None:
         quantize_(model, phase.quantization, ranks.device)
     blocks = list(model.model.layers)

@@ -1,4 +1,4 @@
-"""AdamW and its two parameter groups, the same for every engine."""
+"""AdamW and its parameter groups, the same for every engine."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from quant.linear import LEARNED_SCALE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +55,19 @@ def is_decayed(name: str, num_dimensions: int, config: OptimizerConfig) -> bool:
 
 
 def parameter_groups(parameters: Iterable[tuple[str, int, Any]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Split ``(name, number of dimensions, parameter)`` into the decayed and the other group, leaving out empty ones.
+    """Split ``(name, number of dimensions, parameter)`` into the decayed, the others and learned scales.
 
-    The number of dimensions is given apart because sharded parameters may be flat.
+    Empty groups are left out. The number of dimensions is given apart because sharded parameters may be flat.
     """
-    groups: tuple[dict[str, Any], dict[str, Any]] = (
+    groups: tuple[dict[str, Any], ...] = (
         {"params": [], "weight_decay": config.weight_decay},
+        {"params": [], "weight_decay": 0.0},
+        # ZeRO keeps one step count for a group, and learned scales begin anew at a switch.
         {"params": [], "weight_decay": 0.0},
     )
     for name, num_dimensions, parameter in parameters:
-        groups[0 if is_decayed(name, num_dimensions, config) else 1]["params"].append(parameter)
+        index = 0 if is_decayed(name, num_dimensions, config) else 2 if name.endswith(f".{LEARNED_SCALE}") else 1
+        groups[index]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
