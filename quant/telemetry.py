@@ -172,13 +172,14 @@ class Probe:
         figures, distances, sums, flip_counts = (torch.stack(column) for column in zip(*taken, strict=True))
         return Measurement(figures, distances.sum(0), sums, flip_counts.sum(0), has_flips)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, layer: QuantLinear, x: Tensor) -> None:
         """Look at one layer, the first time that a step calls it (activation checkpointing calls it again)."""
         if layer in self._now:
             return
         config, weight_OI = layer.quant_config, layer.rotated_weight()
-        scale = layer.weight_scale(weight_OI)
+        scale = layer.rounding_scale(weight_OI)
         codes_OI = weight_codes(weight_OI, scale, config)
         start, length = self._ranges[layer]
         codes = self._now[layer] = codes_OI.flatten()[start : start + length].to(torch.int8)
