@@ -181,9 +181,11 @@ class LoggingConfig:
     """Log every so many steps; only then does the host wait for the device."""
     tensorboard: bool = True
     """Write RUN/tensorboard beside RUN/metrics.jsonl."""
+    quantization_interval_steps: int | None = 100
+    """In ternary phases, look at every layer's codes, scales, flips and errors every so many steps; null: never."""
 
     def __post_init__(self) -> None:
-        if problems := _at_least(self, "interval_steps", 1):
+        if problems := _at_least(self, "interval_steps", 1) | _at_least(self, "quantization_interval_steps", 1):
             raise ValueError(problems)
 
 

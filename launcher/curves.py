@@ -12,17 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from launcher.metrics import numbered_rows
+from launcher.spike import Average, Level, Transition
 
 LOSS = "train/loss"
-
-TRANSITION_WINDOW = 3
-"""EMA window of the transition statistics, in logged values: short, because an average lags behind a loss that falls,
-and a logged value is the mean of its interval already."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +45,19 @@ class Series:
         return np.concatenate([smooth(part, window) for part in np.split(self.values, starts)])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerGrid:
+    """Figures of each quantized layer of one ternary phase, at each of N steps that were looked at."""
+
+    phase: int
+    names: tuple[str, ...]
+    """The L layers, from the model's first block to its last."""
+    steps: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    values: Mapping[str, NDArray[np.float64]]
+    """[N, L] by figure; NaN where a step has none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhaseSpan:
     """Where a phase lies: it begins with `first_step` steps finished, and `last_step` is the last one on record."""
@@ -66,33 +77,7 @@ class History:
     name: str
     phases: tuple[PhaseSpan, ...]
     series: Mapping[str, Series]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transition:
-    """What a change of precision did to the training loss; losses are in nats per token."""
-
-    to_phase: int
-    step: int
-    tokens: int
-    from_precision: str
-    to_precision: str
-    loss_before: float
-    """Smoothed loss at the end of the phase before: the level to come back to."""
-    noise: float
-    """Standard deviation of single logged losses around the smoothed loss, shortly before the switch."""
-    peak_loss: float
-    """Largest single logged loss from the switch until the loss is back at `loss_before`, or until now."""
-    peak_steps: int
-    """Steps from the switch to the peak."""
-    recovery_steps: int | None
-    """Steps until the smoothed loss is back at `loss_before` with the quantization fully on; None: not yet."""
-    recovery_tokens: int | None
-
-    @property
-    def spike(self) -> float:
-        """Height of the peak above the level before the switch."""
-        return self.peak_loss - self.loss_before
+    grids: tuple[LayerGrid, ...] = ()
 
 
 def read_history(path: Path, name: str) -> History:
@@ -106,6 +91,7 @@ def read_history(path: Path, name: str) -> History:
     steps, tokens, phases = array("q"), array("q"), array("q")  # one entry a row
     columns: dict[str, tuple[array[int], array[float]]] = {}  # key -> rows that have it, values there
     precisions: dict[int, str] = {}
+    looks: list[tuple[int, int, int, dict[str, Any]]] = []  # step, tokens, phase, figures by layer
     for line_number, row in numbered_rows(path):
         try:
             step, seen, phase, precision = (row.pop(key) for key in ("step", "tokens", "phase", "precision"))
@@ -117,11 +103,14 @@ def read_history(path: Path, name: str) -> History:
                 kept = bisect_left(rows, first)
                 del rows[kept:], values[kept:]
             del steps[first:], tokens[first:], phases[first:]
+            looks = [look for look in looks if look[0] < step]
         for column, value in ((steps, step), (tokens, seen), (phases, phase)):
             column.append(value)
         precisions[phase] = precision
         if "train/learning_rate" in row:  # a training step; a loss that is not finite is not written down
             row.setdefault(LOSS, math.nan)
+        if "quant/layers" in row:
+            looks.append((step, seen, phase, row["quant/layers"]))
         for key, value in row.items():
             if isinstance(value, (int, float)):
                 rows, values = columns.setdefault(key, (array("q"), array("d")))
@@ -151,7 +140,23 @@ def read_history(path: Path, name: str) -> History:
                 last_tokens=tokens[last],
             )
         )
-    return History(name=name, phases=tuple(spans), series=series)
+    grids = tuple(_grid(index, [look for look in looks if look[2] == index]) for index in sorted({k[2] for k in looks}))
+    return History(name=name, phases=tuple(spans), series=series, grids=grids)
+
+
+def _grid(phase: int, looks: list[tuple[int, int, int, dict[str, Any]]]) -> LayerGrid:
+    """Arrange what was seen of one phase's layers; their names stand where a job first looked at them."""
+    steps, tokens, _, figures = zip(*looks, strict=True)
+    names = figures[0]["names"]
+    missing = [math.nan] * len(names)
+    keys = sorted({key for look in figures for key in look} - {"names"})
+    return LayerGrid(
+        phase=phase,
+        names=tuple(names),
+        steps=np.asarray(steps),
+        tokens=np.asarray(tokens),
+        values={key: np.asarray([look.get(key, missing) for look in figures], dtype=np.float64) for key in keys},
+    )
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
@@ -159,16 +164,8 @@ def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
 
     A value that is not a number stays one and leaves the average of the others alone.
     """
-    decay = 1 - 1 / window
-    total = weight = 0.0
-    result = []
-    for value in values.tolist():
-        if math.isfinite(value):
-            total, weight = decay * total + value, decay * weight + 1
-            result.append(total / weight)
-        else:
-            result.append(float("nan"))
-    return np.asarray(result, dtype=np.float64)
+    average = Average(window)
+    return np.asarray([average.add(value) for value in values.tolist()], dtype=np.float64)
 
 
 def find_transitions(history: History) -> tuple[Transition, ...]:
@@ -181,28 +178,22 @@ def find_transitions(history: History) -> tuple[Transition, ...]:
         old, new = loss.of_phase(before.index), loss.of_phase(after.index)
         if not len(old.values) or not len(new.values):
             continue
-        old_smoothed, new_smoothed = old.smoothed(TRANSITION_WINDOW), new.smoothed(TRANSITION_WINDOW)
-        loss_before = float(old_smoothed[-1])
-        recent = slice(-5 * TRANSITION_WINDOW, None)
-        back = new_smoothed <= loss_before
-        if strength is not None and after.precision == "ternary":  # a ramp begins at strength 0, where nothing changes
-            back &= np.interp(new.steps, strength.steps, strength.values) >= 1
-        recovery = int(back.argmax()) if back.any() else None
-        so_far = new.values[: len(new.values) if recovery is None else recovery + 1]
-        peak = int(np.where(np.isfinite(so_far), so_far, -np.inf).argmax())
-        found.append(
-            Transition(
-                to_phase=after.index,
-                step=after.first_step,
-                tokens=after.first_tokens,
-                from_precision=before.precision,
-                to_precision=after.precision,
-                loss_before=loss_before,
-                noise=float(np.std((old.values - old_smoothed)[recent])),
-                peak_loss=float(so_far[peak]),
-                peak_steps=int(new.steps[peak]) - after.first_step,
-                recovery_steps=None if recovery is None else int(new.steps[recovery]) - after.first_step,
-                recovery_tokens=None if recovery is None else int(new.tokens[recovery]) - after.first_tokens,
-            )
+        level = Level()
+        for value in old.values.tolist():
+            level.add(value)
+        transition = Transition(
+            to_phase=after.index,
+            step=after.first_step,
+            tokens=after.first_tokens,
+            from_precision=before.precision,
+            to_precision=after.precision,
+            loss_before=level.loss,
+            noise=level.noise,
         )
+        strengths = np.ones(len(new.steps))
+        if strength is not None:
+            strengths = np.interp(new.steps, strength.steps, strength.values)
+        for point in zip(new.steps.tolist(), new.tokens.tolist(), new.values.tolist(), strengths.tolist(), strict=True):
+            transition.add(*point)
+        found.append(transition)
     return tuple(found)

@@ -1,8 +1,10 @@
 """What a person sees at the end of a run: a short table, a sample, and what can be done next."""
 
 from launcher.console import Console, human_count
-from launcher.report import RunSummary, duration, summarize, verdict, write_report
+from launcher.report import write_report
 from launcher.run_folder import RunFolder
+from launcher.spike import Transition
+from launcher.summary import RunSummary, duration, signed, summarize, verdict
 
 
 def show_ending(folder: RunFolder, console: Console) -> None:
@@ -13,6 +15,8 @@ def show_ending(folder: RunFolder, console: Console) -> None:
     console.line()
     console.line(verdict(summary))
     console.table(f"Run {summary.name}", *phase_table(summary))
+    for transition in summary.transitions:
+        console.line(transition_sentence(transition))
     if summary.sample_completion is not None:
         console.line("A sample, from the finished model:")
         console.line((summary.sample_prompt or "") + summary.sample_completion)
@@ -36,6 +40,18 @@ def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
         for phase in summary.phases
     ]
     return columns, rows
+
+
+def transition_sentence(transition: Transition) -> str:
+    """What a switch did to the training loss."""
+    back = "not back at it yet"
+    if transition.recovery_steps is not None:
+        back = f"back after {transition.recovery_steps} steps ({human_count(transition.recovery_tokens or 0)} tokens)"
+    return (
+        f"Switch to {transition.to_precision} at step {transition.step}: training loss at most "
+        f"{signed(transition.spike, 3)} against {transition.loss_before:.3f} before, {back}; "
+        f"{human_count(transition.area)} nats in all."
+    )
 
 
 def number(value: float | None) -> str:

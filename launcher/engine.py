@@ -147,6 +147,14 @@ class Engine(ABC):
         """Accumulate the gradients of ``loss``; ``last`` marks the step's last micro-batch, when ranks reduce."""
 
     @abstractmethod
+    def gradient_squares(self) -> dict[str, Tensor]:
+        """This rank's part of the squared L2 norm of each parameter's gradient, before clipping.
+
+        To be asked for between the last `backward` of a step and `step`. The parts are 0-dim tensors on the device,
+        and add up to the whole over all ranks; a parameter of which this rank has no part may be left out.
+        """
+
+    @abstractmethod
     def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
         """Clip, update and clear the gradients.
 

@@ -111,6 +111,12 @@ class FSDPEngine(Engine):
         root.set_is_last_backward(last)
         loss.backward()
 
+    def gradient_squares(self) -> dict[str, Tensor]:
+        norms = torch._foreach_norm([parameter.grad.to_local() for parameter in self._sharded])
+        replicas = self.mesh.size(0) if self.mesh.ndim == 2 else 1
+        squares = (norm.square().to(self.device) / replicas for norm in norms)
+        return dict(zip(self._names, squares, strict=True))
+
     @torch.no_grad()
     def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
         # Learned scales have no gradient in a 16-bit phase; Adam then leaves them as they are.

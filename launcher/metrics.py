@@ -6,9 +6,11 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +19,8 @@ from eval.perplexity import HeldOutLoss
 from launcher.console import Console
 from launcher.plan import Plan
 from launcher.runtime import Ranks
+from launcher.spike import SpikeWatch
+from quant.telemetry import DISTANCE_EDGES, MOST_FLIPS
 
 GIB = 2**30
 
@@ -49,6 +53,12 @@ def peak_memory_gib(device: torch.device) -> float:
 LOSS_PARTS = ("train/cross_entropy", "train/distillation_loss", "train/relation_loss")
 """The parts of a loss with a teacher, unweighted, in the order in which the model returns them."""
 
+HISTOGRAM_EDGES = {
+    "quant/threshold_distances": DISTANCE_EDGES,
+    "quant/flips": tuple(count - 0.5 for count in range(MOST_FLIPS + 2)),
+}
+"""Edges of the bins of what is logged as a list of shares of all quantized weights."""
+
 
 class LogError(ValueError):
     """A line of `metrics.jsonl` is not what was written there; says which and what is wrong."""
@@ -73,6 +83,10 @@ class MetricsLog:
         rewritten.rename(path)
         self._file = path.open("a")
         self.elapsed_seconds = max((row.get("time/elapsed_seconds", 0.0) for row in kept), default=0.0)
+        self.spikes = SpikeWatch()
+        for row in kept:
+            if "train/learning_rate" in row:
+                self.spikes.add(row)
         self._tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -88,12 +102,38 @@ class MetricsLog:
             for key, value in row.items():
                 if "/" in key and isinstance(value, int | float):
                     self._tensorboard.add_scalar(key, value, row["step"])
+            if "quant/layers" in row:
+                write_histograms(self._tensorboard, row)
 
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def write_histograms(tensorboard: Any, row: dict[str, Any]) -> None:
+    """Write to TensorBoard how each figure of quantization is spread over layers, and distances and flips over weights.
+
+    Counts of weights are written as shares of a million.
+    """
+    for name, values in row["quant/layers"].items():
+        if name != "names":
+            tensorboard.add_histogram(f"layers/{name}", np.asarray(values), row["step"])
+    for key, edges in HISTOGRAM_EDGES.items():
+        counts = [1e6 * share for share in row[key]]
+        middles = [(low + high) / 2 for low, high in pairwise(edges)]
+        tensorboard.add_histogram_raw(
+            key,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+            sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+            bucket_limits=list(edges[1:]),
+            bucket_counts=counts,
+            global_step=row["step"],
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -214,7 +254,8 @@ class Meter:
             achieved = tokens_per_second * flops_per_token / self._ranks.world_size
             row["throughput/model_flops_utilization"] = achieved / self._peak
         if self._log is not None:
-            self._log.write(row)
+            phase_ends = self._at.step == self._plan.phases[self._at.phase].end
+            self._log.write(row | self._log.spikes.add(row, phase_ends=phase_ends))
         if skipped_steps:
             self._console.line(
                 f"WARNING: {skipped_steps} of the {self._steps} steps up to step {self._at.step} had no finite "
@@ -229,6 +270,12 @@ class Meter:
             remaining=(self._plan.total_steps - self._at.step) * seconds / self._steps,
         )
         self.restart_clock()
+
+    def write_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Log rows that are complete."""
+        for row in rows:
+            if self._log is not None:
+                self._log.write(row)
 
     def evaluated(self, result: HeldOutLoss | None, when: str) -> None:
         """Log a held-out loss."""

@@ -8,6 +8,7 @@ the page that contains it choose light or dark.
 """
 
 import io
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.console import human_count
-from launcher.curves import TRANSITION_WINDOW, History, Series, Transition
+from launcher.curves import History, Series
+from launcher.spike import WINDOW, Transition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,9 +39,21 @@ THEME: Mapping[str, tuple[str, str]] = {  # name: (light, dark); the runs' colou
     "run-3": ("#cc79a7", "#ea9fca"),
     "run-4": ("#e69f00", "#f5c04a"),
     "run-5": ("#56b4e9", "#a6defa"),
+    # Cividis at equal distances, seen alike by everyone.
+    "heat-0": ("#00224e", "#00224e"),
+    "heat-1": ("#123570", "#123570"),
+    "heat-2": ("#3b496c", "#3b496c"),
+    "heat-3": ("#575d6d", "#575d6d"),
+    "heat-4": ("#707173", "#707173"),
+    "heat-5": ("#8a8678", "#8a8678"),
+    "heat-6": ("#a59c74", "#a59c74"),
+    "heat-7": ("#c3b369", "#c3b369"),
+    "heat-8": ("#e1cc55", "#e1cc55"),
+    "heat-9": ("#fee838", "#fee838"),
 }
 INK, LINE, SHADE = (THEME[name][0] for name in ("ink", "line", "shade"))
 RUN_COLOURS = tuple(light for name, (light, _) in THEME.items() if name.startswith("run-"))
+HEAT_COLOURS = tuple(light for name, (light, _) in THEME.items() if name.startswith("heat-"))
 RUN_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # a second round through the colours is dashed, a third dotted
 RUN_MARKERS = "os^DvP"
 RUN_NAME_CHARACTERS = 44  # longer names are cut in legends
@@ -58,8 +72,8 @@ def thin(values: NDArray[np.float64], num_stretches: int) -> NDArray[np.int64]:
 
 
 def overview_window(series: Series) -> int:
-    """EMA window of a curve over the whole run, in logged values: 1/200 of them, at least `TRANSITION_WINDOW`."""
-    return max(TRANSITION_WINDOW, len(series.values) // 200)
+    """EMA window of a curve over the whole run, in logged values: 1/200 of them, at least `WINDOW`."""
+    return max(WINDOW, len(series.values) // 200)
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,8 @@ class Panel:
     scale: float = 1.0
     is_log: bool = False
     is_noisy: bool = False
+    is_close: bool = False
+    """Whether the axes fit the values in both directions, instead of beginning at 0 and marking the phases."""
 
 
 PANELS = (
@@ -86,7 +102,7 @@ PANELS = (
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def styled() -> Iterator[None]:
     """Matplotlib's settings while a figure is built and while it is written, for it makes ticks and texts in both."""
     from matplotlib import rc_context
 
@@ -113,11 +129,11 @@ def _style() -> Iterator[None]:
         yield
 
 
-@_style()
+@styled()
 def loss_figure(histories: Sequence[History], title: str = "") -> "Figure":
     """Draw the training loss, raw and smoothed, over tokens; below it the validation points, in bits per byte."""
     validations = [history.series.get("validation/bits_per_byte") for history in histories]
-    figure = _figure(9, 5.8 if any(validations) else 4.2)
+    figure = figure_of(9, 5.8 if any(validations) else 4.2)
     figure.suptitle(title, fontweight="bold")
     rows = (2.2, 1) if any(validations) else (1,)
     axes = figure.subplots(len(rows), 1, sharex=True, height_ratios=rows, squeeze=False)[:, 0]
@@ -148,10 +164,10 @@ def loss_figure(histories: Sequence[History], title: str = "") -> "Figure":
     return figure
 
 
-@_style()
+@styled()
 def transition_figure(histories: Sequence[History], transitions: Sequence[Transition | None]) -> "Figure":
     """Draw the training loss around one transition of each run (None: it has none) over the steps since the switch."""
-    figure = _figure(5.6, 3.3)
+    figure = figure_of(5.6, 3.3)
     axes = figure.subplots()
     pairs = [(index, h, t) for index, (h, t) in enumerate(zip(histories, transitions, strict=True)) if t is not None]
     reach = max(_zoom_steps(history, transition) for _, history, transition in pairs)
@@ -159,10 +175,15 @@ def transition_figure(histories: Sequence[History], transitions: Sequence[Transi
         loss, style = history.series["train/loss"], _line_style(index)
         since = loss.steps - transition.step
         near = (since >= -0.4 * reach) & (since <= reach)
-        smoothed = loss.smoothed(TRANSITION_WINDOW)[near]
+        smoothed = loss.smoothed(WINDOW)[near]
         _plot(axes, since[near], loss.values[near], 300, f"raw-{index}", **style | {"lw": 0.7, "alpha": 0.4})
         for part, side in ((since[near] <= 0, "before"), (since[near] > 0, "after")):
             _plot(axes, since[near][part], smoothed[part], 300, f"{side}-{index}", **style | {"lw": 1.8})
+        until = math.inf if transition.recovery_steps is None else transition.recovery_steps
+        is_in = (since >= 0) & (since <= min(until, reach))
+        top = np.maximum(loss.values[is_in], transition.loss_before)
+        area = axes.fill_between(since[is_in], top, transition.loss_before, color=style["color"], alpha=0.15, lw=0)
+        area.set_gid(f"area-{index}")
         level = axes.axhline(transition.loss_before, color=style["color"], lw=0.9, ls=(0, (1, 2)))
         level.set_gid(f"level-{index}")
         _plot(axes, [transition.peak_steps], [transition.peak_loss], 1, f"peak-{index}", **style | {"marker": "v"})
@@ -175,12 +196,12 @@ def transition_figure(histories: Sequence[History], transitions: Sequence[Transi
     return figure
 
 
-@_style()
+@styled()
 def panel_figure(panel: Panel, histories: Sequence[History]) -> "Figure":
     """Draw one metric of all runs over tokens, as a small figure."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = _figure(5.6, 2.6)
+    figure = figure_of(5.6, 2.6)
     axes = figure.subplots()
     for index, history in enumerate(histories):
         if panel.key in history.series:
@@ -194,15 +215,20 @@ def panel_figure(panel: Panel, histories: Sequence[History]) -> "Figure":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif axes.dataLim.y1 > 0:
+    elif axes.dataLim.y1 > 0 and not panel.is_close:
         axes.set_ylim(0, 1.06 * axes.dataLim.y1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
-    _mark_phases(axes, histories)
+    if not panel.is_close:
+        _mark_phases(axes, histories)
     _token_axis(axes)
+    if panel.is_close and axes.dataLim.width:
+        axes.set_xlim(axes.dataLim.x0, axes.dataLim.x1)
+    if axes.dataLim.y0 == axes.dataLim.y1 == 0:
+        axes.set_ylim(0, 1)
     return figure
 
 
-@_style()
+@styled()
 def to_svg(figure: "Figure", name: str, description: str) -> str:
     """Write a figure as an `<svg>` element for a page: ids begin with `name`, colours are CSS variables of `THEME`."""
     text = io.StringIO()
@@ -221,13 +247,14 @@ def to_svg(figure: "Figure", name: str, description: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
 
 
-@_style()
+@styled()
 def save_png(figure: "Figure", out: Path) -> None:
     """Write a figure as a PNG of 160 dots per inch on a white ground."""
     figure.savefig(out, format="png", dpi=160, facecolor="white")
 
 
-def _figure(width_inches: float, height_inches: float) -> "Figure":
+def figure_of(width_inches: float, height_inches: float) -> "Figure":
+    """Make an empty figure."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width_inches, height_inches), layout="constrained")
@@ -307,4 +334,4 @@ def _zoom_steps(history: History, transition: Transition) -> int:
     if transition.recovery_steps is None:
         return int(steps[-1]) - transition.step
     interval = max(1, int(np.median(np.diff(steps)))) if len(steps) > 1 else 1
-    return max(int(1.6 * transition.recovery_steps), 2 * transition.peak_steps, 4 * TRANSITION_WINDOW * interval)
+    return max(int(1.6 * transition.recovery_steps), 2 * transition.peak_steps, 4 * WINDOW * interval)

@@ -28,6 +28,7 @@ from launcher.run_folder import RunFolder
 from launcher.runtime import Ranks, StopRequest, any_rank
 from launcher.saver import Saver
 from launcher.start_from import check_data, check_sound, first_progress, open_start
+from launcher.telemetry import Telemetry, telemetry_of
 from launcher.transition import carry_optimizer_
 from model.init import initial_value
 from model.size import num_linear_parameters, num_parameters
@@ -41,9 +42,15 @@ class TrainingError(RuntimeError):
 
 
 def train_step(
-    engine: Engine, batches: Batches, num_micro_batches: int, learning_rate: float, teacher: Teacher | None = None
+    engine: Engine,
+    batches: Batches,
+    num_micro_batches: int,
+    learning_rate: float,
+    *,
+    teacher: Teacher | None = None,
+    telemetry: Telemetry | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
-    """Take one optimizer step.
+    """Take one optimizer step, under the eyes of ``telemetry``.
 
     Returns:
         This rank's mean loss, the gradient norm, and whether the step was skipped (all 0-dim, on the device); and the
@@ -66,6 +73,10 @@ def train_step(
             loss = engine.forward(tokens_BT, labels_BT) / num_micro_batches
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
+        if telemetry is not None and index == 0:
+            telemetry.end_of_micro_batch()
+    if telemetry is not None:
+        telemetry.look_at_gradients(engine)
     grad_norm, skipped = engine.step(learning_rate)
     return loss_sum, grad_norm, skipped, waited_seconds, parts_sum if teacher is not None else None
 
@@ -125,6 +136,7 @@ def train(
     )
     console.start(total_steps, at.step)
 
+    telemetry = telemetry_of(plan, phase, engine)
     if at.step == 0 and phase is not None:
         meter.evaluated(held_out.measure(engine), "start of phase")
     batches = iter(data)
@@ -139,6 +151,7 @@ def train(
             if phase.distillation is not None:
                 saver.wait()  # it may be writing the teacher
             teacher = open_teacher(plan, phase, ranks, folder.checkpoints)
+            telemetry = telemetry_of(plan, phase, engine)
             if phase.transition.data == "restart":
                 data.close()
                 data = open_data(plan, ranks, at.step)
@@ -148,8 +161,10 @@ def train(
             set_strength_(engine.model, plan.strength_at(at.step))
 
         learning_rate = plan.learning_rate_at(at.step)
+        if telemetry is not None:
+            telemetry.begin(at.step)
         loss, grad_norm, skipped, waited_seconds, parts = train_step(
-            engine, batches, plan.num_micro_batches, learning_rate, teacher
+            engine, batches, plan.num_micro_batches, learning_rate, teacher=teacher, telemetry=telemetry
         )
         at.step += 1
         longest_skip[0].add_(1).mul_(skipped)
@@ -161,6 +176,8 @@ def train(
         saving = phase_ends or stopping or is_due(at.step, config.checkpoint.interval_steps)
         evaluating = phase_ends or is_due(at.step, config.evaluation.interval_steps)
         if saving or evaluating or is_due(at.step, config.logging.interval_steps):
+            if telemetry is not None:
+                meter.write_rows(telemetry.collect())
             meter.logged(grad_norm, learning_rate)
             if longest_skip[1] >= config.training.max_skipped_steps:
                 raise TrainingError(skip_advice(plan, at, int(longest_skip[1]), folder.newest_checkpoint()))

@@ -144,6 +144,30 @@ class ZeroEngine(Engine):
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
+    @torch.no_grad()
+    def gradient_squares(self) -> dict[str, Tensor]:
+        parts = {}
+        for name, parameter in self.model.named_parameters():
+            gradient = self._gradient_part(parameter)
+            if gradient is not None:
+                parts[name] = gradient.to(self.device, torch.float32).norm().square()
+        return parts
+
+    def _gradient_part(self, parameter: Any) -> Tensor | None:
+        """This rank's part of a parameter's reduced gradient, before DeepSpeed's step clips and frees it."""
+        outer = self._outer
+        if self.stage == 0:  # the whole gradient is on every rank, and one may count it
+            return parameter.grad if dist.get_rank() == 0 else None
+        if self.stage == 3:
+            return outer.get_local_fp32_grad_for_param(parameter)
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+        part = mapping.lp_fragment_address
+        # With bf16 accumulation of its own, DeepSpeed keeps the whole parameter's gradient on each rank.
+        return gradient.narrow(0, part.start, part.numel) if gradient.numel() > part.numel else gradient
+
     def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
         set_learning_rate(self.inner, learning_rate)
         if self.is_plain:

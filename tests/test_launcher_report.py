@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.console import human_count
-from launcher.curves import TRANSITION_WINDOW, History, PhaseSpan, Series, find_transitions, read_history, smooth
+from launcher.curves import History, PhaseSpan, Series, find_transitions, read_history, smooth
 from launcher.plots import loss_figure, thin, to_svg
-from launcher.report import duration, summarize, verdict, write_picture, write_report
+from launcher.report import write_picture, write_report
+from launcher.spike import WINDOW, SpikeWatch
+from launcher.summary import duration, summarize, verdict
 
 TOKENS_PER_STEP = 32_768
 
@@ -199,7 +201,7 @@ def test_thinning_keeps_ends_and_extremes_in_order(values, num_stretches):
 def test_a_sharp_transition_with_a_known_answer():
     after = [3.5, 3.2, *[1.9] * 40]
     (found,) = find_transitions(history_of({"16-bit": [2.0] * 60, "ternary": after}, [1.0] * 42, log_every=5))
-    smoothed = smooth(np.asarray(after), TRANSITION_WINDOW)
+    smoothed = smooth(np.asarray(after), WINDOW)
     first_back = int((smoothed <= 2.0).argmax())
     assert 2 < first_back < 40
     assert (found.step, found.tokens) == (300, 30_000)
@@ -210,6 +212,50 @@ def test_a_sharp_transition_with_a_known_answer():
     assert found.peak_steps == 5
     assert found.recovery_steps == 5 * (first_back + 1)
     assert found.recovery_tokens == 100 * found.recovery_steps
+
+
+def test_the_area_of_a_spike_is_what_lies_above_the_level_before_until_the_recovery():
+    history = history_of({"16-bit": [2.0] * 9, "ternary": [2.5, 3.0, math.nan, 1.5, 1.0, 9.0]}, [1.0] * 6, log_every=2)
+    (found,) = find_transitions(history)
+    assert found.area == pytest.approx((0.5 + 1.0) * 200)  # two intervals of 200 tokens; nothing below, and none later
+    assert found.recovery_steps == 10
+    (going_on,) = find_transitions(history_of({"16-bit": [2.0] * 9, "ternary": [2.5, 3.0]}, [1.0] * 2))
+    assert going_on.area == pytest.approx(1.5 * 100)
+
+
+def rows_around_a_switch(after: list[float]) -> list[dict[str, object]]:
+    losses = [2.0] * 4 + after
+    return [
+        {"step": n, "tokens": 10 * n, "phase": int(n > 4), "precision": "ternary" if n > 4 else "16-bit"}
+        | {"quant/strength": float(n > 4), "train/loss": loss}
+        for n, loss in enumerate(losses, start=1)
+    ]
+
+
+def test_a_running_job_logs_the_transition_once_when_the_loss_is_back():
+    watch = SpikeWatch()
+    said = [watch.add(row) for row in rows_around_a_switch([2.6, 2.2, 1.0, 1.0])]
+    assert [bool(values) for values in said] == [False] * 6 + [True, False]
+    assert said[6] == {
+        "transition/loss_before": pytest.approx(2.0),
+        "transition/spike": pytest.approx(0.6),
+        "transition/peak_steps": 1,
+        "transition/area": pytest.approx(8.0),
+        "transition/recovery_steps": 3,
+        "transition/recovery_tokens": 30,
+    }
+
+
+def test_a_running_job_logs_the_transition_where_the_phase_ends_without_recovery():
+    watch = SpikeWatch()
+    *rows, last = rows_around_a_switch([2.6, 2.2])
+    assert not any(watch.add(row) for row in rows)
+    assert watch.add(last, phase_ends=True) == {
+        "transition/loss_before": pytest.approx(2.0),
+        "transition/spike": pytest.approx(0.6),
+        "transition/peak_steps": 1,
+        "transition/area": pytest.approx(8.0),
+    }
 
 
 def test_a_ramp_counts_as_recovered_only_with_the_quantization_fully_on():
@@ -374,9 +420,15 @@ def test_the_page_of_one_run_has_everything_in_order(tmp_path):
     assert positions == sorted(positions)
     for mark in ("loss-raw-0", "loss-smoothed-0", "loss-validation-0", "loss-switch-0-1", "loss-ternary-0-1"):
         assert mark in page.ids
-    for mark in ("transition-1-level-0", "transition-1-peak-0", "grad-norm-run-0", "strength-ternary-0-1"):
+    for mark in (
+        "transition-1-level-0",
+        "transition-1-peak-0",
+        "transition-1-area-0",
+        "train-grad-norm-run-0",
+        "quant-strength-ternary-0-1",
+    ):
         assert mark in page.ids
-    assert "model-flops-utilization-run-0" not in page.ids
+    assert "throughput-model-flops-utilization-run-0" not in page.ids
 
 
 def test_the_page_loads_nothing_and_its_ids_are_unique(tmp_path):
