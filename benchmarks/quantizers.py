@@ -56,7 +56,7 @@ RECIPES: dict[str, dict[str, Any] | None] = {
     "4 bits, gaussian": {"levels": "int4", "weights": "gaussian"},
 }
 MODEL = {"hidden_size": 128, "num_heads": 4, "intermediate_size": 384}
-TRUNK_STEPS = 5
+TRUNK_STEPS = 600
 
 
 def main() -> None:
