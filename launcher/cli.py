@@ -162,7 +162,7 @@ def convert(
     config: Annotated[Path | None, typer.Option(help="Configuration of the run (or just of the model).")] = None,
     into: Annotated[str, typer.Option("--format", help="run, universal (DeepSpeed) or hf (16 bits).")] = "run",
     phase: Annotated[int | None, typer.Option(help="Phase to begin in; by default the one that begins there.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="The transition's: keep, reset or keep-variance.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="keep, reset, keep-variance or rescale.")] = None,
     dtype: Annotated[str, typer.Option(help="hf: bf16 or fp32.")] = "bf16",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say for every tensor what will happen.")] = False,
 ) -> None:

@@ -56,7 +56,12 @@ def preview(config: Config) -> list[list[str]]:
         model = Transformer(config.model)
     ternary = {f"{name}.weight" for name in quantize_(model, quantization, CPU)} if quantization else set()
     as_ternary = f"latent of {quantization.weights} codes" if quantization else ""
-    moments = {"keep": "both kept", "keep-variance": "first cleared, second kept", "reset": "cleared"}
+    moments = {
+        "keep": "both kept",
+        "keep-variance": "first cleared, second kept",
+        "reset": "cleared",
+        "rescale": "rescaled",
+    }
     return [
         [
             name,

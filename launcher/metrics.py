@@ -199,6 +199,9 @@ class Meter:
             "memory/peak_gib": peak_memory_gib(self._ranks.device),
             "time/elapsed_seconds": self.elapsed_seconds,
         }
+        transition = self._plan.phases[self._at.phase].transition
+        if transition.activation_ramp is not None:
+            row["quant/activation_strength"] = self._plan.activation_strength_at(self._at.step - 1)
         if self._peak is not None:
             achieved = tokens_per_second * self._flops_per_token / self._ranks.world_size
             row["throughput/model_flops_utilization"] = achieved / self._peak
@@ -218,6 +221,12 @@ class Meter:
             remaining=(self._plan.total_steps - self._at.step) * seconds / self._steps,
         )
         self.restart_clock()
+
+    def noted(self, values: dict[str, float], line: str) -> None:
+        """Log something out of the ordinary, and say so."""
+        if self._log is not None:
+            self._log.write(self._row() | values | {"time/elapsed_seconds": self.elapsed_seconds})
+        self._console.line(f"Step {self._at.step}: {line}")
 
     def evaluated(self, result: HeldOutLoss | None, when: str) -> None:
         """Log a held-out loss."""

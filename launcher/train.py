@@ -4,8 +4,10 @@ Between logged steps the host never waits for the device: losses, gradient norms
 there until a step is logged. (DeepSpeed waits for its own gradient norm, inside its step.)
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +23,16 @@ from launcher.held_out import HeldOut
 from launcher.location import check_writable
 from launcher.metrics import Meter, MetricsLog, Progress
 from launcher.plan import Phase, Plan
+from launcher.rollback import discard_given_up, give_up, has_not_recovered, read_rollbacks, rollback_note
 from launcher.run_folder import RunFolder
 from launcher.runtime import Ranks, StopRequest, any_rank
 from launcher.saver import Saver
+from launcher.spikes import SpikeGuard
 from launcher.start_from import check_data, check_sound, first_progress, open_start
 from launcher.transition import carry_optimizer_
 from model.init import initial_value
 from model.size import num_linear_parameters, num_parameters
-from quant.linear import dequantize_, quantize_, quantized_layers, set_strength_
+from quant.linear import dequantize_, quantize_, quantized_layers, set_strengths_
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -37,15 +41,8 @@ class TrainingError(RuntimeError):
     """Training cannot go on; says why and what may help."""
 
 
-def train_step(
-    engine: Engine, batches: Batches, num_micro_batches: int, learning_rate: float
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Take one optimizer step.
-
-    Returns:
-        This rank's mean loss, the gradient norm, and whether the step was skipped (all 0-dim, on the device); and the
-        seconds spent waiting for data.
-    """
+def accumulate_gradients(engine: Engine, batches: Batches, num_micro_batches: int) -> tuple[Tensor, float]:
+    """Run one global batch forward and backward; returns this rank's mean loss and the seconds of waiting for data."""
     loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
     for index in range(num_micro_batches):
         asked = time.perf_counter()
@@ -56,14 +53,34 @@ def train_step(
         loss = engine.forward(tokens_BT, labels_BT) / num_micro_batches
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
-    grad_norm, skipped = engine.step(learning_rate)
-    return loss_sum, grad_norm, skipped, waited_seconds
+    return loss_sum, waited_seconds
+
+
+def train_step(
+    engine: Engine, batches: Batches, plan: Plan, step: int, guard: SpikeGuard
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Take the optimizer step of this number.
+
+    Returns:
+        This rank's mean loss, the gradient norm, and whether the step was skipped for not being finite (all 0-dim, on
+        the device); and the seconds spent waiting for data.
+    """
+    loss, waited_seconds = accumulate_gradients(engine, batches, plan.num_micro_batches)
+    grad_norm, skipped = engine.step(
+        plan.learning_rate_at(step),
+        ternary_factor=plan.ternary_factor_at(step),
+        decay_factor=plan.decay_factor_at(step),
+        grad_norm_limit=guard.limit(loss),
+    )
+    return loss, grad_norm, guard.add(grad_norm, skipped), waited_seconds
 
 
 def train(
     plan: Plan, ranks: Ranks, folder: RunFolder, stop: StopRequest, console: Console
-) -> Literal["complete", "interrupted"]:
-    """Run a plan from where its folder stands to its end, or until a stop is asked for.
+) -> Literal["complete", "interrupted", "rolled back"]:
+    """Run a plan from where its folder stands to its end, or until a stop is asked for, or a switch is given up.
+
+    After that last, the plan is another one: make it anew and call this again.
 
     Raises:
         TrainingError: too many steps in a row without a finite gradient.
@@ -74,12 +91,18 @@ def train(
     # Resume, or begin
     if ranks.is_first:
         check_writable(folder.checkpoints)
+    rollbacks = read_rollbacks(folder.path)
+    discard_given_up(folder, rollbacks, ranks)
     reader = newest_sound_checkpoint(folder.checkpoints, ranks, console.line)
     at = Progress(**reader.manifest["progress"]) if reader else first_progress(plan)
     phase = plan.phases[at.phase] if at.phase >= 0 else None
     data = open_data(plan, ranks, at.step)
     engine = build_engine(plan, phase, ranks)
+    guards_switch = any(phase.transition.rollback for phase in plan.phases)
+    guard = SpikeGuard(config.training.skip_outliers, smooths=guards_switch, ranks=ranks)
     if reader is not None:
+        if "spikes" in reader.manifest:
+            guard.load(reader.manifest["spikes"])
         check_data(reader, data.fingerprint)
         load_state(reader, engine, with_optimizer=reader.has_moments)
         restore_rng(reader, ranks)
@@ -116,18 +139,29 @@ def train(
     # Train
     while at.step < total_steps:
         if (entered := plan.phase_of(at.step)) is not phase:
-            phase = enter_phase(engine, entered, ranks)
-            at.phase = phase.index
-            if phase.transition.data == "restart":
+            if entered.transition.data == "restart":
                 data.close()
                 data = open_data(plan, ranks, at.step)
                 batches = iter(data)
+            upcoming = list(islice(batches, plan.num_micro_batches)) if measures_rescale(entered) else []
+            batches = chain(upcoming, batches)
+            factor = enter_phase(engine, entered, ranks, upcoming, config.optimizer.max_grad_norm)
+            phase = entered
+            at.phase = phase.index
+            guard.enter_phase()
+            if factor is not None:
+                meter.noted(
+                    {"transition/rescale_factor": factor},
+                    f"Adam's moments are rescaled to gradients {factor:.4g} times as large",
+                )
+            if (given_up := rollbacks.get(phase.index)) is not None:
+                meter.noted(*rollback_note(given_up))
             meter.evaluated(held_out.measure(engine), "start of phase")
         if phase.quantization is not None:
-            set_strength_(engine.model, plan.strength_at(at.step))
+            set_strengths_(engine.model, *plan.strengths_at(at.step))
 
         learning_rate = plan.learning_rate_at(at.step)
-        loss, grad_norm, skipped, waited_seconds = train_step(engine, batches, plan.num_micro_batches, learning_rate)
+        loss, grad_norm, skipped, waited_seconds = train_step(engine, batches, plan, at.step, guard)
         at.step += 1
         longest_skip[0].add_(1).mul_(skipped)
         longest_skip[1] = longest_skip.max()
@@ -137,17 +171,29 @@ def train(
         stopping = any_rank(stop.requested, ranks)
         saving = phase_ends or stopping or is_due(at.step, config.checkpoint.interval_steps)
         evaluating = phase_ends or is_due(at.step, config.evaluation.interval_steps)
-        if saving or evaluating or is_due(at.step, config.logging.interval_steps):
+        deciding = at.step == plan.rollback_step(phase)
+        if saving or evaluating or deciding or is_due(at.step, config.logging.interval_steps):
             meter.logged(grad_norm, learning_rate)
             if longest_skip[1] >= config.training.max_skipped_steps:
                 raise TrainingError(skip_advice(plan, at, int(longest_skip[1]), folder.newest_checkpoint()))
             longest_skip[1] = longest_skip[0]
+            new_outliers, outliers = guard.newly_skipped()
+            if new_outliers:
+                meter.noted({"train/outlier_steps": outliers}, f"{new_outliers} steps were skipped as outliers")
+        if deciding and has_not_recovered(guard, phase, rollbacks, ranks, console):
+            saver.wait()
+            console.stop()
+            data.close()
+            if log is not None:
+                log.close()
+            give_up(folder, guard, phase, rollbacks, ranks)
+            return "rolled back"
         if evaluating:
             meter.evaluated(held_out.measure(engine), "end of phase" if phase_ends else "interval")
         if saving:
             saver.save(
                 engine,
-                counters=counters(plan, ranks, at, data.fingerprint),
+                counters=counters(plan, ranks, at, data.fingerprint, guard),
                 config_text=folder.config_text,
                 milestone=phase_ends,
                 must=phase_ends or stopping,
@@ -188,22 +234,64 @@ def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
     )
 
 
-def enter_phase(engine: Engine, phase: Phase, ranks: Ranks) -> Phase:
-    """Carry the model and the optimizer over the transition into ``phase``, in place."""
+def measures_rescale(phase: Phase) -> bool:
+    """Whether the transition into ``phase`` needs gradients on both sides of it."""
+    return phase.transition.optimizer == "rescale" and phase.transition.rescale_factor is None
+
+
+def enter_phase(
+    engine: Engine,
+    phase: Phase,
+    ranks: Ranks,
+    upcoming: Sequence[tuple[Tensor, Tensor]],
+    max_grad_norm: float,
+) -> float | None:
+    """Carry the model and the optimizer over the transition into ``phase``, in place.
+
+    The factor that ``optimizer: rescale`` measures is the ratio of the gradient norms, as clipped, of the batch that
+    comes next: of the model behind the switch at full strength, and of the one before it. Adam's moments are of
+    clipped gradients. Full strength, because these are the gradients that the phase goes on with; those of a ramp's
+    first steps are the old ones, and over a ramp longer than the moments' memory the moments follow by themselves.
+
+    Returns:
+        The factor, if one is taken.
+
+    Raises:
+        TrainingError: a gradient norm that is to be measured is not finite, or 0.
+    """
+    transition = phase.transition
+    measures = measures_rescale(phase)
+
+    def clipped_norm() -> float:
+        accumulate_gradients(engine, iter(upcoming), len(upcoming))
+        grad_norm, _ = engine.step(0.0, grad_norm_limit=torch.tensor(-1.0, device=engine.device))
+        return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
+
+    before = clipped_norm() if measures else 1.0
     if quantized_layers(engine.model):
         dequantize_(engine.model)
     if phase.quantization is not None:
         quantize_(engine.model, phase.quantization, ranks.device)
-    carry_optimizer_(engine, phase.transition.optimizer)
-    return phase
+    factor = transition.rescale_factor
+    if measures:
+        after = clipped_norm()
+        factor = after / before if before else math.nan
+        if not 0 < factor < math.inf:
+            raise TrainingError(
+                f"phases.{phase.index}.transition.optimizer: rescale finds gradient norms of {before} before and "
+                f"{after} behind the switch; set transition.rescale_factor, or another choice"
+            )
+    carry_optimizer_(engine, transition.optimizer, factor or 1.0)
+    return factor
 
 
-def counters(plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str) -> dict[str, Any]:
+def counters(plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str, guard: SpikeGuard) -> dict[str, Any]:
     """What a checkpoint's manifest says of where the run is."""
     return {
         "step": at.step,
         "tokens": at.step * plan.tokens_per_step,
         "progress": dict(vars(at)),
+        "spikes": guard.state(),
         "data_fingerprint": data_fingerprint,
         "world_size": ranks.world_size,
         "engine": plan.config.engine.name,
