@@ -3,7 +3,8 @@
 A native ZeRO-2 folder of four ranks is made: plain DeepSpeed writes one of a tiny model, whose tensors are replaced by
 those of the configuration's size. Then, each in a process of its own, in turns: our conversion into a run against
 `ds_to_universal` (both keep weights and moments), and our conversion to a Hugging Face folder in fp32 against
-`zero_to_fp32` (both keep the weights). A command begins with its source out of the page cache and ends when what it
+`zero_to_fp32` (both keep the weights); and reading all fp32 weights into memory, ours against `zero_to_fp32`'s own
+function. A command begins with its source out of the page cache and ends when what it
 wrote has reached the disk. Peak memory is the largest resident set of any process of the command. Needs five times the
 checkpoint's size on disk.
 
@@ -25,6 +26,7 @@ import torch
 from measure import report
 
 from launcher.config_file import load_config
+from launcher.start_from import open_source
 from model.size import num_parameters, parameter_shapes
 from model.transformer import ModelConfig, Transformer
 
@@ -62,12 +64,16 @@ def main() -> None:
                 "--safe_serialization",
             ],
         }
+        commands |= {
+            name: [sys.executable, __file__, f"--load-{whose}", str(native)]
+            for name, whose in (("ours, into memory", "ours"), ("zero_to_fp32, into memory", "theirs"))
+        }
         results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for _ in range(options.rounds):
             for name, command in commands.items():
                 forget(tag)
                 results[name].append(timed(command, folder / "log"))
-                shutil.rmtree(out)
+                shutil.rmtree(out, ignore_errors=True)
         size = sum(path.stat().st_size for path in tag.iterdir())
     numbers = {
         name: {
@@ -78,7 +84,11 @@ def main() -> None:
     }
     rows = [f"| {name} | {values['seconds']} | {values['peak_gib']} |" for name, values in numbers.items()]
     largest = max(math.prod(shape) for shape in parameter_shapes(model).values()) * 4 / GIB
-    pairs = (("ours, to a run", "ds_to_universal"), ("ours, to Hugging Face", "zero_to_fp32"))
+    pairs = (
+        ("ours, to a run", "ds_to_universal"),
+        ("ours, to Hugging Face", "zero_to_fp32"),
+        ("ours, into memory", "zero_to_fp32, into memory"),
+    )
     ratios = [
         f"{theirs} takes {numbers[theirs]['seconds'] / numbers[ours]['seconds']:.1f} times as long as ours and "
         f"{numbers[theirs]['peak_gib'] / numbers[ours]['peak_gib']:.1f} times the memory."
@@ -186,8 +196,23 @@ def write_tiny(folder: Path) -> None:
     engine.save_checkpoint(str(folder))
 
 
+def load_ours(folder: Path) -> int:
+    """Read every weight of a native folder; returns how many elements."""
+    source = open_source(str(folder))
+    weights = {name: source.read("weight", name, 0, math.prod(shape)) for name, shape in source.shapes.items()}
+    return sum(weight.numel() for weight in weights.values())
+
+
+def load_theirs(folder: Path) -> int:
+    """The same by DeepSpeed."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return sum(weight.numel() for weight in get_fp32_state_dict_from_zero_checkpoint(str(folder)).values())
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--write-tiny"]:
-        write_tiny(Path(sys.argv[2]))
+    parts = {"--write-tiny": write_tiny, "--load-ours": load_ours, "--load-theirs": load_theirs}
+    if sys.argv[1:] and sys.argv[1] in parts:
+        parts[sys.argv[1]](Path(sys.argv[2]))
     else:
         main()

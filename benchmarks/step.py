@@ -18,7 +18,8 @@ from launcher.config_file import load_config
 from launcher.optim import build_adamw, parameter_groups
 from model.init import initialize_
 from model.transformer import Transformer
-from quant.linear import QuantConfig, quantize_
+from quant.config import QuantConfig
+from quant.linear import quantize_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -91,9 +91,11 @@ def plan(
     """Say what a run would do, without doing it."""
     from launcher.config_file import flat_lines, load_config, to_tree
     from launcher.plan import describe, make_plan
+    from launcher.timeline import events
 
     parsed = load_config(config, overrides or ())
-    numbers = describe(make_plan(parsed, ranks or default_ranks()))
+    resolved = make_plan(parsed, ranks or default_ranks())
+    numbers = describe(resolved) | {"events": events(resolved)}
     console = Console(silent=False)
     if as_json:
         console.line(json.dumps({"config": to_tree(parsed), "plan": numbers}, indent=2))
@@ -113,6 +115,7 @@ def plan(
             [f"phase {index}: {phase['precision']}", f"{phase['steps']:,} steps, {human_count(phase['tokens'])} tokens"]
             for index, phase in enumerate(numbers["phases"])
         ],
+        *[[f"step {event['step']:,}", str(event["what"])] for event in numbers["events"]],
         *[[f"bytes per rank: {name}", human_bytes(size)] for name, size in memory.items()],
         ["bytes per rank: all", f"{human_bytes(numbers['total_bytes_per_rank'])} (estimate)"],
         [

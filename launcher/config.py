@@ -19,7 +19,7 @@ from launcher.spikes import OutlierConfig
 from launcher.transition import TransitionConfig
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
-from quant.linear import QuantConfig
+from quant.config import QuantConfig
 from quant.ramp import RampConfig
 
 STRICT: dict[str, Any] = {

@@ -13,7 +13,7 @@ from launcher.config import Config, ConfigError, divisors
 from launcher.schedule import learning_rate_factor
 from launcher.transition import TransitionConfig
 from model.size import activation_bytes, flops_per_token, num_linear_parameters, num_parameters
-from quant.linear import QuantConfig
+from quant.config import QuantConfig
 from quant.ramp import strength_at
 
 

@@ -92,5 +92,5 @@ def learning_rate_factor(step: int, horizon_steps: int, config: ScheduleConfig, 
 
 
 def drop_step(horizon_steps: int, config: ScheduleConfig) -> int:
-    """The first step of the second stage of `two-stage`."""
-    return round((config.drop_at or 0.5) * horizon_steps)
+    """The first step of the second stage of `two-stage`, which has at least one step before it."""
+    return max(config.warmup_steps + 1, round((config.drop_at or 0.5) * horizon_steps))

@@ -1,120 +1,181 @@
 """Quantization-aware linear layers that attach to a finished 16-bit model from outside.
 
 `quantize_` changes the class of matching ``nn.Linear`` modules to `QuantLinear`. Parameters stay the very same
-objects under the same names, so optimizers, sharding and checkpoints do not notice, and a strength of 0 computes bit
-for bit what the 16-bit model computes.
+objects under the same names, so optimizers, sharding and checkpoints do not notice.
+
+A layer computes in one of three modes, which follow from its strengths: at 0 the plain product, bit for bit that of the
+16-bit model and at its cost; at 1 the product of integer codes (`quant.product`); in between, on a ramp, the product
+of operands that are blended from the exact and the dequantized ones. Strengths are tensors, so that a compiled block
+has one graph for a whole ramp, and three at most.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.rounding import WeightQuantizer, int8_per_token, ternary
+from quant.config import QuantConfig
+from quant.hadamard import is_rotatable, rotate
+from quant.product import CodeProduct, RoundedWeight, StraightThrough
+from quant.rounding import Scale, learned_scale, quantize_activation, weight_codes, weight_scale
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections that are one matrix in fused implementations, in order."""
 
-@dataclass(frozen=True, kw_only=True)
-class QuantConfig:
-    """What is quantized in a ternary phase, and how."""
+OUTPUTS = ("o_proj", "down_proj")
+"""Projections back to the residual stream, whose inputs have the outliers."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-    }
-
-    weights: WeightQuantizer = "absmean"
-    """Statistic of the whole matrix that is its scale: `absmean` (BitNet b1.58) or `absmedian` (b1.58 Reloaded)."""
-    activations: Literal["int8", "none"] = "int8"
-    """Inputs of the quantized layers: `int8` (absmax per token) or `none` (left in 16 bits)."""
-    include: str = r"layers\.\d+\.(self_attn|mlp)\.\w+_proj$"
-    """Regular expression searched in the dotted names of the linear layers; those that match are quantized."""
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.include)
-        except re.error as error:
-            raise ValueError({"include": f"{self.include!r} is not a regular expression: {error}"}) from error
-
-
-class StraightThrough(torch.autograd.Function):
-    """``x + strength * (rounded - x)``, with the gradient of ``x`` alone (arXiv 1308.3432).
-
-    `torch.lerp` is exact at both ends: strength 0 returns ``x`` and strength 1 returns ``rounded``, bit for bit, which
-    the written-out sum does not.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, rounded: Tensor, strength: Tensor) -> Tensor:
-        """Blend two tensors of one shape and dtype; ``strength`` is a 0-dim tensor in [0, 1]."""
-        return torch.lerp(x, rounded, strength.to(x.dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        """Nothing is kept for the backward pass."""
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Pass the gradient straight through to ``x``."""
-        return gradients[0], None, None
+LEARNED_SCALE = "weight_scale"
+"""Name of the parameter that a layer with learned scales has beside its weight."""
 
 
 class QuantLinear(nn.Linear):
-    """An ``nn.Linear`` whose forward sees ternary weights and 8-bit activations, by the model's current strength."""
+    """An ``nn.Linear`` whose forward sees quantized weights and activations, by its strengths."""
 
     quant_config: QuantConfig
-    strength: Tensor
+    mode: Literal["plain", "ramp", "codes"]
+    weight_strength: Tensor
+    activation_strength: Tensor
+    rotated: bool
+    sharers: tuple[nn.Linear, ...]
+    """Layers whose weights share the scale, in the order of the fused matrix, this one included; () for none."""
+    probe: "Callable[[QuantLinear, Tensor], None] | None"
+    """Is called with the layer and its input at every forward pass, if set."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is [..., I], the result [..., O]; both in the dtype of the weight."""
-        codes_OI, scale = ternary(self.weight.detach(), self.quant_config.weights)
-        weight_OI = StraightThrough.apply(self.weight, (codes_OI * scale).to(self.weight.dtype), self.strength)
-        if self.quant_config.activations == "int8":
-            codes, scale = int8_per_token(x.detach())
-            x = StraightThrough.apply(x, (codes * scale).to(x.dtype), self.strength)
-        return F.linear(x, weight_OI, self.bias)
+        if self.probe is not None:
+            _call_probe(self, x)
+        if self.mode == "plain":
+            return F.linear(x, self.weight, self.bias)
+        config = self.quant_config
+        weight_OI = self.rotated_weight()
+        scale = self.weight_scale(weight_OI)
+        if self.mode == "codes":
+            y = CodeProduct.apply(self.rounded_input(x), weight_OI, *scale, config)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = F.linear(self._blended_input(x), self._blended_weight(weight_OI, scale), self.bias)
+        return y + self._dead_zone(weight_OI, scale).to(y.dtype) if config.dead_zone_bias else y
+
+    def rotated_weight(self) -> Tensor:
+        """The latent weight as it is rounded, [O, I]."""
+        return rotate(self.weight) if self.rotated else self.weight
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """The input as it is rounded: normalised and rotated, where the configuration says so."""
+        if self.quant_config.layer_norm:
+            x = F.layer_norm(x, x.shape[-1:])
+        return rotate(x) if self.rotated else x
+
+    def weight_scale(self, weight_OI: Tensor) -> Scale:
+        """Scale of the weight as it is rounded."""
+        if self.quant_config.learned:
+            return learned_scale(getattr(self, LEARNED_SCALE), self.quant_config.levels)
+        with torch.no_grad():
+            weights = [layer.rotated_weight() for layer in self.sharers] if self.sharers else [weight_OI]  # type: ignore[operator]
+            return weight_scale(weights, self.quant_config)
+
+    @torch.no_grad()
+    def weight_codes(self) -> tuple[Tensor, Tensor]:
+        """Codes as int8 [O, I], and the fp32 level, [1, 1], [O, 1] or [O, G]."""
+        weight_OI = self.rotated_weight()
+        scale = self.weight_scale(weight_OI)
+        return weight_codes(weight_OI, scale, self.quant_config).to(torch.int8), scale.level
+
+    @torch.no_grad()
+    def input_codes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Codes of an input as int8, and the fp32 scale of each token; None where activations stay in 16 bits."""
+        if self.quant_config.activations == "none":
+            return None
+        codes, scale = quantize_activation(self.rounded_input(x), self.quant_config.activations)
+        return codes.to(torch.int8), scale
+
+    def _blended_weight(self, weight_OI: Tensor, scale: Scale) -> Tensor:
+        config, strength = self.quant_config, self.weight_strength
+        if config.gradient == "identity" and not config.learned:
+            with torch.no_grad():
+                rounded = RoundedWeight.apply(weight_OI, *scale, config)
+                rounded = rotate(rounded) if self.rotated else rounded
+            return StraightThrough.apply(self.weight, rounded, strength)
+        rounded = RoundedWeight.apply(weight_OI, *scale, config)
+        rounded = rotate(rounded) if self.rotated else rounded
+        return torch.lerp(self.weight, rounded, strength.to(rounded.dtype))
+
+    def _blended_input(self, x: Tensor) -> Tensor:
+        config, strength = self.quant_config, self.activation_strength
+        if config.activations == "none":
+            return x
+        if config.layer_norm:
+            normalised = F.layer_norm(x, x.shape[-1:])
+            rounded = StraightThrough.apply(normalised, self._rounded(normalised), torch.ones_like(strength))
+            return torch.lerp(x, rounded, strength.to(x.dtype))
+        return StraightThrough.apply(x, self._rounded(x), strength)
+
+    @torch.no_grad()
+    def _rounded(self, x: Tensor) -> Tensor:
+        codes, scale = quantize_activation(rotate(x) if self.rotated else x, self.quant_config.activations)
+        rounded = (codes * scale).to(x.dtype)
+        return rotate(rounded) if self.rotated else rounded
+
+    def _dead_zone(self, weight_OI: Tensor, scale: Scale) -> Tensor:
+        """Sum of each row's weights with code 0, times the configured share and the strength (arXiv 2509.23809)."""
+        with torch.no_grad():
+            is_dead = weight_codes(weight_OI, scale, self.quant_config) == 0
+        return self.weight_strength * self.quant_config.dead_zone_bias * (weight_OI.float() * is_dead).sum(-1)
+
+
+@torch.compiler.disable
+def _call_probe(layer: QuantLinear, x: Tensor) -> None:
+    assert layer.probe is not None
+    layer.probe(layer, x.detach())
 
 
 def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None = None) -> list[str]:
     """Turn every matching ``nn.Linear`` of ``model`` into a `QuantLinear` in place, at strength 1.
 
-    All layers share one 0-dim strength tensor (see `set_strength_`), so that neither a ramp nor a compiled graph needs
-    to know how many there are.
-
     Args:
-        model: what is changed; its parameters stay the same objects.
+        model: what is changed; its parameters stay the same objects. With learned scales it has them already, see
+            `add_learned_scales_`.
         config: which layers, and how.
-        device: where the strength lives; by default where the parameters do, which must be given on the meta device.
+        device: where the strengths live; by default where the parameters do, which must be given on the meta device.
 
     Returns:
         The dotted names of the layers that were changed.
 
     Raises:
-        ValueError: the pattern matches no linear layer, the model is quantized already, or it is on the meta device
-            and ``device`` is not given.
+        ValueError: the pattern matches no linear layer, a layer's width cannot be grouped or rotated, the model is
+            quantized already, or it is on the meta device and ``device`` is not given.
     """
-    if any(isinstance(module, QuantLinear) for module in model.modules()):
+    if quantized_layers(model):
         raise ValueError("the model is quantized already")
-    matches = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and re.search(config.include, name)
-    }
-    if not matches:
-        linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        raise ValueError(f"include={config.include!r} matches none of the linear layers, such as {linears[:3]}")
+    matches = matching_layers(model, config)
     device = device or next(model.parameters()).device
     if device.type == "meta":
         raise ValueError("the model is on the meta device: give the device on which it will compute")
-    strength = torch.ones((), device=device)
-    for module in matches.values():
+    for name, module in matches.items():
+        if problem := width_problem(name, module.in_features, config):
+            raise ValueError(problem)
+        if config.learned and not hasattr(module, LEARNED_SCALE):
+            raise ValueError(f"{name} has no {LEARNED_SCALE}: call add_learned_scales_ before the model is sharded")
+    strengths: dict[int, tuple[Tensor, Tensor]] = {}
+    for name, module in matches.items():
         module.__class__ = QuantLinear
-    for layer in quantized_layers(model).values():
-        layer.quant_config, layer.strength = config, strength
+        assert isinstance(module, QuantLinear)
+        depth = depth_of(name)
+        if depth not in strengths:
+            strengths[depth] = torch.ones((), device=device), torch.ones((), device=device)
+        module.weight_strength, module.activation_strength = strengths[depth]
+        module.quant_config, module.mode, module.probe = config, "codes", None
+        module.rotated, module.sharers = is_rotated(name, config), sharers(name, matches) if config.fused else ()
     return list(matches)
+
+
+STATE = ("quant_config", "mode", "weight_strength", "activation_strength", "rotated", "sharers", "probe")
+"""Attributes that a layer has only while it is quantized."""
 
 
 def dequantize_(model: nn.Module) -> None:
@@ -125,7 +186,8 @@ def dequantize_(model: nn.Module) -> None:
     """
     for module in _expect_quantized(model).values():
         module.__class__ = nn.Linear  # type: ignore[assignment]
-        del module.quant_config, module.strength
+        for name in STATE:
+            delattr(module, name)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -134,14 +196,91 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def set_strength_(model: nn.Module, strength: float) -> None:
-    """Set how much of the quantization is on, from 0 (none: the 16-bit model) to 1 (all of it).
+    """Set how much of the quantization is on in all layers, from 0 (none: the 16-bit model) to 1 (all of it).
 
     Raises:
         ValueError: the strength is outside of 0 to 1, or no layer is quantized.
     """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength {strength} is outside of 0 to 1")
-    next(iter(_expect_quantized(model).values())).strength.fill_(strength)
+    num_blocks = 1 + max(map(depth_of, _expect_quantized(model)))
+    set_strengths_(model, [strength] * num_blocks, [strength] * num_blocks)
+
+
+def set_strengths_(model: nn.Module, weights_L: Sequence[float], activations_L: Sequence[float]) -> None:
+    """Set the strengths of weights and of activations block by block; layers outside of blocks follow the first.
+
+    Raises:
+        ValueError: a strength is outside of 0 to 1, or no layer is quantized.
+    """
+    layers = _expect_quantized(model)
+    for strength in (*weights_L, *activations_L):
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength {strength} is outside of 0 to 1")
+    for depth in dict.fromkeys(map(depth_of, layers)):
+        block = [layer for name, layer in layers.items() if depth_of(name) == depth]
+        weights, activations = weights_L[depth], activations_L[depth]
+        block[0].weight_strength.fill_(weights)
+        block[0].activation_strength.fill_(activations)
+        for layer in block:
+            relevant = {weights} if layer.quant_config.activations == "none" else {weights, activations}
+            layer.mode = "plain" if relevant == {0.0} else "codes" if relevant == {1.0} else "ramp"
+
+
+def depth_of(name: str) -> int:
+    """Index of the block that a layer of this dotted name belongs to; 0 for one outside of blocks."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return int(match[1]) if match else 0
+
+
+def is_rotated(name: str, config: QuantConfig) -> bool:
+    """Whether inputs and weights of the layer of this name are rotated before they are rounded."""
+    return config.hadamard == "all" or (config.hadamard == "outputs" and name.endswith(OUTPUTS))
+
+
+def sharers(name: str, layers: dict[str, nn.Module]) -> tuple[nn.Linear, ...]:
+    """Those of the quantized layers that are one matrix with the layer of this name where they are fused."""
+    parent, _, last = name.rpartition(".")
+    parts = next((parts for parts in FUSED if last in parts), (last,))
+    return tuple(layers[f"{parent}.{part}"] for part in parts if f"{parent}.{part}" in layers)  # type: ignore[misc]
+
+
+def width_problem(name: str, width: int, config: QuantConfig) -> str | None:
+    """Why a layer of so many input features cannot be quantized like this; None if it can."""
+    if config.granularity == "group" and width % config.group_size:
+        return f"group_size {config.group_size} does not divide the {width} inputs of {name}"
+    if is_rotated(name, config) and not is_rotatable(width):
+        return f"hadamard {config.hadamard} cannot rotate the {width} inputs of {name}, an odd number"
+    return None
+
+
+def matching_layers(model: nn.Module, config: QuantConfig) -> dict[str, nn.Linear]:
+    """The plain linear layers that a configuration is for, by dotted name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    matches = {name: module for name, module in linears.items() if re.search(config.include, name)}
+    if not matches:
+        raise ValueError(f"include={config.include!r} matches none of the linear layers, such as {list(linears)[:3]}")
+    return matches
+
+
+def add_learned_scales_(model: nn.Module, config: QuantConfig) -> list[str]:
+    """Give the layers that a configuration with learned scales is for a parameter `weight_scale`, [O], each.
+
+    It belongs to the model from its first step, so that a switch adds no parameter to an optimizer; a layer that is
+    not quantized leaves it alone.
+
+    Returns:
+        The dotted names of the parameters.
+    """
+    layers = matching_layers(model, config)
+    for layer in layers.values():
+        if not hasattr(layer, LEARNED_SCALE):
+            weight = layer.weight
+            scale = nn.Parameter(torch.ones(layer.out_features, dtype=weight.dtype, device=weight.device))
+            layer.register_parameter(LEARNED_SCALE, scale)
+    return [f"{name}.{LEARNED_SCALE}" for name in layers]
 
 
 def _expect_quantized(model: nn.Module) -> dict[str, QuantLinear]:

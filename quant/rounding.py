@@ -1,73 +1,293 @@
-"""Pure quantizers: tensor in, integer codes and scale out.
+"""Pure quantizers: tensor in, integer codes and scale out, and the gradients that training gives to rounding.
 
-All statistics and the rounding are computed in fp32 from the bf16 cast of the input, whatever its own precision,
-so that every engine, kernel and export sees the same codes: rounding the fp32 master weights instead changes 0.04 to
-0.2 % of the codes, statistics in bf16 another 0.2 %.
+A code times its scale approximates the value. All statistics and the rounding are computed in fp32. Weights are
+rounded from their bf16 cast, whatever their own precision, so that every engine, kernel and export sees the same codes:
+rounding the fp32 master weights instead changes 0.04 to 0.2 % of the codes, statistics in bf16 another 0.2 %.
 
-Dimensions: O output features, I input features, D the quantized dimension of an activation.
+Statistics are over blocks of a weight matrix, which `in_blocks` makes of it: all of it, its rows, or groups of
+neighbours in a row. A scale has the shape [blocks of a column, blocks of a row]: [1, 1], [O, 1] or [O, I / group].
+
+Dimensions: O output features, I input features, R blocks of a column, G blocks of a row, K elements of a block.
 """
 
-from collections.abc import Callable
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-WeightQuantizer = Literal["absmean", "absmedian"]
+from quant.config import BITNET, Activations, Granularity, Levels, QuantConfig, WeightScale
 
 SMALLEST_SCALE = 1e-5
 """Floor of every scale, so that an all-zero tensor quantizes to zeros (BitNet b1.58 uses the same value)."""
 
-INT8_LIMIT = 127
+PIECE = 512
+"""Elements of a sum in fp32."""
+
+LARGEST_CODE: dict[Levels, int] = {"binary": 1, "ternary": 1, "int2": 3, "int3": 7, "int4": 15}
+"""Codes run from minus this to this: by ones for ternary, by twos (the odd numbers) for the others."""
+
+GAUSSIAN_CLIP: dict[Levels, float] = {
+    "binary": 0.7978845587140913,
+    "ternary": 1.2240089519030855,
+    "int2": 1.4935346200015913,
+    "int3": 2.051068354131873,
+    "int4": 2.513930578568423,
+}
+"""Outermost level, in standard deviations, with the least mean squared error on a Gaussian (arXiv 2502.05003, 3.1)."""
 
 
-def _bf16_values(x: Tensor) -> Tensor:
+class Scale(NamedTuple):
+    """What weights are divided by before rounding, and what codes are multiplied by; fp32, [R, G]."""
+
+    level: Tensor
+    threshold: Tensor | None = None
+    """Half of what weights are divided by, where that is not the level: see `twn_scale`."""
+
+
+def bf16_values(x: Tensor) -> Tensor:
+    """The bf16 cast of ``x``, as fp32."""
     return x.to(torch.bfloat16).float()
 
 
-def ternary_codes(weight_OI: Tensor, scale: Tensor) -> Tensor:
-    """Round ``weight / scale`` to the nearest of -1, 0, +1 (ties to even); fp32 of the same shape.
+def in_blocks(weight_OI: Tensor, granularity: Granularity, group_size: int) -> Tensor:
+    """View a matrix as [R, G, K]: what shares a scale is one vector of K elements.
 
-    Multiplies by the reciprocal, as Transformers' BitNet layers do: the quotient may round to the other side of a tie.
+    Raises:
+        ValueError: the groups do not divide the rows.
     """
-    return (_bf16_values(weight_OI) * scale.reciprocal()).round().clamp(-1, 1)
+    O, I = weight_OI.shape  # noqa: E741
+    if granularity == "matrix":
+        return weight_OI.reshape(1, 1, O * I)
+    if granularity == "row":
+        return weight_OI.reshape(O, 1, I)
+    if I % group_size:
+        raise ValueError(f"group_size {group_size} does not divide rows of {I} weights")
+    return weight_OI.reshape(O, I // group_size, group_size)
 
 
-def absmean_scale(weight_OI: Tensor) -> Tensor:
-    """Mean magnitude of the whole matrix, a 0-dim fp32 tensor (arXiv 2402.17764, eq. 3)."""
-    return _bf16_values(weight_OI).abs().mean().clamp(min=SMALLEST_SCALE)
+def over_blocks(scale_RG: Tensor, shape: Sequence[int]) -> Tensor:
+    """A scale as something that broadcasts with the matrix of that shape: [1, 1], [O, 1] or [O, I]."""
+    width = shape[-1]
+    return scale_RG if scale_RG.shape[-1] == 1 else scale_RG.repeat_interleave(width // scale_RG.shape[-1], dim=-1)
 
 
-def absmedian_scale(weight_OI: Tensor) -> Tensor:
-    """Median magnitude of the whole matrix, the lower one of two, a 0-dim fp32 tensor (arXiv 2407.09527, section 3)."""
-    return _bf16_values(weight_OI).abs().median().clamp(min=SMALLEST_SCALE)
+def _mean(blocks: Tensor) -> Tensor:
+    """Mean over the last dimension, to the last bit the same for every number of threads and kind of device.
+
+    Pieces are summed in fp32, each by one thread, and their sums in fp64, where the order hardly matters. A plain fp32
+    mean depends on how many threads share it.
+    """
+    size = blocks.shape[-1]
+    whole = size // PIECE * PIECE
+    total = blocks[..., :whole].unflatten(-1, (-1, PIECE)).sum(-1).double().sum(-1)
+    return ((total + blocks[..., whole:].sum(-1).double()) / size).float()
 
 
-WEIGHT_SCALES: dict[WeightQuantizer, Callable[[Tensor], Tensor]] = {
+def absmean_scale(blocks: Tensor) -> Tensor:
+    """Mean magnitude (BitNet b1.58, arXiv 2402.17764, eq. 3), of [..., K]; the other scales likewise."""
+    return _mean(blocks.abs())
+
+
+def absmedian_scale(blocks: Tensor) -> Tensor:
+    """Median magnitude, the lower one of two (b1.58 Reloaded, arXiv 2407.09527, section 3)."""
+    return blocks.abs().median(-1).values
+
+
+def absmax_scale(blocks: Tensor) -> Tensor:
+    """Largest magnitude: nothing is clipped."""
+    return blocks.abs().amax(-1)
+
+
+def rms_scale(blocks: Tensor) -> Tensor:
+    """Root mean square, which is the standard deviation that QuEST takes its levels from (arXiv 2502.05003, 3.1)."""
+    return _mean(blocks.square()).sqrt()
+
+
+def twn_scale(blocks: Tensor) -> Scale:
+    """Ternary weight networks: codes beyond 0.7 of the mean magnitude, and the level of least squares for these.
+
+    Source: arXiv 1605.04711, eq. 4 (level) and 6 (threshold).
+    """
+    magnitudes = blocks.abs()
+    threshold = 0.7 * _mean(magnitudes)
+    beyond = (magnitudes > threshold[..., None]).float()
+    level = _mean(magnitudes * beyond) / _mean(beyond).clamp(min=1 / blocks.shape[-1])
+    return Scale(level.clamp(min=SMALLEST_SCALE), threshold.clamp(min=SMALLEST_SCALE / 2))
+
+
+STATISTICS: dict[WeightScale, Callable[[Tensor], Tensor]] = {
     "absmean": absmean_scale,
     "absmedian": absmedian_scale,
+    "absmax": absmax_scale,
+    "gaussian": rms_scale,
 }
 
 
-def ternary(weight_OI: Tensor, quantizer: WeightQuantizer = "absmean") -> tuple[Tensor, Tensor]:
-    """Quantize a weight matrix to 1.58 bits with one scale.
+def weight_scale(weights: Sequence[Tensor], config: QuantConfig) -> Scale:
+    """The scale of a weight matrix, from its values alone.
+
+    Args:
+        weights: the matrix, and behind it those of the same width that share its scale.
+        config: not with learned scales, see `learned_scale`.
 
     Returns:
-        codes_OI in {-1, 0, +1} as fp32, and the 0-dim fp32 scale; ``codes * scale`` approximates the weight.
+        [R, G].
     """
-    scale = WEIGHT_SCALES[quantizer](weight_OI)
-    return ternary_codes(weight_OI, scale), scale
+    matrix = bf16_values(weights[0] if len(weights) == 1 else torch.cat(tuple(weights)))
+    blocks = in_blocks(matrix, config.granularity, config.group_size)
+    if config.weights == "twn":
+        return twn_scale(blocks)
+    outermost = STATISTICS[config.weights](blocks)
+    if config.weights == "gaussian":
+        outermost = outermost * GAUSSIAN_CLIP[config.levels]
+    return Scale((outermost / LARGEST_CODE[config.levels]).clamp(min=SMALLEST_SCALE))
 
 
-def int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize activations to 8 bits, symmetric, one scale for each row of the last dimension.
+def weight_codes(weight_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor:
+    """Round a matrix, or whole rows of it, to codes; fp32 of the weight's shape.
 
-    Source: arXiv 2402.17764, section 2 (absmax to [-127, 127]; no zero point).
+    Ternary ties go to 0. It multiplies by the reciprocal, as Transformers' BitNet layers do: the quotient may round
+    to the other side of a tie. The even numbers of levels have no 0, and a weight of 0 is rounded up.
+
+    Args:
+        weight_OI: any dtype; rounded from its bf16 cast.
+        scale: of its blocks.
+        config: for its levels.
+    """
+    divisor = scale.level if scale.threshold is None else 2 * scale.threshold
+    scaled = bf16_values(weight_OI) * over_blocks(divisor, weight_OI.shape).reciprocal()
+    highest = LARGEST_CODE[config.levels]
+    lowest, highest = LEARNED[config.levels].codes if config.learned else (-highest, highest)
+    return (scaled.round() if by_ones(config) else 2 * (scaled / 2).floor() + 1).clamp(lowest, highest)
+
+
+def by_ones(config: QuantConfig) -> bool:
+    """Whether codes are neighbouring integers; the others are odd."""
+    return config.levels == "ternary" or (config.learned and config.levels != "int2")
+
+
+def quantize_weight(weight_OI: Tensor, config: QuantConfig = BITNET) -> tuple[Tensor, Tensor]:
+    """Codes of a matrix, fp32 [O, I], and their level, fp32, [R, G]; of one that shares its scale with no other."""
+    scale = weight_scale((weight_OI,), config)
+    return weight_codes(weight_OI, scale, config), scale.level
+
+
+def dequantize(codes_OI: Tensor, level: Tensor) -> Tensor:
+    """Codes times their level, fp32; ``level`` is [1, 1], [O, 1] or [O, I / group]."""
+    return codes_OI * over_blocks(level, codes_OI.shape)
+
+
+# Learned scales
+
+
+class Learned(NamedTuple):
+    """A quantizer whose scale is a parameter alpha of each row; all but ``unit`` is in units of a code."""
+
+    unit: float
+    """A code's level, in alpha."""
+    codes: tuple[int, int]
+    clip: tuple[float, float]
+    """Beyond these the weight gets no gradient."""
+    slope: tuple[float, float]
+    """Derivative of the result by the level, beyond the clip."""
+    positive_levels: int
+    """As they count in the gradient's scale."""
+
+
+LEARNED: dict[Levels, Learned] = {
+    "ternary": Learned(2 / 3, (-1, 1), (-1.485, 1.485), (-1.5, 1.5), 1),
+    "int2": Learned(1 / 4, (-3, 3), (-3.96, 3.96), (-3.0, 3.0), 1),
+    "int3": Learned(1.0, (-4, 3), (-4.0, 3.0), (-4.0, 3.0), 3),
+    "int4": Learned(1.0, (-8, 7), (-8.0, 7.0), (-8.0, 7.0), 7),
+}
+"""ParetoQ (arXiv 2502.02631, section 3.2): stretched elastic quantization for ternary and 2 bits, learned step size
+(LSQ, arXiv 1902.08153) for 3 and 4. The numbers are those of its authors' code: it clips at 0.99 of alpha, gives alpha
+a slope of 1 beyond it although the outermost ternary level is at 2/3 of alpha, and counts one positive level of 2 bits."""
+
+
+def learned_scale(alpha_O: Tensor, levels: Levels) -> Scale:
+    """The scale of rows with learned alphas, differentiable by these."""
+    return Scale((alpha_O.float() * LEARNED[levels].unit).clamp(min=SMALLEST_SCALE)[:, None])
+
+
+def first_alpha(largest_O: Tensor, levels: Levels) -> Tensor:
+    """What a row's alpha begins with, from the row's largest magnitude (ParetoQ's code)."""
+    return largest_O if levels in ("ternary", "int2") else largest_O / LEARNED[levels].codes[1]
+
+
+# Gradients of rounding
+
+
+def weight_gradients(
+    grad_OI: Tensor, weight_OI: Tensor, codes_OI: Tensor, level: Tensor, config: QuantConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient by the latent weight, given the one by ``codes * level``; and by the level, where scales are learned.
+
+    - identity: the same (straight through, arXiv 1308.3432).
+    - clipped: 0 beyond the outermost levels; with learned scales, beyond their clip.
+    - trust: 0 where rounding moves the weight by more than half a step (QuEST, arXiv 2502.05003, eq. 5).
+
+    The level's gradient is that of LSQ (arXiv 1902.08153, eq. 3), scaled by 1 / sqrt(weights * positive levels).
+
+    Args:
+        grad_OI: any dtype, which the result keeps.
+        weight_OI: latent.
+        codes_OI: of the weight.
+        level: [R, G].
+        config: its gradient, levels and scale.
 
     Returns:
-        codes in [-127, 127] as fp32, of the shape of ``x``, and the fp32 scale with a last dimension of 1.
+        [O, I], and fp32 [O, 1] or None.
     """
-    x = _bf16_values(x)
+    if config.gradient == "identity" and not config.learned:
+        return grad_OI, None
+    in_codes = bf16_values(weight_OI) / over_blocks(level, weight_OI.shape)
+    quantizer = LEARNED[config.levels] if config.learned else None
+    grad_level = None
+    if quantizer is not None:
+        low, high = in_codes < quantizer.clip[0], in_codes > quantizer.clip[1]
+        slope = torch.where(low, quantizer.slope[0], torch.where(high, quantizer.slope[1], codes_OI - in_codes))
+        grad_scale = 1 / math.sqrt(weight_OI.numel() * quantizer.positive_levels)
+        grad_level = (slope * grad_OI.float()).sum(-1, keepdim=True) * grad_scale
+    if config.gradient == "identity":
+        return grad_OI, grad_level
+    if config.gradient == "trust":
+        passes = (in_codes - codes_OI).abs() <= (0.5 if by_ones(config) else 1.0)
+    elif quantizer is not None:
+        passes = ~(low | high)
+    else:
+        passes = in_codes.abs() <= LARGEST_CODE[config.levels]
+    return grad_OI * passes, grad_level
+
+
+# Activations
+
+
+class ActivationGrid(NamedTuple):
+    """The largest magnitude of a token becomes ``scale_by`` codes, and codes are clamped to ``codes``."""
+
+    scale_by: int
+    codes: tuple[int, int]
+
+
+ACTIVATION_GRIDS: dict[Activations, ActivationGrid] = {
+    "int8": ActivationGrid(127, (-127, 127)),
+    "int8-128": ActivationGrid(128, (-128, 127)),
+    "int4": ActivationGrid(7, (-7, 7)),
+}
+"""BitNet b1.58 (arXiv 2402.17764, section 2: absmax, symmetric, no zero point); the `bitlinear` package 2.4; and
+BitNet a4.8 (arXiv 2411.04965, eq. 4) on a symmetric grid."""
+
+
+def quantize_activation(x: Tensor, activations: Activations = "int8") -> tuple[Tensor, Tensor]:
+    """Quantize activations, symmetric, one scale for each row of the last dimension (a token).
+
+    Returns:
+        codes as fp32, of the shape of ``x``, and the fp32 scale with a last dimension of 1.
+    """
+    grid = ACTIVATION_GRIDS[activations]
+    x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_SCALE)
-    codes = (x * (INT8_LIMIT / largest)).round().clamp(-INT8_LIMIT, INT8_LIMIT)
-    return codes, largest / INT8_LIMIT
+    return (x * (grid.scale_by / largest)).round().clamp(*grid.codes), largest / grid.scale_by

@@ -21,8 +21,9 @@ from launcher.optim import OptimizerConfig, parameter_groups
 from launcher.zero import ZeroEngine
 from model.init import initial_value, initialize_
 from model.transformer import ModelConfig, Transformer
-from quant.linear import QuantConfig, quantize_, quantized_layers
-from quant.rounding import ternary
+from quant.config import QuantConfig
+from quant.linear import quantize_, quantized_layers
+from quant.rounding import quantize_weight
 
 # Rows that neither 2 nor 3 ranks divide, and gradients that are clipped.
 MODEL = ModelConfig(
@@ -79,7 +80,7 @@ def watch_codes(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Linear, _: Any) -> None:
             if name not in seen:
-                codes, scale = ternary(module.weight.detach())
+                codes, scale = quantize_weight(module.weight.detach())
                 seen[name] = (codes.to(torch.int8), scale)
 
         return hook

@@ -12,15 +12,16 @@ from data.torchvision_repair import repair_torchvision
 from launcher.hf_source import HuggingFaceSource
 from launcher.source import CheckpointError
 from quant.codes import pack, unpack
-from quant.linear import QuantConfig, quantize_
-from quant.rounding import ternary
+from quant.config import QuantConfig
+from quant.linear import quantize_
+from quant.rounding import quantize_weight
 
 
 def pack_folder(folder, linear_class, **quantization):
     """Put packed codes in the place of a folder's projections, in the convention of one of the linear classes."""
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        codes_OI, scale = ternary(tensors[name])
+        codes_OI, scale = quantize_weight(tensors[name])
         tensors[name] = pack(codes_OI)
         tensors[f"{name}_scale"] = (scale if linear_class == "autobitlinear" else 1 / scale).reshape(1)
     save_file(tensors, folder / "model.safetensors")
@@ -87,10 +88,10 @@ def test_requantizing_finds_the_same_codes_and_absmedian_the_same_scale(tmp_path
     tensors, source = load_file(tmp_path / "hf" / "model.safetensors"), HuggingFaceSource(tmp_path / "hf")
     for name in [name for name in source.shapes if name.endswith("_proj.weight")]:
         codes, scale = unpack(tensors[name]).float(), tensors[f"{name}_scale"][0].bfloat16().float()
-        requantized, same_scale = ternary(whole(source, name), "absmedian")
+        requantized, same_scale = quantize_weight(whole(source, name), QuantConfig(weights="absmedian"))
         assert torch.equal(requantized, codes)
         assert same_scale == scale
-        requantized, smaller_scale = ternary(whole(source, name), "absmean")
+        requantized, smaller_scale = quantize_weight(whole(source, name), QuantConfig(weights="absmean"))
         assert torch.equal(requantized, codes)
         torch.testing.assert_close(smaller_scale, scale * codes.abs().mean())
 

@@ -26,8 +26,9 @@ from launcher.source import KINDS
 from launcher.zero import ZeroEngine
 from model.init import initial_value
 from model.transformer import ModelConfig, Transformer
-from quant.linear import QuantConfig, quantize_, quantized_layers
-from quant.rounding import ternary
+from quant.config import QuantConfig
+from quant.linear import quantize_, quantized_layers
+from quant.rounding import quantize_weight
 
 # No dimension of a matrix can be divided by 3 or 4, most not by 2.
 MODEL = ModelConfig(
@@ -125,7 +126,7 @@ def continuations(out: str, variant: str, quantized: bool, sources: list[list[st
 
 
 def first_codes(engine: Engine) -> dict[str, Tensor]:
-    return {name: ternary(layer.weight.to_local())[0] for name, layer in quantized_layers(engine.model).items()}  # type: ignore[operator]
+    return {name: quantize_weight(layer.weight.to_local())[0] for name, layer in quantized_layers(engine.model).items()}  # type: ignore[operator]
 
 
 def same_state(first: Path, second: Path) -> None:
@@ -176,7 +177,7 @@ def check(
         for name, codes in result["codes"].items():
             reader = CheckpointReader(folder_of(out / source, begin))
             latent = reader.read("weight", f"{name}.weight", 0, codes.numel()).view(codes.shape)
-            assert torch.equal(codes, ternary(latent)[0]), (source, name)
+            assert torch.equal(codes, quantize_weight(latent)[0]), (source, name)
 
 
 def test_a_few_engines_take_each_others_checkpoints(tmp_path: Path) -> None:

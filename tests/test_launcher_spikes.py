@@ -3,13 +3,17 @@
 import json
 import math
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_group
+from safetensors.torch import load_file
 from test_launcher_engines import CPU, ENGINES, build, state_of, step_once
+from test_launcher_resume import ENGINES as ENGINE_CONFIGS
 from test_launcher_resume import StopAfter
 from tiny import tiny_config
 
@@ -142,7 +146,9 @@ def limits() -> dict[str, Any]:
             unchanged = all(torch.equal(before[key], after) for key, after in state_of(engine).items())
             taken = limited_step(engine, 1, norm * 1.01)
             as_if_nothing = (*taken,) == step_once(twin, 1)[1:]
-            agrees = all(torch.equal(a, b) for a, b in zip(state_of(engine).values(), state_of(twin).values()))
+            agrees = all(
+                torch.equal(a, b) for a, b in zip(state_of(engine).values(), state_of(twin).values(), strict=True)
+            )
             poisoned = step_once(engine, 2, torch.nan)[1:]
             results[f"{name}/{dtype}"] = [
                 [skipped_always, skipped, taken[1]], norm == same_norm, unchanged, as_if_nothing, agrees,
@@ -161,3 +167,134 @@ def test_a_step_beyond_its_limit_changes_nothing_on_any_engine() -> None:
             assert agrees, name
             assert ratio == pytest.approx(1, abs=1e-2 if "bfloat16" in name else 1e-6), name
             assert non_finite == 1, name
+
+
+# Runs
+
+
+def complete(config: Config, pieces: Sequence[int] = (), *, alter: Callable[[Path], None] | None = None) -> list[str]:
+    """Train to the end, each piece as if by a new process; returns how each call of `train` ended.
+
+    Args:
+        config: of the run.
+        pieces: after how many steps the first calls are asked to stop.
+        alter: called with the run's folder after every call, on the first rank.
+    """
+    outcomes: list[str] = []
+    while outcomes[-1:] != ["complete"]:
+        ranks, folder = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), CPU), RunFolder(config)
+        plan = plan_of_run(config, folder, ranks)
+        if ranks.is_first:
+            folder.prepare([phase.end - phase.start for phase in plan.phases])
+        dist.barrier()
+        steps = pieces[len(outcomes)] if len(outcomes) < len(pieces) else 10**6
+        outcomes.append(train(plan, ranks, folder, StopAfter(steps), Console(silent=True)))  # type: ignore[arg-type]
+        if alter is not None and ranks.is_first:
+            alter(folder.path)
+        dist.barrier()
+    return outcomes
+
+
+def watched(shards: str, folder: Path, engine: str, **training: Any) -> Config:
+    return tiny_config(
+        Path(shards),
+        folder,
+        engine=ENGINE_CONFIGS[engine],
+        training={"skip_outliers": {"window_steps": 3, "sigmas": 0.7}} | training,
+        phases=[{"precision": "16-bit", "steps": 10}, {"precision": "ternary", "steps": 6}],
+        checkpoint={"interval_steps": 5, "keep_last": 0},
+    )
+
+
+def watched_runs(shards: str, out: str) -> None:
+    for engine in ("fsdp2", "zero-2"):
+        complete(watched(shards, Path(out) / engine / "whole", engine))
+        complete(watched(shards, Path(out) / engine / "pieces", engine), [5, 2, 4])
+    # Outliers are no reason to give up.
+    complete(watched(shards, Path(out) / "patient", "fsdp2", max_skipped_steps=1))
+
+
+def last_tensors(run: Path) -> list[dict[str, torch.Tensor]]:
+    newest = complete_checkpoints(run / "checkpoints")[-1]
+    return [load_file(path) for path in sorted(newest.glob("*.safetensors"))]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    for ours, theirs in zip(last_tensors(one), last_tensors(other), strict=True):
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == [], f"{one} and {other}"
+
+
+def outliers_of(run: Path) -> list[int]:
+    rows = read_metrics(run / "metrics.jsonl")
+    return [row["train/outlier_steps"] for row in rows if "train/outlier_steps" in row]
+
+
+def test_what_stands_out_is_skipped_the_same_in_a_run_that_goes_on(shards: Path, tmp_path: Path) -> None:
+    run_group(2, watched_runs, str(shards), str(tmp_path))
+    for engine in ("fsdp2", "zero-2"):
+        whole, pieces = tmp_path / engine / "whole", tmp_path / engine / "pieces"
+        assert outliers_of(whole) == list(range(1, len(outliers_of(whole)) + 1)) == outliers_of(pieces)
+        assert 0 < len(outliers_of(whole)) < 10
+        assert_same_end(whole, pieces)
+        updates = {tensor.item() for state in last_tensors(whole) for key, tensor in state.items() if "step" in key}
+        assert updates <= {16 - len(outliers_of(whole))}
+        assert not any(row.get("train/skipped_steps") for row in read_metrics(whole / "metrics.jsonl"))
+    assert outliers_of(tmp_path / "patient") == outliers_of(tmp_path / "fsdp2" / "whole")
+
+
+def rolling(shards: str, folder: Path, ramp: dict[str, Any], **transition: Any) -> Config:
+    return tiny_config(
+        Path(shards),
+        folder,
+        phases=[
+            {"precision": "16-bit", "steps": 4},
+            {"precision": "ternary", "steps": 10, "transition": {"ramp": ramp, **transition}},
+        ],
+        checkpoint={"interval_steps": 1, "keep_last": 0},
+    )
+
+
+ROLLBACK = {"rollback": {"after_tokens": 600, "ramp_factor": 1.5, "max_attempts": 2}}  # 600 tokens are 3 steps
+
+
+def interrupt_discarding(run: Path) -> None:
+    """As if a process that removes an attempt's checkpoints had been killed in the midst of it."""
+    content = json.loads((run / "rollbacks.json").read_text()) if (run / "rollbacks.json").exists() else {}
+    if any(rollback["discarding"] for rollback in content.values()):
+        shutil.rmtree(complete_checkpoints(run / "checkpoints")[-2])
+
+
+def rolled_back_runs(shards: str, out: str) -> dict[str, Any]:
+    folder = Path(out)
+    outcomes: dict[str, Any] = {"recovers": complete(rolling(shards, folder / "free", {"steps": 2}))}
+    SpikeGuard.loss_after = property(lambda self: (self.loss_before or 0) - 0.1)  # type: ignore[assignment,method-assign]
+    outcomes["recovers"] = complete(rolling(shards, folder / "recovers", {"steps": 2}, **ROLLBACK))
+    SpikeGuard.loss_after = property(lambda self: (self.loss_before or 0) + 0.1)  # type: ignore[assignment,method-assign]
+    outcomes["whole"] = complete(rolling(shards, folder / "whole", {"steps": 2}, **ROLLBACK))
+    pieces = [3, 1, 2, 10**6, 3, 10**6]
+    outcomes["pieces"] = complete(
+        rolling(shards, folder / "pieces", {"steps": 2}, **ROLLBACK), pieces, alter=interrupt_discarding
+    )
+    complete(rolling(shards, folder / "gentle", {"steps": 5}))  # 2 * 1.5 * 1.5, rounded up
+    return outcomes
+
+
+def test_a_switch_that_does_not_recover_is_rolled_back_whatever_interrupts_it(shards: Path, tmp_path: Path) -> None:
+    for outcomes in run_group(2, rolled_back_runs, str(shards), str(tmp_path)):
+        assert outcomes["recovers"] == ["complete"]
+        assert outcomes["whole"] == ["rolled back", "rolled back", "complete"]
+        assert outcomes["pieces"].count("rolled back") == 2
+        assert outcomes["pieces"].count("interrupted") == 4
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    assert_same_end(whole, pieces)
+    assert_same_end(whole, tmp_path / "gentle")  # the given-up attempts have left no trace
+    assert_same_end(tmp_path / "recovers", tmp_path / "free")
+    assert not (tmp_path / "recovers" / "rollbacks.json").exists()
+    given_up = read_rollbacks(whole)[1]
+    assert (given_up.attempts, given_up.switch_step, given_up.discarding) == (2, 4, False)
+    assert given_up.loss_after == given_up.loss_before + 0.1
+    rows = read_metrics(whole / "metrics.jsonl")
+    assert [row["rollback/attempts"] for row in rows if "rollback/attempts" in row] == [2]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 14
+    assert given_up.loss_before == pytest.approx(sum(losses[:4]) / 4, abs=1e-5)

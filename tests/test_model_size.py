@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.size import activation_bytes, flops_per_token, num_linear_parameters, num_parameters, parameter_shapes
 from model.transformer import ModelConfig, Transformer
-from quant.linear import QuantConfig, quantize_
+from quant.config import QuantConfig
+from quant.linear import quantize_
 
 BITNET_2B4T = ModelConfig(
     vocab_size=128_256,

@@ -3,6 +3,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,20 +12,37 @@ from torch._dynamo.testing import CompileCounter
 
 from model.init import initialize_
 from model.transformer import ModelConfig, Transformer
+from quant.config import QuantConfig
 from quant.linear import (
-    QuantConfig,
     QuantLinear,
-    StraightThrough,
     dequantize_,
     quantize_,
     quantized_layers,
     set_strength_,
+    set_strengths_,
 )
-from quant.rounding import int8_per_token, ternary
+from quant.product import StraightThrough, integer_product
+from quant.rounding import dequantize, quantize_activation, quantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EVERYTHING = QuantConfig(include="")
+LOOSE = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float64: {"rtol": 1e-5, "atol": 1e-5},  # the scales are fp32
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+}
+CODE_CONFIGS = [
+    {"weights": "absmean"},
+    {"weights": "absmedian", "activations": "int8-128"},
+    {"weights": "twn"},
+    {"weights": "gaussian", "granularity": "row"},
+    {"weights": "absmean", "granularity": "group"},
+    {"weights": "gaussian", "granularity": "group", "levels": "int4", "activations": "int4"},
+    {"weights": "absmax", "granularity": "row", "levels": "int3"},
+    {"weights": "gaussian", "levels": "int2"},
+    {"weights": "absmean", "levels": "binary"},
+]
 MODEL = ModelConfig(
     vocab_size=48, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, sub_norm=True
 )
@@ -92,36 +110,59 @@ def test_strength_0_is_the_plain_layer_bit_for_bit(dtype, bias, activations):
 
 def dequantized(layer, x, config):
     """The operands at strength 1, in the layer's dtype."""
-    codes, scale = ternary(layer.weight.detach(), config.weights)
-    weight = (codes * scale).to(layer.weight.dtype)
+    weight = dequantize(*quantize_weight(layer.weight.detach(), config)).to(layer.weight.dtype)
     if config.activations == "none":
         return weight, x
-    codes, scale = int8_per_token(x)
+    codes, scale = quantize_activation(x, config.activations)
     return weight, (codes * scale).to(x.dtype)
 
 
 @every_dtype
-@pytest.mark.parametrize("weights", ["absmean", "absmedian"])
-@pytest.mark.parametrize("activations", ["int8", "none"])
-def test_strength_1_is_the_product_of_what_was_rounded(dtype, weights, activations):
-    config = QuantConfig(include="", weights=weights, activations=activations)
-    layer, x = build_linear(dtype), build_input(dtype)
-    weight, rounded = dequantized(layer, x, config)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("keys", CODE_CONFIGS, ids=str)
+def test_strength_1_is_the_integer_product_bit_for_bit(dtype, bias, keys):
+    """Sums of codes times codes as numpy has them in int64, then the scales in fp32, then the bias."""
+    config = QuantConfig(include="", group_size=8, **keys)
+    layer, x = build_linear(dtype, bias), build_input(dtype)
+    weight_codes, level = quantize_weight(layer.weight.detach(), config)
+    codes, scale = quantize_activation(x, config.activations)
+    num_groups = level.shape[1]
+    integers = np.einsum(
+        "btgk,ogk->gbto",
+        codes.unflatten(-1, (num_groups, -1)).long().numpy(),
+        weight_codes.unflatten(-1, (num_groups, -1)).long().numpy(),
+    )
+    if num_groups == 1:
+        expected = torch.from_numpy(integers[0]).float() * (scale * level[:, 0])
+    else:
+        expected = torch.zeros(3, 5, 10)
+        for group in range(num_groups):
+            expected += torch.from_numpy(integers[group]).float() * level[:, group]
+        expected *= scale
     quantize_(layer, config)
-    y = layer(x)
-    assert torch.equal(y, F.linear(rounded, weight, layer.bias))
-    assert not torch.equal(y, F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), expected.to(dtype) + layer.bias if bias else expected.to(dtype))
 
 
-def test_integer_product_times_scales():
-    """What an integer kernel computes: codes times codes exactly, and the scales behind."""
-    layer, x = build_linear(torch.float64, bias=False), build_input(torch.float64)
-    weight_codes, weight_scale = ternary(layer.weight.detach(), "absmean")
-    codes, scale = int8_per_token(x)
-    integers = codes.int() @ weight_codes.int().T
-    quantize_(layer, EVERYTHING)
-    expected = integers.double() * scale.double() * weight_scale.double()
-    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+@every_dtype
+@pytest.mark.parametrize("granularity", ["matrix", "row", "group"])
+def test_strength_1_without_activations_is_the_product_with_codes(dtype, granularity):
+    config = QuantConfig(include="", granularity=granularity, group_size=8, activations="none")
+    layer, x = build_linear(dtype), build_input(dtype)
+    weight, _ = dequantized(layer, x, config)
+    quantize_(layer, config)
+    torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias), **LOOSE[dtype])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 17, 64])
+def test_integer_products_are_exact_on_every_path(num_tokens, monkeypatch):
+    """int8 instructions and fp32 give the integers of int64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (num_tokens, 4096), generator=generator, dtype=torch.int8)
+    weight = torch.randint(-1, 2, (24, 4096), generator=generator, dtype=torch.int8)
+    expected = (x.long() @ weight.long().T).float()
+    for has_int8 in (True, False):
+        monkeypatch.setattr("quant.product._CPU_HAS_INT8", has_int8)
+        assert torch.equal(integer_product(x, weight), expected)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
@@ -133,22 +174,37 @@ def test_strength_blends_linearly(strength):
     rounded = layer(x)
     set_strength_(layer, strength)
     strength = torch.tensor(strength).double()  # as fp32 holds it
-    torch.testing.assert_close(layer(x), plain + strength * (rounded - plain))
+    torch.testing.assert_close(layer(x), plain + strength * (rounded - plain), rtol=1e-6, atol=1e-6)
 
 
 @every_dtype
-@pytest.mark.parametrize("strength", [0.3, 1.0])
-def test_gradient_goes_straight_through(dtype, strength):
+def test_gradient_of_a_ramp_goes_straight_through(dtype):
     """It is that of the plain layer at the blended operands, passed on to the latent ones unchanged."""
     layer, x = build_linear(dtype), build_input(dtype)
     weight, rounded = dequantized(layer, x, EVERYTHING)
-    blend = torch.tensor(strength).to(dtype)
+    blend = torch.tensor(0.3).to(dtype)
     at = copy.deepcopy(layer)
     at.weight.data = torch.lerp(layer.weight.data, weight, blend)
     expected = forward_backward(at, torch.lerp(x, rounded, blend))
     quantize_(layer, EVERYTHING)
-    set_strength_(layer, strength)
+    set_strength_(layer, 0.3)
     assert_same_bits(forward_backward(layer, x), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("keys", [*CODE_CONFIGS, {"activations": "none"}], ids=str)
+def test_gradient_at_strength_1_goes_straight_through(dtype, keys):
+    """It is that of the plain layer at the dequantized operands."""
+    config = QuantConfig(include="", group_size=8, **keys)
+    layer, x = build_linear(dtype), build_input(dtype)
+    weight, rounded = dequantized(layer, x, config)
+    at = copy.deepcopy(layer)
+    at.weight.data = weight
+    expected = forward_backward(at, rounded)
+    quantize_(layer, config)
+    ours = forward_backward(layer, x)
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name], **LOOSE[dtype])
 
 
 def test_straight_through_is_exact_at_both_ends():
@@ -241,18 +297,37 @@ def test_dequantize_undoes_quantize():
     assert quantize_(model, QuantConfig(weights="absmedian")) == PROJECTIONS
 
 
+def strengths_of(model):
+    layers = quantized_layers(model).values()
+    return {(layer.weight_strength.item(), layer.activation_strength.item()) for layer in layers}
+
+
 def test_one_strength_for_all_layers():
     model = build_transformer()
     quantize_(model, QuantConfig())
     set_strength_(model, 0.375)
-    strengths = [layer.strength for layer in quantized_layers(model).values()]
-    assert all(strength is strengths[0] for strength in strengths)
-    assert strengths[0].shape == ()
-    assert strengths[0] == 0.375
+    assert strengths_of(model) == {(0.375, 0.375)}
     twin = copy.deepcopy(model)
     set_strength_(twin, 1.0)
-    assert all(layer.strength == 1.0 for layer in quantized_layers(twin).values())
-    assert all(layer.strength == 0.375 for layer in quantized_layers(model).values())
+    assert strengths_of(twin) == {(1.0, 1.0)}
+    assert strengths_of(model) == {(0.375, 0.375)}
+
+
+def test_blocks_have_strengths_of_their_own():
+    """A block that is off computes as in 16 bits, one that is on as at strength 1."""
+    model, x = build_transformer(), torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(3))
+    projections = [block.mlp.up_proj for block in model.model.layers]
+    plain = [layer(x) for layer in projections]
+    quantize_(model, QuantConfig())
+    on = [layer(x) for layer in projections]
+    set_strengths_(model, [0.0, 1.0], [0.0, 1.0])
+    assert torch.equal(projections[0](x), plain[0])
+    assert torch.equal(projections[1](x), on[1])
+    set_strengths_(model, [0.5, 1.0], [0.0, 0.25])
+    assert [layer.mode for layer in projections] == ["ramp", "ramp"]
+    weight, rounded = dequantized(projections[1], x, QuantConfig())
+    expected = F.linear(torch.lerp(x, rounded, 0.25), weight)
+    assert torch.equal(projections[1](x), expected)
 
 
 def test_a_model_starts_at_full_strength():
@@ -339,7 +414,7 @@ def test_strength_outside_of_0_to_1_is_an_error(strength):
     set_strength_(model, 0.5)
     with pytest.raises(ValueError, match=re.escape(f"strength {strength} is outside of 0 to 1")):
         set_strength_(model, strength)
-    assert next(iter(quantized_layers(model).values())).strength == 0.5
+    assert strengths_of(model) == {(0.5, 0.5)}
 
 
 def test_a_pattern_that_is_none_is_refused():
@@ -358,7 +433,7 @@ def test_on_the_meta_device_the_strength_is_where_the_model_will_compute():
         quantize_(model, QuantConfig())
     assert not quantized_layers(model)
     quantize_(model, QuantConfig(), torch.device("cpu"))
-    assert {layer.strength.device.type for layer in quantized_layers(model).values()} == {"cpu"}
+    assert {layer.weight_strength.device.type for layer in quantized_layers(model).values()} == {"cpu"}
     model.to_empty(device="cpu")
     initialize_(model, seed=0)
     expected = build_transformer()
@@ -370,17 +445,18 @@ def test_on_the_meta_device_the_strength_is_where_the_model_will_compute():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_one_graph_for_all_strengths(training):
+def test_one_graph_for_each_mode(training):
+    """Plain, ramp and codes; all strengths of a ramp share theirs."""
     model, tokens_BT = build_transformer(), tokens()
     quantize_(model, QuantConfig())
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.set_grad_enabled(training):
-        for strength in (1.0, 0.0, 0.1, 0.5, 0.999, 1.0):
+        for strength in (0.0, 0.1, 0.5, 0.999, 1.0, 0.25, 0.0):
             set_strength_(model, strength)
             torch.testing.assert_close(compiled(tokens_BT), model(tokens_BT))
-    assert counter.frame_count == 1
+    assert counter.frame_count == 3
 
 
 def test_compiled_gradients_are_those_of_eager():

@@ -1,0 +1,115 @@
+"""What a ternary phase quantizes, and how; and published recipes by name."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+WeightScale = Literal["absmean", "absmedian", "twn", "gaussian", "absmax", "learned"]
+Levels = Literal["binary", "ternary", "int2", "int3", "int4"]
+Granularity = Literal["matrix", "row", "group"]
+Activations = Literal["int8", "int8-128", "int4", "none"]
+Gradient = Literal["identity", "clipped", "trust"]
+
+SCALES_OF_LEVELS: dict[Levels, tuple[WeightScale, ...]] = {
+    "ternary": ("absmean", "absmedian", "twn", "gaussian", "learned"),
+    "binary": ("absmean", "gaussian"),
+    "int2": ("gaussian", "absmax", "learned"),
+    "int3": ("gaussian", "absmax", "learned"),
+    "int4": ("gaussian", "absmax", "learned"),
+}
+"""The scales that are defined for a set of levels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """What is quantized in a ternary phase, and how."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "extra": "forbid",
+        "strict": True,
+        "use_attribute_docstrings": True,
+        "allow_inf_nan": False,
+    }
+
+    preset: Literal["bitnet-b1.58", "nielsen-2025", "paretoq", "bitnet-v2", "quest"] | None = None
+    """A published recipe, which the other keys change; null: `bitnet-b1.58`."""
+    weights: WeightScale = "absmean"
+    """What makes the weights' scale: `absmean` (BitNet b1.58), `absmedian` (b1.58 Reloaded), `twn` (threshold 0.7 times
+    the mean, least-squares level), `gaussian` (least squared error for normal weights, QuEST), `absmax`, or `learned`
+    (a parameter for each row, ParetoQ)."""
+    levels: Levels = "ternary"
+    """`ternary`; `binary`, `int2`, `int3` and `int4` are there to compare with."""
+    granularity: Granularity = "matrix"
+    """What shares a scale: the `matrix`, a `row` (an output feature) or a `group` of neighbours in a row."""
+    group_size: int = 128
+    """Weights of a group; divides the rows."""
+    fused: bool = False
+    """One scale for queries, keys and values together, and one for gate and up, as where they are one matrix."""
+    activations: Activations = "int8"
+    """Inputs of the quantized layers, absmax per token: `int8`, `int4`, `int8-128` (127 and 128 of the paper's code:
+    the largest positive value is clipped), or `none` (left in 16 bits)."""
+    gradient: Gradient = "identity"
+    """Of the weights' rounding: `identity` (straight through), `clipped` (none beyond the outermost levels) or `trust`
+    (none where rounding moves a weight by more than half a step, QuEST)."""
+    hadamard: Literal["none", "outputs", "all"] = "none"
+    """Rotate inputs and weights before rounding: in front of the attention-output and down projections (`outputs`,
+    BitNet v2), or of `all`."""
+    layer_norm: bool = False
+    """Normalise the inputs in the layer, without parameters, as the `bitlinear` package does."""
+    dead_zone_bias: float = 0.0
+    """Add this share of the weights with code 0 to the output, as a bias (Tequila: 1e-3)."""
+    include: str = r"layers\.\d+\.(self_attn|mlp)\.\w+_proj$"
+    """Regular expression searched in the dotted names of the linear layers; those that match are quantized."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        try:
+            re.compile(self.include)
+        except re.error as error:
+            problems["include"] = f"{self.include!r} is not a regular expression: {error}"
+        if self.weights not in (known := SCALES_OF_LEVELS[self.levels]):
+            problems["weights"] = f"is {self.weights}; {self.levels} weights take {', '.join(known)}"
+        if self.weights == "learned" and self.granularity != "row":
+            problems["granularity"] = f"is {self.granularity}; learned scales belong to a row each"
+        if self.group_size < 2:
+            problems["group_size"] = f"is {self.group_size}; must be 2 or more"
+        if self.fused and self.granularity != "matrix":
+            problems["fused"] = f"is true, but scales of a {self.granularity} are shared with no other matrix anyway"
+        if self.layer_norm and self.activations == "none":
+            problems["layer_norm"] = "is true, but it belongs to the rounding of activations, which are none"
+        if self.dead_zone_bias < 0:
+            problems["dead_zone_bias"] = f"is {self.dead_zone_bias}; must be 0 or more"
+        if self.dead_zone_bias and self.levels != "ternary":
+            problems["dead_zone_bias"] = f"is {self.dead_zone_bias}, but {self.levels} weights have no dead zone"
+        if problems:
+            raise ValueError(problems)
+
+    @property
+    def learned(self) -> bool:
+        """Whether scales are parameters."""
+        return self.weights == "learned"
+
+
+BITNET = QuantConfig(preset="bitnet-b1.58")
+"""The recipe that is taken where none is named."""
+
+PRESETS: dict[str, QuantConfig] = {
+    # arXiv 2402.17764, eq. 1 to 3 and section 2.
+    "bitnet-b1.58": BITNET,
+    # The `bitlinear` package 2.4 with its defaults, on fused matrices, as its authors patched it into OLMo for
+    # arXiv 2502.11895. Its ramp is `tanh`. It normalises at every strength; we blend the norm in with the rest.
+    "nielsen-2025": replace(
+        BITNET, preset="nielsen-2025", weights="absmedian", activations="int8-128", layer_norm=True, fused=True
+    ),
+    # arXiv 2502.02631: stretched elastic quantization (SEQ) of the weights alone.
+    "paretoq": replace(
+        BITNET, preset="paretoq", weights="learned", granularity="row", activations="none", gradient="clipped"
+    ),
+    # arXiv 2504.18415: 8 bits first; `activations: int4` is its second stage.
+    "bitnet-v2": replace(BITNET, preset="bitnet-v2", hadamard="outputs"),
+    # arXiv 2502.05003, with 8-bit activations by absmax in place of its own 1 to 4 bits.
+    "quest": replace(
+        BITNET, preset="quest", weights="gaussian", granularity="row", gradient="trust", hadamard="all"
+    ),
+}
+"""Published recipes by name."""

@@ -1,0 +1,48 @@
+"""Rotation by Hadamard matrices, which spreads outliers over a row before it is rounded (BitNet v2, QuEST).
+
+A row is rotated in pieces of the largest power of two, up to 2**14, that divides it. The matrix is Sylvester's, divided by the root
+of its size: symmetric, orthogonal, and so its own inverse.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+LARGEST_FACTOR = 128
+"""A larger matrix is the Kronecker product of two, so that a row costs a few hundred multiply-adds an element."""
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotate the last dimension, in fp32 (fp64 of fp64); the result has the input's dtype. Undoes itself.
+
+    Raises:
+        ValueError: the width is odd.
+    """
+    width = x.shape[-1]
+    if not is_rotatable(width):
+        raise ValueError(f"a width of {width} cannot be rotated: it is odd")
+    size = min(width & -width, LARGEST_FACTOR**2)
+    inner = min(size, LARGEST_FACTOR)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pieces = wide.reshape(*x.shape[:-1], width // size, size // inner, inner) @ _hadamard(inner, wide)
+    if size > inner:
+        pieces = _hadamard(size // inner, wide) @ pieces
+    return pieces.reshape(x.shape).to(x.dtype)
+
+
+def is_rotatable(width: int) -> bool:
+    """Whether there is a rotation for rows of this width."""
+    return width % 2 == 0
+
+
+def _hadamard(size: int, like: Tensor) -> Tensor:
+    return _table(size).to(like)
+
+
+@functools.cache
+def _table(size: int) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
