@@ -13,6 +13,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import contextlib
 import errno
+import gc
 import os
 import shutil
 import traceback
@@ -138,6 +139,7 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
         source = Path(config.data.sources[0].path)
         prepare_with_progress(config.data.prepare, config.data.sequence_length, source, Console(silent=False))
     while (outcome := train(plan, ranks, folder, stop, console)) == "rolled back":
+        gc.collect()  # engines have reference cycles, and the memory of this one is needed
         plan = plan_of_run(config, folder, ranks)
     # A rank that leaves breaks connections that others may still be making. All is saved: to break here is no failure.
     with contextlib.suppress(RuntimeError):

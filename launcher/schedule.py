@@ -46,7 +46,7 @@ class ScheduleConfig:
         for name in ("drop_at", "drop_factor"):
             value = getattr(self, name)
             if value is not None and self.shape != "two-stage":
-                problems[name] = f"does nothing for {self.shape}; two-stage has it"
+                problems[name] = f"does nothing for {self.shape}; it must be left out but for two-stage"
             elif value is not None and not 0 < value < 1:
                 problems[name] = f"is {value}; must lie between 0 and 1"
         if self.decay_from_phase is not None:

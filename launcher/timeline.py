@@ -30,11 +30,11 @@ def _schedule_events(plan: Plan) -> Iterator[tuple[int, str]]:
 def _switch_events(plan: Plan, phase: Phase) -> Iterator[tuple[int, str]]:
     transition, start = phase.transition, phase.start
     if start and transition.optimizer != "keep":
-        factor = "a measured factor" if transition.rescale_factor is None else f"{transition.rescale_factor:g}"
+        rescale = "a measured factor" if transition.rescale_factor is None else f"{transition.rescale_factor:g}"
         choices = {
             "reset": "Adam is reset",
             "keep-variance": "Adam's first moment is cleared",
-            "rescale": f"Adam's moments are rescaled by {factor}",
+            "rescale": f"Adam's moments are rescaled by {rescale}",
         }
         yield start, choices[transition.optimizer]
     if phase.quantization is not None:

@@ -221,8 +221,8 @@ class ZeroEngine(Engine):
             def watch_overflow(overflow: bool) -> bool:
                 if overflow or self._limit is None:
                     return overflow
-                norms = torch._foreach_norm([parameter.grad for parameter in self.model.parameters()])
-                return self._is_beyond_limit(combined(norms))
+                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                return self._is_beyond_limit(combined(torch._foreach_norm(gradients)))
 
             replace(outer.overflow_checker, "check", watch_overflow)
 

@@ -1,6 +1,5 @@
 """The optimizer over a switch and while ternary, against an Adam by hand; and that a run that goes on does the same."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def adam_by_hand(choice: OptimizerChoice) -> dict[str, dict[str, Tensor]]:
 
 def test_adam_by_hand_over_a_switch_with_rates_and_decay_by_group() -> None:
     choices: list[OptimizerChoice] = ["keep", "reset", "keep-variance"]
-    cases = [(name, "rescale") for name in ENGINES] + [(name, c) for name in ("fsdp2", "zero-2") for c in choices]
+    cases = [(name, "rescale") for name in ENGINES] + [("fsdp2", choice) for choice in choices]
     results = run_group(2, engine_steps, cases)[0]
     by_hand = {choice: adam_by_hand(choice) for choice in (*choices, "rescale")}  # type: ignore[list-item]
     for case, kinds in results.items():
@@ -186,7 +185,15 @@ def runs_with_a_measured_factor(shards: str, out: str, engines: list[str]) -> No
     run(converted)
 
 
-@pytest.mark.parametrize("engines", [["fsdp2", "zero-1"], ["zero-0", "zero-2", "zero-3"]])
+@pytest.mark.parametrize(
+    "engines",
+    [
+        ["fsdp2"],
+        pytest.param(["zero-0", "zero-1"], marks=pytest.mark.slow),
+        pytest.param(["zero-2", "zero-3"], marks=pytest.mark.slow),
+        pytest.param(["fsdp2-offload", "hsdp", "zero-2-offload", "zero-3-offload"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_switch_that_measures_is_resumed_and_converted_bitwise(shards: Path, tmp_path: Path, engines: Any) -> None:
     run_group(2, runs_with_a_measured_factor, str(shards), str(tmp_path), engines)
     for engine in engines:
@@ -205,19 +212,24 @@ def test_a_switch_that_measures_is_resumed_and_converted_bitwise(shards: Path, t
         assert factor != pytest.approx(1, abs=1e-2)
         assert logged(tmp_path / "fsdp2" / "whole", "transition/rescale_factor") == [pytest.approx(factor, rel=1e-6)]
         assert_same_end(tmp_path / "fsdp2" / "whole", tmp_path / "converted")
-        shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda: TransitionConfig(rescale_factor=2.0), {"rescale_factor"}),
-        (lambda: TransitionConfig(optimizer="rescale", rescale_factor=0.0, rewarm_tokens=-1), {"rescale_factor", "rewarm_tokens"}),
+        (
+            lambda: TransitionConfig(optimizer="rescale", rescale_factor=0.0, rewarm_tokens=-1),
+            {"rescale_factor", "rewarm_tokens"},
+        ),
         (lambda: LearningRateDrop(factor=1.0, tokens=0), {"factor", "tokens"}),
-        (lambda: RollbackConfig(after_tokens=0, ramp_factor=1.0, max_attempts=0), {"after_tokens", "ramp_factor", "max_attempts"}),
+        (
+            lambda: RollbackConfig(after_tokens=0, ramp_factor=1.0, max_attempts=0),
+            {"after_tokens", "ramp_factor", "max_attempts"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_problems_are_named_all_at_once(make: Any, named: set[str]) -> None:
-    with pytest.raises(ValueError, match="is") as caught:
+    with pytest.raises(ValueError, match=r"is |does nothing") as caught:
         make()
     assert set(caught.value.args[0]) == named
