@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.runtime import Ranks
+from launcher.source import CheckpointError
 
 SMOOTHED_STEPS = 32
 """How many steps' losses are averaged where the loss before a switch and that after it are compared."""
@@ -162,7 +163,15 @@ class SpikeGuard:
         return {"windows": windows, "skipped": int(self._skipped), "loss_before": self.loss_before}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
+        """Take up what `state` gave.
+
+        Raises:
+            CheckpointError: it is that of other guards.
+        """
+        lengths = {name: len(window["values"]) for name, window in state["windows"].items()}
+        expected = {name: len(window.state()["values"]) for name, window in self._windows.items()}
+        if lengths != expected:
+            raise CheckpointError(f"the checkpoint's guards against spikes remember {lengths} steps, these {expected}")
         for name, window in self._windows.items():
             window.load(state["windows"][name])
         self._skipped.fill_(state["skipped"])
@@ -180,7 +189,8 @@ def check_guard_state(state: Any) -> None:
         and isinstance(state.get("windows"), dict)
         and all(map(_is_window, state["windows"].values()))
         and _is_count(state.get("skipped"))
-        and (state.get("loss_before", "") is None or _is_number(state["loss_before"]))
+        and "loss_before" in state
+        and (state["loss_before"] is None or _is_number(state["loss_before"]))
     )
     if not sound:
         raise ValueError("its 'spikes' is not what the guards against spikes remember")

@@ -26,6 +26,7 @@ from launcher.pretrain import plan_of_run
 from launcher.rollback import read_rollbacks
 from launcher.run_folder import RunFolder
 from launcher.runtime import ALONE, Ranks
+from launcher.source import CheckpointError
 from launcher.spikes import OutlierConfig, SpikeGuard, Window, check_guard_state
 from launcher.train import train
 
@@ -109,7 +110,15 @@ def test_a_guard_that_could_never_act_is_refused(keys: dict[str, Any], named: st
     assert set(caught.value.args[0]) == {named}
 
 
-@pytest.mark.parametrize("wrong", [None, {}, {"windows": {"losses": {"values": ["a"], "count": 1}}}, {"skipped": 1}])
+def test_the_state_of_other_guards_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="guards against spikes"):
+        guard_of(window_steps=64).load(guard_of().state())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, {}, {"windows": {}, "skipped": 1}, {"windows": {"losses": {"values": ["a"], "count": 1}}}, {"skipped": 1}],
+)
 def test_a_damaged_state_is_told(wrong: Any) -> None:
     check_guard_state(guard_of().state())
     with pytest.raises(ValueError, match="spikes"):
