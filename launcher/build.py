@@ -15,7 +15,7 @@ from launcher.engine import Engine
 from launcher.plan import Phase, Plan
 from launcher.runtime import Ranks
 from model.transformer import Transformer
-from quant.linear import quantize_
+from quant.linear import add_learned_scales_, quantize_
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,6 +28,9 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
     config = plan.config
     with torch.device("meta"):
         model = Transformer(config.model)
+    for other in plan.phases:
+        if other.quantization is not None and other.quantization.learned:
+            add_learned_scales_(model, other.quantization)
     ternary = own_rate_parameters(model, plan)
     if phase is not None and phase.quantization is not None:
         quantize_(model, phase.quantization, ranks.device)
@@ -73,9 +76,10 @@ def own_rate_parameters(model: nn.Module, plan: Plan) -> set[str]:
         return set()
     [include] = {phase.quantization.include for phase in plan.phases if phase.quantization}
     return {
-        f"{name}.weight"
+        f"{name}.{parameter}"
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and re.search(include, name)
+        for parameter, _ in module.named_parameters()
     }
 
 

@@ -15,10 +15,12 @@ from torch import Tensor
 from launcher.checkpoint import CONFIG, FORMAT_VERSION, MANIFEST, complete_checkpoints, manifest_digest
 from launcher.checkpoint_checks import check_manifest, parameters_of
 from launcher.engine import Engine
+from launcher.learned_scales import is_learned_scale
 from launcher.location import reaching
 from launcher.runtime import Ranks
 from launcher.source import KINDS, CheckpointError, Source
 from launcher.tensor_file import TensorFile, TensorFileError
+from quant.linear import quantized_layers
 
 OPENED_AT_ONCE = 16
 
@@ -209,6 +211,10 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
         raise CheckpointError(
             f"{source.location} has no optimizer moments to keep; set the transition's optimizer to reset"
         )
+    lacking = [shard.name for shard in shards if shard.name not in source.shapes]
+    if lacking and any(layer.quant_config.learned for layer in quantized_layers(engine.model).values()):
+        raise CheckpointError(f"{source.location} is of a phase without learned scales; it lacks {lacking[0]}")
+    shards = [shard for shard in shards if shard.name in source.shapes]
     for shard in shards:
         for kind in KINDS if with_optimizer else ("weight",):
             tensor = shard.tensors[kind]
@@ -219,11 +225,14 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
 
 
 def mismatches(source: Source, names: set[str], shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """Say how a source's parameters differ from a model's: all its ``names``, and ``shapes`` as far as known."""
-    for name in sorted(names - source.shapes.keys()):
-        yield f"{name}: the model has it, the checkpoint does not"
-    for name in sorted(source.shapes.keys() - names):
-        yield f"{name}: the checkpoint has it, the model does not"
+    """Say how a source's parameters differ from a model's: all its ``names``, and ``shapes`` as far as known.
+
+    Learned scales do not count: see `launcher.learned_scales`.
+    """
+    for name in sorted(names ^ source.shapes.keys()):
+        if not is_learned_scale(name):
+            has, has_not = ("model", "checkpoint") if name in names else ("checkpoint", "model")
+            yield f"{name}: the {has} has it, the {has_not} does not"
     for name, shape in shapes.items():
         if name in source.shapes and source.shapes[name] != shape:
             yield f"{name}: {list(source.shapes[name])} in the checkpoint, {list(shape)} in the model"

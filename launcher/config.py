@@ -20,6 +20,7 @@ from launcher.transition import TransitionConfig
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
+from quant.linear import width_problem
 from quant.ramp import RampConfig
 
 STRICT: dict[str, Any] = {
@@ -285,11 +286,23 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
         if phase.fraction and training and not (training.total_steps or training.total_tokens):
             problems[f"{path}.fraction"] = "needs training.total_steps or training.total_tokens to be a fraction of"
         if phase.precision == "ternary" and model:
-            include = (phase.quantization or QuantConfig()).include
-            names = [name.removesuffix(".weight") for name in parameter_shapes(model)]
-            if not any(re.search(include, name) for name in names):
+            quantization = phase.quantization or QuantConfig()
+            layers = {
+                name.removesuffix(".weight"): shape[-1]
+                for name, shape in parameter_shapes(model).items()
+                if len(shape) == 2 and re.search(quantization.include, name.removesuffix(".weight"))
+            }
+            if not layers:
                 problems[f"{path}.quantization.include"] = (
-                    f"{include!r} matches no layer of the model, such as model.layers.0.mlp.up_proj"
+                    f"{quantization.include!r} matches no layer of the model, such as model.layers.0.mlp.up_proj"
+                )
+            for name, width in layers.items():
+                if problem := width_problem(name, width, quantization):
+                    problems[f"{path}.quantization"] = problem
+            if quantization.fused and engine and engine.zero_stage == 3:
+                problems[f"{path}.quantization.fused"] = (
+                    "is true, but engine.zero_stage 3 gathers one layer at a time; "
+                    "take zero_stage 1 or 2, engine.name fsdp2, or fused: false"
                 )
         if index == 0 and phase.transition and checkpoint and not checkpoint.start_from:
             given = phase.transition

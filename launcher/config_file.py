@@ -18,6 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.config import Config, ConfigError, spanning_problems
+from quant.config import PRESETS
 
 DERIVED_KEYS = ("tritrain_version", "phase_steps")
 """What a run's own `config.yaml` holds besides the configuration, which it is a configuration without."""
@@ -117,6 +118,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
     types = typing.get_type_hints(Config)
     problems = {str(key): f"unknown section{_suggestion(str(key), Config)}" for key in tree if key not in sections}
     parts: dict[str, Any] = {}
+    tree = expand_presets(tree)
     for name, part in sections.items():
         if name not in tree and part.default_factory is dataclasses.MISSING:
             problems[name] = "the section is missing"
@@ -126,6 +128,19 @@ def parse_config(tree: dict[str, Any]) -> Config:
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for path, problem in problems.items()))
     return Config(**parts)
+
+
+def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
+    """Put the keys of a named recipe in front of those that a phase's quantization gives itself."""
+    if not isinstance(tree.get("phases"), list):
+        return tree
+    phases = []
+    for phase in tree["phases"]:
+        given = phase.get("quantization") if isinstance(phase, dict) else None
+        if isinstance(given, dict) and given.get("preset") in PRESETS:
+            phase = phase | {"quantization": dataclasses.asdict(PRESETS[given["preset"]]) | given}
+        phases.append(phase)
+    return tree | {"phases": phases}
 
 
 _adapter = functools.cache(TypeAdapter)  # building one takes longer than reading with it

@@ -20,13 +20,14 @@ import xxhash
 from launcher.checkpoint import CONFIG, CheckpointWriter, complete_checkpoints, folder_of
 from launcher.checkpoint_reader import CheckpointReader
 from launcher.config import Config, ConfigError
+from launcher.learned_scales import is_learned_scale
 from launcher.location import reaching, to_location
 from launcher.plan import Plan, make_plan
 from launcher.run_folder import RunFolder
 from launcher.source import KINDS, MOMENTS, Source, in_pieces
 from launcher.start_from import check_sound, first_progress, model_of, open_start
 from model.transformer import Transformer
-from quant.linear import quantize_
+from quant.linear import matching_layers
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,7 @@ def preview(config: Config) -> list[list[str]]:
     quantization = phase.quantization
     with torch.device("meta"):
         model = Transformer(config.model)
-    ternary = {f"{name}.weight" for name in quantize_(model, quantization, CPU)} if quantization else set()
+    ternary = {f"{name}.weight" for name in matching_layers(model, quantization)} if quantization else set()
     as_ternary = f"latent of {quantization.weights} codes" if quantization else ""
     moments = {
         "keep": "both kept",
@@ -214,6 +215,8 @@ def not_carried(source: Source, into: str) -> list[str]:
     sentences = []
     if source.has_moments and into == "hf":
         sentences.append(f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place.")
+    if into == "hf" and any(map(is_learned_scale, source.shapes)):
+        sentences.append("Learned scales are not carried: the format has latent weights alone.")
     if isinstance(source, CheckpointReader):
         sentences.append("The data position, the counters and the generators' states are not carried.")
     return sentences

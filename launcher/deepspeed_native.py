@@ -108,16 +108,19 @@ class DeepSpeedSource(Source):
         num_elements = math.prod(self.shapes[name])
         if not 0 <= start <= start + length <= num_elements:
             raise CheckpointError(f"{self.location}: {name} has {num_elements} elements, not {start + length}")
-        found, position = [], 0
+        found, position = torch.empty(length), 0
         for part in self._parts[self._names[name]]:
             first, end = max(start, position), min(start + length, position + part.length)
-            if first < end and kind in part.tensors:
-                data = part.file.read(part.tensors[kind], part.offset + first - position, end - first)
-                found.append(data.float())
-            elif first < end:
-                found.append(torch.zeros(end - first))
+            if first < end:
+                out, stored = found[first - start : end - start], part.tensors.get(kind)
+                if stored is None:
+                    out.zero_()
+                elif stored.dtype == torch.float32:
+                    part.file.read(stored, part.offset + first - position, end - first, into=out)
+                else:
+                    out.copy_(part.file.read(stored, part.offset + first - position, end - first))
             position += part.length
-        return found[0] if len(found) == 1 else torch.cat([torch.empty(0), *found])
+        return found
 
     def read_step(self, name: str) -> float:
         return next((part.step for part in self._parts[self._names[name]] if part.step is not None), 0.0)

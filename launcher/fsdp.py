@@ -106,7 +106,9 @@ class FSDPEngine(Engine):
         decay_factor: float = 1.0,
         grad_norm_limit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        gradients = [parameter.grad.to_local() for parameter in self._sharded]
+        # Learned scales have no gradient in a 16-bit phase; Adam then leaves them as they are.
+        pairs = [pair for pair in zip(self._local, self._sharded, strict=True) if pair[1].grad is not None]
+        gradients = [sharded.grad.to_local() for _, sharded in pairs]
         squares = torch.stack([norm.square() for norm in torch._foreach_norm(gradients)]).sum().to(self.device)
         dist.all_reduce(squares, group=self.mesh.get_group(self.mesh.ndim - 1))
         grad_norm = squares.sqrt()
@@ -116,13 +118,13 @@ class FSDPEngine(Engine):
         where_state_is = gradients[0].device
         torch._foreach_mul_(gradients, (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0).to(where_state_is))
         self._follow_shards()
-        for local, gradient in zip(self._local, gradients, strict=True):
+        for (local, _), gradient in zip(pairs, gradients, strict=True):
             local.grad = gradient
         set_step_sizes(self.optimizer, learning_rate, ternary_factor=ternary_factor, decay_factor=decay_factor)
         # What GradScaler sets: where it is 1, the fused kernel leaves weights, moments and step as they are.
         self.optimizer.found_inf = skipped.to(where_state_is)  # type: ignore[attr-defined]
         self.optimizer.step()
-        for local, sharded in zip(self._local, self._sharded, strict=True):
+        for local, sharded in pairs:
             local.grad = sharded.grad = None
         return grad_norm.float(), skipped
 

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from quant.linear import LEARNED_SCALE
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -67,23 +69,26 @@ def is_decayed(name: str, num_dimensions: int, config: OptimizerConfig) -> bool:
 def parameter_groups(
     parameters: Iterable[tuple[str, int, Any]], config: OptimizerConfig, ternary: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Split ``(name, number of dimensions, parameter)`` into groups, leaving out empty ones.
+    """Split ``(name, number of dimensions, parameter)`` into the decayed, the others and learned scales.
 
-    There is one of decayed and one of other parameters, and another two for those that ``ternary`` names, which have a
-    learning rate of their own. The number of dimensions is given apart because sharded parameters may be flat.
+    There is another such group of those that ``ternary`` names, which have a learning rate of their own. Empty groups
+    are left out. The number of dimensions is given apart because sharded parameters may be flat.
     """
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for own in (False, True):
-        for decayed in (True, False):
-            decay = config.weight_decay if decayed else 0.0
-            groups[decayed, own] = {
+        # ZeRO keeps one step count for a group, and learned scales begin anew at a switch.
+        for kind, decay in (("decayed", config.weight_decay), ("other", 0.0), ("scale", 0.0)):
+            groups[kind, own] = {
                 "params": [],
                 "weight_decay": decay,
                 "full_weight_decay": decay,
                 "ternary": own,
             }
     for name, num_dimensions, parameter in parameters:
-        groups[is_decayed(name, num_dimensions, config), name in ternary]["params"].append(parameter)
+        kind = "scale" if name.endswith(f".{LEARNED_SCALE}") else "other"
+        if is_decayed(name, num_dimensions, config):
+            kind = "decayed"
+        groups[kind, name in ternary]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 

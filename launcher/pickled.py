@@ -124,8 +124,10 @@ class PickledFile:
                 "run anything; nothing was run"
             )
 
-    def read(self, tensor: Any, start: int = 0, length: int | None = None) -> Tensor:
+    def read(self, tensor: Any, start: int = 0, length: int | None = None, into: Tensor | None = None) -> Tensor:
         """Elements ``start`` up to ``start + length`` of a flattened tensor of `tree`, in the dtype it is stored in.
+
+        They are read into a contiguous tensor of that length and dtype, if one is given.
 
         Raises:
             CheckpointError: this is no tensor, its bytes are damaged, or it holds less.
@@ -139,10 +141,11 @@ class PickledFile:
         size = tensor.dtype.itemsize
         try:
             self._check(record, position)
-            data = self._read_bytes(position + (tensor.storage_offset() + start) * size, length * size)
+            view = None if into is None else memoryview(into.view(torch.uint8).numpy())
+            data = self._read_bytes(position + (tensor.storage_offset() + start) * size, length * size, view)
         except (TensorFileError, OSError) as error:
             raise CheckpointError(f"{self.path} {error}") from error
-        return torch.frombuffer(data, dtype=tensor.dtype)
+        return torch.frombuffer(data, dtype=tensor.dtype) if into is None else into
 
     def locate(self, tensor: Any) -> tuple[zipfile.ZipInfo, int]:
         """The record that holds a tensor of `tree`, and where in the file its bytes begin.

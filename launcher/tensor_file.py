@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -39,7 +40,7 @@ DIGEST_BYTES = 16
 MAX_HEADER_BYTES = 100_000_000
 """As the safetensors library has it."""
 MAX_DIMENSIONS = 64
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """How much is read at once where a whole tensor need not be in memory."""
 
 
@@ -190,32 +191,38 @@ class TensorFile:
                 yield name
 
 
-def range_reader(path: Path) -> Callable[[int, int], bytearray]:
-    """A function ``(start, length)`` that reads bytes of a file, here or in a remote store.
+def range_reader(path: Path) -> Callable[..., memoryview]:
+    """A function ``(start, length)`` that reads bytes of a file, here or in a remote store, into memory of their own.
+
+    With a third argument, a memoryview of that length, it reads into that.
 
     The function raises TensorFileError where the file ends before.
     """
     if not isinstance(path, Path):
 
-        def read_remote(start: int, length: int) -> bytearray:
+        def read_remote(start: int, length: int, into: memoryview | None = None) -> memoryview:
             data = path.fs.cat_file(path.path, start=start, end=start + length) if length else b""
-            return _whole(bytearray(data), length)
+            view = _whole(memoryview(bytearray(data)), length)
+            if into is None:
+                return view
+            into[:] = view
+            return into
 
         return read_remote
 
-    def read_local(start: int, length: int) -> bytearray:
-        buffer = bytearray(length)
+    def read_local(start: int, length: int, into: memoryview | None = None) -> memoryview:
+        # A bytearray would be cleared first.
+        view, filled = memoryview(np.empty(length, np.uint8)) if into is None else into, 0
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            view, filled = memoryview(buffer), 0
             while filled < length and (count := file.readinto(view[filled:])):
                 filled += count
-        return _whole(buffer[:filled] if filled < length else buffer, length)
+        return _whole(view[:filled], length)
 
     return read_local
 
 
-def _whole(data: bytearray, length: int) -> bytearray:
+def _whole(data: memoryview, length: int) -> memoryview:
     if len(data) != length:
         raise TensorFileError("ends too early: it is cut off")
     return data

@@ -17,9 +17,11 @@ from torch import Tensor
 from data.loader import TrainingData
 from launcher.build import build_engine
 from launcher.checkpoint_reader import load_state, newest_sound_checkpoint, restore_rng
+from launcher.config import Config
 from launcher.console import Console
 from launcher.engine import Engine, load_weights
 from launcher.held_out import HeldOut
+from launcher.learned_scales import initialize_scales_, is_learned_scale
 from launcher.location import check_writable
 from launcher.metrics import Meter, MetricsLog, Progress
 from launcher.plan import Phase, Plan
@@ -115,7 +117,8 @@ def train(
         for sentence in source.missing:
             console.line(f"  {sentence}")
     else:
-        load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, config.run.seed))
+        load_weights(engine, lambda name, shape: first_value(name, shape, config))
+        initialize_scales_(engine)
 
     held_out = HeldOut(plan, ranks, data)
     log = None
@@ -216,6 +219,13 @@ def train(
     return "complete" if done else "interrupted"
 
 
+def first_value(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
+    """What a parameter of a new run begins with, whole."""
+    if is_learned_scale(name):
+        return torch.ones(shape)
+    return initial_value(name, shape, config.model, config.run.seed)
+
+
 def is_due(step: int, interval: int | None) -> bool:
     """Whether something that happens every ``interval`` steps happens after this one."""
     return interval is not None and step % interval == 0
@@ -268,10 +278,13 @@ def enter_phase(
         return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
 
     before = clipped_norm() if measures else 1.0
+    had_scales = any(layer.quant_config.learned for layer in quantized_layers(engine.model).values())
     if quantized_layers(engine.model):
         dequantize_(engine.model)
     if phase.quantization is not None:
         quantize_(engine.model, phase.quantization, ranks.device)
+    if not had_scales:
+        initialize_scales_(engine)
     factor = transition.rescale_factor
     if measures:
         after = clipped_norm()

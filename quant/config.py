@@ -71,6 +71,8 @@ class QuantConfig:
             problems["weights"] = f"is {self.weights}; {self.levels} weights take {', '.join(known)}"
         if self.weights == "learned" and self.granularity != "row":
             problems["granularity"] = f"is {self.granularity}; learned scales belong to a row each"
+        if self.weights == "learned" and self.hadamard != "none":
+            problems["hadamard"] = f"is {self.hadamard}; learned scales begin with rows that are not rotated"
         if self.group_size < 2:
             problems["group_size"] = f"is {self.group_size}; must be 2 or more"
         if self.fused and self.granularity != "matrix":
@@ -108,8 +110,6 @@ PRESETS: dict[str, QuantConfig] = {
     # arXiv 2504.18415: 8 bits first; `activations: int4` is its second stage.
     "bitnet-v2": replace(BITNET, preset="bitnet-v2", hadamard="outputs"),
     # arXiv 2502.05003, with 8-bit activations by absmax in place of its own 1 to 4 bits.
-    "quest": replace(
-        BITNET, preset="quest", weights="gaussian", granularity="row", gradient="trust", hadamard="all"
-    ),
+    "quest": replace(BITNET, preset="quest", weights="gaussian", granularity="row", gradient="trust", hadamard="all"),
 }
 """Published recipes by name."""

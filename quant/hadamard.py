@@ -1,7 +1,7 @@
 """Rotation by Hadamard matrices, which spreads outliers over a row before it is rounded (BitNet v2, QuEST).
 
-A row is rotated in pieces of the largest power of two, up to 2**14, that divides it. The matrix is Sylvester's, divided by the root
-of its size: symmetric, orthogonal, and so its own inverse.
+A row is rotated in pieces of the largest power of two, up to 2**14, that divides it. The matrix is Sylvester's, divided
+by the root of its size: symmetric, orthogonal, and so its own inverse.
 """
 
 import functools

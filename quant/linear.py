@@ -43,17 +43,17 @@ class QuantLinear(nn.Linear):
     sharers: tuple[nn.Linear, ...]
     """Layers whose weights share the scale, in the order of the fused matrix, this one included; () for none."""
     probe: "Callable[[QuantLinear, Tensor], None] | None"
-    """Is called with the layer and its input at every forward pass, if set."""
+    """Is called with the layer and its input at every forward pass, if set; under `torch.compiler.disable`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is [..., I], the result [..., O]; both in the dtype of the weight."""
         if self.probe is not None:
-            _call_probe(self, x)
+            self.probe(self, x.detach())
         if self.mode == "plain":
             return F.linear(x, self.weight, self.bias)
         config = self.quant_config
         weight_OI = self.rotated_weight()
-        scale = self.weight_scale(weight_OI)
+        scale = self.rounding_scale(weight_OI)
         if self.mode == "codes":
             y = CodeProduct.apply(self.rounded_input(x), weight_OI, *scale, config)
             y = y if self.bias is None else y + self.bias
@@ -71,7 +71,7 @@ class QuantLinear(nn.Linear):
             x = F.layer_norm(x, x.shape[-1:])
         return rotate(x) if self.rotated else x
 
-    def weight_scale(self, weight_OI: Tensor) -> Scale:
+    def rounding_scale(self, weight_OI: Tensor) -> Scale:
         """Scale of the weight as it is rounded."""
         if self.quant_config.learned:
             return learned_scale(getattr(self, LEARNED_SCALE), self.quant_config.levels)
@@ -83,7 +83,7 @@ class QuantLinear(nn.Linear):
     def weight_codes(self) -> tuple[Tensor, Tensor]:
         """Codes as int8 [O, I], and the fp32 level, [1, 1], [O, 1] or [O, G]."""
         weight_OI = self.rotated_weight()
-        scale = self.weight_scale(weight_OI)
+        scale = self.rounding_scale(weight_OI)
         return weight_codes(weight_OI, scale, self.quant_config).to(torch.int8), scale.level
 
     @torch.no_grad()
@@ -126,12 +126,6 @@ class QuantLinear(nn.Linear):
         with torch.no_grad():
             is_dead = weight_codes(weight_OI, scale, self.quant_config) == 0
         return self.weight_strength * self.quant_config.dead_zone_bias * (weight_OI.float() * is_dead).sum(-1)
-
-
-@torch.compiler.disable
-def _call_probe(layer: QuantLinear, x: Tensor) -> None:
-    assert layer.probe is not None
-    layer.probe(layer, x.detach())
 
 
 def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None = None) -> list[str]:
@@ -240,7 +234,8 @@ def sharers(name: str, layers: dict[str, nn.Module]) -> tuple[nn.Linear, ...]:
     """Those of the quantized layers that are one matrix with the layer of this name where they are fused."""
     parent, _, last = name.rpartition(".")
     parts = next((parts for parts in FUSED if last in parts), (last,))
-    return tuple(layers[f"{parent}.{part}"] for part in parts if f"{parent}.{part}" in layers)  # type: ignore[misc]
+    names = [f"{parent}.{part}".lstrip(".") for part in parts]
+    return tuple(layers[name] for name in names if name in layers)  # type: ignore[misc]
 
 
 def width_problem(name: str, width: int, config: QuantConfig) -> str | None:

@@ -160,7 +160,7 @@ def weight_codes(weight_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor
     scaled = bf16_values(weight_OI) * over_blocks(divisor, weight_OI.shape).reciprocal()
     highest = LARGEST_CODE[config.levels]
     lowest, highest = LEARNED[config.levels].codes if config.learned else (-highest, highest)
-    return (scaled.round() if by_ones(config) else 2 * (scaled / 2).floor() + 1).clamp(lowest, highest)
+    return (scaled.round() if by_ones(config) else 2 * (scaled / 2 - 0.5).round() + 1).clamp(lowest, highest)
 
 
 def by_ones(config: QuantConfig) -> bool:
@@ -204,7 +204,7 @@ LEARNED: dict[Levels, Learned] = {
 }
 """ParetoQ (arXiv 2502.02631, section 3.2): stretched elastic quantization for ternary and 2 bits, learned step size
 (LSQ, arXiv 1902.08153) for 3 and 4. The numbers are those of its authors' code: it clips at 0.99 of alpha, gives alpha
-a slope of 1 beyond it although the outermost ternary level is at 2/3 of alpha, and counts one positive level of 2 bits."""
+a slope of 1 beyond it although the outermost ternary level is at 2/3 of it, and counts one positive level of 2 bits."""
 
 
 def learned_scale(alpha_O: Tensor, levels: Levels) -> Scale:
