@@ -17,6 +17,7 @@ from launcher.optim import OptimizerConfig
 from launcher.schedule import ScheduleConfig
 from launcher.spikes import OutlierConfig
 from launcher.transition import TransitionConfig
+from model.distillation import DistillationConfig
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
@@ -116,6 +117,8 @@ class PhaseConfig:
     """What is quantized in a ternary phase, and how; null: BitNet b1.58."""
     transition: TransitionConfig | None = None
     """What happens where this phase begins; null: keep all, switch at once."""
+    distillation: DistillationConfig | None = None
+    """A 16-bit teacher that a ternary phase learns from besides the text; null: none."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -129,6 +132,8 @@ class PhaseConfig:
         if self.precision == "16-bit":
             if self.quantization is not None:
                 problems["quantization"] = "is given for a 16-bit phase; only ternary phases quantize"
+            if self.distillation is not None:
+                problems["distillation"] = "is given for a 16-bit phase; only ternary phases have a teacher"
             for name in ("ramp", "activation_ramp", "rollback"):
                 if getattr(transition, name) not in (RampConfig(), None):
                     problems[f"transition.{name}"] = "is given for a 16-bit phase; only ternary phases have a strength"
@@ -304,6 +309,9 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
                     "is true, but engine.zero_stage 3 gathers one layer at a time; "
                     "take zero_stage 1 or 2, engine.name fsdp2, or fused: false"
                 )
+        if phase.distillation:
+            for key, problem in distillation_problems(phase.distillation, index, parts).items():
+                problems[f"{path}.distillation.{key}"] = problem
         if index == 0 and phase.transition and checkpoint and not checkpoint.start_from:
             given = phase.transition
             if given != TransitionConfig(ramp=given.ramp, activation_ramp=given.activation_ramp):
@@ -336,6 +344,29 @@ def _switch_problems(parts: dict[str, Any]) -> dict[str, str]:
             problems[f"phases.{index}.transition.rollback"] = (
                 "needs the loss before the switch, and the run begins with it; leave it out"
             )
+    return problems
+
+
+def distillation_problems(distillation: DistillationConfig, index: int, parts: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with the distillation of the phase of this index, by its key; `parts` as for the other rules."""
+    problems: dict[str, str] = {}
+    phases, checkpoint = parts["phases"], parts.get("checkpoint")
+    model, training = parts.get("model"), parts.get("training")
+    if distillation.teacher is not None:
+        if problem := url_problem(distillation.teacher):
+            problems["teacher"] = problem
+    elif checkpoint and not (checkpoint.start_from and index <= checkpoint.start_phase):
+        if index == 0:
+            problems["teacher"] = "is missing; the first phase begins with nothing that could teach, so name a teacher"
+        elif phases[index - 1].precision == "ternary":
+            problems["teacher"] = "is missing; the phase before is ternary, and a teacher must be in 16 bits: name one"
+    layer = distillation.relation_layer
+    if model and layer is not None and layer >= model.num_layers:
+        problems["relation_layer"] = f"is {layer}; the last of the {model.num_layers} blocks is {model.num_layers - 1}"
+    if training and training.compile and distillation.relation_weight:
+        problems["relation_weight"] = (
+            f"is {distillation.relation_weight}, but training.compile hides what is inside of a block; turn off one"
+        )
     return problems
 
 

@@ -137,7 +137,7 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
     phases = []
     for phase in tree["phases"]:
         given = phase.get("quantization") if isinstance(phase, dict) else None
-        if isinstance(given, dict) and given.get("preset") in PRESETS:
+        if isinstance(given, dict) and given.get("preset") in tuple(PRESETS):
             phase = phase | {"quantization": dataclasses.asdict(PRESETS[given["preset"]]) | given}
         phases.append(phase)
     return tree | {"phases": phases}

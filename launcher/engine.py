@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from model.distillation import Lesson
+
 OWNED_DEEPSPEED_KEYS = {
     "train_batch_size": "training.global_batch_sequences",
     "train_micro_batch_size_per_gpu": "training.micro_batch_sequences",
@@ -131,7 +133,13 @@ class Engine(ABC):
     device: torch.device
 
     @abstractmethod
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        reduction: str = "mean",
+        teacher: Lesson | None = None,
+    ) -> Tensor:
         """Run the model; with labels the loss, without them the logits (see `model.transformer.Transformer`)."""
 
     @abstractmethod

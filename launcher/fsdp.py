@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from launcher.engine import Engine, EngineConfig, Shard
 from launcher.optim import OptimizerConfig, build_adamw, create_adam_state, parameter_groups, set_step_sizes
+from model.distillation import Lesson
 
 
 def build_mesh(device: torch.device, replicas: int) -> DeviceMesh:
@@ -32,6 +33,14 @@ def build_mesh(device: torch.device, replicas: int) -> DeviceMesh:
     if replicas == 1:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def first_element(sharded: Tensor, mesh: DeviceMesh) -> int:
+    """Where this rank's part of a parameter that FSDP2 has sharded over ``mesh`` begins, in the flattened parameter."""
+    shard_rank, num_shards = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    # FSDP2 cuts the first dimension into chunks of equal size; the last ones may be shorter, or empty.
+    first_row = min(len(sharded), shard_rank * math.ceil(len(sharded) / num_shards))
+    return first_row * math.prod(sharded.shape[1:])
 
 
 class FSDPEngine(Engine):
@@ -88,8 +97,14 @@ class FSDPEngine(Engine):
         named = zip(self._names, dimensions, self._local, strict=True)
         self.optimizer = build_adamw(parameter_groups(named, optimizer, ternary), optimizer, fused=True)
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        return self.model(tokens_BT, labels_BT, reduction=reduction)
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        reduction: str = "mean",
+        teacher: Lesson | None = None,
+    ) -> Tensor:
+        return self.model(tokens_BT, labels_BT, reduction=reduction, teacher=teacher)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         root: Any = self.model  # fully_shard changed its class to one with these methods
@@ -131,16 +146,12 @@ class FSDPEngine(Engine):
     def shards(self) -> Iterator[Shard]:
         self._follow_shards()
         primary = self.mesh.ndim == 1 or self.mesh.get_local_rank(0) == 0
-        shard_rank, num_shards = self.mesh.get_local_rank(self.mesh.ndim - 1), self.mesh.size(self.mesh.ndim - 1)
         for name, sharded, local in zip(self._names, self._sharded, self._local, strict=True):
             state = create_adam_state(self.optimizer, local)
-            # FSDP2 cuts the first dimension into chunks of equal size; the last ones may be shorter, or empty.
-            num_rows = len(sharded)
-            first_row = min(num_rows, shard_rank * math.ceil(num_rows / num_shards))
             yield Shard(
                 name=name,
                 shape=tuple(sharded.shape),
-                start=first_row * math.prod(sharded.shape[1:]),
+                start=first_element(sharded, self.mesh),
                 tensors={
                     "weight": local.detach().view(-1),
                     "exp_avg": state["exp_avg"].view(-1),

@@ -88,6 +88,7 @@ class HuggingFaceSource(Source):
         with _naming(folder / CONFIG):
             self._packing = _read_packing(hf_config.pop("quantization_config", None))
             self.model_config = config_from_hf(hf_config)
+        self.is_packed = self._packing is not None
         self._files: dict[str, TensorFile] = {}
         self._paths: dict[str, Path] = {}
         for path in _weight_files(folder):

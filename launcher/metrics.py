@@ -17,7 +17,6 @@ from eval.perplexity import HeldOutLoss
 from launcher.console import Console
 from launcher.plan import Plan
 from launcher.runtime import Ranks
-from model.size import flops_per_token
 
 GIB = 2**30
 
@@ -45,6 +44,10 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+LOSS_PARTS = ("train/cross_entropy", "train/distillation_loss", "train/relation_loss")
+"""The parts of a loss with a teacher, unweighted, in the order in which the model returns them."""
 
 
 class LogError(ValueError):
@@ -134,7 +137,6 @@ class Meter:
 
     def __init__(self, plan: Plan, ranks: Ranks, log: MetricsLog | None, console: Console, at: Progress) -> None:
         self._plan, self._ranks, self._log, self._console, self._at = plan, ranks, log, console, at
-        self._flops_per_token = flops_per_token(plan.config.model, plan.config.data.sequence_length)
         self._peak = peak_flops_per_second(ranks.device)
         self._started_seconds = time.perf_counter() - (log.elapsed_seconds if log else 0.0)
         self._skipped = torch.tensor(float(at.skipped_steps), device=ranks.device)
@@ -150,6 +152,7 @@ class Meter:
         """Begin a new interval, leaving out what happened between steps."""
         self._since_seconds, self._steps, self._waited_seconds = time.perf_counter(), 0, 0.0
         self._loss_sum = torch.zeros((), device=self._ranks.device)
+        self._parts_sum: Tensor | None = None
         self._skipped_before = self._skipped.clone()
 
     @property
@@ -157,11 +160,14 @@ class Meter:
         """Seconds that the run has taken, over all its starts."""
         return time.perf_counter() - self._started_seconds
 
-    def add(self, loss: Tensor, skipped: Tensor, waited_seconds: float) -> None:
-        """Count one step; nothing here waits for the device."""
+    def add(self, loss: Tensor, skipped: Tensor, waited_seconds: float, parts: Tensor | None = None) -> None:
+        """Count one step, with the parts of its loss where it distills; nothing here waits for the device."""
         self._steps += 1
         self._waited_seconds += waited_seconds
         self._loss_sum += torch.where(skipped > 0, 0.0, loss)
+        if parts is not None:
+            parts = torch.where(skipped > 0, 0.0, parts)
+            self._parts_sum = parts if self._parts_sum is None else self._parts_sum + parts
         self._skipped += skipped
 
     def _row(self) -> dict[str, Any]:
@@ -202,8 +208,13 @@ class Meter:
         transition = self._plan.phases[self._at.phase].transition
         if transition.activation_ramp is not None:
             row["quant/activation_strength"] = self._plan.activation_strength_at(self._at.step - 1)
+        if self._parts_sum is not None:
+            dist.all_reduce(self._parts_sum)
+            means = (self._parts_sum / self._ranks.world_size / taken).tolist() if taken else [math.nan] * 3
+            row |= dict(zip(LOSS_PARTS, means, strict=True))
         if self._peak is not None:
-            achieved = tokens_per_second * self._flops_per_token / self._ranks.world_size
+            flops_per_token = self._plan.flops_per_token_at(self._at.step - 1)
+            achieved = tokens_per_second * flops_per_token / self._ranks.world_size
             row["throughput/model_flops_utilization"] = achieved / self._peak
         if self._log is not None:
             self._log.write(row)

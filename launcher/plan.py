@@ -12,6 +12,7 @@ from typing import Any
 from launcher.config import Config, ConfigError, divisors
 from launcher.schedule import learning_rate_factor
 from launcher.transition import TransitionConfig
+from model.distillation import DistillationConfig
 from model.size import activation_bytes, flops_per_token, num_linear_parameters, num_parameters
 from quant.config import QuantConfig
 from quant.ramp import strength_at
@@ -27,6 +28,7 @@ class Phase:
     end: int
     quantization: QuantConfig | None
     transition: TransitionConfig
+    distillation: DistillationConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,14 @@ class Plan:
         """Strength of the activations' quantization, the mean over blocks."""
         return statistics.mean(self.strengths_at(step)[1])
 
+    def flops_per_token_at(self, step: int) -> int:
+        """Model FLOPs of training on one token in the step of this number; a teacher adds a forward pass.
+
+        A teacher counts as a model of the same size.
+        """
+        flops = flops_per_token(self.config.model, self.config.data.sequence_length)
+        return flops + (flops // 3 if self.phase_of(step).distillation else 0)
+
     def first_sequence_at(self, step: int) -> int:
         """Position in the data stream, in sequences, at which the step of this number begins."""
         origin = 0
@@ -215,7 +225,8 @@ def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int
                     f"{needed} steps, longer than the phase's {steps}"
                 )
             transition = transition.stretched(rollbacks.get(index, 0), after_steps)
-        phases.append(Phase(index, phase.precision, start, start + steps, quantization, transition))
+        end = start + steps
+        phases.append(Phase(index, phase.precision, start, end, quantization, transition, phase.distillation))
     return tuple(phases)
 
 
@@ -229,7 +240,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
 
     FSDP2 keeps fp32 weights, gradients and moments, each sharded; ZeRO keeps 16-bit weights (sharded at stage 3),
     16-bit gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments
-    (arXiv 1910.02054, section 5).
+    (arXiv 1910.02054, section 5). A teacher, taken to be as large as the model, is sharded in the compute dtype.
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)
@@ -256,13 +267,17 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     if engine.offload == "all":
         sizes["weights"] = compute_bytes * 2 * parameters / config.model.num_layers
         sizes["gradients"] = sizes["weights"]
+    if any(phase.distillation for phase in plan.phases):
+        held = parameters / shards if engine.offload != "all" else 0
+        sizes["teacher"] = compute_bytes * (held + 2 * parameters / config.model.num_layers)
+    ternary = any(phase.quantization for phase in plan.phases)
     sizes["activations"] = activation_bytes(
         config.model,
         config.training.micro_batch_sequences,
         config.data.sequence_length,
         compute_bytes,
         checkpointing=config.training.activation_checkpointing,
-        ternary=any(phase.quantization for phase in plan.phases),
+        quantized="ramp" if any(phase.transition.ramp.steps for phase in plan.phases) else "codes" if ternary else "no",
     )
     return sizes
 
@@ -280,7 +295,10 @@ def describe(plan: Plan) -> dict[str, Any]:
         "parameters": num_parameters(config.model),
         "ternary_parameters": num_linear_parameters(config.model),
         "flops_per_token": flops,
-        "total_flops": flops * plan.tokens_per_step * plan.total_steps,
+        "total_flops": sum(
+            plan.flops_per_token_at(phase.start) * plan.tokens_per_step * (phase.end - phase.start)
+            for phase in plan.phases
+        ),
         "ranks": plan.world_size,
         "micro_batches_per_step": plan.num_micro_batches,
         "sequences_per_step": plan.global_batch_sequences,

@@ -7,6 +7,7 @@ conversion are one code path.
 
 from launcher.checkpoint import CONFIG, MANIFEST, complete_checkpoints
 from launcher.checkpoint_reader import CheckpointReader, everyones, mismatches
+from launcher.config import Config
 from launcher.config_file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.location import is_local, reaching, to_location
 from launcher.metrics import Progress
@@ -152,8 +153,11 @@ def model_of(source: Source) -> ModelConfig | None:
 
     if isinstance(source, HuggingFaceSource):
         return source.model_config
-    if isinstance(source, CheckpointReader):
-        path = source.folder / CONFIG
-        tree = parse_yaml(path.read_text(), str(path))
-        return parse_config({key: value for key, value in tree.items() if key not in DERIVED_KEYS}).model
-    return None
+    return config_of(source).model if isinstance(source, CheckpointReader) else None
+
+
+def config_of(reader: CheckpointReader) -> Config:
+    """The configuration of the run that wrote a checkpoint."""
+    path = reader.folder / CONFIG
+    tree = parse_yaml(path.read_text(), str(path))
+    return parse_config({key: value for key, value in tree.items() if key not in DERIVED_KEYS})

@@ -19,6 +19,7 @@ from launcher.build import build_engine
 from launcher.checkpoint_reader import load_state, newest_sound_checkpoint, restore_rng
 from launcher.config import Config
 from launcher.console import Console
+from launcher.distill import Teacher, check_teacher, open_teacher
 from launcher.engine import Engine, load_weights
 from launcher.held_out import HeldOut
 from launcher.learned_scales import initialize_scales_, is_learned_scale
@@ -43,38 +44,54 @@ class TrainingError(RuntimeError):
     """Training cannot go on; says why and what may help."""
 
 
-def accumulate_gradients(engine: Engine, batches: Batches, num_micro_batches: int) -> tuple[Tensor, float]:
-    """Run one global batch forward and backward; returns this rank's mean loss and the seconds of waiting for data."""
+def accumulate_gradients(
+    engine: Engine, batches: Batches, num_micro_batches: int, teacher: Teacher | None = None
+) -> tuple[Tensor, float, Tensor | None]:
+    """Run one global batch forward and backward.
+
+    Returns:
+        This rank's mean loss, and the seconds spent waiting for data. With a teacher also the three parts of the loss,
+        unweighted, else None.
+    """
     loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
+    parts_sum = torch.zeros(3, device=engine.device)
     for index in range(num_micro_batches):
         asked = time.perf_counter()
         tokens_BT, labels_BT = next(batches)
         waited_seconds += time.perf_counter() - asked
         tokens_BT = tokens_BT.to(engine.device, non_blocking=True)
         labels_BT = labels_BT.to(engine.device, non_blocking=True)
-        loss = engine.forward(tokens_BT, labels_BT) / num_micro_batches
+        if teacher is not None:
+            with teacher.teaching(tokens_BT) as lesson:
+                losses = engine.forward(tokens_BT, labels_BT, teacher=lesson) / num_micro_batches
+            loss = losses[0]
+            parts_sum += losses[1:].detach()
+        else:
+            loss = engine.forward(tokens_BT, labels_BT) / num_micro_batches
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
-    return loss_sum, waited_seconds
+    return loss_sum, waited_seconds, parts_sum if teacher is not None else None
 
 
 def train_step(
-    engine: Engine, batches: Batches, plan: Plan, step: int, guard: SpikeGuard
-) -> tuple[Tensor, Tensor, Tensor, float]:
+    engine: Engine, batches: Batches, plan: Plan, step: int, guard: SpikeGuard, teacher: Teacher | None = None
+) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
     """Take the optimizer step of this number.
 
     Returns:
         This rank's mean loss, the gradient norm, and whether the step was skipped for not being finite (all 0-dim, on
-        the device); and the seconds spent waiting for data.
+        the device); and the seconds spent waiting for data. With a teacher also the three parts of the loss,
+        unweighted, else None.
     """
-    loss, waited_seconds = accumulate_gradients(engine, batches, plan.num_micro_batches)
+    loss, waited_seconds, parts = accumulate_gradients(engine, batches, plan.num_micro_batches, teacher)
     grad_norm, skipped = engine.step(
         plan.learning_rate_at(step),
         ternary_factor=plan.ternary_factor_at(step),
         decay_factor=plan.decay_factor_at(step),
-        grad_norm_limit=guard.limit(loss),
+        # The first part is what the loss was before there was a teacher, and is compared with.
+        grad_norm_limit=guard.limit(loss if parts is None else parts[0]),
     )
-    return loss, grad_norm, guard.add(grad_norm, skipped), waited_seconds
+    return loss, grad_norm, guard.add(grad_norm, skipped), waited_seconds, parts
 
 
 def train(
@@ -120,6 +137,12 @@ def train(
         load_weights(engine, lambda name, shape: first_value(name, shape, config))
         initialize_scales_(engine)
 
+    teacher = None
+    if phase is not None and at.step < phase.end:
+        teacher = open_teacher(plan, phase, ranks, folder.checkpoints)
+    if reader is not None and teacher is not None:
+        check_teacher(reader, teacher)
+
     held_out = HeldOut(plan, ranks, data)
     log = None
     if ranks.is_first:
@@ -148,7 +171,11 @@ def train(
                 batches = iter(data)
             upcoming = list(islice(batches, plan.num_micro_batches)) if measures_rescale(entered) else []
             batches = chain(upcoming, batches)
-            factor = enter_phase(engine, entered, ranks, upcoming, config.optimizer.max_grad_norm)
+            teacher = None  # the last phase's makes room for the next
+            if entered.distillation is not None:
+                saver.wait()  # it may be writing the teacher
+            teacher = open_teacher(plan, entered, ranks, folder.checkpoints)
+            factor = enter_phase(engine, entered, ranks, upcoming, config.optimizer.max_grad_norm, teacher)
             phase = entered
             at.phase = phase.index
             guard.enter_phase()
@@ -164,11 +191,11 @@ def train(
             set_strengths_(engine.model, *plan.strengths_at(at.step))
 
         learning_rate = plan.learning_rate_at(at.step)
-        loss, grad_norm, skipped, waited_seconds = train_step(engine, batches, plan, at.step, guard)
+        loss, grad_norm, skipped, waited_seconds, parts = train_step(engine, batches, plan, at.step, guard, teacher)
         at.step += 1
         longest_skip[0].add_(1).mul_(skipped)
         longest_skip[1] = longest_skip.max()
-        meter.add(loss, skipped, waited_seconds)
+        meter.add(loss, skipped, waited_seconds, parts)
 
         phase_ends = at.step == phase.end
         stopping = any_rank(stop.requested, ranks)
@@ -196,7 +223,7 @@ def train(
         if saving:
             saver.save(
                 engine,
-                counters=counters(plan, ranks, at, data.fingerprint, guard),
+                counters=counters(plan, ranks, at, data.fingerprint, guard, teacher),
                 config_text=folder.config_text,
                 milestone=phase_ends,
                 must=phase_ends or stopping,
@@ -255,6 +282,7 @@ def enter_phase(
     ranks: Ranks,
     upcoming: Sequence[tuple[Tensor, Tensor]],
     max_grad_norm: float,
+    teacher: Teacher | None,
 ) -> float | None:
     """Carry the model and the optimizer over the transition into ``phase``, in place.
 
@@ -272,12 +300,12 @@ def enter_phase(
     transition = phase.transition
     measures = measures_rescale(phase)
 
-    def clipped_norm() -> float:
-        accumulate_gradients(engine, iter(upcoming), len(upcoming))
+    def clipped_norm(teacher: Teacher | None) -> float:
+        accumulate_gradients(engine, iter(upcoming), len(upcoming), teacher)
         grad_norm, _ = engine.step(0.0, grad_norm_limit=torch.tensor(-1.0, device=engine.device))
         return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
 
-    before = clipped_norm() if measures else 1.0
+    before = clipped_norm(None) if measures else 1.0
     had_scales = any(layer.quant_config.learned for layer in quantized_layers(engine.model).values())
     if quantized_layers(engine.model):
         dequantize_(engine.model)
@@ -287,7 +315,7 @@ def enter_phase(
         initialize_scales_(engine)
     factor = transition.rescale_factor
     if measures:
-        after = clipped_norm()
+        after = clipped_norm(teacher)
         factor = after / before if before else math.nan
         if not 0 < factor < math.inf:
             raise TrainingError(
@@ -298,7 +326,9 @@ def enter_phase(
     return factor
 
 
-def counters(plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str, guard: SpikeGuard) -> dict[str, Any]:
+def counters(
+    plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str, guard: SpikeGuard, teacher: Teacher | None
+) -> dict[str, Any]:
     """What a checkpoint's manifest says of where the run is."""
     return {
         "step": at.step,
@@ -306,6 +336,7 @@ def counters(plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str, guar
         "progress": dict(vars(at)),
         "spikes": guard.state(),
         "data_fingerprint": data_fingerprint,
+        "teacher": teacher.identity if teacher else None,
         "world_size": ranks.world_size,
         "engine": plan.config.engine.name,
         "zero_stage": plan.config.engine.zero_stage,

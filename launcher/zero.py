@@ -23,6 +23,7 @@ from launcher.optim import (
     parameter_groups,
     set_step_sizes,
 )
+from model.distillation import Lesson
 
 
 def deepspeed_config(
@@ -138,8 +139,14 @@ class ZeroEngine(Engine):
         if not self.is_plain:
             self._watch_norm()
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        return self._engine(tokens_BT, labels_BT, reduction=reduction)
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        reduction: str = "mean",
+        teacher: Lesson | None = None,
+    ) -> Tensor:
+        return self._engine(tokens_BT, labels_BT, reduction=reduction, teacher=teacher)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)

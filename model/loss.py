@@ -4,7 +4,8 @@ Logits of a whole batch are often the largest tensor of a training step: 8 seque
 take 17 GB in float32, and their gradient as much again. The loss of one row needs no other row, so both functions here
 walk over the rows in chunks. `linear_cross_entropy` takes the gradients of hidden states and weight from a chunk while
 its logits are there, in the forward pass, and only scales them in the backward pass; the method is that of Liger Kernel
-(arXiv 2410.10989). Memory: one chunk of logits, plus the two gradients.
+(arXiv 2410.10989). Memory: one chunk of logits, plus the two gradients. `distillation_loss` adds a teacher, and the
+chunk of its logits.
 
 Products run in the inputs' dtype; softmax, loss and the sum of the weight's gradient over chunks in float32 (float64
 for float64). Dimensions in names: N rows (tokens), D hidden, V vocabulary, C rows of a chunk.
@@ -21,17 +22,27 @@ IGNORED_LABEL = -100
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Returns the loss, and of a teacher's apart, without gradient, the cross-entropy and the divergence (else 0)."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int, z_loss: float
-    ) -> Tensor:
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        chunk_tokens: int,
+        z_loss: float,
+        teacher: tuple[Tensor, Tensor] | None = None,
+        temperature: float = 1.0,
+        teacher_weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs_weight else None
         counts_N = (labels_N != IGNORED_LABEL).to(dtype)
         share_N = counts_N / counts_N.sum().clamp(min=1)
-        loss = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+        loss, mean_nll, mean_kl = (torch.zeros((), dtype=dtype, device=hidden_ND.device) for _ in range(3))
 
         for start in range(0, len(labels_N), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -39,12 +50,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_CV = (hidden_CD @ weight_VD.t()).to(dtype)
             log_partition_C, nll_C = _log_partition_and_nll(logits_CV, labels_N[rows])
             loss += (share_C * (nll_C + z_loss * log_partition_C.square())).sum()
+            kl_grad_CV = None
+            if teacher is not None:
+                teacher_logits_CV = (teacher[0][rows] @ teacher[1].t()).to(dtype)
+                kl_C, kl_grad_CV = _divergence(logits_CV, teacher_logits_CV, temperature)
+                mean_nll += (share_C * nll_C).sum()
+                mean_kl += (share_C * kl_C).sum()
             if not (needs_hidden or needs_weight):
                 continue
             # d(nll) = softmax - one_hot(label); d(log_partition^2) = 2 * log_partition * softmax
             factor_C = share_C * (1 + 2 * z_loss * log_partition_C)
             grad_CV = logits_CV.sub_(log_partition_C[:, None]).exp_().mul_(factor_C[:, None])
             grad_CV.scatter_add_(1, labels_N[rows, None].clamp(min=0), -share_C[:, None])
+            if kl_grad_CV is not None:
+                grad_CV += kl_grad_CV.mul_((teacher_weight * temperature**2 * share_C)[:, None])
             grad_CV = grad_CV.to(weight_VD.dtype)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[rows] = grad_CV @ weight_VD
@@ -53,17 +72,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
-        return loss
+        ctx.mark_non_differentiable(mean_nll, mean_kl)
+        return loss + teacher_weight * temperature**2 * mean_kl, mean_nll, mean_kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         if grad_hidden_ND is not None:
             grad_hidden_ND = (grad_hidden_ND * grad_loss).to(grad_hidden_ND.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden_ND, grad_weight_VD, None, None, None
+        return grad_hidden_ND, grad_weight_VD, *(None,) * 6
+
+
+def _divergence(logits_CV: Tensor, teacher_logits_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """KL(q || p) of each row, where p and q are the softmaxes of both logits over T, and its gradient by the logits.
+
+    Overwrites the teacher's logits, so that four chunks exist at once and not more.
+    """
+    log_p_CV, log_q_CV = logits_CV / temperature, teacher_logits_CV.div_(temperature)
+    for log_probabilities_CV in (log_p_CV, log_q_CV):
+        log_probabilities_CV.sub_(log_probabilities_CV.logsumexp(-1, keepdim=True))
+    q_CV = log_q_CV.exp()
+    kl_C = log_q_CV.sub_(log_p_CV).mul_(q_CV).sum(-1)
+    return kl_C, log_p_CV.exp_().sub_(q_CV).div_(temperature)
 
 
 def _log_partition_and_nll(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +118,54 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():
         # A Function's needs_input_grad says what the inputs want, also where no gradient will be asked for.
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk_tokens, z_loss)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk_tokens, z_loss)[0]
     return loss
+
+
+def distillation_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    chunk_tokens: int,
+    z_loss: float,
+    *,
+    teacher: tuple[Tensor, Tensor],
+    temperature: float,
+    weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_cross_entropy` plus `weight * T^2 * KL(teacher || student)`, the mean over the labels that count.
+
+    The divergence is that of the softmaxes of both logits over the temperature T (BitDistill, arXiv 2510.13998, eq. 8
+    and 9). T^2 keeps its gradient as large as that of the cross-entropy (arXiv 1503.02531, section 2); BitDistill has
+    it in its weight.
+
+    Args:
+        hidden_ND: of the student; this and the next four are those of `linear_cross_entropy`.
+        weight_VD: the student's head.
+        labels_N: the next tokens.
+        chunk_tokens: rows of logits, of student and teacher each, that exist at once.
+        z_loss: weight of the squared log-partition.
+        teacher: its hidden states `[N, D']` and head `[V, D']`, which get no gradient.
+        temperature: T, above 0.
+        weight: of the divergence.
+
+    Returns:
+        The loss, as of `linear_cross_entropy`; and apart, without gradient and in nats, the cross-entropy alone, and
+        the divergence, without weight and T^2.
+
+    Raises:
+        ValueError: the teacher has another vocabulary.
+    """
+    teacher_hidden_ND, teacher_weight_VD = teacher
+    if len(teacher_weight_VD) != len(weight_VD):
+        raise ValueError(f"the teacher has {len(teacher_weight_VD)} words, the student {len(weight_VD)}")
+    if not torch.is_grad_enabled():
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+    teacher = teacher_hidden_ND.detach(), teacher_weight_VD.detach()
+    losses: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(
+        hidden_ND, weight_VD, labels_N, chunk_tokens, z_loss, teacher, temperature, weight
+    )
+    return losses
 
 
 @torch.no_grad()

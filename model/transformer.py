@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.loss import linear_cross_entropy, token_nll
+from model.distillation import DistillationConfig, Lesson, relation_loss, watched_projections
+from model.loss import distillation_loss, linear_cross_entropy, token_nll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,8 +309,17 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def head(self) -> Tensor:
+        """The output head, `[V, D]`."""
+        return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
     def forward(
-        self, tokens_BT: Tensor, labels_BT: Tensor | None = None, reduction: Literal["mean", "none"] = "mean"
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+        teacher: Lesson | None = None,
     ) -> Tensor:
         """Logits, the training loss, or the loss of every token.
 
@@ -319,12 +329,49 @@ class Transformer(nn.Module):
         cross-entropy in nats over the labels that count plus the z-loss, a float32 scalar. With "none" it is the
         cross-entropy of every token, `[B, T]`, float32, 0 at -100, without z-loss and without gradient. (Where the
         parameters are float64, so is the loss.)
+
+        With a teacher's lesson on the same tokens the result is `[4]`: the training loss, then its parts, without
+        gradient: cross-entropy, divergence from the teacher's predictions, and from its attention relations.
         """
-        hidden_BTD = self.model(tokens_BT)
-        head_VD = self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        if teacher is not None and labels_BT is not None:
+            return self._taught(tokens_BT, labels_BT, teacher)
+        hidden_BTD, head_VD = self.model(tokens_BT), self.head
         if labels_BT is None:
             return F.linear(hidden_BTD, head_VD)
         hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
         if reduction == "none":
             return token_nll(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens).view_as(labels_BT)
         return linear_cross_entropy(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens, self.config.z_loss)
+
+    def _taught(self, tokens_BT: Tensor, labels_BT: Tensor, lesson: Lesson) -> Tensor:
+        hidden_BTD, relations = self._hidden_and_relations(tokens_BT, lesson.config, self.config.num_layers)
+        loss, nll, divergence = distillation_loss(
+            hidden_BTD.flatten(0, 1),
+            self.head,
+            labels_BT.flatten(),
+            self.config.loss_chunk_tokens,
+            self.config.z_loss,
+            teacher=(lesson.hidden.flatten(0, 1), lesson.head),
+            temperature=lesson.config.temperature,
+            weight=lesson.config.weight,
+        )
+        relation = torch.zeros_like(nll)
+        if relations:
+            relation = relation_loss(relations, lesson.relations, (self.config.kv_heads, lesson.relation_heads))
+            loss = loss + lesson.config.relation_weight * relation
+        return torch.stack([loss, nll, divergence, relation.detach()])
+
+    @torch.no_grad()
+    def teach(self, tokens_BT: Tensor, config: DistillationConfig, student_layers: int) -> Lesson:
+        """What this model, as the teacher, has to say of tokens, to a student of so many layers."""
+        hidden_BTD, relations = self._hidden_and_relations(tokens_BT, config, student_layers)
+        return Lesson(hidden_BTD, self.head, relations, self.config.kv_heads, config)
+
+    def _hidden_and_relations(
+        self, tokens_BT: Tensor, config: DistillationConfig, student_layers: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not config.relation_weight:
+            return self.model(tokens_BT), ()
+        layer = config.layer_of(self.config.num_layers, student_layers)
+        with watched_projections(self.model.get_submodule(f"layers.{layer}.self_attn")) as relations:
+            return self.model(tokens_BT), tuple(relations)

@@ -414,10 +414,10 @@ def test_activations_are_the_models_and_those_of_the_largest_phase():
         return memory_bytes_per_rank(plan_of(*overrides))["activations"]
 
     config = plan_of().config.model
-    assert held() == activation_bytes(config, 2, 8, 2, checkpointing=False, ternary=True)
-    assert held("training.activation_checkpointing=true") == activation_bytes(config, 2, 8, 2, True, True)
-    assert held("phases=[{precision: 16-bit, steps: 9}]") == activation_bytes(config, 2, 8, 2, False, False)
-    assert held("training.compute_dtype=fp32") == activation_bytes(config, 2, 8, 4, False, True)
+    assert held() == activation_bytes(config, 2, 8, 2, checkpointing=False, quantized="codes")
+    assert held("training.activation_checkpointing=true") == activation_bytes(config, 2, 8, 2, True, "codes")
+    assert held("phases=[{precision: 16-bit, steps: 9}]") == activation_bytes(config, 2, 8, 2, False, "no")
+    assert held("training.compute_dtype=fp32") == activation_bytes(config, 2, 8, 4, False, "codes")
 
 
 # What is shipped

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.size import activation_bytes, flops_per_token, num_linear_parameters, num_parameters, parameter_shapes
 from model.transformer import ModelConfig, Transformer
 from quant.config import QuantConfig
-from quant.linear import quantize_
+from quant.linear import quantize_, set_strength_
 
 BITNET_2B4T = ModelConfig(
     vocab_size=128_256,
@@ -72,15 +72,16 @@ def held_bytes(model: Transformer, tokens_BT: torch.Tensor) -> int:
 
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("ternary", [False, True])
-def test_activation_estimate_is_what_autograd_holds(config, dtype, ternary):
+@pytest.mark.parametrize("quantized", ["no", "ramp", "codes"])
+def test_activation_estimate_is_what_autograd_holds(config, dtype, quantized):
     # Heads of a usual width: the estimate leaves out the one or two statistics of each normalised row.
     wide = {"hidden_size": 128, "intermediate_size": 224, "head_dim": 40 if config.head_dim else None}
     config = replace(config, max_sequence_length=128, **wide)
     model, tokens_BT = build(config).to(dtype), random_tokens(4, 128)
-    if ternary:
+    if quantized != "no":
         quantize_(model, QuantConfig())
-    estimate = activation_bytes(config, 4, 128, dtype.itemsize, checkpointing=False, ternary=ternary)
+        set_strength_(model, 0.5 if quantized == "ramp" else 1.0)
+    estimate = activation_bytes(config, 4, 128, dtype.itemsize, checkpointing=False, quantized=quantized)
     assert estimate == pytest.approx(held_bytes(model, tokens_BT), rel=0.05)
 
 
@@ -94,5 +95,5 @@ def test_checkpointing_holds_inputs_and_one_block(name, dtype):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     one_block_whole = held_bytes(model, tokens_BT)
     assert one_block_whole < without
-    estimate = activation_bytes(config, 4, 128, dtype.itemsize, checkpointing=True, ternary=False)
+    estimate = activation_bytes(config, 4, 128, dtype.itemsize, checkpointing=True, quantized="no")
     assert estimate == pytest.approx(one_block_whole, rel=0.1)

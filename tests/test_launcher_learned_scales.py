@@ -1,0 +1,97 @@
+"""Learned scales on sharded models: what they begin with, how they go through checkpoints, and that they learn."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_group
+from test_launcher_resume import ENGINES, run
+from tiny import tiny_config
+
+from launcher.checkpoint_reader import CheckpointReader
+from launcher.convert import not_carried
+from launcher.learned_scales import is_learned_scale
+from launcher.source import CheckpointError
+from launcher.start_from import open_source
+from quant.rounding import bf16_values
+
+PARETOQ = {"precision": "ternary", "steps": 3, "quantization": {"preset": "paretoq"}}
+PLAIN = {"precision": "16-bit", "steps": 3}
+INTERVAL = {"interval_steps": 1, "keep_last": 0}
+
+
+def train_on(shards: str, out: str, engines: list[str], sections: dict[str, Any], pieces: list[int]) -> None:
+    for name in engines:
+        keys = {"phases": [PLAIN, PARETOQ], "engine": ENGINES[name], "checkpoint": INTERVAL} | sections
+        config = tiny_config(Path(shards), Path(out) / name, **keys)
+        for steps in (*pieces, 10**6):
+            run(config, steps)
+
+
+def tensors(run: Path, step: int, kind: str = "weight") -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(run / "checkpoints" / f"step-{step:08}")
+    return {name: reader.read(kind, name, 0, shape.numel()).view(shape) for name, shape in
+            ((name, torch.Size(shape)) for name, shape in reader.shapes.items())}  # fmt: skip
+
+
+def scales(run: Path, step: int, kind: str = "weight") -> dict[str, torch.Tensor]:
+    return {name: value for name, value in tensors(run, step, kind).items() if is_learned_scale(name)}
+
+
+def check_scales(run: Path) -> None:
+    """Ones until the switch; then within a step's reach of the rows' largest weights; moments of their own."""
+    assert all((scale == 1).all() for scale in scales(run, 3).values())
+    assert all((moment == 0).all() for moment in scales(run, 3, "exp_avg_sq").values())
+    at_switch, first = tensors(run, 3), scales(run, 4)
+    assert len(first) == 14
+    for name, scale in first.items():
+        largest = bf16_values(at_switch[name.replace("_scale", "")]).abs().amax(1)
+        # AdamW's first step moves by the learning rate and no further, since the moments begin anew.
+        assert 0 < (scale - largest).abs().max() <= 3e-3 * 1.001
+    reader = CheckpointReader(run / "checkpoints" / "step-00000004")
+    assert reader.read_step(next(iter(first))) == 1
+    assert reader.read_step(next(iter(first)).replace("_scale", "")) == 4
+    assert any((after - first[name]).abs().max() > 0 for name, after in scales(run, 6).items())
+
+
+@pytest.mark.parametrize(
+    "engines", [["fsdp2", "zero-2"], pytest.param(["zero-0", "zero-1", "zero-3"], marks=pytest.mark.slow)]
+)
+def test_scales_begin_at_the_switch_on_every_engine(shards: Path, tmp_path: Path, engines: list[str]) -> None:
+    run_group(2, train_on, str(shards), str(tmp_path), engines, {}, [])
+    run_group(1, train_on, str(shards), str(tmp_path / "single"), ["fsdp2"], {}, [])
+    for name in engines:
+        check_scales(tmp_path / name)
+        alone = scales(tmp_path / "single" / "fsdp2", 4)
+        for parameter, scale in scales(tmp_path / name, 4).items():
+            torch.testing.assert_close(scale, alone[parameter], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_with_learned_scales_resumes_bitwise(shards: Path, tmp_path: Path) -> None:
+    for name, pieces in (("whole", []), ("pieces", [2, 2, 1])):
+        run_group(2, train_on, str(shards), str(tmp_path / name), ["fsdp2"], {}, pieces)
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        whole, pieces = (tensors(tmp_path / name / "fsdp2", 6, kind) for name in ("whole", "pieces"))
+        assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_a_plain_16_bit_checkpoint_becomes_a_run_with_learned_scales_and_back(shards: Path, tmp_path: Path) -> None:
+    run_group(1, train_on, str(shards), str(tmp_path / "plain"), ["fsdp2"], {"phases": [PLAIN]}, [])
+    source = str(tmp_path / "plain" / "fsdp2")
+    start = {"checkpoint": INTERVAL | {"start_from": source, "start_phase": 1}}
+    run_group(1, train_on, str(shards), str(tmp_path / "learned"), ["fsdp2"], start, [])
+    run_group(1, train_on, str(shards), str(tmp_path / "within"), ["fsdp2"], {}, [])
+    started, within = (tensors(tmp_path / name / "fsdp2", 6) for name in ("learned", "within"))
+    assert all(torch.equal(started[name], within[name]) for name in within)
+    learned = open_source(str(tmp_path / "learned" / "fsdp2"))
+    assert any("Learned scales are not carried" in sentence for sentence in not_carried(learned, "hf"))
+    back = {"phases": [PLAIN, PLAIN], "checkpoint": INTERVAL | {"start_from": learned.location}}
+    run_group(1, train_on, str(shards), str(tmp_path / "back"), ["fsdp2"], back, [])
+    assert not scales(tmp_path / "back" / "fsdp2", 6)
+
+
+def test_a_checkpoint_without_scales_is_refused_within_their_phase(shards: Path, tmp_path: Path) -> None:
+    run_group(1, train_on, str(shards), str(tmp_path), ["fsdp2"], {"phases": [PLAIN, PLAIN]}, [5])
+    with pytest.raises(CheckpointError, match="is of a phase without learned scales"):
+        run_group(1, train_on, str(shards), str(tmp_path), ["fsdp2"], {}, [])
