@@ -20,7 +20,7 @@ from launcher.engine import load_weights
 from launcher.plan import make_plan
 from launcher.runtime import process_group
 from launcher.telemetry import Telemetry
-from launcher.train import train_step
+from launcher.train import accumulate_gradients
 from model.init import initial_value
 from model.size import num_parameters
 
@@ -52,7 +52,10 @@ def main() -> None:
                 if watch is not None:
                     watch.begin(number)
                 batches = ((tokens, tokens.roll(-1, 1)) for _ in range(plan.num_micro_batches))
-                train_step(engine, batches, plan.num_micro_batches, 1e-4, watch)
+                accumulate_gradients(engine, batches, plan.num_micro_batches, telemetry=watch)
+                if watch is not None:
+                    watch.look_at_gradients(engine)
+                engine.step(1e-4)
                 if watch is not None:
                     watch.collect()
 

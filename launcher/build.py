@@ -5,6 +5,7 @@ Meta device, quantize, activation checkpointing, compile per block, shard, mater
 """
 
 import functools
+import re
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
     for other in plan.phases:
         if other.quantization is not None and other.quantization.learned:
             add_learned_scales_(model, other.quantization)
+    ternary = own_rate_parameters(model, plan)
     if phase is not None and phase.quantization is not None:
         quantize_(model, phase.quantization, ranks.device)
     blocks = list(model.model.layers)
@@ -49,6 +51,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
             config=config.engine,
             compute_dtype=compute_dtype,
             device=ranks.device,
+            ternary=ternary,
         )
     from launcher.zero import ZeroEngine
 
@@ -60,7 +63,24 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
         device=ranks.device,
         micro_batch_sequences=config.training.micro_batch_sequences,
         num_micro_batches=plan.num_micro_batches,
+        ternary=ternary,
     )
+
+
+def own_rate_parameters(model: nn.Module, plan: Plan) -> set[str]:
+    """Names of the parameters that `optimizer.ternary_learning_rate_factor` is for: none where it is not given.
+
+    They have groups of their own through the whole run, because DeepSpeed cannot regroup in the midst of it.
+    """
+    if plan.config.optimizer.ternary_learning_rate_factor is None:
+        return set()
+    [include] = {phase.quantization.include for phase in plan.phases if phase.quantization}
+    return {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(include, name)
+        for parameter, _ in module.named_parameters()
+    }
 
 
 def checkpoint_activations_(block: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 from launcher.checkpoint import CONFIG
 from launcher.metrics import Progress
 from launcher.source import KINDS
+from launcher.spikes import check_guard_state
 from launcher.tensor_file import DIGESTS, MAX_DIMENSIONS, TensorFile, TensorFileError, is_count
 
 FILE_NAME = re.compile(r"rank-[0-9]{5}\.safetensors")
@@ -64,6 +65,8 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError(f"its 'progress' is not a count for each of {', '.join(sorted(names))}")
     if progress["step"] != manifest["step"]:
         raise ValueError(f"its 'step' is {manifest['step']}, and in 'progress' {progress['step']}")
+    if "spikes" in manifest:
+        check_guard_state(manifest["spikes"])
     for name, record in manifest["files"].items():
         if name != CONFIG and not FILE_NAME.fullmatch(name):
             raise ValueError(f"its 'files' names {reprlib.repr(name)}, which is no file of a checkpoint")

@@ -91,9 +91,11 @@ def plan(
     """Say what a run would do, without doing it."""
     from launcher.config_file import flat_lines, load_config, to_tree
     from launcher.plan import describe, make_plan
+    from launcher.timeline import events
 
     parsed = load_config(config, overrides or ())
-    numbers = describe(make_plan(parsed, ranks or default_ranks()))
+    resolved = make_plan(parsed, ranks or default_ranks())
+    numbers = describe(resolved) | {"events": events(resolved)}
     console = Console(silent=False)
     if as_json:
         console.line(json.dumps({"config": to_tree(parsed), "plan": numbers}, indent=2))
@@ -113,6 +115,7 @@ def plan(
             [f"phase {index}: {phase['precision']}", f"{phase['steps']:,} steps, {human_count(phase['tokens'])} tokens"]
             for index, phase in enumerate(numbers["phases"])
         ],
+        *[[f"step {event['step']:,}", str(event["what"])] for event in numbers["events"]],
         *[[f"bytes per rank: {name}", human_bytes(size)] for name, size in memory.items()],
         ["bytes per rank: all", f"{human_bytes(numbers['total_bytes_per_rank'])} (estimate)"],
         [
@@ -162,7 +165,7 @@ def convert(
     config: Annotated[Path | None, typer.Option(help="Configuration of the run (or just of the model).")] = None,
     into: Annotated[str, typer.Option("--format", help="run, universal (DeepSpeed) or hf (16 bits).")] = "run",
     phase: Annotated[int | None, typer.Option(help="Phase to begin in; by default the one that begins there.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="The transition's: keep, reset or keep-variance.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="keep, reset, keep-variance or rescale.")] = None,
     dtype: Annotated[str, typer.Option(help="hf: bf16 or fp32.")] = "bf16",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say for every tensor what will happen.")] = False,
 ) -> None:

@@ -5,7 +5,6 @@ Each folder owns its part as a frozen dataclass that checks itself and lists its
 YAML, strictly, and reports every problem at once.
 """
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,14 @@ from data.urls import url_problem
 from launcher.engine import EngineConfig
 from launcher.optim import OptimizerConfig
 from launcher.schedule import ScheduleConfig
+from launcher.spikes import OutlierConfig
 from launcher.transition import TransitionConfig
 from model.distillation import DistillationConfig
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
 from quant.linear import width_problem
+from quant.ramp import RampConfig
 
 STRICT: dict[str, Any] = {
     "extra": "forbid",
@@ -82,6 +83,8 @@ class TrainingConfig:
     """Compile each block with torch.compile."""
     max_skipped_steps: int = 5
     """Stop after this many steps in a row without a finite gradient; each of them is skipped."""
+    skip_outliers: OutlierConfig | None = None
+    """Also skip steps whose loss or gradient norm stands out from those before; null: do not."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -125,13 +128,17 @@ class PhaseConfig:
         problems |= _at_least(self, "steps", 1) | _at_least(self, "tokens", 1)
         if self.fraction is not None and not 0 < self.fraction <= 1:
             problems["fraction"] = f"is {self.fraction}; must be above 0 and at most 1"
+        transition = self.transition or TransitionConfig()
         if self.precision == "16-bit":
             if self.quantization is not None:
                 problems["quantization"] = "is given for a 16-bit phase; only ternary phases quantize"
             if self.distillation is not None:
                 problems["distillation"] = "is given for a 16-bit phase; only ternary phases have a teacher"
-            if self.transition is not None and self.transition.ramp.steps:
-                problems["transition.ramp"] = "is given for a 16-bit phase; only ternary phases have a strength"
+            for name in ("ramp", "activation_ramp", "rollback"):
+                if getattr(transition, name) not in (RampConfig(), None):
+                    problems[f"transition.{name}"] = "is given for a 16-bit phase; only ternary phases have a strength"
+        elif transition.activation_ramp and self.quantization and self.quantization.activations == "none":
+            problems["transition.activation_ramp"] = "does nothing, because quantization.activations is none"
         if problems:
             raise ValueError(problems)
 
@@ -279,6 +286,8 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
         problems["checkpoint.start_phase"] = (
             f"is {checkpoint.start_phase}; the last of the {len(phases)} phases is {len(phases) - 1}"
         )
+    if phases:
+        problems |= _switch_problems(parts)
     for index, phase in enumerate(phases or ()):
         path = f"phases.{index}"
         if phase.fraction and training and not (training.total_steps or training.total_tokens):
@@ -306,9 +315,37 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
             for key, problem in distillation_problems(phase.distillation, index, parts).items():
                 problems[f"{path}.distillation.{key}"] = problem
         if index == 0 and phase.transition and checkpoint and not checkpoint.start_from:
-            ramp_only = dataclasses.replace(TransitionConfig(), ramp=phase.transition.ramp)
-            if phase.transition != ramp_only:
+            given = phase.transition
+            if given != TransitionConfig(ramp=given.ramp, activation_ramp=given.activation_ramp):
                 problems[f"{path}.transition"] = "the first phase has nothing to keep but with checkpoint.start_from"
+    return problems
+
+
+def _switch_problems(parts: dict[str, Any]) -> dict[str, str]:
+    """Rules between phases, optimizer and schedule about what changes where a phase begins."""
+    problems: dict[str, str] = {}
+    phases, optimizer, schedule = parts["phases"], parts.get("optimizer"), parts.get("schedule")
+    checkpoint = parts.get("checkpoint")
+    includes = {(phase.quantization or QuantConfig()).include for phase in phases if phase.precision == "ternary"}
+    if optimizer and optimizer.ternary_learning_rate_factor is not None and len(includes) != 1:
+        problems["optimizer.ternary_learning_rate_factor"] = (
+            f"is for the layers that ternary phases quantize, and they name {len(includes)} selections of layers; "
+            "there must be one"
+        )
+    if schedule and schedule.decay_from_phase is not None:
+        if schedule.decay_from_phase >= len(phases):
+            problems["schedule.decay_from_phase"] = (
+                f"is {schedule.decay_from_phase}; the last of the {len(phases)} phases is {len(phases) - 1}"
+            )
+        for index, phase in enumerate(phases):
+            if phase.transition and phase.transition.schedule == "restart":
+                problems[f"phases.{index}.transition.schedule"] = "is restart; with schedule.decay_from_phase it cannot"
+    for index, phase in enumerate(phases):
+        starts_here = checkpoint and checkpoint.start_from and checkpoint.start_phase == index
+        if starts_here and phase.transition and phase.transition.rollback:
+            problems[f"phases.{index}.transition.rollback"] = (
+                "needs the loss before the switch, and the run begins with it; leave it out"
+            )
     return problems
 
 

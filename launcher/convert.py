@@ -57,7 +57,12 @@ def preview(config: Config) -> list[list[str]]:
         model = Transformer(config.model)
     ternary = {f"{name}.weight" for name in matching_layers(model, quantization)} if quantization else set()
     as_ternary = f"latent of {quantization.weights} codes" if quantization else ""
-    moments = {"keep": "both kept", "keep-variance": "first cleared, second kept", "reset": "cleared"}
+    moments = {
+        "keep": "both kept",
+        "keep-variance": "first cleared, second kept",
+        "reset": "cleared",
+        "rescale": "rescaled",
+    }
     return [
         [
             name,

@@ -155,10 +155,24 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def step(
+        self,
+        learning_rate: float,
+        *,
+        ternary_factor: float = 1.0,
+        decay_factor: float = 1.0,
+        grad_norm_limit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Clip, update and clear the gradients.
 
-        A step whose gradient norm is not finite changes nothing: neither weights nor optimizer state.
+        A step whose gradient norm is not finite, or above the limit, is skipped: it clears the gradients and changes
+        nothing else, neither weights nor optimizer state.
+
+        Args:
+            learning_rate: of this step.
+            ternary_factor: multiplies it for the parameters that have a group of their own.
+            decay_factor: multiplies the weight decay.
+            grad_norm_limit: 0-dim, on the device, equal on all ranks; -1 skips the step in any case.
 
         Returns:
             The gradient norm before clipping and whether the step was skipped (1.0) or taken (0.0), both as 0-dim

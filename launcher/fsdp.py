@@ -7,7 +7,7 @@ the device, without asking the host.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from launcher.engine import Engine, EngineConfig, Shard
-from launcher.optim import OptimizerConfig, build_adamw, create_adam_state, parameter_groups, set_learning_rate
+from launcher.optim import OptimizerConfig, build_adamw, create_adam_state, parameter_groups, set_step_sizes
 from model.distillation import Lesson
 
 
@@ -54,6 +54,7 @@ class FSDPEngine(Engine):
         config: configuration of the engine.
         compute_dtype: dtype of the forward and backward passes; parameters are fp32 (fp64 if it is fp64).
         device: where to compute.
+        ternary: names of the parameters that have a learning rate of their own.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class FSDPEngine(Engine):
         config: EngineConfig,
         compute_dtype: torch.dtype,
         device: torch.device,
+        ternary: Collection[str] = (),
     ) -> None:
         storage_dtype = torch.promote_types(compute_dtype, torch.float32)
         mixed = compute_dtype != storage_dtype
@@ -92,9 +94,8 @@ class FSDPEngine(Engine):
         self._sharded: list[Any] = list(self.model.parameters())  # DTensors
         self._local = [nn.Parameter(parameter.to_local()) for parameter in self._sharded]
         dimensions = [parameter.ndim for parameter in self._sharded]
-        self.optimizer = build_adamw(
-            parameter_groups(zip(self._names, dimensions, self._local, strict=True), optimizer), optimizer, fused=True
-        )
+        named = zip(self._names, dimensions, self._local, strict=True)
+        self.optimizer = build_adamw(parameter_groups(named, optimizer, ternary), optimizer, fused=True)
 
     def forward(
         self,
@@ -118,7 +119,14 @@ class FSDPEngine(Engine):
         return dict(zip(self._names, squares, strict=True))
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def step(
+        self,
+        learning_rate: float,
+        *,
+        ternary_factor: float = 1.0,
+        decay_factor: float = 1.0,
+        grad_norm_limit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         # Learned scales have no gradient in a 16-bit phase; Adam then leaves them as they are.
         pairs = [pair for pair in zip(self._local, self._sharded, strict=True) if pair[1].grad is not None]
         gradients = [sharded.grad.to_local() for _, sharded in pairs]
@@ -126,12 +134,14 @@ class FSDPEngine(Engine):
         dist.all_reduce(squares, group=self.mesh.get_group(self.mesh.ndim - 1))
         grad_norm = squares.sqrt()
         skipped = (~grad_norm.isfinite()).float()
+        if grad_norm_limit is not None:
+            skipped = skipped.maximum((grad_norm > grad_norm_limit).float())
         where_state_is = gradients[0].device
         torch._foreach_mul_(gradients, (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0).to(where_state_is))
         self._follow_shards()
         for (local, _), gradient in zip(pairs, gradients, strict=True):
             local.grad = gradient
-        set_learning_rate(self.optimizer, learning_rate)
+        set_step_sizes(self.optimizer, learning_rate, ternary_factor=ternary_factor, decay_factor=decay_factor)
         # What GradScaler sets: where it is 1, the fused kernel leaves weights, moments and step as they are.
         self.optimizer.found_inf = skipped.to(where_state_is)  # type: ignore[attr-defined]
         self.optimizer.step()

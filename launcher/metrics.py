@@ -245,6 +245,9 @@ class Meter:
             "memory/peak_gib": peak_memory_gib(self._ranks.device),
             "time/elapsed_seconds": self.elapsed_seconds,
         }
+        transition = self._plan.phases[self._at.phase].transition
+        if transition.activation_ramp is not None:
+            row["quant/activation_strength"] = self._plan.activation_strength_at(self._at.step - 1)
         if self._parts_sum is not None:
             dist.all_reduce(self._parts_sum)
             means = (self._parts_sum / self._ranks.world_size / taken).tolist() if taken else [math.nan] * 3
@@ -276,6 +279,12 @@ class Meter:
         for row in rows:
             if self._log is not None:
                 self._log.write(row)
+
+    def noted(self, values: dict[str, float], line: str) -> None:
+        """Log something out of the ordinary, and say so."""
+        if self._log is not None:
+            self._log.write(self._row() | values | {"time/elapsed_seconds": self.elapsed_seconds})
+        self._console.line(f"Step {self._at.step}: {line}")
 
     def evaluated(self, result: HeldOutLoss | None, when: str) -> None:
         """Log a held-out loss."""

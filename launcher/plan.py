@@ -4,7 +4,9 @@ The training loop reads its steps, learning rates and strengths from a `Plan`, a
 """
 
 import math
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.config import Config, ConfigError, divisors
@@ -38,6 +40,8 @@ class Plan:
     global_batch_sequences: int
     num_micro_batches: int
     phases: tuple[Phase, ...]
+    rollbacks: Mapping[int, int] = field(default_factory=dict)
+    """How often the run has gone back to the beginning of a phase, by the phase's index."""
 
     @property
     def total_steps(self) -> int:
@@ -60,19 +64,65 @@ class Plan:
             if phase.start <= step and phase.transition.schedule == "restart":
                 origin = phase.start
         horizon = config.horizon_steps or self.total_steps
-        factor = learning_rate_factor(step - origin, horizon - origin, config)
+        decay_start = 0 if config.decay_from_phase is None else self.phases[config.decay_from_phase].start
+        factor = learning_rate_factor(step - origin, horizon - origin, config, decay_start)
         phase = self.phase_of(step)
-        rewarm_steps = math.ceil(phase.transition.rewarm_tokens / self.tokens_per_step)
+        rewarm_steps = self.steps_of(phase.transition.rewarm_tokens)
         if step - phase.start < rewarm_steps:
             factor *= (step - phase.start + 1) / rewarm_steps
+        drop = phase.transition.learning_rate_drop
+        if drop is not None and step - phase.start < self.steps_of(drop.tokens):
+            factor *= drop.factor
         return factor * self.config.optimizer.learning_rate
 
-    def strength_at(self, step: int) -> float:
-        """Quantization strength of the step of this number: 0 in a 16-bit phase."""
-        phase = self.phase_of(step)
+    def steps_of(self, tokens: int) -> int:
+        """So many tokens in steps, rounded up."""
+        return math.ceil(tokens / self.tokens_per_step)
+
+    def ternary_factor_at(self, step: int) -> float:
+        """What multiplies the learning rate of the quantized layers in the step of this number."""
+        factor = self.config.optimizer.ternary_learning_rate_factor
+        return 1.0 if factor is None or self.phase_of(step).quantization is None else factor
+
+    @property
+    def weight_decay_end(self) -> int | None:
+        """The first step without weight decay; None where it never ends."""
+        until = self.config.optimizer.weight_decay_until
+        return None if until is None else round(until * self.total_steps)
+
+    def decay_factor_at(self, step: int) -> float:
+        """What multiplies weight decay in the step of this number: 1, and 0 when it has ended."""
+        return 0.0 if self.weight_decay_end is not None and step >= self.weight_decay_end else 1.0
+
+    def rollback_step(self, phase: Phase) -> int | None:
+        """The number of finished steps at which it is decided whether a phase has recovered from its transition."""
+        transition = phase.transition
+        if transition.rollback is None:
+            return None
+        ramp_steps = max(ramp.end_steps for ramp in transition.ramps)
+        return phase.start + ramp_steps + self.steps_of(transition.rollback.after_tokens)
+
+    def strengths_at(self, step: int) -> tuple[list[float], list[float]]:
+        """Quantization strengths of the step of this number: of each block's weights, and of each block's activations.
+
+        In a 16-bit phase, all are 0.
+        """
+        phase, num_layers = self.phase_of(step), self.config.model.num_layers
         if phase.quantization is None:
-            return 0.0
-        return strength_at(step - phase.start, phase.transition.ramp)
+            return [0.0] * num_layers, [0.0] * num_layers
+        weights, activations = (
+            [strength_at(step - phase.start, ramp, depth, num_layers) for depth in range(num_layers)]
+            for ramp in phase.transition.ramps
+        )
+        return weights, activations
+
+    def strength_at(self, step: int) -> float:
+        """Strength of the weights' quantization, the mean over blocks."""
+        return statistics.mean(self.strengths_at(step)[0])
+
+    def activation_strength_at(self, step: int) -> float:
+        """Strength of the activations' quantization, the mean over blocks."""
+        return statistics.mean(self.strengths_at(step)[1])
 
     def flops_per_token_at(self, step: int) -> int:
         """Model FLOPs of training on one token in the step of this number; a teacher adds a forward pass.
@@ -91,8 +141,13 @@ class Plan:
         return (step - origin) * self.global_batch_sequences
 
 
-def make_plan(config: Config, world_size: int) -> Plan:
+def make_plan(config: Config, world_size: int, rollbacks: Mapping[int, int] | None = None) -> Plan:
     """Resolve lengths and batches.
+
+    Args:
+        config: what is resolved.
+        world_size: number of ranks.
+        rollbacks: of the `Plan`.
 
     Raises:
         ConfigError: the batch or the replicas do not divide on this many ranks, or a warm-up or ramp is too long.
@@ -115,7 +170,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
             )
         )
     tokens_per_step = sequences * length
-    phases = _resolve_phases(config, tokens_per_step)
+    phases = _resolve_phases(config, tokens_per_step, rollbacks or {})
     warmup_steps, horizon = config.schedule.warmup_steps, config.schedule.horizon_steps or phases[-1].end
     for phase in phases:
         remaining = horizon - phase.start
@@ -130,10 +185,16 @@ def make_plan(config: Config, world_size: int) -> Plan:
                 f"schedule.warmup_steps: {warmup_steps} leaves nothing of the {remaining} steps "
                 f"from step {phase.start} on; {remaining - 1} at most"
             )
-    return Plan(config, world_size, sequences, sequences // at_once, phases)
+    decay_from = config.schedule.decay_from_phase
+    if decay_from is not None and not warmup_steps <= phases[decay_from].start < horizon:
+        raise ConfigError(
+            f"schedule.decay_from_phase: is {decay_from}, which begins at step {phases[decay_from].start}; must lie "
+            f"behind the warm-up's {warmup_steps} steps and before the end at {horizon}"
+        )
+    return Plan(config, world_size, sequences, sequences // at_once, phases, rollbacks or {})
 
 
-def _resolve_phases(config: Config, tokens_per_step: int) -> tuple[Phase, ...]:
+def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int, int]) -> tuple[Phase, ...]:
     training = config.training
     total_steps = training.total_steps or math.ceil((training.total_tokens or 0) / tokens_per_step)
     phases: list[Phase] = []
@@ -148,10 +209,22 @@ def _resolve_phases(config: Config, tokens_per_step: int) -> tuple[Phase, ...]:
         start = phases[-1].end if phases else 0
         quantization = (phase.quantization or QuantConfig()) if phase.precision == "ternary" else None
         transition = phase.transition or TransitionConfig()
-        if transition.ramp.steps > steps:
-            raise ConfigError(
-                f"phases.{index}.transition.ramp.steps: is {transition.ramp.steps}, longer than the phase's {steps}"
-            )
+        for key, ramp in zip(("ramp", "activation_ramp"), transition.ramps, strict=True):
+            if ramp.end_steps > steps:
+                delay = f" and {ramp.delay_steps} of delay_steps" if ramp.delay_steps else ""
+                raise ConfigError(
+                    f"phases.{index}.transition.{key}.steps: is {ramp.steps}{delay}, longer than the phase's {steps}"
+                )
+        if transition.rollback is not None:
+            after_steps = math.ceil(transition.rollback.after_tokens / tokens_per_step)
+            last = transition.stretched(transition.rollback.max_attempts, after_steps)
+            needed = max(ramp.end_steps for ramp in last.ramps) + after_steps
+            if needed > steps:
+                raise ConfigError(
+                    f"phases.{index}.transition.rollback: the ramp of its last attempt and after_tokens come to "
+                    f"{needed} steps, longer than the phase's {steps}"
+                )
+            transition = transition.stretched(rollbacks.get(index, 0), after_steps)
         end = start + steps
         phases.append(Phase(index, phase.precision, start, end, quantization, transition, phase.distillation))
     return tuple(phases)

@@ -13,6 +13,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import contextlib
 import errno
+import gc
 import os
 import shutil
 import traceback
@@ -25,8 +26,9 @@ from launcher.config import Config, ConfigError
 from launcher.config_file import load_config
 from launcher.console import Console
 from launcher.metrics import LogError
-from launcher.plan import make_plan
+from launcher.plan import Plan, make_plan
 from launcher.preparing import prepare_with_progress
+from launcher.rollback import read_rollbacks
 from launcher.run_folder import RunFolder
 from launcher.runtime import (
     Ranks,
@@ -124,7 +126,7 @@ def claim(folder: RunFolder, ranks: Ranks) -> str | None:
 def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest) -> int:
     """Train on this rank, all ranks being there."""
     console = Console(silent=not ranks.is_first)
-    plan = make_plan(config, ranks.world_size)
+    plan = plan_of_run(config, folder, ranks)
     seed_everything(config.run.seed, ranks.rank)
     if ranks.is_first:
         shutil.rmtree(folder.ranks, ignore_errors=True)
@@ -136,7 +138,9 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
         # One rank of a machine does it, with a console of its own, and the others find it done.
         source = Path(config.data.sources[0].path)
         prepare_with_progress(config.data.prepare, config.data.sequence_length, source, Console(silent=False))
-    outcome = train(plan, ranks, folder, stop, console)
+    while (outcome := train(plan, ranks, folder, stop, console)) == "rolled back":
+        gc.collect()  # engines have reference cycles, and the memory of this one is needed
+        plan = plan_of_run(config, folder, ranks)
     # A rank that leaves breaks connections that others may still be making. All is saved: to break here is no failure.
     with contextlib.suppress(RuntimeError):
         dist.barrier()
@@ -153,6 +157,12 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
     folder.write_state("complete")
     show_ending(folder, console)
     return COMPLETE
+
+
+def plan_of_run(config: Config, folder: RunFolder, ranks: Ranks) -> Plan:
+    """The plan of a run as it stands: one that went back to a switch has longer ramps; a collective."""
+    rollbacks = read_rollbacks(folder.path)
+    return make_plan(config, ranks.world_size, {phase: rollback.attempts for phase, rollback in rollbacks.items()})
 
 
 def resume_advice(folder: RunFolder) -> str:

@@ -2,6 +2,7 @@
 
 RUN/config.yaml      the resolved configuration, with the code's version
 RUN/state.json       whether the run is running, interrupted, complete or failed
+RUN/rollbacks.json   how often the run has gone back to a switch; only where it has
 RUN/lock             held by the process that trains here; a second one is refused
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/report.html
 """
@@ -108,7 +109,7 @@ class RunFolder:
         """Make the folder and write the configuration, with the steps that each phase comes to."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.config_text += yaml.safe_dump({"phase_steps": list(phase_steps)})
-        _replace(self.path / "config.yaml", self.config_text)
+        replace_file(self.path / "config.yaml", self.config_text)
 
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint.
@@ -121,7 +122,7 @@ class RunFolder:
 
     def write_state(self, status: str, **details: Any) -> None:
         """Leave the marker that says how the run stands: `running`, `interrupted`, `complete` or `failed`."""
-        _replace(self.path / "state.json", json.dumps({"status": status, **details}, indent=2))
+        replace_file(self.path / "state.json", json.dumps({"status": status, **details}, indent=2))
 
     def read_state(self) -> dict[str, Any]:
         """The marker; empty before the first start."""
@@ -130,10 +131,11 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write what a complete run has to say of itself."""
-        _replace(self.path / "summary.json", json.dumps(summary, indent=2))
+        replace_file(self.path / "summary.json", json.dumps(summary, indent=2))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that at any moment either the old or the new one is there."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -4,8 +4,10 @@ Between logged steps the host never waits for the device: losses, gradient norms
 there until a step is logged. (DeepSpeed waits for its own gradient norm, inside its step.)
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,15 +26,17 @@ from launcher.learned_scales import initialize_scales_, is_learned_scale
 from launcher.location import check_writable
 from launcher.metrics import Meter, MetricsLog, Progress
 from launcher.plan import Phase, Plan
+from launcher.rollback import discard_given_up, give_up, has_not_recovered, read_rollbacks, rollback_note
 from launcher.run_folder import RunFolder
 from launcher.runtime import Ranks, StopRequest, any_rank
 from launcher.saver import Saver
+from launcher.spikes import SpikeGuard
 from launcher.start_from import check_data, check_sound, first_progress, open_start
 from launcher.telemetry import Telemetry, telemetry_of
 from launcher.transition import carry_optimizer_
 from model.init import initial_value
 from model.size import num_linear_parameters, num_parameters
-from quant.linear import dequantize_, quantize_, quantized_layers, set_strength_
+from quant.linear import dequantize_, quantize_, quantized_layers, set_strengths_
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -41,20 +45,19 @@ class TrainingError(RuntimeError):
     """Training cannot go on; says why and what may help."""
 
 
-def train_step(
+def accumulate_gradients(
     engine: Engine,
     batches: Batches,
     num_micro_batches: int,
-    learning_rate: float,
     *,
     teacher: Teacher | None = None,
     telemetry: Telemetry | None = None,
-) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
-    """Take one optimizer step, under the eyes of ``telemetry``.
+) -> tuple[Tensor, float, Tensor | None]:
+    """Run one global batch forward and backward, under the eyes of ``telemetry``.
 
     Returns:
-        This rank's mean loss, the gradient norm, and whether the step was skipped (all 0-dim, on the device); and the
-        seconds spent waiting for data. With a teacher also the three parts of the loss, unweighted, else None.
+        This rank's mean loss, and the seconds spent waiting for data. With a teacher also the three parts of the loss,
+        unweighted, else None.
     """
     loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
     parts_sum = torch.zeros(3, device=engine.device)
@@ -75,16 +78,47 @@ def train_step(
         loss_sum += loss.detach()
         if telemetry is not None and index == 0:
             telemetry.end_of_micro_batch()
+    return loss_sum, waited_seconds, parts_sum if teacher is not None else None
+
+
+def train_step(
+    engine: Engine,
+    batches: Batches,
+    plan: Plan,
+    step: int,
+    guard: SpikeGuard,
+    *,
+    teacher: Teacher | None = None,
+    telemetry: Telemetry | None = None,
+) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
+    """Take the optimizer step of this number.
+
+    Returns:
+        This rank's mean loss, the gradient norm, and whether the step was skipped for not being finite (all 0-dim, on
+        the device); and the seconds spent waiting for data. With a teacher also the three parts of the loss,
+        unweighted, else None.
+    """
+    loss, waited_seconds, parts = accumulate_gradients(
+        engine, batches, plan.num_micro_batches, teacher=teacher, telemetry=telemetry
+    )
     if telemetry is not None:
         telemetry.look_at_gradients(engine)
-    grad_norm, skipped = engine.step(learning_rate)
-    return loss_sum, grad_norm, skipped, waited_seconds, parts_sum if teacher is not None else None
+    grad_norm, skipped = engine.step(
+        plan.learning_rate_at(step),
+        ternary_factor=plan.ternary_factor_at(step),
+        decay_factor=plan.decay_factor_at(step),
+        # The first part is what the loss was before there was a teacher, and is compared with.
+        grad_norm_limit=guard.limit(loss if parts is None else parts[0]),
+    )
+    return loss, grad_norm, guard.add(grad_norm, skipped), waited_seconds, parts
 
 
 def train(
     plan: Plan, ranks: Ranks, folder: RunFolder, stop: StopRequest, console: Console
-) -> Literal["complete", "interrupted"]:
-    """Run a plan from where its folder stands to its end, or until a stop is asked for.
+) -> Literal["complete", "interrupted", "rolled back"]:
+    """Run a plan from where its folder stands to its end, or until a stop is asked for, or a switch is given up.
+
+    After that last, the plan is another one: make it anew and call this again.
 
     Raises:
         TrainingError: too many steps in a row without a finite gradient.
@@ -95,12 +129,18 @@ def train(
     # Resume, or begin
     if ranks.is_first:
         check_writable(folder.checkpoints)
+    rollbacks = read_rollbacks(folder.path)
+    discard_given_up(folder, rollbacks, ranks)
     reader = newest_sound_checkpoint(folder.checkpoints, ranks, console.line)
     at = Progress(**reader.manifest["progress"]) if reader else first_progress(plan)
     phase = plan.phases[at.phase] if at.phase >= 0 else None
     data = open_data(plan, ranks, at.step)
     engine = build_engine(plan, phase, ranks)
+    guards_switch = any(phase.transition.rollback for phase in plan.phases)
+    guard = SpikeGuard(config.training.skip_outliers, smooths=guards_switch, ranks=ranks)
     if reader is not None:
+        if "spikes" in reader.manifest:
+            guard.load(reader.manifest["spikes"])
         check_data(reader, data.fingerprint)
         load_state(reader, engine, with_optimizer=reader.has_moments)
         restore_rng(reader, ranks)
@@ -145,26 +185,37 @@ def train(
     # Train
     while at.step < total_steps:
         if (entered := plan.phase_of(at.step)) is not phase:
-            phase = enter_phase(engine, entered, ranks)
-            at.phase = phase.index
-            teacher = None  # the last phase's makes room for the next
-            if phase.distillation is not None:
-                saver.wait()  # it may be writing the teacher
-            teacher = open_teacher(plan, phase, ranks, folder.checkpoints)
-            telemetry = telemetry_of(plan, phase, engine)
-            if phase.transition.data == "restart":
+            if entered.transition.data == "restart":
                 data.close()
                 data = open_data(plan, ranks, at.step)
                 batches = iter(data)
+            upcoming = list(islice(batches, plan.num_micro_batches)) if measures_rescale(entered) else []
+            batches = chain(upcoming, batches)
+            teacher = None  # the last phase's makes room for the next
+            if entered.distillation is not None:
+                saver.wait()  # it may be writing the teacher
+            teacher = open_teacher(plan, entered, ranks, folder.checkpoints)
+            factor = enter_phase(engine, entered, ranks, upcoming, config.optimizer.max_grad_norm, teacher)
+            phase = entered
+            at.phase = phase.index
+            telemetry = telemetry_of(plan, phase, engine)
+            guard.enter_phase()
+            if factor is not None:
+                meter.noted(
+                    {"transition/rescale_factor": factor},
+                    f"Adam's moments are rescaled to gradients {factor:.4g} times as large",
+                )
+            if (given_up := rollbacks.get(phase.index)) is not None:
+                meter.noted(*rollback_note(given_up))
             meter.evaluated(held_out.measure(engine), "start of phase")
         if phase.quantization is not None:
-            set_strength_(engine.model, plan.strength_at(at.step))
+            set_strengths_(engine.model, *plan.strengths_at(at.step))
 
         learning_rate = plan.learning_rate_at(at.step)
         if telemetry is not None:
             telemetry.begin(at.step)
         loss, grad_norm, skipped, waited_seconds, parts = train_step(
-            engine, batches, plan.num_micro_batches, learning_rate, teacher=teacher, telemetry=telemetry
+            engine, batches, plan, at.step, guard, teacher=teacher, telemetry=telemetry
         )
         at.step += 1
         longest_skip[0].add_(1).mul_(skipped)
@@ -175,19 +226,31 @@ def train(
         stopping = any_rank(stop.requested, ranks)
         saving = phase_ends or stopping or is_due(at.step, config.checkpoint.interval_steps)
         evaluating = phase_ends or is_due(at.step, config.evaluation.interval_steps)
-        if saving or evaluating or is_due(at.step, config.logging.interval_steps):
+        deciding = at.step == plan.rollback_step(phase)
+        if saving or evaluating or deciding or is_due(at.step, config.logging.interval_steps):
             if telemetry is not None:
                 meter.write_rows(telemetry.collect())
             meter.logged(grad_norm, learning_rate)
             if longest_skip[1] >= config.training.max_skipped_steps:
                 raise TrainingError(skip_advice(plan, at, int(longest_skip[1]), folder.newest_checkpoint()))
             longest_skip[1] = longest_skip[0]
+            new_outliers, outliers = guard.newly_skipped()
+            if new_outliers:
+                meter.noted({"train/outlier_steps": outliers}, f"{new_outliers} steps were skipped as outliers")
+        if deciding and has_not_recovered(guard, phase, rollbacks, ranks, console):
+            saver.wait()
+            console.stop()
+            data.close()
+            if log is not None:
+                log.close()
+            give_up(folder, guard, phase, rollbacks, ranks)
+            return "rolled back"
         if evaluating:
             meter.evaluated(held_out.measure(engine), "end of phase" if phase_ends else "interval")
         if saving:
             saver.save(
                 engine,
-                counters=counters(plan, ranks, at, data.fingerprint, teacher),
+                counters=counters(plan, ranks, at, data.fingerprint, guard, teacher),
                 config_text=folder.config_text,
                 milestone=phase_ends,
                 must=phase_ends or stopping,
@@ -235,25 +298,70 @@ def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
     )
 
 
-def enter_phase(engine: Engine, phase: Phase, ranks: Ranks) -> Phase:
-    """Carry the model and the optimizer over the transition into ``phase``, in place."""
+def measures_rescale(phase: Phase) -> bool:
+    """Whether the transition into ``phase`` needs gradients on both sides of it."""
+    return phase.transition.optimizer == "rescale" and phase.transition.rescale_factor is None
+
+
+def enter_phase(
+    engine: Engine,
+    phase: Phase,
+    ranks: Ranks,
+    upcoming: Sequence[tuple[Tensor, Tensor]],
+    max_grad_norm: float,
+    teacher: Teacher | None,
+) -> float | None:
+    """Carry the model and the optimizer over the transition into ``phase``, in place.
+
+    The factor that ``optimizer: rescale`` measures is the ratio of the gradient norms, as clipped, of the batch that
+    comes next: of the model behind the switch at full strength, and of the one before it. Adam's moments are of
+    clipped gradients. Full strength, because these are the gradients that the phase goes on with; those of a ramp's
+    first steps are the old ones, and over a ramp longer than the moments' memory the moments follow by themselves.
+
+    Returns:
+        The factor, if one is taken.
+
+    Raises:
+        TrainingError: a gradient norm that is to be measured is not finite, or 0.
+    """
+    transition = phase.transition
+    measures = measures_rescale(phase)
+
+    def clipped_norm(teacher: Teacher | None) -> float:
+        accumulate_gradients(engine, iter(upcoming), len(upcoming), teacher=teacher)
+        grad_norm, _ = engine.step(0.0, grad_norm_limit=torch.tensor(-1.0, device=engine.device))
+        return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
+
+    before = clipped_norm(None) if measures else 1.0
     had_scales = any(layer.quant_config.learned for layer in quantized_layers(engine.model).values())
     if quantized_layers(engine.model):
         dequantize_(engine.model)
     if phase.quantization is not None:
         quantize_(engine.model, phase.quantization, ranks.device)
-    carry_optimizer_(engine, phase.transition.optimizer)
     if not had_scales:
         initialize_scales_(engine)
-    return phase
+    factor = transition.rescale_factor
+    if measures:
+        after = clipped_norm(teacher)
+        factor = after / before if before else math.nan
+        if not 0 < factor < math.inf:
+            raise TrainingError(
+                f"phases.{phase.index}.transition.optimizer: rescale finds gradient norms of {before} before and "
+                f"{after} behind the switch; set transition.rescale_factor, or another choice"
+            )
+    carry_optimizer_(engine, transition.optimizer, factor or 1.0)
+    return factor
 
 
-def counters(plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str, teacher: Teacher | None) -> dict[str, Any]:
+def counters(
+    plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str, guard: SpikeGuard, teacher: Teacher | None
+) -> dict[str, Any]:
     """What a checkpoint's manifest says of where the run is."""
     return {
         "step": at.step,
         "tokens": at.step * plan.tokens_per_step,
         "progress": dict(vars(at)),
+        "spikes": guard.state(),
         "data_fingerprint": data_fingerprint,
         "teacher": teacher.identity if teacher else None,
         "world_size": ranks.world_size,

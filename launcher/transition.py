@@ -4,7 +4,8 @@ Weights always carry over, as the same tensors under the same names. Everything 
 their effects can be told apart.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,47 +13,140 @@ import torch
 from launcher.engine import Engine
 from quant.ramp import RampConfig
 
-OptimizerChoice = Literal["keep", "reset", "keep-variance"]
+OptimizerChoice = Literal["keep", "reset", "keep-variance", "rescale"]
+CONFIG: dict[str, Any] = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True, "allow_inf_nan": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateDrop:
+    """A lower learning rate for a while."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = CONFIG
+
+    factor: float
+    """Multiplies the schedule's learning rate."""
+    tokens: int
+    """For how many tokens from the switch on, rounded up to whole steps."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if not 0 < self.factor < 1:
+            problems["factor"] = f"is {self.factor}; must lie between 0 and 1"
+        if self.tokens < 1:
+            problems["tokens"] = f"is {self.tokens}; must be 1 or more"
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackConfig:
+    """Going back to the checkpoint at the switch, and into a gentler ramp, where the loss does not recover."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = CONFIG
+
+    after_tokens: int
+    """How many tokens after the end of the ramp the smoothed loss must be back at what it was before the switch."""
+    ramp_factor: float = 2.0
+    """Each attempt's ramp is that much longer than the one before; without a ramp, the first is `after_tokens` long."""
+    max_attempts: int = 2
+    """How often to go back; after that the run goes on as it is."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        for name in ("after_tokens", "max_attempts"):
+            if getattr(self, name) < 1:
+                problems[name] = f"is {getattr(self, name)}; must be 1 or more"
+        if self.ramp_factor <= 1:
+            problems["ramp_factor"] = f"is {self.ramp_factor}; must be above 1"
+        if problems:
+            raise ValueError(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransitionConfig:
     """What happens where a phase begins. Weights always carry over."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = CONFIG
 
     optimizer: OptimizerChoice = "keep"
-    """Adam's state: `keep` it, `reset` it (moments and step), or `keep-variance` (first moment 0, the rest kept)."""
+    """Adam's state: `keep` it, `reset` it (moments and step), `keep-variance` (first moment 0, the rest kept), or
+    `rescale` the moments to the gradients behind the switch."""
+    rescale_factor: float | None = None
+    """How much larger these are, for `rescale`; null: measured at the switch."""
     schedule: Literal["continue", "restart"] = "continue"
     """`continue` on the run's learning-rate curve, or `restart` it over what remains of the run, warm-up included."""
     rewarm_tokens: int = 0
     """Scale the learning rate linearly from 0 to the schedule's over this many tokens."""
+    learning_rate_drop: LearningRateDrop | None = None
+    """Lower the learning rate for a while; null: do not."""
     data: Literal["continue", "restart"] = "continue"
     """`continue` with the next unseen sequence, or `restart` the stream from its first."""
     ramp: RampConfig = field(default_factory=RampConfig)
     """How the quantization strength rises to 1."""
+    activation_ramp: RampConfig | None = None
+    """How that of the activations rises, apart from that of the weights; null: `ramp` is both."""
+    rollback: RollbackConfig | None = None
+    """Go back to the checkpoint at the switch where the loss does not recover; null: do not."""
 
     def __post_init__(self) -> None:
+        problems = {}
         if self.rewarm_tokens < 0:
-            raise ValueError({"rewarm_tokens": f"is {self.rewarm_tokens}; must be 0 or more"})
+            problems["rewarm_tokens"] = f"is {self.rewarm_tokens}; must be 0 or more"
+        if self.rescale_factor is not None:
+            if self.optimizer != "rescale":
+                problems["rescale_factor"] = f"does nothing with optimizer: {self.optimizer}; rescale has it"
+            elif self.rescale_factor <= 0:
+                problems["rescale_factor"] = f"is {self.rescale_factor}; must be above 0"
+        if problems:
+            raise ValueError(problems)
+
+    @property
+    def ramps(self) -> tuple[RampConfig, RampConfig]:
+        """The ramps of the weights and of the activations."""
+        return self.ramp, self.activation_ramp or self.ramp
+
+    def stretched(self, attempt: int, after_steps: int) -> "TransitionConfig":
+        """As it is after having been rolled back ``attempt`` times: gentler.
+
+        Args:
+            attempt: 0 for none.
+            after_steps: `rollback.after_tokens` in steps.
+        """
+        if self.rollback is None or not attempt:
+            return self
+        factor = self.rollback.ramp_factor**attempt
+        if not any(ramp.steps for ramp in self.ramps):
+            begin, factor = replace(self.ramp, steps=after_steps), factor / self.rollback.ramp_factor
+            return replace(self, ramp=_longer(begin, factor))
+        activation_ramp = self.activation_ramp and _longer(self.activation_ramp, factor)
+        return replace(self, ramp=_longer(self.ramp, factor), activation_ramp=activation_ramp)
+
+
+def _longer(ramp: RampConfig, factor: float) -> RampConfig:
+    return replace(ramp, steps=math.ceil(factor * ramp.steps), delay_steps=math.ceil(factor * ramp.delay_steps))
 
 
 @torch.no_grad()
-def carry_optimizer_(engine: Engine, choice: OptimizerChoice) -> None:
+def carry_optimizer_(engine: Engine, choice: OptimizerChoice, factor: float = 1.0) -> None:
     """Carry Adam's state over a transition, in place.
 
     ``reset`` starts as a new optimizer does: moments and step 0. ``keep-variance`` clears only the first moment: the
     step stays, because it belongs to the second moment's bias correction, so that the first updates are small and grow
-    as the first moment fills, over about 1 / (1 - beta1) steps.
+    as the first moment fills, over about 1 / (1 - beta1) steps. ``rescale`` takes the moments for those of gradients
+    that are ``factor`` times as large: the first is linear in them, the second quadratic. The step stays, as both
+    moments have as many gradients behind them as before. The kept moments alone would give the same update, since
+    Adam's is a ratio of the two, but what is added to them now weighs in by its size: without rescaling, larger
+    gradients swamp the first moment before the slower second one has followed, and updates are too large for a while.
     """
     if choice == "keep":
         return
     for shard in engine.shards():
-        shard.tensors["exp_avg"].zero_()
+        first, second = shard.tensors["exp_avg"], shard.tensors["exp_avg_sq"]
+        if choice == "rescale":
+            first.mul_(factor)
+            second.mul_(factor**2)
+            continue
+        first.zero_()
         if choice == "reset":
-            shard.tensors["exp_avg_sq"].zero_()
+            second.zero_()
             shard.step.zero_()

@@ -8,7 +8,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from launcher.optim import (
     build_adamw,
     create_adam_state,
     parameter_groups,
-    set_learning_rate,
+    set_step_sizes,
 )
 from model.distillation import Lesson
 
@@ -80,6 +80,7 @@ class ZeroEngine(Engine):
         device: where to compute.
         micro_batch_sequences: sequences of one micro-batch on this rank.
         num_micro_batches: micro-batches of one step.
+        ternary: names of the parameters that have a learning rate of their own.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class ZeroEngine(Engine):
         device: torch.device,
         micro_batch_sequences: int,
         num_micro_batches: int,
+        ternary: Collection[str] = (),
     ) -> None:
         import deepspeed
 
@@ -118,7 +120,9 @@ class ZeroEngine(Engine):
                 # One layer at a time, so that the whole model is never there.
                 deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=compute_dtype)
         groups = parameter_groups(
-            ((name, len(self._shapes[name]), parameter) for name, parameter in model.named_parameters()), optimizer
+            ((name, len(self._shapes[name]), parameter) for name, parameter in model.named_parameters()),
+            optimizer,
+            ternary,
         )
         self.inner = build_adamw(groups, optimizer, fused=True)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use, whatever its log level
@@ -130,6 +134,10 @@ class ZeroEngine(Engine):
                 state["step"].zero_()
         if self.stage in (1, 2):
             self._outer.check_grad_overflow = True  # in fp32 DeepSpeed would not look for non-finite gradients
+        self._limit: Tensor | None = None
+        self._norm: Any = math.nan
+        if not self.is_plain:
+            self._watch_norm()
 
     def forward(
         self,
@@ -168,24 +176,86 @@ class ZeroEngine(Engine):
         # With bf16 accumulation of its own, DeepSpeed keeps the whole parameter's gradient on each rank.
         return gradient.narrow(0, part.start, part.numel) if gradient.numel() > part.numel else gradient
 
-    def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
-        set_learning_rate(self.inner, learning_rate)
+    def step(
+        self,
+        learning_rate: float,
+        *,
+        ternary_factor: float = 1.0,
+        decay_factor: float = 1.0,
+        grad_norm_limit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        set_step_sizes(self.inner, learning_rate, ternary_factor=ternary_factor, decay_factor=decay_factor)
+        self._limit, self._norm = grad_norm_limit, math.nan
         if self.is_plain:
             return self._plain_step()
         self._engine.step()
         skipped = bool(self._outer.overflow)
-        grad_norm = math.nan if skipped else float(self._engine.get_global_grad_norm())
-        return self._scalar(grad_norm), self._scalar(float(skipped))
+        norm = float(self._norm if skipped else self._engine.get_global_grad_norm())
+        return self._scalar(norm if math.isfinite(norm) and norm >= 0 else math.nan), self._scalar(float(skipped))
 
     def _plain_step(self) -> tuple[Tensor, Tensor]:
         """Step of stage 0 in fp32, where DeepSpeed neither reports the gradient norm nor looks at it."""
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        finite = bool(grad_norm.isfinite())
-        if finite:
-            self._engine.step()
-        else:
+        skipped = not bool(grad_norm.isfinite()) or self._is_beyond_limit(grad_norm)
+        if skipped:
             self._engine.zero_grad()
-        return grad_norm.float(), self._scalar(float(not finite))
+        else:
+            self._engine.step()
+        return grad_norm.float(), self._scalar(float(skipped))
+
+    def _is_beyond_limit(self, grad_norm: Any) -> bool:
+        """Note the gradient norm of this step, and say whether it is above the limit that this step has."""
+        self._norm = grad_norm
+        return self._limit is not None and bool(grad_norm > self._limit)
+
+    def _watch_norm(self) -> None:
+        """Let DeepSpeed skip a step for its gradient norm, as it does where that is not finite.
+
+        Its optimizers skip a step whose norm they find to be -1, their word for an invalid one. Each computes it in a
+        method of its own, which is replaced, in this one object, by one that asks us as well.
+        """
+        outer = self._outer
+
+        def replace(owner: Any, method: str, watched: Callable[[Any], Any]) -> None:
+            theirs = getattr(owner, method)
+            setattr(owner, method, lambda *args, **kwargs: watched(theirs(*args, **kwargs)))
+
+        def combined(norms: Any) -> Tensor:
+            return torch.linalg.vector_norm(torch.stack([torch.as_tensor(n, dtype=torch.float32) for n in norms]))
+
+        if hasattr(outer, "scaled_global_norm"):  # stages 1 and 2
+
+            def watch_norm(norm: Tensor) -> Tensor:
+                return norm.new_tensor(-1.0) if self._is_beyond_limit(norm) else norm
+
+            replace(outer, "scaled_global_norm", watch_norm)
+        elif hasattr(outer, "get_grads_for_norm"):  # stage 1 in bf16, which has all reduced gradients on each rank
+
+            def watch_gradients(found: Any) -> Any:
+                if self._limit is None or not isinstance(found, tuple):  # in a tuple they are for the norm
+                    return found
+                gradients, experts = found
+                beyond = self._is_beyond_limit(combined(torch._foreach_norm(gradients)))
+                return ([torch.full_like(self._norm, torch.inf)] if beyond else gradients), experts
+
+            replace(outer, "get_grads_for_norm", watch_gradients)
+        elif self.stage == 3:
+
+            def watch_groups(norms: list[Tensor]) -> list[Tensor]:
+                if self._limit is None or any(norm < 0 for norm in norms):
+                    return norms
+                return [torch.full_like(self._norm, -1)] if self._is_beyond_limit(combined(norms)) else norms
+
+            replace(outer, "_get_norm_groups", watch_groups)
+        else:  # bf16 of stage 0 looks for overflow before it has a norm
+
+            def watch_overflow(overflow: bool) -> bool:
+                if overflow or self._limit is None:
+                    return overflow
+                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                return self._is_beyond_limit(combined(torch._foreach_norm(gradients)))
+
+            replace(outer.overflow_checker, "check", watch_overflow)
 
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32, device=self.device)

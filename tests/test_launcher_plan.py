@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from launcher.config import ConfigError
 from launcher.config_file import apply_override, load_config, parse_config
 from launcher.plan import checkpoint_bytes, describe, make_plan, memory_bytes_per_rank
+from launcher.timeline import events
 from model.size import activation_bytes
 from quant.config import QuantConfig
 
@@ -201,7 +202,110 @@ def test_warmup_must_leave_something_of_what_a_restart_leaves():
     )
 
 
+def test_a_lower_rate_for_a_while():
+    plain, dropped = (
+        rates(plan_of()),
+        rates(plan_of("phases.1.transition.learning_rate_drop={factor: 0.5, tokens: 193}")),
+    )
+    assert [now / before for now, before in zip(dropped, plain, strict=True)] == [1] * 4 + [0.5] * 2 + [1] * 4
+
+
+def test_cool_down_that_begins_with_a_phase():
+    plan = plan_of("schedule.decay_from_phase=1")
+    assert rates(plan) == pytest.approx([0.005, 0.01, 0.01, 0.01, *[0.01 * (1 - step / 6) for step in range(6)]])
+    told = "schedule.decay_from_phase: is 1, which begins at step 4; must lie behind the warm-up's"
+    assert refusal("schedule.decay_from_phase=1", "schedule.warmup_steps=5").startswith(told)
+    assert refusal("schedule.decay_from_phase=1", "schedule.horizon_steps=4").startswith(told)
+    assert "the last of the 2 phases is 1" in refusal("schedule.decay_from_phase=2")
+    restart = refusal("schedule.decay_from_phase=1", "phases.1.transition.schedule=restart")
+    assert restart.startswith("phases.1.transition.schedule: is restart")
+
+
+def test_weight_decay_ends_and_ternary_layers_have_their_own_rate():
+    plan = plan_of("optimizer.weight_decay_until=0.25", "optimizer.ternary_learning_rate_factor=1.5")
+    assert [plan.decay_factor_at(step) for step in range(10)] == [1, 1] + [0] * 8
+    assert [plan.ternary_factor_at(step) for step in range(10)] == [1] * 4 + [1.5] * 6
+    assert {plan_of().decay_factor_at(step) for step in range(10)} == {plan_of().ternary_factor_at(9)} == {1}
+    both = "phases.0={precision: ternary, steps: 4, quantization: {include: mlp}}"
+    assert "they name 2 selections of layers" in refusal("optimizer.ternary_learning_rate_factor=2", both)
+    none = "phases.1.precision=16-bit"
+    assert "they name 0 selections" in refusal("optimizer.ternary_learning_rate_factor=2", none)
+
+
 # Strength and data
+
+
+def test_strengths_of_blocks_and_of_activations():
+    ramps = "phases.1.transition={ramp: {steps: 4, order: back-to-front}, activation_ramp: {steps: 2, delay_steps: 1}}"
+    plan = plan_of(ramps)
+    assert plan.strengths_at(3) == ([0, 0], [0, 0])
+    assert [plan.strengths_at(step)[0] for step in range(4, 9)] == [[0, 0], [0, 0.5], [0, 1], [0.5, 1], [1, 1]]
+    assert [plan.strengths_at(step)[1] for step in range(4, 9)] == [[0, 0], [0, 0], [0.5, 0.5], [1, 1], [1, 1]]
+    assert [plan.strength_at(step) for step in range(4, 9)] == [0, 0.25, 0.5, 0.75, 1]
+    assert plan.activation_strength_at(6) == 0.5
+    together = plan_of("phases.1.transition.ramp.steps=3")
+    assert all(weights == activations for weights, activations in map(together.strengths_at, range(10)))
+
+
+def test_the_mean_strength_of_equal_blocks_is_theirs_exactly():
+    plan = plan_of("model.num_layers=3", "phases.1.transition.ramp={shape: tanh, steps: 6}")
+    assert all({plan.strength_at(step)} == set(plan.strengths_at(step)[0]) for step in range(10))
+
+
+def test_both_ramps_must_fit_into_the_phase():
+    late = "phases.1.transition.activation_ramp={steps: 4, delay_steps: 3}"
+    told = "phases.1.transition.activation_ramp.steps: is 4 and 3 of delay_steps, longer than the phase's 6"
+    assert refusal(late) == told
+    assert "activations is none" in refusal(late, "phases.1.quantization={activations: none}")
+    assert refusal("phases.0.transition={ramp: {delay_steps: 1}}").startswith("phases.0.transition.ramp: is given for")
+
+
+ROLLBACK = "phases.1.transition.rollback={after_tokens: 193, ramp_factor: 2.0, max_attempts: 1}"
+
+
+def test_rolled_back_ramps_are_longer():
+    tree = [ROLLBACK, "phases.1.transition.ramp={steps: 1, delay_steps: 1}", "phases.1.steps=20"]
+    config = plan_of(*tree).config
+    ramps = [make_plan(config, 1, {1: attempts} if attempts else {}).phases[1].transition.ramp for attempts in range(3)]
+    assert [(ramp.steps, ramp.delay_steps) for ramp in ramps] == [(1, 1), (2, 2), (4, 4)]
+    assert plan_of(*tree).rollback_step(plan_of(*tree).phases[1]) == 4 + 2 + 2
+    assert plan_of(*tree).rollback_step(plan_of(*tree).phases[0]) is None
+
+
+def test_a_rolled_back_switch_without_a_ramp_gets_one():
+    config = plan_of(ROLLBACK).config
+    lengths = [make_plan(config, 1, {1: attempts}).phases[1].transition.ramp.steps for attempts in range(3)]
+    assert lengths == [0, 2, 4]
+
+
+def test_the_last_attempt_must_fit_into_its_phase():
+    assert plan_of(ROLLBACK, "phases.1.transition.ramp.steps=2").total_steps == 10
+    assert refusal(ROLLBACK, "phases.1.transition.ramp.steps=3") == (
+        "phases.1.transition.rollback: the ramp of its last attempt and after_tokens come to 8 steps, "
+        "longer than the phase's 6"
+    )
+    begins = ["checkpoint={start_from: there, start_phase: 1}", ROLLBACK]
+    assert "needs the loss before the switch" in refusal(*begins)
+
+
+def test_events_tell_what_happens_when():
+    plan = plan_of(
+        "phases.1.transition={optimizer: rescale, ramp: {steps: 4, order: front-to-back}, "
+        "activation_ramp: {steps: 0, delay_steps: 2}, learning_rate_drop: {factor: 0.5, tokens: 192}}",
+        "optimizer={learning_rate: 0.01, weight_decay_until: 0.5, ternary_learning_rate_factor: 2.0}",
+        "schedule.decay_from_phase=1",
+    )
+    assert [f"{event['step']} {event['what']}" for event in events(plan)] == [
+        "4 the learning rate begins to decay, until step 10",
+        "4 Adam's moments are rescaled by a measured factor",
+        "4 quantization of the weights ramps up: linear, front-to-back, full strength from step 8",
+        "4 quantized layers have 2 times the learning rate, until step 10",
+        "4 the learning rate is multiplied by 0.5, until step 5",
+        "5 weight decay ends (0.1 before)",
+        "6 quantization of the activations ramps up: full strength from step 6",
+    ]
+    assert events(plan_of("schedule.shape=two-stage"))[-1]["what"] == "the learning rate drops to its second stage"
+    assert [event["step"] for event in events(plan_of("phases.1.steps=20", ROLLBACK))] == [4, 6]
 
 
 def test_strength_over_all_phases():

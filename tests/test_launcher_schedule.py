@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from launcher.schedule import ScheduleConfig, learning_rate_factor
 
-SHAPES = ("cosine", "linear", "wsd", "constant")
+SHAPES = ("cosine", "linear", "wsd", "two-stage", "constant")
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -60,6 +60,7 @@ def test_after_the_warmup_it_never_rises_and_ends_at_the_final_fraction(schedule
 def test_it_is_continuous(schedule):
     """No step changes it by more than the steepest part of its shape does."""
     config, horizon = schedule
+    assume(config.shape != "two-stage")
     values = curve(config, horizon)
     decay_steps = horizon - config.warmup_steps
     if config.shape == "wsd":
@@ -105,6 +106,24 @@ def test_wsd_trunk_is_shared_by_all_lengths():
     assert curve(config, 100)[:81] == curve(config, 1000)[:81]
 
 
+def test_two_stages_by_hand():
+    config = ScheduleConfig(shape="two-stage", warmup_steps=2, final_fraction=0.0)
+    line = [0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]
+    assert curve(config, 10) == pytest.approx([*line[:5], *(2 / 3 * factor for factor in line[5:])])
+    other = ScheduleConfig(shape="two-stage", warmup_steps=2, final_fraction=0.5, drop_at=0.8, drop_factor=0.5)
+    assert curve(other, 10)[7:] == pytest.approx([0.5 + 3 / 16, 0.5 + 1 / 16, 0.5 + 1 / 32, 0.5])
+
+
+@given(schedules(), st.integers(1, 100))
+def test_until_the_decay_may_begin_it_stays_at_the_peak(schedule, wait):
+    config, horizon = schedule
+    assume(config.shape in ("cosine", "linear"))
+    start = config.warmup_steps + wait
+    waited = [learning_rate_factor(step, horizon + wait, config, start) for step in range(horizon + wait + 1)]
+    assert waited[config.warmup_steps : start] == [1.0] * wait
+    assert waited[start:] == pytest.approx(curve(config, horizon)[config.warmup_steps :], abs=1e-12)
+
+
 def test_constant():
     config = ScheduleConfig(shape="constant", warmup_steps=4)
     assert curve(config, 8) == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]
@@ -123,6 +142,10 @@ def test_without_warmup_the_first_step_has_the_peak(shape):
         ({"final_fraction": 1.1}, {"final_fraction"}),
         ({"decay_fraction": 0.0}, {"decay_fraction"}),
         ({"decay_fraction": 1.1}, {"decay_fraction"}),
+        ({"drop_at": 0.5}, {"drop_at"}),
+        ({"shape": "two-stage", "drop_at": 1.0, "drop_factor": 0.0}, {"drop_at", "drop_factor"}),
+        ({"decay_from_phase": 0}, {"decay_from_phase"}),
+        ({"shape": "wsd", "decay_from_phase": 1}, {"decay_from_phase"}),
         ({"horizon_steps": 0}, {"horizon_steps"}),
         ({"horizon_steps": 5, "warmup_steps": 5}, {"horizon_steps"}),
         ({"warmup_steps": -1, "final_fraction": 2.0}, {"warmup_steps", "final_fraction"}),

@@ -84,7 +84,9 @@ def reads_between_steps(shards: str, out: str) -> list[int]:
         Path(shards),
         Path(out),
         logging={"interval_steps": 4},
-        phases=[{"precision": "ternary", "steps": 8, "transition": {"ramp": {"shape": "linear", "steps": 6}}}],
+        training={"skip_outliers": {"window_steps": 3, "sigmas": 1.0}},
+        optimizer={"learning_rate": 3e-3, "ternary_learning_rate_factor": 0.5, "weight_decay_until": 0.5},
+        phases=[{"precision": "ternary", "steps": 8, "transition": {"ramp": {"order": "front-to-back", "steps": 6}}}],
     )
     with counter:
         run(config)
