@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from model.init import initialize_
+from model.transformer import ModelConfig, Transformer
 from quant.config import PRESETS, SCALES_OF_LEVELS, QuantConfig
 from quant.hadamard import rotate
 from quant.linear import add_learned_scales_, quantize_, set_strength_
@@ -62,6 +64,28 @@ def test_every_preset_is_valid_and_named():
     for name, config in PRESETS.items():
         assert config.preset == name
         assert build_layer(preset(name))(bf16_normal(3, I)).isfinite().all()
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_no_token_sees_a_later_one(name, strength):
+    """A norm over the sequence, as the bitlinear package had before its version 2.4, would."""
+    model = Transformer(
+        ModelConfig(vocab_size=48, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24, sub_norm=True)
+    )
+    initialize_(model, seed=0)
+    config = preset(name, include=QuantConfig().include)
+    if config.learned:
+        add_learned_scales_(model, config)
+    quantize_(model, config)
+    set_strength_(model, strength)
+    tokens_BT = torch.randint(0, 48, (1, 10), generator=torch.Generator().manual_seed(2))
+    changed = tokens_BT.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % 48
+    with torch.no_grad():
+        before, after = model(tokens_BT), model(changed)
+    assert torch.equal(after[:, :6], before[:, :6])
+    assert not torch.equal(after[:, 6], before[:, 6])
 
 
 # The bitlinear package
