@@ -4,7 +4,7 @@ A small model is trained on real English in 16 bits. From its checkpoint each re
 full strength from the first, with the same learning rates, once for each seed; a seed is an order of the data. The loss
 is that of held-out text at the end.
 
-    python benchmarks/quantizers.py --data FOLDER [--out docs/images/quantizers.png] [--steps 100] [--seeds 3]
+    python benchmarks/quantizers.py --data FOLDER [--out docs/images/quantizers.png] [--steps 150] [--seeds 3]
 
 FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a "text" in every line.
 """
@@ -55,15 +55,15 @@ RECIPES: dict[str, dict[str, Any] | None] = {
     "2 bits, gaussian": {"levels": "int2", "weights": "gaussian"},
     "4 bits, gaussian": {"levels": "int4", "weights": "gaussian"},
 }
-MODEL = {"hidden_size": 128, "num_heads": 4, "intermediate_size": 384}
-TRUNK_STEPS = 600
+MODEL = {"vocab_size": 1024, "hidden_size": 128, "num_layers": 3, "num_heads": 4, "intermediate_size": 384}
+TRUNK_STEPS = 1000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("docs/images/quantizers.png"))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -130,6 +130,8 @@ def config_of(
         f"data.prepare.validation_inputs=[{options.data / 'val.jsonl.zst'}]",
         "data.workers=0",
         "data.validation_rows=64",
+        "data.prepare.tokenizer=bpe:1024",
+        "data.sequence_length=128",
         "training.global_batch_sequences=8",
         f"data.shuffle_seed={seed}",
         *(f"model.{key}={value}" for key, value in MODEL.items()),

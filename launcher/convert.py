@@ -56,7 +56,7 @@ def preview(config: Config) -> list[list[str]]:
     with torch.device("meta"):
         model = Transformer(config.model)
     ternary = {f"{name}.weight" for name in matching_layers(model, quantization)} if quantization else set()
-    as_ternary = f"latent of {quantization.weights} codes" if quantization else ""
+    as_ternary = f"latent of {quantization.levels} codes, {quantization.weights}" if quantization else ""
     moments = {
         "keep": "both kept",
         "keep-variance": "first cleared, second kept",
