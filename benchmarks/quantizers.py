@@ -11,6 +11,7 @@ FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a "text" in every lin
 
 import argparse
 import math
+import multiprocessing
 import shutil
 import statistics
 import tempfile
@@ -35,8 +36,9 @@ from quant.config import PRESETS, QuantConfig
 from quant.hadamard import rotate
 from quant.rounding import Scale, dequantize, first_alpha, learned_scale, quantize_weight, weight_codes
 
+BASELINE = "16 bits, continued"
 RECIPES: dict[str, dict[str, Any] | None] = {
-    "16 bits, continued": None,
+    BASELINE: None,
     "absmean (bitnet-b1.58)": {"weights": "absmean"},
     "absmean by row": {"weights": "absmean", "granularity": "row"},
     "absmean by group of 32": {"weights": "absmean", "granularity": "group", "group_size": 32},
@@ -71,19 +73,17 @@ def main() -> None:
         folder = Path(text)
         trunk = config_of(options, folder, "trunk", None, 0)
         held_out, continued = run(trunk)
+        dist.destroy_process_group()
         source = str(folder_of(RunFolder(trunk).checkpoints, TRUNK_STEPS))
         losses: dict[str, list[float]] = {name: [] for name in RECIPES}
-        for seed in range(options.seeds):
-            for number, (name, quantization) in enumerate(RECIPES.items()):
-                if quantization is None and seed == 0:
-                    losses[name].append(continued)
-                    continue
-                config = config_of(options, folder, f"{number}-{seed}", quantization, seed, source)
-                losses[name].append(run(config)[-1])
-                shutil.rmtree(config.run.path)
-                print(f"{name}, seed {seed}: {losses[name][-1]:.4f} nats per token", flush=True)
+        # A process for each seed: `streaming` keeps the shared memory of every data set open.
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            tasks = [(options, folder, source, seed) for seed in range(options.seeds)]
+            for found in pool.starmap(losses_of_seed, tasks, chunksize=1):
+                for name, loss in found.items():
+                    losses[name].append(loss)
+        losses[BASELINE].insert(0, continued)
         errors = {name: on_weights(source, keys) for name, keys in RECIPES.items() if keys is not None}
-    dist.destroy_process_group()
     numbers = {
         name: {
             "loss": round(statistics.mean(values), 4),
@@ -112,6 +112,19 @@ def main() -> None:
     )
     report("quantizers", text, numbers)
     draw(losses, options.out)
+
+
+def losses_of_seed(options: argparse.Namespace, folder: Path, source: str, seed: int) -> dict[str, float]:
+    """The loss of each recipe; the trunk itself goes on in 16 bits with seed 0."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    losses = {}
+    for number, (name, quantization) in enumerate(RECIPES.items()):
+        if name != BASELINE or seed:
+            config = config_of(options, folder, f"{number}-{seed}", quantization, seed, source)
+            losses[name] = run(config)[-1]
+            shutil.rmtree(config.run.path)
+            print(f"{name}, seed {seed}: {losses[name]:.4f} nats per token", flush=True)
+    return losses
 
 
 def config_of(
