@@ -420,7 +420,7 @@ def test_an_odd_width_cannot_be_rotated():
 
 def test_rotated_products_are_those_of_rotated_codes():
     layer, x = build_layer(preset("bitnet-v2")), bf16_normal(5, I, seed=12)
-    codes, level = quantize_weight(rotate(layer.weight.detach()), QuantConfig())
+    codes, level = quantize_weight(rotate(layer.weight.detach()), QuantConfig(weights="absmean"))
     rotated = rotate(x)
     scale = rotated.abs().amax(1, keepdim=True) / 127
     x_codes = (rotated * (127 / rotated.abs().amax(1, keepdim=True))).round()
@@ -461,7 +461,7 @@ def test_fused_projections_share_one_scale():
     ("keys", "message"),
     [
         ({"weights": "absmax"}, r"is absmax; ternary weights take absmean, absmedian, twn, gaussian, learned"),
-        ({"levels": "int4"}, "is absmean; int4 weights take gaussian, absmax, learned"),
+        ({"levels": "int4", "weights": "absmean"}, "is absmean; int4 weights take gaussian, absmax, learned"),
         ({"weights": "learned"}, "learned scales belong to a row each"),
         ({"weights": "learned", "granularity": "row", "hadamard": "all"}, "rows that are not rotated"),
         ({"fused": True, "granularity": "row"}, "shared with no other matrix anyway"),
