@@ -90,19 +90,23 @@ def export_gguf(text: str, to: Path, into: BlockType = "tq2_0", embeddings: Embe
     if to.exists():
         raise ConfigError(f"{to}: is there already; name a file that is not")
     _require_gguf()
-    opened = open_exportable(text, ternary=into in TERNARY_TYPES)
+    return write_gguf(open_exportable(text, ternary=into in TERNARY_TYPES), to, into, embeddings)
+
+
+def write_gguf(opened: Exportable, to: Path, into: BlockType, embeddings: EmbeddingType) -> list[str]:
+    """Write what was opened; see `export_gguf`."""
     coded = _coded(opened, into)
     tensors = _tensors(opened, coded, into, embeddings)
     if opened.tokenizer is None:
         raise DataError(f"{opened.source.location}: its tokenizer was not found, and a GGUF file holds one")
     vocabulary = gguf_vocabulary(opened.tokenizer, opened.model.vocab_size)
-    values = (_values(opened, coded, tensor) for tensor in tensors)
     name = opened.config.run.name if opened.config else Path(opened.source.location).name
     general = {"name": name, "file_type": _file_type(into), "quantization_version": 2}
     metadata = {f"general.{key}": value for key, value in general.items()} | gguf_metadata(opened.model)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
     if isinstance(opened.source, CheckpointReader):
         metadata |= {f"tritrain.{key}": opened.source.manifest[key] for key in ("step", "digest")}
+    values = (_values(opened, coded, tensor) for tensor in tensors)
     _write(to, gguf_architecture(opened.model), metadata, tensors, values)
     num_codes = sum(prod(tensor.shape) for tensor in tensors if coded and tensor.parameter in coded)
     total = sum(prod(tensor.shape) for tensor in tensors)

@@ -31,7 +31,14 @@ gguf = pytest.importorskip("gguf")
 
 def narrow(family: str = "llama", **changes: Any) -> ModelConfig:
     """The smallest model of a family whose rows are whole blocks."""
-    sizes = {"vocab_size": 384, "hidden_size": 256, "num_layers": 1, "num_heads": 4, "intermediate_size": 256}
+    sizes = {
+        "vocab_size": 384,
+        "hidden_size": 256,
+        "num_layers": 1,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "intermediate_size": 256,
+    }
     return ModelConfig(**sizes | dict(zip(TRAITS, FAMILIES[family], strict=True)) | changes)
 
 
