@@ -22,7 +22,7 @@ from measure import report
 from data.quickstart_corpus import read_standard_library
 from data.tokenizer import train_tokenizer
 from launcher.export import Exportable
-from launcher.gguf_export import write_gguf
+from launcher.gguf_export import export_gguf
 from launcher.source import Source
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace, size: str, folder: Path, lines: list[st
     train_tokenizer((text for path, text in read_standard_library() if path.startswith("json/")), "bpe:1000", tokenizer)
     for into in TYPES:
         opened = Exportable(RandomSource(model), model, BITNET, 1.0, tokenizer, None, None)
-        write_gguf(opened, folder / f"{into}.gguf", into, "f16" if into == "f16" else "q8_0")
+        export_gguf(opened, folder / f"{into}.gguf", into=into, tokenizer=tokenizer)
     runs: dict[str, list[dict[str, float]]] = {into: [] for into in TYPES}
     for _ in range(options.rounds):
         for into in TYPES:

@@ -17,18 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.errors import DataError
 from data.gguf_vocabulary import gguf_vocabulary
 from launcher.checkpoint_reader import CheckpointReader, mismatches
 from launcher.config import ConfigError
-from launcher.export import Exportable, open_exportable
+from launcher.export import Exportable
 from launcher.export_codes import CodedMatrices
 from launcher.location import flush_folder, reaching
 from launcher.source import CheckpointError, Source, in_pieces
 from model.gguf import gguf_architecture, gguf_metadata, gguf_name, gguf_rows
 from model.size import parameter_shapes
 from quant.gguf import (
-    BLOCK_TYPES,
     BLOCK_WIDTHS,
     TERNARY_TYPES,
     BlockType,
@@ -64,45 +62,41 @@ class GGUFTensor:
         return prod(self.shape) // elements * size
 
 
-def export_gguf(text: str, to: Path, into: BlockType = "tq2_0", embeddings: EmbeddingType | None = None) -> list[str]:
+def export_gguf(
+    opened: Exportable,
+    to: Path,
+    *,
+    into: BlockType = "tq2_0",
+    embeddings: EmbeddingType | None = None,
+    tokenizer: Path,
+) -> str:
     """Write a GGUF file; it has its name when it is complete, until then it is `NAME.tmp`.
 
     Args:
-        text: a checkpoint or run of ours; for f16 and q8_0 also a folder of Hugging Face.
+        opened: with ``ternary`` for the ternary types.
         to: the file.
         into: type of the projections. f16 and q8_0 take codes times their level of a ternary phase, else the weights.
         embeddings: type of the embedding and the head; by default f16 beside f16, else q8_0.
+        tokenizer: its file.
 
     Returns:
-        Sentences about what was written.
+        A sentence about what was written.
 
     Raises:
-        ConfigError: a type is not known, or the file is there already.
-        CheckpointError: there is nothing sound to export; llama.cpp would compute something else than the model; or
-            the file cannot be written.
+        ConfigError: the `gguf` package is missing.
+        CheckpointError: llama.cpp would compute something else than the model; or the source cannot be read, or the
+            file not be written.
         DataError: llama.cpp would tokenize differently.
     """
-    if into not in BLOCK_TYPES:
-        raise ConfigError(f"--type {into}: {', '.join(BLOCK_TYPES)} are there")
-    embeddings = embeddings or ("f16" if into == "f16" else "q8_0")
-    if embeddings not in EMBEDDING_TYPES:
-        raise ConfigError(f"--embeddings {embeddings}: {' and '.join(EMBEDDING_TYPES)} are there")
-    if to.exists():
-        raise ConfigError(f"{to}: is there already; name a file that is not")
     _require_gguf()
-    return write_gguf(open_exportable(text, ternary=into in TERNARY_TYPES), to, into, embeddings)
-
-
-def write_gguf(opened: Exportable, to: Path, into: BlockType, embeddings: EmbeddingType) -> list[str]:
-    """Write what was opened; see `export_gguf`."""
+    embeddings = embeddings or ("f16" if into == "f16" else "q8_0")
     coded = _coded(opened, into)
     tensors = _tensors(opened, coded, into, embeddings)
-    if opened.tokenizer is None:
-        raise DataError(f"{opened.source.location}: its tokenizer was not found, and a GGUF file holds one")
-    vocabulary = gguf_vocabulary(opened.tokenizer, opened.model.vocab_size)
     name = opened.config.run.name if opened.config else Path(opened.source.location).name
     general = {"name": name, "file_type": _file_type(into), "quantization_version": 2}
-    metadata = {f"general.{key}": value for key, value in general.items()} | gguf_metadata(opened.model)
+    metadata: dict[str, object] = {f"general.{key}": value for key, value in general.items()}
+    metadata |= gguf_metadata(opened.model)
+    vocabulary = gguf_vocabulary(tokenizer, opened.model.vocab_size)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
     if isinstance(opened.source, CheckpointReader):
         metadata |= {f"tritrain.{key}": opened.source.manifest[key] for key in ("step", "digest")}
@@ -110,7 +104,8 @@ def write_gguf(opened: Exportable, to: Path, into: BlockType, embeddings: Embedd
     _write(to, gguf_architecture(opened.model), metadata, tensors, values)
     num_codes = sum(prod(tensor.shape) for tensor in tensors if coded and tensor.parameter in coded)
     total = sum(prod(tensor.shape) for tensor in tensors)
-    return [f"{num_codes / total:.1%} of {total:,} weights are codes, as {into}; embedding and head as {embeddings}."]
+    held = "are codes" if into in TERNARY_TYPES else "are codes times their level"
+    return f"{num_codes / total:.1%} of {total:,} weights {held}, as {into}; embedding and head as {embeddings}."
 
 
 def _require_gguf() -> None:

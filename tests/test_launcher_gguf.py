@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import torch
 from test_data_tokenizer import TEXTS
+from test_launcher_convert import tritrain
 from test_launcher_export import ternary_config, write_checkpoint
 
 from data.errors import DataError
 from data.gguf_vocabulary import gguf_vocabulary
 from data.tokenizer import train_tokenizer
 from launcher.config import Config, ConfigError
+from launcher.export import open_exportable
 from launcher.gguf_export import export_gguf
 from launcher.source import CheckpointError
 from model.gguf import ARCHITECTURES, gguf_architecture, gguf_metadata, gguf_name, gguf_rows
 from model.hf import FAMILIES, TRAITS
 from model.size import parameter_shapes
 from model.transformer import ModelConfig, Transformer, rotary_tables, rotate
+from quant.gguf import TERNARY_TYPES, BlockType
 from quant.linear import add_learned_scales_, quantize_, quantized_layers
 
 gguf = pytest.importorskip("gguf")
@@ -71,6 +74,12 @@ def checkpoint(shards: Path, tmp_path: Path) -> Callable[..., tuple[Transformer,
     return make
 
 
+def export(run: Path, to: Path, into: BlockType = "tq2_0", **options: Any) -> str:
+    opened = open_exportable(str(run), ternary=into in TERNARY_TYPES)
+    assert opened.tokenizer is not None
+    return export_gguf(opened, to, into=into, tokenizer=opened.tokenizer, **options)
+
+
 def stored(path: Path) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
@@ -93,7 +102,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def test_all_codes_of_training_are_in_the_file(checkpoint: Any, tmp_path: Path, recipe: str, into: Any) -> None:
     config = narrow(intermediate_size=512, num_kv_heads=2)
     model, run = checkpoint(config, RECIPES[recipe])
-    export_gguf(str(run), tmp_path / "model.gguf", into)
+    export(run, tmp_path / "model.gguf", into)
     tensors = stored(tmp_path / "model.gguf")
     layers = quantized_layers(model)
     assert len(layers) == 7
@@ -113,7 +122,7 @@ def test_all_codes_of_training_are_in_the_file(checkpoint: Any, tmp_path: Path, 
 def test_what_has_no_codes_keeps_its_values(checkpoint: Any, tmp_path: Path) -> None:
     config = narrow(tie_embeddings=False)
     model, run = checkpoint(config, {"include": r"mlp\.\w+_proj$"})
-    export_gguf(str(run), tmp_path / "model.gguf", embeddings="f16")
+    export(run, tmp_path / "model.gguf", embeddings="f16")
     tensors, parameters = stored(tmp_path / "model.gguf"), dict(model.named_parameters())
     assert tensors.keys() == {gguf_name(name, config) for name in parameters}
     for name, parameter in parameters.items():
@@ -132,7 +141,7 @@ def test_what_has_no_codes_keeps_its_values(checkpoint: Any, tmp_path: Path) -> 
 def test_other_types_hold_codes_times_their_level(checkpoint: Any, tmp_path: Path, into: Any, error: float) -> None:
     config = narrow("bitnet")
     model, run = checkpoint(config, {"levels": "int2", "weights": "absmax", "granularity": "group"})
-    export_gguf(str(run), tmp_path / "model.gguf", into)
+    export(run, tmp_path / "model.gguf", into)
     tensors = stored(tmp_path / "model.gguf")
     for name, layer in quantized_layers(model).items():
         codes, level = layer.weight_codes()
@@ -145,8 +154,8 @@ def test_other_types_hold_codes_times_their_level(checkpoint: Any, tmp_path: Pat
 def test_a_file_says_what_it_holds(checkpoint: Any, tmp_path: Path) -> None:
     config = narrow(num_kv_heads=2, head_dim=128, rope_theta=5e5, norm_eps=1e-6)
     _, run = checkpoint(config)
-    (sentence,) = export_gguf(str(run), tmp_path / "model.gguf")
-    assert sentence.endswith("are codes, as tq2_0; embedding and head as q8_0.")
+    output = tritrain("export", run, "--to", tmp_path / "model.gguf", "--format", "gguf")
+    assert "are codes, as tq2_0; embedding and head as q8_0." in output
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
     assert (
         fields.items()
@@ -181,7 +190,7 @@ def test_a_file_says_what_it_holds(checkpoint: Any, tmp_path: Path) -> None:
 def test_the_same_checkpoint_gives_the_same_bytes(checkpoint: Any, tmp_path: Path) -> None:
     _, run = checkpoint(narrow())
     for name in ("first", "second"):
-        export_gguf(str(run), tmp_path / f"{name}.gguf")
+        export(run, tmp_path / f"{name}.gguf")
     assert (tmp_path / "first.gguf").read_bytes() == (tmp_path / "second.gguf").read_bytes()
 
 
@@ -198,7 +207,7 @@ WRONG_MODELS = {
 def test_what_llama_cpp_computes_differently_is_refused(checkpoint: Any, tmp_path: Path, message: str) -> None:
     _, run = checkpoint(narrow(**WRONG_MODELS[message]))
     with pytest.raises(CheckpointError, match=message):
-        export_gguf(str(run), tmp_path / "model.gguf")
+        export(run, tmp_path / "model.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
 
 
@@ -215,19 +224,40 @@ WRONG_RECIPES: dict[str, dict[str, Any]] = {
 def test_recipes_that_are_no_product_of_codes_are_refused(checkpoint: Any, tmp_path: Path, message: str) -> None:
     _, run = checkpoint(narrow(), WRONG_RECIPES[message])
     with pytest.raises(CheckpointError, match=f"cannot be written as tq2_0: quantization.{message}"):
-        export_gguf(str(run), tmp_path / "model.gguf")
+        export(run, tmp_path / "model.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-def test_wrong_options_are_told(checkpoint: Any, tmp_path: Path) -> None:
-    _, run = checkpoint(narrow())
-    with pytest.raises(ConfigError, match="--type q4_0: tq2_0, tq1_0, q8_0, f16 are there"):
-        export_gguf(str(run), tmp_path / "model.gguf", "q4_0")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="--embeddings f32: q8_0 and f16 are there"):
-        export_gguf(str(run), tmp_path / "model.gguf", embeddings="f32")  # type: ignore[arg-type]
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(ConfigError, match=r"model.gguf: is there already"):
-        export_gguf(str(run), tmp_path / "model.gguf")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--type", "q4_0"), "--type q4_0: tq2_0 and tq1_0 and q8_0 and f16 are there"),
+        (("--embeddings", "f32"), "--embeddings f32: q8_0 and f16 are there"),
+        (("--dtype", "bf16"), "--dtype bf16: belongs to --format hf and hf-ternary"),
+        (("--no-tokenizer",), "--no-tokenizer: a GGUF file holds one"),
+    ],
+)
+def test_wrong_options_are_told(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tritrain("export", tmp_path, "--to", tmp_path / "model.gguf", "--format", "gguf", *options)
+
+
+def test_only_gguf_has_its_options(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--type f16: belongs to --format gguf"):
+        tritrain("export", tmp_path, "--to", tmp_path / "folder", "--format", "hf", "--type", "f16")
+
+
+def test_16_bit_phases_and_ramps_have_no_ternary_file(shards: Path, tmp_path: Path) -> None:
+    config = ternary_config(shards, tmp_path / "run", narrow(), ramp={"steps": 2})
+    for step, phase, message in ((4, 0, "has no codes"), (6, 1, "on a ramp, at strength 0.5")):
+        write_checkpoint(config, random_model(config.model), step=step, phase=phase)
+        with pytest.raises(CheckpointError, match=message):
+            export(tmp_path / "run", tmp_path / "model.gguf")
+        if phase:
+            with pytest.raises(CheckpointError, match=message):
+                export(tmp_path / "run", tmp_path / "model.gguf", "f16")
+        else:
+            assert export(tmp_path / "run", tmp_path / "16.gguf", "f16").startswith("0.0% of")
 
 
 def test_a_full_disk_leaves_no_file(checkpoint: Any, tmp_path: Path) -> None:
@@ -236,7 +266,7 @@ def test_a_full_disk_leaves_no_file(checkpoint: Any, tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=r"model\.gguf: OSError"):
-            export_gguf(str(run), tmp_path / "model.gguf")
+            export(run, tmp_path / "model.gguf")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob("*.gguf*"))
@@ -249,7 +279,7 @@ def test_weights_beyond_half_precision_are_refused(checkpoint: Any, shards: Path
         model.model.embed_tokens.weight[3, 5] = 1e5
     write_checkpoint(config, model, step=8, phase=1)
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight: the largest magnitude is 1.*half precision ends"):
-        export_gguf(str(tmp_path / "run"), tmp_path / "model.gguf")
+        export(tmp_path / "run", tmp_path / "model.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
 
 
@@ -305,9 +335,15 @@ def trained(folder: Path, spec: str) -> Path:
 
 
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the tokenizer is a unigram model, not BPE"):
+    with pytest.raises(DataError, match=r"is a unigram model, .*llama\.cpp tokenizes as SentencePiece BPE"):
         gguf_vocabulary(trained(tmp_path, "unigram:400"), 400)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="has 400 tokens, and the model only 384"):
+        gguf_vocabulary(trained(tmp_path, "bpe:400"), 384)
+    from tokenizers import Tokenizer, models
+
+    library = Tokenizer(models.BPE())
+    library.add_special_tokens(["</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match=r"tokenizer\.json: GGUF files are written with SentencePiece"):
         gguf_vocabulary(tmp_path / "tokenizer.json", 400)
 
@@ -328,5 +364,5 @@ def test_normalisation_is_refused_and_a_prefix_kept(tmp_path: Path) -> None:
     changed(path, "normalizer_spec", add_dummy_prefix=True)
     assert gguf_vocabulary(path, 400)["add_space_prefix"] is True
     changed(path, "normalizer_spec", remove_extra_whitespaces=True)
-    with pytest.raises(DataError, match="removes extra whitespace"):
+    with pytest.raises(DataError, match="changes texts"):
         gguf_vocabulary(path, 400)

@@ -9,7 +9,6 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from test_data_tokenizer import SPECIAL, TEXTS
 from test_launcher_export import ternary_config, write_checkpoint
-from test_launcher_gguf import changed, narrow, random_model
+from test_launcher_gguf import changed, export, narrow, random_model
 
 import launcher.gguf_export
 from data.tokenizer import SPACE_MARK, load_tokenizer, train_tokenizer
 from launcher.export import open_exportable
-from launcher.gguf_export import export_gguf, write_gguf
+from launcher.gguf_export import export_gguf
 from model.transformer import ModelConfig, Transformer
 from quant.config import BITNET
 from quant.gguf import BLOCK_TYPES
@@ -145,7 +144,7 @@ def test_a_trained_model_computes_there_what_it_does_here(
     prompts = [row[: 8 + number].tolist() for number, row in enumerate(held_out[:20])]
     answers = {}
     for into in BLOCK_TYPES:
-        export_gguf(str(run), tmp_path / f"{into}.gguf", into)
+        export(run, tmp_path / f"{into}.gguf", into)
         request = {"sequences": held_out.tolist(), "prompts": prompts, "num_tokens": 64}
         answers[into] = answer = ask(tmp_path / f"{into}.gguf", **request)
         compared = compare(ours, answer["logits"], held_out)
@@ -188,7 +187,7 @@ def predictions(
     run = ternary_config(shards, folder / "run", config, {"preset": "bitnet-b1.58"} | recipe)
     write_checkpoint(run, model, step=8, phase=1)
     quantize_(model, run.phases[1].quantization or BITNET)
-    export_gguf(str(folder / "run"), folder / "model.gguf", embeddings="f16")
+    export(folder / "run", folder / "model.gguf", embeddings="f16")
     return compare(log_likelihoods(model, rows), ask(folder / "model.gguf", sequences=rows.tolist())["logits"], rows)
 
 
@@ -227,7 +226,7 @@ def test_text_is_tokenized_as_by_sentencepiece(ask: Any, shards: Path, tmp_path:
     write_checkpoint(ternary_config(shards, tmp_path / "run", config), model, step=8, phase=1)
     tokenizer = tmp_path / "tokenizer.model"
     opened = open_exportable(str(tmp_path / "run"), ternary=True)
-    write_gguf(replace(opened, tokenizer=tokenizer), tmp_path / "model.gguf", "tq2_0", "q8_0")
+    export_gguf(opened, tmp_path / "model.gguf", tokenizer=tokenizer)
     answer = ask(tmp_path / "model.gguf", texts=texts)
     expected = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode(texts)
     got = np.split(answer["text_tokens"], answer["text_lengths"].cumsum()[:-1])
