@@ -5,7 +5,7 @@ Transformers computes a packed layer with one of two classes, which take opposit
 - `bitlinear`: the codes of the input times those of the weights, divided by both scales; the file has 1 / level. In
   fp32 the products of codes are those of training, bit for bit, and the weights stay packed in memory.
 - `autobitlinear`: the dequantized input times the codes, multiplied by the scale; the file has the level. The weights
-  are unpacked when they are loaded. In bf16 it rounds inputs to the codes of training, which `bitlinear` does not.
+  are unpacked when they are loaded.
 
 The wrong scale loads without a word and computes nonsense, so what is written depends on the class alone.
 """

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,14 @@ def test_a_16_bit_phase(transformers, run, tmp_path):
     for arguments in (("hf-ternary",), ("hf", "--weights", "dequantized")):
         with pytest.raises(CheckpointError, match="is of a 16-bit phase and has no codes"):
             tritrain("export", folder, "--to", tmp_path / "other", "--format", *arguments)
+    # And from there on.
+    tritrain(
+        "export", tmp_path / "hf", "--to", tmp_path / "again", "--format", "hf", "--no-tokenizer", "--dtype", "fp32"
+    )
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+    with pytest.raises(CheckpointError, match="is no checkpoint of ours, so the recipe of its codes is not known"):
+        tritrain("export", tmp_path / "hf", "--to", tmp_path / "other", "--format", "hf-ternary")
     assert not (tmp_path / "other").exists()
 
 
@@ -299,3 +309,58 @@ def test_a_truncated_export_is_noticed(run, tmp_path):
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(CheckpointError, match=re.escape(str(path))):
         HuggingFaceSource(tmp_path / "hf")
+
+
+NEWEST = """
+import sys
+from pathlib import Path
+import torch
+from data.torchvision_repair import repair_torchvision
+repair_torchvision()
+import transformers
+assert transformers.__version__.startswith("5."), transformers.__version__
+tokens_BT, texts = torch.load(sys.argv[1])
+for folder in map(Path, sys.argv[2:]):
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+    with torch.no_grad():
+        logits_BTV = model.eval()(tokens_BT).logits
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
+    ids = [tokenizer(text)["input_ids"] for text in texts] if tokenizer else []
+    torch.save((logits_BTV, ids), folder / "result.pt")
+"""
+
+
+@pytest.mark.slow
+def test_the_newest_transformers_computes_the_same_bits(shards, tmp_path):
+    """Release 5, in a folder that comes before the installed packages; it loads in the dtype of the folder."""
+    packages = tmp_path / "packages"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(packages), "transformers>=5,<6"]
+    installed = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    if installed.returncode:
+        pytest.skip(f"Transformers 5 cannot be installed here: {installed.stderr[-300:]}")
+    spm, tokens_BT, expected = load_tokenizer(shards / "tokenizer.model"), random_tokens(3, 17), {}
+    texts = [" of text", "a  b", "\n", "naïve 日本 🙂", ""]
+    for family, config in FAMILIES.items():
+        model = build(replace(config, vocab_size=320))
+        for kind, dtype in ((CLASSES[0], torch.float32), (CLASSES[0], torch.bfloat16), (CLASSES[1], torch.float32)):
+            if model.config.qkv_bias and kind == "autobitlinear":
+                continue
+            folder = tmp_path / f"{family}-{kind}-{dtype}"
+            tokenizer = None if expected else shards / "tokenizer.model"
+            export_hf(exportable(model), folder, weights="packed", dtype=dtype, linear_class=kind, tokenizer=tokenizer)
+            with torch.no_grad():
+                expected[folder] = order_matched(model, kind, dtype)(tokens_BT)
+    torch.save((tokens_BT, texts), tmp_path / "inputs.pt")
+    path = os.pathsep.join([str(packages), str(Path(__file__).parents[1])])
+    subprocess.run(
+        [sys.executable, "-c", NEWEST, str(tmp_path / "inputs.pt"), *map(str, expected)],
+        env={**os.environ, "PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
+        check=True,
+        timeout=500,
+    )
+    for folder, logits_BTV in expected.items():
+        found, ids = torch.load(folder / "result.pt")
+        assert torch.equal(found, logits_BTV), folder.name
+        assert ids in ([], [[spm.end_of_document, *spm.encode(text)] for text in texts])
+    assert any((folder / "tokenizer.json").exists() for folder in expected)
