@@ -11,14 +11,14 @@ than 0, so codes times their level are kept, while latent weights would be round
 
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from quant.config import QuantConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     from gguf import GGMLQuantizationType
+    from numpy.typing import NDArray
 
 BlockType = Literal["tq2_0", "tq1_0", "q8_0", "f16"]
 BLOCK_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0", "q8_0", "f16")
@@ -41,8 +41,8 @@ def recipe_problem(config: QuantConfig, into: BlockType) -> str | None:
         return f"dead_zone_bias {config.dead_zone_bias}: llama.cpp's graphs have no place for it"
     if into not in TERNARY_TYPES:
         return None
-    if config.levels != "ternary":
-        return f"levels {config.levels}: {into} holds ternary codes; f16 and q8_0 hold any"
+    if config.levels not in ("ternary", "binary"):
+        return f"levels {config.levels}: {into} holds the codes -1, 0 and +1; f16 and q8_0 hold any"
     width = BLOCK_WIDTHS[into]
     if config.granularity == "group" and config.group_size % width:
         return f"group_size {config.group_size}: {into} has one scale for {width} weights; f16 and q8_0 hold any"
@@ -64,7 +64,7 @@ def ggml_type(into: StoredType) -> "GGMLQuantizationType":
     return GGMLQuantizationType[into.upper()]
 
 
-def to_blocks(values: Tensor, into: StoredType) -> NDArray[np.generic]:
+def to_blocks(values: Tensor, into: StoredType) -> "NDArray[np.generic]":
     """Write weights as blocks.
 
     Args:

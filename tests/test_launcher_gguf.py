@@ -94,6 +94,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rows": {"granularity": "row", "weights": "twn"},
     "groups": {"granularity": "group", "group_size": 256},
     "learned": {"preset": "paretoq"},
+    "binary": {"levels": "binary"},
 }
 
 
@@ -215,7 +216,7 @@ WRONG_RECIPES: dict[str, dict[str, Any]] = {
     "hadamard outputs: llama.cpp does not rotate": {"hadamard": "outputs"},
     "layer_norm true": {"layer_norm": True},
     "dead_zone_bias 0.001": {"dead_zone_bias": 1e-3},
-    "levels int4: tq2_0 holds ternary": {"levels": "int4", "weights": "gaussian"},
+    "levels int4: tq2_0 holds the codes": {"levels": "int4", "weights": "gaussian"},
     "group_size 128: tq2_0 has one scale for 256": {"granularity": "group"},
 }
 
