@@ -112,7 +112,7 @@ def _require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise ConfigError("GGUF files need the `gguf` package: pip install 'tritrain[gguf]'") from error
+        raise ConfigError("GGUF files need the `gguf` package: pip install -e '.[gguf]'") from error
 
 
 def _coded(opened: Exportable, into: BlockType) -> CodedMatrices | None:
