@@ -14,7 +14,7 @@ def generate(
     model: Transformer,
     prompt: Sequence[int],
     *,
-    max_tokens: int,
+    max_tokens: int = 256,
     end_token: int | None = None,
     temperature: float = 0.7,
     top_p: float = 1.0,

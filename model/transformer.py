@@ -173,9 +173,7 @@ class LayerNorm(nn.Module):
 NORMS = {"rmsnorm": RMSNorm, "layernorm-nonparametric": LayerNorm}
 
 
-def rotary_tables(
-    config: ModelConfig, num_tokens: int, device: torch.device, first: int = 0
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: ModelConfig, num_tokens: int, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary positions from `first` on (RoFormer, arXiv 2104.09864), float32, `[T, E]` each.
 
     The angle of pair i at position t is t * theta^(-2i / E); both halves of the last dimension hold the same angles.
@@ -293,9 +291,9 @@ class Decoder(nn.Module):
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Return the normalised residual stream behind the last block, `[B, T, D]`; the cache gets the tokens."""
         num_tokens, before = tokens_BT.shape[1], 0 if cache is None else cache.num_tokens
-        if before + num_tokens > self.config.max_sequence_length:
+        if (length := before + num_tokens) > self.config.max_sequence_length:
             raise ValueError(
-                f"a sequence has {before + num_tokens} tokens and max_sequence_length is {self.config.max_sequence_length}"
+                f"a sequence has {length} tokens and max_sequence_length is {self.config.max_sequence_length}"
             )
         x_BTD = self.embed_tokens(tokens_BT)
         cos_TE, sin_TE = rotary_tables(self.config, num_tokens, tokens_BT.device, before)
@@ -353,8 +351,8 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, capacity_tokens: int) -> KeyValueCache:
         """An empty cache with room for so many tokens of each sequence: 2 * L * B * K * S * E elements."""
         shape = (batch_size, self.config.kv_heads, capacity_tokens, self.config.head_width)
-        head_VD, num_layers = self.head, self.config.num_layers
-        return KeyValueCache([LayerCache(head_VD.new_empty(shape), head_VD.new_empty(shape)) for _ in range(num_layers)])
+        like = self.head
+        return KeyValueCache([LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in self.model.layers])
 
     @torch.no_grad()
     def next_logits(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:

@@ -119,7 +119,7 @@ def freeze_(model: nn.Module) -> list[str]:
     """Replace every `QuantLinear` inside of ``model`` by a `PackedLinear` that computes the same, bit for bit.
 
     Args:
-        model: in the dtype in which it shall compute. The latent weights are let go, layer by layer.
+        model: in the dtype in which it shall compute; may be a part of one. Its latent weights are let go.
 
     Returns:
         The dotted names of the layers that were replaced.
