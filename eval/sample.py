@@ -126,8 +126,8 @@ def choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.
 def pieces_of_text(tokenizer: Tokenizer, tokens: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
     """The text of tokens as they come, each piece as soon as its characters are complete.
 
-    A character may be several tokens, of a byte each. Decoders write each byte that is not yet a character as U+FFFD,
-    so up to 3 of these are held back at the end of the text, until the next token or the last.
+    A character may be several tokens, of a byte each. Decoders write bytes that are no character yet as U+FFFD, some
+    of them with the whole characters before these, so all of these at the end wait for what comes next.
 
     Args:
         tokenizer: of the tokens.
@@ -138,10 +138,9 @@ def pieces_of_text(tokenizer: Tokenizer, tokens: Iterable[int], prompt: Sequence
     written = len(tokenizer.decode(seen))
     for token in tokens:
         seen.append(token)
-        text = tokenizer.decode(seen)
-        unfinished = next((n for n in range(3) if not text.endswith("\ufffd" * (n + 1))), 3)
-        if len(text) - unfinished > written:
-            yield text[written : len(text) - unfinished]
-            written = len(text) - unfinished
+        text = tokenizer.decode(seen).rstrip("\ufffd")
+        if len(text) > written:
+            yield text[written:]
+            written = len(text)
     if rest := tokenizer.decode(seen)[written:]:
         yield rest

@@ -150,7 +150,7 @@ def _recipe(opened: Exportable) -> QuantConfig | None:
         return replace(BITNET, include=f"^({names})$") if names else None
     if opened.quantization is not None and opened.strength < 1:
         raise CheckpointError(
-            f"{source.location} is on a ramp, at strength {opened.strength:.3g} where it is least, and neither a 16-bit "
+            f"{source.location} is on a ramp, at strength {opened.strength:.3g} where it is least: neither a 16-bit "
             "model nor a ternary one; take a checkpoint from before the ramp or after it"
         )
     return opened.quantization
