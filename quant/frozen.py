@@ -63,8 +63,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("dead_zone", dead_zone)
 
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is [..., I], the result [..., O], both in the same dtype."""
+        """``x`` is [..., I], the result [..., O], both in the same dtype; without gradient."""
         config, level = self.quant_config, self.level
         x = prepared_input(x, config, rotated=self.rotated)
         if config.activations == "none":
@@ -100,18 +101,25 @@ class PackedLinear(nn.Module):
 def packed_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
     """`integer_product` with packed codes, fp32 [N, 4 * R].
 
-    With a mask, the two bits of a row in a byte are (code + 1) * 4**b, an int8, so one operation takes a block of rows
-    apart. The power of two and the sum of the inputs are taken off the result, which is exact: in fp32, where there
-    are no products of integers, up to 65,536 input features.
+    Under a mask, the two bits of a row in a byte are (code + 1) * 4**b, an int8, so one operation takes a fourth of the
+    rows apart. The power of two and the sum of the inputs are taken off the result. All of this is exact; in fp32, on
+    machines without products of integers, up to 65,536 input features.
     """
-    sum_N1 = codes_NI.sum(1, keepdim=True, dtype=torch.int32).float()
+    sum_N11 = codes_NI.sum(1, dtype=torch.int32).float()[:, None, None]
     blocks = packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1]))
-    fourths = []
+    return (torch.cat([_block_product(codes_NI, block) for block in blocks], 2) - sum_N11).flatten(1)
+
+
+def _block_product(codes_NI: Tensor, block_RI: Tensor) -> Tensor:
+    """Products with the codes plus 1 of a block, [N, 4, R]."""
+    bits = block_RI.new_empty(CODES_PER_BYTE, *block_RI.shape)
     for fourth in range(CODES_PER_BYTE - 1):
-        mask, unit = 3 << 2 * fourth, 4.0**-fourth
-        fourths += [integer_product(codes_NI, (block & mask).view(torch.int8)) * unit for block in blocks]
-    fourths += [integer_product(codes_NI, (block >> 6).view(torch.int8)) for block in blocks]
-    return torch.cat(fourths, 1) - sum_N1
+        torch.bitwise_and(block_RI, 3 << 2 * fourth, out=bits[fourth])
+    torch.bitwise_right_shift(block_RI, 6, out=bits[3])
+    product = integer_product(codes_NI, bits.flatten(0, 1).view(torch.int8)).unflatten(1, (CODES_PER_BYTE, -1))
+    product[:, 1] /= 4
+    product[:, 2] /= 16
+    return product
 
 
 @torch.no_grad()
