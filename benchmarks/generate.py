@@ -22,7 +22,7 @@ import torch
 from measure import interleaved, report
 
 from launcher.console import human_bytes
-from launcher.hf_source import write_hf
+from launcher.hf_folder import write_hf
 from launcher.load import load_model
 from launcher.source import Source
 from model.size import num_parameters, parameter_shapes

@@ -19,6 +19,10 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(help="Configuration, a YAML file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value: override one key.", show_default=False)]
+EXPORT_FORMATS = ("hf", "hf-ternary")
+HF_WEIGHTS = ("latent", "dequantized")
+LINEAR_CLASSES = ("bitlinear", "autobitlinear")
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 RanksOption = Annotated[int | None, typer.Option("--ranks", min=1, help="Processes; by default the GPUs, or one.")]
 
 
@@ -205,8 +209,7 @@ def convert(
         return
     if into not in ("universal", "hf"):
         raise ConfigError(f"--format {into}: run, universal and hf are there")
-    dtypes = {"bf16": torch_dtype("bfloat16"), "fp32": torch_dtype("float32")}
-    if dtype not in dtypes:
+    if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: bf16 and fp32 are there")
     opened = open_source(source)
     given = load_config(config, changes) if config else None
@@ -219,7 +222,7 @@ def convert(
     if to.exists():
         raise ConfigError(f"{to}: is there already; name a folder that is not")
     if into == "hf":
-        convert_to_hf(opened, given, to, dtypes[dtype])
+        convert_to_hf(opened, given, to, torch_dtype(DTYPES[dtype]))
     else:
         check_sound(opened)
         write_universal(opened, to)
@@ -232,6 +235,59 @@ def torch_dtype(name: str) -> Any:
     import torch
 
     return getattr(torch, name)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or a run, of which the newest is taken.")],
+    to: Annotated[Path, typer.Option(help="What to make; must not be there yet.")],
+    into: Annotated[str, typer.Option("--format", help="hf (16 bits) or hf-ternary (packed codes).")],
+    weights: Annotated[
+        str | None, typer.Option(help="hf, of a ternary phase: latent (to train on) or dequantized (to run).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default what the run computes in.")] = None,
+    linear_class: Annotated[
+        str, typer.Option(help="hf-ternary: bitlinear (integer products) or autobitlinear (faster, more memory).")
+    ] = "bitlinear",
+    tokenizer: Annotated[Path | None, typer.Option(help="Its file; by default that of the run's data.")] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
+) -> None:
+    """Write a model for other programs to run. Needs no GPU."""
+    from launcher.config import ConfigError
+    from launcher.export import open_exportable
+    from launcher.hf_export import export_hf
+
+    choices = {"--format": (into, EXPORT_FORMATS), "--dtype": (dtype, DTYPES), "--weights": (weights, HF_WEIGHTS)}
+    for option, (value, known) in (choices | {"--linear-class": (linear_class, LINEAR_CLASSES)}).items():
+        if value is not None and value not in known:
+            raise ConfigError(f"{option} {value}: {' and '.join(known)} are there")
+    if weights is not None and into != "hf":
+        raise ConfigError(f"--weights {weights}: belongs to --format hf; {into} holds codes")
+    if to.exists():
+        raise ConfigError(f"{to}: is there already; name what is not")
+    opened = open_exportable(checkpoint, ternary=into != "hf" or weights == "dequantized")
+    if into == "hf" and weights is None:
+        if opened.quantization is not None:
+            raise ConfigError(
+                f"--weights: is missing; {opened.source.location} is of a ternary phase. latent are the 16-bit weights "
+                "that it trains, dequantized those that it computes with"
+            )
+        weights = "latent"
+    file = None if no_tokenizer else tokenizer or opened.tokenizer
+    if file is None and not no_tokenizer:
+        raise ConfigError(
+            f"{opened.source.location}: its tokenizer was not found; name it with --tokenizer, or leave it out with "
+            "--no-tokenizer"
+        )
+    export_hf(
+        opened,
+        to,
+        weights="packed" if into == "hf-ternary" else weights,  # type: ignore[arg-type]
+        dtype=torch_dtype(DTYPES[dtype]) if dtype else None,
+        linear_class=linear_class,  # type: ignore[arg-type]
+        tokenizer=file,
+    )
+    Console(silent=False).line(f"Written: {to}")
 
 
 @app.command()

@@ -22,7 +22,8 @@ from data.errors import DataError
 from launcher.checkpoint_reader import CheckpointReader
 from launcher.cli import app
 from launcher.config import ConfigError
-from launcher.hf_source import HuggingFaceSource, write_hf
+from launcher.hf_folder import write_hf
+from launcher.hf_source import HuggingFaceSource
 from launcher.load import load_model
 from launcher.source import CheckpointError
 from launcher.start_from import config_of
