@@ -345,6 +345,31 @@ def verify(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A checkpoint or run of ours, or a Hugging Face folder.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(max=1.0, help="Keep the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32, of what is not ternary.")] = "bf16",
+    packed: Annotated[bool | None, typer.Option("--packed/--latent", help="Default: packed if ternary.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its file, where it is not found.")] = None,
+) -> None:
+    """Let a model continue a text, on the GPU where there is one; the text goes to stdout as it comes."""
+    from launcher.config import ConfigError
+    from launcher.generating import write_text
+
+    dtypes = {"bf16": torch_dtype("bfloat16"), "fp32": torch_dtype("float32")}
+    if dtype not in dtypes:
+        raise ConfigError(f"--dtype {dtype}: bf16 and fp32 are there")
+    if top_p <= 0:
+        raise ConfigError(f"--top-p {top_p}: must be above 0")
+    choice = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    write_text(model, prompt, dtype=dtypes[dtype], packed=packed, tokenizer=tokenizer, **choice)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, side by side.", show_default=False)],
     out: Annotated[Path, typer.Option(help="HTML file to write; .png draws the loss curve of one run.")],

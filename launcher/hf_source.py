@@ -59,6 +59,8 @@ class Packing:
     """Whether a weight is its code divided by the scale, or multiplied by it."""
     left_out: tuple[str, ...]
     """Modules with one of these in their dotted names are not packed."""
+    online: bool
+    """Whether the weights are stored in 16 bits and quantized while computing."""
 
     def applies_to(self, name: str) -> bool:
         """Whether the parameter of this name is packed."""
@@ -82,9 +84,11 @@ class HuggingFaceSource(Source):
         self.location = str(folder)
         hf_config = _read_json(folder / CONFIG)
         with naming(folder / CONFIG):
-            self._packing = _read_packing(hf_config.pop("quantization_config", None))
+            packing = _read_packing(hf_config.pop("quantization_config", None))
             self.model_config = config_from_hf(hf_config)
+        self._packing = None if packing and packing.online else packing
         self.is_packed = self._packing is not None
+        self.first_token: Any = hf_config.get("bos_token_id")
         self._files: dict[str, TensorFile] = {}
         self._paths: dict[str, Path] = {}
         for path in _weight_files(folder):
@@ -103,6 +107,8 @@ class HuggingFaceSource(Source):
                 f"but the folder holds only {len(found)} tensors"
             )
         self.shapes = parameter_shapes(self.model_config)
+        self.ternary = tuple(name for name in self.shapes if packing and packing.applies_to(name))
+        """Weights that Transformers computes with as codes, whether they are stored as such or not."""
         if problems := _problems(found, self.shapes, self._packing):
             raise CheckpointError(listed(f"{folder} does not hold the model that its {CONFIG} describes", problems))
         self.missing = NOT_IN_A_FOLDER
@@ -130,11 +136,29 @@ class HuggingFaceSource(Source):
             if first < last:
                 packed = file.read(name, first - block * num_bytes, last - first)
                 values[first - start : last - start] = unpack_block(packed, block)
+        scale = self._scale(name)
+        return values / scale if divides else values * scale
+
+    def _scale(self, name: str) -> Tensor:
         scale_name = f"{name}_scale"
         scale = self._files[scale_name].read(scale_name).float()
         if not 0 < scale.item() < torch.inf:
             raise TensorFileError(f"{scale_name} is {scale.item()} and must be positive")
-        return values / scale if divides else values * scale
+        return scale
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """The codes of a packed weight as they are stored, uint8 [O / 4, I], and what they are multiplied by, [1, 1].
+
+        Raises:
+            CheckpointError: a byte or the scale is none that may be there.
+        """
+        assert self._packing is not None, "the folder is not packed"
+        file = self._files[name]
+        with naming(self._paths[name]):
+            packed_RI, scale = file.read(name).view(file.entries[name].shape), self._scale(name)
+            for block in range(CODES_PER_BYTE):
+                unpack_block(packed_RI, block)  # raises where a byte is none
+        return packed_RI, (1 / scale if self._packing.divides else scale).view(1, 1)
 
     def read_step(self, name: str) -> float:
         raise CheckpointError(f"{self.location}: a Hugging Face folder holds no optimizer moments, so no steps of them")
@@ -183,9 +207,8 @@ def _read_packing(quantization: Any) -> Packing | None:
         problems.append(f"modules_to_not_convert {left_out!r}: must be a list of names")
     if problems:
         raise ValueError(listed("its quantization_config cannot be read", problems))
-    if layer == "autobitlinear" and mode == "online":
-        return None  # quantized from the weights while it computes
-    return Packing(divides=layer == "bitlinear", left_out=tuple(left_out))
+    online = layer == "autobitlinear" and mode == "online"
+    return Packing(divides=layer == "bitlinear", left_out=tuple(left_out), online=online)
 
 
 def _weight_files(folder: Path) -> list[Path]:
