@@ -1,0 +1,163 @@
+"""What may be exported, and the codes: against the layers that train."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_model_transformer import VARIANTS, build
+from tiny import tiny_config
+
+from launcher.checkpoint import CheckpointWriter, folder_of
+from launcher.config import Config
+from launcher.config_file import to_tree
+from launcher.convert import write_streamed
+from launcher.export import open_exportable
+from launcher.export_codes import CodedMatrices
+from launcher.rollback import Rollback, write_rollbacks
+from launcher.source import CheckpointError, Source
+from model.transformer import ModelConfig, Transformer
+from quant.config import PRESETS, QuantConfig
+from quant.linear import add_learned_scales_, quantize_, quantized_layers
+from quant.rounding import dequantize
+
+
+class ModelSource(Source):
+    """The parameters of a module."""
+
+    location = "a module"
+    has_moments = False
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.tensors = dict(model.named_parameters())
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def read(self, kind: str, name: str, start: int, length: int) -> torch.Tensor:
+        return self.tensors[name].detach().flatten()[start : start + length].float()
+
+    def read_step(self, name: str) -> float:
+        raise NotImplementedError
+
+
+def write_checkpoint(config: Config, model: torch.nn.Module, *, step: int, phase: int) -> Path:
+    """A run's folder with one checkpoint, as training leaves it, without training."""
+    run = config.run.path
+    writer = CheckpointWriter(folder_of(run / "checkpoints", step))
+    writer.begin()
+    files = write_streamed(writer, ModelSource(model))
+    text = yaml.safe_dump(to_tree(config))
+    progress = {"step": step, "phase": phase, "skipped_steps": 0}
+    counters = {"step": step, "tokens": step * 256, "progress": progress, "data_fingerprint": None}
+    writer.finish(files, text, counters, milestone=True, has_moments=False)
+    (run / "config.yaml").write_text(text)
+    return writer.final
+
+
+def model_tree(model: ModelConfig) -> dict[str, Any]:
+    return {name: value for name, value in vars(model).items() if value is not None}
+
+
+def ternary_config(
+    shards: Path, run: Path, model: ModelConfig, quantization: dict[str, Any] | None = None, **transition: Any
+) -> Config:
+    """A run of 4 steps in 16 bits and 4 ternary ones."""
+    ternary: dict[str, Any] = {"precision": "ternary", "steps": 4, "transition": transition}
+    if quantization:
+        ternary["quantization"] = quantization
+    return tiny_config(
+        shards,
+        run,
+        model={**model_tree(model), "max_sequence_length": 128},
+        phases=[{"precision": "16-bit", "steps": 4}, ternary],
+    )
+
+
+@pytest.fixture
+def tiny(shards: Path, tmp_path: Path) -> Iterator[Any]:
+    def make(step: int, phase: int, **transition: Any) -> Path:
+        config = ternary_config(shards, tmp_path / "run", VARIANTS["llama"], **transition)
+        write_checkpoint(config, build(config.model), step=step, phase=phase)
+        return tmp_path / "run"
+
+    return make
+
+
+def test_a_ternary_checkpoint_opens_with_its_recipe_and_tokenizer(tiny: Any, shards: Path) -> None:
+    run = tiny(8, 1)
+    opened = open_exportable(str(run), ternary=True)
+    assert opened.quantization == QuantConfig()
+    assert (opened.strength, opened.tokenizer, opened.run) == (1.0, shards / "tokenizer.model", run)
+    assert opened.model == opened.config.model  # type: ignore[union-attr]
+
+
+def test_16_bit_phases_have_no_codes(tiny: Any) -> None:
+    run = tiny(4, 0)
+    with pytest.raises(CheckpointError, match=r"after step 4, is of a 16-bit phase and has no codes; --format hf"):
+        open_exportable(str(run), ternary=True)
+    assert open_exportable(str(run), ternary=False).strength == 0
+
+
+def test_codes_are_refused_until_every_block_computes_with_them(tiny: Any) -> None:
+    ramp = {"shape": "linear", "steps": 2}
+    for step, strength in ((5, 0.0), (6, 0.5)):
+        run = tiny(step, 1, ramp=ramp)
+        assert open_exportable(str(run), ternary=False).strength == strength
+        with pytest.raises(CheckpointError, match=f"after step {step}, is on a ramp, at strength {strength:.3g}"):
+            open_exportable(str(run / "checkpoints" / f"step-0000000{step}"), ternary=True)
+    assert open_exportable(str(tiny(7, 1, ramp=ramp)), ternary=True).strength == 1
+
+
+def test_the_last_ramp_and_the_last_block_count(tiny: Any) -> None:
+    for transition, strength in (
+        ({"activation_ramp": {"steps": 3}}, "0.333"),
+        ({"ramp": {"steps": 2, "order": "front-to-back"}}, "0"),
+    ):
+        with pytest.raises(CheckpointError, match=f"at strength {strength}, and did not"):
+            open_exportable(str(tiny(6, 1, **transition)), ternary=True)
+
+
+def test_a_ramp_that_was_stretched_by_going_back_counts(tiny: Any) -> None:
+    run = tiny(6, 1, ramp={"steps": 1}, rollback={"after_tokens": 256, "max_attempts": 1})
+    run = run.rename(run.with_name("moved"))
+    assert open_exportable(str(run), ternary=True).run == run
+    write_rollbacks(run, {1: Rollback(1, 1.0, 2.0, 4, discarding=False)})
+    with pytest.raises(CheckpointError, match="on a ramp"):
+        open_exportable(str(run), ternary=True)
+
+
+RECIPES = {
+    **PRESETS,
+    "group": QuantConfig(granularity="group", group_size=4, weights="twn"),
+    "fused": QuantConfig(fused=True, weights="absmedian"),
+    "binary": QuantConfig(levels="binary"),
+    "all-rotated": QuantConfig(hadamard="all"),
+    "part": QuantConfig(include=r"layers\.1\.mlp\.\w+_proj$"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_codes_are_those_of_the_layers_that_train(recipe: QuantConfig) -> None:
+    model = Transformer(replace(VARIANTS["llama"], num_kv_heads=2))
+    model.load_state_dict(build(model.config).state_dict())
+    if recipe.learned:
+        add_learned_scales_(model, recipe)
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight_scale"):
+                parameter.data.uniform_(0.01, 0.2)
+    matrices = CodedMatrices(ModelSource(model), model.config, recipe)
+    quantize_(model, recipe)
+    layers = quantized_layers(model)
+    assert matrices.names == tuple(f"{name}.weight" for name in layers)
+    for name, layer in layers.items():
+        codes_OI, level = layer.weight_codes()
+        assert f"{name}.weight" in matrices
+        found_OI, found_level = matrices.codes(f"{name}.weight")
+        assert torch.equal(found_OI, codes_OI)
+        assert torch.equal(found_level, level)
+        x_NI = torch.randn(5, layer.in_features)
+        rotated = layer.rounded_input(x_NI) if not recipe.layer_norm else x_NI
+        expected = rotated @ dequantize(codes_OI, level).T
+        torch.testing.assert_close(x_NI @ matrices.dequantized(f"{name}.weight").T, expected, rtol=1e-4, atol=1e-5)
