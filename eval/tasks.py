@@ -18,8 +18,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from data.errors import DataError
 
 GROUP = "paper11"
@@ -211,6 +209,8 @@ def detokenized(text: str) -> str:
 
 def digest_of(rows: list[dict[str, Any]]) -> str:
     """Tells the examples of a task from others, their prompts included."""
+    import xxhash
+
     return xxhash.xxh3_128_hexdigest(json.dumps([VERSION, rows], sort_keys=True).encode())
 
 
