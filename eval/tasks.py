@@ -85,11 +85,12 @@ def choose_tasks(names: Iterable[str]) -> list[Task]:
         ValueError: a name is unknown; says which is nearest.
     """
     chosen: dict[str, Task] = {}
-    labels = [Task(name, is_harness).label for is_harness in (False, True) for name in (GROUP, *DEFINITIONS)]
+    labels = [name + style for style in ("", HARNESS) for name in (GROUP, *DEFINITIONS)]
     for label in names:
         if label not in labels:
             near = get_close_matches(label, labels, n=1, cutoff=0.0)[0]
-            raise ValueError(f"there is no task {label!r}; did you mean {near}? These are there: {', '.join(labels)}")
+            there = ", ".join(labels[: len(labels) // 2])
+            raise ValueError(f"there is no task {label!r}; did you mean {near}? {there} are there, and with {HARNESS}")
         name = label.removesuffix(HARNESS)
         for member in DEFINITIONS if name == GROUP else [name]:
             task = Task(member, label.endswith(HARNESS))

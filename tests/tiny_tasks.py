@@ -39,9 +39,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         asked("The moon goes round", ["Mars", "the sun alone", "the earth", "a tree"], 2),
     ],
     "sciq": [
-        asked(
-            f"{support.lstrip()}\nQuestion: {question}\nAnswer:", choices, 3, support=support, question=question
-        )
+        asked(f"{support.lstrip()}\nQuestion: {question}\nAnswer:", choices, 3, support=support, question=question)
         for support, question, choices in (
             (" Ice floats. ", "What floats?", ["iron", "lead", "gold", "ice"]),
             ("", "What do bees make?", ["milk", "silk", "wool", "honey"]),
