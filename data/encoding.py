@@ -49,11 +49,11 @@ def token_type(vocab_size: int) -> type[np.unsignedinteger]:
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> Chunk:
     """Tokenize documents, putting `end_of_document` after each."""
-    parts = [list(_segments(text)) for text in texts]
-    encoded = iter(tokenizer.encode_batch([segment for segments in parts for segment in segments]))
+    parts = [list(segments(text)) for text in texts]
+    encoded = iter(tokenizer.encode_batch([segment for part in parts for segment in part]))
     ids: list[int] = []
-    for segments in parts:
-        for _ in segments:
+    for part in parts:
+        for _ in part:
             ids += next(encoded)
         ids.append(tokenizer.end_of_document)
     return Chunk(
@@ -63,7 +63,7 @@ def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> Chunk:
     )
 
 
-def _segments(text: str) -> Iterator[str]:
+def segments(text: str) -> Iterator[str]:
     """Cut a very long text near every `SEGMENT_CHARS` characters, after a newline, where few tokens join."""
     begin = 0
     while len(text) - begin > SEGMENT_CHARS:

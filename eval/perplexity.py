@@ -1,15 +1,24 @@
-"""Held-out loss, per token and per byte of text.
+"""Loss on held-out text, per token and per byte.
 
 Bits per byte compare models with different tokenizers: the negative log-likelihood of the text, in bits, over its
 length in UTF-8 bytes (arXiv 2101.00027, section 3.1). Tokens that stand for no text (end of document) count in neither.
+
+`held_out_loss` is for rows of tokens, as training has them. `text_loss` is for text of any length, which windows are
+laid over. Every token is predicted once. With a stride of the whole window a window sees nothing of the one before it;
+a smaller stride lets windows overlap, and each but the first predicts only the tokens at its end, with more before them
+to go by.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from data.encoding import segments
+from data.tokenizer import Tokenizer
+from eval.rows import BATCH_TOKENS, IGNORED_LABEL, Row, Scorer
 
 
 @dataclass(frozen=True)
@@ -54,3 +63,106 @@ def held_out_loss(
         bits_per_byte=text_nats / math.log(2) / num_bytes if num_bytes else math.nan,
         num_tokens=int(num_tokens),
     )
+
+
+TOKENS_AT_ONCE = 64 * BATCH_TOKENS
+"""So many tokens are gathered before the model runs, or a large file would be in memory as rows."""
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Loss on text, of which every token counts and no end of a document does."""
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+    num_documents: int
+
+    @property
+    def perplexity(self) -> float:
+        """Per token of this tokenizer."""
+        return math.exp(self.nats / self.num_tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of text in UTF-8."""
+        return self.nats / math.log(2) / self.num_bytes
+
+
+def text_loss(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    *,
+    stride_tokens: int,
+    apart: bool = True,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> TextLoss:
+    """Measure a model on documents; a collective that is given the same documents on every rank.
+
+    Args:
+        scorer: the model; its window is the one laid over the text.
+        tokenizer: its tokenizer.
+        documents: texts.
+        stride_tokens: by how much windows are moved; the window at most.
+        apart: begin each document anew, behind an end of document, so that nothing is seen of the one before it; else
+            they are one stream with an end of document in front of each, as in training.
+        advance: is told how many more bytes of text are done.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    assert 0 < stride_tokens <= scorer.window_tokens, stride_tokens
+    nats, counted = [], [0, 0, 0]
+    for rows, numbers in _gathered(scorer, tokenizer, documents, stride_tokens, apart):
+        nats += [-found for found in scorer.log_likelihoods(rows)]
+        counted = [total + more for total, more in zip(counted, numbers, strict=True)]
+        advance(numbers[1])
+    num_tokens, num_bytes, num_documents = counted
+    if not num_tokens:
+        raise ValueError("there is no text in it")
+    return TextLoss(math.fsum(nats), num_tokens, num_bytes, num_documents)
+
+
+def _gathered(
+    scorer: Scorer, tokenizer: Tokenizer, documents: Iterable[str], stride_tokens: int, apart: bool
+) -> Iterator[tuple[list[Row], tuple[int, int, int]]]:
+    """Rows of many documents, with the counts of their tokens, bytes and documents."""
+    end = tokenizer.end_of_document
+    rows: list[Row] = []
+    stream: list[int] = []
+    num_tokens = num_bytes = num_documents = 0
+    for document in documents:
+        if not document:
+            continue
+        tokens = [token for part in tokenizer.encode_batch(list(segments(document))) for token in part]
+        num_tokens, num_bytes, num_documents = (
+            num_tokens + len(tokens),
+            num_bytes + len(document.encode()),
+            num_documents + 1,
+        )
+        stream += [end, *tokens]
+        if apart:
+            rows += windows(stream, scorer.window_tokens, stride_tokens, end)
+            stream = []
+        if num_tokens >= TOKENS_AT_ONCE and apart:
+            yield rows, (num_tokens, num_bytes, num_documents)
+            rows, num_tokens, num_bytes, num_documents = [], 0, 0, 0
+    if stream:
+        rows += windows(stream, scorer.window_tokens, stride_tokens, end)
+    yield rows, (num_tokens, num_bytes, num_documents)
+
+
+def windows(tokens: Sequence[int], window_tokens: int, stride_tokens: int, end_of_document: int) -> Iterator[Row]:
+    """Rows in which every token but the first, and but the ends of documents, counts exactly once."""
+    done = 0  # labels predicted so far, of all but the first token
+    for begin in range(0, len(tokens) - 1, stride_tokens):
+        stop = min(begin + window_tokens, len(tokens) - 1)
+        labels = [
+            IGNORED_LABEL if place <= done or tokens[place] == end_of_document else tokens[place]
+            for place in range(begin + 1, stop + 1)
+        ]
+        yield Row(tuple(tokens[begin:stop]), tuple(labels))
+        done = stop
+        if stop == len(tokens) - 1:
+            return

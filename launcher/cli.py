@@ -344,6 +344,68 @@ def verify(
         raise typer.Exit(1)
 
 
+ModelPath = Annotated[str, typer.Argument(help="A checkpoint or run of ours, or a Hugging Face folder.")]
+TokenizerOption = Annotated[str | None, typer.Option(help="Its tokenizer, where that is not found beside it.")]
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelPath,
+    tasks: Annotated[
+        str, typer.Option(help="Names with commas: paper11, paper11-harness, or single tasks.")
+    ] = "paper11",
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder of JSON lines; by default the hub's data sets.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many examples of each task, its first.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of results; by default evaluation.json in the run.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All checkpoints of a run, not just the newest.")] = False,
+    tokenizer: TokenizerOption = None,
+    ranks: RanksOption = None,
+) -> None:
+    """Let a model do the tasks that compare answers."""
+    from launcher.measuring import Evaluation, check_tasks
+    from launcher.subject import locations_of
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    folder = str(task_data) if task_data else None
+    check_tasks(names, folder)
+    models = locations_of(model, every=every)
+    measure(Evaluation(models, names, folder, limit, str(out) if out else None, tokenizer), ranks)
+
+
+@app.command()
+def perplexity(
+    model: ModelPath,
+    files: Annotated[list[str], typer.Argument(help="Text, JSON lines or folders, as `prepare` reads them.")],
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens that windows move by; by default a window.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Tokens of a window; by default all that fit.")] = None,
+    documents: Annotated[
+        bool, typer.Option("--documents/--stream", help="Each document by itself, or all as one stream.")
+    ] = True,
+    tokenizer: TokenizerOption = None,
+    ranks: RanksOption = None,
+) -> None:
+    """Measure a model on text, in bits per byte and in perplexity."""
+    from launcher.measuring import TextMeasurement
+
+    measure(TextMeasurement(model, files, window, stride, documents, tokenizer), ranks)
+
+
+def measure(asked: Any, ranks: int | None) -> NoReturn:
+    """Run a measurement here, or become the launcher of as many ranks."""
+    from dataclasses import asdict
+
+    from launcher.measuring import run
+
+    num_ranks = ranks or default_ranks()
+    if num_ranks == 1:
+        sys.exit(run(asked))
+    script = [str(Path(__file__).with_name("measuring.py")), json.dumps(asdict(asked))]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "launcher.torchrun", str(num_ranks), *script])
+
+
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A checkpoint or run of ours, or a Hugging Face folder.")],

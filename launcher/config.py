@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from data.loader import DataConfig
 from data.urls import url_problem
+from eval.tasks import choose_tasks
 from launcher.engine import EngineConfig
 from launcher.optim import OptimizerConfig
 from launcher.schedule import ScheduleConfig
@@ -198,7 +199,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Held-out loss at both ends of every phase, and in between."""
+    """Held-out loss at both ends of every phase, and in between; tasks while training."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -208,9 +209,25 @@ class EvaluationConfig:
     """Text that the finished model continues; null: no sample."""
     sample_tokens: int = 120
     """Length of that continuation."""
+    tasks: tuple[str, ...] = ()
+    """Tasks that the model does while it trains: `paper11`, `paper11-harness`, or single ones such as `piqa`."""
+    task_data: str | None = None
+    """Folder of JSON lines with their examples; null: the Hugging Face hub."""
+    tasks_interval_steps: int | None = None
+    """Do them every so many steps, and at the end of each phase."""
+    tasks_limit: int | None = 100
+    """So many examples of each task, its first; null: all."""
 
     def __post_init__(self) -> None:
-        if problems := _at_least(self, "interval_steps", 1) | _at_least(self, "sample_tokens", 1):
+        problems = _at_least(self, "interval_steps", 1) | _at_least(self, "sample_tokens", 1)
+        problems |= _at_least(self, "tasks_interval_steps", 1) | _at_least(self, "tasks_limit", 1)
+        try:
+            choose_tasks(self.tasks)
+        except ValueError as error:
+            problems["tasks"] = str(error)
+        if bool(self.tasks) != (self.tasks_interval_steps is not None):
+            problems["tasks_interval_steps"] = "goes with evaluation.tasks: give both, or none of them"
+        if problems:
             raise ValueError(problems)
 
 

@@ -2,12 +2,17 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 10.0
+"""How often what is being counted is told in a log."""
 
 
 def human_count(value: float) -> str:
@@ -108,3 +113,36 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    @contextmanager
+    def counting(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Show how far something is that counts to ``total``, its rate and the remaining time; yields what to count on.
+
+        A log has a line every few seconds.
+        """
+        began = told = time.perf_counter()
+        done = 0
+        live = Progress(
+            TextColumn("{task.description}", style="bold"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._rich,
+            transient=True,
+            disable=not self._live,
+        )
+        task = live.add_task(what, total=total, numbers="")
+
+        def advance(more: int) -> None:
+            nonlocal done, told
+            done, now = done + more, time.perf_counter()
+            per_second = done / (now - began)
+            left = human_time((total - done) / per_second) if done else "unknown"
+            numbers = f"{human_count(per_second)} {unit}/s  {left} left"
+            live.update(task, completed=done, numbers=numbers)
+            if not self._live and now - told >= SECONDS_BETWEEN_LINES:
+                told = now
+                self.line(f"{time.strftime('%H:%M:%S')}  {what}  {done}/{total} {unit}  {numbers}")
+
+        with live:
+            yield advance

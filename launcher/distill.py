@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from launcher.build import COMPUTE_DTYPES
 from launcher.checkpoint import MANIFEST, folder_of
 from launcher.checkpoint_reader import CheckpointReader, mismatches
-from launcher.fsdp import build_mesh, first_element
+from launcher.frozen import shard_frozen_
 from launcher.hf_source import HuggingFaceSource
 from launcher.location import reaching
 from launcher.plan import Phase, Plan
@@ -132,27 +132,14 @@ def is_ternary(source: Source) -> bool:
     return False
 
 
-@torch.no_grad()
 def shard_teacher(source: Source, config: ModelConfig, plan: Plan, ranks: Ranks) -> Transformer:
     """Build a frozen model in the compute dtype, shard it over all ranks, and read this rank's share of its weights."""
     training, engine = plan.config.training, plan.config.engine
     with torch.device("meta"):
-        model = Transformer(config).to(COMPUTE_DTYPES[training.compute_dtype]).requires_grad_(False)
-    mesh = build_mesh(ranks.device, engine.replicas)
-    options: dict[str, Any] = {"mesh": mesh}
-    if engine.offload == "all":
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
-    for block in model.model.layers:
-        if training.compile:
+        model = Transformer(config).to(COMPUTE_DTYPES[training.compute_dtype])
+    if training.compile:
+        for block in model.model.layers:
             block.compile()
-        fully_shard(block, reshard_after_forward=True, **options)
-    # The head is in the outermost group, and the student's loss still reads it behind this model's forward pass.
-    fully_shard(model, reshard_after_forward=False, **options)
+    shard_frozen_(model, source, ranks, replicas=engine.replicas, offload=engine.offload == "all")
     register_fsdp_forward_method(model, "teach")
-    model.to_empty(device=torch.device("cpu") if engine.offload == "all" else ranks.device)
-    parameters: Iterator[tuple[str, Any]] = model.named_parameters()  # DTensors
-    for name, parameter in parameters:
-        local = parameter.to_local()
-        values = source.read("weight", name, first_element(parameter, mesh), local.numel())
-        local.copy_(values.view_as(local))
     return model

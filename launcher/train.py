@@ -32,6 +32,7 @@ from launcher.runtime import Ranks, StopRequest, any_rank
 from launcher.saver import Saver
 from launcher.spikes import SpikeGuard
 from launcher.start_from import check_data, check_sound, first_progress, open_start
+from launcher.tasks_in_training import open_tasks
 from launcher.telemetry import Telemetry, telemetry_of
 from launcher.transition import carry_optimizer_
 from model.init import initial_value
@@ -163,6 +164,7 @@ def train(
         check_teacher(reader, teacher)
 
     held_out = HeldOut(plan, ranks, data)
+    tasks = open_tasks(plan, ranks, data.tokenizer_path)
     log = None
     if ranks.is_first:
         log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
@@ -226,8 +228,9 @@ def train(
         stopping = any_rank(stop.requested, ranks)
         saving = phase_ends or stopping or is_due(at.step, config.checkpoint.interval_steps)
         evaluating = phase_ends or is_due(at.step, config.evaluation.interval_steps)
+        doing_tasks = tasks is not None and (phase_ends or is_due(at.step, config.evaluation.tasks_interval_steps))
         deciding = at.step == plan.rollback_step(phase)
-        if saving or evaluating or deciding or is_due(at.step, config.logging.interval_steps):
+        if saving or evaluating or doing_tasks or deciding or is_due(at.step, config.logging.interval_steps):
             if telemetry is not None:
                 meter.write_rows(telemetry.collect())
             meter.logged(grad_norm, learning_rate)
@@ -247,6 +250,9 @@ def train(
             return "rolled back"
         if evaluating:
             meter.evaluated(held_out.measure(engine), "end of phase" if phase_ends else "interval")
+        if tasks is not None and doing_tasks:
+            meter.noted(*tasks.measure(engine))
+            meter.restart_clock()
         if saving:
             saver.save(
                 engine,

@@ -254,7 +254,7 @@ def test_long_documents_are_cut_without_loss(lengths, text):
     original = encoding.SEGMENT_CHARS
     try:
         encoding.SEGMENT_CHARS = lengths[0]
-        segments = list(encoding._segments(text))
+        segments = list(encoding.segments(text))
     finally:
         encoding.SEGMENT_CHARS = original
     assert "".join(segments) == text

@@ -1,0 +1,186 @@
+"""Our side of lm-evaluation-harness: models with known answers, and its own `hf` model on the same examples."""
+
+import math
+
+import pytest
+import torch
+from test_launcher_hf_source import ModelSource
+from tiny_tasks import write_tasks
+
+from data.tokenizer import load_tokenizer
+from data.torchvision_repair import repair_torchvision
+from eval.rows import Scorer
+from eval.score import scores_of
+from eval.tasks import DEFINITIONS, Task, harness_task, load_rows
+from launcher.hf_source import write_hf
+from model.transformer import ModelConfig, Transformer
+
+pytest.importorskip("lm_eval")
+from eval.harness import HarnessModel, answer_rows, ask
+
+
+class Characters:
+    """A tokenizer of single characters."""
+
+    end_of_document = 0
+
+    def encode(self, text):
+        return [ord(character) % 2000 for character in text]
+
+
+def model_that_says(nll):
+    """A scorer by a function of token and label; labels of -100 cost nothing."""
+
+    def token_nll(tokens_BT, labels_BT):
+        return torch.where(labels_BT == -100, 0.0, nll(tokens_BT, labels_BT).double())
+
+    return Scorer(token_nll, 500)
+
+
+FIXED = model_that_says(lambda tokens, labels: torch.where(labels == ord("a"), 1.0, 3.0))
+"""Every character costs 3 nats, an `a` 1."""
+
+
+def asked(choices, gold):
+    return {"query": "Q:", "choices": choices, "gold": gold}
+
+
+def answers_of(rows, scorer=FIXED, *, separately=False):
+    return answer_rows("task", rows, scorer, Characters(), separately=separately)
+
+
+def test_a_model_with_known_answers_scores_what_it_must():
+    # With the space in front: "aa" costs 3 + 2, "b" 3 + 3, "baab" 3 + 8.
+    rows = [asked(["b", "aa"], 1), asked(["b", "aa"], 0), asked(["aaaaa", "b"], 0), asked(["baab", "b"], 1)]
+    answers = answers_of(rows)
+    assert [example.log_likelihoods for example in answers] == [(-6, -5), (-6, -5), (-8, -6), (-11, -6)]
+    assert scores_of(answers, "acc")["acc"].value == 2 / 4  # chosen: aa, aa, b, b
+    assert scores_of(answers, "acc_norm")["acc_norm"].value == 2 / 4  # chosen: aa, aa, aaaaa, baab
+    bits = [5 / 2, 6 / 1, 8 / 5, 6 / 1]
+    expected = sum(bits) / 4 / math.log(2)
+    assert math.isclose(scores_of(answers, "acc")["bits_per_byte"].value, expected)
+
+
+def test_a_model_with_known_answers_has_the_f1_it_must():
+    yes_costs = model_that_says(lambda tokens, labels: torch.where(labels == ord("y"), 0.5, 1.0))
+    answers = answers_of([asked(["no", "yes"], gold) for gold in (0, 1, 1)], yes_costs)
+    assert {example.chosen for example in answers} == {0}  # " no" costs 3 nats, " yes" 3.5
+    assert scores_of(answers, "f1")["f1"].value == 0
+    no_costs = model_that_says(lambda tokens, labels: torch.where(labels == ord("n"), 9.0, 0.5))
+    answers = answers_of([asked(["no", "yes"], gold) for gold in (0, 1, 1)], no_costs)
+    assert scores_of(answers, "f1")["f1"].value == 2 * 2 / (2 * 2 + 1)
+
+
+def test_several_contexts_with_one_continuation():
+    rows = [{"contexts": ["ab", "ba"], "continuation": "x", "gold": gold} for gold in (0, 1)]
+    after_a = model_that_says(lambda tokens, labels: torch.where(tokens == ord("a"), 1.0, 2.0))
+    answers = answers_of(rows, after_a)
+    assert [example.log_likelihoods for example in answers] == [
+        (-4.0, -3.0)
+    ] * 2  # " " after b or a, then "x" after " "
+    assert [example.answers for example in answers] == [("x", "x")] * 2
+    assert scores_of(answers, "acc")["acc"].value == 0.5
+
+
+class Pairs(Characters):
+    """Joins a space to the character behind it, and "e " into one token: it matters what is encoded at once."""
+
+    def encode(self, text):
+        ids = []
+        while text:
+            size = 2 if text[:2] == "e " or text[:1] == " " else 1
+            ids.append(sum(map(ord, text[:size])))
+            text = text[size:]
+        return ids
+
+
+@pytest.mark.parametrize("separately", [False, True])
+def test_contexts_and_continuations_are_tokenized_as_the_style_says(separately):
+    model = HarnessModel(FIXED, Pairs(), separately=separately)
+    encoded = model._encode_pair("the", " end")
+    together = ([116, 104, 101], [101, 110, 100])  # the: t, h, e; "the end" has "e " in it, so "end" is what is left
+    apart = ([116, 104, 101], [32 + 101, 110, 100])
+    assert encoded == (apart if separately else together)
+
+
+def test_no_context_is_an_end_of_document():
+    rows = []
+
+    class Recorder:
+        window_tokens = 50
+
+        def log_likelihoods(self, given, advance):
+            rows.extend(given)
+            return [0.0] * len(given)
+
+    answers_of([{"query": "", "choices": ["ab", "c"], "gold": 0}], Recorder())
+    assert [row.tokens[0] for row in rows] == [0, 0]
+
+
+def test_what_it_does_not_do_it_refuses():
+    model = HarnessModel(FIXED, Characters())
+    with pytest.raises(NotImplementedError, match="tritrain perplexity"):
+        model.loglikelihood_rolling([])
+    with pytest.raises(NotImplementedError, match="let the model write"):
+        model.generate_until([])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, shards):
+    """A random llama, written for Transformers with a tokenizer that agrees with ours."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=320, hidden_size=48, num_layers=2, num_heads=4, intermediate_size=96, max_sequence_length=256
+    )
+    model = Transformer(config)
+    for parameter in model.parameters():
+        parameter.data = (
+            1 + 0.1 * torch.randn_like(parameter) if parameter.ndim == 1 else torch.randn_like(parameter) * 0.2
+        )
+    write_hf(ModelSource(model), config, folder, torch.float32)
+    vocabulary = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}'
+    )
+    return folder, model
+
+
+def test_scores_equal_those_of_the_harness_s_own_hf_model(folder, tmp_path):
+    """Example by example, on all eleven tasks, in its own style; and the scores that it makes of them."""
+    pytest.importorskip("accelerate")
+    repair_torchvision()
+    from lm_eval.models.huggingface import HFLM
+
+    path, model = folder
+    theirs = HFLM(pretrained=str(path), dtype="float32", device="cpu", batch_size=4)
+    tokenizer = load_tokenizer(path)
+    scorer = Scorer(lambda tokens, labels: model(tokens, labels, reduction="none"), 256)
+    mirror = write_tasks(tmp_path / "tasks")
+    for name, definition in DEFINITIONS.items():
+        task = harness_task(name, load_rows(Task(name, True), mirror))
+        expected = ask(task, theirs)
+        found = ask(task, HarnessModel(scorer, tokenizer))
+        assert [(e.answers, e.gold, e.chosen) for e in found] == [(e.answers, e.gold, e.chosen) for e in expected]
+        for ours, reference in zip(found, expected, strict=True):
+            assert ours.log_likelihoods == pytest.approx(reference.log_likelihoods, rel=2e-6)
+        docs = list(task.eval_docs)
+        results = [
+            task.process_results(doc, [(value, False) for value in example.log_likelihoods])
+            for doc, example in zip(docs, expected, strict=True)
+        ]
+        if definition.metric == "f1":
+            from sklearn.metrics import f1_score
+
+            gold, predicted = zip(*[result["f1"] for result in results], strict=True)
+            reference_score = f1_score(gold, predicted)  # the positive answer, yes, is the harness's index 1
+        else:
+            reference_score = sum(result[definition.metric] for result in results) / len(results)
+        assert scores_of(found, definition.metric)[definition.metric].value == pytest.approx(reference_score)

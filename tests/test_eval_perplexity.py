@@ -1,0 +1,112 @@
+"""Loss on text: every token once, whatever the windows; bits per byte by hand and across tokenizers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import eval.perplexity
+from eval.perplexity import text_loss, windows
+from eval.rows import IGNORED_LABEL, Scorer
+
+END = 0
+
+
+class Characters:
+    """A tokenizer of single characters, or of pairs of them."""
+
+    end_of_document = END
+
+    def __init__(self, size=1):
+        self.size = size
+
+    def encode_batch(self, texts):
+        return [
+            [1 + sum(map(ord, text[n : n + self.size])) % 1000 for n in range(0, len(text), self.size)]
+            for text in texts
+        ]
+
+
+def constant(nats, window_tokens=8):
+    """Every label that counts costs so many nats."""
+    return Scorer(lambda tokens, labels: (labels != IGNORED_LABEL).double() * nats, window_tokens)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 12), st.integers(1, 12))
+def test_every_token_counts_once_with_the_most_context_that_stride_allows(rest, window_tokens, stride_tokens):
+    stride_tokens, tokens = min(stride_tokens, window_tokens), [END, *rest]
+    counted = {}
+    begin = 0
+    for row in windows(tokens, window_tokens, stride_tokens, END):
+        assert 0 < len(row.tokens) == len(row.labels) <= window_tokens
+        assert list(row.tokens) == tokens[begin : begin + len(row.tokens)]
+        for place, label in enumerate(row.labels, start=begin + 1):
+            if label != IGNORED_LABEL:
+                assert label == tokens[place]
+                assert place not in counted
+                counted[place] = place - begin
+        begin += stride_tokens
+    assert counted.keys() == {place for place, token in enumerate(tokens) if place and token != END}
+    assert all(context >= min(place, window_tokens - stride_tokens + 1) for place, context in counted.items())
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("stride_tokens", [3, 8])
+def test_bits_per_byte_and_perplexity_by_hand(stride_tokens, apart):
+    texts = ["abcde" * 5, "", "né", "x"]
+    told = []
+    loss = text_loss(
+        constant(math.log(2)), Characters(), texts, stride_tokens=stride_tokens, apart=apart, advance=told.append
+    )
+    assert (loss.num_documents, loss.num_tokens, loss.num_bytes) == (3, 28, 29)
+    assert math.isclose(loss.bits_per_byte, 28 / 29)
+    assert math.isclose(loss.perplexity, 2.0)
+    assert told == [29]
+
+
+def test_another_tokenizer_changes_perplexity_but_not_bits_per_byte():
+    """The same probability of the text, in tokens of half the number."""
+    text = ["abcdefgh" * 4]
+    single = text_loss(constant(1.0), Characters(1), text, stride_tokens=8)
+    pairs = text_loss(constant(2.0), Characters(2), text, stride_tokens=8)
+    assert math.isclose(single.bits_per_byte, pairs.bits_per_byte)
+    assert math.isclose(pairs.perplexity, single.perplexity**2)
+
+
+def test_documents_apart_see_nothing_of_each_other():
+    """A model to which a character is certain where it has been before in the window."""
+
+    def token_nll(tokens_BT, labels_BT):
+        seen_BTT = tokens_BT[:, None, :] == labels_BT[:, :, None]
+        seen_BTT &= torch.tril(torch.ones(seen_BTT.shape[1:], dtype=torch.bool))
+        return torch.where(seen_BTT.any(-1), 0.0, 1.0) * (labels_BT != IGNORED_LABEL)
+
+    scorer = Scorer(token_nll, 32)
+    apart = text_loss(scorer, Characters(), ["abc", "abc"], stride_tokens=32)
+    stream = text_loss(scorer, Characters(), ["abc", "abc"], stride_tokens=32, apart=False)
+    assert (apart.nats, stream.nats) == (6.0, 3.0)
+
+
+def test_overlapping_windows_see_more(monkeypatch):
+    def token_nll(tokens_BT, labels_BT):
+        place_T = torch.arange(tokens_BT.shape[1])
+        return (1.0 / (1 + place_T)) * (labels_BT != IGNORED_LABEL)
+
+    losses = [
+        text_loss(Scorer(token_nll, 16), Characters(), ["abcdefg" * 20], stride_tokens=stride).nats
+        for stride in (16, 8, 1)
+    ]
+    assert losses == sorted(losses, reverse=True)
+    monkeypatch.setattr(eval.perplexity, "TOKENS_AT_ONCE", 100)
+    texts = ["abcdefg" * 20] * 3
+    told = []
+    loss = text_loss(Scorer(token_nll, 16), Characters(), texts, stride_tokens=16, advance=told.append)
+    assert loss.nats == pytest.approx(3 * losses[0])
+    assert told == [140, 140, 140, 0]
+
+
+def test_no_text_is_an_error():
+    with pytest.raises(ValueError, match="no text"):
+        text_loss(constant(1.0), Characters(), ["", ""], stride_tokens=8)

@@ -1,0 +1,123 @@
+"""Batches of fixed shapes: no score depends on what else is scored, in what order, or on how many ranks."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_model_transformer import VARIANTS, build
+
+from eval.rows import BATCH_TOKENS, IGNORED_LABEL, Row, Scorer, continuation_row, padded_length, rows_of_batch
+from quant.config import PRESETS
+from quant.linear import quantize_
+
+WINDOW = 96
+
+
+def model_of(recipe, dtype):
+    model = build(replace(VARIANTS["llama"], max_sequence_length=WINDOW)).to(dtype)
+    if recipe:
+        quantize_(model, PRESETS[recipe])
+    return model
+
+
+def scorer_of(model, **ranks):
+    return Scorer(lambda tokens, labels: model(tokens, labels, reduction="none"), WINDOW, **ranks)
+
+
+def random_rows(count, seed=0, vocab_size=96):
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(2, WINDOW + 2, (), generator=generator))
+        tokens = torch.randint(vocab_size, (length,), generator=generator).tolist()
+        scored = int(torch.randint(1, length, (), generator=generator))
+        rows.append(continuation_row(tokens[:-scored], tokens[-scored:], WINDOW))
+    return rows
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_padded_length_holds_the_row_and_wastes_little(num_tokens, window):
+    num_tokens = min(num_tokens, window)
+    length = padded_length(num_tokens, window)
+    assert num_tokens <= length <= window
+    assert length <= max(16, 1.5 * num_tokens)
+
+
+def test_few_lengths_are_there():
+    lengths = {padded_length(n, 2048) for n in range(1, 2049)}
+    assert sorted(lengths) == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+
+
+def test_continuation_counts_and_context_is_cut_from_the_left():
+    assert continuation_row([1, 2, 3], [4, 5], 10) == Row((1, 2, 3, 4), (IGNORED_LABEL, IGNORED_LABEL, 4, 5))
+    assert continuation_row([1, 2, 3], [4, 5], 3) == Row((2, 3, 4), (IGNORED_LABEL, 4, 5))
+    assert continuation_row([1, 2, 3], [4, 5], 2) == Row((3, 4), (4, 5))
+    for context, continuation in (([1], [2, 3, 4]), ([], [1]), ([1], [])):
+        with pytest.raises(ValueError, match="does not fit"):
+            continuation_row(context, continuation, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recipe", [None, "bitnet-b1.58", "nielsen-2025", "quest"])
+def test_other_rows_change_no_bit_of_a_score(recipe, dtype):
+    model = model_of(recipe, dtype)
+    scorer, rows = scorer_of(model), random_rows(150)
+    together = scorer.log_likelihoods(rows)
+    assert scorer.log_likelihoods(rows[::-1])[::-1] == together
+    assert [scorer.log_likelihoods([row])[0] for row in rows[:12]] == together[:12]
+    assert scorer.log_likelihoods(rows[40:90]) == together[40:90]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_share_the_batches_and_change_no_bit(world_size):
+    model, rows = model_of("bitnet-b1.58", torch.bfloat16), random_rows(200)
+    parts, calls, told = [], [], []
+
+    def nll(tokens, labels):
+        calls[-1] += 1
+        return model(tokens, labels, reduction="none")
+
+    for rank in range(world_size):
+        calls.append(0)
+        told.append(0)
+
+        def advance(count):
+            told[-1] += count
+
+        gathered = []
+        scorer = Scorer(nll, WINDOW, rank=rank, world_size=world_size, reduce_sum=gathered.append)
+        scorer.log_likelihoods(rows, advance)
+        parts.append(gathered[0])
+    assert torch.stack(parts).sum(0).tolist() == scorer_of(model).log_likelihoods(rows)
+    assert sum(bool(part.any()) for part in parts) > 1, "one rank did all"
+    assert len(set(calls)) == 1, "a sharded model needs every rank as often"
+    assert told == [len(rows)] * world_size
+
+
+def test_scores_are_those_of_a_plain_forward_pass():
+    model = model_of(None, torch.float64)
+    rows = random_rows(40)
+    with torch.no_grad():
+        for row, found in zip(rows, scorer_of(model).log_likelihoods(rows), strict=True):
+            log_probabilities = model(torch.tensor([row.tokens]))[0].log_softmax(-1)
+            expected = sum(
+                log_probabilities[place, label].item()
+                for place, label in enumerate(row.labels)
+                if label != IGNORED_LABEL
+            )
+            assert math.isclose(found, expected, rel_tol=1e-9)
+
+
+def test_shape_depends_on_the_length_alone():
+    shapes = set()
+
+    def nll(tokens, labels):
+        shapes.add(tuple(tokens.shape))
+        return torch.zeros(tokens.shape)
+
+    Scorer(nll, 6000).log_likelihoods([Row((1,) * n, (1,) * n) for n in (1, 16, 17, 5000, 6000)])
+    assert shapes == {(256, 16), (128, 32), (1, 6000)}
+    assert rows_of_batch(16) * 16 == BATCH_TOKENS

@@ -1,0 +1,263 @@
+"""`tritrain eval` and `tritrain perplexity` on real runs and folders, and tasks while training."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_group
+from test_launcher_hf_packed import pack_folder
+from test_launcher_hf_source import load, write_variant
+from test_launcher_resume import run as train_run
+from tiny import tiny_config
+from tiny_tasks import NUM_EXAMPLES, write_tasks
+
+from data.errors import DataError
+from eval.tasks import DEFINITIONS
+from launcher.checkpoint import complete_checkpoints
+from launcher.config import ConfigError
+from launcher.config_file import parse_config, to_tree
+from launcher.console import Console
+from launcher.measuring import RESULTS, Evaluation, TextMeasurement, check_tasks, evaluate, measure_text, read_results
+from launcher.metrics import read_metrics
+from launcher.runtime import Ranks
+from launcher.source import CheckpointError
+from launcher.subject import locations_of, open_subject
+
+pytest.importorskip("lm_eval")
+
+QUANTIZATION = {"precision": "ternary", "steps": 4, "transition": {"ramp": {"shape": "linear", "steps": 3}}}
+
+
+def this_rank() -> Ranks:
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+
+
+def train_with_and_without_tasks(shards, folder, mirror):
+    for name, tasks in (("with", ["paper11", "piqa-harness"]), ("without", [])):
+        config = tiny_config(
+            Path(shards),
+            Path(folder) / name,
+            model={"max_sequence_length": 160},
+            training={"compute_dtype": "bf16"},
+            phases=[{"precision": "16-bit", "steps": 4}, QUANTIZATION],
+            checkpoint={"interval_steps": 2, "keep_last": 0},
+            logging={"tensorboard": name == "with", "interval_steps": 5},
+            evaluation={"tasks": tasks, "task_data": mirror, "tasks_interval_steps": 3, "tasks_limit": 2}
+            if tasks
+            else {},
+        )
+        train_run(config)
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("mirror") / "tasks")
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory, mirror):
+    """A run that does tasks while it trains and one that does not, on two ranks, through a ramp."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_group(2, train_with_and_without_tasks, str(shards), str(folder), str(mirror))
+    return folder
+
+
+def evaluate_here(*arguments):
+    evaluate(Evaluation(*arguments), this_rank(), Console(silent=True))
+
+
+def scores(path):
+    return {(record["step"], record["task"]): record["scores"] for record in read_results(path)}
+
+
+def test_tasks_change_nothing_of_training(runs):
+    rows = [
+        {
+            row["step"]: row["validation/loss"]
+            for row in read_metrics(runs / name / "metrics.jsonl")
+            if "validation/loss" in row
+        }
+        for name in ("with", "without")
+    ]
+    assert rows[0] == rows[1]
+    last = [
+        complete_checkpoints(runs / name / "checkpoints")[-1] / "rank-00000.safetensors" for name in ("with", "without")
+    ]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_tasks_while_training_are_done_when_asked_and_no_step_s_loss_is_lost(runs):
+    rows = read_metrics(runs / "with" / "metrics.jsonl")
+    done = [row for row in rows if "eval/piqa/acc_norm" in row]
+    assert [row["step"] for row in done] == [3, 4, 6, 8]
+    labels = [*DEFINITIONS, "piqa-harness"]
+    assert {key.split("/")[1] for key in done[0] if key.startswith("eval/")} == set(labels)
+    assert all(key in done[0] for key in ("eval/mrpc/f1", "eval/mrpc/bits_per_byte", "eval/cb/acc"))
+    logged = [row["step"] for row in rows if "train/loss" in row]
+    assert set(logged) >= {3, 4, 5, 6, 8}
+
+
+def test_a_run_is_evaluated_checkpoint_by_checkpoint_and_as_it_was_while_training(runs, mirror, tmp_path):
+    """Neither ranks and sharding nor whether the model trains change a bit of a score, on the ramp or behind it."""
+    every = locations_of(str(runs / "with"), every=True)
+    assert [Path(folder).name for folder in every] == [f"step-{step:08d}" for step in (2, 4, 6, 8)]
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for world_size, out in zip((1, 2), files, strict=True):
+        run_group(world_size, evaluate_here, every, ["paper11", "piqa-harness"], str(mirror), 2, str(out), None)
+    one, two = map(scores, files)
+    assert one == two
+    assert len(one) == 4 * 12
+    for row in read_metrics(runs / "with" / "metrics.jsonl"):
+        for key, value in row.items():
+            if key.startswith("eval/") and row["step"] in (4, 6, 8):
+                _, label, metric = key.split("/")
+                assert one[row["step"], label][metric]["value"] == value, (row["step"], key)
+
+
+def test_finished_tasks_are_reused_until_model_examples_or_style_change(runs, mirror, tmp_path, monkeypatch, capsys):
+    import eval.harness
+
+    calls = []
+    original = eval.harness.answer_rows
+
+    def answer_rows(label, *arguments, **keywords):
+        calls.append(label)
+        if label == "copa" and len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(label, *arguments, **keywords)
+
+    monkeypatch.setattr(eval.harness, "answer_rows", answer_rows)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        ranks, out = this_rank(), tmp_path / "results.json"
+
+        def do(tasks, limit=None, model="with"):
+            calls.clear()
+            asked = Evaluation([str(runs / model)], tasks, str(mirror), limit, str(out), None)
+            evaluate(asked, ranks, Console(silent=False))
+            return list(calls)
+
+        with pytest.raises(KeyboardInterrupt):
+            do(["piqa", "copa", "cb"])
+        assert do(["piqa", "copa", "cb"]) == ["copa", "cb"]
+        assert do(["piqa", "copa", "cb"]) == []
+        assert do(["copa"], limit=1) == ["copa"]
+        assert do(["copa-harness"]) == ["copa-harness"]
+        table = capsys.readouterr().out
+        assert re.search(r"copa-harness\s*│\s*3\s*│\s*acc\s*│\s*[\d.]+ ± [\d.]+\s*│", table)
+        assert "piqa  3" not in table
+        out.write_text("[]")
+        with pytest.raises(DataError, match="holds no results"):
+            do(["piqa"])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_results_and_points_go_into_the_run(runs, mirror):
+    run_group(1, evaluate_here, [str(runs / "with")], ["sst2"], str(mirror), None, None, None)
+    [record] = read_results(runs / "with" / RESULTS)
+    assert (record["step"], record["task"], record["num_examples"]) == (8, "sst2", NUM_EXAMPLES)
+    assert record["scores"].keys() == {"acc", "bits_per_byte"}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs / "with" / "tensorboard"))
+    events.Reload()
+    points = [(point.step, point.value) for point in events.Scalars("eval/sst2/bits_per_byte")]
+    assert points[-1] == (8, pytest.approx(record["scores"]["bits_per_byte"]["value"]))
+    assert [step for step, _ in points] == [3, 4, 6, 8, 8]
+
+
+def measure_here(*arguments):
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        measure_text(TextMeasurement(*arguments), this_rank(), Console(silent=False))
+    return told.getvalue()
+
+
+def test_perplexity_is_the_same_on_any_number_of_ranks(runs, shards, tmp_path):
+    path = tmp_path / "text.jsonl"
+    texts = ["some words " * 40, "né", "more of them"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run = str(runs / "with")
+    one, two = (run_group(world_size, measure_here, run, [str(path)], 64, 16, True, None)[0] for world_size in (1, 2))
+    assert one == two
+    assert f"3 documents, {sum(len(text.encode()) for text in texts):,} bytes" in one
+    assert re.search(r"bits per byte +\d\.\d{6}\n", one)
+    assert "windows of 64 tokens, moved by 16, each document by itself" in one
+    with pytest.raises(ConfigError, match="--window 161"):
+        run_group(1, measure_here, run, [str(path)], 161, None, True, None)
+
+
+def nll_here(folder, tokenizer, tokens, labels):
+    return open_subject(folder, this_rank(), tokenizer).scorer.token_nll(tokens, labels)
+
+
+@pytest.mark.parametrize("linear_class", [None, "bitlinear", "autobitlinear"])
+def test_folders_compute_as_stored(tmp_path, shards, linear_class):
+    """A packed folder multiplies its own codes and scales by 8-bit activations, in either convention."""
+    from quant.config import QuantConfig
+    from quant.linear import QuantLinear, quantize_
+
+    write_variant(tmp_path / "hf", "bitnet")
+    model = load(tmp_path / "hf")
+    if linear_class:
+        quantize_(model, QuantConfig())
+        pack_folder(tmp_path / "hf", linear_class)
+    assert any(isinstance(module, QuantLinear) for module in model.modules()) == bool(linear_class)
+    tokens = torch.arange(24).view(2, 12)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json", 20)
+    [found] = run_group(1, nll_here, str(tmp_path / "hf"), str(tokenizer), tokens, tokens + 1)
+    with torch.no_grad():
+        assert torch.equal(found, model(tokens, tokens + 1, reduction="none")) or linear_class == "bitlinear"
+        assert torch.allclose(found, model(tokens, tokens + 1, reduction="none"), atol=1e-4)
+
+
+def write_tokenizer(path, vocab_size):
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE({chr(0x4E00 + n): n for n in range(vocab_size - 1)}, []))
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(path))
+    return path
+
+
+def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
+    with pytest.raises(ConfigError, match="no task 'pika'; did you mean piqa"):
+        check_tasks(["pika"], None)
+    (tmp_path / "copa_validation.jsonl").touch()
+    with pytest.raises(DataError, match=r"lacks openbookqa_validation\.jsonl, sst2_validation\.jsonl; a mirror"):
+        check_tasks(["openbookqa", "sst2", "copa"], str(tmp_path))
+    with pytest.raises(CheckpointError, match="no run with checkpoints"):
+        locations_of(str(complete_checkpoints(runs / "with" / "checkpoints")[0]), every=True)
+    write_variant(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"tokenizer is not to be found.*--tokenizer"):
+        open_subject(str(tmp_path / "hf"), Ranks(0, 1, 0, torch.device("cpu")))
+    large = write_tokenizer(tmp_path / "tokenizer.json", 500)
+    with pytest.raises(CheckpointError, match=r"has 500 tokens and the model \d+; .*another model"):
+        open_subject(str(tmp_path / "hf"), Ranks(0, 1, 0, torch.device("cpu")), str(large))
+
+
+def test_without_the_harness_there_is_advice(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"pip install 'tritrain\[eval\]'"):
+        check_tasks(["piqa"], None)
+
+
+def test_configuration_of_tasks_is_checked(shards, tmp_path):
+    tree = to_tree(tiny_config(shards, tmp_path))
+    for evaluation, message in (
+        ({"tasks": ["hellaswga"], "tasks_interval_steps": 5}, r"evaluation.tasks: .*did you mean hellaswag"),
+        ({"tasks": ["piqa"]}, r"evaluation.tasks_interval_steps: goes with evaluation.tasks"),
+        ({"tasks_interval_steps": 5}, r"evaluation.tasks_interval_steps: goes with evaluation.tasks"),
+        ({"tasks": ["piqa"], "tasks_interval_steps": 5, "tasks_limit": 0}, r"evaluation.tasks_limit: is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config(tree | {"evaluation": evaluation})
