@@ -247,8 +247,8 @@ def export(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default what the run computes in.")] = None,
     linear_class: Annotated[
-        str, typer.Option(help="hf-ternary: bitlinear (integer products) or autobitlinear (faster, more memory).")
-    ] = "bitlinear",
+        str | None, typer.Option(help="hf-ternary: bitlinear (the default) or autobitlinear (faster, more memory).")
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Its file; by default that of the run's data.")] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
 ) -> None:
@@ -263,6 +263,10 @@ def export(
             raise ConfigError(f"{option} {value}: {' and '.join(known)} are there")
     if weights is not None and into != "hf":
         raise ConfigError(f"--weights {weights}: belongs to --format hf; {into} holds codes")
+    if linear_class is not None and into != "hf-ternary":
+        raise ConfigError(f"--linear-class {linear_class}: belongs to --format hf-ternary")
+    if tokenizer and no_tokenizer:
+        raise ConfigError("--tokenizer and --no-tokenizer exclude each other")
     if to.exists():
         raise ConfigError(f"{to}: is there already; name what is not")
     opened = open_exportable(checkpoint, ternary=into != "hf" or weights == "dequantized")
@@ -284,7 +288,7 @@ def export(
         to,
         weights="packed" if into == "hf-ternary" else weights,  # type: ignore[arg-type]
         dtype=torch_dtype(DTYPES[dtype]) if dtype else None,
-        linear_class=linear_class,  # type: ignore[arg-type]
+        linear_class=linear_class or "bitlinear",  # type: ignore[arg-type]
         tokenizer=file,
     )
     Console(silent=False).line(f"Written: {to}")
