@@ -89,21 +89,9 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
-    normalizer = proto.normalizer_spec
-    kinds = {piece.type for piece in proto.pieces}
-    problem = None
-    if proto.trainer_spec.model_type != BPE:
-        problem = "is a unigram model, whose ties a tokenizer.json resolves otherwise"
-    elif sum(piece.type == BYTE for piece in proto.pieces) != 256:
-        problem = "has no pieces for the 256 bytes, so that it loses characters"
-    elif normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        problem = f"changes texts (normalization {normalizer.name}, remove_extra_whitespaces)"
-    elif not normalizer.escape_whitespaces or proto.trainer_spec.treat_whitespace_as_suffix:
-        problem = "treats spaces in its own way"
-    elif others := kinds - {NORMAL, UNKNOWN, CONTROL, BYTE}:
-        problem = f"has pieces of kinds {sorted(others)}, user-defined or unused"
-    if problem:
+    if problem := bpe_problem(proto):
         raise DataError(f"{path}: {problem}; SentencePiece BPE with byte fallback is exported exactly{ADVICE}")
+    normalizer = proto.normalizer_spec
     names = [_spelled(piece.piece) if piece.type == NORMAL else piece.piece for piece in proto.pieces]
     scores = {name: piece.score for name, piece in zip(names, proto.pieces, strict=True) if piece.type == NORMAL}
     ids = {name: index for index, name in enumerate(names)}
@@ -142,6 +130,22 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
             "merges": [[left, right] for _, _, left, right in sorted(merges)],
         },
     }
+
+
+def bpe_problem(proto: Any) -> str | None:
+    """Why a SentencePiece model does more than merge pairs by score and fall back to bytes; None if it does not."""
+    normalizer = proto.normalizer_spec
+    if proto.trainer_spec.model_type != BPE:
+        return "is a unigram model, whose choices other libraries do not make exactly"
+    if sum(piece.type == BYTE for piece in proto.pieces) != 256:
+        return "has no pieces for the 256 bytes, so that it loses characters"
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        return f"changes texts (normalization {normalizer.name}, remove_extra_whitespaces)"
+    if not normalizer.escape_whitespaces or proto.trainer_spec.treat_whitespace_as_suffix:
+        return "treats spaces in its own way"
+    if others := {piece.type for piece in proto.pieces} - {NORMAL, UNKNOWN, CONTROL, BYTE}:
+        return f"has pieces of kinds {sorted(others)}, user-defined or unused"
+    return None
 
 
 def _spelled(piece: str) -> str:

@@ -19,7 +19,7 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(help="Configuration, a YAML file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value: override one key.", show_default=False)]
-EXPORT_FORMATS = ("hf", "hf-ternary")
+EXPORT_FORMATS = ("hf", "hf-ternary", "gguf")
 HF_WEIGHTS = ("latent", "dequantized")
 LINEAR_CLASSES = ("bitlinear", "autobitlinear")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -241,13 +241,20 @@ def torch_dtype(name: str) -> Any:
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or a run, of which the newest is taken.")],
     to: Annotated[Path, typer.Option(help="What to make; must not be there yet.")],
-    into: Annotated[str, typer.Option("--format", help="hf (16 bits) or hf-ternary (packed codes).")],
+    into: Annotated[str, typer.Option("--format", help="hf (16 bits), hf-ternary (packed codes) or gguf.")],
     weights: Annotated[
         str | None, typer.Option(help="hf, of a ternary phase: latent (to train on) or dequantized (to run).")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default what the run computes in.")] = None,
     linear_class: Annotated[
-        str | None, typer.Option(help="hf-ternary: bitlinear (the default) or autobitlinear (faster, more memory).")
+        str | None,
+        typer.Option(help="hf-ternary: bitlinear (default; integer products) or autobitlinear (faster, more memory)."),
+    ] = None,
+    block_type: Annotated[
+        str | None, typer.Option("--type", help="gguf: tq2_0 (default), tq1_0 (smaller, slower), q8_0 or f16.")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="gguf: q8_0 or f16, of embedding and head; by default f16 beside f16, else q8_0.")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Its file; by default that of the run's data.")] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
@@ -255,21 +262,32 @@ def export(
     """Write a model for other programs to run. Needs no GPU."""
     from launcher.config import ConfigError
     from launcher.export import open_exportable
+    from launcher.gguf_export import EMBEDDING_TYPES, export_gguf
     from launcher.hf_export import export_hf
+    from quant.gguf import BLOCK_TYPES, TERNARY_TYPES
 
-    choices = {"--format": (into, EXPORT_FORMATS), "--dtype": (dtype, DTYPES), "--weights": (weights, HF_WEIGHTS)}
-    for option, (value, known) in (choices | {"--linear-class": (linear_class, LINEAR_CLASSES)}).items():
+    if into not in EXPORT_FORMATS:
+        raise ConfigError(f"--format {into}: {' and '.join(EXPORT_FORMATS)} are there")
+    for option, value, known, formats in (
+        ("--dtype", dtype, DTYPES, ("hf", "hf-ternary")),
+        ("--weights", weights, HF_WEIGHTS, ("hf",)),
+        ("--linear-class", linear_class, LINEAR_CLASSES, ("hf-ternary",)),
+        ("--type", block_type, BLOCK_TYPES, ("gguf",)),
+        ("--embeddings", embeddings, EMBEDDING_TYPES, ("gguf",)),
+    ):
         if value is not None and value not in known:
             raise ConfigError(f"{option} {value}: {' and '.join(known)} are there")
-    if weights is not None and into != "hf":
-        raise ConfigError(f"--weights {weights}: belongs to --format hf; {into} holds codes")
-    if linear_class is not None and into != "hf-ternary":
-        raise ConfigError(f"--linear-class {linear_class}: belongs to --format hf-ternary")
+        if value is not None and into not in formats:
+            raise ConfigError(f"{option} {value}: belongs to --format {' and '.join(formats)}")
+    if no_tokenizer and into == "gguf":
+        raise ConfigError("--no-tokenizer: a GGUF file holds one")
     if tokenizer and no_tokenizer:
         raise ConfigError("--tokenizer and --no-tokenizer exclude each other")
     if to.exists():
         raise ConfigError(f"{to}: is there already; name what is not")
-    opened = open_exportable(checkpoint, ternary=into != "hf" or weights == "dequantized")
+    block_type = block_type or "tq2_0"
+    codes = {"hf": weights == "dequantized", "hf-ternary": True, "gguf": block_type in TERNARY_TYPES}
+    opened = open_exportable(checkpoint, ternary=codes[into])
     if into == "hf" and weights is None:
         if opened.quantization is not None:
             raise ConfigError(
@@ -280,9 +298,15 @@ def export(
     file = None if no_tokenizer else tokenizer or opened.tokenizer
     if file is None and not no_tokenizer:
         raise ConfigError(
-            f"{opened.source.location}: its tokenizer was not found; name it with --tokenizer, or leave it out with "
-            "--no-tokenizer"
+            f"{opened.source.location}: its tokenizer was not found; name it with --tokenizer"
+            + ("" if into == "gguf" else ", or leave it out with --no-tokenizer")
         )
+    console = Console(silent=False)
+    if into == "gguf":
+        assert file is not None
+        console.line(export_gguf(opened, to, into=block_type, embeddings=embeddings, tokenizer=file))  # type: ignore[arg-type]
+        console.line(f"Written: {to}")
+        return
     export_hf(
         opened,
         to,
@@ -291,7 +315,7 @@ def export(
         linear_class=linear_class or "bitlinear",  # type: ignore[arg-type]
         tokenizer=file,
     )
-    Console(silent=False).line(f"Written: {to}")
+    console.line(f"Written: {to}")
 
 
 @app.command()
