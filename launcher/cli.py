@@ -281,6 +281,8 @@ def export(
             raise ConfigError(f"{option} {value}: belongs to --format {' and '.join(formats)}")
     if no_tokenizer and into == "gguf":
         raise ConfigError("--no-tokenizer: a GGUF file holds one")
+    if tokenizer and no_tokenizer:
+        raise ConfigError("--tokenizer and --no-tokenizer exclude each other")
     if to.exists():
         raise ConfigError(f"{to}: is there already; name what is not")
     block_type = block_type or "tq2_0"
