@@ -247,8 +247,7 @@ def export(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default what the run computes in.")] = None,
     linear_class: Annotated[
-        str | None,
-        typer.Option(help="hf-ternary: bitlinear (default; integer products) or autobitlinear (faster, more memory)."),
+        str | None, typer.Option(help="hf-ternary: bitlinear (the default) or autobitlinear (faster, more memory).")
     ] = None,
     block_type: Annotated[
         str | None, typer.Option("--type", help="gguf: tq2_0 (default), tq1_0 (smaller, slower), q8_0 or f16.")
@@ -281,6 +280,8 @@ def export(
             raise ConfigError(f"{option} {value}: belongs to --format {' and '.join(formats)}")
     if no_tokenizer and into == "gguf":
         raise ConfigError("--no-tokenizer: a GGUF file holds one")
+    if tokenizer and no_tokenizer:
+        raise ConfigError("--tokenizer and --no-tokenizer exclude each other")
     if to.exists():
         raise ConfigError(f"{to}: is there already; name what is not")
     block_type = block_type or "tq2_0"

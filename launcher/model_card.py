@@ -26,7 +26,7 @@ LOADING = """
 ```python
 from transformers import AutoModelForCausalLM{tokenizer_import}
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER, torch_dtype="auto")
+model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
 {tokenizer_line}```
 """
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from test_launcher_hf_source import ModelSource
 from test_model_transformer import VARIANTS, build
 from tiny import tiny_config
 
@@ -18,28 +19,11 @@ from launcher.convert import write_streamed
 from launcher.export import open_exportable
 from launcher.export_codes import CodedMatrices
 from launcher.rollback import Rollback, write_rollbacks
-from launcher.source import CheckpointError, Source
+from launcher.source import CheckpointError
 from model.transformer import ModelConfig, Transformer
 from quant.config import PRESETS, QuantConfig
 from quant.linear import add_learned_scales_, quantize_, quantized_layers
 from quant.rounding import dequantize
-
-
-class ModelSource(Source):
-    """The parameters of a module."""
-
-    location = "a module"
-    has_moments = False
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.tensors = dict(model.named_parameters())
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def read(self, kind: str, name: str, start: int, length: int) -> torch.Tensor:
-        return self.tensors[name].detach().flatten()[start : start + length].float()
-
-    def read_step(self, name: str) -> float:
-        raise NotImplementedError
 
 
 def write_checkpoint(config: Config, model: torch.nn.Module, *, step: int, phase: int) -> Path:

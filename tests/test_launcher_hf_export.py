@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_launcher_convert import tritrain
-from test_launcher_export import ModelSource, ternary_config, write_checkpoint
+from test_launcher_export import ternary_config, write_checkpoint
+from test_launcher_hf_source import ModelSource
 from test_model_hf import FAMILIES
 from test_model_transformer import TINY, build, random_tokens
 
@@ -34,6 +35,15 @@ from quant.product import integer_product
 
 CLASSES = ("bitlinear", "autobitlinear")
 MODEL = replace(TINY, vocab_size=320, num_kv_heads=2, sub_norm=True, activation="relu2", max_sequence_length=128)
+
+
+PACKED = {
+    "absmean": QuantConfig(),
+    "fused": QuantConfig(weights="absmedian", fused=True),
+    "twn": QuantConfig(weights="twn"),
+    "gaussian": QuantConfig(weights="gaussian", gradient="trust"),
+    "binary": QuantConfig(levels="binary"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +135,9 @@ def test_the_wrong_convention_of_the_scale_is_far_off(transformers, tmp_path, ki
     assert not (wrong - trained).std() < 0.2 * trained.std()
 
 
-@pytest.mark.parametrize("weights", ["absmean", "absmedian", "twn", "gaussian"])
-def test_integer_products_are_those_of_training(transformers, tmp_path, weights):
+@pytest.mark.parametrize("recipe", PACKED.values(), ids=PACKED)
+def test_integer_products_are_those_of_training(transformers, tmp_path, recipe):
     """Codes of weights and of inputs, and so their products, in fp32 where `bitlinear` has the same integers."""
-    recipe = QuantConfig(weights=weights, fused=weights == "absmedian")
     model = build(MODEL)
     export_hf(exportable(model, recipe), tmp_path / "hf", weights="packed", dtype=torch.float32, tokenizer=None)
     theirs, ours = loaded(transformers, tmp_path / "hf"), ternary(model, recipe)
@@ -281,10 +290,13 @@ def test_what_cannot_be_written_leaves_nothing(run, shards, tmp_path, monkeypatc
     for changed, message in (
         (("--linear-class", "linear"), "--linear-class linear: bitlinear and autobitlinear are there"),
         (("--weights", "latent"), "--weights latent: belongs to --format hf"),
+        (("--tokenizer", shards, "--no-tokenizer"), "--tokenizer and --no-tokenizer exclude each other"),
         (("--dtype", "fp16"), "--dtype fp16: bf16 and fp32"),
     ):
         with pytest.raises(ConfigError, match=message):
             tritrain(*arguments, *changed)
+    with pytest.raises(ConfigError, match="--linear-class bitlinear: belongs to --format hf-ternary"):
+        tritrain(*arguments[:-1], "hf", "--linear-class", "bitlinear")
     with pytest.raises(DataError, match="no such tokenizer file"):
         tritrain(*arguments, "--tokenizer", tmp_path / "absent.model")
     monkeypatch.setattr("launcher.export._tokenizer_of", lambda config: None)
