@@ -106,7 +106,8 @@ def evaluate(asked: Evaluation, ranks: Ranks, console: Console) -> None:
     for text in asked.models:
         subject = open_subject(text, ranks, asked.tokenizer)
         out = Path(asked.out) if asked.out else default_results(subject)
-        records = [answer(task, rows[task], subject, out, ranks, console) for task in tasks]
+        is_part = asked.limit is not None
+        records = [answer(task, rows[task], subject, out, ranks, console, is_part=is_part) for task in tasks]
         console.table(
             f"{subject.location}{f', step {subject.step:,}' if subject.step is not None else ''}",
             ["task", "examples", "metric", "score", "bits per byte"],
@@ -116,9 +117,19 @@ def evaluate(asked: Evaluation, ranks: Ranks, console: Console) -> None:
 
 
 def answer(
-    task: Task, rows: list[dict[str, Any]], subject: Subject, out: Path, ranks: Ranks, console: Console
+    task: Task,
+    rows: list[dict[str, Any]],
+    subject: Subject,
+    out: Path,
+    ranks: Ranks,
+    console: Console,
+    *,
+    is_part: bool = False,
 ) -> dict[str, Any]:
-    """The record of one task, from the results or done now; a collective."""
+    """The record of one task, from the results or done now; a collective.
+
+    A part of a task makes no points in TensorBoard, where curves would mix it with the whole.
+    """
     from eval.harness import answer_rows
 
     key = {"task": task.label, "model": subject.identity, "examples": digest_of(rows)}
@@ -141,8 +152,8 @@ def answer(
     }
     if ranks.is_first:
         replace_file(out, json.dumps({"results": [*read_results(out), record]}, indent=2))
-        if subject.step is not None and subject.run is not None:
-            write_points(subject.run / "tensorboard", task, scores, subject.step)
+        if subject.step is not None and subject.run is not None and not is_part:
+            write_points(subject.run / "tensorboard" / "evaluation", task, scores, subject.step)
     return record
 
 
@@ -175,7 +186,7 @@ def default_results(subject: Subject) -> Path:
 
 
 def write_points(folder: Path, task: Task, scores: dict[str, Score], step: int) -> None:
-    """Write scores to a run's TensorBoard, at the step of the checkpoint."""
+    """Write scores beside a run's TensorBoard, as a curve of their own, at the step of the checkpoint."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
