@@ -1,12 +1,55 @@
-"""Text that a model writes, by running the whole window again for every token: for a look, not for service."""
+"""Text that a model writes: with a key-value cache, or, where several ranks share the model, without one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from data.tokenizer import Tokenizer
+from model.transformer import Transformer
 
-@torch.no_grad()
+
+def generate(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 256,
+    end_token: int | None = None,
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Continue a prompt, token by token.
+
+    It ends before the end token, after ``max_tokens``, or where the context is full.
+
+    Args:
+        model: on any device, the whole of it.
+        prompt: at least one token.
+        max_tokens: how many to add at most.
+        end_token: None to go on behind every token.
+        temperature: see `choose`.
+        top_p: see `choose`.
+        seed: of the choice.
+
+    Raises:
+        ValueError: the prompt fills the model's context.
+    """
+    context = model.config.max_sequence_length
+    if len(prompt) >= context:
+        raise ValueError(f"the prompt has {len(prompt)} tokens; the model's context is {context}, its answer included")
+    max_tokens = min(max_tokens, context - len(prompt))
+    cache, device = model.new_cache(1, len(prompt) + max_tokens), model.head.device
+
+    def next_logits(tokens: Sequence[int]) -> Tensor:
+        new = tokens[cache.num_tokens :]
+        return model.next_logits(torch.tensor([new], device=device), cache)[0]
+
+    tokens = _continuation(next_logits, prompt, max_tokens, temperature, top_p, seed)
+    return takewhile(lambda token: token != end_token, tokens)
+
+
 def sample_tokens(
     logits_of: Callable[[Tensor], Tensor],
     prompt: list[int],
@@ -17,7 +60,7 @@ def sample_tokens(
     temperature: float = 0.7,
     seed: int = 0,
 ) -> list[int]:
-    """Continue a prompt.
+    """Continue a prompt on a model that is being trained, by running the whole window again for every token.
 
     Every forward pass has the same shape, and there are always ``num_tokens`` of them, so that neither a compiled
     model nor several ranks that run it together notice what is sampled.
@@ -28,23 +71,76 @@ def sample_tokens(
         num_tokens: how many to add.
         window_tokens: what the model sees at once; earlier tokens are left out.
         end_token: the continuation is cut before it.
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: see `choose`.
         seed: of the choice.
 
     Returns:
         The continuation, without the prompt.
     """
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
-    for _ in range(num_tokens):
+
+    def next_logits(tokens: Sequence[int]) -> Tensor:
         visible = tokens[-window_tokens:]
         padded = torch.zeros(1, window_tokens, dtype=torch.int64)
         padded[0, : len(visible)] = torch.tensor(visible)  # what comes after them cannot be seen: attention is causal
-        logits_V = logits_of(padded)[0, len(visible) - 1].float().cpu()
-        if temperature == 0:
-            tokens.append(int(logits_V.argmax()))
-        else:
-            probabilities_V = (logits_V / temperature).softmax(-1)
-            tokens.append(int(torch.multinomial(probabilities_V, 1, generator=generator)))
-    continuation = tokens[len(prompt) :]
-    return continuation[: continuation.index(end_token)] if end_token in continuation else continuation
+        return logits_of(padded)[0, len(visible) - 1]
+
+    tokens = list(_continuation(next_logits, prompt, num_tokens, temperature, 1.0, seed))
+    return list(takewhile(lambda token: token != end_token, tokens))
+
+
+def _continuation(
+    next_logits: Callable[[Sequence[int]], Tensor],
+    prompt: Sequence[int],
+    num_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> Iterator[int]:
+    generator, tokens = torch.Generator().manual_seed(seed), list(prompt)
+    for _ in range(num_tokens):
+        with torch.no_grad():
+            tokens.append(choose(next_logits(tokens), temperature, top_p, generator))
+        yield tokens[-1]
+
+
+def choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Choose a token.
+
+    Args:
+        logits_V: of any dtype and device.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: only the likeliest tokens are kept, as many as together have this probability (arXiv 1904.09751, 3.1).
+        generator: of the CPU, so that the choice is the same on every device.
+    """
+    logits_V = logits_V.float().cpu()
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probabilities_V = (logits_V / temperature).softmax(-1)
+    if top_p < 1:
+        sorted_V, order_V = probabilities_V.sort(descending=True, stable=True)
+        probability_before_V = sorted_V.cumsum(-1) - sorted_V
+        probabilities_V[order_V[probability_before_V >= top_p]] = 0  # the first one is always kept
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))
+
+
+def pieces_of_text(tokenizer: Tokenizer, tokens: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
+    """The text of tokens as they come, each piece as soon as its characters are complete.
+
+    A character may be several tokens, of a byte each. Decoders write bytes that are no character yet as U+FFFD, some
+    of them with the whole characters before these, so all of these at the end wait for what comes next.
+
+    Args:
+        tokenizer: of the tokens.
+        tokens: the continuation.
+        prompt: what comes before them: a decoder may treat the first token of a text unlike others.
+    """
+    seen = list(prompt)
+    written = len(tokenizer.decode(seen))
+    for token in tokens:
+        seen.append(token)
+        text = tokenizer.decode(seen).rstrip("\ufffd")
+        if len(text) > written:
+            yield text[written:]
+            written = len(text)
+    if rest := tokenizer.decode(seen)[written:]:
+        yield rest

@@ -19,6 +19,10 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(help="Configuration, a YAML file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value: override one key.", show_default=False)]
+EXPORT_FORMATS = ("hf", "hf-ternary", "gguf")
+HF_WEIGHTS = ("latent", "dequantized")
+LINEAR_CLASSES = ("bitlinear", "autobitlinear")
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 RanksOption = Annotated[int | None, typer.Option("--ranks", min=1, help="Processes; by default the GPUs, or one.")]
 
 
@@ -205,8 +209,7 @@ def convert(
         return
     if into not in ("universal", "hf"):
         raise ConfigError(f"--format {into}: run, universal and hf are there")
-    dtypes = {"bf16": torch_dtype("bfloat16"), "fp32": torch_dtype("float32")}
-    if dtype not in dtypes:
+    if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: bf16 and fp32 are there")
     opened = open_source(source)
     given = load_config(config, changes) if config else None
@@ -219,7 +222,7 @@ def convert(
     if to.exists():
         raise ConfigError(f"{to}: is there already; name a folder that is not")
     if into == "hf":
-        convert_to_hf(opened, given, to, dtypes[dtype])
+        convert_to_hf(opened, given, to, torch_dtype(DTYPES[dtype]))
     else:
         check_sound(opened)
         write_universal(opened, to)
@@ -232,6 +235,85 @@ def torch_dtype(name: str) -> Any:
     import torch
 
     return getattr(torch, name)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or a run, of which the newest is taken.")],
+    to: Annotated[Path, typer.Option(help="What to make; must not be there yet.")],
+    into: Annotated[str, typer.Option("--format", help="hf (16 bits), hf-ternary (packed codes) or gguf.")],
+    weights: Annotated[
+        str | None, typer.Option(help="hf, of a ternary phase: latent (to train on) or dequantized (to run).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default what the run computes in.")] = None,
+    linear_class: Annotated[
+        str | None,
+        typer.Option(help="hf-ternary: bitlinear (default; integer products) or autobitlinear (faster, more memory)."),
+    ] = None,
+    block_type: Annotated[
+        str | None, typer.Option("--type", help="gguf: tq2_0 (default), tq1_0 (smaller, slower), q8_0 or f16.")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="gguf: q8_0 or f16, of embedding and head; by default f16 beside f16, else q8_0.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its file; by default that of the run's data.")] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
+) -> None:
+    """Write a model for other programs to run. Needs no GPU."""
+    from launcher.config import ConfigError
+    from launcher.export import open_exportable
+    from launcher.gguf_export import EMBEDDING_TYPES, export_gguf
+    from launcher.hf_export import export_hf
+    from quant.gguf import BLOCK_TYPES, TERNARY_TYPES
+
+    if into not in EXPORT_FORMATS:
+        raise ConfigError(f"--format {into}: {' and '.join(EXPORT_FORMATS)} are there")
+    for option, value, known, formats in (
+        ("--dtype", dtype, DTYPES, ("hf", "hf-ternary")),
+        ("--weights", weights, HF_WEIGHTS, ("hf",)),
+        ("--linear-class", linear_class, LINEAR_CLASSES, ("hf-ternary",)),
+        ("--type", block_type, BLOCK_TYPES, ("gguf",)),
+        ("--embeddings", embeddings, EMBEDDING_TYPES, ("gguf",)),
+    ):
+        if value is not None and value not in known:
+            raise ConfigError(f"{option} {value}: {' and '.join(known)} are there")
+        if value is not None and into not in formats:
+            raise ConfigError(f"{option} {value}: belongs to --format {' and '.join(formats)}")
+    if no_tokenizer and into == "gguf":
+        raise ConfigError("--no-tokenizer: a GGUF file holds one")
+    if to.exists():
+        raise ConfigError(f"{to}: is there already; name what is not")
+    block_type = block_type or "tq2_0"
+    codes = {"hf": weights == "dequantized", "hf-ternary": True, "gguf": block_type in TERNARY_TYPES}
+    opened = open_exportable(checkpoint, ternary=codes[into])
+    if into == "hf" and weights is None:
+        if opened.quantization is not None:
+            raise ConfigError(
+                f"--weights: is missing; {opened.source.location} is of a ternary phase. latent are the 16-bit weights "
+                "that it trains, dequantized those that it computes with"
+            )
+        weights = "latent"
+    file = None if no_tokenizer else tokenizer or opened.tokenizer
+    if file is None and not no_tokenizer:
+        raise ConfigError(
+            f"{opened.source.location}: its tokenizer was not found; name it with --tokenizer"
+            + ("" if into == "gguf" else ", or leave it out with --no-tokenizer")
+        )
+    console = Console(silent=False)
+    if into == "gguf":
+        assert file is not None
+        console.line(export_gguf(opened, to, into=block_type, embeddings=embeddings, tokenizer=file))  # type: ignore[arg-type]
+        console.line(f"Written: {to}")
+        return
+    export_hf(
+        opened,
+        to,
+        weights="packed" if into == "hf-ternary" else weights,  # type: ignore[arg-type]
+        dtype=torch_dtype(DTYPES[dtype]) if dtype else None,
+        linear_class=linear_class or "bitlinear",  # type: ignore[arg-type]
+        tokenizer=file,
+    )
+    console.line(f"Written: {to}")
 
 
 @app.command()
@@ -322,6 +404,31 @@ def measure(asked: Any, ranks: int | None) -> NoReturn:
     script = [str(Path(__file__).with_name("measuring.py")), json.dumps(asdict(asked))]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "launcher.torchrun", str(num_ranks), *script])
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A checkpoint or run of ours, or a Hugging Face folder.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(max=1.0, help="Keep the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32, of what is not ternary.")] = "bf16",
+    packed: Annotated[bool | None, typer.Option("--packed/--latent", help="Default: packed if ternary.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its file, where it is not found.")] = None,
+) -> None:
+    """Let a model continue a text, on the GPU where there is one; the text goes to stdout as it comes."""
+    from launcher.config import ConfigError
+    from launcher.generating import write_text
+
+    dtypes = {"bf16": torch_dtype("bfloat16"), "fp32": torch_dtype("float32")}
+    if dtype not in dtypes:
+        raise ConfigError(f"--dtype {dtype}: bf16 and fp32 are there")
+    if top_p <= 0:
+        raise ConfigError(f"--top-p {top_p}: must be above 0")
+    choice = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    write_text(model, prompt, dtype=dtypes[dtype], packed=packed, tokenizer=tokenizer, **choice)
 
 
 @app.command()

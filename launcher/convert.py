@@ -56,7 +56,7 @@ def preview(config: Config) -> list[list[str]]:
     with torch.device("meta"):
         model = Transformer(config.model)
     ternary = {f"{name}.weight" for name in matching_layers(model, quantization)} if quantization else set()
-    as_ternary = f"latent of {quantization.weights} codes" if quantization else ""
+    as_ternary = f"latent of {quantization.levels} codes, {quantization.weights}" if quantization else ""
     moments = {
         "keep": "both kept",
         "keep-variance": "first cleared, second kept",
@@ -201,7 +201,7 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
         CheckpointError: the source cannot be read, or the folder not be written.
         ConfigError: the configuration is needed and not there.
     """
-    from launcher.hf_source import write_hf
+    from launcher.hf_folder import write_hf
 
     model = config.model if config else model_of(source)
     if model is None:
@@ -224,9 +224,13 @@ def not_carried(source: Source, into: str) -> list[str]:
 
 def write_provenance(folder: Path, source: Source) -> None:
     """Leave beside a converted folder's files where they come from."""
-    content = {
+    (folder / "provenance.json").write_text(json.dumps(source_record(source), indent=2) + "\n")
+
+
+def source_record(source: Source) -> dict[str, Any]:
+    """Where files come from that were made of a source."""
+    return {
         "source": source.location,
         "source_digest": source_digest(source),
         "tritrain_version": version("tritrain"),
     }
-    (folder / "provenance.json").write_text(json.dumps(content, indent=2) + "\n")

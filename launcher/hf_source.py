@@ -1,4 +1,4 @@
-"""Hugging Face folders, read as a source and written from one: `config.json` and safetensors, in one file or several.
+"""Hugging Face folders, read as a source: `config.json` and safetensors, in one file or several.
 
 Nothing but ranges of tensors is ever in memory, and Transformers is not needed.
 
@@ -12,20 +12,17 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from launcher.checkpoint_reader import mismatches
-from launcher.location import create, flush_folder, is_local, reaching, remove_folder
-from launcher.source import CheckpointError, Source, in_pieces
-from launcher.tensor_file import Entry, TensorFile, TensorFileError, write_tensors
-from model.hf import config_from_hf, config_to_hf
+from launcher.location import reaching
+from launcher.source import CheckpointError, Source
+from launcher.tensor_file import Entry, TensorFile, TensorFileError
+from model.hf import config_from_hf
 from model.size import is_projection, parameter_shapes
-from model.transformer import ModelConfig
 from quant.codes import CODES_PER_BYTE, unpack_block
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -34,7 +31,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DERIVED = "rotary_emb.inv_freq"
 """End of the names of a buffer that old Llama folders hold and every program computes."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MAX_SHARD_BYTES = 5 * 10**9
 
 NOT_IN_A_FOLDER = (
     "A Hugging Face folder holds no optimizer moments: the optimizer starts anew.",
@@ -63,6 +59,8 @@ class Packing:
     """Whether a weight is its code divided by the scale, or multiplied by it."""
     left_out: tuple[str, ...]
     """Modules with one of these in their dotted names are not packed."""
+    online: bool
+    """Whether the weights are stored in 16 bits and quantized while computing."""
 
     def applies_to(self, name: str) -> bool:
         """Whether the parameter of this name is packed."""
@@ -85,14 +83,16 @@ class HuggingFaceSource(Source):
     def __init__(self, folder: Path) -> None:
         self.location = str(folder)
         hf_config = _read_json(folder / CONFIG)
-        with _naming(folder / CONFIG):
-            self._packing = _read_packing(hf_config.pop("quantization_config", None))
+        with naming(folder / CONFIG):
+            packing = _read_packing(hf_config.pop("quantization_config", None))
             self.model_config = config_from_hf(hf_config)
+        self._packing = None if packing and packing.online else packing
         self.is_packed = self._packing is not None
+        self.first_token: Any = hf_config.get("bos_token_id")
         self._files: dict[str, TensorFile] = {}
         self._paths: dict[str, Path] = {}
         for path in _weight_files(folder):
-            with _naming(path):
+            with naming(path):
                 file = TensorFile(path)
             for name in file.entries:
                 if name in self._files:
@@ -107,18 +107,20 @@ class HuggingFaceSource(Source):
                 f"but the folder holds only {len(found)} tensors"
             )
         self.shapes = parameter_shapes(self.model_config)
+        self.ternary = tuple(name for name in self.shapes if packing and packing.applies_to(name))
+        """Weights that Transformers computes with as codes, whether they are stored as such or not."""
         if problems := _problems(found, self.shapes, self._packing):
-            raise CheckpointError(_listed(f"{folder} does not hold the model that its {CONFIG} describes", problems))
+            raise CheckpointError(listed(f"{folder} does not hold the model that its {CONFIG} describes", problems))
         self.missing = NOT_IN_A_FOLDER
         if narrow := {found[name].dtype for name in self.shapes} & {torch.bfloat16, torch.float16}:
-            self.missing += (NOT_IN_16_BITS.format(" and ".join(sorted(map(_name, narrow)))),)
+            self.missing += (NOT_IN_16_BITS.format(" and ".join(sorted(map(dtype_name, narrow)))),)
         if self._packing:
             self.missing += (NOT_IN_CODES,)
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         if kind != "weight":
             raise CheckpointError(f"{self.location}: a Hugging Face folder holds no {kind}")
-        with _naming(self._paths[name]):
+        with naming(self._paths[name]):
             if self._packing and self._packing.applies_to(name):
                 return self._read_packed(name, start, length, divides=self._packing.divides)
             return self._files[name].read(name, start, length).float()
@@ -134,18 +136,36 @@ class HuggingFaceSource(Source):
             if first < last:
                 packed = file.read(name, first - block * num_bytes, last - first)
                 values[first - start : last - start] = unpack_block(packed, block)
+        scale = self._scale(name)
+        return values / scale if divides else values * scale
+
+    def _scale(self, name: str) -> Tensor:
         scale_name = f"{name}_scale"
         scale = self._files[scale_name].read(scale_name).float()
         if not 0 < scale.item() < torch.inf:
             raise TensorFileError(f"{scale_name} is {scale.item()} and must be positive")
-        return values / scale if divides else values * scale
+        return scale
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """The codes of a packed weight as they are stored, uint8 [O / 4, I], and what they are multiplied by, [1, 1].
+
+        Raises:
+            CheckpointError: a byte or the scale is none that may be there.
+        """
+        assert self._packing is not None, "the folder is not packed"
+        file = self._files[name]
+        with naming(self._paths[name]):
+            packed_RI, scale = file.read(name).view(file.entries[name].shape), self._scale(name)
+            for block in range(CODES_PER_BYTE):
+                unpack_block(packed_RI, block)  # raises where a byte is none
+        return packed_RI, (1 / scale if self._packing.divides else scale).view(1, 1)
 
     def read_step(self, name: str) -> float:
         raise CheckpointError(f"{self.location}: a Hugging Face folder holds no optimizer moments, so no steps of them")
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Turn what is wrong with a file into one error that names it."""
     with reaching(path):
         try:
@@ -155,7 +175,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    with _naming(path):
+    with naming(path):
         if not path.is_file():
             raise CheckpointError(f"{path} is not there; a Hugging Face folder has one")
         try:
@@ -186,15 +206,14 @@ def _read_packing(quantization: Any) -> Packing | None:
     if not isinstance(left_out, list) or not all(isinstance(part, str) for part in left_out):
         problems.append(f"modules_to_not_convert {left_out!r}: must be a list of names")
     if problems:
-        raise ValueError(_listed("its quantization_config cannot be read", problems))
-    if layer == "autobitlinear" and mode == "online":
-        return None  # quantized from the weights while it computes
-    return Packing(divides=layer == "bitlinear", left_out=tuple(left_out))
+        raise ValueError(listed("its quantization_config cannot be read", problems))
+    online = layer == "autobitlinear" and mode == "online"
+    return Packing(divides=layer == "bitlinear", left_out=tuple(left_out), online=online)
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files to read, all of which are there; the one file goes before the index, as in Transformers."""
-    with _naming(folder):
+    with naming(folder):
         if (folder / WEIGHTS).is_file():
             return [folder / WEIGHTS]
         if not (folder / INDEX).is_file():
@@ -202,7 +221,7 @@ def _weight_files(folder: Path) -> list[Path]:
             advice = f"; {PICKLE} is a pickle, which is never opened: save the model as safetensors" if pickled else ""
             raise ValueError(f"has neither {WEIGHTS} nor {INDEX}{advice}")
     weight_map = _read_json(folder / INDEX).get("weight_map")
-    with _naming(folder / INDEX):
+    with naming(folder / INDEX):
         if not weight_map or not isinstance(weight_map, dict) or any(type(v) is not str for v in weight_map.values()):
             raise ValueError("must have a weight_map from names of tensors to names of files")
         names = sorted(set(weight_map.values()))
@@ -240,92 +259,16 @@ def _problems(found: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]],
             problems.append(f"shape: {name} is {found[name].shape} and must be {shape}")
         if name in found and found[name].dtype not in dtypes:
             problems.append(
-                f"dtype: {name} is {_name(found[name].dtype)} and must be {' or '.join(map(_name, dtypes))}"
+                f"dtype: {name} is {dtype_name(found[name].dtype)} and must be {' or '.join(map(dtype_name, dtypes))}"
             )
     return problems
 
 
-def _listed(what: str, problems: list[str]) -> str:
+def listed(what: str, problems: list[str]) -> str:
+    """Problems, each in a line of its own."""
     return "\n  ".join([f"{what}:", *problems])
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that other programs have for it."""
     return str(dtype).removeprefix("torch.")
-
-
-def write_hf(
-    source: Source,
-    config: ModelConfig,
-    folder: Path,
-    dtype: torch.dtype = torch.bfloat16,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens, and with the same parameters as the source.
-
-    Of a ternary run these are the latent weights, rounded to ``dtype``, not the codes: a 16-bit model, to go on with
-    or to fine-tune. The weights are read and written a chunk at a time. The folder is there when it is complete, not
-    before: until then it is `NAME.tmp`, and in a remote store it has no `config.json`.
-
-    Args:
-        source: of the weights; its moments are not written.
-        config: of its model.
-        folder: to be written; must not be there.
-        dtype: bfloat16, or float32 to round nothing.
-        max_shard_bytes: a file holds no more, unless one tensor alone is larger; several files come with an index.
-
-    Raises:
-        CheckpointError: no Hugging Face family has this configuration, the source does not fit it (all that differs is
-            listed) or cannot be read, the folder is there already or cannot be written.
-    """
-    assert dtype in (torch.bfloat16, torch.float32), dtype
-    shapes = parameter_shapes(config)
-    with _naming(folder):
-        hf_config = {**config_to_hf(config), "torch_dtype": _name(dtype)}
-        if folder.exists():
-            raise ValueError("is there already; name another folder, or remove it")
-    if problems := list(mismatches(source, set(shapes), shapes)):
-        raise CheckpointError(_listed(f"{source.location} does not fit the model", problems))
-    entries = [(name, dtype, shape) for name, shape in shapes.items()]
-    shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
-    room = max_shard_bytes
-    for entry in entries:
-        num_bytes = _num_bytes(entry)
-        if shards[-1] and num_bytes > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(entry)
-        room -= num_bytes
-
-    building = folder.with_name(f"{folder.name}.tmp") if is_local(folder) else folder
-    with reaching(folder):
-        remove_folder(building)
-        try:
-            if is_local(building):
-                building.mkdir(parents=True)
-            weight_map: dict[str, str] = {}
-            for number, shard in enumerate(shards, start=1):
-                name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
-                values = ((piece.to(dtype) for piece in in_pieces(source, "weight", entry[0])) for entry in shard)
-                with create(building / name) as file:
-                    write_tensors(file, shard, values, {}, with_digests=False)
-                weight_map |= dict.fromkeys((entry[0] for entry in shard), name)
-            if len(shards) > 1:
-                total = {"total_size": sum(map(_num_bytes, entries))}
-                _write_json(building / INDEX, {"metadata": total, "weight_map": weight_map})
-            _write_json(building / CONFIG, hf_config)
-            flush_folder(building)
-            if building != folder:
-                building.rename(folder)
-                flush_folder(folder.parent)
-        except BaseException:
-            remove_folder(building)
-            raise
-
-
-def _num_bytes(entry: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
-    return prod(entry[2]) * entry[1].itemsize
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with create(path) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")

@@ -82,7 +82,7 @@ def has_not_recovered(
     before, after = guard.loss_before, guard.loss_after
     if before is None or after is None or not any_rank(after > before, ranks):
         return False
-    attempts = rollbacks[phase.index].attempts if phase.index in rollbacks else 0
+    attempts = _attempts(phase, rollbacks)
     losses = (
         f"The loss has not recovered from the switch at step {phase.start}: {before:.4f} before it, {after:.4f} now"
     )

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cache import KeyValueCache, LayerCache
 from model.distillation import DistillationConfig, Lesson, relation_loss, watched_projections
 from model.loss import distillation_loss, linear_cross_entropy, token_nll
 
@@ -172,14 +173,15 @@ class LayerNorm(nn.Module):
 NORMS = {"rmsnorm": RMSNorm, "layernorm-nonparametric": LayerNorm}
 
 
-def rotary_tables(config: ModelConfig, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary positions (RoFormer, arXiv 2104.09864), float32, `[T, E]` each.
+def rotary_tables(config: ModelConfig, num_tokens: int, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions from `first` on (RoFormer, arXiv 2104.09864), float32, `[T, E]` each.
 
     The angle of pair i at position t is t * theta^(-2i / E); both halves of the last dimension hold the same angles.
     """
     E = config.head_width
     exponents = torch.arange(0, E, 2, device=device).float() / E
-    angles = torch.outer(torch.arange(num_tokens, device=device).float(), 1.0 / config.rope_theta**exponents)
+    positions = torch.arange(first, first + num_tokens, device=device).float()
+    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
     angles_TE = torch.cat((angles, angles), dim=-1)
     return angles_TE.cos(), angles_TE.sin()
 
@@ -208,8 +210,8 @@ class Attention(nn.Module):
             self.k_norm = norm(E if config.qk_norm == "head" else K * E, config)
         self.attn_sub_norm = norm(H * E, config) if config.sub_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-        """Return what attention adds to the residual stream, `[B, T, D]`."""
+    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Return what attention adds to the residual stream, `[B, T, D]`; the tokens follow those in the cache."""
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -217,12 +219,15 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q, k, v))
+        q_BHTE, k_BKTE = rotate(q_BHTE, cos_TE, sin_TE), rotate(k_BKTE, cos_TE, sin_TE)
+        before, mask = 0, None
+        if cache is not None:
+            before = cache.num_tokens
+            k_BKTE, v_BKTE = cache.extend(k_BKTE, v_BKTE)
+            if before and len(cos_TE) > 1:
+                mask = torch.ones(len(cos_TE), k_BKTE.shape[2], dtype=torch.bool, device=x_BTD.device).tril(before)
         out_BHTE = F.scaled_dot_product_attention(
-            rotate(q_BHTE, cos_TE, sin_TE),
-            rotate(k_BKTE, cos_TE, sin_TE),
-            v_BKTE,
-            is_causal=True,
-            enable_gqa=self.grouped,
+            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=before == 0, enable_gqa=self.grouped
         )
         return self.o_proj(self.attn_sub_norm(out_BHTE.transpose(1, 2).flatten(-2)))
 
@@ -263,13 +268,13 @@ class Block(nn.Module):
         if config.norm_position == "post":
             self.post_feedforward_layernorm = norm(config.hidden_size, config)
 
-    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Return the residual stream behind this block, `[B, T, D]`."""
         if self.norm_position == "pre":
-            x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE)
+            x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE, cache)
             # Hugging Face's name for it; before the MLP is where it stands.
             return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-        x_BTD = x_BTD + self.post_attention_layernorm(self.self_attn(x_BTD, cos_TE, sin_TE))
+        x_BTD = x_BTD + self.post_attention_layernorm(self.self_attn(x_BTD, cos_TE, sin_TE, cache))
         return x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD))
 
 
@@ -283,19 +288,19 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = NORMS[config.norm](config.hidden_size, config)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Return the normalised residual stream behind the last block, `[B, T, D]`."""
-        num_tokens = tokens_BT.shape[1]
-        if num_tokens > self.config.max_sequence_length:
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Return the normalised residual stream behind the last block, `[B, T, D]`; the cache gets the tokens."""
+        num_tokens, before = tokens_BT.shape[1], 0 if cache is None else cache.num_tokens
+        if (length := before + num_tokens) > self.config.max_sequence_length:
             raise ValueError(
-                f"a sequence has {num_tokens} tokens and max_sequence_length is {self.config.max_sequence_length}"
+                f"a sequence has {length} tokens and max_sequence_length is {self.config.max_sequence_length}"
             )
         x_BTD = self.embed_tokens(tokens_BT)
-        cos_TE, sin_TE = rotary_tables(self.config, num_tokens, tokens_BT.device)
+        cos_TE, sin_TE = rotary_tables(self.config, num_tokens, tokens_BT.device, before)
         if not self.config.rounds_once:
             cos_TE, sin_TE = cos_TE.to(x_BTD.dtype), sin_TE.to(x_BTD.dtype)
-        for block in self.layers:
-            x_BTD = block(x_BTD, cos_TE, sin_TE)
+        for depth, block in enumerate(self.layers):
+            x_BTD = block(x_BTD, cos_TE, sin_TE, *(() if cache is None else (cache.layers[depth],)))
         return self.norm(x_BTD)
 
 
@@ -342,6 +347,17 @@ class Transformer(nn.Module):
         if reduction == "none":
             return token_nll(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens).view_as(labels_BT)
         return linear_cross_entropy(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens, self.config.z_loss)
+
+    def new_cache(self, batch_size: int, capacity_tokens: int) -> KeyValueCache:
+        """An empty cache with room for so many tokens of each sequence: 2 * L * B * K * S * E elements."""
+        shape = (batch_size, self.config.kv_heads, capacity_tokens, self.config.head_width)
+        like = self.head
+        return KeyValueCache([LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in self.model.layers])
+
+    @torch.no_grad()
+    def next_logits(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits of what follows the tokens, `[B, V]`, which follow those in the cache and become part of it."""
+        return F.linear(self.model(tokens_BT, cache)[:, -1], self.head)
 
     def _taught(self, tokens_BT: Tensor, labels_BT: Tensor, lesson: Lesson) -> Tensor:
         hidden_BTD, relations = self._hidden_and_relations(tokens_BT, lesson.config, self.config.num_layers)

@@ -32,8 +32,8 @@ class QuantConfig:
     }
 
     preset: Literal["bitnet-b1.58", "nielsen-2025", "paretoq", "bitnet-v2", "quest"] | None = None
-    """A published recipe, which the other keys change; null: `bitnet-b1.58`."""
-    weights: WeightScale = "absmean"
+    """A published recipe, which the other keys change; null: `bitnet-b1.58`, but with `weights: gaussian`."""
+    weights: WeightScale = "gaussian"
     """What makes the weights' scale: `absmean` (BitNet b1.58), `absmedian` (b1.58 Reloaded), `twn` (threshold 0.7 times
     the mean, least-squares level), `gaussian` (least squared error for normal weights, QuEST), `absmax`, or `learned`
     (a parameter for each row, ParetoQ)."""
@@ -92,8 +92,8 @@ class QuantConfig:
         return self.weights == "learned"
 
 
-BITNET = QuantConfig(preset="bitnet-b1.58")
-"""The recipe that is taken where none is named."""
+BITNET = QuantConfig(preset="bitnet-b1.58", weights="absmean")
+"""BitNet b1.58 as published."""
 
 PRESETS: dict[str, QuantConfig] = {
     # arXiv 2402.17764, eq. 1 to 3 and section 2.

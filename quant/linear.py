@@ -61,15 +61,18 @@ class QuantLinear(nn.Linear):
             y = F.linear(self._blended_input(x), self._blended_weight(weight_OI, scale), self.bias)
         return y + self._dead_zone(weight_OI, scale).to(y.dtype) if config.dead_zone_bias else y
 
+    def dead_zone(self) -> Tensor:
+        """What the layer adds for its weights with code 0, fp32 [O]."""
+        weight_OI = self.rotated_weight()
+        return self._dead_zone(weight_OI, self.rounding_scale(weight_OI))
+
     def rotated_weight(self) -> Tensor:
         """The latent weight as it is rounded, [O, I]."""
         return rotate(self.weight) if self.rotated else self.weight
 
     def rounded_input(self, x: Tensor) -> Tensor:
         """The input as it is rounded: normalised and rotated, where the configuration says so."""
-        if self.quant_config.layer_norm:
-            x = F.layer_norm(x, x.shape[-1:])
-        return rotate(x) if self.rotated else x
+        return prepared_input(x, self.quant_config, rotated=self.rotated)
 
     def rounding_scale(self, weight_OI: Tensor) -> Scale:
         """Scale of the weight as it is rounded."""
@@ -126,6 +129,13 @@ class QuantLinear(nn.Linear):
         with torch.no_grad():
             is_dead = weight_codes(weight_OI, scale, self.quant_config) == 0
         return self.weight_strength * self.quant_config.dead_zone_bias * (weight_OI.float() * is_dead).sum(-1)
+
+
+def prepared_input(x: Tensor, config: QuantConfig, *, rotated: bool) -> Tensor:
+    """An input as it is rounded: normalised, where the configuration says so, and rotated."""
+    if config.layer_norm:
+        x = F.layer_norm(x, x.shape[-1:])
+    return rotate(x) if rotated else x
 
 
 def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None = None) -> list[str]:

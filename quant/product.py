@@ -25,10 +25,19 @@ def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
     Exact while sums stay below 2**24: with 8-bit activations and ternary weights, up to 132,104 input features.
     """
     N, (O, I) = len(codes_NI), codes_OI.shape  # noqa: E741
-    has_int8 = _CPU_HAS_INT8 if codes_NI.device.type == "cpu" else N > 16 and O % 8 == 0 and I % 8 == 0
-    if has_int8:
-        return torch._int_mm(codes_NI, codes_OI.T).float()
-    return F.linear(codes_NI.float(), codes_OI.float())
+    on_cpu = codes_NI.device.type == "cpu"
+    if not (_CPU_HAS_INT8 if on_cpu else O % 8 == 0 and I % 8 == 0):
+        return F.linear(codes_NI.float(), codes_OI.float())
+    if not on_cpu and N <= 16:  # cuBLAS takes more rows
+        return torch._int_mm(F.pad(codes_NI, (0, 0, 0, 17 - N)), codes_OI.T)[:N].float()
+    return torch._int_mm(codes_NI, codes_OI.T).float()
+
+
+def unrounded_product(x: Tensor, codes_OI: Tensor, level: Tensor) -> Tensor:
+    """``x @ (codes * level).T`` of inputs that are not rounded, in the dtype of ``x``."""
+    if level.shape[1] > 1:
+        return F.linear(x, dequantize(codes_OI, level).to(x.dtype))
+    return (F.linear(x, codes_OI.to(x.dtype)) * level[:, 0]).to(x.dtype)
 
 
 def grouped_product(codes_NI: Tensor, codes_OI: Tensor, level_OG: Tensor) -> Tensor:
@@ -60,17 +69,14 @@ class CodeProduct(torch.autograd.Function):
         """
         ctx.config = config
         codes_OI = weight_codes(weight_OI, Scale(level, threshold), config)
-        is_grouped = level.shape[1] > 1
         if config.activations == "none":
             ctx.save_for_backward(x, None, weight_OI, level, threshold)
-            if is_grouped:
-                return F.linear(x, dequantize(codes_OI, level).to(x.dtype))
-            return (F.linear(x, codes_OI.to(x.dtype)) * level[:, 0]).to(x.dtype)
+            return unrounded_product(x, codes_OI, level)
         codes, scale = quantize_activation(x, config.activations)
         codes = codes.to(torch.int8)
         ctx.save_for_backward(codes, scale, weight_OI, level, threshold)
         codes_NI, scale_N1, codes_OI = codes.flatten(0, -2), scale.flatten(0, -2), codes_OI.to(torch.int8)
-        if is_grouped:
+        if level.shape[1] > 1:
             product = grouped_product(codes_NI, codes_OI, level) * scale_N1
         else:
             product = integer_product(codes_NI, codes_OI) * (scale_N1 * level[:, 0])

@@ -17,7 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant.config import BITNET, Activations, Granularity, Levels, QuantConfig, WeightScale
+from quant.config import Activations, Granularity, Levels, QuantConfig, WeightScale
+
+DEFAULT = QuantConfig()
+"""What a ternary phase does where nothing else is said."""
 
 SMALLEST_SCALE = 1e-5
 """Floor of every scale, so that an all-zero tensor quantizes to zeros (BitNet b1.58 uses the same value)."""
@@ -168,7 +171,7 @@ def by_ones(config: QuantConfig) -> bool:
     return config.levels == "ternary" or (config.learned and config.levels != "int2")
 
 
-def quantize_weight(weight_OI: Tensor, config: QuantConfig = BITNET) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight_OI: Tensor, config: QuantConfig = DEFAULT) -> tuple[Tensor, Tensor]:
     """Codes of a matrix, fp32 [O, I], and their level, fp32, [R, G]; of one that shares its scale with no other."""
     scale = weight_scale((weight_OI,), config)
     return weight_codes(weight_OI, scale, config), scale.level

@@ -121,7 +121,7 @@ def scalars(folder: Path) -> set[str]:
     return set(events.Tags()["scalars"])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_stop_saves_and_the_same_command_goes_on(folder: Path, sent: signal.Signals) -> None:
     process = start(folder, STARTS["tritrain"])
     wait_for_step(process, 3)
@@ -142,7 +142,7 @@ def test_a_stop_saves_and_the_same_command_goes_on(folder: Path, sent: signal.Si
     assert counts == Counter(range(1, 61))  # every step once
 
 
-@pytest.mark.parametrize("launcher", ["tritrain", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["tritrain", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(folder: Path, launcher: str) -> None:
     process = start(folder, STARTS[launcher])
     wait_for_step(process, 2)

@@ -15,7 +15,8 @@ from test_model_hf import FAMILIES
 from test_model_transformer import VARIANTS, build, random_tokens
 
 from data.torchvision_repair import repair_torchvision
-from launcher.hf_source import HuggingFaceSource, is_hf, write_hf
+from launcher.hf_folder import write_hf
+from launcher.hf_source import HuggingFaceSource, is_hf
 from launcher.location import to_location
 from launcher.source import CheckpointError, Source
 from model.hf import config_to_hf
@@ -396,7 +397,8 @@ def test_memory_stays_small(tmp_path):
 import resource, sys
 from pathlib import Path
 import torch
-from launcher.hf_source import HuggingFaceSource, write_hf
+from launcher.hf_folder import write_hf
+from launcher.hf_source import HuggingFaceSource
 from launcher.source import Source
 from model.size import parameter_shapes
 from model.transformer import ModelConfig

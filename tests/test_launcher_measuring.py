@@ -204,13 +204,13 @@ def nll_here(folder, tokenizer, tokens, labels):
 @pytest.mark.parametrize("linear_class", [None, "bitlinear", "autobitlinear"])
 def test_folders_compute_as_stored(tmp_path, shards, linear_class):
     """A packed folder multiplies its own codes and scales by 8-bit activations, in either convention."""
-    from quant.config import QuantConfig
+    from quant.config import BITNET
     from quant.linear import QuantLinear, quantize_
 
     write_variant(tmp_path / "hf", "bitnet")
     model = load(tmp_path / "hf")
     if linear_class:
-        quantize_(model, QuantConfig())
+        quantize_(model, BITNET)
         pack_folder(tmp_path / "hf", linear_class)
     assert any(isinstance(module, QuantLinear) for module in model.modules()) == bool(linear_class)
     tokens = torch.arange(24).view(2, 12)

@@ -377,6 +377,7 @@ def remote_shards(endpoint: str, cache: Path, **changes: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_shards_in_a_store_give_the_rows_of_local_ones(store: Store, shards: Path, tmp_path: Path) -> None:
     local = run_group(2, read_shards, str(shards), "", {}, 1, 60)
     tried: Counter[str] = Counter()
@@ -414,7 +415,7 @@ def test_what_is_wrong_with_a_store_of_shards_is_named(store: Store, tmp_path: P
     assert "'../../tokenizer.model', which is no name of a file" in complaint(f"s3://{BUCKET}/outside", good)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_store_that_goes_away_while_shards_are_read_ends_in_one_error(
     workers: int, store: Store, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def limits() -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_a_step_beyond_its_limit_changes_nothing_on_any_engine() -> None:
     for rank in run_group(2, limits):
         for name, (skipped, same, unchanged, as_if_nothing, agrees, ratio, non_finite) in rank.items():

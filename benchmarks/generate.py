@@ -1,0 +1,154 @@
+"""Memory and speed of generation: packed ternary layers against dequantized weights in plain layers, on this machine.
+
+A model with random weights is written once. Each variant is loaded in a process of its own, for its peak memory; then
+all are timed in one process, in turns: tokens at batch 1 with a key-value cache, and a prompt.
+
+    python benchmarks/generate.py [--size 100m] [--tokens 16] [--prompt 128] [--repeats 5] [--threads 2]
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from measure import interleaved, report
+
+from launcher.console import human_bytes
+from launcher.hf_folder import write_hf
+from launcher.load import load_model
+from launcher.source import Source
+from model.size import num_parameters, parameter_shapes
+from model.transformer import ModelConfig, Transformer
+from quant.frozen import memory_bytes
+from quant.linear import dequantize_, quantized_layers
+
+SMALL = ModelConfig(
+    vocab_size=32_000, hidden_size=768, num_layers=12, num_heads=12, intermediate_size=2048, max_sequence_length=1024
+)
+SIZES = {
+    "tiny": replace(SMALL, vocab_size=1024, hidden_size=128, num_layers=2, num_heads=4, intermediate_size=384),
+    "100m": SMALL,
+    "1b": replace(SMALL, hidden_size=2048, num_layers=16, num_heads=32, intermediate_size=8192),
+}
+VARIANTS = {f"{kind}, {dtype}": (kind, dtype) for kind in ("packed", "dequantized") for dtype in ("bf16", "fp32")}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+"""Says to whoever loads the folder that its weights are to be computed with as codes."""
+
+
+class RandomWeights(Source):
+    """Normal weights, drawn when they are read."""
+
+    location, has_moments = "random weights", False
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.shapes = parameter_shapes(config)
+
+    def read(self, kind: str, name: str, start: int, length: int) -> torch.Tensor:
+        """Ones for norms."""
+        return torch.ones(length) if "norm" in name else 0.02 * torch.randn(length)
+
+    def read_step(self, name: str) -> float:
+        """There are none."""
+        raise NotImplementedError
+
+
+def load(folder: Path, kind: str, dtype: str) -> Transformer:
+    model = load_model(folder, dtype=DTYPES[dtype], packed=kind == "packed").model
+    if kind == "dequantized":
+        for layer in quantized_layers(model).values():
+            codes_OI, level = layer.weight_codes()
+            layer.weight.copy_(codes_OI * level)
+        dequantize_(model)
+    return model
+
+
+def peak_bytes(folder: Path, kind: str, dtype: str) -> int:
+    """Memory that loading needs at its highest, in a process that has imported all it needs."""
+    before = psutil.Process().memory_info().rss
+    load(folder, kind, dtype)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+def decoder(model: Transformer, prompt_BT: torch.Tensor, num_tokens: int) -> Callable[[], object]:
+    """Writes tokens behind a prompt that is in the cache already."""
+    cache = model.new_cache(1, prompt_BT.shape[1] + num_tokens)
+    model.next_logits(prompt_BT, cache)
+
+    def run() -> None:
+        for layer in cache.layers:
+            layer.num_tokens = prompt_BT.shape[1]
+        for _ in range(num_tokens):
+            model.next_logits(prompt_BT[:, :1], cache)
+
+    return run
+
+
+def reader(model: Transformer, prompt_BT: torch.Tensor) -> Callable[[], object]:
+    """Reads a prompt."""
+    return lambda: model.next_logits(prompt_BT, model.new_cache(1, prompt_BT.shape[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="100m")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peak", nargs=3, metavar=("FOLDER", "KIND", "DTYPE"), help="used by the script itself")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        print(peak_bytes(Path(options.peak[0]), *options.peak[1:]))
+        return
+    torch.manual_seed(0)
+    config = SIZES[options.size]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "model")
+        write_hf(RandomWeights(config), config, folder)
+        described = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(described | {"quantization_config": ONLINE}))
+        peaks = {}
+        for name, variant in VARIANTS.items():
+            command = [sys.executable, __file__, "--peak", str(folder), *variant]
+            peaks[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        models = {name: load(folder, *variant) for name, variant in VARIANTS.items()}
+    prompt_BT = torch.randint(config.vocab_size, (1, options.prompt))
+    decoding = interleaved(
+        {name: decoder(model, prompt_BT, options.tokens) for name, model in models.items()}, options.repeats
+    )
+    reading = interleaved(
+        {
+            name: lambda m=model: m.next_logits(prompt_BT, m.new_cache(1, options.prompt))
+            for name, model in models.items()
+        },
+        options.repeats,
+    )
+    rows = [
+        "| | weights | peak while loading | tokens/s, batch 1 | prompt tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    numbers = {}
+    for name, model in models.items():
+        speeds = options.tokens / statistics.median(decoding[name]), options.prompt / statistics.median(reading[name])
+        numbers[name] = {"weights_bytes": memory_bytes(model), "peak_bytes": peaks[name], "tokens_per_second": speeds}
+        sizes = human_bytes(memory_bytes(model)), human_bytes(peaks[name])
+        rows.append(f"| {name} | {sizes[0]} | {sizes[1]} | {speeds[0]:.3g} | {speeds[1]:.3g} |")
+    about = (
+        f"{num_parameters(config):,} parameters, prompt of {options.prompt} tokens, {options.tokens} tokens behind it, "
+    )
+    about += f"{options.threads} threads; medians of {options.repeats}, taken in turns."
+    report(f"generate-{options.size}", "\n".join([about, "", *rows]), numbers)
+
+
+if __name__ == "__main__":
+    main()

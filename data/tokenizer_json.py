@@ -1,0 +1,152 @@
+"""A tokenizer's files for Hugging Face Transformers, that give the very ids the model was trained on.
+
+A SentencePiece BPE model with byte fallback becomes a `tokenizer.json` in which
+
+- pieces are spelled with real spaces, so that a text's own U+2581, which SentencePiece takes for a space and which is
+  therefore in no piece, is written in bytes, as `data.tokenizer` does;
+- nothing splits the text into words first, for SentencePiece merges across a whole text;
+- all pairs that make a piece are merges, ordered by the piece's score. SentencePiece joins, of all neighbours whose
+  union is a piece, those with the best one.
+
+Transformers' own conversion differs in texts that begin with a space, and turns a unigram model into another model
+without a word. A unigram model in a `tokenizer.json` resolves ties in another way than SentencePiece, so it is refused.
+
+Training puts the token that ends a document in front of each, and knows no other special token. It is therefore what
+text begins with here: `bos_token`, `eos_token` and `pad_token` in one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.tokenizer import SPACE_MARK, load_tokenizer
+
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+"""Kinds of pieces, as numbered in SentencePiece's `sentencepiece_model.proto`."""
+BPE = 2
+"""Its model type, likewise."""
+ADVICE = "; leave the tokenizer out (--no-tokenizer) and encode with SentencePiece"
+
+
+def tokenizer_files(path: Path, *, vocab_size: int, max_sequence_length: int) -> dict[str, bytes]:
+    """What an exported folder holds of a tokenizer, by file name; its own file is among them.
+
+    Args:
+        path: a SentencePiece model or a `tokenizer.json`.
+        vocab_size: the model's; the tokenizer's must fit in.
+        max_sequence_length: the model's, in tokens.
+
+    Raises:
+        DataError: the file cannot be read, its vocabulary is larger than the model's, or `tokenizer.json` cannot
+            express it exactly.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(f"{path}: has {tokenizer.vocab_size} tokens, and the model only {vocab_size}; name its own")
+    path, end = tokenizer.path, tokenizer.end_of_document
+    if path.suffix == ".model":
+        definition, copy = _from_sentencepiece(path), {"tokenizer.model": path.read_bytes()}
+    else:
+        definition, copy = json.loads(path.read_text(encoding="utf-8")), {}
+    end_name = next(token["content"] for token in definition["added_tokens"] if token["id"] == end)
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    first = {"SpecialToken": {"id": end_name, "type_id": 0}}
+    definition |= {
+        "truncation": None,
+        "padding": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [first, text],
+            "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {end_name: {"id": end_name, "ids": [end], "tokens": [end_name]}},
+        },
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end_name,
+        "eos_token": end_name,
+        "pad_token": end_name,
+        "unk_token": definition["model"].get("unk_token"),
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_sequence_length,
+    }
+    generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    return copy | {
+        "tokenizer.json": json.dumps(definition, ensure_ascii=False).encode(),
+        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode(),
+        "generation_config.json": json.dumps(generation, indent=2).encode(),
+    }
+
+
+def _from_sentencepiece(path: Path) -> dict[str, Any]:
+    """A BPE model as a `tokenizer.json`.
+
+    Raises:
+        DataError: it is another kind of model, or does what cannot be expressed.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
+    if problem := bpe_problem(proto):
+        raise DataError(f"{path}: {problem}; SentencePiece BPE with byte fallback is exported exactly{ADVICE}")
+    normalizer = proto.normalizer_spec
+    names = [_spelled(piece.piece) if piece.type == NORMAL else piece.piece for piece in proto.pieces]
+    scores = {name: piece.score for name, piece in zip(names, proto.pieces, strict=True) if piece.type == NORMAL}
+    ids = {name: index for index, name in enumerate(names)}
+    merges = [
+        (-score, index, name[:cut], name[cut:])
+        for index, (name, score) in enumerate(scores.items())
+        for cut in range(1, len(name))
+        if name[:cut] in scores and name[cut:] in scores
+    ]
+    unknown = next(name for name, piece in zip(names, proto.pieces, strict=True) if piece.type == UNKNOWN)
+    prefix, prefix_end = [], []
+    if normalizer.add_dummy_prefix:
+        prefix = [{"type": "Prepend", "prepend": " "}]
+        prefix_end = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": index, "content": name, **plain}
+            for index, (name, piece) in enumerate(zip(names, proto.pieces, strict=True))
+            if piece.type in (UNKNOWN, CONTROL)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": prefix} if prefix else None,
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, *prefix_end]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": [[left, right] for _, _, left, right in sorted(merges)],
+        },
+    }
+
+
+def bpe_problem(proto: Any) -> str | None:
+    """Why a SentencePiece model does more than merge pairs by score and fall back to bytes; None if it does not."""
+    normalizer = proto.normalizer_spec
+    if proto.trainer_spec.model_type != BPE:
+        return "is a unigram model, whose choices other libraries do not make exactly"
+    if sum(piece.type == BYTE for piece in proto.pieces) != 256:
+        return "has no pieces for the 256 bytes, so that it loses characters"
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        return f"changes texts (normalization {normalizer.name}, remove_extra_whitespaces)"
+    if not normalizer.escape_whitespaces or proto.trainer_spec.treat_whitespace_as_suffix:
+        return "treats spaces in its own way"
+    if others := {piece.type for piece in proto.pieces} - {NORMAL, UNKNOWN, CONTROL, BYTE}:
+        return f"has pieces of kinds {sorted(others)}, user-defined or unused"
+    return None
+
+
+def _spelled(piece: str) -> str:
+    return piece.replace(SPACE_MARK, " ")

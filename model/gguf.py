@@ -1,0 +1,117 @@
+"""The architecture in llama.cpp's words: which of its graphs computes the same, and under which names and keys.
+
+Its graphs (github.com/ggml-org/llama.cpp, `src/models`) fix more than a GGUF file says: the activation, which norms
+there are, whether the head is the embedding. A tensor that a graph does not know stops the loading, a different
+activation stops nothing, so what a graph computes differently is refused here. Nothing but names and numbers is
+needed for that: neither llama.cpp nor the `gguf` package.
+"""
+
+from torch import Tensor
+
+from model.hf import FAMILIES, TRAITS
+from model.transformer import ModelConfig
+
+ARCHITECTURES = ("llama", "bitnet", "qwen2", "qwen3", "olmo", "olmo2")
+"""Graphs that are written for; each has the name of the family in Hugging Face, and its traits."""
+
+ROTATES_NEIGHBOURS = ("llama", "olmo")
+"""Graphs whose rotary positions turn the pairs (2 i, 2 i + 1) of a head; the others (i, i + E / 2), as the model."""
+
+HEADS_AS_WIDE_AS_HIDDEN = ("bitnet", "qwen2", "olmo", "olmo2")
+"""Graphs without a head width of their own."""
+
+BLOCK_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.attn_sub_norm": "attn_sub_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.ffn_sub_norm": "ffn_sub_norm",
+    "input_layernorm": "attn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_architecture(config: ModelConfig) -> str:
+    """The graph that computes what the model does.
+
+    Raises:
+        ValueError: there is none; says why.
+    """
+    traits = tuple(getattr(config, trait) for trait in TRAITS)
+    name = next((name for name in ARCHITECTURES if FAMILIES[name] == traits), None)
+    if name is None:
+        combination = ", ".join(f"{trait} {value}" for trait, value in zip(TRAITS, traits, strict=True))
+        raise ValueError(f"llama.cpp has no graph with {combination}; {', '.join(ARCHITECTURES)} have others")
+    if config.activation != "silu":
+        raise ValueError(
+            f"llama.cpp's graph {name} always computes SiLU and would load a model with activation "
+            f"{config.activation} without a word, and be wrong"
+        )
+    if name == "bitnet" and not config.tie_embeddings:
+        raise ValueError("llama.cpp's graph bitnet (SubLN) takes the embedding as its head, and this model has another")
+    heads = config.num_heads * config.head_width
+    if name in HEADS_AS_WIDE_AS_HIDDEN and heads != config.hidden_size:
+        raise ValueError(
+            f"llama.cpp's graph {name} has no head width of its own: num_heads * head_dim is {heads} and must be "
+            f"hidden_size {config.hidden_size}"
+        )
+    return name
+
+
+def gguf_metadata(config: ModelConfig) -> dict[str, int | float]:
+    """The keys of a GGUF file that describe the model.
+
+    Raises:
+        ValueError: as `gguf_architecture`.
+    """
+    name = gguf_architecture(config)
+    eps = "layer_norm_epsilon" if config.norm == "layernorm-nonparametric" else "layer_norm_rms_epsilon"
+    values = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_sequence_length,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_width,
+        "attention.value_length": config.head_width,
+        f"attention.{eps}": float(config.norm_eps),
+        "rope.dimension_count": config.head_width,
+        "rope.freq_base": float(config.rope_theta),
+    }
+    return {f"{name}.{key}": value for key, value in values.items()}
+
+
+def gguf_name(name: str, config: ModelConfig) -> str:
+    """Name of a parameter in a GGUF file."""
+    module, _, kind = name.rpartition(".")
+    if module in NAMES:
+        return f"{NAMES[module]}.{kind}"
+    _, _, block, part = module.split(".", 3)
+    if part == "post_attention_layernorm":
+        return f"blk.{block}.{'ffn_norm' if config.norm_position == 'pre' else 'post_attention_norm'}.{kind}"
+    return f"blk.{block}.{BLOCK_NAMES[part]}.{kind}"
+
+
+def gguf_rows(values: Tensor, name: str, config: ModelConfig) -> Tensor:
+    """Order the rows of a parameter as the graph wants them.
+
+    Where neighbours are rotated, the two halves of each head of queries and keys are interleaved.
+
+    Args:
+        values: [O, I] of a projection, [O] of a bias; or anything that belongs to another parameter.
+        name: of the parameter.
+        config: of the model.
+    """
+    if gguf_architecture(config) not in ROTATES_NEIGHBOURS or not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return values
+    halves = values.unflatten(0, (-1, 2, config.head_width // 2))
+    return halves.transpose(1, 2).reshape(values.shape)

@@ -1,0 +1,170 @@
+"""Ternary layers to use, not to train: codes in 2 bits, and the very outputs of training's layers.
+
+`freeze_` puts a `PackedLinear` in the place of every `QuantLinear`. It keeps a fourth of a byte for each weight and
+multiplies integers by integers, so that its outputs are those of the layer that it replaces, bit for bit.
+
+Dimensions: N rows (tokens), O output features, I input features, R rows of bytes, G groups of a row.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.codes import CODES_PER_BYTE, pack, unpack
+from quant.config import BITNET, QuantConfig
+from quant.linear import prepared_input, quantized_layers
+from quant.product import grouped_product, integer_product, unrounded_product
+from quant.rounding import quantize_activation
+
+BLOCK_BYTES = 2**18
+"""Packed bytes that are taken apart at once: the codes of a block stay in a core's cache until they are multiplied."""
+
+
+class PackedLinear(nn.Module):
+    """A frozen ternary layer: ``codes @ input * level``, plus a bias where there is one.
+
+    Codes are taken apart while they are multiplied, a block of rows at a time. Two kinds of layers need all of them for
+    the time of a call, as int8 or in the input's dtype: those with a scale for each group, and those whose inputs stay
+    in 16 bits.
+
+    Args:
+        packed_RI: of `quant.codes.pack`; a number of rows that is no multiple of 4 is padded with rows of zeros.
+        level: fp32, [1, 1], [O, 1] or [O, G]; it stays in fp32 when the module is cast.
+        out_features: O.
+        bias: [O], added in the dtype of the input.
+        config: how the input is rounded.
+        rotated: whether the input is rotated first.
+        dead_zone: fp32 [O], what the layer adds for its weights with code 0, see `QuantConfig.dead_zone_bias`.
+    """
+
+    packed: Tensor
+    level: Tensor
+    bias: Tensor | None
+    dead_zone: Tensor | None
+
+    def __init__(
+        self,
+        packed_RI: Tensor,
+        level: Tensor,
+        out_features: int,
+        *,
+        bias: Tensor | None = None,
+        config: QuantConfig = BITNET,
+        rotated: bool = False,
+        dead_zone: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed_RI.shape[1], out_features
+        self.quant_config, self.rotated = config, rotated
+        self.register_buffer("packed", packed_RI)
+        self.register_buffer("level", level)
+        self.register_buffer("bias", bias)
+        self.register_buffer("dead_zone", dead_zone)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` is [..., I], the result [..., O], both in the same dtype; without gradient."""
+        config, level = self.quant_config, self.level
+        x = prepared_input(x, config, rotated=self.rotated)
+        if config.activations == "none":
+            y = unrounded_product(x, self.codes(), level)
+        else:
+            codes, scale = quantize_activation(x, config.activations)
+            codes_NI, scale_N1 = codes.to(torch.int8).flatten(0, -2), scale.flatten(0, -2)
+            if level.shape[1] > 1:
+                product = grouped_product(codes_NI, self.codes(), level) * scale_N1
+            else:
+                product = packed_product(codes_NI, self.packed)[:, : self.out_features] * (scale_N1 * level[:, 0])
+            y = product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        y = y if self.bias is None else y + self.bias
+        return y if self.dead_zone is None else y + self.dead_zone.to(y.dtype)
+
+    def codes(self) -> Tensor:
+        """All codes, int8 [O, I]."""
+        return unpack(self.packed)[: self.out_features]
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the layer."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move with the module, but leave the scales in fp32."""
+        exact = {name: getattr(self, name) for name in ("level", "dead_zone")}
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            setattr(self, name, None if tensor is None else tensor.to(self.packed.device))
+        return self
+
+
+def packed_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
+    """`integer_product` with packed codes, fp32 [N, 4 * R].
+
+    Under a mask, the two bits of a row in a byte are (code + 1) * 4**b, an int8, so one operation takes a fourth of the
+    rows apart. The power of two and the sum of the inputs are taken off the result. All of this is exact; in fp32, on
+    machines without products of integers, up to 65,536 input features.
+    """
+    sum_N11 = codes_NI.sum(1, dtype=torch.int32).float()[:, None, None]
+    blocks = packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1]))
+    return (torch.cat([_block_product(codes_NI, block) for block in blocks], 2) - sum_N11).flatten(1)
+
+
+def _block_product(codes_NI: Tensor, block_RI: Tensor) -> Tensor:
+    """Products with the codes plus 1 of a block, [N, 4, R]."""
+    bits = block_RI.new_empty(CODES_PER_BYTE, *block_RI.shape)
+    for fourth in range(CODES_PER_BYTE - 1):
+        torch.bitwise_and(block_RI, 3 << 2 * fourth, out=bits[fourth])
+    torch.bitwise_right_shift(block_RI, 6, out=bits[3])
+    product = integer_product(codes_NI, bits.flatten(0, 1).view(torch.int8)).unflatten(1, (CODES_PER_BYTE, -1))
+    product[:, 1] /= 4
+    product[:, 2] /= 16
+    return product
+
+
+@torch.no_grad()
+def freeze_(model: nn.Module) -> list[str]:
+    """Replace every `QuantLinear` inside of ``model`` by a `PackedLinear` that computes the same, bit for bit.
+
+    Args:
+        model: in the dtype in which it shall compute; may be a part of one. Its latent weights are let go.
+
+    Returns:
+        The dotted names of the layers that were replaced.
+
+    Raises:
+        ValueError: no layer is quantized; one has more levels than 2 bits hold; or one is at a strength below 1.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError("the model has no quantized layer, so there are no codes to freeze")
+    for name, layer in layers.items():
+        if layer.quant_config.levels not in ("ternary", "binary"):
+            raise ValueError(f"{name} has {layer.quant_config.levels} weights; only ternary and binary ones are packed")
+        if layer.mode != "codes":
+            strengths = f"{layer.weight_strength.item():.3g} and {layer.activation_strength.item():.3g}"
+            raise ValueError(
+                f"{name} is at strengths {strengths} (weights, activations); only at 1 does it compute with codes alone"
+            )
+    for name, layer in layers.items():
+        codes_OI, level = layer.weight_codes()
+        padding = -len(codes_OI) % CODES_PER_BYTE
+        packed = PackedLinear(
+            pack(torch.cat([codes_OI, codes_OI.new_zeros(padding, layer.in_features)]) if padding else codes_OI),
+            level.detach().float().clone(),
+            layer.out_features,
+            bias=None if layer.bias is None else layer.bias.detach(),
+            config=layer.quant_config,
+            rotated=layer.rotated,
+            dead_zone=layer.dead_zone() if layer.quant_config.dead_zone_bias else None,
+        )
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, packed)
+    for layer in layers.values():
+        layer.sharers = ()  # a cycle, which would keep the latent weights
+    return list(layers)
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; what is shared counts once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))

@@ -1,0 +1,85 @@
+"""Matrices as blocks of GGUF's types, and which recipes they hold exactly.
+
+TQ2_0 and TQ1_0 have one scale, in half precision, for 256 neighbours of a row, and codes -1, 0 and +1 in 2 bits, or in
+1.6 as digits to base 3. Every code of ours is kept; a level is rounded to half precision. F16 and Q8_0 (8 bits, a scale
+for 32 neighbours) hold any weights with their rounding errors. The layouts are those of ggml
+(github.com/ggml-org/ggml, `ggml-quants.c`) as the `gguf` package writes them.
+
+Its quantizers take the largest magnitude of a block as the scale. That is the level where a block has a code other
+than 0, so codes times their level are kept, while latent weights would be rounded to something else.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from quant.config import QuantConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from numpy.typing import NDArray
+
+BlockType = Literal["tq2_0", "tq1_0", "q8_0", "f16"]
+BLOCK_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0", "q8_0", "f16")
+"""What a user may choose for matrices."""
+StoredType = BlockType | Literal["f32"]
+"""Vectors stay in fp32."""
+TERNARY_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0")
+BLOCK_WIDTHS: dict[StoredType, int] = {"tq2_0": 256, "tq1_0": 256, "q8_0": 32, "f16": 1, "f32": 1}
+"""Neighbours of a row in a block; divides the rows."""
+LARGEST_HALF = 65504.0
+
+
+def recipe_problem(config: QuantConfig, into: BlockType) -> str | None:
+    """Why layers quantized like this are no plain product of what blocks of this type hold; None if they are."""
+    if config.hadamard != "none":
+        return f"hadamard {config.hadamard}: llama.cpp does not rotate the inputs of a layer"
+    if config.layer_norm:
+        return "layer_norm true: llama.cpp does not normalise the inputs of each layer"
+    if config.dead_zone_bias:
+        return f"dead_zone_bias {config.dead_zone_bias}: llama.cpp's graphs have no place for it"
+    if into not in TERNARY_TYPES:
+        return None
+    if config.levels not in ("ternary", "binary"):
+        return f"levels {config.levels}: {into} holds the codes -1, 0 and +1; f16 and q8_0 hold any"
+    width = BLOCK_WIDTHS[into]
+    if config.granularity == "group" and config.group_size % width:
+        return f"group_size {config.group_size}: {into} has one scale for {width} weights; f16 and q8_0 hold any"
+    return None
+
+
+def block_width_problem(name: str, width: int, into: StoredType) -> str | None:
+    """Why rows of so many weights cannot be of this type; None if they can."""
+    block = BLOCK_WIDTHS[into]
+    if width % block:
+        return f"{name} has rows of {width} weights; {into} has blocks of {block}, which must divide them"
+    return None
+
+
+def ggml_type(into: StoredType) -> "GGMLQuantizationType":
+    """The type by the name that the `gguf` package has for it."""
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType[into.upper()]
+
+
+def to_blocks(values: Tensor, into: StoredType) -> "NDArray[np.generic]":
+    """Write weights as blocks.
+
+    Args:
+        values: [..., I]; for the ternary types codes times their level.
+        into: type of the blocks.
+
+    Returns:
+        float16 or float32 of the same shape, or uint8 [..., bytes of a row].
+
+    Raises:
+        ValueError: a value is no number, or too large for half precision.
+    """
+    from gguf.quants import quantize
+
+    if into != "f32" and not (largest := values.abs().max().item()) <= LARGEST_HALF:
+        raise ValueError(f"the largest magnitude is {largest}; half precision ends at {LARGEST_HALF:.0f}")
+    blocks: NDArray[np.generic] = quantize(values.float().contiguous().numpy(), ggml_type(into))
+    return blocks

@@ -1,0 +1,126 @@
+"""The exported tokenizer against SentencePiece, text by text."""
+
+import json
+import random
+import unicodedata
+
+import pytest
+from tiny import write_corpus
+
+from data.errors import DataError
+from data.tokenizer import SPACE_MARK, load_tokenizer, train_tokenizer
+from data.tokenizer_json import tokenizer_files
+from data.torchvision_repair import repair_torchvision
+
+NUM_TEXTS = 2000
+STRANGE = [
+    "", " ", "  ", "\n", "\t\n  x", " leading", "trailing ", "a  b   c    d", "\r\n", "digits 0123456789", "Ünïcödé",
+    "日本語のテキスト", "🙂🙃 emoji 👩\u200d👩\u200d👧", "\u00a0nbsp", "x" * 300, " " * 50, "aaaaaaaaaaaaaaaaaaaaaaa",
+    "<0x41>", "<unk", "s>",
+    f"a{SPACE_MARK}b", SPACE_MARK, f" {SPACE_MARK} ", "\u0000", "\ufeffbom", "e\u0301 combining",
+    "def f(x):\n    return x",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Documents, their parts, and characters at random; some with spaces at their ends, or many of them."""
+    corpus = write_corpus(tmp_path_factory.mktemp("texts") / "corpus.jsonl")
+    documents = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    rng = random.Random(0)
+    result = list(STRANGE)
+    while len(result) < NUM_TEXTS:
+        document = rng.choice(documents)
+        start = rng.randrange(len(document))
+        text = document[start : start + rng.randint(1, 200)]
+        if rng.random() < 0.3:
+            text = text.replace(" ", rng.choice(["  ", "\n", " \t ", SPACE_MARK, ", "]))
+        if rng.random() < 0.2:
+            characters = [chr(rng.randrange(0x20, 0x2FFF)) for _ in range(20)]
+            text += "".join(each for each in characters if unicodedata.category(each) != "Cs")
+        result.append(text)
+    return result, documents
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    repair_torchvision()
+    return pytest.importorskip("transformers")
+
+
+def train_bpe(documents, out, **changes):
+    """As `train_tokenizer`, with other settings."""
+    import sentencepiece
+
+    settings = {
+        "model_type": "bpe", "vocab_size": 600, "byte_fallback": True, "normalization_rule_name": "identity",
+        "add_dummy_prefix": False, "remove_extra_whitespaces": False, "unk_id": 0, "bos_id": 1, "eos_id": 2,
+        "pad_id": -1, "minloglevel": 2,
+    }  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents), model_prefix=str(out.with_suffix("")), **(settings | changes)
+    )
+
+
+def exported(path, folder):
+    folder.mkdir()
+    for name, content in tokenizer_files(path, vocab_size=1024, max_sequence_length=64).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["ours", "dummy-prefix"])
+def test_it_agrees_with_sentencepiece_on_2000_texts(transformers, tmp_path, texts, kind):
+    texts, documents = texts
+    path = tmp_path / "tokenizer.model"
+    if kind == "ours":
+        train_tokenizer(documents, "bpe:600", path)
+    else:  # the settings of Llama 2's
+        train_bpe(documents, path, add_dummy_prefix=True, split_digits=True)
+        texts = [text for text in texts if SPACE_MARK not in text]
+    theirs = transformers.AutoTokenizer.from_pretrained(exported(path, tmp_path / "hf"))
+    ours = load_tokenizer(path)
+    assert type(theirs).__name__ == "PreTrainedTokenizerFast"
+    encoded = theirs(texts, add_special_tokens=False)["input_ids"]
+    differing = [
+        text for text, ids, expected in zip(texts, encoded, ours.encode_batch(texts), strict=True) if ids != expected
+    ]
+    assert not differing
+    for text, ids in zip(texts, encoded, strict=True):
+        assert theirs.decode(ids) == ours.decode(ids), text
+    assert load_tokenizer(tmp_path / "hf" / "tokenizer.json").token_bytes().tolist() == ours.token_bytes().tolist()
+
+
+def test_special_tokens_are_those_of_training(transformers, tmp_path, texts):
+    train_tokenizer(texts[1], "bpe:600", tmp_path / "tokenizer.model")
+    folder = exported(tmp_path / "tokenizer.model", tmp_path / "hf")
+    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(tmp_path / "tokenizer.model")
+    assert tokenizer("hello")["input_ids"] == [2, *ours.encode("hello")]
+    assert {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} == {2}
+    assert (tokenizer.unk_token_id, tokenizer.model_max_length) == (0, 64)
+    assert tokenizer.decode([2, *ours.encode(" hello")], skip_special_tokens=True) == " hello"
+    assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == 2
+    # A Hugging Face tokenizer passes through with its ids, and with the same beginning.
+    again = exported(folder / "tokenizer.json", tmp_path / "again")
+    assert not (again / "tokenizer.model").exists()
+    assert transformers.AutoTokenizer.from_pretrained(again)(texts[0])["input_ids"] == tokenizer(texts[0])["input_ids"]
+
+
+def test_what_is_not_exact_is_refused(tmp_path, texts):
+    documents, path = texts[1], tmp_path / "tokenizer.model"
+    train_tokenizer(documents, "unigram:380", path)
+    with pytest.raises(DataError, match=r"is a unigram model.*--no-tokenizer"):
+        tokenizer_files(path, vocab_size=1024, max_sequence_length=64)
+    for changes, message in (
+        ({"byte_fallback": False, "vocab_size": 200}, "no pieces for the 256 bytes"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "changes texts .normalization nmt_nfkc"),
+        ({"remove_extra_whitespaces": True}, "changes texts"),
+        ({"user_defined_symbols": ["<sep>"]}, r"pieces of kinds \[4\]"),
+        ({"treat_whitespace_as_suffix": True}, "treats spaces in its own way"),
+    ):
+        train_bpe(documents, path, **changes)
+        with pytest.raises(DataError, match=message):
+            tokenizer_files(path, vocab_size=1024, max_sequence_length=64)
+    train_tokenizer(documents, "bpe:600", path)
+    with pytest.raises(DataError, match="has 600 tokens, and the model only 500"):
+        tokenizer_files(path, vocab_size=500, max_sequence_length=64)
