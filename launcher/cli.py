@@ -360,7 +360,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of JSON lines; by default the hub's data sets.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many examples of each task, its first.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File of results; by default evaluation.json in the run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of results; by default scores.json in the run.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All checkpoints of a run, not just the newest.")] = False,
     tokenizer: TokenizerOption = None,
     ranks: RanksOption = None,

@@ -32,7 +32,7 @@ from launcher.source import CheckpointError
 from launcher.subject import Subject, open_subject
 
 TIMEOUT_SECONDS = 1800
-RESULTS = "evaluation.json"
+RESULTS = "scores.json"
 USER_ERRORS = (ConfigError, DataError, CheckpointError, OSError)
 
 

@@ -8,7 +8,7 @@ Hugging Face computes in bf16, or in fp32 where it says so; a packed one with th
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,10 +28,9 @@ from launcher.location import reaching, to_location
 from launcher.plan import Plan, make_plan
 from launcher.rollback import read_rollbacks
 from launcher.runtime import Ranks
-from launcher.source import CheckpointError, Source, in_pieces
-from model.size import is_projection, parameter_shapes
+from launcher.source import CheckpointError
 from model.transformer import ModelConfig, Transformer
-from quant.config import QuantConfig
+from quant.config import BITNET
 from quant.linear import QuantLinear, add_learned_scales_, quantize_, quantized_layers, set_strengths_
 from quant.rounding import Scale
 
@@ -138,7 +137,7 @@ def _sharded(opened: Exportable, ranks: Ranks) -> Transformer:
         assert isinstance(source, CheckpointReader)
         quantize_(model, opened.quantization, ranks.device)
         set_strengths_(model, *plan_of(source, opened.config, opened.run).strengths_at(source.manifest["step"] - 1))
-    elif isinstance(source, HuggingFaceSource) and source.is_packed:
+    elif isinstance(source, HuggingFaceSource) and source.ternary:
         compute_with_codes_(model, source, ranks.device)
     shard_frozen_(model, source, ranks)
     return model
@@ -160,23 +159,18 @@ class CodesLinear(QuantLinear):
         return Scale(self.level)
 
 
-def compute_with_codes_(model: Transformer, source: Source, device: torch.device) -> None:
-    """Make the layers of a packed folder multiply its codes by 8-bit activations, as Transformers does.
+def compute_with_codes_(model: Transformer, source: HuggingFaceSource, device: torch.device) -> None:
+    """Make the layers of a ternary folder multiply codes by 8-bit activations, as Transformers does.
 
-    What is read of such a folder is code times scale, so the scale of a matrix is its largest magnitude.
+    Packed layers have the scales that are stored with their codes, others find their own while they compute.
     """
-    scales = {}
-    for name in filter(is_projection, parameter_shapes(model.config)):
-        pieces = [piece.abs() for piece in in_pieces(source, "weight", name)]
-        largest = torch.stack([piece.max() for piece in pieces]).max()
-        if all(bool(((piece == 0) | (piece == largest)).all()) for piece in pieces) and largest > 0:
-            scales[name.removesuffix(".weight")] = largest.view(1, 1)
-    include = "|".join(f"^{re.escape(name)}$" for name in scales)
-    quantize_(model, QuantConfig(include=include), device)
-    for name, layer in quantized_layers(model).items():
-        layer.__class__ = CodesLinear
-        assert isinstance(layer, CodesLinear)
-        layer.level = scales[name].to(device)
+    include = "|".join(f"^{re.escape(name.removesuffix('.weight'))}$" for name in source.ternary)
+    quantize_(model, replace(BITNET, include=include), device)
+    if source.is_packed:
+        for name, layer in quantized_layers(model).items():
+            layer.__class__ = CodesLinear
+            assert isinstance(layer, CodesLinear)
+            layer.level = source.packed(f"{name}.weight")[1].to(device)
 
 
 def stored_dtype(folder: Path) -> str:

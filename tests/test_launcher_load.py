@@ -28,7 +28,7 @@ from launcher.load import load_model
 from launcher.source import CheckpointError
 from launcher.start_from import config_of
 from model.transformer import Transformer
-from quant.config import BITNET, PRESETS
+from quant.config import PRESETS, QuantConfig
 from quant.frozen import PackedLinear, memory_bytes
 from quant.linear import QuantLinear, add_learned_scales_, quantize_
 from quant.rounding import quantize_activation
@@ -62,7 +62,7 @@ def step(runs: Path, number: int) -> Path:
 @pytest.mark.parametrize("name", ["run", "learned"])
 def test_a_checkpoint_computes_the_bits_of_training(runs, name, dtype):
     """With 51 and 12 rows, which are padded and not."""
-    recipe = PRESETS["paretoq"] if name == "learned" else BITNET
+    recipe = PRESETS["paretoq"] if name == "learned" else QuantConfig()
     loaded = load_model(runs / name, dtype=dtype)
     source = CheckpointReader(sorted((runs / name / "checkpoints").iterdir())[-1])
     expected = Transformer(config_of(source).model)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_group
 from test_launcher_hf_packed import pack_folder
-from test_launcher_hf_source import load, write_variant
+from test_launcher_hf_source import edit_config, load, write_variant
 from test_launcher_resume import run as train_run
 from tiny import tiny_config
 from tiny_tasks import NUM_EXAMPLES, write_tasks
@@ -201,16 +201,20 @@ def nll_here(folder, tokenizer, tokens, labels):
     return open_subject(folder, this_rank(), tokenizer).scorer.token_nll(tokens, labels)
 
 
-@pytest.mark.parametrize("linear_class", [None, "bitlinear", "autobitlinear"])
+@pytest.mark.parametrize("linear_class", [None, "bitlinear", "autobitlinear", "online"])
 def test_folders_compute_as_stored(tmp_path, shards, linear_class):
     """A packed folder multiplies its own codes and scales by 8-bit activations, in either convention."""
-    from quant.config import QuantConfig
+    from quant.config import BITNET, QuantConfig
     from quant.linear import QuantLinear, quantize_
 
     write_variant(tmp_path / "hf", "bitnet")
     model = load(tmp_path / "hf")
-    if linear_class:
-        quantize_(model, QuantConfig())
+    if linear_class == "online":
+        quantize_(model, BITNET)
+        online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+        edit_config(tmp_path / "hf", quantization_config=online)
+    elif linear_class:
+        quantize_(model, QuantConfig())  # not absmean, which `online` computes
         pack_folder(tmp_path / "hf", linear_class)
     assert any(isinstance(module, QuantLinear) for module in model.modules()) == bool(linear_class)
     tokens = torch.arange(24).view(2, 12)
