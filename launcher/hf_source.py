@@ -150,9 +150,15 @@ class HuggingFaceSource(Source):
         """The codes of a packed weight as they are stored, uint8 [O / 4, I], and what they are multiplied by, [1, 1].
 
         Raises:
-            CheckpointError: a byte or the scale is none that may be there.
+            CheckpointError: a byte or the scale is none that may be there, or the layer has a bias that Transformers
+                multiplies by the scale of the weights.
         """
         assert self._packing is not None, "the folder is not packed"
+        if not self._packing.divides and name.replace(".weight", ".bias") in self.shapes:
+            raise CheckpointError(
+                f"{self.location}: Transformers' autobitlinear multiplies the bias of {name} by the scale of the weights, "
+                "which is not computed here; a folder of linear_class bitlinear is read"
+            )
         file = self._files[name]
         with naming(self._paths[name]):
             packed_RI, scale = file.read(name).view(file.entries[name].shape), self._scale(name)
