@@ -156,7 +156,7 @@ class HuggingFaceSource(Source):
         assert self._packing is not None, "the folder is not packed"
         if not self._packing.divides and name.replace(".weight", ".bias") in self.shapes:
             raise CheckpointError(
-                f"{self.location}: Transformers' autobitlinear multiplies the bias of {name} by the scale of the weights, "
+                f"{self.location}: Transformers' autobitlinear multiplies the bias of {name} by the weights' scale, "
                 "which is not computed here; a folder of linear_class bitlinear is read"
             )
         file = self._files[name]

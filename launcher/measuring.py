@@ -33,6 +33,7 @@ from launcher.subject import Subject, open_subject
 
 TIMEOUT_SECONDS = 1800
 RESULTS = "scores.json"
+TASK_COLUMNS = ["task", "examples", "metric", "score", "bits per byte"]
 USER_ERRORS = (ConfigError, DataError, CheckpointError, OSError)
 
 
@@ -110,7 +111,7 @@ def evaluate(asked: Evaluation, ranks: Ranks, console: Console) -> None:
         records = [answer(task, rows[task], subject, out, ranks, console, is_part=is_part) for task in tasks]
         console.table(
             f"{subject.location}{f', step {subject.step:,}' if subject.step is not None else ''}",
-            ["task", "examples", "metric", "score", "bits per byte"],
+            TASK_COLUMNS,
             table_of(records),
         )
         console.line(f"Written: {out}")

@@ -11,6 +11,7 @@ from launcher.checkpoint_reader import CheckpointReader
 from launcher.config import Config
 from launcher.console import human_count
 from launcher.export import Exportable
+from launcher.measuring import RESULTS, TASK_COLUMNS, read_results, table_of
 from launcher.metrics import read_metrics
 from launcher.plan import make_plan
 from model.size import num_linear_parameters, num_parameters
@@ -100,7 +101,7 @@ def _prepared(path: str) -> list[str]:
 
 
 def _measured(exportable: Exportable) -> list[str]:
-    """The last measurements up to the checkpoint."""
+    """The last measurements up to the checkpoint, and its scores in tasks."""
     assert isinstance(exportable.source, CheckpointReader)
     if exportable.run is None:
         return []
@@ -111,7 +112,11 @@ def _measured(exportable: Exportable) -> list[str]:
         for key, unit in LAST.items()
         if (last := next((row for row in reversed(rows) if row.get(key) is not None), None))
     ]
-    return ["Last measured:", "", *_table(["", "", "after step"], found)] if found else []
+    lines = ["Last measured:", "", *_table(["", "", "after step"], found)] if found else []
+    digest = exportable.source.manifest["digest"]
+    if scores := [record for record in read_results(exportable.run / RESULTS) if record["model"] == digest]:
+        lines += ["Tasks, by `tritrain eval`:", "", *_table(TASK_COLUMNS, table_of(scores))]
+    return lines
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

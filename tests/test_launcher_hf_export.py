@@ -22,6 +22,7 @@ from test_model_transformer import TINY, build, random_tokens
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
+from launcher.checkpoint_reader import CheckpointReader
 from launcher.config import ConfigError
 from launcher.export import Exportable
 from launcher.hf_export import export_hf
@@ -172,6 +173,19 @@ def run(shards: Path, tmp_path: Path) -> Any:
             '{"step": 8, "validation/loss": 3.5, "validation/bits_per_byte": 1.75}\n'
             '{"step": 9, "train/loss": 9.99}\n'
         )
+        digest = CheckpointReader(tmp_path / "run" / "checkpoints" / f"step-{step:08}").manifest["digest"]
+        score = {"value": 0.625, "standard_error": 0.01}
+        records = [
+            {
+                "task": task,
+                "model": model_digest,
+                "num_examples": 40,
+                "metric": "acc",
+                "scores": {"acc": score, "bits_per_byte": score},
+            }
+            for task, model_digest in (("sciq", digest), ("copa", "of another"))
+        ]
+        (tmp_path / "run" / "scores.json").write_text(json.dumps({"results": records}))
         return tmp_path / "run", built
 
     return make
@@ -201,6 +215,8 @@ def test_a_run_becomes_a_folder_that_writes_the_same_text(transformers, run, sha
         "| held-out loss, bits per byte of text | 1.7500 | 8 |", "source_digest", "AutoTokenizer", "(bitlinear)",
     ):  # fmt: skip
         assert line in card, line
+    assert "| sciq | 40 | acc | 62.5 ± 1.0 | 0.625 ± 0.010 |" in card
+    assert "copa" not in card
     assert json.loads((tmp_path / "hf" / "provenance.json").read_text())["source"].endswith("step-00000008")
     assert not list(tmp_path.glob("*.tmp"))
     assert HuggingFaceSource(tmp_path / "hf").is_packed

@@ -198,6 +198,8 @@ def test_a_bias_that_is_scaled_with_the_weights_is_refused_where_codes_are_multi
     write_variant(tmp_path / "hf", "qwen2")
     pack_folder(tmp_path / "hf", "autobitlinear")
     source = HuggingFaceSource(tmp_path / "hf")
-    with pytest.raises(CheckpointError, match="autobitlinear multiplies the bias of model.layers.0.self_attn.q_proj"):
+    with pytest.raises(
+        CheckpointError, match=r"autobitlinear multiplies the bias of model\.layers\.0\.self_attn\.q_proj"
+    ):
         source.packed("model.layers.0.self_attn.q_proj.weight")
     source.packed("model.layers.0.self_attn.o_proj.weight")
