@@ -11,7 +11,7 @@ What the stages have in these files, and where, is in `launcher.deepspeed_parts`
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -124,6 +124,13 @@ class DeepSpeedSource(Source):
 
     def read_step(self, name: str) -> float:
         return next((part.step for part in self._parts[self._names[name]] if part.step is not None), 0.0)
+
+    def check_ahead(self, kinds: Sequence[str]) -> None:
+        for name in self._names.values():
+            for kind in kinds:
+                for part in self._parts[name]:
+                    if kind in part.tensors:
+                        part.file.check(part.tensors[kind])
 
     def _check(self, name: str, shape: Shape) -> None:
         """Hold that the parts of a parameter are where they should be, make it up, and are of one save."""

@@ -14,6 +14,7 @@ which torch itself does not do.
 import bisect
 import pickletools
 import struct
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -93,6 +94,7 @@ class PickledFile:
         self.path = path
         self._read_bytes = range_reader(path)
         self._checked: set[int] = set()
+        self._locks: dict[int, threading.Lock] = {}
         try:
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
@@ -163,10 +165,26 @@ class PickledFile:
             raise CheckpointError(f"{self.path}: a tensor of {tensor.numel()} elements is larger than its record")
         return record, position
 
+    def check(self, tensor: Any) -> None:
+        """Hold the bytes of the record that a tensor of `tree` is in against its checksum, once.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        record, position = self.locate(tensor)
+        try:
+            self._check(record, position)
+        except (TensorFileError, OSError) as error:
+            raise CheckpointError(f"{self.path} {error}") from error
+
     def _check(self, record: zipfile.ZipInfo, position: int) -> None:
-        """Hold a record's bytes, which begin at ``position``, against its checksum, once."""
-        if position in self._checked:
-            return
+        """Hold a record's bytes, which begin at ``position``, against its checksum, once, whichever thread asks."""
+        with self._locks.setdefault(position, threading.Lock()):
+            if position not in self._checked:
+                self._hold_against_checksum(record, position)
+                self._checked.add(position)
+
+    def _hold_against_checksum(self, record: zipfile.ZipInfo, position: int) -> None:
         header_bytes = 30
         header = self._read_bytes(record.header_offset, header_bytes)
         signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", header)
@@ -177,7 +195,6 @@ class PickledFile:
             checksum = zlib.crc32(self._read_bytes(start, min(CHUNK_BYTES, end - start)), checksum)
         if checksum != record.CRC:
             raise TensorFileError(f"is damaged: the bytes of {record.filename} do not have the checksum of its header")
-        self._checked.add(position)
 
     def read_number(self, value: Any) -> float:
         """A number of `tree`, which may be a tensor, an enum's member or plain."""

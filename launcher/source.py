@@ -3,9 +3,11 @@
 A source is read by range, so that a rank reads only what it holds, and a conversion one tensor at a time.
 """
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from math import prod
 
 from torch import Tensor
@@ -49,6 +51,24 @@ class Source(ABC):
     @abstractmethod
     def read_step(self, name: str) -> float:
         """Number of updates behind the moments of a parameter."""
+
+    def check_ahead(self, kinds: Sequence[str]) -> None:  # noqa: B027 (most have nothing to check ahead)
+        """Check now what reading all of these kinds, name by name, would check on the way; nothing where that is not.
+
+        For a thread of its own: what it finds wrong is found again, and said, by whoever reads it.
+        """
+
+
+@contextmanager
+def checked_ahead(source: Source, kinds: Sequence[str]) -> Iterator[None]:
+    """Let a thread check what is about to be read, so that reading it and writing something else overlap."""
+
+    def check() -> None:
+        with suppress(CheckpointError):
+            source.check_ahead(kinds)
+
+    threading.Thread(target=check, daemon=True).start()
+    yield
 
 
 def in_pieces(source: Source, kind: str, name: str) -> Iterator[Tensor]:

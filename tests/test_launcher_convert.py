@@ -161,7 +161,7 @@ def test_a_dry_run_says_what_happens_to_each_tensor_and_writes_nothing(
     said = tritrain(*arguments, "--config", config, "--optimizer", "keep-variance")
     lines = {found[0]: line for line in said.splitlines() if (found := re.search(r"model\.[\w.]+", line))}
     assert len(lines) == 20
-    assert "latent of ternary codes, absmean" in lines["model.layers.0.mlp.up_proj.weight"]
+    assert "latent of ternary codes, gaussian" in lines["model.layers.0.mlp.up_proj.weight"]
     assert "51 x 36" in lines["model.layers.0.mlp.up_proj.weight"]
     assert "16-bit" in lines["model.embed_tokens.weight"]
     assert all("first cleared, second kept" in line for line in lines.values())
