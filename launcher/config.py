@@ -115,7 +115,7 @@ class PhaseConfig:
     fraction: float | None = None
     """Length as a share of training.total_steps or total_tokens."""
     quantization: QuantConfig | None = None
-    """What is quantized in a ternary phase, and how; null: BitNet b1.58."""
+    """What is quantized in a ternary phase, and how; null: BitNet b1.58 with scales of least squared error."""
     transition: TransitionConfig | None = None
     """What happens where this phase begins; null: keep all, switch at once."""
     distillation: DistillationConfig | None = None
