@@ -25,7 +25,7 @@ from data.tokenizer import SPACE_MARK, load_tokenizer, train_tokenizer
 from launcher.export import open_exportable
 from launcher.gguf_export import export_gguf
 from model.transformer import ModelConfig, Transformer
-from quant.config import BITNET
+from quant.config import QuantConfig
 from quant.gguf import BLOCK_TYPES
 from quant.linear import dequantize_, quantize_
 
@@ -91,7 +91,7 @@ def log_likelihoods(model: Transformer, rows: torch.Tensor) -> torch.Tensor:
 def trained(config: ModelConfig, rows: torch.Tensor, num_steps: int = 120) -> Transformer:
     """A model after a few ternary steps, in fp32."""
     model = random_model(config, std=0.02)
-    quantize_(model, BITNET)
+    quantize_(model, QuantConfig())
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), fused=True)
     generator = torch.Generator().manual_seed(0)
     for step in range(num_steps):
@@ -109,7 +109,7 @@ def save(model: Transformer, shards: Path, run: Path) -> Path:
     """The run that ends with this ternary model."""
     dequantize_(model)
     write_checkpoint(ternary_config(shards, run, model.config), model, step=8, phase=1)
-    quantize_(model, BITNET)
+    quantize_(model, QuantConfig())
     return run
 
 
@@ -186,7 +186,7 @@ def predictions(
     model = random_model(config, std=0.05)
     run = ternary_config(shards, folder / "run", config, {"preset": "bitnet-b1.58"} | recipe)
     write_checkpoint(run, model, step=8, phase=1)
-    quantize_(model, run.phases[1].quantization or BITNET)
+    quantize_(model, run.phases[1].quantization or QuantConfig())
     export(folder / "run", folder / "model.gguf", embeddings="f16")
     return compare(log_likelihoods(model, rows), ask(folder / "model.gguf", sequences=rows.tolist())["logits"], rows)
 
