@@ -282,7 +282,7 @@ def test_compiled_and_checkpointed_blocks_are_looked_at(shards: Path, tmp_path: 
     for checkpointing in (False, True):
         on, off = (tmp_path / f"{name}-{checkpointing}" for name in ("on", "off"))
         assert [row["step"] for row in quant_rows(on)] == [5, 6, 8]
-        assert 0.25 < quant_rows(on)[0]["quant/zero_share"] < 0.4
+        assert 0.4 < quant_rows(on)[0]["quant/zero_share"] < 0.55  # 0.46 for normal weights
         losses = [
             [row["train/loss"] for row in read_metrics(r / "metrics.jsonl") if "train/loss" in row] for r in (on, off)
         ]
