@@ -29,8 +29,6 @@ from launcher.start_from import check_sound, first_progress, model_of, open_star
 from model.transformer import Transformer
 from quant.linear import matching_layers
 
-CPU = torch.device("cpu")
-
 
 def starting_phase(config: Config, source: Source) -> int:
     """The phase that begins where a checkpoint of ours stands; the first where none does."""

@@ -213,7 +213,6 @@ def train(
         if phase.quantization is not None:
             set_strengths_(engine.model, *plan.strengths_at(at.step))
 
-        learning_rate = plan.learning_rate_at(at.step)
         if telemetry is not None:
             telemetry.begin(at.step)
         loss, grad_norm, skipped, waited_seconds, parts = train_step(
@@ -233,7 +232,7 @@ def train(
         if saving or evaluating or doing_tasks or deciding or is_due(at.step, config.logging.interval_steps):
             if telemetry is not None:
                 meter.write_rows(telemetry.collect())
-            meter.logged(grad_norm, learning_rate)
+            meter.logged(grad_norm, plan.learning_rate_at(at.step - 1))
             if longest_skip[1] >= config.training.max_skipped_steps:
                 raise TrainingError(skip_advice(plan, at, int(longest_skip[1]), folder.newest_checkpoint()))
             longest_skip[1] = longest_skip[0]

@@ -36,6 +36,8 @@ class QuantLinear(nn.Linear):
     """An ``nn.Linear`` whose forward sees quantized weights and activations, by its strengths."""
 
     quant_config: QuantConfig
+    depth: int
+    """Index of its block, see `depth_of`."""
     mode: Literal["plain", "ramp", "codes"]
     weight_strength: Tensor
     activation_strength: Tensor
@@ -169,16 +171,16 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
     for name, module in matches.items():
         module.__class__ = QuantLinear
         assert isinstance(module, QuantLinear)
-        depth = depth_of(name)
-        if depth not in strengths:
-            strengths[depth] = torch.ones((), device=device), torch.ones((), device=device)
-        module.weight_strength, module.activation_strength = strengths[depth]
+        module.depth = depth_of(name)
+        if module.depth not in strengths:
+            strengths[module.depth] = torch.ones((), device=device), torch.ones((), device=device)
+        module.weight_strength, module.activation_strength = strengths[module.depth]
         module.quant_config, module.mode, module.probe = config, "codes", None
         module.rotated, module.sharers = is_rotated(name, config), sharers(name, matches) if config.fused else ()
     return list(matches)
 
 
-STATE = ("quant_config", "mode", "weight_strength", "activation_strength", "rotated", "sharers", "probe")
+STATE = ("quant_config", "depth", "mode", "weight_strength", "activation_strength", "rotated", "sharers", "probe")
 """Attributes that a layer has only while it is quantized."""
 
 
@@ -219,14 +221,14 @@ def set_strengths_(model: nn.Module, weights_L: Sequence[float], activations_L: 
     for strength in (*weights_L, *activations_L):
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength} is outside of 0 to 1")
-    for depth in dict.fromkeys(map(depth_of, layers)):
-        block = [layer for name, layer in layers.items() if depth_of(name) == depth]
-        weights, activations = weights_L[depth], activations_L[depth]
-        block[0].weight_strength.fill_(weights)
-        block[0].activation_strength.fill_(activations)
-        for layer in block:
-            relevant = {weights} if layer.quant_config.activations == "none" else {weights, activations}
-            layer.mode = "plain" if relevant == {0.0} else "codes" if relevant == {1.0} else "ramp"
+    for depth, layer in {layer.depth: layer for layer in layers.values()}.items():  # the tensors are the block's
+        layer.weight_strength.fill_(weights_L[depth])
+        layer.activation_strength.fill_(activations_L[depth])
+    for layer in layers.values():
+        relevant = {weights_L[layer.depth]}
+        if layer.quant_config.activations != "none":
+            relevant.add(activations_L[layer.depth])
+        layer.mode = "plain" if relevant == {0.0} else "codes" if relevant == {1.0} else "ramp"
 
 
 def depth_of(name: str) -> int:
