@@ -109,8 +109,11 @@ class Reference(nn.Module):
         return (codes.double() @ self.codes_OI.double().T).float() * (scale * self.scale)
 
 
-@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
-@pytest.mark.parametrize("variant", ["bitnet", "qwen2"])
+@pytest.mark.parametrize(
+    ("variant", "linear_class"),
+    # autobitlinear multiplies the biases of qwen2 by the scale: test_launcher_hf_packed.py shows that refused
+    [("bitnet", "bitlinear"), ("bitnet", "autobitlinear"), ("qwen2", "bitlinear")],
+)
 def test_a_packed_folder_computes_with_its_own_codes_and_scale(tmp_path, variant, linear_class):
     folder = tmp_path / "hf"
     write_variant(folder, variant)
