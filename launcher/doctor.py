@@ -54,6 +54,7 @@ from launcher.runtime import Ranks, process_group
 from launcher.source import CheckpointError
 
 TIMEOUT_SECONDS = 120
+OFF_TERMINAL_COLUMNS = 120
 LEVEL_STYLES = {"ok": "green", "skipped": "dim", "warning": "yellow", "failure": "bold red"}
 
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if ranks.is_first:
                 show(verdicts, ranks.world_size, as_json=options.as_json)
             return int(any(verdict.level == "failure" for verdict in verdicts))
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)  # noqa: T201
         return 2
@@ -199,6 +200,8 @@ def show(verdicts: Sequence[Verdict], world_size: int, *, as_json: bool) -> None
     """Print verdicts as a table and a last sentence, or as JSON."""
     counts = {level: sum(verdict.level == level for verdict in verdicts) for level in LEVEL_STYLES}
     console = RichConsole(highlight=False)
+    if not console.is_terminal:
+        console.width = OFF_TERMINAL_COLUMNS
     if as_json:
         told = {"problems": counts["failure"], "warnings": counts["warning"], "ranks": world_size}
         told["checks"] = [asdict(verdict) for verdict in verdicts]  # type: ignore[assignment]

@@ -5,7 +5,7 @@ NCCL's tests do.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,11 +59,11 @@ def _numbers(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks))}"
 
 
-def grouped(ranks: Sequence[RankFacts], key: Callable[[RankFacts], Any]) -> str:
+def grouped(ranks: Sequence[RankFacts], values: Sequence[Any]) -> str:
     """What differs between ranks, with who has it."""
     groups: dict[Any, list[RankFacts]] = {}
-    for facts in ranks:
-        groups.setdefault(key(facts), []).append(facts)
+    for facts, value in zip(ranks, values, strict=True):
+        groups.setdefault(value, []).append(facts)
     return "; ".join(f"{value} on {named(group)}" for value, group in groups.items())
 
 
@@ -77,11 +77,10 @@ def check_versions(ranks: Sequence[RankFacts], required: Sequence[Requirement]) 
 
     ``required`` is `doctor_facts.requirements`.
     """
-    differing = [
-        f"{name}: {grouped(ranks, lambda facts, name=name: facts.versions.get(name, 'none'))}"
-        for name in ranks[0].versions
-        if len({facts.versions.get(name) for facts in ranks}) > 1
-    ]
+    differing = []
+    for name in ranks[0].versions:
+        if len({facts.versions.get(name) for facts in ranks}) > 1:
+            differing.append(f"{name} {grouped(ranks, [facts.versions.get(name, 'is missing') for facts in ranks])}")
     if differing:
         return Verdict(
             "versions",
@@ -118,7 +117,7 @@ def check_gpus(ranks: Sequence[RankFacts]) -> Verdict:
         lacking = named(facts for facts in ranks if facts.gpu is None)
         return Verdict("GPUs", "failure", f"no GPU is seen on {lacking}", "Look at nvidia-smi there.")
     if len({(facts.gpu, facts.gpu_bytes) for facts in ranks}) > 1:
-        found = grouped(ranks, lambda facts: f"{facts.gpu}, {human_bytes(facts.gpu_bytes)}")
+        found = grouped(ranks, [f"{facts.gpu}, {human_bytes(facts.gpu_bytes)}" for facts in ranks])
         return Verdict("GPUs", "warning", found, "The slowest sets the pace, and the smallest what fits.")
     return Verdict("GPUs", "ok", f"{len(ranks)} of {ranks[0].gpu}, {human_bytes(ranks[0].gpu_bytes)}")
 
@@ -183,8 +182,8 @@ def check_all_reduce(results: Sequence[AllReduce], *, several_hosts: bool) -> li
     for backend in dict.fromkeys(result.backend for result in results):
         mine = [result for result in results if result.backend == backend]
         check = f"all-reduce, {backend}"
-        found = "; ".join(
-            f"{human_bytes(result.num_bytes)}: {1e3 * result.seconds:.3g} ms, algorithm "
+        found = "\n".join(
+            f"{human_bytes(result.num_bytes)} in {1e3 * result.seconds:.3g} ms: algorithm "
             f"{result.algorithm_gb_per_second:.3g} GB/s, bus {result.bus_gb_per_second:.3g} GB/s"
             for result in mine
         )
@@ -278,7 +277,7 @@ def check_paths(ranks: Sequence[RankFacts]) -> Verdict:
         if lacking:
             problems.append(f"{path} is missing on {named(lacking)}")
         elif len({facts.paths[path] for facts in ranks}) > 1:
-            problems.append(f"{path} differs: {grouped(ranks, lambda facts, path=path: facts.paths[path])}")
+            problems.append(f"{path} differs: {grouped(ranks, [facts.paths[path] for facts in ranks])}")
     if problems:
         return Verdict("paths", "failure", "; ".join(problems), "Copy or mount it there, at the same path.")
     return Verdict("paths", "ok", f"{', '.join(ranks[0].paths)}: on every host")
@@ -353,7 +352,7 @@ def check_host_names(ranks: Sequence[RankFacts]) -> Verdict:
         found = f"the host's own name is {lost[0].address or 'unknown'} on {named(lost)}"
         advice = f"Others cannot reach that: set GLOO_SOCKET_IFNAME to an interface that they share ({names})."
         return Verdict("host names", "warning", found, advice)
-    return Verdict("host names", "ok", grouped(ranks, lambda facts: facts.gloo_interface or facts.address))
+    return Verdict("host names", "ok", grouped(ranks, [facts.gloo_interface or facts.address for facts in ranks]))
 
 
 def check_environment(ranks: Sequence[RankFacts]) -> Verdict:
@@ -369,4 +368,4 @@ def check_environment(ranks: Sequence[RankFacts]) -> Verdict:
         problems += [f"{name}={value} on {facts.host}: {SLOW_SETTINGS[name]}" for name, value in facts.settings.items()]
     if problems:
         return Verdict("environment", "warning", "; ".join(dict.fromkeys(problems)), "Unset or change what slows down.")
-    return Verdict("environment", "ok", f"{ranks[0].threads} threads a rank, {ranks[0].cores} cores")
+    return Verdict("environment", "ok", f"threads per rank: {ranks[0].threads}, cores: {ranks[0].cores}")
