@@ -180,7 +180,7 @@ def test_disk_space_counts_what_is_there() -> None:
     def level(free: float, there: int) -> str:
         return doctor_checks.check_disk_space(free, 10 * GIB, 4, there, "/runs").level
 
-    assert [level(free * GIB, 0) for free in (49, 50, 55)] == ["failure", "warning", "ok"]
+    assert [level(free * GIB, 0) for free in (49, 51, 56)] == ["failure", "warning", "ok"]
     assert [level(free * GIB, 3) for free in (19, 22)] == ["failure", "ok"]
     assert level(0, 5) == "ok"
 
@@ -226,7 +226,9 @@ def test_shared_memory_of_a_dead_job_is_told_from_that_of_a_live_one(tmp_path: P
 
 
 def test_paths_that_a_configuration_needs(shards: Path, tmp_path: Path) -> None:
-    config = tiny_config(shards, tmp_path / "run", evaluation={"tasks": ["arc_easy"], "task_data": "/tasks"})
+    config = tiny_config(
+        shards, tmp_path / "run", evaluation={"tasks": ["arc_easy"], "task_data": "/tasks", "tasks_interval_steps": 1}
+    )
     assert needed_paths(config) == [str(shards), "/tasks"]
     to_prepare = {
         "sources": [{"path": str(tmp_path / "none")}],

@@ -176,7 +176,7 @@ def test_what_is_half_written_is_told(tmp_path: Path, name: str) -> None:
     write_heartbeats(run, heartbeat(0, 5))
     whole = status_of(run, NOW)
     text = (run / name).read_bytes()
-    (run / name).write_bytes(text[: -len(text) // 3])
+    (run / name).write_bytes(text[: -5 if name == "starts.jsonl" else -len(text) // 3])
     status = status_of(run, NOW)
     if name == "metrics.jsonl":  # appended to at this moment, perhaps
         assert (status.step, status.notes) == (4, []) or status.step == 5
