@@ -225,7 +225,7 @@ def show(statuses: Sequence[RunStatus]) -> RenderableType:
     table.add_column("run", overflow="fold")
     for name in ("state", "phase"):
         table.add_column(name, no_wrap=True)
-    for name in ("step", "tokens/s", "left", "checkpoint", "restarts", "loss"):
+    for name in ("step", "tokens/s", "left", "checkpoint, age", "restarts", "loss"):
         table.add_column(name, justify="right", no_wrap=True)
     for status in statuses:
         table.add_row(
@@ -234,7 +234,7 @@ def show(statuses: Sequence[RunStatus]) -> RenderableType:
             status.phase or "-",
             _of(status.step, status.total_steps),
             _shown(status.tokens_per_second, human_count),
-            _shown(status.remaining_seconds, human_time),
+            _shown(status.remaining_seconds, _left),
             _checkpoint(status),
             _shown(status.restarts, str),
             _shown(status.loss, "{:.4f}".format),
@@ -260,7 +260,11 @@ def _shown(value: Any, shape: Any) -> str:
 def _checkpoint(status: RunStatus) -> str:
     if status.checkpoint_step is None or status.checkpoint_age_seconds is None:
         return "-"
-    return f"{status.checkpoint_step:,}, {human_age(status.checkpoint_age_seconds)} ago"
+    return f"{status.checkpoint_step:,}, {human_age(status.checkpoint_age_seconds)}"
+
+
+def _left(seconds: float) -> str:
+    return human_time(seconds) if seconds < 86_400 else f"{seconds / 86_400:.1f} d"
 
 
 def human_age(seconds: float) -> str:
