@@ -40,6 +40,17 @@ LAST_SECONDS = 45.0
 """After an alarm a process is gone within this time, whatever its disk or its connections do."""
 
 
+def limit_seconds(config: WatchConfig, pulse: Pulse) -> float | None:
+    """How long a rank may be at what it is at; None: as long as it likes."""
+    if pulse.at.doing == "prepare":
+        return None
+    if pulse.at.doing != "train" or not pulse.at.steady:
+        return config.first_step_seconds
+    if config.step_seconds is None:
+        return None
+    return max(config.step_seconds, USUAL_STEPS * pulse.usual_step_seconds())
+
+
 class Watchdog:
     """The thread that watches one rank, and on the first one all.
 
@@ -84,17 +95,6 @@ class Watchdog:
         """Whether there is an alarm."""
         return bool(self._reason) or self._heartbeat.alarmed
 
-    def limit_seconds(self) -> float | None:
-        """How long this rank may be at what it is at; None: as long as it likes."""
-        at = self._pulse.at
-        if at.doing == "prepare":
-            return None
-        if at.doing != "train" or not at.steady:
-            return self._config.first_step_seconds
-        if self._config.step_seconds is None:
-            return None
-        return max(self._config.step_seconds, USUAL_STEPS * self._pulse.usual_step_seconds())
-
     def _run(self) -> None:
         while not self._stop.wait(self._tick_seconds):
             now = time.monotonic()
@@ -115,7 +115,7 @@ class Watchdog:
 
     def _passed_limit(self, now: float) -> str:
         """Which limit is passed, as a sentence; empty if none is."""
-        at, limit, lost_seconds = self._pulse.at, self.limit_seconds(), self._config.lost_seconds
+        at, limit, lost_seconds = self._pulse.at, limit_seconds(self._config, self._pulse), self._config.lost_seconds
         if limit is not None and now - max(at.since, self._forgiven) > limit:
             return f"Nothing has come of {at.doing} after step {at.step} for {limit:g} s."
         if lost_seconds is not None and self._heartbeat.silence_seconds() > lost_seconds:
