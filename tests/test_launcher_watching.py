@@ -14,8 +14,11 @@ from jobs import Job, has_begun, job_tree, logged_step
 
 from data.loader import TrainingData
 from launcher.hang import behind, verdict
-from launcher.heartbeat import Pulse
+from launcher.heartbeat import Heartbeat, Pulse, WatchConfig
+from launcher.metrics import read_metrics
+from launcher.runtime import ALONE
 from launcher.straggler import Stragglers
+from launcher.watchdog import limit_seconds
 
 HOST = socket.gethostname()
 NAMES = ["rank 0 (process 10 on a)", "rank 1 (process 11 on a)", "rank 2 (process 12 on b)"]
@@ -59,9 +62,6 @@ def test_ranks_without_a_report_are_named() -> None:
 
 
 def test_limits_follow_what_a_rank_is_at() -> None:
-    from launcher.heartbeat import WatchConfig
-    from launcher.watchdog import limit_seconds
-
     config, pulse = WatchConfig(step_seconds=300.0, first_step_seconds=1800.0), Pulse()
     assert limit_seconds(config, pulse) == 1800.0
     pulse.now("prepare", 0)
@@ -102,6 +102,19 @@ def test_a_straggler_is_said_once_until_it_has_caught_up() -> None:
     assert stragglers.look(even)[1] is None
     assert stragglers.look(slow)[1] is not None
     assert stragglers.look([]) == ({}, None)
+
+
+def test_a_rank_alone_beats_without_a_store() -> None:
+    pulse, written = Pulse(), []
+    pulse.now("evaluate", 12)
+    heartbeat = Heartbeat(ALONE, 0.01, pulse, written.append)
+    while not written:
+        time.sleep(0.01)
+    heartbeat.stop()
+    [beat] = written[0]
+    assert (beat["rank"], beat["host"], beat["pid"]) == (0, HOST, os.getpid())
+    assert (beat["step"], beat["doing"], beat["step_seconds"]) == (12, "evaluate", 0.0)
+    assert heartbeat.silence_seconds() == 0.0  # nothing to lose
 
 
 WATCH = {"beat_seconds": 0.2, "lost_seconds": 3.0, "step_seconds": 600.0, "first_step_seconds": 600.0}
@@ -222,6 +235,35 @@ def test_a_rank_that_hangs_in_data_loading_is_named_with_its_stack(shards: Path,
         ours, theirs = ((hang / f"rank-{rank}.txt").read_text() for rank in range(2))
         assert "IN FLIGHT" in ours
         assert "in slow" in theirs
+    finally:
+        end(job)
+
+
+def dawdle_in_data_loading(rank: int) -> None:
+    """On rank 1, give each batch late."""
+    if rank == 1:
+        read = TrainingData.__iter__
+
+        def late(self: TrainingData) -> Any:
+            for batch in read(self):
+                time.sleep(0.1)
+                yield batch
+
+        TrainingData.__iter__ = late  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_late_with_its_data_is_told_once(shards: Path, tmp_path: Path) -> None:
+    job = Job(watched_tree(shards, tmp_path / "run"), at_start=dawdle_in_data_loading)
+    try:
+        wait_for_steps(job, 30)
+        job.kill([0, 1])
+        job.wait()
+        rows = [row for row in read_metrics(job.run / "metrics.jsonl") if "ranks/slowest" in row]
+        assert rows[-1]["ranks/slowest"] == 1
+        assert rows[-1]["ranks/slowest_own_seconds"] > rows[-1]["ranks/median_own_seconds"] + 2 * 0.1
+        name = f"WARNING: rank 1 (process {job.processes[1].pid} on {HOST}) keeps the others waiting"
+        assert job.output.count(name) == 1
     finally:
         end(job)
 
