@@ -111,7 +111,7 @@ class Pulse:
 
 
 class Heartbeat:
-    """The thread that sends this rank's beat, and on the first rank gathers all.
+    """The thread that sends this rank's beat, and on the first rank gathers all, beside one that writes them down.
 
     To be made by all ranks at once: a collective.
 
@@ -119,7 +119,7 @@ class Heartbeat:
         ranks: this rank among all.
         beat_seconds: how often it beats.
         pulse: what is sent.
-        write: given, on the first rank, all beats, each time.
+        write: given all beats, on the first rank, every so often.
     """
 
     def __init__(
@@ -147,8 +147,11 @@ class Heartbeat:
             self._client.set(f"beat-{ranks.rank}", self._beat())
             dist.barrier()
         self._seen = [time.monotonic()] * ranks.world_size
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
+        # A disk that hangs for a while must not look like a rank that is gone: what writes has a thread of its own.
+        turns = [self._beat_on, self._write_on] if ranks.is_first else [self._beat_on]
+        self._threads = [threading.Thread(target=turn, name="heartbeat", daemon=True) for turn in turns]
+        for thread in self._threads:
+            thread.start()
 
     def connect(self) -> dist.Store:
         """Connect to the store anew: a client waits with a lock held, so the ranks' own must not be used."""
@@ -180,9 +183,16 @@ class Heartbeat:
     def stop(self) -> None:
         """Beat no more."""
         self._stop.set()
-        self._thread.join(self.beat_seconds)
+        for thread in self._threads:
+            thread.join(self.beat_seconds)
 
-    def _run(self) -> None:
+    def _write_on(self) -> None:
+        while not self._stop.wait(self.beat_seconds):
+            beats = [{key: beat[key] for key in beat if key not in ("number", "silent")} for beat in self._pulse.beats]
+            with contextlib.suppress(OSError):  # a disk that fails is found by who must write there
+                self._write(beats)
+
+    def _beat_on(self) -> None:
         while not self._stop.wait(self.beat_seconds):
             # What goes wrong here shows by the time that has passed since: of that the watchdog takes care.
             try:
@@ -216,8 +226,6 @@ class Heartbeat:
             beat["seen"] = round(time.time() - (now - self._seen[rank]), 1)
         self._pulse.beats = gathered
         self.silent = [rank for rank, seen in enumerate(self._seen) if now - seen > SILENT_BEATS * self.beat_seconds]
-        with contextlib.suppress(OSError):  # a disk that fails is found by who must write there
-            self._write([{key: beat[key] for key in beat if key not in ("number", "silent")} for beat in gathered])
 
     def _beat(self) -> str:
         at, steps = self._pulse.at, tuple(self._pulse.steps)

