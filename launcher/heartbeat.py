@@ -189,8 +189,9 @@ class Heartbeat:
     def _write_on(self) -> None:
         while not self._stop.wait(self.beat_seconds):
             beats = [{key: beat[key] for key in beat if key not in ("number", "silent")} for beat in self._pulse.beats]
-            with contextlib.suppress(OSError):  # a disk that fails is found by who must write there
-                self._write(beats)
+            if beats:
+                with contextlib.suppress(OSError):  # a disk that fails is found by who must write there
+                    self._write(beats)
 
     def _beat_on(self) -> None:
         while not self._stop.wait(self.beat_seconds):

@@ -108,7 +108,7 @@ def test_a_rank_alone_beats_without_a_store() -> None:
     pulse, written = Pulse(), []
     pulse.now("evaluate", 12)
     heartbeat = Heartbeat(ALONE, 0.01, pulse, written.append)
-    while not any(written):
+    while not written:
         time.sleep(0.01)
     heartbeat.stop()
     [beat] = written[-1]
@@ -157,7 +157,7 @@ def test_heartbeats_say_what_each_rank_is_at_and_a_killed_rank_is_named(shards: 
         while newest < 5:
             if path.exists():
                 heartbeats = json.loads(path.read_text())
-                newest = min((rank["step"] for rank in heartbeats["ranks"]), default=0)
+                newest = min(rank["step"] for rank in heartbeats["ranks"])
         for number, rank in enumerate(heartbeats["ranks"]):
             assert (rank["rank"], rank["host"], rank["pid"]) == (number, HOST, job.processes[number].pid)
             assert rank["doing"] == "train"
