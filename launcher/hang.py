@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def collectives() -> Iterator[dict[str, Any]]:
-    """Entries of the flight recorders of this build of torch, oldest first; none where there is no recorder."""
+    """Entries of NCCL's flight recorder, where this build of torch has it, and of that of the other backends."""
     for recorder in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
         if (dump := getattr(torch._C._distributed_c10d, recorder, None)) is not None:
             yield from json.loads(dump()).get("entries", [])
@@ -53,7 +53,8 @@ def report(rank: int, pulse: Pulse) -> dict[str, Any]:
     for entry in collectives():
         name, description = entry["process_group"]
         if not entry["is_p2p"]:
-            group = SAVER_GROUP if description == SAVER_GROUP else name
+            backend = entry["profiling_name"].split(":")[0]  # a group of both gloo and NCCL counts for each
+            group = SAVER_GROUP if description == SAVER_GROUP else f"{backend} {name}"
             entered[group] = max(entered.get(group, 0), entry["collective_seq_id"])
             if is_in_flight(entry) and group != SAVER_GROUP:
                 waiting = entry["profiling_name"]
@@ -77,7 +78,7 @@ def write_dump(path: Path, reason: str, name: str, seen: Mapping[str, Any]) -> N
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0, 2)
         file.write("\nCollectives, the last one last:\n")
-        for entry in list(collectives())[-50:]:
+        for entry in sorted(collectives(), key=lambda entry: entry["time_created_ns"])[-50:]:
             flight = "IN FLIGHT" if is_in_flight(entry) else "ended"
             file.write(
                 f"{flight:<9} {entry['profiling_name']} #{entry['collective_seq_id']} of group "
