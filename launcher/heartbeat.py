@@ -57,15 +57,15 @@ class WatchConfig:
     def __post_init__(self) -> None:
         problems = {}
         if self.beat_seconds <= 0:
-            problems["beat_seconds"] = f"is {self.beat_seconds}; must be above 0"
+            problems["beat_seconds"] = f"is {self.beat_seconds:g}; must be above 0"
         elif self.lost_seconds is not None and self.lost_seconds < SILENT_BEATS * self.beat_seconds:
             problems["lost_seconds"] = (
-                f"is {self.lost_seconds}; must be {SILENT_BEATS} beats, {SILENT_BEATS * self.beat_seconds:g}, or more"
+                f"is {self.lost_seconds:g}; must be {SILENT_BEATS} beats, {SILENT_BEATS * self.beat_seconds:g}, or more"
             )
         for name in ("step_seconds", "first_step_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                problems[name] = f"is {value}; must be above 0"
+                problems[name] = f"is {value:g}; must be above 0"
         if problems:
             raise ValueError(problems)
 
