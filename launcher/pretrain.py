@@ -32,7 +32,6 @@ from launcher.rollback import read_rollbacks
 from launcher.run_folder import RunFolder
 from launcher.runtime import (
     Ranks,
-    StopRequest,
     is_first_to_say,
     leave_presence,
     missing_ranks,
@@ -41,6 +40,7 @@ from launcher.runtime import (
     write_presence,
 )
 from launcher.source import CheckpointError
+from launcher.stopping import StopRequest, time_to_stop
 from launcher.train import TrainingError, train
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, LogError, TrainingError)
@@ -65,8 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)  # noqa: T201
+        note_refusal(str(error))
         return MISCONFIGURED
     return run(config)
+
+
+def note_refusal(message: str) -> None:
+    """Leave what is wrong with the configuration where a job looks before it queues itself again."""
+    if note := os.environ.get("TRITRAIN_REFUSED"):
+        Path(note).write_text(message)
 
 
 def run(config: Config) -> int:
@@ -82,7 +89,9 @@ def run(config: Config) -> int:
             return run_rank(config, folder, ranks, stop)
         except USER_ERRORS as error:
             message = str(error)
-            code = MISCONFIGURED if isinstance(error, ConfigError) else FAILED
+            if isinstance(error, ConfigError):
+                code = MISCONFIGURED
+                note_refusal(message)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
                 message = f"{folder.path}: {error}. Make room there. {resume_advice(folder)}"
@@ -129,6 +138,7 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
     plan = plan_of_run(config, folder, ranks)
     seed_everything(config.run.seed, ranks.rank)
     if ranks.is_first:
+        stop.watch(folder.path, time_to_stop(config.run.stop_before_end_seconds))
         shutil.rmtree(folder.ranks, ignore_errors=True)
         folder.prepare([phase.end - phase.start for phase in plan.phases])
         folder.write_state("running")
@@ -149,8 +159,9 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
         return COMPLETE if outcome == "complete" else INTERRUPTED
     if outcome == "interrupted":
         newest = folder.newest_checkpoint()
-        folder.write_state("interrupted", checkpoint=str(newest))
-        console.line(f"Stopped and saved: {newest}. The same command goes on from there.")
+        folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest))
+        stop.done()
+        console.line(f"Stopped ({stop.reason}) and saved: {newest}. The same command goes on from there.")
         return INTERRUPTED
     from launcher.ending import show_ending
 
