@@ -151,6 +151,12 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
     while (outcome := train(plan, ranks, folder, stop, console)) == "rolled back":
         gc.collect()  # engines have reference cycles, and the memory of this one is needed
         plan = plan_of_run(config, folder, ranks)
+    newest = None
+    if ranks.is_first and outcome == "interrupted":
+        # Before any rank leaves: launchers kill who is still there once one has exited with anything but 0.
+        newest = folder.newest_checkpoint()
+        folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest))
+        stop.done()
     # A rank that leaves breaks connections that others may still be making. All is saved: to break here is no failure.
     with contextlib.suppress(RuntimeError):
         dist.barrier()
@@ -158,9 +164,6 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
     if not ranks.is_first:
         return COMPLETE if outcome == "complete" else INTERRUPTED
     if outcome == "interrupted":
-        newest = folder.newest_checkpoint()
-        folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest))
-        stop.done()
         console.line(f"Stopped ({stop.reason}) and saved: {newest}. The same command goes on from there.")
         return INTERRUPTED
     from launcher.ending import show_ending

@@ -1,4 +1,4 @@
-"""Whether a job of Slurm is to be queued again: `python launcher/requeue.py RUN [--checkpoints FOLDER] [--refused FILE]`.
+"""Whether a job is to be queued again: `python launcher/requeue.py RUN [--checkpoints FOLDER] [--refused FILE]`.
 
 Prints the reason and exits with 0 to queue it again, 1 where the run has failed, 4 where it is done: complete, or
 stopped by a person. What the launcher exited with does not matter; the run's own marker `RUN/state.json` does, and
@@ -7,7 +7,8 @@ Each time that a job is queued again is a line of `RUN/requeues.jsonl`.
 
 Chained jobs of one run ask the same before each start but their first.
 
-Needs nothing but a Python: beside a container there may be no other, and in a job that is preempted every second counts.
+Needs nothing but a Python of 3.7 or newer: beside a container there may be no other, and in a job that is preempted
+every second counts.
 """
 
 import argparse
@@ -48,18 +49,23 @@ def verdict(run: Path, checkpoints: str, refused: "Path | None", job: "str | Non
     if refused is not None and refused.exists():
         return FAILED, "the configuration was refused: " + refused.read_text()
     step = newest_step(run, checkpoints, state)
-    past = [line for line in read_lines(run / "requeues.jsonl") if line["job"] == job][1 - MAX_STARTS :]
-    if len(past) == MAX_STARTS - 1 and all(line["step"] == step for line in past):
-        message = "%d starts in a row ended with no checkpoint after step %d; not queued again" % (MAX_STARTS, step)
+    past = [line for line in read_lines(run / "requeues.jsonl") if line["job"] == job]
+    # What the start that has just ended went on from. A job before it first asks may have come far.
+    starts = [line["step"] for line in read_lines(run / "starts.jsonl") if str(line["job"]).partition("_")[0] == job]
+    began_at = past[-1]["step"] if past else (starts or [step])[0]
+    idle_starts = 0 if step != began_at else (past[-1]["idle_starts"] if past else 0) + 1
+    if idle_starts >= MAX_STARTS:
+        message = f"{idle_starts} starts in a row ended with no checkpoint after step {step}; not queued again"
         if status == "failed":
-            message += ". The last one: " + str(state.get("message"))
+            message += f". The last one: {state.get('message')}"
         if run.is_dir() and not is_held(run):
             write_state(run, {"status": "failed", "message": message})
         return FAILED, message
     run.mkdir(parents=True, exist_ok=True)
     with (run / "requeues.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "job": job, "step": step}) + "\n")
-    return AGAIN, "the run is %s, its newest checkpoint of step %d" % (status or "not begun", step)
+        line = {"time": time.time(), "job": job, "step": step, "idle_starts": idle_starts}
+        file.write(json.dumps(line) + "\n")
+    return AGAIN, f"the run is {status or 'not begun'}, its newest checkpoint of step {step}"
 
 
 def newest_step(run: Path, checkpoints: str, state: "dict[str, Any]") -> int:
@@ -83,7 +89,7 @@ def read_state(run: Path) -> "dict[str, Any]":
 
 def write_state(run: Path, state: "dict[str, Any]") -> None:
     """Replace the marker, at once."""
-    temporary = run / ("state.json.%d.tmp" % os.getpid())
+    temporary = run / f"state.json.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(state, indent=2))
     temporary.replace(run / "state.json")
 
