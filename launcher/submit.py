@@ -99,17 +99,12 @@ def next_submission(config: Config) -> Path:
 
 def snapshot(config: Config, folder: Path) -> None:
     """Copy the code that runs now, and write the configuration; neither has anything of the environment in it."""
-
-    def unneeded(parent: str, names: list[str]) -> list[str]:
-        return [name for name in names if not (Path(parent) / name).is_dir() and not name.endswith(CODE_SUFFIXES)]
-
     for package in PACKAGES:
-        shutil.copytree(
-            ROOT / package,
-            folder / "code" / package,
-            ignore=lambda parent, names: {*unneeded(parent, names), "__pycache__"},
-            copy_function=shutil.copyfile,
-        )
+        for path in (ROOT / package).rglob("*"):
+            if path.is_file() and path.suffix in CODE_SUFFIXES:
+                copy = folder / "code" / path.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())  # permissions are the umask's
     (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
 
 

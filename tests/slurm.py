@@ -37,12 +37,19 @@ class Slurm:
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder, self.nodes = folder, [f"node{number + 1}" for number in range(nodes)]
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), MARK: str(folder)}
+        self.variables = {"SLURM_CONF": str(folder / "slurm.conf"), MARK: str(folder)}
+        self.environment = os.environ | self.variables
 
     def call(self, *command: str, check: bool = True) -> str:
         """Run a command of the cluster's; returns what it prints."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def call_here(self, *command: str) -> str:
+        """As `call`, in the environment and folder of the moment."""
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | self.variables)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def job(self, number: str, key: str) -> str:
