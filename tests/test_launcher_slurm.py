@@ -3,6 +3,7 @@
 Each job trains on two of the nodes, one rank each, from a copy of the code that takes its time for each step.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -81,7 +82,7 @@ def assert_went_on(cluster: Slurm, job: str, run: Path, shards: Path, starts: in
     assert cluster.wait(job, 300) == "COMPLETED", log_of(run)
     begun = read_lines(run / "starts.jsonl")
     assert len(begun) == starts, log_of(run)
-    assert all(before["step"] < after["step"] for before, after in zip(begun, begun[1:], strict=False))
+    assert all(before["step"] < after["step"] for before, after in itertools.pairwise(begun))
     assert {line["job"] for line in begun} == {job}
     assert read_state(run) == {"status": "complete"}
     assert_equal_runs(run, uninterrupted(shards))
