@@ -350,6 +350,40 @@ def test_templates_belong_to_the_wheel() -> None:
     assert {"launcher/slurm/job.sbatch.j2", "launcher/slurm/site.example.yaml"} <= files
 
 
+def run_template(name: str, programs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "2", "SECONDS_BETWEEN_LOOKS": "0.01"}
+    command = ["bash", str(ROOT / "launcher" / "slurm" / name), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+
+
+def test_template_that_evaluates_new_checkpoints(programs: Path, tmp_path: Path) -> None:
+    """It looks again after each measurement, and ends once the run is complete."""
+    run = tmp_path / "my run"
+    checkpoint(run, 4)
+    requeue.write_state(run, {"status": "running"})
+    (programs / "tritrain").write_text(
+        f"""#!/bin/bash
+        printf '%s\\0' tritrain "$@" >> {programs}/calls; echo >> {programs}/calls
+        [ ! -d "$2/checkpoints/step-00000008" ] || echo '{{"status": "complete"}}' > "$2/state.json"
+        mkdir -p "$2/checkpoints/step-00000008"; touch "$2/checkpoints/step-00000008/manifest.json"
+        """
+    )
+    (programs / "tritrain").chmod(0o755)
+    done = run_template("eval.sbatch", programs, str(run), "paper11", "--limit", "5")
+    assert done.returncode == 0, done.stderr
+    expected = ["eval", str(run), "--all", "--tasks", "paper11", "--out", f"{run}/scores.json", "--limit", "5"]
+    assert calls(programs, "tritrain") == [expected, expected]
+
+
+def test_template_that_prepares_one_line_of_a_list(programs: Path, tmp_path: Path) -> None:
+    shutil.copy(programs / "srun", programs / "tritrain")
+    (tmp_path / "inputs").write_text("a.txt\nmy texts/$(b).txt\n")
+    done = run_template("prepare-array.sbatch", programs, str(tmp_path / "inputs"), "out", "tokenizer.json", "2048")
+    assert done.returncode == 0, done.stderr
+    [words] = calls(programs, "srun")  # of which it is a copy
+    assert words[:4] == ["prepare", "my texts/$(b).txt", "--out", "out/part-00002"]
+
+
 # What a job finds around itself
 
 
