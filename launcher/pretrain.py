@@ -164,7 +164,7 @@ def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest)
     if not ranks.is_first:
         return COMPLETE if outcome == "complete" else INTERRUPTED
     if outcome == "interrupted":
-        console.line(f"Stopped ({stop.reason}) and saved: {newest}. The same command goes on from there.")
+        console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command goes on from there.")
         return INTERRUPTED
     from launcher.ending import show_ending
 

@@ -104,9 +104,7 @@ def test_there_are_templates() -> None:
 
 def test_path_that_slurm_has_to_unquote(cluster: Slurm, code: Path, tmp_path: Path) -> None:
     run = tmp_path / "my runs" / "#1 $(touch CANARY)"
-    tree = job_tree(tmp_path / "none", run, checkpoint={"interval_steps": None})
-    tree["phases"] = [{"precision": "16-bit", "steps": 1}]
-    job = submit_run(tree)
+    job = submit_run(job_tree(tmp_path / "none", run))
     assert cluster.job(job, "JobName") == "tritrain-tiny"
     log = cluster.call("scontrol", "show", "job", job).partition("StdOut=")[2].splitlines()[0]
     assert Path(log).parent.parent.parent == run
