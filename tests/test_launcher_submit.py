@@ -344,12 +344,6 @@ def test_a_snapshot_runs_by_itself(config: Config, tmp_path: Path) -> None:
     assert [line.startswith(str(code)) for line in done.stdout.split()] == [True, True], done.stderr
 
 
-def test_templates_belong_to_the_wheel() -> None:
-    build = pytest.importorskip("hatchling.builders.wheel")
-    files = {file.relative_path for file in build.WheelBuilder(str(ROOT)).recurse_included_files()}
-    assert {"launcher/slurm/job.sbatch.j2", "launcher/slurm/site.example.yaml"} <= files
-
-
 def run_template(name: str, programs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "2", "SECONDS_BETWEEN_LOOKS": "0.01"}
     command = ["bash", str(ROOT / "launcher" / "slurm" / name), *arguments]
