@@ -13,7 +13,7 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 
 from data.tokenizer import Tokenizer
-from eval.rows import Scorer, continuation_row
+from eval.rows import Scorer, continuation_rows
 from eval.score import Answered
 from eval.tasks import harness_task
 
@@ -62,9 +62,11 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, Any]]:
         """Log-likelihoods; whether a continuation is the likeliest of all is not looked at, and None stands for it."""
         rows = [
-            continuation_row(context, continuation, self._scorer.window_tokens) for _, context, continuation in requests
+            continuation_rows(context, continuation, self._scorer.window_tokens)
+            for _, context, continuation in requests
         ]
-        return [(found, None) for found in self._scorer.log_likelihoods(rows, self._advance)]
+        found = iter(self._scorer.log_likelihoods([row for pieces in rows for row in pieces], self._advance))
+        return [(sum(next(found) for _ in pieces), None) for pieces in rows]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Not there: `eval.perplexity` measures texts."""

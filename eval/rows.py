@@ -28,19 +28,25 @@ class Row:
     labels: tuple[int, ...]
 
 
-def continuation_row(context: Sequence[int], continuation: Sequence[int], window_tokens: int) -> Row:
-    """The row in which a continuation counts, seen after as much of its context as the window holds, one at least.
+def continuation_rows(context: Sequence[int], continuation: Sequence[int], window_tokens: int) -> list[Row]:
+    """The rows in which a continuation counts, behind as much of its context as the window holds, one token at least.
+
+    It is one row where the window holds the continuation. A longer one is cut into pieces of half a window, each in a
+    row of its own, behind as much of all before it as the window holds; the sum over the rows is that of the whole.
 
     Raises:
-        ValueError: the continuation alone is longer than the window, or one of both is empty.
+        ValueError: one of both is empty.
     """
-    if not context or not 0 < len(continuation) <= window_tokens:
-        raise ValueError(
-            f"a continuation of {len(continuation)} tokens behind {len(context)} does not fit into {window_tokens}"
-        )
-    tokens = (*context, *continuation)[-window_tokens - 1 :]
-    ignored = len(tokens) - 1 - len(continuation)
-    return Row(tuple(tokens[:-1]), (IGNORED_LABEL,) * ignored + tuple(continuation))
+    if not context or not continuation:
+        raise ValueError(f"a continuation of {len(continuation)} tokens behind {len(context)} has nothing to score")
+    size = window_tokens if len(continuation) <= window_tokens else max(1, window_tokens // 2)
+    rows = []
+    for first in range(0, len(continuation), size):
+        piece = tuple(continuation[first : first + size])
+        tokens = (*context, *continuation[:first], *piece)[-window_tokens - 1 :]
+        ignored = len(tokens) - 1 - len(piece)
+        rows.append(Row(tuple(tokens[:-1]), (IGNORED_LABEL,) * ignored + piece))
+    return rows
 
 
 def padded_length(num_tokens: int, window_tokens: int) -> int:

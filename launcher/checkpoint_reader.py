@@ -18,7 +18,7 @@ from launcher.engine import Engine
 from launcher.learned_scales import is_learned_scale
 from launcher.location import reaching
 from launcher.runtime import Ranks
-from launcher.source import KINDS, CheckpointError, Source
+from launcher.source import KINDS, CheckpointError, Source, checked_ahead
 from launcher.tensor_file import TensorFile, TensorFileError
 from quant.linear import quantized_layers
 
@@ -215,12 +215,14 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
     if lacking and any(layer.quant_config.learned for layer in quantized_layers(engine.model).values()):
         raise CheckpointError(f"{source.location} is of a phase without learned scales; it lacks {lacking[0]}")
     shards = [shard for shard in shards if shard.name in source.shapes]
-    for shard in shards:
-        for kind in KINDS if with_optimizer else ("weight",):
-            tensor = shard.tensors[kind]
-            tensor.copy_(source.read(kind, shard.name, shard.start, len(tensor)))
-        if with_optimizer:
-            shard.step.fill_(source.read_step(shard.name))
+    kinds = KINDS if with_optimizer else ("weight",)
+    with checked_ahead(source, kinds):
+        for shard in shards:
+            for kind in kinds:
+                tensor = shard.tensors[kind]
+                tensor.copy_(source.read(kind, shard.name, shard.start, len(tensor)))
+            if with_optimizer:
+                shard.step.fill_(source.read_step(shard.name))
     engine.refresh_weights()
 
 

@@ -110,10 +110,15 @@ def launch(launcher: str, config: Path, overrides: list[str], num_ranks: int) ->
     script = [str(Path(__file__).with_name("pretrain.py")), "--config", str(config), *overrides]
     if launcher == "deepspeed":
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), *script]
-    else:
-        command = [sys.executable, "-m", "launcher.torchrun", str(num_ranks), *script]
+        sys.stdout.flush()
+        os.execv(command[0], command)
+    become_ranks(num_ranks, script)
+
+
+def become_ranks(num_ranks: int, script: list[str]) -> NoReturn:
+    """Become torch's launcher of so many ranks of a script on this machine."""
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execv(sys.executable, [sys.executable, "-m", "launcher.torchrun", str(num_ranks), *script])
 
 
 @app.command()
@@ -434,9 +439,7 @@ def measure(asked: Any, ranks: int | None) -> NoReturn:
     num_ranks = ranks or default_ranks()
     if num_ranks == 1:
         sys.exit(run(asked))
-    script = [str(Path(__file__).with_name("measuring.py")), json.dumps(asdict(asked))]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "launcher.torchrun", str(num_ranks), *script])
+    become_ranks(num_ranks, [str(Path(__file__).with_name("measuring.py")), json.dumps(asdict(asked))])
 
 
 @app.command()
@@ -477,6 +480,34 @@ def report(
     else:
         write_report(runs, out)
     Console(silent=False).line(f"Written: {out}")
+
+
+@app.command()
+def status(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold some.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[float | None, typer.Option(min=0.1, help="Look again every so many seconds.")] = None,
+) -> None:
+    """Say how runs stand. Exits with 1 where one has failed, is stalled or cannot be read."""
+    from launcher.status import show_status
+
+    sys.exit(show_status(runs, as_json=as_json, watch_seconds=watch))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="Configuration that is planned.", show_default=False)] = None,
+    overrides: Overrides = None,
+    ranks: RanksOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check this machine before a run: what would stop or slow it down. Exits with 1 where there are problems."""
+    from launcher import doctor as doctor_of_rank
+
+    arguments = [*(["--config", str(config)] if config else []), *(["--json"] if as_json else []), *(overrides or [])]
+    if (num_ranks := ranks or default_ranks()) == 1:
+        sys.exit(doctor_of_rank.main(arguments))
+    become_ranks(num_ranks, [str(Path(__file__).with_name("doctor.py")), *arguments])
 
 
 @app.command()

@@ -183,10 +183,12 @@ class TensorFile:
 
     def damaged(self) -> Iterator[str]:
         """Read everything; the names of the tensors whose bytes are not those that were written."""
+        chunk = memoryview(bytearray(CHUNK_BYTES))
         for name, expected in self._digests.items():
             entry, digest = self.entries[name], xxhash.xxh3_128()
             for start in range(entry.start, entry.end, CHUNK_BYTES):
-                digest.update(self._read_bytes(start, min(CHUNK_BYTES, entry.end - start)))
+                length = min(CHUNK_BYTES, entry.end - start)
+                digest.update(self._read_bytes(start, length, chunk[:length]))
             if digest.digest() != expected:
                 yield name
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_model_transformer import VARIANTS, build
 
-from eval.rows import BATCH_TOKENS, IGNORED_LABEL, Row, Scorer, continuation_row, padded_length, rows_of_batch
+from eval.rows import BATCH_TOKENS, IGNORED_LABEL, Row, Scorer, continuation_rows, padded_length, rows_of_batch
 from quant.config import PRESETS
 from quant.linear import quantize_
 
@@ -34,7 +34,7 @@ def random_rows(count, seed=0, vocab_size=96):
         length = int(torch.randint(2, WINDOW + 2, (), generator=generator))
         tokens = torch.randint(vocab_size, (length,), generator=generator).tolist()
         scored = int(torch.randint(1, length, (), generator=generator))
-        rows.append(continuation_row(tokens[:-scored], tokens[-scored:], WINDOW))
+        rows += continuation_rows(tokens[:-scored], tokens[-scored:], WINDOW)
     return rows
 
 
@@ -52,12 +52,27 @@ def test_few_lengths_are_there():
 
 
 def test_continuation_counts_and_context_is_cut_from_the_left():
-    assert continuation_row([1, 2, 3], [4, 5], 10) == Row((1, 2, 3, 4), (IGNORED_LABEL, IGNORED_LABEL, 4, 5))
-    assert continuation_row([1, 2, 3], [4, 5], 3) == Row((2, 3, 4), (IGNORED_LABEL, 4, 5))
-    assert continuation_row([1, 2, 3], [4, 5], 2) == Row((3, 4), (4, 5))
-    for context, continuation in (([1], [2, 3, 4]), ([], [1]), ([1], [])):
-        with pytest.raises(ValueError, match="does not fit"):
-            continuation_row(context, continuation, 2)
+    assert continuation_rows([1, 2, 3], [4, 5], 10) == [Row((1, 2, 3, 4), (IGNORED_LABEL, IGNORED_LABEL, 4, 5))]
+    assert continuation_rows([1, 2, 3], [4, 5], 3) == [Row((2, 3, 4), (IGNORED_LABEL, 4, 5))]
+    assert continuation_rows([1, 2, 3], [4, 5], 2) == [Row((3, 4), (4, 5))]
+    for context, continuation in (([], [1]), ([1], [])):
+        with pytest.raises(ValueError, match="nothing to score"):
+            continuation_rows(context, continuation, 2)
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 12))
+def test_every_token_of_a_long_continuation_counts_once_behind_what_is_before_it(num_context, num_tokens, window):
+    text = list(range(num_context + num_tokens))
+    rows = continuation_rows(text[:num_context], text[num_context:], window)
+    assert (len(rows) == 1) == (num_tokens <= window)
+    counted = [label for row in rows for label in row.labels if label != IGNORED_LABEL]
+    assert counted == text[num_context:]
+    for number, row in enumerate(rows):
+        assert 0 < len(row.tokens) == len(row.labels) <= window
+        assert row.tokens == tuple(range(row.tokens[0], row.tokens[0] + len(row.tokens)))
+        last = next(label for label in row.labels if label != IGNORED_LABEL)
+        seen = last - row.tokens[0]
+        assert seen >= min(last, window - window // 2 if number else 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

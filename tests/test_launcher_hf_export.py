@@ -27,6 +27,7 @@ from launcher.config import ConfigError
 from launcher.export import Exportable
 from launcher.hf_export import export_hf
 from launcher.hf_source import HuggingFaceSource
+from launcher.load import load_model
 from launcher.source import CheckpointError
 from model.transformer import ModelConfig, Transformer
 from quant.codes import unpack
@@ -120,6 +121,21 @@ def test_logits_are_those_of_an_order_matched_reference_bit_for_bit(transformers
             trained = ternary(model)(tokens_BT)
         assert torch.equal(theirs, expected), dtype
         assert (theirs - trained).std() < (0.02 if dtype == torch.float32 else 0.1) * trained.std()
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_packed_export_read_back_computes_what_training_did(tmp_path, kind):
+    """Bit for bit where the folder holds the level; `bitlinear` folders hold its reciprocal, rounded once more."""
+    model, tokens_BT = build(MODEL), random_tokens(3, 17)
+    export_hf(
+        exportable(model), tmp_path / "hf", weights="packed", dtype=torch.float32, linear_class=kind, tokenizer=None
+    )
+    with torch.no_grad():
+        read, trained = load_model(tmp_path / "hf", dtype=torch.float32).model(tokens_BT), ternary(model)(tokens_BT)
+    if kind == "autobitlinear":
+        assert torch.equal(read, trained)
+    else:
+        torch.testing.assert_close(read, trained, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

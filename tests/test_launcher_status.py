@@ -1,0 +1,270 @@
+"""`tritrain status`, on folders as runs leave them: whole, old, half-written and damaged."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from tiny import tiny_config
+
+from launcher import status as module
+from launcher.config import ConfigError
+from launcher.metrics import MetricsLog
+from launcher.run_folder import RunFolder
+from launcher.status import (
+    HEARTBEAT_SECONDS,
+    SILENT_SECONDS,
+    TAIL_BYTES,
+    find_runs,
+    human_age,
+    last_logged_row,
+    show,
+    show_status,
+    status_of,
+)
+
+NOW = 1_800_000_000.0
+FILES = ("state.json", "config.yaml", "metrics.jsonl", "heartbeats.json", "starts.jsonl")
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    return {
+        "step": step, "tokens": 256 * step, "phase": int(step > 4), "precision": "16-bit", "train/loss": 5 - step / 10,
+        "throughput/tokens_per_second": 64.0, **more,
+    }  # fmt: skip
+
+
+def heartbeat(rank: int, step: int = 6, seen: float = NOW - 2) -> dict[str, Any]:
+    return {
+        "rank": rank, "host": f"host{rank}", "pid": 7, "step": step, "doing": "all-reduce", "since": seen - 9,
+        "seen": seen, "step_seconds": 1.0, "wait_seconds": 0.1,
+    }  # fmt: skip
+
+
+def write_run(path: Path, status: str = "running", **state: Any) -> Path:
+    """A run of 4 + 4 steps as the code that trains leaves it at step 5, with a checkpoint of step 4."""
+    folder = RunFolder(tiny_config(Path("/shards"), path))
+    folder.prepare([4, 4])
+    folder.write_state(status, **state)
+    log = MetricsLog(path, step=0, phase=0, tensorboard=False)
+    for step in range(1, 6):
+        log.write(row(step))
+    log.write({"step": 5, "tokens": 1280, "phase": 1, "precision": "ternary", "validation/loss": 3.0})
+    log.close()
+    (path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (path / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
+    (path / "checkpoints" / "step-00000006.tmp").mkdir()
+    (path / "starts.jsonl").write_text('{"step": 0}\n{"step": 2}\n{"step": 4}\n')
+    age(path, 60)
+    return path
+
+
+def age(path: Path, seconds: float) -> None:
+    """Set the time of everything in a run."""
+    for inside in [path, *path.rglob("*")]:
+        os.utime(inside, (NOW - seconds, NOW - seconds))
+
+
+def write_heartbeats(run: Path, *ranks: dict[str, Any], at: float = NOW - 1) -> None:
+    (run / "heartbeats.json").write_text(json.dumps({"time": at, "ranks": ranks}))
+
+
+def shown(*statuses: Any, width: int = 160) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(show(statuses))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_running_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_heartbeats(run, heartbeat(0, 7), heartbeat(1, 6))
+    status = status_of(run, NOW)
+    assert (status.state, status.phase, status.step, status.total_steps) == ("running", "ternary", 6, 8)
+    assert (status.tokens_per_second, status.loss, status.restarts) == (64.0, 4.5, 2)
+    assert status.remaining_seconds == (8 - 6) * 256 / 64
+    assert (status.checkpoint_step, status.checkpoint_age_seconds) == (4, 60)
+    assert (status.message, status.notes) == (None, [])
+    (line,) = re.findall(r".*running.*", shown(status))
+    assert " ".join(line.split()[1:]) == "running ternary 6 of 8 64 0:00:08 4, 1 min 2 4.5000"
+
+
+@pytest.mark.parametrize("state", ["interrupted", "complete"])
+def test_a_run_that_has_ended(tmp_path: Path, state: str) -> None:
+    run = write_run(tmp_path / "run", state)
+    age(run, 1e6)
+    status = status_of(run, NOW)
+    assert (status.state, status.step) == (state, 5)
+    assert (status.remaining_seconds is None) == (state == "complete")
+
+
+def test_silence_is_a_stall(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    age(run, SILENT_SECONDS - 1)
+    assert status_of(run, NOW).state == "running"
+    age(run, SILENT_SECONDS + 1)
+    status = status_of(run, NOW)
+    assert status.state == "stalled"
+    assert "has written nothing for 30 min" in (status.message or "")
+
+    write_heartbeats(run, heartbeat(0), at=NOW - HEARTBEAT_SECONDS + 1)
+    assert status_of(run, NOW).state == "running"  # a long step, but alive
+    write_heartbeats(run, heartbeat(0), at=NOW - HEARTBEAT_SECONDS - 1)
+    status = status_of(run, NOW)
+    assert (status.state, status.message) == (
+        "stalled",
+        "no heartbeat for 1 min: its job was killed, or its first rank hangs",
+    )
+    os.utime(run / "state.json", (NOW, NOW))  # started again just now, by a job that has no heartbeat yet
+    assert status_of(run, NOW).state == "running"
+
+
+def test_a_rank_that_is_not_heard_of_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_heartbeats(run, heartbeat(0), heartbeat(3, seen=NOW - 200))
+    status = status_of(run, NOW)
+    assert status.state == "stalled"
+    assert status.message == "not heard of: rank 3 on host3 for 3 min, in step 6, all-reduce"
+
+
+def test_a_failure_shows_its_message(tmp_path: Path) -> None:
+    message = "\n".join(f"line {number}" for number in range(50)) + "\nThe same command goes on."
+    status = status_of(write_run(tmp_path / "run", "failed", message=message), NOW)
+    assert status.message == message
+    output = shown(status)
+    assert "The same command goes on." in output
+    assert "line 40" not in output
+    assert f"{tmp_path}/run/state.json" in output.replace("\n", "")
+
+
+def test_what_is_absent_is_no_matter(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for name in FILES[2:]:
+        (run / name).unlink(missing_ok=True)
+    status = status_of(run, NOW)
+    assert (status.state, status.step, status.restarts, status.loss, status.notes) == ("running", 4, None, None, [])
+    (run / "state.json").unlink()
+    assert status_of(run, NOW).state == "not started"
+    assert "not started" in shown(status_of(run, NOW))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_half_written_is_told(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path / "run")
+    write_heartbeats(run, heartbeat(0, 5))
+    whole = status_of(run, NOW)
+    text = (run / name).read_bytes()
+    (run / name).write_bytes(text[: -5 if name == "starts.jsonl" else -len(text) // 3])
+    status = status_of(run, NOW)
+    if name == "metrics.jsonl":  # appended to at this moment, perhaps
+        assert (status.step, status.notes) == (4, []) or status.step == 5
+    elif name == "starts.jsonl":
+        assert status.restarts == whole.restarts
+    elif name != "config.yaml":  # of which a part may be whole by chance
+        assert any(note.startswith(f"{name} cannot be read") for note in status.notes)
+        assert name in shown(status)
+    if name == "state.json":
+        assert status.state == "unreadable"
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_no_content_is_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
+    run = tmp_path / "run"
+    if not run.exists():
+        write_run(run)
+        write_heartbeats(run, heartbeat(0))
+        (run / "sound").mkdir()
+        for name in FILES:
+            (run / "sound" / name).write_bytes((run / name).read_bytes())
+    for name in FILES:
+        (run / name).write_bytes((run / "sound" / name).read_bytes())
+    name = data.draw(st.sampled_from(FILES))
+    trees = st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["status", "time", "ranks", "phase_steps", "phases", "checkpoint", "step", "tokens"])
+                | st.just("throughput/tokens_per_second"),
+                inner,
+            )
+        ),
+        max_leaves=6,
+    )
+    content = data.draw(trees.map(json.dumps).map(str.encode) | st.binary(max_size=40))
+    (run / name).write_bytes(content)
+    with contextlib.suppress(ConfigError):  # a URL of a store, say
+        shown(status_of(run, NOW))
+
+
+def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    layers = {"quant/layers": "x" * 1000}
+    with path.open("w") as file:
+        file.write("not JSON, and never read\n" * 400_000)
+        file.write(json.dumps(row(7)) + "\n")
+        file.writelines(json.dumps({"step": 8, **layers}) + "\n" for _ in range(TAIL_BYTES[0] // 1000 + 1))
+        file.write('{"step": 9, "throughp')
+    assert last_logged_row(path)["step"] == 7
+    assert path.stat().st_size > TAIL_BYTES[1]
+
+
+def test_runs_are_found_and_strangers_named(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "runs" / "a"), write_run(tmp_path / "runs" / "b")
+    (tmp_path / "runs" / "notes").mkdir()
+    assert find_runs([tmp_path / "runs", b]) == [a, b]
+    with pytest.raises(ConfigError, match=r"notes: is no run, and holds none.*\n.*none: there is no such folder"):
+        find_runs([a, tmp_path / "runs" / "notes", tmp_path / "none"])
+
+
+def test_checkpoints_in_a_store_are_not_asked(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["checkpoint"]["folder"] = "memory://bucket/run"
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    status = status_of(run, NOW)
+    assert status.checkpoint is None
+    assert status.notes == ["checkpoints are in memory://bucket/run, which is not asked"]
+
+
+def test_exit_codes_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "good", "complete")
+    assert show_status([tmp_path / "good"], as_json=False, watch_seconds=None) == 0
+    assert "complete" in capsys.readouterr().out
+    write_run(tmp_path / "bad", "failed", message="disk [full]")
+    assert show_status([tmp_path], as_json=True, watch_seconds=None) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [status["state"] for status in told] == ["failed", "complete"]
+    assert told[0]["message"] == "disk [full]"
+    with pytest.raises(ConfigError, match="exclude"):
+        show_status([tmp_path], as_json=True, watch_seconds=1)
+
+
+def test_watching_looks_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run")
+    age(run, NOW - time.time())
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 5
+        if "complete" in (run / "state.json").read_text():
+            raise KeyboardInterrupt
+        (run / "state.json").write_text('{"status": "complete"}')
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    assert show_status([run], as_json=False, watch_seconds=5) == 0
+    assert re.findall("running|complete", capsys.readouterr().out) == ["running", "complete"]
+
+
+def test_ages() -> None:
+    assert [human_age(seconds) for seconds in (0, 59, 60, 7300, 200_000)] == ["0 s", "59 s", "1 min", "2 h", "2 d"]
