@@ -29,8 +29,9 @@ from launcher.console import Console
 from launcher.metrics import read_metrics
 from launcher.plan import make_plan
 from launcher.run_folder import RunFolder
-from launcher.runtime import Ranks, StopRequest
+from launcher.runtime import Ranks
 from launcher.start_from import open_source
+from launcher.stopping import StopRequest
 from launcher.train import train
 from quant.config import PRESETS, QuantConfig
 from quant.hadamard import rotate

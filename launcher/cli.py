@@ -67,6 +67,37 @@ def train(
     launch(launcher, config, overrides or [], num_ranks)
 
 
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="By default the site's; one rank each.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="By default the GPUs, or one.")] = None,
+    site: Annotated[Path | None, typer.Option(help="What your cluster needs; by default $TRITRAIN_SITE.")] = None,
+    launcher: Annotated[str, typer.Option("--with", help="torchrun, srun or deepspeed")] = "torchrun",
+    time: Annotated[str | None, typer.Option(help="Time limit; by default the site's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script, and submit nothing.")] = False,
+) -> None:
+    """Queue a run as a job of Slurm that goes on until the run is complete."""
+    from launcher.config_file import load_config
+    from launcher.slurm_site import load_site
+    from launcher.submit import Request, next_submission, render
+    from launcher.submit import submit as submit_job
+
+    parsed, cluster, console = load_config(config, overrides or ()), load_site(site), Console(silent=False)
+    gpus = cluster.gpus_per_node if gpus_per_node is None else gpus_per_node
+    request = Request(
+        nodes=nodes, gpus_per_node=gpus, ranks_per_node=ranks_per_node or gpus or 1, launcher=launcher, time=time
+    )
+    if dry_run:
+        sys.stdout.write(render(parsed, cluster, request, next_submission(parsed)))
+        return
+    job, folder = submit_job(parsed, cluster, request)
+    console.line(f"Submitted: job {job}, in {folder}")
+    console.line(f"Save and end it: touch {parsed.run.path}/stop")
+
+
 def default_ranks() -> int:
     """As many ranks as there are GPUs, or one."""
     import torch

@@ -50,10 +50,15 @@ class RunConfig:
     """Where everything the run writes goes; null: `runs/NAME`."""
     seed: int = 0
     """Seed of the initial weights."""
+    stop_before_end_seconds: int = 180
+    """In a job of limited time, save and stop so long before its end; must cover the longest step and saving."""
 
     def __post_init__(self) -> None:
+        problems = _at_least(self, "stop_before_end_seconds", 0)
         if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError({"name": f"{self.name!r} may hold letters, digits, '_', and behind the first '.' and '-'"})
+            problems["name"] = f"{self.name!r} may hold letters, digits, '_', and behind the first '.' and '-'"
+        if problems:
+            raise ValueError(problems)
 
     @property
     def path(self) -> Path:

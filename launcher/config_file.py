@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -22,6 +22,8 @@ from quant.config import PRESETS
 
 DERIVED_KEYS = ("tritrain_version", "phase_steps")
 """What a run's own `config.yaml` holds besides the configuration, which it is a configuration without."""
+
+Part = TypeVar("Part")
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,6 +65,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: lists every problem, each with the key's path, what is wrong and what would be right.
     """
+    tree = read_mapping(path, "sections such as run, model and data")
+    for derived in DERIVED_KEYS:
+        tree.pop(derived, None)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree)
+
+
+def read_mapping(path: Path, of: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; ``of`` says what, in the error."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -71,12 +83,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections such as run, model and data")
-    for derived in DERIVED_KEYS:
-        tree.pop(derived, None)
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_config(tree)
+        raise ConfigError(f"{path}: must be a mapping of {of}")
+    return tree
+
+
+def load_as(kind: type[Part], path: Path, name: str) -> Part:
+    """Read a YAML file that is one dataclass, as strictly as a configuration; ``name`` stands before keys in errors.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    problems: dict[str, str] = {}
+    part = _parse_part(kind, read_mapping(path, "keys"), name, problems)
+    if problems:
+        raise ConfigError("\n".join(f"{path}: {key}: {problem}" for key, problem in problems.items()))
+    return cast(Part, part)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -43,8 +43,9 @@ from launcher.plan import Plan, make_plan
 from launcher.preparing import prepare_with_progress
 from launcher.rollback import read_rollbacks
 from launcher.run_folder import RunFolder
-from launcher.runtime import Ranks, StopRequest, process_group, seed_everything
+from launcher.runtime import Ranks, process_group, seed_everything
 from launcher.source import CheckpointError
+from launcher.stopping import StopRequest, time_to_stop
 from launcher.train import TrainingError, train
 from launcher.watchdog import Watchdog
 
@@ -66,8 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)  # noqa: T201
+        note_refusal(str(error))
         return MISCONFIGURED
     return run(config)
+
+
+def note_refusal(message: str) -> None:
+    """Leave what is wrong with the configuration where a job looks before it queues itself again."""
+    if note := os.environ.get("TRITRAIN_REFUSED"):
+        Path(note).write_text(message)
 
 
 def run(config: Config) -> int:
@@ -86,7 +94,9 @@ def run(config: Config) -> int:
             return run_rank(config, folder, ranks, stop, pulse, watchdog)
         except USER_ERRORS as error:
             message: str | None = str(error)
-            code = MISCONFIGURED if isinstance(error, ConfigError) else FAILED
+            if isinstance(error, ConfigError):
+                code = MISCONFIGURED
+                note_refusal(str(error))
         except Exception as error:
             message = explanation(error, folder, ranks, heartbeat, watchdog)
         try:
@@ -142,6 +152,7 @@ def run_rank(
     plan = plan_of_run(config, folder, ranks)
     seed_everything(config.run.seed, ranks.rank)
     if ranks.is_first:
+        stop.watch(folder.path, time_to_stop(config.run.stop_before_end_seconds))
         shutil.rmtree(folder.ranks, ignore_errors=True)
         folder.prepare([phase.end - phase.start for phase in plan.phases])
     dist.barrier()
@@ -154,6 +165,12 @@ def run_rank(
     while (outcome := train(plan, ranks, folder, stop, console, pulse)) == "rolled back":
         gc.collect()  # engines have reference cycles, and the memory of this one is needed
         plan = plan_of_run(config, folder, ranks)
+    newest = None
+    if ranks.is_first and outcome == "interrupted":
+        # Before any rank leaves: launchers kill who is still there once one has exited with anything but 0.
+        newest = folder.newest_checkpoint()
+        folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest))
+        stop.done()
     # A rank that leaves breaks connections that others may still be making. All is saved: to break here is no failure.
     with contextlib.suppress(RuntimeError):
         dist.barrier()
@@ -162,9 +179,7 @@ def run_rank(
     if not ranks.is_first:
         return COMPLETE if outcome == "complete" else INTERRUPTED
     if outcome == "interrupted":
-        newest = folder.newest_checkpoint()
-        folder.write_state("interrupted", checkpoint=str(newest))
-        console.line(f"Stopped and saved: {newest}. The same command goes on from there.")
+        console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command goes on from there.")
         return INTERRUPTED
     from launcher.ending import show_ending
 

@@ -2,6 +2,9 @@
 
 RUN/config.yaml      the resolved configuration, with the code's version
 RUN/state.json       whether the run is running, interrupted, complete or failed
+RUN/starts.jsonl     one line for each time that training began
+RUN/submitted/       code, configuration and script of each job of `tritrain submit`
+RUN/stop, RUN/save   put there by a person: save and end, or save and go on
 RUN/rollbacks.json   how often the run has gone back to a switch; only where it has
 RUN/heartbeats.json  what each rank was at when it was last heard of
 RUN/hangs/TIME/      stacks and collectives of each rank when a job hung; only where one has
@@ -28,6 +31,7 @@ from launcher.location import reaching, to_location
 
 MAY_CHANGE = (
     "run.folder",
+    "run.stop_before_end_seconds",
     "logging.",
     "watch.",
     "evaluation.",
@@ -136,9 +140,21 @@ class RunFolder:
         """Leave what each rank is at."""
         replace_file(self.path / "heartbeats.json", json.dumps({"time": round(time.time(), 1), "ranks": beats}))
 
+    def note_start(self, step: int, world_size: int) -> None:
+        """Append to `starts.jsonl` that training begins, or goes on, behind this step."""
+        line = {"time": time.time(), "step": step, "world_size": world_size, "host": socket.gethostname()}
+        with (self.path / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(line | {"job": slurm_job()}) + "\n")
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write what a complete run has to say of itself."""
         replace_file(self.path / "summary.json", json.dumps(summary, indent=2))
+
+
+def slurm_job() -> str | None:
+    """Id of the Slurm job that this process belongs to, `17` or `17_2` in an array; None outside of Slurm."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def replace_file(path: Path, text: str) -> None:

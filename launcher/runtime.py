@@ -1,22 +1,17 @@
-"""What a process finds around itself: its rank, its device, its peers, and the signals it is sent."""
+"""What a process finds around itself: its rank, its device and its peers."""
 
 import os
 import random
-import signal
+import re
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 
 import torch
 import torch.distributed as dist
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""Asked by any of these, a run saves and ends. Not SIGUSR1: NCCL and torchrun have other uses for it."""
-
 
 RECORDED_COLLECTIVES = 2000
 """How many collectives PyTorch's flight recorder keeps on each rank."""
@@ -68,16 +63,32 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
 def _complete_environment() -> None:
     """Give `env://` initialization what the launcher left out."""
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_NTASKS"], "LOCAL_RANK": env["SLURM_LOCALID"]}
-        env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
-        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-        env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
+    # Only `srun` sets the variables of a step. Those of the job are in its batch script too, which is one process.
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"]}
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env["LOCAL_WORLD_SIZE"] = str(tasks_by_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])])
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        # Below the ports that systems give to outgoing connections, and another one for each step of a job.
+        port = 20_000 + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"])) % 10_000
+        env.setdefault("MASTER_PORT", str(port))
     if "RANK" not in env:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     # The `deepspeed` launcher has another name for it.
     env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
+
+
+def first_host(nodelist: str) -> str:
+    """The host of Slurm's task 0: the first of a list such as `node[003-010,12],login1`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0] if first else nodelist)
+
+
+def tasks_by_node(counts: str) -> list[int]:
+    """Slurm's tasks on each node: `2(x3),1` is 2, 2, 2 and 1."""
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(tasks) for tasks, nodes in groups for _ in range(int(nodes or 1))]
 
 
 def _free_port() -> int:
@@ -92,30 +103,15 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-class StopRequest:
-    """A stop that was asked for by a signal. The handler only sets a flag; ranks agree on it at the end of a step."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-    @contextmanager
-    def installed(self) -> Iterator["StopRequest"]:
-        """Handle the stop signals while the block runs."""
-        previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
 def any_rank(flag: bool, ranks: Ranks) -> bool:
     """Whether the flag is set on any rank; a collective, on the host."""
+    return bool(max_over_ranks([flag], ranks)[0])
+
+
+def max_over_ranks(values: Sequence[float], ranks: Ranks) -> list[float]:
+    """The largest of each value over the ranks; a collective, on the host."""
     if ranks.world_size == 1:
-        return flag
-    flags = torch.tensor([float(flag)])
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float32)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return list(largest.tolist())

@@ -29,10 +29,11 @@ from launcher.metrics import Meter, MetricsLog, Progress
 from launcher.plan import Phase, Plan
 from launcher.rollback import discard_given_up, give_up, has_not_recovered, read_rollbacks, rollback_note
 from launcher.run_folder import RunFolder
-from launcher.runtime import Ranks, StopRequest, any_rank
+from launcher.runtime import Ranks
 from launcher.saver import Saver
 from launcher.spikes import SpikeGuard
 from launcher.start_from import check_data, check_sound, first_progress, open_start
+from launcher.stopping import StopRequest
 from launcher.straggler import Stragglers
 from launcher.tasks_in_training import open_tasks
 from launcher.telemetry import Telemetry, telemetry_of
@@ -171,6 +172,7 @@ def train(
     tasks = open_tasks(plan, ranks, data.tokenizer_path)
     log = None
     if ranks.is_first:
+        folder.note_start(at.step, ranks.world_size)
         log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
     meter = Meter(plan, ranks, log, console, at)
     saver = Saver(
@@ -232,8 +234,8 @@ def train(
         pulse.stepped(at.step, waited_seconds)
 
         phase_ends = at.step == phase.end
-        stopping = any_rank(stop.requested, ranks)
-        saving = phase_ends or stopping or is_due(at.step, config.checkpoint.interval_steps)
+        stopping, asked_to_save = stop.agree(ranks)
+        saving = phase_ends or stopping or asked_to_save or is_due(at.step, config.checkpoint.interval_steps)
         evaluating = phase_ends or is_due(at.step, config.evaluation.interval_steps)
         doing_tasks = tasks is not None and (phase_ends or is_due(at.step, config.evaluation.tasks_interval_steps))
         deciding = at.step == plan.rollback_step(phase)

@@ -201,7 +201,7 @@ def test_schema_describes_every_key():
         ("phases.1.transition.ramp.step=1", "unknown key; did you mean steps?"),
         ("phases.1.quantization.weight=x", "unknown key; did you mean weights?"),
         ("training.learning_rate=1", "unknown key; did you mean optimizer.learning_rate?"),
-        ("run.zzz=1", "unknown key; there are name, folder, seed"),
+        ("run.zzz=1", "unknown key; there are name, folder, seed, stop_before_end_seconds"),
         ("data.prepare={inputs: [x], tokenizer: y, worker: 1}", "unknown key; did you mean workers?"),
     ],
 )

@@ -17,6 +17,7 @@ from launcher.metrics import read_metrics
 from launcher.plan import make_plan
 from launcher.run_folder import RunFolder
 from launcher.runtime import Ranks
+from launcher.stopping import StopRequest
 from launcher.train import train
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -30,16 +31,16 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
-class StopAfter:
+class StopAfter(StopRequest):
     """Asks for a stop at the end of the n-th step from now."""
 
     def __init__(self, steps: int) -> None:
+        super().__init__()
         self.steps = steps
 
-    @property
-    def requested(self) -> bool:
+    def agree(self, ranks: Ranks) -> tuple[bool, bool]:
         self.steps -= 1
-        return self.steps <= 0
+        return self.steps <= 0, False
 
 
 def run(config: Config, steps: int = 10**6) -> str:
@@ -49,7 +50,7 @@ def run(config: Config, steps: int = 10**6) -> str:
     if ranks.is_first:
         folder.prepare([phase.end - phase.start for phase in plan.phases])
     dist.barrier()
-    return train(plan, ranks, folder, StopAfter(steps), Console(silent=True))  # type: ignore[arg-type]
+    return train(plan, ranks, folder, StopAfter(steps), Console(silent=True))
 
 
 def whole_and_in_pieces(shards: str, out: str, engines: list[str], dtype: str, pieces: list[int]) -> None:

@@ -200,7 +200,7 @@ def complete(config: Config, pieces: Sequence[int] = (), *, alter: Callable[[Pat
             folder.prepare([phase.end - phase.start for phase in plan.phases])
         dist.barrier()
         steps = pieces[len(outcomes)] if len(outcomes) < len(pieces) else 10**6
-        outcomes.append(train(plan, ranks, folder, StopAfter(steps), Console(silent=True)))  # type: ignore[arg-type]
+        outcomes.append(train(plan, ranks, folder, StopAfter(steps), Console(silent=True)))
         if alter is not None and ranks.is_first:
             alter(folder.path)
         dist.barrier()
