@@ -26,6 +26,7 @@ from launcher.config import Config, ConfigError
 from launcher.config_file import load_config
 from launcher.console import Console
 from launcher.metrics import LogError
+from launcher.placement import PlacementError
 from launcher.plan import Plan, make_plan
 from launcher.preparing import prepare_with_progress
 from launcher.rollback import read_rollbacks
@@ -62,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         RunFolder(config).check_configuration()
-    except (ConfigError, CheckpointError) as error:
+        return run(config)
+    except (ConfigError, CheckpointError, PlacementError) as error:  # on all ranks alike
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)  # noqa: T201
         return MISCONFIGURED
-    return run(config)
 
 
 def run(config: Config) -> int:

@@ -17,6 +17,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from launcher.placement import place_rank
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """Asked by any of these, a run saves and ends. Not SIGUSR1: NCCL and torchrun have other uses for it."""
 
@@ -46,16 +48,17 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     _complete_environment()
     # FSDP2 calls functions that torch itself calls deprecated, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     try:
+        place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device
+        local_rank = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+        if has_cuda:
+            torch.cuda.set_device(device)
         yield Ranks(rank, world_size, local_rank, device)
     finally:
         dist.destroy_process_group()
@@ -72,8 +75,8 @@ def _complete_environment() -> None:
     if "RANK" not in env:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    # The `deepspeed` launcher has another name for it.
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
+    if "LOCAL_SIZE" in env:  # what the `deepspeed` launcher calls it
+        env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
 
 
 def _free_port() -> int:
