@@ -14,6 +14,7 @@ from data.loader import DataConfig
 from data.urls import url_problem
 from eval.tasks import choose_tasks
 from launcher.engine import EngineConfig
+from launcher.heartbeat import WatchConfig
 from launcher.optim import OptimizerConfig
 from launcher.schedule import ScheduleConfig
 from launcher.spikes import OutlierConfig
@@ -253,6 +254,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         if problems := spanning_problems(vars(self)):

@@ -25,30 +25,31 @@ from data.errors import DataError
 from launcher.config import Config, ConfigError
 from launcher.config_file import load_config
 from launcher.console import Console
+from launcher.failure import (
+    COMPLETE,
+    FAILED,
+    INTERRUPTED,
+    MISCONFIGURED,
+    has_failed,
+    leave_presence,
+    resume_advice,
+    say_failure,
+    who_is_gone,
+    write_presence,
+)
+from launcher.heartbeat import Heartbeat, Pulse
 from launcher.metrics import LogError
 from launcher.placement import PlacementError
 from launcher.plan import Plan, make_plan
 from launcher.preparing import prepare_with_progress
 from launcher.rollback import read_rollbacks
 from launcher.run_folder import RunFolder
-from launcher.runtime import (
-    Ranks,
-    StopRequest,
-    is_first_to_say,
-    leave_presence,
-    missing_ranks,
-    process_group,
-    seed_everything,
-    write_presence,
-)
+from launcher.runtime import Ranks, StopRequest, process_group, seed_everything
 from launcher.source import CheckpointError
 from launcher.train import TrainingError, train
+from launcher.watchdog import Watchdog
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, LogError, TrainingError)
-
-COMPLETE, FAILED, MISCONFIGURED, INTERRUPTED = 0, 1, 2, 3
-"""Exit codes. A stop that was asked for is not a failure, but not the end of the run either."""
-
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -78,36 +79,44 @@ def run(config: Config) -> int:
             if ranks.is_first:
                 print(refusal, file=sys.stderr)  # noqa: T201
             return MISCONFIGURED
+        pulse = Pulse()
+        heartbeat = Heartbeat(ranks, config.watch.beat_seconds, pulse, folder.write_heartbeats)
+        watchdog = Watchdog(config.watch, folder, ranks, pulse, heartbeat)
         code = FAILED
         try:
-            return run_rank(config, folder, ranks, stop)
+            return run_rank(config, folder, ranks, stop, pulse, watchdog)
         except USER_ERRORS as error:
-            message = str(error)
+            message: str | None = str(error)
             code = MISCONFIGURED if isinstance(error, ConfigError) else FAILED
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-                message = f"{folder.path}: {error}. Make room there. {resume_advice(folder)}"
-            # A rank that is gone shows itself to the others as a broken connection, with nothing said of who it was.
-            elif gone := missing_ranks(folder.ranks):
-                message = f"{' and '.join(gone)} died; the others cannot go on. {resume_advice(folder)}"
-            else:
-                message = "".join(traceback.format_exception(error)) + resume_advice(folder)
+            message = explanation(error, folder, ranks, heartbeat, watchdog)
         try:
-            say_failure(folder, ranks, message)
+            if message is not None:
+                say_failure(folder, ranks, message)
         finally:
             os._exit(code)  # the process group cannot be left in order: the others may be anywhere
 
 
-def say_failure(folder: RunFolder, ranks: Ranks, message: str) -> None:
-    """Say why this rank fails, unless another one has, and leave it in the run's folder."""
-    try:
-        is_first = is_first_to_say(folder.ranks, message)
-    except OSError:  # where nothing can be noted, it is better said twice than never
-        is_first = True
-    if is_first:
-        print(f"rank {ranks.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
-        with contextlib.suppress(OSError):
-            folder.write_state("failed", message=message)
+def explanation(
+    error: Exception, folder: RunFolder, ranks: Ranks, heartbeat: Heartbeat, watchdog: Watchdog
+) -> str | None:
+    """Why this rank cannot go on; None if another one has said so."""
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        return f"{folder.path}: {error}. Make room there. {resume_advice(folder)}"
+    traceback_text = "".join(traceback.format_exception(error)) + resume_advice(folder)
+    if ranks.world_size == 1 or not isinstance(error, RuntimeError):
+        return traceback_text
+    # A rank that is gone shows itself to the others as a broken connection, with nothing said of who it was.
+    gone = who_is_gone(folder, ranks, heartbeat)
+    if watchdog.is_ending:
+        watchdog.wait_for_end()
+    if has_failed(folder):
+        return None
+    if gone is not None:
+        return f"{gone} {resume_advice(folder)}"
+    if "timed out" in str(error).lower():
+        watchdog.end_job("A collective took longer than engine.timeout_seconds.")
+    return traceback_text
 
 
 def claim(folder: RunFolder, ranks: Ranks) -> str | None:
@@ -124,27 +133,32 @@ def claim(folder: RunFolder, ranks: Ranks) -> str | None:
     return outcome[0]
 
 
-def run_rank(config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest) -> int:
+def run_rank(
+    config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest, pulse: Pulse, watchdog: Watchdog
+) -> int:
     """Train on this rank, all ranks being there."""
+    if ranks.is_first:
+        folder.write_state("running")  # no longer how an earlier start of it ended
     console = Console(silent=not ranks.is_first)
     plan = plan_of_run(config, folder, ranks)
     seed_everything(config.run.seed, ranks.rank)
     if ranks.is_first:
         shutil.rmtree(folder.ranks, ignore_errors=True)
         folder.prepare([phase.end - phase.start for phase in plan.phases])
-        folder.write_state("running")
     dist.barrier()
     write_presence(folder.ranks, ranks)
     if config.data.prepare is not None:
         # One rank of a machine does it, with a console of its own, and the others find it done.
         source = Path(config.data.sources[0].path)
+        pulse.now("prepare", 0)
         prepare_with_progress(config.data.prepare, config.data.sequence_length, source, Console(silent=False))
-    while (outcome := train(plan, ranks, folder, stop, console)) == "rolled back":
+    while (outcome := train(plan, ranks, folder, stop, console, pulse)) == "rolled back":
         gc.collect()  # engines have reference cycles, and the memory of this one is needed
         plan = plan_of_run(config, folder, ranks)
     # A rank that leaves breaks connections that others may still be making. All is saved: to break here is no failure.
     with contextlib.suppress(RuntimeError):
         dist.barrier()
+    watchdog.stop()
     leave_presence(folder.ranks, ranks)
     if not ranks.is_first:
         return COMPLETE if outcome == "complete" else INTERRUPTED
@@ -164,17 +178,6 @@ def plan_of_run(config: Config, folder: RunFolder, ranks: Ranks) -> Plan:
     """The plan of a run as it stands: one that went back to a switch has longer ramps; a collective."""
     rollbacks = read_rollbacks(folder.path)
     return make_plan(config, ranks.world_size, {phase: rollback.attempts for phase, rollback in rollbacks.items()})
-
-
-def resume_advice(folder: RunFolder) -> str:
-    """What remains after a failure."""
-    try:
-        newest = folder.newest_checkpoint()
-    except CheckpointError as error:  # the store may be what failed
-        return f"Which checkpoint is the newest cannot be told: {error}"
-    if newest is None:
-        return "No checkpoint had been written yet; the same command begins again."
-    return f"The same command goes on from {newest}."
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 RUN/config.yaml      the resolved configuration, with the code's version
 RUN/state.json       whether the run is running, interrupted, complete or failed
 RUN/rollbacks.json   how often the run has gone back to a switch; only where it has
+RUN/heartbeats.json  what each rank was at when it was last heard of
 RUN/lock             held by the process that trains here; a second one is refused
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/report.html
 """
@@ -27,6 +28,7 @@ from launcher.location import reaching, to_location
 MAY_CHANGE = (
     "run.folder",
     "logging.",
+    "watch.",
     "evaluation.",
     "checkpoint.",
     "engine.",
@@ -128,6 +130,10 @@ class RunFolder:
         """The marker; empty before the first start."""
         path = self.path / "state.json"
         return json.loads(path.read_text()) if path.exists() else {}
+
+    def write_heartbeats(self, beats: list[dict[str, Any]]) -> None:
+        """Leave what each rank is at."""
+        replace_file(self.path / "heartbeats.json", json.dumps({"time": round(time.time(), 1), "ranks": beats}))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write what a complete run has to say of itself."""

@@ -1,17 +1,14 @@
 """What a process finds around itself: its rank, its device, its peers, and the signals it is sent."""
 
-import hashlib
 import os
 import random
 import signal
 import socket
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -21,6 +18,10 @@ from launcher.placement import place_rank
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """Asked by any of these, a run saves and ends. Not SIGUSR1: NCCL and torchrun have other uses for it."""
+
+
+RECORDED_COLLECTIVES = 2000
+"""How many collectives PyTorch's flight recorder keeps on each rank."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     has_cuda = torch.cuda.is_available()
     if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # The last collectives of each group, for the report of a hang; the second name is that of older releases.
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        os.environ.setdefault(name, str(RECORDED_COLLECTIVES))
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     try:
         place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device
@@ -118,52 +122,3 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
     flags = torch.tensor([float(flag)])
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
-
-
-def write_presence(folder: Path, ranks: Ranks) -> None:
-    """Note host and process of this rank, for `missing_ranks`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"rank-{ranks.rank:05d}").write_text(f"{socket.gethostname()} {os.getpid()}")
-
-
-def leave_presence(folder: Path, ranks: Ranks) -> None:
-    """Take the note back: this rank ends in order, and will not be missing."""
-    (folder / f"rank-{ranks.rank:05d}").unlink(missing_ok=True)
-
-
-def is_first_to_say(folder: Path, message: str) -> bool:
-    """Whether no rank has claimed this message before; what all ranks fail with alike is to be said once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        (folder / f"said-{hashlib.sha256(message.encode()).hexdigest()[:16]}").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
-def missing_ranks(folder: Path, patience_seconds: float = 3.0) -> list[str]:
-    """Name the ranks on this host whose process is gone, as far as one can see from here.
-
-    A killed process closes its connections some time before it is seen to be gone; hence the patience.
-    """
-    deadline = time.monotonic() + patience_seconds
-    while not (missing := [path for path in sorted(folder.glob("rank-*")) if not _is_alive(*path.read_text().split())]):
-        if time.monotonic() > deadline:
-            return []
-        time.sleep(0.1)
-    return [
-        f"rank {int(path.name.removeprefix('rank-'))} (process {path.read_text().split()[1]} on {socket.gethostname()})"
-        for path in missing
-    ]
-
-
-def _is_alive(host: str, pid: str) -> bool:
-    """Whether a process runs; those of other hosts are taken to."""
-    if host != socket.gethostname():
-        return True
-    import psutil
-
-    try:
-        return bool(psutil.Process(int(pid)).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
-    except psutil.NoSuchProcess:
-        return False

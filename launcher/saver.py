@@ -18,6 +18,9 @@ from launcher.location import is_local, reaching
 from launcher.runtime import Ranks
 from launcher.source import CheckpointError
 
+SAVER_GROUP = "saver"
+"""Description of the process group of the threads that save, whose collectives go their own pace."""
+
 
 class Saver:
     """Writes a run's checkpoints, one at a time.
@@ -36,7 +39,7 @@ class Saver:
         self._checkpoints, self._ranks, self._keep_last = checkpoints, ranks, keep_last
         self._asynchronous, self._say = asynchronous, say
         # The thread's collectives must not mix with training's.
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", group_desc=SAVER_GROUP) if ranks.world_size > 1 else None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._staging: dict[str, Tensor] = {}

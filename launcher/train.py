@@ -21,6 +21,7 @@ from launcher.config import Config
 from launcher.console import Console
 from launcher.distill import Teacher, check_teacher, open_teacher
 from launcher.engine import Engine, load_weights
+from launcher.heartbeat import Pulse
 from launcher.held_out import HeldOut
 from launcher.learned_scales import initialize_scales_, is_learned_scale
 from launcher.location import check_writable
@@ -115,7 +116,7 @@ def train_step(
 
 
 def train(
-    plan: Plan, ranks: Ranks, folder: RunFolder, stop: StopRequest, console: Console
+    plan: Plan, ranks: Ranks, folder: RunFolder, stop: StopRequest, console: Console, pulse: Pulse | None = None
 ) -> Literal["complete", "interrupted", "rolled back"]:
     """Run a plan from where its folder stands to its end, or until a stop is asked for, or a switch is given up.
 
@@ -126,6 +127,7 @@ def train(
         CheckpointError, data.errors.DataError: what was to be read or written is not as it should be.
     """
     config, total_steps = plan.config, plan.total_steps
+    pulse = pulse or Pulse()
 
     # Resume, or begin
     if ranks.is_first:
@@ -134,6 +136,7 @@ def train(
     discard_given_up(folder, rollbacks, ranks)
     reader = newest_sound_checkpoint(folder.checkpoints, ranks, console.line)
     at = Progress(**reader.manifest["progress"]) if reader else first_progress(plan)
+    pulse.now("start", at.step)
     phase = plan.phases[at.phase] if at.phase >= 0 else None
     data = open_data(plan, ranks, at.step)
     engine = build_engine(plan, phase, ranks)
@@ -187,6 +190,7 @@ def train(
     # Train
     while at.step < total_steps:
         if (entered := plan.phase_of(at.step)) is not phase:
+            pulse.now("switch", at.step)
             if entered.transition.data == "restart":
                 data.close()
                 data = open_data(plan, ranks, at.step)
@@ -213,6 +217,7 @@ def train(
         if phase.quantization is not None:
             set_strengths_(engine.model, *plan.strengths_at(at.step))
 
+        pulse.now("train", at.step)
         if telemetry is not None:
             telemetry.begin(at.step)
         loss, grad_norm, skipped, waited_seconds, parts = train_step(
@@ -222,6 +227,7 @@ def train(
         longest_skip[0].add_(1).mul_(skipped)
         longest_skip[1] = longest_skip.max()
         meter.add(loss, skipped, waited_seconds, parts)
+        pulse.stepped(at.step, waited_seconds)
 
         phase_ends = at.step == phase.end
         stopping = any_rank(stop.requested, ranks)
@@ -248,11 +254,14 @@ def train(
             give_up(folder, guard, phase, rollbacks, ranks)
             return "rolled back"
         if evaluating:
+            pulse.now("evaluate", at.step)
             meter.evaluated(held_out.measure(engine), "end of phase" if phase_ends else "interval")
         if tasks is not None and doing_tasks:
+            pulse.now("tasks", at.step)
             meter.noted(*tasks.measure(engine))
             meter.restart_clock()
         if saving:
+            pulse.now("save", at.step)
             saver.save(
                 engine,
                 counters=counters(plan, ranks, at, data.fingerprint, guard, teacher),
@@ -265,6 +274,7 @@ def train(
             break
 
     # Finish
+    pulse.now("end", at.step)
     saver.wait()
     console.stop()
     data.close()
