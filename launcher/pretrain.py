@@ -121,16 +121,18 @@ def explanation(
 
 def claim(folder: RunFolder, ranks: Ranks) -> str | None:
     """Take the run's folder for this job; returns, on all ranks, why that cannot be."""
-    outcome: list[str | None] = [None]
+    refusal: str | None = None
     if ranks.is_first:
         try:
             folder.claim()
         except ConfigError as error:
-            outcome = [str(error)]
+            refusal = str(error)
         except OSError as error:
-            outcome = [f"{folder.path}: {error}"]
+            refusal = f"{folder.path}: {error}"
+    outcome = [refusal, folder.holder]
     dist.broadcast_object_list(outcome)
-    return outcome[0]
+    refusal, folder.holder = outcome[0], outcome[1] or ""
+    return refusal
 
 
 def run_rank(

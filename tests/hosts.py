@@ -105,6 +105,10 @@ class Hosts:
         """The address of a host, up or not."""
         return f"10.77.0.{10 + int(name.removeprefix('host'))}"
 
+    def is_up(self, name: str) -> bool:
+        """Whether a host has power."""
+        return name in self._holders
+
     def start(self, name: str) -> None:
         """Start a host, at first or after it was killed, and wait until one can log in."""
         number = name.removeprefix("host")
@@ -150,7 +154,9 @@ class Hosts:
 
     def processes(self, name: str) -> dict[int, str]:
         """Command lines of the processes on a host but for its sshd, by the number that they have there."""
-        found = {}
+        found: dict[int, str] = {}
+        if not self.is_up(name):
+            return found
         namespace = os.readlink(f"/proc/{self._first_process(name)}/ns/pid")
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended, or is not ours to see

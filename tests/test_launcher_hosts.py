@@ -94,7 +94,8 @@ def no_orphans(hosts: Hosts) -> Iterator[None]:
     yield
     left = {name: list(hosts.processes(name).values()) for name in hosts.names}
     for name in hosts.names:
-        hosts.kill(name)
+        if hosts.is_up(name):
+            hosts.kill(name)
         hosts.start(name)
     assert left == {name: [] for name in hosts.names}
 
