@@ -215,20 +215,23 @@ def test_a_killed_rank_is_named_and_a_stopped_one_saves(
     assert losses(tmp_path / "run") == on_one_host("zero2")
 
 
+@pytest.mark.parametrize(("start", "lost"), [(start_plain, "host2"), (start_torchrun, "host1")])
 def test_a_host_without_power_is_named_and_the_run_goes_on_with_the_other(
-    hosts: Hosts, shards: Path, tmp_path: Path, on_one_host: Reference
+    hosts: Hosts, shards: Path, tmp_path: Path, on_one_host: Reference, start: Any, lost: str
 ) -> None:
     command = command_for(tmp_path, shards, "fsdp2")
     job = Job(hosts, tmp_path)
-    start_plain(job, hosts.names, command)
+    start(job, hosts.names, command)
     wait_for_step(job, 5)
-    hosts.kill("host2")
-    assert job.wait() == {"host1": 1, "host2": -9}, job.output
-    assert re.search(RANK_1_ON_HOST2, state(job)["message"]), job.output
+    hosts.kill(lost)
+    codes = job.wait()
+    assert codes.pop(lost) == -9
+    assert list(codes.values()) == [1], job.output
+    assert re.search(rf"rank \d \(process \d+ on {lost}\)", state(job)["message"]), job.output
 
     job = Job(hosts, tmp_path)
-    start_plain(job, ["host1"], command)
-    assert job.wait() == {"host1": 0}, job.output
+    start_plain(job, list(codes), command)
+    assert set(job.wait().values()) == {0}, job.output
     assert "Resuming tiny after step" in job.output
     in_16_bits = [loss for _, loss in losses(tmp_path / "run")][:SWITCH]
     assert in_16_bits == pytest.approx([loss for _, loss in on_one_host("fsdp2")][:SWITCH], rel=1e-5)
@@ -240,12 +243,14 @@ def test_a_cut_cable_ends_both_sides_and_the_same_command_goes_on(
     command = command_for(tmp_path, shards, "zero2")
     job = Job(hosts, tmp_path)
     start_deepspeed(job, hosts.names, command)
-    wait_for_step(job, 3)
+    lock = tmp_path / "run" / "lock"
+    wait_for(job, lambda: lock.exists() and "host1" in lock.read_text())
     second = Job(hosts, tmp_path)
     start_plain(second, ["host2"], command)
+    wait_for_step(job, 3)
     assert second.wait() == {"host2": 2}, second.output
     assert f"another job trains here (process {pid_of_rank(job, 0)} on host1" in second.output
-
+    assert losses(tmp_path / "run")[-1][0] < NUM_STEPS
     hosts.cut("host2")
     assert job.wait()["host1"] not in (0, 3), job.output
     assert re.search(RANK_1_ON_HOST2, state(job)["message"]), job.output
