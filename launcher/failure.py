@@ -68,7 +68,7 @@ def who_is_gone(folder: RunFolder, ranks: Ranks, heartbeat: Heartbeat) -> str | 
 
 
 def unreachable(heartbeat: Heartbeat) -> str:
-    """What a rank says that has lost the first one."""
+    """What a rank says that has lost the store, which is in the first one or in the agent that started that."""
     return f"{heartbeat.name(0)} cannot be reached from {socket.gethostname()}; the others cannot go on."
 
 

@@ -110,7 +110,7 @@ def verdict(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """
     if silent := set(range(len(names))) - {seen["rank"] for seen in reports}:
         gone = " and ".join(names[rank] for rank in sorted(silent))
-        return f"{gone} cannot be heard any more: cut off, without power, or standing still."
+        return f"{gone} cannot be heard any more: dead, cut off, without power, or standing still."
     stragglers = behind(reports)
     others = [seen for seen in reports if seen["rank"] not in stragglers]
     waiting = sorted({seen["waiting"] for seen in others if seen["waiting"]})

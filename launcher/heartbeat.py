@@ -153,7 +153,7 @@ class Heartbeat:
     def connect(self) -> dist.Store:
         """Connect to the store anew: a client waits with a lock held, so the ranks' own must not be used."""
         assert self.store is not None
-        client = self.store.clone()
+        client: dist.Store = self.store.clone()  # type: ignore[attr-defined]
         client.set_timeout(timedelta(seconds=max(10.0, self.beat_seconds * SILENT_BEATS)))
         return client
 
@@ -169,9 +169,8 @@ class Heartbeat:
         return time.monotonic() - min([self.contact, *(self._seen if self._ranks.is_first else [])])
 
     def is_cut_off(self) -> bool:
-        """Whether this is not the first rank, and has lost the store."""
-        lost = time.monotonic() - self.contact > SILENT_BEATS * self.beat_seconds
-        return self.store is not None and not self._ranks.is_first and lost
+        """Whether this rank has lost the store."""
+        return self.store is not None and time.monotonic() - self.contact > SILENT_BEATS * self.beat_seconds
 
     def forgive(self) -> None:
         """Wait for every rank anew: this process itself stood still."""

@@ -219,7 +219,7 @@ class Meter:
             "precision": self._plan.phases[at.phase].precision,
         }
 
-    def logged(self, grad_norm: Tensor, learning_rate: float) -> None:
+    def logged(self, grad_norm: Tensor, learning_rate: float, compared: dict[str, float]) -> None:
         """Log the steps since the last time; the one place where the host waits for the device.
 
         The loss is their mean, over all ranks and without skipped steps; all else is of the last step.
@@ -233,18 +233,22 @@ class Meter:
         stalled_seconds = self._stalled_seconds - self._stalled_seconds_logged
         self._stalled_seconds_logged = self._stalled_seconds
         self._at.skipped_steps = int(self._skipped)
-        row = self._row() | {
-            "train/loss": mean_loss,
-            "train/grad_norm": float(grad_norm),
-            "train/learning_rate": learning_rate,
-            "train/skipped_steps": self._at.skipped_steps,
-            "quant/strength": self._plan.strength_at(self._at.step - 1),
-            "throughput/tokens_per_second": tokens_per_second,
-            "data/wait_share": min(1.0, self._waited_seconds / seconds),
-            "checkpoint/stall_share": stalled_seconds / (seconds + stalled_seconds),
-            "memory/peak_gib": peak_memory_gib(self._ranks.device),
-            "time/elapsed_seconds": self.elapsed_seconds,
-        }
+        row = (
+            self._row()
+            | compared
+            | {
+                "train/loss": mean_loss,
+                "train/grad_norm": float(grad_norm),
+                "train/learning_rate": learning_rate,
+                "train/skipped_steps": self._at.skipped_steps,
+                "quant/strength": self._plan.strength_at(self._at.step - 1),
+                "throughput/tokens_per_second": tokens_per_second,
+                "data/wait_share": min(1.0, self._waited_seconds / seconds),
+                "checkpoint/stall_share": stalled_seconds / (seconds + stalled_seconds),
+                "memory/peak_gib": peak_memory_gib(self._ranks.device),
+                "time/elapsed_seconds": self.elapsed_seconds,
+            }
+        )
         transition = self._plan.phases[self._at.phase].transition
         if transition.activation_ramp is not None:
             row["quant/activation_strength"] = self._plan.activation_strength_at(self._at.step - 1)

@@ -4,6 +4,7 @@ RUN/config.yaml      the resolved configuration, with the code's version
 RUN/state.json       whether the run is running, interrupted, complete or failed
 RUN/rollbacks.json   how often the run has gone back to a switch; only where it has
 RUN/heartbeats.json  what each rank was at when it was last heard of
+RUN/hangs/TIME/      stacks and collectives of each rank when a job hung; only where one has
 RUN/lock             held by the process that trains here; a second one is refused
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/report.html
 """

@@ -33,6 +33,7 @@ from launcher.runtime import Ranks, StopRequest, any_rank
 from launcher.saver import Saver
 from launcher.spikes import SpikeGuard
 from launcher.start_from import check_data, check_sound, first_progress, open_start
+from launcher.straggler import Stragglers
 from launcher.tasks_in_training import open_tasks
 from launcher.telemetry import Telemetry, telemetry_of
 from launcher.transition import carry_optimizer_
@@ -179,6 +180,7 @@ def train(
         asynchronous=config.checkpoint.asynchronous,
         say=console.line,
     )
+    stragglers = Stragglers(on_processor=ranks.device.type == "cpu" and config.engine.name == "fsdp2")
     console.start(total_steps, at.step)
 
     telemetry = telemetry_of(plan, phase, engine)
@@ -238,7 +240,10 @@ def train(
         if saving or evaluating or doing_tasks or deciding or is_due(at.step, config.logging.interval_steps):
             if telemetry is not None:
                 meter.write_rows(telemetry.collect())
-            meter.logged(grad_norm, plan.learning_rate_at(at.step - 1))
+            compared, straggler = stragglers.look(pulse.beats)
+            meter.logged(grad_norm, plan.learning_rate_at(at.step - 1), compared)
+            if straggler is not None:
+                console.line(straggler)
             if longest_skip[1] >= config.training.max_skipped_steps:
                 raise TrainingError(skip_advice(plan, at, int(longest_skip[1]), folder.newest_checkpoint()))
             longest_skip[1] = longest_skip[0]

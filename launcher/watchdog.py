@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +39,17 @@ SECONDS_TO_HEAR = 1.0
 
 LAST_SECONDS = 45.0
 """After an alarm a process is gone within this time, whatever its disk or its connections do."""
+
+
+def limit_seconds(config: WatchConfig, pulse: Pulse) -> float | None:
+    """How long a rank may be at what it is at; None: as long as it likes."""
+    if pulse.at.doing == "prepare":
+        return None
+    if pulse.at.doing != "train" or not pulse.at.steady:
+        return config.first_step_seconds
+    if config.step_seconds is None:
+        return None
+    return max(config.step_seconds, USUAL_STEPS * pulse.usual_step_seconds())
 
 
 class Watchdog:
@@ -84,17 +96,6 @@ class Watchdog:
         """Whether there is an alarm."""
         return bool(self._reason) or self._heartbeat.alarmed
 
-    def limit_seconds(self) -> float | None:
-        """How long this rank may be at what it is at; None: as long as it likes."""
-        at = self._pulse.at
-        if at.doing == "prepare":
-            return None
-        if at.doing != "train" or not at.steady:
-            return self._config.first_step_seconds
-        if self._config.step_seconds is None:
-            return None
-        return max(self._config.step_seconds, USUAL_STEPS * self._pulse.usual_step_seconds())
-
     def _run(self) -> None:
         while not self._stop.wait(self._tick_seconds):
             now = time.monotonic()
@@ -103,47 +104,52 @@ class Watchdog:
                 self._heartbeat.forgive()
             self._ticked = now
             if self._config.lost_seconds is not None:
-                faulthandler.dump_traceback_later(self._config.lost_seconds, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(self._config.lost_seconds)
             if not self.is_ending:
                 self._reason = self._passed_limit(now)
             if self.is_ending:
-                faulthandler.dump_traceback_later(LAST_SECONDS, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(LAST_SECONDS, exit=True)
                 try:
                     self._end()
+                except Exception:
+                    traceback.print_exc()
                 finally:
                     os._exit(FAILED)
 
     def _passed_limit(self, now: float) -> str:
         """Which limit is passed, as a sentence; empty if none is."""
-        at, limit, lost_seconds = self._pulse.at, self.limit_seconds(), self._config.lost_seconds
+        at, limit, lost_seconds = self._pulse.at, limit_seconds(self._config, self._pulse), self._config.lost_seconds
         if limit is not None and now - max(at.since, self._forgiven) > limit:
             return f"Nothing has come of {at.doing} after step {at.step} for {limit:g} s."
         if lost_seconds is not None and self._heartbeat.silence_seconds() > lost_seconds:
-            return f"No word has come from some rank for {lost_seconds:g} s."
+            return f"A rank has been silent for {lost_seconds:g} s."
         return ""
 
     def _end(self) -> None:
         """Leave what this rank knows; have one rank say who it was."""
         alarm = {"reason": self._reason, "folder": time.strftime("%Y%m%d-%H%M%S")}
-        if self._heartbeat.is_cut_off():
-            folder = self._write(alarm, report(self._ranks.rank, self._pulse))
-            say_consequence(self._folder, self._ranks, f"{unreachable(self._heartbeat)} {self._advice(folder)}")
-            return
-        if self._store is not None:
-            alarm = json.loads(self._store.compare_set("alarm", "", json.dumps(alarm)))
         seen = report(self._ranks.rank, self._pulse)
+        with contextlib.suppress(RuntimeError):  # of a store that is gone
+            if not self._heartbeat.is_cut_off() and self._confer(alarm, seen):
+                return
         folder = self._write(alarm, seen)
-        if self._ranks.is_first:
-            names = [self._heartbeat.name(rank) for rank in range(self._ranks.world_size)]
-            told = verdict([seen, *self._other_reports()], names)
-            say_failure(self._folder, self._ranks, f"{alarm['reason']} {told} {self._advice(folder)}")
-            if self._store is not None:
-                self._store.set("verdict", "said")
-                time.sleep(SECONDS_TO_HEAR)  # the store may go with this process
-        elif self._store is not None:
+        say_consequence(self._folder, self._ranks, f"{unreachable(self._heartbeat)} {self._advice(folder)}")
+
+    def _confer(self, alarm: dict[str, str], seen: dict[str, Any]) -> bool:
+        """Settle with the other ranks who it was; returns whether that was said."""
+        if self._store is not None:
+            alarm = json.loads(self._store.compare_set("alarm", "", json.dumps(alarm)))  # the first one's counts
+        folder = self._write(alarm, seen)
+        if self._store is not None and not self._ranks.is_first:
             self._store.set(f"report-{self._ranks.rank}", json.dumps(seen))
-            if not self._comes("verdict", 2 * REPORT_SECONDS):
-                say_consequence(self._folder, self._ranks, f"{unreachable(self._heartbeat)} {self._advice(folder)}")
+            return self._comes("verdict", 2 * REPORT_SECONDS)
+        names = [self._heartbeat.name(rank) for rank in range(self._ranks.world_size)]
+        told = verdict([seen, *self._other_reports()], names)
+        say_failure(self._folder, self._ranks, f"{alarm['reason']} {told} {self._advice(folder)}")
+        if self._store is not None:
+            self._store.set("verdict", "said")
+            time.sleep(SECONDS_TO_HEAR)  # the store may go with this process
+        return True
 
     def _write(self, alarm: dict[str, str], seen: dict[str, Any]) -> Path:
         """Write this rank's file; returns the folder that it is in."""
@@ -169,14 +175,11 @@ class Watchdog:
     def _comes(self, key: str, seconds: float) -> bool:
         """Whether a key is set in the store within this time."""
         deadline = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):  # of a store that goes away
-            while self._store is not None:
-                if self._store.check([key]):
-                    return True
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(0.1)
-        return False
+        while self._store is not None and not self._store.check([key]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
 
     def _advice(self, folder: Path) -> str:
         return f"Stacks and collectives of each rank are in {folder}. {resume_advice(self._folder)}"

@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ def job_tree(shards: Path, run: Path, **sections: dict[str, Any]) -> dict[str, A
 
 
 class Job:
-    """Ranks at work on a run."""
+    """Ranks at work on a run; `at_start` is called in each with its rank."""
 
-    def __init__(self, tree: dict[str, Any]) -> None:
+    def __init__(self, tree: dict[str, Any], at_start: Callable[[int], None] | None = None) -> None:
         self.run = Path(tree["run"]["folder"])
         self.began_at = newest_step(self.run, verified=False)
         self._shards = tree["data"]["sources"][0]["path"]
@@ -52,7 +52,8 @@ class Job:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         self.processes = [
-            CONTEXT.Process(target=_rank, args=(tree, rank, port, str(self._log))) for rank in range(NUM_RANKS)
+            CONTEXT.Process(target=_rank, args=(tree, rank, port, str(self._log), at_start))
+            for rank in range(NUM_RANKS)
         ]
         for process in self.processes:
             process.start()
@@ -91,7 +92,7 @@ class Job:
         return codes
 
 
-def _rank(tree: dict[str, Any], rank: int, port: int, log: str) -> None:
+def _rank(tree: dict[str, Any], rank: int, port: int, log: str, at_start: Callable[[int], None] | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -103,6 +104,8 @@ def _rank(tree: dict[str, Any], rank: int, port: int, log: str) -> None:
     from launcher.pretrain import run
 
     launcher.ending.show_ending = lambda folder, console: None  # the plots of a report take longer than the run
+    if at_start is not None:
+        at_start(rank)
     code = run(parse_config(tree))
     atexit._run_exitfuncs()
     os._exit(code)
