@@ -114,7 +114,8 @@ class RunFolder:
 
     def is_ours(self) -> bool:
         """Whether no later job has taken this folder, which a rank that was cut off for long may find."""
-        return (self.path / "lock").read_text() == self.holder
+        lock = self.path / "lock"
+        return (lock.read_text() if lock.exists() else "") == self.holder
 
     def prepare(self, phase_steps: Sequence[int]) -> None:
         """Make the folder and write the configuration, with the steps that each phase comes to."""
