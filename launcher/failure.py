@@ -32,7 +32,8 @@ def say_failure(folder: RunFolder, ranks: Ranks, message: str) -> None:
     if is_first:
         print(f"rank {ranks.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
         with contextlib.suppress(OSError):
-            folder.write_state("failed", message=message)
+            if folder.is_ours():
+                folder.write_state("failed", message=message)
 
 
 def say_consequence(folder: RunFolder, ranks: Ranks, message: str) -> None:

@@ -39,6 +39,7 @@ from launcher.failure import (
 )
 from launcher.heartbeat import Heartbeat, Pulse
 from launcher.metrics import LogError
+from launcher.placement import PlacementError
 from launcher.plan import Plan, make_plan
 from launcher.preparing import prepare_with_progress
 from launcher.rollback import read_rollbacks
@@ -64,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         RunFolder(config).check_configuration()
-    except (ConfigError, CheckpointError) as error:
+        return run(config)
+    except (ConfigError, CheckpointError, PlacementError) as error:  # on all ranks alike
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)  # noqa: T201
         note_refusal(str(error))
         return MISCONFIGURED
-    return run(config)
 
 
 def note_refusal(message: str) -> None:
@@ -130,16 +131,18 @@ def explanation(
 
 def claim(folder: RunFolder, ranks: Ranks) -> str | None:
     """Take the run's folder for this job; returns, on all ranks, why that cannot be."""
-    outcome: list[str | None] = [None]
+    refusal: str | None = None
     if ranks.is_first:
         try:
             folder.claim()
         except ConfigError as error:
-            outcome = [str(error)]
+            refusal = str(error)
         except OSError as error:
-            outcome = [f"{folder.path}: {error}"]
+            refusal = f"{folder.path}: {error}"
+    outcome = [refusal, folder.holder]
     dist.broadcast_object_list(outcome)
-    return outcome[0]
+    refusal, folder.holder = outcome[0], outcome[1] or ""
+    return refusal
 
 
 def run_rank(

@@ -60,6 +60,8 @@ class RunFolder:
         self.path = config.run.path
         self.checkpoints = to_location(config.checkpoint.folder or self.path / "checkpoints")
         self.ranks = self.path / "ranks"
+        self.holder = ""
+        """What the lock says while this job holds it; the same on all of its ranks."""
         self._tree = to_tree(config)
         self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **self._tree}, sort_keys=False)
 
@@ -109,8 +111,15 @@ class RunFolder:
             ) from error
         self._lock.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
+        self.holder = f"process {os.getpid()} on {socket.gethostname()}, since {now}"
+        self._lock.write(self.holder)
         self._lock.flush()
+        os.fsync(self._lock.fileno())  # the other hosts read it
+
+    def is_ours(self) -> bool:
+        """Whether no later job has taken this folder, which a rank that was cut off for long may find."""
+        lock = self.path / "lock"
+        return (lock.read_text() if lock.exists() else "") == self.holder
 
     def prepare(self, phase_steps: Sequence[int]) -> None:
         """Make the folder and write the configuration, with the steps that each phase comes to."""

@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from launcher.placement import place_rank
+
 RECORDED_COLLECTIVES = 2000
 """How many collectives PyTorch's flight recorder keeps on each rank."""
 
@@ -42,19 +44,20 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     _complete_environment()
     # FSDP2 calls functions that torch itself calls deprecated, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # The last collectives of each group, for the report of a hang; the second name is that of older releases.
     for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
         os.environ.setdefault(name, str(RECORDED_COLLECTIVES))
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     try:
+        place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device
+        local_rank = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+        if has_cuda:
+            torch.cuda.set_device(device)
         yield Ranks(rank, world_size, local_rank, device)
     finally:
         dist.destroy_process_group()
@@ -75,8 +78,8 @@ def _complete_environment() -> None:
     if "RANK" not in env:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    # The `deepspeed` launcher has another name for it.
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
+    if "LOCAL_SIZE" in env:  # what the `deepspeed` launcher calls it
+        env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
 
 
 def first_host(nodelist: str) -> str:

@@ -1,0 +1,58 @@
+"""Which ranks share a host, from what their launchers say or leave out."""
+
+import os
+
+import pytest
+from ranks import run_ranks
+
+from launcher import placement
+from launcher.placement import Place, PlacementError, check_places, completed, place_rank
+
+
+def places(*rows: tuple[str, int | None, int | None]) -> list[Place]:
+    return [Place(*row) for row in rows]
+
+
+def test_what_is_left_out_is_counted() -> None:
+    found = completed(places(("a", None, None), ("a", None, None), ("b", None, None), ("b", None, None)))
+    assert found == places(("a", 0, 2), ("a", 1, 2), ("b", 0, 2), ("b", 1, 2))
+    check_places(found)
+
+
+def test_one_rank_a_host_is_the_first_there() -> None:
+    found = completed(places(("a", None, None), ("b", None, None)))
+    assert found == places(("a", 0, 1), ("b", 0, 1))
+    check_places(found)
+
+
+def test_what_the_launcher_says_stands_even_where_hosts_have_one_name() -> None:
+    said = places(("a", 0, 1), ("a", 0, 1))
+    assert completed(said) == said
+    check_places(said)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [("a", None, None), ("b", None, None), ("a", None, None), ("b", None, None)],  # dealt out in turn
+        [("a", None, None), ("a", None, None), ("b", None, None)],  # unequal slots
+        [("a", 0, 2), ("a", 1, 2), ("b", 0, 1)],  # the same, said by the launcher
+        [("a", 0, None), ("a", 0, None)],  # two in one place
+        [("a", 0, 2), ("a", 1, 2), ("b", 0, 2)],  # one is missing
+    ],
+)
+def test_hosts_that_are_not_alike_are_refused(found: list[tuple[str, int | None, int | None]]) -> None:
+    with pytest.raises(PlacementError, match="as many ranks as any other") as error:
+        check_places(completed(places(*found)))
+    assert str(error.value).count("local rank") == len(found)
+
+
+def place_on_two_hosts(rank: int, world_size: int) -> tuple[str, str]:
+    del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
+    placement.this_host = lambda: f"host{rank // 2}"
+    place_rank(rank, world_size)
+    return os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
+
+
+def test_ranks_tell_each_other_where_they_are() -> None:
+    assert run_ranks(4, place_on_two_hosts) == [("0", "2"), ("1", "2"), ("0", "2"), ("1", "2")]
