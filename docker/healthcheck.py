@@ -2,7 +2,7 @@
 
 The first rank of a run writes `heartbeats.json` every few seconds. A container is unhealthy if a run that says
 `running` wrote one since the container started, but none for `LIMIT_SECONDS`. A run that ended, one of an earlier
-container and a command that trains nothing are all healthy. Only the standard library is imported: it runs every minute.
+container and a command that trains nothing are all healthy. It runs every minute, so it imports no more than it must.
 """
 
 import json
