@@ -95,9 +95,10 @@ class Builder:
         """The image's configuration, as an engine reads it."""
         return json.loads(self("inspect", "--type=image", TAG))["Docker"]["config"]
 
-    def size_bytes(self) -> int:
+    def size_gigabytes(self) -> float:
         """Of all files of the image."""
-        return int(json.loads(self("images", "--json", TAG))[0]["size"])
+        size, unit = self("images", "--format", "{{.Size}}", TAG).split()
+        return float(size) / {"MB": 1000, "GB": 1}[unit]
 
 
 class Container:
@@ -112,11 +113,11 @@ class Container:
     def start(self, *command: str, network: str = "", host: str = "", options: tuple = (), **variables: str):
         """Run a command through the entrypoint, in a network namespace, by default one with nothing but a loopback."""
         into = ["ip", "netns", "exec", network] if network else ["unshare", "--net"]
-        setup = f'ip link set lo up; {f"hostname {host}; " if host else ""}exec "$@"'
-        environment = [option for name, value in variables.items() for option in ("--env", f"{name}={value}")]
-        buildah = ["buildah", "run", "--isolation=chroot", *environment, *options, self.name, "--"]
+        environment = [f"--env={name}={value}" for name, value in variables.items()]
+        name = [f"--hostname={host}"] if host else []
+        buildah = ["buildah", "run", "--isolation=chroot", *environment, *name, *options, self.name, "--"]
         return subprocess.Popen(
-            [*into, "unshare", "--uts", "bash", "-c", setup, "bash", *buildah, *self.entrypoint, *command],
+            [*into, "bash", "-c", 'ip link set lo up; exec "$@"', "bash", *buildah, *self.entrypoint, *command],
             env=self.builder.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

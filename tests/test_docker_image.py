@@ -62,7 +62,7 @@ def test_configuration(builder):
 
 
 def test_size_is_what_is_documented(builder):
-    gigabytes = builder.size_bytes() / 1e9
+    gigabytes = builder.size_gigabytes()
     page = (image.ROOT / "docs" / "images.md").read_text()
     assert f"{gigabytes:.1f} GB" in page, f"the image is of {gigabytes:.2f} GB"
 
@@ -116,9 +116,6 @@ def test_it_trains_with_both_engines_offline_and_resumes(container):
 def test_the_two_nodes_of_the_compose_file_train_together(builder, tmp_path):
     """Each service in a container and a network namespace of its own, on one volume, as compose would start it."""
     services = yaml.safe_load((image.ROOT / "docker" / "compose.yaml").read_text())["services"]
-    tmp_path.chmod(0o755)  # pytest's own folders are root's alone
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
     volume = tmp_path / "workspace"
     volume.mkdir()
     os.chown(volume, 10001, 10001)
