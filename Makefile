@@ -1,5 +1,5 @@
 # What a developer does in a day. Needs `pip install -e '.[test]'` and its environment active.
-.PHONY: check test test-all quickstart golden format clean
+.PHONY: check test test-all quickstart golden image image-lock format clean
 
 check:
 	ruff check .
@@ -20,6 +20,18 @@ quickstart:
 golden:
 	TRITRAIN_UPDATE_GOLDEN=1 pytest -m "not gpu" -k golden
 	git status --short tests/golden configs/schema.json
+
+image:
+	docker build --file docker/Dockerfile --tag tritrain:cpu --build-arg REVISION=$$(git rev-parse HEAD) .
+
+# The image's versions, the newest that pyproject.toml allows; needs uv. Left out are packages that are compiled, or
+# chosen, for a kind of device, and what compiles them.
+LOCK = uv pip compile --quiet --upgrade --config-file docker/uv.toml
+image-lock:
+	$(LOCK) docker/build.in -o docker/build.lock
+	$(LOCK) pyproject.toml --extra eval --extra gguf --extra gs --extra s3 -o docker/requirements.lock \
+		--no-emit-package deepspeed --no-emit-package setuptools --no-emit-package torch --no-emit-package torchvision
+	grep -o 'deepspeed[^"]*' pyproject.toml | head -1 | $(LOCK) --no-deps - -o docker/deepspeed.lock
 
 format:
 	ruff check --fix .
