@@ -1,8 +1,8 @@
 """Bytes that a rank sends in an optimizer step: which collectives each engine runs, and what a ring costs for each.
 
 With N ranks and a tensor of S bytes, each rank of a ring sends (N - 1) / N * S for an all-gather or a reduce-scatter,
-and twice that for an all-reduce, which is one behind the other (Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002;
-NCCL's rings are these). NCCL may choose trees or in-network reduction instead, which send other amounts.
+and twice that for an all-reduce, which is one behind the other (Patarasuk and Yuan 2009,
+doi 10.1016/j.jpdc.2008.09.002). NCCL may choose trees or in-network reduction instead, which send other amounts.
 
 A ternary phase sends what a 16-bit one does: ranks gather latent weights in the compute dtype and each rounds them by
 itself, so that scales cost nothing. `collectives` can also say what a gather of packed 2-bit codes would come to; no

@@ -104,4 +104,5 @@ if __name__ == "__main__":
     for name, tree, num_ranks in json.loads(sys.argv[1]):
         for precision, (counted_bytes, model_bytes) in run_ranks(num_ranks, count, tree)[0].items():
             row = {"engine": name, "ranks": num_ranks, "precision": precision}
-            print(json.dumps(row | {"counted": counted_bytes, "model": model_bytes}), flush=True)
+            sys.stdout.write(json.dumps(row | {"counted": counted_bytes, "model": model_bytes}) + "\n")
+            sys.stdout.flush()
