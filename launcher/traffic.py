@@ -14,7 +14,7 @@ from math import ceil, prod
 from typing import Any, Literal
 
 from launcher.config import Config
-from launcher.plan import Plan
+from launcher.plan import Plan, zero3_held_parameters
 from model.size import is_projection, num_linear_parameters, num_parameters, parameter_shapes
 
 Backend = Literal["nccl", "gloo"]
@@ -145,7 +145,7 @@ def _of_zero(plan: Plan) -> list[Collective]:
     stage = config.engine.zero_stage or 0
     whole = _compute_bytes(config) * num_parameters(config.model)
     if stage == 3:
-        persistent, kept = zero3_held_parameters(plan)
+        persistent, kept = zero3_held_parameters(config)
         sharded = num_parameters(config.model) - persistent
         gathers = Collective(
             "all-gather",
@@ -166,22 +166,6 @@ def _of_zero(plan: Plan) -> list[Collective]:
     if stage == 2 or (stage == 1 and (config.training.compute_dtype == "fp32" or config.engine.offload != "none")):
         found.append(Collective("all-reduce", "scalars", 9, ranks))  # norm, overflow and a flag
     return found
-
-
-def zero3_held_parameters(plan: Plan) -> tuple[int, int]:
-    """Parameters that ZeRO-3 always holds whole, for being small, and those that it keeps until the backward pass.
-
-    DeepSpeed keeps a layer whose next use is less than `stage3_max_reuse_distance` parameters away: behind a layer come
-    those after it, forward and then backward (and recomputed in between, with activation checkpointing). Its prefetcher
-    also runs ahead of the forward pass into the backward pass until `stage3_max_live_parameters` are there, and what it
-    finds there on the way is not released.
-    """
-    given = (plan.config.engine.deepspeed or {}).get("zero_optimization", {})
-    shapes = parameter_shapes(plan.config.model).values()
-    persistent = sum(size for size in map(prod, shapes) if size <= given.get("stage3_param_persistence_threshold", 1e5))
-    visits = 3 if plan.config.training.activation_checkpointing else 2
-    kept = max(given.get("stage3_max_live_parameters", 1e9), given.get("stage3_max_reuse_distance", 1e9) / visits)
-    return persistent, min(num_parameters(plan.config.model) - persistent, int(kept))
 
 
 def _of_teacher(plan: Plan) -> Collective:

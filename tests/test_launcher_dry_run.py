@@ -56,7 +56,7 @@ def is_group(arg):
 @pytest.fixture
 def fake_ranks(monkeypatch):
     """Join a fake group; weights that an engine makes are fake from then on."""
-    import torch.distributed._tools.fake_collectives  # noqa: F401
+    import torch.distributed._tools.fake_collectives
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     mode, to_empty = FakeTensorMode(allow_non_fake_inputs=True), nn.Module.to_empty

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launcher.config_file import apply_override, parse_config
-from launcher.plan import make_plan
-from launcher.traffic import bytes_sent, collectives, describe_traffic, zero3_held_parameters
+from launcher.plan import make_plan, zero3_held_parameters
+from launcher.traffic import bytes_sent, collectives, describe_traffic
 
 TREE = {
     "run": {"name": "traffic"},
@@ -78,7 +79,7 @@ def test_zero_3_by_hand():
     assert bytes_sent(zero(3, none))["weights"] == M * RING * 2 * P
     keys = "{stage3_param_persistence_threshold: 0, stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0}"
     nothing_kept = zero(3, f"engine.deepspeed.zero_optimization={keys}")
-    assert zero3_held_parameters(nothing_kept) == (0, 0)
+    assert zero3_held_parameters(nothing_kept.config) == (0, 0)
     assert bytes_sent(nothing_kept)["weights"] == 2 * M * RING * 2 * P
     assert bytes_sent(nothing_kept)["gradients"] == M * RING * 2 * P
 
@@ -105,6 +106,14 @@ def test_unknown_deepspeed_keys_are_not_guessed_at():
     assert describe_traffic(plan) == {"bytes_sent_per_rank_and_step": None}
     with pytest.raises(ValueError, match="zero_hpz_partition_size"):
         collectives(plan)
+
+
+def test_the_tables_of_the_page_are_those_of_the_model():
+    root = Path(__file__).parents[1]
+    made = runpy.run_path(str(root / "benchmarks" / "scaling.py"))
+    assert made["BEGIN"] + made["tables"]() + made["END"] in (root / "docs" / "scaling.md").read_text(), (
+        "run benchmarks/scaling.py"
+    )
 
 
 # Real bytes
