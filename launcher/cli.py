@@ -132,10 +132,11 @@ def plan(
     from launcher.config_file import flat_lines, load_config, to_tree
     from launcher.plan import describe, make_plan
     from launcher.timeline import events
+    from launcher.traffic import describe_traffic
 
     parsed = load_config(config, overrides or ())
     resolved = make_plan(parsed, ranks or default_ranks())
-    numbers = describe(resolved) | {"events": events(resolved)}
+    numbers = describe(resolved) | describe_traffic(resolved) | {"events": events(resolved)}
     console = Console(silent=False)
     if as_json:
         console.line(json.dumps({"config": to_tree(parsed), "plan": numbers}, indent=2))
@@ -143,7 +144,7 @@ def plan(
     for line in flat_lines(to_tree(parsed)):
         console.line(line)
     console.line()
-    memory = numbers["bytes_per_rank"]
+    memory, sent = numbers["bytes_per_rank"], numbers["bytes_sent_per_rank_and_step"]
     rows = [
         ["parameters", f"{numbers['parameters']:,} ({numbers['ternary_parameters']:,} in layers that become ternary)"],
         ["FLOPs per token", f"{human_count(numbers['flops_per_token'])} (forward and backward)"],
@@ -158,6 +159,8 @@ def plan(
         *[[f"step {event['step']:,}", str(event["what"])] for event in numbers["events"]],
         *[[f"bytes per rank: {name}", human_bytes(size)] for name, size in memory.items()],
         ["bytes per rank: all", f"{human_bytes(numbers['total_bytes_per_rank'])} (estimate)"],
+        *[[f"sent per rank and step: {what}", human_bytes(size)] for what, size in (sent or {}).items() if size],
+        *([] if sent is not None else [["sent per rank and step", "not modelled with these engine.deepspeed keys"]]),
         [
             "checkpoints",
             f"{numbers['checkpoints_written']} of {human_bytes(numbers['checkpoint_bytes'])}, "

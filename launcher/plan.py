@@ -13,7 +13,13 @@ from launcher.config import Config, ConfigError, divisors
 from launcher.schedule import learning_rate_factor
 from launcher.transition import TransitionConfig
 from model.distillation import DistillationConfig
-from model.size import activation_bytes, flops_per_token, num_linear_parameters, num_parameters
+from model.size import (
+    activation_bytes,
+    flops_per_token,
+    num_linear_parameters,
+    num_parameters,
+    parameter_shapes,
+)
 from quant.config import QuantConfig
 from quant.ramp import strength_at
 
@@ -235,21 +241,45 @@ def checkpoint_bytes(config: Config) -> int:
     return 12 * num_parameters(config.model)
 
 
+def zero3_held_parameters(config: Config) -> tuple[int, int]:
+    """Parameters that ZeRO-3 always holds whole, for being small, and those that it keeps until the backward pass.
+
+    DeepSpeed keeps a layer whose next use is less than `stage3_max_reuse_distance` parameters away: behind a layer come
+    those after it, forward and then backward (and recomputed in between, with activation checkpointing). Its prefetcher
+    also runs ahead of the forward pass into the backward pass until `stage3_max_live_parameters` are there, and what it
+    finds there on the way is not released.
+    """
+    given = (config.engine.deepspeed or {}).get("zero_optimization", {})
+    shapes = parameter_shapes(config.model).values()
+    persistent = sum(
+        size for size in map(math.prod, shapes) if size <= given.get("stage3_param_persistence_threshold", 1e5)
+    )
+    visits = 3 if config.training.activation_checkpointing else 2
+    kept = max(given.get("stage3_max_live_parameters", 1e9), given.get("stage3_max_reuse_distance", 1e9) / visits)
+    return persistent, min(num_parameters(config.model) - persistent, int(kept))
+
+
 def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     """Estimate what one rank holds on its device, in bytes, leaving out allocator overhead and temporary buffers.
 
-    FSDP2 keeps fp32 weights, gradients and moments, each sharded; ZeRO keeps 16-bit weights (sharded at stage 3),
-    16-bit gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments
-    (arXiv 1910.02054, section 5). A teacher, taken to be as large as the model, is sharded in the compute dtype.
+    FSDP2 keeps fp32 weights, gradients and moments, each sharded, and has what is outside of blocks gathered during a
+    pass, with two blocks; ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see
+    `zero3_held_parameters`), 16-bit gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded
+    fp32 masters and moments (arXiv 1910.02054, section 5). A teacher, taken to be as large as the model, is sharded by
+    FSDP2 in the compute dtype.
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)
     compute_bytes = 2 if config.training.compute_dtype == "bf16" else 4
     shards = plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
+    in_blocks = sum(
+        math.prod(shape) for name, shape in parameter_shapes(config.model).items() if name.startswith("model.layers.")
+    )
+    gathered = compute_bytes * (parameters - in_blocks + in_blocks * min(2 / config.model.num_layers, 1))
     if engine.name == "fsdp2":
-        gathered = 2 * parameters / config.model.num_layers if shards > 1 or compute_bytes == 2 else 0
+        copies = gathered if shards > 1 or compute_bytes == 2 else 0
         sizes = {
-            "weights": 4 * parameters / shards + compute_bytes * gathered,
+            "weights": 4 * parameters / shards + copies,
             "gradients": 4 * parameters / shards,
             "moments": 8 * parameters / shards,
         }
@@ -257,19 +287,18 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         stage = engine.zero_stage or 0
         state_shards = shards if stage >= 1 else 1
         masters = 4 * parameters / state_shards if compute_bytes == 2 or stage else 0
+        held = sum(zero3_held_parameters(config)) if stage == 3 else 0
         sizes = {
-            "weights": compute_bytes * parameters / (shards if stage == 3 else 1) + masters,
+            "weights": compute_bytes * (parameters / (shards if stage == 3 else 1) + held) + masters,
             "gradients": (4 if stage else compute_bytes) * parameters / (shards if stage >= 2 else 1),
             "moments": 8 * parameters / state_shards,
         }
     if engine.offload != "none":
         sizes["moments"] = 0
     if engine.offload == "all":
-        sizes["weights"] = compute_bytes * 2 * parameters / config.model.num_layers
-        sizes["gradients"] = sizes["weights"]
+        sizes["weights"] = sizes["gradients"] = gathered
     if any(phase.distillation for phase in plan.phases):
-        held = parameters / shards if engine.offload != "all" else 0
-        sizes["teacher"] = compute_bytes * (held + 2 * parameters / config.model.num_layers)
+        sizes["teacher"] = gathered + (compute_bytes * parameters / shards if engine.offload != "all" else 0)
     ternary = any(phase.quantization for phase in plan.phases)
     sizes["activations"] = activation_bytes(
         config.model,

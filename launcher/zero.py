@@ -116,6 +116,8 @@ class ZeroEngine(Engine):
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for module in model.modules():
             module.to_empty(device=device, recurse=False)
+            # DeepSpeed would do so itself but for stage 3, whose weights it leaves as they are, and computes with them.
+            module._apply(lambda tensor: tensor.to(compute_dtype), recurse=False)
             if self.stage == 3 and any(True for _ in module.parameters(recurse=False)):
                 # One layer at a time, so that the whole model is never there.
                 deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=compute_dtype)

@@ -227,6 +227,21 @@ def test_ternary_phase_in_fp64_is_tight(two_ranks: dict[str, Any]) -> None:
     assert max(differences(two_ranks["fsdp2/fp64"], theirs, 0)) < 1e-12
 
 
+def computed_dtypes() -> dict[str, str]:
+    found = {}
+    for name in ("fsdp2", "zero-1", "zero-3"):
+        engine = build(name, torch.bfloat16)
+        layer = engine.model.get_submodule("model.layers.0.mlp.gate_proj")
+        layer.register_forward_hook(lambda layer, _, output, name=name: found.update({name: f"{output.dtype}"}))
+        engine.forward(*batch(0))
+    return found
+
+
+def test_every_engine_computes_in_the_compute_dtype() -> None:
+    [found] = run_group(1, computed_dtypes)
+    assert found == dict.fromkeys(["fsdp2", "zero-1", "zero-3"], "torch.bfloat16")
+
+
 # State
 
 

@@ -400,7 +400,12 @@ def test_bytes_per_rank_of_zero(world_size):
     assert stage(0) == {"weights": 2 * P + 4 * P, "gradients": 2 * P, "moments": 8 * P}
     assert stage(1) == {"weights": 2 * P + 4 * P / N, "gradients": 4 * P, "moments": 8 * P / N}
     assert stage(2) == {"weights": 2 * P + 4 * P / N, "gradients": 4 * P / N, "moments": 8 * P / N}
-    assert stage(3) == {"weights": 2 * P / N + 4 * P / N, "gradients": 4 * P / N, "moments": 8 * P / N}
+    assert stage(3) == {"weights": 2 * P / N + 4 * P / N + 2 * P, "gradients": 4 * P / N, "moments": 8 * P / N}
+
+
+def test_the_embedding_stays_gathered_beside_two_blocks():
+    block = LINEAR_PARAMETERS // 2 + 2 * 16
+    assert sizes("model.num_layers=5", world_size=4)["weights"] == 4 * (PARAMETERS + 3 * block) / 4 + 2 * PARAMETERS
 
 
 def test_offloaded_moments_leave_the_device():

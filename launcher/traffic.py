@@ -1,0 +1,175 @@
+"""Bytes that a rank sends in an optimizer step: which collectives each engine runs, and what a ring costs for each.
+
+With N ranks and a tensor of S bytes, each rank of a ring sends (N - 1) / N * S for an all-gather or a reduce-scatter,
+and twice that for an all-reduce, which is one behind the other (Patarasuk and Yuan 2009,
+doi 10.1016/j.jpdc.2008.09.002). NCCL may choose trees or in-network reduction instead, which send other amounts.
+
+A ternary phase sends what a 16-bit one does: ranks gather latent weights in the compute dtype and each rounds them by
+itself, so that scales cost nothing. `collectives` can also say what a gather of packed 2-bit codes would come to; no
+engine does that.
+"""
+
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any, Literal
+
+from launcher.config import Config
+from launcher.plan import Plan, zero3_held_parameters
+from model.size import is_projection, num_linear_parameters, num_parameters, parameter_shapes
+
+Backend = Literal["nccl", "gloo"]
+
+MODELLED_ZERO_KEYS = frozenset(
+    {
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_param_persistence_threshold",
+        # These say when and in what pieces, not how much.
+        "reduce_bucket_size",
+        "allgather_bucket_size",
+        "stage3_prefetch_bucket_size",
+        "sub_group_size",
+        "overlap_comm",
+        "contiguous_gradients",
+        "round_robin_gradients",
+    }
+)
+"""Keys of `engine.deepspeed.zero_optimization` that the model knows; any other may change what is sent."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind and payload in an optimizer step."""
+
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
+    what: Literal["weights", "gradients", "teacher", "scalars"]
+    payload_bytes: float
+    """Of the whole tensors: what every rank has behind an all-gather, and brings into the other two."""
+    group_size: int
+    """Ranks that take part in each."""
+    count: float = 1
+    """How often in a step; a fraction where only some of the tensors take part."""
+
+    def bytes_sent(self, backend: Backend = "nccl") -> float:
+        """Bytes that a rank of the group sends in a step. Gloo does an all-reduce to reduce-scatter."""
+        passes = 2 if self.kind == "all-reduce" or (self.kind == "reduce-scatter" and backend == "gloo") else 1
+        return self.count * passes * (self.group_size - 1) / self.group_size * self.payload_bytes
+
+
+def collectives(plan: Plan, *, packed: bool = False) -> list[Collective]:
+    """The collectives of an optimizer step, for a phase of any precision.
+
+    Left out is what logged steps, evaluations and checkpoints add.
+
+    Args:
+        plan: of the run.
+        packed: instead of what the engines do, gather the weights of ternary layers as codes of 2 bits, for which
+            ranks add up 8 bytes of statistics of each matrix once a step. Not built.
+
+    Raises:
+        ValueError: DeepSpeed is given keys that change what it sends in ways that are not modelled.
+    """
+    if unknown := unmodelled_keys(plan.config):
+        raise ValueError(f"what {', '.join(unknown)} would change is not modelled")
+    found = _of_fsdp2(plan) if plan.config.engine.name == "fsdp2" else _of_zero(plan)
+    if any(phase.distillation for phase in plan.phases):
+        found.append(_of_teacher(plan))
+    if packed:
+        compute_bytes, linear = _compute_bytes(plan.config), num_linear_parameters(plan.config.model)
+        whole = compute_bytes * num_parameters(plan.config.model)
+        share = (whole - compute_bytes * linear + linear / 4) / whole
+        found = [
+            Collective(c.kind, c.what, c.payload_bytes * (share if c.what == "weights" else 1), c.group_size, c.count)
+            for c in found
+        ]
+        matrices = sum(is_projection(name) for name in parameter_shapes(plan.config.model))
+        found.append(Collective("all-reduce", "scalars", 8 * matrices, plan.world_size))
+    found.append(Collective("all-reduce", "scalars", 4, plan.world_size))  # whether any rank was asked to stop
+    return found
+
+
+def bytes_sent(plan: Plan, *, backend: Backend = "nccl", packed: bool = False) -> dict[str, float]:
+    """Bytes that a rank sends in an optimizer step, by what is sent; see `collectives` for what may be raised."""
+    sent: dict[str, float] = {}
+    for collective in collectives(plan, packed=packed):
+        sent[collective.what] = sent.get(collective.what, 0) + collective.bytes_sent(backend)
+    return sent
+
+
+def describe_traffic(plan: Plan) -> dict[str, Any]:
+    """What `tritrain plan` says of traffic, by name with unit; None where it is not modelled."""
+    if unmodelled_keys(plan.config):
+        return {"bytes_sent_per_rank_and_step": None}
+    return {"bytes_sent_per_rank_and_step": {what: round(size) for what, size in bytes_sent(plan).items()}}
+
+
+def unmodelled_keys(config: Config) -> list[str]:
+    """Dotted DeepSpeed keys of a configuration that may change what is sent, in ways that are not modelled."""
+    given = (config.engine.deepspeed or {}).get("zero_optimization", {})
+    return [f"engine.deepspeed.zero_optimization.{key}" for key in given if key not in MODELLED_ZERO_KEYS]
+
+
+def _compute_bytes(config: Config) -> int:
+    return 2 if config.training.compute_dtype == "bf16" else 4
+
+
+def padded_parameters(shapes: dict[str, tuple[int, ...]], shards: int) -> int:
+    """Elements that FSDP2 gathers: it pads the first dimension to a multiple of the number of shards."""
+    return sum(ceil(shape[0] / shards) * shards * prod(shape[1:]) for shape in shapes.values())
+
+
+def _of_fsdp2(plan: Plan) -> list[Collective]:
+    """Weights are gathered in the compute dtype for each pass; gradients are reduced in fp32, once a step."""
+    engine = plan.config.engine
+    shards = plan.world_size // engine.replicas
+    elements = padded_parameters(parameter_shapes(plan.config.model), shards)
+    passes = 2 if engine.reshard_after_forward else 1
+    gathered = _compute_bytes(plan.config) * elements
+    found = [
+        Collective("all-gather", "weights", gathered, shards, passes * plan.num_micro_batches),
+        Collective("reduce-scatter", "gradients", 4 * elements, shards),
+        Collective("all-reduce", "scalars", 4, shards),  # the gradient norm
+    ]
+    if engine.replicas > 1:
+        found.append(Collective("all-reduce", "gradients", 4 * elements / shards, engine.replicas))
+    return found
+
+
+def _of_zero(plan: Plan) -> list[Collective]:
+    """Gradients are reduced in the compute dtype: once a step at stages 0 and 1, for every micro-batch at 2 and 3.
+
+    Stages 1 and 2 reduce by all-reduce, of which a rank keeps its part, and gather the updated weights once. Stage 3
+    gathers weights for the forward pass and, but for those that it keeps in between, for the backward pass.
+    """
+    config, ranks, micro_batches = plan.config, plan.world_size, plan.num_micro_batches
+    stage = config.engine.zero_stage or 0
+    whole = _compute_bytes(config) * num_parameters(config.model)
+    if stage == 3:
+        persistent, kept = zero3_held_parameters(config)
+        sharded = num_parameters(config.model) - persistent
+        gathers = Collective(
+            "all-gather",
+            "weights",
+            _compute_bytes(config) * sharded,
+            ranks,
+            micro_batches * (2 - kept / max(sharded, 1)),
+        )
+        return [
+            gathers,
+            Collective("all-gather", "weights", _compute_bytes(config) * persistent, ranks),
+            Collective("reduce-scatter", "gradients", whole, ranks, micro_batches),
+            Collective("all-reduce", "scalars", 8, ranks, 2),  # the gradient norm, and whether it overflowed
+        ]
+    found = [Collective("all-reduce", "gradients", whole, ranks, micro_batches if stage == 2 else 1)]
+    if stage:
+        found.append(Collective("all-gather", "weights", whole, ranks))
+    if stage == 2 or (stage == 1 and (config.training.compute_dtype == "fp32" or config.engine.offload != "none")):
+        found.append(Collective("all-reduce", "scalars", 9, ranks))  # norm, overflow and a flag
+    return found
+
+
+def _of_teacher(plan: Plan) -> Collective:
+    """FSDP2 gathers a teacher, taken to be as large as the model, for the forward pass only."""
+    shards = plan.world_size // plan.config.engine.replicas
+    elements = padded_parameters(parameter_shapes(plan.config.model), shards)
+    return Collective("all-gather", "teacher", _compute_bytes(plan.config) * elements, shards, plan.num_micro_batches)

@@ -1,0 +1,160 @@
+"""Bytes that ranks send: the model by hand, and real bytes of real gloo runs, counted by the kernel."""
+
+import copy
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.config_file import apply_override, parse_config
+from launcher.plan import make_plan, zero3_held_parameters
+from launcher.traffic import bytes_sent, collectives, describe_traffic
+
+TREE = {
+    "run": {"name": "traffic"},
+    "model": {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24},
+    "data": {"sources": [{"path": "shards"}], "sequence_length": 8},
+    "training": {"global_batch_sequences": 24, "micro_batch_sequences": 1},
+    "optimizer": {"learning_rate": 1e-2},
+    "phases": [{"precision": "16-bit", "steps": 4}, {"precision": "ternary", "steps": 6}],
+}
+LINEAR = 2 * (4 * 16 * 16 + 3 * 16 * 24)
+P = 64 * 16 + LINEAR + 5 * 16  # embedding, blocks, norms
+N, M = 4, 6  # ranks, micro-batches
+RING = (N - 1) / N
+
+
+def plan_of(*overrides, world_size=N):
+    tree = copy.deepcopy(TREE)
+    for override in overrides:
+        apply_override(tree, override)
+    return make_plan(parse_config(tree), world_size)
+
+
+def zero(stage, *overrides):
+    return plan_of("engine.name=deepspeed", f"engine.zero_stage={stage}", *overrides)
+
+
+def test_fsdp2_by_hand():
+    """Two gathers in bf16 for each micro-batch, one reduction in fp32."""
+    sent = bytes_sent(plan_of())
+    assert sent["weights"] == 2 * M * RING * 2 * P
+    assert sent["gradients"] == RING * 4 * P
+    assert sent["scalars"] == 2 * (2 * RING * 4)  # the gradient norm, and whether to stop
+    assert bytes_sent(plan_of("engine.reshard_after_forward=false"))["weights"] == M * RING * 2 * P
+    assert bytes_sent(plan_of("training.compute_dtype=fp32"))["weights"] == 2 * M * RING * 4 * P
+    assert bytes_sent(plan_of(), backend="gloo")["gradients"] == 2 * RING * 4 * P
+
+
+def test_replicas_gather_among_fewer_and_reduce_among_each_other():
+    sent = bytes_sent(plan_of("engine.replicas=2"))
+    assert sent["weights"] == 2 * M * 1 / 2 * 2 * P
+    assert sent["gradients"] == 1 / 2 * 4 * P + 2 * 1 / 2 * 4 * P / 2
+
+
+def test_rows_are_padded_to_the_number_of_shards():
+    plan = plan_of("training.global_batch_sequences=30", world_size=5)
+    padded = 65 * 16 + 2 * (4 * 20 * 16 + 2 * 25 * 16 + 20 * 24) + 5 * 20
+    assert bytes_sent(plan)["gradients"] == pytest.approx(4 / 5 * 4 * padded)
+
+
+def test_zero_by_hand():
+    assert bytes_sent(zero(0))["gradients"] == 2 * RING * 2 * P
+    assert "weights" not in bytes_sent(zero(0))
+    one = bytes_sent(zero(1))
+    assert (one["gradients"], one["weights"]) == (2 * RING * 2 * P, RING * 2 * P)
+    two = bytes_sent(zero(2))
+    assert (two["gradients"], two["weights"]) == (M * 2 * RING * 2 * P, RING * 2 * P)
+
+
+def test_zero_3_by_hand():
+    """All is small enough to stay whole; then nothing is, and is gathered for each pass, once or twice."""
+    assert bytes_sent(zero(3))["weights"] == RING * 2 * P
+    none = "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+    assert bytes_sent(zero(3, none))["weights"] == M * RING * 2 * P
+    keys = "{stage3_param_persistence_threshold: 0, stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0}"
+    nothing_kept = zero(3, f"engine.deepspeed.zero_optimization={keys}")
+    assert zero3_held_parameters(nothing_kept.config) == (0, 0)
+    assert bytes_sent(nothing_kept)["weights"] == 2 * M * RING * 2 * P
+    assert bytes_sent(nothing_kept)["gradients"] == M * RING * 2 * P
+
+
+def test_one_rank_sends_nothing():
+    assert set(bytes_sent(plan_of(world_size=1)).values()) == {0}
+
+
+def test_precision_of_a_phase_does_not_matter_and_codes_would():
+    assert bytes_sent(plan_of()) == bytes_sent(plan_of("phases=[{precision: 16-bit, steps: 4}]"))
+    packed = bytes_sent(plan_of(), packed=True)
+    assert packed["weights"] == pytest.approx(2 * M * RING * (2 * (P - LINEAR) + LINEAR / 4))
+    assert packed["gradients"] == bytes_sent(plan_of())["gradients"]
+    assert packed["scalars"] == bytes_sent(plan_of())["scalars"] + 2 * RING * 8 * 14
+
+
+def test_a_teacher_is_gathered_once_for_each_micro_batch():
+    taught = "phases=[{precision: 16-bit, steps: 4}, {precision: ternary, steps: 6, distillation: {}}]"
+    assert bytes_sent(plan_of(taught))["teacher"] == M * RING * 2 * P
+
+
+def test_unknown_deepspeed_keys_are_not_guessed_at():
+    plan = zero(3, "engine.deepspeed.zero_optimization.zero_hpz_partition_size=8")
+    assert describe_traffic(plan) == {"bytes_sent_per_rank_and_step": None}
+    with pytest.raises(ValueError, match="zero_hpz_partition_size"):
+        collectives(plan)
+
+
+def test_the_tables_of_the_page_are_those_of_the_model():
+    root = Path(__file__).parents[1]
+    made = runpy.run_path(str(root / "benchmarks" / "scaling.py"))
+    assert made["BEGIN"] + made["tables"]() + made["END"] in (root / "docs" / "scaling.md").read_text(), (
+        "run benchmarks/scaling.py"
+    )
+
+
+# Real bytes
+
+COUNTING = Path(__file__).with_name("counting.py")
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--net"]
+LIVE = {"stage3_max_live_parameters": 2_000_000, "stage3_max_reuse_distance": 2_000_000}
+SMALL_PIECES = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1_000_000}
+NOTHING_KEPT = SMALL_PIECES | {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+ENGINES = {
+    "fsdp2": {"name": "fsdp2"},
+    "hsdp": {"name": "fsdp2", "replicas": 2},
+    **{f"zero-{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)},
+    "zero-3, nothing kept": {
+        "name": "deepspeed", "zero_stage": 3, "deepspeed": {"zero_optimization": NOTHING_KEPT},
+    },
+    "zero-3, 2 M kept": {
+        "name": "deepspeed", "zero_stage": 3, "deepspeed": {"zero_optimization": SMALL_PIECES | LIVE},
+    },
+}  # fmt: skip
+
+
+def check_counted(jobs):
+    if shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode:
+        pytest.skip("needs `unshare` and the right to make a network namespace")
+    command = [*NAMESPACE, sys.executable, "-W", "ignore", str(COUNTING), json.dumps(jobs)]
+    root = str(COUNTING.parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, env=os.environ | {"PYTHONPATH": root})
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == len(jobs)
+    sys.stdout.write(done.stdout)  # `pytest -s` shows what docs/scaling.md quotes
+    for row in rows:
+        assert row["counted"] == pytest.approx(row["model"], rel=0.05), row
+
+
+def test_two_ranks_of_fsdp2_send_what_the_model_says():
+    check_counted([["fsdp2", ENGINES["fsdp2"], 2]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_every_engine_sends_what_the_model_says(ranks):
+    check_counted([[name, engine, ranks] for name, engine in ENGINES.items()])
