@@ -34,7 +34,7 @@ def main() -> int:
     options = parser.parse_args()
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     code, reason = verdict(options.run, options.checkpoints or str(options.run / "checkpoints"), options.refused, job)
-    print(("again: ", "failed: ", "", "", "done: ")[code] + reason, flush=True)  # noqa: T201
+    print({AGAIN: "again", FAILED: "failed", DONE: "done"}[code], reason, sep=": ", flush=True)  # noqa: T201
     return code
 
 
