@@ -48,9 +48,7 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     has_cuda = torch.cuda.is_available()
     if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # The last collectives of each group, for the report of a hang; the second name is that of older releases.
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
-        os.environ.setdefault(name, str(RECORDED_COLLECTIVES))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))  # for the report of a hang
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     try:
         place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device

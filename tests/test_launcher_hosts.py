@@ -148,6 +148,14 @@ def wait_for_step(job: Job, step: int) -> None:
     wait_for(job, lambda: bool(logged := losses(job.folder / "run")) and logged[-1][0] >= step)
 
 
+def wait_for_end(hosts: Hosts, name: str, but: str = "sshd") -> None:
+    """Wait until no process is left on a host, but those whose command line has a word in it."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while left := [command for command in hosts.processes(name).values() if but not in command]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 def state(job: Job) -> dict[str, Any]:
     return json.loads((job.folder / "run" / "state.json").read_text())
 
@@ -224,13 +232,19 @@ def test_a_host_without_power_is_named_and_the_run_goes_on_with_the_other(
     start(job, hosts.names, command)
     wait_for_step(job, 5)
     hosts.kill(lost)
+    (left,) = set(hosts.names) - {lost}
+    wait_for_end(hosts, left, but="torchrun")
+    if (
+        start is start_torchrun
+    ):  # the agent that is left looks for the rendezvous for many minutes, and heeds no SIGTERM
+        hosts.run(left, "pkill", "-KILL", "-f", "torchrun")
     codes = job.wait()
     assert codes.pop(lost) == -9
-    assert list(codes.values()) == [1], job.output
+    assert codes[left] not in (0, 3), job.output
     assert re.search(rf"rank \d \(process \d+ on {lost}\)", state(job)["message"]), job.output
 
     job = Job(hosts, tmp_path)
-    start_plain(job, list(codes), command)
+    start_plain(job, [left], command)
     assert set(job.wait().values()) == {0}, job.output
     assert "Resuming tiny after step" in job.output
     in_16_bits = [loss for _, loss in losses(tmp_path / "run")][:SWITCH]
@@ -240,7 +254,8 @@ def test_a_host_without_power_is_named_and_the_run_goes_on_with_the_other(
 def test_a_cut_cable_ends_both_sides_and_the_same_command_goes_on(
     hosts: Hosts, shards: Path, tmp_path: Path, on_one_host: Reference
 ) -> None:
-    command = command_for(tmp_path, shards, "zero2")
+    steps = (f"phases.0.steps={2 * MORE_STEPS}",)  # as many as the second start needs to get to the folder
+    command = [*command_for(tmp_path, shards, "zero2"), *steps]
     job = Job(hosts, tmp_path)
     start_deepspeed(job, hosts.names, command)
     lock = tmp_path / "run" / "lock"
@@ -250,20 +265,17 @@ def test_a_cut_cable_ends_both_sides_and_the_same_command_goes_on(
     wait_for_step(job, 3)
     assert second.wait() == {"host2": 2}, second.output
     assert f"another job trains here (process {pid_of_rank(job, 0)} on host1" in second.output
-    assert losses(tmp_path / "run")[-1][0] < NUM_STEPS
+    assert state(job)["status"] == "running"
     hosts.cut("host2")
     assert job.wait()["host1"] not in (0, 3), job.output
     assert re.search(RANK_1_ON_HOST2, state(job)["message"]), job.output
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while hosts.processes("host2"):  # none there waits for the other side for ever
-        assert time.monotonic() < deadline, hosts.processes("host2")
-        time.sleep(0.1)
+    wait_for_end(hosts, "host2")  # none there waits for the other side for ever
     hosts.plug("host2")
 
     start_deepspeed(job, hosts.names, command)
     assert job.wait() == {"host1": 0}, job.output
     assert "Resuming tiny after step" in job.output
-    assert losses(tmp_path / "run") == on_one_host("zero2")
+    assert losses(tmp_path / "run") == on_one_host("zero2", *steps)
 
 
 def test_torchrun_goes_on_by_itself_with_fewer_hosts_and_with_more(
