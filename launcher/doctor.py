@@ -48,6 +48,7 @@ from launcher.doctor_facts import (
     requirements,
 )
 from launcher.location import check_writable, is_local
+from launcher.placement import PlacementError
 from launcher.plan import Plan, describe, make_plan
 from launcher.run_folder import RunFolder
 from launcher.runtime import Ranks, process_group
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if ranks.is_first:
                 show(verdicts, ranks.world_size, as_json=options.as_json)
             return int(any(verdict.level == "failure" for verdict in verdicts))
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, PlacementError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)  # noqa: T201
         return 2

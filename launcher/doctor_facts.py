@@ -184,16 +184,20 @@ def slow_settings(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in there.items() if value.upper() not in HARMLESS_VALUES}
 
 
-def free_memory_bytes() -> int:
-    """Memory that is to be had: of the host, or of the control group where that leaves less."""
+def free_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that is to be had: of the host, or of the control group where that leaves less.
+
+    A group's use counts files that the kernel keeps in memory, which it gives up where there is need.
+    """
     free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
-            group = Path("/sys/fs/cgroup")
-            free = min(free, int((group / limit).read_text()) - int((group / used).read_text()))
+            limit_bytes, used_bytes = (int((group / name).read_text()) for name in (limit, used))
+            found = re.search(rf"^{cached} (\d+)$", (group / stat).read_text(), re.MULTILINE)
+            free = min(free, limit_bytes - used_bytes + (int(found[1]) if found else 0))
     return max(0, free)
 
 

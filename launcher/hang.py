@@ -95,7 +95,7 @@ def behind(reports: Sequence[Mapping[str, Any]]) -> list[int]:
             entered = {seen["rank"]: seen["entered"][group] for seen in reports if group in seen["entered"]}
             for rank, number in entered.items():
                 lags[rank] += max(entered.values()) - number
-        if largest := max(lags.values(), default=0):
+        if lags and (largest := max(lags.values())) > min(lags.values()):  # even lags are of groups that cross
             return [rank for rank, lag in lags.items() if lag == largest]
     steps = {seen["rank"]: seen["step"] for seen in reports}
     last = min(steps.values(), default=0)

@@ -90,21 +90,20 @@ def run(config: Config) -> int:
         pulse = Pulse()
         heartbeat = Heartbeat(ranks, config.watch.beat_seconds, pulse, folder.write_heartbeats)
         watchdog = Watchdog(config.watch, folder, ranks, pulse, heartbeat)
-        code = FAILED
         try:
             return run_rank(config, folder, ranks, stop, pulse, watchdog)
-        except USER_ERRORS as error:
-            message: str | None = str(error)
-            if isinstance(error, ConfigError):
-                code = MISCONFIGURED
-                note_refusal(str(error))
         except Exception as error:
-            message = explanation(error, folder, ranks, heartbeat, watchdog)
-        try:
-            if message is not None:
-                say_failure(folder, ranks, message)
-        finally:
-            os._exit(code)  # the process group cannot be left in order: the others may be anywhere
+            is_user_error = isinstance(error, USER_ERRORS)
+            try:
+                message = str(error) if is_user_error else explanation(error, folder, ranks, heartbeat, watchdog)
+                if message is not None:
+                    say_failure(folder, ranks, message)
+                if isinstance(error, ConfigError):
+                    note_refusal(str(error))
+            except Exception:  # the disk may be gone, where the newest checkpoint and the ranks' notes are looked for
+                traceback.print_exc()
+            # The process group cannot be left in order: the others may be anywhere.
+            os._exit(MISCONFIGURED if isinstance(error, ConfigError) else FAILED)
 
 
 def explanation(
@@ -130,11 +129,16 @@ def explanation(
 
 
 def claim(folder: RunFolder, ranks: Ranks) -> str | None:
-    """Take the run's folder for this job; returns, on all ranks, why that cannot be."""
+    """Take the run's folder for this job; returns, on all ranks, why that cannot be.
+
+    What earlier starts have said there goes before any rank can fail: it would keep this one from saying the same.
+    """
     refusal: str | None = None
     if ranks.is_first:
         try:
             folder.claim()
+            shutil.rmtree(folder.ranks, ignore_errors=True)
+            folder.write_state("running")
         except ConfigError as error:
             refusal = str(error)
         except OSError as error:
@@ -149,14 +153,11 @@ def run_rank(
     config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest, pulse: Pulse, watchdog: Watchdog
 ) -> int:
     """Train on this rank, all ranks being there."""
-    if ranks.is_first:
-        folder.write_state("running")  # no longer how an earlier start of it ended
     console = Console(silent=not ranks.is_first)
     plan = plan_of_run(config, folder, ranks)
     seed_everything(config.run.seed, ranks.rank)
     if ranks.is_first:
         stop.watch(folder.path, time_to_stop(config.run.stop_before_end_seconds))
-        shutil.rmtree(folder.ranks, ignore_errors=True)
         folder.prepare([phase.end - phase.start for phase in plan.phases])
     dist.barrier()
     write_presence(folder.ranks, ranks)
@@ -165,6 +166,7 @@ def run_rank(
         source = Path(config.data.sources[0].path)
         pulse.now("prepare", 0)
         prepare_with_progress(config.data.prepare, config.data.sequence_length, source, Console(silent=False))
+        pulse.now("start", 0)
     while (outcome := train(plan, ranks, folder, stop, console, pulse)) == "rolled back":
         gc.collect()  # engines have reference cycles, and the memory of this one is needed
         plan = plan_of_run(config, folder, ranks)

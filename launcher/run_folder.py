@@ -118,6 +118,8 @@ class RunFolder:
 
     def is_ours(self) -> bool:
         """Whether no later job has taken this folder, which a rank that was cut off for long may find."""
+        # Opened anew, since a handle may show what a network's disk once had. To close it lets go of the lock: only a
+        # process that is about to end may ask.
         lock = self.path / "lock"
         return (lock.read_text() if lock.exists() else "") == self.holder
 

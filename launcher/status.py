@@ -72,7 +72,7 @@ class RunStatus:
     loss: float | None = None
     """Training loss as last logged."""
     message: str | None = None
-    """Why it failed, or who is not heard of."""
+    """Why it failed or was stopped, or who is not heard of."""
     notes: list[str] = field(default_factory=list)
     """Files that are not as they should be."""
 
@@ -127,6 +127,8 @@ def status_of(run: Path, now: float) -> RunStatus:
         with _noting("state.json", notes):
             state = _mapping(json.loads((run / "state.json").read_text()))
             status.state, status.message = str(state["status"]), state.get("message")
+            if "reason" in state:
+                status.message = f"stopped: {state['reason']}"
     if status.state == "running":
         status.message = _silence(status, run, now)
         status.state = "stalled" if status.message else "running"

@@ -120,8 +120,8 @@ def for_shell(value: Any) -> Quoted:
 def for_sbatch(value: Any) -> Quoted:
     """One word of an `#SBATCH` line, which Slurm takes apart itself: it knows quotes, escapes, comments, no `$`."""
     text = _printable(value)
-    if re.search(r"[\"'\\]", text):
-        raise ConfigError(f"{text!r}: Slurm would misread the quote or backslash in it; choose another name")
+    if not text or re.search(r"[\"'\\]", text):
+        raise ConfigError(f"{text!r}: Slurm would misread it, being empty or with a quote or backslash; choose another")
     return Quoted(text if re.fullmatch(r"[\w.,:/@%+=~^&|*()\[\]!-]+", text) else f'"{text}"')
 
 
@@ -132,7 +132,7 @@ def number(value: Any) -> Quoted:
 
 def _printable(value: Any) -> str:
     text = str(value)
-    if not text or not text.isprintable():
+    if not text.isprintable():
         raise ConfigError(f"{text!r}: must be printable text on one line to be in a job's script")
     return text
 

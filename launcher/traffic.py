@@ -84,7 +84,7 @@ def collectives(plan: Plan, *, packed: bool = False) -> list[Collective]:
         ]
         matrices = sum(is_projection(name) for name in parameter_shapes(plan.config.model))
         found.append(Collective("all-reduce", "scalars", 8 * matrices, plan.world_size))
-    found.append(Collective("all-reduce", "scalars", 4, plan.world_size))  # whether any rank was asked to stop
+    found.append(Collective("all-reduce", "scalars", 8, plan.world_size))  # whether to stop, and whether to save
     return found
 
 

@@ -253,6 +253,7 @@ def train(
             if new_outliers:
                 meter.noted({"train/outlier_steps": outliers}, f"{new_outliers} steps were skipped as outliers")
         if deciding and has_not_recovered(guard, phase, rollbacks, ranks, console):
+            pulse.now("start", at.step)
             saver.wait()
             console.stop()
             data.close()

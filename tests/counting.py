@@ -57,7 +57,8 @@ def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, 
     from launcher.config_file import parse_config
     from launcher.engine import load_weights
     from launcher.plan import make_plan
-    from launcher.runtime import Ranks, any_rank
+    from launcher.runtime import Ranks
+    from launcher.stopping import StopRequest
     from launcher.traffic import bytes_sent
     from model.init import initial_value
     from quant.config import QuantConfig
@@ -75,7 +76,7 @@ def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, 
             loss = engine.forward(tokens[:, :-1], tokens[:, 1:]) / MICRO_BATCHES
             engine.backward(loss, last=index == MICRO_BATCHES - 1)
         engine.step(1e-3)
-        any_rank(False, ranks)
+        StopRequest().agree(ranks)
 
     def counted() -> float:
         for _ in range(2):  # DeepSpeed learns the order of the layers in its first pass

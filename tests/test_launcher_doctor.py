@@ -29,6 +29,7 @@ from launcher.doctor_facts import (
     RankFacts,
     digest_of,
     existing_part,
+    free_memory_bytes,
     leftovers,
     look_around,
     needed_paths,
@@ -36,6 +37,7 @@ from launcher.doctor_facts import (
     requirements,
     slow_settings,
 )
+from launcher.placement import PlacementError
 from launcher.plan import describe, make_plan
 from launcher.runtime import ALONE, Ranks
 
@@ -237,6 +239,26 @@ def test_paths_that_a_configuration_needs(shards: Path, tmp_path: Path) -> None:
     assert needed_paths(tiny_config(shards, tmp_path / "run", data=to_prepare)) == ["text"]
     assert digest_of(tmp_path / "none") is None
     assert digest_of(shards) == digest_of(shards) != digest_of(tmp_path)
+
+
+def test_files_that_the_kernel_keeps_are_free_memory(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 500\nactive_file 100\n")
+    assert free_memory_bytes(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory_bytes(tmp_path) > 600
+
+
+def test_ranks_that_are_placed_wrong_have_met(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(timeout_seconds: int) -> None:
+        raise PlacementError("Every host must have as many ranks as any other")
+
+    monkeypatch.setattr(doctor, "process_group", refuse)
+    assert doctor.main([]) == 2
+    assert capsys.readouterr().err == "Every host must have as many ranks as any other\n"
 
 
 def test_settings_that_slow_down() -> None:

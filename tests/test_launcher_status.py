@@ -106,6 +106,12 @@ def test_a_run_that_has_ended(tmp_path: Path, state: str) -> None:
     assert (status.remaining_seconds is None) == (state == "complete")
 
 
+def test_an_interrupted_run_says_why(tmp_path: Path) -> None:
+    status = status_of(write_run(tmp_path / "run", "interrupted", reason="time limit", checkpoint="step-00000004"), NOW)
+    assert (status.state, status.message) == ("interrupted", "stopped: time limit")
+    assert "stopped: time limit" in shown(status)
+
+
 def test_silence_is_a_stall(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     age(run, SILENT_SECONDS - 1)

@@ -294,6 +294,7 @@ def with_values(tmp_path: Path, values: dict[str, str], runtime: Any) -> tuple[C
 
 def test_quotes_around_a_value_with_spaces() -> None:
     assert launcher.submit.for_shell("a $(b) 'c'") == "'a $(b) '\"'\"'c'\"'\"''"
+    assert launcher.submit.for_shell("") == "''"  # variables may be empty
     assert launcher.submit.for_sbatch("/my runs/#1 $(b)") == '"/my runs/#1 $(b)"'
     assert launcher.submit.for_sbatch("a&(b|c)*2") == "a&(b|c)*2"
     for value in ('a"b', "a'b", "a\\b", "a\nb", "a\tb", ""):

@@ -45,7 +45,7 @@ def test_fsdp2_by_hand():
     sent = bytes_sent(plan_of())
     assert sent["weights"] == 2 * M * RING * 2 * P
     assert sent["gradients"] == RING * 4 * P
-    assert sent["scalars"] == 2 * (2 * RING * 4)  # the gradient norm, and whether to stop
+    assert sent["scalars"] == 2 * RING * (4 + 8)  # the gradient norm, and whether to stop and to save
     assert bytes_sent(plan_of("engine.reshard_after_forward=false"))["weights"] == M * RING * 2 * P
     assert bytes_sent(plan_of("training.compute_dtype=fp32"))["weights"] == 2 * M * RING * 4 * P
     assert bytes_sent(plan_of(), backend="gloo")["gradients"] == 2 * RING * 4 * P

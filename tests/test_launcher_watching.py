@@ -47,6 +47,10 @@ def test_the_saver_does_not_count_where_the_training_differs() -> None:
     assert behind([seen(0, entered={"0": 40, "saver": 2}), seen(1)]) == [0]
 
 
+def test_groups_that_cross_blame_nobody() -> None:
+    assert behind([seen(0, entered={"0": 40, "1": 7}), seen(1, entered={"0": 39, "1": 8})]) == []
+
+
 def test_where_nothing_differs_no_rank_is_blamed() -> None:
     reports = [seen(0), seen(1), seen(2)]
     assert behind(reports) == []
