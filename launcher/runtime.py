@@ -53,7 +53,9 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     try:
         place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device
         local_rank = int(os.environ["LOCAL_RANK"])
-        device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+        # Slurm may show each rank its own GPU alone.
+        gpu = local_rank if torch.cuda.device_count() > 1 else 0
+        device = torch.device("cuda", gpu) if has_cuda else torch.device("cpu")
         if has_cuda:
             torch.cuda.set_device(device)
         yield Ranks(rank, world_size, local_rank, device)
