@@ -24,6 +24,7 @@ def main(num_ranks: int, command: list[str]) -> int:
         nproc_per_node=num_ranks,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # a container's own name may lead nowhere, and ranks would wait for it for ever
         run_id="tritrain",
         max_restarts=0,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",

@@ -187,3 +187,14 @@ def test_an_empty_corpus_comes_without_a_traceback(folder: Path) -> None:
     assert code != 0
     assert "empty.jsonl" in output
     assert "Traceback" not in output
+
+
+def test_ranks_meet_on_a_machine_whose_name_leads_nowhere(tmp_path):
+    """As in a container without an entry for itself in /etc/hosts."""
+    namespace = ["unshare", "--user", "--map-root-user", "--uts"]
+    if subprocess.run([*namespace, "hostname", "leads-nowhere"], capture_output=True).returncode:
+        pytest.skip("needs `unshare` and the right to give a namespace its own host name")
+    script = tmp_path / "meet.py"
+    script.write_text("import torch.distributed as dist\ndist.init_process_group('gloo')\ndist.barrier()\n")
+    launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.torchrun 2 {script}"
+    subprocess.run([*namespace, "sh", "-c", launch], check=True, timeout=100)
