@@ -122,7 +122,7 @@ def test_the_two_nodes_of_the_compose_file_train_together(builder, tmp_path):
     nodes = [name for name in services if name != "prepare"]
     hosts = tmp_path / "hosts"
     hosts.write_text("".join(f"10.78.0.{i + 1} {name}\n" for i, name in enumerate(nodes)) + "127.0.0.1 localhost\n")
-    mounts = (f"--volume={volume}:/workspace", f"--volume={hosts}:/etc/hosts:ro")
+    mounts = ("--no-hosts", f"--volume={volume}:/workspace", f"--volume={hosts}:/etc/hosts:ro")
     spaces = [f"tritrain-{os.getpid()}-{name}" for name in nodes]
     containers = [image.Container(builder) for _ in nodes]
 
