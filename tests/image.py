@@ -111,13 +111,17 @@ class Container:
         self.entrypoint = builder.configuration()["Entrypoint"]
 
     def start(self, *command: str, network: str = "", host: str = "", options: tuple = (), **variables: str):
-        """Run a command through the entrypoint, in a network namespace, by default one with nothing but a loopback."""
-        into = ["ip", "netns", "exec", network] if network else ["unshare", "--net"]
+        """Run a command through the entrypoint, in a network namespace, by default one with nothing but a loopback.
+
+        As under an engine it has a /dev/shm of its own, which buildah's chroot would share with this machine.
+        """
+        into = ["ip", "netns", "exec", network] if network else ["unshare", "--net", "--mount"]
+        own = 'ip link set lo up; mount -t tmpfs -o mode=1777 tmpfs /dev/shm; exec "$@"'
         environment = [f"--env={name}={value}" for name, value in variables.items()]
         name = [f"--hostname={host}"] if host else []
         buildah = ["buildah", "run", "--isolation=chroot", *environment, *name, *options, self.name, "--"]
         return subprocess.Popen(
-            [*into, "bash", "-c", 'ip link set lo up; exec "$@"', "bash", *buildah, *self.entrypoint, *command],
+            [*into, "bash", "-c", own, "bash", *buildah, *self.entrypoint, *command],
             env=self.builder.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
