@@ -18,7 +18,7 @@ from launcher.engine import Engine
 from launcher.learned_scales import is_learned_scale
 from launcher.location import reaching
 from launcher.runtime import Ranks
-from launcher.source import KINDS, CheckpointError, Source, checked_ahead
+from launcher.source import KINDS, CheckpointError, Source
 from launcher.tensor_file import TensorFile, TensorFileError
 from quant.linear import quantized_layers
 
@@ -216,13 +216,12 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
         raise CheckpointError(f"{source.location} is of a phase without learned scales; it lacks {lacking[0]}")
     shards = [shard for shard in shards if shard.name in source.shapes]
     kinds = KINDS if with_optimizer else ("weight",)
-    with checked_ahead(source, kinds):
-        for shard in shards:
-            for kind in kinds:
-                tensor = shard.tensors[kind]
-                tensor.copy_(source.read(kind, shard.name, shard.start, len(tensor)))
-            if with_optimizer:
-                shard.step.fill_(source.read_step(shard.name))
+    for shard in shards:
+        for kind in kinds:
+            tensor = shard.tensors[kind]
+            tensor.copy_(source.read(kind, shard.name, shard.start, len(tensor)))
+        if with_optimizer:
+            shard.step.fill_(source.read_step(shard.name))
     engine.refresh_weights()
 
 
