@@ -176,16 +176,22 @@ def test_heartbeats_say_what_each_rank_is_at_and_a_killed_rank_is_named(shards: 
         end(job)
 
 
+def stop_until_the_other_ends(job: Job, rank: int) -> int:
+    """Let one of two ranks stand still until the other fails of it; returns the number of its process."""
+    stopped, other = job.processes[rank].pid, job.processes[1 - rank]
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    while other.exitcode is None:
+        time.sleep(0.02)
+    assert other.exitcode == 1
+    return stopped
+
+
 def test_a_rank_that_stands_still_is_named_within_the_limit(shards: Path, tmp_path: Path) -> None:
     job = Job(watched_tree(shards, tmp_path / "run"))
     try:
         wait_for_steps(job, 2)
-        stopped = job.processes[1].pid
-        assert stopped is not None
-        os.kill(stopped, signal.SIGSTOP)
-        while job.processes[0].exitcode is None:
-            time.sleep(0.02)
-        assert job.processes[0].exitcode == 1
+        stopped = stop_until_the_other_ends(job, 1)
         assert f"rank 1 (process {stopped} on {HOST}) cannot be heard any more" in failure(job)
         [hang] = (job.run / "hangs").iterdir()
         assert [path.name for path in hang.iterdir()] == ["rank-0.txt"]
@@ -200,12 +206,7 @@ def test_a_first_rank_that_stands_still_is_named_by_the_others(shards: Path, tmp
     job = Job(watched_tree(shards, tmp_path / "run"))
     try:
         wait_for_steps(job, 2)
-        stopped = job.processes[0].pid
-        assert stopped is not None
-        os.kill(stopped, signal.SIGSTOP)
-        while job.processes[1].exitcode is None:
-            time.sleep(0.02)
-        assert job.processes[1].exitcode == 1
+        stopped = stop_until_the_other_ends(job, 0)
         assert failure(job).startswith(f"rank 0 (process {stopped} on {HOST}) cannot be reached from {HOST};")
     finally:
         end(job)
