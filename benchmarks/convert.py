@@ -26,7 +26,7 @@ import torch
 from measure import report
 
 from launcher.config_file import load_config
-from launcher.source import checked_ahead
+from launcher.source import start_checking
 from launcher.start_from import open_source
 from model.size import num_parameters, parameter_shapes
 from model.transformer import ModelConfig, Transformer
@@ -200,8 +200,8 @@ def write_tiny(folder: Path) -> None:
 def load_ours(folder: Path) -> int:
     """Read every weight of a native folder; returns how many elements."""
     source = open_source(str(folder))
-    with checked_ahead(source, ("weight",)):
-        weights = {name: source.read("weight", name, 0, math.prod(shape)) for name, shape in source.shapes.items()}
+    start_checking(source, ("weight",))
+    weights = {name: source.read("weight", name, 0, math.prod(shape)) for name, shape in source.shapes.items()}
     return sum(weight.numel() for weight in weights.values())
 
 

@@ -24,7 +24,7 @@ from launcher.learned_scales import is_learned_scale
 from launcher.location import reaching, to_location
 from launcher.plan import Plan, make_plan
 from launcher.run_folder import RunFolder
-from launcher.source import KINDS, MOMENTS, Source, checked_ahead, in_pieces
+from launcher.source import KINDS, MOMENTS, Source, in_pieces, start_checking
 from launcher.start_from import check_sound, first_progress, model_of, open_start
 from model.transformer import Transformer
 from quant.linear import matching_layers
@@ -134,8 +134,8 @@ def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, Any]:
         name: {"shape": shape, "start": 0, "step": source.read_step(name) if source.has_moments else 0.0}
         for name, shape in source.shapes.items()
     }
-    with checked_ahead(source, kinds):
-        return writer.write_tensors("rank-00000.safetensors", entries, values, ranges)
+    start_checking(source, kinds)
+    return writer.write_tensors("rank-00000.safetensors", entries, values, ranges)
 
 
 def carried_fingerprint(plan: Plan, source: Source) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from launcher.checkpoint_reader import mismatches
 from launcher.hf_source import CONFIG, INDEX, WEIGHTS, dtype_name, listed, naming
 from launcher.location import create, flush_folder, is_local, reaching, remove_folder
-from launcher.source import CheckpointError, Source, checked_ahead, in_pieces
+from launcher.source import CheckpointError, Source, in_pieces, start_checking
 from launcher.tensor_file import write_tensors
 from model.hf import config_to_hf
 from model.size import parameter_shapes
@@ -66,8 +66,8 @@ def write_hf(
     assert dtype in (torch.bfloat16, torch.float32), dtype
     with naming(folder):
         hf_config = {**config_to_hf(config), "torch_dtype": dtype_name(dtype)}
-    with checked_ahead(source, ("weight",)):
-        write_folder(folder, hf_config, stored_weights(source, config, dtype), max_shard_bytes=max_shard_bytes)
+    start_checking(source, ("weight",))
+    write_folder(folder, hf_config, stored_weights(source, config, dtype), max_shard_bytes=max_shard_bytes)
 
 
 def stored_weights(source: Source, config: ModelConfig, dtype: torch.dtype) -> list[Stored]:

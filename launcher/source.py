@@ -7,7 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from math import prod
 
 from torch import Tensor
@@ -59,8 +59,7 @@ class Source(ABC):
         """
 
 
-@contextmanager
-def checked_ahead(source: Source, kinds: Sequence[str]) -> Iterator[None]:
+def start_checking(source: Source, kinds: Sequence[str]) -> None:
     """Let a thread check what is about to be read, so that reading it and writing something else overlap."""
 
     def check() -> None:
@@ -68,7 +67,6 @@ def checked_ahead(source: Source, kinds: Sequence[str]) -> Iterator[None]:
             source.check_ahead(kinds)
 
     threading.Thread(target=check, daemon=True).start()
-    yield
 
 
 def in_pieces(source: Source, kind: str, name: str) -> Iterator[Tensor]:
