@@ -3,6 +3,7 @@
 python benchmarks/scaling.py     # rewrites both
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,11 @@ def plan_of(model: str, engine: str, ranks: int) -> Plan:
 
 
 def numbers(model: str, engine: str, ranks: int) -> tuple[float, float, float]:
-    """GiB of memory, GiB sent in a step, and the latter with a gather of codes."""
+    """GiB of memory, GiB sent in a step, and in one that gathers codes; the last is NaN where no engine does."""
     plan = plan_of(model, engine, ranks)
     held = sum(memory_bytes_per_rank(plan).values())
-    sizes = (held, sum(bytes_sent(plan).values()), sum(bytes_sent(plan, packed=True).values()))
-    return sizes[0] / GIB, sizes[1] / GIB, sizes[2] / GIB
+    in_codes = math.nan if engine.startswith("ZeRO") else sum(bytes_sent(plan, codes=True).values())
+    return held / GIB, sum(bytes_sent(plan).values()) / GIB, in_codes / GIB
 
 
 def tables() -> str:
@@ -64,14 +65,14 @@ def tables() -> str:
     lines = []
     for model in MODELS:
         parameters = num_parameters(plan_of(model, "FSDP2", 8).config.model)
-        columns = [f"{what}, {ranks} GPUs" for ranks in RANKS for what in ("memory", "sent", "*if codes*")]
+        columns = [f"{what}, {ranks} GPUs" for ranks in RANKS for what in ("memory", "sent", "in codes")]
         lines += [f"**{model}** ({parameters:,} parameters), GiB:", "", "| engine | " + " | ".join(columns) + " |"]
         lines.append("| --- |" + " ---: |" * len(columns))
         for engine in ENGINES:
             cells = []
             for ranks in RANKS:
-                held, sent, packed = numbers(model, engine, ranks)
-                cells += [f"{held:.1f}", f"{sent:.1f}", f"*{packed:.1f}*"]
+                held, sent, in_codes = numbers(model, engine, ranks)
+                cells += [f"{held:.1f}", f"{sent:.1f}", "" if math.isnan(in_codes) else f"{in_codes:.1f}"]
             lines.append(f"| {engine} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -88,7 +89,9 @@ def draw() -> None:
     for engine, marker in zip(ENGINES, "osD^v", strict=True):
         found = [numbers("7B", engine, n) for n in ranks]
         memory.plot(ranks, [held for held, _, _ in found], marker=marker, label=engine)
-        sent.plot(ranks, [size for _, size, _ in found], marker=marker, label=engine)
+        [line] = sent.plot(ranks, [size for _, size, _ in found], marker=marker, label=engine)
+        color = line.get_color()
+        sent.plot(ranks, [size for _, _, size in found], marker=marker, linestyle="--", color=color)
     for axes, title in ((memory, "memory of a GPU, GiB"), (sent, "sent by a GPU in a step, GiB")):
         axes.set(title=f"7B: {title}", xlabel="GPUs", xscale="log", yscale="log")
         axes.set_xticks(ranks, [str(n) for n in ranks], minor=False)
@@ -98,6 +101,8 @@ def draw() -> None:
         axes.grid(alpha=0.3)
     memory.axhline(80, color="black", linewidth=1, linestyle=":")
     memory.legend()
+    sent.plot([], [], color="black", linestyle="--", label="ternary, in codes")
+    sent.legend(handles=sent.get_lines()[-1:])
     figure.savefig(PICTURE, dpi=110)
 
 

@@ -145,6 +145,7 @@ def plan(
         console.line(line)
     console.line()
     memory, sent = numbers["bytes_per_rank"], numbers["bytes_sent_per_rank_and_step"]
+    in_codes = numbers.get("bytes_sent_per_rank_and_step_in_codes")
     rows = [
         ["parameters", f"{numbers['parameters']:,} ({numbers['ternary_parameters']:,} in layers that become ternary)"],
         ["FLOPs per token", f"{human_count(numbers['flops_per_token'])} (forward and backward)"],
@@ -160,6 +161,7 @@ def plan(
         *[[f"bytes per rank: {name}", human_bytes(size)] for name, size in memory.items()],
         ["bytes per rank: all", f"{human_bytes(numbers['total_bytes_per_rank'])} (estimate)"],
         *[[f"sent per rank and step: {what}", human_bytes(size)] for what, size in (sent or {}).items() if size],
+        *[[f"sent in codes: {what}", human_bytes(size)] for what, size in (in_codes or {}).items() if size],
         *([] if sent is not None else [["sent per rank and step", "not modelled with these engine.deepspeed keys"]]),
         [
             "checkpoints",

@@ -23,6 +23,7 @@ from model.distillation import DistillationConfig
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
+from quant.gather import gather_problems
 from quant.linear import width_problem
 from quant.ramp import RampConfig
 
@@ -335,6 +336,9 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
                     "is true, but engine.zero_stage 3 gathers one layer at a time; "
                     "take zero_stage 1 or 2, engine.name fsdp2, or fused: false"
                 )
+            if engine and engine.gather == "codes":
+                for key, problem in gather_problems(quantization).items():
+                    problems[f"{path}.quantization.{key}"] = problem
         if phase.distillation:
             for key, problem in distillation_problems(phase.distillation, index, parts).items():
                 problems[f"{path}.distillation.{key}"] = problem

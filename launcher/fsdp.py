@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from launcher.engine import Engine, EngineConfig, Shard
 from launcher.optim import OptimizerConfig, build_adamw, create_adam_state, parameter_groups, set_step_sizes
 from model.distillation import Lesson
+from quant.gather import CodeGather
 
 
 def build_mesh(device: torch.device, replicas: int) -> DeviceMesh:
@@ -79,20 +80,27 @@ class FSDPEngine(Engine):
                 # The rotary tables that blocks are given stay in the precision that the model chose for them.
                 cast_forward_inputs=False,
             ),
-            "reshard_after_forward": config.reshard_after_forward,
         }
         if config.offload == "all":
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         model = model.to(storage_dtype)
         for block in blocks:
-            fully_shard(block, **options)
-        fully_shard(model, **options)
+            fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
+        # What is outside of blocks ends the forward pass and begins the backward pass: it stays between the two.
+        fully_shard(model, reshard_after_forward=False, **options)
         self.model = model.to_empty(device=torch.device("cpu") if config.offload == "all" else device)
         self.device = device
         self.max_grad_norm = optimizer.max_grad_norm
         self._names = [name for name, _ in self.model.named_parameters()]
         self._sharded: list[Any] = list(self.model.parameters())  # DTensors
         self._local = [nn.Parameter(parameter.to_local()) for parameter in self._sharded]
+        self._code_gather: CodeGather | None = None
+        if config.gather == "codes":
+            group = self.mesh.get_group(self.mesh.ndim - 1)
+            self._code_gather = CodeGather(
+                self.model, blocks, group, reshard_after_forward=config.reshard_after_forward
+            )
+        self._amid_step = False
         dimensions = [parameter.ndim for parameter in self._sharded]
         named = zip(self._names, dimensions, self._local, strict=True)
         self.optimizer = build_adamw(parameter_groups(named, optimizer, ternary), optimizer, fused=True)
@@ -104,12 +112,17 @@ class FSDPEngine(Engine):
         reduction: str = "mean",
         teacher: Lesson | None = None,
     ) -> Tensor:
+        if self._code_gather is not None and not self._amid_step:
+            self._code_gather.prepare()
         return self.model(tokens_BT, labels_BT, reduction=reduction, teacher=teacher)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         root: Any = self.model  # fully_shard changed its class to one with these methods
         root.set_requires_gradient_sync(last)
         root.set_is_last_backward(last)
+        if self._code_gather is not None:
+            self._code_gather.keep(not last)
+        self._amid_step = not last
         loss.backward()
 
     def gradient_squares(self) -> dict[str, Tensor]:
@@ -145,6 +158,7 @@ class FSDPEngine(Engine):
         # What GradScaler sets: where it is 1, the fused kernel leaves weights, moments and step as they are.
         self.optimizer.found_inf = skipped.to(where_state_is)  # type: ignore[attr-defined]
         self.optimizer.step()
+        self.refresh_weights()
         for local, sharded in pairs:
             local.grad = sharded.grad = None
         return grad_norm.float(), skipped
@@ -168,7 +182,9 @@ class FSDPEngine(Engine):
             )
 
     def refresh_weights(self) -> None:
-        """Nothing to renew: gathered copies are made from the fp32 shards at every forward pass."""
+        """Weights are gathered from the fp32 shards at every forward pass, but their codes are made once a step."""
+        if self._code_gather is not None:
+            self._code_gather.fresh = False
 
     def _follow_shards(self) -> None:
         """Point the local tensors to the shards again: FSDP2 moves uneven shards when the first forward pads them."""

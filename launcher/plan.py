@@ -4,6 +4,7 @@ The training loop reads its steps, learning rates and strengths from a `Plan`, a
 """
 
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from model.distillation import DistillationConfig
 from model.size import (
     activation_bytes,
     flops_per_token,
+    is_in_block,
     num_linear_parameters,
     num_parameters,
     parameter_shapes,
 )
+from quant.codes import CODES_PER_BYTE
 from quant.config import QuantConfig
 from quant.ramp import strength_at
 
@@ -259,23 +262,33 @@ def zero3_held_parameters(config: Config) -> tuple[int, int]:
     return persistent, min(num_parameters(config.model) - persistent, int(kept))
 
 
+def coded_layers(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that ternary phases quantize, by name: what `engine.gather: codes` gathers as codes."""
+    patterns = [phase.quantization.include for phase in plan.phases if phase.quantization]
+    return {
+        name: shape
+        for name, shape in parameter_shapes(plan.config.model).items()
+        if len(shape) == 2 and any(re.search(pattern, name.removesuffix(".weight")) for pattern in patterns)
+    }
+
+
 def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     """Estimate what one rank holds on its device, in bytes, leaving out allocator overhead and temporary buffers.
 
     FSDP2 keeps fp32 weights, gradients and moments, each sharded, and has what is outside of blocks gathered during a
-    pass, with two blocks; ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see
-    `zero3_held_parameters`), 16-bit gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded
-    fp32 masters and moments (arXiv 1910.02054, section 5). A teacher, taken to be as large as the model, is sharded by
-    FSDP2 in the compute dtype.
+    pass, with two blocks, or with 2-bit codes of all blocks; ZeRO keeps 16-bit weights (sharded at stage 3, which also
+    holds some whole, see `zero3_held_parameters`), 16-bit gradients as they come (summed into sharded fp32 ones from
+    stage 2 on), and sharded fp32 masters and moments (arXiv 1910.02054, section 5). A teacher, taken to be as large as
+    the model, is sharded by FSDP2 in the compute dtype.
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)
     compute_bytes = 2 if config.training.compute_dtype == "bf16" else 4
     shards = plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
-    in_blocks = sum(
-        math.prod(shape) for name, shape in parameter_shapes(config.model).items() if name.startswith("model.layers.")
-    )
+    in_blocks = sum(math.prod(shape) for name, shape in parameter_shapes(config.model).items() if is_in_block(name))
     gathered = compute_bytes * (parameters - in_blocks + in_blocks * min(2 / config.model.num_layers, 1))
+    if engine.gather == "codes" and (coded := sum(map(math.prod, coded_layers(plan).values()))):
+        gathered = max(gathered, compute_bytes * (parameters - coded) + coded / CODES_PER_BYTE * (1 + 1 / shards))
     if engine.name == "fsdp2":
         copies = gathered if shards > 1 or compute_bytes == 2 else 0
         sizes = {

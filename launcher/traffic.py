@@ -4,9 +4,8 @@ With N ranks and a tensor of S bytes, each rank of a ring sends (N - 1) / N * S 
 and twice that for an all-reduce, which is one behind the other (Patarasuk and Yuan 2009,
 doi 10.1016/j.jpdc.2008.09.002). NCCL may choose trees or in-network reduction instead, which send other amounts.
 
-A ternary phase sends what a 16-bit one does: ranks gather latent weights in the compute dtype and each rounds them by
-itself, so that scales cost nothing. `collectives` can also say what a gather of packed 2-bit codes would come to; no
-engine does that.
+A ternary phase sends what a 16-bit one does: ranks gather latent weights in the compute dtype and each rounds them
+by itself. With `engine.gather: codes` a step at full strength gathers packed codes instead, and all of it once.
 """
 
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from math import ceil, prod
 from typing import Any, Literal
 
 from launcher.config import Config
-from launcher.plan import Plan, zero3_held_parameters
-from model.size import is_projection, num_linear_parameters, num_parameters, parameter_shapes
+from launcher.plan import Plan, coded_layers, zero3_held_parameters
+from model.size import is_in_block, num_parameters, parameter_shapes
+from quant.codes import CODES_PER_BYTE
 
 Backend = Literal["nccl", "gloo"]
 
@@ -56,51 +56,45 @@ class Collective:
         return self.count * passes * (self.group_size - 1) / self.group_size * self.payload_bytes
 
 
-def collectives(plan: Plan, *, packed: bool = False) -> list[Collective]:
-    """The collectives of an optimizer step, for a phase of any precision.
+def collectives(plan: Plan, *, codes: bool = False) -> list[Collective]:
+    """The collectives of an optimizer step.
 
     Left out is what logged steps, evaluations and checkpoints add.
 
     Args:
         plan: of the run.
-        packed: instead of what the engines do, gather the weights of ternary layers as codes of 2 bits, for which
-            ranks add up 8 bytes of statistics of each matrix once a step. Not built.
+        codes: of a ternary step at full strength, with `engine.gather: codes`. All others are alike.
 
     Raises:
         ValueError: DeepSpeed is given keys that change what it sends in ways that are not modelled.
     """
     if unknown := unmodelled_keys(plan.config):
         raise ValueError(f"what {', '.join(unknown)} would change is not modelled")
-    found = _of_fsdp2(plan) if plan.config.engine.name == "fsdp2" else _of_zero(plan)
+    found = _of_fsdp2(plan, codes=codes) if plan.config.engine.name == "fsdp2" else _of_zero(plan)
     if any(phase.distillation for phase in plan.phases):
         found.append(_of_teacher(plan))
-    if packed:
-        compute_bytes, linear = _compute_bytes(plan.config), num_linear_parameters(plan.config.model)
-        whole = compute_bytes * num_parameters(plan.config.model)
-        share = (whole - compute_bytes * linear + linear / 4) / whole
-        found = [
-            Collective(c.kind, c.what, c.payload_bytes * (share if c.what == "weights" else 1), c.group_size, c.count)
-            for c in found
-        ]
-        matrices = sum(is_projection(name) for name in parameter_shapes(plan.config.model))
-        found.append(Collective("all-reduce", "scalars", 8 * matrices, plan.world_size))
     found.append(Collective("all-reduce", "scalars", 8, plan.world_size))  # whether to stop, and whether to save
     return found
 
 
-def bytes_sent(plan: Plan, *, backend: Backend = "nccl", packed: bool = False) -> dict[str, float]:
+def bytes_sent(plan: Plan, *, backend: Backend = "nccl", codes: bool = False) -> dict[str, float]:
     """Bytes that a rank sends in an optimizer step, by what is sent; see `collectives` for what may be raised."""
     sent: dict[str, float] = {}
-    for collective in collectives(plan, packed=packed):
+    for collective in collectives(plan, codes=codes):
         sent[collective.what] = sent.get(collective.what, 0) + collective.bytes_sent(backend)
     return sent
 
 
 def describe_traffic(plan: Plan) -> dict[str, Any]:
     """What `tritrain plan` says of traffic, by name with unit; None where it is not modelled."""
-    if unmodelled_keys(plan.config):
-        return {"bytes_sent_per_rank_and_step": None}
-    return {"bytes_sent_per_rank_and_step": {what: round(size) for what, size in bytes_sent(plan).items()}}
+    kinds = {"bytes_sent_per_rank_and_step": False}
+    if plan.config.engine.gather == "codes" and coded_layers(plan):
+        kinds["bytes_sent_per_rank_and_step_in_codes"] = True
+    known = not unmodelled_keys(plan.config)
+    return {
+        name: {what: round(size) for what, size in bytes_sent(plan, codes=codes).items()} if known else None
+        for name, codes in kinds.items()
+    }
 
 
 def unmodelled_keys(config: Config) -> list[str]:
@@ -118,20 +112,38 @@ def padded_parameters(shapes: dict[str, tuple[int, ...]], shards: int) -> int:
     return sum(ceil(shape[0] / shards) * shards * prod(shape[1:]) for shape in shapes.values())
 
 
-def _of_fsdp2(plan: Plan) -> list[Collective]:
-    """Weights are gathered in the compute dtype for each pass; gradients are reduced in fp32, once a step."""
+def _of_fsdp2(plan: Plan, *, codes: bool) -> list[Collective]:
+    """Gradients are reduced in fp32, once a step; weights are gathered in the compute dtype for each pass.
+
+    What is outside of blocks is needed from the end of the forward pass on, and gathered for both at once. A step in
+    codes gathers these with all else once for all its passes, and for each row of a matrix a sum in fp64.
+    """
     engine = plan.config.engine
     shards = plan.world_size // engine.replicas
-    elements = padded_parameters(parameter_shapes(plan.config.model), shards)
-    passes = 2 if engine.reshard_after_forward else 1
-    gathered = _compute_bytes(plan.config) * elements
+    shapes = parameter_shapes(plan.config.model)
+    elements = padded_parameters(shapes, shards)
     found = [
-        Collective("all-gather", "weights", gathered, shards, passes * plan.num_micro_batches),
         Collective("reduce-scatter", "gradients", 4 * elements, shards),
         Collective("all-reduce", "scalars", 4, shards),  # the gradient norm
     ]
     if engine.replicas > 1:
         found.append(Collective("all-reduce", "gradients", 4 * elements / shards, engine.replicas))
+    if codes:
+        coded = coded_layers(plan)
+        packed = {name: (shape[0], ceil(shape[1] / CODES_PER_BYTE)) for name, shape in coded.items()}
+        rest = elements - padded_parameters(coded, shards)
+        gathered = _compute_bytes(plan.config) * rest + padded_parameters(packed, shards)
+        sums = 8 * padded_parameters({name: shape[:1] for name, shape in coded.items()}, shards)
+        return [
+            Collective("all-gather", "weights", gathered, shards),
+            Collective("all-gather", "scalars", sums, shards),
+            *found,
+        ]
+    in_blocks = padded_parameters({name: shape for name, shape in shapes.items() if is_in_block(name)}, shards)
+    parts = ((in_blocks, 2 if engine.reshard_after_forward else 1), (elements - in_blocks, 1))
+    for size, passes in parts:
+        gathered = _compute_bytes(plan.config) * size
+        found.append(Collective("all-gather", "weights", gathered, shards, passes * plan.num_micro_batches))
     return found
 
 

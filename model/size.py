@@ -58,6 +58,11 @@ def is_projection(name: str) -> bool:
     return name.endswith(".weight") and name.split(".")[-2] in PROJECTIONS
 
 
+def is_in_block(name: str) -> bool:
+    """Whether a parameter of this name belongs to one of the model's blocks."""
+    return name.startswith("model.layers.")
+
+
 def num_parameters(config: ModelConfig) -> int:
     """All parameters; a tied embedding counts once."""
     return sum(prod(shape) for shape in parameter_shapes(config).values())

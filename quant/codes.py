@@ -1,13 +1,18 @@
-"""Ternary codes in 2 bits, laid out as in Transformers' BitNet layers.
+"""Ternary codes in 2 bits: by rows as in Transformers' BitNet layers, and by columns for gathering.
 
-A byte holds the codes of four rows, each plus 1, the first in the lowest bits. The rows are not neighbours: with
-R = O / 4 byte ``[r, i]`` has column i of the rows r, R + r, 2 R + r and 3 R + r. So each fourth of the matrix, its
-rows in one piece, is in the same two bits of all bytes.
+A byte holds four codes, each plus 1, the first in the lowest bits.
 
-Dimensions: O output features, I input features, R rows of bytes.
+`pack`: of four rows, as they are stored and exported. The rows are not neighbours: with R = O / 4 byte ``[r, i]`` has
+column i of the rows r, R + r, 2 R + r and 3 R + r. So each fourth of the matrix, its rows in one piece, is in the same
+two bits of all bytes.
+
+`pack_rows`: of four columns, likewise, so that rows stay rows, and any number of them can be packed and sent alone.
+
+Dimensions: O output features, I input features, R rows of bytes, J = I / 4 columns of bytes, rounded up.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CODES_PER_BYTE = 4
@@ -55,3 +60,21 @@ def unpack_block(packed: Tensor, block: int) -> Tensor:
     if (bits == 3).any():
         raise ValueError("a packed byte stands for another code than -1, 0 and +1")
     return bits.to(torch.int8) - 1
+
+
+def pack_rows(codes_OI: Tensor) -> Tensor:
+    """Pack the codes -1, 0 and +1 of any dtype row by row; uint8 [O, J]. It does not look for other values."""
+    width = -(-codes_OI.shape[1] // CODES_PER_BYTE)
+    padded = F.pad(codes_OI + 1, (0, CODES_PER_BYTE * width - codes_OI.shape[1])).to(torch.uint8)
+    packed_OJ = padded[:, :width].clone()
+    for column, bits_OJ in enumerate(padded.split(width, 1)[1:], start=1):
+        packed_OJ |= bits_OJ << 2 * column
+    return packed_OJ
+
+
+def unpack_rows(packed_OJ: Tensor, width: int) -> Tensor:
+    """Undo `pack_rows`; int8 [O, width]."""
+    bits = torch.empty(len(packed_OJ), CODES_PER_BYTE, packed_OJ.shape[1], dtype=torch.uint8, device=packed_OJ.device)
+    for column in range(CODES_PER_BYTE):
+        torch.bitwise_right_shift(packed_OJ, 2 * column, out=bits[:, column])
+    return bits.bitwise_and_(3).view(torch.int8).sub_(1).flatten(1)[:, :width]

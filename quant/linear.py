@@ -46,6 +46,8 @@ class QuantLinear(nn.Linear):
     """Layers whose weights share the scale, in the order of the fused matrix, this one included; () for none."""
     probe: "Callable[[QuantLinear, Tensor], None] | None"
     """Is called with the layer and its input at every forward pass, if set; under `torch.compiler.disable`."""
+    gathered: "GatheredCodes | None"
+    """If set, the layer computes with these, and ``weight`` stands for a tensor of its shape and dtype alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is [..., I], the result [..., O]; both in the dtype of the weight."""
@@ -57,7 +59,8 @@ class QuantLinear(nn.Linear):
         weight_OI = self.rotated_weight()
         scale = self.rounding_scale(weight_OI)
         if self.mode == "codes":
-            y = CodeProduct.apply(self.rounded_input(x), weight_OI, *scale, config)
+            packed_OJ = None if self.gathered is None else self.gathered.packed_OJ
+            y = CodeProduct.apply(self.rounded_input(x), weight_OI, *scale, config, packed_OJ)
             y = y if self.bias is None else y + self.bias
         else:
             y = F.linear(self._blended_input(x), self._blended_weight(weight_OI, scale), self.bias)
@@ -78,6 +81,8 @@ class QuantLinear(nn.Linear):
 
     def rounding_scale(self, weight_OI: Tensor) -> Scale:
         """Scale of the weight as it is rounded."""
+        if self.gathered is not None:
+            return self.gathered.scale
         if self.quant_config.learned:
             return learned_scale(getattr(self, LEARNED_SCALE), self.quant_config.levels)
         with torch.no_grad():
@@ -133,6 +138,24 @@ class QuantLinear(nn.Linear):
         return self.weight_strength * self.quant_config.dead_zone_bias * (weight_OI.float() * is_dead).sum(-1)
 
 
+class GatheredCodes:
+    """Codes that ranks gather in place of a weight, packed; see `quant.gather`.
+
+    Args:
+        scale: of the whole weight.
+        own_rows: `pack_rows` of this rank's rows, with as many rows of padding as make it as long as the first rank's.
+        out_features: rows of the whole weight.
+    """
+
+    def __init__(self, scale: Scale, own_rows: Tensor, out_features: int) -> None:
+        self.scale, self.own_rows, self._out_features = scale, own_rows, out_features
+        self.packed_OJ = own_rows[:0]  # the whole weight, while its block is gathered
+
+    def receive(self, rows: Tensor) -> None:
+        """Take the rows of all ranks, of which the last may be padding."""
+        self.packed_OJ = rows[: self._out_features]
+
+
 def prepared_input(x: Tensor, config: QuantConfig, *, rotated: bool) -> Tensor:
     """An input as it is rounded: normalised, where the configuration says so, and rotated."""
     if config.layer_norm:
@@ -176,11 +199,13 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
             strengths[module.depth] = torch.ones((), device=device), torch.ones((), device=device)
         module.weight_strength, module.activation_strength = strengths[module.depth]
         module.quant_config, module.mode, module.probe = config, "codes", None
+        module.gathered = None
         module.rotated, module.sharers = is_rotated(name, config), sharers(name, matches) if config.fused else ()
     return list(matches)
 
 
 STATE = ("quant_config", "depth", "mode", "weight_strength", "activation_strength", "rotated", "sharers", "probe")
+STATE += ("gathered",)
 """Attributes that a layer has only while it is quantized."""
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.codes import unpack_rows
 from quant.config import QuantConfig
 from quant.rounding import Scale, dequantize, quantize_activation, weight_codes, weight_gradients
 
@@ -55,7 +56,13 @@ class CodeProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, level: Tensor, threshold: Tensor | None, config: QuantConfig
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        level: Tensor,
+        threshold: Tensor | None,
+        config: QuantConfig,
+        packed_OJ: Tensor | None = None,
     ) -> Tensor:
         """Multiply; keeps 8-bit codes of the input and the latent weight, whose codes are computed again.
 
@@ -66,15 +73,17 @@ class CodeProduct(torch.autograd.Function):
             level: [1, 1], [O, 1] or [O, G], fp32.
             threshold: of the same shape, see `Scale`.
             config: how both are rounded.
+            packed_OJ: the weight's codes, `pack_rows` of them; only its shape and dtype are then looked at.
         """
-        ctx.config = config
-        codes_OI = weight_codes(weight_OI, Scale(level, threshold), config)
+        ctx.config, ctx.width = config, None if packed_OJ is None else weight_OI.shape[1]
+        source = weight_OI if packed_OJ is None else packed_OJ
+        codes_OI = _codes(source, level, threshold, ctx)
         if config.activations == "none":
-            ctx.save_for_backward(x, None, weight_OI, level, threshold)
+            ctx.save_for_backward(x, None, source, level, threshold)
             return unrounded_product(x, codes_OI, level)
         codes, scale = quantize_activation(x, config.activations)
         codes = codes.to(torch.int8)
-        ctx.save_for_backward(codes, scale, weight_OI, level, threshold)
+        ctx.save_for_backward(codes, scale, source, level, threshold)
         codes_NI, scale_N1, codes_OI = codes.flatten(0, -2), scale.flatten(0, -2), codes_OI.to(torch.int8)
         if level.shape[1] > 1:
             product = grouped_product(codes_NI, codes_OI, level) * scale_N1
@@ -83,10 +92,10 @@ class CodeProduct(torch.autograd.Function):
         return product.to(x.dtype).view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         """Gradients by x, the latent weight and, where it is learned, the level."""
-        codes, scale, weight_OI, level, threshold = ctx.saved_tensors
-        codes_OI = weight_codes(weight_OI, Scale(level, threshold), ctx.config)
+        codes, scale, source, level, threshold = ctx.saved_tensors
+        codes_OI = _codes(source, level, threshold, ctx)
         grad_x = grad_weight = grad_level = None
         if ctx.needs_input_grad[0]:
             if level.shape[1] > 1:
@@ -96,8 +105,15 @@ class CodeProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             x = codes if scale is None else (codes * scale).to(grad.dtype)
             grad_OI = grad.flatten(0, -2).T @ x.flatten(0, -2)
-            grad_weight, grad_level = weight_gradients(grad_OI, weight_OI, codes_OI, level, ctx.config)
-        return grad_x, grad_weight, grad_level, None, None
+            grad_weight, grad_level = weight_gradients(grad_OI, source, codes_OI, level, ctx.config)
+        return grad_x, grad_weight, grad_level, None, None, None
+
+
+def _codes(source: Tensor, level: Tensor, threshold: Tensor | None, ctx: Any) -> Tensor:
+    """Codes of the latent weight, fp32, or of packed codes, int8."""
+    if ctx.width is None:
+        return weight_codes(source, Scale(level, threshold), ctx.config)
+    return unpack_rows(source, ctx.width)
 
 
 class RoundedWeight(torch.autograd.Function):

@@ -7,7 +7,8 @@ rounding the fp32 master weights instead changes 0.04 to 0.2 % of the codes, sta
 Statistics are over blocks of a weight matrix, which `in_blocks` makes of it: all of it, its rows, or groups of
 neighbours in a row. A scale has the shape [blocks of a column, blocks of a row]: [1, 1], [O, 1] or [O, I / group].
 
-Dimensions: O output features, I input features, R blocks of a column, G blocks of a row, K elements of a block.
+Dimensions: O output features, I input features, R blocks of a column, G blocks of a row, N rows of a block, K elements
+of a block's row.
 """
 
 import math
@@ -55,19 +56,19 @@ def bf16_values(x: Tensor) -> Tensor:
 
 
 def in_blocks(weight_OI: Tensor, granularity: Granularity, group_size: int) -> Tensor:
-    """View a matrix as [R, G, K]: what shares a scale is one vector of K elements.
+    """View a matrix as [R, G, N, K]: what shares a scale is N rows of K elements.
 
     Raises:
         ValueError: the groups do not divide the rows.
     """
     O, I = weight_OI.shape  # noqa: E741
     if granularity == "matrix":
-        return weight_OI.reshape(1, 1, O * I)
+        return weight_OI.reshape(1, 1, O, I)
     if granularity == "row":
-        return weight_OI.reshape(O, 1, I)
+        return weight_OI.reshape(O, 1, 1, I)
     if I % group_size:
         raise ValueError(f"group_size {group_size} does not divide rows of {I} weights")
-    return weight_OI.reshape(O, I // group_size, group_size)
+    return weight_OI.reshape(O, I // group_size, 1, group_size)
 
 
 def over_blocks(scale_RG: Tensor, shape: Sequence[int]) -> Tensor:
@@ -76,31 +77,42 @@ def over_blocks(scale_RG: Tensor, shape: Sequence[int]) -> Tensor:
     return scale_RG if scale_RG.shape[-1] == 1 else scale_RG.repeat_interleave(width // scale_RG.shape[-1], dim=-1)
 
 
-def _mean(blocks: Tensor) -> Tensor:
-    """Mean over the last dimension, to the last bit the same for every number of threads and kind of device.
+def row_sums(values: Tensor) -> Tensor:
+    """Sums over the last dimension in fp64, to the last bit the same whoever else holds which other rows.
 
-    Pieces are summed in fp32, each by one thread, and their sums in fp64, where the order hardly matters. A plain fp32
-    mean depends on how many threads share it.
+    Pieces are summed in fp32, each by one thread, and their sums in fp64, where the order hardly matters.
     """
-    size = blocks.shape[-1]
-    whole = size // PIECE * PIECE
-    total = blocks[..., :whole].unflatten(-1, (-1, PIECE)).sum(-1).double().sum(-1)
-    return ((total + blocks[..., whole:].sum(-1).double()) / size).float()
+    whole = values.shape[-1] // PIECE * PIECE
+    pieces = values[..., :whole].unflatten(-1, (-1, PIECE)).sum(-1)
+    return pieces.double().sum(-1) + values[..., whole:].sum(-1).double()
+
+
+def _mean(blocks: Tensor) -> Tensor:
+    """Mean over the last two dimensions, row by row, so that it can be had of rows that lie on several ranks.
+
+    It is to the last bit the same for every number of ranks and threads and kind of device. A plain fp32 mean depends
+    on how many threads share it.
+    """
+    return _mean_of_rows(row_sums(blocks), blocks.shape[-1])
+
+
+def _mean_of_rows(sums: Tensor, width: int) -> Tensor:
+    return (sums.sum(-1) / (sums.shape[-1] * width)).float()
 
 
 def absmean_scale(blocks: Tensor) -> Tensor:
-    """Mean magnitude (BitNet b1.58, arXiv 2402.17764, eq. 3), of [..., K]; the other scales likewise."""
+    """Mean magnitude (BitNet b1.58, arXiv 2402.17764, eq. 3), of [..., N, K]; the other scales likewise."""
     return _mean(blocks.abs())
 
 
 def absmedian_scale(blocks: Tensor) -> Tensor:
     """Median magnitude, the lower one of two (b1.58 Reloaded, arXiv 2407.09527, section 3)."""
-    return blocks.abs().median(-1).values
+    return blocks.abs().flatten(-2).median(-1).values
 
 
 def absmax_scale(blocks: Tensor) -> Tensor:
     """Largest magnitude: nothing is clipped."""
-    return blocks.abs().amax(-1)
+    return blocks.abs().amax((-2, -1))
 
 
 def rms_scale(blocks: Tensor) -> Tensor:
@@ -115,8 +127,8 @@ def twn_scale(blocks: Tensor) -> Scale:
     """
     magnitudes = blocks.abs()
     threshold = 0.7 * _mean(magnitudes)
-    beyond = (magnitudes > threshold[..., None]).float()
-    level = _mean(magnitudes * beyond) / _mean(beyond).clamp(min=1 / blocks.shape[-1])
+    beyond = (magnitudes > threshold[..., None, None]).float()
+    level = _mean(magnitudes * beyond) / _mean(beyond).clamp(min=1 / blocks.shape[-2:].numel())
     return Scale(level.clamp(min=SMALLEST_SCALE), threshold.clamp(min=SMALLEST_SCALE / 2))
 
 
@@ -142,10 +154,27 @@ def weight_scale(weights: Sequence[Tensor], config: QuantConfig) -> Scale:
     blocks = in_blocks(matrix, config.granularity, config.group_size)
     if config.weights == "twn":
         return twn_scale(blocks)
-    outermost = STATISTICS[config.weights](blocks)
-    if config.weights == "gaussian":
-        outermost = outermost * GAUSSIAN_CLIP[config.levels]
+    return _scale_from(STATISTICS[config.weights](blocks), config)
+
+
+def _scale_from(statistic: Tensor, config: QuantConfig) -> Scale:
+    outermost = statistic * GAUSSIAN_CLIP[config.levels] if config.weights == "gaussian" else statistic
     return Scale((outermost / LARGEST_CODE[config.levels]).clamp(min=SMALLEST_SCALE))
+
+
+SUMMED: dict[WeightScale, Callable[[Tensor], Tensor]] = {"absmean": torch.abs, "gaussian": torch.square}
+"""Scales that are a function of one sum over the matrix, and what is summed."""
+
+
+def scale_sums(weight_OI: Tensor, config: QuantConfig) -> Tensor:
+    """What rows of a matrix bring to its scale, fp64 [O]; for the scales of `SUMMED`."""
+    return row_sums(SUMMED[config.weights](bf16_values(weight_OI)))
+
+
+def scale_from_sums(sums_O: Tensor, width: int, config: QuantConfig) -> Scale:
+    """`weight_scale` of a matrix with rows of ``width`` weights, bit for bit, from the `scale_sums` of all its rows."""
+    mean = _mean_of_rows(sums_O[None, None], width)
+    return _scale_from(mean.sqrt() if config.weights == "gaussian" else mean, config)
 
 
 def weight_codes(weight_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor:

@@ -89,12 +89,12 @@ def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, 
         dist.barrier()
         return (bytes_sent_so_far() - before) / STEPS / world_size
 
-    model = sum(bytes_sent(plan, backend="gloo").values())
-    found = {"16-bit": (counted(), model)}
+    found = {"16-bit": (counted(), sum(bytes_sent(plan, backend="gloo").values()))}
     dist.barrier()
     quantize_(engine.model, QuantConfig(), torch.device("cpu"))
     set_strength_(engine.model, 1.0)
-    found["ternary"] = (counted(), model)
+    in_codes = config.engine.gather == "codes"
+    found["ternary"] = (counted(), sum(bytes_sent(plan, backend="gloo", codes=in_codes).values()))
     dist.barrier()
     return found
 

@@ -24,7 +24,9 @@ TREE = {
     "phases": [{"precision": "16-bit", "steps": 4}, {"precision": "ternary", "steps": 6}],
 }
 LINEAR = 2 * (4 * 16 * 16 + 3 * 16 * 24)
-P = 64 * 16 + LINEAR + 5 * 16  # embedding, blocks, norms
+BLOCKS = LINEAR + 4 * 16  # with norms
+OUTSIDE = 64 * 16 + 16  # embedding and the last norm
+P = BLOCKS + OUTSIDE
 N, M = 4, 6  # ranks, micro-batches
 RING = (N - 1) / N
 
@@ -41,19 +43,19 @@ def zero(stage, *overrides):
 
 
 def test_fsdp2_by_hand():
-    """Two gathers in bf16 for each micro-batch, one reduction in fp32."""
+    """Blocks are gathered twice in bf16 for each micro-batch, the rest once; one reduction in fp32."""
     sent = bytes_sent(plan_of())
-    assert sent["weights"] == 2 * M * RING * 2 * P
+    assert sent["weights"] == M * RING * 2 * (2 * BLOCKS + OUTSIDE)
     assert sent["gradients"] == RING * 4 * P
     assert sent["scalars"] == 2 * RING * (4 + 8)  # the gradient norm, and whether to stop and to save
     assert bytes_sent(plan_of("engine.reshard_after_forward=false"))["weights"] == M * RING * 2 * P
-    assert bytes_sent(plan_of("training.compute_dtype=fp32"))["weights"] == 2 * M * RING * 4 * P
+    assert bytes_sent(plan_of("training.compute_dtype=fp32"))["weights"] == M * RING * 4 * (2 * BLOCKS + OUTSIDE)
     assert bytes_sent(plan_of(), backend="gloo")["gradients"] == 2 * RING * 4 * P
 
 
 def test_replicas_gather_among_fewer_and_reduce_among_each_other():
     sent = bytes_sent(plan_of("engine.replicas=2"))
-    assert sent["weights"] == 2 * M * 1 / 2 * 2 * P
+    assert sent["weights"] == M * 1 / 2 * 2 * (2 * BLOCKS + OUTSIDE)
     assert sent["gradients"] == 1 / 2 * 4 * P + 2 * 1 / 2 * 4 * P / 2
 
 
@@ -88,12 +90,29 @@ def test_one_rank_sends_nothing():
     assert set(bytes_sent(plan_of(world_size=1)).values()) == {0}
 
 
-def test_precision_of_a_phase_does_not_matter_and_codes_would():
+def test_precision_of_a_phase_does_not_matter_where_weights_are_gathered():
     assert bytes_sent(plan_of()) == bytes_sent(plan_of("phases=[{precision: 16-bit, steps: 4}]"))
-    packed = bytes_sent(plan_of(), packed=True)
-    assert packed["weights"] == pytest.approx(2 * M * RING * (2 * (P - LINEAR) + LINEAR / 4))
-    assert packed["gradients"] == bytes_sent(plan_of())["gradients"]
-    assert packed["scalars"] == bytes_sent(plan_of())["scalars"] + 2 * RING * 8 * 14
+
+
+def test_a_step_in_codes_gathers_everything_once_by_hand():
+    plan = plan_of("engine.gather=codes")
+    sent = bytes_sent(plan, codes=True)
+    assert sent["weights"] == RING * (2 * (P - LINEAR) + LINEAR / 4)
+    assert sent["gradients"] == bytes_sent(plan)["gradients"]
+    rows = 2 * (5 * 16 + 2 * 24)
+    assert sent["scalars"] == bytes_sent(plan)["scalars"] + RING * 8 * rows
+    described = describe_traffic(plan)
+    assert described["bytes_sent_per_rank_and_step_in_codes"] == {what: round(size) for what, size in sent.items()}
+    assert set(describe_traffic(plan_of())) == {"bytes_sent_per_rank_and_step"}
+
+
+def test_codes_of_rows_that_four_does_not_divide_take_whole_bytes():
+    plan = plan_of(
+        "engine.gather=codes", "model.intermediate_size=25", "training.global_batch_sequences=30", world_size=5
+    )
+    outside = 65 * 16 + 2 * 2 * 20 + 20
+    packed = 2 * (4 * 20 * 4 + 2 * 25 * 4 + 20 * 7)
+    assert bytes_sent(plan, codes=True)["weights"] == pytest.approx(4 / 5 * (2 * outside + packed))
 
 
 def test_a_teacher_is_gathered_once_for_each_micro_batch():
@@ -126,6 +145,8 @@ NOTHING_KEPT = SMALL_PIECES | {"stage3_max_live_parameters": 0, "stage3_max_reus
 ENGINES = {
     "fsdp2": {"name": "fsdp2"},
     "hsdp": {"name": "fsdp2", "replicas": 2},
+    "fsdp2, codes": {"name": "fsdp2", "gather": "codes"},
+    "hsdp, codes": {"name": "fsdp2", "replicas": 2, "gather": "codes"},
     **{f"zero-{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)},
     "zero-3, nothing kept": {
         "name": "deepspeed", "zero_stage": 3, "deepspeed": {"zero_optimization": NOTHING_KEPT},
@@ -151,7 +172,7 @@ def check_counted(jobs):
 
 
 def test_two_ranks_of_fsdp2_send_what_the_model_says():
-    check_counted([["fsdp2", ENGINES["fsdp2"], 2]])
+    check_counted([["fsdp2, codes", ENGINES["fsdp2, codes"], 2]])
 
 
 @pytest.mark.slow

@@ -1,0 +1,172 @@
+"""Gathering ternary weights under FSDP2 as packed codes of 2 bits, in place of latent weights in 16.
+
+A ternary layer at full strength computes with its codes and their scale alone, so that nothing else need be sent: an
+eighth of the bytes, and bit for bit the same results. Each rank rounds its own rows, once a step, and keeps them
+packed. A scale needs the whole matrix; of that, ranks exchange one sum a row, in which every rank finds the same scale
+to the last bit, and the one that a whole matrix has (`quant.rounding.scale_from_sums`). A gathered layer is packed in
+memory too, which makes it small enough to stay gathered over all micro-batches of a step, between which weights do not
+change; so does what is outside of blocks, which a pass needs from end to end anyway.
+
+FSDP2 has two hooks on a sharded tensor for what is sent of it and what becomes of it. They serve tensors of one kind
+for ever; here, a parameter goes back and forth. What FSDP2 remembers of it from gather to gather, the buffer and the
+parameter that layers see, is therefore kept in two versions that are exchanged between steps. The one for codes is a
+parameter of the weight's shape and dtype without memory: it takes gradients, which are reduced as ever.
+
+Dimensions: O output features, I input features, J = I / 4 bytes of a row.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_param import ExtensionsData
+
+from quant.codes import pack_rows
+from quant.config import QuantConfig
+from quant.linear import GatheredCodes, QuantLinear
+from quant.rounding import SUMMED, scale_from_sums, scale_sums, weight_codes
+
+
+def gather_problems(config: QuantConfig) -> dict[str, str]:
+    """Why layers that are quantized like this cannot be gathered as codes, by key of the configuration; {} if they can.
+
+    Their codes must fit into 2 bits and come from sums over the matrix, and neither the output nor the gradient may
+    need the latent weights.
+    """
+    needed: dict[str, tuple[Any, ...]] = {
+        "levels": ("ternary", "binary"),
+        "weights": tuple(SUMMED),
+        "granularity": ("matrix",),
+        "gradient": ("identity",),
+        "hadamard": ("none",),
+        "dead_zone_bias": (0.0,),
+    }
+    return {
+        key: f"is {getattr(config, key)}; engine.gather codes takes {' or '.join(map(str, fitting))}"
+        for key, fitting in needed.items()
+        if getattr(config, key) not in fitting
+    }
+
+
+class _Remembered(NamedTuple):
+    """What FSDP2 has of a parameter from one gather to the next."""
+
+    outputs: list[Tensor]
+    unsharded: nn.Parameter | None
+
+
+class CodeGather:
+    """Decides before each step which layers are gathered as codes, and has the codes ready.
+
+    Args:
+        model: the root module, under `fully_shard`.
+        blocks: those of its modules, each under `fully_shard`, whose linear layers may be quantized later on.
+        group: the ranks that a block is sharded over.
+        reshard_after_forward: whether blocks that are gathered in 16 bits are freed after the forward pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], group: dist.ProcessGroup, *, reshard_after_forward: bool
+    ) -> None:
+        self.fresh = False
+        """Whether the codes are those of the weights; to be unset by whoever changes weights."""
+        self._model: Any = model  # fully_shard changed the classes to ones with its methods
+        self._blocks: Sequence[Any] = blocks
+        self._group = group
+        self._reshard_after_forward = reshard_after_forward
+        self._params: dict[nn.Module, Any] = {}
+        self._block_of: dict[nn.Module, Any] = {}
+        for block in self._blocks:
+            for param in _fsdp_params(block):
+                layer = param._module_info.module
+                if isinstance(layer, nn.Linear) and param._module_info.param_name == "weight":
+                    self._params[layer], self._block_of[layer] = param, block
+        self._others = dict.fromkeys(self._params, _Remembered([], None))
+        self._coded: list[QuantLinear] = []
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Choose what is gathered from here on, and round the weights anew if they have changed.
+
+        To be called by all ranks alike before a forward pass, but not between the micro-batches of a step. Layers on a
+        ramp are gathered in 16 bits, and so are those that a probe looks at.
+        """
+        coded = [
+            layer
+            for layer in self._params
+            if isinstance(layer, QuantLinear) and layer.mode == "codes" and layer.probe is None
+        ]
+        if self.fresh and coded == self._coded and all(layer.gathered is not None for layer in coded):
+            return
+        self._model._get_fsdp_state()._lazy_init()  # may make other tensors of the shards, without hooks
+        for module in (self._model, *self._blocks):
+            module.reshard()
+            module.set_reshard_after_backward(True, recurse=False)
+        for layer in {*self._coded} ^ {*coded}:
+            self._exchange(layer, in_codes=layer in coded)
+        self._coded = coded
+        for block in self._blocks:
+            in_codes = any(self._block_of[layer] is block for layer in coded)
+            block.set_reshard_after_forward(self._reshard_after_forward and not in_codes, recurse=False)
+        if coded:
+            self._round()
+        self.fresh = True
+
+    def keep(self, keep: bool) -> None:
+        """Whether what is gathered once a step stays so behind the backward pass that comes."""
+        for module in {self._model, *(self._block_of[layer] for layer in self._coded)} if self._coded else ():
+            module.set_reshard_after_backward(not keep, recurse=False)
+
+    def _exchange(self, layer: QuantLinear, *, in_codes: bool) -> None:
+        """Let FSDP2 gather the layer's weight in the other form than before."""
+        param = self._params[layer]
+        local = param._sharded_local_tensor
+        remembered = self._others[layer]
+        self._others[layer] = _Remembered(param.all_gather_outputs, param.__dict__.pop("_unsharded_param", None))
+        param.all_gather_outputs, unsharded = remembered
+        if in_codes:
+            param._extensions_data = ExtensionsData()
+            # A hook that takes the mesh alone may send another shape than that of the padded shard.
+            local.fsdp_pre_all_gather = lambda mesh: ((layer.gathered.own_rows,), None)
+            local.fsdp_post_all_gather = lambda outputs, *_, out: layer.gathered.receive(outputs[0])
+            if unsharded is None:
+                dtype = param.mp_policy.param_dtype or local.dtype
+                unsharded = nn.Parameter(torch.zeros((), dtype=dtype, device=local.device).expand(param._orig_size))
+        else:
+            del local.fsdp_pre_all_gather, local.fsdp_post_all_gather
+            layer.gathered = None
+        if unsharded is not None:
+            param._unsharded_param = unsharded
+
+    def _round(self) -> None:
+        """Round this rank's rows of the layers that are gathered as codes. A collective."""
+        num_shards = dist.get_world_size(self._group)
+        padded_rows = [math.ceil(layer.out_features / num_shards) for layer in self._coded]
+        locals_RI = [self._params[layer]._sharded_local_tensor for layer in self._coded]
+        own = torch.zeros(sum(padded_rows), dtype=torch.float64, device=locals_RI[0].device)
+        for layer, local_RI, sums_R in zip(self._coded, locals_RI, own.split(padded_rows), strict=True):
+            sums_R[: len(local_RI)] = scale_sums(local_RI, layer.quant_config)
+        everyones = own.new_empty(num_shards, len(own))
+        dist.all_gather([*everyones], own, group=self._group)
+        sums = {
+            layer: columns.flatten()[: layer.out_features]  # rank after rank, of which the last have the padding
+            for layer, columns in zip(self._coded, everyones.split(padded_rows, 1), strict=True)
+        }
+        for layer, local_RI, rows in zip(self._coded, locals_RI, padded_rows, strict=True):
+            sums_O = torch.cat([sums[sharer] for sharer in layer.sharers or (layer,)])
+            scale = scale_from_sums(sums_O, layer.in_features, layer.quant_config)
+            packed_RJ = pack_rows(weight_codes(local_RI, scale, layer.quant_config))
+            own_rows = F.pad(packed_RJ, (0, 0, 0, rows - len(packed_RJ)))
+            layer.gathered = GatheredCodes(scale, own_rows, layer.out_features)
+
+
+def _fsdp_params(module: Any) -> list[Any]:
+    """What FSDP2 keeps of each parameter that it gathers with ``module``."""
+    state = module._get_fsdp_state()
+    # PyTorch 2.11 has one group.
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [param for group in groups for param in group.fsdp_params]

@@ -1,0 +1,206 @@
+"""Ternary weights that are gathered as codes: what is sent, and that it changes no bit of a run."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_group
+from safetensors.torch import load_file
+from test_launcher_resume import run
+from tiny import tiny_config
+from torch import Tensor
+
+from launcher.build import build_engine
+from launcher.config_file import ConfigError
+from launcher.engine import load_weights
+from launcher.metrics import read_metrics
+from launcher.plan import make_plan
+from launcher.runtime import Ranks
+from model.init import initial_value
+from quant.codes import pack_rows, unpack_rows
+from quant.config import PRESETS, QuantConfig
+from quant.gather import gather_problems
+from quant.linear import quantized_layers
+from quant.rounding import scale_from_sums, scale_sums, weight_codes, weight_scale
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 1300), st.integers(1, 7), st.sampled_from(["absmean", "gaussian"]))
+def test_ranks_find_the_scale_of_the_whole_matrix(O: int, I: int, num_ranks: int, weights: Any) -> None:  # noqa: E741
+    config = QuantConfig(weights=weights)
+    weight_OI = torch.randn(O, I, generator=torch.Generator().manual_seed(O * I)) * 0.02
+    sums_O = torch.cat([scale_sums(rows, config) for rows in weight_OI.chunk(num_ranks)])
+    assert torch.equal(scale_from_sums(sums_O, I, config).level, weight_scale([weight_OI], config).level)
+
+
+@given(st.integers(0, 9), st.integers(1, 23))
+def test_packed_rows_are_the_codes_and_stay_rows(O: int, I: int) -> None:  # noqa: E741
+    codes_OI = torch.randint(-1, 2, (O, I), generator=torch.Generator().manual_seed(I)).float()
+    packed_OJ = pack_rows(codes_OI)
+    assert packed_OJ.shape == (O, math.ceil(I / 4))
+    assert torch.equal(unpack_rows(packed_OJ, I), codes_OI.to(torch.int8))
+    assert torch.equal(pack_rows(codes_OI[1:]), packed_OJ[1:])
+
+
+def test_recipes_that_can_be_gathered_as_codes() -> None:
+    assert gather_problems(QuantConfig()) == gather_problems(PRESETS["bitnet-b1.58"]) == {}
+    found = {name: set(gather_problems(config)) for name, config in PRESETS.items() if name != "bitnet-b1.58"}
+    assert found == {
+        "nielsen-2025": {"weights"},
+        "paretoq": {"weights", "granularity", "gradient"},
+        "bitnet-v2": {"hadamard"},
+        "quest": {"granularity", "gradient", "hadamard"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("engine", "quantization", "expected"),
+    [
+        (
+            {"gather": "codes"},
+            {"preset": "bitnet-v2"},
+            "phases.1.quantization.hadamard: is outputs; engine.gather codes",
+        ),
+        ({"gather": "codes", "offload": "all"}, {}, "engine.gather: is codes, which are made on the device"),
+        ({"name": "deepspeed", "zero_stage": 1, "gather": "codes"}, {}, "engine.gather: is codes; only fsdp2"),
+    ],
+)
+def test_what_needs_latent_weights_is_refused(
+    tmp_path: Path, engine: dict[str, Any], quantization: dict[str, Any], expected: str
+) -> None:
+    phases = [{"precision": "16-bit", "steps": 1}, {"precision": "ternary", "steps": 1, "quantization": quantization}]
+    with pytest.raises(ConfigError, match=expected):
+        tiny_config(tmp_path, tmp_path, engine=engine, phases=phases)
+
+
+# On real ranks
+
+PHASES = [
+    {"precision": "16-bit", "steps": 2},
+    {
+        "precision": "ternary",
+        "steps": 6,
+        "quantization": {"fused": True},
+        "transition": {"ramp": {"steps": 2, "order": "front-to-back"}},
+    },
+    {"precision": "ternary", "steps": 2, "quantization": {"preset": "bitnet-b1.58", "levels": "binary"}},
+    {"precision": "16-bit", "steps": 2},
+]
+"""A ramp that some blocks end before others, another quantizer without a pass in between, and the way back."""
+
+FIGURES = ("step", "train/loss", "train/grad_norm", "quant", "validation")
+
+
+def in_weights_and_in_codes(shards: str, out: str, dtype: str, options: dict[str, Any]) -> None:
+    for gather, pieces in (("weights", []), ("codes", [3, 3, 2])):
+        config = tiny_config(
+            Path(shards),
+            Path(out) / gather,
+            engine={"gather": gather} | options.get("engine", {}),
+            training={"compute_dtype": dtype, "global_batch_sequences": 12, **options.get("training", {})},
+            phases=PHASES,
+            evaluation={"interval_steps": 1},
+            logging={"interval_steps": 1, "tensorboard": False, "quantization_interval_steps": 3},
+        )
+        for steps in pieces:
+            assert run(config, steps) == "interrupted"
+        assert run(config) == "complete"
+
+
+def run_both(shards: Path, out: Path, num_ranks: int, dtype: str, options: dict[str, Any]) -> None:
+    """A run in codes that is stopped three times is the run in weights that is not: every figure, and every weight."""
+    run_group(num_ranks, in_weights_and_in_codes, str(shards), str(out), dtype, options)
+    rows, states = [], []
+    for gather in ("weights", "codes"):
+        found = list(read_metrics(out / gather / "metrics.jsonl"))
+        rows.append([{key: row[key] for key in row if key.startswith(FIGURES)} for row in found])
+        checkpoint = out / gather / "checkpoints" / "step-00000012"
+        states.append([load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))])
+    assert rows[0] == rows[1]
+    assert sum("train/loss" in row for row in rows[0]) == 12
+    for in_weights, in_codes in zip(*states, strict=True):
+        assert in_weights.keys() == in_codes.keys()
+        for name, value in in_weights.items():
+            assert torch.equal(value, in_codes[name]), name
+
+
+@pytest.mark.parametrize(("num_ranks", "dtype"), [(2, "bf16"), (1, "fp32")])
+def test_gathering_codes_changes_no_bit(shards: Path, tmp_path: Path, num_ranks: int, dtype: str) -> None:
+    run_both(shards, tmp_path, num_ranks, dtype, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_ranks", "options"),
+    [
+        (3, {}),
+        (4, {"engine": {"replicas": 2}, "training": {"global_batch_sequences": 16}}),
+        (2, {"engine": {"reshard_after_forward": False}}),
+        (2, {"training": {"activation_checkpointing": True}}),
+        (2, {"training": {"compile": True}}),
+    ],
+    ids=["three ranks", "replicas", "keep gathered", "activation checkpointing", "compiled"],
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_gathering_codes_changes_no_bit_of_other_engines(
+    shards: Path, tmp_path: Path, num_ranks: int, dtype: str, options: dict[str, Any]
+) -> None:
+    run_both(shards, tmp_path, num_ranks, dtype, options)
+
+
+def what_layers_see(num_steps: int) -> list[dict[str, Any]]:
+    """Of each step's forward pass: how layers were gathered, and what that takes."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = tiny_config(
+        Path("shards"), Path("run"), engine={"gather": "codes"}, phases=[{"precision": "ternary", "steps": 9}]
+    )
+    plan = make_plan(config, size)
+    engine = build_engine(plan, plan.phases[0], Ranks(rank, size, rank, torch.device("cpu")))
+    load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, 0))
+    layers = quantized_layers(engine.model)
+    seen: list[dict[str, Any]] = []
+
+    def look(layer: Any, inputs: Any) -> None:
+        weight, codes = layer.weight, layer.gathered
+        found = {"weight_bytes": weight.untyped_storage().nbytes(), "shape": tuple(weight.shape), "step": step}
+        if codes is not None:
+            found["packed_bytes"] = codes.packed_OJ.numel()
+            found["codes"] = unpack_rows(codes.packed_OJ, layer.in_features).clone()
+        seen.append(found)
+
+    name, layer = next(iter(layers.items()))
+    layer.register_forward_pre_hook(look)
+    tokens = torch.arange(33).expand(2, -1)
+    for step in range(num_steps):
+        if step == 1:
+            layer.probe = lambda layer, x: None
+        whole = {shard.name: shard for shard in engine.shards()}[f"{name}.weight"]
+        latent = torch.zeros(layer.weight.shape).flatten()
+        latent[whole.start : whole.start + len(whole.tensors["weight"])] = whole.tensors["weight"]
+        dist.all_reduce(latent)
+        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=False)
+        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=True)
+        seen[-1]["latent"] = latent.view(layer.weight.shape)
+        engine.step(1e-2)
+        layer.probe = None
+    return seen
+
+
+def test_layers_hold_two_bits_a_weight_and_those_that_are_looked_at_hold_weights() -> None:
+    """The tiny model's 36 x 36 query matrix in fp32, on 2 ranks; a probe looks at the second of three steps."""
+    seen = run_group(2, what_layers_see, 3)[0]
+    assert [row["step"] for row in seen] == [0, 0, 1, 1, 2, 2]
+    for row in seen:
+        assert row["shape"] == (36, 36)
+        assert (row["weight_bytes"], row.get("packed_bytes")) == ((5184, None) if row["step"] == 1 else (4, 36 * 9))
+    before, after = (seen[index]["codes"] for index in (1, 5))
+    assert not torch.equal(before, after)
+    for row in (seen[1], seen[5]):
+        latent: Tensor = row["latent"]
+        expected = weight_codes(latent, weight_scale([latent], QuantConfig()), QuantConfig())
+        assert torch.equal(row["codes"], expected.to(torch.int8))
