@@ -93,7 +93,7 @@ PHASES = [
 ]
 """A ramp that some blocks end before others, another quantizer without a pass in between, and the way back."""
 
-FIGURES = ("step", "train/loss", "train/grad_norm", "quant", "validation")
+FIGURES = ("step", "train/loss", "train/grad_norm", "quant/zero_share", "quant/weight_error", "validation")
 
 
 def in_weights_and_in_codes(shards: str, out: str, dtype: str, options: dict[str, Any]) -> None:
