@@ -41,11 +41,13 @@ class Recorder(TorchDispatchMode):
         if function.namespace == "c10d":
             kind, whole = {
                 "_allgather_base_": ("all-gather", args[0]),
+                "allgather_": ("all-gather", args[0][0]),
                 "_reduce_scatter_base_": ("reduce-scatter", args[1]),
                 "allreduce_": ("all-reduce", args[0][0] if isinstance(args[0], list) else args[0]),
             }[function._schema.name.removeprefix("c10d::")]
             [group] = [dist.ProcessGroup.unbox(arg) for arg in args if is_group(arg)]
-            self.payload_bytes[kind, group.size()] += whole.numel() * whole.element_size()
+            for tensor in whole if isinstance(whole, list) else [whole]:
+                self.payload_bytes[kind, group.size()] += tensor.numel() * tensor.element_size()
         return function(*args, **(kwargs or {}))
 
 
@@ -81,11 +83,12 @@ def check(name, rank, world_size, join, *overrides):
     ranks, mode = join(rank, world_size)
     replicas = config.engine.replicas
     shards, shard_rank = world_size // replicas, rank % (world_size // replicas)
-    expected = Counter()
-    for collective in collectives(plan):
-        expected[collective.kind, collective.group_size] += collective.count * collective.payload_bytes
-    expected["all-reduce", world_size] -= 8  # whether to stop or to save, which the loop asks for and not the engine
     for phase in plan.phases[:2]:
+        in_codes = config.engine.gather == "codes" and phase.quantization is not None
+        expected = Counter()
+        for collective in collectives(plan, codes=in_codes):
+            expected[collective.kind, collective.group_size] += collective.count * collective.payload_bytes
+        expected["all-reduce", world_size] -= 8  # whether to stop or to save, which the loop asks for, not the engine
         engine = build_engine(plan, phase, ranks)
         elements = {shard.name: shard.tensors["weight"].numel() for shard in engine.shards()}
         for parameter, shape in parameter_shapes(config.model).items():
@@ -124,3 +127,9 @@ def test_every_shipped_configuration_at_full_size(name, place, fake_ranks):
 @pytest.mark.slow
 def test_replicas_at_full_size(fake_ranks):
     check("llama-1b", 255, 256, fake_ranks, "engine.replicas=32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [1, 32])
+def test_codes_at_full_size(fake_ranks, replicas):
+    check("llama-1b", 255, 256, fake_ranks, "engine.gather=codes", f"engine.replicas={replicas}")
