@@ -16,7 +16,7 @@ from launcher.checkpoint_reader import CheckpointReader
 from launcher.metrics import LogError, MetricsLog, read_metrics
 from launcher.pretrain import USER_ERRORS
 from launcher.source import CheckpointError
-from launcher.train import TrainingError
+from launcher.step import TrainingError
 
 
 def fill_disk_at(step: int, rank: int) -> None:
