@@ -45,6 +45,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="session")
+def transformers() -> Any:
+    """The package, which imports torchvision."""
+    from data.torchvision_repair import repair_torchvision
+
+    repair_torchvision()
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="session")
 def store(shards: Path) -> Iterator["Store"]:
     """A server of a store, with a bucket that holds a copy of the prepared folder."""
     from stores import BUCKET, Store

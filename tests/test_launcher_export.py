@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_launcher_hf_source import ModelSource
+from hf_folders import ModelSource
 from test_model_transformer import VARIANTS, build
 from tiny import tiny_config
 

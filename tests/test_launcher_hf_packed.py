@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from hf_folders import edit_config, load, our_logits, whole, write_variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_launcher_hf_source import edit_config, load, our_logits, whole, write_variant
 from test_model_transformer import random_tokens
 
-from data.torchvision_repair import repair_torchvision
 from launcher.hf_source import HuggingFaceSource
 from launcher.source import CheckpointError
 from quant.codes import pack, unpack
@@ -56,12 +55,6 @@ def test_any_range_is_that_of_the_whole(folders, data):
     assert torch.equal(source.read("weight", name, start, length), weights[name][start : start + length])
     with pytest.raises(CheckpointError, match=f"{name} holds {len(weights[name])}"):
         source.read("weight", name, start, len(weights[name]) - start + 1)
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    repair_torchvision()
-    return pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_model_transformer import VARIANTS
 
-from data.torchvision_repair import repair_torchvision
 from model.hf import FIELD_KEYS, config_from_hf, config_to_hf
 from model.size import num_parameters
 from model.transformer import ModelConfig
@@ -22,12 +21,6 @@ NEEDED_KEYS = (
     "max_position_embeddings",
 )
 FAMILIES = {name: config for name, config in VARIANTS.items() if name != "no-family"}
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    repair_torchvision()
-    return pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
