@@ -3,12 +3,15 @@
 import json
 
 import torch
-from test_model_transformer import VARIANTS, build, random_tokens
+from models import VARIANTS, build, random_tokens
+from safetensors.torch import load_file, save_file
 
 from launcher.hf_folder import write_hf
 from launcher.hf_source import HuggingFaceSource
 from launcher.source import Source
 from model.transformer import Transformer
+from quant.codes import pack
+from quant.rounding import quantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -66,3 +69,14 @@ def write_variant(folder, name="llama", **options):
 def edit_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def pack_folder(folder, linear_class, **quantization):
+    """Put packed codes in the place of a folder's projections, in the convention of one of the linear classes."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        codes_OI, scale = quantize_weight(tensors[name])
+        tensors[name] = pack(codes_OI)
+        tensors[f"{name}_scale"] = (scale if linear_class == "autobitlinear" else 1 / scale).reshape(1)
+    save_file(tensors, folder / "model.safetensors")
+    edit_config(folder, quantization_config={"quant_method": "bitnet", "linear_class": linear_class, **quantization})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from ranks import run_group
-from test_launcher_resume import run
+from runs import run
 from tiny import tiny_config
 
 from launcher.checkpoint import CheckpointWriter, complete_checkpoints

@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 from hf_folders import DTYPES, ModelSource, logits_of, whole, write_variant
+from models import FAMILIES, VARIANTS, build, random_tokens
 from safetensors.torch import load_file
-from test_model_hf import FAMILIES
-from test_model_transformer import VARIANTS, build, random_tokens
 
 from launcher.hf_folder import write_hf
 from launcher.hf_source import HuggingFaceSource, is_hf

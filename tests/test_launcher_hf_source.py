@@ -9,8 +9,8 @@ import torch
 from hf_folders import DTYPES, edit_config, logits_of, our_logits, whole, write_variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import VARIANTS, random_tokens
 from safetensors.torch import load_file, save_file
-from test_model_transformer import VARIANTS, random_tokens
 
 from launcher.hf_source import HuggingFaceSource, is_hf
 from launcher.source import CheckpointError

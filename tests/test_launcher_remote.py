@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from ranks import CONTEXT, _rank, run_group
+from runs import run
 from stores import BUCKET, Store, enter, environment, kill, proxy
-from test_launcher_resume import run
 from tiny import tiny_config, tiny_tree
 from typer.testing import CliRunner
 

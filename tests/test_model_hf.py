@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model_transformer import VARIANTS
+from models import FAMILIES, VARIANTS
 
 from model.hf import FIELD_KEYS, config_from_hf, config_to_hf
 from model.size import num_parameters
@@ -20,7 +20,6 @@ NEEDED_KEYS = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-FAMILIES = {name: config for name, config in VARIANTS.items() if name != "no-family"}
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
