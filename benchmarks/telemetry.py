@@ -19,8 +19,8 @@ from launcher.config_file import load_config
 from launcher.engine import load_weights
 from launcher.plan import make_plan
 from launcher.runtime import process_group
+from launcher.step import accumulate_gradients
 from launcher.telemetry import Telemetry
-from launcher.train import accumulate_gradients
 from model.init import initial_value
 from model.size import num_parameters
 

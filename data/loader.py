@@ -30,6 +30,7 @@ from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import PrepareConfig, prepare
 from data.sources import OpenSource, local_leader_first, one_start_at_a_time, open_sources
+from data.strict import STRICT
 from data.torchvision_repair import repair_torchvision
 
 __all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData", "token_bytes", "validation_rows"]
@@ -47,12 +48,7 @@ PREFETCHED_BATCHES = 2
 class DataConfig:
     """Which prepared folders are trained and validated on, and in what order."""
 
-    __pydantic_config__: ClassVar[dict] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     sources: tuple[Source, ...]
     """The prepared folders to mix."""

@@ -9,9 +9,10 @@ rows that do not fill a global batch.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from data.errors import DataError
+from data.strict import STRICT
 from data.urls import url_problem
 
 
@@ -19,12 +20,7 @@ from data.urls import url_problem
 class Source:
     """One prepared folder in the mixture."""
 
-    __pydantic_config__: ClassVar[dict] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     path: str
     """A folder that `tritrain prepare` made, or the URL of a copy of one (`s3://`, `gs://`, `hf://` and others)."""

@@ -39,6 +39,7 @@ from data.prepared import (
     open_prepared,
 )
 from data.readers import Document, read_documents
+from data.strict import STRICT
 from data.tokenizer import TRAINED_SPEC, Tokenizer, load_tokenizer, train_tokenizer
 from data.torchvision_repair import repair_torchvision
 
@@ -51,12 +52,7 @@ SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and o
 class PrepareConfig:
     """What text becomes token shards, and how."""
 
-    __pydantic_config__: ClassVar[dict] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     inputs: tuple[str, ...]
     """Files, folders, `hf:NAME[:CONFIG]:SPLIT` or `python-stdlib`."""

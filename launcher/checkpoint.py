@@ -51,6 +51,11 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted((folder for folder in named if (folder / MANIFEST).is_file()), key=lambda folder: folder.name)
 
 
+def checkpoints_under(folder: Path) -> list[Path]:
+    """All complete ones of a run, or of a folder that holds nothing but checkpoints; oldest first."""
+    return [*complete_checkpoints(folder), *complete_checkpoints(folder / "checkpoints")]
+
+
 def manifest_digest(manifest: dict[str, Any]) -> str:
     """Digest of all of a manifest but its own."""
     content = {key: value for key, value in manifest.items() if key != "digest"}

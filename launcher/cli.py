@@ -1,14 +1,14 @@
 """The `tritrain` command."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from launcher.console import Console, human_bytes, human_count
+from launcher.console import Console
+from launcher.local_ranks import become_ranks, become_run, default_ranks
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,10 +19,6 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(help="Configuration, a YAML file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value: override one key.", show_default=False)]
-EXPORT_FORMATS = ("hf", "hf-ternary", "gguf")
-HF_WEIGHTS = ("latent", "dequantized")
-LINEAR_CLASSES = ("bitlinear", "autobitlinear")
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 RanksOption = Annotated[int | None, typer.Option("--ranks", min=1, help="Processes; by default the GPUs, or one.")]
 
 
@@ -64,7 +60,7 @@ def train(
         console.line(f"The run {parsed.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
         show_next(folder, console)
         return
-    launch(launcher, config, overrides or [], num_ranks)
+    become_run(launcher, config, overrides or [], num_ranks)
 
 
 @app.command()
@@ -98,29 +94,6 @@ def submit(
     console.line(f"Save and end it: touch {parsed.run.path}/stop")
 
 
-def default_ranks() -> int:
-    """As many ranks as there are GPUs, or one."""
-    import torch
-
-    return torch.cuda.device_count() or 1
-
-
-def launch(launcher: str, config: Path, overrides: list[str], num_ranks: int) -> NoReturn:
-    """Become the launcher of this machine's ranks, so that signals reach it and its exit code is the command's."""
-    script = [str(Path(__file__).with_name("pretrain.py")), "--config", str(config), *overrides]
-    if launcher == "deepspeed":
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), *script]
-        sys.stdout.flush()
-        os.execv(command[0], command)
-    become_ranks(num_ranks, script)
-
-
-def become_ranks(num_ranks: int, script: list[str]) -> NoReturn:
-    """Become torch's launcher of so many ranks of a script on this machine."""
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "launcher.torchrun", str(num_ranks), *script])
-
-
 @app.command()
 def plan(
     config: ConfigPath,
@@ -129,47 +102,12 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a run would do, without doing it."""
-    from launcher.config_file import flat_lines, load_config, to_tree
-    from launcher.plan import describe, make_plan
-    from launcher.timeline import events
-    from launcher.traffic import describe_traffic
+    from launcher.config_file import load_config
+    from launcher.plan import make_plan
+    from launcher.plan_table import show_plan
 
-    parsed = load_config(config, overrides or ())
-    resolved = make_plan(parsed, ranks or default_ranks())
-    numbers = describe(resolved) | describe_traffic(resolved) | {"events": events(resolved)}
-    console = Console(silent=False)
-    if as_json:
-        console.line(json.dumps({"config": to_tree(parsed), "plan": numbers}, indent=2))
-        return
-    for line in flat_lines(to_tree(parsed)):
-        console.line(line)
-    console.line()
-    memory, sent = numbers["bytes_per_rank"], numbers["bytes_sent_per_rank_and_step"]
-    in_codes = numbers.get("bytes_sent_per_rank_and_step_in_codes")
-    rows = [
-        ["parameters", f"{numbers['parameters']:,} ({numbers['ternary_parameters']:,} in layers that become ternary)"],
-        ["FLOPs per token", f"{human_count(numbers['flops_per_token'])} (forward and backward)"],
-        ["FLOPs of the run", human_count(numbers["total_flops"])],
-        ["ranks", str(numbers["ranks"])],
-        ["tokens per step", f"{numbers['tokens_per_step']:,} ({numbers['sequences_per_step']} sequences)"],
-        ["micro-batches per step", str(numbers["micro_batches_per_step"])],
-        *[
-            [f"phase {index}: {phase['precision']}", f"{phase['steps']:,} steps, {human_count(phase['tokens'])} tokens"]
-            for index, phase in enumerate(numbers["phases"])
-        ],
-        *[[f"step {event['step']:,}", str(event["what"])] for event in numbers["events"]],
-        *[[f"bytes per rank: {name}", human_bytes(size)] for name, size in memory.items()],
-        ["bytes per rank: all", f"{human_bytes(numbers['total_bytes_per_rank'])} (estimate)"],
-        *[[f"sent per rank and step: {what}", human_bytes(size)] for what, size in (sent or {}).items() if size],
-        *[[f"sent in codes: {what}", human_bytes(size)] for what, size in (in_codes or {}).items() if size],
-        *([] if sent is not None else [["sent per rank and step", "not modelled with these engine.deepspeed keys"]]),
-        [
-            "checkpoints",
-            f"{numbers['checkpoints_written']} of {human_bytes(numbers['checkpoint_bytes'])}, "
-            f"{numbers['checkpoints_kept']} kept",
-        ],
-    ]
-    console.table(f"Plan of {parsed.run.name}", ["", "value"], rows)
+    resolved = make_plan(load_config(config, overrides or ()), ranks or default_ranks())
+    show_plan(resolved, Console(silent=False), as_json=as_json)
 
 
 @app.command()
@@ -215,67 +153,13 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say for every tensor what will happen.")] = False,
 ) -> None:
     """Turn a checkpoint into a run that begins with it, or into another format. Needs no GPU."""
-    from launcher.config import ConfigError
-    from launcher.config_file import load_config
-    from launcher.convert import (
-        convert_to_hf,
-        convert_to_run,
-        not_carried,
-        preview,
-        starting_phase,
-        write_provenance,
-    )
-    from launcher.deepspeed_universal import write_universal
-    from launcher.start_from import check_sound, open_source
+    from launcher.convert_command import convert_into_format, convert_into_run
 
-    console, changes = Console(silent=False), list(overrides or ())
+    asked = (source, to, config, overrides or [], Console(silent=False))
     if into == "run":
-        if config is None:
-            raise ConfigError("--config: is missing; a run needs its configuration")
-        changes += [f"run.folder={json.dumps(str(to))}", f"checkpoint.start_from={json.dumps(source)}"]
-        opened = open_source(source)
-        begins = starting_phase(load_config(config, changes), opened) if phase is None else phase
-        changes.append(f"checkpoint.start_phase={begins}")
-        if optimizer is not None:
-            changes.append(f"phases.{begins}.transition.optimizer={optimizer}")
-        parsed = load_config(config, changes)
-        console.line(f"{opened.location} to {to}, before phase {begins} ({parsed.phases[begins].precision})")
-        for sentence in opened.missing:
-            console.line(f"  {sentence}")
-        if dry_run:
-            console.aligned([["tensor", "shape", "weight", "moments"], *preview(parsed)])
-            return
-        made = convert_to_run(parsed)
-        console.line(f"Written: {made}. Train it: tritrain train {to / 'config.yaml'}")
-        return
-    if into not in ("universal", "hf"):
-        raise ConfigError(f"--format {into}: run, universal and hf are there")
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: bf16 and fp32 are there")
-    opened = open_source(source)
-    given = load_config(config, changes) if config else None
-    for sentence in [*opened.missing, *not_carried(opened, into)]:
-        console.line(f"  {sentence}")
-    if dry_run:
-        rows = [[name, " x ".join(map(str, shape))] for name, shape in opened.shapes.items()]
-        console.aligned([["tensor", "shape"], *rows])
-        return
-    if to.exists():
-        raise ConfigError(f"{to}: is there already; name a folder that is not")
-    if into == "hf":
-        convert_to_hf(opened, given, to, torch_dtype(DTYPES[dtype]))
+        convert_into_run(*asked, phase=phase, optimizer=optimizer, dry_run=dry_run)
     else:
-        check_sound(opened)
-        write_universal(opened, to)
-    write_provenance(to, opened)
-    console.line(f"Written: {to}")
-
-
-def torch_dtype(name: str) -> Any:
-    """A dtype by name; torch is imported only where it is needed."""
-    import torch
-
-    return getattr(torch, name)
+        convert_into_format(*asked, into=into, dtype=dtype, dry_run=dry_run)
 
 
 @app.command()
@@ -301,62 +185,19 @@ def export(
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
 ) -> None:
     """Write a model for other programs to run. Needs no GPU."""
-    from launcher.config import ConfigError
-    from launcher.export import open_exportable
-    from launcher.gguf_export import EMBEDDING_TYPES, export_gguf
-    from launcher.hf_export import export_hf
-    from quant.gguf import BLOCK_TYPES, TERNARY_TYPES
+    from launcher.export_command import ExportOptions, export_checkpoint
 
-    if into not in EXPORT_FORMATS:
-        raise ConfigError(f"--format {into}: {' and '.join(EXPORT_FORMATS)} are there")
-    for option, value, known, formats in (
-        ("--dtype", dtype, DTYPES, ("hf", "hf-ternary")),
-        ("--weights", weights, HF_WEIGHTS, ("hf",)),
-        ("--linear-class", linear_class, LINEAR_CLASSES, ("hf-ternary",)),
-        ("--type", block_type, BLOCK_TYPES, ("gguf",)),
-        ("--embeddings", embeddings, EMBEDDING_TYPES, ("gguf",)),
-    ):
-        if value is not None and value not in known:
-            raise ConfigError(f"{option} {value}: {' and '.join(known)} are there")
-        if value is not None and into not in formats:
-            raise ConfigError(f"{option} {value}: belongs to --format {' and '.join(formats)}")
-    if no_tokenizer and into == "gguf":
-        raise ConfigError("--no-tokenizer: a GGUF file holds one")
-    if tokenizer and no_tokenizer:
-        raise ConfigError("--tokenizer and --no-tokenizer exclude each other")
-    if to.exists():
-        raise ConfigError(f"{to}: is there already; name what is not")
-    block_type = block_type or "tq2_0"
-    codes = {"hf": weights == "dequantized", "hf-ternary": True, "gguf": block_type in TERNARY_TYPES}
-    opened = open_exportable(checkpoint, ternary=codes[into])
-    if into == "hf" and weights is None:
-        if opened.quantization is not None:
-            raise ConfigError(
-                f"--weights: is missing; {opened.source.location} is of a ternary phase. latent are the 16-bit weights "
-                "that it trains, dequantized those that it computes with"
-            )
-        weights = "latent"
-    file = None if no_tokenizer else tokenizer or opened.tokenizer
-    if file is None and not no_tokenizer:
-        raise ConfigError(
-            f"{opened.source.location}: its tokenizer was not found; name it with --tokenizer"
-            + ("" if into == "gguf" else ", or leave it out with --no-tokenizer")
-        )
-    console = Console(silent=False)
-    if into == "gguf":
-        assert file is not None
-        console.line(export_gguf(opened, to, into=block_type, embeddings=embeddings, tokenizer=file))  # type: ignore[arg-type]
-        console.line(f"Written: {to}")
-        return
-    export_hf(
-        opened,
-        to,
-        weights="packed" if into == "hf-ternary" else weights,  # type: ignore[arg-type]
-        dtype=torch_dtype(DTYPES[dtype]) if dtype else None,
-        linear_class=linear_class or "bitlinear",  # type: ignore[arg-type]
-        tokenizer=file,
+    options = ExportOptions(
+        into=into,
+        weights=weights,
+        dtype=dtype,
+        linear_class=linear_class,
+        block_type=block_type,
+        embeddings=embeddings,
+        tokenizer=tokenizer,
+        no_tokenizer=no_tokenizer,
     )
-    console.line(f"Written: {to}")
+    export_checkpoint(checkpoint, to, options, Console(silent=False))
 
 
 @app.command()
@@ -364,27 +205,9 @@ def verify(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints of ours, or runs: folders or URLs.")],
 ) -> None:
     """Read every byte of checkpoints and say which tensors of which files are damaged."""
-    from launcher.checkpoint import MANIFEST, complete_checkpoints
-    from launcher.checkpoint_reader import CheckpointReader
-    from launcher.location import reaching, to_location
-    from launcher.source import CheckpointError
+    from launcher.verify import show_damage
 
-    console, damaged = Console(silent=False), False
-    for text in checkpoints:
-        place = to_location(text)
-        with reaching(place):
-            inside = [*complete_checkpoints(place), *complete_checkpoints(place / "checkpoints")]
-        folders = [place] if (place / MANIFEST).is_file() or not inside else inside
-        for folder in folders:
-            try:
-                problems = list(CheckpointReader(folder).damage())
-            except CheckpointError as error:
-                problems = [str(error)]
-            damaged |= bool(problems)
-            for line in problems or [f"{folder}: sound"]:
-                console.line(line)
-    if damaged:
-        raise typer.Exit(1)
+    sys.exit(show_damage(checkpoints, Console(silent=False)))
 
 
 ModelPath = Annotated[str, typer.Argument(help="A checkpoint or run of ours, or a Hugging Face folder.")]
@@ -460,16 +283,16 @@ def generate(
     tokenizer: Annotated[Path | None, typer.Option(help="Its file, where it is not found.")] = None,
 ) -> None:
     """Let a model continue a text, on the GPU where there is one; the text goes to stdout as it comes."""
+    from launcher.build import COMPUTE_DTYPES
     from launcher.config import ConfigError
     from launcher.generating import write_text
 
-    dtypes = {"bf16": torch_dtype("bfloat16"), "fp32": torch_dtype("float32")}
-    if dtype not in dtypes:
-        raise ConfigError(f"--dtype {dtype}: bf16 and fp32 are there")
+    if dtype not in COMPUTE_DTYPES:
+        raise ConfigError(f"--dtype {dtype}: {' and '.join(COMPUTE_DTYPES)} are there")
     if top_p <= 0:
         raise ConfigError(f"--top-p {top_p}: must be above 0")
     choice = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    write_text(model, prompt, dtype=dtypes[dtype], packed=packed, tokenizer=tokenizer, **choice)
+    write_text(model, prompt, dtype=COMPUTE_DTYPES[dtype], packed=packed, tokenizer=tokenizer, **choice)
 
 
 @app.command()

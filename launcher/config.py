@@ -18,6 +18,7 @@ from launcher.heartbeat import WatchConfig
 from launcher.optim import OptimizerConfig
 from launcher.schedule import ScheduleConfig
 from launcher.spikes import OutlierConfig
+from launcher.strict import STRICT
 from launcher.transition import TransitionConfig
 from model.distillation import DistillationConfig
 from model.size import parameter_shapes
@@ -26,13 +27,6 @@ from quant.config import QuantConfig
 from quant.gather import gather_problems
 from quant.linear import width_problem
 from quant.ramp import RampConfig
-
-STRICT: dict[str, Any] = {
-    "extra": "forbid",
-    "strict": True,
-    "use_attribute_docstrings": True,
-    "allow_inf_nan": False,
-}
 
 
 class ConfigError(ValueError):

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from launcher.strict import STRICT
 from model.distillation import Lesson
 
 OWNED_DEEPSPEED_KEYS = {
@@ -47,11 +48,7 @@ OWNED_DEEPSPEED_KEYS = {
 class EngineConfig:
     """What shards and steps the model."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     name: Literal["fsdp2", "deepspeed"] = "fsdp2"
     """PyTorch FSDP2, or DeepSpeed ZeRO."""

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch.distributed as dist
 
 from launcher.runtime import Ranks
+from launcher.strict import STRICT
 
 Doing = Literal["start", "prepare", "switch", "train", "evaluate", "tasks", "save", "end"]
 
@@ -36,12 +37,7 @@ RECENT_STEPS = 20
 class WatchConfig:
     """When a rank counts as lost, and a step as hung."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     beat_seconds: float = 2.0
     """Every rank says this often that it is there."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from launcher.strict import STRICT
 from quant.linear import LEARNED_SCALE
 
 
@@ -14,12 +15,7 @@ from quant.linear import LEARNED_SCALE
 class OptimizerConfig:
     """AdamW with decoupled weight decay (arXiv 1711.05101)."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     learning_rate: float
     """Peak learning rate; the schedule scales it."""

@@ -46,8 +46,9 @@ from launcher.rollback import read_rollbacks
 from launcher.run_folder import RunFolder
 from launcher.runtime import Ranks, process_group, seed_everything
 from launcher.source import CheckpointError
+from launcher.step import TrainingError
 from launcher.stopping import StopRequest, time_to_stop
-from launcher.train import TrainingError, train
+from launcher.train import train
 from launcher.watchdog import Watchdog
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, LogError, TrainingError)

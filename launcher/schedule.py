@@ -4,17 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from launcher.strict import STRICT
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """Shape of the learning rate over a run, as a factor of the peak."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     shape: Literal["cosine", "linear", "wsd", "two-stage", "constant"] = "cosine"
     """After the warm-up: `cosine`, `linear`, `wsd` (warm-up, stable, linear decay at the end), `constant`, or

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from launcher.config import STRICT
 from launcher.config_file import load_as
+from launcher.strict import STRICT
 
 SITE_VARIABLE = "TRITRAIN_SITE"
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(_|$)", re.I)

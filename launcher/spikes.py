@@ -15,6 +15,7 @@ from torch import Tensor
 
 from launcher.runtime import Ranks
 from launcher.source import CheckpointError
+from launcher.strict import STRICT
 
 SMOOTHED_STEPS = 32
 """How many steps' losses are averaged where the loss before a switch and that after it are compared."""
@@ -24,12 +25,7 @@ SMOOTHED_STEPS = 32
 class OutlierConfig:
     """Which steps are skipped because they stand out (the `SkipStepOptimizer` of OLMo 2, arXiv 2501.00656)."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     window_steps: int = 128
     """How many steps before it a step is compared with; there is no guard until so many are behind a switch."""

@@ -5,7 +5,7 @@
 conversion are one code path.
 """
 
-from launcher.checkpoint import CONFIG, MANIFEST, complete_checkpoints
+from launcher.checkpoint import CONFIG, MANIFEST, checkpoints_under
 from launcher.checkpoint_reader import CheckpointReader, everyones, mismatches
 from launcher.config import Config
 from launcher.config_file import DERIVED_KEYS, parse_config, parse_yaml
@@ -35,8 +35,8 @@ def open_source(text: str) -> Source:
     with reaching(folder):
         if (folder / MANIFEST).is_file():
             return CheckpointReader(folder)
-        if newest := [*complete_checkpoints(folder), *complete_checkpoints(folder / "checkpoints")]:
-            return CheckpointReader(newest[-1])
+        if found := checkpoints_under(folder):
+            return CheckpointReader(found[-1])
         if not folder.is_dir():
             raise CheckpointError(f"{text}: there is no such folder")
     from launcher.deepspeed_native import DeepSpeedSource, is_deepspeed

@@ -18,7 +18,7 @@ import xxhash
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.rows import Scorer
 from launcher.build import COMPUTE_DTYPES
-from launcher.checkpoint import MANIFEST, complete_checkpoints
+from launcher.checkpoint import MANIFEST, checkpoints_under
 from launcher.checkpoint_reader import CheckpointReader, mismatches
 from launcher.config import Config
 from launcher.export import Exportable, open_exportable
@@ -62,7 +62,7 @@ def locations_of(text: str, *, every: bool) -> list[str]:
     if not every:
         return [text]
     with reaching(folder):
-        found = [*complete_checkpoints(folder), *complete_checkpoints(folder / "checkpoints")]
+        found = checkpoints_under(folder)
         if (folder / MANIFEST).is_file() or not found:
             raise CheckpointError(f"{text}: is no run with checkpoints, and --all asks for all of a run's")
     return [str(checkpoint) for checkpoint in found]

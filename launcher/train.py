@@ -4,9 +4,6 @@ Between logged steps the host never waits for the device: losses, gradient norms
 there until a step is logged. (DeepSpeed waits for its own gradient norm, inside its step.)
 """
 
-import math
-import time
-from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,101 +17,28 @@ from launcher.checkpoint_reader import load_state, newest_sound_checkpoint, rest
 from launcher.config import Config
 from launcher.console import Console
 from launcher.distill import Teacher, check_teacher, open_teacher
-from launcher.engine import Engine, load_weights
+from launcher.engine import load_weights
 from launcher.heartbeat import Pulse
 from launcher.held_out import HeldOut
 from launcher.learned_scales import initialize_scales_, is_learned_scale
 from launcher.location import check_writable
 from launcher.metrics import Meter, MetricsLog, Progress
-from launcher.plan import Phase, Plan
+from launcher.phase_entry import enter_phase, measures_rescale
+from launcher.plan import Plan
 from launcher.rollback import discard_given_up, give_up, has_not_recovered, read_rollbacks, rollback_note
 from launcher.run_folder import RunFolder
 from launcher.runtime import Ranks
 from launcher.saver import Saver
 from launcher.spikes import SpikeGuard
 from launcher.start_from import check_data, check_sound, first_progress, open_start
+from launcher.step import TrainingError, train_step
 from launcher.stopping import StopRequest
 from launcher.straggler import Stragglers
 from launcher.tasks_in_training import open_tasks
-from launcher.telemetry import Telemetry, telemetry_of
-from launcher.transition import carry_optimizer_
+from launcher.telemetry import telemetry_of
 from model.init import initial_value
 from model.size import num_linear_parameters, num_parameters
-from quant.linear import dequantize_, quantize_, quantized_layers, set_strengths_
-
-Batches = Iterator[tuple[Tensor, Tensor]]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; says why and what may help."""
-
-
-def accumulate_gradients(
-    engine: Engine,
-    batches: Batches,
-    num_micro_batches: int,
-    *,
-    teacher: Teacher | None = None,
-    telemetry: Telemetry | None = None,
-) -> tuple[Tensor, float, Tensor | None]:
-    """Run one global batch forward and backward, under the eyes of ``telemetry``.
-
-    Returns:
-        This rank's mean loss, and the seconds spent waiting for data. With a teacher also the three parts of the loss,
-        unweighted, else None.
-    """
-    loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
-    parts_sum = torch.zeros(3, device=engine.device)
-    for index in range(num_micro_batches):
-        asked = time.perf_counter()
-        tokens_BT, labels_BT = next(batches)
-        waited_seconds += time.perf_counter() - asked
-        tokens_BT = tokens_BT.to(engine.device, non_blocking=True)
-        labels_BT = labels_BT.to(engine.device, non_blocking=True)
-        if teacher is not None:
-            with teacher.teaching(tokens_BT) as lesson:
-                losses = engine.forward(tokens_BT, labels_BT, teacher=lesson) / num_micro_batches
-            loss = losses[0]
-            parts_sum += losses[1:].detach()
-        else:
-            loss = engine.forward(tokens_BT, labels_BT) / num_micro_batches
-        engine.backward(loss, last=index == num_micro_batches - 1)
-        loss_sum += loss.detach()
-        if telemetry is not None and index == 0:
-            telemetry.end_of_micro_batch()
-    return loss_sum, waited_seconds, parts_sum if teacher is not None else None
-
-
-def train_step(
-    engine: Engine,
-    batches: Batches,
-    plan: Plan,
-    step: int,
-    guard: SpikeGuard,
-    *,
-    teacher: Teacher | None = None,
-    telemetry: Telemetry | None = None,
-) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
-    """Take the optimizer step of this number.
-
-    Returns:
-        This rank's mean loss, the gradient norm, and whether the step was skipped for not being finite (all 0-dim, on
-        the device); and the seconds spent waiting for data. With a teacher also the three parts of the loss,
-        unweighted, else None.
-    """
-    loss, waited_seconds, parts = accumulate_gradients(
-        engine, batches, plan.num_micro_batches, teacher=teacher, telemetry=telemetry
-    )
-    if telemetry is not None:
-        telemetry.look_at_gradients(engine)
-    grad_norm, skipped = engine.step(
-        plan.learning_rate_at(step),
-        ternary_factor=plan.ternary_factor_at(step),
-        decay_factor=plan.decay_factor_at(step),
-        # The first part is what the loss was before there was a teacher, and is compared with.
-        grad_norm_limit=guard.limit(loss if parts is None else parts[0]),
-    )
-    return loss, grad_norm, guard.add(grad_norm, skipped), waited_seconds, parts
+from quant.linear import set_strengths_
 
 
 def train(
@@ -319,61 +243,6 @@ def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
         world_size=ranks.world_size,
         first_sequence=plan.first_sequence_at(step),
     )
-
-
-def measures_rescale(phase: Phase) -> bool:
-    """Whether the transition into ``phase`` needs gradients on both sides of it."""
-    return phase.transition.optimizer == "rescale" and phase.transition.rescale_factor is None
-
-
-def enter_phase(
-    engine: Engine,
-    phase: Phase,
-    ranks: Ranks,
-    upcoming: Sequence[tuple[Tensor, Tensor]],
-    max_grad_norm: float,
-    teacher: Teacher | None,
-) -> float | None:
-    """Carry the model and the optimizer over the transition into ``phase``, in place.
-
-    The factor that ``optimizer: rescale`` measures is the ratio of the gradient norms, as clipped, of the batch that
-    comes next: of the model behind the switch at full strength, and of the one before it. Adam's moments are of
-    clipped gradients. Full strength, because these are the gradients that the phase goes on with; those of a ramp's
-    first steps are the old ones, and over a ramp longer than the moments' memory the moments follow by themselves.
-
-    Returns:
-        The factor, if one is taken.
-
-    Raises:
-        TrainingError: a gradient norm that is to be measured is not finite, or 0.
-    """
-    transition = phase.transition
-    measures = measures_rescale(phase)
-
-    def clipped_norm(teacher: Teacher | None) -> float:
-        accumulate_gradients(engine, iter(upcoming), len(upcoming), teacher=teacher)
-        grad_norm, _ = engine.step(0.0, grad_norm_limit=torch.tensor(-1.0, device=engine.device))
-        return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
-
-    before = clipped_norm(None) if measures else 1.0
-    had_scales = any(layer.quant_config.learned for layer in quantized_layers(engine.model).values())
-    if quantized_layers(engine.model):
-        dequantize_(engine.model)
-    if phase.quantization is not None:
-        quantize_(engine.model, phase.quantization, ranks.device)
-    if not had_scales:
-        initialize_scales_(engine)
-    factor = transition.rescale_factor
-    if measures:
-        after = clipped_norm(teacher)
-        factor = after / before if before else math.nan
-        if not 0 < factor < math.inf:
-            raise TrainingError(
-                f"phases.{phase.index}.transition.optimizer: rescale finds gradient norms of {before} before and "
-                f"{after} behind the switch; set transition.rescale_factor, or another choice"
-            )
-    carry_optimizer_(engine, transition.optimizer, factor or 1.0)
-    return factor
 
 
 def counters(

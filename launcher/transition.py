@@ -11,17 +11,17 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from launcher.engine import Engine
+from launcher.strict import STRICT
 from quant.ramp import RampConfig
 
 OptimizerChoice = Literal["keep", "reset", "keep-variance", "rescale"]
-CONFIG: dict[str, Any] = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True, "allow_inf_nan": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRateDrop:
     """A lower learning rate for a while."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     factor: float
     """Multiplies the schedule's learning rate."""
@@ -42,7 +42,7 @@ class LearningRateDrop:
 class RollbackConfig:
     """Going back to the checkpoint at the switch, and into a gentler ramp, where the loss does not recover."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     after_tokens: int
     """How many tokens after the end of the ramp the smoothed loss must be back at what it was before the switch."""
@@ -66,7 +66,7 @@ class RollbackConfig:
 class TransitionConfig:
     """What happens where a phase begins. Weights always carry over."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = CONFIG
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     optimizer: OptimizerChoice = "keep"
     """Adam's state: `keep` it, `reset` it (moments and step), `keep-variance` (first moment 0, the rest kept), or

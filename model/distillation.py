@@ -19,17 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.strict import STRICT
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
     """A teacher for a ternary phase, and how much it counts (BitDistill, arXiv 2510.13998)."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     teacher: str | None = None
     """A 16-bit checkpoint of any kind, a folder or a URL; null: the run's own, from where this phase begins."""

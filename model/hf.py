@@ -158,11 +158,7 @@ def _value_problems(given: Mapping[str, Any]) -> list[str]:
 
 
 def config_to_hf(
-    config: ModelConfig,
-    *,
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
+    config: ModelConfig, *, bos_token_id: int | None = None, eos_token_id: int | None = None
 ) -> dict[str, Any]:
     """Map to the `config.json` of the one family that computes the same.
 
@@ -194,6 +190,6 @@ def config_to_hf(
         "attention_dropout": 0.0,
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
+        "pad_token_id": None,
         "use_cache": True,
     }

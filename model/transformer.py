@@ -28,18 +28,14 @@ from torch import Tensor, nn
 from model.cache import KeyValueCache, LayerCache
 from model.distillation import DistillationConfig, Lesson, relation_loss, watched_projections
 from model.loss import distillation_loss, linear_cross_entropy, token_nll
+from model.strict import STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture, how its parameters start, and how its loss is computed."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     vocab_size: int
     """Rows of the embedding; at least the tokenizer's vocabulary, a multiple of 64 or 128 runs faster."""

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from quant.strict import STRICT
+
 WeightScale = Literal["absmean", "absmedian", "twn", "gaussian", "absmax", "learned"]
 Levels = Literal["binary", "ternary", "int2", "int3", "int4"]
 Granularity = Literal["matrix", "row", "group"]
@@ -24,12 +26,7 @@ SCALES_OF_LEVELS: dict[Levels, tuple[WeightScale, ...]] = {
 class QuantConfig:
     """What is quantized in a ternary phase, and how."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     preset: Literal["bitnet-b1.58", "nielsen-2025", "paretoq", "bitnet-v2", "quest"] | None = None
     """A published recipe, which the other keys change; null: `bitnet-b1.58`, but with `weights: gaussian`."""

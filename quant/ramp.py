@@ -18,6 +18,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from quant.strict import STRICT
+
 SHARPNESS = {"sigmoid": 15.0, "exponential": 4.0}
 """k of the shapes that have one, where none is given: the gentlest that Hugging Face tried."""
 
@@ -26,12 +28,7 @@ SHARPNESS = {"sigmoid": 15.0, "exponential": 4.0}
 class RampConfig:
     """How the quantization strength rises from 0 to 1 after a transition."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "use_attribute_docstrings": True,
-        "allow_inf_nan": False,
-    }
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     shape: Literal["linear", "cosine", "sigmoid", "exponential", "tanh", "staircase"] = "linear"
     """`linear`, `cosine`, `sigmoid`, `exponential` (fast, then slow), `staircase`, or `tanh`: tanh(2.5 t/T), the

@@ -1,8 +1,13 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from stores import Store
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::UserWarning"  # of torch and its kin, in subprocesses
@@ -20,3 +25,81 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:320", validation_fraction=0.1)
     prepare(config, SEQUENCE_LENGTH, folder / "shards")
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two prepared folders of different sizes with the same tokenizer, of about 150 and 70 rows."""
+    from mixtures import LENGTH, write_text
+
+    from data.shards import PrepareConfig, prepare
+
+    root = tmp_path_factory.mktemp("prepared")
+    big, small = root / "big", root / "small"
+    text = write_text(root / "big.jsonl", 1, 180)
+    prepare(PrepareConfig(inputs=(text,), tokenizer="bpe:400", validation_fraction=0.2), LENGTH, big)
+    text = write_text(root / "small.jsonl", 2, 80)
+    tokenizer = str(big / "tokenizer.model")
+    prepare(PrepareConfig(inputs=(text,), tokenizer=tokenizer, validation_fraction=0.2), LENGTH, small)
+    return str(big), str(small)
+
+
+@pytest.fixture(scope="session")
+def transformers() -> Any:
+    """The package, which imports torchvision."""
+    from data.torchvision_repair import repair_torchvision
+
+    repair_torchvision()
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="session")
+def store(shards: Path) -> Iterator["Store"]:
+    """A server of a store, with a bucket that holds a copy of the prepared folder."""
+    from stores import BUCKET, Store
+
+    server = Store()
+    client = server.client()
+    client.create_bucket(Bucket=BUCKET)
+    for path in shards.rglob("*"):
+        if path.is_file():
+            client.upload_file(str(path), BUCKET, f"shards/{path.relative_to(shards)}")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def reachable(store: "Store", monkeypatch: pytest.MonkeyPatch) -> "Store":
+    """The server, with this process's environment set for it."""
+    from stores import enter, environment
+
+    enter(monkeypatch, environment(store.endpoint))
+    return store
+
+
+@pytest.fixture(scope="session")
+def at_2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Where plain DeepSpeed wrote folders at two ranks; and by their names, what they hold and how training went on."""
+    from deepspeed_folders import AT_2, write_folders
+    from ranks import run_group
+
+    root = tmp_path_factory.mktemp("two")
+    return root, run_group(2, write_folders, str(root), AT_2)[0]
+
+
+@pytest.fixture(scope="session")
+def at_3(tmp_path_factory: pytest.TempPathFactory, at_2: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """What three ranks write, and how they continue from what two ranks wrote and we converted."""
+    from deepspeed_folders import AT_3, FP32, OPTIMIZER, continue_and_write
+    from ranks import run_group
+
+    from launcher.deepspeed_native import DeepSpeedSource
+    from launcher.deepspeed_universal import write_universal
+
+    root = tmp_path_factory.mktemp("three")
+    for name in ("zero2", "zero3"):
+        write_universal(
+            DeepSpeedSource(at_2[0] / name), root / f"universal-{name}", learning_rate=OPTIMIZER.learning_rate / 4
+        )
+    continued = [(str(root / f"universal-{name}"), stage, FP32) for name, stage in (("zero3", 2), ("zero2", 3))]
+    return root, run_group(3, continue_and_write, continued, str(root), AT_3)[0]

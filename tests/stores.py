@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 KEY, SECRET = "test-key-id", "test-secret-that-nobody-may-see"
+BUCKET = "bucket"
 
 
 def free_port() -> int:

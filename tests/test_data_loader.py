@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mixtures import GLOBAL, LENGTH, mixture, open_data, rank_validates, write_text
 from ranks import CONTEXT, run_ranks
 
 from data.loader import (
@@ -26,48 +27,6 @@ from data.loader import (
     token_bytes,
     validation_rows,
 )
-from data.shards import prepare
-
-LENGTH = 16
-GLOBAL = 8
-
-
-def write_text(path: Path, seed: int, num_lines: int) -> str:
-    """Write lines of words, most of them unlike any other line."""
-    rng = np.random.default_rng(seed)
-    words = ["".join(rng.choice(list("abcdefghij"), 4)) for _ in range(200)]
-    lines = [json.dumps({"text": " ".join(rng.choice(words, 8))}) for _ in range(num_lines)]
-    path.write_text("\n".join(lines))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> tuple[str, str]:
-    """Two prepared folders of different sizes with the same tokenizer, of about 150 and 70 rows."""
-    root = tmp_path_factory.mktemp("prepared")
-    big, small = root / "big", root / "small"
-    text = write_text(root / "big.jsonl", 1, 180)
-    prepare(PrepareConfig(inputs=(text,), tokenizer="bpe:400", validation_fraction=0.2), LENGTH, big)
-    text = write_text(root / "small.jsonl", 2, 80)
-    tokenizer = str(big / "tokenizer.model")
-    prepare(PrepareConfig(inputs=(text,), tokenizer=tokenizer, validation_fraction=0.2), LENGTH, small)
-    return str(big), str(small)
-
-
-def mixture(folders: tuple[str, str], **changes) -> DataConfig:
-    big, small = folders
-    options = {
-        "sources": (Source(path=big, weight=0.4), Source(path=small, weight=0.6)),
-        "sequence_length": LENGTH,
-        "shuffle_block_rows": 512,
-        "workers": 0,
-    }
-    return DataConfig(**options | changes)
-
-
-def open_data(config: DataConfig, rank: int = 0, world_size: int = 1, micro: int = 1, **options) -> TrainingData:
-    options = {"vocab_size": 400, "global_batch_sequences": GLOBAL} | options
-    return TrainingData(config, micro_batch_sequences=micro, rank=rank, world_size=world_size, **options)
 
 
 def read_steps(data: TrainingData, num_steps: int, num_micro_batches: int) -> np.ndarray:
@@ -185,11 +144,6 @@ def test_the_fingerprint_follows_what_decides_the_order(folders):
     assert len({base, *fingerprints}) == len(changed) + 2
 
 
-def rank_validates(rank: int, world_size: int, config: DataConfig, micro: int) -> list:
-    options = {"vocab_size": 400, "micro_batch_sequences": micro, "rank": rank, "world_size": world_size}
-    return [(tokens.numpy(), labels.numpy()) for tokens, labels in validation_rows(config, **options)]
-
-
 @pytest.mark.parametrize("limit", [11, 10_000])
 def test_validation_rows_are_the_same_in_total_for_any_number_of_ranks(folders, limit):
     config = mixture(folders, validation_rows=limit)
@@ -240,122 +194,6 @@ def test_a_source_is_prepared_when_it_is_not_there(tmp_path):
     ranks = run_ranks(2, rank_reads, [(config, 0, 2, 1)])
     assert ranks[0][0].shape == (2, GLOBAL // 2, LENGTH + 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.jsonl"]
-
-
-def copy_of(folder: str, to: Path) -> Path:
-    subprocess.run(["cp", "-r", folder, str(to)], check=True)
-    return to
-
-
-def test_a_truncated_shard_is_named_with_its_sizes(folders, tmp_path):
-    copy = copy_of(folders[0], tmp_path / "copy")
-    shard = copy / "train" / "shard.00000.mds"
-    size = shard.stat().st_size
-    os.truncate(shard, size - 100)
-    with pytest.raises(DataError, match=rf"shard\.00000\.mds: {size - 100} bytes, where index\.json says {size}"):
-        open_data(mixture((str(copy), folders[1])))
-    shard.unlink()
-    with pytest.raises(DataError, match=r"shard\.00000\.mds: missing"):
-        open_data(mixture((str(copy), folders[1])))
-
-
-def test_an_index_that_lies_is_found_out(folders, tmp_path):
-    copy = copy_of(folders[0], tmp_path / "copy")
-    path = copy / "train" / "index.json"
-    original = path.read_text()
-    index = json.loads(original)
-    index["shards"][0]["raw_data"]["bytes"] += 7
-    path.write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"shard\.00000\.mds: \d+ bytes, where index\.json says"):
-        open_data(mixture((str(copy), folders[1])))
-    index["shards"][0]["raw_data"]["bytes"] -= 7
-    index["shards"][0]["samples"] += 1
-    path.write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"index\.json: lists \d+ rows, where manifest\.json says \d+"):
-        open_data(mixture((str(copy), folders[1])))
-    path.write_text(original + " ")
-    with pytest.raises(DataError, match=r"index\.json: changed since manifest\.json was written"):
-        open_data(mixture((str(copy), folders[1])))
-    path.write_text(original[:20])
-    with pytest.raises(DataError, match=r"index\.json: not an index"):
-        open_data(mixture((str(copy), folders[1])))
-
-
-def test_what_is_missing_is_named(folders, tmp_path):
-    with pytest.raises(DataError, match=r"nowhere: no such folder .*tritrain prepare"):
-        open_data(mixture((str(tmp_path / "nowhere"), folders[1])))
-    with pytest.raises(DataError, match=r"holds no manifest\.json.*tritrain prepare"):
-        open_data(mixture((str(tmp_path), folders[1])))
-    copy = copy_of(folders[0], tmp_path / "copy")
-    (copy / "tokenizer.model").unlink()
-    with pytest.raises(DataError, match=r"tokenizer\.model: missing; it is the tokenizer that made the tokens"):
-        open_data(mixture((str(copy), folders[1])))
-    (copy / "tokenizer.model").write_bytes(b"another")
-    with pytest.raises(DataError, match=r"tokenizer\.model: not the tokenizer that made the tokens"):
-        open_data(mixture((str(copy), folders[1])))
-
-
-def test_what_does_not_fit_together_is_named(folders, tmp_path):
-    with pytest.raises(
-        DataError, match=r"400 tokens, the model's vocabulary 399; set model\.vocab_size to 400 or more"
-    ):
-        open_data(mixture(folders), vocab_size=399)
-    with pytest.raises(DataError, match="prepared with sequence_length 16, the configuration says 32"):
-        open_data(mixture(folders, sequence_length=32))
-    with pytest.raises(DataError, match="fewer than the 100000 of one global batch"):
-        open_data(mixture(folders), global_batch_sequences=100_000)
-    other = tmp_path / "other"
-    prepare(PrepareConfig(inputs=(write_text(tmp_path / "t.jsonl", 3, 60),), tokenizer="bpe:350"), LENGTH, other)
-    with pytest.raises(DataError, match="another tokenizer than"):
-        open_data(mixture((folders[0], str(other))))
-    with pytest.raises(DataError, match="no held-out text"):
-        rank_validates(0, 1, mixture(folders, sources=(Source(path=str(other)),)), 1)
-
-
-def rank_fails(rank: int, world_size: int, config: DataConfig) -> str:
-    try:
-        open_data(config, rank, world_size)
-    except DataError as error:
-        return str(error)
-    return "nothing raised"
-
-
-def test_every_rank_raises_the_same_error(folders):
-    messages = run_ranks(2, rank_fails, mixture(folders, sequence_length=8))
-    assert messages[0] == messages[1]
-    assert "prepared with sequence_length 16" in messages[0]
-    messages = run_ranks(2, rank_fails, mixture(folders, canonical_nodes=3), ranks_per_node=1)
-    assert (
-        "canonical_nodes: 3 and the number of nodes, 2, do not divide each other; 1 or a multiple of 2" in messages[0]
-    )
-
-
-def test_an_environment_that_contradicts_is_refused(folders, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="this is rank 0 of 1; start with torchrun"):
-        open_data(mixture(folders))
-
-
-@pytest.mark.parametrize(
-    ("changes", "key", "message"),
-    [
-        ({"sources": ()}, "sources", "is empty"),
-        ({"sources": (Source(path="a"), Source(path="a"))}, "sources", "names a more than once"),
-        ({"sources": (Source(path="s3://b/c"),)}, "cache", "needed for a remote source"),
-        (
-            {"prepare": PrepareConfig(inputs=("x",), tokenizer="bpe:9")},
-            "prepare",
-            "makes the folder of one source, here are 2",
-        ),
-        ({"sequence_length": 0}, "sequence_length", "0 is too small; 1 is the least"),
-        ({"workers": -1}, "workers", "-1 is too small; 0 is the least"),
-    ],
-)
-def test_configurations_are_checked(changes, key, message):
-    options = {"sources": (Source(path="a"), Source(path="b")), "sequence_length": 8} | changes
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        DataConfig(**options)
-    assert message in caught.value.args[0][key]
 
 
 def read_until_killed(connection, config: DataConfig) -> None:

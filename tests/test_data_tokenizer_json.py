@@ -10,7 +10,6 @@ from tiny import write_corpus
 from data.errors import DataError
 from data.tokenizer import SPACE_MARK, load_tokenizer, train_tokenizer
 from data.tokenizer_json import tokenizer_files
-from data.torchvision_repair import repair_torchvision
 
 NUM_TEXTS = 2000
 STRANGE = [
@@ -40,12 +39,6 @@ def texts(tmp_path_factory):
             text += "".join(each for each in characters if unicodedata.category(each) != "Cs")
         result.append(text)
     return result, documents
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    repair_torchvision()
-    return pytest.importorskip("transformers")
 
 
 def train_bpe(documents, out, **changes):

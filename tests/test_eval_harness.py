@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_launcher_hf_source import ModelSource
+from hf_folders import ModelSource
 from tiny_tasks import write_tasks
 
 from data.tokenizer import load_tokenizer

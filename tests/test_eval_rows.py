@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model_transformer import VARIANTS, build
+from models import VARIANTS, build
 
 from eval.rows import BATCH_TOKENS, IGNORED_LABEL, Row, Scorer, continuation_rows, padded_length, rows_of_batch
 from quant.config import PRESETS

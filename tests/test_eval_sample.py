@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model_transformer import TINY, build, random_tokens
+from models import TINY, build, random_tokens
 
 from data.tokenizer import load_tokenizer, train_tokenizer
 from eval.sample import choose, generate, pieces_of_text, sample_tokens

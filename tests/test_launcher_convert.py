@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command import tritrain
 from ranks import run_group
-from test_launcher_resume import run
+from runs import run
 from tiny import tiny_config, tiny_tree
-from typer.testing import CliRunner
 
 from launcher.checkpoint import complete_checkpoints
 from launcher.checkpoint_reader import CheckpointReader
-from launcher.cli import app
 from launcher.config_file import load_config
 from launcher.hf_source import HuggingFaceSource
 from launcher.metrics import read_metrics
@@ -55,15 +54,6 @@ def write_config(path: Path, tree: dict[str, Any]) -> Path:
 def train_converted(folders: list[str]) -> None:
     for folder in folders:
         assert run(load_config(Path(folder, "config.yaml"))) == "complete"
-
-
-def tritrain(*arguments: Any) -> str:
-    """Run the command in this process; what it printed."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def losses(folder: Path, after: int) -> list[float]:

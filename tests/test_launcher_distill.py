@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_group
-from test_launcher_resume import ENGINES, run
+from runs import ENGINES, run
 from test_launcher_train import CountHostReads
 from tiny import tiny_config, tiny_tree
 

@@ -12,36 +12,30 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engines import (
+    CPU,
+    ENGINES,
+    LEARNING_RATE,
+    MODEL,
+    NUM_STEPS,
+    OPTIMIZER,
+    batch,
+    build,
+    gathered,
+    shard,
+    state_of,
+    step_once,
+)
 from ranks import run_group
 from torch import Tensor, nn
 
-from launcher.engine import Engine, EngineConfig, load_weights
-from launcher.fsdp import FSDPEngine
-from launcher.optim import OptimizerConfig, parameter_groups
-from launcher.zero import ZeroEngine
+from launcher.engine import load_weights
+from launcher.optim import parameter_groups
 from model.init import initial_value, initialize_
-from model.transformer import ModelConfig, Transformer
+from model.transformer import Transformer
 from quant.config import QuantConfig
 from quant.linear import quantize_, quantized_layers
 from quant.rounding import quantize_weight
-
-# Rows that neither 2 nor 3 ranks divide, and gradients that are clipped.
-MODEL = ModelConfig(
-    vocab_size=257, hidden_size=66, num_layers=2, num_heads=3, num_kv_heads=1, intermediate_size=101, sub_norm=True,
-    max_sequence_length=32,
-)  # fmt: skip
-OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.5)
-LEARNING_RATE, NUM_STEPS, NUM_SEQUENCES, NUM_MICRO_BATCHES = 3e-3, 20, 8, 2
-ENGINES = ("fsdp2", "zero-0", "zero-1", "zero-2", "zero-3")
-CPU = torch.device("cpu")
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    starts = torch.randint(0, 257, (NUM_SEQUENCES, 1), generator=generator)
-    steps = torch.randint(1, 4, (NUM_SEQUENCES, 32), generator=generator)
-    tokens = torch.cat([starts, starts + steps.cumsum(1)], 1) % 257
-    return tokens[:, :-1], tokens[:, 1:]
 
 
 def plain_run(
@@ -88,60 +82,6 @@ def watch_codes(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     for name, layer in quantized_layers(model).items():
         layer.register_forward_pre_hook(look(name))
     return seen
-
-
-def build(name: str, dtype: torch.dtype) -> Engine:
-    with torch.device("meta"):
-        model = Transformer(MODEL)
-    return shard(model, name, dtype)
-
-
-def shard(model: Transformer, name: str, dtype: torch.dtype) -> Engine:
-    if name == "fsdp2":
-        blocks = list(model.model.layers)
-        engine: Engine = FSDPEngine(
-            model, blocks, optimizer=OPTIMIZER, config=EngineConfig(), compute_dtype=dtype, device=CPU
-        )
-    else:
-        engine = ZeroEngine(
-            model,
-            optimizer=OPTIMIZER,
-            config=EngineConfig(name="deepspeed", zero_stage=int(name[-1])),  # type: ignore[arg-type]
-            compute_dtype=dtype,
-            device=CPU,
-            micro_batch_sequences=NUM_SEQUENCES // dist.get_world_size() // NUM_MICRO_BATCHES,
-            num_micro_batches=NUM_MICRO_BATCHES,
-        )
-    list(engine.shards())  # looking at the state before the first step must not move Adam to step 1
-    load_weights(engine, lambda name, shape: initial_value(name, shape, MODEL, 0))
-    return engine
-
-
-def step_once(engine: Engine, step: int, poison: float = 1.0) -> tuple[float, float, float]:
-    """One step on this rank's part of the batch; returns the mean loss of all ranks, gradient norm and skipped."""
-    tokens, labels = batch(step)
-    rank, size = dist.get_rank(), NUM_SEQUENCES // dist.get_world_size() // NUM_MICRO_BATCHES
-    total = torch.zeros(())
-    for index in range(NUM_MICRO_BATCHES):
-        rows = slice((rank * NUM_MICRO_BATCHES + index) * size, (rank * NUM_MICRO_BATCHES + index + 1) * size)
-        loss = engine.forward(tokens[rows], labels[rows]) / NUM_MICRO_BATCHES
-        engine.backward(loss * poison, last=index == NUM_MICRO_BATCHES - 1)
-        total = total + loss.detach()
-    norm, skipped = engine.step(LEARNING_RATE)
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size(), norm.item(), skipped.item()
-
-
-def gathered(engine: Engine, kind: str) -> dict[str, Tensor]:
-    """Whole tensors from all ranks' shards, on every rank."""
-    mine = [(s.name, s.shape, s.start, s.tensors[kind].clone()) for s in engine.shards() if s.primary]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    whole: dict[str, Tensor] = {}
-    for name, shape, start, values in (piece for pieces in everyone for piece in pieces):
-        flat = whole.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype)).view(-1)
-        flat[start : start + len(values)] = values
-    return whole
 
 
 def engine_run(name: str, dtype: torch.dtype, *, quantized: bool, num_steps: int = NUM_STEPS) -> dict[str, Any]:
@@ -261,14 +201,6 @@ def test_initial_weights_are_bitwise_the_same_on_any_number_of_ranks(world_size:
     for name, weights in run_group(world_size, initial_weights)[0].items():
         for parameter, value in plain.named_parameters():
             assert torch.equal(weights[parameter], value), f"{name}: {parameter}"
-
-
-def state_of(engine: Engine) -> dict[str, Tensor]:
-    state = {}
-    for shard in engine.shards():
-        state |= {f"{kind}/{shard.name}": tensor.clone() for kind, tensor in shard.tensors.items()}
-        state[f"step/{shard.name}"] = shard.step.clone()
-    return state
 
 
 def skipped_steps() -> dict[str, Any]:

@@ -7,56 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from test_launcher_hf_source import ModelSource
-from test_model_transformer import VARIANTS, build
-from tiny import tiny_config
+from exports import ternary_config, write_checkpoint
+from hf_folders import ModelSource
+from models import VARIANTS, build
 
-from launcher.checkpoint import CheckpointWriter, folder_of
-from launcher.config import Config
-from launcher.config_file import to_tree
-from launcher.convert import write_streamed
 from launcher.export import open_exportable
 from launcher.export_codes import CodedMatrices
 from launcher.rollback import Rollback, write_rollbacks
 from launcher.source import CheckpointError
-from model.transformer import ModelConfig, Transformer
+from model.transformer import Transformer
 from quant.config import PRESETS, QuantConfig
 from quant.linear import add_learned_scales_, quantize_, quantized_layers
 from quant.rounding import dequantize
-
-
-def write_checkpoint(config: Config, model: torch.nn.Module, *, step: int, phase: int) -> Path:
-    """A run's folder with one checkpoint, as training leaves it, without training."""
-    run = config.run.path
-    writer = CheckpointWriter(folder_of(run / "checkpoints", step))
-    writer.begin()
-    files = write_streamed(writer, ModelSource(model))
-    text = yaml.safe_dump(to_tree(config))
-    progress = {"step": step, "phase": phase, "skipped_steps": 0}
-    counters = {"step": step, "tokens": step * 256, "progress": progress, "data_fingerprint": None}
-    writer.finish(files, text, counters, milestone=True, has_moments=False)
-    (run / "config.yaml").write_text(text)
-    return writer.final
-
-
-def model_tree(model: ModelConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(model).items() if value is not None}
-
-
-def ternary_config(
-    shards: Path, run: Path, model: ModelConfig, quantization: dict[str, Any] | None = None, **transition: Any
-) -> Config:
-    """A run of 4 steps in 16 bits and 4 ternary ones."""
-    ternary: dict[str, Any] = {"precision": "ternary", "steps": 4, "transition": transition}
-    if quantization:
-        ternary["quantization"] = quantization
-    return tiny_config(
-        shards,
-        run,
-        model={**model_tree(model), "max_sequence_length": 128},
-        phases=[{"precision": "16-bit", "steps": 4}, ternary],
-    )
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from ranks import run_group
-from test_launcher_resume import run
+from runs import run
 from tiny import tiny_config
 
 from launcher.checkpoint import CheckpointWriter, complete_checkpoints
@@ -16,7 +16,7 @@ from launcher.checkpoint_reader import CheckpointReader
 from launcher.metrics import LogError, MetricsLog, read_metrics
 from launcher.pretrain import USER_ERRORS
 from launcher.source import CheckpointError
-from launcher.train import TrainingError
+from launcher.step import TrainingError
 
 
 def fill_disk_at(step: int, rank: int) -> None:

@@ -17,7 +17,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_group
-from test_launcher_resume import run
+from runs import run
 from tiny import tiny_config
 
 from launcher.checkpoint import manifest_digest

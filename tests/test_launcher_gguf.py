@@ -11,46 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_data_tokenizer import TEXTS
-from test_launcher_convert import tritrain
-from test_launcher_export import ternary_config, write_checkpoint
+from command import tritrain
+from exports import ternary_config, write_checkpoint
+from gguf_files import changed, export, narrow, random_model
+from texts import TEXTS
 
 from data.errors import DataError
 from data.gguf_vocabulary import gguf_vocabulary
 from data.tokenizer import train_tokenizer
 from launcher.config import Config, ConfigError
-from launcher.export import open_exportable
-from launcher.gguf_export import export_gguf
 from launcher.source import CheckpointError
 from model.gguf import ARCHITECTURES, gguf_architecture, gguf_metadata, gguf_name, gguf_rows
-from model.hf import FAMILIES, TRAITS
 from model.size import parameter_shapes
 from model.transformer import ModelConfig, Transformer, rotary_tables, rotate
-from quant.gguf import TERNARY_TYPES, BlockType
 from quant.linear import add_learned_scales_, quantize_, quantized_layers
 
 gguf = pytest.importorskip("gguf")
-
-
-def narrow(family: str = "llama", **changes: Any) -> ModelConfig:
-    """The smallest model of a family whose rows are whole blocks."""
-    sizes = {
-        "vocab_size": 384,
-        "hidden_size": 256,
-        "num_layers": 1,
-        "num_heads": 4,
-        "num_kv_heads": 4,
-        "intermediate_size": 256,
-    }
-    return ModelConfig(**sizes | dict(zip(TRAITS, FAMILIES[family], strict=True)) | changes)
-
-
-def random_model(config: ModelConfig, std: float = 0.05) -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(config)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=std)
-    return model
 
 
 @pytest.fixture
@@ -72,12 +48,6 @@ def checkpoint(shards: Path, tmp_path: Path) -> Callable[..., tuple[Transformer,
         return made, tmp_path / "run"
 
     return make
-
-
-def export(run: Path, to: Path, into: BlockType = "tq2_0", **options: Any) -> str:
-    opened = open_exportable(str(run), ternary=into in TERNARY_TYPES)
-    assert opened.tokenizer is not None
-    return export_gguf(opened, to, into=into, tokenizer=opened.tokenizer, **options)
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -347,16 +317,6 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> 
     library.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match=r"tokenizer\.json: GGUF files are written with SentencePiece"):
         gguf_vocabulary(tmp_path / "tokenizer.json", 400)
-
-
-def changed(path: Path, section: str, **values: Any) -> Path:
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-    model = ModelProto.FromString(path.read_bytes())
-    for name, value in values.items():
-        setattr(getattr(model, section), name, value)
-    path.write_bytes(model.SerializeToString())
-    return path
 
 
 def test_normalisation_is_refused_and_a_prefix_kept(tmp_path: Path) -> None:

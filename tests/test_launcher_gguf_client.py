@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_data_tokenizer import SPECIAL, TEXTS
-from test_launcher_export import ternary_config, write_checkpoint
-from test_launcher_gguf import changed, export, narrow, random_model
+from exports import ternary_config, write_checkpoint
+from gguf_files import changed, export, narrow, random_model
+from texts import SPECIAL, TEXTS
 
 import launcher.gguf_export
 from data.tokenizer import SPACE_MARK, load_tokenizer, train_tokenizer

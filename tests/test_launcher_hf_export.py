@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from command import tritrain
+from exports import ternary_config, write_checkpoint
+from hf_folders import ModelSource
+from models import FAMILIES, TINY, build, random_tokens
 from safetensors.torch import load_file
-from test_launcher_convert import tritrain
-from test_launcher_export import ternary_config, write_checkpoint
-from test_launcher_hf_source import ModelSource
-from test_model_hf import FAMILIES
-from test_model_transformer import TINY, build, random_tokens
 
 from data.errors import DataError
 from data.tokenizer import load_tokenizer

@@ -2,30 +2,18 @@
 
 import pytest
 import torch
+from hf_folders import edit_config, load, our_logits, pack_folder, whole, write_variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import random_tokens
 from safetensors.torch import load_file, save_file
-from test_launcher_hf_source import edit_config, load, our_logits, whole, write_variant
-from test_model_transformer import random_tokens
 
-from data.torchvision_repair import repair_torchvision
 from launcher.hf_source import HuggingFaceSource
 from launcher.source import CheckpointError
-from quant.codes import pack, unpack
+from quant.codes import unpack
 from quant.config import QuantConfig
 from quant.linear import quantize_
 from quant.rounding import quantize_weight
-
-
-def pack_folder(folder, linear_class, **quantization):
-    """Put packed codes in the place of a folder's projections, in the convention of one of the linear classes."""
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        codes_OI, scale = quantize_weight(tensors[name])
-        tensors[name] = pack(codes_OI)
-        tensors[f"{name}_scale"] = (scale if linear_class == "autobitlinear" else 1 / scale).reshape(1)
-    save_file(tensors, folder / "model.safetensors")
-    edit_config(folder, quantization_config={"quant_method": "bitnet", "linear_class": linear_class, **quantization})
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +44,6 @@ def test_any_range_is_that_of_the_whole(folders, data):
     assert torch.equal(source.read("weight", name, start, length), weights[name][start : start + length])
     with pytest.raises(CheckpointError, match=f"{name} holds {len(weights[name])}"):
         source.read("weight", name, start, len(weights[name]) - start + 1)
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    repair_torchvision()
-    return pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])

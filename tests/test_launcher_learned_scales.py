@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_group
-from test_launcher_resume import ENGINES, run
+from runs import ENGINES, run
 from tiny import tiny_config
 
 from launcher.checkpoint_reader import CheckpointReader

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from hf_folders import ModelSource, edit_config, load, pack_folder, whole, write_variant
+from models import VARIANTS, random_tokens
 from ranks import run_group
-from test_launcher_hf_packed import pack_folder
-from test_launcher_hf_source import ModelSource, edit_config, load, whole, write_variant
-from test_launcher_resume import run
-from test_model_transformer import VARIANTS, random_tokens
+from runs import run
 from tiny import tiny_config
 from torch import nn
 from typer.testing import CliRunner

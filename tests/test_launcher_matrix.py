@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engines import LEARNING_RATE, OPTIMIZER
 from ranks import run_group
-from test_launcher_engines import LEARNING_RATE, OPTIMIZER
 from torch import Tensor
 
 from launcher.checkpoint import folder_of

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hf_folders import edit_config, load, pack_folder, write_variant
 from ranks import run_group
-from test_launcher_hf_packed import pack_folder
-from test_launcher_hf_source import edit_config, load, write_variant
-from test_launcher_resume import run as train_run
+from runs import run as train_run
 from tiny import tiny_config
 from tiny_tasks import NUM_EXAMPLES, write_tasks
 

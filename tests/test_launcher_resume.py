@@ -2,55 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_group
+from runs import ENGINES, run
 from safetensors.torch import load_file
 from tiny import tiny_config
 
-from launcher.config import Config
-from launcher.console import Console
 from launcher.metrics import read_metrics
-from launcher.plan import make_plan
-from launcher.run_folder import RunFolder
-from launcher.runtime import Ranks
-from launcher.stopping import StopRequest
-from launcher.train import train
-
-ENGINES: dict[str, dict[str, Any]] = {
-    "fsdp2": {"name": "fsdp2"},
-    "fsdp2-keep-gathered": {"name": "fsdp2", "reshard_after_forward": False},
-    "hsdp": {"name": "fsdp2", "replicas": 2},
-    "fsdp2-offload": {"name": "fsdp2", "offload": "all"},
-    **{f"zero-{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)},
-    "zero-2-offload": {"name": "deepspeed", "zero_stage": 2, "offload": "optimizer"},
-    "zero-3-offload": {"name": "deepspeed", "zero_stage": 3, "offload": "all"},
-}
-
-
-class StopAfter(StopRequest):
-    """Asks for a stop at the end of the n-th step from now."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.steps = steps
-
-    def agree(self, ranks: Ranks) -> tuple[bool, bool]:
-        self.steps -= 1
-        return self.steps <= 0, False
-
-
-def run(config: Config, steps: int = 10**6) -> str:
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
-    folder = RunFolder(config)
-    plan = make_plan(config, ranks.world_size)
-    if ranks.is_first:
-        folder.prepare([phase.end - phase.start for phase in plan.phases])
-    dist.barrier()
-    return train(plan, ranks, folder, StopAfter(steps), Console(silent=True))
 
 
 def whole_and_in_pieces(shards: str, out: str, engines: list[str], dtype: str, pieces: list[int]) -> None:

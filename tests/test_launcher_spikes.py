@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engines import CPU, ENGINES, build, state_of, step_once
 from ranks import run_group
+from runs import ENGINES as ENGINE_CONFIGS
+from runs import StopAfter
 from safetensors.torch import load_file
-from test_launcher_engines import CPU, ENGINES, build, state_of, step_once
-from test_launcher_resume import ENGINES as ENGINE_CONFIGS
-from test_launcher_resume import StopAfter
 from tiny import tiny_config
 
 from launcher.checkpoint import complete_checkpoints

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from engines import build, state_of, step_once
 from ranks import run_group
-from test_launcher_engines import build, state_of, step_once
-from test_launcher_resume import ENGINES, run
+from runs import ENGINES, run
 from tiny import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 

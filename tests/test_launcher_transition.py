@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engines import CPU, ENGINES, LEARNING_RATE, MODEL, NUM_SEQUENCES, OPTIMIZER, batch, gathered
 from ranks import run_group
+from runs import ENGINES as ENGINE_CONFIGS
+from runs import run
 from safetensors.torch import load_file
-from test_launcher_engines import CPU, ENGINES, LEARNING_RATE, MODEL, NUM_SEQUENCES, OPTIMIZER, batch, gathered
-from test_launcher_resume import ENGINES as ENGINE_CONFIGS
-from test_launcher_resume import run
 from tiny import tiny_config
 from torch import Tensor, nn
 

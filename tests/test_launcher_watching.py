@@ -27,7 +27,7 @@ NAMES = ["rank 0 (process 10 on a)", "rank 1 (process 11 on a)", "rank 2 (proces
 def seen(rank: int, **changed: Any) -> dict[str, Any]:
     """A rank's report of a hang: it waits in its 40th collective."""
     return {
-        "rank": rank, "step": 7, "doing": "train", "seconds": 300.0, "where": "train_step (launcher/train.py:1)",
+        "rank": rank, "step": 7, "doing": "train", "seconds": 300.0, "where": "train_step (launcher/step.py:1)",
         "entered": {"0": 40, "saver": 3}, "waiting": "gloo:all_reduce",
     } | changed  # fmt: skip
 

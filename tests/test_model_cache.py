@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_model_transformer import TINY, VARIANTS, build, random_tokens
+from models import TINY, VARIANTS, build, random_tokens
 
 from eval.sample import generate
 from quant.config import BITNET

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model_transformer import VARIANTS
+from models import FAMILIES, VARIANTS
 
-from data.torchvision_repair import repair_torchvision
 from model.hf import FIELD_KEYS, config_from_hf, config_to_hf
 from model.size import num_parameters
 from model.transformer import ModelConfig
@@ -21,13 +20,6 @@ NEEDED_KEYS = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-FAMILIES = {name: config for name, config in VARIANTS.items() if name != "no-family"}
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    repair_torchvision()
-    return pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)

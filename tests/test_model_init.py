@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model_transformer import TINY, VARIANTS, every_variant
+from models import TINY, VARIANTS, every_variant
 from torch import nn
 
 from model.init import initial_value, initialize_

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_model_transformer import VARIANTS, build, every_variant, random_tokens
+from models import VARIANTS, build, every_variant, random_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode

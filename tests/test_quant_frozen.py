@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model_transformer import TINY, build, random_tokens
+from models import TINY, build, random_tokens
 from torch import nn
 
 from quant.config import BITNET, PRESETS, QuantConfig

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_group
+from runs import run
 from safetensors.torch import load_file
-from test_launcher_resume import run
 from tiny import tiny_config
 from torch import Tensor
 

@@ -7,62 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from layers import I, O, bf16_normal, build_layer, outputs_and_gradients, preset
 from torch import nn
 
 from model.init import initialize_
 from model.transformer import ModelConfig, Transformer
-from quant.config import PRESETS, SCALES_OF_LEVELS, QuantConfig
+from quant.config import PRESETS, QuantConfig
 from quant.hadamard import rotate
 from quant.linear import add_learned_scales_, quantize_, set_strength_
-from quant.rounding import (
-    GAUSSIAN_CLIP,
-    LARGEST_CODE,
-    bf16_values,
-    dequantize,
-    first_alpha,
-    quantize_weight,
-    weight_gradients,
-)
-
-I, O = 64, 24  # noqa: E741
-
-
-def bf16_normal(*shape, seed=0, size=1.0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size).bfloat16().float()
-
-
-def build_layer(config, bias=False, alpha=None):
-    layer = nn.Linear(I, O, bias=bias)
-    with torch.no_grad():
-        layer.weight.copy_(bf16_normal(O, I, size=0.02))
-        if bias:
-            layer.bias.copy_(bf16_normal(O, seed=1))
-    model = nn.ModuleDict({"down_proj": layer})
-    if config.learned:
-        add_learned_scales_(model, config)
-        with torch.no_grad():
-            largest = layer.weight.abs().amax(1)
-            layer.weight_scale.copy_(first_alpha(largest, config.levels) if alpha is None else alpha)
-    quantize_(model, config)
-    return layer
-
-
-def outputs_and_gradients(layer, x):
-    x = x.clone().requires_grad_()
-    y = layer(x)
-    y.backward(bf16_normal(*y.shape, seed=7))
-    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    return {"y": y.detach(), "x": x.grad} | gradients
-
-
-def preset(name, **keys):
-    return QuantConfig(**(vars(PRESETS[name]) | {"include": ""} | keys))
+from quant.rounding import bf16_values, first_alpha, quantize_weight
 
 
 def test_every_preset_is_valid_and_named():
@@ -216,183 +172,6 @@ def test_learned_scales_follow_the_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-
-
-# Scales
-
-
-def gaussian_mse(levels, clip):
-    """Relative squared error of a symmetric uniform quantizer on a standard normal variable, by integration."""
-    x = np.linspace(-8, 8, 160_001)
-    density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-    largest = LARGEST_CODE[levels]
-    codes = np.arange(-largest, largest + 1, 1 if levels == "ternary" else 2)
-    distances = np.abs(x[:, None] - codes * clip / largest)
-    return float((distances.min(1) ** 2 * density).sum() * (x[1] - x[0]))
-
-
-@pytest.mark.parametrize("levels", list(GAUSSIAN_CLIP))
-def test_gaussian_levels_have_the_least_error(levels):
-    best = gaussian_mse(levels, GAUSSIAN_CLIP[levels])
-    for factor in (0.99, 1.01):
-        assert gaussian_mse(levels, GAUSSIAN_CLIP[levels] * factor) > best
-
-
-@pytest.mark.parametrize(
-    ("weights", "error", "zeros"),
-    [("absmedian", 0.318, 0.26), ("absmean", 0.263, 0.31), ("gaussian", 0.190, 0.46), ("twn", 0.192, 0.42)],
-)
-def test_errors_and_zeros_on_a_gaussian(weights, error, zeros):
-    """Relative squared error and share of zeros, as integration gives them."""
-    weight = bf16_normal(512, 2048, seed=1)
-    codes, level = quantize_weight(weight, QuantConfig(weights=weights))
-    relative = (dequantize(codes, level) - weight).square().sum() / weight.square().sum()
-    assert relative.item() == pytest.approx(error, abs=0.003)
-    assert (codes == 0).float().mean().item() == pytest.approx(zeros, abs=0.007)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.sampled_from([(levels, scale) for levels, scales in SCALES_OF_LEVELS.items() for scale in scales]),
-    st.sampled_from(["matrix", "row", "group"]),
-    st.integers(0, 1000),
-)
-def test_each_code_is_the_nearest_level(kind, granularity, seed):
-    """No other level is nearer; but for TWN, whose threshold is its own, and learned levels, which are no statistic."""
-    levels, scale = kind
-    if scale in ("learned", "twn"):
-        return
-    config = QuantConfig(levels=levels, weights=scale, granularity=granularity, group_size=8)
-    weight = bf16_normal(6, 16, seed=seed)
-    codes, level = quantize_weight(weight, config)
-    grid = torch.arange(-LARGEST_CODE[levels], LARGEST_CODE[levels] + 1, 1 if levels == "ternary" else 2)
-    assert torch.isin(codes, grid.float()).all()
-    step = dequantize(torch.ones_like(weight), level)
-    nearest = (weight[..., None] - step[..., None] * grid).abs().min(-1).values
-    assert ((weight - codes * step).abs() <= nearest + 1e-6 * step).all()
-
-
-def test_twn_has_the_threshold_and_the_level_of_its_paper():
-    weight = bf16_normal(8, 32, seed=2)
-    codes, level = quantize_weight(weight, QuantConfig(weights="twn"))
-    beyond = weight.abs() > 0.7 * weight.abs().mean()
-    assert torch.equal(codes, weight.sign() * beyond)
-    torch.testing.assert_close(level, weight.abs()[beyond].mean().view(1, 1))
-    for other in (0.99, 1.01):  # least squares
-        error, worse = ((codes * level * factor - weight).square().sum() for factor in (1.0, other))
-        assert worse > error
-
-
-def test_a_scale_does_not_depend_on_the_number_of_threads():
-    weight = bf16_normal(512, 1024, seed=3)
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            found.append([quantize_weight(weight, QuantConfig(weights=w))[1] for w in ("absmean", "gaussian", "twn")])
-    finally:
-        torch.set_num_threads(threads)
-    assert found[0] == found[1] == found[2]
-
-
-def test_groups_are_quantized_each_alone():
-    weight = bf16_normal(6, 16, seed=5)
-    config = QuantConfig(granularity="group", group_size=4)
-    codes, level = quantize_weight(weight, config)
-    for row in range(6):
-        for group in range(4):
-            part = weight[row, 4 * group : 4 * group + 4]
-            alone_codes, alone_level = quantize_weight(part[None], QuantConfig())
-            assert torch.equal(codes[row, 4 * group : 4 * group + 4], alone_codes[0])
-            assert level[row, group] == alone_level
-
-
-# Gradients of rounding
-
-
-@pytest.mark.parametrize("levels", ["ternary", "binary", "int2", "int4"])
-def test_gradients_stop_where_they_should(levels):
-    weight = bf16_normal(4, 64, seed=6, size=2.0)
-    config = QuantConfig(levels=levels, weights="gaussian")
-    codes, level = quantize_weight(weight, config)
-    ones = torch.ones_like(weight)
-    outermost = LARGEST_CODE[levels] * level
-    half_step = level * (0.5 if levels == "ternary" else 1.0)
-    expected = {
-        "identity": ones.bool(),
-        "clipped": weight.abs() <= outermost,
-        "trust": (codes * level - weight).abs() <= half_step * (1 + 1e-6),
-    }
-    for gradient, passes in expected.items():
-        config = QuantConfig(levels=levels, weights="gaussian", gradient=gradient)
-        assert torch.equal(weight_gradients(ones, weight, codes, level, config)[0], passes.float())
-    assert expected["clipped"].sum() < expected["trust"].sum() < ones.numel()
-
-
-@pytest.mark.parametrize("name", ["bitnet-b1.58", "bitnet-v2", "quest", "nielsen-2025"])
-def test_gradients_of_a_ramp_meet_those_of_full_strength(name):
-    """Just below strength 1 everything is as at 1, up to the rounding of the blend."""
-    layer, x = build_layer(preset(name)), bf16_normal(9, I, seed=8)
-    full = outputs_and_gradients(layer, x)
-    layer.zero_grad()
-    set_strength_(layer, 1 - 2**-22)
-    almost = outputs_and_gradients(layer, x)
-    for key in full:
-        torch.testing.assert_close(almost[key], full[key], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", list(PRESETS))
-def test_strength_0_is_the_plain_layer_for_every_recipe(name):
-    layer, x = build_layer(preset(name), bias=True), bf16_normal(9, I, seed=8)
-    set_strength_(layer, 0.0)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-
-
-@pytest.mark.parametrize("gradient", ["clipped", "trust"])
-def test_gradcheck_on_a_smooth_surrogate(gradient):
-    """With rounding replaced by its straight-through line, the backward pass is the derivative of the forward pass."""
-    config = QuantConfig(include="", gradient=gradient, weights="gaussian", granularity="row", activations="none")
-    weight = bf16_normal(5, 8, seed=9).double().requires_grad_()
-    codes, level = quantize_weight(weight.detach(), config)
-    slope, _ = weight_gradients(torch.ones_like(codes), weight.detach(), codes, level, config)
-    constant = dequantize(codes, level).double() - slope.double() * weight.detach()
-    x = bf16_normal(3, 8, seed=10).double().requires_grad_()
-
-    def surrogate(x, weight):
-        return x @ (constant + slope * weight).T
-
-    assert torch.autograd.gradcheck(surrogate, (x, weight))
-    expected = torch.autograd.grad(surrogate(x, weight).sum(), (x, weight))
-    layer = nn.Linear(8, 5, bias=False).double()
-    layer.weight.data.copy_(weight.data)
-    quantize_(layer, config)
-    ours = torch.autograd.grad(layer(x).sum(), (x, layer.weight))
-    for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-def test_alphas_gradient_is_the_slope_of_the_loss():
-    """Against finite differences, where the result is a line in alpha: weights clipped on both sides."""
-    config = preset("paretoq", levels="int3")
-    weight = bf16_normal(O, I, size=0.02)
-    alpha = bf16_values(weight.abs().amax(1) / 64)  # nearly everything is clipped
-    layer, x = build_layer(config, alpha=alpha), bf16_normal(7, I, seed=4)
-    grad_y = bf16_normal(7, O, seed=7)
-    ours = outputs_and_gradients(layer, x)["weight_scale"] * math.sqrt(O * I * 3)
-
-    def loss(alpha_O):
-        codes = (weight / alpha[:, None]).round().clamp(-4, 3)
-        beyond = codes != weight / alpha[:, None]
-        assert beyond.float().mean() > 0.8
-        return ((x @ (codes * alpha_O[:, None]).T) * grad_y).sum()
-
-    differences = torch.stack([(loss(alpha + e) - loss(alpha - e)) / 2e-4 for e in torch.eye(O) * 1e-4])
-    in_codes = weight / alpha[:, None]
-    inside = (in_codes >= -4) & (in_codes <= 3)
-    # Inside the clip LSQ's term is code - weight / alpha, in place of the code.
-    correction = -(inside * in_codes * (grad_y.T @ x)).sum(1)
-    torch.testing.assert_close(ours, differences + correction, rtol=2e-2, atol=2e-2)
 
 
 # Rotation, dead zone, fused scales

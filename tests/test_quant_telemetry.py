@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engines import NUM_MICRO_BATCHES, NUM_SEQUENCES, batch, build
 from ranks import run_group
+from runs import ENGINES, run
 from safetensors.torch import load_file
-from test_launcher_engines import NUM_MICRO_BATCHES, NUM_SEQUENCES, batch, build
-from test_launcher_resume import ENGINES, run
 from tiny import tiny_config
 from torch import Tensor, nn
 

@@ -1,0 +1,110 @@
+"""`tritrain convert`: into a run that begins with a checkpoint, or into another format."""
+
+import json
+from pathlib import Path
+
+from launcher.build import COMPUTE_DTYPES
+from launcher.config import ConfigError
+from launcher.config_file import load_config
+from launcher.console import Console
+from launcher.convert import convert_to_hf, convert_to_run, not_carried, preview, starting_phase, write_provenance
+from launcher.deepspeed_universal import write_universal
+from launcher.start_from import check_sound, open_source
+
+OTHER_FORMATS = ("universal", "hf")
+
+
+def convert_into_run(
+    source: str,
+    to: Path,
+    config: Path | None,
+    overrides: list[str],
+    console: Console,
+    *,
+    phase: int | None,
+    optimizer: str | None,
+    dry_run: bool,
+) -> None:
+    """Make a run's folder, or say for every tensor what would happen.
+
+    Args:
+        source: what `launcher.start_from.open_source` opens.
+        to: the run's folder.
+        config: of the run; it needs one.
+        overrides: `key.sub=value`.
+        console: where to say what is done.
+        phase: to begin in; None takes the one that begins where a checkpoint of ours stands, else the first.
+        optimizer: what becomes of Adam's state; None leaves it to the configuration.
+        dry_run: whether to say it alone.
+
+    Raises:
+        ConfigError: the configuration is missing or wrong, or the folder holds a run already.
+        CheckpointError: the source is unknown or damaged, or does not fit.
+    """
+    if config is None:
+        raise ConfigError("--config: is missing; a run needs its configuration")
+    changes = [*overrides, f"run.folder={json.dumps(str(to))}", f"checkpoint.start_from={json.dumps(source)}"]
+    opened = open_source(source)
+    begins = starting_phase(load_config(config, changes), opened) if phase is None else phase
+    changes.append(f"checkpoint.start_phase={begins}")
+    if optimizer is not None:
+        changes.append(f"phases.{begins}.transition.optimizer={optimizer}")
+    parsed = load_config(config, changes)
+    console.line(f"{opened.location} to {to}, before phase {begins} ({parsed.phases[begins].precision})")
+    for sentence in opened.missing:
+        console.line(f"  {sentence}")
+    if dry_run:
+        console.aligned([["tensor", "shape", "weight", "moments"], *preview(parsed)])
+        return
+    made = convert_to_run(parsed)
+    console.line(f"Written: {made}. Train it: tritrain train {to / 'config.yaml'}")
+
+
+def convert_into_format(
+    source: str,
+    to: Path,
+    config: Path | None,
+    overrides: list[str],
+    console: Console,
+    *,
+    into: str,
+    dtype: str,
+    dry_run: bool,
+) -> None:
+    """Write a folder of another format, or say which tensors it would hold.
+
+    Args:
+        source: what `launcher.start_from.open_source` opens.
+        to: the folder; must not be there.
+        config: says what the model is where the source does not.
+        overrides: `key.sub=value`.
+        console: where to say what is done.
+        into: `universal` or `hf`.
+        dtype: of the weights in ``hf``: `bf16` or `fp32`.
+        dry_run: whether to say it alone.
+
+    Raises:
+        ConfigError: an option or the configuration is missing or wrong, or the folder is there.
+        CheckpointError: the source is unknown or damaged, or the folder cannot be written.
+    """
+    if into not in OTHER_FORMATS:
+        raise ConfigError(f"--format {into}: run, {' and '.join(OTHER_FORMATS)} are there")
+    if dtype not in COMPUTE_DTYPES:
+        raise ConfigError(f"--dtype {dtype}: {' and '.join(COMPUTE_DTYPES)} are there")
+    opened = open_source(source)
+    given = load_config(config, overrides) if config else None
+    for sentence in [*opened.missing, *not_carried(opened, into)]:
+        console.line(f"  {sentence}")
+    if dry_run:
+        rows = [[name, " x ".join(map(str, shape))] for name, shape in opened.shapes.items()]
+        console.aligned([["tensor", "shape"], *rows])
+        return
+    if to.exists():
+        raise ConfigError(f"{to}: is there already; name a folder that is not")
+    if into == "hf":
+        convert_to_hf(opened, given, to, COMPUTE_DTYPES[dtype])
+    else:
+        check_sound(opened)
+        write_universal(opened, to)
+    write_provenance(to, opened)
+    console.line(f"Written: {to}")

@@ -1,0 +1,230 @@
+"""What a configuration may not combine, and how all its problems are told at once."""
+
+import pytest
+from minimal import only_problem, problems, tree
+
+from launcher.config import ConfigError
+from launcher.config_file import parse_config
+
+# Rules
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "said"),
+    [
+        (["training.global_batch_tokens=32"], "training.global_batch_sequences", "give exactly one of"),
+        (["training.global_batch_sequences=null"], "training.global_batch_sequences", "give exactly one of"),
+        (["training.total_steps=5", "training.total_tokens=9"], "training.total_steps", "give at most one of"),
+        (["training.micro_batch_sequences=0"], "training.micro_batch_sequences", "is 0; must be 1 or more"),
+        (["training.global_batch_sequences=0"], "training.global_batch_sequences", "is 0; must be 1 or more"),
+        (["training.total_steps=0"], "training.total_steps", "is 0; must be 1 or more"),
+        (["training.total_tokens=-1"], "training.total_tokens", "is -1; must be 1 or more"),
+        (["training.max_skipped_steps=0"], "training.max_skipped_steps", "is 0; must be 1 or more"),
+        (["phases.0.tokens=5"], "phases.0.steps", "give exactly one of steps, tokens and fraction, not steps and tok"),
+        (["phases.0.steps=null"], "phases.0.steps", "give exactly one of steps, tokens and fraction, not none"),
+        (["phases.0.steps=0"], "phases.0.steps", "is 0; must be 1 or more"),
+        (["phases.0.steps=null", "phases.0.tokens=0"], "phases.0.tokens", "is 0; must be 1 or more"),
+        (["phases.0.steps=null", "phases.0.fraction=1.5", "training.total_steps=9"], "phases.0.fraction", "is 1.5;"),
+        (["phases.0.steps=null", "phases.0.fraction=0.0", "training.total_steps=9"], "phases.0.fraction", "is 0.0;"),
+        (["phases.0.quantization={}"], "phases.0.quantization", "is given for a 16-bit phase"),
+        (["phases.0.transition.ramp.steps=2"], "phases.0.transition.ramp", "is given for a 16-bit phase"),
+        (["phases.1.transition.ramp.steps=-1"], "phases.1.transition.ramp.steps", "is -1; 0 (switch at once) or more"),
+        (["phases.1.transition.rewarm_tokens=-1"], "phases.1.transition.rewarm_tokens", "is -1; must be 0 or more"),
+        (["phases.1.quantization.include=(("], "phases.1.quantization.include", "'((' is not a regular expression"),
+        (["phases.1.quantization.include=lm_head"], "phases.1.quantization.include", "'lm_head' matches no layer"),
+        (["phases=[]"], "phases", "is empty; list at least one phase"),
+        (["checkpoint.interval_steps=0"], "checkpoint.interval_steps", "is 0; must be 1 or more"),
+        (["checkpoint.keep_last=1"], "checkpoint.keep_last", "is 1; 0 (keep all) or at least 2"),
+        (["checkpoint.keep_last=-1"], "checkpoint.keep_last", "is -1; 0 (keep all) or at least 2"),
+        (["logging.interval_steps=0"], "logging.interval_steps", "is 0; must be 1 or more"),
+        (["evaluation.interval_steps=0"], "evaluation.interval_steps", "is 0; must be 1 or more"),
+        (["evaluation.sample_tokens=0"], "evaluation.sample_tokens", "is 0; must be 1 or more"),
+        (["optimizer.learning_rate=0"], "optimizer.learning_rate", "is 0.0; must be above 0"),
+        (["optimizer.eps=0"], "optimizer.eps", "is 0.0; must be above 0"),
+        (["optimizer.max_grad_norm=-1"], "optimizer.max_grad_norm", "is -1.0; must be above 0"),
+        (["optimizer.weight_decay=-1"], "optimizer.weight_decay", "is -1.0; must be 0 or more"),
+        (["optimizer.betas=[1, 0.9]"], "optimizer.betas", "is [1.0, 0.9]; both must lie in [0, 1), such as [0.9"),
+        (["schedule.warmup_steps=-1"], "schedule.warmup_steps", "is -1; must be 0 or more"),
+        (["schedule.final_fraction=1.1"], "schedule.final_fraction", "is 1.1; must lie between 0 and 1"),
+        (["schedule.decay_fraction=0"], "schedule.decay_fraction", "is 0.0; must be above 0"),
+        (["schedule.warmup_steps=3", "schedule.horizon_steps=3"], "schedule.horizon_steps", "is 3; must be above warm"),
+        (["engine.replicas=0"], "engine.replicas", "is 0; 1 (full sharding) or more"),
+        (["engine.timeout_seconds=0"], "engine.timeout_seconds", "is 0; must be 1 or more"),
+        (["watch.beat_seconds=0"], "watch.beat_seconds", "is 0; must be above 0"),
+        (["watch.lost_seconds=5"], "watch.lost_seconds", "is 5; must be 3 beats, 6, or more"),
+        (["watch.step_seconds=0"], "watch.step_seconds", "is 0; must be above 0"),
+        (["engine.name=deepspeed"], "engine.zero_stage", "is missing; engine.name deepspeed needs 0, 1, 2 or 3"),
+        (["engine.zero_stage=2"], "engine.zero_stage", "is 2; only engine.name deepspeed has stages"),
+        (["engine.deepspeed={}"], "engine.deepspeed", "is given; only engine.name deepspeed takes it"),
+        (["engine.offload=optimizer"], "engine.offload", "is optimizer; fsdp2 offloads all or none"),
+        (["model.num_heads=3"], "model.num_heads", "3 does not divide hidden_size 16"),
+        (["data.sources=[]"], "data.sources", "is empty; name at least one prepared folder"),
+        (["data.sources.0.weight=0"], "data.sources.0.weight", "0.0 is not a positive number"),
+        (["data.sequence_length=4096"], "data.sequence_length", "is 4096, beyond model.max_sequence_length 2048"),
+        (["training.micro_batch_sequences=3"], "training.micro_batch_sequences", "3 does not divide the global "
+         "batch of 4 sequences; 1, 2, 4 do"),
+        (["training.global_batch_sequences=null", "training.global_batch_tokens=20"], "training.global_batch_tokens",
+         "is 20, no multiple of data.sequence_length 8; 16 or 24 would be"),
+        (["training.global_batch_sequences=null", "training.global_batch_tokens=3"], "training.global_batch_tokens",
+         "is 3, no multiple of data.sequence_length 8; 8 would be"),
+        (["phases.0={precision: 16-bit, fraction: 0.5}"], "phases.0.fraction", "needs training.total_steps or"),
+        (["training.total_steps=10"], "training.total_steps", "does nothing, because no phase's length is a fraction"),
+        (["training.total_tokens=999"], "training.total_tokens", "does nothing, because no phase's length is a frac"),
+        (["phases.0.transition.optimizer=reset"], "phases.0.transition", "the first phase has nothing to keep"),
+        (["phases.0.transition.data=restart"], "phases.0.transition", "the first phase has nothing to keep"),
+    ],
+)  # fmt: skip
+def test_impossible_combination(overrides, path, said):
+    assert only_problem(*overrides)[0] == path
+    assert only_problem(*overrides)[1].startswith(said)
+
+
+DEEPSPEED = ["engine.name=deepspeed", "engine.zero_stage=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "said"),
+    [
+        (["engine.replicas=2"], "engine.replicas", "belongs to fsdp2"),
+        (["engine.reshard_after_forward=false"], "engine.reshard_after_forward", "belongs to fsdp2"),
+        (["engine.offload=all"], "engine.offload", "is all; only zero_stage 3 can"),
+        (["engine.zero_stage=0", "engine.offload=optimizer"], "engine.offload", "is optimizer; zero_stage 0 cannot"),
+        (["engine.deepspeed={bf16: {enabled: true}}"], "engine.deepspeed.bf16.enabled", "set training.compute_dtype"),
+        (["engine.deepspeed={optimizer: {}}"], "engine.deepspeed.optimizer", "set optimizer instead"),
+        (["engine.deepspeed={gradient_clipping: 1}"], "engine.deepspeed.gradient_clipping", "optimizer.max_grad_norm"),
+        (["engine.deepspeed={zero_optimization: {stage: 3}}"], "engine.deepspeed.zero_optimization.stage",
+         "set engine.zero_stage instead"),
+        (["engine.deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"],
+         "engine.deepspeed.zero_optimization.offload_optimizer.device", "set engine.offload instead"),
+        (["engine.deepspeed={train_batch_size: 4}"], "engine.deepspeed.train_batch_size",
+         "set training.global_batch_sequences instead"),
+    ],
+)  # fmt: skip
+def test_deepspeed_contradictions_name_our_key(overrides, path, said):
+    where, text = only_problem(*DEEPSPEED, *overrides)
+    assert where == path
+    assert said in text
+
+
+def test_deepspeed_keys_pass_through():
+    extra = "engine.deepspeed={zero_optimization: {overlap_comm: true, reduce_bucket_size: 1000}, steps_per_print: 5}"
+    config = parse_config(tree(*DEEPSPEED, extra))
+    assert config.engine.deepspeed == {
+        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 1000},
+        "steps_per_print": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "include", "matches"),
+    [
+        ("model.tie_embeddings=false", "lm_head", True),
+        ("model.tie_embeddings=true", "lm_head", False),
+        ("model.sub_norm=true", "down_proj", True),
+        ("model.sub_norm=true", "nothing", False),
+    ],
+)
+def test_pattern_must_match_a_layer(model, include, matches):
+    overrides = (model, f"phases.1.quantization.include={include}")
+    if matches:
+        parse_config(tree(*overrides))
+    else:
+        assert only_problem(*overrides)[0] == "phases.1.quantization.include"
+
+
+def test_fractions_are_of_one_run():
+    both = ["training.total_steps=10", "phases.0.steps=null", "phases.1.steps=null", "phases.0.fraction=0.7"]
+    parse_config(tree(*both, "phases.1.fraction=0.3"))
+    parse_config(tree(*both, "phases.1.fraction=0.1"))
+    assert only_problem(*both, "phases.1.fraction=0.4") == (
+        "phases",
+        "have fractions of 1.1 in sum; 1 is the whole run",
+    )
+
+
+def test_first_phase_may_have_a_ramp_or_a_start():
+    first = ["phases.0={precision: ternary, steps: 4, transition: {ramp: {steps: 2}}}"]
+    parse_config(tree(*first))
+    parse_config(tree("checkpoint.start_from=x", "phases.0.transition.optimizer=reset"))
+    assert only_problem(*first, "phases.0.transition.schedule=restart")[0] == "phases.0.transition"
+
+
+# All at once
+
+
+def test_all_problems_at_once_across_and_within_sections():
+    found = problems(
+        "run.nam=x",
+        "model.num_heads=3",
+        "model.z_loss=-1",
+        "data.sequence_lenght=4",
+        "training.micro_batch_sequences=3",
+        "training.max_skipped_steps=0",
+        "optimizer.learning_rate=fast",
+        "optimizer.weight_decay=-1",
+        "phases.0.steps=0",
+        "phases.1.precision=8-bit",
+        "phases.1.quantization.include=((",
+        "schedul={}",
+        "checkpoint.keep_last=1",
+    )
+    assert list(found) == [
+        "schedul", "run.nam", "model.z_loss", "data.sequence_lenght", "training.max_skipped_steps",
+        "optimizer.learning_rate", "phases.0.steps", "phases.1.precision", "phases.1.quantization.include",
+        "checkpoint.keep_last",
+    ]  # fmt: skip
+
+
+def test_a_malformed_key_does_not_hide_what_else_is_wrong_in_its_part():
+    found = problems("schedule.warmup_steps=x", "schedule.final_fraction=2", "schedule.typo=1", "schedule.shape=round")
+    assert set(found) == {f"schedule.{key}" for key in ("warmup_steps", "final_fraction", "typo", "shape")}
+    found = problems("phases.1.transition.rewarm_tokens=-1", "phases.1.tokens=4")
+    assert set(found) == {"phases.1.transition.rewarm_tokens", "phases.1.steps"}
+
+
+def test_problems_of_several_valid_sections_are_all_told():
+    found = problems("data.sequence_length=4096", "training.micro_batch_sequences=3", "phases.1.quantization.include=x")
+    assert set(found) == {
+        "data.sequence_length",
+        "training.micro_batch_sequences",
+        "phases.1.quantization.include",
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["phases.0.steps=x"],
+        ["phases.0.steps=null", "phases.0.tokens=1e9"],
+        ["training.global_batch_sequences=1e3"],
+        ["engine.name=deepspeed", "engine.zero_stage=5"],
+        ["engine.zero_stage=2", "engine.name=deepsped"],
+        ["model.hidden_size=18", "model.num_heads=4", "model.head_dim=x"],
+        ["training.total_steps=1e4", "phases.0={precision: 16-bit, fraction: 1.0}"],
+        ["phases.0.transition.optimizer=reset", "checkpoint.start_from=5"],
+        ["data.sequence_length=4096", "model.max_sequence_length='4096'"],
+        ["run.name=5"],
+        ["phases.1.transition={ramp: 5, optimizer: reset}"],
+    ],
+)
+def test_a_malformed_key_is_the_only_problem_it_causes(overrides):
+    """No complaint that the key's value, had it been well-formed, could have made untrue."""
+    path, text = only_problem(*overrides)
+    assert text.startswith("is ")
+    assert "must be" in text
+    assert overrides[-1].split("=")[0] in path or overrides[0].split("=")[0] in path
+
+
+def test_missing_keys_and_sections():
+    changed = tree("model={vocab_size: 64}")
+    del changed["phases"], changed["optimizer"]["learning_rate"]
+    with pytest.raises(ConfigError) as caught:
+        parse_config(changed)
+    assert str(caught.value).splitlines() == [
+        "model.hidden_size: is missing",
+        "model.num_layers: is missing",
+        "model.num_heads: is missing",
+        "model.intermediate_size: is missing",
+        "optimizer.learning_rate: is missing",
+        "phases: the section is missing",
+    ]

@@ -1,0 +1,135 @@
+"""A run's files, read back and summed up."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from made_runs import TOKENS_PER_STEP, make_run
+
+from launcher.console import human_count
+from launcher.curves import read_history
+from launcher.summary import duration, summarize, verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (950, "950"), (12_500, "12.5 k"), (999_600, "1 M"), (1_048_576, "1.05 M"), (3e9, "3 B"), (2e12, "2 T")],
+)
+def test_human_count_counts(value, text):
+    assert human_count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.25, "0.25 s"),
+        (45, "45 s"),
+        (725, "12 min 5 s"),
+        (12_000, "3 h 20 min"),
+        (3599.9, "1 h 0 min"),
+        (187_200, "2 d 4 h"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+# Reading
+
+
+def rows_of(path: Path, *rows: dict[str, object] | str) -> Path:
+    head = {"tokens": 0, "phase": 0, "precision": "16-bit"}
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(head | row) + "\n" for row in rows))
+    return path
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    path = rows_of(tmp_path / "metrics.jsonl", {"step": 1, "train/loss": 3.0}, '{"step": 2, "tok')
+    assert read_history(path, "x").series["train/loss"].steps.tolist() == [1]
+
+
+@pytest.mark.parametrize("broken", ['{"step": 2, "tok\n', "[1, 2]\n", '{"step": 2}\n', "\n"])
+def test_a_broken_line_elsewhere_is_an_error_that_names_file_and_line(tmp_path, broken):
+    path = rows_of(tmp_path / "metrics.jsonl", {"step": 1}, broken, {"step": 3})
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: ")):
+        read_history(path, "x")
+
+
+def test_after_a_resume_the_repeated_steps_count_once(tmp_path):
+    rows = [{"step": step, "train/loss": 1.0, "memory/peak_gib": 5} for step in (1, 2, 3, 4)]
+    rows += [{"step": 2, "validation/bits_per_byte": 0.7}]
+    rows += [{"step": step, "train/loss": 2.0} for step in (3, 4, 5)]
+    history = read_history(rows_of(tmp_path / "metrics.jsonl", *rows), "x")
+    assert history.series["train/loss"].steps.tolist() == [1, 3, 4, 5]
+    assert history.series["train/loss"].values.tolist() == [1, 2, 2, 2]
+    assert history.series["validation/bits_per_byte"].steps.tolist() == [2]
+    assert history.series["memory/peak_gib"].steps.tolist() == [1]
+
+
+def test_folders_that_are_not_runs_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.yaml"):
+        summarize(tmp_path)
+    (tmp_path / "config.yaml").write_text("run: {name: x}\n")
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl: the run has logged nothing yet"):
+        summarize(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step"')
+    with pytest.raises(ValueError, match="no complete row yet"):
+        summarize(tmp_path)
+    rows_of(tmp_path / "metrics.jsonl", {"step": 1})
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match=r"summary\.json: not JSON"):
+        summarize(tmp_path)
+    (tmp_path / "config.yaml").write_text("run: [")
+    with pytest.raises(ValueError, match=r"config\.yaml: not YAML"):
+        summarize(tmp_path)
+
+
+# The summary
+
+
+def test_the_summary_of_a_complete_run(tmp_path):
+    summary = summarize(make_run(tmp_path / "run", noise=0.0))
+    assert summary.is_complete
+    assert (summary.name, summary.seed, summary.step, summary.planned_steps) == ("demo", 17, 1000, 1000)
+    assert (summary.engine, summary.num_ranks, summary.skipped_steps) == ("deepspeed, ZeRO stage 2", 4, 2)
+    assert summary.tokens == 1000 * TOKENS_PER_STEP
+    assert summary.elapsed_seconds == 4210.0
+    first, second = summary.phases
+    assert (first.steps, second.steps) == (800, 200)
+    assert (first.tokens, second.tokens) == (800 * TOKENS_PER_STEP, 200 * TOKENS_PER_STEP)
+    assert first.validation_bits_per_byte == pytest.approx((2.2 + 8 * 801**-0.5) / math.log(2) / 4)
+    assert second.validation_bits_per_byte_at_start == pytest.approx(
+        first.validation_bits_per_byte + 0.85 / math.log(2) / 4
+    )
+    assert first.train_loss == pytest.approx(2.2 + 8 * 801**-0.5, abs=0.01)
+    assert summary.throughput_ratio == pytest.approx(0.8, abs=0.01)
+    (transition,) = summary.transitions
+    assert transition.spike == pytest.approx(0.85 * math.exp(-1 / 15), abs=0.06)
+    change = 100 * (second.validation_bits_per_byte / first.validation_bits_per_byte - 1)
+    assert verdict(summary) == (
+        f"The 16-bit phase ended at {first.validation_bits_per_byte:.3f} bits per byte, "
+        f"the ternary phase ended at {second.validation_bits_per_byte:.3f} (+{change:.1f} %)."
+    )
+
+
+def test_the_summary_of_an_unfinished_run(tmp_path):
+    summary = summarize(make_run(tmp_path / "run", done_steps=830, evaluate_every=10_000))
+    assert not summary.is_complete
+    assert summary.num_parameters is None
+    assert summary.elapsed_seconds == pytest.approx(332.0)
+    assert summary.phases[1].validation_bits_per_byte is None
+    assert summary.transitions[0].recovery_steps is None
+    losses = [phase.train_loss for phase in summary.phases]
+    assert verdict(summary).startswith(
+        f"Unfinished, at step 830 of 1,000 (83%): the 16-bit phase ended at {losses[0]:.3f} nats per token"
+    )
+    assert f"the ternary phase stands at {losses[1]:.3f} (+" in verdict(summary)
+
+
+def test_a_run_that_starts_with_a_later_phase_counts_from_where_it_starts(tmp_path):
+    row = {"step": 800, "tokens": 8000, "phase": 1, "precision": "ternary"}
+    path = rows_of(tmp_path / "metrics.jsonl", row, row | {"step": 900, "tokens": 9000, "train/loss": 2.0})
+    (span,) = read_history(path, "x").phases
+    assert (span.first_step, span.first_tokens, span.last_step) == (800, 8000, 900)
