@@ -159,7 +159,7 @@ def test_gathering_codes_changes_no_bit_of_other_engines(
 
 @pytest.mark.slow
 def test_compiled_models_gather_codes_too(shards: Path, tmp_path: Path) -> None:
-    """In processes of its own each, for what is compiled depends on what was before. Graphs differ, and how they round."""
+    """In processes of their own, for what is compiled depends on what was before. Graphs differ, and how they round."""
     for gather in ("weights", "codes"):
         run_group(2, train_in, str(shards), str(tmp_path), "fp32", {"training": {"compile": True}}, {gather: []})
     in_weights, in_codes = (
