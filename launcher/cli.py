@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -30,13 +31,19 @@ def main() -> None:
     """Run the command; what the user can put right is told in a sentence, without a traceback."""
     from data.errors import DataError
     from launcher.config import ConfigError
+    from launcher.metrics import LogError
     from launcher.source import CheckpointError
 
     try:
         app()
-    except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+    except (ConfigError, DataError, CheckpointError, LogError) as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    else:
+        return
+    print(problem, file=sys.stderr)  # noqa: T201
+    sys.exit(2)
 
 
 @app.command()
@@ -51,13 +58,14 @@ def train(
     from launcher.config_file import load_config
     from launcher.ending import show_next
     from launcher.plan import make_plan
-    from launcher.run_folder import RunFolder
+    from launcher.run_folder import RunFolder, check_place
 
     if launcher not in ("torchrun", "deepspeed"):
         raise ConfigError(f"--with {launcher}: torchrun and deepspeed are there")
     parsed = load_config(config, overrides or ())
     num_ranks = ranks or default_ranks()
     plan = make_plan(parsed, num_ranks)
+    check_place(config, overrides or (), parsed)
     folder, console = RunFolder(parsed), Console(silent=False)
     folder.check_configuration()
     if folder.read_state().get("status") == "complete":
@@ -173,7 +181,7 @@ def plan(
 @app.command()
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    out: Annotated[str, typer.Option(help="Folder to make.")],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer's file, bpe:VOCAB or unigram:VOCAB.")],
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 2048,
     validation_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.0,
@@ -196,26 +204,27 @@ def prepare(
     except ValueError as error:
         raise ConfigError("\n".join(f"{key}: {problem}" for key, problem in error.args[0].items())) from error
     console = Console(silent=False)
-    prepare_with_progress(config, sequence_length, out, console)
+    prepare_with_progress(config, sequence_length, local_target(out, "--out"), console)
     console.line(f"{out} is ready: name it in data.sources, with data.sequence_length {sequence_length}")
 
 
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint or run of ours, DeepSpeed's or Hugging Face's folder.")],
-    to: Annotated[Path, typer.Option(help="Folder to make: of a run, or of the other format.")],
+    to: Annotated[str, typer.Option(help="Folder to make: of a run, or of the other format.")],
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="Configuration of the run (or just of the model).")] = None,
     into: Annotated[str, typer.Option("--format", help="run, universal (DeepSpeed) or hf (16 bits).")] = "run",
     phase: Annotated[int | None, typer.Option(help="Phase to begin in; by default the one that begins there.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="keep, reset, keep-variance or rescale.")] = None,
-    dtype: Annotated[str, typer.Option(help="hf: bf16 or fp32.")] = "bf16",
+    dtype: Annotated[str | None, typer.Option(help="hf: bf16 (default) or fp32.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say for every tensor what will happen.")] = False,
 ) -> None:
     """Turn a checkpoint into a run that begins with it, or into another format. Needs no GPU."""
     from launcher.config import ConfigError
     from launcher.config_file import load_config
     from launcher.convert import (
+        begins_anew,
         convert_to_hf,
         convert_to_run,
         not_carried,
@@ -226,11 +235,28 @@ def convert(
     from launcher.deepspeed_universal import write_universal
     from launcher.start_from import check_sound, open_source
 
+    if into not in ("run", "universal", "hf"):
+        raise ConfigError(f"--format {into}: run, universal and hf are there")
+    for option, value, wanted in (
+        ("--phase", phase, "run"),
+        ("--optimizer", optimizer, "run"),
+        ("--dtype", dtype, "hf"),
+    ):
+        if value is not None and into != wanted:
+            raise ConfigError(f"{option} {value}: belongs to --format {wanted}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: bf16 and fp32 are there")
+    if overrides and config is None:
+        raise ConfigError(f"{overrides[0]}: overrides a configuration, and there is none; give --config")
+    target = local_target(to, "--to")
     console, changes = Console(silent=False), list(overrides or ())
     if into == "run":
         if config is None:
             raise ConfigError("--config: is missing; a run needs its configuration")
-        changes += [f"run.folder={json.dumps(str(to))}", f"checkpoint.start_from={json.dumps(source)}"]
+        for set_by, key in (("--to", "run.folder"), ("SOURCE", "checkpoint.start_from")):
+            if any(change.startswith(f"{key}=") for change in changes):
+                raise ConfigError(f"{key}: is what {set_by} says; leave it out")
+        changes += [f"run.folder={json.dumps(to)}", f"checkpoint.start_from={json.dumps(source)}"]
         opened = open_source(source)
         begins = starting_phase(load_config(config, changes), opened) if phase is None else phase
         changes.append(f"checkpoint.start_phase={begins}")
@@ -238,18 +264,14 @@ def convert(
             changes.append(f"phases.{begins}.transition.optimizer={optimizer}")
         parsed = load_config(config, changes)
         console.line(f"{opened.location} to {to}, before phase {begins} ({parsed.phases[begins].precision})")
-        for sentence in opened.missing:
+        for sentence in [*begins_anew(parsed, opened), *opened.missing]:
             console.line(f"  {sentence}")
         if dry_run:
-            console.aligned([["tensor", "shape", "weight", "moments"], *preview(parsed)])
+            console.aligned([["tensor", "shape", "weight", "moments"], *preview(parsed, opened)])
             return
-        made = convert_to_run(parsed)
-        console.line(f"Written: {made}. Train it: tritrain train {to / 'config.yaml'}")
+        made = convert_to_run(parsed, opened)
+        console.line(f"Written: {made}. Train it: tritrain train {shlex.quote(str(target / 'config.yaml'))}")
         return
-    if into not in ("universal", "hf"):
-        raise ConfigError(f"--format {into}: run, universal and hf are there")
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: bf16 and fp32 are there")
     opened = open_source(source)
     given = load_config(config, changes) if config else None
     for sentence in [*opened.missing, *not_carried(opened, into)]:
@@ -258,15 +280,28 @@ def convert(
         rows = [[name, " x ".join(map(str, shape))] for name, shape in opened.shapes.items()]
         console.aligned([["tensor", "shape"], *rows])
         return
-    if to.exists():
+    if target.exists():
         raise ConfigError(f"{to}: is there already; name a folder that is not")
     if into == "hf":
-        convert_to_hf(opened, given, to, torch_dtype(DTYPES[dtype]))
+        convert_to_hf(opened, given, target, torch_dtype(DTYPES[dtype or "bf16"]))
     else:
         check_sound(opened)
-        write_universal(opened, to)
-    write_provenance(to, opened)
+        write_universal(opened, target)
+    write_provenance(target, opened)
     console.line(f"Written: {to}")
+
+
+def local_target(text: str, option: str) -> Path:
+    """Where a command is to write.
+
+    Raises:
+        ConfigError: a path would be something else than was meant: a folder named `s3:` or `~`.
+    """
+    from launcher.config import ConfigError, local_problem
+
+    if problem := local_problem(text):
+        raise ConfigError(f"{option}: {problem}")
+    return Path(text)
 
 
 def torch_dtype(name: str) -> Any:
@@ -279,7 +314,7 @@ def torch_dtype(name: str) -> Any:
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or a run, of which the newest is taken.")],
-    to: Annotated[Path, typer.Option(help="What to make; must not be there yet.")],
+    to: Annotated[str, typer.Option(help="What to make; must not be there yet.")],
     into: Annotated[str, typer.Option("--format", help="hf (16 bits), hf-ternary (packed codes) or gguf.")],
     weights: Annotated[
         str | None, typer.Option(help="hf, of a ternary phase: latent (to train on) or dequantized (to run).")
@@ -322,7 +357,8 @@ def export(
         raise ConfigError("--no-tokenizer: a GGUF file holds one")
     if tokenizer and no_tokenizer:
         raise ConfigError("--tokenizer and --no-tokenizer exclude each other")
-    if to.exists():
+    target = local_target(to, "--to")
+    if target.exists():
         raise ConfigError(f"{to}: is there already; name what is not")
     block_type = block_type or "tq2_0"
     codes = {"hf": weights == "dequantized", "hf-ternary": True, "gguf": block_type in TERNARY_TYPES}
@@ -343,12 +379,12 @@ def export(
     console = Console(silent=False)
     if into == "gguf":
         assert file is not None
-        console.line(export_gguf(opened, to, into=block_type, embeddings=embeddings, tokenizer=file))  # type: ignore[arg-type]
+        console.line(export_gguf(opened, target, into=block_type, embeddings=embeddings, tokenizer=file))  # type: ignore[arg-type]
         console.line(f"Written: {to}")
         return
     export_hf(
         opened,
-        to,
+        target,
         weights="packed" if into == "hf-ternary" else weights,  # type: ignore[arg-type]
         dtype=torch_dtype(DTYPES[dtype]) if dtype else None,
         linear_class=linear_class or "bitlinear",  # type: ignore[arg-type]
@@ -364,13 +400,15 @@ def verify(
     """Read every byte of checkpoints and say which tensors of which files are damaged."""
     from launcher.checkpoint import MANIFEST, complete_checkpoints
     from launcher.checkpoint_reader import CheckpointReader
-    from launcher.location import reaching, to_location
+    from launcher.location import is_local, reaching, to_location
     from launcher.source import CheckpointError
 
     console, damaged = Console(silent=False), False
     for text in checkpoints:
         place = to_location(text)
         with reaching(place):
+            if is_local(place) and not place.exists():
+                raise CheckpointError(f"{text}: there is no such folder")
             inside = [*complete_checkpoints(place), *complete_checkpoints(place / "checkpoints")]
         folders = [place] if (place / MANIFEST).is_file() or not inside else inside
         for folder in folders:
@@ -476,9 +514,12 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write; .png draws the loss curve of one run.")],
 ) -> None:
     """Write tables and plots to look at."""
+    from launcher.config import ConfigError
     from launcher.report import write_picture, write_report
 
     if out.suffix == ".png":
+        if len(runs) > 1:
+            raise ConfigError(f"--out {out}: a picture shows one run, and here are {len(runs)}; name an HTML file")
         write_picture(runs[0], out)
     else:
         write_report(runs, out)

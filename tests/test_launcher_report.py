@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.cli import main
 from launcher.console import human_count
 from launcher.curves import History, PhaseSpan, Series, find_transitions, read_history, smooth
+from launcher.metrics import LogError
 from launcher.plots import loss_figure, thin, to_svg
 from launcher.report import write_picture, write_report
 from launcher.spike import WINDOW, SpikeWatch
@@ -341,15 +343,32 @@ def test_folders_that_are_not_runs_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl: the run has logged nothing yet"):
         summarize(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step"')
-    with pytest.raises(ValueError, match="no complete row yet"):
+    with pytest.raises(LogError, match="no complete row yet"):
         summarize(tmp_path)
     rows_of(tmp_path / "metrics.jsonl", {"step": 1})
     (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match=r"summary\.json: not JSON"):
+    with pytest.raises(LogError, match=r"summary\.json: not JSON"):
         summarize(tmp_path)
     (tmp_path / "config.yaml").write_text("run: [")
-    with pytest.raises(ValueError, match=r"config\.yaml: not YAML"):
+    with pytest.raises(LogError, match=r"config\.yaml: not YAML"):
         summarize(tmp_path)
+
+
+def test_what_keeps_a_report_from_being_made_is_a_sentence(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", noise=0.0)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("run: {name: x}\n")
+    (tmp_path / "begun" / "metrics.jsonl").touch()
+    for arguments, sentence in (
+        ((tmp_path / "begun", "--out", tmp_path / "a.html"), "no complete row yet; a report needs at least one"),
+        ((run, "--out", tmp_path), f"{tmp_path}: Is a directory"),
+        ((run, run, "--out", tmp_path / "a.png"), "a picture shows one run, and here are 2"),
+    ):
+        monkeypatch.setattr("sys.argv", ["tritrain", "report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert sentence in capsys.readouterr().err
 
 
 # The summary
