@@ -123,25 +123,29 @@ def prepare(
         progress: called about once per MiB of text.
 
     Raises:
-        DataError: an input cannot be read, there is too little text, or `out` holds something else.
+        DataError: an input cannot be read, there is too little text, or `out` holds something else or cannot be
+            written.
     """
     if sequence_length < 1:
         raise DataError(f"sequence_length: {sequence_length} is too short; 1 is the least")
     out = Path(os.path.abspath(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if manifest := _find_done(config, sequence_length, out):
-        return manifest
-    with _exclusive(out):
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         if manifest := _find_done(config, sequence_length, out):
             return manifest
-        building = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
-        try:
-            manifest = _build(config, sequence_length, building, progress or (lambda _: None))
-            building.chmod(0o755)  # temporary folders are closed to others, data are not
-            os.rename(building, out)
-        except BaseException:
-            shutil.rmtree(building)
-            raise
+        with _exclusive(out):
+            if manifest := _find_done(config, sequence_length, out):
+                return manifest
+            building = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
+            try:
+                manifest = _build(config, sequence_length, building, progress or (lambda _: None))
+                building.chmod(0o755)  # temporary folders are closed to others, data are not
+                os.rename(building, out)
+            except BaseException:
+                shutil.rmtree(building)
+                raise
+    except OSError as error:
+        raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
     return manifest
 
 

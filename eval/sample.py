@@ -34,8 +34,13 @@ def generate(
         seed: of the choice.
 
     Raises:
-        ValueError: the prompt fills the model's context.
+        ValueError: the prompt fills the model's context; or a number is out of its range.
     """
+    if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"max_tokens is {max_tokens}, temperature {temperature}, top_p {top_p}; they must be 1 or more, 0 or more, "
+            "and above 0 and at most 1"
+        )
     context = model.config.max_sequence_length
     if len(prompt) >= context:
         raise ValueError(f"the prompt has {len(prompt)} tokens; the model's context is {context}, its answer included")

@@ -26,13 +26,19 @@ def main() -> None:
     """Run the command; what the user can put right is told in a sentence, without a traceback."""
     from data.errors import DataError
     from launcher.config import ConfigError
+    from launcher.metrics import LogError
     from launcher.source import CheckpointError
 
     try:
         app()
-    except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+    except (ConfigError, DataError, CheckpointError, LogError) as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    else:
+        return
+    print(problem, file=sys.stderr)  # noqa: T201
+    sys.exit(2)
 
 
 @app.command()
@@ -47,13 +53,14 @@ def train(
     from launcher.config_file import load_config
     from launcher.ending import show_next
     from launcher.plan import make_plan
-    from launcher.run_folder import RunFolder
+    from launcher.run_folder import RunFolder, check_place
 
     if launcher not in ("torchrun", "deepspeed"):
         raise ConfigError(f"--with {launcher}: torchrun and deepspeed are there")
     parsed = load_config(config, overrides or ())
     num_ranks = ranks or default_ranks()
     plan = make_plan(parsed, num_ranks)
+    check_place(config, overrides or (), parsed)
     folder, console = RunFolder(parsed), Console(silent=False)
     folder.check_configuration()
     if folder.read_state().get("status") == "complete":
@@ -113,7 +120,7 @@ def plan(
 @app.command()
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    out: Annotated[str, typer.Option(help="Folder to make.")],
     tokenizer: Annotated[str, typer.Option(help="A tokenizer's file, bpe:VOCAB or unigram:VOCAB.")],
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 2048,
     validation_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.0,
@@ -136,36 +143,56 @@ def prepare(
     except ValueError as error:
         raise ConfigError("\n".join(f"{key}: {problem}" for key, problem in error.args[0].items())) from error
     console = Console(silent=False)
-    prepare_with_progress(config, sequence_length, out, console)
+    prepare_with_progress(config, sequence_length, local_target(out, "--out"), console)
     console.line(f"{out} is ready: name it in data.sources, with data.sequence_length {sequence_length}")
 
 
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint or run of ours, DeepSpeed's or Hugging Face's folder.")],
-    to: Annotated[Path, typer.Option(help="Folder to make: of a run, or of the other format.")],
+    to: Annotated[str, typer.Option(help="Folder to make: of a run, or of the other format.")],
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="Configuration of the run (or just of the model).")] = None,
     into: Annotated[str, typer.Option("--format", help="run, universal (DeepSpeed) or hf (16 bits).")] = "run",
     phase: Annotated[int | None, typer.Option(help="Phase to begin in; by default the one that begins there.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="keep, reset, keep-variance or rescale.")] = None,
-    dtype: Annotated[str, typer.Option(help="hf: bf16 or fp32.")] = "bf16",
+    dtype: Annotated[str | None, typer.Option(help="hf: bf16 (default) or fp32.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say for every tensor what will happen.")] = False,
 ) -> None:
     """Turn a checkpoint into a run that begins with it, or into another format. Needs no GPU."""
-    from launcher.convert_command import convert_into_format, convert_into_run
+    from launcher.convert_command import convert_checkpoint
 
-    asked = (source, to, config, overrides or [], Console(silent=False))
-    if into == "run":
-        convert_into_run(*asked, phase=phase, optimizer=optimizer, dry_run=dry_run)
-    else:
-        convert_into_format(*asked, into=into, dtype=dtype, dry_run=dry_run)
+    convert_checkpoint(
+        source,
+        local_target(to, "--to"),
+        config,
+        overrides or [],
+        Console(silent=False),
+        into=into,
+        phase=phase,
+        optimizer=optimizer,
+        dtype=dtype,
+        dry_run=dry_run,
+    )
+
+
+def local_target(text: str, option: str) -> Path:
+    """Where a command is to write.
+
+    Raises:
+        ConfigError: a path would be something else than was meant: a folder named `s3:` or `~`.
+    """
+    from launcher.config import ConfigError, local_problem
+
+    if problem := local_problem(text):
+        raise ConfigError(f"{option}: {problem}")
+    return Path(text)
 
 
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or a run, of which the newest is taken.")],
-    to: Annotated[Path, typer.Option(help="What to make; must not be there yet.")],
+    to: Annotated[str, typer.Option(help="What to make; must not be there yet.")],
     into: Annotated[str, typer.Option("--format", help="hf (16 bits), hf-ternary (packed codes) or gguf.")],
     weights: Annotated[
         str | None, typer.Option(help="hf, of a ternary phase: latent (to train on) or dequantized (to run).")
@@ -197,7 +224,7 @@ def export(
         tokenizer=tokenizer,
         no_tokenizer=no_tokenizer,
     )
-    export_checkpoint(checkpoint, to, options, Console(silent=False))
+    export_checkpoint(checkpoint, local_target(to, "--to"), options, Console(silent=False))
 
 
 @app.command()
@@ -301,9 +328,12 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write; .png draws the loss curve of one run.")],
 ) -> None:
     """Write tables and plots to look at."""
+    from launcher.config import ConfigError
     from launcher.report import write_picture, write_report
 
     if out.suffix == ".png":
+        if len(runs) > 1:
+            raise ConfigError(f"--out {out}: a picture shows one run, and here are {len(runs)}; name an HTML file")
         write_picture(runs[0], out)
     else:
         write_report(runs, out)

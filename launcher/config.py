@@ -50,6 +50,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "stop_before_end_seconds", 0)
+        if problem := local_problem(self.folder or ""):
+            problems["folder"] = problem
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             problems["name"] = f"{self.name!r} may hold letters, digits, '_', and behind the first '.' and '-'"
         if problems:
@@ -171,7 +173,7 @@ class CheckpointConfig:
         if self.keep_last < 0 or self.keep_last == 1:
             problems["keep_last"] = f"is {self.keep_last}; 0 (keep all) or at least 2, so that one is always complete"
         for name in ("folder", "start_from"):
-            if problem := url_problem(getattr(self, name) or ""):
+            if problem := url_problem(getattr(self, name) or "") or home_problem(getattr(self, name) or ""):
                 problems[name] = problem
         problems |= _at_least(self, "start_phase", 0)
         if self.start_phase and self.start_from is None:
@@ -232,6 +234,20 @@ class EvaluationConfig:
             raise ValueError(problems)
 
 
+def local_problem(text: str) -> str | None:
+    """Say what is wrong with a path that must be on this machine's file systems; None if nothing is."""
+    if "://" in text:
+        return f"{text!r} is a URL; give a folder of this machine's file systems"
+    return home_problem(text)
+
+
+def home_problem(text: str) -> str | None:
+    """Say what is wrong with a path that begins with `~`, which the shell replaces only at the beginning of a word."""
+    if text.startswith("~/"):
+        return f"{text!r} would be a folder named '~'; write {str(Path.home() / text[2:])!r}"
+    return None
+
+
 def _at_least(part: Any, name: str, least: int) -> dict[str, str]:
     value = getattr(part, name)
     return {name: f"is {value}; must be {least} or more"} if value is not None and value < least else {}
@@ -274,6 +290,9 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
         problems["data.sequence_length"] = (
             f"is {data.sequence_length}, beyond model.max_sequence_length {model.max_sequence_length}"
         )
+    for index, source in enumerate(data.sources if data else ()):
+        if problem := home_problem(source.path):
+            problems[f"data.sources.{index}.path"] = problem
     if data and training and training.global_batch_tokens and training.global_batch_tokens % data.sequence_length:
         below = training.global_batch_tokens // data.sequence_length * data.sequence_length
         nearest = [str(tokens) for tokens in (below, below + data.sequence_length) if tokens]

@@ -25,7 +25,7 @@ from launcher.location import reaching, to_location
 from launcher.plan import Plan, make_plan
 from launcher.run_folder import RunFolder
 from launcher.source import KINDS, MOMENTS, Source, in_pieces, start_checking
-from launcher.start_from import check_sound, first_progress, model_of, open_start
+from launcher.start_from import check_model, check_sound, check_start, first_progress, model_of
 from model.transformer import Transformer
 from quant.linear import matching_layers
 
@@ -41,14 +41,24 @@ def starting_phase(config: Config, source: Source) -> int:
     return 0
 
 
-def preview(config: Config) -> list[list[str]]:
+def begins_anew(config: Config, source: Source) -> list[str]:
+    """A sentence where a checkpoint of ours has steps that the run does not go on behind."""
+    if config.checkpoint.start_phase or not isinstance(source, CheckpointReader) or not source.manifest["step"]:
+        return []
+    starts = ", ".join(str(phase.start) for phase in make_plan(config, 1).phases)
+    return [
+        f"The checkpoint is at step {source.manifest['step']}, and the phases begin at {starts}: so steps, schedule "
+        "and data begin anew."
+    ]
+
+
+def preview(config: Config, source: Source) -> list[list[str]]:
     """For each tensor, what a conversion into this run will do: name, shape, weight, moments.
 
     Raises:
-        CheckpointError: as `convert_to_run`.
+        ConfigError, CheckpointError: as `convert_to_run`.
     """
-    plan = make_plan(config, 1)
-    source, _ = open_start(plan)
+    plan = plan_of_conversion(config, source)
     phase = plan.phases[config.checkpoint.start_phase]
     quantization = phase.quantization
     with torch.device("meta"):
@@ -72,11 +82,23 @@ def preview(config: Config) -> list[list[str]]:
     ]
 
 
-def convert_to_run(config: Config) -> Path:
+def plan_of_conversion(config: Config, source: Source) -> Plan:
+    """The plan of the run that is made; raises what `convert_to_run` does before it writes."""
+    plan, folder = make_plan(config, 1), RunFolder(config)
+    with reaching(folder.checkpoints):
+        if complete_checkpoints(folder.checkpoints):
+            raise ConfigError(f"{folder.path}: a run with checkpoints is there already; convert to another folder")
+    folder.check_configuration()
+    check_start(source, plan)
+    return plan
+
+
+def convert_to_run(config: Config, source: Source) -> Path:
     """Make the folder of a run that begins with a checkpoint, ready to be trained.
 
     Args:
         config: of the run, with ``checkpoint.start_from`` and ``start_phase``.
+        source: that checkpoint, opened.
 
     Returns:
         The checkpoint.
@@ -85,11 +107,7 @@ def convert_to_run(config: Config) -> Path:
         ConfigError: the folder holds a run already.
         CheckpointError: the source does not fit, or a file cannot be read or written.
     """
-    plan = make_plan(config, 1)
-    folder = RunFolder(config)
-    if complete_checkpoints(folder.checkpoints):
-        raise ConfigError(f"{folder.path}: a run with checkpoints is there already; convert to another folder")
-    source, _ = open_start(plan)
+    plan, folder = plan_of_conversion(config, source), RunFolder(config)
     folder.claim()
     folder.prepare([phase.end - phase.start for phase in plan.phases])
     at = first_progress(plan)
@@ -197,7 +215,7 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
         dtype: of the weights.
 
     Raises:
-        CheckpointError: the source cannot be read, or the folder not be written.
+        CheckpointError: the source is of another model or cannot be read, or the folder not be written.
         ConfigError: the configuration is needed and not there.
     """
     from launcher.hf_folder import write_hf
@@ -205,6 +223,7 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
     model = config.model if config else model_of(source)
     if model is None:
         raise ConfigError(f"{source.location}: what the model is must be said here: give --config")
+    check_model(source, model)
     check_sound(source)
     write_hf(source, model, folder, dtype=dtype)
 

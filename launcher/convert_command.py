@@ -1,17 +1,64 @@
 """`tritrain convert`: into a run that begins with a checkpoint, or into another format."""
 
 import json
+import shlex
 from pathlib import Path
 
 from launcher.build import COMPUTE_DTYPES
 from launcher.config import ConfigError
 from launcher.config_file import load_config
 from launcher.console import Console
-from launcher.convert import convert_to_hf, convert_to_run, not_carried, preview, starting_phase, write_provenance
+from launcher.convert import (
+    begins_anew,
+    convert_to_hf,
+    convert_to_run,
+    not_carried,
+    preview,
+    starting_phase,
+    write_provenance,
+)
 from launcher.deepspeed_universal import write_universal
 from launcher.start_from import check_sound, open_source
 
-OTHER_FORMATS = ("universal", "hf")
+FORMATS = ("run", "universal", "hf")
+
+
+def convert_checkpoint(
+    source: str,
+    to: Path,
+    config: Path | None,
+    overrides: list[str],
+    console: Console,
+    *,
+    into: str,
+    phase: int | None,
+    optimizer: str | None,
+    dtype: str | None,
+    dry_run: bool,
+) -> None:
+    """Make what the options ask for; see `convert_into_run` and `convert_into_format`.
+
+    Raises:
+        ConfigError: an option is unknown, or belongs to another format.
+    """
+    if into not in FORMATS:
+        raise ConfigError(f"--format {into}: {', '.join(FORMATS)} are there")
+    for option, value, wanted in (
+        ("--phase", phase, "run"),
+        ("--optimizer", optimizer, "run"),
+        ("--dtype", dtype, "hf"),
+    ):
+        if value is not None and into != wanted:
+            raise ConfigError(f"{option} {value}: belongs to --format {wanted}")
+    if dtype is not None and dtype not in COMPUTE_DTYPES:
+        raise ConfigError(f"--dtype {dtype}: {' and '.join(COMPUTE_DTYPES)} are there")
+    if overrides and config is None:
+        raise ConfigError(f"{overrides[0]}: overrides a configuration, and there is none; give --config")
+    asked = (source, to, config, overrides, console)
+    if into == "run":
+        convert_into_run(*asked, phase=phase, optimizer=optimizer, dry_run=dry_run)
+    else:
+        convert_into_format(*asked, into=into, dtype=dtype or "bf16", dry_run=dry_run)
 
 
 def convert_into_run(
@@ -43,6 +90,9 @@ def convert_into_run(
     """
     if config is None:
         raise ConfigError("--config: is missing; a run needs its configuration")
+    for set_by, key in (("--to", "run.folder"), ("SOURCE", "checkpoint.start_from")):
+        if any(change.startswith(f"{key}=") for change in overrides):
+            raise ConfigError(f"{key}: is what {set_by} says; leave it out")
     changes = [*overrides, f"run.folder={json.dumps(str(to))}", f"checkpoint.start_from={json.dumps(source)}"]
     opened = open_source(source)
     begins = starting_phase(load_config(config, changes), opened) if phase is None else phase
@@ -51,13 +101,13 @@ def convert_into_run(
         changes.append(f"phases.{begins}.transition.optimizer={optimizer}")
     parsed = load_config(config, changes)
     console.line(f"{opened.location} to {to}, before phase {begins} ({parsed.phases[begins].precision})")
-    for sentence in opened.missing:
+    for sentence in [*begins_anew(parsed, opened), *opened.missing]:
         console.line(f"  {sentence}")
     if dry_run:
-        console.aligned([["tensor", "shape", "weight", "moments"], *preview(parsed)])
+        console.aligned([["tensor", "shape", "weight", "moments"], *preview(parsed, opened)])
         return
-    made = convert_to_run(parsed)
-    console.line(f"Written: {made}. Train it: tritrain train {to / 'config.yaml'}")
+    made = convert_to_run(parsed, opened)
+    console.line(f"Written: {made}. Train it: tritrain train {shlex.quote(str(to / 'config.yaml'))}")
 
 
 def convert_into_format(
@@ -84,13 +134,9 @@ def convert_into_format(
         dry_run: whether to say it alone.
 
     Raises:
-        ConfigError: an option or the configuration is missing or wrong, or the folder is there.
+        ConfigError: the configuration is missing or wrong, or the folder is there.
         CheckpointError: the source is unknown or damaged, or the folder cannot be written.
     """
-    if into not in OTHER_FORMATS:
-        raise ConfigError(f"--format {into}: run, {' and '.join(OTHER_FORMATS)} are there")
-    if dtype not in COMPUTE_DTYPES:
-        raise ConfigError(f"--dtype {dtype}: {' and '.join(COMPUTE_DTYPES)} are there")
     opened = open_source(source)
     given = load_config(config, overrides) if config else None
     for sentence in [*opened.missing, *not_carried(opened, into)]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.metrics import numbered_rows
+from launcher.metrics import LogError, numbered_rows
 from launcher.spike import Average, Level, Transition
 
 LOSS = "train/loss"
@@ -85,7 +85,7 @@ def read_history(path: Path, name: str) -> History:
 
     A last line that breaks off before its newline (a running job is writing it) is left out. A resumed run repeats
     the steps since its checkpoint: where the step falls back, the rows from there on give way to the new ones. Any
-    other line that is not a JSON object with `step`, `tokens`, `phase` and `precision` raises ValueError with file
+    other line that is not a JSON object with `step`, `tokens`, `phase` and `precision` raises LogError with file
     and line.
     """
     steps, tokens, phases = array("q"), array("q"), array("q")  # one entry a row
@@ -96,7 +96,7 @@ def read_history(path: Path, name: str) -> History:
         try:
             step, seen, phase, precision = (row.pop(key) for key in ("step", "tokens", "phase", "precision"))
         except KeyError as error:
-            raise ValueError(f"{path}:{line_number}: the row lacks {error}") from None
+            raise LogError(f"{path}:{line_number}: the row lacks {error}") from None
         if steps and step < steps[-1]:
             first = bisect_left(steps, step)
             for rows, values in columns.values():
@@ -117,7 +117,7 @@ def read_history(path: Path, name: str) -> History:
                 rows.append(len(steps) - 1)
                 values.append(value)
     if not steps:
-        raise ValueError(f"{path}: no complete row yet; a report needs at least one")
+        raise LogError(f"{path}: no complete row yet; a report needs at least one")
     axes = {"steps": np.asarray(steps), "tokens": np.asarray(tokens), "phases": np.asarray(phases)}
     series = {
         key: Series(**{axis: column[np.asarray(rows)] for axis, column in axes.items()}, values=np.asarray(values))

@@ -70,7 +70,10 @@ def open_exportable(text: str, *, ternary: bool) -> Exportable:
     if ternary and (quantization is None or strength < 1):
         at = f"{source.location}, after step {source.manifest['step']},"
         if quantization is None:
-            raise CheckpointError(f"{at} is of a 16-bit phase and has no codes; --format hf exports it in 16 bits")
+            raise CheckpointError(
+                f"{at} is of a 16-bit phase and has no codes; --format hf exports it in 16 bits, and "
+                "--format gguf with --type f16 or q8_0"
+            )
         raise CheckpointError(
             f"{at} is on a ramp, at strength {strength:.3g}, and did not compute with codes alone yet; train it to the "
             "end of the ramp, or export it in 16 bits with --format hf"

@@ -25,7 +25,7 @@ from eval.score import Score, scores_of
 from eval.tasks import DEFINITIONS, GROUP, HARNESS, Task, choose_tasks, digest_of, load_rows
 from launcher.config import ConfigError
 from launcher.console import Console
-from launcher.location import is_local, to_location
+from launcher.location import check_writable, is_local, to_location
 from launcher.run_folder import replace_file
 from launcher.runtime import Ranks, process_group
 from launcher.source import CheckpointError
@@ -81,10 +81,12 @@ def check_tasks(tasks: list[str], task_data: str | None) -> list[Task]:
     """The tasks of these names, whose local data are all there.
 
     Raises:
-        ConfigError: a task is unknown, or nothing can run tasks.
+        ConfigError: no task is named, or an unknown one, or nothing can run tasks.
         DataError: data that should be in ``task_data`` are not; lists all.
     """
     check_harness()
+    if not tasks:
+        raise ConfigError("--tasks: names no task; paper11 or piqa would be one")
     try:
         chosen = choose_tasks(tasks)
     except ValueError as error:
@@ -137,6 +139,8 @@ def answer(
     for record in read_results(out):
         if key.items() <= record.items():
             return record
+    if ranks.is_first:
+        check_writable(out.absolute().parent)  # before the work of hours, not behind it
     num_answers = sum(len(row.get("contexts") or row["choices"]) for row in rows)
     with console.counting(task.label, num_answers, "answers") as advance:
         examples = answer_rows(

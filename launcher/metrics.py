@@ -61,7 +61,7 @@ HISTOGRAM_EDGES = {
 
 
 class LogError(ValueError):
-    """A line of `metrics.jsonl` is not what was written there; says which and what is wrong."""
+    """A file in a run's folder is not what was written there; says which, where in it, and what is wrong."""
 
 
 class MetricsLog:

@@ -43,7 +43,7 @@ from launcher.placement import PlacementError
 from launcher.plan import Plan, make_plan
 from launcher.preparing import prepare_with_progress
 from launcher.rollback import read_rollbacks
-from launcher.run_folder import RunFolder
+from launcher.run_folder import RunFolder, check_place
 from launcher.runtime import Ranks, process_group, seed_everything
 from launcher.source import CheckpointError
 from launcher.step import TrainingError
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
+        check_place(options.config, options.overrides, config)
         RunFolder(config).check_configuration()
         return run(config)
     except (ConfigError, CheckpointError, PlacementError) as error:  # on all ranks alike

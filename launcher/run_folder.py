@@ -68,13 +68,20 @@ class RunFolder:
     def check_configuration(self) -> None:
         """Make sure that what the folder holds belongs to this configuration.
 
+        A start that ended before its first step, because a path was wrong, say, has left nothing to go on with.
+
         Raises:
-            ConfigError: lists the keys that differ.
+            ConfigError: lists the keys that differ; or a person wrote the `config.yaml` there.
+            CheckpointError: the store that the checkpoints are in cannot be reached.
         """
         path = self.path / "config.yaml"
         if not path.exists():
             return
         there = parse_yaml(path.read_text(), str(path))
+        if not isinstance(there, dict) or "tritrain_version" not in there:
+            raise ConfigError(f"run.folder: {path} is not a run's, and would be overwritten; set another run.folder")
+        if not ((self.path / "starts.jsonl").exists() or self.newest_checkpoint()):
+            return
         for derived in DERIVED_KEYS:
             there.pop(derived, None)
         before = dict(line.split(": ", 1) for line in flat_lines(there))
@@ -160,6 +167,27 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write what a complete run has to say of itself."""
         replace_file(self.path / "summary.json", json.dumps(summary, indent=2))
+
+
+def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
+    """Make sure that a run's own `config.yaml` leads to that run, also where it was moved or is looked at from afar.
+
+    Args:
+        file: the configuration that was named.
+        overrides: of its keys.
+        config: what they come to.
+
+    Raises:
+        ConfigError: it would begin another run, and nothing says that this is meant.
+    """
+    folder = file.parent
+    is_meant = any(override.startswith(("run.name=", "run.folder=")) for override in overrides)
+    is_of_a_run = file.name == "config.yaml" and (folder / "state.json").is_file()
+    if is_of_a_run and not is_meant and folder.resolve() != config.run.path.resolve():
+        raise ConfigError(
+            f"run.folder: {file} is that of the run in {folder}, and leads to {config.run.path.absolute()} from here. "
+            f"To go on with the run, add run.folder={folder}; to begin another one, run.name=NAME"
+        )
 
 
 def slurm_job() -> str | None:

@@ -38,7 +38,8 @@ def open_source(text: str) -> Source:
         if found := checkpoints_under(folder):
             return CheckpointReader(found[-1])
         if not folder.is_dir():
-            raise CheckpointError(f"{text}: there is no such folder")
+            there = "is a file, and checkpoints are folders" if folder.exists() else "there is no such folder"
+            raise CheckpointError(f"{text}: {there}")
     from launcher.deepspeed_native import DeepSpeedSource, is_deepspeed
     from launcher.deepspeed_universal import UniversalSource, is_universal
     from launcher.hf_source import HuggingFaceSource, is_hf
@@ -75,13 +76,28 @@ def open_start(plan: Plan, data_fingerprint: str | None = None) -> tuple[Source,
         The source, and whether its optimizer state is taken.
 
     Raises:
-        CheckpointError: it does not fit the model, or the phase that the run begins in.
+        CheckpointError: as `open_source` and `check_start`.
     """
     checkpoint = plan.config.checkpoint
     assert checkpoint.start_from is not None
     source = open_source(checkpoint.start_from)
-    check_model(source, plan)
-    phase = plan.phases[checkpoint.start_phase]
+    check_start(source, plan, data_fingerprint)
+    return source, plan.phases[checkpoint.start_phase].transition.optimizer != "reset"
+
+
+def check_start(source: Source, plan: Plan, data_fingerprint: str | None = None) -> None:
+    """Make sure that a run can begin with a source.
+
+    Args:
+        source: what it begins with.
+        plan: of the run; `checkpoint.start_phase` is the phase that it begins in.
+        data_fingerprint: of the run's data; None leaves them unchecked.
+
+    Raises:
+        CheckpointError: the source does not fit the model, or the phase that the run begins in.
+    """
+    check_model(source, plan.config.model)
+    phase = plan.phases[plan.config.checkpoint.start_phase]
     if phase.transition.optimizer != "reset" and not source.has_moments:
         raise CheckpointError(
             f"{source.location} has no optimizer moments, and phases.{phase.index}.transition.optimizer is "
@@ -97,7 +113,6 @@ def open_start(plan: Plan, data_fingerprint: str | None = None) -> tuple[Source,
             )
         if data_fingerprint is not None and phase.transition.data == "continue":
             check_data(source, data_fingerprint)
-    return source, phase.transition.optimizer != "reset"
 
 
 def check_sound(source: Source, ranks: Ranks = ALONE) -> None:
@@ -125,14 +140,13 @@ def check_data(reader: CheckpointReader, data_fingerprint: str) -> None:
         )
 
 
-def check_model(source: Source, plan: Plan) -> None:
-    """Make sure that a source holds the model of a plan: the same parameters, and the same use of them.
+def check_model(source: Source, model: ModelConfig) -> None:
+    """Make sure that a source holds a model: the same parameters, and the same use of them.
 
     Raises:
         CheckpointError: lists every parameter that only one side has, or that has another shape, and every key of the
             model that is another one where the source says so.
     """
-    model = plan.config.model
     shapes = parameter_shapes(model)
     problems = list(mismatches(source, set(shapes), shapes))
     if theirs := model_of(source):

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from launcher.curves import LOSS, History, PhaseSpan, Series, find_transitions, read_history
+from launcher.metrics import LogError
 from launcher.spike import WINDOW, Transition
 
 BITS_PER_BYTE, THROUGHPUT = "validation/bits_per_byte", "throughput/tokens_per_second"
@@ -83,7 +84,7 @@ class RunSummary:
 def summarize(run: Path) -> RunSummary:
     """Read a run's folder and compute its phases and transitions.
 
-    Raises FileNotFoundError where `run` is not a run's folder, and ValueError, with file and line, for a file that
+    Raises FileNotFoundError where `run` is not a run's folder, and LogError, with file and line, for a file that
     cannot be understood.
     """
     config_path, metrics_path, summary_path = (run / name for name in ("config.yaml", "metrics.jsonl", "summary.json"))
@@ -94,13 +95,13 @@ def summarize(run: Path) -> RunSummary:
     try:
         config = yaml.safe_load(config_text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{config_path}: not YAML: {error}") from None
+        raise LogError(f"{config_path}: not YAML: {error}") from None
     summary: dict[str, Any] = {}
     if summary_path.is_file():
         try:
             summary = json.loads(summary_path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{summary_path}: not JSON: {error}") from None
+            raise LogError(f"{summary_path}: not JSON: {error}") from None
     name, engine = str(config.get("run", {}).get("name", run.name)), config.get("engine", {})
     history = read_history(metrics_path, name)
     planned = config.get("phase_steps", [])

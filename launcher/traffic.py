@@ -8,6 +8,7 @@ A ternary phase sends what a 16-bit one does: ranks gather latent weights in the
 by itself. With `engine.gather: codes` a step at full strength gathers packed codes instead, and all of it once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any, Literal
@@ -107,7 +108,7 @@ def _compute_bytes(config: Config) -> int:
     return 2 if config.training.compute_dtype == "bf16" else 4
 
 
-def padded_parameters(shapes: dict[str, tuple[int, ...]], shards: int) -> int:
+def padded_parameters(shapes: Mapping[str, tuple[int, ...]], shards: int) -> int:
     """Elements that FSDP2 gathers: it pads the first dimension to a multiple of the number of shards."""
     return sum(ceil(shape[0] / shards) * shards * prod(shape[1:]) for shape in shapes.values())
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from launcher.checkpoint import MANIFEST, checkpoints_under
 from launcher.checkpoint_reader import CheckpointReader
 from launcher.console import Console
-from launcher.location import reaching, to_location
+from launcher.location import is_local, reaching, to_location
 from launcher.source import CheckpointError
 
 
@@ -20,12 +20,14 @@ def show_damage(texts: Sequence[str], console: Console) -> int:
         An exit code: 0, or 1 where anything is damaged.
 
     Raises:
-        CheckpointError: a store cannot be reached.
+        CheckpointError: a folder is not there, or a store cannot be reached.
     """
     exit_code = 0
     for text in texts:
         place = to_location(text)
         with reaching(place):
+            if is_local(place) and not place.exists():
+                raise CheckpointError(f"{text}: there is no such folder")
             inside = checkpoints_under(place)
         folders = [place] if (place / MANIFEST).is_file() or not inside else inside
         for folder in folders:

@@ -87,6 +87,7 @@ class CodeGather:
                     self._params[layer], self._block_of[layer] = param, block
         self._others = dict.fromkeys(self._params, _Remembered([], None))
         self._coded: list[QuantLinear] = []
+        self._codes: dict[QuantLinear, GatheredCodes] = {}
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -131,13 +132,13 @@ class CodeGather:
         if in_codes:
             param._extensions_data = ExtensionsData()
             # A hook that takes the mesh alone may send another shape than that of the padded shard.
-            local.fsdp_pre_all_gather = lambda mesh: ((layer.gathered.own_rows,), None)
-            local.fsdp_post_all_gather = lambda outputs, *_, out: layer.gathered.receive(outputs[0])
+            local.fsdp_pre_all_gather = lambda mesh: ((self._codes[layer].own_rows,), None)
+            local.fsdp_post_all_gather = lambda outputs, *_, out: self._codes[layer].receive(outputs[0])
             if unsharded is None:
                 dtype = param.mp_policy.param_dtype or local.dtype
                 unsharded = nn.Parameter(torch.zeros((), dtype=dtype, device=local.device).expand(param._orig_size))
         else:
-            del local.fsdp_pre_all_gather, local.fsdp_post_all_gather
+            del local.fsdp_pre_all_gather, local.fsdp_post_all_gather, self._codes[layer]
             layer.gathered = None
         if unsharded is not None:
             param._unsharded_param = unsharded
@@ -152,7 +153,7 @@ class CodeGather:
             sums_R[: len(local_RI)] = scale_sums(local_RI, layer.quant_config)
         everyones = own.new_empty(num_shards, len(own))
         dist.all_gather([*everyones], own, group=self._group)
-        sums = {
+        sums: dict[nn.Linear, Tensor] = {
             layer: columns.flatten()[: layer.out_features]  # rank after rank, of which the last have the padding
             for layer, columns in zip(self._coded, everyones.split(padded_rows, 1), strict=True)
         }
@@ -161,7 +162,7 @@ class CodeGather:
             scale = scale_from_sums(sums_O, layer.in_features, layer.quant_config)
             packed_RJ = pack_rows(weight_codes(local_RI, scale, layer.quant_config))
             own_rows = F.pad(packed_RJ, (0, 0, 0, rows - len(packed_RJ)))
-            layer.gathered = GatheredCodes(scale, own_rows, layer.out_features)
+            layer.gathered = self._codes[layer] = GatheredCodes(scale, own_rows, layer.out_features)
 
 
 def _fsdp_params(module: Any) -> list[Any]:

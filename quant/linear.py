@@ -204,8 +204,7 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
     return list(matches)
 
 
-STATE = ("quant_config", "depth", "mode", "weight_strength", "activation_strength", "rotated", "sharers", "probe")
-STATE += ("gathered",)
+STATE = tuple(QuantLinear.__annotations__)
 """Attributes that a layer has only while it is quantized."""
 
 

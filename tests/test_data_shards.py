@@ -209,6 +209,12 @@ def test_a_failed_prepare_leaves_nothing(tokenizer_path, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_a_place_that_cannot_be_written_is_named(corpus, tokenizer_path, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file: File exists"):
+        prepare(PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path)), 32, tmp_path / "file" / "out")
+
+
 def test_too_little_text_is_an_error(tokenizer_path, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("one two three")

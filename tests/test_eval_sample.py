@@ -52,6 +52,12 @@ def test_it_ends_before_the_end_token_or_where_the_context_is_full():
         generate(model, random_tokens(32).tolist(), max_tokens=1)
 
 
+@pytest.mark.parametrize("choice", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_tokens": 0}])
+def test_a_choice_that_is_none_is_refused(choice):
+    with pytest.raises(ValueError, match="they must be 1 or more, 0 or more"):
+        generate(build(TINY), [1], **choice)
+
+
 def test_the_live_model_writes_the_same_without_a_cache():
     """In windows of one shape, and in as many passes as there are tokens, whatever they are."""
     model, prompt = build(TINY).double(), random_tokens(3).tolist()

@@ -1,5 +1,6 @@
 """A conversion and a switch inside a run continue with the same bits; and nothing is converted that does not fit."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -13,12 +14,15 @@ from ranks import run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
 
+from launcher import start_from
 from launcher.checkpoint import complete_checkpoints
 from launcher.checkpoint_reader import CheckpointReader
+from launcher.config import ConfigError
 from launcher.config_file import load_config
 from launcher.hf_source import HuggingFaceSource
 from launcher.metrics import read_metrics
 from launcher.source import KINDS, CheckpointError
+from launcher.start_from import open_source
 
 SWITCHED: dict[str, Any] = {
     "keep": {"ramp": {"shape": "linear", "steps": 2}},
@@ -110,6 +114,53 @@ def test_one_checkpoint_seeds_many_runs_without_being_copied(runs: Path, shards:
     assert "sound" in tritrain("verify", tmp_path / "one", tmp_path / "two")
 
 
+def test_a_source_is_opened_once(runs: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(start_from, "open_source", lambda text: (opened.append(text), open_source(text))[1])
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
+    source = runs / "trunk" / "checkpoints" / "step-00000004"
+    tritrain("convert", source, "--to", tmp_path / "run", "--config", config)
+    assert opened == [str(source)]
+
+
+def test_where_no_phase_begins_at_the_checkpoint_that_is_said(runs: Path, shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
+    arguments = ("convert", runs / "trunk" / "checkpoints" / "step-00000004", "--to", tmp_path / "run", "--dry-run")
+    said = tritrain(*arguments, "--config", config, "phases.0.steps=3")
+    assert "is at step 4, and the phases begin at 0, 3: so steps, schedule and data begin anew" in said
+    assert "anew" not in tritrain(*arguments, "--config", config)
+
+
+def test_no_option_of_a_conversion_is_left_out_silently(runs: Path, shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
+    for arguments, problem in (
+        (("--format", "hf", "--optimizer", "reset"), "--optimizer reset: belongs to --format run"),
+        (("--format", "universal", "--phase", 1), "--phase 1: belongs to --format run"),
+        (("--format", "universal", "--dtype", "fp32"), "--dtype fp32: belongs to --format hf"),
+        (("--config", config, "--dtype", "fp32"), "--dtype fp32: belongs to --format hf"),
+        (("--format", "hf", "model.norm_eps=1"), "model.norm_eps=1: overrides a configuration, and there is none"),
+        (("--config", config, "run.folder=there"), "run.folder: is what --to says"),
+        (("--config", config, "checkpoint.start_from=there"), "checkpoint.start_from: is what SOURCE says"),
+        (("--format", "hf", "--config", config, "model.num_heads=6", "model.num_kv_heads=2"), "model.num_heads is 6"),
+    ):
+        with pytest.raises((ConfigError, CheckpointError), match=re.escape(problem)):
+            tritrain("convert", runs / "trunk", "--to", tmp_path / "made", *arguments)
+        assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("folder", ["s3://bucket/made", "~/made"])
+def test_a_target_is_the_folder_that_was_meant(runs: Path, tmp_path: Path, folder: str) -> None:
+    with contextlib.chdir(tmp_path):
+        for command in (
+            ("convert", runs / "trunk", "--format", "hf", "--to", folder),
+            ("export", runs / "trunk", "--format", "hf", "--to", folder),
+            ("prepare", "python-stdlib", "--tokenizer", "bpe:300", "--out", folder),
+        ):
+            with pytest.raises(ConfigError, match="is a URL" if "://" in folder else "would be a folder named '~'"):
+                tritrain(*command)
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_ternary_run_returns_to_16_bits(runs: Path, shards: Path, tmp_path: Path) -> None:
     there_and_back = [*phases(SWITCHED["keep"]), {"precision": "16-bit", "steps": 2}]
     config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path) | {"phases": there_and_back})
@@ -171,6 +222,10 @@ def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) 
         tritrain("convert", source, "model.norm_eps=1e-3", *arguments)
     with pytest.raises(CheckpointError, match="there is no such folder"):
         tritrain("convert", tmp_path / "nothing", *arguments)
+    with pytest.raises(CheckpointError, match=r"config.yaml: is a file, and checkpoints are folders"):
+        tritrain("convert", config, *arguments)
+    with pytest.raises(CheckpointError, match="nothing: there is no such folder"):
+        tritrain("verify", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no checkpoint that is known"):
         tritrain("convert", tmp_path / "empty", *arguments)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,21 @@ from tiny import tiny_config
 from tiny_tasks import NUM_EXAMPLES, write_tasks
 
 from data.errors import DataError
-from eval.tasks import DEFINITIONS
+from eval.tasks import DEFINITIONS, choose_tasks
 from launcher.checkpoint import complete_checkpoints
 from launcher.config import ConfigError
 from launcher.config_file import parse_config, to_tree
 from launcher.console import Console
-from launcher.measuring import RESULTS, Evaluation, TextMeasurement, check_tasks, evaluate, measure_text, read_results
+from launcher.measuring import (
+    RESULTS,
+    Evaluation,
+    TextMeasurement,
+    answer,
+    check_tasks,
+    evaluate,
+    measure_text,
+    read_results,
+)
 from launcher.metrics import read_metrics
 from launcher.runtime import Ranks
 from launcher.source import CheckpointError
@@ -236,6 +246,8 @@ def write_tokenizer(path, vocab_size):
 def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
     with pytest.raises(ConfigError, match="no task 'pika'; did you mean piqa"):
         check_tasks(["pika"], None)
+    with pytest.raises(ConfigError, match="--tasks: names no task"):
+        check_tasks([], None)
     (tmp_path / "copa_validation.jsonl").touch()
     with pytest.raises(DataError, match=r"lacks openbookqa_validation\.jsonl, sst2_validation\.jsonl; a mirror"):
         check_tasks(["openbookqa", "sst2", "copa"], str(tmp_path))
@@ -247,6 +259,20 @@ def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
     large = write_tokenizer(tmp_path / "tokenizer.json", 500)
     with pytest.raises(CheckpointError, match=r"has 500 tokens and the model \d+; .*another model"):
         open_subject(str(tmp_path / "hf"), Ranks(0, 1, 0, torch.device("cpu")), str(large))
+
+
+def test_results_that_cannot_be_written_are_known_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    task, subject = choose_tasks(["copa"])[0], SimpleNamespace(identity="a", step=None, run=None)
+    with pytest.raises(CheckpointError, match="file: FileExistsError"):
+        answer(
+            task,
+            [],
+            subject,
+            tmp_path / "file" / "scores.json",
+            Ranks(0, 1, 0, torch.device("cpu")),
+            Console(silent=True),
+        )
 
 
 def test_without_the_harness_there_is_advice(monkeypatch):

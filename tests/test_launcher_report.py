@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from made_runs import make_run
 
+from launcher.cli import main
 from launcher.plots import loss_figure, to_svg
 from launcher.report import write_picture, write_report
 from launcher.summary import summarize, verdict
@@ -45,6 +46,23 @@ def parse(path: Path) -> PageParser:
     parser.feed(path.read_text(encoding="utf-8"))
     assert parser.open == []
     return parser
+
+
+def test_what_keeps_a_report_from_being_made_is_a_sentence(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", noise=0.0)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("run: {name: x}\n")
+    (tmp_path / "begun" / "metrics.jsonl").touch()
+    for arguments, sentence in (
+        ((tmp_path / "begun", "--out", tmp_path / "a.html"), "no complete row yet; a report needs at least one"),
+        ((run, "--out", tmp_path), f"{tmp_path}: Is a directory"),
+        ((run, run, "--out", tmp_path / "a.png"), "a picture shows one run, and here are 2"),
+    ):
+        monkeypatch.setattr("sys.argv", ["tritrain", "report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_the_page_of_one_run_has_everything_in_order(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 from jobs import Job, job_tree
 from tiny import tiny_config
 
+from launcher.config import ConfigError
 from launcher.failure import say_failure
-from launcher.run_folder import RunFolder
+from launcher.run_folder import RunFolder, check_place
 from launcher.runtime import ALONE
 
 
@@ -34,3 +35,37 @@ def test_what_is_wrong_is_said_at_every_start(shards: Path, tmp_path: Path) -> N
         assert job.wait() == [2, 2]
         assert job.output.count("training.global_batch_sequences") == 1, job.output
         assert RunFolder(tiny_config(shards, job.run)).read_state()["status"] == "failed"
+
+
+def test_a_start_that_failed_before_its_first_step_does_not_hold_the_folder(tmp_path: Path) -> None:
+    wrong, right = (tiny_config(Path(name), tmp_path / "run") for name in ("shrads", "shards"))
+    folder = RunFolder(wrong)
+    folder.prepare([4, 4])
+    folder.write_state("failed")
+    RunFolder(right).check_configuration()
+    folder.note_start(step=0, world_size=1)
+    with pytest.raises(ConfigError, match=r"data.sources.0.path: \"shrads\" in .*, \"shards\" now"):
+        RunFolder(right).check_configuration()
+
+
+def test_a_configuration_that_a_person_wrote_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("# a year of work\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml is not a run's, and would be overwritten"):
+        RunFolder(tiny_config(Path("shards"), tmp_path)).check_configuration()
+
+
+def test_a_runs_own_configuration_leads_to_it_or_is_refused(tmp_path: Path) -> None:
+    config = tiny_config(Path("shards"), tmp_path / "run")
+    folder = RunFolder(config)
+    folder.prepare([4, 4])
+    folder.write_state("interrupted")
+    check_place(tmp_path / "run" / "config.yaml", [], config)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / "config.yaml"
+    with pytest.raises(ConfigError, match=f"add run.folder={tmp_path}/moved; to begin another one, run.name=NAME"):
+        check_place(moved, ["logging.interval_steps=1"], config)
+    check_place(moved, [f"run.folder={tmp_path}/moved"], tiny_config(Path("shards"), tmp_path / "moved"))
+    check_place(moved, [f"run.folder={tmp_path}/new"], tiny_config(Path("shards"), tmp_path / "new"))
+    elsewhere = tmp_path / "config.yaml"
+    moved.rename(elsewhere)
+    check_place(elsewhere, [], config)

@@ -239,7 +239,8 @@ def test_a_refused_configuration_is_not_repeated(cluster: Slurm, code: Path, sha
     job = submit_run(tree)
     tree["optimizer"]["learning_rate"] = 1e-4
     run.mkdir(exist_ok=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    (run / "config.yaml").write_text(yaml.safe_dump(tree | {"tritrain_version": "0"}))
+    (run / "starts.jsonl").touch()
     assert cluster.wait(job) == "FAILED"
     assert cluster.job(job, "Restarts") == "0"
     assert "failed: the configuration was refused" in log_of(run)

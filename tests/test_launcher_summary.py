@@ -10,6 +10,7 @@ from made_runs import TOKENS_PER_STEP, make_run
 
 from launcher.console import human_count
 from launcher.curves import read_history
+from launcher.metrics import LogError
 from launcher.summary import duration, summarize, verdict
 
 
@@ -75,14 +76,14 @@ def test_folders_that_are_not_runs_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl: the run has logged nothing yet"):
         summarize(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step"')
-    with pytest.raises(ValueError, match="no complete row yet"):
+    with pytest.raises(LogError, match="no complete row yet"):
         summarize(tmp_path)
     rows_of(tmp_path / "metrics.jsonl", {"step": 1})
     (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match=r"summary\.json: not JSON"):
+    with pytest.raises(LogError, match=r"summary\.json: not JSON"):
         summarize(tmp_path)
     (tmp_path / "config.yaml").write_text("run: [")
-    with pytest.raises(ValueError, match=r"config\.yaml: not YAML"):
+    with pytest.raises(LogError, match=r"config\.yaml: not YAML"):
         summarize(tmp_path)
 
 

@@ -19,6 +19,7 @@ from launcher.engine import Engine, EngineConfig, load_weights
 from launcher.fsdp import FSDPEngine
 from launcher.metrics import read_metrics
 from launcher.optim import is_decayed
+from launcher.start_from import open_source
 from launcher.transition import LearningRateDrop, OptimizerChoice, RollbackConfig, TransitionConfig, carry_optimizer_
 from launcher.zero import ZeroEngine
 from model.init import initial_value, initialize_
@@ -180,7 +181,7 @@ def runs_with_a_measured_factor(shards: str, out: str, engines: list[str]) -> No
     start = {"start_from": str(folder / "plain" / "checkpoints" / "step-00000004"), "start_phase": 1}
     converted = switched(shards, folder / "converted", checkpoint=start)
     if dist.get_rank() == 0:
-        convert_to_run(converted)
+        convert_to_run(converted, open_source(start["start_from"]))
     dist.barrier()
     run(converted)
 
