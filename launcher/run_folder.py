@@ -28,6 +28,7 @@ from launcher.checkpoint import complete_checkpoints
 from launcher.config import Config, ConfigError
 from launcher.config_file import DERIVED_KEYS, flat_lines, parse_yaml, to_tree
 from launcher.location import reaching, to_location
+from launcher.requeue import append_line
 
 MAY_CHANGE = (
     "run.folder",
@@ -154,8 +155,7 @@ class RunFolder:
     def note_start(self, step: int, world_size: int) -> None:
         """Append to `starts.jsonl` that training begins, or goes on, behind this step."""
         line = {"time": time.time(), "step": step, "world_size": world_size, "host": socket.gethostname()}
-        with (self.path / "starts.jsonl").open("a") as file:
-            file.write(json.dumps(line | {"job": slurm_job()}) + "\n")
+        append_line(self.path / "starts.jsonl", line | {"job": slurm_job()})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write what a complete run has to say of itself."""
