@@ -81,7 +81,8 @@ def newest_step(run: Path, checkpoints: str, state: "dict[str, Any]") -> int:
     if state.get("status") == "interrupted":
         return int(state["checkpoint"].rpartition("step-")[2])
     if "://" in checkpoints or not Path(checkpoints).is_dir():
-        return max((line["step"] for line in read_lines(run / "starts.jsonl")), default=0)
+        starts = read_lines(run / "starts.jsonl")
+        return int(starts[-1]["step"]) if starts else 0  # not the largest: a run may go back to a switch
     names = [path.parent.name for path in Path(checkpoints).glob("step-*/manifest.json")]
     return max((int(name[5:]) for name in names if re.match(r"step-\d{8}$", name)), default=0)
 

@@ -27,7 +27,7 @@ from launcher.config import Config, ConfigError, RunConfig
 from launcher.config_file import load_config
 from launcher.pretrain import COMPLETE, run
 from launcher.run_folder import RunFolder
-from launcher.runtime import ALONE, _complete_environment, first_host, tasks_by_node
+from launcher.runtime import ALONE, _complete_environment, first_host
 from launcher.slurm_site import ContainerConfig, SiteConfig, load_site
 from launcher.stopping import StopRequest, end_of_job, time_to_stop
 from launcher.submit import Request, next_submission, render, snapshot, submit
@@ -443,12 +443,6 @@ def test_first_host(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
 
 
-def test_tasks_by_node() -> None:
-    assert tasks_by_node("2(x3),1") == [2, 2, 2, 1]
-    assert tasks_by_node("8") == [8]
-    assert tasks_by_node("1,4(x2),2") == [1, 4, 4, 2]
-
-
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """An environment of which nothing stays."""
@@ -463,12 +457,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 def test_ranks_of_a_slurm_step(environment: dict[str, str]) -> None:
     environment |= {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "1", "SLURM_NTASKS": "9", "SLURM_NTASKS_PER_NODE": "4"}
-    environment |= {"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_PROCID": "6"}
-    environment |= {"SLURM_STEP_NODELIST": "node[07-10]", "SLURM_NODEID": "3", "SLURM_LOCALID": "0"}
+    environment |= {"SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "6"}
+    environment |= {"SLURM_STEP_NODELIST": "node[07-10]", "SLURM_LOCALID": "0"}
     environment |= {"SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}  # as real as it is useless
     _complete_environment()
-    expected = {"RANK": "6", "WORLD_SIZE": "7", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node07"}
+    expected = {"RANK": "6", "WORLD_SIZE": "7", "LOCAL_RANK": "0", "MASTER_ADDR": "node07"}
     assert expected.items() <= environment.items()
+    assert "LOCAL_WORLD_SIZE" not in environment  # `launcher.placement` counts
     assert environment["MASTER_PORT"] == "20273"
 
 
@@ -655,6 +650,14 @@ def test_checkpoints_in_another_folder_count_as_progress(tmp_path: Path) -> None
         start(run, 100 * number, "17")
         assert ask(run)[0] == requeue.AGAIN
     assert [ask(run)[0] for _ in range(3)] == [requeue.AGAIN, requeue.AGAIN, requeue.FAILED]
+
+
+def test_going_back_to_a_switch_is_no_start_that_gets_nowhere(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (0, 150, 100, 120, 130, 140):
+        start(run, step, "17")
+        assert requeue.verdict(run, "s3://bucket/run", None, "17")[0] == requeue.AGAIN
+    assert [line["idle_starts"] for line in requeue.read_lines(run / "requeues.jsonl")] == [1, 0, 0, 0, 0, 0]
 
 
 def hold(run: Path) -> subprocess.Popen[str]:
