@@ -106,11 +106,13 @@ def is_first_to_say(folder: Path, message: str) -> bool:
 
 def missing_ranks(folder: Path) -> list[int]:
     """Ranks on this host whose process is gone."""
-    return [
-        int(path.name.removeprefix("rank-"))
-        for path in sorted(folder.glob("rank-*"))
-        if not _is_alive(*path.read_text().split())
-    ]
+    missing = []
+    for path in sorted(folder.glob("rank-*")):
+        # A note may be taken back as it is read, or be empty: still being written, or for ever on a full disk.
+        with contextlib.suppress(FileNotFoundError):
+            if (noted := path.read_text().split()) and not _is_alive(*noted):
+                missing.append(int(path.name.removeprefix("rank-")))
+    return missing
 
 
 def _is_alive(host: str, pid: str) -> bool:

@@ -48,7 +48,7 @@ class WatchConfig:
     never."""
     first_step_seconds: float | None = 1800.0
     """The same for the first step after a start or a switch, which may compile, and for what happens between steps:
-    evaluating, saving, a switch; null: never."""
+    evaluating, each batch of a task, saving, a switch; null: never."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -73,7 +73,7 @@ class At(NamedTuple):
     """Steps finished."""
     doing: Doing
     since: float
-    """When it began to, by `time.monotonic`."""
+    """When it began to, or last got on with it, by `time.monotonic`."""
     steady: bool
     """Whether a step has ended since the start or the last switch."""
 
@@ -94,6 +94,10 @@ class Pulse:
         if doing == "train":
             self._work_began = time.process_time()
         self.at = At(step, doing, time.monotonic(), self.at.steady and doing not in ("start", "switch"))
+
+    def got_on(self) -> None:
+        """Say that something has come of what this rank is at, which goes on."""
+        self.at = self.at._replace(since=time.monotonic())
 
     def stepped(self, step: int, waited_seconds: float) -> None:
         """Say that a step has ended, with the seconds of it that went by waiting for data."""

@@ -1,7 +1,8 @@
 """Which ranks share a host.
 
-Launchers say it in LOCAL_RANK and LOCAL_WORLD_SIZE, and `streaming` reads the latter. A plain environment, with RANK,
-WORLD_SIZE, MASTER_ADDR and MASTER_PORT only, leaves both out; then the ranks tell each other where they are.
+Launchers say it in LOCAL_RANK and LOCAL_WORLD_SIZE, and `streaming` reads the latter. Slurm says the former only, and a
+plain environment, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, neither; then the ranks tell each other where
+they are.
 """
 
 import os

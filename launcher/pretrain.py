@@ -43,7 +43,7 @@ from launcher.placement import PlacementError
 from launcher.plan import Plan, make_plan
 from launcher.preparing import prepare_with_progress
 from launcher.rollback import read_rollbacks
-from launcher.run_folder import RunFolder, check_place
+from launcher.run_folder import RunFolder, check_place, slurm_job
 from launcher.runtime import Ranks, process_group, seed_everything
 from launcher.source import CheckpointError
 from launcher.step import TrainingError
@@ -159,7 +159,7 @@ def run_rank(
     plan = plan_of_run(config, folder, ranks)
     seed_everything(config.run.seed, ranks.rank)
     if ranks.is_first:
-        stop.watch(folder.path, time_to_stop(config.run.stop_before_end_seconds))
+        stop.watch(folder.path, time_to_stop(config.run.stop_before_end_seconds, console.line))
         folder.prepare([phase.end - phase.start for phase in plan.phases])
     dist.barrier()
     write_presence(folder.ranks, ranks)
@@ -176,7 +176,8 @@ def run_rank(
     if ranks.is_first and outcome == "interrupted":
         # Before any rank leaves: launchers kill who is still there once one has exited with anything but 0.
         newest = folder.newest_checkpoint()
-        folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest))
+        stop.look_again()
+        folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest), job=slurm_job())
         stop.done()
     # A rank that leaves breaks connections that others may still be making. All is saved: to break here is no failure.
     with contextlib.suppress(RuntimeError):

@@ -28,6 +28,7 @@ from launcher.checkpoint import complete_checkpoints
 from launcher.config import Config, ConfigError
 from launcher.config_file import DERIVED_KEYS, flat_lines, parse_yaml, to_tree
 from launcher.location import reaching, to_location
+from launcher.requeue import append_line
 
 MAY_CHANGE = (
     "run.folder",
@@ -62,6 +63,7 @@ class RunFolder:
         self.ranks = self.path / "ranks"
         self.holder = ""
         """What the lock says while this job holds it; the same on all of its ranks."""
+        self._beat_seconds = config.watch.beat_seconds
         self._tree = to_tree(config)
         self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **self._tree}, sort_keys=False)
 
@@ -155,14 +157,14 @@ class RunFolder:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def write_heartbeats(self, beats: list[dict[str, Any]]) -> None:
-        """Leave what each rank is at."""
-        replace_file(self.path / "heartbeats.json", json.dumps({"time": round(time.time(), 1), "ranks": beats}))
+        """Leave what each rank is at, and how often that is told."""
+        content = {"time": round(time.time(), 1), "beat_seconds": self._beat_seconds, "ranks": beats}
+        replace_file(self.path / "heartbeats.json", json.dumps(content))
 
     def note_start(self, step: int, world_size: int) -> None:
         """Append to `starts.jsonl` that training begins, or goes on, behind this step."""
         line = {"time": time.time(), "step": step, "world_size": world_size, "host": socket.gethostname()}
-        with (self.path / "starts.jsonl").open("a") as file:
-            file.write(json.dumps(line | {"job": slurm_job()}) + "\n")
+        append_line(self.path / "starts.jsonl", line | {"job": slurm_job()})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write what a complete run has to say of itself."""

@@ -70,7 +70,6 @@ def _complete_environment() -> None:
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"]}
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        env["LOCAL_WORLD_SIZE"] = str(tasks_by_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])])
         env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
         # Below the ports that systems give to outgoing connections, and another one for each step of a job.
         port = 20_000 + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"])) % 10_000
@@ -86,12 +85,6 @@ def first_host(nodelist: str) -> str:
     """The host of Slurm's task 0: the first of a list such as `node[003-010,12],login1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0] if first else nodelist)
-
-
-def tasks_by_node(counts: str) -> list[int]:
-    """Slurm's tasks on each node: `2(x3),1` is 2, 2, 2 and 1."""
-    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
-    return [int(tasks) for tasks, nodes in groups for _ in range(int(nodes or 1))]
 
 
 def _free_port() -> int:

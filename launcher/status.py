@@ -5,6 +5,7 @@ killed nobody is left to write that word, so a run that says `running` and has b
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,9 +29,12 @@ from launcher.location import is_local, to_location
 from launcher.source import CheckpointError
 
 HEARTBEAT_SECONDS = 60
-"""A rank whose heartbeat is older than this is not heard of: they come every few seconds."""
+"""A rank whose heartbeat is older than this, and than `SILENT_BEATS` of them, is not heard of."""
 SILENT_SECONDS = 1800
 """The same for a run without heartbeats, of which only logged steps and checkpoints are seen."""
+
+SILENT_BEATS = 3
+"""As `launcher.heartbeat` has it, whose import would take seconds."""
 
 TAIL_BYTES = (1 << 16, 1 << 22)
 """How much of the end of `metrics.jsonl` is read, and how much where no logged step is in that."""
@@ -101,7 +105,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("state.json", "config.yaml"))
+    # Not `Path.is_file`, to which a folder that others may not look into is an error.
+    return any(os.path.isfile(folder / name) for name in ("state.json", "config.yaml"))
 
 
 def status_of(run: Path, now: float) -> RunStatus:
@@ -130,7 +135,8 @@ def status_of(run: Path, now: float) -> RunStatus:
             if "reason" in state:
                 status.message = f"stopped: {state['reason']}"
     if status.state == "running":
-        status.message = _silence(status, run, now)
+        with _noting("state.json", notes):  # which may be taken away as it is looked at
+            status.message = _silence(status, run, now)
         status.state = "stalled" if status.message else "running"
     if "phase_steps" in config:
         with _noting("config.yaml", notes):
@@ -207,13 +213,14 @@ def _silence(status: RunStatus, run: Path, now: float) -> str | None:
         heartbeats = _mapping(json.loads((run / "heartbeats.json").read_text()))
         # Of an earlier start they may be old, and this one's not be there yet.
         heard = max(float(heartbeats["time"]), (run / "state.json").stat().st_mtime)
-        if now - heard > HEARTBEAT_SECONDS:
+        limit = max(HEARTBEAT_SECONDS, SILENT_BEATS * float(heartbeats.get("beat_seconds", 0)))
+        if now - heard > limit:
             return f"no heartbeat for {human_age(now - heard)}: its job was killed, or its first rank hangs"
         lost = [
             f"rank {rank['rank']} on {rank['host']} for {human_age(heartbeats['time'] - rank['seen'])}, "
             f"in step {rank['step']}, {rank['doing']}"
             for rank in heartbeats["ranks"]
-            if heartbeats["time"] - rank["seen"] > HEARTBEAT_SECONDS
+            if heartbeats["time"] - rank["seen"] > limit
         ]
         if lost:
             return f"not heard of: {'; '.join(lost)}"

@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +31,9 @@ REASONS = ("", "signal", "time limit", "stop file")
 
 STOP_FILE, SAVE_FILE = "stop", "save"
 SECONDS_BETWEEN_LOOKS = 1.0
+
+ASK_SLURM_TIMES, SECONDS_TO_ANSWER, SECONDS_BETWEEN_ASKS = 3, 20.0, 5.0
+"""Slurm's controller may be busy or away for a while; the other ranks wait as long."""
 
 
 class StopRequest:
@@ -81,19 +84,28 @@ class StopRequest:
             (folder / SAVE_FILE).unlink(missing_ok=True)
             self._save = True
 
+    def look_again(self) -> None:
+        """On rank 0, once all is saved: a person may have asked for a stop while a stop for another reason went on."""
+        if self._folder is not None and (self._folder / STOP_FILE).exists():
+            self.reason = "stop file"
+
     def done(self) -> None:
-        """On rank 0, once all is saved: take the file away, so that the next start goes on."""
-        if self._folder is not None:
+        """On rank 0, once all is noted: take a file that was obeyed away, so that the next start goes on."""
+        if self._folder is not None and self.reason == "stop file":
             (self._folder / STOP_FILE).unlink(missing_ok=True)
 
 
-def time_to_stop(margin_seconds: int) -> float:
+def time_to_stop(margin_seconds: int, say: Callable[[str], None]) -> float:
     """When to save and stop so that all is written before the job's time is up; infinity where nothing ends it.
+
+    Args:
+        margin_seconds: what saving takes, at most.
+        say: tells people that nobody knows when the job ends.
 
     Raises:
         ConfigError: that would be at once.
     """
-    end = end_of_job()
+    end = end_of_job(say)
     if end - time.time() <= margin_seconds:
         raise ConfigError(
             f"run.stop_before_end_seconds: is {margin_seconds}, but the job ends in {max(0, end - time.time()):.0f} s; "
@@ -102,7 +114,7 @@ def time_to_stop(margin_seconds: int) -> float:
     return end - margin_seconds
 
 
-def end_of_job() -> float:
+def end_of_job(say: Callable[[str], None]) -> float:
     """When this job's time is up (Unix, seconds), as TRITRAIN_END_TIME or Slurm say; infinity where nobody does."""
     for name in ("TRITRAIN_END_TIME", "SLURM_JOB_END_TIME"):
         if text := os.environ.get(name):
@@ -113,6 +125,28 @@ def end_of_job() -> float:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or shutil.which("scontrol") is None:
         return math.inf
-    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=60).stdout
-    found = re.search(r"\bEndTime=(\d{4}-\S+)", shown)  # `Unknown` where there is no limit
-    return datetime.fromisoformat(found[1]).timestamp() if found else math.inf
+    problem = ""
+    for attempt in range(ASK_SLURM_TIMES):
+        if attempt:
+            time.sleep(SECONDS_BETWEEN_ASKS)
+        try:
+            shown = subprocess.run(
+                ["scontrol", "show", "job", job],
+                env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
+                capture_output=True,
+                text=True,
+                timeout=SECONDS_TO_ANSWER,
+                check=True,
+            ).stdout
+        except subprocess.TimeoutExpired:
+            problem = f"no answer in {SECONDS_TO_ANSWER:g} s"
+        except subprocess.CalledProcessError as error:
+            problem = error.stderr.strip()
+        else:
+            found = re.search(r"\bEndTime=(\d{4}-\S+)", shown)  # `Unknown` where there is no limit
+            return datetime.fromisoformat(found[1]).timestamp() if found else math.inf
+    say(
+        f"WARNING: `scontrol show job {job}` does not say when the job ends ({problem}). The run goes on, and does not "
+        "stop before its time is up; TRITRAIN_END_TIME (Unix, seconds) would tell it."
+    )
+    return math.inf

@@ -1,5 +1,6 @@
 """Tasks on the live, sharded model of a run: a small part of them, often, and without a second copy of the model."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from data.tokenizer import load_tokenizer
@@ -32,15 +33,25 @@ class TasksInTraining:
         self._rows = {task: load_rows(task, folder)[: config.tasks_limit] for task in tasks}
         self._plan, self._ranks, self._tokenizer = plan, ranks, load_tokenizer(tokenizer_path)
 
-    def measure(self, engine: Engine) -> tuple[dict[str, float], str]:
-        """Scores of the model as it is, by the keys of the log, and a line for people; a collective."""
+    def measure(self, engine: Engine, got_on: Callable[[], None]) -> tuple[dict[str, float], str]:
+        """Scores of the model as it is, by the keys of the log, and a line for people; a collective.
+
+        ``got_on`` is called every so many examples: all of a task may take hours, which is no hang.
+        """
         from eval.harness import answer_rows
 
         scorer = scorer_of(engine.forward, self._plan.config.model, self._ranks)
         values: dict[str, float] = {}
         words = []
         for task, rows in self._rows.items():
-            examples = answer_rows(task.label, rows, scorer, self._tokenizer, separately=not task.is_harness)
+            examples = answer_rows(
+                task.label,
+                rows,
+                scorer,
+                self._tokenizer,
+                separately=not task.is_harness,
+                advance=lambda num_rows: got_on(),
+            )
             scores = scores_of(examples, task.definition.metric)
             values |= {f"eval/{task.label}/{name}": score.value for name, score in scores.items()}
             words.append(f"{task.label} {100 * scores[task.definition.metric].value:.1f}")

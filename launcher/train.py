@@ -190,7 +190,7 @@ def train(
             meter.evaluated(held_out.measure(engine), "end of phase" if phase_ends else "interval")
         if tasks is not None and doing_tasks:
             pulse.now("tasks", at.step)
-            meter.noted(*tasks.measure(engine))
+            meter.noted(*tasks.measure(engine, pulse.got_on))
             meter.restart_clock()
         if saving:
             pulse.now("save", at.step)

@@ -8,9 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -246,6 +248,24 @@ def test_container_is_healthy_unless_its_run_fell_silent(tmp_path, status, last,
     (tmp_path / "without-heartbeats").mkdir()
     silent = healthcheck().silent_runs(tmp_path, started=500.0, now=10_000.0)
     assert silent == (["a: no heartbeat for 9000 s"] if is_silent else [])
+
+
+def test_container_whose_run_beats_seldom(tmp_path):
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / "heartbeats.json").write_text(json.dumps({"time": 1_000.0, "beat_seconds": 300.0, "ranks": []}))
+    silent_runs = healthcheck().silent_runs
+    assert silent_runs(tmp_path, started=500.0, now=2_000.0) == []  # with no state: its folder is being removed
+    (run / "state.json").write_text(json.dumps({"status": "running"}))
+    assert silent_runs(tmp_path, started=500.0, now=1_890.0) == []
+    assert silent_runs(tmp_path, started=500.0, now=1_910.0) == ["a: no heartbeat for 910 s"]
+
+
+def test_start_of_the_first_process():
+    """Not what the kernel's passing notes of it say: their times are those at which it was last looked for."""
+    now = time.time()
+    assert healthcheck().container_started(now) == pytest.approx(psutil.Process(1).create_time(), abs=2)
+    assert healthcheck().container_started(now + 50) == pytest.approx(healthcheck().container_started(now) + 50, abs=1)
 
 
 def test_container_that_has_no_runs_is_healthy(tmp_path):

@@ -20,6 +20,7 @@ from launcher.checkpoint import complete_checkpoints
 from launcher.config import ConfigError
 from launcher.config_file import parse_config, to_tree
 from launcher.console import Console
+from launcher.heartbeat import Pulse
 from launcher.measuring import (
     RESULTS,
     Evaluation,
@@ -45,6 +46,8 @@ def this_rank() -> Ranks:
 
 
 def train_with_and_without_tasks(shards, folder, mirror):
+    got_on = []
+    Pulse.got_on = lambda pulse: got_on.append(pulse.at.doing)
     for name, tasks in (("with", ["paper11", "piqa-harness"]), ("without", [])):
         config = tiny_config(
             Path(shards),
@@ -59,6 +62,8 @@ def train_with_and_without_tasks(shards, folder, mirror):
             else {},
         )
         train_run(config)
+    assert set(got_on) == {"tasks"}
+    assert len(got_on) >= 3 * 12  # after 3 and 6 steps and at the ends of phases; each batch of each task
 
 
 @pytest.fixture(scope="module")

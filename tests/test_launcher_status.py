@@ -74,8 +74,8 @@ def age(path: Path, seconds: float) -> None:
         os.utime(inside, (NOW - seconds, NOW - seconds))
 
 
-def write_heartbeats(run: Path, *ranks: dict[str, Any], at: float = NOW - 1) -> None:
-    (run / "heartbeats.json").write_text(json.dumps({"time": at, "ranks": ranks}))
+def write_heartbeats(run: Path, *ranks: dict[str, Any], at: float = NOW - 1, beat_seconds: float = 2.0) -> None:
+    (run / "heartbeats.json").write_text(json.dumps({"time": at, "beat_seconds": beat_seconds, "ranks": ranks}))
 
 
 def shown(*statuses: Any, width: int = 160) -> str:
@@ -131,6 +131,42 @@ def test_silence_is_a_stall(tmp_path: Path) -> None:
     )
     os.utime(run / "state.json", (NOW, NOW))  # started again just now, by a job that has no heartbeat yet
     assert status_of(run, NOW).state == "running"
+
+
+def test_a_run_that_beats_seldom_is_not_silent_so_soon(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    age(run, 10_000)
+    for silence, state in ((890, "running"), (910, "stalled")):
+        write_heartbeats(run, heartbeat(0, seen=NOW - silence), at=NOW - silence, beat_seconds=300.0)
+        assert status_of(run, NOW).state == state
+        write_heartbeats(run, heartbeat(0), heartbeat(1, seen=NOW - silence), at=NOW, beat_seconds=300.0)
+        assert status_of(run, NOW).state == state
+
+
+def test_a_run_that_is_removed_as_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run")
+
+    def gone(path: Path) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(module.Path, "stat", gone)
+    monkeypatch.setattr(module.Path, "exists", lambda path: True)
+    assert status_of(run, NOW).state == "running"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_folders_of_others_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tritrain status` of a disk that people share, some of whose folders are theirs alone."""
+    write_run(tmp_path / "runs" / "mine")
+    write_run(tmp_path / "runs" / "other").chmod(0o700)
+    for folder in (tmp_path / "runs", tmp_path / "runs" / "mine"):
+        folder.chmod(0o755)
+    monkeypatch.chdir(tmp_path / "runs")  # above which somebody else may be kept out
+    os.seteuid(65_534)
+    try:
+        assert find_runs([Path()]) == [Path("mine")]
+    finally:
+        os.seteuid(0)
 
 
 def test_a_rank_that_is_not_heard_of_is_named(tmp_path: Path) -> None:

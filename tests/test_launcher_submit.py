@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -26,7 +27,7 @@ from launcher.config import Config, ConfigError, RunConfig
 from launcher.config_file import load_config
 from launcher.pretrain import COMPLETE, run
 from launcher.run_folder import RunFolder
-from launcher.runtime import ALONE, _complete_environment, first_host, tasks_by_node
+from launcher.runtime import ALONE, _complete_environment, first_host
 from launcher.slurm_site import ContainerConfig, SiteConfig, load_site
 from launcher.stopping import StopRequest, end_of_job, time_to_stop
 from launcher.submit import Request, next_submission, render, snapshot, submit
@@ -345,6 +346,51 @@ def test_a_snapshot_runs_by_itself(config: Config, tmp_path: Path) -> None:
     assert [line.startswith(str(code)) for line in done.stdout.split()] == [True, True], done.stderr
 
 
+ENDING = sorted(path.name for path in (ROOT / "launcher/slurm").glob("*.sbatch") if "ask requeue" in path.read_text())
+
+
+def test_templates_that_queue_themselves_again() -> None:
+    assert ENDING == ["container.sbatch", "deepspeed.sbatch", "one-node.sbatch", "srun.sbatch", "torchrun.sbatch"]
+
+
+def script_of(name: str, config: Config, programs: Path, run: Path) -> str:
+    """A script that trains in ``run``: the rendered one, or a template of this name."""
+    for python in ("python", "python3"):  # of which a template asks nothing else
+        (programs / python).write_text(f'#!/bin/bash\nexec {sys.executable} {ROOT}/"$@"\n')
+    if name != "rendered":
+        return (ROOT / "launcher" / "slurm" / name).read_text().replace("${1:?the", "${1:-the").replace(
+            "${2:?the folder of the run}", str(run)
+        )  # fmt: skip
+    script = render(config, SiteConfig(), REQUEST, run / "submitted/1")
+    (run / "submitted" / "1").mkdir(parents=True, exist_ok=True)
+    snapshot(config, run / "submitted/1")
+    return script
+
+
+@pytest.mark.parametrize("name", ["rendered", *ENDING])
+def test_a_controller_that_is_away_for_a_while(config: Config, programs: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    script = script_of(name, config, programs, run)
+    (run / "job").mkdir(parents=True)
+    scontrol = (programs / "scontrol").read_text().partition("\n")[2]
+    away = f"[ $1 = show ] && [ $2 = hostnames ] || [ $(wc -l < {programs}/calls) -gt 6 ]"
+    (programs / "scontrol").write_text(f"#!/bin/bash\n{away} || {{ echo >> {programs}/calls; exit 1; }}\n{scontrol}")
+    (programs / "calls").write_text("")
+    done = run_script(script, programs)
+    assert "again: the run is not begun" in done.stdout, done.stderr
+    assert ["requeue", "17"] in calls(programs, "scontrol")
+
+
+@pytest.mark.parametrize("name", ["rendered", *ENDING])
+def test_a_start_that_is_refused_is_not_repeated(config: Config, programs: Path, tmp_path: Path, name: str) -> None:
+    script = script_of(name, config, programs, tmp_path / "run")
+    (programs / "srun").write_text('#!/bin/bash\necho "engine.zero_stage: no" > "$TRITRAIN_REFUSED"\n')
+    done = run_script(script, programs)
+    assert "failed: the configuration was refused: engine.zero_stage: no" in done.stdout, done.stderr
+    assert done.returncode == 1
+    assert ["requeue", "17"] not in calls(programs, "scontrol")
+
+
 def run_template(name: str, programs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "2", "SECONDS_BETWEEN_LOOKS": "0.01"}
     command = ["bash", str(ROOT / "launcher" / "slurm" / name), *arguments]
@@ -397,12 +443,6 @@ def test_first_host(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
 
 
-def test_tasks_by_node() -> None:
-    assert tasks_by_node("2(x3),1") == [2, 2, 2, 1]
-    assert tasks_by_node("8") == [8]
-    assert tasks_by_node("1,4(x2),2") == [1, 4, 4, 2]
-
-
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """An environment of which nothing stays."""
@@ -417,12 +457,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 def test_ranks_of_a_slurm_step(environment: dict[str, str]) -> None:
     environment |= {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "1", "SLURM_NTASKS": "9", "SLURM_NTASKS_PER_NODE": "4"}
-    environment |= {"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_PROCID": "6"}
-    environment |= {"SLURM_STEP_NODELIST": "node[07-10]", "SLURM_NODEID": "3", "SLURM_LOCALID": "0"}
+    environment |= {"SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "6"}
+    environment |= {"SLURM_STEP_NODELIST": "node[07-10]", "SLURM_LOCALID": "0"}
     environment |= {"SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}  # as real as it is useless
     _complete_environment()
-    expected = {"RANK": "6", "WORLD_SIZE": "7", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node07"}
+    expected = {"RANK": "6", "WORLD_SIZE": "7", "LOCAL_RANK": "0", "MASTER_ADDR": "node07"}
     assert expected.items() <= environment.items()
+    assert "LOCAL_WORLD_SIZE" not in environment  # `launcher.placement` counts
     assert environment["MASTER_PORT"] == "20273"
 
 
@@ -434,21 +475,42 @@ def test_a_batch_script_is_one_process(environment: dict[str, str]) -> None:
 
 def test_end_of_a_job(environment: dict[str, str], programs: Path) -> None:
     environment["PATH"] = f"{programs}:{environment['PATH']}"
-    assert end_of_job() == float("inf")
+    assert end_of_job(pytest.fail) == float("inf")
     environment |= {"SLURM_JOB_ID": "17", "TZ": "UTC"}
     import time
 
     time.tzset()
-    assert end_of_job() == 1767312000.0  # what `scontrol` shows
+    assert end_of_job(pytest.fail) == 1767312000.0  # what `scontrol` shows
     environment["SLURM_JOB_END_TIME"] = "1900000000"
-    assert end_of_job() == 1900000000.0
+    assert end_of_job(pytest.fail) == 1900000000.0
     environment["TRITRAIN_END_TIME"] = f"{time.time() + 100}"
-    assert time_to_stop(30) == pytest.approx(time.time() + 70, abs=5)
+    assert time_to_stop(30, pytest.fail) == pytest.approx(time.time() + 70, abs=5)
     with pytest.raises(ConfigError, match="stop_before_end_seconds: is 180, but the job ends in"):
-        time_to_stop(180)
+        time_to_stop(180, pytest.fail)
     environment["TRITRAIN_END_TIME"] = "noon"
     with pytest.raises(ConfigError, match="TRITRAIN_END_TIME: is 'noon'"):
-        end_of_job()
+        end_of_job(pytest.fail)
+
+
+def test_a_slurm_that_does_not_say_when_the_job_ends(
+    environment: dict[str, str], programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.stopping.SECONDS_BETWEEN_ASKS", 0.0)
+    monkeypatch.setattr("launcher.stopping.SECONDS_TO_ANSWER", 0.2)
+    environment |= {"PATH": f"{programs}:{environment['PATH']}", "SLURM_JOB_ID": "17", "SLURM_TIME_FORMAT": "relative"}
+    said: list[str] = []
+    (programs / "scontrol").write_text("#!/bin/bash\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    assert end_of_job(said.append) == float("inf")
+    (programs / "scontrol").write_text("#!/bin/bash\nexec /bin/sleep 60\n")
+    assert end_of_job(said.append) == float("inf")
+    assert [re.search(r"\((.*?)\)", line)[1] for line in said] == [  # type: ignore[index]
+        "Unable to contact slurm controller",
+        "no answer in 0.2 s",
+    ]
+    once = f"[ -e {programs}/asked ] || {{ touch {programs}/asked; exit 1; }}"
+    (programs / "scontrol").write_text(f"#!/bin/bash\n{once}\n[ $SLURM_TIME_FORMAT = standard ] && echo '{SHOWN}'\n")
+    monkeypatch.setattr("launcher.stopping.SECONDS_TO_ANSWER", 20.0)
+    assert end_of_job(pytest.fail) < float("inf")
 
 
 def test_files_and_the_clock_ask_for_a_stop_or_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,6 +531,21 @@ def test_files_and_the_clock_ask_for_a_stop_or_a_save(tmp_path: Path, monkeypatc
     assert stop.agree(ALONE) == (True, False)
     assert stop.reason == "stop file"
     assert (tmp_path / "stop").exists()  # until all is saved
+    stop.done()
+    assert not (tmp_path / "stop").exists()
+
+
+def test_a_person_who_asks_for_a_stop_while_another_stop_is_being_saved(tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.watch(tmp_path, 0.0)
+    assert stop.agree(ALONE) == (True, False)
+    stop.look_again()
+    assert stop.reason == "time limit"
+    (tmp_path / "stop").touch()
+    stop.done()
+    assert (tmp_path / "stop").exists()  # nothing has obeyed it
+    stop.look_again()
+    assert stop.reason == "stop file"
     stop.done()
     assert not (tmp_path / "stop").exists()
 
@@ -509,17 +586,25 @@ def ask(run: Path, job: str = "17", refused: Path | None = None) -> tuple[int, s
 
 
 def test_requeue_ends_with_the_run_or_by_a_person(tmp_path: Path) -> None:
-    for state, code in (
-        ({"status": "complete"}, requeue.DONE),
-        ({"status": "interrupted", "reason": "stop file", "checkpoint": "x/step-00000003"}, requeue.DONE),
-        ({"status": "interrupted", "reason": "signal", "checkpoint": "x/step-00000003"}, requeue.AGAIN),
-        ({"status": "interrupted", "reason": "time limit", "checkpoint": "x/step-00000005"}, requeue.AGAIN),
-        ({"status": "running"}, requeue.AGAIN),
+    stopped = {"status": "interrupted", "checkpoint": "x/step-00000003"}
+    for number, (state, code) in enumerate(
+        (
+            ({"status": "complete"}, requeue.DONE),
+            (stopped | {"reason": "stop file", "job": "17"}, requeue.DONE),
+            (stopped | {"reason": "stop file", "job": "17_2"}, requeue.DONE),
+            (stopped | {"reason": "stop file", "job": "16"}, requeue.AGAIN),  # this job has not come to claim the run
+            (stopped | {"reason": "stop file", "job": None}, requeue.AGAIN),
+            (stopped | {"reason": "signal", "job": "17"}, requeue.AGAIN),
+            (stopped | {"reason": "time limit", "job": "17"}, requeue.AGAIN),
+            ({"status": "running"}, requeue.AGAIN),
+        )
     ):
-        requeue.write_state(tmp_path, state)
-        assert ask(tmp_path)[0] == code, state
+        run = tmp_path / str(number)
+        run.mkdir()
+        requeue.write_state(run, state)
+        assert ask(run)[0] == code, state
     (tmp_path / "refused").write_text("engine.zero_stage: no")
-    assert ask(tmp_path, refused=tmp_path / "refused") == (
+    assert ask(run, refused=tmp_path / "refused") == (
         requeue.FAILED,
         "the configuration was refused: engine.zero_stage: no",
     )
@@ -544,6 +629,63 @@ def test_requeue_ends_when_starts_get_nowhere(tmp_path: Path) -> None:
     assert "out of memory" in reason
     assert requeue.read_state(run) == {"status": "failed", "message": reason}
     assert ask(run, job="18")[0] == requeue.AGAIN  # submitted anew, it is tried anew
+
+
+def test_a_line_that_a_full_disk_cut_off_keeps_nothing_from_going_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, 0, "17")
+    for name in ("starts.jsonl", "requeues.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"time": 0.0, "step": 3, "jo')
+    RunFolder(tiny_config(tmp_path, run)).note_start(4, 2)
+    checkpoint(run, 4)
+    assert ask(run)[0] == requeue.AGAIN
+    assert [line["step"] for line in requeue.read_lines(run / "starts.jsonl")] == [0, 4]
+    assert [line["idle_starts"] for line in requeue.read_lines(run / "requeues.jsonl")] == [0]
+
+
+def test_checkpoints_in_another_folder_count_as_progress(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in range(6):
+        start(run, 100 * number, "17")
+        assert ask(run)[0] == requeue.AGAIN
+    assert [ask(run)[0] for _ in range(3)] == [requeue.AGAIN, requeue.AGAIN, requeue.FAILED]
+
+
+def test_going_back_to_a_switch_is_no_start_that_gets_nowhere(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (0, 150, 100, 120, 130, 140):
+        start(run, step, "17")
+        assert requeue.verdict(run, "s3://bucket/run", None, "17")[0] == requeue.AGAIN
+    assert [line["idle_starts"] for line in requeue.read_lines(run / "requeues.jsonl")] == [1, 0, 0, 0, 0, 0]
+
+
+def hold(run: Path) -> subprocess.Popen[str]:
+    """Another job in a run's folder."""
+    code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(1); input()"
+    command = [sys.executable, "-c", code, str(run / "lock")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    return process
+
+
+def test_progress_of_another_job_in_the_folder_is_none_of_ours(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, 0, "16")
+    requeue.write_state(run, {"status": "running"})
+    (run / "lock").write_text("process 7 on node1, since noon")
+    with hold(run) as other:
+        codes = []
+        for step in (1, 2, 3):
+            checkpoint(run, step)
+            codes.append(ask(run))
+        other.communicate("\n")
+    assert [code for code, _ in codes] == [requeue.AGAIN, requeue.AGAIN, requeue.FAILED]
+    message = f"3 starts in a row got nowhere, and another job trains in {run} (process 7 on node1, since noon)"
+    assert codes[-1][1] == message
+    assert requeue.read_state(run) == {"status": "running"}
+    assert ask(run)[0] == requeue.AGAIN  # nobody is there any more, and there is progress
 
 
 def test_three_starts_that_never_begin(tmp_path: Path) -> None:

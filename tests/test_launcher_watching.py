@@ -13,6 +13,7 @@ import pytest
 from jobs import Job, has_begun, job_tree, logged_step
 
 from data.loader import TrainingData
+from launcher.failure import missing_ranks
 from launcher.hang import behind, verdict
 from launcher.heartbeat import Heartbeat, Pulse, WatchConfig
 from launcher.metrics import read_metrics
@@ -81,10 +82,24 @@ def test_limits_follow_what_a_rank_is_at() -> None:
     assert limit_seconds(config, pulse) == 1800.0
     pulse.now("train", 1)
     assert limit_seconds(config, pulse) == 600.0
+    pulse.now("tasks", 1)
+    began = pulse.at
+    pulse.got_on()
+    assert pulse.at.since > began.since
+    assert pulse.at._replace(since=began.since) == began
     pulse.now("switch", 1)
     pulse.now("train", 1)
     assert limit_seconds(config, pulse) == 1800.0
     assert limit_seconds(WatchConfig(first_step_seconds=None), pulse) is None
+
+
+def test_notes_that_cannot_be_read_say_of_no_rank_that_it_is_gone(tmp_path: Path) -> None:
+    """Those that are still being written, or that a full disk left empty."""
+    (tmp_path / "rank-00000").write_text(f"{HOST} {os.getpid()}")
+    (tmp_path / "rank-00001").touch()
+    (tmp_path / "rank-00002").symlink_to("taken back")
+    (tmp_path / "rank-00003").write_text(f"{HOST} {2**22 + 1}")  # above all that there can be
+    assert missing_ranks(tmp_path) == [3]
 
 
 def beat(rank: int, wait: float, work: float) -> dict[str, Any]:
