@@ -103,3 +103,11 @@ def at_3(tmp_path_factory: pytest.TempPathFactory, at_2: tuple[Path, dict[str, A
         )
     continued = [(str(root / f"universal-{name}"), stage, FP32) for name, stage in (("zero3", 2), ("zero2", 3))]
     return root, run_group(3, continue_and_write, continued, str(root), AT_3)[0]
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A folder of stand-ins for a cluster's programs."""
+    from slurm_stand_ins import stand_ins
+
+    return stand_ins(tmp_path / "programs")

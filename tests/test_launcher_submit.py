@@ -1,14 +1,10 @@
 """Jobs for Slurm: what the script says, what is refused, and that no value in it is ever run."""
 
 import dataclasses
-import json
 import os
-import re
 import shutil
-import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ import yaml
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
-from ranks import run_ranks
+from slurm_stand_ins import ROOT, checkpoint, stand_ins
 from tiny import tiny_config
 from typer.testing import CliRunner
 
@@ -25,14 +21,10 @@ import launcher.submit
 from launcher import requeue
 from launcher.config import Config, ConfigError, RunConfig
 from launcher.config_file import load_config
-from launcher.pretrain import COMPLETE, run
 from launcher.run_folder import RunFolder
-from launcher.runtime import ALONE, _complete_environment, first_host
 from launcher.slurm_site import ContainerConfig, SiteConfig, load_site
-from launcher.stopping import StopRequest, end_of_job, time_to_stop
 from launcher.submit import Request, next_submission, render, snapshot, submit
 
-ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "job.sbatch"
 UPDATE = "TRITRAIN_UPDATE_GOLDEN" in os.environ
 REQUEST = Request(nodes=2, ranks_per_node=2, gpus_per_node=2, launcher="torchrun", time="12:00:00")
@@ -41,29 +33,6 @@ REQUEST = Request(nodes=2, ranks_per_node=2, gpus_per_node=2, launcher="torchrun
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     return tiny_config(tmp_path / "shards", tmp_path / "run")
-
-
-SHOWN = "   JobState=RUNNING Reason=None\n   StartTime=2026-01-01T00:00:00 EndTime=2026-01-02T00:00:00 Deadline=N/A"
-
-
-def stand_ins(folder: Path) -> Path:
-    """A folder of stand-ins for a cluster's programs that write down what they are called with."""
-    folder.mkdir()
-    answers = {
-        "scontrol": f"case $1$2 in showhostnames) echo node1; echo node2;; showjob) echo '{SHOWN}';; esac",
-        "sbatch": "echo 17",
-        **dict.fromkeys(("srun", "module", "scancel", "sleep", "python3", "python"), ":"),
-    }
-    for name, answer in answers.items():
-        note = f"{{ printf '%s\\0' {name} \"$@\"; echo; }} >> {folder}/calls"
-        (folder / name).write_text(f"#!/bin/bash\n{answer}\n{note}\n")
-        (folder / name).chmod(0o755)
-    return folder
-
-
-@pytest.fixture
-def programs(tmp_path: Path) -> Path:
-    return stand_ins(tmp_path / "programs")
 
 
 def calls(programs: Path, name: str) -> list[list[str]]:
@@ -144,47 +113,6 @@ def test_a_name_that_nobody_gives_and_a_value_that_nobody_quotes_are_errors(
         (folder / "job.sbatch.j2").write_text(text)
         with pytest.raises(error, match=message):
             render(config, SiteConfig(), REQUEST, tmp_path / "run/submitted/1")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("partitoin: gpu", "site.partitoin: unknown key; did you mean partition?"),
-        ("gpus_per_node: '8'", "site.gpus_per_node: is '8'"),
-        ("time: a day", "site.time: is 'a day'; must be such as 90"),
-        ('account: "a\\nb"', "site.account: is 'a\\nb'; must be printable text on one line"),
-        (
-            "sbatch_options: ['--wrap=x', '--output=/x', '-N 3', '--mem=\"1\"']",
-            "site.sbatch_options.1: is '--output=/x'",
-        ),
-        ("environment: {HF_TOKEN: x}", "site.environment.HF_TOKEN: looks like a secret"),
-        ("environment: {'A;touch x': x}", "is no name of a variable"),
-        ("container: {runtime: docker, image: x}", "site.container.runtime"),
-        ("container: {runtime: pyxis, image: x, mounts: ['/a,/b']}", "site.container.mounts.0"),
-        ("- a", "must be a mapping of keys"),
-    ],
-)
-def test_site_file_is_read_strictly(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "site.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError) as error:
-        load_site(path)
-    assert message in str(error.value)
-
-
-def test_names_of_variables_that_are_no_secrets() -> None:
-    SiteConfig(environment={"TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "INFO", "EMPTY": ""})
-    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "token", "MY_PASSWORD", "GH_TOKEN_2"):
-        with pytest.raises(ValueError, match="secret"):
-            SiteConfig(environment={name: "x"})
-
-
-def test_site_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "site.yaml").write_text("partition: gpu")
-    monkeypatch.setenv("TRITRAIN_SITE", str(tmp_path / "site.yaml"))
-    assert load_site(None).partition == "gpu"
-    monkeypatch.delenv("TRITRAIN_SITE")
-    assert load_site(None) == SiteConfig()
 
 
 def test_what_cannot_run_is_refused_at_once(config: Config, tmp_path: Path) -> None:
@@ -423,309 +351,6 @@ def test_template_that_prepares_one_line_of_a_list(programs: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     [words] = calls(programs, "srun")  # of which it is a copy
     assert words[:4] == ["prepare", "my texts/$(b).txt", "--out", "out/part-00002"]
-
-
-# What a job finds around itself
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [
-        ("node1", "node1"),
-        ("node[3-7,9]", "node3"),
-        ("gpu-b[003-010],login", "gpu-b003"),
-        ("a,b[1-2]", "a"),
-        ("rack[1-2]n[05,07-09]", "rack1n05"),
-        ("c[12,14-16]-ib,d", "c12-ib"),
-    ],
-)
-def test_first_host(nodelist: str, host: str) -> None:
-    assert first_host(nodelist) == host
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """An environment of which nothing stays."""
-    before = dict(os.environ)
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "MASTER_", "TRITRAIN_")) or name.endswith(("RANK", "WORLD_SIZE")):
-            del os.environ[name]
-    yield os.environ  # type: ignore[misc]
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def test_ranks_of_a_slurm_step(environment: dict[str, str]) -> None:
-    environment |= {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "1", "SLURM_NTASKS": "9", "SLURM_NTASKS_PER_NODE": "4"}
-    environment |= {"SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "6"}
-    environment |= {"SLURM_STEP_NODELIST": "node[07-10]", "SLURM_LOCALID": "0"}
-    environment |= {"SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}  # as real as it is useless
-    _complete_environment()
-    expected = {"RANK": "6", "WORLD_SIZE": "7", "LOCAL_RANK": "0", "MASTER_ADDR": "node07"}
-    assert expected.items() <= environment.items()
-    assert "LOCAL_WORLD_SIZE" not in environment  # `launcher.placement` counts
-    assert environment["MASTER_PORT"] == "20273"
-
-
-def test_a_batch_script_is_one_process(environment: dict[str, str]) -> None:
-    environment |= {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
-    _complete_environment()
-    assert environment["WORLD_SIZE"] == "1"
-
-
-def test_end_of_a_job(environment: dict[str, str], programs: Path) -> None:
-    environment["PATH"] = f"{programs}:{environment['PATH']}"
-    assert end_of_job(pytest.fail) == float("inf")
-    environment |= {"SLURM_JOB_ID": "17", "TZ": "UTC"}
-    import time
-
-    time.tzset()
-    assert end_of_job(pytest.fail) == 1767312000.0  # what `scontrol` shows
-    environment["SLURM_JOB_END_TIME"] = "1900000000"
-    assert end_of_job(pytest.fail) == 1900000000.0
-    environment["TRITRAIN_END_TIME"] = f"{time.time() + 100}"
-    assert time_to_stop(30, pytest.fail) == pytest.approx(time.time() + 70, abs=5)
-    with pytest.raises(ConfigError, match="stop_before_end_seconds: is 180, but the job ends in"):
-        time_to_stop(180, pytest.fail)
-    environment["TRITRAIN_END_TIME"] = "noon"
-    with pytest.raises(ConfigError, match="TRITRAIN_END_TIME: is 'noon'"):
-        end_of_job(pytest.fail)
-
-
-def test_a_slurm_that_does_not_say_when_the_job_ends(
-    environment: dict[str, str], programs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("launcher.stopping.SECONDS_BETWEEN_ASKS", 0.0)
-    monkeypatch.setattr("launcher.stopping.SECONDS_TO_ANSWER", 0.2)
-    environment |= {"PATH": f"{programs}:{environment['PATH']}", "SLURM_JOB_ID": "17", "SLURM_TIME_FORMAT": "relative"}
-    said: list[str] = []
-    (programs / "scontrol").write_text("#!/bin/bash\necho 'Unable to contact slurm controller' >&2; exit 1\n")
-    assert end_of_job(said.append) == float("inf")
-    (programs / "scontrol").write_text("#!/bin/bash\nexec /bin/sleep 60\n")
-    assert end_of_job(said.append) == float("inf")
-    assert [re.search(r"\((.*?)\)", line)[1] for line in said] == [  # type: ignore[index]
-        "Unable to contact slurm controller",
-        "no answer in 0.2 s",
-    ]
-    once = f"[ -e {programs}/asked ] || {{ touch {programs}/asked; exit 1; }}"
-    (programs / "scontrol").write_text(f"#!/bin/bash\n{once}\n[ $SLURM_TIME_FORMAT = standard ] && echo '{SHOWN}'\n")
-    monkeypatch.setattr("launcher.stopping.SECONDS_TO_ANSWER", 20.0)
-    assert end_of_job(pytest.fail) < float("inf")
-
-
-def test_files_and_the_clock_ask_for_a_stop_or_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.stopping.SECONDS_BETWEEN_LOOKS", 0.0)
-    stop = StopRequest()
-    (tmp_path / "stop").touch()
-    assert stop.agree(ALONE) == (False, False)  # watches nothing yet
-    (tmp_path / "stop").unlink()
-    stop.watch(tmp_path, float("inf"))
-    (tmp_path / "save").touch()
-    assert stop.agree(ALONE) == (False, True)
-    assert not (tmp_path / "save").exists()
-    assert stop.agree(ALONE) == (False, False)
-    stop.watch(tmp_path, 0.0)
-    assert stop.agree(ALONE) == (True, False)
-    assert stop.reason == "time limit"
-    (tmp_path / "stop").touch()
-    assert stop.agree(ALONE) == (True, False)
-    assert stop.reason == "stop file"
-    assert (tmp_path / "stop").exists()  # until all is saved
-    stop.done()
-    assert not (tmp_path / "stop").exists()
-
-
-def test_a_person_who_asks_for_a_stop_while_another_stop_is_being_saved(tmp_path: Path) -> None:
-    stop = StopRequest()
-    stop.watch(tmp_path, 0.0)
-    assert stop.agree(ALONE) == (True, False)
-    stop.look_again()
-    assert stop.reason == "time limit"
-    (tmp_path / "stop").touch()
-    stop.done()
-    assert (tmp_path / "stop").exists()  # nothing has obeyed it
-    stop.look_again()
-    assert stop.reason == "stop file"
-    stop.done()
-    assert not (tmp_path / "stop").exists()
-
-
-def ask_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[tuple[bool, bool], str]:
-    from launcher.runtime import Ranks
-
-    stop = StopRequest()
-    if rank == 0:
-        (Path(folder) / "save").touch()
-        stop.watch(Path(folder), float("inf"))
-    if rank == 1:
-        stop._handle(15, None)
-    return stop.agree(Ranks(rank, world_size, rank, ALONE.device)), stop.reason
-
-
-def test_all_ranks_agree_on_what_one_was_asked(tmp_path: Path) -> None:
-    assert run_ranks(2, ask_on_one_rank, str(tmp_path)) == [((True, True), "signal")] * 2
-
-
-# Whether a job is queued again
-
-
-def start(run: Path, step: int, job: str) -> None:
-    run.mkdir(exist_ok=True)
-    with (run / "starts.jsonl").open("a") as file:
-        file.write(json.dumps({"time": 0.0, "step": step, "world_size": 2, "host": "a", "job": job}) + "\n")
-
-
-def checkpoint(run: Path, step: int) -> None:
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").touch()
-
-
-def ask(run: Path, job: str = "17", refused: Path | None = None) -> tuple[int, str]:
-    return requeue.verdict(run, str(run / "checkpoints"), refused, job)
-
-
-def test_requeue_ends_with_the_run_or_by_a_person(tmp_path: Path) -> None:
-    stopped = {"status": "interrupted", "checkpoint": "x/step-00000003"}
-    for number, (state, code) in enumerate(
-        (
-            ({"status": "complete"}, requeue.DONE),
-            (stopped | {"reason": "stop file", "job": "17"}, requeue.DONE),
-            (stopped | {"reason": "stop file", "job": "17_2"}, requeue.DONE),
-            (stopped | {"reason": "stop file", "job": "16"}, requeue.AGAIN),  # this job has not come to claim the run
-            (stopped | {"reason": "stop file", "job": None}, requeue.AGAIN),
-            (stopped | {"reason": "signal", "job": "17"}, requeue.AGAIN),
-            (stopped | {"reason": "time limit", "job": "17"}, requeue.AGAIN),
-            ({"status": "running"}, requeue.AGAIN),
-        )
-    ):
-        run = tmp_path / str(number)
-        run.mkdir()
-        requeue.write_state(run, state)
-        assert ask(run)[0] == code, state
-    (tmp_path / "refused").write_text("engine.zero_stage: no")
-    assert ask(run, refused=tmp_path / "refused") == (
-        requeue.FAILED,
-        "the configuration was refused: engine.zero_stage: no",
-    )
-
-
-def test_requeue_ends_when_starts_get_nowhere(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    start(run, 0, "17")
-    checkpoint(run, 4)
-    assert ask(run)[0] == requeue.AGAIN  # it came from 0 to 4
-    for _ in range(2):
-        start(run, 4, "17")
-        requeue.write_state(run, {"status": "failed", "message": "rank 1: out of memory"})
-        assert ask(run)[0] == requeue.AGAIN
-    checkpoint(run, 5)
-    assert ask(run)[0] == requeue.AGAIN  # progress
-    assert ask(run)[0] == requeue.AGAIN  # starts that never come to training count as well
-    assert ask(run)[0] == requeue.AGAIN
-    code, reason = ask(run)
-    assert code == requeue.FAILED
-    assert reason.startswith("3 starts in a row ended with no checkpoint after step 5; not queued again")
-    assert "out of memory" in reason
-    assert requeue.read_state(run) == {"status": "failed", "message": reason}
-    assert ask(run, job="18")[0] == requeue.AGAIN  # submitted anew, it is tried anew
-
-
-def test_a_line_that_a_full_disk_cut_off_keeps_nothing_from_going_on(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    start(run, 0, "17")
-    for name in ("starts.jsonl", "requeues.jsonl"):
-        with (run / name).open("a") as file:
-            file.write('{"time": 0.0, "step": 3, "jo')
-    RunFolder(tiny_config(tmp_path, run)).note_start(4, 2)
-    checkpoint(run, 4)
-    assert ask(run)[0] == requeue.AGAIN
-    assert [line["step"] for line in requeue.read_lines(run / "starts.jsonl")] == [0, 4]
-    assert [line["idle_starts"] for line in requeue.read_lines(run / "requeues.jsonl")] == [0]
-
-
-def test_checkpoints_in_another_folder_count_as_progress(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    for number in range(6):
-        start(run, 100 * number, "17")
-        assert ask(run)[0] == requeue.AGAIN
-    assert [ask(run)[0] for _ in range(3)] == [requeue.AGAIN, requeue.AGAIN, requeue.FAILED]
-
-
-def test_going_back_to_a_switch_is_no_start_that_gets_nowhere(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    for step in (0, 150, 100, 120, 130, 140):
-        start(run, step, "17")
-        assert requeue.verdict(run, "s3://bucket/run", None, "17")[0] == requeue.AGAIN
-    assert [line["idle_starts"] for line in requeue.read_lines(run / "requeues.jsonl")] == [1, 0, 0, 0, 0, 0]
-
-
-def hold(run: Path) -> subprocess.Popen[str]:
-    """Another job in a run's folder."""
-    code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(1); input()"
-    command = [sys.executable, "-c", code, str(run / "lock")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-    assert process.stdout is not None
-    assert process.stdout.readline()
-    return process
-
-
-def test_progress_of_another_job_in_the_folder_is_none_of_ours(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    start(run, 0, "16")
-    requeue.write_state(run, {"status": "running"})
-    (run / "lock").write_text("process 7 on node1, since noon")
-    with hold(run) as other:
-        codes = []
-        for step in (1, 2, 3):
-            checkpoint(run, step)
-            codes.append(ask(run))
-        other.communicate("\n")
-    assert [code for code, _ in codes] == [requeue.AGAIN, requeue.AGAIN, requeue.FAILED]
-    message = f"3 starts in a row got nowhere, and another job trains in {run} (process 7 on node1, since noon)"
-    assert codes[-1][1] == message
-    assert requeue.read_state(run) == {"status": "running"}
-    assert ask(run)[0] == requeue.AGAIN  # nobody is there any more, and there is progress
-
-
-def test_three_starts_that_never_begin(tmp_path: Path) -> None:
-    codes = [ask(tmp_path / "run")[0] for _ in range(3)]
-    assert codes == [requeue.AGAIN, requeue.AGAIN, requeue.FAILED]
-
-
-def test_requeue_needs_only_python(tmp_path: Path) -> None:
-    requeue.write_state(tmp_path, {"status": "complete"})
-    command = [sys.executable, "-I", "-S", str(ROOT / "launcher/requeue.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (requeue.DONE, "done: the run is complete\n"), done.stderr
-
-
-# Who may read what a run writes
-
-
-def train_under(rank: int, world_size: int, mask: int, shards: str, out: str) -> int:
-    import launcher.ending
-
-    os.umask(mask)
-    launcher.ending.show_ending = lambda folder, console: None  # type: ignore[assignment]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        del os.environ[name]
-    config = tiny_config(Path(shards), Path(out), logging={"tensorboard": True})
-    (Path(out)).mkdir()
-    snapshot(config, Path(out) / "submitted" / "1")
-    return run(config)
-
-
-@pytest.mark.parametrize("mask", [0o077, 0o027])
-def test_files_have_the_permissions_of_the_umask(shards: Path, tmp_path: Path, mask: int) -> None:
-    out = tmp_path / "run"
-    assert run_ranks(1, train_under, mask, str(shards), str(out)) == [COMPLETE]
-    wider = [path for path in [out, *out.rglob("*")] if stat.S_IMODE(path.stat().st_mode) & mask]
-    assert wider == []
-    assert {"starts.jsonl", "state.json", "checkpoints", "metrics.jsonl"} <= {path.name for path in out.iterdir()}
-    [line] = (out / "starts.jsonl").read_text().splitlines()
-    assert json.loads(line).keys() == {"time", "step", "world_size", "host", "job"}
 
 
 def test_configuration_of_a_snapshot_is_yaml(config: Config, tmp_path: Path) -> None:
