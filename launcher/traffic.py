@@ -17,6 +17,7 @@ from launcher.config import Config
 from launcher.plan import Plan, coded_layers, zero3_held_parameters
 from model.size import is_in_block, num_parameters, parameter_shapes
 from quant.codes import CODES_PER_BYTE
+from quant.rounding import NUM_MAGNITUDES
 
 Backend = Literal["nccl", "gloo"]
 
@@ -117,7 +118,8 @@ def _of_fsdp2(plan: Plan, *, codes: bool) -> list[Collective]:
     """Gradients are reduced in fp32, once a step; weights are gathered in the compute dtype for each pass.
 
     What is outside of blocks is needed from the end of the forward pass on, and gathered for both at once. A step in
-    codes gathers these with all else once for all its passes, and for each row of a matrix a sum in fp64.
+    codes gathers these with all else once for all its passes, and for the scales a sum of each row in fp64 or, for
+    medians, adds up the counts of magnitudes of each matrix.
     """
     engine = plan.config.engine
     shards = plan.world_size // engine.replicas
@@ -134,12 +136,12 @@ def _of_fsdp2(plan: Plan, *, codes: bool) -> list[Collective]:
         packed = {name: (shape[0], ceil(shape[1] / CODES_PER_BYTE)) for name, shape in coded.items()}
         rest = elements - padded_parameters(coded, shards)
         gathered = _compute_bytes(plan.config) * rest + padded_parameters(packed, shards)
-        sums = 8 * padded_parameters({name: shape[:1] for name, shape in coded.items()}, shards)
-        return [
-            Collective("all-gather", "weights", gathered, shards),
-            Collective("all-gather", "scalars", sums, shards),
-            *found,
-        ]
+        if any(phase.quantization and phase.quantization.weights == "absmedian" for phase in plan.phases):
+            scales = Collective("all-reduce", "scalars", 4 * NUM_MAGNITUDES * len(coded), shards)
+        else:
+            sums = padded_parameters({name: shape[:1] for name, shape in coded.items()}, shards)
+            scales = Collective("all-gather", "scalars", 8 * sums, shards)
+        return [Collective("all-gather", "weights", gathered, shards), scales, *found]
     in_blocks = padded_parameters({name: shape for name, shape in shapes.items() if is_in_block(name)}, shards)
     parts = ((in_blocks, 2 if engine.reshard_after_forward else 1), (elements - in_blocks, 1))
     for size, passes in parts:

@@ -2,10 +2,11 @@
 
 A ternary layer at full strength computes with its codes and their scale alone, so that nothing else need be sent: an
 eighth of the bytes, and bit for bit the same results. Each rank rounds its own rows, once a step, and keeps them
-packed. A scale needs the whole matrix; of that, ranks exchange one sum a row, in which every rank finds the same scale
-to the last bit, and the one that a whole matrix has (`quant.rounding.scale_from_sums`). A gathered layer is packed in
-memory too, which makes it small enough to stay gathered over all micro-batches of a step, between which weights do not
-change; so does what is outside of blocks, which a pass needs from end to end anyway.
+packed. A scale needs the whole matrix; of that, ranks exchange a sum of each row, or for a median how often each
+magnitude occurs, from which every rank makes the same scale to the last bit, and the one that a whole matrix has
+(`quant.rounding`). A gathered layer is packed in memory too, which makes it small enough to stay gathered over all
+micro-batches of a step, between which weights do not change; so does what is outside of blocks, which a pass needs from
+end to end anyway.
 
 FSDP2 has two hooks on a sharded tensor for what is sent of it and what becomes of it. They serve tensors of one kind
 for ever; here, a parameter goes back and forth. What FSDP2 remembers of it from gather to gather, the buffer and the
@@ -28,18 +29,26 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import ExtensionsData
 from quant.codes import pack_rows
 from quant.config import QuantConfig
 from quant.linear import GatheredCodes, QuantLinear
-from quant.rounding import SUMMED, scale_from_sums, scale_sums, weight_codes
+from quant.rounding import (
+    SUMMED,
+    Scale,
+    magnitude_counts,
+    scale_from_counts,
+    scale_from_sums,
+    scale_sums,
+    weight_codes,
+)
 
 
 def gather_problems(config: QuantConfig) -> dict[str, str]:
     """Why layers that are quantized like this cannot be gathered as codes, by key of the configuration; {} if they can.
 
-    Their codes must fit into 2 bits and come from sums over the matrix, and neither the output nor the gradient may
-    need the latent weights.
+    Their codes must fit into 2 bits, their scale must come from sums over the matrix or from how often a magnitude
+    occurs in it, and neither the output nor the gradient may need the latent weights.
     """
     needed: dict[str, tuple[Any, ...]] = {
         "levels": ("ternary", "binary"),
-        "weights": tuple(SUMMED),
+        "weights": (*SUMMED, "absmedian"),
         "granularity": ("matrix",),
         "gradient": ("identity",),
         "hadamard": ("none",),
@@ -145,24 +154,38 @@ class CodeGather:
 
     def _round(self) -> None:
         """Round this rank's rows of the layers that are gathered as codes. A collective."""
-        num_shards = dist.get_world_size(self._group)
-        padded_rows = [math.ceil(layer.out_features / num_shards) for layer in self._coded]
         locals_RI = [self._params[layer]._sharded_local_tensor for layer in self._coded]
-        own = torch.zeros(sum(padded_rows), dtype=torch.float64, device=locals_RI[0].device)
-        for layer, local_RI, sums_R in zip(self._coded, locals_RI, own.split(padded_rows), strict=True):
-            sums_R[: len(local_RI)] = scale_sums(local_RI, layer.quant_config)
-        everyones = own.new_empty(num_shards, len(own))
-        dist.all_gather([*everyones], own, group=self._group)
-        sums: dict[nn.Linear, Tensor] = {
-            layer: columns.flatten()[: layer.out_features]  # rank after rank, of which the last have the padding
-            for layer, columns in zip(self._coded, everyones.split(padded_rows, 1), strict=True)
-        }
-        for layer, local_RI, rows in zip(self._coded, locals_RI, padded_rows, strict=True):
-            sums_O = torch.cat([sums[sharer] for sharer in layer.sharers or (layer,)])
-            scale = scale_from_sums(sums_O, layer.in_features, layer.quant_config)
+        scales = self._scales(locals_RI)
+        for layer, scale, local_RI in zip(self._coded, scales, locals_RI, strict=True):
             packed_RJ = pack_rows(weight_codes(local_RI, scale, layer.quant_config))
-            own_rows = F.pad(packed_RJ, (0, 0, 0, rows - len(packed_RJ)))
+            own_rows = F.pad(packed_RJ, (0, 0, 0, self._padded_rows(layer) - len(packed_RJ)))
             layer.gathered = self._codes[layer] = GatheredCodes(scale, own_rows, layer.out_features)
+
+    def _scales(self, locals_RI: Sequence[Tensor]) -> list[Scale]:
+        """The scale of each layer that is gathered as codes, from the rows of all ranks. A collective."""
+        config = self._coded[0].quant_config
+        parts: dict[nn.Linear, Tensor] = {}  # what each layer's scale is made from, of the whole matrix
+        if config.weights == "absmedian":
+            counts = torch.stack([magnitude_counts(local_RI) for local_RI in locals_RI])
+            dist.all_reduce(counts, group=self._group)
+            parts.update(zip(self._coded, counts, strict=True))
+            together = [torch.stack([parts[sharer] for sharer in layer.sharers or (layer,)]) for layer in self._coded]
+            return [scale_from_counts(counts.sum(0), config) for counts in together]
+        padded_rows = [self._padded_rows(layer) for layer in self._coded]
+        own = torch.zeros(sum(padded_rows), dtype=torch.float64, device=locals_RI[0].device)
+        for local_RI, sums_R in zip(locals_RI, own.split(padded_rows), strict=True):
+            sums_R[: len(local_RI)] = scale_sums(local_RI, config)
+        everyones = own.new_empty(dist.get_world_size(self._group), len(own))
+        dist.all_gather([*everyones], own, group=self._group)
+        for layer, columns in zip(self._coded, everyones.split(padded_rows, 1), strict=True):
+            parts[layer] = columns.flatten()[: layer.out_features]  # rank after rank; the last have the padding
+        rows = [torch.cat([parts[sharer] for sharer in layer.sharers or (layer,)]) for layer in self._coded]
+        return [
+            scale_from_sums(sums_O, layer.in_features, config) for layer, sums_O in zip(self._coded, rows, strict=True)
+        ]
+
+    def _padded_rows(self, layer: nn.Linear) -> int:
+        return math.ceil(layer.out_features / dist.get_world_size(self._group))
 
 
 def _fsdp_params(module: Any) -> list[Any]:

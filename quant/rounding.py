@@ -77,6 +77,13 @@ def over_blocks(scale_RG: Tensor, shape: Sequence[int]) -> Tensor:
     return scale_RG if scale_RG.shape[-1] == 1 else scale_RG.repeat_interleave(width // scale_RG.shape[-1], dim=-1)
 
 
+NUM_MAGNITUDES = 2**15
+"""Magnitudes that bf16 has."""
+
+INFINITY_BITS = 0x7F80
+"""Infinity in bf16."""
+
+
 def row_sums(values: Tensor) -> Tensor:
     """Sums over the last dimension in fp64, to the last bit the same whoever else holds which other rows.
 
@@ -169,6 +176,25 @@ SUMMED: dict[WeightScale, Callable[[Tensor], Tensor]] = {"absmean": torch.abs, "
 def scale_sums(weight_OI: Tensor, config: QuantConfig) -> Tensor:
     """What rows of a matrix bring to its scale, fp64 [O]; for the scales of `SUMMED`."""
     return row_sums(SUMMED[config.weights](bf16_values(weight_OI)))
+
+
+def magnitude_counts(weight_OI: Tensor) -> Tensor:
+    """How often each magnitude that bf16 has occurs, int32 [`NUM_MAGNITUDES`], in ascending order.
+
+    The bits of a positive float, as an integer, are in its order.
+    """
+    bits = weight_OI.to(torch.bfloat16).flatten().abs().view(torch.int16).long()
+    counts = torch.zeros(NUM_MAGNITUDES, dtype=torch.int32, device=bits.device)
+    return counts.scatter_add_(0, bits, torch.ones_like(bits, dtype=torch.int32))
+
+
+def scale_from_counts(counts: Tensor, config: QuantConfig) -> Scale:
+    """`weight_scale` by absmedian, bit for bit, from the `magnitude_counts` of the whole matrix."""
+    so_far = counts.cumsum(0)
+    median = (so_far <= (so_far[-1] - 1) // 2).sum()
+    # What is not a number comes behind infinity; like `torch.median`, none hides among numbers.
+    median = torch.where(so_far[-1] > so_far[INFINITY_BITS], NUM_MAGNITUDES - 1, median)
+    return _scale_from(median.to(torch.int16).view(torch.bfloat16).float().view(1, 1), config)
 
 
 def scale_from_sums(sums_O: Tensor, width: int, config: QuantConfig) -> Scale:

@@ -106,6 +106,12 @@ def test_a_step_in_codes_gathers_everything_once_by_hand():
     assert set(describe_traffic(plan_of())) == {"bytes_sent_per_rank_and_step"}
 
 
+def test_medians_are_found_by_counting_magnitudes():
+    plan = plan_of("engine.gather=codes", "phases.1.quantization={preset: nielsen-2025}")
+    medians = 2 * RING * 4 * 2**15 * 14  # an all-reduce of the counts of 14 matrices
+    assert bytes_sent(plan, codes=True)["scalars"] == bytes_sent(plan)["scalars"] + medians
+
+
 def test_codes_of_rows_that_four_does_not_divide_take_whole_bytes():
     plan = plan_of(
         "engine.gather=codes", "model.intermediate_size=25", "training.global_batch_sequences=30", world_size=5

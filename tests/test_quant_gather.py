@@ -26,7 +26,7 @@ from quant.codes import pack_rows, unpack_rows
 from quant.config import PRESETS, QuantConfig
 from quant.gather import gather_problems
 from quant.linear import quantized_layers
-from quant.rounding import scale_from_sums, scale_sums, weight_codes, weight_scale
+from quant.rounding import magnitude_counts, scale_from_counts, scale_from_sums, scale_sums, weight_codes, weight_scale
 
 
 @settings(deadline=None)
@@ -36,6 +36,31 @@ def test_ranks_find_the_scale_of_the_whole_matrix(O: int, I: int, num_ranks: int
     weight_OI = torch.randn(O, I, generator=torch.Generator().manual_seed(O * I)) * 0.02
     sums_O = torch.cat([scale_sums(rows, config) for rows in weight_OI.chunk(num_ranks)])
     assert torch.equal(scale_from_sums(sums_O, I, config).level, weight_scale([weight_OI], config).level)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 7), st.sampled_from([0.0, 1e-30, 0.02, 1e30]))
+def test_ranks_find_the_median_of_the_whole_matrix(O: int, I: int, num_ranks: int, size: float) -> None:  # noqa: E741
+    config = QuantConfig(weights="absmedian")
+    weight_OI = torch.randn(O, I, generator=torch.Generator().manual_seed(O * I)) * size
+    counts = torch.stack([magnitude_counts(rows) for rows in weight_OI.chunk(num_ranks)]).sum(0)
+    assert torch.equal(scale_from_counts(counts, config).level, weight_scale([weight_OI], config).level)
+
+
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    weight_OI = torch.tensor([[1.0, 2.0, math.nan, 3.0, math.inf]])
+    for weights in ("absmean", "gaussian", "absmedian"):
+        config = QuantConfig(weights=weights)
+        if weights == "absmedian":
+            scale = scale_from_counts(magnitude_counts(weight_OI), config)
+        else:
+            scale = scale_from_sums(scale_sums(weight_OI, config), 5, config)
+        assert scale.level.isnan().all(), weights
+        assert weight_scale([weight_OI], config).level.isnan().all(), weights
+    infinite = scale_from_counts(
+        magnitude_counts(torch.tensor([[1.0, math.inf, math.inf]])), QuantConfig(weights="absmedian")
+    )
+    assert infinite.level.isinf().all()
 
 
 @given(st.integers(0, 9), st.integers(1, 23))
@@ -48,10 +73,10 @@ def test_packed_rows_are_the_codes_and_stay_rows(O: int, I: int) -> None:  # noq
 
 
 def test_recipes_that_can_be_gathered_as_codes() -> None:
-    assert gather_problems(QuantConfig()) == gather_problems(PRESETS["bitnet-b1.58"]) == {}
-    found = {name: set(gather_problems(config)) for name, config in PRESETS.items() if name != "bitnet-b1.58"}
-    assert found == {
-        "nielsen-2025": {"weights"},
+    assert gather_problems(QuantConfig()) == {}
+    assert {name: set(gather_problems(config)) for name, config in PRESETS.items()} == {
+        "bitnet-b1.58": set(),
+        "nielsen-2025": set(),
         "paretoq": {"weights", "granularity", "gradient"},
         "bitnet-v2": {"hadamard"},
         "quest": {"granularity", "gradient", "hadamard"},
@@ -88,7 +113,7 @@ PHASES = [
         "quantization": {"fused": True},
         "transition": {"ramp": {"steps": 2, "order": "front-to-back"}},
     },
-    {"precision": "ternary", "steps": 2, "quantization": {"preset": "bitnet-b1.58", "levels": "binary"}},
+    {"precision": "ternary", "steps": 2, "quantization": {"preset": "nielsen-2025"}},
     {"precision": "16-bit", "steps": 2},
 ]
 """A ramp that some blocks end before others, another quantizer without a pass in between, and the way back."""
