@@ -263,12 +263,14 @@ def zero3_held_parameters(config: Config) -> tuple[int, int]:
 
 
 def coded_layers(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights that ternary phases quantize, by name: what `engine.gather: codes` gathers as codes."""
+    """Shapes of the weights in blocks that ternary phases quantize, by name: what `engine.gather: codes` is about."""
     patterns = [phase.quantization.include for phase in plan.phases if phase.quantization]
     return {
         name: shape
         for name, shape in parameter_shapes(plan.config.model).items()
-        if len(shape) == 2 and any(re.search(pattern, name.removesuffix(".weight")) for pattern in patterns)
+        if len(shape) == 2
+        and is_in_block(name)
+        and any(re.search(pattern, name.removesuffix(".weight")) for pattern in patterns)
     }
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant.codes import unpack_rows
 from quant.config import QuantConfig
 from quant.hadamard import is_rotatable, rotate
 from quant.product import CodeProduct, RoundedWeight, StraightThrough
@@ -92,6 +93,8 @@ class QuantLinear(nn.Linear):
     @torch.no_grad()
     def weight_codes(self) -> tuple[Tensor, Tensor]:
         """Codes as int8 [O, I], and the fp32 level, [1, 1], [O, 1] or [O, G]."""
+        if self.gathered is not None:
+            return unpack_rows(self.gathered.packed_OJ, self.in_features), self.gathered.scale.level
         weight_OI = self.rotated_weight()
         scale = self.rounding_scale(weight_OI)
         return weight_codes(weight_OI, scale, self.quant_config).to(torch.int8), scale.level

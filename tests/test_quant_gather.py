@@ -213,7 +213,7 @@ def what_layers_see(num_steps: int) -> list[dict[str, Any]]:
         found = {"weight_bytes": weight.untyped_storage().nbytes(), "shape": tuple(weight.shape), "step": step}
         if codes is not None:
             found["packed_bytes"] = codes.packed_OJ.numel()
-            found["codes"] = unpack_rows(codes.packed_OJ, layer.in_features).clone()
+            found["codes"] = layer.weight_codes()[0].clone()
         seen.append(found)
 
     name, layer = next(iter(layers.items()))
