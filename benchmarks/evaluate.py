@@ -132,7 +132,8 @@ def one(folder: str, task_data: str, limit: int | None, batch_size: int) -> None
         if batch_size:
             from lm_eval.models.huggingface import HFLM
 
-            model: Any = HFLM(pretrained=folder, dtype="auto", device=str(ranks.device), batch_size=batch_size)
+            options = {"dtype": "auto", "device": str(ranks.device), "batch_size": batch_size}
+            model: Any = HFLM(pretrained=folder, add_bos_token=False, **options)  # our exports say: one in front
         else:
             subject = open_subject(folder, ranks)
             model = HarnessModel(subject.scorer, subject.tokenizer)

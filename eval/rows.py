@@ -2,7 +2,7 @@
 
 The last bits of a matrix product depend on its shape, and in a ternary model a last bit can turn the code of an
 activation, and with it a score. So the shape of a batch follows from the length of its rows alone: they are padded to
-one of a few lengths, and as many of them go into a batch as make about 4096 tokens, on a CPU 1024, which is as fast
+one of a few lengths, and as many of them go into a batch as make about 4096 tokens, on a CPU 512, which is as fast
 there. The last batch of a length is filled up. There is no batch size to set. Batches are made before they are dealt
 out to the ranks, so that the number of ranks changes no batch either. What stands behind a row, or beside it, no token
 of it sees.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 BATCH_TOKENS = 4096
-CPU_BATCH_TOKENS = 1024
+CPU_BATCH_TOKENS = 512
 IGNORED_LABEL = -100
 Tokens = tuple[int, ...]
 

@@ -173,9 +173,9 @@ def distillation_loss(
 def token_nll(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:
     """Cross-entropy of every label in nats, float32 (float64 for float64), 0 at -100; for evaluation, no gradient.
 
-    Only rows that count meet the head. The last chunk of them is filled up to `chunk_tokens` rows (or N, if that is
-    less), so that every product has one shape: its last bits, which depend on the shape, are the same wherever a row
-    stands and whatever else counts.
+    Only rows that count meet the head. The last chunk of them is filled up to `chunk_tokens` rows (or an eighth of N,
+    if that is less), so that every product has one shape: its last bits, which depend on the shape, are the same
+    wherever a row stands and whatever else counts.
 
     Args:
         hidden_ND: hidden states; these and the next are those of `linear_cross_entropy`.
@@ -190,7 +190,7 @@ def token_nll(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_toke
     labels_NA = labels_N.reshape(len(labels_N), -1)
     nll_NA = torch.zeros(labels_NA.shape, dtype=dtype, device=hidden_ND.device)
     counted = (labels_NA != IGNORED_LABEL).any(1).nonzero().squeeze(1)
-    size = min(chunk_tokens, len(labels_NA))
+    size = min(chunk_tokens, -(-len(labels_NA) // 8))
     for start in range(0, len(counted), size):
         rows_C = counted[start : start + size]
         filled_C = F.pad(rows_C, (0, size - len(rows_C)))
