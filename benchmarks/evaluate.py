@@ -5,7 +5,7 @@ A 16-bit checkpoint is exported with `tritrain export --format hf`, and both eva
 those of the tasks, from examples to scores, and do not have the start of the process and the model's loading in them.
 Peak memory is the largest resident set of the process, which holds lm-evaluation-harness in either case.
 
-    python benchmarks/evaluate.py RUN --task-data DIR [--limit 100] [--rounds 3] [--batch-sizes 32,1]
+    python benchmarks/evaluate.py RUN --task-data DIR [--limit 25] [--rounds 3] [--batch-sizes 32,1]
 """
 
 import argparse
