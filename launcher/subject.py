@@ -16,7 +16,7 @@ import torch.distributed as dist
 import xxhash
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from eval.rows import Scorer
+from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
 from launcher.build import COMPUTE_DTYPES
 from launcher.checkpoint import MANIFEST, checkpoints_under
 from launcher.checkpoint_reader import CheckpointReader, mismatches
@@ -115,6 +115,7 @@ def scorer_of(model: Callable[..., torch.Tensor], config: ModelConfig, ranks: Ra
         rank=ranks.rank,
         world_size=ranks.world_size,
         reduce_sum=dist.all_reduce,
+        batch_tokens=CPU_BATCH_TOKENS if ranks.device.type == "cpu" else BATCH_TOKENS,
     )
 
 

@@ -14,6 +14,7 @@ for float64). Dimensions in names: N rows (tokens), D hidden, V vocabulary, C ro
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -170,14 +171,30 @@ def distillation_loss(
 
 @torch.no_grad()
 def token_nll(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:
-    """Cross-entropy of every row in nats, `[N]`, float32 (float64 for float64), 0 at -100; for evaluation, no gradient.
+    """Cross-entropy of every label in nats, float32 (float64 for float64), 0 at -100; for evaluation, no gradient.
 
-    The arguments are those of `linear_cross_entropy`.
+    Only rows that count meet the head. The last chunk of them is filled up to `chunk_tokens` rows (or an eighth of N,
+    if that is less), so that every product has one shape: its last bits, which depend on the shape, are the same
+    wherever a row stands and whatever else counts.
+
+    Args:
+        hidden_ND: hidden states; these and the next are those of `linear_cross_entropy`.
+        weight_VD: the head.
+        labels_N: int64, `[N]`; or `[N, A]`, where each row is asked for A labels.
+        chunk_tokens: rows of logits that exist at once.
+
+    Returns:
+        The shape of the labels.
     """
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-    nll_N = torch.empty(len(labels_N), dtype=dtype, device=hidden_ND.device)
-    for start in range(0, len(labels_N), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        logits_CV = (hidden_ND[rows] @ weight_VD.t()).to(dtype)
-        nll_N[rows] = _log_partition_and_nll(logits_CV, labels_N[rows])[1]
-    return nll_N.masked_fill_(labels_N == IGNORED_LABEL, 0)
+    labels_NA = labels_N.reshape(len(labels_N), -1)
+    nll_NA = torch.zeros(labels_NA.shape, dtype=dtype, device=hidden_ND.device)
+    counted = (labels_NA != IGNORED_LABEL).any(1).nonzero().squeeze(1)
+    size = min(chunk_tokens, -(-len(labels_NA) // 8))
+    for start in range(0, len(counted), size):
+        rows_C = counted[start : start + size]
+        filled_C = F.pad(rows_C, (0, size - len(rows_C)))
+        logits_CV = (hidden_ND[filled_C] @ weight_VD.t()).to(dtype)
+        label_logits_CA = logits_CV.gather(1, labels_NA[filled_C].clamp(min=0))
+        nll_NA[rows_C] = (logits_CV.logsumexp(-1)[:, None] - label_logits_CA)[: len(rows_C)]
+    return nll_NA.masked_fill_(labels_NA == IGNORED_LABEL, 0).view_as(labels_N)

@@ -328,8 +328,8 @@ class Transformer(nn.Module):
 
         Without labels the result is logits, `[B, T, V]`, in the parameters' dtype. With reduction "mean" it is the mean
         cross-entropy in nats over the labels that count plus the z-loss, a float32 scalar. With "none" it is the
-        cross-entropy of every token, `[B, T]`, float32, 0 at -100, without z-loss and without gradient. (Where the
-        parameters are float64, so is the loss.)
+        cross-entropy of every token, `[B, T]`, float32, 0 at -100, without z-loss and without gradient; labels may then
+        be `[B, T, A]`, A for each place, as is the result. (Where the parameters are float64, so is the loss.)
 
         With a teacher's lesson on the same tokens the result is `[4]`: the training loss, then its parts, without
         gradient: cross-entropy, divergence from the teacher's predictions, and from its attention relations.
@@ -339,7 +339,7 @@ class Transformer(nn.Module):
         hidden_BTD, head_VD = self.model(tokens_BT), self.head
         if labels_BT is None:
             return F.linear(hidden_BTD, head_VD)
-        hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
+        hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten(0, 1)
         if reduction == "none":
             return token_nll(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens).view_as(labels_BT)
         return linear_cross_entropy(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens, self.config.z_loss)

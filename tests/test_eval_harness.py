@@ -31,8 +31,8 @@ class Characters:
 def model_that_says(nll):
     """A scorer by a function of token and label; labels of -100 cost nothing."""
 
-    def token_nll(tokens_BT, labels_BT):
-        return torch.where(labels_BT == -100, 0.0, nll(tokens_BT, labels_BT).double())
+    def token_nll(tokens_BT, labels_BTA):
+        return torch.where(labels_BTA == -100, 0.0, nll(tokens_BT[:, :, None], labels_BTA).double())
 
     return Scorer(token_nll, 500)
 

@@ -78,10 +78,11 @@ def test_another_tokenizer_changes_perplexity_but_not_bits_per_byte():
 def test_documents_apart_see_nothing_of_each_other():
     """A model to which a character is certain where it has been before in the window."""
 
-    def token_nll(tokens_BT, labels_BT):
+    def token_nll(tokens_BT, labels_BTA):
+        labels_BT = labels_BTA.squeeze(2)
         seen_BTT = tokens_BT[:, None, :] == labels_BT[:, :, None]
         seen_BTT &= torch.tril(torch.ones(seen_BTT.shape[1:], dtype=torch.bool))
-        return torch.where(seen_BTT.any(-1), 0.0, 1.0) * (labels_BT != IGNORED_LABEL)
+        return torch.where(seen_BTT.any(-1)[:, :, None], 0.0, 1.0) * (labels_BTA != IGNORED_LABEL)
 
     scorer = Scorer(token_nll, 32)
     apart = text_loss(scorer, Characters(), ["abc", "abc"], stride_tokens=32)
@@ -90,9 +91,9 @@ def test_documents_apart_see_nothing_of_each_other():
 
 
 def test_overlapping_windows_see_more(monkeypatch):
-    def token_nll(tokens_BT, labels_BT):
-        place_T = torch.arange(tokens_BT.shape[1])
-        return (1.0 / (1 + place_T)) * (labels_BT != IGNORED_LABEL)
+    def token_nll(tokens_BT, labels_BTA):
+        place_T1 = torch.arange(tokens_BT.shape[1])[:, None]
+        return (1.0 / (1 + place_T1)) * (labels_BTA != IGNORED_LABEL)
 
     losses = [
         text_loss(Scorer(token_nll, 16), Characters(), ["abcdefg" * 20], stride_tokens=stride).nats

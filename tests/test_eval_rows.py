@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import VARIANTS, build
 
-from eval.rows import BATCH_TOKENS, IGNORED_LABEL, Row, Scorer, continuation_rows, padded_length, rows_of_batch
+from eval.rows import IGNORED_LABEL, Row, Scorer, continuation_rows, padded_length
 from quant.config import PRESETS
 from quant.linear import quantize_
 
@@ -86,6 +86,25 @@ def test_other_rows_change_no_bit_of_a_score(recipe, dtype):
     assert scorer.log_likelihoods(rows[40:90]) == together[40:90]
 
 
+def test_rows_of_the_same_tokens_are_run_once_and_change_no_bit():
+    """Several labels for the same tokens, and rows that are there twice, among others."""
+    model, rows = model_of("bitnet-b1.58", torch.bfloat16), random_rows(40)
+    asked = [replace(row, labels=(*row.labels[:-1], last)) for last in (1, 5, 9) for row in rows[:20:2]]
+    asked += [rows[3], replace(rows[3], labels=(IGNORED_LABEL,) * len(rows[3].labels))]
+    num_tokens = []
+
+    def nll(tokens, labels):
+        num_tokens.append(int((tokens != 0).any(1).sum()))
+        return model(tokens, labels, reduction="none")
+
+    told = []
+    found = Scorer(nll, WINDOW).log_likelihoods([*rows, *asked], told.append)
+    assert sum(num_tokens) == len(rows), "rows of tokens, none of which is run twice"
+    assert sum(told) == len(rows) + len(asked)
+    assert found == [scorer_of(model).log_likelihoods([row])[0] for row in [*rows, *asked]]
+    assert found[-1] == 0
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_ranks_share_the_batches_and_change_no_bit(world_size):
     model, rows = model_of("bitnet-b1.58", torch.bfloat16), random_rows(200)
@@ -131,8 +150,10 @@ def test_shape_depends_on_the_length_alone():
 
     def nll(tokens, labels):
         shapes.add(tuple(tokens.shape))
-        return torch.zeros(tokens.shape)
+        return torch.zeros(labels.shape)
 
     Scorer(nll, 6000).log_likelihoods([Row((1,) * n, (1,) * n) for n in (1, 16, 17, 5000, 6000)])
     assert shapes == {(256, 16), (128, 32), (1, 6000)}
-    assert rows_of_batch(16) * 16 == BATCH_TOKENS
+    shapes.clear()
+    Scorer(nll, 6000, batch_tokens=1024).log_likelihoods([Row((1,) * n, (1,) * n) for n in (1, 65, 6000)])
+    assert shapes == {(64, 16), (10, 96), (1, 6000)}

@@ -122,15 +122,18 @@ def test_a_second_derivative_is_refused():
 
 
 class Products(TorchDispatchMode):
-    """Records the most rows of a tensor over the vocabulary, and how many matrix products were run."""
+    """Records the most rows of a tensor over the vocabulary, and how many matrix products, of what shapes, were run."""
 
     def __init__(self):
         super().__init__()
         self.most_rows = self.num_products = 0
+        self.shapes = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.num_products += func is torch.ops.aten.mm.default
+        if func is torch.ops.aten.mm.default:
+            self.num_products += 1
+            self.shapes.add(tuple(result.shape))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and VOCAB in tensor.shape:
                 other = tensor.shape[0] if tensor.shape[1] == VOCAB else tensor.shape[1]
@@ -148,6 +151,33 @@ def test_logits_exist_for_one_chunk_at_a_time(chunk_tokens):
     assert seen.num_products == 3 * -(-NUM_ROWS // chunk_tokens)
     with Products() as seen, torch.no_grad():
         linear_cross_entropy(hidden_ND, weight_VD, labels_N, chunk_tokens, 0.1)
-        token_nll(hidden_ND, weight_VD, labels_N, chunk_tokens)
     assert seen.most_rows == chunk_tokens
-    assert seen.num_products == 2 * -(-NUM_ROWS // chunk_tokens), "without a gradient there is one product a chunk"
+    assert seen.num_products == -(-NUM_ROWS // chunk_tokens), "without a gradient there is one product a chunk"
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 8, 100])
+def test_only_rows_that_count_meet_the_head_in_products_of_one_shape(chunk_tokens):
+    """The last bits of a product depend on its shape; so that must not depend on what else counts."""
+    hidden_ND, weight_VD, labels_N = example(torch.float32)
+    rows = min(chunk_tokens, -(-NUM_ROWS // 8))
+    everything = token_nll(hidden_ND, weight_VD, labels_N.clamp(min=0), chunk_tokens)
+    for count in (0, 1, 7, NUM_ROWS):
+        labels_N = torch.randint(VOCAB, (NUM_ROWS,)).index_fill(0, torch.randperm(NUM_ROWS)[count:], -100)
+        with Products() as seen:
+            found = token_nll(hidden_ND, weight_VD, labels_N, chunk_tokens)
+        assert seen.shapes == {(rows, VOCAB)} if count else not seen.shapes
+        assert seen.num_products == -(-count // rows)
+        expected = F.cross_entropy(hidden_ND @ weight_VD.T, labels_N, reduction="none")
+        torch.testing.assert_close(found, expected.detach())
+    for row in range(NUM_ROWS):
+        alone = torch.full_like(labels_N, -100)
+        alone[row] = example(torch.float32)[2].clamp(min=0)[row]
+        assert token_nll(hidden_ND, weight_VD, alone, chunk_tokens)[row] == everything[row]
+
+
+def test_several_labels_of_a_row_have_the_losses_that_each_has_alone():
+    hidden_ND, weight_VD, _ = example(torch.float32)
+    columns = [example(torch.float32, seed)[2] for seed in range(3)]
+    together_NA = token_nll(hidden_ND, weight_VD, torch.stack(columns, 1), 7)
+    alone = [token_nll(hidden_ND, weight_VD, labels_N, 7) for labels_N in columns]
+    assert torch.equal(together_NA, torch.stack(alone, 1))
