@@ -374,3 +374,7 @@ def schema() -> None:
     from launcher.config_file import json_schema
 
     Console(silent=False).line(json.dumps(json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

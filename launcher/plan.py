@@ -265,12 +265,11 @@ def zero3_held_parameters(config: Config) -> tuple[int, int]:
 def coded_layers(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights in blocks that ternary phases quantize, by name: what `engine.gather: codes` is about."""
     patterns = [phase.quantization.include for phase in plan.phases if phase.quantization]
+    matrices = {name: shape for name, shape in parameter_shapes(plan.config.model).items() if len(shape) == 2}
     return {
         name: shape
-        for name, shape in parameter_shapes(plan.config.model).items()
-        if len(shape) == 2
-        and is_in_block(name)
-        and any(re.search(pattern, name.removesuffix(".weight")) for pattern in patterns)
+        for name, shape in matrices.items()
+        if is_in_block(name) and any(re.search(pattern, name.removesuffix(".weight")) for pattern in patterns)
     }
 
 
