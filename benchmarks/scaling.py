@@ -26,7 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "7B": LLAMA2 | {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "intermediate_size": 11008},
     "13B": LLAMA2 | {"hidden_size": 5120, "num_layers": 40, "num_heads": 40, "intermediate_size": 13824},
 }
-ENGINES = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2", "HSDP")
+ENGINES = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2", "FSDP2, each", "HSDP")
 
 
 def plan_of(model: str, engine: str, ranks: int) -> Plan:
@@ -35,6 +35,7 @@ def plan_of(model: str, engine: str, ranks: int) -> Plan:
         chosen: dict[str, Any] = {"name": "deepspeed", "zero_stage": int(engine[-1])}
     else:
         chosen = {"name": "fsdp2", "replicas": ranks // 8 if engine == "HSDP" else 1}
+        chosen["reduce_gradients"] = "micro-batch" if engine == "FSDP2, each" else "step"
     tree = {
         "run": {"name": "scaling"},
         "model": MODELS[model] | {"max_sequence_length": 4096},
@@ -86,7 +87,7 @@ def draw() -> None:
 
     ranks = (8, 16, 32, 64, 128, 256, 512)
     figure, (memory, sent) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for engine, marker in zip(ENGINES, "osD^v", strict=True):
+    for engine, marker in zip(ENGINES, "osD^Pv", strict=True):
         found = [numbers("7B", engine, n) for n in ranks]
         memory.plot(ranks, [held for held, _, _ in found], marker=marker, label=engine)
         [line] = sent.plot(ranks, [size for _, size, _ in found], marker=marker, label=engine)

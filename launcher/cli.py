@@ -84,11 +84,13 @@ def submit(
 ) -> None:
     """Queue a run as a job of Slurm that goes on until the run is complete."""
     from launcher.config_file import load_config
+    from launcher.run_folder import check_place
     from launcher.slurm_site import load_site
     from launcher.submit import Request, next_submission, render
     from launcher.submit import submit as submit_job
 
     parsed, cluster, console = load_config(config, overrides or ()), load_site(site), Console(silent=False)
+    check_place(config, overrides or (), parsed)
     gpus = cluster.gpus_per_node if gpus_per_node is None else gpus_per_node
     request = Request(
         nodes=nodes, gpus_per_node=gpus, ranks_per_node=ranks_per_node or gpus or 1, launcher=launcher, time=time
@@ -251,7 +253,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of JSON lines; by default the hub's data sets.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many examples of each task, its first.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File of results; by default scores.json in the run.")] = None,
+    out: Annotated[str | None, typer.Option(help="File of results; by default scores.json in the run.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All checkpoints of a run, not just the newest.")] = False,
     tokenizer: TokenizerOption = None,
     ranks: RanksOption = None,
@@ -263,8 +265,9 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     folder = str(task_data) if task_data else None
     check_tasks(names, folder)
+    results = str(local_target(out, "--out")) if out else None
     models = locations_of(model, every=every)
-    measure(Evaluation(models, names, folder, limit, str(out) if out else None, tokenizer), ranks)
+    measure(Evaluation(models, names, folder, limit, results, tokenizer), ranks)
 
 
 @app.command()

@@ -290,6 +290,8 @@ def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
         problems["data.sequence_length"] = (
             f"is {data.sequence_length}, beyond model.max_sequence_length {model.max_sequence_length}"
         )
+    if data and (problem := home_problem(data.cache or "")):
+        problems["data.cache"] = problem
     for index, source in enumerate(data.sources if data else ()):
         if problem := home_problem(source.path):
             problems[f"data.sources.{index}.path"] = problem

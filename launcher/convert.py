@@ -47,8 +47,8 @@ def begins_anew(config: Config, source: Source) -> list[str]:
         return []
     starts = ", ".join(str(phase.start) for phase in make_plan(config, 1).phases)
     return [
-        f"The checkpoint is at step {source.manifest['step']}, and the phases begin at {starts}: so steps, schedule "
-        "and data begin anew."
+        f"The checkpoint is at step {source.manifest['step']}, the phases begin at {starts}, and the run with the "
+        "first of them: steps, schedule and data begin anew."
     ]
 
 
@@ -87,7 +87,7 @@ def plan_of_conversion(config: Config, source: Source) -> Plan:
     plan, folder = make_plan(config, 1), RunFolder(config)
     with reaching(folder.checkpoints):
         if complete_checkpoints(folder.checkpoints):
-            raise ConfigError(f"{folder.path}: a run with checkpoints is there already; convert to another folder")
+            raise ConfigError(f"{folder.checkpoints}: a run's checkpoints are there already; convert to another folder")
     folder.check_configuration()
     check_start(source, plan)
     return plan

@@ -80,7 +80,8 @@ def convert_into_run(
         config: of the run; it needs one.
         overrides: `key.sub=value`.
         console: where to say what is done.
-        phase: to begin in; None takes the one that begins where a checkpoint of ours stands, else the first.
+        phase: to begin in; None takes ``checkpoint.start_phase``, or the one that begins where a checkpoint of ours
+            stands, else the first.
         optimizer: what becomes of Adam's state; None leaves it to the configuration.
         dry_run: whether to say it alone.
 
@@ -95,7 +96,10 @@ def convert_into_run(
             raise ConfigError(f"{key}: is what {set_by} says; leave it out")
     changes = [*overrides, f"run.folder={json.dumps(str(to))}", f"checkpoint.start_from={json.dumps(source)}"]
     opened = open_source(source)
-    begins = starting_phase(load_config(config, changes), opened) if phase is None else phase
+    begins = phase
+    if begins is None:
+        given = load_config(config, changes)
+        begins = given.checkpoint.start_phase or starting_phase(given, opened)
     changes.append(f"checkpoint.start_phase={begins}")
     if optimizer is not None:
         changes.append(f"phases.{begins}.transition.optimizer={optimizer}")

@@ -58,9 +58,12 @@ class EngineConfig:
     """FSDP2: number of replicas; above 1, each replica shards over its own ranks (HSDP)."""
     reshard_after_forward: bool = True
     """FSDP2: free the gathered weights after the forward pass, and gather them again for the backward pass."""
+    reduce_gradients: Literal["step", "micro-batch"] = "step"
+    """FSDP2: once a `step`, for which each rank sums whole gradients in fp32, or for every `micro-batch`, which sends
+    more and holds a shard."""
     gather: Literal["weights", "codes"] = "weights"
     """FSDP2: what ranks send of ternary layers at full strength: latent `weights` in the compute dtype, or `codes` of 2
-    bits, once a step, which compute the same bit for bit."""
+    bits, once a step, which compute the same, bit for bit where nothing is compiled."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep in host memory: `optimizer` its state (DeepSpeed), `all` parameters too (FSDP2, ZeRO-3)."""
     deepspeed: dict[str, Any] | None = None
@@ -81,6 +84,8 @@ class EngineConfig:
                 problems["replicas"] = "belongs to fsdp2; with deepspeed it must stay 1"
             if not self.reshard_after_forward:
                 problems["reshard_after_forward"] = "belongs to fsdp2; with deepspeed, zero_stage 2 keeps the weights"
+            if self.reduce_gradients != "step":
+                problems["reduce_gradients"] = "belongs to fsdp2; with deepspeed, zero_stage says when"
             if self.gather == "codes":
                 problems["gather"] = "is codes; only fsdp2 gathers codes, so take engine.name fsdp2 or gather weights"
             if self.offload == "all" and self.zero_stage != 3:

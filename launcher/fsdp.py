@@ -91,6 +91,8 @@ class FSDPEngine(Engine):
         self.model = model.to_empty(device=torch.device("cpu") if config.offload == "all" else device)
         self.device = device
         self.max_grad_norm = optimizer.max_grad_norm
+        self._blocks: list[Any] = blocks  # fully_shard changed their class to one with its methods
+        self._reduces_each = config.reduce_gradients == "micro-batch"
         self._names = [name for name, _ in self.model.named_parameters()]
         self._sharded: list[Any] = list(self.model.parameters())  # DTensors
         self._local = [nn.Parameter(parameter.to_local()) for parameter in self._sharded]
@@ -100,7 +102,6 @@ class FSDPEngine(Engine):
             self._code_gather = CodeGather(
                 self.model, blocks, group, reshard_after_forward=config.reshard_after_forward
             )
-        self._amid_step = False
         dimensions = [parameter.ndim for parameter in self._sharded]
         named = zip(self._names, dimensions, self._local, strict=True)
         self.optimizer = build_adamw(parameter_groups(named, optimizer, ternary), optimizer, fused=True)
@@ -112,17 +113,16 @@ class FSDPEngine(Engine):
         reduction: str = "mean",
         teacher: Lesson | None = None,
     ) -> Tensor:
-        if self._code_gather is not None and not self._amid_step:
+        if self._code_gather is not None:
             self._code_gather.prepare()
         return self.model(tokens_BT, labels_BT, reduction=reduction, teacher=teacher)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         root: Any = self.model  # fully_shard changed its class to one with these methods
-        root.set_requires_gradient_sync(last)
+        root.set_requires_gradient_sync(last or self._reduces_each)
         root.set_is_last_backward(last)
         if self._code_gather is not None:
             self._code_gather.keep(not last)
-        self._amid_step = not last
         loss.backward()
 
     def gradient_squares(self) -> dict[str, Tensor]:
@@ -182,7 +182,9 @@ class FSDPEngine(Engine):
             )
 
     def refresh_weights(self) -> None:
-        """Weights are gathered from the fp32 shards at every forward pass, but their codes are made once a step."""
+        """Let go of what is gathered: some of it stays between passes, and codes are made once a step."""
+        for module in (self.model, *self._blocks):
+            module.reshard()
         if self._code_gather is not None:
             self._code_gather.fresh = False
 

@@ -16,6 +16,7 @@ from launcher.transition import TransitionConfig
 from model.distillation import DistillationConfig
 from model.size import (
     activation_bytes,
+    block_of,
     flops_per_token,
     is_in_block,
     num_linear_parameters,
@@ -239,6 +240,11 @@ def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int
     return tuple(phases)
 
 
+def num_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Elements of all tensors."""
+    return sum(map(math.prod, shapes.values()))
+
+
 def checkpoint_bytes(config: Config) -> int:
     """Size of a checkpoint: fp32 weights and both moments."""
     return 12 * num_parameters(config.model)
@@ -263,38 +269,57 @@ def zero3_held_parameters(config: Config) -> tuple[int, int]:
 
 
 def coded_layers(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights in blocks that ternary phases quantize, by name: what `engine.gather: codes` is about."""
+    """Shapes of the weights in blocks that the last ternary phase quantizes, by name; `engine.gather` is about them."""
     patterns = [phase.quantization.include for phase in plan.phases if phase.quantization]
     matrices = {name: shape for name, shape in parameter_shapes(plan.config.model).items() if len(shape) == 2}
     return {
         name: shape
         for name, shape in matrices.items()
-        if is_in_block(name) and any(re.search(pattern, name.removesuffix(".weight")) for pattern in patterns)
+        if is_in_block(name) and patterns and re.search(patterns[-1], name.removesuffix(".weight"))
     }
+
+
+def beside_codes(plan: Plan) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of what is gathered in 16 bits beside `coded_layers`: once a step with these, and for each pass.
+
+    The latter are the blocks that have no coded layer.
+    """
+    coded = coded_layers(plan)
+    blocks = {block_of(name) for name in coded}
+    rest = {name: shape for name, shape in parameter_shapes(plan.config.model).items() if name not in coded}
+    once = {name: shape for name, shape in rest.items() if not is_in_block(name) or block_of(name) in blocks}
+    return once, {name: shape for name, shape in rest.items() if name not in once}
 
 
 def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     """Estimate what one rank holds on its device, in bytes, leaving out allocator overhead and temporary buffers.
 
     FSDP2 keeps fp32 weights, gradients and moments, each sharded, and has what is outside of blocks gathered during a
-    pass, with two blocks, or with 2-bit codes of all blocks; ZeRO keeps 16-bit weights (sharded at stage 3, which also
-    holds some whole, see `zero3_held_parameters`), 16-bit gradients as they come (summed into sharded fp32 ones from
-    stage 2 on), and sharded fp32 masters and moments (arXiv 1910.02054, section 5). A teacher, taken to be as large as
-    the model, is sharded by FSDP2 in the compute dtype.
+    pass, with two blocks, or with 2-bit codes of all blocks. With several micro-batches a step it sums whole gradients
+    in fp32 before it reduces them, but for `engine.reduce_gradients: micro-batch`.
+
+    ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see `zero3_held_parameters`), 16-bit
+    gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments (arXiv
+    1910.02054, section 5). A teacher, taken to be as large as the model, is sharded by FSDP2 in the compute dtype.
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)
     compute_bytes = 2 if config.training.compute_dtype == "bf16" else 4
     shards = plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
-    in_blocks = sum(math.prod(shape) for name, shape in parameter_shapes(config.model).items() if is_in_block(name))
+    in_blocks = num_elements(
+        {name: shape for name, shape in parameter_shapes(config.model).items() if is_in_block(name)}
+    )
     gathered = compute_bytes * (parameters - in_blocks + in_blocks * min(2 / config.model.num_layers, 1))
-    if engine.gather == "codes" and (coded := sum(map(math.prod, coded_layers(plan).values()))):
-        gathered = max(gathered, compute_bytes * (parameters - coded) + coded / CODES_PER_BYTE * (1 + 1 / shards))
+    if engine.gather == "codes" and (coded := num_elements(coded_layers(plan))):
+        once, each = map(num_elements, beside_codes(plan))
+        in_16_bits = compute_bytes * (once + min(each, 2 * in_blocks / config.model.num_layers))
+        gathered = max(gathered, in_16_bits + coded / CODES_PER_BYTE * (1 + 1 / shards))
     if engine.name == "fsdp2":
         copies = gathered if shards > 1 or compute_bytes == 2 else 0
+        sums_whole = plan.num_micro_batches > 1 and engine.reduce_gradients == "step"
         sizes = {
             "weights": 4 * parameters / shards + copies,
-            "gradients": 4 * parameters / shards,
+            "gradients": 4 * parameters * (1 / shards + (sums_whole and shards > 1)),
             "moments": 8 * parameters / shards,
         }
     else:

@@ -46,7 +46,7 @@ def verdict(run: Path, checkpoints: str, refused: "Path | None", job: "str | Non
     status = state.get("status")
     if status == "complete":
         return DONE, "the run is complete"
-    if status == "interrupted" and state.get("reason") == "stop file" and is_of(state, job):
+    if status == "interrupted" and state.get("reason") == "stop file" and (job is None or is_of(state, job)):
         return DONE, "a person stopped the run"
     if refused is not None and refused.exists():
         return FAILED, "the configuration was refused: " + refused.read_text()
@@ -55,7 +55,7 @@ def verdict(run: Path, checkpoints: str, refused: "Path | None", job: "str | Non
     # What the start that has just ended went on from. A job before it first asks may have come far.
     starts = [line["step"] for line in read_lines(run / "starts.jsonl") if is_of(line, job)]
     began_at = past[-1]["step"] if past else (starts or [step])[0]
-    other = holder(run)  # whose checkpoints are no progress of this job's
+    other = holder(run, job)  # whose checkpoints are no progress of this job's
     idle_starts = 0 if step != began_at and other is None else (past[-1]["idle_starts"] if past else 0) + 1
     if idle_starts >= MAX_STARTS and other is not None:
         return FAILED, f"{idle_starts} starts in a row got nowhere, and another job trains in {run} ({other})"
@@ -123,8 +123,11 @@ def append_line(path: Path, line: "dict[str, Any]") -> None:
         file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
 
 
-def holder(run: Path) -> "str | None":
-    """Who trains in the run's folder, as its lock says; None where nobody does."""
+def holder(run: Path, job: "str | None") -> "str | None":
+    """Who else trains in the run's folder, as its lock says; None where nobody does.
+
+    The lock of this job's own rank may stay for a while on a network's disk, when its host has died.
+    """
     if not (run / "lock").exists():
         return None
     with (run / "lock").open("a+") as lock:
@@ -132,7 +135,9 @@ def holder(run: Path) -> "str | None":
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
-            return lock.read().strip()
+            text = lock.read().strip()
+            found = re.search(r", job (\d+)", text)
+            return None if found and found[1] == job else text
     return None
 
 

@@ -74,7 +74,6 @@ class RunFolder:
 
         Raises:
             ConfigError: lists the keys that differ; or a person wrote the `config.yaml` there.
-            CheckpointError: the store that the checkpoints are in cannot be reached.
         """
         path = self.path / "config.yaml"
         if not path.exists():
@@ -82,7 +81,7 @@ class RunFolder:
         there = parse_yaml(path.read_text(), str(path))
         if not isinstance(there, dict) or "tritrain_version" not in there:
             raise ConfigError(f"run.folder: {path} is not a run's, and would be overwritten; set another run.folder")
-        if not ((self.path / "starts.jsonl").exists() or self.newest_checkpoint()):
+        if not (self.path / "starts.jsonl").exists() and self.read_state().get("status") != "converted":
             return
         for derived in DERIVED_KEYS:
             there.pop(derived, None)
@@ -120,7 +119,8 @@ class RunFolder:
             ) from error
         self._lock.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        self.holder = f"process {os.getpid()} on {socket.gethostname()}, since {now}"
+        job = f", job {slurm_job()}" if slurm_job() else ""
+        self.holder = f"process {os.getpid()} on {socket.gethostname()}, since {now}{job}"
         self._lock.write(self.holder)
         self._lock.flush()
         os.fsync(self._lock.fileno())  # the other hosts read it
@@ -182,13 +182,16 @@ def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
     Raises:
         ConfigError: it would begin another run, and nothing says that this is meant.
     """
-    folder = file.parent
-    is_meant = any(override.startswith(("run.name=", "run.folder=")) for override in overrides)
+    folder, target = file.parent, config.run.path
     is_of_a_run = file.name == "config.yaml" and (folder / "state.json").is_file()
-    if is_of_a_run and not is_meant and folder.resolve() != config.run.path.resolve():
+    decisive = ("run.folder=",) if config.run.folder else ("run.folder=", "run.name=")
+    if not is_of_a_run or any(override.startswith(decisive) for override in overrides):
+        return
+    if not (target.exists() and folder.samefile(target)):
+        another = "run.folder=FOLDER run.name=NAME" if config.run.folder else "run.name=NAME"
         raise ConfigError(
-            f"run.folder: {file} is that of the run in {folder}, and leads to {config.run.path.absolute()} from here. "
-            f"To go on with the run, add run.folder={folder}; to begin another one, run.name=NAME"
+            f"run.folder: {file} is that of the run in {folder}, and leads to {target.absolute()} from here. "
+            f"To go on with the run, add run.folder={folder.absolute()}; to begin another one, {another}"
         )
 
 

@@ -25,6 +25,7 @@ from rich.text import Text
 from launcher.checkpoint import MANIFEST, complete_checkpoints
 from launcher.config import ConfigError
 from launcher.console import human_count, human_time
+from launcher.heartbeat import SILENT_BEATS
 from launcher.location import is_local, to_location
 from launcher.source import CheckpointError
 
@@ -32,9 +33,6 @@ HEARTBEAT_SECONDS = 60
 """A rank whose heartbeat is older than this, and than `SILENT_BEATS` of them, is not heard of."""
 SILENT_SECONDS = 1800
 """The same for a run without heartbeats, of which only logged steps and checkpoints are seen."""
-
-SILENT_BEATS = 3
-"""As `launcher.heartbeat` has it, whose import would take seconds."""
 
 TAIL_BYTES = (1 << 16, 1 << 22)
 """How much of the end of `metrics.jsonl` is read, and how much where no logged step is in that."""

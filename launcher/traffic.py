@@ -14,7 +14,7 @@ from math import ceil, prod
 from typing import Any, Literal
 
 from launcher.config import Config
-from launcher.plan import Plan, coded_layers, zero3_held_parameters
+from launcher.plan import Plan, beside_codes, coded_layers, zero3_held_parameters
 from model.size import is_in_block, num_parameters, parameter_shapes
 from quant.codes import CODES_PER_BYTE
 from quant.rounding import NUM_MAGNITUDES
@@ -115,7 +115,7 @@ def padded_parameters(shapes: Mapping[str, tuple[int, ...]], shards: int) -> int
 
 
 def _of_fsdp2(plan: Plan, *, codes: bool) -> list[Collective]:
-    """Gradients are reduced in fp32, once a step; weights are gathered in the compute dtype for each pass.
+    """Gradients are reduced in fp32, once a step or for each micro-batch; weights are gathered for each pass.
 
     What is outside of blocks is needed from the end of the forward pass on, and gathered for both at once. A step in
     codes gathers these with all else once for all its passes, and for the scales a sum of each row in fp64 or, for
@@ -123,30 +123,35 @@ def _of_fsdp2(plan: Plan, *, codes: bool) -> list[Collective]:
     """
     engine = plan.config.engine
     shards = plan.world_size // engine.replicas
+    compute_bytes, passes = _compute_bytes(plan.config), 2 if engine.reshard_after_forward else 1
     shapes = parameter_shapes(plan.config.model)
     elements = padded_parameters(shapes, shards)
+    reductions = plan.num_micro_batches if engine.reduce_gradients == "micro-batch" else 1
     found = [
-        Collective("reduce-scatter", "gradients", 4 * elements, shards),
+        Collective("reduce-scatter", "gradients", 4 * elements, shards, reductions),
         Collective("all-reduce", "scalars", 4, shards),  # the gradient norm
     ]
     if engine.replicas > 1:
-        found.append(Collective("all-reduce", "gradients", 4 * elements / shards, engine.replicas))
+        found.append(Collective("all-reduce", "gradients", 4 * elements / shards, engine.replicas, reductions))
+
+    def gather(of: Mapping[str, tuple[int, ...]], count: float) -> None:
+        found.append(Collective("all-gather", "weights", compute_bytes * padded_parameters(of, shards), shards, count))
+
     if codes:
         coded = coded_layers(plan)
+        once, each = beside_codes(plan)
+        gather(once, 1)
+        gather(each, passes * plan.num_micro_batches)
         packed = {name: (shape[0], ceil(shape[1] / CODES_PER_BYTE)) for name, shape in coded.items()}
-        rest = elements - padded_parameters(coded, shards)
-        gathered = _compute_bytes(plan.config) * rest + padded_parameters(packed, shards)
-        if any(phase.quantization and phase.quantization.weights == "absmedian" for phase in plan.phases):
-            scales = Collective("all-reduce", "scalars", 4 * NUM_MAGNITUDES * len(coded), shards)
+        found.append(Collective("all-gather", "weights", padded_parameters(packed, shards), shards))
+        if [phase.quantization.weights for phase in plan.phases if phase.quantization][-1] == "absmedian":
+            found.append(Collective("all-reduce", "scalars", 4 * NUM_MAGNITUDES * len(coded), shards))
         else:
             sums = padded_parameters({name: shape[:1] for name, shape in coded.items()}, shards)
-            scales = Collective("all-gather", "scalars", 8 * sums, shards)
-        return [Collective("all-gather", "weights", gathered, shards), scales, *found]
-    in_blocks = padded_parameters({name: shape for name, shape in shapes.items() if is_in_block(name)}, shards)
-    parts = ((in_blocks, 2 if engine.reshard_after_forward else 1), (elements - in_blocks, 1))
-    for size, passes in parts:
-        gathered = _compute_bytes(plan.config) * size
-        found.append(Collective("all-gather", "weights", gathered, shards, passes * plan.num_micro_batches))
+            found.append(Collective("all-gather", "scalars", 8 * sums, shards))
+        return found
+    gather({name: shape for name, shape in shapes.items() if is_in_block(name)}, passes * plan.num_micro_batches)
+    gather({name: shape for name, shape in shapes.items() if not is_in_block(name)}, plan.num_micro_batches)
     return found
 
 

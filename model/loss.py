@@ -187,7 +187,7 @@ def token_nll(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_toke
         The shape of the labels.
     """
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-    labels_NA = labels_N.reshape(len(labels_N), -1)
+    labels_NA = labels_N if labels_N.dim() == 2 else labels_N[:, None]
     nll_NA = torch.zeros(labels_NA.shape, dtype=dtype, device=hidden_ND.device)
     counted = (labels_NA != IGNORED_LABEL).any(1).nonzero().squeeze(1)
     size = min(chunk_tokens, -(-len(labels_NA) // 8))

@@ -63,6 +63,11 @@ def is_in_block(name: str) -> bool:
     return name.startswith("model.layers.")
 
 
+def block_of(name: str) -> int:
+    """Index of the block that a parameter belongs to, which must be in one."""
+    return int(name.split(".")[2])
+
+
 def num_parameters(config: ModelConfig) -> int:
     """All parameters; a tied embedding counts once."""
     return sum(prod(shape) for shape in parameter_shapes(config).values())

@@ -74,7 +74,5 @@ def pack_rows(codes_OI: Tensor) -> Tensor:
 
 def unpack_rows(packed_OJ: Tensor, width: int) -> Tensor:
     """Undo `pack_rows`; int8 [O, width]."""
-    bits = torch.empty(len(packed_OJ), CODES_PER_BYTE, packed_OJ.shape[1], dtype=torch.uint8, device=packed_OJ.device)
-    for column in range(CODES_PER_BYTE):
-        torch.bitwise_right_shift(packed_OJ, 2 * column, out=bits[:, column])
+    bits = torch.stack([packed_OJ >> 2 * column for column in range(CODES_PER_BYTE)], 1)
     return bits.bitwise_and_(3).view(torch.int8).sub_(1).flatten(1)[:, :width]

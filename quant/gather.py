@@ -102,13 +102,13 @@ class CodeGather:
     def prepare(self) -> None:
         """Choose what is gathered from here on, and round the weights anew if they have changed.
 
-        To be called by all ranks alike before a forward pass, but not between the micro-batches of a step. Layers on a
-        ramp are gathered in 16 bits, and so are those that a probe looks at.
+        To be called by all ranks alike before each forward pass. Layers on a ramp are gathered in 16 bits, and so are
+        those that a probe looks at, as long as it does.
         """
         coded = [
             layer
             for layer in self._params
-            if isinstance(layer, QuantLinear) and layer.mode == "codes" and layer.probe is None
+            if isinstance(layer, QuantLinear) and all(map(_computes_with_codes, _sharers(layer)))
         ]
         if self.fresh and coded == self._coded and all(layer.gathered is not None for layer in coded):
             return
@@ -137,12 +137,14 @@ class CodeGather:
         local = param._sharded_local_tensor
         remembered = self._others[layer]
         self._others[layer] = _Remembered(param.all_gather_outputs, param.__dict__.pop("_unsharded_param", None))
-        param.all_gather_outputs, unsharded = remembered
+        before, (param.all_gather_outputs, unsharded) = self._others[layer].unsharded, remembered
         if in_codes:
+            codes = self._codes[layer] = GatheredCodes(layer.out_features)
             param._extensions_data = ExtensionsData()
-            # A hook that takes the mesh alone may send another shape than that of the padded shard.
-            local.fsdp_pre_all_gather = lambda mesh: ((self._codes[layer].own_rows,), None)
-            local.fsdp_post_all_gather = lambda outputs, *_, out: self._codes[layer].receive(outputs[0])
+            # A hook that takes the mesh alone may send another shape than that of the padded shard. Hooks that held the
+            # layer would be a circle through the tensor's own attributes, which is never freed.
+            local.fsdp_pre_all_gather = lambda mesh: ((codes.own_rows,), None)
+            local.fsdp_post_all_gather = lambda outputs, *_, out: codes.receive(outputs[0])
             if unsharded is None:
                 dtype = param.mp_policy.param_dtype or local.dtype
                 unsharded = nn.Parameter(torch.zeros((), dtype=dtype, device=local.device).expand(param._orig_size))
@@ -150,6 +152,8 @@ class CodeGather:
             del local.fsdp_pre_all_gather, local.fsdp_post_all_gather, self._codes[layer]
             layer.gathered = None
         if unsharded is not None:
+            if before is not None:  # a sum over micro-batches goes on
+                unsharded.grad, before.grad = before.grad, None
             param._unsharded_param = unsharded
 
     def _round(self) -> None:
@@ -159,17 +163,18 @@ class CodeGather:
         for layer, scale, local_RI in zip(self._coded, scales, locals_RI, strict=True):
             packed_RJ = pack_rows(weight_codes(local_RI, scale, layer.quant_config))
             own_rows = F.pad(packed_RJ, (0, 0, 0, self._padded_rows(layer) - len(packed_RJ)))
-            layer.gathered = self._codes[layer] = GatheredCodes(scale, own_rows, layer.out_features)
+            layer.gathered = self._codes[layer]
+            layer.gathered.scale, layer.gathered.own_rows = scale, own_rows
 
     def _scales(self, locals_RI: Sequence[Tensor]) -> list[Scale]:
         """The scale of each layer that is gathered as codes, from the rows of all ranks. A collective."""
         config = self._coded[0].quant_config
-        parts: dict[nn.Linear, Tensor] = {}  # what each layer's scale is made from, of the whole matrix
+        parts: dict[nn.Module, Tensor] = {}  # what each layer's scale is made from, of the whole matrix
         if config.weights == "absmedian":
             counts = torch.stack([magnitude_counts(local_RI) for local_RI in locals_RI])
             dist.all_reduce(counts, group=self._group)
             parts.update(zip(self._coded, counts, strict=True))
-            together = [torch.stack([parts[sharer] for sharer in layer.sharers or (layer,)]) for layer in self._coded]
+            together = [torch.stack([parts[sharer] for sharer in _sharers(layer)]) for layer in self._coded]
             return [scale_from_counts(counts.sum(0), config) for counts in together]
         padded_rows = [self._padded_rows(layer) for layer in self._coded]
         own = torch.zeros(sum(padded_rows), dtype=torch.float64, device=locals_RI[0].device)
@@ -179,13 +184,22 @@ class CodeGather:
         dist.all_gather([*everyones], own, group=self._group)
         for layer, columns in zip(self._coded, everyones.split(padded_rows, 1), strict=True):
             parts[layer] = columns.flatten()[: layer.out_features]  # rank after rank; the last have the padding
-        rows = [torch.cat([parts[sharer] for sharer in layer.sharers or (layer,)]) for layer in self._coded]
+        rows = [torch.cat([parts[sharer] for sharer in _sharers(layer)]) for layer in self._coded]
         return [
             scale_from_sums(sums_O, layer.in_features, config) for layer, sums_O in zip(self._coded, rows, strict=True)
         ]
 
     def _padded_rows(self, layer: nn.Linear) -> int:
         return math.ceil(layer.out_features / dist.get_world_size(self._group))
+
+
+def _computes_with_codes(layer: nn.Module) -> bool:
+    return isinstance(layer, QuantLinear) and layer.mode == "codes" and layer.probe is None
+
+
+def _sharers(layer: QuantLinear) -> tuple[nn.Linear, ...]:
+    """The layers that have one scale with this one, itself included."""
+    return layer.sharers or (layer,)
 
 
 def _fsdp_params(module: Any) -> list[Any]:

@@ -94,6 +94,7 @@ class QuantLinear(nn.Linear):
     def weight_codes(self) -> tuple[Tensor, Tensor]:
         """Codes as int8 [O, I], and the fp32 level, [1, 1], [O, 1] or [O, G]."""
         if self.gathered is not None:
+            assert self.gathered.packed_OJ.untyped_storage().nbytes(), "the layer's block is not gathered"
             return unpack_rows(self.gathered.packed_OJ, self.in_features), self.gathered.scale.level
         weight_OI = self.rotated_weight()
         scale = self.rounding_scale(weight_OI)
@@ -145,14 +146,17 @@ class GatheredCodes:
     """Codes that ranks gather in place of a weight, packed; see `quant.gather`.
 
     Args:
-        scale: of the whole weight.
-        own_rows: `pack_rows` of this rank's rows, with as many rows of padding as make it as long as the first rank's.
         out_features: rows of the whole weight.
     """
 
-    def __init__(self, scale: Scale, own_rows: Tensor, out_features: int) -> None:
-        self.scale, self.own_rows, self._out_features = scale, own_rows, out_features
-        self.packed_OJ = own_rows[:0]  # the whole weight, while its block is gathered
+    scale: Scale
+    """Of the whole weight."""
+    own_rows: Tensor
+    """`pack_rows` of this rank's rows, with rows of padding that make it as long as the first rank's."""
+
+    def __init__(self, out_features: int) -> None:
+        self._out_features = out_features
+        self.packed_OJ = torch.empty(0, dtype=torch.uint8)  # the whole weight, while its block is gathered
 
     def receive(self, rows: Tensor) -> None:
         """Take the rows of all ranks, of which the last may be padding."""

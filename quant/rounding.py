@@ -87,8 +87,11 @@ INFINITY_BITS = 0x7F80
 def row_sums(values: Tensor) -> Tensor:
     """Sums over the last dimension in fp64, to the last bit the same whoever else holds which other rows.
 
-    Pieces are summed in fp32, each by one thread, and their sums in fp64, where the order hardly matters.
+    On CPUs, where fp64 is slow, pieces are summed in fp32, each by one thread, and their sums in fp64. There the order
+    hardly matters.
     """
+    if values.device.type != "cpu":
+        return values.sum(-1, dtype=torch.float64)
     whole = values.shape[-1] // PIECE * PIECE
     pieces = values[..., :whole].unflatten(-1, (-1, PIECE)).sum(-1)
     return pieces.double().sum(-1) + values[..., whole:].sum(-1).double()
@@ -97,8 +100,8 @@ def row_sums(values: Tensor) -> Tensor:
 def _mean(blocks: Tensor) -> Tensor:
     """Mean over the last two dimensions, row by row, so that it can be had of rows that lie on several ranks.
 
-    It is to the last bit the same for every number of ranks and threads and kind of device. A plain fp32 mean depends
-    on how many threads share it.
+    It is to the last bit the same for every number of ranks and threads. A plain fp32 mean depends on how many threads
+    share it.
     """
     return _mean_of_rows(row_sums(blocks), blocks.shape[-1])
 

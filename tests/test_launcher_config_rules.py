@@ -61,6 +61,7 @@ from launcher.config_file import parse_config
         (["run.folder=~/runs/a"], "run.folder", "'~/runs/a' would be a folder named '~'; write '/"),
         (["run.folder=s3://b/a"], "run.folder", "'s3://b/a' is a URL; give a folder of this machine's"),
         (["checkpoint.folder=~/a"], "checkpoint.folder", "'~/a' would be a folder named '~'"),
+        (["data.cache=~/a"], "data.cache", "'~/a' would be a folder named '~'"),
         (["data.sources.0.path=~/a"], "data.sources.0.path", "'~/a' would be a folder named '~'"),
         (["data.sources=[]"], "data.sources", "is empty; name at least one prepared folder"),
         (["data.sources.0.weight=0"], "data.sources.0.weight", "0.0 is not a positive number"),

@@ -14,7 +14,7 @@ from ranks import run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
 
-from launcher import start_from
+from launcher import convert_command
 from launcher.checkpoint import complete_checkpoints
 from launcher.checkpoint_reader import CheckpointReader
 from launcher.config import ConfigError
@@ -116,7 +116,7 @@ def test_one_checkpoint_seeds_many_runs_without_being_copied(runs: Path, shards:
 
 def test_a_source_is_opened_once(runs: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(start_from, "open_source", lambda text: (opened.append(text), open_source(text))[1])
+    monkeypatch.setattr(convert_command, "open_source", lambda text: (opened.append(text), open_source(text))[1])
     config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
     source = runs / "trunk" / "checkpoints" / "step-00000004"
     tritrain("convert", source, "--to", tmp_path / "run", "--config", config)
@@ -127,7 +127,7 @@ def test_where_no_phase_begins_at_the_checkpoint_that_is_said(runs: Path, shards
     config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
     arguments = ("convert", runs / "trunk" / "checkpoints" / "step-00000004", "--to", tmp_path / "run", "--dry-run")
     said = tritrain(*arguments, "--config", config, "phases.0.steps=3")
-    assert "is at step 4, and the phases begin at 0, 3: so steps, schedule and data begin anew" in said
+    assert "is at step 4, the phases begin at 0, 3, and the run with the first of them: steps, schedule and" in said
     assert "anew" not in tritrain(*arguments, "--config", config)
 
 
@@ -230,5 +230,5 @@ def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"no checkpoint that is known"):
         tritrain("convert", tmp_path / "empty", *arguments)
     tritrain("convert", source, *arguments)
-    with pytest.raises(ValueError, match="a run with checkpoints is there already"):
+    with pytest.raises(ValueError, match="a run's checkpoints are there already"):
         tritrain("convert", source, *arguments)

@@ -372,11 +372,27 @@ def sizes(*overrides, world_size):
 def test_bytes_per_rank_of_fsdp2(world_size):
     """fp32 weights, gradients and moments, each sharded, and two of the two layers gathered in 16 bits."""
     P = PARAMETERS
-    assert sizes(world_size=world_size) == {
+    reduced_each = sizes("engine.reduce_gradients=micro-batch", world_size=world_size)
+    assert reduced_each == {
         "weights": 4 * P / world_size + 2 * P,
         "gradients": 4 * P / world_size,
         "moments": 8 * P / world_size,
     }
+    whole = 4 * P if world_size > 1 else 0  # what several micro-batches sum before they are reduced
+    assert sizes(world_size=world_size) == reduced_each | {"gradients": 4 * P / world_size + whole}
+    one_micro_batch = f"training.global_batch_sequences={world_size}", "training.micro_batch_sequences=1"
+    assert sizes(*one_micro_batch, world_size=world_size) == reduced_each
+
+
+def test_bytes_per_rank_in_codes():
+    """A fourth of a byte for a coded weight, and this rank's own; in 16 bits what has no codes, or two blocks of it."""
+    outside, coded, norms = 64 * 16 + 16, 4 * 16 * 16 + 3 * 16 * 24, 2 * 16
+    overrides = "model.num_layers=16", "engine.gather=codes"
+    shards = 4 * (outside + 16 * (coded + norms)) / 4
+    held = sizes(*overrides, world_size=4)["weights"]
+    assert held == shards + 2 * (outside + 16 * norms) + 16 * coded / 4 * (1 + 1 / 4)
+    held = sizes(*overrides, r"phases.1.quantization.include=layers\.0\..*_proj", world_size=4)["weights"]
+    assert held == shards + 2 * (outside + norms + 2 * (coded + norms)) + coded / 4 * (1 + 1 / 4)
 
 
 def test_bytes_per_rank_of_fsdp2_in_fp32():

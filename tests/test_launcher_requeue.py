@@ -18,7 +18,7 @@ def start(run: Path, step: int, job: str) -> None:
         file.write(json.dumps({"time": 0.0, "step": step, "world_size": 2, "host": "a", "job": job}) + "\n")
 
 
-def ask(run: Path, job: str = "17", refused: Path | None = None) -> tuple[int, str]:
+def ask(run: Path, job: str | None = "17", refused: Path | None = None) -> tuple[int, str]:
     return requeue.verdict(run, str(run / "checkpoints"), refused, job)
 
 
@@ -40,6 +40,7 @@ def test_requeue_ends_with_the_run_or_by_a_person(tmp_path: Path) -> None:
         run.mkdir()
         requeue.write_state(run, state)
         assert ask(run)[0] == code, state
+    assert ask(tmp_path / "3", job=None)[0] == requeue.DONE  # asked outside of any job
     (tmp_path / "refused").write_text("engine.zero_stage: no")
     assert ask(run, refused=tmp_path / "refused") == (
         requeue.FAILED,
@@ -123,6 +124,18 @@ def test_progress_of_another_job_in_the_folder_is_none_of_ours(tmp_path: Path) -
     assert codes[-1][1] == message
     assert requeue.read_state(run) == {"status": "running"}
     assert ask(run)[0] == requeue.AGAIN  # nobody is there any more, and there is progress
+
+
+def test_the_lock_that_a_dead_host_of_this_job_has_left_is_no_other_jobs(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, 0, "17")
+    requeue.write_state(run, {"status": "running"})
+    (run / "lock").write_text("process 7 on node1, since noon, job 17_2")
+    with hold(run) as other:
+        for step in (1, 2, 3, 4):
+            checkpoint(run, step)
+            assert ask(run)[0] == requeue.AGAIN
+        other.communicate("\n")
 
 
 def test_three_starts_that_never_begin(tmp_path: Path) -> None:

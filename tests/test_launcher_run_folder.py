@@ -62,9 +62,13 @@ def test_a_runs_own_configuration_leads_to_it_or_is_refused(tmp_path: Path) -> N
     check_place(tmp_path / "run" / "config.yaml", [], config)
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = tmp_path / "moved" / "config.yaml"
-    with pytest.raises(ConfigError, match=f"add run.folder={tmp_path}/moved; to begin another one, run.name=NAME"):
+    with pytest.raises(ConfigError, match=f"add run.folder={tmp_path}/moved; to begin another one, run.folder="):
         check_place(moved, ["logging.interval_steps=1"], config)
     check_place(moved, [f"run.folder={tmp_path}/moved"], tiny_config(Path("shards"), tmp_path / "moved"))
+    with pytest.raises(ConfigError, match=r"run\.folder=FOLDER run\.name=NAME"):  # its configuration has a run.folder
+        check_place(moved, ["run.name=new"], config)
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    check_place(moved, [], tiny_config(Path("shards"), tmp_path / "link"))
     check_place(moved, [f"run.folder={tmp_path}/new"], tiny_config(Path("shards"), tmp_path / "new"))
     elsewhere = tmp_path / "config.yaml"
     moved.rename(elsewhere)

@@ -97,6 +97,16 @@ def test_dry_run_prints_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_was_moved_is_not_submitted_as_a_new_one(config: Config, tmp_path: Path) -> None:
+    from launcher.cli import app
+
+    RunFolder(config).prepare([4, 4])
+    RunFolder(config).write_state("interrupted")
+    config.run.path.rename(tmp_path / "moved")
+    result = CliRunner().invoke(app, ["submit", str(tmp_path / "moved" / "config.yaml"), "--dry-run"])
+    assert f"add run.folder={tmp_path}/moved" in str(result.exception)
+
+
 def test_a_name_that_nobody_gives_and_a_value_that_nobody_quotes_are_errors(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +134,7 @@ def test_what_cannot_run_is_refused_at_once(config: Config, tmp_path: Path) -> N
     ):
         with pytest.raises(ConfigError, match=message):
             render(config, SiteConfig(), Request(**(vars(REQUEST) | keys)), folder)
+
     RunFolder(config).prepare([4, 4])
     RunFolder(config).write_state("complete")
     with pytest.raises(ConfigError, match="is complete"):

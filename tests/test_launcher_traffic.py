@@ -106,6 +106,18 @@ def test_a_step_in_codes_gathers_everything_once_by_hand():
     assert set(describe_traffic(plan_of())) == {"bytes_sent_per_rank_and_step"}
 
 
+def test_blocks_without_codes_are_gathered_for_each_pass():
+    plan = plan_of("engine.gather=codes", r"phases.1.quantization.include=layers\.0\..*_proj")
+    block, coded = BLOCKS / 2, LINEAR / 2
+    weights = bytes_sent(plan, codes=True)["weights"]
+    assert weights == pytest.approx(RING * (2 * (OUTSIDE + block - coded) + coded / 4 + 2 * M * 2 * block))
+
+
+def test_gradients_that_are_reduced_for_each_micro_batch():
+    each, once = bytes_sent(plan_of("engine.reduce_gradients=micro-batch")), bytes_sent(plan_of())
+    assert each == once | {"gradients": M * once["gradients"]}
+
+
 def test_medians_are_found_by_counting_magnitudes():
     plan = plan_of("engine.gather=codes", "phases.1.quantization={preset: nielsen-2025}")
     medians = 2 * RING * 4 * 2**15 * 14  # an all-reduce of the counts of 14 matrices
@@ -151,6 +163,7 @@ NOTHING_KEPT = SMALL_PIECES | {"stage3_max_live_parameters": 0, "stage3_max_reus
 ENGINES = {
     "fsdp2": {"name": "fsdp2"},
     "hsdp": {"name": "fsdp2", "replicas": 2},
+    "fsdp2, each micro-batch": {"name": "fsdp2", "reduce_gradients": "micro-batch"},
     "fsdp2, codes": {"name": "fsdp2", "gather": "codes"},
     "hsdp, codes": {"name": "fsdp2", "replicas": 2, "gather": "codes"},
     **{f"zero-{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)},

@@ -1,6 +1,8 @@
 """Ternary weights that are gathered as codes: what is sent, and that it changes no bit of a run."""
 
+import gc
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from launcher.metrics import read_metrics
 from launcher.plan import make_plan
 from launcher.runtime import Ranks
 from model.init import initial_value
+from model.size import num_parameters
 from quant.codes import pack_rows, unpack_rows
 from quant.config import PRESETS, QuantConfig
-from quant.gather import gather_problems
+from quant.gather import _fsdp_params, gather_problems
 from quant.linear import quantized_layers
 from quant.rounding import magnitude_counts, scale_from_counts, scale_from_sums, scale_sums, weight_codes, weight_scale
 
@@ -194,6 +197,50 @@ def test_compiled_models_gather_codes_too(shards: Path, tmp_path: Path) -> None:
     assert len(in_weights) == 12
     assert in_codes[:2] == in_weights[:2]
     assert in_codes[2:] == pytest.approx(in_weights[2:], abs=0.01)
+
+
+def memory_and_references(gathers: list[str]) -> list[Any]:
+    """Of engines that take a step of two micro-batches: the sums held amid it, and whether they go when let go of."""
+    found = []
+    for gather in gathers:
+        for reduce in ("step", "micro-batch"):
+            config = tiny_config(
+                Path("shards"),
+                Path("run"),
+                engine={"gather": gather, "reduce_gradients": reduce},
+                training={"compute_dtype": "bf16"},
+                phases=[{"precision": "ternary", "steps": 9}],
+            )
+            size = dist.get_world_size()
+            plan = make_plan(config, size)
+            engine: Any = build_engine(plan, plan.phases[0], Ranks(dist.get_rank(), size, 0, torch.device("cpu")))
+            load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, 0))  # noqa: B023
+            tokens = torch.arange(33).expand(2, -1) + dist.get_rank()
+            engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=False)
+            sums = [
+                param.unsharded_accumulated_grad
+                for module in (engine.model, *engine.model.model.layers)
+                for param in _fsdp_params(module)
+            ]
+            held = sum(tensor.numel() * tensor.element_size() for tensor in sums if tensor is not None)
+            engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=True)
+            norm = engine.step(1e-3)[0].item()
+            model = weakref.ref(engine.model)
+            del engine, sums
+            gc.collect()
+            found.append((gather, reduce, held, norm, model() is None))
+    return found
+
+
+def test_engines_hold_the_sums_that_the_plan_says_and_go_when_they_are_let_go_of() -> None:
+    """FSDP2 sums whole gradients over micro-batches in fp32, unless it reduces each. A rollback needs the memory."""
+    found = run_group(2, memory_and_references, ["weights", "codes"])[0]
+    parameters = num_parameters(tiny_config(Path("shards"), Path("run")).model)
+    assert [row[2] for row in found] == [4 * parameters, 0] * 2
+    norms = [row[3] for row in found]
+    assert norms[:2] == norms[2:]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert all(row[4] for row in found), found
 
 
 def what_layers_see(num_steps: int) -> list[dict[str, Any]]:

@@ -12,8 +12,17 @@ from torch._dynamo.testing import CompileCounter
 
 from model.init import initialize_
 from model.transformer import ModelConfig, Transformer
+from quant.codes import pack_rows
 from quant.config import QuantConfig
-from quant.linear import QuantLinear, dequantize_, quantize_, quantized_layers, set_strength_, set_strengths_
+from quant.linear import (
+    GatheredCodes,
+    QuantLinear,
+    dequantize_,
+    quantize_,
+    quantized_layers,
+    set_strength_,
+    set_strengths_,
+)
 
 MODEL = ModelConfig(
     vocab_size=48, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, sub_norm=True
@@ -262,6 +271,24 @@ def test_one_graph_for_each_mode(training):
             set_strength_(model, strength)
             torch.testing.assert_close(compiled(tokens_BT), model(tokens_BT))
     assert counter.frame_count == 3
+
+
+def test_gathered_codes_take_no_second_graph():
+    layer, x = build_linear(), build_input()
+    quantize_(layer, QuantConfig(include=""))
+    expected = forward_backward(layer, x)
+    codes = GatheredCodes(layer.out_features)
+    codes.scale = layer.rounding_scale(layer.weight)
+    codes.receive(pack_rows(layer.weight_codes()[0]))
+    layer.gathered = codes
+    layer.weight = nn.Parameter(torch.zeros(()).expand(layer.weight.shape))  # there is nothing to read from
+    found = forward_backward(layer, x)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    assert torch.equal(compiled(x), expected["y"])
+    assert counter.frame_count == 1
 
 
 def test_compiled_gradients_are_those_of_eager():
