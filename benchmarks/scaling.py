@@ -86,7 +86,7 @@ def draw() -> None:
     import matplotlib.pyplot as plt
 
     ranks = (8, 16, 32, 64, 128, 256, 512)
-    figure, (memory, sent) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (memory, sent) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for engine, marker in zip(ENGINES, "osD^Pv", strict=True):
         found = [numbers("7B", engine, n) for n in ranks]
         memory.plot(ranks, [held for held, _, _ in found], marker=marker, label=engine)
@@ -97,13 +97,12 @@ def draw() -> None:
         axes.set(title=f"7B: {title}", xlabel="GPUs", xscale="log", yscale="log")
         axes.set_xticks(ranks, [str(n) for n in ranks], minor=False)
         axes.minorticks_off()
-        ticks = (20, 40, 80, 160) if axes is memory else (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+        ticks = (5, 10, 20, 40, 80, 160) if axes is memory else (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
         axes.set_yticks(ticks, [str(tick) for tick in ticks])
         axes.grid(alpha=0.3)
     memory.axhline(80, color="black", linewidth=1, linestyle=":")
-    memory.legend()
     sent.plot([], [], color="black", linestyle="--", label="ternary, in codes")
-    sent.legend(handles=sent.get_lines()[-1:])
+    figure.legend(handles=[*memory.get_lines()[: len(ENGINES)], sent.get_lines()[-1]], loc="outside right center")
     figure.savefig(PICTURE, dpi=110)
 
 
