@@ -57,7 +57,7 @@ def read_documents(inputs: Sequence[str]) -> Iterator[Document]:
             is_empty = False
             yield document
     if is_empty:
-        raise DataError(f"{', '.join(inputs)}: no text in there, so there is nothing to train on")
+        raise DataError(f"{', '.join(inputs)}: no text in there")
 
 
 def _read_input(source: str) -> Iterator[Document]:

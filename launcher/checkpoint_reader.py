@@ -120,7 +120,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no complete checkpoint (no {MANIFEST} is in it)") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DamageError(f"{path}: damaged: it is no manifest") from error
+        raise DamageError(f"{path}: damaged, or not that of a checkpoint") from error
     if not sound:
         raise DamageError(f"{path}: damaged: it does not have the digest it was written with")
     if manifest.get("format_version") != FORMAT_VERSION:
