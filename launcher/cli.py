@@ -26,7 +26,7 @@ def main() -> None:
     """Run the command; what the user can put right is told in a sentence, without a traceback."""
     from data.errors import DataError
     from launcher.config import ConfigError
-    from launcher.metrics import LogError
+    from launcher.errors import LogError
     from launcher.source import CheckpointError
 
     try:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.metrics import LogError, numbered_rows
+from launcher.errors import LogError
+from launcher.metrics import numbered_rows
 from launcher.spike import Average, Level, Transition
 
 LOSS = "train/loss"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eval.perplexity import HeldOutLoss
 from launcher.console import Console
+from launcher.errors import LogError
 from launcher.plan import Plan
 from launcher.runtime import Ranks
 from launcher.spike import SpikeWatch
@@ -58,10 +59,6 @@ HISTOGRAM_EDGES = {
     "quant/flips": tuple(count - 0.5 for count in range(MOST_FLIPS + 2)),
 }
 """Edges of the bins of what is logged as a list of shares of all quantized weights."""
-
-
-class LogError(ValueError):
-    """A file in a run's folder is not what was written there; says which, where in it, and what is wrong."""
 
 
 class MetricsLog:

@@ -268,14 +268,21 @@ def zero3_held_parameters(config: Config) -> tuple[int, int]:
     return persistent, min(num_parameters(config.model) - persistent, int(kept))
 
 
+def last_quantization(plan: Plan) -> QuantConfig | None:
+    """That of the last ternary phase; None without one."""
+    return next((phase.quantization for phase in reversed(plan.phases) if phase.quantization), None)
+
+
 def coded_layers(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights in blocks that the last ternary phase quantizes, by name; `engine.gather` is about them."""
-    patterns = [phase.quantization.include for phase in plan.phases if phase.quantization]
+    quantization = last_quantization(plan)
+    if quantization is None:
+        return {}
     matrices = {name: shape for name, shape in parameter_shapes(plan.config.model).items() if len(shape) == 2}
     return {
         name: shape
         for name, shape in matrices.items()
-        if is_in_block(name) and patterns and re.search(patterns[-1], name.removesuffix(".weight"))
+        if is_in_block(name) and re.search(quantization.include, name.removesuffix(".weight"))
     }
 
 

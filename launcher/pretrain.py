@@ -25,6 +25,7 @@ from data.errors import DataError
 from launcher.config import Config, ConfigError
 from launcher.config_file import load_config
 from launcher.console import Console
+from launcher.errors import LogError
 from launcher.failure import (
     COMPLETE,
     FAILED,
@@ -38,7 +39,6 @@ from launcher.failure import (
     write_presence,
 )
 from launcher.heartbeat import Heartbeat, Pulse
-from launcher.metrics import LogError
 from launcher.placement import PlacementError
 from launcher.plan import Plan, make_plan
 from launcher.preparing import prepare_with_progress

@@ -4,7 +4,7 @@ Prints the reason and exits with 0 to queue it again, 1 where the run has failed
 stopped by a person. What the launcher exited with does not matter; the run's own marker `RUN/state.json` does, and
 whether starts get anywhere: after `MAX_STARTS` in a row of the same job with no new checkpoint the run has failed, and
 after as many that found another job in the run's folder this job has. A stop by a person counts for the job that it
-ended, not for one submitted later. Each time that a job is queued again is a line of `RUN/requeues.jsonl`.
+ended, not for others of the run. Each time that a job is queued again is a line of `RUN/requeues.jsonl`.
 
 Chained jobs of one run ask the same before each start but their first.
 

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from launcher.curves import LOSS, History, PhaseSpan, Series, find_transitions, read_history
-from launcher.metrics import LogError
+from launcher.errors import LogError
 from launcher.spike import WINDOW, Transition
 
 BITS_PER_BYTE, THROUGHPUT = "validation/bits_per_byte", "throughput/tokens_per_second"

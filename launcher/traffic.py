@@ -14,7 +14,7 @@ from math import ceil, prod
 from typing import Any, Literal
 
 from launcher.config import Config
-from launcher.plan import Plan, beside_codes, coded_layers, zero3_held_parameters
+from launcher.plan import Plan, beside_codes, coded_layers, last_quantization, zero3_held_parameters
 from model.size import is_in_block, num_parameters, parameter_shapes
 from quant.codes import CODES_PER_BYTE
 from quant.rounding import NUM_MAGNITUDES
@@ -144,7 +144,8 @@ def _of_fsdp2(plan: Plan, *, codes: bool) -> list[Collective]:
         gather(each, passes * plan.num_micro_batches)
         packed = {name: (shape[0], ceil(shape[1] / CODES_PER_BYTE)) for name, shape in coded.items()}
         found.append(Collective("all-gather", "weights", padded_parameters(packed, shards), shards))
-        if [phase.quantization.weights for phase in plan.phases if phase.quantization][-1] == "absmedian":
+        quantization = last_quantization(plan)
+        if quantization is not None and quantization.weights == "absmedian":
             found.append(Collective("all-reduce", "scalars", 4 * NUM_MAGNITUDES * len(coded), shards))
         else:
             sums = padded_parameters({name: shape[:1] for name, shape in coded.items()}, shards)

@@ -96,6 +96,7 @@ class CodeGather:
                     self._params[layer], self._block_of[layer] = param, block
         self._others = dict.fromkeys(self._params, _Remembered([], None))
         self._coded: list[QuantLinear] = []
+        self._kept: set[Any] = set()
         self._codes: dict[QuantLinear, GatheredCodes] = {}
 
     @torch.no_grad()
@@ -117,18 +118,18 @@ class CodeGather:
             module.reshard()
             module.set_reshard_after_backward(True, recurse=False)
         for layer in {*self._coded} ^ {*coded}:
-            self._exchange(layer, in_codes=layer in coded)
+            self._exchange(layer, in_codes=layer not in self._codes)
         self._coded = coded
+        self._kept = {self._model, *(self._block_of[layer] for layer in coded)} if coded else set()
         for block in self._blocks:
-            in_codes = any(self._block_of[layer] is block for layer in coded)
-            block.set_reshard_after_forward(self._reshard_after_forward and not in_codes, recurse=False)
+            block.set_reshard_after_forward(self._reshard_after_forward and block not in self._kept, recurse=False)
         if coded:
             self._round()
         self.fresh = True
 
     def keep(self, keep: bool) -> None:
         """Whether what is gathered once a step stays so behind the backward pass that comes."""
-        for module in {self._model, *(self._block_of[layer] for layer in self._coded)} if self._coded else ():
+        for module in self._kept:
             module.set_reshard_after_backward(not keep, recurse=False)
 
     def _exchange(self, layer: QuantLinear, *, in_codes: bool) -> None:

@@ -13,7 +13,8 @@ from tiny import tiny_config
 
 from launcher.checkpoint import CheckpointWriter, complete_checkpoints
 from launcher.checkpoint_reader import CheckpointReader
-from launcher.metrics import LogError, MetricsLog, read_metrics
+from launcher.errors import LogError
+from launcher.metrics import MetricsLog, read_metrics
 from launcher.pretrain import USER_ERRORS
 from launcher.source import CheckpointError
 from launcher.step import TrainingError

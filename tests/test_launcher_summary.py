@@ -10,7 +10,7 @@ from made_runs import TOKENS_PER_STEP, make_run
 
 from launcher.console import human_count
 from launcher.curves import read_history
-from launcher.metrics import LogError
+from launcher.errors import LogError
 from launcher.summary import duration, summarize, verdict
 
 
