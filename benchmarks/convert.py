@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from measure import report
 
-from launcher.config_file import load_config
-from launcher.source import start_checking
-from launcher.start_from import open_source
+from launcher.checkpoint.source import start_checking
+from launcher.config.file import load_config
+from launcher.formats.open import open_source
 from model.size import num_parameters, parameter_shapes
 from model.transformer import ModelConfig, Transformer
 

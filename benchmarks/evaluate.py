@@ -123,8 +123,8 @@ def one(folder: str, task_data: str, limit: int | None, batch_size: int) -> None
     from eval.harness import HarnessModel, ask
     from eval.score import scores_of
     from eval.tasks import harness_task
-    from launcher.runtime import process_group
-    from launcher.subject import open_subject
+    from launcher.inference.sharded import open_subject
+    from launcher.process.ranks import process_group
 
     found: dict[str, Any] = {key: {} for key in ("seconds", "examples", "score", "nats")}
     with process_group(600) as ranks:

@@ -25,11 +25,11 @@ import torch.distributed as dist
 import torch.multiprocessing
 from measure import interleaved, report, table
 
-from launcher.build import build_engine
-from launcher.config_file import parse_config
-from launcher.engine import load_weights
-from launcher.plan import make_plan
-from launcher.runtime import Ranks
+from launcher.config.file import parse_config
+from launcher.engine.build import build_engine
+from launcher.engine.contract import load_weights
+from launcher.plan.plan import make_plan
+from launcher.process.ranks import Ranks
 from model.init import initial_value
 from model.size import num_parameters
 from model.transformer import ModelConfig

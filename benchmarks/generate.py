@@ -21,14 +21,14 @@ import psutil
 import torch
 from measure import interleaved, report
 
-from launcher.console import human_bytes
-from launcher.hf_folder import write_hf
-from launcher.load import load_model
-from launcher.source import Source
+from launcher.checkpoint.source import Source
+from launcher.formats.hf_folder import write_hf
+from launcher.inference.load import load_model
+from launcher.process.console import human_bytes
 from model.size import num_parameters, parameter_shapes
 from model.transformer import ModelConfig, Transformer
-from quant.frozen import memory_bytes
 from quant.linear import dequantize_, quantized_layers
+from quant.packed import memory_bytes
 
 SMALL = ModelConfig(
     vocab_size=32_000, hidden_size=768, num_layers=12, num_heads=12, intermediate_size=2048, max_sequence_length=1024

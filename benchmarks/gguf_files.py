@@ -21,9 +21,9 @@ from measure import report
 
 from data.quickstart_corpus import read_standard_library
 from data.tokenizer import train_tokenizer
-from launcher.export import Exportable
-from launcher.gguf_export import export_gguf
-from launcher.source import Source
+from launcher.checkpoint.source import Source
+from launcher.formats.gguf_export import export_gguf
+from launcher.formats.opened import Exportable
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
 from quant.config import BITNET

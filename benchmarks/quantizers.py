@@ -22,17 +22,17 @@ import torch
 import torch.distributed as dist
 from measure import report
 
-from launcher.checkpoint import folder_of
-from launcher.config import Config
-from launcher.config_file import load_config
-from launcher.console import Console
-from launcher.metrics import read_metrics
-from launcher.plan import make_plan
-from launcher.run_folder import RunFolder
-from launcher.runtime import Ranks
-from launcher.start_from import open_source
-from launcher.stopping import StopRequest
+from launcher.checkpoint.writer import folder_of
+from launcher.config.file import load_config
+from launcher.config.sections import Config
+from launcher.formats.open import open_source
+from launcher.plan.plan import make_plan
+from launcher.process.console import Console
+from launcher.process.ranks import Ranks
+from launcher.run.folder import RunFolder
+from launcher.run.metrics_log import read_metrics
 from launcher.train import train
+from launcher.watch.stopping import StopRequest
 from quant.config import PRESETS, QuantConfig
 from quant.hadamard import rotate
 from quant.rounding import Scale, dequantize, first_alpha, learned_scale, quantize_weight, weight_codes
@@ -172,7 +172,7 @@ def run(config: Config) -> list[float]:
     plan = make_plan(config, 1)
     folder.prepare([phase.end - phase.start for phase in plan.phases])
     if config.data.prepare is not None:
-        from launcher.preparing import prepare_with_progress
+        from launcher.commands.prepare import prepare_with_progress
 
         prepare_with_progress(
             config.data.prepare, config.data.sequence_length, Path(config.data.sources[0].path), Console(silent=True)

@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 from measure import report
 
-from launcher.checkpoint import folder_of
-from launcher.engine import EngineConfig, load_weights
-from launcher.fsdp import FSDPEngine
-from launcher.optim import OptimizerConfig
-from launcher.runtime import Ranks, process_group
-from launcher.saver import Saver
+from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.writer import folder_of
+from launcher.config.engine import EngineConfig
+from launcher.config.optimizer import OptimizerConfig
+from launcher.engine.contract import load_weights
+from launcher.engine.fsdp import FSDPEngine
+from launcher.process.ranks import Ranks, process_group
 from model.init import initial_value
 from model.size import num_parameters
 from model.transformer import ModelConfig, Transformer

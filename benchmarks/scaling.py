@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from launcher.config_file import parse_config
-from launcher.plan import Plan, make_plan, memory_bytes_per_rank
-from launcher.traffic import bytes_sent
+from launcher.config.file import parse_config
+from launcher.plan.memory import memory_bytes_per_rank
+from launcher.plan.plan import Plan, make_plan
+from launcher.plan.traffic import bytes_sent
 from model.size import num_parameters
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"

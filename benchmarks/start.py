@@ -17,8 +17,8 @@ from pathlib import Path
 
 from measure import report
 
-from launcher.config_file import load_config
-from launcher.metrics import read_metrics
+from launcher.config.file import load_config
+from launcher.run.metrics_log import read_metrics
 
 STEPS = 20
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from measure import interleaved, report, table
 
-from launcher.config_file import load_config
-from launcher.optim import build_adamw, parameter_groups
+from launcher.config.file import load_config
+from launcher.engine.adamw import build_adamw, parameter_groups
 from model.init import initialize_
 from model.transformer import Transformer
 from quant.config import QuantConfig

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from measure import interleaved, report, table
 
-from launcher.build import build_engine
-from launcher.config_file import load_config
-from launcher.engine import load_weights
-from launcher.plan import make_plan
-from launcher.runtime import process_group
-from launcher.step import accumulate_gradients
-from launcher.telemetry import Telemetry
+from launcher.config.file import load_config
+from launcher.engine.build import build_engine
+from launcher.engine.contract import load_weights
+from launcher.plan.plan import make_plan
+from launcher.process.ranks import process_group
+from launcher.training.step import accumulate_gradients
+from launcher.training.telemetry import Telemetry
 from model.init import initial_value
 from model.size import num_parameters
 

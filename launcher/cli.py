@@ -7,8 +7,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from launcher.console import Console
-from launcher.local_ranks import become_ranks, become_run, default_ranks
+from launcher.process.console import Console
+from launcher.process.torchrun import become_ranks, become_run, default_ranks
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,17 +17,20 @@ app = typer.Typer(
     help="Pretrain language models in 16 bits and finish them in 1.58 bits.",
 )
 
+
 ConfigPath = Annotated[Path, typer.Argument(help="Configuration, a YAML file.", show_default=False)]
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value: override one key.", show_default=False)]
+
+
 RanksOption = Annotated[int | None, typer.Option("--ranks", min=1, help="Processes; by default the GPUs, or one.")]
 
 
 def main() -> None:
     """Run the command; what the user can put right is told in a sentence, without a traceback."""
     from data.errors import DataError
-    from launcher.config import ConfigError
-    from launcher.errors import LogError
-    from launcher.source import CheckpointError
+    from launcher.errors import CheckpointError, ConfigError, LogError
 
     try:
         app()
@@ -49,11 +52,11 @@ def train(
     launcher: Annotated[str, typer.Option("--with", help="torchrun or deepspeed")] = "torchrun",
 ) -> None:
     """Start a run on this machine, or go on with it."""
-    from launcher.config import ConfigError
-    from launcher.config_file import load_config
-    from launcher.ending import show_next
-    from launcher.plan import make_plan
-    from launcher.run_folder import RunFolder, check_place
+    from launcher.config.file import load_config
+    from launcher.errors import ConfigError
+    from launcher.plan.plan import make_plan
+    from launcher.report.ending import show_next
+    from launcher.run.folder import RunFolder, check_place
 
     if launcher not in ("torchrun", "deepspeed"):
         raise ConfigError(f"--with {launcher}: torchrun and deepspeed are there")
@@ -83,11 +86,11 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script, and submit nothing.")] = False,
 ) -> None:
     """Queue a run as a job of Slurm that goes on until the run is complete."""
-    from launcher.config_file import load_config
-    from launcher.run_folder import check_place
-    from launcher.slurm_site import load_site
-    from launcher.submit import Request, next_submission, render
-    from launcher.submit import submit as submit_job
+    from launcher.config.file import load_config
+    from launcher.run.folder import check_place
+    from launcher.slurm.cluster import load_site
+    from launcher.slurm.submit import Request, next_submission, render
+    from launcher.slurm.submit import submit as submit_job
 
     parsed, cluster, console = load_config(config, overrides or ()), load_site(site), Console(silent=False)
     check_place(config, overrides or (), parsed)
@@ -111,9 +114,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a run would do, without doing it."""
-    from launcher.config_file import load_config
-    from launcher.plan import make_plan
-    from launcher.plan_table import show_plan
+    from launcher.config.file import load_config
+    from launcher.plan.plan import make_plan
+    from launcher.plan.table import show_plan
 
     resolved = make_plan(load_config(config, overrides or ()), ranks or default_ranks())
     show_plan(resolved, Console(silent=False), as_json=as_json)
@@ -131,8 +134,8 @@ def prepare(
 ) -> None:
     """Turn text into token shards."""
     from data.shards import PrepareConfig
-    from launcher.config import ConfigError
-    from launcher.preparing import prepare_with_progress
+    from launcher.commands.prepare import prepare_with_progress
+    from launcher.errors import ConfigError
 
     try:
         config = PrepareConfig(
@@ -162,7 +165,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say for every tensor what will happen.")] = False,
 ) -> None:
     """Turn a checkpoint into a run that begins with it, or into another format. Needs no GPU."""
-    from launcher.convert_command import convert_checkpoint
+    from launcher.commands.convert import convert_checkpoint
 
     convert_checkpoint(
         source,
@@ -184,7 +187,8 @@ def local_target(text: str, option: str) -> Path:
     Raises:
         ConfigError: a path would be something else than was meant: a folder named `s3:` or `~`.
     """
-    from launcher.config import ConfigError, local_problem
+    from launcher.config.rules import local_problem
+    from launcher.errors import ConfigError
 
     if problem := local_problem(text):
         raise ConfigError(f"{option}: {problem}")
@@ -214,7 +218,7 @@ def export(
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
 ) -> None:
     """Write a model for other programs to run. Needs no GPU."""
-    from launcher.export_command import ExportOptions, export_checkpoint
+    from launcher.commands.export import ExportOptions, export_checkpoint
 
     options = ExportOptions(
         into=into,
@@ -234,12 +238,14 @@ def verify(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints of ours, or runs: folders or URLs.")],
 ) -> None:
     """Read every byte of checkpoints and say which tensors of which files are damaged."""
-    from launcher.verify import show_damage
+    from launcher.commands.verify import show_damage
 
     sys.exit(show_damage(checkpoints, Console(silent=False)))
 
 
 ModelPath = Annotated[str, typer.Argument(help="A checkpoint or run of ours, or a Hugging Face folder.")]
+
+
 TokenizerOption = Annotated[str | None, typer.Option(help="Its tokenizer, where that is not found beside it.")]
 
 
@@ -259,8 +265,8 @@ def evaluate(
     ranks: RanksOption = None,
 ) -> None:
     """Let a model do the tasks that compare answers."""
-    from launcher.measuring import Evaluation, check_tasks
-    from launcher.subject import locations_of
+    from launcher.inference.measure import Evaluation, check_tasks
+    from launcher.inference.sharded import locations_of
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     folder = str(task_data) if task_data else None
@@ -283,7 +289,7 @@ def perplexity(
     ranks: RanksOption = None,
 ) -> None:
     """Measure a model on text, in bits per byte and in perplexity."""
-    from launcher.measuring import TextMeasurement
+    from launcher.inference.measure import TextMeasurement
 
     measure(TextMeasurement(model, files, window, stride, documents, tokenizer), ranks)
 
@@ -292,12 +298,12 @@ def measure(asked: Any, ranks: int | None) -> NoReturn:
     """Run a measurement here, or become the launcher of as many ranks."""
     from dataclasses import asdict
 
-    from launcher.measuring import run
+    from launcher.inference.measure import run
 
     num_ranks = ranks or default_ranks()
     if num_ranks == 1:
         sys.exit(run(asked))
-    become_ranks(num_ranks, [str(Path(__file__).with_name("measuring.py")), json.dumps(asdict(asked))])
+    become_ranks(num_ranks, ["-m", "launcher.inference.measure", json.dumps(asdict(asked))])
 
 
 @app.command()
@@ -313,9 +319,9 @@ def generate(
     tokenizer: Annotated[Path | None, typer.Option(help="Its file, where it is not found.")] = None,
 ) -> None:
     """Let a model continue a text, on the GPU where there is one; the text goes to stdout as it comes."""
-    from launcher.build import COMPUTE_DTYPES
-    from launcher.config import ConfigError
-    from launcher.generating import write_text
+    from launcher.engine.build import COMPUTE_DTYPES
+    from launcher.errors import ConfigError
+    from launcher.inference.generate import write_text
 
     if dtype not in COMPUTE_DTYPES:
         raise ConfigError(f"--dtype {dtype}: {' and '.join(COMPUTE_DTYPES)} are there")
@@ -331,8 +337,8 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write; .png draws the loss curve of one run.")],
 ) -> None:
     """Write tables and plots to look at."""
-    from launcher.config import ConfigError
-    from launcher.report import write_picture, write_report
+    from launcher.errors import ConfigError
+    from launcher.report.page import write_picture, write_report
 
     if out.suffix == ".png":
         if len(runs) > 1:
@@ -350,7 +356,7 @@ def status(
     watch: Annotated[float | None, typer.Option(min=0.1, help="Look again every so many seconds.")] = None,
 ) -> None:
     """Say how runs stand. Exits with 1 where one has failed, is stalled or cannot be read."""
-    from launcher.status import show_status
+    from launcher.report.status import show_status
 
     sys.exit(show_status(runs, as_json=as_json, watch_seconds=watch))
 
@@ -363,18 +369,18 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check this machine before a run: what would stop or slow it down. Exits with 1 where there are problems."""
-    from launcher import doctor as doctor_of_rank
+    from launcher.doctor import doctor as doctor_of_rank
 
     arguments = [*(["--config", str(config)] if config else []), *(["--json"] if as_json else []), *(overrides or [])]
     if (num_ranks := ranks or default_ranks()) == 1:
         sys.exit(doctor_of_rank.main(arguments))
-    become_ranks(num_ranks, [str(Path(__file__).with_name("doctor.py")), *arguments])
+    become_ranks(num_ranks, ["-m", "launcher.doctor", *arguments])
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors."""
-    from launcher.config_file import json_schema
+    from launcher.config.file import json_schema
 
     Console(silent=False).line(json.dumps(json_schema(), indent=2))
 

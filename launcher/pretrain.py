@@ -16,17 +16,25 @@ import errno
 import gc
 import os
 import shutil
+import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 
 from data.errors import DataError
-from launcher.config import Config, ConfigError
-from launcher.config_file import load_config
-from launcher.console import Console
-from launcher.errors import LogError
-from launcher.failure import (
+from launcher.commands.prepare import prepare_with_progress
+from launcher.config.file import load_config
+from launcher.config.sections import Config
+from launcher.errors import CheckpointError, ConfigError, LogError, PlacementError, TrainingError
+from launcher.plan.plan import Plan, make_plan
+from launcher.process.console import Console
+from launcher.process.ranks import Ranks, process_group, seed_everything
+from launcher.run.folder import RunFolder, check_place, slurm_job
+from launcher.run.rollbacks import read_rollbacks
+from launcher.train import train
+from launcher.watch.failure import (
     COMPLETE,
     FAILED,
     INTERRUPTED,
@@ -38,20 +46,12 @@ from launcher.failure import (
     who_is_gone,
     write_presence,
 )
-from launcher.heartbeat import Heartbeat, Pulse
-from launcher.placement import PlacementError
-from launcher.plan import Plan, make_plan
-from launcher.preparing import prepare_with_progress
-from launcher.rollback import read_rollbacks
-from launcher.run_folder import RunFolder, check_place, slurm_job
-from launcher.runtime import Ranks, process_group, seed_everything
-from launcher.source import CheckpointError
-from launcher.step import TrainingError
-from launcher.stopping import StopRequest, time_to_stop
-from launcher.train import train
-from launcher.watchdog import Watchdog
+from launcher.watch.heartbeat import Heartbeat, Pulse
+from launcher.watch.stopping import StopRequest, time_to_stop
+from launcher.watch.watchdog import Watchdog
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, LogError, TrainingError)
+
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -189,7 +189,7 @@ def run_rank(
     if outcome == "interrupted":
         console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command goes on from there.")
         return INTERRUPTED
-    from launcher.ending import show_ending
+    from launcher.report.ending import show_ending
 
     folder.write_state("complete")
     show_ending(folder, console)

@@ -12,33 +12,39 @@ import torch
 from torch import Tensor
 
 from data.loader import TrainingData
-from launcher.build import build_engine
-from launcher.checkpoint_reader import load_state, newest_sound_checkpoint, restore_rng
-from launcher.config import Config
-from launcher.console import Console
-from launcher.distill import Teacher, check_teacher, open_teacher
-from launcher.engine import load_weights
-from launcher.heartbeat import Pulse
-from launcher.held_out import HeldOut
-from launcher.learned_scales import initialize_scales_, is_learned_scale
-from launcher.location import check_writable
-from launcher.metrics import Meter, MetricsLog, Progress
-from launcher.phase_entry import enter_phase, measures_rescale
-from launcher.plan import Plan
-from launcher.rollback import discard_given_up, give_up, has_not_recovered, read_rollbacks, rollback_note
-from launcher.run_folder import RunFolder
-from launcher.runtime import Ranks
-from launcher.saver import Saver
-from launcher.spikes import SpikeGuard
-from launcher.start_from import check_data, check_sound, first_progress, open_start
-from launcher.step import TrainingError, train_step
-from launcher.stopping import StopRequest
-from launcher.straggler import Stragglers
-from launcher.tasks_in_training import open_tasks
-from launcher.telemetry import telemetry_of
+from launcher.checkpoint.load import load_state, restore_rng
+from launcher.checkpoint.location import check_writable
+from launcher.checkpoint.manifest import Progress
+from launcher.checkpoint.reader import newest_sound_checkpoint
+from launcher.checkpoint.saver import Saver
+from launcher.config.sections import Config
+from launcher.engine.build import build_engine
+from launcher.engine.contract import load_weights
+from launcher.engine.learned_scales import initialize_scales_
+from launcher.errors import TrainingError
+from launcher.formats.open import check_sound
+from launcher.formats.start import check_data, first_progress, open_start
+from launcher.plan.plan import Plan
+from launcher.process.console import Console
+from launcher.process.ranks import Ranks
+from launcher.run.folder import RunFolder
+from launcher.run.metrics_log import MetricsLog
+from launcher.run.rollbacks import read_rollbacks
+from launcher.training.guard import SpikeGuard
+from launcher.training.held_out import HeldOut
+from launcher.training.meter import Meter
+from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
+from launcher.training.step import train_step
+from launcher.training.switch import enter_phase, measures_rescale
+from launcher.training.tasks import open_tasks
+from launcher.training.teacher import Teacher, check_teacher, open_teacher
+from launcher.training.telemetry import telemetry_of
+from launcher.watch.heartbeat import Pulse
+from launcher.watch.stopping import StopRequest
+from launcher.watch.straggler import Stragglers
 from model.init import initial_value
 from model.size import num_linear_parameters, num_parameters
-from quant.linear import set_strengths_
+from quant.linear import is_learned_scale, set_strengths_
 
 
 def train(

@@ -325,3 +325,8 @@ def _expect_quantized(model: nn.Module) -> dict[str, QuantLinear]:
     if layers := quantized_layers(model):
         return layers
     raise ValueError("the model has no quantized layer: call quantize_ first")
+
+
+def is_learned_scale(name: str) -> bool:
+    """Whether a parameter of this name is a layer's learned scales."""
+    return name.endswith(f".{LEARNED_SCALE}")

@@ -93,8 +93,8 @@ def at_3(tmp_path_factory: pytest.TempPathFactory, at_2: tuple[Path, dict[str, A
     from deepspeed_folders import AT_3, FP32, OPTIMIZER, continue_and_write
     from ranks import run_group
 
-    from launcher.deepspeed_native import DeepSpeedSource
-    from launcher.deepspeed_universal import write_universal
+    from launcher.formats.deepspeed_native import DeepSpeedSource
+    from launcher.formats.deepspeed_universal import write_universal
 
     root = tmp_path_factory.mktemp("three")
     for name in ("zero2", "zero3"):

@@ -53,13 +53,13 @@ def bytes_sent_so_far() -> int:
 def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Bytes per rank and step, counted and modelled, of each precision."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    from launcher.build import build_engine
-    from launcher.config_file import parse_config
-    from launcher.engine import load_weights
-    from launcher.plan import make_plan
-    from launcher.runtime import Ranks
-    from launcher.stopping import StopRequest
-    from launcher.traffic import bytes_sent
+    from launcher.config.file import parse_config
+    from launcher.engine.build import build_engine
+    from launcher.engine.contract import load_weights
+    from launcher.plan.plan import make_plan
+    from launcher.plan.traffic import bytes_sent
+    from launcher.process.ranks import Ranks
+    from launcher.watch.stopping import StopRequest
     from model.init import initial_value
     from quant.config import QuantConfig
     from quant.linear import quantize_, set_strength_

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launcher.optim import OptimizerConfig, build_adamw, parameter_groups
-from launcher.source import KINDS, Source
+from launcher.checkpoint.source import KINDS, Source
+from launcher.config.optimizer import OptimizerConfig
+from launcher.engine.adamw import build_adamw, parameter_groups
 from model.init import initialize_
 from model.transformer import ModelConfig, Transformer
 

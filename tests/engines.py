@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launcher.engine import Engine, EngineConfig, load_weights
-from launcher.fsdp import FSDPEngine
-from launcher.optim import OptimizerConfig
-from launcher.zero import ZeroEngine
+from launcher.config.engine import EngineConfig
+from launcher.config.optimizer import OptimizerConfig
+from launcher.engine.contract import Engine, load_weights
+from launcher.engine.fsdp import FSDPEngine
+from launcher.engine.zero import ZeroEngine
 from model.init import initial_value
 from model.transformer import ModelConfig, Transformer
 

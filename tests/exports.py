@@ -8,10 +8,10 @@ import yaml
 from hf_folders import ModelSource
 from tiny import tiny_config
 
-from launcher.checkpoint import CheckpointWriter, folder_of
-from launcher.config import Config
-from launcher.config_file import to_tree
-from launcher.convert import write_streamed
+from launcher.checkpoint.writer import CheckpointWriter, folder_of
+from launcher.config.file import to_tree
+from launcher.config.sections import Config
+from launcher.formats.convert import write_streamed
 from model.transformer import ModelConfig
 
 

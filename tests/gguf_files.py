@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from launcher.export import open_exportable
-from launcher.gguf_export import export_gguf
+from launcher.formats.gguf_export import export_gguf
+from launcher.formats.opened import open_exportable
 from model.hf import FAMILIES, TRAITS
 from model.transformer import ModelConfig, Transformer
 from quant.gguf import TERNARY_TYPES, BlockType

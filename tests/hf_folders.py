@@ -6,9 +6,9 @@ import torch
 from models import VARIANTS, build, random_tokens
 from safetensors.torch import load_file, save_file
 
-from launcher.hf_folder import write_hf
-from launcher.hf_source import HuggingFaceSource
-from launcher.source import Source
+from launcher.checkpoint.source import Source
+from launcher.formats.hf_folder import write_hf
+from launcher.formats.hf_source import HuggingFaceSource
 from model.transformer import Transformer
 from quant.codes import pack
 from quant.rounding import quantize_weight

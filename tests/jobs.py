@@ -19,9 +19,9 @@ from ranks import CONTEXT
 from safetensors.torch import load_file
 from tiny import tiny_tree
 
-from launcher.checkpoint import complete_checkpoints
-from launcher.checkpoint_reader import CheckpointReader
-from launcher.metrics import read_metrics
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.writer import complete_checkpoints
+from launcher.run.metrics_log import read_metrics
 
 NUM_RANKS = 2
 NUM_STEPS = 12
@@ -99,11 +99,11 @@ def _rank(tree: dict[str, Any], rank: int, port: int, log: str, at_start: Callab
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": str(NUM_RANKS), "LOCAL_WORLD_SIZE": str(NUM_RANKS), "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
-    import launcher.ending
-    from launcher.config_file import parse_config
+    import launcher.report.ending
+    from launcher.config.file import parse_config
     from launcher.pretrain import run
 
-    launcher.ending.show_ending = lambda folder, console: None  # the plots of a report take longer than the run
+    launcher.report.ending.show_ending = lambda folder, console: None  # the plots of a report take longer than the run
     if at_start is not None:
         at_start(rank)
     code = run(parse_config(tree))

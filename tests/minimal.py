@@ -2,8 +2,8 @@
 
 import pytest
 
-from launcher.config import ConfigError
-from launcher.config_file import apply_override, parse_config, parse_yaml
+from launcher.config.file import apply_override, parse_config, parse_yaml
+from launcher.errors import ConfigError
 
 MINIMAL = """
 run: {name: minimal}

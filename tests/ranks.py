@@ -25,8 +25,6 @@ if IN_FORK_SERVER in os.environ:
     repair_torchvision()
     import streaming  # noqa: F401
 
-    import launcher.fsdp
-    import launcher.train  # noqa: F401
 
 os.environ[IN_FORK_SERVER] = "1"  # the server inherits it, and imports this module by name
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))

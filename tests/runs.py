@@ -5,13 +5,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.config import Config
-from launcher.console import Console
-from launcher.plan import make_plan
-from launcher.run_folder import RunFolder
-from launcher.runtime import Ranks
-from launcher.stopping import StopRequest
+from launcher.config.sections import Config
+from launcher.plan.plan import make_plan
+from launcher.process.console import Console
+from launcher.process.ranks import Ranks
+from launcher.run.folder import RunFolder
 from launcher.train import train
+from launcher.watch.stopping import StopRequest
 
 ENGINES: dict[str, dict[str, Any]] = {
     "fsdp2": {"name": "fsdp2"},

@@ -53,7 +53,7 @@ def test_nodes_of_the_compose_file_are_the_ranks_of_one_run():
 
 
 def test_compose_file_prepares_what_the_quickstart_reads():
-    from launcher.config_file import load_config
+    from launcher.config.file import load_config
 
     command = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["prepare"]["command"]
     data = load_config(ROOT / "configs" / "quickstart.yaml").data

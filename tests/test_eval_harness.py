@@ -12,7 +12,7 @@ from data.torchvision_repair import repair_torchvision
 from eval.rows import Scorer
 from eval.score import scores_of
 from eval.tasks import DEFINITIONS, Task, harness_task, load_rows
-from launcher.hf_folder import write_hf
+from launcher.formats.hf_folder import write_hf
 from model.transformer import ModelConfig, Transformer
 
 pytest.importorskip("lm_eval")

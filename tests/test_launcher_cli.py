@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tiny import tiny_tree, write_corpus
 
-from launcher.metrics import read_metrics
+from launcher.run.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TRITRAIN = [str(Path(sys.executable).with_name("tritrain"))]
@@ -196,5 +196,5 @@ def test_ranks_meet_on_a_machine_whose_name_leads_nowhere(tmp_path):
         pytest.skip("needs `unshare` and the right to give a namespace its own host name")
     script = tmp_path / "meet.py"
     script.write_text("import torch.distributed as dist\ndist.init_process_group('gloo')\ndist.barrier()\n")
-    launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.torchrun 2 {script}"
+    launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.process.torchrun 2 {script}"
     subprocess.run([*namespace, "sh", "-c", launch], check=True, timeout=100)

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minimal import only_problem, problems, tree
 
-from launcher.config import Config, ConfigError, RunConfig
-from launcher.config_file import flat_lines, parse_config, parse_yaml, to_tree
+from launcher.config.file import flat_lines, parse_config, parse_yaml, to_tree
+from launcher.config.sections import Config, RunConfig
+from launcher.errors import ConfigError
 
 # Unknown keys
 

@@ -5,8 +5,9 @@ from dataclasses import fields, is_dataclass
 import pytest
 from minimal import MINIMAL, tree
 
-from launcher.config import Config, ConfigError
-from launcher.config_file import apply_override, flat_lines, load_config, parse_config, to_tree
+from launcher.config.file import apply_override, flat_lines, load_config, parse_config, to_tree
+from launcher.config.sections import Config
+from launcher.errors import ConfigError
 
 
 def value_at(config, path):

@@ -3,8 +3,8 @@
 import pytest
 from minimal import only_problem, problems, tree
 
-from launcher.config import ConfigError
-from launcher.config_file import parse_config
+from launcher.config.file import parse_config
+from launcher.errors import ConfigError
 
 # Rules
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from minimal import tree
 
-from launcher.config import ConfigError
-from launcher.config_file import flat_lines, json_schema, load_config, parse_config, parse_yaml, to_tree
+from launcher.config.file import flat_lines, json_schema, load_config, parse_config, parse_yaml, to_tree
+from launcher.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -14,15 +14,15 @@ from ranks import run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
 
-from launcher import convert_command
-from launcher.checkpoint import complete_checkpoints
-from launcher.checkpoint_reader import CheckpointReader
-from launcher.config import ConfigError
-from launcher.config_file import load_config
-from launcher.hf_source import HuggingFaceSource
-from launcher.metrics import read_metrics
-from launcher.source import KINDS, CheckpointError
-from launcher.start_from import open_source
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import KINDS
+from launcher.checkpoint.writer import complete_checkpoints
+from launcher.commands import convert as convert_command
+from launcher.config.file import load_config
+from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.open import open_source
+from launcher.run.metrics_log import read_metrics
 
 SWITCHED: dict[str, Any] = {
     "keep": {"ramp": {"shape": "linear", "steps": 2}},

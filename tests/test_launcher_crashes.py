@@ -30,7 +30,7 @@ from jobs import (
     wait_for_moment,
 )
 
-from launcher.checkpoint import complete_checkpoints
+from launcher.checkpoint.writer import complete_checkpoints
 
 Record = Callable[[str, object], None]
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.curves import History, PhaseSpan, Series, find_transitions, smooth
-from launcher.plots import thin
-from launcher.spike import WINDOW, SpikeWatch
+from launcher.report.history import History, PhaseSpan, Series, find_transitions, smooth
+from launcher.report.plots import thin
+from launcher.run.recovery import WINDOW, SpikeWatch
 
 
 def history_of(losses: dict[str, list[float]], strength: list[float] | None = None, log_every: int = 1) -> History:

@@ -18,13 +18,13 @@ import torch
 from jobs import NUM_RANKS, NUM_STEPS, Job, assert_equal_runs, job_tree, uninterrupted
 from typer.testing import CliRunner
 
-from launcher.checkpoint import MANIFEST, CheckpointWriter, complete_checkpoints, folder_of, manifest_digest
-from launcher.checkpoint_reader import CheckpointReader, newest_sound_checkpoint
+from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
+from launcher.checkpoint.tensor_file import DIGESTS, TensorFile
+from launcher.checkpoint.writer import MANIFEST, CheckpointWriter, complete_checkpoints, folder_of, manifest_digest
 from launcher.cli import app
-from launcher.engine import Shard
-from launcher.runtime import Ranks
-from launcher.source import CheckpointError
-from launcher.tensor_file import DIGESTS, TensorFile
+from launcher.engine.contract import Shard
+from launcher.errors import CheckpointError
+from launcher.process.ranks import Ranks
 
 Record = Callable[[str, object], None]
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))

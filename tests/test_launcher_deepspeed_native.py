@@ -10,9 +10,9 @@ import torch
 from deepspeed_folders import AT_2, AT_3, BF16, FP32, NUM_STEPS, RANK_1, Tied, assert_holds, copied, write_folders
 from ranks import run_group
 
-from launcher.deepspeed_native import DeepSpeedSource, is_deepspeed
-from launcher.deepspeed_universal import is_universal
-from launcher.source import CheckpointError
+from launcher.errors import CheckpointError
+from launcher.formats.deepspeed_native import DeepSpeedSource, is_deepspeed
+from launcher.formats.deepspeed_universal import is_universal
 
 EXTRA_AT_3 = [
     ("zero1x3-bf16", 1, BF16),

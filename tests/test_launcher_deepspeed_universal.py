@@ -11,9 +11,10 @@ from deepspeed_folders import FP32, NUM_STEPS, OPTIMIZER, assert_holds, continue
 from ranks import run_group
 from torch import Tensor
 
-from launcher.deepspeed_native import DeepSpeedSource, is_deepspeed
-from launcher.deepspeed_universal import UniversalSource, is_universal, write_universal
-from launcher.source import KINDS, CheckpointError, Source
+from launcher.checkpoint.source import KINDS, Source
+from launcher.errors import CheckpointError
+from launcher.formats.deepspeed_native import DeepSpeedSource, is_deepspeed
+from launcher.formats.deepspeed_universal import UniversalSource, is_universal, write_universal
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero2-tied"])

@@ -12,14 +12,17 @@ from runs import ENGINES, run
 from test_launcher_train import CountHostReads
 from tiny import tiny_config, tiny_tree
 
-from launcher.checkpoint_reader import CheckpointReader
-from launcher.config import Config, ConfigError
-from launcher.config_file import parse_config
-from launcher.distill import open_teacher, teacher_location
-from launcher.metrics import LOSS_PARTS, Meter, read_metrics
-from launcher.plan import describe, make_plan, memory_bytes_per_rank
-from launcher.runtime import Ranks
-from launcher.source import CheckpointError
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.config.file import parse_config
+from launcher.config.sections import Config
+from launcher.errors import CheckpointError, ConfigError
+from launcher.plan.memory import memory_bytes_per_rank
+from launcher.plan.plan import make_plan
+from launcher.plan.table import describe
+from launcher.process.ranks import Ranks
+from launcher.run.metrics_log import read_metrics
+from launcher.training.meter import LOSS_PARTS, Meter
+from launcher.training.teacher import open_teacher, teacher_location
 from model.size import num_parameters
 
 SIXTEEN_BITS = {"precision": "16-bit", "steps": 3}

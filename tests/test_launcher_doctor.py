@@ -20,9 +20,10 @@ from packaging.requirements import Requirement
 from ranks import run_ranks
 from tiny import tiny_config, tiny_tree, write_corpus
 
-from launcher import doctor, doctor_checks
-from launcher.doctor_checks import Verdict
-from launcher.doctor_facts import (
+from launcher.doctor import checks as doctor_checks
+from launcher.doctor import doctor
+from launcher.doctor.checks import Verdict
+from launcher.doctor.facts import (
     MIB,
     AllReduce,
     DiskProbe,
@@ -37,9 +38,10 @@ from launcher.doctor_facts import (
     requirements,
     slow_settings,
 )
-from launcher.placement import PlacementError
-from launcher.plan import describe, make_plan
-from launcher.runtime import ALONE, Ranks
+from launcher.errors import PlacementError
+from launcher.plan.plan import make_plan
+from launcher.plan.table import describe
+from launcher.process.ranks import ALONE, Ranks
 
 GIB = 2**30
 SOUND = RankFacts(

@@ -16,11 +16,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launcher.build import build_engine
-from launcher.config_file import load_config
-from launcher.plan import make_plan, memory_bytes_per_rank
-from launcher.runtime import Ranks
-from launcher.traffic import collectives
+from launcher.config.file import load_config
+from launcher.engine.build import build_engine
+from launcher.plan.memory import memory_bytes_per_rank
+from launcher.plan.plan import make_plan
+from launcher.plan.traffic import collectives
+from launcher.process.ranks import Ranks
 from model.size import parameter_shapes
 from quant.linear import set_strengths_
 

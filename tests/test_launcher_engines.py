@@ -29,8 +29,8 @@ from engines import (
 from ranks import run_group
 from torch import Tensor, nn
 
-from launcher.engine import load_weights
-from launcher.optim import parameter_groups
+from launcher.engine.adamw import parameter_groups
+from launcher.engine.contract import load_weights
 from model.init import initial_value, initialize_
 from model.transformer import Transformer
 from quant.config import QuantConfig

@@ -11,10 +11,10 @@ from exports import ternary_config, write_checkpoint
 from hf_folders import ModelSource
 from models import VARIANTS, build
 
-from launcher.export import open_exportable
-from launcher.export_codes import CodedMatrices
-from launcher.rollback import Rollback, write_rollbacks
-from launcher.source import CheckpointError
+from launcher.errors import CheckpointError
+from launcher.formats.codes import CodedMatrices
+from launcher.formats.opened import open_exportable
+from launcher.run.rollbacks import Rollback, write_rollbacks
 from model.transformer import Transformer
 from quant.config import PRESETS, QuantConfig
 from quant.linear import add_learned_scales_, quantize_, quantized_layers

@@ -11,13 +11,11 @@ from ranks import run_group
 from runs import run
 from tiny import tiny_config
 
-from launcher.checkpoint import CheckpointWriter, complete_checkpoints
-from launcher.checkpoint_reader import CheckpointReader
-from launcher.errors import LogError
-from launcher.metrics import MetricsLog, read_metrics
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.writer import CheckpointWriter, complete_checkpoints
+from launcher.errors import CheckpointError, LogError, TrainingError
 from launcher.pretrain import USER_ERRORS
-from launcher.source import CheckpointError
-from launcher.step import TrainingError
+from launcher.run.metrics_log import MetricsLog, read_metrics
 
 
 def fill_disk_at(step: int, rank: int) -> None:

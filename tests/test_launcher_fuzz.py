@@ -20,10 +20,12 @@ from ranks import run_group
 from runs import run
 from tiny import tiny_config
 
-from launcher.checkpoint import manifest_digest
-from launcher.checkpoint_reader import CheckpointReader, mismatches
-from launcher.metrics import Progress
-from launcher.source import KINDS, CheckpointError
+from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.manifest import Progress
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import KINDS
+from launcher.checkpoint.writer import manifest_digest
+from launcher.errors import CheckpointError
 
 Files = dict[str, bytes]
 RANK_FILES = ("rank-00000.safetensors", "rank-00001.safetensors")

@@ -19,8 +19,8 @@ from texts import TEXTS
 from data.errors import DataError
 from data.gguf_vocabulary import gguf_vocabulary
 from data.tokenizer import train_tokenizer
-from launcher.config import Config, ConfigError
-from launcher.source import CheckpointError
+from launcher.config.sections import Config
+from launcher.errors import CheckpointError, ConfigError
 from model.gguf import ARCHITECTURES, gguf_architecture, gguf_metadata, gguf_name, gguf_rows
 from model.size import parameter_shapes
 from model.transformer import ModelConfig, Transformer, rotary_tables, rotate

@@ -20,10 +20,10 @@ from exports import ternary_config, write_checkpoint
 from gguf_files import changed, export, narrow, random_model
 from texts import SPECIAL, TEXTS
 
-import launcher.gguf_export
+import launcher.formats.gguf_export
 from data.tokenizer import SPACE_MARK, load_tokenizer, train_tokenizer
-from launcher.export import open_exportable
-from launcher.gguf_export import export_gguf
+from launcher.formats.gguf_export import export_gguf
+from launcher.formats.opened import open_exportable
 from model.transformer import ModelConfig, Transformer
 from quant.config import QuantConfig
 from quant.gguf import BLOCK_TYPES
@@ -201,7 +201,7 @@ def test_every_graph_computes_the_model(ask: Any, shards: Path, tmp_path: Path, 
 def test_rows_in_the_wrong_order_would_be_noticed(
     ask: Any, shards: Path, tmp_path: Path, text_rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher.gguf_export, "gguf_rows", lambda values, name, config: values)
+    monkeypatch.setattr(launcher.formats.gguf_export, "gguf_rows", lambda values, name, config: values)
     assert predictions(ask, shards, tmp_path, narrow(num_layers=2), {}, text_rows[1]).divergence > 1e-3
 
 

@@ -21,13 +21,12 @@ from safetensors.torch import load_file
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
-from launcher.checkpoint_reader import CheckpointReader
-from launcher.config import ConfigError
-from launcher.export import Exportable
-from launcher.hf_export import export_hf
-from launcher.hf_source import HuggingFaceSource
-from launcher.load import load_model
-from launcher.source import CheckpointError
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.hf_export import export_hf
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.opened import Exportable
+from launcher.inference.load import load_model
 from model.transformer import ModelConfig, Transformer
 from quant.codes import unpack
 from quant.config import PRESETS, QuantConfig
@@ -330,14 +329,14 @@ def test_what_cannot_be_written_leaves_nothing(run, shards, tmp_path, monkeypatc
         tritrain(*arguments[:-1], "hf", "--linear-class", "bitlinear")
     with pytest.raises(DataError, match="no such tokenizer file"):
         tritrain(*arguments, "--tokenizer", tmp_path / "absent.model")
-    monkeypatch.setattr("launcher.export._tokenizer_of", lambda config: None)
+    monkeypatch.setattr("launcher.formats.opened._tokenizer_of", lambda config: None)
     with pytest.raises(ConfigError, match="its tokenizer was not found; name it with --tokenizer"):
         tritrain(*arguments)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("launcher.hf_export.pack", full)
+    monkeypatch.setattr("launcher.formats.hf_export.pack", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         tritrain(*arguments, "--tokenizer", shards)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -10,10 +10,10 @@ from hf_folders import DTYPES, ModelSource, logits_of, whole, write_variant
 from models import FAMILIES, VARIANTS, build, random_tokens
 from safetensors.torch import load_file
 
-from launcher.hf_folder import write_hf
-from launcher.hf_source import HuggingFaceSource, is_hf
-from launcher.location import to_location
-from launcher.source import CheckpointError
+from launcher.checkpoint.location import to_location
+from launcher.errors import CheckpointError
+from launcher.formats.hf_folder import write_hf
+from launcher.formats.hf_source import HuggingFaceSource, is_hf
 
 # Writing
 

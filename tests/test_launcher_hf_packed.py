@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from models import random_tokens
 from safetensors.torch import load_file, save_file
 
-from launcher.hf_source import HuggingFaceSource
-from launcher.source import CheckpointError
+from launcher.errors import CheckpointError
+from launcher.formats.hf_source import HuggingFaceSource
 from quant.codes import unpack
 from quant.config import QuantConfig
 from quant.linear import quantize_

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from models import VARIANTS, random_tokens
 from safetensors.torch import load_file, save_file
 
-from launcher.hf_source import HuggingFaceSource, is_hf
-from launcher.source import CheckpointError
+from launcher.errors import CheckpointError
+from launcher.formats.hf_source import HuggingFaceSource, is_hf
 from model.hf import config_to_hf
 
 TINY_HF = {

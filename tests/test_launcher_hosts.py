@@ -14,7 +14,7 @@ import yaml
 from hosts import Hosts, reason_to_skip
 from tiny import tiny_tree
 
-from launcher.metrics import read_metrics
+from launcher.run.metrics_log import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason_to_skip()), reason=str(reason_to_skip()))]
 

@@ -9,11 +9,11 @@ from ranks import run_group
 from runs import ENGINES, run
 from tiny import tiny_config
 
-from launcher.checkpoint_reader import CheckpointReader
-from launcher.convert import not_carried
-from launcher.learned_scales import is_learned_scale
-from launcher.source import CheckpointError
-from launcher.start_from import open_source
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.errors import CheckpointError
+from launcher.formats.convert import not_carried
+from launcher.formats.open import open_source
+from quant.linear import is_learned_scale
 from quant.rounding import bf16_values
 
 PARETOQ = {"precision": "ternary", "steps": 3, "quantization": {"preset": "paretoq"}}

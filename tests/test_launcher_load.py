@@ -16,20 +16,19 @@ from tiny import tiny_config
 from torch import nn
 from typer.testing import CliRunner
 
-import launcher.load
+import launcher.inference.load
 from data.errors import DataError
-from launcher.checkpoint_reader import CheckpointReader
+from launcher.checkpoint.reader import CheckpointReader
 from launcher.cli import app
-from launcher.config import ConfigError
-from launcher.hf_folder import write_hf
-from launcher.hf_source import HuggingFaceSource
-from launcher.load import load_model
-from launcher.source import CheckpointError
-from launcher.start_from import config_of
+from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.hf_folder import write_hf
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.open import config_of
+from launcher.inference.load import load_model
 from model.transformer import Transformer
 from quant.config import PRESETS, QuantConfig
-from quant.frozen import PackedLinear, memory_bytes
 from quant.linear import QuantLinear, add_learned_scales_, quantize_
+from quant.packed import PackedLinear, memory_bytes
 from quant.rounding import quantize_activation
 
 LEARNED = {"precision": "ternary", "steps": 2, "quantization": {"preset": "paretoq"}}
@@ -165,7 +164,7 @@ def test_no_whole_copy_of_the_unpacked_model_is_ever_there(tmp_path, monkeypatch
         tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter) and not x.is_meta]
         return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
-    before, peaks, in_pieces = alive(), [], launcher.load.in_pieces
+    before, peaks, in_pieces = alive(), [], launcher.inference.load.in_pieces
 
     def watched(source, kind, name):
         for piece in in_pieces(source, kind, name):
@@ -173,7 +172,7 @@ def test_no_whole_copy_of_the_unpacked_model_is_ever_there(tmp_path, monkeypatch
                 peaks.append(alive() - before)
             yield piece
 
-    monkeypatch.setattr("launcher.load.in_pieces", watched)
+    monkeypatch.setattr("launcher.inference.load.in_pieces", watched)
     loaded = load_model(tmp_path / "hf", dtype=torch.float32)
     packed_bytes = memory_bytes(loaded.model)
     assert packed_bytes < whole_bytes / 8

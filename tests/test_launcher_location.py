@@ -10,12 +10,12 @@ import pytest
 from stores import BUCKET, SECRET, Store, enter, environment, free_port
 
 from data.mixture import Source
-from launcher.checkpoint import CheckpointWriter
-from launcher.checkpoint_reader import CheckpointReader, newest_sound_checkpoint
-from launcher.location import check_writable, to_location
-from launcher.runtime import ALONE
-from launcher.source import CheckpointError
-from launcher.start_from import open_source
+from launcher.checkpoint.location import check_writable, to_location
+from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
+from launcher.checkpoint.writer import CheckpointWriter
+from launcher.errors import CheckpointError
+from launcher.formats.open import open_source
+from launcher.process.ranks import ALONE
 
 
 def every_way_in(folder: str) -> dict[str, Callable[[], Any]]:

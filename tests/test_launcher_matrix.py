@@ -16,14 +16,16 @@ from engines import LEARNING_RATE, OPTIMIZER
 from ranks import run_group
 from torch import Tensor
 
-from launcher.checkpoint import folder_of
-from launcher.checkpoint_reader import CheckpointReader, load_state
-from launcher.engine import Engine, EngineConfig, load_weights
-from launcher.fsdp import FSDPEngine
-from launcher.runtime import Ranks
-from launcher.saver import Saver
-from launcher.source import KINDS
-from launcher.zero import ZeroEngine
+from launcher.checkpoint.load import load_state
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.source import KINDS
+from launcher.checkpoint.writer import folder_of
+from launcher.config.engine import EngineConfig
+from launcher.engine.contract import Engine, load_weights
+from launcher.engine.fsdp import FSDPEngine
+from launcher.engine.zero import ZeroEngine
+from launcher.process.ranks import Ranks
 from model.init import initial_value
 from model.transformer import ModelConfig, Transformer
 from quant.config import QuantConfig

@@ -16,25 +16,16 @@ from tiny_tasks import NUM_EXAMPLES, write_tasks
 
 from data.errors import DataError
 from eval.tasks import DEFINITIONS, choose_tasks
-from launcher.checkpoint import complete_checkpoints
-from launcher.config import ConfigError
-from launcher.config_file import parse_config, to_tree
-from launcher.console import Console
-from launcher.heartbeat import Pulse
-from launcher.measuring import (
-    RESULTS,
-    Evaluation,
-    TextMeasurement,
-    answer,
-    check_tasks,
-    evaluate,
-    measure_text,
-    read_results,
-)
-from launcher.metrics import read_metrics
-from launcher.runtime import Ranks
-from launcher.source import CheckpointError
-from launcher.subject import locations_of, open_subject
+from launcher.checkpoint.writer import complete_checkpoints
+from launcher.config.file import parse_config, to_tree
+from launcher.errors import CheckpointError, ConfigError
+from launcher.inference.measure import Evaluation, TextMeasurement, answer, check_tasks, evaluate, measure_text
+from launcher.inference.sharded import locations_of, open_subject
+from launcher.process.console import Console
+from launcher.process.ranks import Ranks
+from launcher.run.metrics_log import read_metrics
+from launcher.run.scores import RESULTS, read_results
+from launcher.watch.heartbeat import Pulse
 
 pytest.importorskip("lm_eval")
 

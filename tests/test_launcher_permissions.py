@@ -10,14 +10,14 @@ from ranks import run_ranks
 from tiny import tiny_config
 
 from launcher.pretrain import COMPLETE, run
-from launcher.submit import snapshot
+from launcher.slurm.submit import snapshot
 
 
 def train_under(rank: int, world_size: int, mask: int, shards: str, out: str) -> int:
-    import launcher.ending
+    import launcher.report.ending
 
     os.umask(mask)
-    launcher.ending.show_ending = lambda folder, console: None  # type: ignore[assignment]
+    launcher.report.ending.show_ending = lambda folder, console: None  # type: ignore[assignment]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         del os.environ[name]

@@ -14,9 +14,10 @@ from deepspeed_folders import RANK_1, copied
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.deepspeed_native import DeepSpeedSource
-from launcher.pickled import Inert, PickledFile
-from launcher.source import KINDS, CheckpointError
+from launcher.checkpoint.source import KINDS
+from launcher.errors import CheckpointError
+from launcher.formats.deepspeed_native import DeepSpeedSource
+from launcher.formats.pickled import Inert, PickledFile
 
 
 class Hostile:

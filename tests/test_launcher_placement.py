@@ -5,8 +5,9 @@ import os
 import pytest
 from ranks import run_ranks
 
-from launcher import placement
-from launcher.placement import Place, PlacementError, check_places, completed, place_rank
+from launcher.errors import PlacementError
+from launcher.process import placement
+from launcher.process.placement import Place, check_places, completed, place_rank
 
 
 def places(*rows: tuple[str, int | None, int | None]) -> list[Place]:

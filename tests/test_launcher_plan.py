@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.config import ConfigError
-from launcher.config_file import apply_override, load_config, parse_config
-from launcher.plan import checkpoint_bytes, describe, make_plan, memory_bytes_per_rank
-from launcher.timeline import events
+from launcher.config.file import apply_override, load_config, parse_config
+from launcher.errors import ConfigError
+from launcher.plan.events import events
+from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
+from launcher.plan.plan import make_plan
+from launcher.plan.table import describe
 from model.size import activation_bytes
 from quant.config import QuantConfig
 

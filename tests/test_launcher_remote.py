@@ -16,14 +16,14 @@ from stores import BUCKET, Store, enter, environment, kill, proxy
 from tiny import tiny_config, tiny_tree
 from typer.testing import CliRunner
 
-from launcher.checkpoint import complete_checkpoints
-from launcher.checkpoint_reader import CheckpointReader, newest_sound_checkpoint
+from launcher.checkpoint.location import create, to_location
+from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
+from launcher.checkpoint.tensor_file import range_reader
+from launcher.checkpoint.writer import complete_checkpoints
 from launcher.cli import app
-from launcher.location import create, to_location
-from launcher.metrics import read_metrics
-from launcher.runtime import ALONE
-from launcher.source import CheckpointError
-from launcher.tensor_file import range_reader
+from launcher.errors import CheckpointError
+from launcher.process.ranks import ALONE
+from launcher.run.metrics_log import read_metrics
 
 
 def train_in_pieces(shards: str, out: str, folder: str, variables: dict[str, str], pieces: list[int]) -> list[str]:

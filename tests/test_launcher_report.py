@@ -8,9 +8,9 @@ import pytest
 from made_runs import make_run
 
 from launcher.cli import main
-from launcher.plots import loss_figure, to_svg
-from launcher.report import write_picture, write_report
-from launcher.summary import summarize, verdict
+from launcher.report.page import write_picture, write_report
+from launcher.report.plots import loss_figure, to_svg
+from launcher.report.summary import summarize, verdict
 
 
 class PageParser(HTMLParser):

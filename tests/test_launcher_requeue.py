@@ -8,8 +8,8 @@ from pathlib import Path
 from slurm_stand_ins import ROOT, checkpoint
 from tiny import tiny_config
 
-from launcher import requeue
-from launcher.run_folder import RunFolder
+from launcher.run import requeue
+from launcher.run.folder import RunFolder
 
 
 def start(run: Path, step: int, job: str) -> None:
@@ -145,6 +145,6 @@ def test_three_starts_that_never_begin(tmp_path: Path) -> None:
 
 def test_requeue_needs_only_python(tmp_path: Path) -> None:
     requeue.write_state(tmp_path, {"status": "complete"})
-    command = [sys.executable, "-I", "-S", str(ROOT / "launcher/requeue.py"), str(tmp_path)]
+    command = [sys.executable, "-I", "-S", str(ROOT / "launcher/run/requeue.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (requeue.DONE, "done: the run is complete\n"), done.stderr

@@ -10,7 +10,7 @@ from runs import ENGINES, run
 from safetensors.torch import load_file
 from tiny import tiny_config
 
-from launcher.metrics import read_metrics
+from launcher.run.metrics_log import read_metrics
 
 
 def whole_and_in_pieces(shards: str, out: str, engines: list[str], dtype: str, pieces: list[int]) -> None:

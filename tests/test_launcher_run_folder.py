@@ -8,10 +8,10 @@ import pytest
 from jobs import Job, job_tree
 from tiny import tiny_config
 
-from launcher.config import ConfigError
-from launcher.failure import say_failure
-from launcher.run_folder import RunFolder, check_place
-from launcher.runtime import ALONE
+from launcher.errors import ConfigError
+from launcher.process.ranks import ALONE
+from launcher.run.folder import RunFolder, check_place
+from launcher.watch.failure import say_failure
 
 
 def test_a_rank_of_an_earlier_job_leaves_the_state_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from ranks import run_group
 from test_launcher_matrix import build, counters, step_once
 
-from launcher.checkpoint import CheckpointWriter, complete_checkpoints, folder_of
-from launcher.checkpoint_reader import CheckpointReader
-from launcher.engine import Engine, load_weights
-from launcher.runtime import Ranks
-from launcher.saver import Saver
-from launcher.source import KINDS, CheckpointError
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.source import KINDS
+from launcher.checkpoint.writer import CheckpointWriter, complete_checkpoints, folder_of
+from launcher.engine.contract import Engine, load_weights
+from launcher.errors import CheckpointError
+from launcher.process.ranks import Ranks
 from model.init import initial_value
 
 NAME = "model.layers.0.mlp.up_proj.weight"

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from launcher.schedule import ScheduleConfig, learning_rate_factor
+from launcher.config.optimizer import ScheduleConfig
+from launcher.plan.schedule import learning_rate_factor
 
 SHAPES = ("cosine", "linear", "wsd", "two-stage", "constant")
 every_shape = pytest.mark.parametrize("shape", SHAPES)

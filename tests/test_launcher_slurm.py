@@ -21,11 +21,11 @@ import yaml
 from jobs import assert_equal_runs, job_tree, logged_step, uninterrupted
 from slurm import Slurm, missing_part, slurm_cluster
 
-import launcher.submit
-from launcher.config_file import parse_config
-from launcher.requeue import read_lines, read_state
-from launcher.slurm_site import SiteConfig
-from launcher.submit import PACKAGES, Request, submit
+import launcher.slurm.submit
+from launcher.config.file import parse_config
+from launcher.run.requeue import read_lines, read_state
+from launcher.slurm.cluster import SiteConfig
+from launcher.slurm.submit import PACKAGES, Request, submit
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = sorted((ROOT / "launcher" / "slurm").glob("*.sbatch"))
@@ -51,7 +51,7 @@ def code(cluster: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     slow = f'{step}        __import__("time").sleep(float(__import__("os").environ["TEST_STEP_SECONDS"]))\n'
     train.write_text(train.read_text().replace(step, slow))
     (copy / "launcher" / "ending.py").write_text("def show_ending(folder, console): pass\n")
-    monkeypatch.setattr(launcher.submit, "ROOT", copy)
+    monkeypatch.setattr(launcher.slurm.submit, "ROOT", copy)
     monkeypatch.chdir(copy)
     for name, value in cluster.variables.items():
         monkeypatch.setenv(name, value)

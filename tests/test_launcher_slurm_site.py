@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import ConfigError
-from launcher.slurm_site import SiteConfig, load_site
+from launcher.errors import ConfigError
+from launcher.slurm.cluster import SiteConfig, load_site
 
 
 @pytest.mark.parametrize(

@@ -17,18 +17,19 @@ from runs import StopAfter
 from safetensors.torch import load_file
 from tiny import tiny_config
 
-from launcher.checkpoint import complete_checkpoints
-from launcher.config import Config
-from launcher.console import Console
-from launcher.engine import Engine
-from launcher.metrics import read_metrics
+from launcher.checkpoint.manifest import check_guard_state
+from launcher.checkpoint.writer import complete_checkpoints
+from launcher.config.sections import Config, OutlierConfig
+from launcher.engine.contract import Engine
+from launcher.errors import CheckpointError
 from launcher.pretrain import plan_of_run
-from launcher.rollback import read_rollbacks
-from launcher.run_folder import RunFolder
-from launcher.runtime import ALONE, Ranks
-from launcher.source import CheckpointError
-from launcher.spikes import OutlierConfig, SpikeGuard, Window, check_guard_state
+from launcher.process.console import Console
+from launcher.process.ranks import ALONE, Ranks
+from launcher.run.folder import RunFolder
+from launcher.run.metrics_log import read_metrics
+from launcher.run.rollbacks import read_rollbacks
 from launcher.train import train
+from launcher.training.guard import SpikeGuard, Window
 
 
 def guard_of(**keys: Any) -> SpikeGuard:

@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny import tiny_config
 
-from launcher import status as module
-from launcher.config import ConfigError
-from launcher.metrics import MetricsLog
-from launcher.run_folder import RunFolder
-from launcher.status import (
+from launcher.errors import ConfigError
+from launcher.report import status as module
+from launcher.report.status import (
     HEARTBEAT_SECONDS,
     SILENT_SECONDS,
     TAIL_BYTES,
@@ -31,6 +29,8 @@ from launcher.status import (
     show_status,
     status_of,
 )
+from launcher.run.folder import RunFolder
+from launcher.run.metrics_log import MetricsLog
 
 NOW = 1_800_000_000.0
 FILES = ("state.json", "config.yaml", "metrics.jsonl", "heartbeats.json", "starts.jsonl")

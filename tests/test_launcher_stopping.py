@@ -9,9 +9,9 @@ import pytest
 from ranks import run_ranks
 from slurm_stand_ins import SHOWN
 
-from launcher.config import ConfigError
-from launcher.runtime import ALONE, _complete_environment, first_host
-from launcher.stopping import StopRequest, end_of_job, time_to_stop
+from launcher.errors import ConfigError
+from launcher.process.ranks import ALONE, _complete_environment, first_host
+from launcher.watch.stopping import StopRequest, end_of_job, time_to_stop
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_ranks_of_a_slurm_step(environment: dict[str, str]) -> None:
     _complete_environment()
     expected = {"RANK": "6", "WORLD_SIZE": "7", "LOCAL_RANK": "0", "MASTER_ADDR": "node07"}
     assert expected.items() <= environment.items()
-    assert "LOCAL_WORLD_SIZE" not in environment  # `launcher.placement` counts
+    assert "LOCAL_WORLD_SIZE" not in environment  # `launcher.process.placement` counts
     assert environment["MASTER_PORT"] == "20273"
 
 
@@ -81,8 +81,8 @@ def test_end_of_a_job(environment: dict[str, str], programs: Path) -> None:
 def test_a_slurm_that_does_not_say_when_the_job_ends(
     environment: dict[str, str], programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.stopping.SECONDS_BETWEEN_ASKS", 0.0)
-    monkeypatch.setattr("launcher.stopping.SECONDS_TO_ANSWER", 0.2)
+    monkeypatch.setattr("launcher.watch.stopping.SECONDS_BETWEEN_ASKS", 0.0)
+    monkeypatch.setattr("launcher.watch.stopping.SECONDS_TO_ANSWER", 0.2)
     environment |= {"PATH": f"{programs}:{environment['PATH']}", "SLURM_JOB_ID": "17", "SLURM_TIME_FORMAT": "relative"}
     said: list[str] = []
     (programs / "scontrol").write_text("#!/bin/bash\necho 'Unable to contact slurm controller' >&2; exit 1\n")
@@ -95,12 +95,12 @@ def test_a_slurm_that_does_not_say_when_the_job_ends(
     ]
     once = f"[ -e {programs}/asked ] || {{ touch {programs}/asked; exit 1; }}"
     (programs / "scontrol").write_text(f"#!/bin/bash\n{once}\n[ $SLURM_TIME_FORMAT = standard ] && echo '{SHOWN}'\n")
-    monkeypatch.setattr("launcher.stopping.SECONDS_TO_ANSWER", 20.0)
+    monkeypatch.setattr("launcher.watch.stopping.SECONDS_TO_ANSWER", 20.0)
     assert end_of_job(pytest.fail) < float("inf")
 
 
 def test_files_and_the_clock_ask_for_a_stop_or_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.stopping.SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr("launcher.watch.stopping.SECONDS_BETWEEN_LOOKS", 0.0)
     stop = StopRequest()
     (tmp_path / "stop").touch()
     assert stop.agree(ALONE) == (False, False)  # watches nothing yet
@@ -137,7 +137,7 @@ def test_a_person_who_asks_for_a_stop_while_another_stop_is_being_saved(tmp_path
 
 
 def ask_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[tuple[bool, bool], str]:
-    from launcher.runtime import Ranks
+    from launcher.process.ranks import Ranks
 
     stop = StopRequest()
     if rank == 0:

@@ -17,13 +17,14 @@ from slurm_stand_ins import ROOT, checkpoint, stand_ins
 from tiny import tiny_config
 from typer.testing import CliRunner
 
-import launcher.submit
-from launcher import requeue
-from launcher.config import Config, ConfigError, RunConfig
-from launcher.config_file import load_config
-from launcher.run_folder import RunFolder
-from launcher.slurm_site import ContainerConfig, SiteConfig, load_site
-from launcher.submit import Request, next_submission, render, snapshot, submit
+import launcher.slurm.submit
+from launcher.config.file import load_config
+from launcher.config.sections import Config, RunConfig
+from launcher.errors import ConfigError
+from launcher.run import requeue
+from launcher.run.folder import RunFolder
+from launcher.slurm.cluster import ContainerConfig, SiteConfig, load_site
+from launcher.slurm.submit import Request, next_submission, render, snapshot, submit
 
 GOLDEN = ROOT / "tests" / "golden" / "job.sbatch"
 UPDATE = "TRITRAIN_UPDATE_GOLDEN" in os.environ
@@ -59,7 +60,7 @@ def test_golden_script() -> None:
     assert script == GOLDEN.read_text()
 
 
-@pytest.mark.parametrize("launcher", launcher.submit.LAUNCHERS)
+@pytest.mark.parametrize("launcher", launcher.slurm.submit.LAUNCHERS)
 @pytest.mark.parametrize("container", [None, "pyxis", "apptainer"])
 def test_script_is_sound_and_starts_the_ranks_from_the_snapshot(
     config: Config, programs: Path, tmp_path: Path, launcher: str, container: Any
@@ -112,7 +113,7 @@ def test_a_name_that_nobody_gives_and_a_value_that_nobody_quotes_are_errors(
 ) -> None:
     folder = tmp_path / "launcher" / "slurm"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(launcher.submit, "ROOT", tmp_path)
+    monkeypatch.setattr(launcher.slurm.submit, "ROOT", tmp_path)
     for text, error, message in (
         ("{{ nodse | sh }}", UndefinedError, "nodse"),
         ("{{ site.partitoin | sh }}", UndefinedError, "partitoin"),
@@ -183,7 +184,7 @@ fields = {
     values=st.fixed_dictionaries({}, optional=fields),
     wild=st.none() | st.tuples(st.sampled_from(list(fields)), anything),
     runtime=st.sampled_from([None, "pyxis", "apptainer"]),
-    launcher=st.sampled_from(launcher.submit.LAUNCHERS),
+    launcher=st.sampled_from(launcher.slurm.submit.LAUNCHERS),
 )
 def test_no_value_is_ever_run(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, str], wild: Any, runtime: Any, launcher: str
@@ -233,13 +234,13 @@ def with_values(tmp_path: Path, values: dict[str, str], runtime: Any) -> tuple[C
 
 
 def test_quotes_around_a_value_with_spaces() -> None:
-    assert launcher.submit.for_shell("a $(b) 'c'") == "'a $(b) '\"'\"'c'\"'\"''"
-    assert launcher.submit.for_shell("") == "''"  # variables may be empty
-    assert launcher.submit.for_sbatch("/my runs/#1 $(b)") == '"/my runs/#1 $(b)"'
-    assert launcher.submit.for_sbatch("a&(b|c)*2") == "a&(b|c)*2"
+    assert launcher.slurm.submit.for_shell("a $(b) 'c'") == "'a $(b) '\"'\"'c'\"'\"''"
+    assert launcher.slurm.submit.for_shell("") == "''"  # variables may be empty
+    assert launcher.slurm.submit.for_sbatch("/my runs/#1 $(b)") == '"/my runs/#1 $(b)"'
+    assert launcher.slurm.submit.for_sbatch("a&(b|c)*2") == "a&(b|c)*2"
     for value in ('a"b', "a'b", "a\\b", "a\nb", "a\tb", ""):
         with pytest.raises(ConfigError):
-            launcher.submit.for_sbatch(value)
+            launcher.slurm.submit.for_sbatch(value)
 
 
 def test_submitting_keeps_code_and_configuration_and_no_secret(
@@ -254,7 +255,9 @@ def test_submitting_keeps_code_and_configuration_and_no_secret(
     assert calls(programs, "sbatch") == [["--parsable", f"{folder}/job.sbatch"]]
     assert load_config(folder / "config.yaml") == config
     kept = {path.relative_to(folder / "code").as_posix() for path in (folder / "code").rglob("*") if path.is_file()}
-    tracked = subprocess.run(["git", "ls-files", *launcher.submit.PACKAGES], cwd=ROOT, capture_output=True, text=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", *launcher.slurm.submit.PACKAGES], cwd=ROOT, capture_output=True, text=True
+    )
     if tracked.returncode == 0:
         assert set(tracked.stdout.split()) <= kept
     assert not any("__pycache__" in name for name in kept)
@@ -278,7 +281,7 @@ def test_a_snapshot_runs_by_itself(config: Config, tmp_path: Path) -> None:
     code = tmp_path / "kept" / "code"
     (code / "launcher" / "pretrain.py").write_text(
         (code / "launcher" / "pretrain.py").read_text().partition("import argparse")[0]
-        + "import launcher.requeue, quant; print(launcher.requeue.__file__, quant.__file__)\n"
+        + "import launcher.run.requeue, quant; print(launcher.run.requeue.__file__, quant.__file__)\n"
     )
     script = str(code / "launcher" / "pretrain.py")
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)

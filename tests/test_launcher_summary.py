@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from made_runs import TOKENS_PER_STEP, make_run
 
-from launcher.console import human_count
-from launcher.curves import read_history
 from launcher.errors import LogError
-from launcher.summary import duration, summarize, verdict
+from launcher.process.console import human_count
+from launcher.report.history import read_history
+from launcher.report.summary import duration, summarize, verdict
 
 
 @pytest.mark.parametrize(

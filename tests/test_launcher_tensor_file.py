@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launcher import tensor_file
-from launcher.tensor_file import DIGEST_BYTES, DIGESTS, DTYPES, TensorFile, TensorFileError, write_tensors
+from launcher.checkpoint import tensor_file
+from launcher.checkpoint.tensor_file import DIGEST_BYTES, DIGESTS, DTYPES, TensorFile, TensorFileError, write_tensors
 
 ROUND_TRIP = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config_file import apply_override, parse_config
-from launcher.plan import make_plan, zero3_held_parameters
-from launcher.traffic import bytes_sent, collectives, describe_traffic
+from launcher.config.file import apply_override, parse_config
+from launcher.plan.memory import zero3_held_parameters
+from launcher.plan.plan import make_plan
+from launcher.plan.traffic import bytes_sent, collectives, describe_traffic
 
 TREE = {
     "run": {"name": "traffic"},

@@ -12,9 +12,11 @@ from runs import ENGINES, run
 from tiny import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launcher.metrics import Meter, peak_flops_per_second, read_metrics
-from launcher.optim import OptimizerConfig
-from launcher.transition import OptimizerChoice, carry_optimizer_
+from launcher.config.optimizer import OptimizerConfig
+from launcher.config.transition import OptimizerChoice
+from launcher.run.metrics_log import read_metrics
+from launcher.training.meter import Meter, peak_flops_per_second
+from launcher.training.switch import carry_optimizer_
 
 
 def run_variants(shards: str, out: str, variants: dict[str, list[Any]]) -> None:

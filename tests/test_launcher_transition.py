@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 from torch import Tensor, nn
 
-from launcher.convert import convert_to_run
-from launcher.engine import Engine, EngineConfig, load_weights
-from launcher.fsdp import FSDPEngine
-from launcher.metrics import read_metrics
-from launcher.optim import is_decayed
-from launcher.start_from import open_source
-from launcher.transition import LearningRateDrop, OptimizerChoice, RollbackConfig, TransitionConfig, carry_optimizer_
-from launcher.zero import ZeroEngine
+from launcher.config.engine import EngineConfig
+from launcher.config.transition import LearningRateDrop, OptimizerChoice, RollbackConfig, TransitionConfig
+from launcher.engine.adamw import is_decayed
+from launcher.engine.contract import Engine, load_weights
+from launcher.engine.fsdp import FSDPEngine
+from launcher.engine.zero import ZeroEngine
+from launcher.formats.convert import convert_to_run
+from launcher.formats.open import open_source
+from launcher.run.metrics_log import read_metrics
+from launcher.training.switch import carry_optimizer_
 from model.init import initial_value, initialize_
 from model.transformer import Transformer
 

@@ -13,13 +13,14 @@ import pytest
 from jobs import Job, has_begun, job_tree, logged_step
 
 from data.loader import TrainingData
-from launcher.failure import missing_ranks
-from launcher.hang import behind, verdict
-from launcher.heartbeat import Heartbeat, Pulse, WatchConfig
-from launcher.metrics import read_metrics
-from launcher.runtime import ALONE
-from launcher.straggler import Stragglers
-from launcher.watchdog import limit_seconds
+from launcher.config.sections import WatchConfig
+from launcher.process.ranks import ALONE
+from launcher.run.metrics_log import read_metrics
+from launcher.watch.failure import missing_ranks
+from launcher.watch.hang import behind, verdict
+from launcher.watch.heartbeat import Heartbeat, Pulse
+from launcher.watch.straggler import Stragglers
+from launcher.watch.watchdog import limit_seconds
 
 HOST = socket.gethostname()
 NAMES = ["rank 0 (process 10 on a)", "rank 1 (process 11 on a)", "rank 2 (process 12 on b)"]
@@ -28,7 +29,7 @@ NAMES = ["rank 0 (process 10 on a)", "rank 1 (process 11 on a)", "rank 2 (proces
 def seen(rank: int, **changed: Any) -> dict[str, Any]:
     """A rank's report of a hang: it waits in its 40th collective."""
     return {
-        "rank": rank, "step": 7, "doing": "train", "seconds": 300.0, "where": "train_step (launcher/step.py:1)",
+        "rank": rank, "step": 7, "doing": "train", "seconds": 300.0, "where": "train_step (launcher/training/step.py:1)",
         "entered": {"0": 40, "saver": 3}, "waiting": "gloo:all_reduce",
     } | changed  # fmt: skip
 

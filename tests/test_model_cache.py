@@ -6,8 +6,8 @@ from models import TINY, VARIANTS, build, random_tokens
 
 from eval.sample import generate
 from quant.config import BITNET
-from quant.frozen import freeze_
 from quant.linear import quantize_
+from quant.packed import freeze_
 
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 

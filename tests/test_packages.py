@@ -12,7 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("launcher", "model", "data", "quant", "eval")
 LIGHT = ("model.transformer", "model.init", "model.loss", "model.size", "quant.linear", "quant.ramp", "quant.rounding")
-LIGHT_LAUNCHER = ("launcher.engine", "launcher.fsdp", "launcher.optim", "launcher.schedule", "launcher.transition")
+LIGHT_LAUNCHER = (
+    "launcher.engine.contract",
+    "launcher.engine.fsdp",
+    "launcher.engine.adamw",
+    "launcher.plan.schedule",
+    "launcher.config.transition",
+)
 HEAVY = (
     "pydantic", "yaml", "transformers", "deepspeed", "streaming", "datasets", "rich", "typer", "matplotlib", "psutil",
     "tensorboard", "tokenizers", "sentencepiece", "safetensors", "zstandard", "huggingface_hub", "torchvision",
@@ -77,7 +83,7 @@ def test_imports_with_torch_alone():
 def test_the_block_works():
     """An import that is blocked fails, so the test above can."""
     with pytest.raises(AssertionError, match="blocked: "):
-        python(BLOCKED_IMPORTS, "launcher.config_file")
+        python(BLOCKED_IMPORTS, "launcher.config.file")
 
 
 @pytest.mark.parametrize("folder", ["model", "quant"])

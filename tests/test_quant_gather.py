@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 from torch import Tensor
 
-from launcher.build import build_engine
-from launcher.config_file import ConfigError
-from launcher.engine import load_weights
-from launcher.metrics import read_metrics
-from launcher.plan import make_plan
-from launcher.runtime import Ranks
+from launcher.config.file import ConfigError
+from launcher.engine.build import build_engine
+from launcher.engine.contract import load_weights
+from launcher.plan.plan import make_plan
+from launcher.process.ranks import Ranks
+from launcher.run.metrics_log import read_metrics
 from model.init import initial_value
 from model.size import num_parameters
 from quant.codes import pack_rows, unpack_rows

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 from torch import Tensor, nn
 
-from launcher.curves import read_history
-from launcher.metrics import read_metrics
-from launcher.plan import Phase
-from launcher.report import write_report
-from launcher.telemetry import is_measured
-from launcher.transition import TransitionConfig
+from launcher.config.transition import TransitionConfig
+from launcher.plan.plan import Phase
+from launcher.report.history import read_history
+from launcher.report.page import write_report
+from launcher.run.metrics_log import read_metrics
+from launcher.training.telemetry import is_measured
 from quant.linear import QuantConfig, quantize_, quantized_layers
 from quant.rounding import Scale, quantize_activation
 from quant.telemetry import (

@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from launcher.config import Config
-from launcher.config_file import parse_config
+from launcher.config.file import parse_config
+from launcher.config.sections import Config
 
 SEQUENCE_LENGTH = 32
 

@@ -1,0 +1,145 @@
+"""Folders that may lie elsewhere: a local path, or a URL of any store that fsspec knows (`s3://`, `gs://`, ...)."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from data.urls import redacted, url_problem
+from launcher.errors import CheckpointError
+
+FLOW_BYTES = 32 * 2**20
+
+
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
+
+def to_location(text: str | Path) -> Path:
+    """A path; of a URL, a `launcher.checkpoint.remote_path.RemotePath`, which has the same methods.
+
+    Raises:
+        CheckpointError: the URL has credentials or no bucket in it, or what is needed to reach the store is missing.
+    """
+    url = str(text)
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return Path(text)
+    if scheme == "file":
+        return Path(rest)
+    if problem := url_problem(url):
+        raise CheckpointError(problem)
+    if scheme in PACKAGES and not rest.strip("/"):
+        raise CheckpointError(f"{url}: names no bucket; {scheme}://BUCKET/FOLDER would be right")
+    try:
+        from launcher.checkpoint.remote_path import remote_path
+
+        return cast(Path, remote_path(url))
+    except (ImportError, ValueError) as error:
+        advice = f"; `pip install {PACKAGES[scheme]}`" if scheme in PACKAGES else ""
+        raise CheckpointError(f"{url}: this kind of store cannot be reached: {error}{advice}") from error
+
+
+def is_local(location: Path) -> bool:
+    """Whether a location is on this machine's file systems."""
+    return isinstance(location, Path)
+
+
+@contextmanager
+def reaching(location: Path) -> Iterator[None]:
+    """Turn what goes wrong with a store into one clear error; clients of remote stores raise errors of many kinds.
+
+    Raises:
+        CheckpointError: with the location, what the store says and what may help.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and (is_local(location) or type(error).__module__ == "builtins"):
+            raise  # a mistake of ours
+        name = type(error).__name__
+        advice = "" if is_local(location) else " Check the network and the endpoint."
+        if not is_local(location):
+            if isinstance(error, PermissionError) or "Credentials" in name:
+                advice = " Check the credentials and what they may do there."
+            elif isinstance(error, FileNotFoundError):
+                advice = " Check that the bucket exists and is spelled right."
+        raise CheckpointError(f"{location}: {name}: {redacted(str(error))}.{advice}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that files can be written below a folder, before hours of work depend on it.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    with reaching(folder):
+        if is_local(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"writable-{os.getpid()}"
+        try:
+            probe.write_bytes(b"yes")
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def create(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file for writing; it has reached the disk, or the store, when the block ends."""
+    opened = io.BufferedWriter(_Flowing(path, "wb")) if is_local(path) else path.open("wb")
+    with opened as file:
+        try:
+            yield cast(BinaryIO, file)
+        except BaseException:
+            if not is_local(path):
+                _discard(file)
+            raise
+        if is_local(path):
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class _Flowing(io.FileIO):
+    """A file whose bytes are on their way to the disk while more are being written, not all of them at its end."""
+
+    behind = 0
+
+    def write(self, data: Any) -> int:
+        """Write, and now and then have the kernel begin to flush; it also gives up the pages that are done."""
+        count = super().write(data)
+        self.behind += count
+        if self.behind >= FLOW_BYTES and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self.behind = 0
+        return count
+
+
+def _discard(file: Any) -> None:
+    """Give an upload up; merely closing the file would send what there is, and make half a file of it."""
+    with contextlib.suppress(Exception):  # the reason to give up is the error to tell
+        file.discard()
+    file.closed = True
+
+
+def flush_folder(folder: Path) -> None:
+    """Make sure that the names in a local folder have reached the disk."""
+    if is_local(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and all in it, if it is there."""
+    if is_local(folder):
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]

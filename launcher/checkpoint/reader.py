@@ -1,0 +1,185 @@
+"""Reading our own checkpoints: by any engine, on any number of ranks, and never a damaged one."""
+
+import errno
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+
+from launcher.checkpoint.location import reaching
+from launcher.checkpoint.manifest import check_manifest, parameters_of
+from launcher.checkpoint.source import Source
+from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
+from launcher.checkpoint.writer import CONFIG, FORMAT_VERSION, MANIFEST, complete_checkpoints, manifest_digest
+from launcher.errors import CheckpointError
+from launcher.process.ranks import Ranks, everyones
+
+OPENED_AT_ONCE = 16
+
+
+class DamageError(CheckpointError):
+    """A checkpoint is not as it was written; other than one that cannot be reached just now."""
+
+
+class CheckpointReader(Source):
+    """A complete checkpoint, opened: manifest, sizes and headers are checked, the tensors are not (see `damage`).
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: it is not complete, or damaged as far as that is seen from here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.location = folder, str(folder)
+        with reaching(folder):
+            self.manifest = _read_manifest(folder)
+            for name, record in self.manifest["files"].items():
+                self._check_size(folder / name, record["size"])
+            names = [name for name in self.manifest["files"] if name.endswith(".safetensors")]
+            with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+                self._files = dict(zip(names, pool.map(self._open, names), strict=True))
+        self.has_moments = self.manifest["has_moments"]
+        try:
+            self._parameters = parameters_of(self._files, has_moments=self.has_moments)
+        except TensorFileError as error:
+            raise DamageError(f"{folder}/{error}. {self._way_out()}") from error
+        self.shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+
+    def _check_size(self, path: Path, size: int) -> None:
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise DamageError(f"{path} {state}; the checkpoint is damaged. {self._way_out()}")
+
+    def _way_out(self) -> str:
+        others = [folder.name for folder in complete_checkpoints(self.folder.parent) if folder != self.folder]
+        return f"Others are in the same place: {', '.join(others)}." if others else "There is no other one beside it."
+
+    def _open(self, name: str) -> TensorFile:
+        try:
+            return TensorFile(self.folder / name, self.manifest["files"][name]["digest"])
+        except TensorFileError as error:
+            raise DamageError(f"{self.folder / name} {error}. {self._way_out()}") from error
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        pieces = []
+        for begin, end, file_name in self._parameters[name].ranges:
+            low, high = max(begin, start), min(end, start + length)
+            if low < high:
+                with reaching(self.folder):
+                    try:
+                        pieces.append(self._files[file_name].read(f"{kind}/{name}", low - begin, high - low))
+                    except TensorFileError as error:
+                        raise CheckpointError(f"{self.folder / file_name} {error}") from error
+        values = pieces[0] if len(pieces) == 1 else torch.cat([torch.empty(0), *pieces])
+        if len(values) != length:
+            raise CheckpointError(f"{self.folder}: holds only {len(values)} of {length} elements of {kind}/{name}")
+        return values
+
+    def read_step(self, name: str) -> float:
+        return self._parameters[name].step
+
+    def rng_states(self, rank: int) -> dict[str, Tensor]:
+        """The generators' states of a rank, if the checkpoint was written by that many ranks."""
+        file = self._files.get(f"rank-{rank:05d}.safetensors")
+        names = [name for name in file.entries if name.startswith("rng/")] if file else []
+        return {name.removeprefix("rng/"): file.read(name) for name in names if file}
+
+    def damage(self, rank: int = 0, world_size: int = 1) -> Iterator[str]:
+        """Read every byte of this rank's share of the files, and yield a sentence for each that is not as written."""
+        for name in sorted(self._files)[rank::world_size]:
+            path = self.folder / name
+            with reaching(self.folder):
+                try:
+                    for tensor in self._files[name].damaged():
+                        yield f"{path}: {tensor} is damaged: it does not have the digest it was written with"
+                except TensorFileError as error:
+                    yield f"{path} {error}"
+        if rank == 0:
+            with reaching(self.folder):
+                config = (self.folder / CONFIG).read_bytes()
+            if xxhash.xxh3_128_hexdigest(config) != self.manifest["files"][CONFIG]["digest"]:
+                yield f"{self.folder / CONFIG}: is damaged: it does not have the digest it was written with"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        sound = manifest["digest"] == manifest_digest(manifest)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no complete checkpoint (no {MANIFEST} is in it)") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamageError(f"{path}: damaged, or not that of a checkpoint") from error
+    if not sound:
+        raise DamageError(f"{path}: damaged: it does not have the digest it was written with")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: has format_version {manifest.get('format_version')}; this version reads {FORMAT_VERSION}"
+        )
+    try:
+        check_manifest(manifest)
+    except ValueError as error:
+        raise DamageError(f"{path}: {error}") from error
+    return manifest
+
+
+def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str], None]) -> CheckpointReader | None:
+    """Open the newest checkpoint whose every byte is as it was written, going back where one is damaged; a collective.
+
+    Ranks share the reading. Once a sound one is found, the damaged ones after it are set aside: their manifests become
+    `manifest.damaged.json`.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is sound. Beginning anew must then be somebody's decision. Or
+            one cannot be read for another reason than damage, which is none to go back.
+    """
+    with reaching(checkpoints):
+        names = _from_first([folder.name for folder in complete_checkpoints(checkpoints)] if ranks.is_first else [])
+    found: list[str] = []
+    damaged: list[Path] = []
+    for name in reversed(names):
+        reader: CheckpointReader | None = None
+        problems: list[str] = []
+        obstacles: list[str] = []
+        try:
+            reader = CheckpointReader(checkpoints / name)
+            problems = list(reader.damage(ranks.rank, ranks.world_size))
+        except CheckpointError as error:
+            damaged_disk = getattr(error.__cause__, "errno", None) == errno.EIO
+            (problems if isinstance(error, DamageError) or damaged_disk else obstacles).append(str(error))
+        problems = everyones(problems, ranks)
+        if obstacles := everyones(obstacles, ranks):
+            raise CheckpointError("\n".join(obstacles))
+        if reader and not problems:
+            for folder in damaged:
+                say(f"WARNING: {folder.name} is set aside, and {name} is taken.")
+                if ranks.is_first:
+                    with reaching(checkpoints):
+                        (folder / MANIFEST).rename(folder / "manifest.damaged.json")
+            return reader
+        say("WARNING: " + "\n".join(problems))
+        found += problems
+        damaged.append(checkpoints / name)
+    if found:
+        raise CheckpointError(
+            "no checkpoint is sound:\n  "
+            + "\n  ".join(found)
+            + f"\nTo begin anew, move {checkpoints} away; to go on from another run's, set checkpoint.start_from."
+        )
+    return None
+
+
+def _from_first(names: list[str]) -> list[str]:
+    box = [names]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]

@@ -1,0 +1,168 @@
+"""Saving behind training's back: the state is copied, training goes on, and a thread writes the copy."""
+
+import dataclasses
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.checkpoint.location import is_local, reaching
+from launcher.checkpoint.writer import CheckpointWriter, folder_of, prune_checkpoints
+from launcher.engine.contract import Engine, Shard
+from launcher.errors import CheckpointError
+from launcher.process.ranks import Ranks
+
+SAVER_GROUP = "saver"
+"""Description of the process group of the threads that save, whose collectives go their own pace."""
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time.
+
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        ranks: this rank among all.
+        keep_last: how many are kept besides the milestones; 0 keeps all.
+        asynchronous: copy the state to host memory and write it while training goes on; else write at once.
+        say: tells people what went wrong with a checkpoint that the run can do without.
+    """
+
+    def __init__(
+        self, checkpoints: Path, ranks: Ranks, *, keep_last: int, asynchronous: bool, say: Callable[[str], None]
+    ) -> None:
+        self._checkpoints, self._ranks, self._keep_last = checkpoints, ranks, keep_last
+        self._asynchronous, self._say = asynchronous, say
+        # The thread's collectives must not mix with training's.
+        self._group = dist.new_group(backend="gloo", group_desc=SAVER_GROUP) if ranks.world_size > 1 else None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._staging: dict[str, Tensor] = {}
+        self.stalled_seconds = 0.0
+        """How long training has waited for saving, in all."""
+
+    def save(self, engine: Engine, *, counters: dict[str, Any], config_text: str, milestone: bool, must: bool) -> None:
+        """Begin to write a checkpoint; a collective. Waits for the one before it.
+
+        Args:
+            engine: whose state is written, as it is now.
+            counters: what else is needed to go on; ``step`` among it.
+            config_text: the resolved configuration, as YAML.
+            milestone: whether the checkpoint is kept for good.
+            must: whether a failure is an error, raised by the next `save` or `wait`; else it is only told.
+
+        Raises:
+            CheckpointError: an earlier checkpoint that must be there could not be written.
+        """
+        self.wait()
+        began = time.perf_counter()
+        shards = [shard for shard in engine.shards() if shard.primary and len(shard.tensors["weight"])]
+        rng = {"cpu": torch.get_rng_state()}
+        if self._ranks.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        if self._asynchronous:
+            shards = [self._copy(shard) for shard in shards]
+        copied = torch.cuda.Event() if self._ranks.device.type == "cuda" else None
+        if copied is not None:
+            copied.record()
+
+        def write() -> None:
+            if copied is not None:
+                copied.synchronize()
+            try:
+                self._write(shards, rng, counters, config_text, milestone)
+            except Exception as error:
+                if must or not isinstance(error, CheckpointError):
+                    self._failure = error
+                else:
+                    self._say(f"WARNING: {error} Training goes on; the next interval tries again.")
+
+        if self._asynchronous:
+            self._thread = threading.Thread(target=write, name="saver", daemon=True)
+            self._thread.start()
+        else:
+            write()
+        self.stalled_seconds += time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Wait until nothing is being written any more.
+
+        Raises:
+            CheckpointError: a checkpoint that must be there could not be written.
+        """
+        began = time.perf_counter()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.stalled_seconds += time.perf_counter() - began
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _copy(self, shard: Shard) -> Shard:
+        """Copy a shard into host memory that is kept from one checkpoint to the next, pinned beside a GPU."""
+        tensors = {}
+        for kind, tensor in shard.tensors.items():
+            key = f"{kind}/{shard.name}"
+            if key not in self._staging:
+                self._staging[key] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=self._ranks.device.type == "cuda"
+                )
+            tensors[kind] = self._staging[key].copy_(tensor, non_blocking=True)
+        return dataclasses.replace(shard, tensors=tensors, step=shard.step.clone())
+
+    def _write(
+        self, shards: list[Shard], rng: dict[str, Tensor], counters: dict[str, Any], config_text: str, milestone: bool
+    ) -> None:
+        """Write one checkpoint, in step with the other ranks."""
+        writer, first = CheckpointWriter(folder_of(self._checkpoints, counters["step"])), self._ranks.is_first
+        self._all_ranks(writer.begin if first else None, writer)
+        records = self._all_ranks(lambda: writer.write_rank(self._ranks.rank, shards, rng), writer)
+        files = {name: record for rank in records for name, record in rank.items()}
+
+        def finish() -> None:
+            writer.finish(files, config_text, counters, milestone=milestone)
+
+        self._all_ranks(finish if first else None, writer)
+        if first:
+            try:
+                with reaching(self._checkpoints):
+                    prune_checkpoints(self._checkpoints, self._keep_last)
+            except CheckpointError as error:
+                self._say(f"WARNING: old checkpoints could not be removed: {error} The next save tries again.")
+
+    def _all_ranks(self, action: Callable[[], Any] | None, writer: CheckpointWriter) -> list[Any]:
+        """Run one stage of saving on the ranks that have an action; returns what each rank's gave.
+
+        Raises:
+            CheckpointError: on all of them, if it failed on any. What had been written is removed.
+        """
+        result, failure = None, None
+        try:
+            if action is not None:
+                with reaching(writer.final):
+                    result = action()
+        except CheckpointError as error:
+            failure = f"rank {self._ranks.rank}: {error}"
+        outcomes: list[tuple[Any, str | None]] = [(result, failure)]
+        if self._group is not None:
+            outcomes = [(None, None)] * self._ranks.world_size
+            dist.all_gather_object(outcomes, (result, failure), group=self._group)
+        failures = sorted({text for _, text in outcomes if text})
+        if failures:
+            if self._ranks.is_first:
+                with reaching(writer.final):
+                    writer.abandon()
+            room = ""
+            if is_local(self._checkpoints) and self._checkpoints.exists():
+                room = f"({shutil.disk_usage(self._checkpoints).free / 2**30:.2f} GiB are free there.) "
+            raise CheckpointError(
+                f"{writer.final}: the checkpoint could not be written: {'; '.join(failures)} {room}"
+                "Earlier checkpoints are complete and untouched."
+            )
+        return [outcome for outcome, _ in outcomes]

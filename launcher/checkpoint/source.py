@@ -1,0 +1,87 @@
+"""What a model's state is read from: one interface over our own checkpoints and those of others.
+
+A source is read by range, so that a rank reads only what it holds, and a conversion one tensor at a time.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from math import prod
+
+from torch import Tensor
+
+from launcher.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+KINDS = ("weight", *MOMENTS)
+
+
+PIECE_ELEMENTS = 4 * 2**20
+"""Elements that a conversion reads at once: 16 MiB of fp32."""
+
+
+class Source(ABC):
+    """Weights by name, and Adam's state where there is one."""
+
+    location: str
+    """Where it is, for messages."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of every parameter, by Hugging Face name."""
+    has_moments: bool
+    """Whether `exp_avg`, `exp_avg_sq` and the step are there, for every parameter."""
+    missing: tuple[str, ...] = ()
+    """One sentence for each thing a run has that this format does not carry."""
+
+    @abstractmethod
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """Elements ``start`` up to ``start + length`` of a flattened tensor, as fp32 of its own memory.
+
+        Args:
+            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+            name: of the parameter.
+            start: first element.
+            length: number of elements.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds less.
+        """
+
+    @abstractmethod
+    def read_step(self, name: str) -> float:
+        """Number of updates behind the moments of a parameter."""
+
+    def check_ahead(self, kinds: Sequence[str]) -> None:  # noqa: B027 (most have nothing to check ahead)
+        """Check now what reading all of these kinds, name by name, would check on the way; nothing where that is not.
+
+        For a thread of its own: what it finds wrong is found again, and said, by whoever reads it.
+        """
+
+
+def start_checking(source: Source, kinds: Sequence[str]) -> None:
+    """Let a thread check what is about to be read, so that reading it and writing something else overlap."""
+
+    def check() -> None:
+        with suppress(CheckpointError):
+            source.check_ahead(kinds)
+
+    threading.Thread(target=check, daemon=True).start()
+
+
+def in_pieces(source: Source, kind: str, name: str) -> Iterator[Tensor]:
+    """A flattened tensor of a source, a piece at a time; a thread reads the next one while one is in use."""
+    length = prod(source.shapes[name])
+    starts = iter(range(0, length, PIECE_ELEMENTS))
+
+    def read_next() -> Tensor | None:
+        start = next(starts, None)
+        return None if start is None else source.read(kind, name, start, min(PIECE_ELEMENTS, length - start))
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read_next)
+        while (piece := coming.result()) is not None:
+            coming = pool.submit(read_next)
+            yield piece

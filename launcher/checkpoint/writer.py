@@ -1,0 +1,197 @@
+"""Checkpoints: complete or not there at all, and the same format for every engine.
+
+    checkpoints/step-00000200/rank-00000.safetensors   what rank 0 holds: flat fp32 ranges of weights and moments
+                              config.yaml              the resolved configuration
+                              manifest.json            counters, and every file with size and digest; written last
+
+A tensor is stored as the contiguous ranges that ranks hold of it, flattened: `weight/NAME`, `exp_avg/NAME` and
+`exp_avg_sq/NAME`. The header of each file says which range of which shape it has, and how many updates are behind the
+moments, so that any number of ranks of any engine can read just what it needs.
+
+Digests form a tree: the manifest has one over itself and one for each file, which for tensors is the root that
+`launcher.checkpoint.tensor_file` describes, and that leads to every tensor's. So every byte is covered, and damage is told by the
+tensor's name.
+
+On a file system, a checkpoint is written to a folder `step-00000200.tmp`, flushed, and renamed. A store that cannot
+rename gets the manifest last. Nothing here is pickled.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from launcher.checkpoint.location import create, flush_folder, is_local, remove_folder
+from launcher.checkpoint.tensor_file import write_tensors
+from launcher.engine.contract import Shard
+
+FORMAT_VERSION = 1
+
+
+MANIFEST = "manifest.json"
+
+
+CONFIG = "config.yaml"
+
+
+FileRecord = dict[str, Any]
+"""`size` in bytes and `digest` of a file, as the manifest has them."""
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps is."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """All folders with a manifest, oldest first."""
+    folders = checkpoints.glob("step-*") if checkpoints.is_dir() else []
+    named = (folder for folder in folders if re.fullmatch(r"step-\d{8}", folder.name))
+    return sorted((folder for folder in named if (folder / MANIFEST).is_file()), key=lambda folder: folder.name)
+
+
+def checkpoints_under(folder: Path) -> list[Path]:
+    """All complete ones of a run, or of a folder that holds nothing but checkpoints; oldest first."""
+    return [*complete_checkpoints(folder), *complete_checkpoints(folder / "checkpoints")]
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Digest of all of a manifest but its own."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
+
+
+class CheckpointWriter:
+    """One checkpoint in the making: begun and finished by one process, and filled by every rank.
+
+    Args:
+        final: the folder that is there, complete, in the end.
+    """
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self._building = final.with_name(final.name + ".tmp") if is_local(final) else final
+
+    def begin(self) -> None:
+        """Make room: remove what earlier attempts left, of this checkpoint and of others that were never finished."""
+        if is_local(self.final):
+            for leftover in self.final.parent.glob("step-*.tmp"):
+                remove_folder(leftover)
+        remove_checkpoint(self.final)
+        if is_local(self.final):
+            self._building.mkdir(parents=True)
+
+    def write_rank(self, rank: int, shards: Iterable[Shard], rng: dict[str, Tensor]) -> dict[str, FileRecord]:
+        """Write what one rank holds.
+
+        Args:
+            rank: of the file's name.
+            shards: what is written; those that are not primary, or empty, are left to others.
+            rng: states of generators, by name.
+        """
+        held = [shard for shard in shards if shard.primary and len(shard.tensors["weight"])]
+        ranges = {shard.name: {"shape": shard.shape, "start": shard.start, "step": float(shard.step)} for shard in held}
+        tensors = {f"{kind}/{shard.name}": tensor for shard in held for kind, tensor in shard.tensors.items()}
+        tensors |= {f"rng/{name}": state for name, state in rng.items()}
+        return self.write_tensors(
+            f"rank-{rank:05d}.safetensors",
+            [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()],
+            ([tensor.detach().cpu()] for tensor in tensors.values()),
+            ranges,
+        )
+
+    def write_tensors(
+        self,
+        name: str,
+        entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+        values: Iterable[Iterable[Tensor]],
+        ranges: dict[str, dict[str, Any]],
+    ) -> dict[str, FileRecord]:
+        """Write one file of tensors, as `launcher.checkpoint.tensor_file.write_tensors`; returns its record under its name."""
+        path = self._building / name
+        with create(path) as file:
+            root = write_tensors(file, entries, values, {"ranges": json.dumps(ranges)})
+        return {name: {"size": path.stat().st_size, "digest": root}}
+
+    def link(self, path: Path) -> None:
+        """Take a file of another checkpoint as it is: a hard link, which needs no room and outlives the other's name.
+
+        Where there can be no link, on another file system, it is copied.
+        """
+        target = self._building / path.name
+        if is_local(path) and is_local(target):
+            try:
+                os.link(path, target)
+            except OSError:  # another file system, or one without links
+                pass
+            else:
+                return
+        with path.open("rb") as source, create(target) as copy:
+            while chunk := source.read(64 * 2**20):
+                copy.write(chunk)
+
+    def finish(
+        self,
+        files: dict[str, FileRecord],
+        config_text: str,
+        counters: dict[str, Any],
+        *,
+        milestone: bool,
+        has_moments: bool = True,
+    ) -> None:
+        """Write the configuration and the manifest: from here on the checkpoint is there."""
+        config = config_text.encode()
+        with create(self._building / CONFIG) as file:
+            file.write(config)
+        files = files | {CONFIG: {"size": len(config), "digest": xxhash.xxh3_128_hexdigest(config)}}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "milestone": milestone,
+            "has_moments": has_moments,
+            **counters,
+            "files": files,
+        }
+        manifest["digest"] = manifest_digest(manifest)
+        with create(self._building / MANIFEST) as file:
+            file.write(json.dumps(manifest, indent=2).encode())
+        flush_folder(self._building)
+        if self._building != self.final:
+            os.rename(self._building, self.final)
+            flush_folder(self.final.parent)
+
+    def abandon(self) -> None:
+        """Remove what has been written."""
+        remove_folder(self._building)
+
+
+def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:
+    """Remove all but the newest ``keep_last`` checkpoints and the milestones; 0 keeps all."""
+    if not keep_last:
+        return
+    passing = [folder for folder in complete_checkpoints(checkpoints) if _is_passing(folder)]
+    for folder in passing[:-keep_last]:
+        remove_checkpoint(folder)
+
+
+def _is_passing(folder: Path) -> bool:
+    """Whether a checkpoint is surely no milestone; one with a damaged manifest may be, and is left to people."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        return bool(manifest["digest"] == manifest_digest(manifest) and not manifest["milestone"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, if it is there, so that at no moment half of it counts as complete."""
+    if is_local(folder) and folder.exists():
+        folder = folder.rename(folder.with_name(folder.name + ".tmp"))
+    else:
+        (folder / MANIFEST).unlink(missing_ok=True)
+    remove_folder(folder)

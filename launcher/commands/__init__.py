@@ -1,0 +1,1 @@
+"""The words and checks of `tritrain` commands that are more than a call."""

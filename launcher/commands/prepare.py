@@ -1,0 +1,37 @@
+"""`data.shards.prepare` with something to watch."""
+
+import time
+from pathlib import Path
+
+from data.shards import PrepareConfig, PrepareProgress, prepare
+from launcher.process.console import Console, human_count
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path, console: Console) -> None:
+    """Prepare a folder, with a line every few seconds and the result; silent where it is there already."""
+    started = time.perf_counter()
+    shown: float | None = None
+
+    def show(progress: PrepareProgress) -> None:
+        nonlocal shown
+        if shown is None:
+            console.line(f"Preparing {out} from {', '.join(config.inputs)}")
+        elif time.perf_counter() - shown < SECONDS_BETWEEN_LINES:
+            return
+        shown = time.perf_counter()
+        doing = "reading text for the tokenizer" if progress.stage == "tokenizer" else "tokenizing"
+        console.line(
+            f"{doing}: {human_count(progress.documents)} documents, {human_count(progress.text_bytes)}B of text, "
+            f"{human_count(progress.tokens)} tokens, {progress.bytes_per_second / 1e6:.2f} MB/s"
+        )
+
+    manifest = prepare(config, sequence_length, out, show)
+    if shown is None:
+        return
+    for name, split in manifest["splits"].items():
+        console.line(
+            f"{out}/{name}: {split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"
+        )
+    console.line(f"Prepared in {time.perf_counter() - started:.1f} s")

@@ -1,0 +1,104 @@
+"""The section `engine`: what shards and steps the model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from launcher.config.strict import STRICT
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "training.global_batch_sequences",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_sequences",
+    "gradient_accumulation_steps": "training.global_batch_sequences (accumulation is derived)",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "training.compute_dtype",
+    "fp16": "training.compute_dtype",
+    "torch_autocast": "training.compute_dtype",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": "engine.offload",
+    "zero_optimization.offload_param": "engine.offload",
+    "zero_force_ds_cpu_optimizer": "engine.offload",
+    "zero_allow_untested_optimizer": "optimizer",
+    "data_types": "training.compute_dtype",
+    "communication_data_type": "training.compute_dtype",
+    "prescale_gradients": "optimizer",
+    "gradient_predivide_factor": "optimizer",
+    "tensorboard": "logging",
+    "wandb": "logging",
+}
+"""DeepSpeed keys that Tritrain derives, and the key of ours that decides each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What shards and steps the model."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """PyTorch FSDP2, or DeepSpeed ZeRO."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed: what is sharded. 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
+    replicas: int = 1
+    """FSDP2: number of replicas; above 1, each replica shards over its own ranks (HSDP)."""
+    reshard_after_forward: bool = True
+    """FSDP2: free the gathered weights after the forward pass, and gather them again for the backward pass."""
+    reduce_gradients: Literal["step", "micro-batch"] = "step"
+    """FSDP2: once a `step`, for which each rank sums whole gradients in fp32, or for every `micro-batch`, which sends
+    more and holds a shard."""
+    gather: Literal["weights", "codes"] = "weights"
+    """FSDP2: what ranks send of ternary layers at full strength: latent `weights` in the compute dtype, or `codes` of 2
+    bits, once a step, which compute the same, bit for bit where nothing is compiled."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep in host memory: `optimizer` its state (DeepSpeed), `all` parameters too (FSDP2, ZeRO-3)."""
+    deepspeed: dict[str, Any] | None = None
+    """Further DeepSpeed configuration keys, passed through; those that Tritrain derives are refused."""
+    timeout_seconds: int = 600
+    """A collective that takes longer than this ends the job."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if self.replicas < 1:
+            problems["replicas"] = f"is {self.replicas}; 1 (full sharding) or more"
+        if self.timeout_seconds < 1:
+            problems["timeout_seconds"] = f"is {self.timeout_seconds}; must be 1 or more"
+        if self.name == "deepspeed":
+            if self.zero_stage is None:
+                problems["zero_stage"] = "is missing; engine.name deepspeed needs 0, 1, 2 or 3"
+            if self.replicas > 1:
+                problems["replicas"] = "belongs to fsdp2; with deepspeed it must stay 1"
+            if not self.reshard_after_forward:
+                problems["reshard_after_forward"] = "belongs to fsdp2; with deepspeed, zero_stage 2 keeps the weights"
+            if self.reduce_gradients != "step":
+                problems["reduce_gradients"] = "belongs to fsdp2; with deepspeed, zero_stage says when"
+            if self.gather == "codes":
+                problems["gather"] = "is codes; only fsdp2 gathers codes, so take engine.name fsdp2 or gather weights"
+            if self.offload == "all" and self.zero_stage != 3:
+                problems["offload"] = "is all; only zero_stage 3 can offload parameters, 1 and 2 can do optimizer"
+            if self.offload == "optimizer" and self.zero_stage == 0:
+                problems["offload"] = "is optimizer; zero_stage 0 cannot offload, 1, 2 and 3 can"
+            for key in _dotted_keys(self.deepspeed or {}):
+                for owned, ours in OWNED_DEEPSPEED_KEYS.items():
+                    if key == owned or key.startswith(owned + "."):
+                        problems[f"deepspeed.{key}"] = f"is derived; set {ours} instead"
+        else:
+            if self.zero_stage is not None:
+                problems["zero_stage"] = f"is {self.zero_stage}; only engine.name deepspeed has stages"
+            if self.deepspeed is not None:
+                problems["deepspeed"] = "is given; only engine.name deepspeed takes it"
+            if self.offload == "optimizer":
+                problems["offload"] = "is optimizer; fsdp2 offloads all or none"
+            if self.offload == "all" and self.gather == "codes":
+                problems["gather"] = "is codes, which are made on the device; with offload all it must be weights"
+        if problems:
+            raise ValueError(problems)
+
+
+def _dotted_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

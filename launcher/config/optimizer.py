@@ -1,0 +1,100 @@
+"""The sections `optimizer` and `schedule`."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from launcher.config.strict import STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Shape of the learning rate over a run, as a factor of the peak."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    shape: Literal["cosine", "linear", "wsd", "two-stage", "constant"] = "cosine"
+    """After the warm-up: `cosine`, `linear`, `wsd` (warm-up, stable, linear decay at the end), `constant`, or
+    `two-stage`: linear, but for a drop on the way (BitNet b1.58's)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    final_fraction: float = 0.1
+    """Factor of the peak that is reached at the end."""
+    decay_fraction: float = 0.2
+    """Share of the run that is the decay of `wsd`."""
+    drop_at: float | None = None
+    """Share of the run after which `two-stage` drops; null: 0.5."""
+    drop_factor: float | None = None
+    """What the line of `two-stage` is multiplied by from there on; null: 2/3."""
+    decay_from_phase: int | None = None
+    """Keep `cosine` or `linear` at the peak until the phase of this index begins, and decay from there on, so that the
+    cool-down and the training with quantization are one (arXiv 2509.22935); null: decay after the warm-up."""
+    horizon_steps: int | None = None
+    """Step at which the end is reached; null: the end of the run."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if self.warmup_steps < 0:
+            problems["warmup_steps"] = f"is {self.warmup_steps}; must be 0 or more"
+        if not 0 <= self.final_fraction <= 1:
+            problems["final_fraction"] = f"is {self.final_fraction}; must lie between 0 and 1"
+        if not 0 < self.decay_fraction <= 1:
+            problems["decay_fraction"] = f"is {self.decay_fraction}; must be above 0 and at most 1"
+        for name in ("drop_at", "drop_factor"):
+            value = getattr(self, name)
+            if value is not None and self.shape != "two-stage":
+                problems[name] = f"does nothing for {self.shape}; it must be left out but for two-stage"
+            elif value is not None and not 0 < value < 1:
+                problems[name] = f"is {value}; must lie between 0 and 1"
+        if self.decay_from_phase is not None:
+            if self.shape not in ("cosine", "linear"):
+                problems["decay_from_phase"] = f"must not be given for {self.shape}, only for cosine or linear"
+            elif self.decay_from_phase < 1:
+                problems["decay_from_phase"] = f"is {self.decay_from_phase}; must be 1 or more, the index of a phase"
+        if self.horizon_steps is not None and self.horizon_steps <= self.warmup_steps:
+            problems["horizon_steps"] = f"is {self.horizon_steps}; must be above warmup_steps {self.warmup_steps}"
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (arXiv 1711.05101)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    learning_rate: float
+    """Peak learning rate; the schedule scales it."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices; norms are not decayed."""
+    weight_decay_until: float | None = None
+    """Share of the run after which weight decay is 0 (BitNet: 0.5); null: never."""
+    ternary_learning_rate_factor: float | None = None
+    """In ternary phases, the quantized layers' learning rate as a multiple of the others'; null: the same."""
+    decay_embeddings: bool = True
+    """Whether the embedding (and an untied head) counts among the decayed matrices."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the first and second moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        for name in ("learning_rate", "eps", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                problems[name] = f"is {getattr(self, name)}; must be above 0"
+        if self.weight_decay < 0:
+            problems["weight_decay"] = f"is {self.weight_decay}; must be 0 or more"
+        if self.weight_decay_until is not None:
+            if not 0 < self.weight_decay_until < 1:
+                problems["weight_decay_until"] = f"is {self.weight_decay_until}; must lie between 0 and 1, or be null"
+            elif not self.weight_decay:
+                problems["weight_decay_until"] = "does nothing, because weight_decay is 0"
+        factor = self.ternary_learning_rate_factor
+        if factor is not None and factor <= 0:
+            problems["ternary_learning_rate_factor"] = f"is {factor}; must be above 0"
+        if not all(0 <= beta < 1 for beta in self.betas):
+            problems["betas"] = f"is {list(self.betas)}; both must lie in [0, 1), such as [0.9, 0.95]"
+        if problems:
+            raise ValueError(problems)

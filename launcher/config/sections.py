@@ -1,0 +1,315 @@
+"""The configuration of a run: its sections, and the rules that span several of them.
+
+Each folder owns its part as a frozen dataclass that checks itself and lists its problems in a ``ValueError`` of
+``{key: what is wrong and what would be right}``. This module composes the parts; `launcher.config.file` reads them from
+YAML, strictly, and reports every problem at once.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from data.loader import DataConfig
+from data.urls import url_problem
+from eval.tasks import choose_tasks
+from launcher.config.engine import EngineConfig
+from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
+from launcher.config.rules import home_problem, local_problem, spanning_problems
+from launcher.config.strict import STRICT
+from launcher.config.transition import TransitionConfig
+from model.distillation import DistillationConfig
+from model.transformer import ModelConfig
+from quant.config import QuantConfig
+from quant.ramp import RampConfig
+
+SILENT_BEATS = 3
+"""A rank that misses so many beats is silent: gone, if something else shows too that the ranks cannot go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """When a rank counts as lost, and a step as hung."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    beat_seconds: float = 2.0
+    """Every rank says this often that it is there."""
+    lost_seconds: float | None = 60.0
+    """End the job when a rank has not been heard of for this long; null: never."""
+    step_seconds: float | None = 300.0
+    """End the job, with the stacks of all ranks, when a step takes longer than this and than ten usual ones; null:
+    never."""
+    first_step_seconds: float | None = 1800.0
+    """The same for the first step after a start or a switch, which may compile, and for what happens between steps:
+    evaluating, each batch of a task, saving, a switch; null: never."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if self.beat_seconds <= 0:
+            problems["beat_seconds"] = f"is {self.beat_seconds:g}; must be above 0"
+        elif self.lost_seconds is not None and self.lost_seconds < SILENT_BEATS * self.beat_seconds:
+            problems["lost_seconds"] = (
+                f"is {self.lost_seconds:g}; must be {SILENT_BEATS} beats, {SILENT_BEATS * self.beat_seconds:g}, or more"
+            )
+        for name in ("step_seconds", "first_step_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                problems[name] = f"is {value:g}; must be above 0"
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutlierConfig:
+    """Which steps are skipped because they stand out (the `SkipStepOptimizer` of OLMo 2, arXiv 2501.00656)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    window_steps: int = 128
+    """How many steps before it a step is compared with; there is no guard until so many are behind a switch."""
+    sigmas: float = 6.0
+    """How many standard deviations above their mean its loss or gradient norm must be."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if self.sigmas <= 0:
+            problems["sigmas"] = f"is {self.sigmas}; must be above 0"
+        elif self.window_steps < self.sigmas**2 + 2:
+            problems["window_steps"] = (
+                f"is {self.window_steps}; {math.ceil(self.sigmas**2) + 2} at least, or no one step of so many can be "
+                f"{self.sigmas:g} standard deviations above the mean"
+            )
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run as a whole."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: str
+    """Name of the run."""
+    folder: str | None = None
+    """Where everything the run writes goes; null: `runs/NAME`."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    stop_before_end_seconds: int = 180
+    """In a job of limited time, save and stop so long before its end; must cover the longest step and saving."""
+
+    def __post_init__(self) -> None:
+        problems = _at_least(self, "stop_before_end_seconds", 0)
+        if problem := local_problem(self.folder or ""):
+            problems["folder"] = problem
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            problems["name"] = f"{self.name!r} may hold letters, digits, '_', and behind the first '.' and '-'"
+        if problems:
+            raise ValueError(problems)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.folder) if self.folder else Path("runs") / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Batch, precision and what is traded between memory and speed."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    global_batch_sequences: int | None = None
+    """Sequences of one step, over all ranks; give this or `global_batch_tokens`."""
+    global_batch_tokens: int | None = None
+    """Tokens of one step, over all ranks; a multiple of data.sequence_length."""
+    micro_batch_sequences: int
+    """Sequences that one rank runs at once; the number of micro-batches follows."""
+    total_steps: int | None = None
+    """Length of the run that a phase's `fraction` refers to; this or `total_tokens`."""
+    total_tokens: int | None = None
+    """Length of the run that a phase's `fraction` refers to, in tokens."""
+    compute_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the forward and backward passes; latent weights, gradients' sum and optimizer are fp32."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and run the block again: less memory, a third more work."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    max_skipped_steps: int = 5
+    """Stop after this many steps in a row without a finite gradient; each of them is skipped."""
+    skip_outliers: OutlierConfig | None = None
+    """Also skip steps whose loss or gradient norm stands out from those before; null: do not."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if (self.global_batch_sequences is None) == (self.global_batch_tokens is None):
+            problems["global_batch_sequences"] = "give exactly one of global_batch_sequences and global_batch_tokens"
+        if self.total_steps is not None and self.total_tokens is not None:
+            problems["total_steps"] = "give at most one of total_steps and total_tokens"
+        for name in ("global_batch_sequences", "global_batch_tokens", "micro_batch_sequences", "total_steps"):
+            problems |= _at_least(self, name, 1)
+        problems |= _at_least(self, "total_tokens", 1) | _at_least(self, "max_skipped_steps", 1)
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """A stretch of the run with one precision. Its length is one of `steps`, `tokens` and `fraction`."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    precision: Literal["16-bit", "ternary"]
+    """`16-bit`, or `ternary`: 1.58-bit weights with 8-bit activations."""
+    steps: int | None = None
+    """Length in steps."""
+    tokens: int | None = None
+    """Length in tokens, rounded up to whole steps."""
+    fraction: float | None = None
+    """Length as a share of training.total_steps or total_tokens."""
+    quantization: QuantConfig | None = None
+    """What is quantized in a ternary phase, and how; null: BitNet b1.58 with scales of least squared error."""
+    transition: TransitionConfig | None = None
+    """What happens where this phase begins; null: keep all, switch at once."""
+    distillation: DistillationConfig | None = None
+    """A 16-bit teacher that a ternary phase learns from besides the text; null: none."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        given = [name for name in ("steps", "tokens", "fraction") if getattr(self, name) is not None]
+        if len(given) != 1:
+            problems["steps"] = f"give exactly one of steps, tokens and fraction, not {' and '.join(given) or 'none'}"
+        problems |= _at_least(self, "steps", 1) | _at_least(self, "tokens", 1)
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            problems["fraction"] = f"is {self.fraction}; must be above 0 and at most 1"
+        transition = self.transition or TransitionConfig()
+        if self.precision == "16-bit":
+            if self.quantization is not None:
+                problems["quantization"] = "is given for a 16-bit phase; only ternary phases quantize"
+            if self.distillation is not None:
+                problems["distillation"] = "is given for a 16-bit phase; only ternary phases have a teacher"
+            for name in ("ramp", "activation_ramp", "rollback"):
+                if getattr(transition, name) not in (RampConfig(), None):
+                    problems[f"transition.{name}"] = "is given for a 16-bit phase; only ternary phases have a strength"
+        elif transition.activation_ramp and self.quantization and self.quantization.activations == "none":
+            problems["transition.activation_ramp"] = "does nothing, because quantization.activations is none"
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and which stay, and what a run begins with."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    interval_steps: int | None = None
+    """Save every so many steps; null: only at transitions, at the end and when interrupted."""
+    keep_last: int = 2
+    """Checkpoints kept besides the milestones (transitions and the end): 0 keeps all, else at least 2."""
+    folder: str | None = None
+    """Where checkpoints go: a folder, or a URL such as `s3://bucket/run`; null: `checkpoints` in the run's folder."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; false: training waits."""
+    start_from: str | None = None
+    """Begin with the weights of this checkpoint (ours, DeepSpeed's or Hugging Face's), a folder or a URL, and with its
+    optimizer state unless the transition of the phase that the run begins in resets it."""
+    start_phase: int = 0
+    """Index of the phase that a run with `start_from` begins in. Those before it are taken as done: steps, schedule and
+    data go on behind them."""
+
+    def __post_init__(self) -> None:
+        problems = _at_least(self, "interval_steps", 1)
+        if self.keep_last < 0 or self.keep_last == 1:
+            problems["keep_last"] = f"is {self.keep_last}; 0 (keep all) or at least 2, so that one is always complete"
+        for name in ("folder", "start_from"):
+            if problem := url_problem(getattr(self, name) or "") or home_problem(getattr(self, name) or ""):
+                problems[name] = problem
+        problems |= _at_least(self, "start_phase", 0)
+        if self.start_phase and self.start_from is None:
+            problems["start_phase"] = f"is {self.start_phase}, but there is no start_from to take the place of a phase"
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is written down while training."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    interval_steps: int = 10
+    """Log every so many steps; only then does the host wait for the device."""
+    tensorboard: bool = True
+    """Write RUN/tensorboard beside RUN/metrics.jsonl."""
+    quantization_interval_steps: int | None = 100
+    """In ternary phases, look at every layer's codes, scales, flips and errors every so many steps; null: never."""
+
+    def __post_init__(self) -> None:
+        if problems := _at_least(self, "interval_steps", 1) | _at_least(self, "quantization_interval_steps", 1):
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out loss at both ends of every phase, and in between; tasks while training."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    interval_steps: int | None = None
+    """Also evaluate every so many steps."""
+    sample_prompt: str | None = None
+    """Text that the finished model continues; null: no sample."""
+    sample_tokens: int = 120
+    """Length of that continuation."""
+    tasks: tuple[str, ...] = ()
+    """Tasks that the model does while it trains: `paper11`, `paper11-harness`, or single ones such as `piqa`."""
+    task_data: str | None = None
+    """Folder of JSON lines with their examples; null: the Hugging Face hub."""
+    tasks_interval_steps: int | None = None
+    """Do them every so many steps, and at the end of each phase."""
+    tasks_limit: int | None = 100
+    """So many examples of each task, its first; null: all."""
+
+    def __post_init__(self) -> None:
+        problems = _at_least(self, "interval_steps", 1) | _at_least(self, "sample_tokens", 1)
+        problems |= _at_least(self, "tasks_interval_steps", 1) | _at_least(self, "tasks_limit", 1)
+        try:
+            choose_tasks(self.tasks)
+        except ValueError as error:
+            problems["tasks"] = str(error)
+        if bool(self.tasks) != (self.tasks_interval_steps is not None):
+            problems["tasks_interval_steps"] = "goes with evaluation.tasks: give both, or none of them"
+        if problems:
+            raise ValueError(problems)
+
+
+def _at_least(part: Any, name: str, least: int) -> dict[str, str]:
+    value = getattr(part, name)
+    return {name: f"is {value}; must be {least} or more"} if value is not None and value < least else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run, complete."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    phases: tuple[PhaseConfig, ...]
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+    def __post_init__(self) -> None:
+        if problems := spanning_problems(vars(self)):
+            raise ValueError(problems)

@@ -1,0 +1,123 @@
+"""What happens at the boundary between two phases: to the model, the optimizer and the strength.
+
+Weights always carry over, as the same tensors under the same names. Everything else is a choice of its own, so that
+their effects can be told apart.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from launcher.config.strict import STRICT
+from quant.ramp import RampConfig
+
+OptimizerChoice = Literal["keep", "reset", "keep-variance", "rescale"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateDrop:
+    """A lower learning rate for a while."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    factor: float
+    """Multiplies the schedule's learning rate."""
+    tokens: int
+    """For how many tokens from the switch on, rounded up to whole steps."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if not 0 < self.factor < 1:
+            problems["factor"] = f"is {self.factor}; must lie between 0 and 1"
+        if self.tokens < 1:
+            problems["tokens"] = f"is {self.tokens}; must be 1 or more"
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackConfig:
+    """Going back to the checkpoint at the switch, and into a gentler ramp, where the loss does not recover."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    after_tokens: int
+    """How many tokens after the end of the ramp the smoothed loss must be back at what it was before the switch."""
+    ramp_factor: float = 2.0
+    """Each attempt's ramp is that much longer than the one before; without a ramp, the first is `after_tokens` long."""
+    max_attempts: int = 2
+    """How often to go back; after that the run goes on as it is."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        for name in ("after_tokens", "max_attempts"):
+            if getattr(self, name) < 1:
+                problems[name] = f"is {getattr(self, name)}; must be 1 or more"
+        if self.ramp_factor <= 1:
+            problems["ramp_factor"] = f"is {self.ramp_factor}; must be above 1"
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransitionConfig:
+    """What happens where a phase begins. Weights always carry over."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    optimizer: OptimizerChoice = "keep"
+    """Adam's state: `keep` it, `reset` it (moments and step), `keep-variance` (first moment 0, the rest kept), or
+    `rescale` the moments to the gradients behind the switch."""
+    rescale_factor: float | None = None
+    """How much larger these are, for `rescale`; null: measured at the switch."""
+    schedule: Literal["continue", "restart"] = "continue"
+    """`continue` on the run's learning-rate curve, or `restart` it over what remains of the run, warm-up included."""
+    rewarm_tokens: int = 0
+    """Scale the learning rate linearly from 0 to the schedule's over this many tokens."""
+    learning_rate_drop: LearningRateDrop | None = None
+    """Lower the learning rate for a while; null: do not."""
+    data: Literal["continue", "restart"] = "continue"
+    """`continue` with the next unseen sequence, or `restart` the stream from its first."""
+    ramp: RampConfig = field(default_factory=RampConfig)
+    """How the quantization strength rises to 1."""
+    activation_ramp: RampConfig | None = None
+    """How that of the activations rises, apart from that of the weights; null: `ramp` is both."""
+    rollback: RollbackConfig | None = None
+    """Go back to the checkpoint at the switch where the loss does not recover; null: do not."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if self.rewarm_tokens < 0:
+            problems["rewarm_tokens"] = f"is {self.rewarm_tokens}; must be 0 or more"
+        if self.rescale_factor is not None:
+            if self.optimizer != "rescale":
+                problems["rescale_factor"] = f"does nothing with optimizer: {self.optimizer}; rescale has it"
+            elif self.rescale_factor <= 0:
+                problems["rescale_factor"] = f"is {self.rescale_factor}; must be above 0"
+        if problems:
+            raise ValueError(problems)
+
+    @property
+    def ramps(self) -> tuple[RampConfig, RampConfig]:
+        """The ramps of the weights and of the activations."""
+        return self.ramp, self.activation_ramp or self.ramp
+
+    def stretched(self, attempt: int, after_steps: int) -> "TransitionConfig":
+        """As it is after having been rolled back ``attempt`` times: gentler.
+
+        Args:
+            attempt: 0 for none.
+            after_steps: `rollback.after_tokens` in steps.
+        """
+        if self.rollback is None or not attempt:
+            return self
+        factor = self.rollback.ramp_factor**attempt
+        if not any(ramp.steps for ramp in self.ramps):
+            begin, factor = replace(self.ramp, steps=after_steps), factor / self.rollback.ramp_factor
+            return replace(self, ramp=_longer(begin, factor))
+        activation_ramp = self.activation_ramp and _longer(self.activation_ramp, factor)
+        return replace(self, ramp=_longer(self.ramp, factor), activation_ramp=activation_ramp)
+
+
+def _longer(ramp: RampConfig, factor: float) -> RampConfig:
+    return replace(ramp, steps=math.ceil(factor * ramp.steps), delay_steps=math.ceil(factor * ramp.delay_steps))

@@ -1,0 +1,88 @@
+"""From a plan to an engine, in the order that is settled in the field.
+
+Meta device, quantize, activation checkpointing, compile per block, shard, materialise; weights come last, from
+`launcher.engine.contract.load_weights` or a checkpoint.
+"""
+
+import functools
+import re
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from launcher.engine.contract import Engine
+from launcher.plan.plan import Phase, Plan
+from launcher.process.ranks import Ranks
+from model.transformer import Transformer
+from quant.linear import add_learned_scales_, quantize_
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
+    """Build the model as it is in ``phase``, sharded over all ranks, with its weights not yet written.
+
+    Before the first phase (None) it is as in 16 bits.
+    """
+    config = plan.config
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    for other in plan.phases:
+        if other.quantization is not None and other.quantization.learned:
+            add_learned_scales_(model, other.quantization)
+    ternary = own_rate_parameters(model, plan)
+    if phase is not None and phase.quantization is not None:
+        quantize_(model, phase.quantization, ranks.device)
+    blocks = list(model.model.layers)
+    for block in blocks:
+        if config.training.activation_checkpointing:
+            checkpoint_activations_(block)
+        if config.training.compile:
+            block.compile()
+    compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+    if config.engine.name == "fsdp2":
+        from launcher.engine.fsdp import FSDPEngine
+
+        return FSDPEngine(
+            model,
+            blocks,
+            optimizer=config.optimizer,
+            config=config.engine,
+            compute_dtype=compute_dtype,
+            device=ranks.device,
+            ternary=ternary,
+        )
+    from launcher.engine.zero import ZeroEngine
+
+    return ZeroEngine(
+        model,
+        optimizer=config.optimizer,
+        config=config.engine,
+        compute_dtype=compute_dtype,
+        device=ranks.device,
+        micro_batch_sequences=config.training.micro_batch_sequences,
+        num_micro_batches=plan.num_micro_batches,
+        ternary=ternary,
+    )
+
+
+def own_rate_parameters(model: nn.Module, plan: Plan) -> set[str]:
+    """Names of the parameters that `optimizer.ternary_learning_rate_factor` is for: none where it is not given.
+
+    They have groups of their own through the whole run, because DeepSpeed cannot regroup in the midst of it.
+    """
+    if plan.config.optimizer.ternary_learning_rate_factor is None:
+        return set()
+    [include] = {phase.quantization.include for phase in plan.phases if phase.quantization}
+    return {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(include, name)
+        for parameter, _ in module.named_parameters()
+    }
+
+
+def checkpoint_activations_(block: nn.Module) -> None:
+    """Make ``block`` keep only its inputs for the backward pass; names of parameters stay as they are."""
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,0 +1,196 @@
+"""The engine on PyTorch FSDP2 (`fully_shard`), also for a single process.
+
+Parameters and optimizer state are fp32; the forward and backward passes run in the compute dtype on gathered copies
+(`MixedPrecisionPolicy`), gradients are reduced in fp32. The optimizer works on the local shards as plain tensors:
+AdamW is element-wise, plain tensors skip DTensor's dispatch, and the fused kernel can then skip a non-finite step on
+the device, without asking the host.
+"""
+
+import math
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+from launcher.config.engine import EngineConfig
+from launcher.config.optimizer import OptimizerConfig
+from launcher.engine.adamw import build_adamw, create_adam_state, parameter_groups, set_step_sizes
+from launcher.engine.contract import Engine, Shard
+from model.distillation import Lesson
+from quant.gather import CodeGather
+
+
+def build_mesh(device: torch.device, replicas: int) -> DeviceMesh:
+    """A mesh of (replicas, ranks of each) or, with one replica, of all ranks.
+
+    Raises:
+        ValueError: ``replicas`` does not divide the number of ranks.
+    """
+    world_size = dist.get_world_size()
+    if world_size % replicas:
+        raise ValueError(f"engine.replicas {replicas} does not divide the {world_size} ranks")
+    if replicas == 1:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def first_element(sharded: Tensor, mesh: DeviceMesh) -> int:
+    """Where this rank's part of a parameter that FSDP2 has sharded over ``mesh`` begins, in the flattened parameter."""
+    shard_rank, num_shards = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    # FSDP2 cuts the first dimension into chunks of equal size; the last ones may be shorter, or empty.
+    first_row = min(len(sharded), shard_rank * math.ceil(len(sharded) / num_shards))
+    return first_row * math.prod(sharded.shape[1:])
+
+
+class FSDPEngine(Engine):
+    """Shards ``model`` block by block over the ranks of the default process group.
+
+    Args:
+        model: on the meta device, with no value yet; what applies to its blocks (quantization, activation
+            checkpointing, compilation) is applied already. Write the weights through `shards`.
+        blocks: the modules that are gathered one at a time, in the order of the forward pass.
+        optimizer: configuration of AdamW.
+        config: configuration of the engine.
+        compute_dtype: dtype of the forward and backward passes; parameters are fp32 (fp64 if it is fp64).
+        device: where to compute.
+        ternary: names of the parameters that have a learning rate of their own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        *,
+        optimizer: OptimizerConfig,
+        config: EngineConfig,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        ternary: Collection[str] = (),
+    ) -> None:
+        storage_dtype = torch.promote_types(compute_dtype, torch.float32)
+        mixed = compute_dtype != storage_dtype
+        self.mesh = build_mesh(device, config.replicas)
+        options: dict[str, Any] = {
+            "mesh": self.mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=compute_dtype if mixed else None,
+                reduce_dtype=storage_dtype if mixed else None,
+                # The rotary tables that blocks are given stay in the precision that the model chose for them.
+                cast_forward_inputs=False,
+            ),
+        }
+        if config.offload == "all":
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        model = model.to(storage_dtype)
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
+        # What is outside of blocks ends the forward pass and begins the backward pass: it stays between the two.
+        fully_shard(model, reshard_after_forward=False, **options)
+        self.model = model.to_empty(device=torch.device("cpu") if config.offload == "all" else device)
+        self.device = device
+        self.max_grad_norm = optimizer.max_grad_norm
+        self._blocks: list[Any] = blocks  # fully_shard changed their class to one with its methods
+        self._reduces_each = config.reduce_gradients == "micro-batch"
+        self._names = [name for name, _ in self.model.named_parameters()]
+        self._sharded: list[Any] = list(self.model.parameters())  # DTensors
+        self._local = [nn.Parameter(parameter.to_local()) for parameter in self._sharded]
+        self._code_gather: CodeGather | None = None
+        if config.gather == "codes":
+            group = self.mesh.get_group(self.mesh.ndim - 1)
+            self._code_gather = CodeGather(
+                self.model, blocks, group, reshard_after_forward=config.reshard_after_forward
+            )
+        dimensions = [parameter.ndim for parameter in self._sharded]
+        named = zip(self._names, dimensions, self._local, strict=True)
+        self.optimizer = build_adamw(parameter_groups(named, optimizer, ternary), optimizer, fused=True)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        reduction: str = "mean",
+        teacher: Lesson | None = None,
+    ) -> Tensor:
+        if self._code_gather is not None:
+            self._code_gather.prepare()
+        return self.model(tokens_BT, labels_BT, reduction=reduction, teacher=teacher)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        root: Any = self.model  # fully_shard changed its class to one with these methods
+        root.set_requires_gradient_sync(last or self._reduces_each)
+        root.set_is_last_backward(last)
+        if self._code_gather is not None:
+            self._code_gather.keep(not last)
+        loss.backward()
+
+    def gradient_squares(self) -> dict[str, Tensor]:
+        norms = torch._foreach_norm([parameter.grad.to_local() for parameter in self._sharded])
+        replicas = self.mesh.size(0) if self.mesh.ndim == 2 else 1
+        squares = (norm.square().to(self.device) / replicas for norm in norms)
+        return dict(zip(self._names, squares, strict=True))
+
+    @torch.no_grad()
+    def step(
+        self,
+        learning_rate: float,
+        *,
+        ternary_factor: float = 1.0,
+        decay_factor: float = 1.0,
+        grad_norm_limit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        # Learned scales have no gradient in a 16-bit phase; Adam then leaves them as they are.
+        pairs = [pair for pair in zip(self._local, self._sharded, strict=True) if pair[1].grad is not None]
+        gradients = [sharded.grad.to_local() for _, sharded in pairs]
+        squares = torch.stack([norm.square() for norm in torch._foreach_norm(gradients)]).sum().to(self.device)
+        dist.all_reduce(squares, group=self.mesh.get_group(self.mesh.ndim - 1))
+        grad_norm = squares.sqrt()
+        skipped = (~grad_norm.isfinite()).float()
+        if grad_norm_limit is not None:
+            skipped = skipped.maximum((grad_norm > grad_norm_limit).float())
+        where_state_is = gradients[0].device
+        torch._foreach_mul_(gradients, (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0).to(where_state_is))
+        self._follow_shards()
+        for (local, _), gradient in zip(pairs, gradients, strict=True):
+            local.grad = gradient
+        set_step_sizes(self.optimizer, learning_rate, ternary_factor=ternary_factor, decay_factor=decay_factor)
+        # What GradScaler sets: where it is 1, the fused kernel leaves weights, moments and step as they are.
+        self.optimizer.found_inf = skipped.to(where_state_is)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.refresh_weights()
+        for local, sharded in pairs:
+            local.grad = sharded.grad = None
+        return grad_norm.float(), skipped
+
+    def shards(self) -> Iterator[Shard]:
+        self._follow_shards()
+        primary = self.mesh.ndim == 1 or self.mesh.get_local_rank(0) == 0
+        for name, sharded, local in zip(self._names, self._sharded, self._local, strict=True):
+            state = create_adam_state(self.optimizer, local)
+            yield Shard(
+                name=name,
+                shape=tuple(sharded.shape),
+                start=first_element(sharded, self.mesh),
+                tensors={
+                    "weight": local.detach().view(-1),
+                    "exp_avg": state["exp_avg"].view(-1),
+                    "exp_avg_sq": state["exp_avg_sq"].view(-1),
+                },
+                step=state["step"],
+                primary=primary,
+            )
+
+    def refresh_weights(self) -> None:
+        """Let go of what is gathered: some of it stays between passes, and codes are made once a step."""
+        for module in (self.model, *self._blocks):
+            module.reshard()
+        if self._code_gather is not None:
+            self._code_gather.fresh = False
+
+    def _follow_shards(self) -> None:
+        """Point the local tensors to the shards again: FSDP2 moves uneven shards when the first forward pads them."""
+        for local, sharded in zip(self._local, self._sharded, strict=True):
+            local.data = sharded.to_local().data

@@ -1,0 +1,49 @@
+"""Learned scales of quantized layers on a sharded model: parameters that only some phases use.
+
+They are part of the model from the first step, so that a switch adds no parameter to an optimizer. Until then they are
+ones without a gradient. At a switch each begins with its row's largest weight; a checkpoint that lacks them, such as a
+16-bit one from elsewhere, is as good as one that has them.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from launcher.engine.contract import Engine
+from quant.linear import LEARNED_SCALE, is_learned_scale, quantized_layers
+from quant.rounding import bf16_values, first_alpha
+
+
+@torch.no_grad()
+def initialize_scales_(engine: Engine) -> None:
+    """Begin the learned scales of the quantized layers with their rows' largest weights, and their moments with none.
+
+    Each rank looks at its ranges of the matrices, and the largest of all ranks' is taken, which is exact: the scales do
+    not depend on how the model is sharded. A collective.
+    """
+    layers = quantized_layers(engine.model)
+    levels = {name: layer.quant_config.levels for name, layer in layers.items() if layer.quant_config.learned}
+    if not levels:
+        return
+    shards = list(engine.shards())
+    rows = {name: layers[name].out_features for name in levels}
+    everything = torch.zeros(sum(rows.values()), device=engine.device)
+    largest = dict(zip(rows, everything.split(list(rows.values())), strict=True))
+    for shard in shards:
+        if (name := shard.name.removesuffix(".weight")) in levels:
+            values, width = bf16_values(shard.tensors["weight"]).abs(), math.prod(shard.shape[1:])
+            row, offset = divmod(shard.start, width)
+            padded = torch.zeros(math.ceil((offset + len(values)) / width) * width, device=values.device)
+            padded[offset : offset + len(values)] = values
+            found = padded.view(-1, width).amax(1).to(engine.device)
+            torch.maximum(largest[name][row : row + len(found)], found, out=largest[name][row : row + len(found)])
+    dist.all_reduce(everything, op=dist.ReduceOp.MAX)
+    for shard in shards:
+        if is_learned_scale(shard.name) and (name := shard.name.removesuffix(f".{LEARNED_SCALE}")) in levels:
+            end = shard.start + len(shard.tensors["weight"])
+            shard.tensors["weight"].copy_(first_alpha(largest[name], levels[name])[shard.start : end])
+            for moment in ("exp_avg", "exp_avg_sq"):
+                shard.tensors[moment].zero_()
+            shard.step.zero_()
+    engine.refresh_weights()

@@ -1,0 +1,196 @@
+"""Converting checkpoints, offline and tensor by tensor: between phases, engines and formats.
+
+A conversion into a run makes what the run itself would have at the transition: the checkpoint before it. The transition
+then happens when the run starts, by the same code as inside a run, so that both continue with the same bits. That is
+why converting one of our own checkpoints costs nothing: its files are immutable, and the new checkpoint links to them.
+"""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.checkpoint.location import reaching
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_checking
+from launcher.checkpoint.writer import CONFIG, CheckpointWriter, complete_checkpoints, folder_of
+from launcher.config.sections import Config
+from launcher.errors import ConfigError
+from launcher.formats.open import check_model, check_sound, model_of
+from launcher.formats.provenance import provenance
+from launcher.formats.start import check_start, first_progress
+from launcher.plan.plan import Plan, make_plan
+from launcher.run.folder import RunFolder
+from model.transformer import Transformer
+from quant.linear import is_learned_scale, matching_layers
+
+
+def starting_phase(config: Config, source: Source) -> int:
+    """The phase that begins where a checkpoint of ours stands; the first where none does."""
+    plan = make_plan(config, 1)
+    if isinstance(source, CheckpointReader):
+        at = (source.manifest["step"], source.manifest["tokens"])
+        for phase in plan.phases[1:]:
+            if at == (phase.start, phase.start * plan.tokens_per_step):
+                return phase.index
+    return 0
+
+
+def begins_anew(config: Config, source: Source) -> list[str]:
+    """A sentence where a checkpoint of ours has steps that the run does not go on behind."""
+    if config.checkpoint.start_phase or not isinstance(source, CheckpointReader) or not source.manifest["step"]:
+        return []
+    starts = ", ".join(str(phase.start) for phase in make_plan(config, 1).phases)
+    return [
+        f"The checkpoint is at step {source.manifest['step']}, the phases begin at {starts}, and the run with the "
+        "first of them: steps, schedule and data begin anew."
+    ]
+
+
+def preview(config: Config, source: Source) -> list[list[str]]:
+    """For each tensor, what a conversion into this run will do: name, shape, weight, moments.
+
+    Raises:
+        ConfigError, CheckpointError: as `convert_to_run`.
+    """
+    plan = plan_of_conversion(config, source)
+    phase = plan.phases[config.checkpoint.start_phase]
+    quantization = phase.quantization
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    ternary = {f"{name}.weight" for name in matching_layers(model, quantization)} if quantization else set()
+    as_ternary = f"latent of {quantization.levels} codes, {quantization.weights}" if quantization else ""
+    moments = {
+        "keep": "both kept",
+        "keep-variance": "first cleared, second kept",
+        "reset": "cleared",
+        "rescale": "rescaled",
+    }
+    return [
+        [
+            name,
+            " x ".join(map(str, shape)),
+            as_ternary if name in ternary else "16-bit",
+            moments[phase.transition.optimizer],
+        ]
+        for name, shape in source.shapes.items()
+    ]
+
+
+def plan_of_conversion(config: Config, source: Source) -> Plan:
+    """The plan of the run that is made; raises what `convert_to_run` does before it writes."""
+    plan, folder = make_plan(config, 1), RunFolder(config)
+    with reaching(folder.checkpoints):
+        if complete_checkpoints(folder.checkpoints):
+            raise ConfigError(f"{folder.checkpoints}: a run's checkpoints are there already; convert to another folder")
+    folder.check_configuration()
+    check_start(source, plan)
+    return plan
+
+
+def convert_to_run(config: Config, source: Source) -> Path:
+    """Make the folder of a run that begins with a checkpoint, ready to be trained.
+
+    Args:
+        config: of the run, with ``checkpoint.start_from`` and ``start_phase``.
+        source: that checkpoint, opened.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ConfigError: the folder holds a run already.
+        CheckpointError: the source does not fit, or a file cannot be read or written.
+    """
+    plan, folder = plan_of_conversion(config, source), RunFolder(config)
+    folder.claim()
+    folder.prepare([phase.end - phase.start for phase in plan.phases])
+    at = first_progress(plan)
+    writer = CheckpointWriter(folder_of(folder.checkpoints, at.step))
+    with reaching(writer.final):
+        writer.begin()
+        try:
+            if isinstance(source, CheckpointReader):
+                files = {name: record for name, record in source.manifest["files"].items() if name != CONFIG}
+                for name in files:
+                    writer.link(source.folder / name)
+            else:
+                files = write_streamed(writer, source)
+            writer.finish(
+                files,
+                folder.config_text,
+                {
+                    "step": at.step,
+                    "tokens": at.step * plan.tokens_per_step,
+                    "progress": vars(at),
+                    "data_fingerprint": carried_fingerprint(plan, source),
+                    "provenance": provenance(source, plan),
+                },
+                milestone=True,
+                has_moments=source.has_moments,
+            )
+        except BaseException:
+            writer.abandon()
+            raise
+    folder.write_state("converted", source=source.location)
+    return writer.final
+
+
+def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, Any]:
+    """Write all of a source into one file of ours, a piece of a tensor at a time; returns its record."""
+    kinds = KINDS if source.has_moments else ("weight",)
+    entries = [
+        (f"{kind}/{name}", torch.float32, (prod(shape),)) for name, shape in source.shapes.items() for kind in kinds
+    ]
+    values = (in_pieces(source, kind, name) for name in source.shapes for kind in kinds)
+    ranges = {
+        name: {"shape": shape, "start": 0, "step": source.read_step(name) if source.has_moments else 0.0}
+        for name, shape in source.shapes.items()
+    }
+    start_checking(source, kinds)
+    return writer.write_tensors("rank-00000.safetensors", entries, values, ranges)
+
+
+def carried_fingerprint(plan: Plan, source: Source) -> str | None:
+    """The fingerprint of the data that the run must go on with; None where it begins them anew."""
+    phase = plan.phases[plan.config.checkpoint.start_phase]
+    if phase.index and phase.transition.data == "continue" and isinstance(source, CheckpointReader):
+        fingerprint: str | None = source.manifest["data_fingerprint"]
+        return fingerprint
+    return None
+
+
+def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: torch.dtype) -> None:
+    """Write a Hugging Face folder with the weights in 16 bits; of a ternary run, its latent weights.
+
+    Args:
+        source: what is converted.
+        config: whose model it is; None for a source that says so itself: a checkpoint of ours or Hugging Face's folder.
+        folder: what is made.
+        dtype: of the weights.
+
+    Raises:
+        CheckpointError: the source is of another model or cannot be read, or the folder not be written.
+        ConfigError: the configuration is needed and not there.
+    """
+    from launcher.formats.hf_folder import write_hf
+
+    model = config.model if config else model_of(source)
+    if model is None:
+        raise ConfigError(f"{source.location}: what the model is must be said here: give --config")
+    check_model(source, model)
+    check_sound(source)
+    write_hf(source, model, folder, dtype=dtype)
+
+
+def not_carried(source: Source, into: str) -> list[str]:
+    """One sentence for each thing that a source has and the other format does not carry."""
+    sentences = []
+    if source.has_moments and into == "hf":
+        sentences.append(f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place.")
+    if into == "hf" and any(map(is_learned_scale, source.shapes)):
+        sentences.append("Learned scales are not carried: the format has latent weights alone.")
+    if isinstance(source, CheckpointReader):
+        sentences.append("The data position, the counters and the generators' states are not carried.")
+    return sentences

@@ -1,0 +1,213 @@
+"""The folders that DeepSpeed's `save_checkpoint` writes, read without DeepSpeed.
+
+    FOLDER/latest                                          the name of the newest TAG
+    FOLDER/TAG/mp_rank_00_model_states.pt                  stages 0 to 2: weights as the model computes with them
+               zero_pp_rank_R_mp_rank_00_model_states.pt   stage 3: one per rank, without weights
+               zero_pp_rank_R_mp_rank_00_optim_states.pt   what rank R has of the fp32 weights and the moments; with
+                                                           `bf16_` in front where the model computes in that
+
+What the stages have in these files, and where, is in `launcher.formats.deepspeed_parts`.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from launcher.checkpoint.source import Source
+from launcher.errors import CheckpointError
+from launcher.formats.deepspeed_parts import Part, Shape, find_parts
+from launcher.formats.pickled import PickledFile
+
+WHOLE_MODEL = "mp_rank_00_model_states.pt"
+
+
+RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
+
+
+UNREAD = {
+    "tensor or pipeline parallelism": r".*mp_rank_(?!00_)\d.*_states\.pt|layer_\d+-model.*",
+    "a mixture of experts": r"(layer_\d+_)?exp.*_states\.pt",
+    "an optimizer offloaded to NVMe": "offloaded_tensors",
+}
+"""Kinds of checkpoint that are refused, by the name of a file that only they have."""
+
+
+MISSING = (
+    "The position in the data is not in a DeepSpeed checkpoint.",
+    "The state of the random number generators is not in a DeepSpeed checkpoint.",
+    "The learning-rate schedule is not taken from a DeepSpeed checkpoint: the configuration's applies.",
+)
+
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""What wrappers of a model put in front of every name."""
+
+
+def is_deepspeed(folder: Path) -> bool:
+    """Whether this is a folder of DeepSpeed's `save_checkpoint`, or that of a tag in it."""
+    return (folder / "latest").is_file() or (any(folder.glob("*_model_states.pt")) and not (folder / "zero").is_dir())
+
+
+def tag_folder(folder: Path, pointer: str) -> Path:
+    """The folder that the file named ``pointer`` names; the given one if there is no such file."""
+    if not (folder / pointer).is_file():
+        return folder
+    tag = (folder / pointer).read_text(errors="replace").strip()
+    if not tag or "/" in tag or not (folder / tag).is_dir():
+        raise CheckpointError(f"{folder / pointer} names {tag!r}, and no such folder is beside it")
+    return folder / tag
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names by what is left of them without the prefixes of wrappers, which all of them must have."""
+    short = {name: name for name in names}
+    while short and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in short)), None)):
+        short = {name.removeprefix(wrapper): full for name, full in short.items()}
+    return short
+
+
+@contextmanager
+def naming_content(location: str) -> Iterator[None]:
+    """Turn what content of another form than DeepSpeed's makes of its reader, anywhere, into one CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{location} does not hold what DeepSpeed 0.19 writes: {error!r}") from error
+
+
+class DeepSpeedSource(Source):
+    """A folder that plain DeepSpeed wrote with ZeRO stage 0, 1, 2 or 3, at any number of ranks.
+
+    Parameters that were frozen have no moments: these read as zeros, with step 0. Of parameters that share their memory
+    (tied embeddings) the first name is there, as in a model's `named_parameters`.
+
+    Args:
+        folder: the one with the file `latest`, or that of a tag in it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the folder comes from a kind of training that is not read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = tag_folder(folder, "latest")
+        self.location = str(self.folder)
+        with naming_content(self.location):
+            models, ranks = _open_files(self.folder)
+            shapes, trained, frozen = find_parts(models, ranks)
+            self._parts: dict[str, list[Part]] = {name: [] for name in shapes}
+            for part in (*trained, *frozen):
+                self._parts[part.name].append(part)
+            for name, shape in shapes.items():
+                self._check(name, shape)
+        self._names = unwrapped(shapes)
+        self.shapes = {short: shapes[name] for short, name in self._names.items()}
+        self.has_moments = bool(trained) and all(part.step is not None for part in trained)
+        self.missing = (*MISSING, *self._shortcomings({part.name for part in frozen}))
+        if self.has_moments and not ranks:
+            self.missing += ("Stage 0 numbers the moments; they were given to parameters by order and shape.",)
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        num_elements = math.prod(self.shapes[name])
+        if not 0 <= start <= start + length <= num_elements:
+            raise CheckpointError(f"{self.location}: {name} has {num_elements} elements, not {start + length}")
+        # NumPy asks for huge pages, whose first touch costs a quarter of the time.
+        found, position = torch.from_numpy(np.empty(length, np.float32)), 0
+        for part in self._parts[self._names[name]]:
+            first, end = max(start, position), min(start + length, position + part.length)
+            if first < end:
+                out, stored = found[first - start : end - start], part.tensors.get(kind)
+                if stored is None:
+                    out.zero_()
+                elif stored.dtype == torch.float32:
+                    part.file.read(stored, part.offset + first - position, end - first, into=out)
+                else:
+                    out.copy_(part.file.read(stored, part.offset + first - position, end - first))
+            position += part.length
+        return found
+
+    def read_step(self, name: str) -> float:
+        return next((part.step for part in self._parts[self._names[name]] if part.step is not None), 0.0)
+
+    def check_ahead(self, kinds: Sequence[str]) -> None:
+        for name in self._names.values():
+            for kind in kinds:
+                for part in self._parts[name]:
+                    if kind in part.tensors:
+                        part.file.check(part.tensors[kind])
+
+    def _check(self, name: str, shape: Shape) -> None:
+        """Hold that the parts of a parameter are where they should be, make it up, and are of one save."""
+        if any(type(size) is not int or size < 0 for size in shape):
+            raise CheckpointError(f"{self.location} has {shape} as the shape of {name}")
+        num_elements = 0
+        for part in self._parts[name]:
+            for kind, tensor in part.tensors.items():
+                part.file.locate(tensor)
+                if not 0 <= part.offset <= part.offset + part.length <= tensor.numel():
+                    raise CheckpointError(
+                        f"{part.file.path} has {tensor.numel()} elements where {name} ({kind}) should be"
+                    )
+            num_elements += part.length
+        if num_elements != math.prod(shape):
+            raise CheckpointError(f"{self.location} holds {num_elements} elements of {name}, whose shape is {shape}")
+        if len({part.step for part in self._parts[name]}) > 1:
+            raise CheckpointError(
+                f"{self.location} is a mixture: its ranks hold {name} after different numbers of steps"
+            )
+
+    def _shortcomings(self, frozen: set[str]) -> Iterator[str]:
+        if not self.has_moments:
+            yield "Adam's moments are not there, or not of every parameter: the optimizer starts anew."
+        elif frozen:
+            yield f"Moments of {_some(frozen)} are not there, since it was frozen: they start at zero."
+        coarse = {
+            part.name: str(part.tensors["weight"].dtype).removeprefix("torch.")
+            for parts in self._parts.values()
+            for part in parts
+            if part.tensors["weight"].dtype.itemsize < 4
+        }
+        if coarse:
+            yield f"The fp32 weight of {_some(coarse)} is not there: it is stored in {min(coarse.values())}."
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} (and of {len(others)} others)" if others else first
+
+
+def _open_files(folder: Path) -> tuple[list[PickledFile], list[PickledFile]]:
+    """The files of model states and those of optimizer states, each in the order of the ranks."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder")
+    names = sorted(path.name for path in folder.iterdir())
+    for origin, pattern in UNREAD.items():
+        if found := [name for name in names if re.fullmatch(pattern, name)]:
+            raise CheckpointError(f"{folder} comes from {origin} (see {found[0]}), which is not read")
+    by_rank: dict[str, dict[int, str]] = {"model": {}, "optim": {}}
+    for name in names:
+        if match := RANK_FILE.fullmatch(name):
+            other = by_rank[match[2]].setdefault(int(match[1]), name)
+            if other != name:
+                raise CheckpointError(f"{folder} holds parts of two checkpoints: {other} and {name}")
+    if WHOLE_MODEL in names or not by_rank["model"]:
+        by_rank["model"] = {0: WHOLE_MODEL}
+    models, ranks = ([PickledFile(folder / found[rank]) for rank in sorted(found)] for found in by_rank.values())
+    if models[0].tree["param_shapes"] is None:
+        return models, []
+    num_ranks = models[0].tree["dp_world_size"]
+    for kind, files in by_rank.items():
+        expected = {0} if files.get(0) == WHOLE_MODEL else set(range(num_ranks))
+        if odd := sorted(expected.symmetric_difference(files)):
+            state = "missing" if odd[0] in expected else "there as well"
+            raise CheckpointError(
+                f"{folder} was written by {num_ranks} ranks, and rank {odd[0]}'s file of {kind} states is {state}"
+            )
+    return models, ranks

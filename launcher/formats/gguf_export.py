@@ -1,0 +1,237 @@
+"""Writing GGUF files, which llama.cpp and all that is built on it run: codes and levels, tensor by tensor.
+
+A ternary file holds the codes that training computed with, every one of them, and their levels in half precision. What
+differs from training then is llama.cpp's own arithmetic: it rounds the inputs of a layer to 8 bits by blocks of 256
+instead of by token, and keeps keys and values in half precision.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.gguf_vocabulary import gguf_vocabulary
+from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.location import flush_folder, reaching
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import Source, in_pieces
+from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.codes import CodedMatrices
+from launcher.formats.opened import Exportable
+from model.gguf import gguf_architecture, gguf_metadata, gguf_name, gguf_rows
+from model.size import parameter_shapes
+from quant.gguf import (
+    BLOCK_WIDTHS,
+    TERNARY_TYPES,
+    BlockType,
+    StoredType,
+    block_width_problem,
+    ggml_type,
+    recipe_problem,
+    to_blocks,
+)
+
+EmbeddingType = Literal["q8_0", "f16"]
+
+
+EMBEDDING_TYPES: tuple[EmbeddingType, ...] = ("q8_0", "f16")
+
+
+EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
+"""What the parameters begin with that have the type of embeddings."""
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor of the file, before its values are read."""
+
+    name: str
+    parameter: str
+    """Name of ours."""
+    shape: tuple[int, ...]
+    into: StoredType
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes in the file."""
+        from gguf.constants import GGML_QUANT_SIZES
+
+        elements, size = GGML_QUANT_SIZES[ggml_type(self.into)]
+        return prod(self.shape) // elements * size
+
+
+def export_gguf(
+    opened: Exportable,
+    to: Path,
+    *,
+    into: BlockType = "tq2_0",
+    embeddings: EmbeddingType | None = None,
+    tokenizer: Path,
+) -> str:
+    """Write a GGUF file; it has its name when it is complete, until then it is `NAME.tmp`.
+
+    Args:
+        opened: with ``ternary`` for the ternary types.
+        to: the file.
+        into: type of the projections. f16 and q8_0 take codes times their level of a ternary phase, else the weights.
+        embeddings: type of the embedding and the head; by default f16 beside f16, else q8_0.
+        tokenizer: its file.
+
+    Returns:
+        A sentence about what was written.
+
+    Raises:
+        ConfigError: the `gguf` package is missing.
+        CheckpointError: llama.cpp would compute something else than the model; or the source cannot be read, or the
+            file not be written.
+        DataError: llama.cpp would tokenize differently.
+    """
+    _require_gguf()
+    embeddings = embeddings or ("f16" if into == "f16" else "q8_0")
+    coded = _coded(opened, into)
+    tensors = _tensors(opened, coded, into, embeddings)
+    name = opened.config.run.name if opened.config else Path(opened.source.location).name
+    general = {"name": name, "file_type": _file_type(into), "quantization_version": 2}
+    metadata: dict[str, object] = {f"general.{key}": value for key, value in general.items()}
+    metadata |= gguf_metadata(opened.model)
+    vocabulary = gguf_vocabulary(tokenizer, opened.model.vocab_size)
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+    if isinstance(opened.source, CheckpointReader):
+        metadata |= {f"tritrain.{key}": opened.source.manifest[key] for key in ("step", "digest")}
+    values = (_values(opened, coded, tensor) for tensor in tensors)
+    _write(to, gguf_architecture(opened.model), metadata, tensors, values)
+    num_codes = sum(prod(tensor.shape) for tensor in tensors if coded and tensor.parameter in coded)
+    total = sum(prod(tensor.shape) for tensor in tensors)
+    held = "are codes" if into in TERNARY_TYPES else "are codes times their level"
+    return f"{num_codes / total:.1%} of {total:,} weights {held}, as {into}; embedding and head as {embeddings}."
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("GGUF files need the `gguf` package: pip install -e '.[gguf]'") from error
+
+
+def _coded(opened: Exportable, into: BlockType) -> CodedMatrices | None:
+    """The matrices that become codes, or codes times their level; None in 16 bits."""
+    quantization, at = opened.quantization, opened.source.location
+    if quantization is None:
+        return None
+    if opened.strength < 1:
+        raise CheckpointError(
+            f"{at} is on a ramp, at strength {opened.strength:.3g}: it computes with something between its weights and "
+            "their codes, and llama.cpp has nothing like that; train it to the end of the ramp"
+        )
+    if problem := recipe_problem(quantization, into):
+        raise CheckpointError(f"{at} cannot be written as {into}: quantization.{problem}")
+    return CodedMatrices(opened.source, opened.model, quantization)
+
+
+def _tensors(
+    opened: Exportable, coded: CodedMatrices | None, into: BlockType, embeddings: EmbeddingType
+) -> list[GGUFTensor]:
+    """What the file will hold, in order.
+
+    Raises:
+        CheckpointError: there is no graph for the model, or rows are of no width that the types can have.
+    """
+    config, at = opened.model, opened.source.location
+    try:
+        architecture = gguf_architecture(config)
+    except ValueError as error:
+        raise CheckpointError(f"{at} cannot be written as GGUF: {error}") from error
+    shapes = parameter_shapes(config)
+    if problems := list(mismatches(opened.source, set(shapes), shapes)):
+        raise CheckpointError(f"{at} does not fit its model: {'; '.join(problems)}")
+    tensors = []
+    for parameter, shape in shapes.items():
+        kind: StoredType = "f32"
+        if coded and parameter in coded:
+            kind = into
+        elif parameter.startswith(EMBEDDINGS):
+            kind = embeddings
+        elif len(shape) > 1:
+            kind = "f16" if into in TERNARY_TYPES else into
+        if problem := block_width_problem(parameter, shape[-1], kind):
+            raise CheckpointError(f"{at} cannot be written as GGUF: {problem}")
+        tensors.append(GGUFTensor(gguf_name(parameter, config), parameter, shape, kind))
+    if architecture == "olmo2" and config.tie_embeddings:  # its graph has no tied head
+        tensors.append(GGUFTensor("output.weight", "model.embed_tokens.weight", tensors[0].shape, embeddings))
+    return tensors
+
+
+def _values(opened: Exportable, coded: CodedMatrices | None, tensor: GGUFTensor) -> NDArray[np.generic]:
+    """The bytes of a tensor, as an array."""
+    source, name = opened.source, tensor.parameter
+    try:
+        if coded and name in coded:
+            return to_blocks(gguf_rows(coded.dequantized(name), name, opened.model), tensor.into)
+        if name.startswith(EMBEDDINGS):  # the largest matrices by far, so they are not held in fp32
+            block_width = BLOCK_WIDTHS[tensor.into]
+            pieces = (piece.view(-1, block_width) for piece in in_pieces(source, "weight", name))
+            return np.concatenate([to_blocks(piece, tensor.into) for piece in pieces])
+        return to_blocks(gguf_rows(_read(source, name), name, opened.model), tensor.into)
+    except ValueError as error:
+        raise CheckpointError(f"{source.location}: {name}: {error}") from error
+
+
+def _read(source: Source, name: str) -> Tensor:
+    shape = source.shapes[name]
+    return source.read("weight", name, 0, prod(shape)).view(shape)
+
+
+def _file_type(into: BlockType) -> int:
+    from gguf import LlamaFileType
+
+    return int(LlamaFileType[f"MOSTLY_{into.upper()}"])
+
+
+def _write(
+    to: Path,
+    architecture: str,
+    metadata: Mapping[str, object],
+    tensors: list[GGUFTensor],
+    values: Iterator[NDArray[np.generic]],
+) -> None:
+    """Write the file under another name, flush it, and rename it; nothing is left of one that fails."""
+    from gguf import GGUFValueType, GGUFWriter
+
+    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+    building = to.with_name(f"{to.name}.tmp")
+    writer = GGUFWriter(building, architecture)
+    for key, value in metadata.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, kinds.get(type(value), GGUFValueType.STRING))
+    for tensor in tensors:
+        # Its dtype stands for nothing where the type is given.
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, ggml_type(tensor.into)
+        )
+    with reaching(to):
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for array in values:
+                writer.write_tensor_data(array)
+            assert writer.fout is not None
+            writer.flush()
+            os.fsync(writer.fout[0].fileno())
+            writer.close()
+            building.rename(to)
+            flush_folder(to.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):  # where the disk is full, closing fails as well
+                writer.close()
+            building.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,188 @@
+"""Exports to Hugging Face Transformers: 16-bit weights, or packed ternary ones (`quantization_config` of BitNet).
+
+Transformers computes a packed layer with one of two classes, which take opposite scales:
+
+- `bitlinear`: the codes of the input times those of the weights, divided by both scales; the file has 1 / level. In
+  fp32 the products of codes are those of training, bit for bit, and the weights stay packed in memory.
+- `autobitlinear`: the dequantized input times the codes, multiplied by the scale; the file has the level. The weights
+  are unpacked when they are loaded.
+
+The wrong scale loads without a word and computes nonsense, so what is written depends on the class alone.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from data.tokenizer import load_tokenizer
+from data.tokenizer_json import tokenizer_files
+from launcher.errors import CheckpointError
+from launcher.formats.codes import CodedMatrices
+from launcher.formats.hf_folder import Stored, stored_weights, to_json, write_folder
+from launcher.formats.hf_source import dtype_name, listed, naming
+from launcher.formats.model_card import model_card
+from launcher.formats.opened import Exportable
+from launcher.formats.provenance import source_record
+from model.hf import config_to_hf
+from model.size import is_projection
+from quant.codes import CODES_PER_BYTE, pack
+from quant.config import QuantConfig
+
+LinearClass = Literal["bitlinear", "autobitlinear"]
+
+
+HfWeights = Literal["latent", "dequantized", "packed"]
+
+
+HOLDS: dict[HfWeights, str] = {
+    "latent": "the 16-bit weights, of a ternary phase the latent ones, which are rounded to codes while it trains",
+    "dequantized": "the ternary codes times their level as 16-bit weights; inputs of the layers are not quantized",
+    "packed": "ternary codes in 2 bits, with the inputs of the layers rounded to 8 bits ({})",
+}
+"""What is said of the weights."""
+
+
+NO_OTHER_WAY = "export the latent weights (--format hf --weights latent)"
+
+
+AS_WEIGHTS = "export their weights (--format hf --weights dequantized)"
+
+
+def export_hf(
+    exportable: Exportable,
+    folder: Path,
+    *,
+    weights: HfWeights,
+    dtype: torch.dtype | None = None,
+    linear_class: LinearClass = "bitlinear",
+    tokenizer: Path | None,
+) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens without any code of ours.
+
+    Args:
+        exportable: opened with ``ternary`` for all but latent weights.
+        folder: to be written; must not be there.
+        weights: `latent`, to go on training; `dequantized`, codes times their level as plain weights, to run with
+            inputs that are not quantized; or `packed`, 2-bit codes.
+        dtype: of what is not packed, and what Transformers computes in by default. By default the one that the run
+            computes in, which loses nothing; latent weights are in fp32 while they train, which loses bits in bf16.
+        linear_class: what computes packed weights.
+        tokenizer: its file; None leaves it out.
+
+    Raises:
+        CheckpointError: Transformers cannot express the model or its recipe (all reasons are listed), or the folder is
+            there already, or cannot be written.
+        DataError: the tokenizer cannot be expressed exactly, or is of another model.
+    """
+    model, quantization = exportable.model, exportable.quantization
+    if dtype is None:
+        config = exportable.config
+        dtype = torch.float32 if config and config.training.compute_dtype == "fp32" else torch.bfloat16
+    files, end = {}, None
+    if tokenizer is not None:
+        files = tokenizer_files(tokenizer, vocab_size=model.vocab_size, max_sequence_length=model.max_sequence_length)
+        end = load_tokenizer(tokenizer).end_of_document
+    with naming(folder):
+        hf_config = {**config_to_hf(model, bos_token_id=end, eos_token_id=end), "torch_dtype": dtype_name(dtype)}
+    tensors = stored_weights(exportable.source, model, dtype)
+    if weights != "latent":
+        assert quantization is not None
+        matrices = CodedMatrices(exportable.source, model, quantization)
+        problems = recipe_problems(quantization, packed=weights == "packed")
+        if weights == "packed":
+            problems += packing_problems(exportable, matrices, linear_class)
+            hf_config["quantization_config"] = quantization_config(matrices, tensors, linear_class)
+        if problems:
+            raise CheckpointError(listed(f"{exportable.source.location}: Transformers cannot compute this", problems))
+        tensors = [
+            each
+            for tensor in tensors
+            for each in (
+                [tensor]
+                if tensor.name not in matrices
+                else packed(tensor, matrices, linear_class)
+                if weights == "packed"
+                else [tensor._replace(pieces=dequantized(tensor, matrices))]
+            )
+        ]
+    record = source_record(exportable.source)
+    card = model_card(exportable, record, HOLDS[weights].format(linear_class), has_tokenizer=tokenizer is not None)
+    files |= {"README.md": card.encode(), "provenance.json": to_json(record)}
+    write_folder(folder, hf_config, tensors, files)
+
+
+def recipe_problems(config: QuantConfig, *, packed: bool) -> list[str]:
+    """Why Transformers does not compute what a recipe does, each with what would be exportable."""
+    problems = []
+    if config.layer_norm:
+        problems.append(f"layer_norm true: its layers do not normalise their inputs; {NO_OTHER_WAY}")
+    if config.dead_zone_bias:
+        problems.append(f"dead_zone_bias {config.dead_zone_bias}: its layers have no such bias; {NO_OTHER_WAY}")
+    if not packed:
+        return problems
+    if config.granularity != "matrix":
+        kind = "learned scales" if config.learned else f"granularity {config.granularity}"
+        problems.append(f"{kind}: a packed matrix has one scale; {AS_WEIGHTS}")
+    if config.levels not in ("ternary", "binary"):
+        problems.append(f"levels {config.levels}: only -1, 0 and +1 are packed; {AS_WEIGHTS}")
+    if config.activations != "int8":
+        problems.append(f"activations {config.activations}: packed layers round inputs to int8; {AS_WEIGHTS}")
+    if config.hadamard != "none":
+        problems.append(f"hadamard {config.hadamard}: packed layers do not rotate their inputs; {AS_WEIGHTS}")
+    return problems
+
+
+def packing_problems(exportable: Exportable, matrices: CodedMatrices, linear_class: LinearClass) -> list[str]:
+    """Why matrices cannot be packed."""
+    shapes = exportable.source.shapes
+    problems = [
+        f"{name} has {shapes[name][0]} rows, and only a multiple of {CODES_PER_BYTE} can be packed; {AS_WEIGHTS}"
+        for name in matrices.names
+        if name in shapes and shapes[name][0] % CODES_PER_BYTE
+    ]
+    problems += [
+        f"{name} is quantized, and only the projections of blocks can be packed; {AS_WEIGHTS}"
+        for name in matrices.names
+        if not is_projection(name)
+    ]
+    if exportable.model.qkv_bias and linear_class == "autobitlinear":
+        problems.append("qkv_bias true: autobitlinear multiplies the bias by the scale of the weights; take bitlinear")
+    return problems
+
+
+def quantization_config(matrices: CodedMatrices, tensors: list[Stored], linear_class: LinearClass) -> dict[str, object]:
+    """The part of `config.json` that makes Transformers unpack."""
+    left_out = [
+        each.name.removesuffix(".weight") for each in tensors if is_projection(each.name) and each.name not in matrices
+    ]
+    return {
+        "quant_method": "bitnet",
+        "linear_class": linear_class,
+        "quantization_mode": "offline",
+        # Without a list Transformers leaves out what comes last in the model, which in OLMo is a projection.
+        "modules_to_not_convert": ["lm_head", *left_out],
+    }
+
+
+def packed(tensor: Stored, matrices: CodedMatrices, linear_class: LinearClass) -> list[Stored]:
+    """A matrix as its packed codes, and the scale beside them, which is always fp32."""
+    O, I = tensor.shape  # noqa: E741
+    scales: list[Tensor] = []
+
+    def codes() -> Iterator[Tensor]:
+        codes_OI, level = matrices.codes(tensor.name)
+        scales.append((level if linear_class == "autobitlinear" else level.reciprocal()).reshape(1))
+        yield pack(codes_OI)
+
+    return [
+        Stored(tensor.name, torch.uint8, (O // CODES_PER_BYTE, I), codes()),
+        Stored(f"{tensor.name}_scale", torch.float32, (1,), scales),  # filled by then: codes are written first
+    ]
+
+
+def dequantized(tensor: Stored, matrices: CodedMatrices) -> Iterator[Tensor]:
+    """A matrix as its codes times their level."""
+    yield matrices.dequantized(tensor.name).to(tensor.dtype)

@@ -1,0 +1,294 @@
+"""Hugging Face folders, read as a source: `config.json` and safetensors, in one file or several.
+
+Nothing but ranges of tensors is ever in memory, and Transformers is not needed.
+
+A packed BitNet folder (`quantization_config` of method `bitnet`) holds codes and one scale a matrix in place of the
+projections' weights; `quant.codes` has the layout. Its scale has two conventions, by the class of linear layer that
+Transformers computes with: `autobitlinear` multiplies by it, `bitlinear` divides. What is read are latent weights,
+``code * scale``.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launcher.checkpoint.location import reaching
+from launcher.checkpoint.source import Source
+from launcher.checkpoint.tensor_file import Entry, TensorFile, TensorFileError
+from launcher.errors import CheckpointError
+from model.hf import config_from_hf
+from model.size import is_projection, parameter_shapes
+from quant.codes import CODES_PER_BYTE, unpack_block
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+PICKLE = "pytorch_model.bin"
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+DERIVED = "rotary_emb.inv_freq"
+"""End of the names of a buffer that old Llama folders hold and every program computes."""
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+NOT_IN_A_FOLDER = (
+    "A Hugging Face folder holds no optimizer moments: the optimizer starts anew.",
+    "A Hugging Face folder holds no data position: the data start at their beginning.",
+    "A Hugging Face folder holds no state of random generators and no counters of steps and tokens: they start anew.",
+)
+
+
+NOT_IN_16_BITS = "The folder holds weights in {}: what fp32 weights had below that was rounded away."
+
+
+NOT_IN_CODES = (
+    "The folder holds packed ternary codes: what the latent weights were between the codes is not in it. Code times "
+    "scale is read instead. For these an absmean quantizer finds the same codes, but a scale that is smaller by the "
+    "share of zeros; absmedian finds the folder's own scale where fewer than half of the codes are zeros."
+)
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether a folder is meant to be one of Hugging Face's; it may still be damaged."""
+    with reaching(folder):
+        return any((folder / name).is_file() for name in (CONFIG, WEIGHTS, INDEX))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a folder's projections are packed."""
+
+    divides: bool
+    """Whether a weight is its code divided by the scale, or multiplied by it."""
+    left_out: tuple[str, ...]
+    """Modules with one of these in their dotted names are not packed."""
+    online: bool
+    """Whether the weights are stored in 16 bits and quantized while computing."""
+
+    def applies_to(self, name: str) -> bool:
+        """Whether the parameter of this name is packed."""
+        return is_projection(name) and not any(part in name.removesuffix(".weight") for part in self.left_out)
+
+
+class HuggingFaceSource(Source):
+    """A folder of one of the families in `model.hf`, opened: names, shapes and dtypes have been checked.
+
+    Args:
+        folder: with `config.json` and `model.safetensors`, or the files that an index names.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the tensors are not those of `config.json`'s model, in which
+            case it lists all that is wrong with them.
+    """
+
+    has_moments = False
+
+    def __init__(self, folder: Path) -> None:
+        self.location = str(folder)
+        hf_config = _read_json(folder / CONFIG)
+        with naming(folder / CONFIG):
+            packing = _read_packing(hf_config.pop("quantization_config", None))
+            self.model_config = config_from_hf(hf_config)
+        self._packing = None if packing and packing.online else packing
+        self.is_packed = self._packing is not None
+        self.first_token: Any = hf_config.get("bos_token_id")
+        self._files: dict[str, TensorFile] = {}
+        self._paths: dict[str, Path] = {}
+        for path in _weight_files(folder):
+            with naming(path):
+                file = TensorFile(path)
+            for name in file.entries:
+                if name in self._files:
+                    raise CheckpointError(f"{path}: {name} is in {self._paths[name].name} as well")
+                self._files[name], self._paths[name] = file, path
+        found = {name: file.entries[name] for name, file in self._files.items() if not name.endswith(DERIVED)}
+        if self.model_config.tie_embeddings:
+            found.pop(HEAD, None)  # Transformers ties it, whatever it holds
+        if self.model_config.num_layers > len(found):
+            raise CheckpointError(
+                f"{folder / CONFIG}: num_hidden_layers is {self.model_config.num_layers}, "
+                f"but the folder holds only {len(found)} tensors"
+            )
+        self.shapes = parameter_shapes(self.model_config)
+        self.ternary = tuple(name for name in self.shapes if packing and packing.applies_to(name))
+        """Weights that Transformers computes with as codes, whether they are stored as such or not."""
+        if problems := _problems(found, self.shapes, self._packing):
+            raise CheckpointError(listed(f"{folder} does not hold the model that its {CONFIG} describes", problems))
+        self.missing = NOT_IN_A_FOLDER
+        if narrow := {found[name].dtype for name in self.shapes} & {torch.bfloat16, torch.float16}:
+            self.missing += (NOT_IN_16_BITS.format(" and ".join(sorted(map(dtype_name, narrow)))),)
+        if self._packing:
+            self.missing += (NOT_IN_CODES,)
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        if kind != "weight":
+            raise CheckpointError(f"{self.location}: a Hugging Face folder holds no {kind}")
+        with naming(self._paths[name]):
+            if self._packing and self._packing.applies_to(name):
+                return self._read_packed(name, start, length, divides=self._packing.divides)
+            return self._files[name].read(name, start, length).float()
+
+    def _read_packed(self, name: str, start: int, length: int, *, divides: bool) -> Tensor:
+        """Unpack the bytes that the range needs: from each fourth of the rows it meets, a range as well."""
+        file, num_bytes = self._files[name], self._files[name].entries[name].num_elements
+        if start + length > CODES_PER_BYTE * num_bytes:
+            raise TensorFileError(f"{name} holds {CODES_PER_BYTE * num_bytes} codes, not {start + length}")
+        values = torch.empty(length)
+        for block in range(CODES_PER_BYTE):
+            first, last = max(start, block * num_bytes), min(start + length, (block + 1) * num_bytes)
+            if first < last:
+                packed = file.read(name, first - block * num_bytes, last - first)
+                values[first - start : last - start] = unpack_block(packed, block)
+        scale = self._scale(name)
+        return values / scale if divides else values * scale
+
+    def _scale(self, name: str) -> Tensor:
+        scale_name = f"{name}_scale"
+        scale = self._files[scale_name].read(scale_name).float()
+        if not 0 < scale.item() < torch.inf:
+            raise TensorFileError(f"{scale_name} is {scale.item()} and must be positive")
+        return scale
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """The codes of a packed weight as they are stored, uint8 [O / 4, I], and what they are multiplied by, [1, 1].
+
+        Raises:
+            CheckpointError: a byte or the scale is none that may be there, or the layer has a bias that Transformers
+                multiplies by the scale of the weights.
+        """
+        assert self._packing is not None, "the folder is not packed"
+        if not self._packing.divides and name.replace(".weight", ".bias") in self.shapes:
+            raise CheckpointError(
+                f"{self.location}: Transformers' autobitlinear multiplies the bias of {name} by the weights' scale, "
+                "which is not computed here; a folder of linear_class bitlinear is read"
+            )
+        file = self._files[name]
+        with naming(self._paths[name]):
+            packed_RI, scale = file.read(name).view(file.entries[name].shape), self._scale(name)
+            for block in range(CODES_PER_BYTE):
+                unpack_block(packed_RI, block)  # raises where a byte is none
+        return packed_RI, (1 / scale if self._packing.divides else scale).view(1, 1)
+
+    def read_step(self, name: str) -> float:
+        raise CheckpointError(f"{self.location}: a Hugging Face folder holds no optimizer moments, so no steps of them")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn what is wrong with a file into one error that names it."""
+    with reaching(path):
+        try:
+            yield
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with naming(path):
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not there; a Hugging Face folder has one")
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is no JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _read_packing(quantization: Any) -> Packing | None:
+    """Read `quantization_config`; None where the weights are stored as they are."""
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitnet":
+        raise ValueError(f"quantization_config {quantization!r}: only quant_method 'bitnet' is read")
+    layer = quantization.get("linear_class", "bitlinear")
+    mode = quantization.get("quantization_mode", "offline")
+    left_out = quantization.get("modules_to_not_convert") or []
+    problems = []
+    if layer not in ("bitlinear", "autobitlinear"):
+        problems.append(f"linear_class {layer!r}: only bitlinear and autobitlinear are there")
+    if mode not in ("offline", "online"):
+        problems.append(f"quantization_mode {mode!r}: only offline and online are there")
+    if quantization.get("use_rms_norm"):
+        problems.append("use_rms_norm true: the model has no norm of its own in each linear layer")
+    if not isinstance(left_out, list) or not all(isinstance(part, str) for part in left_out):
+        problems.append(f"modules_to_not_convert {left_out!r}: must be a list of names")
+    if problems:
+        raise ValueError(listed("its quantization_config cannot be read", problems))
+    online = layer == "autobitlinear" and mode == "online"
+    return Packing(divides=layer == "bitlinear", left_out=tuple(left_out), online=online)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files to read, all of which are there; the one file goes before the index, as in Transformers."""
+    with naming(folder):
+        if (folder / WEIGHTS).is_file():
+            return [folder / WEIGHTS]
+        if not (folder / INDEX).is_file():
+            pickled = (folder / PICKLE).is_file()
+            advice = f"; {PICKLE} is a pickle, which is never opened: save the model as safetensors" if pickled else ""
+            raise ValueError(f"has neither {WEIGHTS} nor {INDEX}{advice}")
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    with naming(folder / INDEX):
+        if not weight_map or not isinstance(weight_map, dict) or any(type(v) is not str for v in weight_map.values()):
+            raise ValueError("must have a weight_map from names of tensors to names of files")
+        names = sorted(set(weight_map.values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"points outside of its folder: {', '.join(outside)}")
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise ValueError(f"names files that are not there: {', '.join(absent)}")
+    return [folder / name for name in names]
+
+
+def _problems(found: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], packing: Packing | None) -> list[str]:
+    """Everything in which the stored tensors differ from those that belong there."""
+    problems = []
+    vocabulary = {name: shape for name, shape in shapes.items() if name in (EMBEDDING, HEAD)}
+    rows = {found[name].shape[0] for name in vocabulary if name in found and found[name].shape}
+    if len(rows) == 1 and rows != {shapes[EMBEDDING][0]}:
+        (num_rows,) = rows
+        problems.append(
+            f"vocabulary: {CONFIG} says vocab_size {shapes[EMBEDDING][0]} and the embedding has {num_rows} rows; "
+            f'"vocab_size": {num_rows} is right for these files, rows that no token uses included'
+        )
+        shapes = {**shapes, **{name: (num_rows, shape[1]) for name, shape in vocabulary.items()}}
+    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
+    for name, shape in shapes.items():
+        expected[name] = shape, FLOATS
+        if packing and packing.applies_to(name):
+            if shape[0] % CODES_PER_BYTE:
+                problems.append(f"{name} has {shape[0]} rows, and only a multiple of {CODES_PER_BYTE} can be packed")
+            expected[name] = (shape[0] // CODES_PER_BYTE, shape[1]), (torch.uint8,)
+            expected[f"{name}_scale"] = (1,), FLOATS
+    problems += [f"missing: {name} {shape}" for name, (shape, _) in expected.items() if name not in found]
+    problems += [f"not in the model: {name} {entry.shape}" for name, entry in found.items() if name not in expected]
+    for name, (shape, dtypes) in expected.items():
+        if name in found and found[name].shape != shape:
+            problems.append(f"shape: {name} is {found[name].shape} and must be {shape}")
+        if name in found and found[name].dtype not in dtypes:
+            problems.append(
+                f"dtype: {name} is {dtype_name(found[name].dtype)} and must be {' or '.join(map(dtype_name, dtypes))}"
+            )
+    return problems
+
+
+def listed(what: str, problems: list[str]) -> str:
+    """Problems, each in a line of its own."""
+    return "\n  ".join([f"{what}:", *problems])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that other programs have for it."""
+    return str(dtype).removeprefix("torch.")

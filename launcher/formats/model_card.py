@@ -1,0 +1,124 @@
+"""The `README.md` of an export: what the model is, what it was trained on and how, and how to load it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.prepared import TRAIN, read_manifest
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.config.sections import Config
+from launcher.formats.opened import Exportable
+from launcher.plan.plan import make_plan
+from launcher.process.console import human_count
+from launcher.run.metrics_log import read_metrics
+from launcher.run.scores import RESULTS, TASK_COLUMNS, read_results, table_of
+from model.size import num_linear_parameters, num_parameters
+
+LAST = {
+    "train/loss": "training loss, nats per token",
+    "validation/loss": "held-out loss, nats per token",
+    "validation/bits_per_byte": "held-out loss, bits per byte of text",
+}
+"""The measurements that a card quotes, and their units."""
+
+
+LOADING = """
+```python
+from transformers import AutoModelForCausalLM{tokenizer_import}
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
+{tokenizer_line}```
+"""
+
+
+def model_card(exportable: Exportable, record: Mapping[str, Any], holds: str, *, has_tokenizer: bool) -> str:
+    """Markdown, with the metadata that model hubs read on top.
+
+    Args:
+        exportable: whose run is described; of a checkpoint from elsewhere there is little to say.
+        record: where it comes from, see `launcher.formats.provenance.source_record`.
+        holds: what the weights are.
+        has_tokenizer: whether the folder has one.
+    """
+    config, model = exportable.config, exportable.model
+    name = config.run.name if config else Path(str(record["source"])).name
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        *(["tags: [bitnet, ternary]"] if exportable.quantization else []),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A language model with {num_parameters(model):,} parameters, {num_linear_parameters(model):,} of them in the "
+        f"linear layers of its blocks. This folder holds {holds}.",
+        "",
+        "## Loading",
+        LOADING.format(
+            tokenizer_import=", AutoTokenizer" if has_tokenizer else "",
+            tokenizer_line="tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n" if has_tokenizer else "",
+        ),
+    ]
+    if config is not None and isinstance(exportable.source, CheckpointReader):
+        lines += [*_training(exportable, config, exportable.source.manifest), *_measured(exportable)]
+    lines += ["## Provenance", "", *_table(["", ""], [[key, f"`{value}`"] for key, value in record.items()])]
+    return "\n".join(lines)
+
+
+def _training(exportable: Exportable, config: Config, manifest: Mapping[str, Any]) -> list[str]:
+    plan = make_plan(config, config.engine.replicas)
+    phases = [
+        [str(phase.index), phase.precision, f"{phase.start:,}", f"{min(phase.end, manifest['step']):,}"]
+        for phase in plan.phases
+        if phase.start < manifest["step"]
+    ]
+    tokens = manifest["tokens"]
+    lines = [
+        "## Training",
+        "",
+        f"{manifest['step']:,} steps of {plan.tokens_per_step:,} tokens, {tokens:,} ({human_count(tokens)}) in all, in "
+        f"sequences of {config.data.sequence_length:,}.",
+        "",
+        *_table(["phase", "precision", "from step", "to step"], phases),
+    ]
+    sources = [[f"`{source.path}`", f"{source.weight:g}", *_prepared(source.path)] for source in config.data.sources]
+    lines += ["Data:", "", *_table(["source", "weight", "made from", "documents"], sources)]
+    if exportable.quantization is not None:
+        recipe = [[f"`{key}`", f"`{value}`"] for key, value in dataclasses.asdict(exportable.quantization).items()]
+        lines += ["Quantization of the phase:", "", *_table(["key", "value"], recipe)]
+    return lines
+
+
+def _prepared(path: str) -> list[str]:
+    """What a prepared folder was made from, and of how many documents, where it can be looked at."""
+    try:
+        manifest = read_manifest(Path(path))
+    except DataError:
+        return ["", ""]
+    return [", ".join(map(str, manifest["options"]["inputs"])), f"{manifest['splits'][TRAIN]['documents']:,}"]
+
+
+def _measured(exportable: Exportable) -> list[str]:
+    """The last measurements up to the checkpoint, and its scores in tasks."""
+    assert isinstance(exportable.source, CheckpointReader)
+    if exportable.run is None:
+        return []
+    step = exportable.source.manifest["step"]
+    rows = [row for row in read_metrics(exportable.run / "metrics.jsonl") if row["step"] <= step]
+    found = [
+        [unit, f"{last[key]:.4f}", f"{last['step']:,}"]
+        for key, unit in LAST.items()
+        if (last := next((row for row in reversed(rows) if row.get(key) is not None), None))
+    ]
+    lines = ["Last measured:", "", *_table(["", "", "after step"], found)] if found else []
+    digest = exportable.source.manifest["digest"]
+    if scores := [record for record in read_results(exportable.run / RESULTS) if record["model"] == digest]:
+        lines += ["Tasks, by `tritrain eval`:", "", *_table(TASK_COLUMNS, table_of(scores))]
+    return lines
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [*("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)), ""]

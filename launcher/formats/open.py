@@ -1,0 +1,101 @@
+"""Opening a checkpoint of any known kind."""
+
+from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.location import is_local, reaching, to_location
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import Source
+from launcher.checkpoint.writer import CONFIG, MANIFEST, checkpoints_under
+from launcher.config.file import DERIVED_KEYS, parse_config, parse_yaml
+from launcher.config.sections import Config
+from launcher.errors import CheckpointError
+from launcher.process.ranks import ALONE, Ranks, everyones
+from model.size import parameter_shapes
+from model.transformer import ModelConfig
+
+TRAITS = ("num_heads", "kv_heads", "head_width", "activation", "norm", "norm_position", "norm_eps", "qk_norm")
+"""What a model computes with its parameters, and their shapes do not say."""
+
+
+def open_source(text: str) -> Source:
+    """Open a checkpoint of any kind that is known, by what is in the folder.
+
+    Args:
+        text: a folder or URL: one of our checkpoints, or a run with some, of which the newest is taken; a folder
+            of DeepSpeed (ZeRO or universal); a folder of Hugging Face.
+
+    Raises:
+        CheckpointError: it is none of these, or not complete, or damaged.
+    """
+    folder = to_location(text)
+    with reaching(folder):
+        if (folder / MANIFEST).is_file():
+            return CheckpointReader(folder)
+        if found := checkpoints_under(folder):
+            return CheckpointReader(found[-1])
+        if not folder.is_dir():
+            there = "is a file, and checkpoints are folders" if folder.exists() else "there is no such folder"
+            raise CheckpointError(f"{text}: {there}")
+    from launcher.formats.deepspeed_native import DeepSpeedSource, is_deepspeed
+    from launcher.formats.deepspeed_universal import UniversalSource, is_universal
+    from launcher.formats.hf_source import HuggingFaceSource, is_hf
+
+    if is_hf(folder):
+        return HuggingFaceSource(folder)
+    if is_local(folder):
+        if is_universal(folder):
+            return UniversalSource(folder)
+        if is_deepspeed(folder):
+            return DeepSpeedSource(folder)
+    raise CheckpointError(
+        f"{text}: no checkpoint that is known. A checkpoint of ours has {MANIFEST}, a Hugging Face folder config.json, "
+        "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ beside that; DeepSpeed's must be local"
+    )
+
+
+def check_sound(source: Source, ranks: Ranks = ALONE) -> None:
+    """Make sure that every byte of a checkpoint of ours is as it was written; a collective, in which ranks share.
+
+    Raises:
+        CheckpointError: names what is damaged.
+    """
+    if not isinstance(source, CheckpointReader):
+        return
+    if problems := everyones(list(source.damage(ranks.rank, ranks.world_size)), ranks):
+        raise CheckpointError("\n".join(problems))
+
+
+def check_model(source: Source, model: ModelConfig) -> None:
+    """Make sure that a source holds a model: the same parameters, and the same use of them.
+
+    Raises:
+        CheckpointError: lists every parameter that only one side has, or that has another shape, and every key of the
+            model that is another one where the source says so.
+    """
+    shapes = parameter_shapes(model)
+    problems = list(mismatches(source, set(shapes), shapes))
+    if theirs := model_of(source):
+        # Of a run of ours, the rotary base may be changed on purpose, for a longer context.
+        traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, "rope_theta")
+        problems += [
+            f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} there"
+            for trait in traits
+            if getattr(model, trait) != getattr(theirs, trait)
+        ]
+    if problems:
+        raise CheckpointError(f"{source.location} does not fit the model:\n" + "\n".join(problems))
+
+
+def model_of(source: Source) -> ModelConfig | None:
+    """The model that a source says it is of; None for DeepSpeed's, which do not."""
+    from launcher.formats.hf_source import HuggingFaceSource
+
+    if isinstance(source, HuggingFaceSource):
+        return source.model_config
+    return config_of(source).model if isinstance(source, CheckpointReader) else None
+
+
+def config_of(reader: CheckpointReader) -> Config:
+    """The configuration of the run that wrote a checkpoint."""
+    path = reader.folder / CONFIG
+    tree = parse_yaml(path.read_text(), str(path))
+    return parse_config({key: value for key, value in tree.items() if key not in DERIVED_KEYS})

@@ -1,0 +1,70 @@
+"""Where a file that was made of a checkpoint comes from."""
+
+import dataclasses
+import json
+import time
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from launcher.checkpoint.location import to_location
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import Source
+from launcher.plan.plan import Plan
+
+
+def provenance(source: Source, plan: Plan) -> dict[str, Any]:
+    """Where a converted run comes from: the source with its digest, the options, the code's version."""
+    phase = plan.phases[plan.config.checkpoint.start_phase]
+    return {
+        "source": source.location,
+        "source_digest": source_digest(source),
+        "source_step": source.manifest["step"] if isinstance(source, CheckpointReader) else None,
+        "earlier": source.manifest.get("provenance") if isinstance(source, CheckpointReader) else None,
+        "phase": phase.index,
+        "transition": dataclasses.asdict(phase.transition),
+        "quantization": dataclasses.asdict(phase.quantization) if phase.quantization else None,
+        "tritrain_version": version("tritrain"),
+        "converted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def source_digest(source: Source) -> str:
+    """XXH3-128 that identifies a source: of our manifest, which covers all; else of all files' names and contents.
+
+    For the contents of a zip archive stand the names, sizes and CRC-32s of its records.
+    """
+    if isinstance(source, CheckpointReader):
+        return str(source.manifest["digest"])
+    digest = xxhash.xxh3_128()
+    folder = to_location(source.location)
+    for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=str):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):  # as `.pt` files are, which hold a checksum of each record
+                records = [
+                    (record.filename, record.CRC, record.file_size) for record in zipfile.ZipFile(file).infolist()
+                ]
+                digest.update(repr(records).encode())
+                continue
+            file.seek(0)
+            while chunk := file.read(16 * 2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_provenance(folder: Path, source: Source) -> None:
+    """Leave beside a converted folder's files where they come from."""
+    (folder / "provenance.json").write_text(json.dumps(source_record(source), indent=2) + "\n")
+
+
+def source_record(source: Source) -> dict[str, Any]:
+    """Where files come from that were made of a source."""
+    return {
+        "source": source.location,
+        "source_digest": source_digest(source),
+        "tritrain_version": version("tritrain"),
+    }

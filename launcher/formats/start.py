@@ -1,0 +1,84 @@
+"""What a run begins with when that is not chance: whose checkpoint, and what of it.
+
+`checkpoint.start_from` and `tritrain convert` begin runs in the same place, before the transition into the phase that
+`checkpoint.start_phase` names, and the training loop takes it from there: so a switch inside a run, a start and a
+conversion are one code path.
+"""
+
+from launcher.checkpoint.manifest import Progress
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import Source
+from launcher.errors import CheckpointError
+from launcher.formats.open import check_model, open_source
+from launcher.plan.plan import Plan
+
+
+def first_progress(plan: Plan) -> Progress:
+    """Where a run begins: inside its first phase, or, with ``start_from``, before the transition into one."""
+    checkpoint = plan.config.checkpoint
+    if checkpoint.start_from is None:
+        return Progress()
+    return Progress(step=plan.phases[checkpoint.start_phase].start, phase=checkpoint.start_phase - 1)
+
+
+def open_start(plan: Plan, data_fingerprint: str | None = None) -> tuple[Source, bool]:
+    """Open what a run begins with.
+
+    Args:
+        plan: of a run with ``checkpoint.start_from``.
+        data_fingerprint: of the run's data; None leaves them unchecked.
+
+    Returns:
+        The source, and whether its optimizer state is taken.
+
+    Raises:
+        CheckpointError: as `open_source` and `check_start`.
+    """
+    checkpoint = plan.config.checkpoint
+    assert checkpoint.start_from is not None
+    source = open_source(checkpoint.start_from)
+    check_start(source, plan, data_fingerprint)
+    return source, plan.phases[checkpoint.start_phase].transition.optimizer != "reset"
+
+
+def check_start(source: Source, plan: Plan, data_fingerprint: str | None = None) -> None:
+    """Make sure that a run can begin with a source.
+
+    Args:
+        source: what it begins with.
+        plan: of the run; `checkpoint.start_phase` is the phase that it begins in.
+        data_fingerprint: of the run's data; None leaves them unchecked.
+
+    Raises:
+        CheckpointError: the source does not fit the model, or the phase that the run begins in.
+    """
+    check_model(source, plan.config.model)
+    phase = plan.phases[plan.config.checkpoint.start_phase]
+    if phase.transition.optimizer != "reset" and not source.has_moments:
+        raise CheckpointError(
+            f"{source.location} has no optimizer moments, and phases.{phase.index}.transition.optimizer is "
+            f"{phase.transition.optimizer}; set it to reset"
+        )
+    if isinstance(source, CheckpointReader) and phase.index:
+        manifest = source.manifest
+        if (manifest["step"], manifest["tokens"]) != (phase.start, phase.start * plan.tokens_per_step):
+            raise CheckpointError(
+                f"{source.location} is at step {manifest['step']} with {manifest['tokens']} tokens, but phase "
+                f"{phase.index} begins at step {phase.start} with {phase.start * plan.tokens_per_step}; change the "
+                "lengths of the phases before it, take another checkpoint, or set checkpoint.start_phase to 0"
+            )
+        if data_fingerprint is not None and phase.transition.data == "continue":
+            check_data(source, data_fingerprint)
+
+
+def check_data(reader: CheckpointReader, data_fingerprint: str) -> None:
+    """Make sure that a checkpoint's position is one in these data.
+
+    Raises:
+        CheckpointError: it was trained on others.
+    """
+    if reader.manifest["data_fingerprint"] not in (data_fingerprint, None):
+        raise CheckpointError(
+            f"{reader.folder}: was trained on other data, another mixture or another order; restore the data "
+            "configuration, or begin a new run with checkpoint.start_from and, in the transition, data: restart"
+        )

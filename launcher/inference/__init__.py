@@ -1,0 +1,1 @@
+"""Models that only run: loaded whole or sharded, measured, sampled from."""

@@ -1,0 +1,189 @@
+"""The door for programs that use a model: a checkpoint or an export as a plain module, ready to compute.
+
+Ternary layers become packed ones (`quant.packed`) block by block while they are read, so that memory never holds more
+than the packed model and one block of the unpacked one.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.tokenizer import Tokenizer, load_tokenizer
+from eval.sample import generate, pieces_of_text
+from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.source import Source, in_pieces
+from launcher.errors import CheckpointError
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.opened import Exportable, open_exportable
+from model.transformer import ModelConfig, Transformer
+from quant.config import BITNET, QuantConfig
+from quant.linear import add_learned_scales_, quantize_
+from quant.packed import PackedLinear, freeze_
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model to use, and what turns text into its tokens."""
+
+    model: Transformer
+    """In evaluation mode, without gradients."""
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    """None where there is none."""
+    first_token: int | None
+    """What a text begins with; the tokenizer's end of document where the model does not say."""
+
+    def prompt_tokens(self, prompt: str) -> list[int]:
+        """The tokens of a text that the model shall continue.
+
+        Raises:
+            CheckpointError: there is no tokenizer.
+        """
+        tokenizer = self._tokenizer()
+        first = tokenizer.end_of_document if self.first_token is None else self.first_token
+        return [first, *tokenizer.encode(prompt)]
+
+    def generate(self, prompt: str, **choice: Any) -> Iterator[str]:
+        """Continue a text; yields pieces as they come.
+
+        It ends where the model ends the document, after ``max_tokens``, or where the context is full.
+
+        Args:
+            prompt: the text.
+            choice: ``max_tokens``, ``temperature``, ``top_p`` and ``seed``, as for `eval.sample.generate`.
+
+        Raises:
+            CheckpointError: there is no tokenizer.
+            ValueError: the prompt fills the context.
+        """
+        prompt_tokens = self.prompt_tokens(prompt)
+        return pieces_of_text(self._tokenizer(), self.generate_tokens(prompt_tokens, **choice), prompt_tokens)
+
+    def generate_tokens(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
+        """Continue tokens; see `generate`. Without a tokenizer the model does not end the document."""
+        end_token = None if self.tokenizer is None else self.tokenizer.end_of_document
+        return generate(self.model, prompt_tokens, end_token=end_token, **choice)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise CheckpointError("the model's tokenizer was not found; name its file (--tokenizer, tokenizer=)")
+        return self.tokenizer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    packed: bool | None = None,
+    tokenizer: str | Path | None = None,
+) -> LoadedModel:
+    """Load a model to compute with.
+
+    Args:
+        path: a checkpoint of ours, or a run, of which the newest is taken; or a Hugging Face folder, packed or not.
+        dtype: of everything but the codes and their scales: bfloat16 or float32.
+        device: where it computes.
+        packed: True: ternary layers as codes in 2 bits. False: as in training, latent weights that are rounded at every
+            call, which computes the same with 8 to 16 times the memory. None: packed where the model is ternary.
+        tokenizer: a file or folder; by default the one that the model was trained with or exported with, if found.
+
+    Raises:
+        CheckpointError: there is no such model, it is damaged, or it cannot be had like this; says why.
+        DataError: the tokenizer that is named is none.
+    """
+    assert dtype in (torch.bfloat16, torch.float32), dtype
+    opened = open_exportable(str(path), ternary=False)
+    source, device = opened.source, torch.device(device)
+    is_packed = isinstance(source, HuggingFaceSource) and source.is_packed
+    recipe = None if is_packed else _recipe(opened)
+    if packed and recipe is None and not is_packed:
+        raise CheckpointError(
+            f"{source.location} is a 16-bit model, without codes to pack; packed=None loads it as it is"
+        )
+    if packed is False and is_packed:
+        raise CheckpointError(f"{source.location} holds packed codes, and no latent weights to load with packed=False")
+    with torch.device("meta"):
+        model = Transformer(opened.model)
+    if recipe is not None:
+        if recipe.learned:
+            add_learned_scales_(model, recipe)
+        quantize_(model, recipe, device)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if problems := list(mismatches(source, set(shapes), shapes)):
+        raise CheckpointError(f"{source.location} does not hold its configuration's model:\n" + "\n".join(problems))
+    for depth, block in enumerate(model.model.layers):
+        prefix = f"model.layers.{depth}."
+        if is_packed:
+            assert isinstance(source, HuggingFaceSource)
+            _take_codes_(block, prefix, source, dtype, device)
+        _read_(block, prefix, source, dtype, device)
+        if recipe is not None and packed is not False:
+            try:
+                freeze_(block)
+            except ValueError as error:
+                raise CheckpointError(f"{source.location}: {error}; packed=False loads it") from error
+    _read_(model, "", source, dtype, device)
+    found = tokenizer if tokenizer is not None else opened.tokenizer
+    return LoadedModel(
+        model.requires_grad_(False).eval(),
+        opened.model,
+        None if found is None else load_tokenizer(found),
+        source.first_token if isinstance(source, HuggingFaceSource) else None,
+    )
+
+
+def _recipe(opened: Exportable) -> QuantConfig | None:
+    """How the layers of weights that are not packed yet are quantized; None in 16 bits.
+
+    Raises:
+        CheckpointError: it is on a ramp.
+    """
+    source = opened.source
+    if isinstance(source, HuggingFaceSource):
+        names = "|".join(re.escape(name.removesuffix(".weight")) for name in source.ternary)
+        return replace(BITNET, include=f"^({names})$") if names else None
+    if opened.quantization is not None and opened.strength < 1:
+        raise CheckpointError(
+            f"{source.location} is on a ramp, at strength {opened.strength:.3g} where it is least: neither a 16-bit "
+            "model nor a ternary one; take a checkpoint from before the ramp or after it"
+        )
+    return opened.quantization
+
+
+def _take_codes_(
+    block: nn.Module, prefix: str, source: HuggingFaceSource, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put the packed layers of a folder into a block on the meta device."""
+    for name, layer in [(name, layer) for name, layer in block.named_modules() if isinstance(layer, nn.Linear)]:
+        if f"{prefix}{name}.weight" in source.ternary:
+            packed_RI, level = source.packed(f"{prefix}{name}.weight")
+            bias = None if layer.bias is None else _whole(source, f"{prefix}{name}.bias", dtype, device)
+            parent, _, last = name.rpartition(".")
+            frozen = PackedLinear(packed_RI.to(device), level.to(device), layer.out_features, bias=bias)
+            setattr(block.get_submodule(parent), last, frozen)
+
+
+def _read_(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+    """Read the parameters of a module that are still on the meta device."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta:
+            parent, _, last = name.rpartition(".")
+            value = _whole(source, f"{prefix}{name}", dtype, device)
+            setattr(module.get_submodule(parent), last, nn.Parameter(value, requires_grad=False))
+
+
+def _whole(source: Source, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a source, cast while it is read."""
+    shape, filled = source.shapes[name], 0
+    values = torch.empty(prod(shape), dtype=dtype, device=device)
+    for piece in in_pieces(source, "weight", name):
+        values[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    return values.view(shape)

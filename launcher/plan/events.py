@@ -1,0 +1,63 @@
+"""What happens when in a run: what `tritrain plan` says of transitions, ramps and schedules beside the sizes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from launcher.plan.plan import Phase, Plan
+from launcher.plan.schedule import drop_step
+from quant.ramp import RampConfig
+
+
+def events(plan: Plan) -> list[dict[str, Any]]:
+    """Each with the `step` before which it happens, and `what` it is, in order; none where nothing ever changes."""
+    found = [*_schedule_events(plan)]
+    for phase in plan.phases:
+        found += _switch_events(plan, phase)
+    return [{"step": step, "what": what} for step, what in sorted(found, key=lambda event: event[0])]
+
+
+def _schedule_events(plan: Plan) -> Iterator[tuple[int, str]]:
+    schedule, optimizer = plan.config.schedule, plan.config.optimizer
+    horizon = schedule.horizon_steps or plan.total_steps
+    if schedule.shape == "two-stage" and not any(phase.transition.schedule == "restart" for phase in plan.phases):
+        yield drop_step(horizon, schedule), "the learning rate drops to its second stage"
+    if schedule.decay_from_phase is not None:
+        yield plan.phases[schedule.decay_from_phase].start, f"the learning rate begins to decay, until step {horizon:,}"
+    if plan.weight_decay_end is not None:
+        yield plan.weight_decay_end, f"weight decay ends ({optimizer.weight_decay} before)"
+
+
+def _switch_events(plan: Plan, phase: Phase) -> Iterator[tuple[int, str]]:
+    transition, start = phase.transition, phase.start
+    if start and transition.optimizer != "keep":
+        rescale = "a measured factor" if transition.rescale_factor is None else f"{transition.rescale_factor:g}"
+        choices = {
+            "reset": "Adam is reset",
+            "keep-variance": "Adam's first moment is cleared",
+            "rescale": f"Adam's moments are rescaled by {rescale}",
+        }
+        yield start, choices[transition.optimizer]
+    if phase.quantization is not None:
+        weights, activations = transition.ramps
+        if weights == activations:
+            yield from _ramp_events(start, weights, "quantization")
+        else:
+            yield from _ramp_events(start, weights, "quantization of the weights")
+            yield from _ramp_events(start, activations, "quantization of the activations")
+        factor = plan.ternary_factor_at(start)
+        if factor != 1:
+            yield start, f"quantized layers have {factor:g} times the learning rate, until step {phase.end:,}"
+    if (drop := transition.learning_rate_drop) is not None:
+        end = min(phase.end, start + plan.steps_of(drop.tokens))
+        yield start, f"the learning rate is multiplied by {drop.factor:g}, until step {end:,}"
+    if (decides := plan.rollback_step(phase)) is not None:
+        yield decides, f"back to step {start:,}, if the loss has not recovered by now"
+
+
+def _ramp_events(start: int, ramp: RampConfig, what: str) -> Iterator[tuple[int, str]]:
+    if not ramp.end_steps:
+        yield start, f"{what} at full strength at once"
+        return
+    order = "" if ramp.order == "all" else f", {ramp.order}"
+    shape = f"{ramp.shape}{order}, " if ramp.steps else ""
+    yield start + ramp.delay_steps, f"{what} ramps up: {shape}full strength from step {start + ramp.end_steps:,}"

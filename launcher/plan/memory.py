@@ -1,0 +1,134 @@
+"""What one rank holds: bytes of weights, gradients, moments and activations."""
+
+import math
+import re
+from collections.abc import Mapping
+
+from launcher.config.sections import Config
+from launcher.plan.plan import Plan
+from model.size import (
+    activation_bytes,
+    block_of,
+    is_in_block,
+    num_parameters,
+    parameter_shapes,
+)
+from quant.codes import CODES_PER_BYTE
+from quant.config import QuantConfig
+
+
+def num_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Elements of all tensors."""
+    return sum(map(math.prod, shapes.values()))
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of a checkpoint: fp32 weights and both moments."""
+    return 12 * num_parameters(config.model)
+
+
+def zero3_held_parameters(config: Config) -> tuple[int, int]:
+    """Parameters that ZeRO-3 always holds whole, for being small, and those that it keeps until the backward pass.
+
+    DeepSpeed keeps a layer whose next use is less than `stage3_max_reuse_distance` parameters away: behind a layer come
+    those after it, forward and then backward (and recomputed in between, with activation checkpointing). Its prefetcher
+    also runs ahead of the forward pass into the backward pass until `stage3_max_live_parameters` are there, and what it
+    finds there on the way is not released.
+    """
+    given = (config.engine.deepspeed or {}).get("zero_optimization", {})
+    shapes = parameter_shapes(config.model).values()
+    persistent = sum(
+        size for size in map(math.prod, shapes) if size <= given.get("stage3_param_persistence_threshold", 1e5)
+    )
+    visits = 3 if config.training.activation_checkpointing else 2
+    kept = max(given.get("stage3_max_live_parameters", 1e9), given.get("stage3_max_reuse_distance", 1e9) / visits)
+    return persistent, min(num_parameters(config.model) - persistent, int(kept))
+
+
+def last_quantization(plan: Plan) -> QuantConfig | None:
+    """That of the last ternary phase; None without one."""
+    return next((phase.quantization for phase in reversed(plan.phases) if phase.quantization), None)
+
+
+def coded_layers(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights in blocks that the last ternary phase quantizes, by name; `engine.gather` is about them."""
+    quantization = last_quantization(plan)
+    if quantization is None:
+        return {}
+    matrices = {name: shape for name, shape in parameter_shapes(plan.config.model).items() if len(shape) == 2}
+    return {
+        name: shape
+        for name, shape in matrices.items()
+        if is_in_block(name) and re.search(quantization.include, name.removesuffix(".weight"))
+    }
+
+
+def beside_codes(plan: Plan) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of what is gathered in 16 bits beside `coded_layers`: once a step with these, and for each pass.
+
+    The latter are the blocks that have no coded layer.
+    """
+    coded = coded_layers(plan)
+    blocks = {block_of(name) for name in coded}
+    rest = {name: shape for name, shape in parameter_shapes(plan.config.model).items() if name not in coded}
+    once = {name: shape for name, shape in rest.items() if not is_in_block(name) or block_of(name) in blocks}
+    return once, {name: shape for name, shape in rest.items() if name not in once}
+
+
+def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
+    """Estimate what one rank holds on its device, in bytes, leaving out allocator overhead and temporary buffers.
+
+    FSDP2 keeps fp32 weights, gradients and moments, each sharded, and has what is outside of blocks gathered during a
+    pass, with two blocks, or with 2-bit codes of all blocks. With several micro-batches a step it sums whole gradients
+    in fp32 before it reduces them, but for `engine.reduce_gradients: micro-batch`.
+
+    ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see `zero3_held_parameters`), 16-bit
+    gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments (arXiv
+    1910.02054, section 5). A teacher, taken to be as large as the model, is sharded by FSDP2 in the compute dtype.
+    """
+    config, engine = plan.config, plan.config.engine
+    parameters = num_parameters(config.model)
+    compute_bytes = 2 if config.training.compute_dtype == "bf16" else 4
+    shards = plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
+    in_blocks = num_elements(
+        {name: shape for name, shape in parameter_shapes(config.model).items() if is_in_block(name)}
+    )
+    gathered = compute_bytes * (parameters - in_blocks + in_blocks * min(2 / config.model.num_layers, 1))
+    if engine.gather == "codes" and (coded := num_elements(coded_layers(plan))):
+        once, each = map(num_elements, beside_codes(plan))
+        in_16_bits = compute_bytes * (once + min(each, 2 * in_blocks / config.model.num_layers))
+        gathered = max(gathered, in_16_bits + coded / CODES_PER_BYTE * (1 + 1 / shards))
+    if engine.name == "fsdp2":
+        copies = gathered if shards > 1 or compute_bytes == 2 else 0
+        sums_whole = plan.num_micro_batches > 1 and engine.reduce_gradients == "step"
+        sizes = {
+            "weights": 4 * parameters / shards + copies,
+            "gradients": 4 * parameters * (1 / shards + (sums_whole and shards > 1)),
+            "moments": 8 * parameters / shards,
+        }
+    else:
+        stage = engine.zero_stage or 0
+        state_shards = shards if stage >= 1 else 1
+        masters = 4 * parameters / state_shards if compute_bytes == 2 or stage else 0
+        held = sum(zero3_held_parameters(config)) if stage == 3 else 0
+        sizes = {
+            "weights": compute_bytes * (parameters / (shards if stage == 3 else 1) + held) + masters,
+            "gradients": (4 if stage else compute_bytes) * parameters / (shards if stage >= 2 else 1),
+            "moments": 8 * parameters / state_shards,
+        }
+    if engine.offload != "none":
+        sizes["moments"] = 0
+    if engine.offload == "all":
+        sizes["weights"] = sizes["gradients"] = gathered
+    if any(phase.distillation for phase in plan.phases):
+        sizes["teacher"] = gathered + (compute_bytes * parameters / shards if engine.offload != "all" else 0)
+    ternary = any(phase.quantization for phase in plan.phases)
+    sizes["activations"] = activation_bytes(
+        config.model,
+        config.training.micro_batch_sequences,
+        config.data.sequence_length,
+        compute_bytes,
+        checkpointing=config.training.activation_checkpointing,
+        quantized="ramp" if any(phase.transition.ramp.steps for phase in plan.phases) else "codes" if ternary else "no",
+    )
+    return sizes

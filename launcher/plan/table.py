@@ -1,0 +1,98 @@
+"""What `tritrain plan` shows of a plan: all numbers for a program, or a table for a person."""
+
+import json
+from typing import Any
+
+from launcher.config.file import flat_lines, to_tree
+from launcher.plan.events import events
+from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
+from launcher.plan.plan import Plan
+from launcher.plan.traffic import describe_traffic
+from launcher.process.console import Console, human_bytes, human_count
+from model.size import (
+    flops_per_token,
+    num_linear_parameters,
+    num_parameters,
+)
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The numbers that `tritrain plan` prints, by name with unit."""
+    config = plan.config
+    memory = memory_bytes_per_rank(plan)
+    interval = config.checkpoint.interval_steps
+    milestones = {phase.end for phase in plan.phases}
+    saves = milestones | set(range(interval, plan.total_steps, interval) if interval else ())
+    kept = len(milestones) + config.checkpoint.keep_last
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    return {
+        "parameters": num_parameters(config.model),
+        "ternary_parameters": num_linear_parameters(config.model),
+        "flops_per_token": flops,
+        "total_flops": sum(
+            plan.flops_per_token_at(phase.start) * plan.tokens_per_step * (phase.end - phase.start)
+            for phase in plan.phases
+        ),
+        "ranks": plan.world_size,
+        "micro_batches_per_step": plan.num_micro_batches,
+        "sequences_per_step": plan.global_batch_sequences,
+        "tokens_per_step": plan.tokens_per_step,
+        "phases": [
+            {
+                "precision": phase.precision,
+                "first_step": phase.start,
+                "steps": phase.end - phase.start,
+                "tokens": (phase.end - phase.start) * plan.tokens_per_step,
+            }
+            for phase in plan.phases
+        ],
+        "total_steps": plan.total_steps,
+        "total_tokens": plan.total_steps * plan.tokens_per_step,
+        "bytes_per_rank": {name: round(size) for name, size in memory.items()},
+        "total_bytes_per_rank": round(sum(memory.values())),
+        "checkpoints_written": len(saves),
+        "checkpoints_kept": len(saves) if not config.checkpoint.keep_last else min(len(saves), kept),
+        "checkpoint_bytes": checkpoint_bytes(config),
+    }
+
+
+def show_plan(plan: Plan, console: Console, *, as_json: bool) -> None:
+    """Print the resolved configuration and what a run of it would do."""
+    tree = to_tree(plan.config)
+    numbers = describe(plan) | describe_traffic(plan) | {"events": events(plan)}
+    if as_json:
+        console.line(json.dumps({"config": tree, "plan": numbers}, indent=2))
+        return
+    for line in flat_lines(tree):
+        console.line(line)
+    console.line()
+    console.table(f"Plan of {plan.config.run.name}", ["", "value"], plan_rows(numbers))
+
+
+def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table."""
+    memory, sent = numbers["bytes_per_rank"], numbers["bytes_sent_per_rank_and_step"]
+    in_codes = numbers.get("bytes_sent_per_rank_and_step_in_codes")
+    return [
+        ["parameters", f"{numbers['parameters']:,} ({numbers['ternary_parameters']:,} in layers that become ternary)"],
+        ["FLOPs per token", f"{human_count(numbers['flops_per_token'])} (forward and backward)"],
+        ["FLOPs of the run", human_count(numbers["total_flops"])],
+        ["ranks", str(numbers["ranks"])],
+        ["tokens per step", f"{numbers['tokens_per_step']:,} ({numbers['sequences_per_step']} sequences)"],
+        ["micro-batches per step", str(numbers["micro_batches_per_step"])],
+        *[
+            [f"phase {index}: {phase['precision']}", f"{phase['steps']:,} steps, {human_count(phase['tokens'])} tokens"]
+            for index, phase in enumerate(numbers["phases"])
+        ],
+        *[[f"step {event['step']:,}", str(event["what"])] for event in numbers["events"]],
+        *[[f"bytes per rank: {name}", human_bytes(size)] for name, size in memory.items()],
+        ["bytes per rank: all", f"{human_bytes(numbers['total_bytes_per_rank'])} (estimate)"],
+        *[[f"sent per rank and step: {what}", human_bytes(size)] for what, size in (sent or {}).items() if size],
+        *[[f"sent in codes: {what}", human_bytes(size)] for what, size in (in_codes or {}).items() if size],
+        *([] if sent is not None else [["sent per rank and step", "not modelled with these engine.deepspeed keys"]]),
+        [
+            "checkpoints",
+            f"{numbers['checkpoints_written']} of {human_bytes(numbers['checkpoint_bytes'])}, "
+            f"{numbers['checkpoints_kept']} kept",
+        ],
+    ]

@@ -1,0 +1,1 @@
+"""This process: its rank and device, its console, and how the ranks of one machine are started."""

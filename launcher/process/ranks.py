@@ -1,0 +1,121 @@
+"""What a process finds around itself: its rank, its device and its peers."""
+
+import os
+import random
+import re
+import socket
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from launcher.process.placement import place_rank
+
+RECORDED_COLLECTIVES = 2000
+"""How many collectives PyTorch's flight recorder keeps on each rank."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that logs."""
+        return self.rank == 0
+
+
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+"""A process that belongs to no group."""
+
+
+@contextmanager
+def process_group(timeout_seconds: int) -> Iterator[Ranks]:
+    """Join the process group that torchrun, `deepspeed`, Slurm or plain `python` started this process for."""
+    _complete_environment()
+    # FSDP2 calls functions that torch itself calls deprecated, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))  # for the report of a hang
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    try:
+        place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device
+        local_rank = int(os.environ["LOCAL_RANK"])
+        # Slurm may show each rank its own GPU alone.
+        gpu = local_rank if torch.cuda.device_count() > 1 else 0
+        device = torch.device("cuda", gpu) if has_cuda else torch.device("cpu")
+        if has_cuda:
+            torch.cuda.set_device(device)
+        yield Ranks(rank, world_size, local_rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _complete_environment() -> None:
+    """Give `env://` initialization what the launcher left out."""
+    env = os.environ
+    # Only `srun` sets the variables of a step. Those of the job are in its batch script too, which is one process.
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"]}
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        # Below the ports that systems give to outgoing connections, and another one for each step of a job.
+        port = 20_000 + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"])) % 10_000
+        env.setdefault("MASTER_PORT", str(port))
+    if "RANK" not in env:
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    if "LOCAL_SIZE" in env:  # what the `deepspeed` launcher calls it
+        env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
+
+
+def first_host(nodelist: str) -> str:
+    """The host of Slurm's task 0: the first of a list such as `node[003-010,12],login1`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0] if first else nodelist)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed the generators of this rank; initial weights have generators of their own."""
+    random.seed(seed + rank)
+    torch.manual_seed(seed + rank)
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Whether the flag is set on any rank; a collective, on the host."""
+    return bool(max_over_ranks([flag], ranks)[0])
+
+
+def max_over_ranks(values: Sequence[float], ranks: Ranks) -> list[float]:
+    """The largest of each value over the ranks; a collective, on the host."""
+    if ranks.world_size == 1:
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float32)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return list(largest.tolist())
+
+
+def everyones(problems: list[str], ranks: Ranks) -> list[str]:
+    """The problems of all ranks, each once, in order; a collective."""
+    gathered: list[list[str]] = [problems] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(gathered, problems)
+    return sorted({problem for rank in gathered for problem in rank})

@@ -1,0 +1,83 @@
+"""Starting the ranks of this machine.
+
+The command becomes their launcher, so that signals reach it and its exit code is the command's.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def default_ranks() -> int:
+    """As many ranks as there are GPUs, or one."""
+    import torch
+
+    return torch.cuda.device_count() or 1
+
+
+def become_run(launcher: str, config: Path, overrides: list[str], num_ranks: int) -> NoReturn:
+    """Become ``torchrun`` or ``deepspeed``, with the ranks of a run."""
+    script = [str(ROOT / "launcher/pretrain.py"), "--config", str(config), *overrides]
+    if launcher == "deepspeed":
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), *script]
+        sys.stdout.flush()
+        os.execv(command[0], command)
+    become_ranks(num_ranks, script)
+
+
+def become_ranks(num_ranks: int, command: list[str]) -> NoReturn:
+    """Become torch's launcher of that many ranks.
+
+    Args:
+        num_ranks: processes to start.
+        command: a script, or ``-m`` and a module, with its arguments.
+    """
+    sys.stdout.flush()
+    # The checkout comes first on the path, and the working directory, where a file may be named like one of our
+    # packages, is left out.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "launcher.process.torchrun", str(num_ranks), *command])
+
+
+SECONDS_TO_SAVE = 600
+"""How long ranks may take to save after a signal, before they are killed."""
+
+
+def main(num_ranks: int, command: list[str]) -> int:
+    """Run ``command`` as that many ranks; returns the exit code of the first one that failed."""
+    logging.disable(logging.ERROR)  # the agent's own words for a stop and for a failed rank; ours are below
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # a container's own name may lead nowhere, and ranks would wait for it for ever
+        run_id="tritrain",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
+        shutdown_timeout=SECONDS_TO_SAVE,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", *(["-P"] if command[0] == "-m" else []), *command)
+    except SignalException:
+        return 3
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"rank {rank} (process {failure.pid}) was killed by signal {-failure.exitcode}", file=sys.stderr)  # noqa: T201
+            return 1
+        return int(failure.exitcode)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

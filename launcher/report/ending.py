@@ -1,0 +1,70 @@
+"""What a person sees at the end of a run: a short table, a sample, and what can be done next."""
+
+from launcher.process.console import Console, human_count
+from launcher.report.page import write_report
+from launcher.report.summary import RunSummary, duration, signed, summarize, verdict
+from launcher.run.folder import RunFolder
+from launcher.run.recovery import Transition
+
+
+def show_ending(folder: RunFolder, console: Console) -> None:
+    """Write the report of a complete run and show its results."""
+    report = folder.path / "report.html"
+    write_report([folder.path], report)
+    summary = summarize(folder.path)
+    console.line()
+    console.line(verdict(summary))
+    console.table(f"Run {summary.name}", *phase_table(summary))
+    for transition in summary.transitions:
+        console.line(transition_sentence(transition))
+    if summary.sample_completion is not None:
+        console.line("A sample, from the finished model:")
+        console.line((summary.sample_prompt or "") + summary.sample_completion)
+        console.line()
+    console.line(f"{duration(summary.elapsed_seconds or 0)} in all. The report, to look at: {report}")
+    show_next(folder, console)
+
+
+def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of phases."""
+    columns = ["phase", "steps", "tokens", "train loss", "held-out bits per byte", "tokens/s"]
+    rows = [
+        [
+            phase.precision,
+            str(phase.steps),
+            human_count(phase.tokens),
+            number(phase.train_loss),
+            f"{number(phase.validation_bits_per_byte_at_start)} to {number(phase.validation_bits_per_byte)}",
+            human_count(phase.tokens_per_second or 0),
+        ]
+        for phase in summary.phases
+    ]
+    return columns, rows
+
+
+def transition_sentence(transition: Transition) -> str:
+    """What a switch did to the training loss."""
+    back = "not back at it yet"
+    if transition.recovery_steps is not None:
+        back = f"back after {transition.recovery_steps} steps ({human_count(transition.recovery_tokens or 0)} tokens)"
+    return (
+        f"Switch to {transition.to_precision} at step {transition.step}: training loss at most "
+        f"{signed(transition.spike, 3)} against {transition.loss_before:.3f} before, {back}; "
+        f"{human_count(transition.area)} nats in all."
+    )
+
+
+def number(value: float | None) -> str:
+    """A loss with four digits, or a dash."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def show_next(folder: RunFolder, console: Console) -> None:
+    """Say what can be done with a complete run."""
+    console.line("Next:")
+    console.line("  compare it with another run:")
+    console.line(f"    tritrain report {folder.path} OTHER_RUN --out compared.html")
+    console.line("  look at every curve:")
+    console.line(f"    tensorboard --logdir {folder.path}")
+    console.line("  begin another run with its weights:")
+    console.line(f"    tritrain train CONFIG run.name=NEW checkpoint.start_from={folder.newest_checkpoint()}")

@@ -1,0 +1,202 @@
+"""A run in numbers, from its folder.
+
+`summarize` reads `config.yaml`, `metrics.jsonl` and, once the run is complete, `summary.json`, of a run that is still
+going or was interrupted as well.
+
+Everything measured comes from `metrics.jsonl`. The training loss of a phase is its smoothed loss at the end (see
+`launcher.report.history`), its throughput the median over its logged steps, its validation the last evaluation after its start.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from launcher.errors import LogError
+from launcher.report.history import LOSS, History, PhaseSpan, Series, find_transitions, read_history
+from launcher.run.recovery import WINDOW, Transition
+
+BITS_PER_BYTE, THROUGHPUT = "validation/bits_per_byte", "throughput/tokens_per_second"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseSummary:
+    """One phase of a run; a value that has not been measured is None."""
+
+    index: int
+    precision: str
+    steps: int
+    planned_steps: int | None
+    tokens: int
+    train_loss: float | None
+    """Smoothed training loss at the end, nats per token."""
+    validation_bits_per_byte_at_start: float | None
+    validation_bits_per_byte: float | None
+    """Last evaluation after the phase's first step."""
+    tokens_per_second: float | None
+    """Median over the logged steps, all ranks together."""
+    model_flops_utilization: float | None
+    """Median over the logged steps, 0 to 1."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has done all the steps it was to do."""
+        return self.planned_steps is not None and self.steps >= self.planned_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """A run in numbers. What only a complete run writes down (parameters, sample) is None before."""
+
+    folder: Path
+    name: str
+    seed: int | None
+    tritrain_version: str | None
+    engine: str | None
+    num_ranks: int | None
+    is_complete: bool
+    step: int
+    planned_steps: int | None
+    tokens: int
+    elapsed_seconds: float | None
+    skipped_steps: int | None
+    num_parameters: int | None
+    num_ternary_parameters: int | None
+    phases: tuple[PhaseSummary, ...]
+    transitions: tuple[Transition, ...]
+    sample_prompt: str | None
+    sample_completion: str | None
+    config_text: str = field(repr=False)
+    history: History = field(repr=False, compare=False)
+
+    @property
+    def throughput_ratio(self) -> float | None:
+        """Median tokens per second of the last ternary phase over those of the first 16-bit phase."""
+        first_16_bit = next((p.tokens_per_second for p in self.phases if p.precision == "16-bit"), None)
+        ternary = next((p.tokens_per_second for p in reversed(self.phases) if p.precision == "ternary"), None)
+        return ternary / first_16_bit if ternary and first_16_bit else None
+
+
+def summarize(run: Path) -> RunSummary:
+    """Read a run's folder and compute its phases and transitions.
+
+    Raises FileNotFoundError where `run` is not a run's folder, and LogError, with file and line, for a file that
+    cannot be understood.
+    """
+    config_path, metrics_path, summary_path = (run / name for name in ("config.yaml", "metrics.jsonl", "summary.json"))
+    for path, what in ((config_path, "it is not a run's folder"), (metrics_path, "the run has logged nothing yet")):
+        if not path.is_file():
+            raise FileNotFoundError(f"{run} has no {path.name}: {what}")
+    config_text = config_path.read_text(encoding="utf-8")
+    try:
+        config = yaml.safe_load(config_text)
+    except yaml.YAMLError as error:
+        raise LogError(f"{config_path}: not YAML: {error}") from None
+    summary: dict[str, Any] = {}
+    if summary_path.is_file():
+        try:
+            summary = json.loads(summary_path.read_bytes())
+        except ValueError as error:
+            raise LogError(f"{summary_path}: not JSON: {error}") from None
+    name, engine = str(config.get("run", {}).get("name", run.name)), config.get("engine", {})
+    history = read_history(metrics_path, name)
+    planned = config.get("phase_steps", [])
+    elapsed, skipped = (_last(history, key) for key in ("time/elapsed_seconds", "train/skipped_steps"))
+    sample = summary.get("sample") or {}
+    return RunSummary(
+        folder=run,
+        name=name,
+        seed=config.get("run", {}).get("seed"),
+        tritrain_version=config.get("tritrain_version"),
+        engine=_engine_text(engine.get("name"), engine.get("zero_stage")),
+        num_ranks=summary.get("num_ranks"),
+        is_complete=summary.get("status") == "complete",
+        step=history.phases[-1].last_step,
+        planned_steps=sum(planned) if planned and None not in planned else None,
+        tokens=history.phases[-1].last_tokens,
+        elapsed_seconds=summary.get("elapsed_seconds", elapsed),
+        skipped_steps=None if skipped is None else int(skipped),
+        num_parameters=summary.get("num_parameters"),
+        num_ternary_parameters=summary.get("num_ternary_parameters"),
+        phases=tuple(_summarize_phase(history, span, dict(enumerate(planned))) for span in history.phases),
+        transitions=find_transitions(history),
+        sample_prompt=sample.get("prompt"),
+        sample_completion=sample.get("completion"),
+        config_text=config_text,
+        history=history,
+    )
+
+
+def verdict(summary: RunSummary) -> str:
+    """Say in one sentence where each phase ended, and how far that is from the phase before, per cent."""
+    values = [phase.validation_bits_per_byte for phase in summary.phases]
+    unit = "bits per byte"
+    if None in values:
+        values, unit = [phase.train_loss for phase in summary.phases], "nats per token of training loss"
+    clauses: list[str] = []
+    for position, (phase, value) in enumerate(zip(summary.phases, values, strict=True)):
+        if value is None:
+            clauses.append(f"the {phase.precision} phase has no measurement yet")
+            continue
+        before = values[position - 1] if position else None
+        is_over = summary.is_complete or phase.is_complete or phase is not summary.phases[-1]
+        clause = f"the {phase.precision} phase {'ended' if is_over else 'stands'} at {value:.3f}"
+        change = f" ({signed(100 * (value / before - 1), 1)} %)" if before else ""
+        clauses.append(clause + (f" {unit}" if not clauses else "") + change)
+    text = ", ".join(clauses) + "."
+    if summary.is_complete:
+        return text[0].upper() + text[1:]
+    share = (
+        f" of {summary.planned_steps:,} ({summary.step / summary.planned_steps:.0%})" if summary.planned_steps else ""
+    )
+    return f"Unfinished, at step {summary.step:,}{share}: {text}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time in its two largest units: 45 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
+    for size, unit, part_size, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if round(seconds / part_size) * part_size >= size:
+            count, rest = divmod(round(seconds / part_size) * part_size, size)
+            return f"{count} {unit} {rest // part_size} {part}"
+    return f"{seconds:.3g} s"
+
+
+def signed(value: float, digits: int) -> str:
+    """Write a number with its sign."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[int, int | None]) -> PhaseSummary:
+    parts = {key: series.of_phase(span.index) for key, series in history.series.items()}
+    loss, evaluations = parts.get(LOSS), parts.get(BITS_PER_BYTE)
+    at_start = at_end = None
+    for step, value in zip(evaluations.steps, evaluations.values, strict=True) if evaluations else ():
+        at_start, at_end = (float(value), at_end) if step == span.first_step else (at_start, float(value))
+    return PhaseSummary(
+        index=span.index,
+        precision=span.precision,
+        steps=span.last_step - span.first_step,
+        planned_steps=planned_steps.get(span.index),
+        tokens=span.last_tokens - span.first_tokens,
+        train_loss=float(loss.smoothed(WINDOW)[-1]) if loss and len(loss.values) else None,
+        validation_bits_per_byte_at_start=at_start,
+        validation_bits_per_byte=at_end,
+        tokens_per_second=_median(parts.get(THROUGHPUT)),
+        model_flops_utilization=_median(parts.get("throughput/model_flops_utilization")),
+    )
+
+
+def _median(series: Series | None) -> float | None:
+    return float(np.median(series.values)) if series and len(series.values) else None
+
+
+def _last(history: History, key: str) -> float | None:
+    return float(history.series[key].values[-1]) if key in history.series else None
+
+
+def _engine_text(name: str | None, zero_stage: int | None) -> str | None:
+    return name if zero_stage is None else f"{name}, ZeRO stage {zero_stage}"

@@ -1,0 +1,1 @@
+"""The files in a run's folder, and who reads and writes them."""

@@ -1,0 +1,116 @@
+"""`metrics.jsonl` and TensorBoard: rows in, rows out."""
+
+import json
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launcher.errors import LogError
+from launcher.run.recovery import SpikeWatch
+from quant.telemetry import DISTANCE_EDGES, MOST_FLIPS
+
+HISTOGRAM_EDGES = {
+    "quant/threshold_distances": DISTANCE_EDGES,
+    "quant/flips": tuple(count - 0.5 for count in range(MOST_FLIPS + 2)),
+}
+"""Edges of the bins of what is logged as a list of shares of all quantized weights."""
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl` and TensorBoard.
+
+    Args:
+        folder: the run's folder.
+        step: where the run goes on; what was logged beyond it is dropped.
+        phase: index of the phase that ``step`` steps end in; rows of a later phase at ``step`` are dropped too.
+        tensorboard: whether to write TensorBoard's files.
+    """
+
+    def __init__(self, folder: Path, *, step: int, phase: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if (row["step"], row["phase"]) <= (step, phase)] if step else []
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rewritten.rename(path)
+        self._file = path.open("a")
+        self.elapsed_seconds = max((row.get("time/elapsed_seconds", 0.0) for row in kept), default=0.0)
+        self.spikes = SpikeWatch()
+        for row in kept:
+            if "train/learning_rate" in row:
+                self.spikes.add(row)
+        self._tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; values that are not finite are left out, as JSON has no word for them."""
+        row = {key: value for key, value in row.items() if not (isinstance(value, float) and not math.isfinite(value))}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for key, value in row.items():
+                if "/" in key and isinstance(value, int | float):
+                    self._tensorboard.add_scalar(key, value, row["step"])
+            if "quant/layers" in row:
+                write_histograms(self._tensorboard, row)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def write_histograms(tensorboard: Any, row: dict[str, Any]) -> None:
+    """Write to TensorBoard how each figure of quantization is spread over layers, and distances and flips over weights.
+
+    Counts of weights are written as shares of a million.
+    """
+    for name, values in row["quant/layers"].items():
+        if name != "names":
+            tensorboard.add_histogram(f"layers/{name}", np.asarray(values), row["step"])
+    for key, edges in HISTOGRAM_EDGES.items():
+        counts = [1e6 * share for share in row[key]]
+        middles = [(low + high) / 2 for low, high in pairwise(edges)]
+        tensorboard.add_histogram_raw(
+            key,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+            sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+            bucket_limits=list(edges[1:]),
+            bucket_counts=counts,
+            global_step=row["step"],
+        )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, as `numbered_rows`; none where there is no file."""
+    return [row for _, row in numbered_rows(path)] if path.exists() else []
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the object of every line, but for a last one that a killed run left unfinished.
+
+    Raises:
+        LogError: with file and line, for any other line that is not a JSON object.
+    """
+    with path.open("rb") as lines:
+        for line_number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise LogError(f"{path}:{line_number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise LogError(f"{path}:{line_number}: a row must be a JSON object, not {line[:40]!r}")
+            yield line_number, row

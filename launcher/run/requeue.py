@@ -1,0 +1,147 @@
+"""Whether a job is to be queued again: `python launcher/run/requeue.py RUN [--checkpoints FOLDER] [--refused FILE]`.
+
+Prints the reason and exits with 0 to queue it again, 1 where the run has failed, 4 where it is done: complete, or
+stopped by a person. What the launcher exited with does not matter; the run's own marker `RUN/state.json` does, and
+whether starts get anywhere: after `MAX_STARTS` in a row of the same job with no new checkpoint the run has failed, and
+after as many that found another job in the run's folder this job has. A stop by a person counts for the job that it
+ended, not for others of the run. Each time that a job is queued again is a line of `RUN/requeues.jsonl`.
+
+Chained jobs of one run ask the same before each start but their first.
+
+Needs nothing but a Python of 3.7 or newer: beside a container there may be no other, and in a job that is preempted
+every second counts.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+AGAIN, FAILED, DONE = 0, 1, 4
+
+
+MAX_STARTS = 3
+
+
+def main() -> int:
+    """Say it for the job that this runs in."""
+    parser = argparse.ArgumentParser(description="Whether a job is to be queued again; see its first lines.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--checkpoints", help="folder or URL; by default checkpoints in RUN")
+    parser.add_argument("--refused", type=Path, help="file that is there if the configuration was refused")
+    options = parser.parse_args()
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    code, reason = verdict(options.run, options.checkpoints or str(options.run / "checkpoints"), options.refused, job)
+    print({AGAIN: "again", FAILED: "failed", DONE: "done"}[code], reason, sep=": ", flush=True)  # noqa: T201
+    return code
+
+
+def verdict(run: Path, checkpoints: str, refused: "Path | None", job: "str | None") -> "tuple[int, str]":
+    """The exit code and the reason; notes in the run's folder what follows from it."""
+    state = read_state(run)
+    status = state.get("status")
+    if status == "complete":
+        return DONE, "the run is complete"
+    if status == "interrupted" and state.get("reason") == "stop file" and (job is None or is_of(state, job)):
+        return DONE, "a person stopped the run"
+    if refused is not None and refused.exists():
+        return FAILED, "the configuration was refused: " + refused.read_text()
+    step = newest_step(run, checkpoints, state)
+    past = [line for line in read_lines(run / "requeues.jsonl") if line["job"] == job]
+    # What the start that has just ended went on from. A job before it first asks may have come far.
+    starts = [line["step"] for line in read_lines(run / "starts.jsonl") if is_of(line, job)]
+    began_at = past[-1]["step"] if past else (starts or [step])[0]
+    other = holder(run, job)  # whose checkpoints are no progress of this job's
+    idle_starts = 0 if step != began_at and other is None else (past[-1]["idle_starts"] if past else 0) + 1
+    if idle_starts >= MAX_STARTS and other is not None:
+        return FAILED, f"{idle_starts} starts in a row got nowhere, and another job trains in {run} ({other})"
+    if idle_starts >= MAX_STARTS:
+        message = f"{idle_starts} starts in a row ended with no checkpoint after step {step}; not queued again"
+        if status == "failed":
+            message += f". The last one: {state.get('message')}"
+        if run.is_dir():
+            write_state(run, {"status": "failed", "message": message})
+        return FAILED, message
+    run.mkdir(parents=True, exist_ok=True)
+    line = {"time": time.time(), "job": job, "step": step, "idle_starts": idle_starts}
+    append_line(run / "requeues.jsonl", line)
+    return AGAIN, f"the run is {status or 'not begun'}, its newest checkpoint of step {step}"
+
+
+def newest_step(run: Path, checkpoints: str, state: "dict[str, Any]") -> int:
+    """The step that the next start goes on from; 0 before the first checkpoint.
+
+    Where nobody looks, in an object store, or where nothing is to be seen, because the configuration has checkpoints in
+    another folder, it is the step that the last start began at.
+    """
+    if state.get("status") == "interrupted":
+        return int(state["checkpoint"].rpartition("step-")[2])
+    if "://" in checkpoints or not Path(checkpoints).is_dir():
+        starts = read_lines(run / "starts.jsonl")
+        return int(starts[-1]["step"]) if starts else 0  # not the largest: a run may go back to a switch
+    names = [path.parent.name for path in Path(checkpoints).glob("step-*/manifest.json")]
+    return max((int(name[5:]) for name in names if re.match(r"step-\d{8}$", name)), default=0)
+
+
+def read_state(run: Path) -> "dict[str, Any]":
+    """How the run stands; empty before its first start."""
+    path = run / "state.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def write_state(run: Path, state: "dict[str, Any]") -> None:
+    """Replace the marker, at once."""
+    temporary = run / f"state.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(state, indent=2))
+    temporary.replace(run / "state.json")
+
+
+def is_of(line: "dict[str, Any]", job: "str | None") -> bool:
+    """Whether a line or marker is of this job, or of a task of this array."""
+    return (line.get("job") or "").partition("_")[0] == (job or "")
+
+
+def read_lines(path: Path) -> "list[Any]":
+    """The lines of a log; what was cut off, as a full disk does, is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def append_line(path: Path, line: "dict[str, Any]") -> None:
+    """Append to a log, on a line of its own whatever the last one was cut off at."""
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        cut_off = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
+
+
+def holder(run: Path, job: "str | None") -> "str | None":
+    """Who else trains in the run's folder, as its lock says; None where nobody does.
+
+    The lock of this job's own rank may stay for a while on a network's disk, when its host has died.
+    """
+    if not (run / "lock").exists():
+        return None
+    with (run / "lock").open("a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            text = lock.read().strip()
+            found = re.search(r", job (\d+)", text)
+            return None if found and found[1] == job else text
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

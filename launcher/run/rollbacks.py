@@ -1,0 +1,47 @@
+"""`RUN/rollbacks.json`: how often a run went back to each switch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from launcher.run.folder import replace_file
+
+FILE = "rollbacks.json"
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """How a phase's transition was given up."""
+
+    attempts: int
+    """How often, by now."""
+    loss_before: float
+    """Smoothed loss before the switch."""
+    loss_after: float
+    """Smoothed loss when the last attempt was given up."""
+    switch_step: int
+    """The step that the run goes back to."""
+    discarding: bool
+    """Whether the last attempt's checkpoints are still to be removed."""
+
+
+def read_rollbacks(path: Path) -> dict[int, Rollback]:
+    """By the phase's index, from a run's folder; on all ranks what the first one reads."""
+    box: list[Any] = [{}]
+    file = path / FILE
+    if (not dist.is_initialized() or dist.get_rank() == 0) and file.exists():
+        box = [{int(phase): Rollback(**fields) for phase, fields in json.loads(file.read_text()).items()}]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    rollbacks: dict[int, Rollback] = box[0]
+    return rollbacks
+
+
+def write_rollbacks(path: Path, rollbacks: Mapping[int, Rollback]) -> None:
+    """Write a run's file, all of it or nothing."""
+    content = {str(phase): asdict(rollback) for phase, rollback in rollbacks.items()}
+    replace_file(path / FILE, json.dumps(content, indent=2))

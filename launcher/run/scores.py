@@ -1,0 +1,55 @@
+"""`scores.json`: results of tasks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from eval.tasks import DEFINITIONS, GROUP, HARNESS
+
+RESULTS = "scores.json"
+
+
+TASK_COLUMNS = ["task", "examples", "metric", "score", "bits per byte"]
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of results; none where there is no file.
+
+    Raises:
+        DataError: it is another file.
+    """
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text())["results"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: holds no results of evaluations; name another file with --out") from error
+
+
+def table_of(records: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each task, and the mean of each group that is complete."""
+
+    def with_error(score: dict[str, float], digits: int) -> str:
+        return f"{score['value']:.{digits}f} ± {score['standard_error']:.{digits}f}"
+
+    table = [
+        [
+            record["task"],
+            f"{record['num_examples']:,}",
+            record["metric"],
+            with_error({name: 100 * value for name, value in record["scores"][record["metric"]].items()}, 1),
+            with_error(record["scores"]["bits_per_byte"], 3),
+        ]
+        for record in records
+    ]
+    found = {record["task"]: record for record in records}
+    for suffix in ("", HARNESS):
+        group = [found.get(f"{name}{suffix}") for name in DEFINITIONS]
+        if all(group):
+            means = [
+                sum(record["scores"][name or record["metric"]]["value"] for record in group if record) / len(group)
+                for name in (None, "bits_per_byte")
+            ]
+            table.append([f"{GROUP}{suffix}", "", "mean", f"{100 * means[0]:.1f}", f"{means[1]:.3f}"])
+    return table

@@ -1,0 +1,1 @@
+"""The parts of the training loop: the step, the switch, guards, telemetry, evaluation."""

@@ -1,0 +1,63 @@
+"""The held-out text of a run: measured and sampled on the live, sharded model, without a second copy."""
+
+import torch
+import torch.distributed as dist
+
+from data.loader import TrainingData, token_bytes, validation_rows
+from data.tokenizer import load_tokenizer
+from eval.perplexity import HeldOutLoss, held_out_loss
+from eval.sample import sample_tokens
+from launcher.engine.contract import Engine
+from launcher.plan.plan import Plan
+from launcher.process.ranks import Ranks
+
+SAMPLE_WINDOW_TOKENS = 256
+
+
+class HeldOut:
+    """The held-out rows and the tokenizer. Every method is a collective."""
+
+    def __init__(self, plan: Plan, ranks: Ranks, data: TrainingData) -> None:
+        config = plan.config
+        self._plan = plan
+        self._tokenizer_path = data.tokenizer_path
+        self._batches = []
+        if config.data.validation_rows:
+            self._batches = validation_rows(
+                config.data,
+                vocab_size=config.model.vocab_size,
+                micro_batch_sequences=config.training.micro_batch_sequences,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
+        self._token_bytes_V = token_bytes(config.data, config.model.vocab_size)
+
+    def measure(self, engine: Engine) -> HeldOutLoss | None:
+        """Held-out loss of the model as it is; None where no rows are held out."""
+        if not self._plan.config.data.validation_rows:
+            return None
+        with torch.no_grad():
+            return held_out_loss(
+                lambda tokens_BT, labels_BT: engine.forward(
+                    tokens_BT.to(engine.device), labels_BT.to(engine.device), reduction="none"
+                ),
+                self._batches,
+                self._token_bytes_V,
+                dist.all_reduce,
+            )
+
+    def sample(self, engine: Engine) -> dict[str, str]:
+        """Let the model continue the configured prompt."""
+        config = self._plan.config
+        tokenizer = load_tokenizer(self._tokenizer_path)
+        prompt = config.evaluation.sample_prompt or ""
+        with torch.no_grad():
+            tokens = sample_tokens(
+                lambda tokens_BT: engine.forward(tokens_BT.to(engine.device)),
+                [tokenizer.end_of_document, *tokenizer.encode(prompt)],
+                num_tokens=config.evaluation.sample_tokens,
+                window_tokens=min(config.data.sequence_length, SAMPLE_WINDOW_TOKENS),
+                end_token=tokenizer.end_of_document,
+                seed=config.run.seed,
+            )
+        return {"prompt": prompt, "completion": tokenizer.decode(tokens)}

@@ -1,0 +1,186 @@
+"""What a run writes down: `metrics.jsonl` and TensorBoard, with the same keys and units in the keys' names."""
+
+import math
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eval.perplexity import HeldOutLoss
+from launcher.checkpoint.manifest import Progress
+from launcher.plan.plan import Plan
+from launcher.process.console import Console
+from launcher.process.ranks import Ranks
+from launcher.run.metrics_log import MetricsLog
+
+GIB = 2**30
+
+
+PEAK_BF16_FLOPS_PER_SECOND = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+"""Dense bf16 peak by the beginning of the device's name, from NVIDIA's data sheets; the longest match counts."""
+
+
+def peak_flops_per_second(device: torch.device) -> float | None:
+    """Peak of the device in bf16; None where it is not known, so that no utilisation is invented."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = [known for known in PEAK_BF16_FLOPS_PER_SECOND if name.startswith(known)]
+    return PEAK_BF16_FLOPS_PER_SECOND[max(matches, key=len)] if matches else None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has used: of the device's allocator, or, on the CPU, resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+LOSS_PARTS = ("train/cross_entropy", "train/distillation_loss", "train/relation_loss")
+"""The parts of a loss with a teacher, unweighted, in the order in which the model returns them."""
+
+
+class Meter:
+    """Turns what the loop measures into rows of the log and lines for people."""
+
+    def __init__(self, plan: Plan, ranks: Ranks, log: MetricsLog | None, console: Console, at: Progress) -> None:
+        self._plan, self._ranks, self._log, self._console, self._at = plan, ranks, log, console, at
+        self._peak = peak_flops_per_second(ranks.device)
+        self._started_seconds = time.perf_counter() - (log.elapsed_seconds if log else 0.0)
+        self._skipped = torch.tensor(float(at.skipped_steps), device=ranks.device)
+        self._stalled_seconds = self._stalled_seconds_logged = 0.0
+        self.restart_clock()
+
+    def saved(self, stalled_seconds: float) -> None:
+        """Take note of how long saving has held training up, in all."""
+        self._stalled_seconds = stalled_seconds
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin a new interval, leaving out what happened between steps."""
+        self._since_seconds, self._steps, self._waited_seconds = time.perf_counter(), 0, 0.0
+        self._loss_sum = torch.zeros((), device=self._ranks.device)
+        self._parts_sum: Tensor | None = None
+        self._skipped_before = self._skipped.clone()
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds that the run has taken, over all its starts."""
+        return time.perf_counter() - self._started_seconds
+
+    def add(self, loss: Tensor, skipped: Tensor, waited_seconds: float, parts: Tensor | None = None) -> None:
+        """Count one step, with the parts of its loss where it distills; nothing here waits for the device."""
+        self._steps += 1
+        self._waited_seconds += waited_seconds
+        self._loss_sum += torch.where(skipped > 0, 0.0, loss)
+        if parts is not None:
+            parts = torch.where(skipped > 0, 0.0, parts)
+            self._parts_sum = parts if self._parts_sum is None else self._parts_sum + parts
+        self._skipped += skipped
+
+    def _row(self) -> dict[str, Any]:
+        at = self._at
+        return {
+            "step": at.step,
+            "tokens": at.step * self._plan.tokens_per_step,
+            "phase": at.phase,
+            "precision": self._plan.phases[at.phase].precision,
+        }
+
+    def logged(self, grad_norm: Tensor, learning_rate: float, compared: dict[str, float]) -> None:
+        """Log the steps since the last time; the one place where the host waits for the device.
+
+        The loss is their mean, over all ranks and without skipped steps; all else is of the last step.
+        """
+        dist.all_reduce(self._loss_sum)
+        skipped_steps = int(self._skipped - self._skipped_before)
+        taken = self._steps - skipped_steps
+        mean_loss = float(self._loss_sum) / self._ranks.world_size / taken if taken else math.nan
+        seconds = time.perf_counter() - self._since_seconds
+        tokens_per_second = self._steps * self._plan.tokens_per_step / seconds
+        stalled_seconds = self._stalled_seconds - self._stalled_seconds_logged
+        self._stalled_seconds_logged = self._stalled_seconds
+        self._at.skipped_steps = int(self._skipped)
+        row = (
+            self._row()
+            | compared
+            | {
+                "train/loss": mean_loss,
+                "train/grad_norm": float(grad_norm),
+                "train/learning_rate": learning_rate,
+                "train/skipped_steps": self._at.skipped_steps,
+                "quant/strength": self._plan.strength_at(self._at.step - 1),
+                "throughput/tokens_per_second": tokens_per_second,
+                "data/wait_share": min(1.0, self._waited_seconds / seconds),
+                "checkpoint/stall_share": stalled_seconds / (seconds + stalled_seconds),
+                "memory/peak_gib": peak_memory_gib(self._ranks.device),
+                "time/elapsed_seconds": self.elapsed_seconds,
+            }
+        )
+        transition = self._plan.phases[self._at.phase].transition
+        if transition.activation_ramp is not None:
+            row["quant/activation_strength"] = self._plan.activation_strength_at(self._at.step - 1)
+        if self._parts_sum is not None:
+            dist.all_reduce(self._parts_sum)
+            means = (self._parts_sum / self._ranks.world_size / taken).tolist() if taken else [math.nan] * 3
+            row |= dict(zip(LOSS_PARTS, means, strict=True))
+        if self._peak is not None:
+            flops_per_token = self._plan.flops_per_token_at(self._at.step - 1)
+            achieved = tokens_per_second * flops_per_token / self._ranks.world_size
+            row["throughput/model_flops_utilization"] = achieved / self._peak
+        if self._log is not None:
+            phase_ends = self._at.step == self._plan.phases[self._at.phase].end
+            self._log.write(row | self._log.spikes.add(row, phase_ends=phase_ends))
+        if skipped_steps:
+            self._console.line(
+                f"WARNING: {skipped_steps} of the {self._steps} steps up to step {self._at.step} had no finite "
+                "gradient and were skipped"
+            )
+        self._console.progress(
+            step=self._at.step,
+            total_steps=self._plan.total_steps,
+            phase=row["precision"],
+            loss=mean_loss,
+            tokens_per_second=tokens_per_second,
+            remaining=(self._plan.total_steps - self._at.step) * seconds / self._steps,
+        )
+        self.restart_clock()
+
+    def write_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Log rows that are complete."""
+        for row in rows:
+            if self._log is not None:
+                self._log.write(row)
+
+    def noted(self, values: dict[str, float], line: str) -> None:
+        """Log something out of the ordinary, and say so."""
+        if self._log is not None:
+            self._log.write(self._row() | values | {"time/elapsed_seconds": self.elapsed_seconds})
+        self._console.line(f"Step {self._at.step}: {line}")
+
+    def evaluated(self, result: HeldOutLoss | None, when: str) -> None:
+        """Log a held-out loss."""
+        if result is not None and self._log is not None:
+            self._log.write(
+                self._row()
+                | {
+                    "validation/loss": result.nats_per_token,
+                    "validation/bits_per_byte": result.bits_per_byte,
+                    "validation/when": when,
+                    "time/elapsed_seconds": self.elapsed_seconds,
+                }
+            )
+            self._console.line(
+                f"{self._row()['precision']}, step {self._at.step}, {when}: {result.bits_per_byte:.4f} bits per byte "
+                f"of held-out text ({result.nats_per_token:.4f} nats per token)"
+            )
+        self.restart_clock()

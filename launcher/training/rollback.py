@@ -1,0 +1,83 @@
+"""Going back to the checkpoint at a switch, in a way that may be interrupted anywhere.
+
+`RUN/rollbacks.json` says how often a run has gone back to the beginning of each phase. It is written before the
+checkpoints of the given-up attempt are removed, with a mark that they are to be; whoever starts next finishes that. A
+run without the file has never gone back.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from launcher.checkpoint.location import reaching
+from launcher.checkpoint.writer import complete_checkpoints, remove_checkpoint
+from launcher.plan.plan import Phase
+from launcher.process.console import Console
+from launcher.process.ranks import Ranks, any_rank
+from launcher.run.folder import RunFolder
+from launcher.run.rollbacks import Rollback, write_rollbacks
+from launcher.training.guard import SpikeGuard
+
+
+def discard_given_up(folder: RunFolder, rollbacks: Mapping[int, Rollback], ranks: Ranks) -> None:
+    """Remove what is left of attempts that were given up; a collective, before the newest checkpoint is looked for."""
+    given_up = {phase: rollback for phase, rollback in rollbacks.items() if rollback.discarding}
+    if not given_up:
+        return
+    if ranks.is_first:
+        switch = min(rollback.switch_step for rollback in given_up.values())
+        with reaching(folder.checkpoints):
+            for checkpoint in complete_checkpoints(folder.checkpoints):
+                if int(checkpoint.name.removeprefix("step-")) > switch:
+                    remove_checkpoint(checkpoint)
+        done = {phase: replace(rollback, discarding=False) for phase, rollback in rollbacks.items()}
+        write_rollbacks(folder.path, done)
+    dist.barrier()
+
+
+def has_not_recovered(
+    guard: SpikeGuard, phase: Phase, rollbacks: Mapping[int, Rollback], ranks: Ranks, console: Console
+) -> bool:
+    """Whether the loss is still above what it was before the switch, and there is an attempt left; a collective."""
+    assert phase.transition.rollback is not None
+    before, after = guard.loss_before, guard.loss_after
+    if before is None or after is None or not any_rank(after > before, ranks):
+        return False
+    attempts = _attempts(phase, rollbacks)
+    losses = (
+        f"The loss has not recovered from the switch at step {phase.start}: {before:.4f} before it, {after:.4f} now"
+    )
+    if attempts >= phase.transition.rollback.max_attempts:
+        console.line(f"WARNING: {losses}. The run has gone back {attempts} times and goes on as it is.")
+        return False
+    console.line(f"WARNING: {losses}. The run goes back to the switch, with a gentler ramp.")
+    return True
+
+
+def give_up(
+    folder: RunFolder, guard: SpikeGuard, phase: Phase, rollbacks: Mapping[int, Rollback], ranks: Ranks
+) -> None:
+    """Write down that a transition is given up; a collective. What follows from it is done by the next start."""
+    before, after = guard.loss_before, guard.loss_after
+    assert before is not None
+    assert after is not None
+    if ranks.is_first:
+        attempts = _attempts(phase, rollbacks) + 1
+        given_up = Rollback(attempts, before, after, phase.start, discarding=True)
+        write_rollbacks(folder.path, {**rollbacks, phase.index: given_up})
+    dist.barrier()
+
+
+def _attempts(phase: Phase, rollbacks: Mapping[int, Rollback]) -> int:
+    return rollbacks[phase.index].attempts if phase.index in rollbacks else 0
+
+
+def rollback_note(rollback: Rollback) -> tuple[dict[str, float], str]:
+    """What the log and the console say of attempts that were given up, where the next one begins."""
+    values = {
+        "rollback/attempts": rollback.attempts,
+        "rollback/loss_before": rollback.loss_before,
+        "rollback/loss_after": rollback.loss_after,
+    }
+    return values, f"rolled back {rollback.attempts} times: the ramp is longer now"

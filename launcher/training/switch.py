@@ -1,0 +1,98 @@
+"""Entering a phase inside a run: the model, its learned scales and the optimizer cross the transition."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from launcher.config.transition import OptimizerChoice
+from launcher.engine.contract import Engine
+from launcher.engine.learned_scales import initialize_scales_
+from launcher.errors import TrainingError
+from launcher.plan.plan import Phase
+from launcher.process.ranks import Ranks
+from launcher.training.step import accumulate_gradients
+from launcher.training.teacher import Teacher
+from quant.linear import dequantize_, quantize_, quantized_layers
+
+
+@torch.no_grad()
+def carry_optimizer_(engine: Engine, choice: OptimizerChoice, factor: float = 1.0) -> None:
+    """Carry Adam's state over a transition, in place.
+
+    ``reset`` starts as a new optimizer does: moments and step 0. ``keep-variance`` clears only the first moment: the
+    step stays, because it belongs to the second moment's bias correction, so that the first updates are small and grow
+    as the first moment fills, over about 1 / (1 - beta1) steps. ``rescale`` takes the moments for those of gradients
+    that are ``factor`` times as large: the first is linear in them, the second quadratic. The step stays, as both
+    moments have as many gradients behind them as before. The kept moments alone would give the same update, since
+    Adam's is a ratio of the two, but what is added to them now weighs in by its size: without rescaling, larger
+    gradients swamp the first moment before the slower second one has followed, and updates are too large for a while.
+    """
+    if choice == "keep":
+        return
+    for shard in engine.shards():
+        first, second = shard.tensors["exp_avg"], shard.tensors["exp_avg_sq"]
+        if choice == "rescale":
+            first.mul_(factor)
+            second.mul_(factor**2)
+            continue
+        first.zero_()
+        if choice == "reset":
+            second.zero_()
+            shard.step.zero_()
+
+
+def measures_rescale(phase: Phase) -> bool:
+    """Whether the transition into ``phase`` needs gradients on both sides of it."""
+    return phase.transition.optimizer == "rescale" and phase.transition.rescale_factor is None
+
+
+def enter_phase(
+    engine: Engine,
+    phase: Phase,
+    ranks: Ranks,
+    upcoming: Sequence[tuple[Tensor, Tensor]],
+    max_grad_norm: float,
+    teacher: Teacher | None,
+) -> float | None:
+    """Carry the model and the optimizer over the transition into ``phase``, in place.
+
+    The factor that ``optimizer: rescale`` measures is the ratio of the gradient norms, as clipped, of the batch that
+    comes next: of the model behind the switch at full strength, and of the one before it. Adam's moments are of
+    clipped gradients. Full strength, because these are the gradients that the phase goes on with; those of a ramp's
+    first steps are the old ones, and over a ramp longer than the moments' memory the moments follow by themselves.
+
+    Returns:
+        The factor, if one is taken.
+
+    Raises:
+        TrainingError: a gradient norm that is to be measured is not finite, or 0.
+    """
+    transition = phase.transition
+    measures = measures_rescale(phase)
+
+    def clipped_norm(teacher: Teacher | None) -> float:
+        accumulate_gradients(engine, iter(upcoming), len(upcoming), teacher=teacher)
+        grad_norm, _ = engine.step(0.0, grad_norm_limit=torch.tensor(-1.0, device=engine.device))
+        return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
+
+    before = clipped_norm(None) if measures else 1.0
+    had_scales = any(layer.quant_config.learned for layer in quantized_layers(engine.model).values())
+    if quantized_layers(engine.model):
+        dequantize_(engine.model)
+    if phase.quantization is not None:
+        quantize_(engine.model, phase.quantization, ranks.device)
+    if not had_scales:
+        initialize_scales_(engine)
+    factor = transition.rescale_factor
+    if measures:
+        after = clipped_norm(teacher)
+        factor = after / before if before else math.nan
+        if not 0 < factor < math.inf:
+            raise TrainingError(
+                f"phases.{phase.index}.transition.optimizer: rescale finds gradient norms of {before} before and "
+                f"{after} behind the switch; set transition.rescale_factor, or another choice"
+            )
+    carry_optimizer_(engine, transition.optimizer, factor or 1.0)
+    return factor

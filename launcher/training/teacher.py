@@ -1,0 +1,150 @@
+"""The teacher of a ternary phase that distills: found, checked, and sharded over the ranks like the student.
+
+A teacher is a second model, frozen: no gradients, no optimizer. FSDP2 shards it block by block, whatever engine the
+student is on, because that needs torch alone and gathers no more than a block or two at once. Nothing ever updates it,
+so it is stored in the compute dtype: 2 bytes a parameter in bf16, over all ranks together. Every rank reads only its
+share of the weights.
+
+Resuming finds the same teacher again where it was: the run's own is a milestone, which is never removed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.location import reaching
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import Source
+from launcher.checkpoint.writer import MANIFEST, folder_of
+from launcher.engine.build import COMPUTE_DTYPES
+from launcher.engine.frozen import shard_frozen_
+from launcher.errors import CheckpointError
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.open import check_sound, config_of, model_of, open_source
+from launcher.plan.plan import Phase, Plan
+from launcher.process.ranks import Ranks
+from model.distillation import DistillationConfig, Lesson
+from model.size import parameter_shapes
+from model.transformer import ModelConfig, Transformer
+
+
+class Teacher:
+    """A frozen model, sharded, that gives lessons. Every method is a collective.
+
+    Args:
+        model: as `shard_teacher` returns it.
+        config: of the distillation.
+        student_layers: the student's number of blocks.
+        identity: tells this teacher from another, in checkpoints.
+    """
+
+    def __init__(self, model: Transformer, config: DistillationConfig, student_layers: int, identity: str) -> None:
+        self._model: Any = model  # fully_shard changed its class to one with more methods
+        self._config, self._student_layers, self.identity = config, student_layers, identity
+
+    @contextmanager
+    def teaching(self, tokens_BT: Tensor) -> Iterator[Lesson]:
+        """Give the lesson on a micro-batch; its head stays gathered inside the block, and is freed behind it."""
+        yield self._model.teach(tokens_BT, self._config, self._student_layers)
+        self._model.reshard()
+
+
+def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path) -> Teacher | None:
+    """Build the teacher of a phase and read its weights; a collective. None where the phase does not distill.
+
+    Raises:
+        CheckpointError: it is gone, damaged, not in 16 bits, or cannot teach this model.
+    """
+    if phase.distillation is None:
+        return None
+    try:
+        source = open_source(teacher_location(plan, phase, checkpoints))
+        check_sound(source, ranks)
+        model = teacher_model(source, plan)
+    except CheckpointError as error:
+        raise CheckpointError(f"phases.{phase.index}.distillation: no such teacher can be had. {error}") from error
+    identity = source.manifest["digest"] if isinstance(source, CheckpointReader) else source.location
+    return Teacher(
+        shard_teacher(source, model, plan, ranks), phase.distillation, plan.config.model.num_layers, identity
+    )
+
+
+def check_teacher(reader: CheckpointReader, teacher: Teacher) -> None:
+    """Make sure that a phase goes on with the teacher that it had where a checkpoint was written.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    before = reader.manifest.get("teacher")
+    if before not in (teacher.identity, None):
+        raise CheckpointError(
+            f"{reader.folder}: its phase had another teacher ({before}, now {teacher.identity}); put that one back, or "
+            "begin a new run with checkpoint.start_from"
+        )
+
+
+def teacher_location(plan: Plan, phase: Phase, checkpoints: Path) -> str:
+    """Where a phase's teacher is: the one that is configured, or else what the phase begins with."""
+    if phase.distillation is not None and phase.distillation.teacher is not None:
+        return phase.distillation.teacher
+    own, checkpoint = folder_of(checkpoints, phase.start), plan.config.checkpoint
+    if checkpoint.start_from is not None and checkpoint.start_phase == phase.index:
+        with reaching(own):
+            # A run that `tritrain convert` has made holds what it begins with.
+            return str(own) if (own / MANIFEST).is_file() else checkpoint.start_from
+    return str(own)
+
+
+def teacher_model(source: Source, plan: Plan) -> ModelConfig:
+    """The architecture of a teacher: what it says of itself, or, where it says nothing, the run's.
+
+    Raises:
+        CheckpointError: it is ternary, has another vocabulary or too short sequences, or other parameters.
+    """
+    config = plan.config
+    model = model_of(source) or config.model
+    problems = []
+    if is_ternary(source):
+        problems.append("it is ternary; a teacher must be in 16 bits")
+    if model.vocab_size != config.model.vocab_size:
+        problems.append(f"its vocab_size is {model.vocab_size}, the model's {config.model.vocab_size}")
+    if model.max_sequence_length < config.data.sequence_length:
+        wanted = config.data.sequence_length
+        problems.append(f"its max_sequence_length is {model.max_sequence_length}, data.sequence_length {wanted}")
+    shapes = parameter_shapes(model)
+    problems += mismatches(source, set(shapes), shapes)
+    if problems:
+        raise CheckpointError(f"{source.location} cannot teach this model:\n" + "\n".join(problems))
+    return model
+
+
+def is_ternary(source: Source) -> bool:
+    """Whether a source says that it computes with ternary weights."""
+    if isinstance(source, HuggingFaceSource):
+        return source.is_packed
+    if isinstance(source, CheckpointReader):
+        phase = source.manifest["progress"]["phase"]
+        return phase >= 0 and config_of(source).phases[phase].precision == "ternary"
+    return False
+
+
+def shard_teacher(source: Source, config: ModelConfig, plan: Plan, ranks: Ranks) -> Transformer:
+    """Build a frozen model in the compute dtype, shard it over all ranks, and read this rank's share of its weights."""
+    training, engine = plan.config.training, plan.config.engine
+    with torch.device("meta"):
+        model = Transformer(config).to(COMPUTE_DTYPES[training.compute_dtype])
+    if training.compile:
+        for block in model.model.layers:
+            block.compile()
+    shard_frozen_(
+        model, partial(source.read, "weight"), ranks, replicas=engine.replicas, offload=engine.offload == "all"
+    )
+    register_fsdp_forward_method(model, "teach")
+    return model

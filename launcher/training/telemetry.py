@@ -1,0 +1,126 @@
+"""When quantization is looked at, over all ranks, and the rows of the log that come of it.
+
+What a probed step gives (see `quant.telemetry`) stays on the device until the next logged step, when the host waits
+for the device anyway. Only then are ranks' parts added up, in one all-reduce, and read.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.engine.contract import Engine
+from launcher.plan.plan import Phase, Plan
+from quant.linear import quantized_layers
+from quant.telemetry import MOST_FLIPS, SUMS, WEIGHT_FIGURES, Measurement, Probe
+
+
+def is_measured(step: int, phase: Phase, interval_steps: int) -> bool:
+    """Whether the step of this number, counted from 0, is looked at.
+
+    Those are every ``interval_steps`` of the run, the last of the phase, and until the first interval is over the
+    first, second, fourth, eighth and so on of the phase, for most happens right behind a switch.
+    """
+    finished, of_phase = step + 1, step + 1 - phase.start
+    is_early = of_phase < interval_steps and of_phase & (of_phase - 1) == 0
+    return finished % interval_steps == 0 or finished == phase.end or is_early
+
+
+def telemetry_of(plan: Plan, phase: Phase | None, engine: Engine) -> "Telemetry | None":
+    """What watches a phase; None where there is nothing to watch or the configuration does not ask for it."""
+    interval_steps = plan.config.logging.quantization_interval_steps
+    if phase is None or phase.quantization is None or interval_steps is None:
+        return None
+    return Telemetry(engine, phase, plan, interval_steps)
+
+
+class Telemetry:
+    """Watches the quantized layers of one phase, from now on: flips and drift are counted from its first look.
+
+    Args:
+        engine: with its model quantized.
+        phase: the ternary phase that it is in.
+        plan: the run.
+        interval_steps: how often to look.
+    """
+
+    def __init__(self, engine: Engine, phase: Phase, plan: Plan, interval_steps: int) -> None:
+        self._phase, self._plan, self._interval_steps = phase, plan, interval_steps
+        layers = quantized_layers(engine.model)
+        self._names = list(layers)
+        mine = {s.name: (s.start, s.tensors["weight"].numel()) for s in engine.shards() if s.primary}
+        self._probe = Probe(layers.values(), [mine.get(f"{name}.weight", (0, 0)) for name in layers])
+        self._num_weights = torch.tensor([float(layer.in_features * layer.out_features) for layer in layers.values()])
+        self._measurement: Measurement | None = None
+        self._pending: list[tuple[int, Measurement, Tensor]] = []
+        self._since_step: int | None = None
+        self._first_scales: Tensor | None = None
+
+    def begin(self, step: int) -> None:
+        """Attach to the model for the step of this number, counted from 0, if it is one to look at."""
+        measure, compare_next = self._is_measured(step), self._is_measured(step + 1)
+        self._finished_steps = step + 1
+        if measure or compare_next:
+            self._probe.attach(measure=measure, compare_next=compare_next)
+
+    def end_of_micro_batch(self) -> None:
+        """Detach: one micro-batch says enough, and a compiled model has cut graphs while it is looked at."""
+        self._measurement = self._probe.detach()
+
+    def look_at_gradients(self, engine: Engine) -> None:
+        """Take the norms of the layers' gradients, before the optimizer's step clips them."""
+        if self._measurement is None:
+            return
+        parts = engine.gradient_squares()
+        none = torch.zeros((), device=engine.device)
+        squares = torch.stack([parts.get(f"{name}.weight", none).float() for name in self._names])
+        self._pending.append((self._finished_steps, self._measurement, squares))
+
+    def collect(self) -> list[dict[str, Any]]:
+        """Add up over ranks what was measured since the last time, and make rows of it; the host waits here."""
+        rows = []
+        for step, measured, squares in self._pending:
+            parts = torch.cat([measured.sums.flatten(), measured.flip_counts, squares.double()])
+            dist.all_reduce(parts)
+            sums, flip_counts, squares = parts.cpu().split([measured.sums.numel(), MOST_FLIPS + 1, len(squares)])
+            layers = dict(zip(WEIGHT_FIGURES, measured.figures.cpu().T, strict=True))
+            layers |= self._of_sums(dict(zip(SUMS, sums.view(-1, len(SUMS)).T, strict=True)), measured.has_flips)
+            is_first = self._first_scales is None
+            if self._first_scales is None:
+                self._since_step, self._first_scales = step, layers["scale"]
+            layers["scale_drift"] = layers["scale"] / self._first_scales - 1
+            weights = self._num_weights / self._num_weights.sum()
+            totals = {f"quant/{name}": float((weights * values).sum()) for name, values in layers.items()}
+            layers["grad_norm"] = squares.sqrt()
+            rows.append(
+                {
+                    "step": step,
+                    "tokens": step * self._plan.tokens_per_step,
+                    "phase": self._phase.index,
+                    "precision": self._phase.precision,
+                    **totals,
+                    "quant/grad_norm": float(squares.sum().sqrt()),
+                    "quant/since_step": self._since_step,
+                    "quant/threshold_distances": (measured.distances.cpu() / self._num_weights.sum()).tolist(),
+                    "quant/flips": (flip_counts / self._num_weights.sum()).tolist(),
+                    "quant/layers": ({"names": self._names} if is_first else {})
+                    | {name: [float(f"{value:.5g}") for value in values.tolist()] for name, values in layers.items()},
+                }
+            )
+        self._pending.clear()
+        return rows
+
+    @staticmethod
+    def _of_sums(sums: dict[str, Tensor], has_flips: bool) -> dict[str, Tensor]:
+        """Figures of each layer from sums over ranks, as far as there is something to say."""
+        figures = {"moved_share": sums["moved"] / sums["num_weights"]}
+        if has_flips:
+            figures["flip_rate"] = sums["flipped"] / sums["num_weights"]
+        if sums["num_inputs"].all():
+            figures["input_error"] = (sums["input_error"] / sums["input"].clamp(min=1e-30)).sqrt()
+            figures["clipped_share"] = sums["clipped"] / sums["num_inputs"]
+        return figures
+
+    def _is_measured(self, step: int) -> bool:
+        return step < self._phase.end and is_measured(step, self._phase, self._interval_steps)

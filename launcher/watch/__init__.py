@@ -1,0 +1,1 @@
+"""Ranks that are lost, hung, slow or asked to stop."""
