@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCKER = ROOT / "docker"
 SCRIPTS = [*sorted(DOCKER.glob("*.sh")), *sorted((ROOT / "launcher" / "slurm").glob("*.sbatch")), ROOT / ".ci" / "run"]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from places import ROOT
 
 from launcher.config.file import apply_override, json_schema, load_config, parse_config, parse_yaml
 from launcher.config.sections import Config
 from launcher.plan.plan import make_plan
 from launcher.run.folder import MAY_CHANGE
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICKSTART = "configs/quickstart.yaml"
 COPIES = {"mine.yaml": "configs/tiny-150m.yaml"}  # made by the command before, on docs/configuring.md

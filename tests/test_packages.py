@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("launcher", "model", "data", "quant", "eval")
 LIGHT = ("model.transformer", "model.init", "model.loss", "model.size", "quant.linear", "quant.ramp", "quant.rounding")
 LIGHT_LAUNCHER = (
@@ -112,7 +112,11 @@ def test_imports_are_absolute(package):
                 assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
-def test_tests_are_flat_and_no_package():
+def test_tests_mirror_the_packages():
+    """A test lies in the folder of what it tests; helpers of several files lie in tests/support."""
     tests = ROOT / "tests"
     assert not list(tests.rglob("__init__.py"))
-    assert {path.parent for path in tests.rglob("test_*.py")} == {tests}
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")} - {Path()}
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in folders), folders
+    others = {path.parent.name for path in tests.rglob("*.py") if not path.name.startswith("test_")} - {"tests"}
+    assert others == {"support"}

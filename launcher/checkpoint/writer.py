@@ -9,8 +9,8 @@ A tensor is stored as the contiguous ranges that ranks hold of it, flattened: `w
 moments, so that any number of ranks of any engine can read just what it needs.
 
 Digests form a tree: the manifest has one over itself and one for each file, which for tensors is the root that
-`launcher.checkpoint.tensor_file` describes, and that leads to every tensor's. So every byte is covered, and damage is told by the
-tensor's name.
+`launcher.checkpoint.tensor_file` describes, and that leads to every tensor's. So every byte is covered, and damage
+is reported by the tensor's name.
 
 On a file system, a checkpoint is written to a folder `step-00000200.tmp`, flushed, and renamed. A store that cannot
 rename gets the manifest last. Nothing here is pickled.
@@ -113,7 +113,7 @@ class CheckpointWriter:
         values: Iterable[Iterable[Tensor]],
         ranges: dict[str, dict[str, Any]],
     ) -> dict[str, FileRecord]:
-        """Write one file of tensors, as `launcher.checkpoint.tensor_file.write_tensors`; returns its record under its name."""
+        """Write one file of tensors (`launcher.checkpoint.tensor_file`); returns its record under its name."""
         path = self._building / name
         with create(path) as file:
             root = write_tensors(file, entries, values, {"ranges": json.dumps(ranges)})

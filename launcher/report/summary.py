@@ -4,7 +4,8 @@
 going or was interrupted as well.
 
 Everything measured comes from `metrics.jsonl`. The training loss of a phase is its smoothed loss at the end (see
-`launcher.report.history`), its throughput the median over its logged steps, its validation the last evaluation after its start.
+`launcher.report.history`), its throughput the median over its logged steps, its validation the last evaluation after
+its start.
 """
 
 import json

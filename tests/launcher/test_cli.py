@@ -1,0 +1,200 @@
+"""The `tritrain` command as a person uses it: real processes, real signals."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from places import ROOT
+from tiny import tiny_tree, write_corpus
+
+from launcher.run.metrics_log import read_metrics
+
+TRITRAIN = [str(Path(sys.executable).with_name("tritrain"))]
+PRETRAIN = str(ROOT / "launcher" / "pretrain.py")
+STARTS = {
+    "tritrain": [*TRITRAIN, "train", "config.yaml", "--ranks", "2"],
+    "deepspeed": [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", PRETRAIN, "--config", "config.yaml",
+        "engine.name=deepspeed", "engine.zero_stage=3",
+    ],
+    "torchrun": [
+        str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", PRETRAIN,
+        "--config", "config.yaml",
+    ],
+    "python": [sys.executable, PRETRAIN, "--config", "config.yaml"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a configuration that prepares its own data, as the quickstart's does."""
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    tree = tiny_tree(tmp_path / "shards", tmp_path / "run")
+    tree["data"]["prepare"] = {"inputs": [str(corpus)], "tokenizer": "bpe:320", "validation_fraction": 0.1}
+    tree["phases"] = [{"precision": "16-bit", "steps": 30}, {"precision": "ternary", "steps": 30}]
+    tree["logging"] = {"interval_steps": 1}
+    tree["evaluation"] = {"sample_prompt": "a", "sample_tokens": 5}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path
+
+
+STARTED: list["subprocess.Popen[str]"] = []
+
+
+@pytest.fixture(autouse=True)
+def no_orphans() -> Iterator[None]:
+    """Whatever a test started is gone when it ends, however it ends."""
+    yield
+    for process in STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    STARTED.clear()
+
+
+def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    process = subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    STARTED.append(process)
+    return process
+
+
+def finish(folder: Path, command: list[str]) -> tuple[int, str]:
+    process = start(folder, command)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def wait_for_step(process: "subprocess.Popen[str]", step: int) -> str:
+    """Read the output until the run has logged a step."""
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if f"step {step}/60" in line:
+            return seen
+    raise AssertionError(seen)
+
+
+def test_a_run_shows_what_it_does_and_says_when_it_is_complete(folder: Path) -> None:
+    code, output = finish(folder, STARTS["tritrain"])
+    assert code == 0, output
+    run = folder / "run"
+    assert "step 60/60" in output
+    assert "left" in output
+    assert "bits per byte of held-out text" in output
+    assert "A sample, from the finished model:" in output
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    assert json.loads((run / "state.json").read_text())["status"] == "complete"
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 61))
+    numbers = {key for row in rows for key, value in row.items() if "/" in key and isinstance(value, int | float)}
+    assert scalars(run / "tensorboard") == numbers
+
+    code, output = finish(folder, STARTS["tritrain"])
+    assert code == 0
+    assert "is complete" in output
+    assert "tritrain report" in output
+    assert len(read_metrics(run / "metrics.jsonl")) == len(rows)  # nothing was trained
+
+    code, output = finish(folder, [*STARTS["tritrain"], "model.num_layers=1"])
+    assert code == 2
+    assert "model.num_layers: 2 in" in output
+
+
+def scalars(folder: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+def test_a_stop_saves_and_the_same_command_goes_on(folder: Path, sent: signal.Signals) -> None:
+    process = start(folder, STARTS["tritrain"])
+    wait_for_step(process, 3)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal does: to every process
+    else:
+        process.send_signal(sent)  # as a scheduler does: to the one it started
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 3, output
+    assert "Stopped and saved" in output
+    assert "Traceback" not in output
+    assert json.loads((folder / "run" / "state.json").read_text())["status"] == "interrupted"
+
+    code, output = finish(folder, STARTS["tritrain"])
+    assert code == 0, output
+    assert "Resuming tiny after step" in output
+    counts = Counter(row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl") if "train/loss" in row)
+    assert counts == Counter(range(1, 61))  # every step once
+
+
+@pytest.mark.parametrize("launcher", ["tritrain", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(folder: Path, launcher: str) -> None:
+    process = start(folder, STARTS[launcher])
+    wait_for_step(process, 2)
+    pid = int((folder / "run" / "ranks" / "rank-00001").read_text().split()[1])
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    output, _ = process.communicate(timeout=120)
+    assert time.monotonic() - killed < 60
+    assert process.returncode not in (0, 3), output
+    assert f"rank 1 (process {pid}" in output
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python"])
+def test_every_way_to_start_trains(folder: Path, launcher: str) -> None:
+    short = ["phases.0.steps=2", "phases.1.steps=2", "schedule.warmup_steps=1"]
+    code, output = finish(folder, [*STARTS[launcher], *short])
+    assert code == 0, output
+    assert "ternary step 4/4" in output
+    assert (folder / "run" / "report.html").exists()
+
+
+def test_plan_trains_nothing(folder: Path) -> None:
+    code, output = finish(folder, [*TRITRAIN, "plan", "config.yaml", "--ranks", "2", "--json"])
+    assert code == 0
+    numbers = json.loads(output)["plan"]
+    assert numbers["total_steps"] == 60
+    assert numbers["tokens_per_step"] == 8 * 32
+    assert not (folder / "run").exists()
+
+
+def test_what_is_wrong_with_a_configuration_comes_without_a_traceback(folder: Path) -> None:
+    code, output = finish(folder, [*STARTS["tritrain"], "optimizer.lerning_rate=1", "checkpoint.interval_steps=0"])
+    assert code == 2
+    assert "optimizer.lerning_rate: unknown key; did you mean learning_rate?" in output
+    assert "checkpoint.interval_steps: is 0" in output
+    assert "Traceback" not in output
+
+
+def test_an_empty_corpus_comes_without_a_traceback(folder: Path) -> None:
+    (folder / "empty.jsonl").write_text("")
+    code, output = finish(folder, [*STARTS["tritrain"], f"data.prepare.inputs=[{folder}/empty.jsonl]"])
+    assert code != 0
+    assert "empty.jsonl" in output
+    assert "Traceback" not in output
+
+
+def test_ranks_meet_on_a_machine_whose_name_leads_nowhere(tmp_path):
+    """As in a container without an entry for itself in /etc/hosts."""
+    namespace = ["unshare", "--user", "--map-root-user", "--uts"]
+    if subprocess.run([*namespace, "hostname", "leads-nowhere"], capture_output=True).returncode:
+        pytest.skip("needs `unshare` and the right to give a namespace its own host name")
+    script = tmp_path / "meet.py"
+    script.write_text("import torch.distributed as dist\ndist.init_process_group('gloo')\ndist.barrier()\n")
+    launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.process.torchrun 2 {script}"
+    subprocess.run([*namespace, "sh", "-c", launch], check=True, timeout=100)
