@@ -56,13 +56,13 @@ Outcome = Literal["complete", "interrupted", "rolled back"]
 def train(
     plan: Plan, ranks: Ranks, folder: RunFolder, stop: StopRequest, console: Console, pulse: Pulse | None = None
 ) -> Outcome:
-    """Run a plan from where its folder stands to its end, or until a stop is asked for, or a switch is given up.
+    """Train from the newest checkpoint in the folder to the end, until a stop is requested or a switch is abandoned.
 
-    After that last, the plan is another one: make it anew and call this again.
+    After a rollback the plan has changed: make it again and call this again.
 
     Raises:
         TrainingError: too many steps in a row without a finite gradient.
-        CheckpointError, data.errors.DataError: what was to be read or written is not as it should be.
+        CheckpointError, data.errors.DataError: something cannot be read or written, or does not fit the run.
     """
     with ExitStack() as closing:
         run = begin(plan, ranks, folder, console, pulse or Pulse(), closing)
@@ -95,7 +95,7 @@ def train(
 
 @dataclass
 class Run:
-    """What the loop works with."""
+    """The state of the loop."""
 
     plan: Plan
     ranks: Ranks
@@ -203,7 +203,7 @@ def fill(
     guard: SpikeGuard,
     console: Console,
 ) -> None:
-    """Write into the engine what the run goes on with: a checkpoint of its own, or what it begins with."""
+    """Fill the engine: from the run's own checkpoint, from `start_from`, or with new weights."""
     config = plan.config
     if reader is not None:
         if "spikes" in reader.manifest:
@@ -270,7 +270,7 @@ def take_step(run: Run) -> StepResult:
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done after a step."""
+    """What to do after a step."""
 
     phase_ends: bool
     stopping: bool
@@ -283,7 +283,7 @@ class Due:
 
 
 def find_due(run: Run, phase: Phase, stopping: bool, asked_to_save: bool) -> Due:
-    """Say what is to be done after the step that has just finished; the same on all ranks."""
+    """Decide what to do after the step that has just finished; the same on all ranks."""
     step, config = run.at.step, run.plan.config
     phase_ends = step == phase.end
     saving = phase_ends or stopping or asked_to_save or is_due(step, config.checkpoint.interval_steps)
@@ -295,7 +295,7 @@ def find_due(run: Run, phase: Phase, stopping: bool, asked_to_save: bool) -> Due
 
 
 def is_due(step: int, interval: int | None) -> bool:
-    """Say whether something that happens every ``interval`` steps happens after this one."""
+    """Return whether an event that happens every ``interval`` steps happens after this one."""
     return interval is not None and step % interval == 0
 
 
@@ -342,7 +342,7 @@ def save(run: Run, *, milestone: bool, must: bool) -> None:
 
 
 def finish(run: Run) -> Outcome:
-    """Wait for what is being written, and sum a complete run up."""
+    """Wait until everything is written, and write the summary of a complete run."""
     run.pulse.now("end", run.at.step)
     run.saver.wait()
     run.console.stop()
@@ -355,14 +355,14 @@ def finish(run: Run) -> Outcome:
 
 
 def first_value(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
-    """What a parameter of a new run begins with, whole."""
+    """The initial value of a whole parameter."""
     if is_learned_scale(name):
         return torch.ones(shape)
     return initial_value(name, shape, config.model, config.run.seed)
 
 
 def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
-    """The training stream from where the step of this number begins."""
+    """Open the training stream at the position where the step of this number begins."""
     return TrainingData(
         plan.config.data,
         vocab_size=plan.config.model.vocab_size,
@@ -392,7 +392,7 @@ def counters(
 
 
 def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) -> str:
-    """What to say, and to try, when the gradients stay non-finite."""
+    """The message when gradients stay non-finite, with what to try."""
     return (
         f"{in_a_row} steps in a row, up to step {at.step}, had a loss or gradient that is not finite; they were "
         f"skipped and nothing was saved since. Learning rate: {plan.learning_rate_at(at.step - 1):.3g}. Try a lower "
@@ -402,7 +402,7 @@ def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) ->
 
 
 def summary(plan: Plan, ranks: Ranks, meter: Meter, sample: dict[str, str] | None) -> dict[str, Any]:
-    """What `RUN/summary.json` says of a complete run."""
+    """The content of `RUN/summary.json`."""
     ternary = any(phase.quantization for phase in plan.phases)
     return {
         "status": "complete",

@@ -1,7 +1,7 @@
 """The course of a run: its phases, rates and strengths, as pure functions of the step.
 
-A `Course` follows from the configuration and from how often the run went back to a switch, and from nothing else: it is
-the same on any number of ranks, for a conversion, an export or a report. `launcher.plan.plan` lays it out on ranks.
+A `Course` depends only on the configuration and on how often the run went back to a switch. It is the same on any
+number of ranks, for a conversion, an export or a report; `launcher.plan.plan` distributes it over ranks.
 """
 
 import math
@@ -23,7 +23,7 @@ from quant.ramp import strength_at
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase with its place in the run: the steps from ``start`` up to but without ``end``."""
+    """One phase and its place in the run: the steps from ``start`` up to, but not including, ``end``."""
 
     index: int
     precision: str
@@ -85,22 +85,22 @@ class Course:
         return StepSizes(self.learning_rate_at(step), self.ternary_factor_at(step), self.decay_factor_at(step))
 
     def ternary_factor_at(self, step: int) -> float:
-        """What multiplies the learning rate of the quantized layers in the step of this number."""
+        """Factor on the learning rate of the quantized layers in the step of this number."""
         factor = self.config.optimizer.ternary_learning_rate_factor
         return 1.0 if factor is None or self.phase_of(step).quantization is None else factor
 
     @property
     def weight_decay_end(self) -> int | None:
-        """The first step without weight decay; None where it never ends."""
+        """The first step without weight decay; None if it never ends."""
         until = self.config.optimizer.weight_decay_until
         return None if until is None else round(until * self.total_steps)
 
     def decay_factor_at(self, step: int) -> float:
-        """What multiplies weight decay in the step of this number: 1, and 0 when it has ended."""
+        """Factor on weight decay in the step of this number: 1, or 0 once it has ended."""
         return 0.0 if self.weight_decay_end is not None and step >= self.weight_decay_end else 1.0
 
     def rollback_step(self, phase: Phase) -> int | None:
-        """The number of finished steps at which it is decided whether a phase has recovered from its transition."""
+        """Number of finished steps after which the run decides whether the loss has recovered from the transition."""
         transition = phase.transition
         if transition.rollback is None:
             return None
@@ -108,9 +108,9 @@ class Course:
         return phase.start + ramp_steps + self.steps_of(transition.rollback.after_tokens)
 
     def strengths_at(self, step: int) -> tuple[list[float], list[float]]:
-        """Quantization strengths of the step of this number: of each block's weights, and of each block's activations.
+        """Strengths of quantization in the step of this number: of each block's weights, and of its activations.
 
-        In a 16-bit phase, all are 0.
+        All are 0 in a 16-bit phase.
         """
         phase, num_layers = self.phase_of(step), self.config.model.num_layers
         if phase.quantization is None:
@@ -122,11 +122,11 @@ class Course:
         return weights, activations
 
     def strength_at(self, step: int) -> float:
-        """Strength of the weights' quantization, the mean over blocks."""
+        """Strength of the quantization of weights, averaged over blocks."""
         return statistics.mean(self.strengths_at(step)[0])
 
     def activation_strength_at(self, step: int) -> float:
-        """Strength of the activations' quantization, the mean over blocks."""
+        """Strength of the quantization of activations, averaged over blocks."""
         return statistics.mean(self.strengths_at(step)[1])
 
     def flops_per_token_at(self, step: int) -> int:

@@ -1,4 +1,4 @@
-"""What happens when in a run: what `tritrain plan` says of transitions, ramps and schedules beside the sizes."""
+"""The timeline of a run: transitions, ramps and schedules, as `tritrain plan` lists them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from quant.ramp import RampConfig
 
 
 def events(course: Course) -> list[dict[str, Any]]:
-    """Each with the `step` before which it happens, and `what` it is, in order; none where nothing ever changes."""
+    """List the events of a run in order, each with the `step` before which it happens and `what` happens."""
     found = [*_schedule_events(course)]
     for phase in course.phases:
         found += _switch_events(course, phase)

@@ -1,4 +1,4 @@
-"""A course laid out on a number of ranks. `tritrain plan` prints one, and the training loop follows one."""
+"""A course distributed over a number of ranks. `tritrain plan` prints it, and the training loop follows it."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class Plan(Course):
 
 
 def make_plan(config: Config, world_size: int, rollbacks: Mapping[int, int] | None = None) -> Plan:
-    """Resolve the course of a run, and divide its batch among ranks.
+    """Resolve the course of a run, and divide its batch among the ranks.
 
     Args:
         config: to be resolved.

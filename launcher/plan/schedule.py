@@ -8,7 +8,7 @@ from launcher.config.optimizer import ScheduleConfig
 
 @dataclass(frozen=True)
 class StepSizes:
-    """How far the optimizer goes in one step."""
+    """The rates of one optimizer step."""
 
     learning_rate: float
     ternary_factor: float = 1.0
@@ -18,7 +18,7 @@ class StepSizes:
 
 
 def learning_rate_factor(step: int, horizon_steps: int, config: ScheduleConfig, decay_start: int = 0) -> float:
-    """Factor in [0, 1] of the peak learning rate at ``step``, counted from 0, on the way to ``horizon_steps``.
+    """Factor in [0, 1] on the peak learning rate at ``step``, counted from 0, of ``horizon_steps`` in all.
 
     The first step of a warm-up of ``n`` steps has factor 1/n (a factor of 0 would waste it), the n-th has 1.
 
@@ -49,5 +49,5 @@ def learning_rate_factor(step: int, horizon_steps: int, config: ScheduleConfig, 
 
 
 def drop_step(horizon_steps: int, config: ScheduleConfig) -> int:
-    """The first step of the second stage of `two-stage`, which has at least one step before it."""
+    """First step of the second stage of `two-stage`; the first stage has at least one step."""
     return max(config.warmup_steps + 1, round((config.drop_at or 0.5) * horizon_steps))
