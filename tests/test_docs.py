@@ -17,7 +17,7 @@ from launcher.config.sections import Config
 from launcher.plan.plan import make_plan
 from launcher.run.folder import MAY_CHANGE
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "configs/quickstart.yaml"
 COPIES = {"mine.yaml": "configs/tiny-150m.yaml"}  # made by the command before, on docs/configuring.md
 RUN_COMMAND = "pip install -e . && tritrain train configs/quickstart.yaml --ranks 2"
@@ -240,6 +240,8 @@ def test_every_page_is_in_an_index() -> None:
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert pages <= {Path(link.partition("#")[0]).name for link in links(ROOT / "docs/README.md")}
     assert pages <= {Path(link.partition("#")[0]).name for link in links(ROOT / "README.md")}
+    decisions = ROOT / "docs/decisions"
+    assert {page.name for page in decisions.glob("*.md")} - {"README.md"} == set(links(decisions / "README.md"))
 
 
 def test_mentioned_make_targets_exist() -> None:
