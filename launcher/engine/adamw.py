@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from launcher.config.optimizer import OptimizerConfig
+from launcher.plan.schedule import StepSizes
 from quant.linear import LEARNED_SCALE
 
 
@@ -48,16 +49,14 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig, *, fused:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def set_step_sizes(
-    optimizer: torch.optim.Optimizer, learning_rate: float, *, ternary_factor: float, decay_factor: float
-) -> None:
+def set_step_sizes(optimizer: torch.optim.Optimizer, sizes: StepSizes) -> None:
     """Give every group of ``optimizer``, made by `parameter_groups`, its learning rate and weight decay of a step.
 
     Weight decay is a multiple of the group's own learning rate, as torch's AdamW has it.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * (ternary_factor if group["ternary"] else 1.0)
-        group["weight_decay"] = group["full_weight_decay"] * decay_factor
+        group["lr"] = sizes.learning_rate * (sizes.ternary_factor if group["ternary"] else 1.0)
+        group["weight_decay"] = group["full_weight_decay"] * sizes.decay_factor
 
 
 def create_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from launcher.engine.contract import Engine
-from launcher.plan.plan import Phase, Plan
+from launcher.plan.course import Phase
+from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
 from model.transformer import Transformer
 from quant.linear import add_learned_scales_, quantize_

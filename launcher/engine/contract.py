@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 
 
@@ -67,10 +68,8 @@ class Engine(ABC):
     @abstractmethod
     def step(
         self,
-        learning_rate: float,
+        sizes: StepSizes,
         *,
-        ternary_factor: float = 1.0,
-        decay_factor: float = 1.0,
         grad_norm_limit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Clip, update and clear the gradients.
@@ -79,9 +78,7 @@ class Engine(ABC):
         nothing else, neither weights nor optimizer state.
 
         Args:
-            learning_rate: of this step.
-            ternary_factor: multiplies it for the parameters that have a group of their own.
-            decay_factor: multiplies the weight decay.
+            sizes: of this step.
             grad_norm_limit: 0-dim, on the device, equal on all ranks; -1 skips the step in any case.
 
         Returns:

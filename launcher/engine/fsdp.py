@@ -20,6 +20,7 @@ from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.adamw import build_adamw, create_adam_state, parameter_groups, set_step_sizes
 from launcher.engine.contract import Engine, Shard
+from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 from quant.gather import CodeGather
 
@@ -136,10 +137,8 @@ class FSDPEngine(Engine):
     @torch.no_grad()
     def step(
         self,
-        learning_rate: float,
+        sizes: StepSizes,
         *,
-        ternary_factor: float = 1.0,
-        decay_factor: float = 1.0,
         grad_norm_limit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         # Learned scales have no gradient in a 16-bit phase; Adam then leaves them as they are.
@@ -156,7 +155,7 @@ class FSDPEngine(Engine):
         self._follow_shards()
         for (local, _), gradient in zip(pairs, gradients, strict=True):
             local.grad = gradient
-        set_step_sizes(self.optimizer, learning_rate, ternary_factor=ternary_factor, decay_factor=decay_factor)
+        set_step_sizes(self.optimizer, sizes)
         # What GradScaler sets: where it is 1, the fused kernel leaves weights, moments and step as they are.
         self.optimizer.found_inf = skipped.to(where_state_is)  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -19,6 +19,7 @@ from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.adamw import build_adamw, create_adam_state, parameter_groups, set_step_sizes
 from launcher.engine.contract import Engine, Shard
+from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 
 
@@ -176,13 +177,11 @@ class ZeroEngine(Engine):
 
     def step(
         self,
-        learning_rate: float,
+        sizes: StepSizes,
         *,
-        ternary_factor: float = 1.0,
-        decay_factor: float = 1.0,
         grad_norm_limit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        set_step_sizes(self.inner, learning_rate, ternary_factor=ternary_factor, decay_factor=decay_factor)
+        set_step_sizes(self.inner, sizes)
         self._limit, self._norm = grad_norm_limit, math.nan
         if self.is_plain:
             return self._plain_step()

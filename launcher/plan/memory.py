@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 from launcher.config.sections import Config
+from launcher.plan.course import Course
 from launcher.plan.plan import Plan
 from model.size import (
     activation_bytes,
@@ -45,17 +46,17 @@ def zero3_held_parameters(config: Config) -> tuple[int, int]:
     return persistent, min(num_parameters(config.model) - persistent, int(kept))
 
 
-def last_quantization(plan: Plan) -> QuantConfig | None:
+def last_quantization(course: Course) -> QuantConfig | None:
     """That of the last ternary phase; None without one."""
-    return next((phase.quantization for phase in reversed(plan.phases) if phase.quantization), None)
+    return next((phase.quantization for phase in reversed(course.phases) if phase.quantization), None)
 
 
-def coded_layers(plan: Plan) -> dict[str, tuple[int, ...]]:
+def coded_layers(course: Course) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights in blocks that the last ternary phase quantizes, by name; `engine.gather` is about them."""
-    quantization = last_quantization(plan)
+    quantization = last_quantization(course)
     if quantization is None:
         return {}
-    matrices = {name: shape for name, shape in parameter_shapes(plan.config.model).items() if len(shape) == 2}
+    matrices = {name: shape for name, shape in parameter_shapes(course.config.model).items() if len(shape) == 2}
     return {
         name: shape
         for name, shape in matrices.items()
@@ -63,14 +64,14 @@ def coded_layers(plan: Plan) -> dict[str, tuple[int, ...]]:
     }
 
 
-def beside_codes(plan: Plan) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+def beside_codes(course: Course) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Shapes of what is gathered in 16 bits beside `coded_layers`: once a step with these, and for each pass.
 
     The latter are the blocks that have no coded layer.
     """
-    coded = coded_layers(plan)
+    coded = coded_layers(course)
     blocks = {block_of(name) for name in coded}
-    rest = {name: shape for name, shape in parameter_shapes(plan.config.model).items() if name not in coded}
+    rest = {name: shape for name, shape in parameter_shapes(course.config.model).items() if name not in coded}
     once = {name: shape for name, shape in rest.items() if not is_in_block(name) or block_of(name) in blocks}
     return once, {name: shape for name, shape in rest.items() if name not in once}
 

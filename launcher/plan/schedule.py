@@ -1,8 +1,20 @@
 """Learning-rate schedules: pure functions of the step, with no scheduler object and no scheduler state."""
 
 import math
+from dataclasses import dataclass
 
 from launcher.config.optimizer import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """How far the optimizer goes in one step."""
+
+    learning_rate: float
+    ternary_factor: float = 1.0
+    """Multiplies the learning rate of the parameters that have a rate of their own."""
+    decay_factor: float = 1.0
+    """Multiplies weight decay."""
 
 
 def learning_rate_factor(step: int, horizon_steps: int, config: ScheduleConfig, decay_start: int = 0) -> float:
@@ -18,7 +30,7 @@ def learning_rate_factor(step: int, horizon_steps: int, config: ScheduleConfig, 
         step: whose factor it is.
         horizon_steps: where the end is reached.
         config: the shape.
-        decay_start: step before which there is no decay, if that is behind the warm-up.
+        decay_start: step before which there is no decay, if that is after the warm-up.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

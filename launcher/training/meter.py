@@ -15,6 +15,7 @@ from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
 from launcher.run.metrics_log import MetricsLog
+from launcher.training.step import StepResult
 
 GIB = 2**30
 
@@ -77,15 +78,15 @@ class Meter:
         """Seconds that the run has taken, over all its starts."""
         return time.perf_counter() - self._started_seconds
 
-    def add(self, loss: Tensor, skipped: Tensor, waited_seconds: float, parts: Tensor | None = None) -> None:
-        """Count one step, with the parts of its loss where it distills; nothing here waits for the device."""
+    def add(self, result: StepResult) -> None:
+        """Count one step; nothing here waits for the device."""
         self._steps += 1
-        self._waited_seconds += waited_seconds
-        self._loss_sum += torch.where(skipped > 0, 0.0, loss)
-        if parts is not None:
-            parts = torch.where(skipped > 0, 0.0, parts)
+        self._waited_seconds += result.waited_seconds
+        self._loss_sum += torch.where(result.skipped > 0, 0.0, result.loss)
+        if result.parts is not None:
+            parts = torch.where(result.skipped > 0, 0.0, result.parts)
             self._parts_sum = parts if self._parts_sum is None else self._parts_sum + parts
-        self._skipped += skipped
+        self._skipped += result.skipped
 
     def _row(self) -> dict[str, Any]:
         at = self._at

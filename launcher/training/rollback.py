@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.writer import complete_checkpoints, remove_checkpoint
-from launcher.plan.plan import Phase
+from launcher.plan.course import Phase
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks, any_rank
 from launcher.run.folder import RunFolder

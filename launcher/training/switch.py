@@ -10,7 +10,8 @@ from launcher.config.transition import OptimizerChoice
 from launcher.engine.contract import Engine
 from launcher.engine.learned_scales import initialize_scales_
 from launcher.errors import TrainingError
-from launcher.plan.plan import Phase
+from launcher.plan.course import Phase
+from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks
 from launcher.training.step import accumulate_gradients
 from launcher.training.teacher import Teacher
@@ -74,7 +75,7 @@ def enter_phase(
 
     def clipped_norm(teacher: Teacher | None) -> float:
         accumulate_gradients(engine, iter(upcoming), len(upcoming), teacher=teacher)
-        grad_norm, _ = engine.step(0.0, grad_norm_limit=torch.tensor(-1.0, device=engine.device))
+        grad_norm, _ = engine.step(StepSizes(0.0), grad_norm_limit=torch.tensor(-1.0, device=engine.device))
         return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
 
     before = clipped_norm(None) if measures else 1.0

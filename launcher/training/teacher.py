@@ -28,7 +28,8 @@ from launcher.engine.frozen import shard_frozen_
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import check_sound, config_of, model_of, open_source
-from launcher.plan.plan import Phase, Plan
+from launcher.plan.course import Phase
+from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
 from model.distillation import DistillationConfig, Lesson
 from model.size import parameter_shapes

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.engine.contract import Engine
-from launcher.plan.plan import Phase, Plan
+from launcher.plan.course import Course, Phase
 from quant.linear import quantized_layers
 from quant.telemetry import MOST_FLIPS, SUMS, WEIGHT_FIGURES, Measurement, Probe
 
@@ -27,12 +27,12 @@ def is_measured(step: int, phase: Phase, interval_steps: int) -> bool:
     return finished % interval_steps == 0 or finished == phase.end or is_early
 
 
-def telemetry_of(plan: Plan, phase: Phase | None, engine: Engine) -> "Telemetry | None":
+def telemetry_of(course: Course, phase: Phase | None, engine: Engine) -> "Telemetry | None":
     """What watches a phase; None where there is nothing to watch or the configuration does not ask for it."""
-    interval_steps = plan.config.logging.quantization_interval_steps
+    interval_steps = course.config.logging.quantization_interval_steps
     if phase is None or phase.quantization is None or interval_steps is None:
         return None
-    return Telemetry(engine, phase, plan, interval_steps)
+    return Telemetry(engine, phase, course, interval_steps)
 
 
 class Telemetry:
@@ -41,12 +41,12 @@ class Telemetry:
     Args:
         engine: with its model quantized.
         phase: the ternary phase that it is in.
-        plan: the run.
+        course: of the run.
         interval_steps: how often to look.
     """
 
-    def __init__(self, engine: Engine, phase: Phase, plan: Plan, interval_steps: int) -> None:
-        self._phase, self._plan, self._interval_steps = phase, plan, interval_steps
+    def __init__(self, engine: Engine, phase: Phase, course: Course, interval_steps: int) -> None:
+        self._phase, self._course, self._interval_steps = phase, course, interval_steps
         layers = quantized_layers(engine.model)
         self._names = list(layers)
         mine = {s.name: (s.start, s.tensors["weight"].numel()) for s in engine.shards() if s.primary}
@@ -96,7 +96,7 @@ class Telemetry:
             rows.append(
                 {
                     "step": step,
-                    "tokens": step * self._plan.tokens_per_step,
+                    "tokens": step * self._course.tokens_per_step,
                     "phase": self._phase.index,
                     "precision": self._phase.precision,
                     **totals,
