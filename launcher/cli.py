@@ -378,6 +378,18 @@ def doctor(
 
 
 @app.command()
+def explain(
+    key: Annotated[str, typer.Argument(help="A key such as schedule.warmup_steps, or a section.", show_default=False)],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="Also print the value in this configuration.")] = None,
+) -> None:
+    """Explain a key of the configuration: its type, its default and its meaning."""
+    from launcher.commands.explain import explain as explain_key
+
+    explain_key(key, config, overrides or [], Console(silent=False))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors."""
     from launcher.config.file import json_schema
