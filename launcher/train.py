@@ -4,6 +4,7 @@ Between logged steps the host never waits for the device: losses, gradient norms
 there until a step is logged. (DeepSpeed waits for its own gradient norm, inside its step.)
 """
 
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch import Tensor
 from data.loader import TrainingData
 from launcher.checkpoint.load import load_state, restore_rng
 from launcher.checkpoint.location import check_writable
-from launcher.checkpoint.manifest import Progress
+from launcher.checkpoint.manifest import Manifest, Progress, precision_at
 from launcher.checkpoint.reader import newest_sound_checkpoint
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections import Config
@@ -67,7 +68,7 @@ def train(
     rollbacks = read_rollbacks(folder.path)
     discard_given_up(folder, rollbacks, ranks)
     reader = newest_sound_checkpoint(folder.checkpoints, ranks, console.line)
-    at = Progress(**reader.manifest["progress"]) if reader else first_progress(plan)
+    at = replace(reader.manifest.progress) if reader else first_progress(plan)
     pulse.now("start", at.step)
     phase = plan.phases[at.phase] if at.phase >= 0 else None
     data = open_data(plan, ranks, at.step)
@@ -75,8 +76,8 @@ def train(
     guards_switch = any(phase.transition.rollback for phase in plan.phases)
     guard = SpikeGuard(config.training.skip_outliers, smooths=guards_switch, ranks=ranks)
     if reader is not None:
-        if "spikes" in reader.manifest:
-            guard.load(reader.manifest["spikes"])
+        if reader.manifest.spikes is not None:
+            guard.load(reader.manifest.spikes)
         check_data(reader, data.fingerprint)
         load_state(reader, engine, with_optimizer=reader.has_moments)
         restore_rng(reader, ranks)
@@ -103,11 +104,13 @@ def train(
     log = None
     if ranks.is_first:
         folder.note_start(at.step, ranks.world_size)
+        folder.keep_tokenizer(data.tokenizer_path)
         log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
     meter = Meter(plan, ranks, log, console, at)
     saver = Saver(
         folder.checkpoints,
         ranks,
+        tokenizer=data.tokenizer_path,
         keep_last=config.checkpoint.keep_last,
         asynchronous=config.checkpoint.asynchronous,
         say=console.line,
@@ -202,9 +205,8 @@ def train(
             pulse.now("save", at.step)
             saver.save(
                 engine,
-                counters=counters(plan, ranks, at, data.fingerprint, guard, teacher),
+                manifest=manifest_of(plan, ranks, at, data.fingerprint, guard, teacher, milestone=phase_ends),
                 config_text=folder.config_text,
-                milestone=phase_ends,
                 must=phase_ends or stopping,
             )
             meter.saved(saver.stalled_seconds)
@@ -251,21 +253,32 @@ def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
     )
 
 
-def counters(
-    plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str, guard: SpikeGuard, teacher: Teacher | None
-) -> dict[str, Any]:
-    """What a checkpoint's manifest says of where the run is."""
-    return {
-        "step": at.step,
-        "tokens": at.step * plan.tokens_per_step,
-        "progress": dict(vars(at)),
-        "spikes": guard.state(),
-        "data_fingerprint": data_fingerprint,
-        "teacher": teacher.identity if teacher else None,
-        "world_size": ranks.world_size,
-        "engine": plan.config.engine.name,
-        "zero_stage": plan.config.engine.zero_stage,
-    }
+def manifest_of(
+    plan: Plan,
+    ranks: Ranks,
+    at: Progress,
+    data_fingerprint: str,
+    guard: SpikeGuard,
+    teacher: Teacher | None,
+    *,
+    milestone: bool,
+) -> Manifest:
+    """What a checkpoint of this moment says of itself."""
+    return Manifest(
+        milestone=milestone,
+        has_moments=True,
+        step=at.step,
+        tokens=at.step * plan.tokens_per_step,
+        progress=replace(at),
+        precision=precision_at(plan, at),
+        data_fingerprint=data_fingerprint,
+        spikes=guard.state(),
+        teacher=teacher.identity if teacher else None,
+        world_size=ranks.world_size,
+        engine=plan.config.engine.name,
+        zero_stage=plan.config.engine.zero_stage,
+        provenance=None,
+    )
 
 
 def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) -> str:

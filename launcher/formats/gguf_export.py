@@ -104,7 +104,10 @@ def export_gguf(
     vocabulary = gguf_vocabulary(tokenizer, opened.model.vocab_size)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
     if isinstance(opened.source, CheckpointReader):
-        metadata |= {f"tritrain.{key}": opened.source.manifest[key] for key in ("step", "digest")}
+        metadata |= {
+            "tritrain.step": opened.source.manifest.step,
+            "tritrain.digest": opened.source.manifest.digest,
+        }
     values = (_values(opened, coded, tensor) for tensor in tensors)
     _write(to, gguf_architecture(opened.model), metadata, tensors, values)
     num_codes = sum(prod(tensor.shape) for tensor in tensors if coded and tensor.parameter in coded)

@@ -17,8 +17,9 @@ def first_progress(plan: Plan) -> Progress:
     """Where a run begins: inside its first phase, or, with ``start_from``, before the transition into one."""
     checkpoint = plan.config.checkpoint
     if checkpoint.start_from is None:
-        return Progress()
-    return Progress(step=plan.phases[checkpoint.start_phase].start, phase=checkpoint.start_phase - 1)
+        return Progress(step=0, phase=0, skipped_steps=0)
+    start = plan.phases[checkpoint.start_phase].start
+    return Progress(step=start, phase=checkpoint.start_phase - 1, skipped_steps=0)
 
 
 def open_start(plan: Plan, data_fingerprint: str | None = None) -> tuple[Source, bool]:
@@ -61,9 +62,9 @@ def check_start(source: Source, plan: Plan, data_fingerprint: str | None = None)
         )
     if isinstance(source, CheckpointReader) and phase.index:
         manifest = source.manifest
-        if (manifest["step"], manifest["tokens"]) != (phase.start, phase.start * plan.tokens_per_step):
+        if (manifest.step, manifest.tokens) != (phase.start, phase.start * plan.tokens_per_step):
             raise CheckpointError(
-                f"{source.location} is at step {manifest['step']} with {manifest['tokens']} tokens, but phase "
+                f"{source.location} is at step {manifest.step} with {manifest.tokens} tokens, but phase "
                 f"{phase.index} begins at step {phase.start} with {phase.start * plan.tokens_per_step}; change the "
                 "lengths of the phases before it, take another checkpoint, or set checkpoint.start_phase to 0"
             )
@@ -77,7 +78,7 @@ def check_data(reader: CheckpointReader, data_fingerprint: str) -> None:
     Raises:
         CheckpointError: it was trained on others.
     """
-    if reader.manifest["data_fingerprint"] not in (data_fingerprint, None):
+    if reader.manifest.data_fingerprint not in (data_fingerprint, None):
         raise CheckpointError(
             f"{reader.folder}: was trained on other data, another mixture or another order; restore the data "
             "configuration, or begin a new run with checkpoint.start_from and, in the transition, data: restart"

@@ -20,17 +20,15 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
 from launcher.checkpoint.load import mismatches
 from launcher.checkpoint.location import reaching, to_location
+from launcher.checkpoint.manifest import MANIFEST
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.writer import MANIFEST, checkpoints_under
-from launcher.config.sections import Config
+from launcher.checkpoint.writer import checkpoints_under
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.engine.frozen import shard_frozen_
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import CONFIG, HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.plan.plan import Plan, make_plan
 from launcher.process.ranks import Ranks
-from launcher.run.rollbacks import read_rollbacks
 from model.transformer import ModelConfig, Transformer
 from quant.config import BITNET
 from quant.linear import QuantLinear, add_learned_scales_, quantize_, quantized_layers, set_strengths_
@@ -99,8 +97,8 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
     manifest = source.manifest if isinstance(source, CheckpointReader) else None
     return Subject(
         location=source.location,
-        identity=manifest["digest"] if manifest else digest_of_folder(Path(source.location)),
-        step=manifest["step"] if manifest else None,
+        identity=manifest.digest if manifest else digest_of_folder(Path(source.location)),
+        step=manifest.step if manifest else None,
         run=opened.run,
         tokenizer=loaded,
         scorer=scorer_of(model, opened.model, ranks),
@@ -136,20 +134,12 @@ def _sharded(opened: Exportable, ranks: Ranks) -> Transformer:
     if problems := list(mismatches(source, set(shapes), shapes)):
         raise CheckpointError(f"{source.location} does not hold the model that it describes:\n" + "\n".join(problems))
     if opened.quantization is not None:
-        assert opened.config is not None
-        assert isinstance(source, CheckpointReader)
         quantize_(model, opened.quantization, ranks.device)
-        set_strengths_(model, *plan_of(source, opened.config, opened.run).strengths_at(source.manifest["step"] - 1))
+        set_strengths_(model, opened.precision.weight_strengths, opened.precision.activation_strengths)
     elif isinstance(source, HuggingFaceSource) and source.ternary:
         compute_with_codes_(model, source, ranks.device)
     shard_frozen_(model, partial(source.read, "weight"), ranks)
     return model
-
-
-def plan_of(reader: CheckpointReader, config: Config, run: Path | None) -> Plan:
-    """The plan by which a checkpoint was trained."""
-    attempts = {phase: rollback.attempts for phase, rollback in read_rollbacks(run).items()} if run else {}
-    return make_plan(config, reader.manifest["world_size"], attempts)
 
 
 class CodesLinear(QuantLinear):

@@ -20,14 +20,15 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from launcher.checkpoint.load import mismatches
 from launcher.checkpoint.location import reaching
+from launcher.checkpoint.manifest import MANIFEST
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
-from launcher.checkpoint.writer import MANIFEST, folder_of
+from launcher.checkpoint.writer import folder_of
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.engine.frozen import shard_frozen_
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
-from launcher.formats.open import check_sound, config_of, model_of, open_source
+from launcher.formats.open import check_sound, model_of, open_source, precision_of
 from launcher.plan.plan import Phase, Plan
 from launcher.process.ranks import Ranks
 from model.distillation import DistillationConfig, Lesson
@@ -70,7 +71,7 @@ def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path) -> T
         model = teacher_model(source, plan)
     except CheckpointError as error:
         raise CheckpointError(f"phases.{phase.index}.distillation: no such teacher can be had. {error}") from error
-    identity = source.manifest["digest"] if isinstance(source, CheckpointReader) else source.location
+    identity = source.manifest.digest if isinstance(source, CheckpointReader) else source.location
     return Teacher(
         shard_teacher(source, model, plan, ranks), phase.distillation, plan.config.model.num_layers, identity
     )
@@ -82,7 +83,7 @@ def check_teacher(reader: CheckpointReader, teacher: Teacher) -> None:
     Raises:
         CheckpointError: it is another one.
     """
-    before = reader.manifest.get("teacher")
+    before = reader.manifest.teacher
     if before not in (teacher.identity, None):
         raise CheckpointError(
             f"{reader.folder}: its phase had another teacher ({before}, now {teacher.identity}); put that one back, or "
@@ -126,12 +127,11 @@ def teacher_model(source: Source, plan: Plan) -> ModelConfig:
 
 
 def is_ternary(source: Source) -> bool:
-    """Whether a source says that it computes with ternary weights."""
+    """Whether a source says that its weights were trained as ternary ones."""
     if isinstance(source, HuggingFaceSource):
         return source.is_packed
     if isinstance(source, CheckpointReader):
-        phase = source.manifest["progress"]["phase"]
-        return phase >= 0 and config_of(source).phases[phase].precision == "ternary"
+        return precision_of(source).quantization is not None
     return False
 
 
