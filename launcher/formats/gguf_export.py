@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.gguf_vocabulary import gguf_vocabulary
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import flush_folder, reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source, in_pieces
@@ -152,8 +152,7 @@ def _tensors(
     except ValueError as error:
         raise CheckpointError(f"{at} cannot be written as GGUF: {error}") from error
     shapes = parameter_shapes(config)
-    if problems := list(mismatches(opened.source, set(shapes), shapes)):
-        raise CheckpointError(f"{at} does not fit its model: {'; '.join(problems)}")
+    check_fits(opened.source, shapes)
     tensors = []
     for parameter, shape in shapes.items():
         kind: StoredType = "f32"

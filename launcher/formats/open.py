@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.checkpoint.manifest import CONFIG, MANIFEST, Precision, precision_at
 from launcher.checkpoint.reader import CheckpointReader
@@ -76,18 +76,16 @@ def check_model(source: Source, model: ModelConfig) -> None:
         CheckpointError: lists every parameter that only one side has, or that has another shape, and every key of the
             model that is another one where the source says so.
     """
-    shapes = parameter_shapes(model)
-    problems = list(mismatches(source, set(shapes), shapes))
+    problems = []
     if theirs := model_of(source):
         # Of a run of ours, the rotary base may be changed on purpose, for a longer context.
         traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, "rope_theta")
-        problems += [
+        problems = [
             f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} there"
             for trait in traits
             if getattr(model, trait) != getattr(theirs, trait)
         ]
-    if problems:
-        raise CheckpointError(f"{source.location} does not fit the model:\n" + "\n".join(problems))
+    check_fits(source, parameter_shapes(model), others=problems)
 
 
 def model_of(source: Source) -> ModelConfig | None:

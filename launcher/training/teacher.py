@@ -10,25 +10,23 @@ Resuming finds the same teacher again where it was: the run's own is a milestone
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import reaching
-from launcher.checkpoint.manifest import MANIFEST
+from launcher.checkpoint.manifest import MANIFEST, Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.writer import folder_of
 from launcher.engine.build import COMPUTE_DTYPES
-from launcher.engine.frozen import shard_frozen_
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import check_sound, model_of, open_source, precision_of
+from launcher.inference.build import sharded_model
 from launcher.plan.plan import Phase, Plan
 from launcher.process.ranks import Ranks
 from model.distillation import DistillationConfig, Lesson
@@ -119,10 +117,9 @@ def teacher_model(source: Source, plan: Plan) -> ModelConfig:
     if model.max_sequence_length < config.data.sequence_length:
         wanted = config.data.sequence_length
         problems.append(f"its max_sequence_length is {model.max_sequence_length}, data.sequence_length {wanted}")
-    shapes = parameter_shapes(model)
-    problems += mismatches(source, set(shapes), shapes)
     if problems:
         raise CheckpointError(f"{source.location} cannot teach this model:\n" + "\n".join(problems))
+    check_fits(source, parameter_shapes(model))
     return model
 
 
@@ -138,13 +135,15 @@ def is_ternary(source: Source) -> bool:
 def shard_teacher(source: Source, config: ModelConfig, plan: Plan, ranks: Ranks) -> Transformer:
     """Build a frozen model in the compute dtype, shard it over all ranks, and read this rank's share of its weights."""
     training, engine = plan.config.training, plan.config.engine
-    with torch.device("meta"):
-        model = Transformer(config).to(COMPUTE_DTYPES[training.compute_dtype])
-    if training.compile:
-        for block in model.model.layers:
-            block.compile()
-    shard_frozen_(
-        model, partial(source.read, "weight"), ranks, replicas=engine.replicas, offload=engine.offload == "all"
+    model = sharded_model(
+        source,
+        config,
+        Precision.in_16_bits(config.num_layers),
+        COMPUTE_DTYPES[training.compute_dtype],
+        ranks,
+        compile_blocks=training.compile,
+        replicas=engine.replicas,
+        offload=engine.offload == "all",
     )
     register_fsdp_forward_method(model, "teach")
     return model

@@ -20,7 +20,7 @@ from ranks import run_group
 from runs import run
 from tiny import tiny_config
 
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.manifest import manifest_digest
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS
@@ -72,8 +72,7 @@ def load(folder: Path, shapes: dict[str, tuple[int, ...]] | None = None) -> dict
     if problems := list(reader.damage()):
         raise CheckpointError("\n".join(problems))
     shapes = shapes or reader.shapes
-    if problems := list(mismatches(reader, set(shapes), shapes)):
-        raise CheckpointError(f"{folder}\n" + "\n".join(problems))
+    check_fits(reader, shapes)
     manifest = reader.manifest
     counters = {key: value for key, value in vars(manifest).items() if key not in ("files", "digest")}
     state: dict[str, Any] = {"counters": counters}
