@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from launcher.checkpoint.location import is_local, reaching, to_location
+from launcher.checkpoint.manifest import MANIFEST
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.writer import MANIFEST, checkpoints_under
+from launcher.checkpoint.writer import checkpoints_under
 from launcher.errors import CheckpointError
 from launcher.process.console import Console
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.gguf_vocabulary import gguf_vocabulary
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import flush_folder, reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source, in_pieces
@@ -104,7 +104,10 @@ def export_gguf(
     vocabulary = gguf_vocabulary(tokenizer, opened.model.vocab_size)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
     if isinstance(opened.source, CheckpointReader):
-        metadata |= {f"tritrain.{key}": opened.source.manifest[key] for key in ("step", "digest")}
+        metadata |= {
+            "tritrain.step": opened.source.manifest.step,
+            "tritrain.digest": opened.source.manifest.digest,
+        }
     values = (_values(opened, coded, tensor) for tensor in tensors)
     _write(to, gguf_architecture(opened.model), metadata, tensors, values)
     num_codes = sum(prod(tensor.shape) for tensor in tensors if coded and tensor.parameter in coded)
@@ -149,8 +152,7 @@ def _tensors(
     except ValueError as error:
         raise CheckpointError(f"{at} cannot be written as GGUF: {error}") from error
     shapes = parameter_shapes(config)
-    if problems := list(mismatches(opened.source, set(shapes), shapes)):
-        raise CheckpointError(f"{at} does not fit its model: {'; '.join(problems)}")
+    check_fits(opened.source, shapes)
     tensors = []
     for parameter, shape in shapes.items():
         kind: StoredType = "f32"

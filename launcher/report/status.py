@@ -23,7 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.checkpoint.location import is_local, to_location
-from launcher.checkpoint.writer import MANIFEST, complete_checkpoints
+from launcher.checkpoint.manifest import MANIFEST
+from launcher.checkpoint.writer import complete_checkpoints
 from launcher.config.sections import SILENT_BEATS
 from launcher.errors import CheckpointError, ConfigError
 from launcher.process.console import human_count, human_time

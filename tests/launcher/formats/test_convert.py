@@ -106,7 +106,8 @@ def test_one_checkpoint_seeds_many_runs_without_being_copied(runs: Path, shards:
         made = tmp_path / name / "checkpoints" / "step-00000004"
         for path in source.glob("*.safetensors"):
             assert (made / path.name).samefile(path)
-        provenance = CheckpointReader(made).manifest["provenance"]
+        provenance = CheckpointReader(made).manifest.provenance
+        assert provenance is not None
         assert provenance["source"] == str(source)
         assert provenance["source_digest"] == json.loads((source / "manifest.json").read_text())["digest"]
         assert provenance["transition"]["optimizer"] == "keep"
@@ -232,3 +233,19 @@ def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) 
     tritrain("convert", source, *arguments)
     with pytest.raises(ValueError, match="a run's checkpoints are there already"):
         tritrain("convert", source, *arguments)
+
+
+def test_a_run_that_is_to_go_on_after_a_ternary_phase_is_measured_as_what_it_was_made_of(
+    runs: Path, shards: Path, tmp_path: Path
+) -> None:
+    source = runs / "keep" / "checkpoints" / "step-00000008"
+    three = [*phases({}), {"precision": "16-bit", "steps": 2}]
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path) | {"phases": three})
+    assert "before phase 2 (16-bit)" in tritrain("convert", source, "--to", tmp_path / "run", "--config", config)
+    (tmp_path / "text.txt").write_text("a text to be measured\n" * 20)
+    measured = [
+        re.findall(r"bits per byte +([\d.]+)", tritrain("perplexity", model, tmp_path / "text.txt"))
+        for model in (source, tmp_path / "run")
+    ]
+    assert measured[0]
+    assert measured[0] == measured[1]

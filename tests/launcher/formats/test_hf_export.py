@@ -188,7 +188,7 @@ def run(shards: Path, tmp_path: Path) -> Any:
             '{"step": 8, "validation/loss": 3.5, "validation/bits_per_byte": 1.75}\n'
             '{"step": 9, "train/loss": 9.99}\n'
         )
-        digest = CheckpointReader(tmp_path / "run" / "checkpoints" / f"step-{step:08}").manifest["digest"]
+        digest = CheckpointReader(tmp_path / "run" / "checkpoints" / f"step-{step:08}").manifest.digest
         score = {"value": 0.625, "standard_error": 0.01}
         records = [
             {
