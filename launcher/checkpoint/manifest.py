@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from launcher.checkpoint.folders import CONFIG
 from launcher.checkpoint.source import KINDS
 from launcher.checkpoint.tensor_file import DIGESTS, MAX_DIMENSIONS, TensorFile, TensorFileError, is_count
-from launcher.checkpoint.writer import CONFIG
 
 
 @dataclass

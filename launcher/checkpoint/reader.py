@@ -12,11 +12,12 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from launcher.checkpoint.folders import CONFIG, MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import check_manifest, parameters_of
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
-from launcher.checkpoint.writer import CONFIG, FORMAT_VERSION, MANIFEST, complete_checkpoints, manifest_digest
+from launcher.checkpoint.writer import FORMAT_VERSION, manifest_digest
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks, everyones
 

@@ -18,7 +18,6 @@ rename gets the manifest last. Nothing here is pickled.
 
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from launcher.checkpoint.folders import CONFIG, MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import create, flush_folder, is_local, remove_folder
 from launcher.checkpoint.tensor_file import write_tensors
 from launcher.engine.contract import Shard
@@ -34,31 +34,8 @@ from launcher.engine.contract import Shard
 FORMAT_VERSION = 1
 
 
-MANIFEST = "manifest.json"
-
-
-CONFIG = "config.yaml"
-
-
 FileRecord = dict[str, Any]
 """`size` in bytes and `digest` of a file, as the manifest has them."""
-
-
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps is."""
-    return checkpoints / f"step-{step:08d}"
-
-
-def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """All folders with a manifest, oldest first."""
-    folders = checkpoints.glob("step-*") if checkpoints.is_dir() else []
-    named = (folder for folder in folders if re.fullmatch(r"step-\d{8}", folder.name))
-    return sorted((folder for folder in named if (folder / MANIFEST).is_file()), key=lambda folder: folder.name)
-
-
-def checkpoints_under(folder: Path) -> list[Path]:
-    """All complete ones of a run, or of a folder that holds nothing but checkpoints; oldest first."""
-    return [*complete_checkpoints(folder), *complete_checkpoints(folder / "checkpoints")]
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

@@ -6,11 +6,9 @@ from typing import Any
 
 from data.urls import url_problem
 from launcher.config.transition import TransitionConfig
-from model.distillation import DistillationConfig
+from model.config import DistillationConfig
 from model.size import parameter_shapes
-from quant.config import QuantConfig
-from quant.gather import gather_problems
-from quant.linear import width_problem
+from quant.config import QuantConfig, gather_problems, width_problem
 
 
 def local_problem(text: str) -> str | None:

@@ -1,10 +1,10 @@
 """Opening a checkpoint of any known kind."""
 
+from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under
 from launcher.checkpoint.load import mismatches
 from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
-from launcher.checkpoint.writer import CONFIG, MANIFEST, checkpoints_under
 from launcher.config.file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError

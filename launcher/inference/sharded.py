@@ -18,10 +18,10 @@ import xxhash
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
+from launcher.checkpoint.folders import MANIFEST, checkpoints_under
 from launcher.checkpoint.load import mismatches
 from launcher.checkpoint.location import reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.writer import MANIFEST, checkpoints_under
 from launcher.config.sections import Config
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.engine.frozen import shard_frozen_

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from launcher.checkpoint.folders import MANIFEST, folder_of
 from launcher.checkpoint.load import mismatches
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
-from launcher.checkpoint.writer import MANIFEST, folder_of
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.engine.frozen import shard_frozen_
 from launcher.errors import CheckpointError

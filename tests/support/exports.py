@@ -8,7 +8,8 @@ import yaml
 from hf_folders import ModelSource
 from tiny import tiny_config
 
-from launcher.checkpoint.writer import CheckpointWriter, folder_of
+from launcher.checkpoint.folders import folder_of
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.file import to_tree
 from launcher.config.sections import Config
 from launcher.formats.convert import write_streamed

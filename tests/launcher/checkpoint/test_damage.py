@@ -18,9 +18,10 @@ import torch
 from jobs import NUM_RANKS, NUM_STEPS, Job, assert_equal_runs, job_tree, uninterrupted
 from typer.testing import CliRunner
 
+from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
 from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.tensor_file import DIGESTS, TensorFile
-from launcher.checkpoint.writer import MANIFEST, CheckpointWriter, complete_checkpoints, folder_of, manifest_digest
+from launcher.checkpoint.writer import CheckpointWriter, manifest_digest
 from launcher.cli import app
 from launcher.engine.contract import Shard
 from launcher.errors import CheckpointError
