@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from measure import report
 
+from launcher.checkpoint.folders import folder_of
 from launcher.checkpoint.manifest import Manifest, Precision, Progress
 from launcher.checkpoint.saver import Saver
-from launcher.checkpoint.writer import folder_of
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.contract import load_weights

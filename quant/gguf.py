@@ -11,14 +11,13 @@ than 0, so codes times their level are kept, while latent weights would be round
 
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
-
 from quant.config import QuantConfig
 
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGMLQuantizationType
     from numpy.typing import NDArray
+    from torch import Tensor
 
 BlockType = Literal["tq2_0", "tq1_0", "q8_0", "f16"]
 BLOCK_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0", "q8_0", "f16")
@@ -64,7 +63,7 @@ def ggml_type(into: StoredType) -> "GGMLQuantizationType":
     return GGMLQuantizationType[into.upper()]
 
 
-def to_blocks(values: Tensor, into: StoredType) -> "NDArray[np.generic]":
+def to_blocks(values: "Tensor", into: StoredType) -> "NDArray[np.generic]":
     """Write weights as blocks.
 
     Args:

@@ -49,16 +49,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.codes import unpack_rows
-from quant.config import QuantConfig
-from quant.hadamard import is_rotatable, rotate
+from quant.config import QuantConfig, is_rotated, width_problem
+from quant.hadamard import rotate
 from quant.product import CodeProduct, RoundedWeight, StraightThrough
 from quant.rounding import Scale, learned_scale, quantize_activation, weight_codes, weight_scale
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections that are one matrix in fused implementations, in order."""
-
-OUTPUTS = ("o_proj", "down_proj")
-"""Projections back to the residual stream, whose inputs have the outliers."""
 
 LEARNED_SCALE = "weight_scale"
 """Name of the parameter that a layer with learned scales has beside its weight."""
@@ -308,26 +305,12 @@ def depth_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def is_rotated(name: str, config: QuantConfig) -> bool:
-    """Whether inputs and weights of the layer of this name are rotated before they are rounded."""
-    return config.hadamard == "all" or (config.hadamard == "outputs" and name.endswith(OUTPUTS))
-
-
 def sharers(name: str, layers: Mapping[str, nn.Linear]) -> tuple[nn.Linear, ...]:
     """Those of the quantized layers that are one matrix with the layer of this name where they are fused."""
     parent, _, last = name.rpartition(".")
     parts = next((parts for parts in FUSED if last in parts), (last,))
     names = [f"{parent}.{part}".lstrip(".") for part in parts]
     return tuple(layers[name] for name in names if name in layers)
-
-
-def width_problem(name: str, width: int, config: QuantConfig) -> str | None:
-    """Why a layer of so many input features cannot be quantized like this; None if it can."""
-    if config.granularity == "group" and width % config.group_size:
-        return f"group_size {config.group_size} does not divide the {width} inputs of {name}"
-    if is_rotated(name, config) and not is_rotatable(width):
-        return f"hadamard {config.hadamard} cannot rotate the {width} inputs of {name}, an odd number"
-    return None
 
 
 def matching_layers(model: nn.Module, config: QuantConfig) -> dict[str, nn.Linear]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quant.config import Activations, Granularity, Levels, QuantConfig, WeightScale
+from quant.size import NUM_MAGNITUDES
 
 DEFAULT = QuantConfig()
 """What a ternary phase does where nothing else is said."""
@@ -76,9 +77,6 @@ def over_blocks(scale_RG: Tensor, shape: Sequence[int]) -> Tensor:
     width = shape[-1]
     return scale_RG if scale_RG.shape[-1] == 1 else scale_RG.repeat_interleave(width // scale_RG.shape[-1], dim=-1)
 
-
-NUM_MAGNITUDES = 2**15
-"""Magnitudes that bf16 has."""
 
 INFINITY_BITS = 0x7F80
 """Infinity in bf16."""

@@ -13,18 +13,12 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import reaching
-from launcher.checkpoint.manifest import (
-    MANIFEST,
-    READABLE_VERSIONS,
-    Manifest,
-    manifest_digest,
-    manifest_of,
-)
+from launcher.checkpoint.manifest import READABLE_VERSIONS, Manifest, manifest_digest, manifest_of
 from launcher.checkpoint.ranges import parameters_of
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks, everyones
 

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher.checkpoint.folders import folder_of
 from launcher.checkpoint.location import is_local, reaching
 from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.writer import CheckpointWriter, folder_of, prune_checkpoints
+from launcher.checkpoint.writer import CheckpointWriter, prune_checkpoints
 from launcher.engine.contract import Engine, Shard
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks

@@ -19,7 +19,6 @@ rename gets the manifest last. Nothing here is pickled.
 
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,27 +27,11 @@ import torch
 import xxhash
 from torch import Tensor
 
+from launcher.checkpoint.folders import CONFIG, MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import create, flush_folder, is_local, remove_folder
-from launcher.checkpoint.manifest import CONFIG, MANIFEST, FileRecord, Manifest, manifest_digest
+from launcher.checkpoint.manifest import FileRecord, Manifest, manifest_digest
 from launcher.checkpoint.tensor_file import write_tensors
 from launcher.engine.contract import Shard
-
-
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps is."""
-    return checkpoints / f"step-{step:08d}"
-
-
-def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """All folders with a manifest, oldest first."""
-    folders = checkpoints.glob("step-*") if checkpoints.is_dir() else []
-    named = (folder for folder in folders if re.fullmatch(r"step-\d{8}", folder.name))
-    return sorted((folder for folder in named if (folder / MANIFEST).is_file()), key=lambda folder: folder.name)
-
-
-def checkpoints_under(folder: Path) -> list[Path]:
-    """All complete ones of a run, or of a folder that holds nothing but checkpoints; oldest first."""
-    return [*complete_checkpoints(folder), *complete_checkpoints(folder / "checkpoints")]
 
 
 class CheckpointWriter:

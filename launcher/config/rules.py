@@ -15,12 +15,9 @@ from data.urls import url_problem
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.transition import TransitionConfig
-from model.distillation import DistillationConfig
+from model.config import DistillationConfig, ModelConfig
 from model.size import parameter_shapes
-from model.transformer import ModelConfig
-from quant.config import QuantConfig
-from quant.gather import gather_problems
-from quant.linear import width_problem
+from quant.config import QuantConfig, gather_problems, width_problem
 
 if TYPE_CHECKING:
     from launcher.config.sections import CheckpointConfig, PhaseConfig, TrainingConfig

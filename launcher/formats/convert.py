@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import FileRecord, Manifest, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_checking
-from launcher.checkpoint.writer import CheckpointWriter, complete_checkpoints, folder_of
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.formats.open import check_model, check_sound, model_of, precision_of

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from launcher.checkpoint.location import flush_folder, reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.choices import EmbeddingType
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.opened import Exportable
 from model.gguf import gguf_architecture, gguf_metadata, gguf_name, gguf_rows
@@ -37,12 +37,6 @@ from quant.gguf import (
     recipe_problem,
     to_blocks,
 )
-
-EmbeddingType = Literal["q8_0", "f16"]
-
-
-EMBEDDING_TYPES: tuple[EmbeddingType, ...] = ("q8_0", "f16")
-
 
 EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
 """What the parameters begin with that have the type of embeddings."""

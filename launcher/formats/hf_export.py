@@ -20,6 +20,7 @@ from torch import Tensor
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import tokenizer_files
 from launcher.errors import CheckpointError
+from launcher.formats.choices import ExportWeights, LinearClass
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.hf_folder import Stored, stored_weights, to_json, write_folder
 from launcher.formats.hf_source import dtype_name, listed, naming
@@ -31,10 +32,7 @@ from model.size import is_projection
 from quant.codes import CODES_PER_BYTE, pack
 from quant.config import QuantConfig
 
-LinearClass = Literal["bitlinear", "autobitlinear"]
-
-
-HfWeights = Literal["latent", "dequantized", "packed"]
+HfWeights = ExportWeights | Literal["packed"]
 
 
 HOLDS: dict[HfWeights, str] = {

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under
 from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import is_local, reaching, to_location
-from launcher.checkpoint.manifest import CONFIG, MANIFEST, Precision, precision_at
+from launcher.checkpoint.manifest import Precision, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
-from launcher.checkpoint.writer import checkpoints_under
 from launcher.config.file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError

@@ -16,10 +16,9 @@ import xxhash
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
+from launcher.checkpoint.folders import MANIFEST, checkpoints_under
 from launcher.checkpoint.location import reaching, to_location
-from launcher.checkpoint.manifest import MANIFEST
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.writer import checkpoints_under
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import CONFIG, HuggingFaceSource

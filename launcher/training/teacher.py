@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from launcher.checkpoint.folders import MANIFEST, folder_of
 from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import reaching
-from launcher.checkpoint.manifest import MANIFEST, Precision
+from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
-from launcher.checkpoint.writer import folder_of
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource

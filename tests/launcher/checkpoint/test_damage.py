@@ -19,10 +19,11 @@ from jobs import NUM_RANKS, NUM_STEPS, Job, assert_equal_runs, job_tree, uninter
 from typer.testing import CliRunner
 from variants import manifest
 
-from launcher.checkpoint.manifest import MANIFEST, manifest_digest
+from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
+from launcher.checkpoint.manifest import manifest_digest
 from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.tensor_file import DIGESTS, TensorFile
-from launcher.checkpoint.writer import CheckpointWriter, complete_checkpoints, folder_of
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.cli import app
 from launcher.engine.contract import Shard
 from launcher.errors import CheckpointError

@@ -16,10 +16,10 @@ from stores import BUCKET, Store, enter, environment, kill, proxy
 from tiny import tiny_config, tiny_tree
 from typer.testing import CliRunner
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import create, to_location
 from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.tensor_file import range_reader
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.cli import app
 from launcher.errors import CheckpointError
 from launcher.formats.opened import tokenizer_of

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from ranks import run_group
 from variants import build, manifest, step_once
 
+from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.source import KINDS
-from launcher.checkpoint.writer import CheckpointWriter, complete_checkpoints, folder_of
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.engine.contract import Engine, load_weights
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks

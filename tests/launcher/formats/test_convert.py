@@ -14,9 +14,9 @@ from ranks import run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.commands import convert as convert_command
 from launcher.config.file import load_config
 from launcher.errors import CheckpointError, ConfigError
@@ -139,9 +139,9 @@ def test_no_option_of_a_conversion_is_left_out_silently(runs: Path, shards: Path
         (("--format", "universal", "--phase", 1), "--phase 1: belongs to --format run"),
         (("--format", "universal", "--dtype", "fp32"), "--dtype fp32: belongs to --format hf"),
         (("--config", config, "--dtype", "fp32"), "--dtype fp32: belongs to --format hf"),
-        (("--format", "hf", "model.norm_eps=1"), "model.norm_eps=1: overrides a configuration, and there is none"),
-        (("--config", config, "run.folder=there"), "run.folder: is what --to says"),
-        (("--config", config, "checkpoint.start_from=there"), "checkpoint.start_from: is what SOURCE says"),
+        (("--format", "hf", "model.norm_eps=1"), "model.norm_eps=1: there is no configuration to override"),
+        (("--config", config, "run.folder=there"), "run.folder: --to sets it"),
+        (("--config", config, "checkpoint.start_from=there"), "checkpoint.start_from: SOURCE sets it"),
         (("--format", "hf", "--config", config, "model.num_heads=6", "model.num_kv_heads=2"), "model.num_heads is 6"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=re.escape(problem)):

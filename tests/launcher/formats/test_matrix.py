@@ -16,11 +16,11 @@ from ranks import run_group
 from torch import Tensor
 from variants import CPU, MODEL, VARIANTS, build, manifest, step_once, world_size_of
 
+from launcher.checkpoint.folders import folder_of
 from launcher.checkpoint.load import load_state
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.source import KINDS
-from launcher.checkpoint.writer import folder_of
 from launcher.engine.contract import Engine, load_weights
 from launcher.process.ranks import Ranks
 from model.init import initial_value

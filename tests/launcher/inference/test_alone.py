@@ -15,8 +15,8 @@ from runs import run
 from tiny import tiny_config
 from tiny_tasks import write_tasks
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.errors import CheckpointError, ConfigError
 from launcher.inference.load import load_model
 

@@ -16,7 +16,7 @@ from tiny_tasks import NUM_EXAMPLES, write_tasks
 
 from data.errors import DataError
 from eval.tasks import DEFINITIONS, choose_tasks
-from launcher.checkpoint.writer import complete_checkpoints
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.config.file import parse_config, to_tree
 from launcher.errors import CheckpointError, ConfigError
 from launcher.inference.measure import Evaluation, TextMeasurement, answer, check_tasks, evaluate, measure_text

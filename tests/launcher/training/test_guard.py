@@ -17,8 +17,8 @@ from runs import StopAfter
 from safetensors.torch import load_file
 from tiny import tiny_config
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.manifest import check_guard_state
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.config.sections import Config, OutlierConfig
 from launcher.engine.contract import Engine
 from launcher.errors import CheckpointError
