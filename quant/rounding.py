@@ -53,6 +53,12 @@ class Scale(NamedTuple):
 
 def bf16_values(x: Tensor) -> Tensor:
     """The bf16 cast of ``x``, as fp32."""
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        # Inductor drops a cast that is undone at once, but keeps integer arithmetic: half to even, NaN stays NaN.
+        values = x.float()
+        bits = values.view(torch.int32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).view(torch.float32)
+        return torch.where(values.isnan(), values, rounded)
     return x.to(torch.bfloat16).float()
 
 

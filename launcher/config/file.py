@@ -31,8 +31,7 @@ from launcher.config.sections import (
 )
 from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
-from model.config import DistillationConfig
-from model.transformer import ModelConfig
+from model.config import DistillationConfig, ModelConfig
 from quant.config import PRESETS, QuantConfig
 from quant.ramp import RampConfig
 

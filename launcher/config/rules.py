@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.loader import DataConfig
+from data.config import DataConfig
 from data.urls import url_problem
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
