@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: all that it says of itself besides tensors and configuration, as one type.
+"""The manifest of a checkpoint as one type: everything it records besides tensors and configuration.
 
 Every writer fills the same fields, and every reader gets them checked, so that nothing later has to doubt a type or a
 bound: digests prove that a file is as it was written, not that it was written right, or by Tritrain.
@@ -66,7 +66,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What a step computes in: 16 bits, or a quantization at the strengths of that step."""
+    """The precision of a step: 16 bits, or a quantization at the strengths of that step."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -88,7 +88,7 @@ class Precision:
 
     @classmethod
     def in_16_bits(cls, num_layers: int) -> "Precision":
-        """That of a model of so many blocks without quantization."""
+        """The precision of a model of ``num_layers`` blocks without quantization."""
         zeros = (0.0,) * num_layers
         return cls(quantization=None, weight_strengths=zeros, activation_strengths=zeros)
 
@@ -128,7 +128,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint says of itself. A field is None where a writer has nothing to say there, and none is left out.
+    """The record of a checkpoint. Every writer fills every field; None means that it does not apply.
 
     Raises:
         ValueError: a field is not as it should be; says which.
@@ -176,7 +176,7 @@ class Manifest:
             check_guard_state(self.spikes)
         for name in self.files:
             if name not in (CONFIG, *TOKENIZERS) and not TENSOR_FILE.fullmatch(name):
-                raise ValueError(f"its 'files' names {reprlib.repr(name)}, which is no file of a checkpoint")
+                raise ValueError(f"its 'files' names {reprlib.repr(name)}, which is not a file of a checkpoint")
 
     def sealed(self, files: dict[str, FileRecord]) -> str:
         """The text of `manifest.json` for a checkpoint of these files."""
@@ -185,7 +185,7 @@ class Manifest:
 
 
 def manifest_digest(tree: dict[str, Any]) -> str:
-    """Digest of all of a manifest but its own."""
+    """The digest of a manifest without its own."""
     content = {key: value for key, value in tree.items() if key != "digest"}
     return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
@@ -204,7 +204,7 @@ def manifest_of(tree: dict[str, Any]) -> Manifest:
         manifest: Manifest = _adapter().validate_json(json.dumps(tree))
     except ValidationError as error:
         detail = error.errors(include_url=False, include_input=False)[0]
-        where = reprlib.repr(".".join(map(str, detail["loc"])))
+        where = repr(".".join(map(str, detail["loc"]))[:100])
         reason = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
         raise ValueError(f"its {where}: {reason[:300]}" if detail["loc"] else reason) from error
     if CONFIG not in manifest.files or not any(map(TENSOR_FILE.fullmatch, manifest.files)):
@@ -220,7 +220,7 @@ def _adapter() -> Any:
 
 
 def check_guard_state(state: Any) -> None:
-    """Make sure that a checkpoint holds what `SpikeGuard.state` gives.
+    """Check that a value has the form of `SpikeGuard.state`.
 
     Raises:
         ValueError: it does not.

@@ -171,7 +171,7 @@ def write_universal(source: Source, folder: Path, *, learning_rate: float | None
     if odd := [name for name in source.shapes if name in ("", ".", "..") or "/" in name or "\\" in name]:
         raise CheckpointError(f"{source.location} has a parameter {odd[0]!r}, which cannot be the name of a folder")
     if folder.exists():
-        raise CheckpointError(f"{folder} is there already")
+        raise CheckpointError(f"{folder} already exists")
     (step,) = steps
     building = folder.with_name(folder.name + ".tmp")
     tag = f"global_step{step:.0f}"

@@ -123,9 +123,9 @@ def test_ranks_of_different_saves(at_2: tuple[Path, dict[str, Any]], tmp_path: P
 
 def test_latest_names_nothing(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("global_step7")
-    with pytest.raises(CheckpointError, match="latest names 'global_step7', and no such folder is beside it"):
+    with pytest.raises(CheckpointError, match="latest names 'global_step7', but there is no such folder beside it"):
         DeepSpeedSource(tmp_path)
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         DeepSpeedSource(tmp_path / "nowhere")
 
 

@@ -273,7 +273,7 @@ def test_a_16_bit_phase(transformers, run, tmp_path):
     )
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first | second)
-    with pytest.raises(CheckpointError, match="is no checkpoint of ours, so the recipe of its codes is not known"):
+    with pytest.raises(CheckpointError, match="is not a Tritrain checkpoint, so its recipe is not known"):
         tritrain("export", tmp_path / "hf", "--to", tmp_path / "other", "--format", "hf-ternary")
     assert not (tmp_path / "other").exists()
 

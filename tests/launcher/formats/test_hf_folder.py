@@ -64,7 +64,7 @@ def test_a_folder_is_complete_or_not_there(tmp_path, monkeypatch):
         write_hf(Failing(model), model.config, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
     write_hf(ModelSource(model), model.config, tmp_path / "hf")
-    with pytest.raises(CheckpointError, match="is there already; name another folder"):
+    with pytest.raises(CheckpointError, match="already exists; choose another folder"):
         write_hf(ModelSource(model), model.config, tmp_path / "hf")
 
 
