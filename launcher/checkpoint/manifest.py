@@ -234,7 +234,7 @@ def check_guard_state(state: Any) -> None:
         and (state["loss_before"] is None or _is_number(state["loss_before"]))
     )
     if not sound:
-        raise ValueError("its 'spikes' is not what the guards against spikes remember")
+        raise ValueError("its 'spikes' is not the state of the guards against loss spikes")
 
 
 def _is_window(window: Any) -> bool:

@@ -165,9 +165,9 @@ class DeepSpeedSource(Source):
 
     def _shortcomings(self, frozen: set[str]) -> Iterator[str]:
         if not self.has_moments:
-            yield "Adam's moments are not there, or not of every parameter: the optimizer starts anew."
+            yield "Adam's moments are missing, or some of them: the optimizer starts anew."
         elif frozen:
-            yield f"Moments of {_some(frozen)} are not there, since it was frozen: they start at zero."
+            yield f"Moments of {_some(frozen)} are missing because it was frozen: they start at zero."
         coarse = {
             part.name: str(part.tensors["weight"].dtype).removeprefix("torch.")
             for parts in self._parts.values()
@@ -175,7 +175,7 @@ class DeepSpeedSource(Source):
             if part.tensors["weight"].dtype.itemsize < 4
         }
         if coarse:
-            yield f"The fp32 weight of {_some(coarse)} is not there: it is stored in {min(coarse.values())}."
+            yield f"The fp32 weight of {_some(coarse)} is missing: it is stored in {min(coarse.values())}."
 
 
 def _some(names: Iterable[str]) -> str:

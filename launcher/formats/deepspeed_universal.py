@@ -65,9 +65,9 @@ class UniversalSource(Source):
         frozen = [name for name in shapes if name not in self._trained]
         self.missing = MISSING
         if not self._trained:
-            self.missing += ("Adam's moments are not there: the optimizer starts anew.",)
+            self.missing += ("Adam's moments are missing: the optimizer starts anew.",)
         elif frozen:
-            self.missing += (f"Moments of {', '.join(frozen)} are not there: they start at zero.",)
+            self.missing += (f"Moments of {', '.join(frozen)} are missing: they start at zero.",)
 
     def _find_shapes(self) -> dict[str, tuple[int, ...]]:
         models = sorted(self.folder.glob("*_model_states.pt"))

@@ -248,7 +248,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"points outside of its folder: {', '.join(outside)}")
         if absent := [name for name in names if not (folder / name).is_file()]:
-            raise ValueError(f"names files that are not there: {', '.join(absent)}")
+            raise ValueError(f"names files that do not exist: {', '.join(absent)}")
     return [folder / name for name in names]
 
 

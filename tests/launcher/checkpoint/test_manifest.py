@@ -74,7 +74,7 @@ def test_nothing_may_be_left_out() -> None:
         ({"milestone": 1}, "its 'milestone': Input should be a valid boolean"),
         ({"progress": {"step": 3, "phase": -2, "skipped_steps": 0}}, "its 'progress': is not a count of steps, the"),
         ({"progress": {"step": 3, "phase": 0}}, "its 'progress.skipped_steps': Field required"),
-        ({"spikes": {"skipped": 1}}, "its 'spikes' is not what the guards"),
+        ({"spikes": {"skipped": 1}}, "its 'spikes' is not the state of the guards"),
         ({"files": {"../a": {"size": 1, "digest": "0" * 32}}}, "its 'files' names '../a', which is not a file"),
         ({"files": {"config.yaml": {"size": 1, "digest": "x"}}}, "'files.config.yaml': is not the size and the digest"),
     ],

@@ -135,7 +135,7 @@ def test_weights_without_an_optimizer(at_2: tuple[Path, dict[str, Any]], tmp_pat
     torch.save(content | {"optimizer": None}, folder / "mp_rank_00_model_states.pt")
     source = DeepSpeedSource(folder)
     assert not source.has_moments
-    assert any("moments are not there" in sentence for sentence in source.missing)
+    assert any("moments are missing" in sentence for sentence in source.missing)
     assert any("stored in bfloat16" in sentence for sentence in source.missing)
     expected = content["module"]["model.norm.weight"]
     assert torch.equal(source.read("weight", "model.norm.weight", 0, expected.numel()), expected.float())

@@ -76,7 +76,7 @@ def test_a_folder_in_a_store(tmp_path):
     assert all(torch.equal(whole(source, name), value) for name, value in model.named_parameters())
     name = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"]["model.norm.weight"]
     (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=f"names files that are not there: {name}"):
+    with pytest.raises(CheckpointError, match=f"names files that do not exist: {name}"):
         HuggingFaceSource(folder)
 
 

@@ -157,7 +157,7 @@ def test_files_that_are_not_there_or_elsewhere(tmp_path):
         HuggingFaceSource(tmp_path)
     for content, message in (
         ({"weight_map": {"a": "../model.safetensors"}}, r"points outside of its folder: \.\./model\.safetensors"),
-        ({"weight_map": {"a": "x.safetensors", "b": "y"}}, "names files that are not there: x.safetensors, y"),
+        ({"weight_map": {"a": "x.safetensors", "b": "y"}}, "names files that do not exist: x.safetensors, y"),
         ({"weight_map": {"a": "x" * 300}}, "name too long"),
         ({"weight_map": {"a": 5}}, "must have a weight_map"),
         ({"weight_map": {}}, "must have a weight_map"),
@@ -169,7 +169,7 @@ def test_files_that_are_not_there_or_elsewhere(tmp_path):
             HuggingFaceSource(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     index.write_text(json.dumps({"weight_map": {"a": "pipe"}}))
-    with pytest.raises(CheckpointError, match="not there: pipe"):  # opening it would wait for ever
+    with pytest.raises(CheckpointError, match="do not exist: pipe"):  # opening it would wait for ever
         HuggingFaceSource(tmp_path)
 
 
