@@ -92,6 +92,12 @@ class Precision:
         zeros = (0.0,) * num_layers
         return cls(quantization=None, weight_strengths=zeros, activation_strengths=zeros)
 
+    @classmethod
+    def full(cls, quantization: QuantConfig, num_layers: int) -> "Precision":
+        """The precision of a model of ``num_layers`` blocks at strength 1."""
+        ones = (1.0,) * num_layers
+        return cls(quantization=quantization, weight_strengths=ones, activation_strengths=ones)
+
     @property
     def strength(self) -> float:
         """The strength of the block with the least; 0 in 16 bits."""

@@ -31,8 +31,7 @@ def precision_of_folder(source: HuggingFaceSource) -> Precision:
     if not source.ternary:
         return Precision.in_16_bits(num_layers)
     include = "|".join(f"^{re.escape(name.removesuffix('.weight'))}$" for name in source.ternary)
-    ones = (1.0,) * num_layers
-    return Precision(quantization=replace(BITNET, include=include), weight_strengths=ones, activation_strengths=ones)
+    return Precision.full(replace(BITNET, include=include), num_layers)
 
 
 def unfilled_model(

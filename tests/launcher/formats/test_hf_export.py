@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
+from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.hf_export import export_hf
@@ -58,7 +59,8 @@ def transformers():
 
 
 def exportable(model: Transformer, quantization: QuantConfig | None = None) -> Exportable:
-    return Exportable(ModelSource(model), model.config, quantization or QuantConfig(), 1.0, None, None, None)
+    precision = Precision.full(quantization or QuantConfig(), model.config.num_layers)
+    return Exportable(ModelSource(model), model.config, precision, None, None, None)
 
 
 def ternary(model: Transformer, quantization: QuantConfig | None = None) -> Transformer:
