@@ -332,7 +332,7 @@ def test_what_cannot_be_written_leaves_nothing(run, shards, tmp_path, monkeypatc
         tritrain(*arguments[:-1], "hf", "--linear-class", "bitlinear")
     with pytest.raises(DataError, match="no such tokenizer file"):
         tritrain(*arguments, "--tokenizer", tmp_path / "absent.model")
-    monkeypatch.setattr("launcher.formats.opened._tokenizer_of", lambda config: None)
+    monkeypatch.setattr("launcher.formats.opened.tokenizer_of", lambda source: None)
     with pytest.raises(ConfigError, match="its tokenizer was not found; name it with --tokenizer"):
         tritrain(*arguments)
 
