@@ -40,7 +40,7 @@ HOLDS: dict[HfWeights, str] = {
     "dequantized": "the ternary codes times their level as 16-bit weights; inputs of the layers are not quantized",
     "packed": "ternary codes in 2 bits, with the inputs of the layers rounded to 8 bits ({})",
 }
-"""What is said of the weights."""
+"""The descriptions of the weights in the model card."""
 
 
 NO_OTHER_WAY = "export the latent weights (--format hf --weights latent)"
@@ -58,7 +58,7 @@ def export_hf(
     linear_class: LinearClass = "bitlinear",
     tokenizer: Path | None,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens without any code of ours.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens without any of Tritrain's code.
 
     Args:
         exportable: opened with ``ternary`` for all but latent weights.
@@ -113,7 +113,7 @@ def export_hf(
 
 
 def recipe_problems(config: QuantConfig, *, packed: bool) -> list[str]:
-    """Why Transformers does not compute what a recipe does, each with what would be exportable."""
+    """The reasons why Transformers cannot compute a recipe, each with an export that is possible."""
     problems = []
     if config.layer_norm:
         problems.append(f"layer_norm true: its layers do not normalise their inputs; {NO_OTHER_WAY}")
@@ -134,7 +134,7 @@ def recipe_problems(config: QuantConfig, *, packed: bool) -> list[str]:
 
 
 def packing_problems(exportable: Exportable, matrices: CodedMatrices, linear_class: LinearClass) -> list[str]:
-    """Why matrices cannot be packed."""
+    """The reasons why matrices cannot be packed."""
     shapes = exportable.source.shapes
     problems = [
         f"{name} has {shapes[name][0]} rows, and only a multiple of {CODES_PER_BYTE} can be packed; {AS_WEIGHTS}"

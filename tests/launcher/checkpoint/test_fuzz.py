@@ -261,7 +261,7 @@ def test_manifests_that_lie(trial: Trial, examples: int) -> None:
     manifest = json.loads(trial.files[MANIFEST])
 
     def attack(data: st.DataObject) -> None:
-        within = data.draw(st.sampled_from([(), ("files",), ("progress",)]))
+        within = data.draw(st.sampled_from([(), ("files",), ("progress",), ("precision",)]))
         trial.attack(trial.files | {MANIFEST: with_digest(mutate_json(data, manifest, within))}, is_counter)
 
     attacked(trial, examples, attack)
@@ -326,7 +326,7 @@ def test_a_manifest_reaches_no_file_outside_its_folder(trial: Trial) -> None:
     for name in ("../../etc/passwd", "/etc/passwd", "sub/rank-00000.safetensors"):
         manifest["files"][name] = {"size": 1, "digest": "0" * 32}
         files = trial.files | {MANIFEST: with_digest(json.dumps(manifest).encode())}
-        with trial.placed(files) as folder, pytest.raises(CheckpointError, match="which is no file of a checkpoint"):
+        with trial.placed(files) as folder, pytest.raises(CheckpointError, match="which is not a file of a checkpoint"):
             load(folder)
         del manifest["files"][name]
 
