@@ -21,11 +21,11 @@ def test_what_is_written_is_the_state_at_the_moment_of_saving(
 ) -> None:
     pytest.importorskip("xxhash")
     from engines import MODEL
+    from variants import counters
 
     from launcher.checkpoint.reader import CheckpointReader
     from launcher.checkpoint.saver import Saver
     from launcher.checkpoint.writer import CheckpointWriter, folder_of
-    from variants import counters
 
     opened, write = threading.Event(), CheckpointWriter.write_rank
 
