@@ -60,6 +60,18 @@ def read_documents(inputs: Sequence[str]) -> Iterator[Document]:
         raise DataError(f"{', '.join(inputs)}: no text in there")
 
 
+def check_input(source: str) -> None:
+    """Make sure that an input is there and of a known kind, without reading it; a hub's data set is not looked up.
+
+    Raises:
+        DataError: it is not.
+    """
+    if source.startswith(HF_PREFIX):
+        _split_hub_name(source)
+    elif source != quickstart_corpus.NAME:
+        _find_files(Path(source))
+
+
 def _read_input(source: str) -> Iterator[Document]:
     if source == quickstart_corpus.NAME:
         yield from (Document(text, f"{source}/{path}") for path, text in quickstart_corpus.read_standard_library())
@@ -209,12 +221,9 @@ def _read_parquet(path: Path) -> Iterator[Document]:
 
 def _read_hugging_face(source: str) -> Iterator[Document]:
     """Stream `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`; NAME may be a folder of data files."""
-    parts = source.removeprefix(HF_PREFIX).split(":")
-    if len(parts) not in (2, 3) or not all(parts):
-        raise DataError(f"{source}: a data set is named {HF_PREFIX}NAME:SPLIT or {HF_PREFIX}NAME:CONFIG:SPLIT")
+    name, *config, split = _split_hub_name(source)
     import datasets
 
-    name, *config, split = parts
     try:
         rows = datasets.load_dataset(name, *config, split=split, streaming=True)
     except Exception as error:  # the hub, the network and the builder each have their own kinds
@@ -222,6 +231,14 @@ def _read_hugging_face(source: str) -> Iterator[Document]:
     for number, record in enumerate(rows, start=1):
         origin = f"{source}:{number}"
         yield Document(_text_of(record, origin), origin)
+
+
+def _split_hub_name(source: str) -> list[str]:
+    """The name, the configuration if there is one, and the split of `hf:NAME[:CONFIG]:SPLIT`."""
+    parts = source.removeprefix(HF_PREFIX).split(":")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise DataError(f"{source}: a data set is named {HF_PREFIX}NAME:SPLIT or {HF_PREFIX}NAME:CONFIG:SPLIT")
+    return parts
 
 
 READERS: dict[str, Callable[[Path], Iterator[Document]]] = {

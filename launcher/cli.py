@@ -46,6 +46,7 @@ def train(
     """Start a run on this machine, or go on with it."""
     from launcher.config.file import load_config
     from launcher.errors import ConfigError
+    from launcher.plan.inputs import check_inputs
     from launcher.plan.plan import make_plan
     from launcher.report.ending import show_next
     from launcher.run.folder import RunFolder, check_place
@@ -62,6 +63,7 @@ def train(
         console.line(f"The run {parsed.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
         show_next(folder, console)
         return
+    check_inputs(parsed)
     become_run(launcher, config, overrides or [], num_ranks)
 
 
@@ -104,14 +106,18 @@ def plan(
     overrides: Overrides = None,
     ranks: RanksOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="GPU to estimate hours for, such as H100; default: this one.")] = None,
+    utilization: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of its peak that is reached.")] = 0.4,
 ) -> None:
-    """Say what a run would do, without doing it."""
+    """Show what a run would do and need, without starting it."""
     from launcher.config.file import load_config
+    from launcher.plan.gpus import gpu_of_this_machine, named_gpu
     from launcher.plan.plan import make_plan
     from launcher.plan.table import show_plan
 
     resolved = make_plan(load_config(config, overrides or ()), ranks or default_ranks())
-    show_plan(resolved, Console(silent=False), as_json=as_json)
+    device = named_gpu(gpu) if gpu else gpu_of_this_machine()
+    show_plan(resolved, Console(silent=False), as_json=as_json, gpu=device, utilization=utilization)
 
 
 @app.command()

@@ -6,9 +6,10 @@ from typing import cast, get_args
 
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
-from launcher.formats.gguf_export import EMBEDDING_TYPES, EmbeddingType, export_gguf
-from launcher.formats.hf_export import HfWeights, LinearClass, export_hf
+from launcher.formats.gguf_export import export_gguf
+from launcher.formats.hf_export import HfWeights, export_hf
 from launcher.formats.opened import Exportable, open_exportable
+from launcher.plan.exports import EMBEDDING_TYPES, EmbeddingType, LinearClass
 from launcher.process.console import Console
 from quant.gguf import BLOCK_TYPES, TERNARY_TYPES, BlockType
 

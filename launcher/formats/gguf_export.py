@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,27 +24,19 @@ from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.opened import Exportable
+from launcher.plan.exports import EMBEDDINGS, EmbeddingType, default_embeddings, gguf_problems, gguf_types
 from model.gguf import gguf_architecture, gguf_metadata, gguf_name, gguf_rows
 from model.size import parameter_shapes
 from quant.gguf import (
+    BLOCK_BYTES,
     BLOCK_WIDTHS,
     TERNARY_TYPES,
     BlockType,
     StoredType,
-    block_width_problem,
     ggml_type,
     recipe_problem,
     to_blocks,
 )
-
-EmbeddingType = Literal["q8_0", "f16"]
-
-
-EMBEDDING_TYPES: tuple[EmbeddingType, ...] = ("q8_0", "f16")
-
-
-EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
-"""What the parameters begin with that have the type of embeddings."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +52,7 @@ class GGUFTensor:
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes in the file."""
-        from gguf.constants import GGML_QUANT_SIZES
-
-        elements, size = GGML_QUANT_SIZES[ggml_type(self.into)]
-        return prod(self.shape) // elements * size
+        return prod(self.shape) // BLOCK_WIDTHS[self.into] * BLOCK_BYTES[self.into]
 
 
 def export_gguf(
@@ -94,7 +82,7 @@ def export_gguf(
         DataError: llama.cpp would tokenize differently.
     """
     _require_gguf()
-    embeddings = embeddings or ("f16" if into == "f16" else "q8_0")
+    embeddings = embeddings or default_embeddings(into)
     coded = _coded(opened, into)
     tensors = _tensors(opened, coded, into, embeddings)
     name = opened.config.run.name if opened.config else Path(opened.source.location).name
@@ -144,26 +132,14 @@ def _tensors(
         CheckpointError: there is no graph for the model, or rows are of no width that the types can have.
     """
     config, at = opened.model, opened.source.location
-    try:
-        architecture = gguf_architecture(config)
-    except ValueError as error:
-        raise CheckpointError(f"{at} cannot be written as GGUF: {error}") from error
     shapes = parameter_shapes(config)
+    types = gguf_types(shapes, coded.names if coded else (), into, embeddings)
+    if problems := gguf_problems(config, types):
+        raise CheckpointError(f"{at} cannot be written as GGUF: {'; '.join(problems)}")
     if problems := list(mismatches(opened.source, set(shapes), shapes)):
         raise CheckpointError(f"{at} does not fit its model: {'; '.join(problems)}")
-    tensors = []
-    for parameter, shape in shapes.items():
-        kind: StoredType = "f32"
-        if coded and parameter in coded:
-            kind = into
-        elif parameter.startswith(EMBEDDINGS):
-            kind = embeddings
-        elif len(shape) > 1:
-            kind = "f16" if into in TERNARY_TYPES else into
-        if problem := block_width_problem(parameter, shape[-1], kind):
-            raise CheckpointError(f"{at} cannot be written as GGUF: {problem}")
-        tensors.append(GGUFTensor(gguf_name(parameter, config), parameter, shape, kind))
-    if architecture == "olmo2" and config.tie_embeddings:  # its graph has no tied head
+    tensors = [GGUFTensor(gguf_name(name, config), name, shapes[name], kind) for name, kind in types.items()]
+    if gguf_architecture(config) == "olmo2" and config.tie_embeddings:  # its graph has no tied head
         tensors.append(GGUFTensor("output.weight", "model.embed_tokens.weight", tensors[0].shape, embeddings))
     return tensors
 
