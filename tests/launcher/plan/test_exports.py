@@ -9,11 +9,13 @@ from exports import ternary_config, write_checkpoint
 from gguf import GGUFReader
 from gguf.constants import GGML_QUANT_SIZES
 from gguf_files import narrow, random_model
+from places import ROOT
 from tiny import tiny_config
 
 from data.errors import DataError
 from data.tokenizer import train_tokenizer
 from launcher.commands.export import ExportOptions, export_checkpoint
+from launcher.config.file import load_config
 from launcher.errors import CheckpointError
 from launcher.plan.course import make_course
 from launcher.plan.exports import exports_of, gguf_tokenizer_problems, tokenizer_problems
@@ -82,6 +84,11 @@ def test_the_plan_says_of_every_export_what_the_export_does(shards, tmp_path, ca
         else:
             export_checkpoint(str(tmp_path / "run"), to, options_of(export.name), Console(silent=True))
             assert stored_bytes(to) == pytest.approx(export.num_bytes, rel=1e-3), export.name
+
+
+def test_the_quickstart_has_every_export():
+    course = make_course(load_config(ROOT / "configs" / "quickstart.yaml"))
+    assert {export.name: export.problems for export in exports_of(course) if export.problems} == {}
 
 
 def test_blocks_are_as_large_as_ggml_has_them():
