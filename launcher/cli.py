@@ -376,6 +376,23 @@ def doctor(
 
 
 @app.command()
+def init(
+    to: Annotated[Path, typer.Argument(help="YAML file to write; must not exist.", show_default=False)],
+    size: Annotated[str | None, typer.Option(help="Parameters, such as 350M.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="Number of GPUs; 0 trains on the CPU.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, such as H100; by default this machine's.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens, such as 7B; by default 20 for each parameter.")] = None,
+    data: Annotated[str | None, typer.Option(help="A prepared folder, text, or hf:NAME[:CONFIG]:SPLIT.")] = None,
+    engine: Annotated[str | None, typer.Option(help="fsdp2 (default) or deepspeed.")] = None,
+) -> None:
+    """Write a commented configuration for a model size; asks for what is not given."""
+    from launcher.commands.init import InitOptions, write_configuration
+
+    options = InitOptions(size=size, tokens=tokens, gpus=gpus, gpu=gpu, data=data, engine=engine)
+    write_configuration(to, options, Console(silent=False))
+
+
+@app.command()
 def explain(
     key: Annotated[str, typer.Argument(help="A key such as schedule.warmup_steps, or a section.", show_default=False)],
     overrides: Overrides = None,
