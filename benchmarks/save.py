@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from measure import report
 
+from launcher.checkpoint.folders import folder_of
+from launcher.checkpoint.manifest import Manifest, Precision, Progress
 from launcher.checkpoint.saver import Saver
-from launcher.checkpoint.writer import folder_of
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.contract import load_weights
@@ -65,6 +66,24 @@ def main() -> None:
     report("save", text, numbers, ("torch",))
 
 
+def manifest_of(step: int, config: ModelConfig, ranks: Ranks) -> Manifest:
+    return Manifest(
+        milestone=False,
+        has_moments=True,
+        step=step,
+        tokens=256 * step,
+        progress=Progress(step=step, phase=0, skipped_steps=0),
+        precision=Precision.in_16_bits(config.num_layers),
+        data_fingerprint=None,
+        spikes=None,
+        teacher=None,
+        world_size=ranks.world_size,
+        engine="fsdp2",
+        zero_stage=None,
+        provenance=None,
+    )
+
+
 def measure(config: ModelConfig, ranks: Ranks, folder: Path, rounds: int) -> dict[str, float]:
     with torch.device("meta"):
         model = Transformer(config)
@@ -88,7 +107,7 @@ def measure(config: ModelConfig, ranks: Ranks, folder: Path, rounds: int) -> dic
         return time.perf_counter() - began
 
     savers = {
-        asynchronous: Saver(folder, ranks, keep_last=0, asynchronous=asynchronous, say=print)
+        asynchronous: Saver(folder, ranks, tokenizer=None, keep_last=0, asynchronous=asynchronous, say=print)
         for asynchronous in (True, False)
     }
     stalls: dict[bool, list[float]] = {True: [], False: []}
@@ -97,7 +116,7 @@ def measure(config: ModelConfig, ranks: Ranks, folder: Path, rounds: int) -> dic
         for asynchronous, saver in savers.items():
             alone += [step() for _ in range(STEPS_BETWEEN)]
             began = time.perf_counter()
-            saver.save(engine, counters={"step": number}, config_text="", milestone=False, must=True)
+            saver.save(engine, manifest=manifest_of(number, config, ranks), config_text="", must=True)
             stall = time.perf_counter() - began
             if asynchronous:
                 while_writing.append(step())

@@ -8,8 +8,8 @@ needed for that: neither llama.cpp nor the `gguf` package.
 
 from typing import TYPE_CHECKING
 
+from model.config import ModelConfig
 from model.hf import FAMILIES, TRAITS
-from model.transformer import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BlockType = Literal["tq2_0", "tq1_0", "q8_0", "f16"]
 BLOCK_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0", "q8_0", "f16")
 """What a user may choose for matrices."""
+EmbeddingType = Literal["q8_0", "f16"]
+"""What the embedding and the head of a GGUF file may be."""
 StoredType = BlockType | Literal["f32"]
 """Vectors stay in fp32."""
 TERNARY_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quant.config import Activations, Granularity, Levels, QuantConfig, WeightScale
+from quant.size import NUM_MAGNITUDES
 
 DEFAULT = QuantConfig()
 """What a ternary phase does where nothing else is said."""
@@ -52,6 +53,12 @@ class Scale(NamedTuple):
 
 def bf16_values(x: Tensor) -> Tensor:
     """The bf16 cast of ``x``, as fp32."""
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        # Inductor drops a cast that is undone at once, but keeps integer arithmetic: half to even, NaN stays NaN.
+        values = x.float()
+        bits = values.view(torch.int32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).view(torch.float32)
+        return torch.where(values.isnan(), values, rounded)
     return x.to(torch.bfloat16).float()
 
 
@@ -76,9 +83,6 @@ def over_blocks(scale_RG: Tensor, shape: Sequence[int]) -> Tensor:
     width = shape[-1]
     return scale_RG if scale_RG.shape[-1] == 1 else scale_RG.repeat_interleave(width // scale_RG.shape[-1], dim=-1)
 
-
-NUM_MAGNITUDES = 2**15
-"""Magnitudes that bf16 has."""
 
 INFINITY_BITS = 0x7F80
 """Infinity in bf16."""

@@ -9,8 +9,29 @@ import torch
 if TYPE_CHECKING:
     from stores import Store
 
+    from launcher.process.ranks import Ranks
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::UserWarning"  # of torch and its kin, in subprocesses
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` before any fixture of theirs is made."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def gpu_ranks() -> "Iterator[Ranks]":
+    """This process as the only rank, in a group with gloo and NCCL, and the GPU as its device."""
+    from launcher.process.ranks import process_group
+
+    before = dict(os.environ)
+    with process_group(60) as ranks:
+        yield ranks
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -244,6 +244,28 @@ def test_every_page_is_in_an_index() -> None:
     assert {page.name for page in decisions.glob("*.md")} - {"README.md"} == set(links(decisions / "README.md"))
 
 
+def test_the_picture_of_the_architecture_is_what_import_linter_checks() -> None:
+    import tomllib
+
+    (picture,) = (text for language, text in fenced_blocks(ROOT / "docs/architecture.md") if language == "text")
+    lines = picture.split("eval/")[0].splitlines()
+    drawn = [re.findall(r"([a-z_]+)(?:/ |/$|\.py)", line.removeprefix("launcher/")) for line in lines]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["layers"][-1].startswith("launcher."))
+    checked = [re.findall(r"launcher\.([a-z_]+)", layer) for layer in layers]
+    assert [line for line in drawn if line] == checked
+
+
+def test_functions_on_the_architecture_page_exist() -> None:
+    text = " ".join((ROOT / "docs/architecture.md").read_text().split())
+    found = re.findall(r"`(?:\w+\.)?(\w+)(?:\([^`]*\))?` \(`([\w/]+\.py)`\)", text)
+    assert len(found) > 15
+    missing = [
+        (name, file) for name, file in found if not re.search(rf"(?:def|class) {name}\b", (ROOT / file).read_text())
+    ]
+    assert missing == []
+
+
 def test_mentioned_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     texts = [text for page in PAGES for text in (*code_spans(page), *(text for _, text in fenced_blocks(page)))]

@@ -1,8 +1,10 @@
 """Folders that may lie elsewhere: a local path, or a URL of any store that fsspec knows (`s3://`, `gs://`, ...)."""
 
+import atexit
 import contextlib
 import io
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +125,21 @@ def _discard(file: Any) -> None:
     with contextlib.suppress(Exception):  # the reason to give up is the error to tell
         file.discard()
     file.closed = True
+
+
+def local_copy(path: Path) -> Path:
+    """A file on this machine with the content of a small one: itself, or a copy that is removed when the process ends.
+
+    Raises:
+        CheckpointError: the store cannot be reached.
+    """
+    if is_local(path):
+        return path
+    folder = Path(tempfile.mkdtemp(prefix="tritrain-"))
+    atexit.register(remove_folder, folder)
+    with reaching(path):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder / path.name
 
 
 def flush_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import reprlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import reaching
-from launcher.checkpoint.manifest import check_manifest, parameters_of
+from launcher.checkpoint.manifest import READABLE_VERSIONS, Manifest, manifest_digest, manifest_of
+from launcher.checkpoint.ranges import parameters_of
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
-from launcher.checkpoint.writer import CONFIG, FORMAT_VERSION, MANIFEST, complete_checkpoints, manifest_digest
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks, everyones
 
@@ -41,12 +43,12 @@ class CheckpointReader(Source):
         self.folder, self.location = folder, str(folder)
         with reaching(folder):
             self.manifest = _read_manifest(folder)
-            for name, record in self.manifest["files"].items():
-                self._check_size(folder / name, record["size"])
-            names = [name for name in self.manifest["files"] if name.endswith(".safetensors")]
+            for name, record in self.manifest.files.items():
+                self._check_size(folder / name, record.size)
+            names = [name for name in self.manifest.files if name.endswith(".safetensors")]
             with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
                 self._files = dict(zip(names, pool.map(self._open, names), strict=True))
-        self.has_moments = self.manifest["has_moments"]
+        self.has_moments = self.manifest.has_moments
         try:
             self._parameters = parameters_of(self._files, has_moments=self.has_moments)
         except TensorFileError as error:
@@ -65,7 +67,7 @@ class CheckpointReader(Source):
 
     def _open(self, name: str) -> TensorFile:
         try:
-            return TensorFile(self.folder / name, self.manifest["files"][name]["digest"])
+            return TensorFile(self.folder / name, self.manifest.files[name].digest)
         except TensorFileError as error:
             raise DamageError(f"{self.folder / name} {error}. {self._way_out()}") from error
 
@@ -104,32 +106,32 @@ class CheckpointReader(Source):
                 except TensorFileError as error:
                     yield f"{path} {error}"
         if rank == 0:
-            with reaching(self.folder):
-                config = (self.folder / CONFIG).read_bytes()
-            if xxhash.xxh3_128_hexdigest(config) != self.manifest["files"][CONFIG]["digest"]:
-                yield f"{self.folder / CONFIG}: is damaged: it does not have the digest it was written with"
+            for name, record in self.manifest.files.items():
+                if name not in self._files:
+                    with reaching(self.folder):
+                        content = (self.folder / name).read_bytes()
+                    if xxhash.xxh3_128_hexdigest(content) != record.digest:
+                        yield f"{self.folder / name}: is damaged: it does not have the digest it was written with"
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        sound = manifest["digest"] == manifest_digest(manifest)
+        tree: dict[str, Any] = json.loads(path.read_bytes())
+        sound = tree["digest"] == manifest_digest(tree)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no complete checkpoint (no {MANIFEST} is in it)") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamageError(f"{path}: damaged, or not that of a checkpoint") from error
     if not sound:
         raise DamageError(f"{path}: damaged: it does not have the digest it was written with")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: has format_version {manifest.get('format_version')}; this version reads {FORMAT_VERSION}"
-        )
+    if (version := tree.get("format_version")) not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise CheckpointError(f"{path}: has format_version {reprlib.repr(version)}; this version reads {readable}")
     try:
-        check_manifest(manifest)
+        return manifest_of(tree)
     except ValueError as error:
         raise DamageError(f"{path}: {error}") from error
-    return manifest
 
 
 def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str], None]) -> CheckpointReader | None:

@@ -23,8 +23,8 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import check_writable, is_local
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.config.file import load_config
 from launcher.doctor import checks
 from launcher.doctor.checks import Verdict

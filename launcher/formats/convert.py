@@ -7,17 +7,19 @@ why converting one of our own checkpoints costs nothing: its files are immutable
 
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.location import reaching
+from launcher.checkpoint.manifest import FileRecord, Manifest, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_checking
-from launcher.checkpoint.writer import CONFIG, CheckpointWriter, complete_checkpoints, folder_of
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from launcher.formats.open import check_model, check_sound, model_of
+from launcher.formats.open import check_model, check_sound, model_of, precision_of
+from launcher.formats.opened import tokenizer_of, tokenizer_of_data
 from launcher.formats.provenance import provenance
 from launcher.formats.start import check_start, first_progress
 from launcher.plan.course import Course, make_course
@@ -28,22 +30,22 @@ from quant.linear import is_learned_scale, matching_layers
 
 def starting_phase(config: Config, source: Source) -> int:
     """The phase that begins where a checkpoint of ours stands; the first where none does."""
-    plan = make_course(config)
+    course = make_course(config)
     if isinstance(source, CheckpointReader):
-        at = (source.manifest["step"], source.manifest["tokens"])
-        for phase in plan.phases[1:]:
-            if at == (phase.start, phase.start * plan.tokens_per_step):
+        at = (source.manifest.step, source.manifest.tokens)
+        for phase in course.phases[1:]:
+            if at == (phase.start, phase.start * course.tokens_per_step):
                 return phase.index
     return 0
 
 
 def begins_anew(config: Config, source: Source) -> list[str]:
     """A sentence where a checkpoint of ours has steps that the run does not go on behind."""
-    if config.checkpoint.start_phase or not isinstance(source, CheckpointReader) or not source.manifest["step"]:
+    if config.checkpoint.start_phase or not isinstance(source, CheckpointReader) or not source.manifest.step:
         return []
     starts = ", ".join(str(phase.start) for phase in make_course(config).phases)
     return [
-        f"The checkpoint is at step {source.manifest['step']}, the phases begin at {starts}, and the run with the "
+        f"The checkpoint is at step {source.manifest.step}, the phases begin at {starts}, and the run with the "
         "first of them: steps, schedule and data begin anew."
     ]
 
@@ -54,8 +56,8 @@ def preview(config: Config, source: Source) -> list[list[str]]:
     Raises:
         ConfigError, CheckpointError: as `convert_to_run`.
     """
-    plan = course_of_conversion(config, source)
-    phase = plan.phases[config.checkpoint.start_phase]
+    course = course_of_conversion(config, source)
+    phase = course.phases[config.checkpoint.start_phase]
     quantization = phase.quantization
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -80,13 +82,13 @@ def preview(config: Config, source: Source) -> list[list[str]]:
 
 def course_of_conversion(config: Config, source: Source) -> Course:
     """The course of the run that is made; raises what `convert_to_run` does before it writes."""
-    plan, folder = make_course(config), RunFolder(config)
+    course, folder = make_course(config), RunFolder(config)
     with reaching(folder.checkpoints):
         if complete_checkpoints(folder.checkpoints):
             raise ConfigError(f"{folder.checkpoints}: a run's checkpoints are there already; convert to another folder")
     folder.check_configuration()
-    check_start(source, plan)
-    return plan
+    check_start(source, course)
+    return course
 
 
 def convert_to_run(config: Config, source: Source) -> Path:
@@ -103,33 +105,22 @@ def convert_to_run(config: Config, source: Source) -> Path:
         ConfigError: the folder holds a run already.
         CheckpointError: the source does not fit, or a file cannot be read or written.
     """
-    plan, folder = course_of_conversion(config, source), RunFolder(config)
+    course, folder = course_of_conversion(config, source), RunFolder(config)
     folder.claim()
-    folder.prepare([phase.end - phase.start for phase in plan.phases])
-    at = first_progress(plan)
+    folder.prepare([phase.end - phase.start for phase in course.phases])
+    at = first_progress(course)
     writer = CheckpointWriter(folder_of(folder.checkpoints, at.step))
     with reaching(writer.final):
         writer.begin()
         try:
             if isinstance(source, CheckpointReader):
-                files = {name: record for name, record in source.manifest["files"].items() if name != CONFIG}
+                files = {n: record for n, record in source.manifest.files.items() if n.endswith(".safetensors")}
                 for name in files:
                     writer.link(source.folder / name)
             else:
                 files = write_streamed(writer, source)
-            writer.finish(
-                files,
-                folder.config_text,
-                {
-                    "step": at.step,
-                    "tokens": at.step * plan.tokens_per_step,
-                    "progress": vars(at),
-                    "data_fingerprint": carried_fingerprint(plan, source),
-                    "provenance": provenance(source, plan),
-                },
-                milestone=True,
-                has_moments=source.has_moments,
-            )
+            tokenizer = tokenizer_of(source) or tokenizer_of_data(config)
+            writer.finish(files, folder.config_text, tokenizer, manifest_of_conversion(course, source))
         except BaseException:
             writer.abandon()
             raise
@@ -137,7 +128,30 @@ def convert_to_run(config: Config, source: Source) -> Path:
     return writer.final
 
 
-def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, Any]:
+def manifest_of_conversion(course: Course, source: Source) -> Manifest:
+    """What the checkpoint says that a run begins with: its place in the run, and what the source says of its weights.
+
+    What other formats do not say follows from the configuration: the phases before the first one count as done.
+    """
+    at = first_progress(course)
+    return Manifest(
+        milestone=True,
+        has_moments=source.has_moments,
+        step=at.step,
+        tokens=at.step * course.tokens_per_step,
+        progress=at,
+        precision=precision_of(source) if isinstance(source, CheckpointReader) else precision_at(course, at),
+        data_fingerprint=carried_fingerprint(course, source),
+        spikes=None,
+        teacher=None,
+        world_size=None,
+        engine=None,
+        zero_stage=None,
+        provenance=provenance(source, course),
+    )
+
+
+def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, FileRecord]:
     """Write all of a source into one file of ours, a piece of a tensor at a time; returns its record."""
     kinds = KINDS if source.has_moments else ("weight",)
     entries = [
@@ -152,12 +166,11 @@ def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, Any]:
     return writer.write_tensors("rank-00000.safetensors", entries, values, ranges)
 
 
-def carried_fingerprint(plan: Course, source: Source) -> str | None:
+def carried_fingerprint(course: Course, source: Source) -> str | None:
     """The fingerprint of the data that the run must go on with; None where it begins them anew."""
-    phase = plan.phases[plan.config.checkpoint.start_phase]
+    phase = course.phases[course.config.checkpoint.start_phase]
     if phase.index and phase.transition.data == "continue" and isinstance(source, CheckpointReader):
-        fingerprint: str | None = source.manifest["data_fingerprint"]
-        return fingerprint
+        return source.manifest.data_fingerprint
     return None
 
 

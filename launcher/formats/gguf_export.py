@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.gguf_vocabulary import gguf_vocabulary
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import flush_folder, reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.choices import EmbeddingType
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.opened import Exportable
-from launcher.plan.exports import EMBEDDINGS, EmbeddingType, default_embeddings, gguf_problems, gguf_types
+from launcher.plan.exports import EMBEDDINGS, default_embeddings, gguf_problems, gguf_types
 from model.gguf import gguf_architecture, gguf_metadata, gguf_name, gguf_rows
 from model.size import parameter_shapes
 from quant.gguf import (
@@ -92,7 +93,10 @@ def export_gguf(
     vocabulary = gguf_vocabulary(tokenizer, opened.model.vocab_size)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
     if isinstance(opened.source, CheckpointReader):
-        metadata |= {f"tritrain.{key}": opened.source.manifest[key] for key in ("step", "digest")}
+        metadata |= {
+            "tritrain.step": opened.source.manifest.step,
+            "tritrain.digest": opened.source.manifest.digest,
+        }
     values = (_values(opened, coded, tensor) for tensor in tensors)
     _write(to, gguf_architecture(opened.model), metadata, tensors, values)
     num_codes = sum(prod(tensor.shape) for tensor in tensors if coded and tensor.parameter in coded)
@@ -136,8 +140,7 @@ def _tensors(
     types = gguf_types(shapes, coded.names if coded else (), into, embeddings)
     if problems := gguf_problems(config, types):
         raise CheckpointError(f"{at} cannot be written as GGUF: {'; '.join(problems)}")
-    if problems := list(mismatches(opened.source, set(shapes), shapes)):
-        raise CheckpointError(f"{at} does not fit its model: {'; '.join(problems)}")
+    check_fits(opened.source, shapes)
     tensors = [GGUFTensor(gguf_name(name, config), name, shapes[name], kind) for name, kind in types.items()]
     if gguf_architecture(config) == "olmo2" and config.tie_embeddings:  # its graph has no tied head
         tensors.append(GGUFTensor("output.weight", "model.embed_tokens.weight", tensors[0].shape, embeddings))

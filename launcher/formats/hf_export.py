@@ -20,18 +20,19 @@ from torch import Tensor
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import tokenizer_files
 from launcher.errors import CheckpointError
+from launcher.formats.choices import ExportWeights, LinearClass
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.hf_folder import Stored, stored_weights, to_json, write_folder
 from launcher.formats.hf_source import dtype_name, listed, naming
 from launcher.formats.model_card import model_card
 from launcher.formats.opened import Exportable
 from launcher.formats.provenance import source_record
-from launcher.plan.exports import LinearClass, packing_problems, recipe_problems
+from launcher.plan.exports import packing_problems, recipe_problems
 from model.hf import config_to_hf
 from model.size import is_projection
 from quant.codes import CODES_PER_BYTE, pack
 
-HfWeights = Literal["latent", "dequantized", "packed"]
+HfWeights = ExportWeights | Literal["packed"]
 
 
 HOLDS: dict[HfWeights, str] = {

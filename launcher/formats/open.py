@@ -1,14 +1,19 @@
 """Opening a checkpoint of any known kind."""
 
-from launcher.checkpoint.load import mismatches
+from pathlib import Path
+
+from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import is_local, reaching, to_location
+from launcher.checkpoint.manifest import Precision, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
-from launcher.checkpoint.writer import CONFIG, MANIFEST, checkpoints_under
 from launcher.config.file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
+from launcher.plan.course import make_course
 from launcher.process.ranks import ALONE, Ranks, everyones
+from launcher.run.rollbacks import read_rollbacks
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
 
@@ -71,18 +76,16 @@ def check_model(source: Source, model: ModelConfig) -> None:
         CheckpointError: lists every parameter that only one side has, or that has another shape, and every key of the
             model that is another one where the source says so.
     """
-    shapes = parameter_shapes(model)
-    problems = list(mismatches(source, set(shapes), shapes))
+    problems = []
     if theirs := model_of(source):
         # Of a run of ours, the rotary base may be changed on purpose, for a longer context.
         traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, "rope_theta")
-        problems += [
+        problems = [
             f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} there"
             for trait in traits
             if getattr(model, trait) != getattr(theirs, trait)
         ]
-    if problems:
-        raise CheckpointError(f"{source.location} does not fit the model:\n" + "\n".join(problems))
+    check_fits(source, parameter_shapes(model), others=problems)
 
 
 def model_of(source: Source) -> ModelConfig | None:
@@ -92,6 +95,33 @@ def model_of(source: Source) -> ModelConfig | None:
     if isinstance(source, HuggingFaceSource):
         return source.model_config
     return config_of(source).model if isinstance(source, CheckpointReader) else None
+
+
+def precision_of(reader: CheckpointReader) -> Precision:
+    """What a checkpoint's last step computed in, as its manifest says.
+
+    Manifests of version 1 do not say it. For them it follows from the configuration and from how often the run went
+    back to a switch, if the run's folder is found; a copy of such a checkpoint counts as one of a run that never did.
+
+    Raises:
+        CheckpointError: the manifest is not one of the configuration beside it.
+    """
+    config, manifest = config_of(reader), reader.manifest
+    precision, phase = manifest.precision, manifest.progress.phase
+    if precision is None and phase < len(config.phases):
+        run = run_of(reader, config)
+        rollbacks = read_rollbacks(run) if run else {}
+        attempts = {phase: rollback.attempts for phase, rollback in rollbacks.items()}
+        precision = precision_at(make_course(config, attempts), manifest.progress)
+    if precision is None or len(precision.weight_strengths) != config.model.num_layers:
+        raise CheckpointError(f"{reader.folder}: {MANIFEST} does not fit {CONFIG}: other phases, or another depth")
+    return precision
+
+
+def run_of(reader: CheckpointReader, config: Config) -> Path | None:
+    """The folder of the run that wrote a checkpoint: around it, also where that was moved, or where it was."""
+    around = reader.folder.parent.parent if is_local(reader.folder) else config.run.path
+    return next((path for path in (around, config.run.path) if (path / "config.yaml").is_file()), None)
 
 
 def config_of(reader: CheckpointReader) -> Config:

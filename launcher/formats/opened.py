@@ -10,14 +10,14 @@ from pathlib import Path
 from data.errors import DataError
 from data.prepared import read_manifest
 from data.tokenizer import load_tokenizer
-from launcher.checkpoint.location import is_local
+from launcher.checkpoint.location import local_copy
+from launcher.checkpoint.manifest import TOKENIZERS, Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
-from launcher.formats.open import check_sound, config_of, model_of, open_source
-from launcher.plan.course import make_course
-from launcher.run.rollbacks import read_rollbacks
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.open import check_sound, config_of, model_of, open_source, precision_of, run_of
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
 
@@ -29,16 +29,24 @@ class Exportable:
     source: Source
     """Weights by name; learned scales are parameters `NAME.weight_scale`."""
     model: ModelConfig
-    quantization: QuantConfig | None
-    """That of the phase the model is in; None in 16 bits."""
-    strength: float
-    """How much of the quantization was on in the last step, in the block with the least; 0 in 16 bits."""
+    precision: Precision
+    """What the last step computed in; 16 bits for a folder of Hugging Face, packed or not."""
     tokenizer: Path | None
     """The tokenizer's file, where it was found."""
     config: Config | None
     """The run's, for a checkpoint of ours."""
     run: Path | None
     """The run's folder, where it was found."""
+
+    @property
+    def quantization(self) -> QuantConfig | None:
+        """What the last step quantized, and how; None in 16 bits."""
+        return self.precision.quantization
+
+    @property
+    def strength(self) -> float:
+        """How much of the quantization was on in the last step, in the block with the least; 0 in 16 bits."""
+        return self.precision.strength
 
 
 def open_exportable(text: str, *, ternary: bool) -> Exportable:
@@ -64,46 +72,46 @@ def open_exportable(text: str, *, ternary: bool) -> Exportable:
         )
     check_sound(source)
     if not isinstance(source, CheckpointReader):
-        return Exportable(source, model, None, 0.0, _tokenizer_in(Path(source.location)), None, None)
-    config = config_of(source)
-    run = run_of(source, config)
-    quantization, strength = _quantization_of(source, config, run)
-    if ternary and (quantization is None or strength < 1):
-        at = f"{source.location}, after step {source.manifest['step']},"
-        if quantization is None:
+        return Exportable(source, model, Precision.in_16_bits(model.num_layers), tokenizer_of(source), None, None)
+    config, precision = config_of(source), precision_of(source)
+    if ternary and (precision.quantization is None or precision.strength < 1):
+        at = f"{source.location}, after step {source.manifest.step},"
+        if precision.quantization is None:
             raise CheckpointError(
                 f"{at} is of a 16-bit phase and has no codes; --format hf exports it in 16 bits, and "
                 "--format gguf with --type f16 or q8_0"
             )
         raise CheckpointError(
-            f"{at} is on a ramp, at strength {strength:.3g}, and did not compute with codes alone yet; train it to the "
-            "end of the ramp, or export it in 16 bits with --format hf"
+            f"{at} is on a ramp, at strength {precision.strength:.3g}, and did not compute with codes alone yet; "
+            "train it to the end of the ramp, or export it in 16 bits with --format hf"
         )
-    return Exportable(source, model, quantization, strength, _tokenizer_of(config), config, run)
+    return Exportable(source, model, precision, tokenizer_of(source), config, run_of(source, config))
 
 
-def run_of(reader: CheckpointReader, config: Config) -> Path | None:
-    """The folder of the run that wrote a checkpoint: around it, also where that was moved, or where it was."""
-    around = reader.folder.parent.parent if is_local(reader.folder) else config.run.path
-    return next((path for path in (around, config.run.path) if (path / "config.yaml").is_file()), None)
+def tokenizer_of(source: Source) -> Path | None:
+    """The tokenizer's file on this machine: the one in a checkpoint or folder of Hugging Face; None if there is none.
+
+    Checkpoints of version 1 have none. For them it is the one in the run's folder, or in its first folder of data,
+    where that was when the run was started.
+    """
+    if isinstance(source, HuggingFaceSource):
+        try:
+            return load_tokenizer(Path(source.location)).path
+        except DataError:
+            return None
+    if not isinstance(source, CheckpointReader):
+        return None
+    config = config_of(source)
+    run = run_of(source, config)
+    for name in TOKENIZERS:
+        if name in source.manifest.files:
+            return local_copy(source.folder / name)
+        if run is not None and (run / name).is_file():
+            return run / name
+    return tokenizer_of_data(config)
 
 
-def _quantization_of(reader: CheckpointReader, config: Config, run: Path | None) -> tuple[QuantConfig | None, float]:
-    """The quantization of the phase that the model is in, and its least strength in the last step."""
-    progress = reader.manifest["progress"]
-    if progress["phase"] < 0:
-        return None, 0.0
-    rollbacks = read_rollbacks(run) if run else {}
-    attempts = {phase: rollback.attempts for phase, rollback in rollbacks.items()}
-    course = make_course(config, attempts)
-    quantization = course.phases[progress["phase"]].quantization
-    if quantization is None:
-        return None, 0.0
-    weights, activations = course.strengths_at(progress["step"] - 1)
-    return quantization, min(weights if quantization.activations == "none" else weights + activations)
-
-
-def _tokenizer_of(config: Config) -> Path | None:
+def tokenizer_of_data(config: Config) -> Path | None:
     """The tokenizer in a run's first folder of data; None if it is not on this machine's file systems."""
     first = config.data.sources[0]
     if first.is_remote:
@@ -113,10 +121,3 @@ def _tokenizer_of(config: Config) -> Path | None:
     except DataError:
         return None
     return path if path.is_file() else None
-
-
-def _tokenizer_in(folder: Path) -> Path | None:
-    try:
-        return load_tokenizer(folder).path
-    except DataError:
-        return None

@@ -22,8 +22,8 @@ def provenance(source: Source, course: Course) -> dict[str, Any]:
     return {
         "source": source.location,
         "source_digest": source_digest(source),
-        "source_step": source.manifest["step"] if isinstance(source, CheckpointReader) else None,
-        "earlier": source.manifest.get("provenance") if isinstance(source, CheckpointReader) else None,
+        "source_step": source.manifest.step if isinstance(source, CheckpointReader) else None,
+        "earlier": source.manifest.provenance if isinstance(source, CheckpointReader) else None,
         "phase": phase.index,
         "transition": dataclasses.asdict(phase.transition),
         "quantization": dataclasses.asdict(phase.quantization) if phase.quantization else None,
@@ -38,7 +38,7 @@ def source_digest(source: Source) -> str:
     For the contents of a zip archive stand the names, sizes and CRC-32s of its records.
     """
     if isinstance(source, CheckpointReader):
-        return str(source.manifest["digest"])
+        return source.manifest.digest
     digest = xxhash.xxh3_128()
     folder = to_location(source.location)
     for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=str):

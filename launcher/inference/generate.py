@@ -16,7 +16,7 @@ from quant.packed import memory_bytes
 
 
 def write_text(
-    path: str, prompt: str, *, dtype: torch.dtype, packed: bool | None, tokenizer: Path | None, **choice: Any
+    path: str, prompt: str, *, dtype: torch.dtype, packed: bool | None, tokenizer: str | Path | None, **choice: Any
 ) -> None:
     """Continue a prompt: the text goes to stdout, how fast it came to stderr.
 

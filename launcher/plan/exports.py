@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from data.errors import DataError
 from data.gguf_vocabulary import ONLY_SENTENCEPIECE
@@ -18,11 +18,10 @@ from data.tokenizer import TRAINED_SPEC
 from data.tokenizer_json import UNIGRAM, sentencepiece_problem
 from launcher.config.sections import Config
 from launcher.plan.course import Course
+from model.config import ModelConfig
 from model.gguf import gguf_architecture
 from model.hf import config_to_hf
 from model.size import is_projection, parameter_shapes
-from model.transformer import ModelConfig
-from quant.codes import CODES_PER_BYTE
 from quant.config import QuantConfig
 from quant.gguf import (
     BLOCK_BYTES,
@@ -30,14 +29,12 @@ from quant.gguf import (
     BLOCK_WIDTHS,
     TERNARY_TYPES,
     BlockType,
+    EmbeddingType,
     StoredType,
     block_width_problem,
     recipe_problem,
 )
-
-LinearClass = Literal["bitlinear", "autobitlinear"]
-EmbeddingType = Literal["q8_0", "f16"]
-EMBEDDING_TYPES: tuple[EmbeddingType, ...] = get_args(EmbeddingType)
+from quant.size import CODES_PER_BYTE
 
 EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
 """What the parameters begin with that have the type of embeddings."""
@@ -141,7 +138,10 @@ def recipe_problems(config: QuantConfig, *, packed: bool) -> list[str]:
 
 
 def packing_problems(
-    model: ModelConfig, coded: Iterable[str], shapes: Mapping[str, tuple[int, ...]], linear_class: LinearClass
+    model: ModelConfig,
+    coded: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    linear_class: Literal["bitlinear", "autobitlinear"],
 ) -> list[str]:
     """Why matrices cannot be packed.
 

@@ -14,8 +14,8 @@ from launcher.errors import ConfigError
 from launcher.plan.gpus import UTILIZATION, Gpu
 from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
+from model.config import ModelConfig
 from model.size import flops_per_token, num_parameters
-from model.transformer import ModelConfig
 
 Tree = dict[str, Any]
 

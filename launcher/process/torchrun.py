@@ -3,27 +3,50 @@
 The command becomes their launcher, so that signals reach it and its exit code is the command's.
 """
 
+import ctypes
 import logging
 import os
+import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
-
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from typing import Literal, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 
+Launcher = Literal["torchrun", "deepspeed"]
+"""What may start the ranks of one machine."""
+
+JobLauncher = Literal["torchrun", "srun", "deepspeed"]
+"""What may start the ranks of a job of Slurm."""
+
 
 def default_ranks() -> int:
-    """As many ranks as there are GPUs, or one."""
-    import torch
+    """As many ranks as there are GPUs that torch can use, or one.
 
-    return torch.cuda.device_count() or 1
+    The NVIDIA driver is asked itself, because importing torch takes seconds.
+    """
+    found = find_spec("torch")
+    assert found is not None
+    assert found.origin is not None
+    build = runpy.run_path(str(Path(found.origin).with_name("version.py")))
+    if build["hip"] is not None:
+        import torch
+
+        return torch.cuda.device_count() or 1
+    if build["cuda"] is None:
+        return 1
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 1
+    count = ctypes.c_int(0)
+    driver.cuInit(0)  # where it fails, so does the next call, and no GPU is counted
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    return count.value or 1
 
 
-def become_run(launcher: str, config: Path, overrides: list[str], num_ranks: int) -> NoReturn:
+def become_run(launcher: Launcher, config: Path, overrides: list[str], num_ranks: int) -> NoReturn:
     """Become ``torchrun`` or ``deepspeed``, with the ranks of a run."""
     script = [str(ROOT / "launcher/pretrain.py"), "--config", str(config), *overrides]
     if launcher == "deepspeed":
@@ -53,6 +76,10 @@ SECONDS_TO_SAVE = 600
 
 def main(num_ranks: int, command: list[str]) -> int:
     """Run ``command`` as that many ranks; returns the exit code of the first one that failed."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     logging.disable(logging.ERROR)  # the agent's own words for a stop and for a failed rank; ours are below
     config = LaunchConfig(
         min_nodes=1,

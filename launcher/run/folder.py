@@ -1,6 +1,7 @@
 """A run's folder: what is where, and whether it belongs to this configuration.
 
 RUN/config.yaml      the resolved configuration, with the code's version
+RUN/tokenizer.*      what made the run's tokens, copied from its data; every checkpoint has a copy as well
 RUN/state.json       whether the run is running, interrupted, complete or failed
 RUN/starts.jsonl     one line for each time that training began
 RUN/submitted/       code, configuration and script of each job of `tritrain submit`
@@ -24,8 +25,9 @@ from typing import Any
 
 import yaml
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import reaching, to_location
-from launcher.checkpoint.writer import complete_checkpoints
+from launcher.checkpoint.manifest import TOKENIZERS
 from launcher.config.file import DERIVED_KEYS, flat_lines, parse_yaml, to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
@@ -139,6 +141,15 @@ class RunFolder:
         self.config_text += yaml.safe_dump({"phase_steps": list(phase_steps)})
         replace_file(self.path / "config.yaml", self.config_text)
 
+    def keep_tokenizer(self, file: Path) -> Path:
+        """Copy the tokenizer into the folder, so that the run can be used without its data; returns the copy."""
+        copy, content = self.path / f"tokenizer{file.suffix}", file.read_bytes()
+        if not (copy.is_file() and copy.read_bytes() == content):
+            replace_file(copy, content)
+        for name in {*TOKENIZERS} - {copy.name}:  # of a start with other data, which ended before its first step
+            (self.path / name).unlink(missing_ok=True)
+        return copy
+
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint.
 
@@ -202,8 +213,8 @@ def slurm_job() -> str | None:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file so that at any moment either the old or the new one is there."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)

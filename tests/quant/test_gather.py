@@ -27,10 +27,18 @@ from launcher.run.metrics_log import read_metrics
 from model.init import initial_value
 from model.size import num_parameters
 from quant.codes import pack_rows, unpack_rows
-from quant.config import PRESETS, QuantConfig
-from quant.gather import _fsdp_params, gather_problems
+from quant.config import PRESETS, SCALES_OF_LEVELS, QuantConfig, gather_problems
+from quant.gather import _fsdp_params
 from quant.linear import quantized_layers
-from quant.rounding import magnitude_counts, scale_from_counts, scale_from_sums, scale_sums, weight_codes, weight_scale
+from quant.rounding import (
+    SUMMED,
+    magnitude_counts,
+    scale_from_counts,
+    scale_from_sums,
+    scale_sums,
+    weight_codes,
+    weight_scale,
+)
 
 
 @settings(deadline=None)
@@ -74,6 +82,12 @@ def test_packed_rows_are_the_codes_and_stay_rows(O: int, I: int) -> None:  # noq
     assert packed_OJ.shape == (O, math.ceil(I / 4))
     assert torch.equal(unpack_rows(packed_OJ, I), codes_OI.to(torch.int8))
     assert torch.equal(pack_rows(codes_OI[1:]), packed_OJ[1:])
+
+
+def test_scales_that_are_gathered_are_those_made_from_sums_or_counts() -> None:
+    scales = set(SCALES_OF_LEVELS["ternary"])
+    refused = {scale for scale in scales - {"learned"} if gather_problems(QuantConfig(weights=scale))}
+    assert scales - {"learned"} - refused == SUMMED.keys() | {"absmedian"}
 
 
 def test_recipes_that_can_be_gathered_as_codes() -> None:

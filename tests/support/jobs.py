@@ -19,8 +19,8 @@ from ranks import CONTEXT
 from safetensors.torch import load_file
 from tiny import tiny_tree
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.run.metrics_log import read_metrics
 
 NUM_RANKS = 2

@@ -30,7 +30,7 @@ from jobs import (
     wait_for_moment,
 )
 
-from launcher.checkpoint.writer import complete_checkpoints
+from launcher.checkpoint.folders import complete_checkpoints
 
 Record = Callable[[str, object], None]
 

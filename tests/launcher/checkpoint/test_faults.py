@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from ranks import run_group
-from runs import run
 from tiny import tiny_config
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.writer import CheckpointWriter, complete_checkpoints
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.errors import CheckpointError, LogError, TrainingError
 from launcher.pretrain import USER_ERRORS
 from launcher.run.metrics_log import MetricsLog, read_metrics
+from runs import run
 
 
 def fill_disk_at(step: int, rank: int) -> None:

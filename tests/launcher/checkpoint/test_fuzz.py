@@ -17,15 +17,14 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_group
-from runs import run
 from tiny import tiny_config
 
-from launcher.checkpoint.load import mismatches
-from launcher.checkpoint.manifest import Progress
+from launcher.checkpoint.load import check_fits
+from launcher.checkpoint.manifest import manifest_digest
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS
-from launcher.checkpoint.writer import manifest_digest
 from launcher.errors import CheckpointError
+from runs import run
 
 Files = dict[str, bytes]
 RANK_FILES = ("rank-00000.safetensors", "rank-00001.safetensors")
@@ -73,11 +72,10 @@ def load(folder: Path, shapes: dict[str, tuple[int, ...]] | None = None) -> dict
     if problems := list(reader.damage()):
         raise CheckpointError("\n".join(problems))
     shapes = shapes or reader.shapes
-    if problems := list(mismatches(reader, set(shapes), shapes)):
-        raise CheckpointError(f"{folder}\n" + "\n".join(problems))
+    check_fits(reader, shapes)
     manifest = reader.manifest
-    counters = {key: manifest[key] for key in ("step", "tokens", "milestone", "has_moments", "data_fingerprint")}
-    state: dict[str, Any] = {"counters": counters | vars(Progress(**manifest["progress"]))}
+    counters = {key: value for key, value in vars(manifest).items() if key not in ("files", "digest")}
+    state: dict[str, Any] = {"counters": counters}
     for name, shape in shapes.items():
         for kind in KINDS if reader.has_moments else KINDS[:1]:
             state[f"{kind}/{name}"] = reader.read(kind, name, 0, torch.Size(shape).numel())

@@ -45,7 +45,7 @@ def test_unknown_section():
 def test_a_key_that_is_no_word():
     changed = tree() | {5: 1}
     changed["run"] = changed["run"] | {7: 1}
-    with pytest.raises(ConfigError, match=r"(?m)^5: unknown section; [^\n]*\nrun\.7: unknown key"):
+    with pytest.raises(ConfigError, match=r"(?m)^run\.7: unknown key; [^\n]*\n5: unknown section; "):
         parse_config(changed)
 
 

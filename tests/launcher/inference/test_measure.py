@@ -10,13 +10,12 @@ import torch
 import torch.distributed as dist
 from hf_folders import edit_config, load, pack_folder, write_variant
 from ranks import run_group
-from runs import run as train_run
 from tiny import tiny_config
 from tiny_tasks import NUM_EXAMPLES, write_tasks
 
 from data.errors import DataError
 from eval.tasks import DEFINITIONS, choose_tasks
-from launcher.checkpoint.writer import complete_checkpoints
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.config.file import parse_config, to_tree
 from launcher.errors import CheckpointError, ConfigError
 from launcher.inference.measure import Evaluation, TextMeasurement, answer, check_tasks, evaluate, measure_text
@@ -26,6 +25,7 @@ from launcher.process.ranks import Ranks
 from launcher.run.metrics_log import read_metrics
 from launcher.run.scores import RESULTS, read_results
 from launcher.watch.heartbeat import Pulse
+from runs import run as train_run
 
 pytest.importorskip("lm_eval")
 

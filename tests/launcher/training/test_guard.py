@@ -12,13 +12,11 @@ import torch
 import torch.distributed as dist
 from engines import CPU, ENGINES, build, state_of, step_once
 from ranks import run_group
-from runs import ENGINES as ENGINE_CONFIGS
-from runs import StopAfter
 from safetensors.torch import load_file
 from tiny import tiny_config
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.manifest import check_guard_state
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.config.sections import Config, OutlierConfig
 from launcher.engine.contract import Engine
 from launcher.errors import CheckpointError
@@ -30,6 +28,8 @@ from launcher.run.metrics_log import read_metrics
 from launcher.run.rollbacks import read_rollbacks
 from launcher.train import train
 from launcher.training.guard import SpikeGuard, Window
+from runs import ENGINES as ENGINE_CONFIGS
+from runs import StopAfter
 
 
 def guard_of(**keys: Any) -> SpikeGuard:
