@@ -23,6 +23,7 @@ from data.prepared import (
     SHARD_HASH,
     TOKEN_BYTES,
     TRAIN,
+    fit_problem,
     open_prepared,
     read_index,
     read_manifest,
@@ -129,16 +130,8 @@ def open_sources(
     first = opened[0]
     for source in opened:
         path, manifest = source.source.path, source.manifest
-        if manifest["sequence_length"] != sequence_length:
-            raise DataError(
-                f"{path}: was prepared with sequence_length {manifest['sequence_length']}, the configuration says "
-                f"{sequence_length}; set data.sequence_length to the former or prepare the text again"
-            )
-        if manifest["vocab_size"] > vocab_size:
-            raise DataError(
-                f"{path}: its tokenizer has {manifest['vocab_size']} tokens, the model's vocabulary {vocab_size}; set "
-                f"model.vocab_size to {manifest['vocab_size']} or more"
-            )
+        if problem := fit_problem(path, manifest, sequence_length, vocab_size):
+            raise DataError(problem)
         if manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
             raise DataError(
                 f"{path}: was prepared with another tokenizer than {first.source.path}; prepare it again with "

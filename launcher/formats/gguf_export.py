@@ -25,21 +25,19 @@ from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.choices import EmbeddingType
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.opened import Exportable
+from launcher.plan.exports import EMBEDDINGS, default_embeddings, gguf_problems, gguf_types
 from model.gguf import gguf_architecture, gguf_metadata, gguf_name, gguf_rows
 from model.size import parameter_shapes
 from quant.gguf import (
+    BLOCK_BYTES,
     BLOCK_WIDTHS,
     TERNARY_TYPES,
     BlockType,
     StoredType,
-    block_width_problem,
     ggml_type,
     recipe_problem,
     to_blocks,
 )
-
-EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
-"""What the parameters begin with that have the type of embeddings."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,7 @@ class GGUFTensor:
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes in the file."""
-        from gguf.constants import GGML_QUANT_SIZES
-
-        elements, size = GGML_QUANT_SIZES[ggml_type(self.into)]
-        return prod(self.shape) // elements * size
+        return prod(self.shape) // BLOCK_WIDTHS[self.into] * BLOCK_BYTES[self.into]
 
 
 def export_gguf(
@@ -88,7 +83,7 @@ def export_gguf(
         DataError: llama.cpp would tokenize differently.
     """
     _require_gguf()
-    embeddings = embeddings or ("f16" if into == "f16" else "q8_0")
+    embeddings = embeddings or default_embeddings(into)
     coded = _coded(opened, into)
     tensors = _tensors(opened, coded, into, embeddings)
     name = opened.config.run.name if opened.config else Path(opened.source.location).name
@@ -141,25 +136,13 @@ def _tensors(
         CheckpointError: there is no graph for the model, or rows are of no width that the types can have.
     """
     config, at = opened.model, opened.source.location
-    try:
-        architecture = gguf_architecture(config)
-    except ValueError as error:
-        raise CheckpointError(f"{at} cannot be written as GGUF: {error}") from error
     shapes = parameter_shapes(config)
+    types = gguf_types(shapes, coded.names if coded else (), into, embeddings)
+    if problems := gguf_problems(config, types):
+        raise CheckpointError(f"{at} cannot be written as GGUF: {'; '.join(problems)}")
     check_fits(opened.source, shapes)
-    tensors = []
-    for parameter, shape in shapes.items():
-        kind: StoredType = "f32"
-        if coded and parameter in coded:
-            kind = into
-        elif parameter.startswith(EMBEDDINGS):
-            kind = embeddings
-        elif len(shape) > 1:
-            kind = "f16" if into in TERNARY_TYPES else into
-        if problem := block_width_problem(parameter, shape[-1], kind):
-            raise CheckpointError(f"{at} cannot be written as GGUF: {problem}")
-        tensors.append(GGUFTensor(gguf_name(parameter, config), parameter, shape, kind))
-    if architecture == "olmo2" and config.tie_embeddings:  # its graph has no tied head
+    tensors = [GGUFTensor(gguf_name(name, config), name, shapes[name], kind) for name, kind in types.items()]
+    if gguf_architecture(config) == "olmo2" and config.tie_embeddings:  # its graph has no tied head
         tensors.append(GGUFTensor("output.weight", "model.embed_tokens.weight", tensors[0].shape, embeddings))
     return tensors
 

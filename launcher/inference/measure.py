@@ -16,7 +16,7 @@ from data.readers import read_documents
 from eval.perplexity import text_loss
 from eval.rows import Scorer
 from eval.score import Score, scores_of
-from eval.tasks import Task, choose_tasks, digest_of, load_rows
+from eval.tasks import Task, choose_tasks, digest_of, load_rows, missing_files
 from launcher.checkpoint.location import check_writable, is_local, to_location
 from launcher.errors import ConfigError, report_error
 from launcher.inference.sharded import Subject, open_subject
@@ -82,13 +82,11 @@ def check_tasks(tasks: list[str], task_data: str | None) -> list[Task]:
         chosen = choose_tasks(tasks)
     except ValueError as error:
         raise ConfigError(f"tasks: {error}") from error
-    if task_data is not None:
-        names = [f"{task.name}_{task.split}.jsonl" for task in chosen]
-        if absent := [name for name in names if not (Path(task_data) / name).is_file()]:
-            raise DataError(
-                f"{task_data}: lacks {', '.join(absent)}; a mirror has one file TASK_SPLIT.jsonl for each task. "
-                "Without --task-data, data sets come from the Hugging Face hub"
-            )
+    if task_data is not None and (absent := missing_files(chosen, Path(task_data))):
+        raise DataError(
+            f"{task_data}: lacks {', '.join(absent)}; a mirror has one file TASK_SPLIT.jsonl for each task. "
+            "Without --task-data, data sets come from the Hugging Face hub"
+        )
     return chosen
 
 
