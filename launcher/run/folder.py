@@ -143,14 +143,13 @@ class RunFolder:
         self.config_text += yaml.safe_dump({"phase_steps": list(phase_steps)})
         replace_file(self.path / "config.yaml", self.config_text)
 
-    def keep_tokenizer(self, file: Path) -> Path:
-        """Copy the tokenizer into the folder, so that the run can be used without its data; returns the copy."""
+    def keep_tokenizer(self, file: Path) -> None:
+        """Copy the tokenizer into the folder, so that the run can be used without its data."""
         copy, content = self.path / f"tokenizer{file.suffix}", file.read_bytes()
         if not (copy.is_file() and copy.read_bytes() == content):
             replace_file(copy, content)
         for name in {*TOKENIZERS} - {copy.name}:  # of a start with other data, which ended before its first step
             (self.path / name).unlink(missing_ok=True)
-        return copy
 
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint.

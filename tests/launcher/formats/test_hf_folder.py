@@ -97,9 +97,9 @@ def test_memory_stays_small(tmp_path):
 import resource, sys
 from pathlib import Path
 import torch
-from launcher.hf_folder import write_hf
-from launcher.hf_source import HuggingFaceSource
-from launcher.source import Source
+from launcher.formats.hf_folder import write_hf
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.checkpoint.source import Source
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
 
