@@ -48,7 +48,7 @@ def kernels_of(step: Callable[[], None], steps: int = 3) -> dict[str, tuple[floa
     return {
         event.key: (event.self_device_time_total / 1e3 / steps, event.count / steps)
         for event in profile.key_averages()
-        if event.device_type == DeviceType.CUDA and event.self_device_time_total and "ProfilerStep" not in event.key
+        if event.device_type == DeviceType.CUDA and event.self_device_time_total and not event.is_user_annotation
     }
 
 
