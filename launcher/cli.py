@@ -51,7 +51,7 @@ def show_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        Console(silent=False).line(f"tritrain {version('tritrain')}")
+        typer.echo(f"tritrain {version('tritrain')}")
         raise typer.Exit
 
 
@@ -426,7 +426,7 @@ def schema() -> None:
     """Print the JSON schema of configuration files, for editors."""
     from launcher.config.file import json_schema
 
-    Console(silent=False).line(json.dumps(json_schema(), indent=2))
+    typer.echo(json.dumps(json_schema(), indent=2))
 
 
 if __name__ == "__main__":
