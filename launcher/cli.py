@@ -51,7 +51,7 @@ def show_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        Console(silent=False).line(f"tritrain {version('tritrain')}")
+        typer.echo(f"tritrain {version('tritrain')}")
         raise typer.Exit
 
 
@@ -80,24 +80,17 @@ def train(
     launcher: Annotated[Launcher, typer.Option("--with", help="Program that starts the processes.")] = "torchrun",
 ) -> None:
     """Train on this machine; start a run or resume it."""
-    from launcher.config.file import load_config
-    from launcher.plan.inputs import check_inputs
-    from launcher.plan.plan import make_plan
-    from launcher.run.folder import RunFolder, check_place
+    from launcher.commands.train import check_start
 
-    parsed = load_config(config, overrides or ())
     num_ranks = ranks or default_ranks()
-    plan = make_plan(parsed, num_ranks)
-    check_place(config, overrides or (), parsed)
-    folder, console = RunFolder(parsed), Console(silent=False)
-    folder.check_configuration()
+    folder, plan = check_start(config, overrides or (), num_ranks)
     if folder.read_state().get("status") == "complete":
-        console.line(f"The run {parsed.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
+        console = Console(silent=False)
+        console.line(f"The run {plan.config.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
         from launcher.report.ending import show_next
 
         show_next(folder, console)
         return
-    check_inputs(parsed)
     become_run(launcher, config, overrides or [], num_ranks)
 
 
@@ -466,7 +459,7 @@ def schema() -> None:
     """Print the JSON schema of configuration files, for editors."""
     from launcher.config.file import json_schema
 
-    Console(silent=False).line(json.dumps(json_schema(), indent=2))
+    typer.echo(json.dumps(json_schema(), indent=2))
 
 
 if __name__ == "__main__":

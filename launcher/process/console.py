@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console as RichConsole
-
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -41,6 +39,8 @@ class Console:
     """Lines and progress of one rank; silent on all ranks but the first."""
 
     def __init__(self, *, silent: bool) -> None:
+        from rich.console import Console as RichConsole
+
         self._rich = RichConsole(file=sys.stdout, highlight=False, quiet=silent, soft_wrap=True)
         self._silent = silent
         self._progress: Progress | None = None

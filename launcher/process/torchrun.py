@@ -8,6 +8,7 @@ import logging
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -48,7 +49,7 @@ def default_ranks() -> int:
 
 def become_run(launcher: Launcher, config: Path, overrides: list[str], num_ranks: int) -> NoReturn:
     """Become ``torchrun`` or ``deepspeed``, with the ranks of a run."""
-    script = [str(ROOT / "launcher/pretrain.py"), "--config", str(config), *overrides]
+    script = pretrain_command(config, overrides)
     if launcher == "deepspeed":
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), *script]
         sys.stdout.flush()
@@ -56,18 +57,32 @@ def become_run(launcher: Launcher, config: Path, overrides: list[str], num_ranks
     become_ranks(num_ranks, script)
 
 
+def pretrain_command(config: Path, overrides: Sequence[str]) -> list[str]:
+    """The script that each rank of a run executes, with its arguments."""
+    return [str(ROOT / "launcher/pretrain.py"), "--config", str(config), *overrides]
+
+
 def become_ranks(num_ranks: int, command: list[str]) -> NoReturn:
-    """Become torch's launcher of that many ranks.
+    """Become torch's launcher of that many ranks; see `ranks_command`."""
+    sys.stdout.flush()
+    os.execve(sys.executable, ranks_command(num_ranks, command), environment_of_ranks())
+
+
+def ranks_command(num_ranks: int, command: list[str]) -> list[str]:
+    """The command that starts torch's launcher of that many ranks, with `environment_of_ranks`.
+
+    The working directory, where a file may be named like one of our packages, is left out of the path.
 
     Args:
         num_ranks: processes to start.
         command: a script, or ``-m`` and a module, with its arguments.
     """
-    sys.stdout.flush()
-    # The checkout comes first on the path, and the working directory, where a file may be named like one of our
-    # packages, is left out.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "launcher.process.torchrun", str(num_ranks), *command])
+    return [sys.executable, "-P", "-m", "launcher.process.torchrun", str(num_ranks), *command]
+
+
+def environment_of_ranks() -> dict[str, str]:
+    """This process's environment, with the checkout first on the path."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 SECONDS_TO_SAVE = 600

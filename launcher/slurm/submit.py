@@ -26,13 +26,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from launcher.config.file import to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
+from launcher.hidden import PACKAGES
 from launcher.plan.plan import make_plan
 from launcher.process.torchrun import JobLauncher
 from launcher.run.folder import RunFolder
 from launcher.slurm.cluster import SiteConfig, time_problem
-
-PACKAGES = ("launcher", "model", "data", "quant", "eval")
-
 
 CODE_SUFFIXES = (".py", ".j2", ".html", ".sbatch", ".yaml")
 

@@ -19,7 +19,7 @@ import json, os, sys
 def end(*arguments):  # in place of the launcher of ranks
     raise SystemExit(0)
 
-os.execv = end
+os.execve = end
 from launcher.cli import main
 try:
     main()
