@@ -50,7 +50,7 @@ def main() -> None:
         intermediate_size=options.hidden_size * 3,
     )
     with process_group(600) as ranks, tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        numbers = measure(config, ranks, Path(folder), options.rounds)
+        numbers, device = measure(config, ranks, Path(folder), options.rounds), ranks.device
     text = (
         f"{num_parameters(config) / 1e6:.0f} M parameters, {numbers['checkpoint_mb']} MB a checkpoint, "
         f"{options.rounds} interleaved rounds, medians.\n\n"
@@ -63,7 +63,7 @@ def main() -> None:
         f"A synchronous save moves {numbers['save_mb_per_second']} MB/s, a plain copy with a flush "
         f"{numbers['copy_mb_per_second']}: a ratio of {numbers['save_over_copy']}."
     )
-    report("save", text, numbers, ("torch",))
+    report(f"save-{device.type}", text, numbers, ("torch",))
 
 
 def manifest_of(step: int, config: ModelConfig, ranks: Ranks) -> Manifest:

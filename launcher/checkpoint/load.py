@@ -85,4 +85,6 @@ def restore_rng(reader: CheckpointReader, ranks: Ranks) -> None:
             elif ranks.device.type == "cuda":
                 torch.cuda.set_rng_state(state)
         except RuntimeError as error:
-            raise DamageError(f"{reader.folder}: rank {ranks.rank}'s random state is none: {error}") from error
+            raise DamageError(
+                f"{reader.folder}: rank {ranks.rank}'s random state cannot be restored: {error}"
+            ) from error

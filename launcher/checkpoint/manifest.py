@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: all that it says of itself besides tensors and configuration, as one type.
+"""The manifest of a checkpoint as one type: everything it records besides tensors and configuration.
 
 Every writer fills the same fields, and every reader gets them checked, so that nothing later has to doubt a type or a
 bound: digests prove that a file is as it was written, not that it was written right, or by Tritrain.
@@ -64,7 +64,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What a step computes in: 16 bits, or a quantization at the strengths of that step."""
+    """The precision of a step: 16 bits, or a quantization at the strengths of that step."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -86,9 +86,15 @@ class Precision:
 
     @classmethod
     def in_16_bits(cls, num_layers: int) -> "Precision":
-        """That of a model of so many blocks without quantization."""
+        """The precision of a model of ``num_layers`` blocks without quantization."""
         zeros = (0.0,) * num_layers
         return cls(quantization=None, weight_strengths=zeros, activation_strengths=zeros)
+
+    @classmethod
+    def full(cls, quantization: QuantConfig, num_layers: int) -> "Precision":
+        """The precision of a model of ``num_layers`` blocks at strength 1."""
+        ones = (1.0,) * num_layers
+        return cls(quantization=quantization, weight_strengths=ones, activation_strengths=ones)
 
     @property
     def strength(self) -> float:
@@ -126,7 +132,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint says of itself. A field is None where a writer has nothing to say there, and none is left out.
+    """The record of a checkpoint. Every writer fills every field; None means that it does not apply.
 
     Raises:
         ValueError: a field is not as it should be; says which.
@@ -174,7 +180,7 @@ class Manifest:
             check_guard_state(self.spikes)
         for name in self.files:
             if name not in (CONFIG, *TOKENIZERS) and not TENSOR_FILE.fullmatch(name):
-                raise ValueError(f"its 'files' names {reprlib.repr(name)}, which is no file of a checkpoint")
+                raise ValueError(f"its 'files' names {reprlib.repr(name)}, which is not a file of a checkpoint")
 
     def sealed(self, files: dict[str, FileRecord]) -> str:
         """The text of `manifest.json` for a checkpoint of these files."""
@@ -183,7 +189,7 @@ class Manifest:
 
 
 def manifest_digest(tree: dict[str, Any]) -> str:
-    """Digest of all of a manifest but its own."""
+    """The digest of a manifest without its own."""
     content = {key: value for key, value in tree.items() if key != "digest"}
     return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
@@ -202,7 +208,7 @@ def manifest_of(tree: dict[str, Any]) -> Manifest:
         manifest: Manifest = _adapter().validate_json(json.dumps(tree))
     except ValidationError as error:
         detail = error.errors(include_url=False, include_input=False)[0]
-        where = reprlib.repr(".".join(map(str, detail["loc"])))
+        where = repr(".".join(map(str, detail["loc"]))[:100])
         reason = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
         raise ValueError(f"its {where}: {reason[:300]}" if detail["loc"] else reason) from error
     if CONFIG not in manifest.files or not any(map(TENSOR_FILE.fullmatch, manifest.files)):
@@ -218,7 +224,7 @@ def _adapter() -> Any:
 
 
 def check_guard_state(state: Any) -> None:
-    """Make sure that a checkpoint holds what `SpikeGuard.state` gives.
+    """Check that a value has the form of `SpikeGuard.state`.
 
     Raises:
         ValueError: it does not.
@@ -232,7 +238,7 @@ def check_guard_state(state: Any) -> None:
         and (state["loss_before"] is None or _is_number(state["loss_before"]))
     )
     if not sound:
-        raise ValueError("its 'spikes' is not what the guards against spikes remember")
+        raise ValueError("its 'spikes' is not the state of the guards against loss spikes")
 
 
 def _is_window(window: Any) -> bool:

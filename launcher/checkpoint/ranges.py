@@ -18,13 +18,13 @@ class Parameter:
 
     shape: tuple[int, ...]
     step: float
-    """Number of updates behind the moments."""
+    """The number of updates that the moments have seen."""
     ranges: list[tuple[int, int, str]]
-    """First element, the one behind the last, and the file, in ascending order and without a gap."""
+    """First element, the one after the last, and the file, in ascending order and without a gap."""
 
 
 def parameters_of(files: Mapping[str, TensorFile], *, has_moments: bool) -> dict[str, Parameter]:
-    """Put together what the files' headers say of the ranges in them.
+    """Combine the ranges that the files' headers list.
 
     Raises:
         TensorFileError: with the file's name in front, where a header does not fit its tensors or another header, or
@@ -62,16 +62,16 @@ def _add_ranges(parameters: dict[str, Parameter], file_name: str, file: TensorFi
     if wrong := sorted(expected ^ others):
         raise TensorFileError(f"has tensors without a range, or ranges without a tensor: {', '.join(wrong[:5])}")
     if any(entry.dtype != torch.uint8 for name, entry in file.entries.items() if name.startswith("rng/")):
-        raise TensorFileError("holds a generator's state as something else than bytes")
+        raise TensorFileError("holds the state of a random generator that is not bytes")
     for name, about in ranges.items():
         shape, start, step = _checked_range(name, about)
         lengths = {file.entries[f"{kind}/{name}"].num_elements for kind in kinds}
         dtypes = {file.entries[f"{kind}/{name}"].dtype for kind in kinds}
         if len(lengths) != 1 or dtypes != {torch.float32}:
-            raise TensorFileError(f"holds {name} in other lengths or types than fp32 of one length")
+            raise TensorFileError(f"holds tensors of {name} that are not fp32, or not of one length")
         parameter = parameters.setdefault(name, Parameter(shape, step, []))
         if (parameter.shape, parameter.step) != (shape, step):
-            raise TensorFileError(f"says another shape or number of updates of {name} than another file")
+            raise TensorFileError(f"has another shape or number of updates for {name} than another file")
         parameter.ranges.append((start, start + lengths.pop(), file_name))
 
 

@@ -1,4 +1,4 @@
-"""Reading our own checkpoints: by any engine, on any number of ranks, and never a damaged one."""
+"""Read Tritrain's checkpoints: into any engine, on any number of ranks, and never a damaged one."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ OPENED_AT_ONCE = 16
 
 
 class DamageError(CheckpointError):
-    """A checkpoint is not as it was written; other than one that cannot be reached just now."""
+    """A checkpoint is damaged, as opposed to one that cannot be reached at the moment."""
 
 
 class CheckpointReader(Source):
@@ -63,7 +63,7 @@ class CheckpointReader(Source):
 
     def _way_out(self) -> str:
         others = [folder.name for folder in complete_checkpoints(self.folder.parent) if folder != self.folder]
-        return f"Others are in the same place: {', '.join(others)}." if others else "There is no other one beside it."
+        return f"Other checkpoints beside it: {', '.join(others)}." if others else "There is no other one beside it."
 
     def _open(self, name: str) -> TensorFile:
         try:
@@ -96,7 +96,7 @@ class CheckpointReader(Source):
         return {name.removeprefix("rng/"): file.read(name) for name in names if file}
 
     def damage(self, rank: int = 0, world_size: int = 1) -> Iterator[str]:
-        """Read every byte of this rank's share of the files, and yield a sentence for each that is not as written."""
+        """Read every byte of this rank's share of the files; yield a sentence for each damaged tensor or file."""
         for name in sorted(self._files)[rank::world_size]:
             path = self.folder / name
             with reaching(self.folder):
@@ -120,9 +120,9 @@ def _read_manifest(folder: Path) -> Manifest:
         tree: dict[str, Any] = json.loads(path.read_bytes())
         sound = tree["digest"] == manifest_digest(tree)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no complete checkpoint (no {MANIFEST} is in it)") from error
+        raise CheckpointError(f"{folder}: not a complete checkpoint (it has no {MANIFEST})") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DamageError(f"{path}: damaged, or not that of a checkpoint") from error
+        raise DamageError(f"{path}: damaged, or not the manifest of a checkpoint") from error
     if not sound:
         raise DamageError(f"{path}: damaged: it does not have the digest it was written with")
     if (version := tree.get("format_version")) not in READABLE_VERSIONS:
@@ -135,7 +135,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str], None]) -> CheckpointReader | None:
-    """Open the newest checkpoint whose every byte is as it was written, going back where one is damaged; a collective.
+    """Open the newest checkpoint that is intact in every byte, going back past damaged ones; a collective.
 
     Ranks share the reading. Once a sound one is found, the damaged ones after it are set aside: their manifests become
     `manifest.damaged.json`.
@@ -163,7 +163,7 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str]
             raise CheckpointError("\n".join(obstacles))
         if reader and not problems:
             for folder in damaged:
-                say(f"WARNING: {folder.name} is set aside, and {name} is taken.")
+                say(f"WARNING: {folder.name} is set aside; the run resumes from {name}.")
                 if ranks.is_first:
                     with reaching(checkpoints):
                         (folder / MANIFEST).rename(folder / "manifest.damaged.json")
@@ -173,9 +173,8 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str]
         damaged.append(checkpoints / name)
     if found:
         raise CheckpointError(
-            "no checkpoint is sound:\n  "
-            + "\n  ".join(found)
-            + f"\nTo begin anew, move {checkpoints} away; to go on from another run's, set checkpoint.start_from."
+            "no checkpoint is sound:\n  " + "\n  ".join(found) + f"\nTo start over, move {checkpoints} away. "
+            "To start from another run's checkpoint, set checkpoint.start_from."
         )
     return None
 

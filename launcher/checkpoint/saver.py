@@ -1,4 +1,4 @@
-"""Saving behind training's back: the state is copied, training goes on, and a thread writes the copy."""
+"""Save in the background: the state is copied, training continues, and a thread writes the copy."""
 
 import dataclasses
 import shutil
@@ -33,7 +33,7 @@ class Saver:
         tokenizer: its file, of which each checkpoint gets a copy; None leaves it out.
         keep_last: how many are kept besides the milestones; 0 keeps all.
         asynchronous: copy the state to host memory and write it while training goes on; else write at once.
-        say: tells people what went wrong with a checkpoint that the run can do without.
+        say: prints a warning about a checkpoint that the run can do without.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Saver:
             engine: whose state is written, as it is now.
             manifest: of the checkpoint; the files are filled in.
             config_text: the resolved configuration, as YAML.
-            must: whether a failure is an error, raised by the next `save` or `wait`; else it is only told.
+            must: whether a failure is an error, raised by the next `save` or `wait`; otherwise it is only reported.
 
         Raises:
             CheckpointError: an earlier checkpoint that must be there could not be written.
@@ -115,7 +115,7 @@ class Saver:
             raise failure
 
     def _copy(self, shard: Shard) -> Shard:
-        """Copy a shard into host memory that is kept from one checkpoint to the next, pinned beside a GPU."""
+        """Copy a shard into host memory that is reused for every checkpoint, and pinned if there is a GPU."""
         tensors = {}
         for kind, tensor in shard.tensors.items():
             key = f"{kind}/{shard.name}"
@@ -145,7 +145,7 @@ class Saver:
                 self._say(f"WARNING: old checkpoints could not be removed: {error} The next save tries again.")
 
     def _all_ranks(self, action: Callable[[], Any] | None, writer: CheckpointWriter) -> list[Any]:
-        """Run one stage of saving on the ranks that have an action; returns what each rank's gave.
+        """Run one stage of saving on the ranks that have an action; returns each rank's result.
 
         Raises:
             CheckpointError: on all of them, if it failed on any. What had been written is removed.

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there at all, and the same format for every engine.
+"""Write checkpoints: complete or not at all, and in the same format for every engine.
 
     checkpoints/step-00000200/rank-00000.safetensors   what rank 0 holds: flat fp32 ranges of weights and moments
                               tokenizer.model          or .json: what made the tokens
@@ -35,10 +35,10 @@ from launcher.engine.contract import Shard
 
 
 class CheckpointWriter:
-    """One checkpoint in the making: begun and finished by one process, and filled by every rank.
+    """A checkpoint that is being written: begun and finished by one process, and filled by every rank.
 
     Args:
-        final: the folder that is there, complete, in the end.
+        final: the folder of the complete checkpoint.
     """
 
     def __init__(self, final: Path) -> None:
@@ -46,7 +46,7 @@ class CheckpointWriter:
         self._building = final.with_name(final.name + ".tmp") if is_local(final) else final
 
     def begin(self) -> None:
-        """Make room: remove what earlier attempts left, of this checkpoint and of others that were never finished."""
+        """Remove an earlier version of this checkpoint, and others that were never finished."""
         if is_local(self.final):
             for leftover in self.final.parent.glob("step-*.tmp"):
                 remove_folder(leftover)
@@ -87,7 +87,7 @@ class CheckpointWriter:
         return {name: FileRecord(size=path.stat().st_size, digest=root)}
 
     def link(self, path: Path) -> None:
-        """Take a file of another checkpoint as it is: a hard link, which needs no room and outlives the other's name.
+        """Reuse a file of another checkpoint: a hard link, which takes no space and survives the other's removal.
 
         Where there can be no link, on another file system, it is copied.
         """
@@ -144,7 +144,7 @@ def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:
 
 
 def _is_passing(folder: Path) -> bool:
-    """Whether a checkpoint is surely no milestone; one with a damaged manifest may be, and is left to people."""
+    """Whether a checkpoint is certainly not a milestone; one with a damaged manifest may be, and is kept."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         return bool(manifest["digest"] == manifest_digest(manifest) and not manifest["milestone"])
@@ -153,7 +153,7 @@ def _is_passing(folder: Path) -> bool:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, if it is there, so that at no moment half of it counts as complete."""
+    """Remove a checkpoint if it exists, so that at no moment half of it counts as complete."""
     if is_local(folder) and folder.exists():
         folder = folder.rename(folder.with_name(folder.name + ".tmp"))
     else:

@@ -1,4 +1,4 @@
-"""Converting checkpoints, offline and tensor by tensor: between phases, engines and formats.
+"""Convert checkpoints between phases, engines and formats: offline, and tensor by tensor.
 
 A conversion into a run makes what the run itself would have at the transition: the checkpoint before it. The transition
 then happens when the run starts, by the same code as inside a run, so that both continue with the same bits. That is
@@ -29,7 +29,7 @@ from quant.linear import is_learned_scale, matching_layers
 
 
 def starting_phase(config: Config, source: Source) -> int:
-    """The phase that begins where a checkpoint of ours stands; the first where none does."""
+    """The phase that begins at the step of a Tritrain checkpoint; the first if none does."""
     course = make_course(config)
     if isinstance(source, CheckpointReader):
         at = (source.manifest.step, source.manifest.tokens)
@@ -40,13 +40,13 @@ def starting_phase(config: Config, source: Source) -> int:
 
 
 def begins_anew(config: Config, source: Source) -> list[str]:
-    """A sentence where a checkpoint of ours has steps that the run does not go on behind."""
+    """A sentence if a Tritrain checkpoint has steps that the run does not continue."""
     if config.checkpoint.start_phase or not isinstance(source, CheckpointReader) or not source.manifest.step:
         return []
     starts = ", ".join(str(phase.start) for phase in make_course(config).phases)
     return [
-        f"The checkpoint is at step {source.manifest.step}, the phases begin at {starts}, and the run with the "
-        "first of them: steps, schedule and data begin anew."
+        f"The checkpoint is at step {source.manifest.step}, and the phases begin at {starts}. The run "
+        "begins with the first of them: steps, schedule and data start over."
     ]
 
 
@@ -85,7 +85,7 @@ def course_of_conversion(config: Config, source: Source) -> Course:
     course, folder = make_course(config), RunFolder(config)
     with reaching(folder.checkpoints):
         if complete_checkpoints(folder.checkpoints):
-            raise ConfigError(f"{folder.checkpoints}: a run's checkpoints are there already; convert to another folder")
+            raise ConfigError(f"{folder.checkpoints}: already holds checkpoints; convert to another folder")
     folder.check_configuration()
     check_start(source, course)
     return course
@@ -129,9 +129,9 @@ def convert_to_run(config: Config, source: Source) -> Path:
 
 
 def manifest_of_conversion(course: Course, source: Source) -> Manifest:
-    """What the checkpoint says that a run begins with: its place in the run, and what the source says of its weights.
+    """The manifest of a converted checkpoint: its place in the run, and the precision of its source.
 
-    What other formats do not say follows from the configuration: the phases before the first one count as done.
+    Other formats do not record a precision; it follows from the phases before, which count as done.
     """
     at = first_progress(course)
     return Manifest(
@@ -152,7 +152,7 @@ def manifest_of_conversion(course: Course, source: Source) -> Manifest:
 
 
 def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, FileRecord]:
-    """Write all of a source into one file of ours, a piece of a tensor at a time; returns its record."""
+    """Write all of a source into one file, a piece of a tensor at a time; returns its record."""
     kinds = KINDS if source.has_moments else ("weight",)
     entries = [
         (f"{kind}/{name}", torch.float32, (prod(shape),)) for name, shape in source.shapes.items() for kind in kinds
@@ -167,7 +167,7 @@ def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, FileRe
 
 
 def carried_fingerprint(course: Course, source: Source) -> str | None:
-    """The fingerprint of the data that the run must go on with; None where it begins them anew."""
+    """The fingerprint of the data that the run must continue with; None if it starts its data over."""
     phase = course.phases[course.config.checkpoint.start_phase]
     if phase.index and phase.transition.data == "continue" and isinstance(source, CheckpointReader):
         return source.manifest.data_fingerprint
@@ -175,7 +175,7 @@ def carried_fingerprint(course: Course, source: Source) -> str | None:
 
 
 def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: torch.dtype) -> None:
-    """Write a Hugging Face folder with the weights in 16 bits; of a ternary run, its latent weights.
+    """Write a Hugging Face folder with 16-bit weights; for a ternary run, its latent weights.
 
     Args:
         source: what is converted.
@@ -191,17 +191,19 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
 
     model = config.model if config else model_of(source)
     if model is None:
-        raise ConfigError(f"{source.location}: what the model is must be said here: give --config")
+        raise ConfigError(f"{source.location}: does not describe its model; name a configuration with --config")
     check_model(source, model)
     check_sound(source)
     write_hf(source, model, folder, dtype=dtype)
 
 
 def not_carried(source: Source, into: str) -> list[str]:
-    """One sentence for each thing that a source has and the other format does not carry."""
+    """One sentence for each thing that is lost because the other format does not carry it."""
     sentences = []
     if source.has_moments and into == "hf":
-        sentences.append(f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place.")
+        sentences.append(
+            f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place for them."
+        )
     if into == "hf" and any(map(is_learned_scale, source.shapes)):
         sentences.append("Learned scales are not carried: the format has latent weights alone.")
     if isinstance(source, CheckpointReader):

@@ -1,4 +1,4 @@
-"""Writing GGUF files, which llama.cpp and all that is built on it run: codes and levels, tensor by tensor.
+"""Write GGUF files, for llama.cpp and everything built on it: codes and levels, tensor by tensor.
 
 A ternary file holds the codes that training computed with, every one of them, and their levels in half precision. What
 differs from training then is llama.cpp's own arithmetic: it rounds the inputs of a layer to 8 bits by blocks of 256
@@ -46,7 +46,7 @@ class GGUFTensor:
 
     name: str
     parameter: str
-    """Name of ours."""
+    """Tritrain's name of it."""
     shape: tuple[int, ...]
     into: StoredType
 
@@ -119,8 +119,8 @@ def _coded(opened: Exportable, into: BlockType) -> CodedMatrices | None:
         return None
     if opened.strength < 1:
         raise CheckpointError(
-            f"{at} is on a ramp, at strength {opened.strength:.3g}: it computes with something between its weights and "
-            "their codes, and llama.cpp has nothing like that; train it to the end of the ramp"
+            f"{at} is on a ramp, at strength {opened.strength:.3g}: it computes with a mix of its weights and "
+            "their codes, which llama.cpp cannot do; train it to the end of the ramp"
         )
     if problem := recipe_problem(quantization, into):
         raise CheckpointError(f"{at} cannot be written as {into}: quantization.{problem}")
@@ -130,7 +130,7 @@ def _coded(opened: Exportable, into: BlockType) -> CodedMatrices | None:
 def _tensors(
     opened: Exportable, coded: CodedMatrices | None, into: BlockType, embeddings: EmbeddingType
 ) -> list[GGUFTensor]:
-    """What the file will hold, in order.
+    """The tensors of the file, in order.
 
     Raises:
         CheckpointError: there is no graph for the model, or rows are of no width that the types can have.

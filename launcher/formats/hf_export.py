@@ -40,7 +40,7 @@ HOLDS: dict[HfWeights, str] = {
     "dequantized": "the ternary codes times their level as 16-bit weights; inputs of the layers are not quantized",
     "packed": "ternary codes in 2 bits, with the inputs of the layers rounded to 8 bits ({})",
 }
-"""What is said of the weights."""
+"""The descriptions of the weights in the model card."""
 
 
 def export_hf(
@@ -52,7 +52,7 @@ def export_hf(
     linear_class: LinearClass = "bitlinear",
     tokenizer: Path | None,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens without any code of ours.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens without any of Tritrain's code.
 
     Args:
         exportable: opened with ``ternary`` for all but latent weights.

@@ -1,4 +1,4 @@
-"""Hugging Face folders, written: `config.json`, safetensors in one file or several, and what else belongs there.
+"""Write Hugging Face folders: `config.json`, safetensors in one file or several, and the files beside them.
 
 Tensors are written a piece at a time. The folder is there when it is complete, not before: until then it is `NAME.tmp`,
 and in a remote store it has no `config.json`.
@@ -27,7 +27,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 class Stored(NamedTuple):
-    """A tensor as it will be in the folder."""
+    """A tensor of the folder."""
 
     name: str
     dtype: torch.dtype
@@ -116,7 +116,7 @@ def write_folder(
     building = folder.with_name(f"{folder.name}.tmp") if is_local(folder) else folder
     with reaching(folder):
         if folder.exists():
-            raise CheckpointError(f"{folder}: is there already; name another folder, or remove it")
+            raise CheckpointError(f"{folder}: already exists; choose another folder, or remove it")
         remove_folder(building)
         try:
             if is_local(building):

@@ -1,4 +1,4 @@
-"""Opening a checkpoint of any known kind."""
+"""Open checkpoints of every known kind."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from launcher.config.sections import Config
 from launcher.errors import CheckpointError
 from launcher.plan.course import make_course
 from launcher.process.ranks import ALONE, Ranks, everyones
+from launcher.run.folder import holds_run
 from launcher.run.rollbacks import read_rollbacks
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
@@ -22,7 +23,7 @@ TRAITS = ("num_heads", "kv_heads", "head_width", "activation", "norm", "norm_pos
 
 
 def open_source(text: str) -> Source:
-    """Open a checkpoint of any kind that is known, by what is in the folder.
+    """Open a checkpoint; its kind follows from the files in the folder.
 
     Args:
         text: a folder or URL: one of our checkpoints, or a run with some, of which the newest is taken; a folder
@@ -52,13 +53,13 @@ def open_source(text: str) -> Source:
         if is_deepspeed(folder):
             return DeepSpeedSource(folder)
     raise CheckpointError(
-        f"{text}: no checkpoint that is known. A checkpoint of ours has {MANIFEST}, a Hugging Face folder config.json, "
-        "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ beside that; DeepSpeed's must be local"
+        f"{text}: not a checkpoint of a known kind. Tritrain's have {MANIFEST}, a Hugging Face folder config.json, "
+        "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ as well; DeepSpeed's must be local"
     )
 
 
 def check_sound(source: Source, ranks: Ranks = ALONE) -> None:
-    """Make sure that every byte of a checkpoint of ours is as it was written; a collective, in which ranks share.
+    """Verify every byte of a Tritrain checkpoint; a collective, in which ranks share the work.
 
     Raises:
         CheckpointError: names what is damaged.
@@ -70,7 +71,7 @@ def check_sound(source: Source, ranks: Ranks = ALONE) -> None:
 
 
 def check_model(source: Source, model: ModelConfig) -> None:
-    """Make sure that a source holds a model: the same parameters, and the same use of them.
+    """Check that a source holds a model: the same parameters, used in the same way.
 
     Raises:
         CheckpointError: lists every parameter that only one side has, or that has another shape, and every key of the
@@ -81,7 +82,7 @@ def check_model(source: Source, model: ModelConfig) -> None:
         # Of a run of ours, the rotary base may be changed on purpose, for a longer context.
         traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, "rope_theta")
         problems = [
-            f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} there"
+            f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} in the checkpoint"
             for trait in traits
             if getattr(model, trait) != getattr(theirs, trait)
         ]
@@ -89,7 +90,7 @@ def check_model(source: Source, model: ModelConfig) -> None:
 
 
 def model_of(source: Source) -> ModelConfig | None:
-    """The model that a source says it is of; None for DeepSpeed's, which do not."""
+    """The model that a source describes; None for DeepSpeed's, which describe none."""
     from launcher.formats.hf_source import HuggingFaceSource
 
     if isinstance(source, HuggingFaceSource):
@@ -98,7 +99,7 @@ def model_of(source: Source) -> ModelConfig | None:
 
 
 def precision_of(reader: CheckpointReader) -> Precision:
-    """What a checkpoint's last step computed in, as its manifest says.
+    """The precision of a checkpoint's last step.
 
     Manifests of version 1 do not say it. For them it follows from the configuration and from how often the run went
     back to a switch, if the run's folder is found; a copy of such a checkpoint counts as one of a run that never did.
@@ -119,9 +120,9 @@ def precision_of(reader: CheckpointReader) -> Precision:
 
 
 def run_of(reader: CheckpointReader, config: Config) -> Path | None:
-    """The folder of the run that wrote a checkpoint: around it, also where that was moved, or where it was."""
+    """The folder of the run that wrote a checkpoint: the one around it, or the one in its configuration."""
     around = reader.folder.parent.parent if is_local(reader.folder) else config.run.path
-    return next((path for path in (around, config.run.path) if (path / "config.yaml").is_file()), None)
+    return next((path for path in (around, config.run.path) if holds_run(path, config)), None)
 
 
 def config_of(reader: CheckpointReader) -> Config:

@@ -1,4 +1,4 @@
-"""What leaves for other programs, opened: a checkpoint's weights, and all that must be known to write them elsewhere.
+"""Open a checkpoint for export: its weights, and everything that is needed to write them elsewhere.
 
 A ternary export holds codes and scales. It is right only where the last step computed with exactly these, so a model
 that is still on a ramp, or in 16 bits, is refused.
@@ -24,7 +24,7 @@ from quant.config import QuantConfig
 
 @dataclass(frozen=True)
 class Exportable:
-    """A checkpoint that was found sound, ready to be exported."""
+    """An intact checkpoint, ready to be exported."""
 
     source: Source
     """Weights by name; learned scales are parameters `NAME.weight_scale`."""
@@ -34,7 +34,7 @@ class Exportable:
     tokenizer: Path | None
     """The tokenizer's file, where it was found."""
     config: Config | None
-    """The run's, for a checkpoint of ours."""
+    """The run's, for a Tritrain checkpoint."""
     run: Path | None
     """The run's folder, where it was found."""
 
@@ -50,7 +50,7 @@ class Exportable:
 
 
 def open_exportable(text: str, *, ternary: bool) -> Exportable:
-    """Open what is to be exported, and read every byte of it once.
+    """Open a checkpoint for export, and verify every byte of it.
 
     Args:
         text: a checkpoint of ours, or a run, of which the newest is taken; or a folder of Hugging Face.
@@ -64,11 +64,11 @@ def open_exportable(text: str, *, ternary: bool) -> Exportable:
     model = model_of(source)
     if model is None:
         raise CheckpointError(
-            f"{source.location} does not say what the model is; `tritrain convert` makes a run of it, to be exported"
+            f"{source.location} does not describe its model; turn it into a run with `tritrain convert`, and use that"
         )
     if ternary and not isinstance(source, CheckpointReader):
         raise CheckpointError(
-            f"{source.location} is no checkpoint of ours, so the recipe of its codes is not known; export it in 16 bits"
+            f"{source.location} is not a Tritrain checkpoint, so its recipe is not known; export it in 16 bits"
         )
     check_sound(source)
     if not isinstance(source, CheckpointReader):

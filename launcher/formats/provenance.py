@@ -1,4 +1,4 @@
-"""Where a file that was made of a checkpoint comes from."""
+"""The provenance of files that were made from a checkpoint."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from launcher.plan.course import Course
 
 
 def provenance(source: Source, course: Course) -> dict[str, Any]:
-    """Where a converted run comes from: the source with its digest, the options, the code's version."""
+    """The provenance of a converted run: the source with its digest, the options, the code's version."""
     phase = course.phases[course.config.checkpoint.start_phase]
     return {
         "source": source.location,
@@ -33,7 +33,7 @@ def provenance(source: Source, course: Course) -> dict[str, Any]:
 
 
 def source_digest(source: Source) -> str:
-    """XXH3-128 that identifies a source: of our manifest, which covers all; else of all files' names and contents.
+    """The XXH3-128 that identifies a source: the manifest's digest, or that of all files' names and contents.
 
     For the contents of a zip archive stand the names, sizes and CRC-32s of its records.
     """
@@ -57,12 +57,12 @@ def source_digest(source: Source) -> str:
 
 
 def write_provenance(folder: Path, source: Source) -> None:
-    """Leave beside a converted folder's files where they come from."""
+    """Write `provenance.json` into a converted folder."""
     (folder / "provenance.json").write_text(json.dumps(source_record(source), indent=2) + "\n")
 
 
 def source_record(source: Source) -> dict[str, Any]:
-    """Where files come from that were made of a source."""
+    """The provenance of files that were made from a source."""
     return {
         "source": source.location,
         "source_digest": source_digest(source),

@@ -1,4 +1,4 @@
-"""What a run begins with when that is not chance: whose checkpoint, and what of it.
+"""Open the checkpoint that a run starts from, and check what is taken from it.
 
 `checkpoint.start_from` and `tritrain convert` begin runs in the same place, before the transition into the phase that
 `checkpoint.start_phase` names, and the training loop takes it from there: so a switch inside a run, a start and a
@@ -14,7 +14,7 @@ from launcher.plan.course import Course
 
 
 def first_progress(course: Course) -> Progress:
-    """Where a run begins: inside its first phase, or, with ``start_from``, before the transition into one."""
+    """The progress of a new run: in its first phase, or, with ``start_from``, before the transition into one."""
     checkpoint = course.config.checkpoint
     if checkpoint.start_from is None:
         return Progress(step=0, phase=0, skipped_steps=0)
@@ -23,7 +23,7 @@ def first_progress(course: Course) -> Progress:
 
 
 def open_start(course: Course, data_fingerprint: str | None = None) -> tuple[Source, bool]:
-    """Open what a run begins with.
+    """Open the checkpoint that a run starts from.
 
     Args:
         course: of a run with ``checkpoint.start_from``.
@@ -43,7 +43,7 @@ def open_start(course: Course, data_fingerprint: str | None = None) -> tuple[Sou
 
 
 def check_start(source: Source, course: Course, data_fingerprint: str | None = None) -> None:
-    """Make sure that a run can begin with a source.
+    """Check that a run can start from a source.
 
     Args:
         source: what it begins with.
@@ -73,7 +73,7 @@ def check_start(source: Source, course: Course, data_fingerprint: str | None = N
 
 
 def check_data(reader: CheckpointReader, data_fingerprint: str) -> None:
-    """Make sure that a checkpoint's position is one in these data.
+    """Check that a checkpoint's data position belongs to these data.
 
     Raises:
         CheckpointError: it was trained on others.

@@ -1,4 +1,4 @@
-"""A model as it computes in some precision: built on the meta device, checked against its source, and filled from it.
+"""Build a model as it computes in a precision: on the meta device, checked against its source, then filled.
 
 Programs that load a model fill it block by block (`launcher.inference.load`). What measures a model, or learns from
 one, shards it over the ranks, each of which reads its own share.
@@ -23,7 +23,7 @@ from quant.rounding import Scale
 
 
 def precision_of_folder(source: HuggingFaceSource) -> Precision:
-    """What Transformers computes in with a folder: codes times 8-bit activations in its ternary layers, if it has any.
+    """The precision that Transformers computes in: 8-bit activations and codes in a folder's ternary layers.
 
     These need not be the scales that are stored with packed codes: see `sharded_model`.
     """
@@ -31,8 +31,7 @@ def precision_of_folder(source: HuggingFaceSource) -> Precision:
     if not source.ternary:
         return Precision.in_16_bits(num_layers)
     include = "|".join(f"^{re.escape(name.removesuffix('.weight'))}$" for name in source.ternary)
-    ones = (1.0,) * num_layers
-    return Precision(quantization=replace(BITNET, include=include), weight_strengths=ones, activation_strengths=ones)
+    return Precision.full(replace(BITNET, include=include), num_layers)
 
 
 def unfilled_model(
@@ -104,7 +103,7 @@ def sharded_model(
 
 
 class CodesLinear(QuantLinear):
-    """A layer whose weights are code times scale already, so that nothing is left to be found out."""
+    """A layer whose weights are codes times a known scale."""
 
     level: torch.Tensor
 

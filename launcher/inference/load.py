@@ -1,4 +1,4 @@
-"""The door for programs that use a model: a checkpoint or an export as a plain module, ready to compute.
+"""Load a checkpoint or an export as a plain module, ready to compute.
 
 Ternary layers become packed ones (`quant.packed`) block by block while they are read, so that memory never holds more
 than the packed model and one block of the unpacked one.
@@ -27,7 +27,7 @@ from quant.packed import PackedLinear, freeze_
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model to use, and what turns text into its tokens."""
+    """A model and its tokenizer, ready to use."""
 
     model: Transformer
     """In evaluation mode, without gradients."""
@@ -130,7 +130,7 @@ def load_model(
 
 
 def _precision(opened: Exportable) -> Precision:
-    """What the layers of weights that are not packed yet compute in.
+    """The precision of the weights that are not packed yet.
 
     Raises:
         CheckpointError: it is on a ramp.

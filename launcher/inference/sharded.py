@@ -1,4 +1,4 @@
-"""A checkpoint or an export, ready to be measured: its model sharded over the ranks, its tokenizer, and its name.
+"""Open a checkpoint or an export to be measured: its model, sharded over the ranks, and its tokenizer.
 
 A checkpoint of ours computes as in the last step that was trained: in its run's compute dtype, with the quantization of
 its phase at the strength that it had, so that a ternary model is measured with its integer products. A folder of
@@ -38,7 +38,7 @@ class Subject:
     identity: str
     """Tells this model from any other: the digest of its files."""
     step: int | None
-    """Steps that a checkpoint of ours has been trained; None for others."""
+    """Steps that a Tritrain checkpoint was trained for; None for others."""
     run: Path | None
     """The folder of its run, where that was found."""
     tokenizer: Tokenizer
@@ -46,7 +46,7 @@ class Subject:
 
 
 def locations_of(text: str, *, every: bool) -> list[str]:
-    """What is to be measured: a folder as it is, or all checkpoints of a run if every one is asked for.
+    """The models to be measured: the one in a folder, or all checkpoints of a run.
 
     Raises:
         CheckpointError: every one is asked for where there is none.
@@ -57,7 +57,7 @@ def locations_of(text: str, *, every: bool) -> list[str]:
     with reaching(folder):
         found = checkpoints_under(folder)
         if (folder / MANIFEST).is_file() or not found:
-            raise CheckpointError(f"{text}: is no run with checkpoints, and --all asks for all of a run's")
+            raise CheckpointError(f"{text}: is not a run with checkpoints, which --all needs")
     return [str(checkpoint) for checkpoint in found]
 
 
@@ -77,7 +77,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
     found = tokenizer or opened.tokenizer
     if found is None:
         raise CheckpointError(
-            f"{opened.source.location}: its tokenizer is not to be found, neither tokenizer.model nor tokenizer.json; "
+            f"{opened.source.location}: its tokenizer was not found (no tokenizer.model or tokenizer.json); "
             "name it with --tokenizer"
         )
     loaded = load_tokenizer(found)
@@ -128,7 +128,7 @@ def stored_dtype(folder: Path) -> str:
 
 
 def digest_of_folder(folder: Path) -> str:
-    """Of the bytes of a model's files, in the order of their names."""
+    """The digest of a model's files, in the order of their names."""
     digest = xxhash.xxh3_128()
     for path in sorted([folder / CONFIG, *folder.glob("*.safetensors")]):
         digest.update(path.name.encode())

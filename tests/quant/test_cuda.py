@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers import bf16_normal, outputs_and_gradients, preset
+from layers import bf16_normal, preset
 from models import TINY, build, random_tokens
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -70,6 +70,14 @@ def inputs(dtype, width=256):
     return torch.randn(5, 9, width, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
+def outputs_and_gradients(model, x):
+    x = x.clone().requires_grad_()
+    y = model["down_proj"](x)
+    y.backward(bf16_normal(*y.shape, seed=7).to(y))
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **gradients}
+
+
 def relative_error(found, expected):
     found, expected = found.double().cpu(), expected.double().cpu()
     return ((found - expected).norm() / expected.norm()).item()
@@ -97,7 +105,8 @@ def test_codes_are_those_of_the_cpu(config, dtype):
     expected, expected_scale = same.input_codes(x)
     if is_exact(config):
         assert torch.equal(codes.cpu(), expected)
-        assert torch.equal(scale.cpu(), expected_scale)
+        # A GPU divides by a number by multiplying with its reciprocal, which may miss the last bit.
+        torch.testing.assert_close(scale.cpu(), expected_scale, rtol=1.2e-7, atol=0)
     else:
         assert (codes.cpu() != expected).float().mean() < (1e-3 if dtype == torch.float32 else 1e-2)
         assert (codes.cpu().int() - expected.int()).abs().max() <= 1
@@ -139,11 +148,7 @@ def test_outputs_and_gradients_are_near_those_of_the_cpu(config, dtype, strength
     for device in (CPU, GPU):
         model = layer_on(device, config, dtype)
         set_strength_(model, strength)
-        x = inputs(dtype).to(device).requires_grad_()
-        y = model["down_proj"](x)
-        y.backward(bf16_normal(*y.shape, seed=7).to(device, dtype))
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-        results.append({"y": y, "x": x.grad, **gradients})
+        results.append(outputs_and_gradients(model, inputs(dtype).to(device)))
     # An input on the other side of a tie moves by a whole step, so that what is not exact is less near.
     limit = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] if is_exact(config) else 2e-2
     assert results[0].keys() == results[1].keys()
@@ -228,9 +233,9 @@ def test_ranks_find_the_scale_of_the_whole_matrix(weights):
 def test_a_compiled_layer_rounds_like_an_eager_one(config, dtype):
     """At full strength the output is one product of integers: another code would be another output."""
     torch._dynamo.reset()
-    layer = layer_on(GPU, config, dtype, 1024, 1024, bias=False)["down_proj"]
+    layer = layer_on(GPU, config, dtype, 1024, 1024, bias=False)
     compiled = deepcopy(layer)
-    compiled.compile(fullgraph=True)
+    compiled["down_proj"].compile(fullgraph=True)
     x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(3)).to(GPU, dtype)
     expected, found = outputs_and_gradients(layer, x), outputs_and_gradients(compiled, x)
     if config.granularity == "group" or config.activations == "none" or not is_exact(config):
@@ -270,7 +275,9 @@ def test_compiled_blocks_have_one_graph_for_each_mode():
         losses = []
         for each in (model, compiled):
             set_strength_(each, strength)
-            losses.append(gradients_of(each, tokens_BT)["loss"].item())
+            loss = each(tokens_BT[:, :-1], tokens_BT[:, 1:])
+            loss.backward()
+            losses.append(loss.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-2), strength
     assert counter.frame_count == 3
 

@@ -17,6 +17,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_group
+from runs import run
 from tiny import tiny_config
 
 from launcher.checkpoint.load import check_fits
@@ -24,7 +25,6 @@ from launcher.checkpoint.manifest import manifest_digest
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS
 from launcher.errors import CheckpointError
-from runs import run
 
 Files = dict[str, bytes]
 RANK_FILES = ("rank-00000.safetensors", "rank-00001.safetensors")
@@ -261,7 +261,7 @@ def test_manifests_that_lie(trial: Trial, examples: int) -> None:
     manifest = json.loads(trial.files[MANIFEST])
 
     def attack(data: st.DataObject) -> None:
-        within = data.draw(st.sampled_from([(), ("files",), ("progress",)]))
+        within = data.draw(st.sampled_from([(), ("files",), ("progress",), ("precision",)]))
         trial.attack(trial.files | {MANIFEST: with_digest(mutate_json(data, manifest, within))}, is_counter)
 
     attacked(trial, examples, attack)
@@ -326,7 +326,7 @@ def test_a_manifest_reaches_no_file_outside_its_folder(trial: Trial) -> None:
     for name in ("../../etc/passwd", "/etc/passwd", "sub/rank-00000.safetensors"):
         manifest["files"][name] = {"size": 1, "digest": "0" * 32}
         files = trial.files | {MANIFEST: with_digest(json.dumps(manifest).encode())}
-        with trial.placed(files) as folder, pytest.raises(CheckpointError, match="which is no file of a checkpoint"):
+        with trial.placed(files) as folder, pytest.raises(CheckpointError, match="which is not a file of a checkpoint"):
             load(folder)
         del manifest["files"][name]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from ranks import CONTEXT, _rank, run_group
+from runs import run
 from stores import BUCKET, Store, enter, environment, kill, proxy
 from tiny import tiny_config, tiny_tree
 from typer.testing import CliRunner
@@ -24,7 +25,6 @@ from launcher.errors import CheckpointError
 from launcher.formats.opened import tokenizer_of
 from launcher.process.ranks import ALONE
 from launcher.run.metrics_log import read_metrics
-from runs import run
 
 
 def train_in_pieces(shards: str, out: str, folder: str, variables: dict[str, str], pieces: list[int]) -> list[str]:

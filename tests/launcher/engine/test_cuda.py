@@ -1,4 +1,4 @@
-"""The engines on one GPU with NCCL: a plain loop's losses, the CPU's, and equal bits whatever is gathered or kept."""
+"""The engines on one GPU: a plain loop's losses, the CPU's, and the same bits whatever is gathered or kept."""
 
 from typing import Any
 

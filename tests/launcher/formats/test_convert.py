@@ -11,6 +11,7 @@ import torch
 import yaml
 from command import tritrain
 from ranks import run_group
+from runs import run
 from tiny import tiny_config, tiny_tree
 
 from launcher.checkpoint.folders import complete_checkpoints
@@ -22,7 +23,6 @@ from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import open_source
 from launcher.run.metrics_log import read_metrics
-from runs import run
 
 SWITCHED: dict[str, Any] = {
     "keep": {"ramp": {"shape": "linear", "steps": 2}},
@@ -128,7 +128,7 @@ def test_where_no_phase_begins_at_the_checkpoint_that_is_said(runs: Path, shards
     config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
     arguments = ("convert", runs / "trunk" / "checkpoints" / "step-00000004", "--to", tmp_path / "run", "--dry-run")
     said = tritrain(*arguments, "--config", config, "phases.0.steps=3")
-    assert "is at step 4, the phases begin at 0, 3, and the run with the first of them: steps, schedule and" in said
+    assert "is at step 4, and the phases begin at 0, 3. The run begins with the first of them: steps, schedule" in said
     assert "anew" not in tritrain(*arguments, "--config", config)
 
 
@@ -187,7 +187,7 @@ def test_out_to_hugging_face_and_in_again(runs: Path, shards: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"no optimizer moments.*set it to reset"):
         tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config)
     reset = ("--config", config, "--optimizer", "reset")
-    with pytest.raises(CheckpointError, match=r"model.rope_theta is 500.0, and 10000.0 there"):
+    with pytest.raises(CheckpointError, match=r"model.rope_theta is 500.0, and 10000.0 in the checkpoint"):
         tritrain("convert", tmp_path / "hf", "model.rope_theta=500.0", "--to", tmp_path / "run", *reset)
     assert not (tmp_path / "run").exists()
     tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) 
         tritrain("convert", runs / "trunk", *arguments, "--phase", 1)
     with pytest.raises(CheckpointError, match=r"36, 51. in the checkpoint, .36, 60. in the model"):
         tritrain("convert", source, "model.intermediate_size=60", *arguments)
-    with pytest.raises(CheckpointError, match=r"model.norm_eps is 0.001, and 1e-05 there"):
+    with pytest.raises(CheckpointError, match=r"model.norm_eps is 0.001, and 1e-05 in the checkpoint"):
         tritrain("convert", source, "model.norm_eps=1e-3", *arguments)
     with pytest.raises(CheckpointError, match="there is no such folder"):
         tritrain("convert", tmp_path / "nothing", *arguments)
@@ -228,10 +228,10 @@ def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="nothing: there is no such folder"):
         tritrain("verify", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"no checkpoint that is known"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of a known kind"):
         tritrain("convert", tmp_path / "empty", *arguments)
     tritrain("convert", source, *arguments)
-    with pytest.raises(ValueError, match="a run's checkpoints are there already"):
+    with pytest.raises(ValueError, match="already holds checkpoints"):
         tritrain("convert", source, *arguments)
 
 

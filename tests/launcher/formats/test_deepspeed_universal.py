@@ -129,7 +129,7 @@ def test_universal_without_moments_starts_adam_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "value", "message"),
     [
-        ("fp32.pt", {"other": 3}, "a/fp32.pt has something else where a tensor should be"),
+        ("fp32.pt", {"other": 3}, "a/fp32.pt has no tensor where one should be"),
         ("fp32.pt", torch.ones(5), "a/fp32.pt holds 5 elements instead of 4"),
         ("exp_avg.pt", {"param": torch.ones(3)}, "a/exp_avg.pt holds 3 elements instead of 4"),
         ("exp_avg_sq.pt", None, "lacks moments, which others have"),

@@ -91,6 +91,20 @@ def test_an_older_checkpoint_computes_as_its_configuration_and_its_run_s_rollbac
         open_exportable(str(run), ternary=True)
 
 
+def test_a_copy_of_a_checkpoint_takes_no_other_run_for_its_own(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, transition in (("here", {}), ("elsewhere", {"ramp": {"steps": 1}})):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        config = ternary_config(shards, Path("run"), VARIANTS["llama"], **transition)
+        write_checkpoint(config, build(config.model), step=8, phase=1)
+    copy = (tmp_path / "here" / "run" / "checkpoints" / "step-00000008").rename(tmp_path / "copy")
+    assert open_exportable(str(copy), ternary=True).run is None
+    monkeypatch.chdir(tmp_path / "here")
+    assert open_exportable(str(copy), ternary=True).run == Path("run")
+
+
 RECIPES = {
     **PRESETS,
     "group": QuantConfig(granularity="group", group_size=4, weights="twn"),

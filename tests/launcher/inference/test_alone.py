@@ -11,6 +11,7 @@ import pytest
 from command import tritrain
 from exports import make_older
 from ranks import run_group
+from runs import run
 from tiny import tiny_config
 from tiny_tasks import write_tasks
 
@@ -18,7 +19,6 @@ from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import CheckpointError, ConfigError
 from launcher.inference.load import load_model
-from runs import run
 
 pytest.importorskip("lm_eval")
 

@@ -11,6 +11,7 @@ import torch
 from hf_folders import ModelSource, edit_config, load, pack_folder, whole, write_variant
 from models import VARIANTS, random_tokens
 from ranks import run_group
+from runs import run
 from tiny import tiny_config
 from torch import nn
 from typer.testing import CliRunner
@@ -29,7 +30,6 @@ from quant.config import PRESETS, QuantConfig
 from quant.linear import QuantLinear, add_learned_scales_, quantize_
 from quant.packed import PackedLinear, memory_bytes
 from quant.rounding import quantize_activation
-from runs import run
 
 LEARNED = {"precision": "ternary", "steps": 2, "quantization": {"preset": "paretoq"}}
 

@@ -50,7 +50,7 @@ def test_a_start_that_failed_before_its_first_step_does_not_hold_the_folder(tmp_
 
 def test_a_configuration_that_a_person_wrote_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("# a year of work\n")
-    with pytest.raises(ConfigError, match=r"config\.yaml is not a run's, and would be overwritten"):
+    with pytest.raises(ConfigError, match=r"config\.yaml was not written by a run, and would be overwritten"):
         RunFolder(tiny_config(Path("shards"), tmp_path)).check_configuration()
 
 

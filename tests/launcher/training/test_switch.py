@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from engines import CPU, ENGINES, LEARNING_RATE, MODEL, NUM_SEQUENCES, OPTIMIZER, batch, gathered
 from ranks import run_group
+from runs import ENGINES as ENGINE_CONFIGS
+from runs import run
 from safetensors.torch import load_file
 from tiny import tiny_config
 from torch import Tensor, nn
@@ -25,8 +27,6 @@ from launcher.run.metrics_log import read_metrics
 from launcher.training.switch import carry_optimizer_
 from model.init import initial_value, initialize_
 from model.transformer import Transformer
-from runs import ENGINES as ENGINE_CONFIGS
-from runs import run
 
 FACTOR, TERNARY_FACTOR, SWITCH, NUM_STEPS = 3.0, 0.5, 2, 5
 TERNARY = {f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in range(2) for name in ("gate", "up", "down")}
