@@ -83,11 +83,13 @@ def train(
     from launcher.config.file import load_config
     from launcher.plan.inputs import check_inputs
     from launcher.plan.plan import make_plan
-    from launcher.run.folder import RunFolder, check_place
 
     parsed = load_config(config, overrides or ())
     num_ranks = ranks or default_ranks()
     plan = make_plan(parsed, num_ranks)
+    check_inputs(parsed)
+    from launcher.run.folder import RunFolder, check_place  # imports torch: what is wrong so far was said at once
+
     check_place(config, overrides or (), parsed)
     folder, console = RunFolder(parsed), Console(silent=False)
     folder.check_configuration()
@@ -97,7 +99,6 @@ def train(
 
         show_next(folder, console)
         return
-    check_inputs(parsed)
     become_run(launcher, config, overrides or [], num_ranks)
 
 
