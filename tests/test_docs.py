@@ -21,7 +21,7 @@ from launcher.run.folder import MAY_CHANGE
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "configs/quickstart.yaml"
-COPIES = {"mine.yaml": "configs/tiny-150m.yaml"}  # made by the command before, on docs/configuring.md
+COPIES = {"mine.yaml": "configs/tiny-150m.yaml"}  # a configuration that the pages make before
 RUN_COMMAND = "pip install -e . && tritrain train configs/quickstart.yaml --ranks 2"
 TEST_COMMAND = "pip install -e '.[test]' && pytest"
 

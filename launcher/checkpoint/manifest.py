@@ -15,15 +15,11 @@ from typing import Any, ClassVar
 
 import xxhash
 
-from launcher.checkpoint.folders import CONFIG
+from launcher.checkpoint.folders import CONFIG, TOKENIZERS
 from launcher.checkpoint.tensor_file import is_count
 from launcher.config.strict import STRICT
 from launcher.plan.course import Course
 from quant.config import QuantConfig
-
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-"""Names that the tokenizer's file may have in a checkpoint and in a run's folder."""
-
 
 FORMAT_VERSION = 2
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from data.errors import DataError
 from data.prepared import read_manifest
 from data.tokenizer import load_tokenizer
+from launcher.checkpoint.folders import TOKENIZERS
 from launcher.checkpoint.location import local_copy
-from launcher.checkpoint.manifest import TOKENIZERS, Precision
+from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.config.sections import Config

@@ -5,6 +5,7 @@ to a model with a smaller vocabulary, and a teacher that is missing is no surpri
 and small manifests are read here; URLs and data sets of a hub are left to the libraries that read them.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -30,7 +31,13 @@ def check_inputs(config: Config) -> None:
 
 
 def missing_inputs(config: Config) -> dict[str, str]:
-    """What is missing or does not fit, by the key that names it, each in a sentence that says what would be right."""
+    """What is missing or does not fit, by the key that names it, each in a sentence that says what would be right.
+
+    A run that is complete reads nothing any more.
+    """
+    state = config.run.path / "state.json"
+    if state.is_file() and json.loads(state.read_text()).get("status") == "complete":
+        return {}
     return dict([*_sources(config), *_checkpoints(config), *_tasks(config)])
 
 

@@ -25,9 +25,8 @@ from typing import Any
 
 import yaml
 
-from launcher.checkpoint.folders import complete_checkpoints
+from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
 from launcher.checkpoint.location import reaching, to_location
-from launcher.checkpoint.manifest import TOKENIZERS
 from launcher.config.file import DERIVED_KEYS, flat_lines, load_config, parse_yaml, to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError

@@ -10,8 +10,8 @@ import yaml
 from hf_folders import ModelSource
 from tiny import tiny_config
 
-from launcher.checkpoint.folders import MANIFEST, folder_of
-from launcher.checkpoint.manifest import TOKENIZERS, Manifest, Progress, manifest_digest, precision_at
+from launcher.checkpoint.folders import MANIFEST, TOKENIZERS, folder_of
+from launcher.checkpoint.manifest import Manifest, Progress, manifest_digest, precision_at
 from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.file import to_tree
 from launcher.config.sections import Config

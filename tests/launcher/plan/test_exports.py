@@ -118,7 +118,7 @@ def test_tokenizers_that_other_programs_do_not_read_alike(shards, tmp_path):
         config = tiny_config(tmp_path / folder, tmp_path, data={"prepare": prepare})
         return tokenizer_problems(config), gguf_tokenizer_problems(config)
 
-    train_tokenizer(["some words, some more words"] * 9, "unigram:265", tmp_path / "unigram.model")
+    train_tokenizer(["some words, some more words"] * 9, "unigram:269", tmp_path / "unigram.model")
     (tmp_path / "tokenizer.json").write_text("{}")
     assert problems("bpe:320") == ([], [])
     assert "is a unigram model" in problems("unigram:320")[0][0]

@@ -132,6 +132,24 @@ def test_tasks_need_their_examples(shards, tmp_path):
     assert found() == {}
 
 
+def test_a_complete_run_needs_nothing(tmp_path):
+    config = tiny_config(tmp_path / "none", tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text('{"status": "interrupted"}')
+    assert missing_inputs(config)
+    (tmp_path / "run" / "state.json").write_text('{"status": "complete"}')
+    assert missing_inputs(config) == {}
+
+
+def test_train_refuses_at_once(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_tree(tmp_path / "none", tmp_path / "run")))
+    code = "import sys; from launcher.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "train", tmp_path / "config.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (2, "False\n"), "torch takes more than a second to import"
+    assert result.stderr.startswith(f"data.sources.0.path: {tmp_path}/none: no such folder of prepared data")
+
+
 def test_train_refuses_before_it_starts_a_rank(tmp_path, monkeypatch):
     tree = tiny_tree(tmp_path / "out", tmp_path / "run")
     tree["data"] |= text_of([str(tmp_path / "none.txt")])
