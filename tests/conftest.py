@@ -1,6 +1,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # the folders of failed tests stay
     folder = tempfile.TemporaryDirectory(prefix="tritrain-tests-", ignore_cleanup_errors=True)
-    config.add_cleanup(folder.cleanup)
+    Finalize(None, folder.cleanup, exitpriority=-200)  # after multiprocessing's own folder in it, which has -100
     os.environ["TMPDIR"] = tempfile.tempdir = folder.name
 
 
