@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +106,8 @@ def one_start_at_a_time(rank: int, world_size: int) -> Iterator[None]:
     if world_size != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         yield
         return
-    with Path(tempfile.gettempdir(), f"tritrain-{os.getuid()}.lock").open("w") as lock:
+    # Beside the segments, not in the temporary folder: schedulers give each job one of its own.
+    with Path("/dev/shm", f"tritrain-{os.getuid()}.lock").open("w") as lock:
         if is_local_leader(rank):
             fcntl.flock(lock, fcntl.LOCK_EX)
         if dist.is_initialized():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_group
 from runs import run
@@ -41,7 +41,6 @@ from quant.rounding import (
 )
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 1300), st.integers(1, 7), st.sampled_from(["absmean", "gaussian"]))
 def test_ranks_find_the_scale_of_the_whole_matrix(O: int, I: int, num_ranks: int, weights: Any) -> None:  # noqa: E741
     config = QuantConfig(weights=weights)
@@ -50,7 +49,6 @@ def test_ranks_find_the_scale_of_the_whole_matrix(O: int, I: int, num_ranks: int
     assert torch.equal(scale_from_sums(sums_O, I, config).level, weight_scale([weight_OI], config).level)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 7), st.sampled_from([0.0, 1e-30, 0.02, 1e30]))
 def test_ranks_find_the_median_of_the_whole_matrix(O: int, I: int, num_ranks: int, size: float) -> None:  # noqa: E741
     config = QuantConfig(weights="absmedian")

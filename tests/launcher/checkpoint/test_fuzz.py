@@ -149,7 +149,7 @@ class Trial:
 
 def attacked(trial: Trial, examples: int, attack: Callable[[st.DataObject], None]) -> None:
     """Draw so many mutants, the same ones each time."""
-    settings(max_examples=examples, derandomize=True, deadline=None, database=None)(given(st.data())(attack))()
+    settings(max_examples=examples, derandomize=True, database=None)(given(st.data())(attack))()
     print(f"{sum(trial.outcomes.values())} mutants: {dict(trial.outcomes)}")  # noqa: T201
     assert sum(trial.outcomes.values()) >= examples
 

@@ -217,7 +217,7 @@ def sound_files(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), cut=st.booleans())
 def test_a_damaged_folder_is_read_or_one_error(sound_files, data, cut):
     """Headers and JSON are overwritten, or files cut off; other programs' weights have no digests to tell damage by."""
