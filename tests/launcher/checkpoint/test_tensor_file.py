@@ -211,7 +211,7 @@ B = {"dtype": "U8", "shape": [4], "data_offsets": [8, 12]}
         ({"a": A | {"data_offsets": []}, "b": B}, "damaged"),
         ({"a": A | {"shape": [2**62, 2**62]}, "b": B}, "where 'a' is"),
         ({"a": 3, "b": B}, "damaged"),
-        ({"a": A, "b": B, "__metadata__": {"format": 1}}, "__metadata__ holds something else"),
+        ({"a": A, "b": B, "__metadata__": {"format": 1}}, "__metadata__ holds values that are not text"),
         ({"a": A, "b": B, "__metadata__": []}, "damaged"),
         ([A, B], "damaged"),
         ("[" * 100_000, "damaged"),

@@ -247,7 +247,7 @@ def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
     (tmp_path / "copa_validation.jsonl").touch()
     with pytest.raises(DataError, match=r"lacks openbookqa_validation\.jsonl, sst2_validation\.jsonl; a mirror"):
         check_tasks(["openbookqa", "sst2", "copa"], str(tmp_path))
-    with pytest.raises(CheckpointError, match="no run with checkpoints"):
+    with pytest.raises(CheckpointError, match="is not a run with checkpoints"):
         locations_of(str(complete_checkpoints(runs / "with" / "checkpoints")[0]), every=True)
     write_variant(tmp_path / "hf")
     with pytest.raises(
