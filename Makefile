@@ -11,7 +11,7 @@ test:
 	pytest
 
 test-all:
-	pytest -m "not gpu"
+	pytest -n 0 -m "not gpu"
 
 quickstart:
 	tritrain train configs/quickstart.yaml --ranks 2
@@ -19,7 +19,7 @@ quickstart:
 # Read the difference before you commit it: each changed number is a changed result.
 golden:
 	TRITRAIN_UPDATE_GOLDEN=1 pytest -m "not gpu" -k golden
-	git status --short tests/golden configs/schema.json
+	git status --short tests/golden configs/schema.json docs/configuration-reference.md
 
 image:
 	docker build --file docker/Dockerfile --tag tritrain:cpu --build-arg REVISION=$$(git rev-parse HEAD) .

@@ -135,14 +135,18 @@ def plan(
     overrides: Overrides = None,
     ranks: RanksOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="GPU to estimate hours for, such as H100; default: this one.")] = None,
+    utilization: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of its peak that is reached.")] = 0.4,
 ) -> None:
-    """Show what a run would do: sizes, memory, steps and traffic. Trains nothing."""
+    """Show what a run would do and need: sizes, memory, time, disk, exports, missing files. Trains nothing."""
     from launcher.config.file import load_config
+    from launcher.plan.gpus import gpu_of_this_machine, named_gpu
     from launcher.plan.plan import make_plan
     from launcher.plan.table import show_plan
 
     resolved = make_plan(load_config(config, overrides or ()), ranks or default_ranks())
-    show_plan(resolved, Console(silent=False), as_json=as_json)
+    device = named_gpu(gpu) if gpu else gpu_of_this_machine()
+    show_plan(resolved, Console(silent=False), as_json=as_json, gpu=device, utilization=utilization)
 
 
 @app.command()
@@ -419,6 +423,35 @@ def doctor(
     if (num_ranks := ranks or default_ranks()) == 1:
         sys.exit(doctor_of_rank.main(arguments))
     become_ranks(num_ranks, ["-m", "launcher.doctor", *arguments])
+
+
+@app.command()
+def init(
+    to: Annotated[Path, typer.Argument(help="YAML file to write; must not exist.", show_default=False)],
+    size: Annotated[str | None, typer.Option(help="Parameters, such as 350M.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="Number of GPUs; 0 trains on the CPU.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, such as H100; by default this machine's.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens, such as 7B; by default 20 for each parameter.")] = None,
+    data: Annotated[str | None, typer.Option(help="A prepared folder, text, or hf:NAME[:CONFIG]:SPLIT.")] = None,
+    engine: Annotated[str | None, typer.Option(help="fsdp2 (default) or deepspeed.")] = None,
+) -> None:
+    """Write a commented configuration for a model size; asks for what is not given."""
+    from launcher.commands.init import InitOptions, write_configuration
+
+    options = InitOptions(size=size, tokens=tokens, gpus=gpus, gpu=gpu, data=data, engine=engine)
+    write_configuration(to, options, Console(silent=False))
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(help="A key such as schedule.warmup_steps, or a section.", show_default=False)],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="Also print the value in this configuration.")] = None,
+) -> None:
+    """Explain a key of the configuration: its type, its default and its meaning."""
+    from launcher.commands.explain import explain as explain_key
+
+    explain_key(key, config, overrides or [], Console(silent=False))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """What a ternary phase quantizes, and how; and published recipes by name."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from quant.strict import STRICT
@@ -90,6 +90,15 @@ class QuantConfig:
     def learned(self) -> bool:
         """Whether scales are parameters."""
         return self.weights == "learned"
+
+    @property
+    def recipe(self) -> str:
+        """The preset, if there is one, and every key that differs from it or from the defaults, `include` aside."""
+        base = QuantConfig() if self.preset is None else PRESETS[self.preset]
+        keys = [field.name for field in fields(self) if field.name not in ("preset", "include")]
+        changed = {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(base, key)}
+        named = {"weights": self.weights} | changed if self.preset is None else {"preset": self.preset} | changed
+        return ", ".join(f"{key}={value}" for key, value in named.items())
 
 
 BITNET = QuantConfig(preset="bitnet-b1.58", weights="absmean")

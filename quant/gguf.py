@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 BlockType = Literal["tq2_0", "tq1_0", "q8_0", "f16"]
 BLOCK_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0", "q8_0", "f16")
 """What a user may choose for matrices."""
+EmbeddingType = Literal["q8_0", "f16"]
+"""What the embedding and the head of a GGUF file may be."""
 StoredType = BlockType | Literal["f32"]
 """Vectors stay in fp32."""
 TERNARY_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0")
 BLOCK_WIDTHS: dict[StoredType, int] = {"tq2_0": 256, "tq1_0": 256, "q8_0": 32, "f16": 1, "f32": 1}
 """Neighbours of a row in a block; divides the rows."""
+BLOCK_BYTES: dict[StoredType, int] = {"tq2_0": 66, "tq1_0": 54, "q8_0": 34, "f16": 2, "f32": 4}
+"""Bytes of a block: its codes and its scale."""
 LARGEST_HALF = 65504.0
 
 

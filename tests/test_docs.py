@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from launcher.config.sections import Config
 from launcher.plan.plan import make_plan
 from launcher.run.folder import MAY_CHANGE
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "configs/quickstart.yaml"
-COPIES = {"mine.yaml": "configs/tiny-150m.yaml"}  # made by the command before, on docs/configuring.md
+COPIES = {"mine.yaml": "configs/tiny-150m.yaml"}  # a configuration that the pages make before
 RUN_COMMAND = "pip install -e . && tritrain train configs/quickstart.yaml --ranks 2"
 TEST_COMMAND = "pip install -e '.[test]' && pytest"
+schema = cache(json_schema)  # made once: it takes longer than all that is looked up in it
 
 
 def fenced_blocks(page: Path) -> list[tuple[str, str]]:
@@ -188,8 +190,7 @@ assert run.status.state == "complete"
 
 def schema_has(path: str) -> bool:
     """Whether the configuration has this dotted key; one that ends in a dot stands for a section."""
-    schema = json_schema()
-    definitions, nodes = schema["$defs"], [schema]
+    definitions, nodes = schema()["$defs"], [schema()]
     for key in path.rstrip(".").split("."):
         nodes = [definitions[node["$ref"].rpartition("/")[2]] if "$ref" in node else node for node in expand(nodes)]
         nodes = [
@@ -218,7 +219,7 @@ def test_schema_has_keys_and_lacks_others() -> None:
 
 def mentioned_keys(page: Path) -> list[str]:
     """Inline code that looks like a key of the configuration, with or without `=value`."""
-    sections = "|".join(json_schema()["properties"])
+    sections = "|".join(schema()["properties"])
     spans = [span.partition("=")[0] for span in code_spans(page)]
     keys = [span for span in spans if re.fullmatch(rf"({sections})\.[a-z0-9_.]*", span)]
     return [key for key in keys if not key.endswith(".py")]
@@ -274,6 +275,30 @@ def test_every_page_is_in_an_index() -> None:
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert pages <= {Path(link.partition("#")[0]).name for link in links(ROOT / "docs/README.md")}
     assert pages <= {Path(link.partition("#")[0]).name for link in links(ROOT / "README.md")}
+    decisions = ROOT / "docs/decisions"
+    assert {page.name for page in decisions.glob("*.md")} - {"README.md"} == set(links(decisions / "README.md"))
+
+
+def test_the_picture_of_the_architecture_is_what_import_linter_checks() -> None:
+    import tomllib
+
+    (picture,) = (text for language, text in fenced_blocks(ROOT / "docs/architecture.md") if language == "text")
+    lines = picture.split("eval/")[0].splitlines()
+    drawn = [re.findall(r"([a-z_]+)(?:/ |/$|\.py)", line.removeprefix("launcher/")) for line in lines]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["layers"][-1].startswith("launcher."))
+    checked = [re.findall(r"launcher\.([a-z_]+)", layer) for layer in layers]
+    assert [line for line in drawn if line] == checked
+
+
+def test_functions_on_the_architecture_page_exist() -> None:
+    text = " ".join((ROOT / "docs/architecture.md").read_text().split())
+    found = re.findall(r"`(?:\w+\.)?(\w+)(?:\([^`]*\))?` \(`([\w/]+\.py)`\)", text)
+    assert len(found) > 15
+    missing = [
+        (name, file) for name, file in found if not re.search(rf"(?:def|class) {name}\b", (ROOT / file).read_text())
+    ]
+    assert missing == []
 
 
 def test_mentioned_make_targets_exist() -> None:

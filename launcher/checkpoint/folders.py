@@ -9,6 +9,10 @@ MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 
 
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+"""Names that the tokenizer's file may have in a checkpoint and in a run's folder."""
+
+
 def folder_of(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint after ``step`` steps is."""
     return checkpoints / f"step-{step:08d}"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.config.file import load_config
 from launcher.errors import ConfigError, TrainingError
+from launcher.plan.inputs import check_inputs
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.torchrun import environment_of_ranks, pretrain_command, ranks_command
 from launcher.run.folder import RunFolder, check_place
@@ -24,9 +25,11 @@ def check_start(config: Path, overrides: Sequence[str], num_ranks: int) -> tuple
 
     Raises:
         ConfigError: lists what is wrong.
+        DataError: lists what the run reads and is missing or does not fit.
     """
     parsed = load_config(config, overrides)
     plan = make_plan(parsed, num_ranks)
+    check_inputs(parsed)
     check_place(config, overrides, parsed)
     folder = RunFolder(parsed)
     folder.check_configuration()

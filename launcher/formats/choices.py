@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from quant.gguf import BlockType
+from quant.gguf import BlockType, EmbeddingType
 
 __all__ = ["BlockType", "ConvertFormat", "Dtype", "EmbeddingType", "ExportFormat", "ExportWeights", "LinearClass"]
 
@@ -20,6 +20,3 @@ ExportWeights = Literal["latent", "dequantized"]
 
 LinearClass = Literal["bitlinear", "autobitlinear"]
 """What computes with packed codes in Transformers."""
-
-EmbeddingType = Literal["q8_0", "f16"]
-"""What the embedding and the head of a GGUF file may be."""

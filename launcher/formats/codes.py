@@ -1,4 +1,4 @@
-"""Codes of a checkpoint's quantized matrices, computed one matrix at a time as the training forward computes them."""
+"""Compute the codes of a checkpoint's quantized matrices, one at a time, as the training forward does."""
 
 from math import prod
 

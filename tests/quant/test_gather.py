@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_group
 from runs import run
@@ -21,6 +21,7 @@ from launcher.config.file import ConfigError
 from launcher.engine.build import build_engine
 from launcher.engine.contract import load_weights
 from launcher.plan.plan import make_plan
+from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks
 from launcher.run.metrics_log import read_metrics
 from model.init import initial_value
@@ -40,7 +41,6 @@ from quant.rounding import (
 )
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 1300), st.integers(1, 7), st.sampled_from(["absmean", "gaussian"]))
 def test_ranks_find_the_scale_of_the_whole_matrix(O: int, I: int, num_ranks: int, weights: Any) -> None:  # noqa: E741
     config = QuantConfig(weights=weights)
@@ -49,7 +49,6 @@ def test_ranks_find_the_scale_of_the_whole_matrix(O: int, I: int, num_ranks: int
     assert torch.equal(scale_from_sums(sums_O, I, config).level, weight_scale([weight_OI], config).level)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 7), st.sampled_from([0.0, 1e-30, 0.02, 1e30]))
 def test_ranks_find_the_median_of_the_whole_matrix(O: int, I: int, num_ranks: int, size: float) -> None:  # noqa: E741
     config = QuantConfig(weights="absmedian")
@@ -238,7 +237,7 @@ def memory_and_references(gathers: list[str]) -> list[Any]:
             ]
             held = sum(tensor.numel() * tensor.element_size() for tensor in sums if tensor is not None)
             engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=True)
-            norm = engine.step(1e-3)[0].item()
+            norm = engine.step(StepSizes(1e-3))[0].item()
             model = weakref.ref(engine.model)
             del engine, sums
             gc.collect()
@@ -290,7 +289,7 @@ def what_layers_see(num_steps: int) -> list[dict[str, Any]]:
         engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=False)
         engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=True)
         seen[-1]["latent"] = latent.view(layer.weight.shape)
-        engine.step(1e-2)
+        engine.step(StepSizes(1e-2))
         layer.probe = None
     return seen
 

@@ -180,7 +180,7 @@ fields = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.fixed_dictionaries({}, optional=fields),
     wild=st.none() | st.tuples(st.sampled_from(list(fields)), anything),
