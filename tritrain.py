@@ -91,6 +91,7 @@ def train(config: str | Path, *overrides: str, ranks: int | None = None) -> "Run
 
     Raises:
         ConfigError: the configuration is wrong; found before anything starts where possible.
+        DataError: what the run reads is missing or does not fit it.
         TrainingError: the run failed or was stopped; with the message that it left.
         KeyboardInterrupt: after an interrupt, when the run has saved.
     """

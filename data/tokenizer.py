@@ -14,13 +14,14 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Protocol
 
 from data.config import TRAINED_SPEC
 from data.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 END_OF_DOCUMENT_NAMES = (
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|end▁of▁sentence|>",
@@ -52,7 +53,7 @@ class Tokenizer(Protocol):
         """Return the text of a sequence of ids."""
         ...
 
-    def token_bytes(self) -> NDArray[np.int32]:
+    def token_bytes(self) -> "NDArray[np.int32]":
         """Return the number of UTF-8 bytes of text behind each token, shape [vocab_size]; 0 for special tokens.
 
         For a tokenizer trained here the sum over `encode(text)` is `len(text.encode())` exactly.
@@ -131,7 +132,9 @@ class _SentencePieceTokenizer(_FileFingerprint):
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids))
 
-    def token_bytes(self) -> NDArray[np.int32]:
+    def token_bytes(self) -> "NDArray[np.int32]":
+        import numpy as np
+
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, piece in enumerate(self._model.id_to_piece(list(range(self.vocab_size)))):
             if self._model.is_byte(token):
@@ -177,7 +180,9 @@ class _HuggingFaceTokenizer(_FileFingerprint):
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids), skip_special_tokens=False)
 
-    def token_bytes(self) -> NDArray[np.int32]:
+    def token_bytes(self) -> "NDArray[np.int32]":
+        import numpy as np
+
         sizes = np.zeros(self.vocab_size, np.int32)
         decoder = self._definition.get("decoder") or {}
         kinds = {step["type"] for step in [decoder, *decoder.get("decoders", [])] if step}

@@ -139,12 +139,14 @@ def test_a_wrong_configuration_is_an_exception_at_once(config: Path, monkeypatch
         tritrain.train(config, "optimizer.lerning_rate=1", ranks=1)
     with pytest.raises(tritrain.ConfigError, match="do not divide into micro-batches"):
         tritrain.train(config, ranks=3)
+    with pytest.raises(tritrain.DataError, match=r"data\.sources\.0\.path: absent"):
+        tritrain.train(config, "data.sources.0.path=absent", ranks=1)
     assert not (config.parent / "run").exists()
 
 
 def test_a_failure_is_an_exception_with_the_message_that_the_run_left(config: Path) -> None:
-    with pytest.raises(tritrain.TrainingError, match="absent") as caught:
-        tritrain.train(config, "data.sources.0.path=absent", ranks=1)
+    with pytest.raises(tritrain.TrainingError, match="/proc/absent") as caught:
+        tritrain.train(config, "checkpoint.folder=/proc/absent", ranks=1)
     assert "Traceback" not in str(caught.value)
     assert json.loads((config.parent / "run" / "state.json").read_text())["message"] == str(caught.value)
 

@@ -46,6 +46,7 @@ def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int
 
     Raises:
         ConfigError: the configuration is wrong, or another job trains in the folder.
+        DataError: what the run reads is missing or does not fit it.
         TrainingError: the run failed or was stopped; with its own message.
         KeyboardInterrupt: after an interrupt, when the run has saved.
     """

@@ -27,7 +27,7 @@ def show_damage(texts: Sequence[str], console: Console) -> int:
         place = to_location(text)
         with reaching(place):
             if is_local(place) and not place.exists():
-                raise CheckpointError(f"{text}: no such folder")
+                raise CheckpointError(f"{text}: there is no such folder")
             inside = checkpoints_under(place)
         folders = [place] if (place / MANIFEST).is_file() or not inside else inside
         for folder in folders:

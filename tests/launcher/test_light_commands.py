@@ -66,6 +66,8 @@ def run(tmp_path: Path) -> Path:
         (["train", "configs/quickstart.yaml", "--rank", "2"], 2),
         (["status", "RUN"], 0),
         (["schema"], 0),
+        (["explain", "optimizer.learning_rate"], 0),
+        (["init", "--help"], 0),
         (["plan", "configs/quickstart.yaml"], 0),
         (["plan", "absent.yaml"], 2),
         (["plan", "configs/quickstart.yaml", "optimizer.lerning_rate=1"], 2),
