@@ -19,7 +19,7 @@ quickstart:
 # Read the difference before you commit it: each changed number is a changed result.
 golden:
 	TRITRAIN_UPDATE_GOLDEN=1 pytest -m "not gpu" -k golden
-	git status --short tests/golden configs/schema.json
+	git status --short tests/golden configs/schema.json docs/configuration-reference.md
 
 image:
 	docker build --file docker/Dockerfile --tag tritrain:cpu --build-arg REVISION=$$(git rev-parse HEAD) .

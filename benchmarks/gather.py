@@ -29,6 +29,7 @@ from launcher.config.file import parse_config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import load_weights
 from launcher.plan.plan import make_plan
+from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks
 from model.init import initial_value
 from model.size import num_parameters
@@ -74,7 +75,7 @@ def step_of(ranks: Ranks, gather: str, dtype: str, *, ternary: bool) -> Callable
         for index in range(MICRO_BATCHES):
             loss = engine.forward(tokens[:, :-1], tokens[:, 1:]) / MICRO_BATCHES
             engine.backward(loss, last=index == MICRO_BATCHES - 1)
-        engine.step(1e-3)
+        engine.step(StepSizes(1e-3))
 
     for _ in range(2):
         step()

@@ -25,6 +25,7 @@ from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.contract import load_weights
 from launcher.engine.fsdp import FSDPEngine
+from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks, process_group
 from model.init import initial_value
 from model.size import num_parameters
@@ -81,7 +82,7 @@ def measure(config: ModelConfig, ranks: Ranks, folder: Path, rounds: int) -> dic
     def step() -> float:
         began = time.perf_counter()
         engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=True)
-        engine.step(1e-4)
+        engine.step(StepSizes(1e-4))
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began

@@ -18,6 +18,7 @@ from launcher.config.file import load_config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import load_weights
 from launcher.plan.plan import make_plan
+from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import process_group
 from launcher.training.step import accumulate_gradients
 from launcher.training.telemetry import Telemetry
@@ -55,7 +56,7 @@ def main() -> None:
                 accumulate_gradients(engine, batches, plan.num_micro_batches, telemetry=watch)
                 if watch is not None:
                     watch.look_at_gradients(engine)
-                engine.step(1e-4)
+                engine.step(StepSizes(1e-4))
                 if watch is not None:
                     watch.collect()
 

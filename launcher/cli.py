@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from launcher.errors import report_error
 from launcher.process.console import Console
 from launcher.process.torchrun import become_ranks, become_run, default_ranks
 
@@ -28,20 +29,11 @@ RanksOption = Annotated[int | None, typer.Option("--ranks", min=1, help="Process
 
 
 def main() -> None:
-    """Run the command; what the user can put right is told in a sentence, without a traceback."""
-    from data.errors import DataError
-    from launcher.errors import CheckpointError, ConfigError, LogError
-
+    """Run the command; an error that the user can put right is reported in a sentence, without a traceback."""
     try:
         app()
-    except (ConfigError, DataError, CheckpointError, LogError) as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    else:
-        return
-    print(problem, file=sys.stderr)  # noqa: T201
-    sys.exit(2)
+    except Exception as error:
+        sys.exit(report_error(error))
 
 
 @app.command()
@@ -375,6 +367,18 @@ def doctor(
     if (num_ranks := ranks or default_ranks()) == 1:
         sys.exit(doctor_of_rank.main(arguments))
     become_ranks(num_ranks, ["-m", "launcher.doctor", *arguments])
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(help="A key such as schedule.warmup_steps, or a section.", show_default=False)],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="Also print the value in this configuration.")] = None,
+) -> None:
+    """Explain a key of the configuration: its type, its default and its meaning."""
+    from launcher.commands.explain import explain as explain_key
+
+    explain_key(key, config, overrides or [], Console(silent=False))
 
 
 @app.command()

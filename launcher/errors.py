@@ -1,21 +1,62 @@
-"""Every error that a user can put right."""
+"""The errors that a user can put right, and the one handler that reports them.
+
+Their text is all that a user needs to see: what was wrong, where, and what would be right. Anything else that is raised
+is a defect, and its traceback belongs into a bug report. The package `data` imports nothing from here and has an error
+of its own, so `USER_ERRORS` names both.
+"""
+
+import os
+import sys
+import traceback
+
+from data.errors import DataError
 
 
-class PlacementError(ValueError):
-    """Ranks are not spread over hosts as they must be; says which is where."""
+class UserError(Exception):
+    """A user can put this right; the text says what was wrong, where, and what would be right."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """What is wrong with a configuration, one problem a line, each beginning with the key's path."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written or read; says which file, what is wrong and what to do."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot go on; says why and what may help."""
 
 
-class LogError(ValueError):
-    """A file in a run's folder is not what was written there; says which, where in it, and what is wrong."""
+class PlacementError(UserError):
+    """Ranks are not spread over hosts as they must be; says which rank is on which host."""
+
+
+class LogError(UserError):
+    """A file in a run's folder is not what a run writes; says which file, which line, and what is wrong."""
+
+
+USER_ERRORS = (UserError, DataError)
+"""For `except`: all errors that a user can put right."""
+
+
+def report_error(error: Exception, rank: int | None = None) -> int:
+    """Print an error to stderr: a sentence if a user can put it right, else its traceback.
+
+    Args:
+        error: what was raised.
+        rank: this process's, to be named; None if all ranks fail alike, and the first one reports it for all.
+
+    Returns:
+        The exit code: 2 if a user can put it right, else 1.
+    """
+    is_for_user = isinstance(error, (*USER_ERRORS, OSError))
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) if is_for_user else "".join(traceback.format_exception(error)).rstrip()
+    if rank is not None:
+        text = f"rank {rank}: {text}"
+    if rank is not None or not is_for_user or os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+    return 2 if is_for_user else 1

@@ -23,11 +23,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data.errors import DataError
 from launcher.commands.prepare import prepare_with_progress
 from launcher.config.file import load_config
 from launcher.config.sections import Config
-from launcher.errors import CheckpointError, ConfigError, LogError, PlacementError, TrainingError
+from launcher.errors import USER_ERRORS, ConfigError, report_error
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks, process_group, seed_everything
@@ -50,9 +49,6 @@ from launcher.watch.heartbeat import Heartbeat, Pulse
 from launcher.watch.stopping import StopRequest, time_to_stop
 from launcher.watch.watchdog import Watchdog
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, LogError, TrainingError)
-
-
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -68,11 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_place(options.config, options.overrides, config)
         RunFolder(config).check_configuration()
         return run(config)
-    except (ConfigError, CheckpointError, PlacementError) as error:  # on all ranks alike
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)  # noqa: T201
-        note_refusal(str(error))
-        return MISCONFIGURED
+    except Exception as error:
+        if isinstance(error, USER_ERRORS):
+            note_refusal(str(error))
+        return report_error(error)
 
 
 def note_refusal(message: str) -> None:

@@ -4,6 +4,9 @@ Between logged steps the host never waits for the device: losses, gradient norms
 there until a step is logged. (DeepSpeed waits for its own gradient norm, inside its step.)
 """
 
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -15,30 +18,31 @@ from data.loader import TrainingData
 from launcher.checkpoint.load import load_state, restore_rng
 from launcher.checkpoint.location import check_writable
 from launcher.checkpoint.manifest import Progress
-from launcher.checkpoint.reader import newest_sound_checkpoint
+from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections import Config
 from launcher.engine.build import build_engine
-from launcher.engine.contract import load_weights
+from launcher.engine.contract import Engine, load_weights
 from launcher.engine.learned_scales import initialize_scales_
 from launcher.errors import TrainingError
 from launcher.formats.open import check_sound
 from launcher.formats.start import check_data, first_progress, open_start
+from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import MetricsLog
-from launcher.run.rollbacks import read_rollbacks
+from launcher.run.rollbacks import Rollback, read_rollbacks
 from launcher.training.guard import SpikeGuard
 from launcher.training.held_out import HeldOut
 from launcher.training.meter import Meter
 from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
-from launcher.training.step import train_step
+from launcher.training.step import Batches, StepResult, train_step
 from launcher.training.switch import enter_phase, measures_rescale
-from launcher.training.tasks import open_tasks
+from launcher.training.tasks import TasksInTraining, open_tasks
 from launcher.training.teacher import Teacher, check_teacher, open_teacher
-from launcher.training.telemetry import telemetry_of
+from launcher.training.telemetry import Telemetry, telemetry_of
 from launcher.watch.heartbeat import Pulse
 from launcher.watch.stopping import StopRequest
 from launcher.watch.straggler import Stragglers
@@ -46,22 +50,80 @@ from model.init import initial_value
 from model.size import num_linear_parameters, num_parameters
 from quant.linear import is_learned_scale, set_strengths_
 
+Outcome = Literal["complete", "interrupted", "rolled back"]
+
 
 def train(
     plan: Plan, ranks: Ranks, folder: RunFolder, stop: StopRequest, console: Console, pulse: Pulse | None = None
-) -> Literal["complete", "interrupted", "rolled back"]:
-    """Run a plan from where its folder stands to its end, or until a stop is asked for, or a switch is given up.
+) -> Outcome:
+    """Train from the newest checkpoint in the folder to the end, until a stop is requested or a switch is abandoned.
 
-    After that last, the plan is another one: make it anew and call this again.
+    After a rollback the plan has changed: make it again and call this again.
 
     Raises:
         TrainingError: too many steps in a row without a finite gradient.
-        CheckpointError, data.errors.DataError: what was to be read or written is not as it should be.
+        CheckpointError, data.errors.DataError: something cannot be read or written, or does not fit the run.
     """
-    config, total_steps = plan.config, plan.total_steps
-    pulse = pulse or Pulse()
+    with ExitStack() as closing:
+        run = begin(plan, ranks, folder, console, pulse or Pulse(), closing)
+        at, engine = run.at, run.engine
+        while at.step < plan.total_steps:
+            if (phase := plan.phase_of(at.step)) is not run.phase:
+                switch(run, phase)
+            if phase.quantization is not None:
+                set_strengths_(engine.model, *plan.strengths_at(at.step))
+            result = take_step(run)
+            due = find_due(run, phase, *stop.agree(ranks))
+            if due.logging:
+                log_steps(run, result)
+            if due.deciding and has_not_recovered(run.guard, phase, run.rollbacks, ranks, console):
+                run.pulse.now("start", at.step)
+                run.saver.wait()
+                give_up(folder, run.guard, phase, run.rollbacks, ranks)
+                return "rolled back"
+            if due.evaluating:
+                run.pulse.now("evaluate", at.step)
+                run.meter.evaluated(run.held_out.measure(engine), "end of phase" if due.phase_ends else "interval")
+            if due.tasks:
+                do_tasks(run)
+            if due.saving:
+                save(run, milestone=due.phase_ends, must=due.phase_ends or due.stopping)
+            if due.stopping and at.step < plan.total_steps:
+                break
+        return finish(run)
 
-    # Resume, or begin
+
+@dataclass
+class Run:
+    """The state of the loop."""
+
+    plan: Plan
+    ranks: Ranks
+    folder: RunFolder
+    console: Console
+    pulse: Pulse
+    rollbacks: Mapping[int, Rollback]
+    at: Progress
+    data: TrainingData
+    batches: Batches
+    engine: Engine
+    guard: SpikeGuard
+    held_out: HeldOut
+    tasks: TasksInTraining | None
+    meter: Meter
+    saver: Saver
+    stragglers: Stragglers
+    longest_skip: Tensor
+    """Skipped steps in a row: now, and at most since this was last read; on the device."""
+    phase: Phase | None
+    """The phase that the model is in; None before the first."""
+    teacher: Teacher | None
+    telemetry: Telemetry | None
+
+
+def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: Pulse, closing: ExitStack) -> Run:
+    """Resume a run from its newest sound checkpoint, or begin it; ``closing`` closes what this opens; a collective."""
+    config = plan.config
     if ranks.is_first:
         check_writable(folder.checkpoints)
     rollbacks = read_rollbacks(folder.path)
@@ -74,23 +136,9 @@ def train(
     engine = build_engine(plan, phase, ranks)
     guards_switch = any(phase.transition.rollback for phase in plan.phases)
     guard = SpikeGuard(config.training.skip_outliers, smooths=guards_switch, ranks=ranks)
+    fill(engine, plan, ranks, reader, data, guard, console)
     if reader is not None:
-        if "spikes" in reader.manifest:
-            guard.load(reader.manifest["spikes"])
-        check_data(reader, data.fingerprint)
-        load_state(reader, engine, with_optimizer=reader.has_moments)
-        restore_rng(reader, ranks)
         console.line(f"Resuming {config.run.name} after step {at.step}, from {reader.folder}")
-    elif config.checkpoint.start_from:
-        source, with_optimizer = open_start(plan, data.fingerprint)
-        check_sound(source, ranks)
-        load_state(source, engine, with_optimizer=with_optimizer)
-        console.line(f"Beginning {config.run.name} with {source.location}")
-        for sentence in source.missing:
-            console.line(f"  {sentence}")
-    else:
-        load_weights(engine, lambda name, shape: first_value(name, shape, config))
-        initialize_scales_(engine)
 
     teacher = None
     if phase is not None and at.step < phase.end:
@@ -104,6 +152,7 @@ def train(
     if ranks.is_first:
         folder.note_start(at.step, ranks.world_size)
         log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
+        closing.callback(log.close)
     meter = Meter(plan, ranks, log, console, at)
     saver = Saver(
         folder.checkpoints,
@@ -113,133 +162,207 @@ def train(
         say=console.line,
     )
     stragglers = Stragglers(on_processor=ranks.device.type == "cpu" and config.engine.name == "fsdp2")
-    console.start(total_steps, at.step)
+    console.start(plan.total_steps, at.step)
+    closing.callback(console.stop)
 
     telemetry = telemetry_of(plan, phase, engine)
     if at.step == 0 and phase is not None:
         meter.evaluated(held_out.measure(engine), "start of phase")
-    batches = iter(data)
-    longest_skip = torch.zeros(2, device=engine.device)  # skipped steps in a row: now, and at most since last read
+    run = Run(
+        plan=plan,
+        ranks=ranks,
+        folder=folder,
+        console=console,
+        pulse=pulse,
+        rollbacks=rollbacks,
+        at=at,
+        data=data,
+        batches=iter(data),
+        engine=engine,
+        guard=guard,
+        held_out=held_out,
+        tasks=tasks,
+        meter=meter,
+        saver=saver,
+        stragglers=stragglers,
+        longest_skip=torch.zeros(2, device=engine.device),
+        phase=phase,
+        teacher=teacher,
+        telemetry=telemetry,
+    )
+    closing.callback(lambda: run.data.close())  # another one after a switch that restarts it
+    return run
 
-    # Train
-    while at.step < total_steps:
-        if (entered := plan.phase_of(at.step)) is not phase:
-            pulse.now("switch", at.step)
-            if entered.transition.data == "restart":
-                data.close()
-                data = open_data(plan, ranks, at.step)
-                batches = iter(data)
-            upcoming = list(islice(batches, plan.num_micro_batches)) if measures_rescale(entered) else []
-            batches = chain(upcoming, batches)
-            teacher = None  # the last phase's makes room for the next
-            if entered.distillation is not None:
-                saver.wait()  # it may be writing the teacher
-            teacher = open_teacher(plan, entered, ranks, folder.checkpoints)
-            factor = enter_phase(engine, entered, ranks, upcoming, config.optimizer.max_grad_norm, teacher)
-            phase = entered
-            at.phase = phase.index
-            telemetry = telemetry_of(plan, phase, engine)
-            guard.enter_phase()
-            if factor is not None:
-                meter.noted(
-                    {"transition/rescale_factor": factor},
-                    f"Adam's moments are rescaled to gradients {factor:.4g} times as large",
-                )
-            if (given_up := rollbacks.get(phase.index)) is not None:
-                meter.noted(*rollback_note(given_up))
-            meter.evaluated(held_out.measure(engine), "start of phase")
-        if phase.quantization is not None:
-            set_strengths_(engine.model, *plan.strengths_at(at.step))
 
-        pulse.now("train", at.step)
-        if telemetry is not None:
-            telemetry.begin(at.step)
-        loss, grad_norm, skipped, waited_seconds, parts = train_step(
-            engine, batches, plan, at.step, guard, teacher=teacher, telemetry=telemetry
+def fill(
+    engine: Engine,
+    plan: Plan,
+    ranks: Ranks,
+    reader: CheckpointReader | None,
+    data: TrainingData,
+    guard: SpikeGuard,
+    console: Console,
+) -> None:
+    """Fill the engine: from the run's own checkpoint, from `start_from`, or with new weights."""
+    config = plan.config
+    if reader is not None:
+        if "spikes" in reader.manifest:
+            guard.load(reader.manifest["spikes"])
+        check_data(reader, data.fingerprint)
+        load_state(reader, engine, with_optimizer=reader.has_moments)
+        restore_rng(reader, ranks)
+    elif config.checkpoint.start_from:
+        source, with_optimizer = open_start(plan, data.fingerprint)
+        check_sound(source, ranks)
+        load_state(source, engine, with_optimizer=with_optimizer)
+        console.line(f"Beginning {config.run.name} with {source.location}")
+        for sentence in source.missing:
+            console.line(f"  {sentence}")
+    else:
+        load_weights(engine, lambda name, shape: first_value(name, shape, config))
+        initialize_scales_(engine)
+
+
+def switch(run: Run, phase: Phase) -> None:
+    """Enter a phase: data, teacher, model and optimizer cross the transition; a collective."""
+    plan, ranks, at = run.plan, run.ranks, run.at
+    run.pulse.now("switch", at.step)
+    if phase.transition.data == "restart":
+        run.data.close()
+        run.data = open_data(plan, ranks, at.step)
+        run.batches = iter(run.data)
+    upcoming = list(islice(run.batches, plan.num_micro_batches)) if measures_rescale(phase) else []
+    run.batches = chain(upcoming, run.batches)
+    run.teacher = None  # the last phase's makes room for the next
+    if phase.distillation is not None:
+        run.saver.wait()  # it may be writing the teacher
+    run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints)
+    factor = enter_phase(run.engine, phase, ranks, upcoming, plan.config.optimizer.max_grad_norm, run.teacher)
+    run.phase, at.phase = phase, phase.index
+    run.telemetry = telemetry_of(plan, phase, run.engine)
+    run.guard.enter_phase()
+    if factor is not None:
+        run.meter.noted(
+            {"transition/rescale_factor": factor},
+            f"Adam's moments are rescaled to gradients {factor:.4g} times as large",
         )
-        at.step += 1
-        longest_skip[0].add_(1).mul_(skipped)
-        longest_skip[1] = longest_skip.max()
-        meter.add(loss, skipped, waited_seconds, parts)
-        pulse.stepped(at.step, waited_seconds)
+    if (given_up := run.rollbacks.get(phase.index)) is not None:
+        run.meter.noted(*rollback_note(given_up))
+    run.meter.evaluated(run.held_out.measure(run.engine), "start of phase")
 
-        phase_ends = at.step == phase.end
-        stopping, asked_to_save = stop.agree(ranks)
-        saving = phase_ends or stopping or asked_to_save or is_due(at.step, config.checkpoint.interval_steps)
-        evaluating = phase_ends or is_due(at.step, config.evaluation.interval_steps)
-        doing_tasks = tasks is not None and (phase_ends or is_due(at.step, config.evaluation.tasks_interval_steps))
-        deciding = at.step == plan.rollback_step(phase)
-        if saving or evaluating or doing_tasks or deciding or is_due(at.step, config.logging.interval_steps):
-            if telemetry is not None:
-                meter.write_rows(telemetry.collect())
-            compared, straggler = stragglers.look(pulse.beats)
-            meter.logged(grad_norm, plan.learning_rate_at(at.step - 1), compared)
-            if straggler is not None:
-                console.line(straggler)
-            if longest_skip[1] >= config.training.max_skipped_steps:
-                raise TrainingError(skip_advice(plan, at, int(longest_skip[1]), folder.newest_checkpoint()))
-            longest_skip[1] = longest_skip[0]
-            new_outliers, outliers = guard.newly_skipped()
-            if new_outliers:
-                meter.noted({"train/outlier_steps": outliers}, f"{new_outliers} steps were skipped as outliers")
-        if deciding and has_not_recovered(guard, phase, rollbacks, ranks, console):
-            pulse.now("start", at.step)
-            saver.wait()
-            console.stop()
-            data.close()
-            if log is not None:
-                log.close()
-            give_up(folder, guard, phase, rollbacks, ranks)
-            return "rolled back"
-        if evaluating:
-            pulse.now("evaluate", at.step)
-            meter.evaluated(held_out.measure(engine), "end of phase" if phase_ends else "interval")
-        if tasks is not None and doing_tasks:
-            pulse.now("tasks", at.step)
-            meter.noted(*tasks.measure(engine, pulse.got_on))
-            meter.restart_clock()
-        if saving:
-            pulse.now("save", at.step)
-            saver.save(
-                engine,
-                counters=counters(plan, ranks, at, data.fingerprint, guard, teacher),
-                config_text=folder.config_text,
-                milestone=phase_ends,
-                must=phase_ends or stopping,
-            )
-            meter.saved(saver.stalled_seconds)
-        if stopping and at.step < total_steps:
-            break
 
-    # Finish
-    pulse.now("end", at.step)
-    saver.wait()
-    console.stop()
-    data.close()
-    done = at.step == total_steps
-    if done:
-        sample = held_out.sample(engine) if config.evaluation.sample_prompt else None
-        if ranks.is_first:
-            folder.write_summary(summary(plan, ranks, meter, sample))
-    if log is not None:
-        log.close()
-    return "complete" if done else "interrupted"
+def take_step(run: Run) -> StepResult:
+    """Train on one global batch."""
+    at = run.at
+    run.pulse.now("train", at.step)
+    if run.telemetry is not None:
+        run.telemetry.begin(at.step)
+    result = train_step(
+        run.engine, run.batches, run.plan, at.step, run.guard, teacher=run.teacher, telemetry=run.telemetry
+    )
+    at.step += 1
+    run.longest_skip[0].add_(1).mul_(result.skipped)
+    run.longest_skip[1] = run.longest_skip.max()
+    run.meter.add(result)
+    run.pulse.stepped(at.step, result.waited_seconds)
+    return result
+
+
+@dataclass(frozen=True)
+class Due:
+    """What to do after a step."""
+
+    phase_ends: bool
+    stopping: bool
+    saving: bool
+    evaluating: bool
+    tasks: bool
+    deciding: bool
+    """Whether the loss has recovered from the switch."""
+    logging: bool
+
+
+def find_due(run: Run, phase: Phase, stopping: bool, asked_to_save: bool) -> Due:
+    """Decide what to do after the step that has just finished; the same on all ranks."""
+    step, config = run.at.step, run.plan.config
+    phase_ends = step == phase.end
+    saving = phase_ends or stopping or asked_to_save or is_due(step, config.checkpoint.interval_steps)
+    evaluating = phase_ends or is_due(step, config.evaluation.interval_steps)
+    tasks = run.tasks is not None and (phase_ends or is_due(step, config.evaluation.tasks_interval_steps))
+    deciding = step == run.plan.rollback_step(phase)
+    logging = saving or evaluating or tasks or deciding or is_due(step, config.logging.interval_steps)
+    return Due(phase_ends, stopping, saving, evaluating, tasks, deciding, logging)
+
+
+def is_due(step: int, interval: int | None) -> bool:
+    """Return whether an event that happens every ``interval`` steps happens after this one."""
+    return interval is not None and step % interval == 0
+
+
+def log_steps(run: Run, result: StepResult) -> None:
+    """Log the steps since the last time; the host waits for the device here.
+
+    Raises:
+        TrainingError: too many steps in a row were skipped.
+    """
+    at, plan = run.at, run.plan
+    if run.telemetry is not None:
+        run.meter.write_rows(run.telemetry.collect())
+    compared, straggler = run.stragglers.look(run.pulse.beats)
+    run.meter.logged(result.grad_norm, plan.learning_rate_at(at.step - 1), compared)
+    if straggler is not None:
+        run.console.line(straggler)
+    if run.longest_skip[1] >= plan.config.training.max_skipped_steps:
+        raise TrainingError(skip_advice(plan, at, int(run.longest_skip[1]), run.folder.newest_checkpoint()))
+    run.longest_skip[1] = run.longest_skip[0]
+    new_outliers, outliers = run.guard.newly_skipped()
+    if new_outliers:
+        run.meter.noted({"train/outlier_steps": outliers}, f"{new_outliers} steps were skipped as outliers")
+
+
+def do_tasks(run: Run) -> None:
+    """Score the model on the run's tasks."""
+    assert run.tasks is not None
+    run.pulse.now("tasks", run.at.step)
+    run.meter.noted(*run.tasks.measure(run.engine, run.pulse.got_on))
+    run.meter.restart_clock()
+
+
+def save(run: Run, *, milestone: bool, must: bool) -> None:
+    """Write a checkpoint, in the background if the configuration says so."""
+    run.pulse.now("save", run.at.step)
+    run.saver.save(
+        run.engine,
+        counters=counters(run.plan, run.ranks, run.at, run.data.fingerprint, run.guard, run.teacher),
+        config_text=run.folder.config_text,
+        milestone=milestone,
+        must=must,
+    )
+    run.meter.saved(run.saver.stalled_seconds)
+
+
+def finish(run: Run) -> Outcome:
+    """Wait until everything is written, and write the summary of a complete run."""
+    run.pulse.now("end", run.at.step)
+    run.saver.wait()
+    run.console.stop()
+    if run.at.step < run.plan.total_steps:
+        return "interrupted"
+    sample = run.held_out.sample(run.engine) if run.plan.config.evaluation.sample_prompt else None
+    if run.ranks.is_first:
+        run.folder.write_summary(summary(run.plan, run.ranks, run.meter, sample))
+    return "complete"
 
 
 def first_value(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
-    """What a parameter of a new run begins with, whole."""
+    """The initial value of a whole parameter."""
     if is_learned_scale(name):
         return torch.ones(shape)
     return initial_value(name, shape, config.model, config.run.seed)
 
 
-def is_due(step: int, interval: int | None) -> bool:
-    """Whether something that happens every ``interval`` steps happens after this one."""
-    return interval is not None and step % interval == 0
-
-
 def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
-    """The training stream from where the step of this number begins."""
+    """Open the training stream at the position where the step of this number begins."""
     return TrainingData(
         plan.config.data,
         vocab_size=plan.config.model.vocab_size,
@@ -269,7 +392,7 @@ def counters(
 
 
 def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) -> str:
-    """What to say, and to try, when the gradients stay non-finite."""
+    """The message when gradients stay non-finite, with what to try."""
     return (
         f"{in_a_row} steps in a row, up to step {at.step}, had a loss or gradient that is not finite; they were "
         f"skipped and nothing was saved since. Learning rate: {plan.learning_rate_at(at.step - 1):.3g}. Try a lower "
@@ -279,7 +402,7 @@ def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) ->
 
 
 def summary(plan: Plan, ranks: Ranks, meter: Meter, sample: dict[str, str] | None) -> dict[str, Any]:
-    """What `RUN/summary.json` says of a complete run."""
+    """The content of `RUN/summary.json`."""
     ternary = any(phase.quantization for phase in plan.phases)
     return {
         "status": "complete",

@@ -42,7 +42,7 @@ from launcher.doctor.facts import (
     probe_disk,
     requirements,
 )
-from launcher.errors import CheckpointError, ConfigError, PlacementError
+from launcher.errors import USER_ERRORS, CheckpointError, report_error
 from launcher.plan.plan import Plan, make_plan
 from launcher.plan.table import describe
 from launcher.process.ranks import Ranks, process_group
@@ -75,10 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if ranks.is_first:
                 show(verdicts, ranks.world_size, as_json=options.as_json)
             return int(any(verdict.level == "failure" for verdict in verdicts))
-    except (ConfigError, CheckpointError, PlacementError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)  # noqa: T201
-        return 2
+    except USER_ERRORS as error:
+        return report_error(error)
     except Exception as error:
         text = traceback.format_exc() if joined else not_joined(error)
         print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {text}", file=sys.stderr, flush=True)  # noqa: T201

@@ -1,1 +1,1 @@
-"""Engines: sharding, gradients and optimizer steps, on FSDP2 and on DeepSpeed, behind one contract."""
+"""Engines: sharding, gradients and optimizer steps, on FSDP2 and on DeepSpeed, with one interface."""

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from launcher.config.optimizer import OptimizerConfig
+from launcher.plan.schedule import StepSizes
 from quant.linear import LEARNED_SCALE
 
 
 def is_decayed(name: str, num_dimensions: int, config: OptimizerConfig) -> bool:
-    """Whether weight decay applies to the parameter of this name: to matrices, never to norms."""
+    """Return whether weight decay applies to a parameter: to matrices, never to norms."""
     if num_dimensions < 2:
         return False
     return config.decay_embeddings or not name.endswith(("embed_tokens.weight", "lm_head.weight"))
@@ -20,10 +21,10 @@ def is_decayed(name: str, num_dimensions: int, config: OptimizerConfig) -> bool:
 def parameter_groups(
     parameters: Iterable[tuple[str, int, Any]], config: OptimizerConfig, ternary: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Split ``(name, number of dimensions, parameter)`` into the decayed, the others and learned scales.
+    """Group ``(name, number of dimensions, parameter)`` into decayed parameters, learned scales and all others.
 
-    There is another such group of those that ``ternary`` names, which have a learning rate of their own. Empty groups
-    are left out. The number of dimensions is given apart because sharded parameters may be flat.
+    The parameters named by ``ternary``, which have a learning rate of their own, form three more such groups. Empty
+    groups are left out. The number of dimensions is passed separately because sharded parameters may be flat.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for own in (False, True):
@@ -44,24 +45,22 @@ def parameter_groups(
 
 
 def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over ``groups``; the learning rate is set at every step by whoever steps it."""
+    """Build AdamW over ``groups``; every step sets its own learning rate with `set_step_sizes`."""
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def set_step_sizes(
-    optimizer: torch.optim.Optimizer, learning_rate: float, *, ternary_factor: float, decay_factor: float
-) -> None:
-    """Give every group of ``optimizer``, made by `parameter_groups`, its learning rate and weight decay of a step.
+def set_step_sizes(optimizer: torch.optim.Optimizer, sizes: StepSizes) -> None:
+    """Set the learning rate and weight decay of every group that `parameter_groups` made.
 
-    Weight decay is a multiple of the group's own learning rate, as torch's AdamW has it.
+    Weight decay is proportional to the group's own learning rate, as in torch's AdamW.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * (ternary_factor if group["ternary"] else 1.0)
-        group["weight_decay"] = group["full_weight_decay"] * decay_factor
+        group["lr"] = sizes.learning_rate * (sizes.ternary_factor if group["ternary"] else 1.0)
+        group["weight_decay"] = group["full_weight_decay"] * sizes.decay_factor
 
 
 def create_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The Adam state of one parameter, created as zeros if the optimizer has not stepped yet."""
+    """Return the Adam state of one parameter, created as zeros if the optimizer has not stepped yet."""
     state = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

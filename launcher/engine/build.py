@@ -1,6 +1,6 @@
-"""From a plan to an engine, in the order that is settled in the field.
+"""Build an engine from a plan, in the order that has become standard.
 
-Meta device, quantize, activation checkpointing, compile per block, shard, materialise; weights come last, from
+Meta device, quantize, activation checkpointing, compile per block, shard, materialize; weights come last, from
 `launcher.engine.contract.load_weights` or a checkpoint.
 """
 
@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from launcher.engine.contract import Engine
-from launcher.plan.plan import Phase, Plan
+from launcher.plan.course import Phase
+from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
 from model.transformer import Transformer
 from quant.linear import add_learned_scales_, quantize_
@@ -21,9 +22,9 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
-    """Build the model as it is in ``phase``, sharded over all ranks, with its weights not yet written.
+    """Build the model as it is in ``phase``, sharded over all ranks, without weights.
 
-    Before the first phase (None) it is as in 16 bits.
+    Before the first phase (None) the model is in 16 bits.
     """
     config = plan.config
     with torch.device("meta"):
@@ -68,9 +69,9 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
 
 
 def own_rate_parameters(model: nn.Module, plan: Plan) -> set[str]:
-    """Names of the parameters that `optimizer.ternary_learning_rate_factor` is for: none where it is not given.
+    """Names of the parameters to which `optimizer.ternary_learning_rate_factor` applies; empty if it is not set.
 
-    They have groups of their own through the whole run, because DeepSpeed cannot regroup in the midst of it.
+    They have groups of their own throughout the run, because DeepSpeed cannot regroup parameters later.
     """
     if plan.config.optimizer.ternary_learning_rate_factor is None:
         return set()
@@ -84,5 +85,5 @@ def own_rate_parameters(model: nn.Module, plan: Plan) -> set[str]:
 
 
 def checkpoint_activations_(block: nn.Module) -> None:
-    """Make ``block`` keep only its inputs for the backward pass; names of parameters stay as they are."""
+    """Make ``block`` save only its inputs for the backward pass; parameter names do not change."""
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,7 +1,7 @@
-"""The contract between the training loop and whatever shards and steps the model.
+"""The interface between the training loop and an engine, which shards and steps the model.
 
 An engine owns the sharded model and its optimizer, and nothing else: no data, no schedule, no log. Gradients are the
-mean over ranks of what `Engine.backward` was given; an engine never divides by the number of micro-batches.
+mean over ranks of the losses given to `Engine.backward`; an engine never divides by the number of micro-batches.
 
 State goes in and out through `Engine.shards`: every rank's part of every parameter, as contiguous flat ranges that
 alias the live fp32 tensors. FSDP2 shards rows and ZeRO shards flat buffers, and both are such ranges, so that one
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 
 
@@ -31,13 +32,13 @@ class Shard:
     tensors: dict[str, Tensor]
     """`weight`, `exp_avg` and `exp_avg_sq`: flat tensors of one length that alias the state; writing changes it."""
     step: Tensor
-    """Number of updates behind the moments, a 0-dim tensor; parameters may share it."""
+    """Number of updates that the moments contain, a 0-dim tensor; parameters may share it."""
     primary: bool
-    """Whether this rank is the one that saves the range; the other holders of a replicated range do not."""
+    """Whether this rank saves the range; other ranks that hold a copy of it do not."""
 
 
 class Engine(ABC):
-    """Owns the sharded model and its optimizer. The module's docstring has the contract."""
+    """The sharded model and its optimizer. The module's docstring states the contract."""
 
     model: nn.Module
     device: torch.device
@@ -50,7 +51,7 @@ class Engine(ABC):
         reduction: str = "mean",
         teacher: Lesson | None = None,
     ) -> Tensor:
-        """Run the model; with labels the loss, without them the logits (see `model.transformer.Transformer`)."""
+        """Run the model: the loss with labels, the logits without (see `model.transformer.Transformer`)."""
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -58,30 +59,26 @@ class Engine(ABC):
 
     @abstractmethod
     def gradient_squares(self) -> dict[str, Tensor]:
-        """This rank's part of the squared L2 norm of each parameter's gradient, before clipping.
+        """Return this rank's part of the squared L2 norm of each parameter's gradient, before clipping.
 
-        To be asked for between the last `backward` of a step and `step`. The parts are 0-dim tensors on the device,
-        and add up to the whole over all ranks; a parameter of which this rank has no part may be left out.
+        Call it between the last `backward` of a step and `step`. The parts are 0-dim tensors on the device whose sum
+        over all ranks is the whole; parameters of which this rank holds nothing may be missing.
         """
 
     @abstractmethod
     def step(
         self,
-        learning_rate: float,
+        sizes: StepSizes,
         *,
-        ternary_factor: float = 1.0,
-        decay_factor: float = 1.0,
         grad_norm_limit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Clip, update and clear the gradients.
+        """Clip the gradients, update the weights and clear the gradients.
 
         A step whose gradient norm is not finite, or above the limit, is skipped: it clears the gradients and changes
         nothing else, neither weights nor optimizer state.
 
         Args:
-            learning_rate: of this step.
-            ternary_factor: multiplies it for the parameters that have a group of their own.
-            decay_factor: multiplies the weight decay.
+            sizes: of this step.
             grad_norm_limit: 0-dim, on the device, equal on all ranks; -1 skips the step in any case.
 
         Returns:
@@ -91,16 +88,16 @@ class Engine(ABC):
 
     @abstractmethod
     def shards(self) -> Iterator[Shard]:
-        """This rank's part of the state, parameter by parameter in the model's order."""
+        """Yield this rank's part of the state, parameter by parameter in the model's order."""
 
     @abstractmethod
     def refresh_weights(self) -> None:
-        """Renew what is derived from the fp32 weights (16-bit copies) after `shards` were written to."""
+        """Recompute what is derived from the fp32 weights (16-bit copies, codes) after writing to `shards`."""
 
 
 @torch.no_grad()
 def load_weights(engine: Engine, value_of: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-    """Fill the weights of ``engine`` from whole tensors, given one at a time by name and shape."""
+    """Fill the weights of ``engine`` from whole tensors, one at a time, by name and shape."""
     for shard in engine.shards():
         weight = shard.tensors["weight"]
         weight.copy_(value_of(shard.name, shard.shape).flatten()[shard.start : shard.start + weight.numel()])

@@ -1,4 +1,4 @@
-"""Models that only run: sharded over the ranks as for training, without optimizer and without gradients."""
+"""Models for inference, sharded over the ranks as in training, without optimizer or gradients."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,8 +24,8 @@ def shard_frozen_(
     """Shard a model over all ranks and read this rank's share of its weights; a collective.
 
     Args:
-        model: on the meta device, in the dtype that it is to compute in; all that applies to its blocks is applied.
-        read: elements of a weight, by its name, the first one and how many.
+        model: on the meta device, in its compute dtype, with everything applied that changes its blocks.
+        read: returns elements of a weight, given its name, the first element and the number of elements.
         ranks: this rank among all.
         replicas: as of `launcher.config.engine.EngineConfig`.
         offload: keep the weights in host memory.
@@ -37,7 +37,7 @@ def shard_frozen_(
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
     for block in model.model.layers:
         fully_shard(block, reshard_after_forward=True, **options)
-    # The head is in the outermost group; a teacher's is still read behind its forward pass.
+    # The head is in the outermost group; a teacher's is still read after its forward pass.
     fully_shard(model, reshard_after_forward=False, **options)
     model.to_empty(device=torch.device("cpu") if offload else ranks.device)
     parameters: Iterator[tuple[str, Any]] = model.named_parameters()  # DTensors

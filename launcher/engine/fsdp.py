@@ -20,12 +20,13 @@ from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.adamw import build_adamw, create_adam_state, parameter_groups, set_step_sizes
 from launcher.engine.contract import Engine, Shard
+from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 from quant.gather import CodeGather
 
 
 def build_mesh(device: torch.device, replicas: int) -> DeviceMesh:
-    """A mesh of (replicas, ranks of each) or, with one replica, of all ranks.
+    """Build a mesh of (replicas, ranks of each) or, with one replica, of all ranks.
 
     Raises:
         ValueError: ``replicas`` does not divide the number of ranks.
@@ -39,7 +40,7 @@ def build_mesh(device: torch.device, replicas: int) -> DeviceMesh:
 
 
 def first_element(sharded: Tensor, mesh: DeviceMesh) -> int:
-    """Where this rank's part of a parameter that FSDP2 has sharded over ``mesh`` begins, in the flattened parameter."""
+    """Index, in the flattened parameter, at which this rank's FSDP2 shard over ``mesh`` begins."""
     shard_rank, num_shards = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
     # FSDP2 cuts the first dimension into chunks of equal size; the last ones may be shorter, or empty.
     first_row = min(len(sharded), shard_rank * math.ceil(len(sharded) / num_shards))
@@ -136,10 +137,8 @@ class FSDPEngine(Engine):
     @torch.no_grad()
     def step(
         self,
-        learning_rate: float,
+        sizes: StepSizes,
         *,
-        ternary_factor: float = 1.0,
-        decay_factor: float = 1.0,
         grad_norm_limit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         # Learned scales have no gradient in a 16-bit phase; Adam then leaves them as they are.
@@ -156,7 +155,7 @@ class FSDPEngine(Engine):
         self._follow_shards()
         for (local, _), gradient in zip(pairs, gradients, strict=True):
             local.grad = gradient
-        set_step_sizes(self.optimizer, learning_rate, ternary_factor=ternary_factor, decay_factor=decay_factor)
+        set_step_sizes(self.optimizer, sizes)
         # What GradScaler sets: where it is 1, the fused kernel leaves weights, moments and step as they are.
         self.optimizer.found_inf = skipped.to(where_state_is)  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -184,13 +183,13 @@ class FSDPEngine(Engine):
             )
 
     def refresh_weights(self) -> None:
-        """Let go of what is gathered: some of it stays between passes, and codes are made once a step."""
+        """Free gathered weights and codes: some stay gathered between passes, and codes are made once a step."""
         for module in (self.model, *self._blocks):
             module.reshard()
         if self._code_gather is not None:
             self._code_gather.fresh = False
 
     def _follow_shards(self) -> None:
-        """Point the local tensors to the shards again: FSDP2 moves uneven shards when the first forward pads them."""
+        """Point the local tensors at the shards again: FSDP2 moves uneven shards when the first forward pads them."""
         for local, sharded in zip(self._local, self._sharded, strict=True):
             local.data = sharded.to_local().data

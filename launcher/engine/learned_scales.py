@@ -1,8 +1,8 @@
 """Learned scales of quantized layers on a sharded model: parameters that only some phases use.
 
-They are part of the model from the first step, so that a switch adds no parameter to an optimizer. Until then they are
-ones without a gradient. At a switch each begins with its row's largest weight; a checkpoint that lacks them, such as a
-16-bit one from elsewhere, is as good as one that has them.
+They are part of the model from the first step, so that a switch adds no parameter to an optimizer. Before the switch
+they are ones without a gradient. At the switch each starts at its row's largest weight, so that a checkpoint without
+them, such as a 16-bit one from elsewhere, loads just as well.
 """
 
 import math
@@ -17,7 +17,7 @@ from quant.rounding import bf16_values, first_alpha
 
 @torch.no_grad()
 def initialize_scales_(engine: Engine) -> None:
-    """Begin the learned scales of the quantized layers with their rows' largest weights, and their moments with none.
+    """Set the learned scales of the quantized layers to their rows' largest weights, and their moments to 0.
 
     Each rank looks at its ranges of the matrices, and the largest of all ranks' is taken, which is exact: the scales do
     not depend on how the model is sharded. A collective.

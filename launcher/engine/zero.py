@@ -1,7 +1,7 @@
 """The engine on DeepSpeed ZeRO, stages 0 to 3.
 
-DeepSpeed 0.19.8 keeps the fp32 state of each stage in another layout and has some defects on the way; both are dealt
-with here and nowhere else. Each departure from the plain use of DeepSpeed says what it works around.
+DeepSpeed 0.19.8 has a different layout of the fp32 state for each stage, and some defects; both are handled here and
+nowhere else. Each departure from the plain use of DeepSpeed names what it works around.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.adamw import build_adamw, create_adam_state, parameter_groups, set_step_sizes
 from launcher.engine.contract import Engine, Shard
+from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 
 
@@ -30,7 +31,7 @@ def deepspeed_config(
     micro_batch_sequences: int,
     num_micro_batches: int,
 ) -> dict[str, Any]:
-    """The configuration given to ``deepspeed.initialize``, complete: what we derive, and the user's further keys."""
+    """The complete configuration for ``deepspeed.initialize``: derived keys, and the user's additional ones."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -54,7 +55,7 @@ def deepspeed_config(
 
 
 def _is_plain(config: EngineConfig, compute_dtype: torch.dtype) -> bool:
-    """Whether DeepSpeed steps the given optimizer as it is, without a wrapper of its own: stage 0 in fp32."""
+    """Return whether DeepSpeed steps the given optimizer directly, without a wrapper: stage 0 in fp32."""
     return config.zero_stage == 0 and compute_dtype != torch.bfloat16
 
 
@@ -176,13 +177,11 @@ class ZeroEngine(Engine):
 
     def step(
         self,
-        learning_rate: float,
+        sizes: StepSizes,
         *,
-        ternary_factor: float = 1.0,
-        decay_factor: float = 1.0,
         grad_norm_limit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        set_step_sizes(self.inner, learning_rate, ternary_factor=ternary_factor, decay_factor=decay_factor)
+        set_step_sizes(self.inner, sizes)
         self._limit, self._norm = grad_norm_limit, math.nan
         if self.is_plain:
             return self._plain_step()
@@ -192,7 +191,7 @@ class ZeroEngine(Engine):
         return self._scalar(norm if math.isfinite(norm) and norm >= 0 else math.nan), self._scalar(float(skipped))
 
     def _plain_step(self) -> tuple[Tensor, Tensor]:
-        """Step of stage 0 in fp32, where DeepSpeed neither reports the gradient norm nor looks at it."""
+        """Step at stage 0 in fp32, where DeepSpeed neither reports nor checks the gradient norm."""
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         skipped = not bool(grad_norm.isfinite()) or self._is_beyond_limit(grad_norm)
         if skipped:
@@ -202,12 +201,12 @@ class ZeroEngine(Engine):
         return grad_norm.float(), self._scalar(float(skipped))
 
     def _is_beyond_limit(self, grad_norm: Any) -> bool:
-        """Note the gradient norm of this step, and say whether it is above the limit that this step has."""
+        """Record the gradient norm of this step, and return whether it exceeds this step's limit."""
         self._norm = grad_norm
         return self._limit is not None and bool(grad_norm > self._limit)
 
     def _watch_norm(self) -> None:
-        """Let DeepSpeed skip a step for its gradient norm, as it does where that is not finite.
+        """Make DeepSpeed skip a step because of its gradient norm, as it does when the norm is not finite.
 
         Its optimizers skip a step whose norm they find to be -1, their word for an invalid one. Each computes it in a
         method of its own, which is replaced, in this one object, by one that asks us as well.

@@ -20,7 +20,7 @@ from launcher.errors import ConfigError
 from launcher.formats.open import check_model, check_sound, model_of
 from launcher.formats.provenance import provenance
 from launcher.formats.start import check_start, first_progress
-from launcher.plan.plan import Plan, make_plan
+from launcher.plan.course import Course, make_course
 from launcher.run.folder import RunFolder
 from model.transformer import Transformer
 from quant.linear import is_learned_scale, matching_layers
@@ -28,7 +28,7 @@ from quant.linear import is_learned_scale, matching_layers
 
 def starting_phase(config: Config, source: Source) -> int:
     """The phase that begins where a checkpoint of ours stands; the first where none does."""
-    plan = make_plan(config, 1)
+    plan = make_course(config)
     if isinstance(source, CheckpointReader):
         at = (source.manifest["step"], source.manifest["tokens"])
         for phase in plan.phases[1:]:
@@ -41,7 +41,7 @@ def begins_anew(config: Config, source: Source) -> list[str]:
     """A sentence where a checkpoint of ours has steps that the run does not go on behind."""
     if config.checkpoint.start_phase or not isinstance(source, CheckpointReader) or not source.manifest["step"]:
         return []
-    starts = ", ".join(str(phase.start) for phase in make_plan(config, 1).phases)
+    starts = ", ".join(str(phase.start) for phase in make_course(config).phases)
     return [
         f"The checkpoint is at step {source.manifest['step']}, the phases begin at {starts}, and the run with the "
         "first of them: steps, schedule and data begin anew."
@@ -54,7 +54,7 @@ def preview(config: Config, source: Source) -> list[list[str]]:
     Raises:
         ConfigError, CheckpointError: as `convert_to_run`.
     """
-    plan = plan_of_conversion(config, source)
+    plan = course_of_conversion(config, source)
     phase = plan.phases[config.checkpoint.start_phase]
     quantization = phase.quantization
     with torch.device("meta"):
@@ -78,9 +78,9 @@ def preview(config: Config, source: Source) -> list[list[str]]:
     ]
 
 
-def plan_of_conversion(config: Config, source: Source) -> Plan:
-    """The plan of the run that is made; raises what `convert_to_run` does before it writes."""
-    plan, folder = make_plan(config, 1), RunFolder(config)
+def course_of_conversion(config: Config, source: Source) -> Course:
+    """The course of the run that is made; raises what `convert_to_run` does before it writes."""
+    plan, folder = make_course(config), RunFolder(config)
     with reaching(folder.checkpoints):
         if complete_checkpoints(folder.checkpoints):
             raise ConfigError(f"{folder.checkpoints}: a run's checkpoints are there already; convert to another folder")
@@ -103,7 +103,7 @@ def convert_to_run(config: Config, source: Source) -> Path:
         ConfigError: the folder holds a run already.
         CheckpointError: the source does not fit, or a file cannot be read or written.
     """
-    plan, folder = plan_of_conversion(config, source), RunFolder(config)
+    plan, folder = course_of_conversion(config, source), RunFolder(config)
     folder.claim()
     folder.prepare([phase.end - phase.start for phase in plan.phases])
     at = first_progress(plan)
@@ -152,7 +152,7 @@ def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, Any]:
     return writer.write_tensors("rank-00000.safetensors", entries, values, ranges)
 
 
-def carried_fingerprint(plan: Plan, source: Source) -> str | None:
+def carried_fingerprint(plan: Course, source: Source) -> str | None:
     """The fingerprint of the data that the run must go on with; None where it begins them anew."""
     phase = plan.phases[plan.config.checkpoint.start_phase]
     if phase.index and phase.transition.data == "continue" and isinstance(source, CheckpointReader):

@@ -10,7 +10,7 @@ from data.prepared import TRAIN, read_manifest
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.sections import Config
 from launcher.formats.opened import Exportable
-from launcher.plan.plan import make_plan
+from launcher.plan.course import make_course
 from launcher.process.console import human_count
 from launcher.run.metrics_log import read_metrics
 from launcher.run.scores import RESULTS, TASK_COLUMNS, read_results, table_of
@@ -69,18 +69,18 @@ def model_card(exportable: Exportable, record: Mapping[str, Any], holds: str, *,
 
 
 def _training(exportable: Exportable, config: Config, manifest: Mapping[str, Any]) -> list[str]:
-    plan = make_plan(config, config.engine.replicas)
+    course = make_course(config)
     phases = [
         [str(phase.index), phase.precision, f"{phase.start:,}", f"{min(phase.end, manifest['step']):,}"]
-        for phase in plan.phases
+        for phase in course.phases
         if phase.start < manifest["step"]
     ]
     tokens = manifest["tokens"]
     lines = [
         "## Training",
         "",
-        f"{manifest['step']:,} steps of {plan.tokens_per_step:,} tokens, {tokens:,} ({human_count(tokens)}) in all, in "
-        f"sequences of {config.data.sequence_length:,}.",
+        f"{manifest['step']:,} steps of {course.tokens_per_step:,} tokens, {tokens:,} ({human_count(tokens)}) in all, "
+        f"in sequences of {config.data.sequence_length:,}.",
         "",
         *_table(["phase", "precision", "from step", "to step"], phases),
     ]

@@ -16,7 +16,7 @@ from launcher.checkpoint.source import Source
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
 from launcher.formats.open import check_sound, config_of, model_of, open_source
-from launcher.plan.plan import make_plan
+from launcher.plan.course import make_course
 from launcher.run.rollbacks import read_rollbacks
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
@@ -95,11 +95,11 @@ def _quantization_of(reader: CheckpointReader, config: Config, run: Path | None)
         return None, 0.0
     rollbacks = read_rollbacks(run) if run else {}
     attempts = {phase: rollback.attempts for phase, rollback in rollbacks.items()}
-    plan = make_plan(config, config.engine.replicas, attempts)
-    quantization = plan.phases[progress["phase"]].quantization
+    course = make_course(config, attempts)
+    quantization = course.phases[progress["phase"]].quantization
     if quantization is None:
         return None, 0.0
-    weights, activations = plan.strengths_at(progress["step"] - 1)
+    weights, activations = course.strengths_at(progress["step"] - 1)
     return quantization, min(weights if quantization.activations == "none" else weights + activations)
 
 

@@ -13,12 +13,12 @@ import xxhash
 from launcher.checkpoint.location import to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
-from launcher.plan.plan import Plan
+from launcher.plan.course import Course
 
 
-def provenance(source: Source, plan: Plan) -> dict[str, Any]:
+def provenance(source: Source, course: Course) -> dict[str, Any]:
     """Where a converted run comes from: the source with its digest, the options, the code's version."""
-    phase = plan.phases[plan.config.checkpoint.start_phase]
+    phase = course.phases[course.config.checkpoint.start_phase]
     return {
         "source": source.location,
         "source_digest": source_digest(source),

@@ -10,10 +10,10 @@ from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.open import check_model, open_source
-from launcher.plan.plan import Plan
+from launcher.plan.course import Course
 
 
-def first_progress(plan: Plan) -> Progress:
+def first_progress(plan: Course) -> Progress:
     """Where a run begins: inside its first phase, or, with ``start_from``, before the transition into one."""
     checkpoint = plan.config.checkpoint
     if checkpoint.start_from is None:
@@ -21,7 +21,7 @@ def first_progress(plan: Plan) -> Progress:
     return Progress(step=plan.phases[checkpoint.start_phase].start, phase=checkpoint.start_phase - 1)
 
 
-def open_start(plan: Plan, data_fingerprint: str | None = None) -> tuple[Source, bool]:
+def open_start(plan: Course, data_fingerprint: str | None = None) -> tuple[Source, bool]:
     """Open what a run begins with.
 
     Args:
@@ -41,7 +41,7 @@ def open_start(plan: Plan, data_fingerprint: str | None = None) -> tuple[Source,
     return source, plan.phases[checkpoint.start_phase].transition.optimizer != "reset"
 
 
-def check_start(source: Source, plan: Plan, data_fingerprint: str | None = None) -> None:
+def check_start(source: Source, plan: Course, data_fingerprint: str | None = None) -> None:
     """Make sure that a run can begin with a source.
 
     Args:

@@ -7,7 +7,6 @@
 import json
 import os
 import sys
-import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from eval.rows import Scorer
 from eval.score import Score, scores_of
 from eval.tasks import Task, choose_tasks, digest_of, load_rows
 from launcher.checkpoint.location import check_writable, is_local, to_location
-from launcher.errors import CheckpointError, ConfigError
+from launcher.errors import ConfigError, report_error
 from launcher.inference.sharded import Subject, open_subject
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks, process_group
@@ -27,9 +26,6 @@ from launcher.run.folder import replace_file
 from launcher.run.scores import RESULTS, TASK_COLUMNS, read_results, table_of
 
 TIMEOUT_SECONDS = 1800
-
-
-USER_ERRORS = (ConfigError, DataError, CheckpointError, OSError)
 
 
 @dataclass(frozen=True)
@@ -220,16 +216,21 @@ def run(asked: Evaluation | TextMeasurement) -> int:
             else:
                 measure_text(asked, ranks, console)
             return 0
-        except USER_ERRORS as error:
-            message, code = str(error), 2
-        except Exception:
-            message, code = traceback.format_exc(), 1
-        print(message if ranks.world_size == 1 else f"rank {ranks.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
-        if ranks.world_size > 1:
-            os._exit(code)  # the process group cannot be left in order: the others may be anywhere
-        return code
+        except Exception as error:
+            code = report_error(error, ranks.rank if ranks.world_size > 1 else None)
+            if ranks.world_size > 1:
+                os._exit(code)  # the process group cannot be left in order: the others may be anywhere
+            return code
+
+
+def main(text: str) -> int:
+    """Measure what the JSON asks for; returns an exit code."""
+    asked = json.loads(text)
+    try:
+        return run(Evaluation(**asked) if "tasks" in asked else TextMeasurement(**asked))
+    except Exception as error:
+        return report_error(error)
 
 
 if __name__ == "__main__":
-    told = json.loads(sys.argv[1])
-    sys.exit(run(Evaluation(**told) if "tasks" in told else TextMeasurement(**told)))
+    sys.exit(main(sys.argv[1]))

@@ -28,7 +28,7 @@ from launcher.engine.frozen import shard_frozen_
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import CONFIG, HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.plan.plan import Plan, make_plan
+from launcher.plan.course import Course, make_course
 from launcher.process.ranks import Ranks
 from launcher.run.rollbacks import read_rollbacks
 from model.transformer import ModelConfig, Transformer
@@ -139,17 +139,17 @@ def _sharded(opened: Exportable, ranks: Ranks) -> Transformer:
         assert opened.config is not None
         assert isinstance(source, CheckpointReader)
         quantize_(model, opened.quantization, ranks.device)
-        set_strengths_(model, *plan_of(source, opened.config, opened.run).strengths_at(source.manifest["step"] - 1))
+        set_strengths_(model, *course_of(source, opened.config, opened.run).strengths_at(source.manifest["step"] - 1))
     elif isinstance(source, HuggingFaceSource) and source.ternary:
         compute_with_codes_(model, source, ranks.device)
     shard_frozen_(model, partial(source.read, "weight"), ranks)
     return model
 
 
-def plan_of(reader: CheckpointReader, config: Config, run: Path | None) -> Plan:
-    """The plan by which a checkpoint was trained."""
+def course_of(reader: CheckpointReader, config: Config, run: Path | None) -> Course:
+    """The course by which a checkpoint was trained."""
     attempts = {phase: rollback.attempts for phase, rollback in read_rollbacks(run).items()} if run else {}
-    return make_plan(config, reader.manifest["world_size"], attempts)
+    return make_course(config, attempts)
 
 
 class CodesLinear(QuantLinear):

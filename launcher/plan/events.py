@@ -1,33 +1,34 @@
-"""What happens when in a run: what `tritrain plan` says of transitions, ramps and schedules beside the sizes."""
+"""The timeline of a run: transitions, ramps and schedules, as `tritrain plan` lists them."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.plan.plan import Phase, Plan
+from launcher.plan.course import Course, Phase
 from launcher.plan.schedule import drop_step
 from quant.ramp import RampConfig
 
 
-def events(plan: Plan) -> list[dict[str, Any]]:
-    """Each with the `step` before which it happens, and `what` it is, in order; none where nothing ever changes."""
-    found = [*_schedule_events(plan)]
-    for phase in plan.phases:
-        found += _switch_events(plan, phase)
+def events(course: Course) -> list[dict[str, Any]]:
+    """List the events of a run in order, each with the `step` before which it happens and `what` happens."""
+    found = [*_schedule_events(course)]
+    for phase in course.phases:
+        found += _switch_events(course, phase)
     return [{"step": step, "what": what} for step, what in sorted(found, key=lambda event: event[0])]
 
 
-def _schedule_events(plan: Plan) -> Iterator[tuple[int, str]]:
-    schedule, optimizer = plan.config.schedule, plan.config.optimizer
-    horizon = schedule.horizon_steps or plan.total_steps
-    if schedule.shape == "two-stage" and not any(phase.transition.schedule == "restart" for phase in plan.phases):
+def _schedule_events(course: Course) -> Iterator[tuple[int, str]]:
+    schedule, optimizer = course.config.schedule, course.config.optimizer
+    horizon = schedule.horizon_steps or course.total_steps
+    if schedule.shape == "two-stage" and not any(phase.transition.schedule == "restart" for phase in course.phases):
         yield drop_step(horizon, schedule), "the learning rate drops to its second stage"
     if schedule.decay_from_phase is not None:
-        yield plan.phases[schedule.decay_from_phase].start, f"the learning rate begins to decay, until step {horizon:,}"
-    if plan.weight_decay_end is not None:
-        yield plan.weight_decay_end, f"weight decay ends ({optimizer.weight_decay} before)"
+        start = course.phases[schedule.decay_from_phase].start
+        yield start, f"the learning rate begins to decay, until step {horizon:,}"
+    if course.weight_decay_end is not None:
+        yield course.weight_decay_end, f"weight decay ends ({optimizer.weight_decay} before)"
 
 
-def _switch_events(plan: Plan, phase: Phase) -> Iterator[tuple[int, str]]:
+def _switch_events(course: Course, phase: Phase) -> Iterator[tuple[int, str]]:
     transition, start = phase.transition, phase.start
     if start and transition.optimizer != "keep":
         rescale = "a measured factor" if transition.rescale_factor is None else f"{transition.rescale_factor:g}"
@@ -44,13 +45,13 @@ def _switch_events(plan: Plan, phase: Phase) -> Iterator[tuple[int, str]]:
         else:
             yield from _ramp_events(start, weights, "quantization of the weights")
             yield from _ramp_events(start, activations, "quantization of the activations")
-        factor = plan.ternary_factor_at(start)
+        factor = course.ternary_factor_at(start)
         if factor != 1:
             yield start, f"quantized layers have {factor:g} times the learning rate, until step {phase.end:,}"
     if (drop := transition.learning_rate_drop) is not None:
-        end = min(phase.end, start + plan.steps_of(drop.tokens))
+        end = min(phase.end, start + course.steps_of(drop.tokens))
         yield start, f"the learning rate is multiplied by {drop.factor:g}, until step {end:,}"
-    if (decides := plan.rollback_step(phase)) is not None:
+    if (decides := course.rollback_step(phase)) is not None:
         yield decides, f"back to step {start:,}, if the loss has not recovered by now"
 
 

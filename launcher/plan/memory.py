@@ -1,10 +1,11 @@
-"""What one rank holds: bytes of weights, gradients, moments and activations."""
+"""Memory of one rank: bytes of weights, gradients, moments and activations."""
 
 import math
 import re
 from collections.abc import Mapping
 
 from launcher.config.sections import Config
+from launcher.plan.course import Course
 from launcher.plan.plan import Plan
 from model.size import (
     activation_bytes,
@@ -28,10 +29,10 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def zero3_held_parameters(config: Config) -> tuple[int, int]:
-    """Parameters that ZeRO-3 always holds whole, for being small, and those that it keeps until the backward pass.
+    """Parameters that ZeRO-3 always holds whole because they are small, and those it keeps until the backward pass.
 
-    DeepSpeed keeps a layer whose next use is less than `stage3_max_reuse_distance` parameters away: behind a layer come
-    those after it, forward and then backward (and recomputed in between, with activation checkpointing). Its prefetcher
+    DeepSpeed keeps a layer whose next use is less than `stage3_max_reuse_distance` parameters away: after a layer come
+    the later ones, forward and then backward (and recomputed in between, with activation checkpointing). Its prefetcher
     also runs ahead of the forward pass into the backward pass until `stage3_max_live_parameters` are there, and what it
     finds there on the way is not released.
     """
@@ -45,17 +46,17 @@ def zero3_held_parameters(config: Config) -> tuple[int, int]:
     return persistent, min(num_parameters(config.model) - persistent, int(kept))
 
 
-def last_quantization(plan: Plan) -> QuantConfig | None:
-    """That of the last ternary phase; None without one."""
-    return next((phase.quantization for phase in reversed(plan.phases) if phase.quantization), None)
+def last_quantization(course: Course) -> QuantConfig | None:
+    """Quantization of the last ternary phase; None without one."""
+    return next((phase.quantization for phase in reversed(course.phases) if phase.quantization), None)
 
 
-def coded_layers(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights in blocks that the last ternary phase quantizes, by name; `engine.gather` is about them."""
-    quantization = last_quantization(plan)
+def coded_layers(course: Course) -> dict[str, tuple[int, ...]]:
+    """Shapes, by name, of the weights in blocks that the last ternary phase quantizes: those of `engine.gather`."""
+    quantization = last_quantization(course)
     if quantization is None:
         return {}
-    matrices = {name: shape for name, shape in parameter_shapes(plan.config.model).items() if len(shape) == 2}
+    matrices = {name: shape for name, shape in parameter_shapes(course.config.model).items() if len(shape) == 2}
     return {
         name: shape
         for name, shape in matrices.items()
@@ -63,20 +64,20 @@ def coded_layers(plan: Plan) -> dict[str, tuple[int, ...]]:
     }
 
 
-def beside_codes(plan: Plan) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Shapes of what is gathered in 16 bits beside `coded_layers`: once a step with these, and for each pass.
+def beside_codes(course: Course) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of what is gathered in 16 bits besides `coded_layers`: once a step with them, and once for each pass.
 
-    The latter are the blocks that have no coded layer.
+    The latter are blocks without a coded layer.
     """
-    coded = coded_layers(plan)
+    coded = coded_layers(course)
     blocks = {block_of(name) for name in coded}
-    rest = {name: shape for name, shape in parameter_shapes(plan.config.model).items() if name not in coded}
+    rest = {name: shape for name, shape in parameter_shapes(course.config.model).items() if name not in coded}
     once = {name: shape for name, shape in rest.items() if not is_in_block(name) or block_of(name) in blocks}
     return once, {name: shape for name, shape in rest.items() if name not in once}
 
 
 def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
-    """Estimate what one rank holds on its device, in bytes, leaving out allocator overhead and temporary buffers.
+    """Estimate the bytes that one rank holds on its device, without allocator overhead and temporary buffers.
 
     FSDP2 keeps fp32 weights, gradients and moments, each sharded, and has what is outside of blocks gathered during a
     pass, with two blocks, or with 2-bit codes of all blocks. With several micro-batches a step it sums whole gradients

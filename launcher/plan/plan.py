@@ -1,164 +1,40 @@
-"""The run that a configuration resolves to on a number of ranks: pure functions of the step, and sizes.
-
-The training loop reads its steps, learning rates and strengths from a `Plan`, and `tritrain plan` prints one.
-"""
+"""A course distributed over a number of ranks. `tritrain plan` prints it, and the training loop follows it."""
 
 import math
-import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from launcher.config.rules import divisors
 from launcher.config.sections import Config
-from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
-from launcher.plan.schedule import learning_rate_factor
-from model.distillation import DistillationConfig
-from model.size import (
-    flops_per_token,
-)
-from quant.config import QuantConfig
-from quant.ramp import strength_at
+from launcher.plan.course import Course, make_course
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One phase with its place in the run: the steps from ``start`` up to but without ``end``."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(Course):
+    """The course of a run on ``world_size`` ranks."""
 
-    index: int
-    precision: str
-    start: int
-    end: int
-    quantization: QuantConfig | None
-    transition: TransitionConfig
-    distillation: DistillationConfig | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A configuration resolved for ``world_size`` ranks."""
-
-    config: Config
     world_size: int
-    global_batch_sequences: int
     num_micro_batches: int
-    phases: tuple[Phase, ...]
-    rollbacks: Mapping[int, int] = field(default_factory=dict)
-    """How often the run has gone back to the beginning of a phase, by the phase's index."""
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.phases[-1].end
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that all ranks together train on in a step."""
-        return self.global_batch_sequences * self.config.data.sequence_length
-
-    def phase_of(self, step: int) -> Phase:
-        """The phase that the step of this number, counted from 0, belongs to."""
-        return next(phase for phase in self.phases if step < phase.end)
-
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of the step of this number, counted from 0."""
-        config, origin = self.config.schedule, 0
-        for phase in self.phases:
-            if phase.start <= step and phase.transition.schedule == "restart":
-                origin = phase.start
-        horizon = config.horizon_steps or self.total_steps
-        decay_start = 0 if config.decay_from_phase is None else self.phases[config.decay_from_phase].start
-        factor = learning_rate_factor(step - origin, horizon - origin, config, decay_start)
-        phase = self.phase_of(step)
-        rewarm_steps = self.steps_of(phase.transition.rewarm_tokens)
-        if step - phase.start < rewarm_steps:
-            factor *= (step - phase.start + 1) / rewarm_steps
-        drop = phase.transition.learning_rate_drop
-        if drop is not None and step - phase.start < self.steps_of(drop.tokens):
-            factor *= drop.factor
-        return factor * self.config.optimizer.learning_rate
-
-    def steps_of(self, tokens: int) -> int:
-        """So many tokens in steps, rounded up."""
-        return math.ceil(tokens / self.tokens_per_step)
-
-    def ternary_factor_at(self, step: int) -> float:
-        """What multiplies the learning rate of the quantized layers in the step of this number."""
-        factor = self.config.optimizer.ternary_learning_rate_factor
-        return 1.0 if factor is None or self.phase_of(step).quantization is None else factor
-
-    @property
-    def weight_decay_end(self) -> int | None:
-        """The first step without weight decay; None where it never ends."""
-        until = self.config.optimizer.weight_decay_until
-        return None if until is None else round(until * self.total_steps)
-
-    def decay_factor_at(self, step: int) -> float:
-        """What multiplies weight decay in the step of this number: 1, and 0 when it has ended."""
-        return 0.0 if self.weight_decay_end is not None and step >= self.weight_decay_end else 1.0
-
-    def rollback_step(self, phase: Phase) -> int | None:
-        """The number of finished steps at which it is decided whether a phase has recovered from its transition."""
-        transition = phase.transition
-        if transition.rollback is None:
-            return None
-        ramp_steps = max(ramp.end_steps for ramp in transition.ramps)
-        return phase.start + ramp_steps + self.steps_of(transition.rollback.after_tokens)
-
-    def strengths_at(self, step: int) -> tuple[list[float], list[float]]:
-        """Quantization strengths of the step of this number: of each block's weights, and of each block's activations.
-
-        In a 16-bit phase, all are 0.
-        """
-        phase, num_layers = self.phase_of(step), self.config.model.num_layers
-        if phase.quantization is None:
-            return [0.0] * num_layers, [0.0] * num_layers
-        weights, activations = (
-            [strength_at(step - phase.start, ramp, depth, num_layers) for depth in range(num_layers)]
-            for ramp in phase.transition.ramps
-        )
-        return weights, activations
-
-    def strength_at(self, step: int) -> float:
-        """Strength of the weights' quantization, the mean over blocks."""
-        return statistics.mean(self.strengths_at(step)[0])
-
-    def activation_strength_at(self, step: int) -> float:
-        """Strength of the activations' quantization, the mean over blocks."""
-        return statistics.mean(self.strengths_at(step)[1])
-
-    def flops_per_token_at(self, step: int) -> int:
-        """Model FLOPs of training on one token in the step of this number; a teacher adds a forward pass.
-
-        A teacher counts as a model of the same size.
-        """
-        flops = flops_per_token(self.config.model, self.config.data.sequence_length)
-        return flops + (flops // 3 if self.phase_of(step).distillation else 0)
-
-    def first_sequence_at(self, step: int) -> int:
-        """Position in the data stream, in sequences, at which the step of this number begins."""
-        origin = 0
-        for phase in self.phases:
-            if phase.start <= step and phase.transition.data == "restart":
-                origin = phase.start
-        return (step - origin) * self.global_batch_sequences
+    """Micro-batches of each rank in a step."""
 
 
 def make_plan(config: Config, world_size: int, rollbacks: Mapping[int, int] | None = None) -> Plan:
-    """Resolve lengths and batches.
+    """Resolve the course of a run, and divide its batch among the ranks.
 
     Args:
-        config: what is resolved.
+        config: to be resolved.
         world_size: number of ranks.
-        rollbacks: of the `Plan`.
+        rollbacks: of the `Course`.
 
     Raises:
-        ConfigError: the batch or the replicas do not divide on this many ranks, or a warm-up or ramp is too long.
+        ConfigError: the batch or the replicas do not divide on this many ranks, or as `make_course`.
     """
-    training, length, replicas = config.training, config.data.sequence_length, config.engine.replicas
+    training, replicas = config.training, config.engine.replicas
+    course = make_course(config, rollbacks)
     if world_size % replicas:
         raise ConfigError(f"engine.replicas: {replicas} does not divide {world_size} ranks; {divisors(world_size)} do")
-    sequences = training.global_batch_sequences or (training.global_batch_tokens or 0) // length
+    sequences = course.global_batch_sequences
     at_once = training.micro_batch_sequences * world_size
     if sequences % at_once:
         fitting = [n for n in range(1, sequences + 1) if sequences % (n * world_size) == 0]
@@ -172,62 +48,4 @@ def make_plan(config: Config, world_size: int, rollbacks: Mapping[int, int] | No
                 else f"a multiple of {at_once} sequences would, such as {math.ceil(sequences / at_once) * at_once}"
             )
         )
-    tokens_per_step = sequences * length
-    phases = _resolve_phases(config, tokens_per_step, rollbacks or {})
-    warmup_steps, horizon = config.schedule.warmup_steps, config.schedule.horizon_steps or phases[-1].end
-    for phase in phases:
-        remaining = horizon - phase.start
-        restarts = phase.transition.schedule == "restart"
-        if restarts and remaining <= 0:
-            raise ConfigError(
-                f"phases.{phase.index}.transition.schedule: is restart at step {phase.start}, "
-                f"where schedule.horizon_steps {horizon} leaves nothing; above {phase.start} it would"
-            )
-        if warmup_steps >= remaining and (restarts or phase.start == 0):
-            raise ConfigError(
-                f"schedule.warmup_steps: {warmup_steps} leaves nothing of the {remaining} steps "
-                f"from step {phase.start} on; {remaining - 1} at most"
-            )
-    decay_from = config.schedule.decay_from_phase
-    if decay_from is not None and not warmup_steps <= phases[decay_from].start < horizon:
-        raise ConfigError(
-            f"schedule.decay_from_phase: is {decay_from}, which begins at step {phases[decay_from].start}; must lie "
-            f"behind the warm-up's {warmup_steps} steps and before the end at {horizon}"
-        )
-    return Plan(config, world_size, sequences, sequences // at_once, phases, rollbacks or {})
-
-
-def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int, int]) -> tuple[Phase, ...]:
-    training = config.training
-    total_steps = training.total_steps or math.ceil((training.total_tokens or 0) / tokens_per_step)
-    phases: list[Phase] = []
-    share = 0.0
-    for index, phase in enumerate(config.phases):
-        steps = phase.steps or math.ceil((phase.tokens or 0) / tokens_per_step)
-        if phase.fraction:  # rounds where the phase ends, so that fractions of 1 in sum make total_steps
-            steps = round((share + phase.fraction) * total_steps) - round(share * total_steps)
-            share += phase.fraction
-        if not steps:
-            raise ConfigError(f"phases.{index}.fraction: {phase.fraction} of {total_steps} steps is less than a step")
-        start = phases[-1].end if phases else 0
-        quantization = (phase.quantization or QuantConfig()) if phase.precision == "ternary" else None
-        transition = phase.transition or TransitionConfig()
-        for key, ramp in zip(("ramp", "activation_ramp"), transition.ramps, strict=True):
-            if ramp.end_steps > steps:
-                delay = f" and {ramp.delay_steps} of delay_steps" if ramp.delay_steps else ""
-                raise ConfigError(
-                    f"phases.{index}.transition.{key}.steps: is {ramp.steps}{delay}, longer than the phase's {steps}"
-                )
-        if transition.rollback is not None:
-            after_steps = math.ceil(transition.rollback.after_tokens / tokens_per_step)
-            last = transition.stretched(transition.rollback.max_attempts, after_steps)
-            needed = max(ramp.end_steps for ramp in last.ramps) + after_steps
-            if needed > steps:
-                raise ConfigError(
-                    f"phases.{index}.transition.rollback: the ramp of its last attempt and after_tokens come to "
-                    f"{needed} steps, longer than the phase's {steps}"
-                )
-            transition = transition.stretched(rollbacks.get(index, 0), after_steps)
-        end = start + steps
-        phases.append(Phase(index, phase.precision, start, end, quantization, transition, phase.distillation))
-    return tuple(phases)
+    return Plan(**vars(course), world_size=world_size, num_micro_batches=sequences // at_once)

@@ -1,12 +1,24 @@
 """Learning-rate schedules: pure functions of the step, with no scheduler object and no scheduler state."""
 
 import math
+from dataclasses import dataclass
 
 from launcher.config.optimizer import ScheduleConfig
 
 
+@dataclass(frozen=True)
+class StepSizes:
+    """The rates of one optimizer step."""
+
+    learning_rate: float
+    ternary_factor: float = 1.0
+    """Multiplies the learning rate of the parameters that have a rate of their own."""
+    decay_factor: float = 1.0
+    """Multiplies weight decay."""
+
+
 def learning_rate_factor(step: int, horizon_steps: int, config: ScheduleConfig, decay_start: int = 0) -> float:
-    """Factor in [0, 1] of the peak learning rate at ``step``, counted from 0, on the way to ``horizon_steps``.
+    """Factor in [0, 1] on the peak learning rate at ``step``, counted from 0, of ``horizon_steps`` in all.
 
     The first step of a warm-up of ``n`` steps has factor 1/n (a factor of 0 would waste it), the n-th has 1.
 
@@ -18,7 +30,7 @@ def learning_rate_factor(step: int, horizon_steps: int, config: ScheduleConfig, 
         step: whose factor it is.
         horizon_steps: where the end is reached.
         config: the shape.
-        decay_start: step before which there is no decay, if that is behind the warm-up.
+        decay_start: step before which there is no decay, if that is after the warm-up.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -37,5 +49,5 @@ def learning_rate_factor(step: int, horizon_steps: int, config: ScheduleConfig, 
 
 
 def drop_step(horizon_steps: int, config: ScheduleConfig) -> int:
-    """The first step of the second stage of `two-stage`, which has at least one step before it."""
+    """First step of the second stage of `two-stage`; the first stage has at least one step."""
     return max(config.warmup_steps + 1, round((config.drop_at or 0.5) * horizon_steps))

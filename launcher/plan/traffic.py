@@ -1,10 +1,10 @@
 """Bytes that a rank sends in an optimizer step: which collectives each engine runs, and what a ring costs for each.
 
 With N ranks and a tensor of S bytes, each rank of a ring sends (N - 1) / N * S for an all-gather or a reduce-scatter,
-and twice that for an all-reduce, which is one behind the other (Patarasuk and Yuan 2009,
+and twice that for an all-reduce, which is one after the other (Patarasuk and Yuan 2009,
 doi 10.1016/j.jpdc.2008.09.002). NCCL may choose trees or in-network reduction instead, which send other amounts.
 
-A ternary phase sends what a 16-bit one does: ranks gather latent weights in the compute dtype and each rounds them
+A ternary phase sends what a 16-bit one does: ranks gather latent weights in the compute dtype and each rank rounds them
 by itself. With `engine.gather: codes` a step at full strength gathers packed codes instead, and all of it once.
 """
 
@@ -48,7 +48,7 @@ class Collective:
     kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
     what: Literal["weights", "gradients", "teacher", "scalars"]
     payload_bytes: float
-    """Of the whole tensors: what every rank has behind an all-gather, and brings into the other two."""
+    """Size of the whole tensors: what every rank has after an all-gather, and contributes to the other two."""
     group_size: int
     """Ranks that take part in each."""
     count: float = 1
@@ -82,7 +82,7 @@ def collectives(plan: Plan, *, codes: bool = False) -> list[Collective]:
 
 
 def bytes_sent(plan: Plan, *, backend: Backend = "nccl", codes: bool = False) -> dict[str, float]:
-    """Bytes that a rank sends in an optimizer step, by what is sent; see `collectives` for what may be raised."""
+    """Bytes that a rank sends in an optimizer step, by kind; raises what `collectives` raises."""
     sent: dict[str, float] = {}
     for collective in collectives(plan, codes=codes):
         sent[collective.what] = sent.get(collective.what, 0) + collective.bytes_sent(backend)
@@ -90,7 +90,7 @@ def bytes_sent(plan: Plan, *, backend: Backend = "nccl", codes: bool = False) ->
 
 
 def describe_traffic(plan: Plan) -> dict[str, Any]:
-    """What `tritrain plan` says of traffic, by name with unit; None where it is not modelled."""
+    """The traffic that `tritrain plan` prints, by name with unit; None if it is not modelled."""
     kinds = {"bytes_sent_per_rank_and_step": False}
     if plan.config.engine.gather == "codes" and coded_layers(plan):
         kinds["bytes_sent_per_rank_and_step_in_codes"] = True
@@ -102,7 +102,7 @@ def describe_traffic(plan: Plan) -> dict[str, Any]:
 
 
 def unmodelled_keys(config: Config) -> list[str]:
-    """Dotted DeepSpeed keys of a configuration that may change what is sent, in ways that are not modelled."""
+    """Dotted DeepSpeed keys of a configuration that may change what is sent in ways that are not modelled."""
     given = (config.engine.deepspeed or {}).get("zero_optimization", {})
     return [f"engine.deepspeed.zero_optimization.{key}" for key in given if key not in MODELLED_ZERO_KEYS]
 

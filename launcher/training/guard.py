@@ -1,8 +1,7 @@
-"""Guards against loss spikes: steps that stand out are skipped, and a loss that does not come back is noticed.
+"""Guards against loss spikes: outlier steps are skipped, and a loss that does not recover is noticed.
 
-Both look at the last steps' losses and gradient norms, which stay on the device. All ranks hold the same values, so
-that they agree on every decision, and these are in every checkpoint, so that a run that goes on decides as it would
-have.
+Both use the losses and gradient norms of the last steps, which stay on the device. All ranks hold the same values and
+so agree on every decision. The values are in every checkpoint, so that a resumed run decides as if never stopped.
 """
 
 from typing import Any
@@ -20,26 +19,26 @@ SMOOTHED_STEPS = 32
 
 
 class Window:
-    """The last ``length`` finite values of something that every step has, on the device."""
+    """The last ``length`` finite values of a quantity that every step has, on the device."""
 
     def __init__(self, length: int, device: torch.device) -> None:
         self._values = torch.zeros(length, device=device)
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
 
     def add(self, value: Tensor) -> None:
-        """Take in a 0-dim value, unless it is not finite; it takes the place of the oldest."""
+        """Add a 0-dim value in place of the oldest, unless it is not finite."""
         place = self._count % len(self._values)
         finite = value.isfinite()
         self._values.scatter_(0, place, torch.where(finite, value, self._values.gather(0, place)))
         self._count += finite
 
     def bound(self, sigmas: float) -> Tensor:
-        """The mean plus so many (population) standard deviations, 0-dim; infinite until the window is full."""
+        """Return the mean plus ``sigmas`` population standard deviations, 0-dim; infinite until the window is full."""
         variance, mean = torch.var_mean(self._values, correction=0)
         return torch.where(self._count[0] < len(self._values), torch.inf, mean + sigmas * variance.sqrt())
 
     def mean(self) -> float | None:
-        """The mean of what is there, None of nothing; the host waits for the device."""
+        """Return the mean of the values so far, or None if there are none; the host waits for the device."""
         count = min(int(self._count), len(self._values))
         return float(self._values[:count].double().mean()) if count else None
 
@@ -49,17 +48,17 @@ class Window:
         self._count.zero_()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """Return what a checkpoint stores."""
         return {"values": self._values.tolist(), "count": int(self._count)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
+        """Restore what `state` returned."""
         self._values.copy_(torch.tensor(state["values"]))
         self._count.fill_(state["count"])
 
 
 class SpikeGuard:
-    """Watches the loss and the gradient norm of every step. Does nothing where neither guard is on.
+    """Watches the loss and the gradient norm of every step. Does nothing if neither guard is on.
 
     Skipped outliers enter the windows as well. So one outlier is skipped, and a lasting change of level is not: of n
     steps, no more than n / (sigmas^2 + 1) can be so far above their mean, which is 3 of 128 for 6, so that a fourth
@@ -86,7 +85,7 @@ class SpikeGuard:
         """Smoothed loss before the last switch."""
 
     def limit(self, loss: Tensor) -> Tensor | None:
-        """The gradient norm above which this step is an outlier, for `Engine.step`: -1 if its loss is one already.
+        """Return the gradient norm above which this step is an outlier; -1 if its loss already is one.
 
         Args:
             loss: this rank's mean loss, 0-dim.
@@ -102,7 +101,7 @@ class SpikeGuard:
         return torch.where(self._loss > highest, -1.0, self._windows["grad_norms"].bound(self._outliers.sigmas))
 
     def add(self, grad_norm: Tensor, skipped: Tensor) -> Tensor:
-        """Take note of a step, after `limit`; returns whether it was skipped for not being finite, 0-dim."""
+        """Record a step, after `limit`; returns, 0-dim, whether it was skipped because it was not finite."""
         outlier = skipped * grad_norm.isfinite()
         self._skipped += outlier
         for name, window in self._windows.items():
@@ -110,13 +109,13 @@ class SpikeGuard:
         return skipped - outlier
 
     def newly_skipped(self) -> tuple[int, int]:
-        """Outliers skipped since the last time, and in all; the host waits for the device."""
+        """Return the outliers skipped since the last call, and in total; the host waits for the device."""
         total = int(self._skipped) if self._outliers is not None else 0
         new, self._reported = total - self._reported, total
         return new, total
 
     def enter_phase(self) -> None:
-        """Begin anew behind a switch, with other losses and gradients to be expected."""
+        """Start over after a switch, which changes the level of losses and gradients."""
         if "smoothed" in self._windows:
             self.loss_before = self._windows["smoothed"].mean()
         for window in self._windows.values():
@@ -128,7 +127,7 @@ class SpikeGuard:
         return self._windows["smoothed"].mean()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs, as plain numbers."""
+        """Return what a checkpoint stores, as plain numbers."""
         windows = {name: window.state() for name, window in self._windows.items()}
         return {"windows": windows, "skipped": int(self._skipped), "loss_before": self.loss_before}
 

@@ -1,4 +1,4 @@
-"""The held-out text of a run: measured and sampled on the live, sharded model, without a second copy."""
+"""Held-out loss and samples of a run, on the live, sharded model, without a second copy."""
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ class HeldOut:
         self._token_bytes_V = token_bytes(config.data, config.model.vocab_size)
 
     def measure(self, engine: Engine) -> HeldOutLoss | None:
-        """Held-out loss of the model as it is; None where no rows are held out."""
+        """Return the held-out loss of the current model; None if no rows are held out."""
         if not self._plan.config.data.validation_rows:
             return None
         with torch.no_grad():
@@ -47,7 +47,7 @@ class HeldOut:
             )
 
     def sample(self, engine: Engine) -> dict[str, str]:
-        """Let the model continue the configured prompt."""
+        """Return the configured prompt and its continuation by the model."""
         config = self._plan.config
         tokenizer = load_tokenizer(self._tokenizer_path)
         prompt = config.evaluation.sample_prompt or ""

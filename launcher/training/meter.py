@@ -1,4 +1,4 @@
-"""What a run writes down: `metrics.jsonl` and TensorBoard, with the same keys and units in the keys' names."""
+"""Measurements of the training loop, as rows of the log and lines on the console."""
 
 import math
 import resource
@@ -15,6 +15,7 @@ from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
 from launcher.run.metrics_log import MetricsLog
+from launcher.training.step import StepResult
 
 GIB = 2**30
 
@@ -30,7 +31,7 @@ PEAK_BF16_FLOPS_PER_SECOND = {
 
 
 def peak_flops_per_second(device: torch.device) -> float | None:
-    """Peak of the device in bf16; None where it is not known, so that no utilisation is invented."""
+    """Peak bf16 FLOP/s of the device; None if it is not known, so that no utilization is made up."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -39,7 +40,7 @@ def peak_flops_per_second(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that this process has used: of the device's allocator, or, on the CPU, resident."""
+    """Peak memory of this process: of the device's allocator or, on the CPU, resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
@@ -61,12 +62,12 @@ class Meter:
         self.restart_clock()
 
     def saved(self, stalled_seconds: float) -> None:
-        """Take note of how long saving has held training up, in all."""
+        """Record the total time for which training has waited for saving."""
         self._stalled_seconds = stalled_seconds
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Begin a new interval, leaving out what happened between steps."""
+        """Start a new interval, excluding what happened between steps."""
         self._since_seconds, self._steps, self._waited_seconds = time.perf_counter(), 0, 0.0
         self._loss_sum = torch.zeros((), device=self._ranks.device)
         self._parts_sum: Tensor | None = None
@@ -77,15 +78,15 @@ class Meter:
         """Seconds that the run has taken, over all its starts."""
         return time.perf_counter() - self._started_seconds
 
-    def add(self, loss: Tensor, skipped: Tensor, waited_seconds: float, parts: Tensor | None = None) -> None:
-        """Count one step, with the parts of its loss where it distills; nothing here waits for the device."""
+    def add(self, result: StepResult) -> None:
+        """Count one step; nothing here waits for the device."""
         self._steps += 1
-        self._waited_seconds += waited_seconds
-        self._loss_sum += torch.where(skipped > 0, 0.0, loss)
-        if parts is not None:
-            parts = torch.where(skipped > 0, 0.0, parts)
+        self._waited_seconds += result.waited_seconds
+        self._loss_sum += torch.where(result.skipped > 0, 0.0, result.loss)
+        if result.parts is not None:
+            parts = torch.where(result.skipped > 0, 0.0, result.parts)
             self._parts_sum = parts if self._parts_sum is None else self._parts_sum + parts
-        self._skipped += skipped
+        self._skipped += result.skipped
 
     def _row(self) -> dict[str, Any]:
         at = self._at
@@ -156,13 +157,13 @@ class Meter:
         self.restart_clock()
 
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
-        """Log rows that are complete."""
+        """Log complete rows."""
         for row in rows:
             if self._log is not None:
                 self._log.write(row)
 
     def noted(self, values: dict[str, float], line: str) -> None:
-        """Log something out of the ordinary, and say so."""
+        """Log an unusual event, and print it."""
         if self._log is not None:
             self._log.write(self._row() | values | {"time/elapsed_seconds": self.elapsed_seconds})
         self._console.line(f"Step {self._at.step}: {line}")

@@ -1,8 +1,8 @@
-"""Going back to the checkpoint at a switch, in a way that may be interrupted anywhere.
+"""Rollback to the checkpoint at a switch; it may be interrupted anywhere.
 
-`RUN/rollbacks.json` says how often a run has gone back to the beginning of each phase. It is written before the
-checkpoints of the given-up attempt are removed, with a mark that they are to be; whoever starts next finishes that. A
-run without the file has never gone back.
+`RUN/rollbacks.json` says how often a run has gone back to the beginning of each phase. It is written, with a
+mark, before the checkpoints of the abandoned attempt are removed; the next start finishes the removal. A run without
+the file has never gone back.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.writer import complete_checkpoints, remove_checkpoint
-from launcher.plan.plan import Phase
+from launcher.plan.course import Phase
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks, any_rank
 from launcher.run.folder import RunFolder
@@ -21,7 +21,7 @@ from launcher.training.guard import SpikeGuard
 
 
 def discard_given_up(folder: RunFolder, rollbacks: Mapping[int, Rollback], ranks: Ranks) -> None:
-    """Remove what is left of attempts that were given up; a collective, before the newest checkpoint is looked for."""
+    """Remove what is left of abandoned attempts; a collective, called before looking for the newest checkpoint."""
     given_up = {phase: rollback for phase, rollback in rollbacks.items() if rollback.discarding}
     if not given_up:
         return
@@ -39,7 +39,7 @@ def discard_given_up(folder: RunFolder, rollbacks: Mapping[int, Rollback], ranks
 def has_not_recovered(
     guard: SpikeGuard, phase: Phase, rollbacks: Mapping[int, Rollback], ranks: Ranks, console: Console
 ) -> bool:
-    """Whether the loss is still above what it was before the switch, and there is an attempt left; a collective."""
+    """Return whether the loss is still above its level before the switch and an attempt is left; a collective."""
     assert phase.transition.rollback is not None
     before, after = guard.loss_before, guard.loss_after
     if before is None or after is None or not any_rank(after > before, ranks):
@@ -58,7 +58,7 @@ def has_not_recovered(
 def give_up(
     folder: RunFolder, guard: SpikeGuard, phase: Phase, rollbacks: Mapping[int, Rollback], ranks: Ranks
 ) -> None:
-    """Write down that a transition is given up; a collective. What follows from it is done by the next start."""
+    """Record that a transition is abandoned; a collective. The next start acts on it."""
     before, after = guard.loss_before, guard.loss_after
     assert before is not None
     assert after is not None
@@ -74,7 +74,7 @@ def _attempts(phase: Phase, rollbacks: Mapping[int, Rollback]) -> int:
 
 
 def rollback_note(rollback: Rollback) -> tuple[dict[str, float], str]:
-    """What the log and the console say of attempts that were given up, where the next one begins."""
+    """Values for the log and a line for the console, where the attempt after a rollback begins."""
     values = {
         "rollback/attempts": rollback.attempts,
         "rollback/loss_before": rollback.loss_before,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,28 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 """Tokens and labels of one micro-batch after another."""
 
 
+@dataclass(frozen=True)
+class BatchResult:
+    """One global batch, forward and backward, on this rank."""
+
+    loss: Tensor
+    """Mean of the micro-batches' losses; 0-dim, on the device."""
+    parts: Tensor | None
+    """With a teacher, the means of the three parts of the loss, unweighted."""
+    waited_seconds: float
+    """Time spent waiting for data."""
+
+
+@dataclass(frozen=True)
+class StepResult(BatchResult):
+    """An optimizer step."""
+
+    grad_norm: Tensor
+    """Norm of the gradient over all ranks, before clipping; 0-dim, on the device."""
+    skipped: Tensor
+    """1.0 if the step was skipped because its gradient norm was not finite, else 0.0; 0-dim, on the device."""
+
+
 def accumulate_gradients(
     engine: Engine,
     batches: Batches,
@@ -23,13 +46,8 @@ def accumulate_gradients(
     *,
     teacher: Teacher | None = None,
     telemetry: Telemetry | None = None,
-) -> tuple[Tensor, float, Tensor | None]:
-    """Run one global batch forward and backward, under the eyes of ``telemetry``.
-
-    Returns:
-        This rank's mean loss, and the seconds spent waiting for data. With a teacher also the three parts of the loss,
-        unweighted, else None.
-    """
+) -> BatchResult:
+    """Run one global batch forward and backward, observed by ``telemetry``."""
     loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
     parts_sum = torch.zeros(3, device=engine.device)
     for index in range(num_micro_batches):
@@ -49,7 +67,7 @@ def accumulate_gradients(
         loss_sum += loss.detach()
         if telemetry is not None and index == 0:
             telemetry.end_of_micro_batch()
-    return loss_sum, waited_seconds, parts_sum if teacher is not None else None
+    return BatchResult(loss_sum, parts_sum if teacher is not None else None, waited_seconds)
 
 
 def train_step(
@@ -61,24 +79,12 @@ def train_step(
     *,
     teacher: Teacher | None = None,
     telemetry: Telemetry | None = None,
-) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:
-    """Take the optimizer step of this number.
-
-    Returns:
-        This rank's mean loss, the gradient norm, and whether the step was skipped for not being finite (all 0-dim, on
-        the device); and the seconds spent waiting for data. With a teacher also the three parts of the loss,
-        unweighted, else None.
-    """
-    loss, waited_seconds, parts = accumulate_gradients(
-        engine, batches, plan.num_micro_batches, teacher=teacher, telemetry=telemetry
-    )
+) -> StepResult:
+    """Take the optimizer step of this number, counted from 0."""
+    batch = accumulate_gradients(engine, batches, plan.num_micro_batches, teacher=teacher, telemetry=telemetry)
     if telemetry is not None:
         telemetry.look_at_gradients(engine)
-    grad_norm, skipped = engine.step(
-        plan.learning_rate_at(step),
-        ternary_factor=plan.ternary_factor_at(step),
-        decay_factor=plan.decay_factor_at(step),
-        # The first part is what the loss was before there was a teacher, and is compared with.
-        grad_norm_limit=guard.limit(loss if parts is None else parts[0]),
-    )
-    return loss, grad_norm, guard.add(grad_norm, skipped), waited_seconds, parts
+    # With a teacher, the first part is the loss as it was before, and is compared with it.
+    compared = batch.loss if batch.parts is None else batch.parts[0]
+    grad_norm, skipped = engine.step(plan.sizes_at(step), grad_norm_limit=guard.limit(compared))
+    return StepResult(**vars(batch), grad_norm=grad_norm, skipped=guard.add(grad_norm, skipped))

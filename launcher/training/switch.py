@@ -1,4 +1,4 @@
-"""Entering a phase inside a run: the model, its learned scales and the optimizer cross the transition."""
+"""Entering a phase within a run: the model, its learned scales and the optimizer cross the transition."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from launcher.config.transition import OptimizerChoice
 from launcher.engine.contract import Engine
 from launcher.engine.learned_scales import initialize_scales_
 from launcher.errors import TrainingError
-from launcher.plan.plan import Phase
+from launcher.plan.course import Phase
+from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks
 from launcher.training.step import accumulate_gradients
 from launcher.training.teacher import Teacher
@@ -25,7 +26,7 @@ def carry_optimizer_(engine: Engine, choice: OptimizerChoice, factor: float = 1.
     step stays, because it belongs to the second moment's bias correction, so that the first updates are small and grow
     as the first moment fills, over about 1 / (1 - beta1) steps. ``rescale`` takes the moments for those of gradients
     that are ``factor`` times as large: the first is linear in them, the second quadratic. The step stays, as both
-    moments have as many gradients behind them as before. The kept moments alone would give the same update, since
+    moments contain as many gradients as before. The kept moments alone would give the same update, since
     Adam's is a ratio of the two, but what is added to them now weighs in by its size: without rescaling, larger
     gradients swamp the first moment before the slower second one has followed, and updates are too large for a while.
     """
@@ -44,7 +45,7 @@ def carry_optimizer_(engine: Engine, choice: OptimizerChoice, factor: float = 1.
 
 
 def measures_rescale(phase: Phase) -> bool:
-    """Whether the transition into ``phase`` needs gradients on both sides of it."""
+    """Return whether the transition into ``phase`` measures gradients on both sides of it."""
     return phase.transition.optimizer == "rescale" and phase.transition.rescale_factor is None
 
 
@@ -59,7 +60,7 @@ def enter_phase(
     """Carry the model and the optimizer over the transition into ``phase``, in place.
 
     The factor that ``optimizer: rescale`` measures is the ratio of the gradient norms, as clipped, of the batch that
-    comes next: of the model behind the switch at full strength, and of the one before it. Adam's moments are of
+    comes next: of the model after the switch at full strength, and of the one before it. Adam's moments are of
     clipped gradients. Full strength, because these are the gradients that the phase goes on with; those of a ramp's
     first steps are the old ones, and over a ramp longer than the moments' memory the moments follow by themselves.
 
@@ -74,7 +75,7 @@ def enter_phase(
 
     def clipped_norm(teacher: Teacher | None) -> float:
         accumulate_gradients(engine, iter(upcoming), len(upcoming), teacher=teacher)
-        grad_norm, _ = engine.step(0.0, grad_norm_limit=torch.tensor(-1.0, device=engine.device))
+        grad_norm, _ = engine.step(StepSizes(0.0), grad_norm_limit=torch.tensor(-1.0, device=engine.device))
         return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
 
     before = clipped_norm(None) if measures else 1.0
@@ -92,7 +93,7 @@ def enter_phase(
         if not 0 < factor < math.inf:
             raise TrainingError(
                 f"phases.{phase.index}.transition.optimizer: rescale finds gradient norms of {before} before and "
-                f"{after} behind the switch; set transition.rescale_factor, or another choice"
+                f"{after} after the switch; set transition.rescale_factor, or choose another optimizer transition"
             )
     carry_optimizer_(engine, transition.optimizer, factor or 1.0)
     return factor

@@ -1,4 +1,4 @@
-"""Tasks on the live, sharded model of a run: a small part of them, often, and without a second copy of the model."""
+"""Downstream tasks during training: a few examples, often, on the live, sharded model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from launcher.process.ranks import Ranks
 
 
 class TasksInTraining:
-    """The examples of a run's tasks.
+    """Scores a run's tasks.
 
     Args:
         plan: of a run that has `evaluation.tasks`.
@@ -34,9 +34,9 @@ class TasksInTraining:
         self._plan, self._ranks, self._tokenizer = plan, ranks, load_tokenizer(tokenizer_path)
 
     def measure(self, engine: Engine, got_on: Callable[[], None]) -> tuple[dict[str, float], str]:
-        """Scores of the model as it is, by the keys of the log, and a line for people; a collective.
+        """Return the scores of the current model, by keys of the log, and a line for the console; a collective.
 
-        ``got_on`` is called every so many examples: all of a task may take hours, which is no hang.
+        ``got_on`` is called after every few examples, because a task may take hours without being hung.
         """
         from eval.harness import answer_rows
 
@@ -59,5 +59,5 @@ class TasksInTraining:
 
 
 def open_tasks(plan: Plan, ranks: Ranks, tokenizer_path: Path) -> TasksInTraining | None:
-    """The tasks of a run; None where it has none."""
+    """Load the tasks of a run; None if it has none."""
     return TasksInTraining(plan, ranks, tokenizer_path) if plan.config.evaluation.tasks else None

@@ -1,4 +1,4 @@
-"""The teacher of a ternary phase that distills: found, checked, and sharded over the ranks like the student.
+"""The teacher of a distilling ternary phase: found, checked, and sharded over the ranks like the student.
 
 A teacher is a second model, frozen: no gradients, no optimizer. FSDP2 shards it block by block, whatever engine the
 student is on, because that needs torch alone and gathers no more than a block or two at once. Nothing ever updates it,
@@ -28,7 +28,8 @@ from launcher.engine.frozen import shard_frozen_
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import check_sound, config_of, model_of, open_source
-from launcher.plan.plan import Phase, Plan
+from launcher.plan.course import Phase
+from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
 from model.distillation import DistillationConfig, Lesson
 from model.size import parameter_shapes
@@ -51,7 +52,7 @@ class Teacher:
 
     @contextmanager
     def teaching(self, tokens_BT: Tensor) -> Iterator[Lesson]:
-        """Give the lesson on a micro-batch; its head stays gathered inside the block, and is freed behind it."""
+        """Yield the lesson on a micro-batch; the head stays gathered within the block, and is freed after it."""
         yield self._model.teach(tokens_BT, self._config, self._student_layers)
         self._model.reshard()
 

@@ -1,7 +1,7 @@
-"""When quantization is looked at, over all ranks, and the rows of the log that come of it.
+"""When quantization is measured, over all ranks, and the rows of the log that result.
 
-What a probed step gives (see `quant.telemetry`) stays on the device until the next logged step, when the host waits
-for the device anyway. Only then are ranks' parts added up, in one all-reduce, and read.
+The measurements of a step (see `quant.telemetry`) stay on the device until the next logged step, when the host waits
+for the device anyway. Only then are the ranks' parts summed, in one all-reduce, and read.
 """
 
 from typing import Any
@@ -11,42 +11,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.engine.contract import Engine
-from launcher.plan.plan import Phase, Plan
+from launcher.plan.course import Course, Phase
 from quant.linear import quantized_layers
 from quant.telemetry import MOST_FLIPS, SUMS, WEIGHT_FIGURES, Measurement, Probe
 
 
 def is_measured(step: int, phase: Phase, interval_steps: int) -> bool:
-    """Whether the step of this number, counted from 0, is looked at.
+    """Return whether the step of this number, counted from 0, is measured.
 
-    Those are every ``interval_steps`` of the run, the last of the phase, and until the first interval is over the
-    first, second, fourth, eighth and so on of the phase, for most happens right behind a switch.
+    Measured are every ``interval_steps``-th step of the run, the last step of the phase and, until the first interval
+    is over, the first, second, fourth, eighth and so on of the phase, because most happens right after a switch.
     """
     finished, of_phase = step + 1, step + 1 - phase.start
     is_early = of_phase < interval_steps and of_phase & (of_phase - 1) == 0
     return finished % interval_steps == 0 or finished == phase.end or is_early
 
 
-def telemetry_of(plan: Plan, phase: Phase | None, engine: Engine) -> "Telemetry | None":
-    """What watches a phase; None where there is nothing to watch or the configuration does not ask for it."""
-    interval_steps = plan.config.logging.quantization_interval_steps
+def telemetry_of(course: Course, phase: Phase | None, engine: Engine) -> "Telemetry | None":
+    """Create the telemetry of a phase; None if it is not ternary or the configuration turns telemetry off."""
+    interval_steps = course.config.logging.quantization_interval_steps
     if phase is None or phase.quantization is None or interval_steps is None:
         return None
-    return Telemetry(engine, phase, plan, interval_steps)
+    return Telemetry(engine, phase, course, interval_steps)
 
 
 class Telemetry:
-    """Watches the quantized layers of one phase, from now on: flips and drift are counted from its first look.
+    """Measures the quantized layers of one phase; flips and drift are counted from its first measurement on.
 
     Args:
         engine: with its model quantized.
         phase: the ternary phase that it is in.
-        plan: the run.
-        interval_steps: how often to look.
+        course: of the run.
+        interval_steps: how often to measure.
     """
 
-    def __init__(self, engine: Engine, phase: Phase, plan: Plan, interval_steps: int) -> None:
-        self._phase, self._plan, self._interval_steps = phase, plan, interval_steps
+    def __init__(self, engine: Engine, phase: Phase, course: Course, interval_steps: int) -> None:
+        self._phase, self._course, self._interval_steps = phase, course, interval_steps
         layers = quantized_layers(engine.model)
         self._names = list(layers)
         mine = {s.name: (s.start, s.tensors["weight"].numel()) for s in engine.shards() if s.primary}
@@ -58,18 +58,18 @@ class Telemetry:
         self._first_scales: Tensor | None = None
 
     def begin(self, step: int) -> None:
-        """Attach to the model for the step of this number, counted from 0, if it is one to look at."""
+        """Attach to the model for the step of this number, counted from 0, if it is to be measured."""
         measure, compare_next = self._is_measured(step), self._is_measured(step + 1)
         self._finished_steps = step + 1
         if measure or compare_next:
             self._probe.attach(measure=measure, compare_next=compare_next)
 
     def end_of_micro_batch(self) -> None:
-        """Detach: one micro-batch says enough, and a compiled model has cut graphs while it is looked at."""
+        """Detach: one micro-batch is enough, and a compiled model has broken graphs while it is measured."""
         self._measurement = self._probe.detach()
 
     def look_at_gradients(self, engine: Engine) -> None:
-        """Take the norms of the layers' gradients, before the optimizer's step clips them."""
+        """Record the norms of the layers' gradients, before the optimizer's step clips them."""
         if self._measurement is None:
             return
         parts = engine.gradient_squares()
@@ -78,7 +78,7 @@ class Telemetry:
         self._pending.append((self._finished_steps, self._measurement, squares))
 
     def collect(self) -> list[dict[str, Any]]:
-        """Add up over ranks what was measured since the last time, and make rows of it; the host waits here."""
+        """Sum over ranks what was measured since the last call, and return it as rows; the host waits here."""
         rows = []
         for step, measured, squares in self._pending:
             parts = torch.cat([measured.sums.flatten(), measured.flip_counts, squares.double()])
@@ -96,7 +96,7 @@ class Telemetry:
             rows.append(
                 {
                     "step": step,
-                    "tokens": step * self._plan.tokens_per_step,
+                    "tokens": step * self._course.tokens_per_step,
                     "phase": self._phase.index,
                     "precision": self._phase.precision,
                     **totals,
@@ -113,7 +113,7 @@ class Telemetry:
 
     @staticmethod
     def _of_sums(sums: dict[str, Tensor], has_flips: bool) -> dict[str, Tensor]:
-        """Figures of each layer from sums over ranks, as far as there is something to say."""
+        """Figures of each layer, computed from sums over ranks."""
         figures = {"moved_share": sums["moved"] / sums["num_weights"]}
         if has_flips:
             figures["flip_rate"] = sums["flipped"] / sums["num_weights"]

@@ -21,6 +21,7 @@ from launcher.config.file import ConfigError
 from launcher.engine.build import build_engine
 from launcher.engine.contract import load_weights
 from launcher.plan.plan import make_plan
+from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks
 from launcher.run.metrics_log import read_metrics
 from model.init import initial_value
@@ -224,7 +225,7 @@ def memory_and_references(gathers: list[str]) -> list[Any]:
             ]
             held = sum(tensor.numel() * tensor.element_size() for tensor in sums if tensor is not None)
             engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=True)
-            norm = engine.step(1e-3)[0].item()
+            norm = engine.step(StepSizes(1e-3))[0].item()
             model = weakref.ref(engine.model)
             del engine, sums
             gc.collect()
@@ -276,7 +277,7 @@ def what_layers_see(num_steps: int) -> list[dict[str, Any]]:
         engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=False)
         engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=True)
         seen[-1]["latent"] = latent.view(layer.weight.shape)
-        engine.step(1e-2)
+        engine.step(StepSizes(1e-2))
         layer.probe = None
     return seen
 

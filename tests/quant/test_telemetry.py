@@ -16,7 +16,8 @@ from tiny import tiny_config
 from torch import Tensor, nn
 
 from launcher.config.transition import TransitionConfig
-from launcher.plan.plan import Phase
+from launcher.plan.course import Phase
+from launcher.plan.schedule import StepSizes
 from launcher.report.history import read_history
 from launcher.report.page import write_report
 from launcher.run.metrics_log import read_metrics
@@ -49,7 +50,7 @@ def gradient_norms(engines: list[str], dtypes: list[torch.dtype]) -> dict[str, A
             names = [parameter for parameter, _ in engine.model.named_parameters()]
             squares = torch.stack([parts.get(parameter, torch.zeros(())) for parameter in names])
             dist.all_reduce(squares)
-            norm, _ = engine.step(1e-3)
+            norm, _ = engine.step(StepSizes(1e-3))
             results[f"{name}/{dtype}"] = {"each": squares.sqrt(), "whole": norm}
     return results
 

@@ -57,6 +57,7 @@ def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, 
     from launcher.engine.build import build_engine
     from launcher.engine.contract import load_weights
     from launcher.plan.plan import make_plan
+    from launcher.plan.schedule import StepSizes
     from launcher.plan.traffic import bytes_sent
     from launcher.process.ranks import Ranks
     from launcher.watch.stopping import StopRequest
@@ -75,7 +76,7 @@ def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, 
         for index in range(MICRO_BATCHES):
             loss = engine.forward(tokens[:, :-1], tokens[:, 1:]) / MICRO_BATCHES
             engine.backward(loss, last=index == MICRO_BATCHES - 1)
-        engine.step(1e-3)
+        engine.step(StepSizes(1e-3))
         StopRequest().agree(ranks)
 
     def counted() -> float:

@@ -11,6 +11,7 @@ from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.contract import Engine, load_weights
 from launcher.engine.fsdp import FSDPEngine
 from launcher.engine.zero import ZeroEngine
+from launcher.plan.schedule import StepSizes
 from model.init import initial_value
 from model.transformer import ModelConfig, Transformer
 
@@ -70,7 +71,7 @@ def step_once(engine: Engine, step: int, poison: float = 1.0) -> tuple[float, fl
         loss = engine.forward(tokens[rows], labels[rows]) / NUM_MICRO_BATCHES
         engine.backward(loss * poison, last=index == NUM_MICRO_BATCHES - 1)
         total = total + loss.detach()
-    norm, skipped = engine.step(LEARNING_RATE)
+    norm, skipped = engine.step(StepSizes(LEARNING_RATE))
     dist.all_reduce(total)
     return total.item() / dist.get_world_size(), norm.item(), skipped.item()
 

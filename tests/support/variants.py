@@ -10,6 +10,7 @@ from launcher.config.engine import EngineConfig
 from launcher.engine.contract import Engine
 from launcher.engine.fsdp import FSDPEngine
 from launcher.engine.zero import ZeroEngine
+from launcher.plan.schedule import StepSizes
 from model.transformer import ModelConfig, Transformer
 from quant.config import QuantConfig
 from quant.linear import quantize_
@@ -65,7 +66,7 @@ def step_once(engine: Engine, step: int) -> float:
     mine = tokens[dist.get_rank() * size :][:size]
     loss = engine.forward(mine[:, :-1], mine[:, 1:])
     engine.backward(loss, last=True)
-    engine.step(LEARNING_RATE)
+    engine.step(StepSizes(LEARNING_RATE))
     total = loss.detach().clone()
     dist.all_reduce(total)
     return total.item() / dist.get_world_size()

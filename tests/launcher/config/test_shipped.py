@@ -9,6 +9,7 @@ from minimal import tree
 from places import ROOT
 
 from launcher.config.file import flat_lines, json_schema, load_config, parse_config, parse_yaml, to_tree
+from launcher.config.reference import reference_page
 from launcher.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -39,6 +40,10 @@ def test_every_golden_file_belongs_to_a_config():
 
 def test_schema_is_golden():
     check_golden(ROOT / "configs" / "schema.json", json.dumps(json_schema(), indent=2) + "\n")
+
+
+def test_the_reference_page_is_golden():
+    check_golden(ROOT / "docs" / "configuration-reference.md", reference_page())
 
 
 @every_config

@@ -20,6 +20,7 @@ from launcher.config.file import load_config
 from launcher.engine.build import build_engine
 from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
+from launcher.plan.schedule import StepSizes
 from launcher.plan.traffic import collectives
 from launcher.process.ranks import Ranks
 from model.size import parameter_shapes
@@ -105,7 +106,7 @@ def check(name, rank, world_size, join, *overrides):
             for index in range(plan.num_micro_batches):
                 last = index == plan.num_micro_batches - 1
                 engine.backward(engine.forward(tokens, tokens) / plan.num_micro_batches, last=last)
-            engine.step(1e-3)
+            engine.step(StepSizes(1e-3))
         assert {key: size for key, size in recorder.payload_bytes.items() if key[1] > 1} == +expected
 
 

@@ -109,7 +109,7 @@ class Reference(nn.Module):
 
 @pytest.mark.parametrize(
     ("variant", "linear_class"),
-    # autobitlinear multiplies the biases of qwen2 by the scale: tests/launcher/formats/test_hf_packed.py shows that refused
+    # autobitlinear multiplies the biases of qwen2 by the scale; formats/test_hf_packed.py shows that refused
     [("bitnet", "bitlinear"), ("bitnet", "autobitlinear"), ("qwen2", "bitlinear")],
 )
 def test_a_packed_folder_computes_with_its_own_codes_and_scale(tmp_path, variant, linear_class):

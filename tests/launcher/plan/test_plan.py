@@ -215,7 +215,7 @@ def test_a_lower_rate_for_a_while():
 def test_cool_down_that_begins_with_a_phase():
     plan = plan_of("schedule.decay_from_phase=1")
     assert rates(plan) == pytest.approx([0.005, 0.01, 0.01, 0.01, *[0.01 * (1 - step / 6) for step in range(6)]])
-    told = "schedule.decay_from_phase: is 1, which begins at step 4; must lie behind the warm-up's"
+    told = "schedule.decay_from_phase: is 1, which begins at step 4; must lie after the warm-up's"
     assert refusal("schedule.decay_from_phase=1", "schedule.warmup_steps=5").startswith(told)
     assert refusal("schedule.decay_from_phase=1", "schedule.horizon_steps=4").startswith(told)
     assert "the last of the 2 phases is 1" in refusal("schedule.decay_from_phase=2")

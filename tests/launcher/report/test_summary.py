@@ -54,7 +54,7 @@ def test_a_torn_last_line_is_left_out(tmp_path):
 @pytest.mark.parametrize("broken", ['{"step": 2, "tok\n', "[1, 2]\n", '{"step": 2}\n', "\n"])
 def test_a_broken_line_elsewhere_is_an_error_that_names_file_and_line(tmp_path, broken):
     path = rows_of(tmp_path / "metrics.jsonl", {"step": 1}, broken, {"step": 3})
-    with pytest.raises(ValueError, match=re.escape(f"{path}:2: ")):
+    with pytest.raises(LogError, match=re.escape(f"{path}:2: ")):
         read_history(path, "x")
 
 

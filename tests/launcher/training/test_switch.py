@@ -22,6 +22,7 @@ from launcher.engine.fsdp import FSDPEngine
 from launcher.engine.zero import ZeroEngine
 from launcher.formats.convert import convert_to_run
 from launcher.formats.open import open_source
+from launcher.plan.schedule import StepSizes
 from launcher.run.metrics_log import read_metrics
 from launcher.training.switch import carry_optimizer_
 from model.init import initial_value, initialize_
@@ -67,7 +68,7 @@ def engine_steps(cases: list[tuple[str, OptimizerChoice]]) -> dict[str, Any]:
             tokens, labels = (part[dist.get_rank() * rows :][:rows] for part in batch(step))
             engine.backward(engine.forward(tokens, labels), last=True)
             factor = TERNARY_FACTOR if step >= SWITCH else 1.0
-            engine.step(LEARNING_RATE, ternary_factor=factor, decay_factor=decay_factor(step))
+            engine.step(StepSizes(LEARNING_RATE, factor, decay_factor(step)))
         results[f"{name}/{choice}"] = {kind: gathered(engine, kind) for kind in ("weight", "exp_avg", "exp_avg_sq")}
     return results
 

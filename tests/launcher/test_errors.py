@@ -1,0 +1,143 @@
+"""One family of errors, and the same answer from every entry."""
+
+import ast
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from data.errors import DataError
+from launcher.errors import ConfigError, report_error
+
+
+def test_every_error_of_the_launcher_belongs_to_the_family() -> None:
+    """All but one that a module raises and another one turns into a `CheckpointError`."""
+    classes = [
+        node
+        for path in (ROOT / "launcher").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
+    ]
+    bases = {node.name: ast.unparse(node.bases[0]) for node in classes}
+    assert {"UserError", "ConfigError", "DamageError"} <= bases.keys()
+
+    def family_of(name: str) -> str:
+        return family_of(bases[name]) if name in bases and name != "UserError" else name
+
+    assert {name for name in bases if family_of(name) != "UserError"} == {"TensorFileError"}
+
+
+def cli(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    from launcher.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["tritrain", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def pretrain(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    from launcher.pretrain import main
+
+    return main(arguments)
+
+
+def doctor(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    from launcher.doctor.doctor import main
+
+    return main(arguments)
+
+
+def measure(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    from launcher.inference.measure import main
+
+    asked = {"files": [], "window_tokens": None, "stride_tokens": None, "apart": True, "tokenizer": None}
+    return main(json.dumps(asked | {"model": arguments[0]}))
+
+
+@pytest.mark.parametrize(
+    ("entry", "arguments", "says"),
+    [
+        (cli, ["plan", "absent.yaml"], "absent.yaml: cannot be read: No such file or directory"),
+        (cli, ["report", "absent", "--out", "out.html"], "absent has no config.yaml: it is not a run's folder"),
+        (cli, ["prepare", "absent.txt", "--out", "shards", "--tokenizer", "bpe:300"], "absent.txt"),
+        (cli, ["verify", "s3:///"], "s3:///: names no bucket"),
+        (pretrain, ["--config", "absent.yaml"], "absent.yaml: cannot be read: No such file or directory"),
+        (doctor, ["--config", "absent.yaml"], "absent.yaml: cannot be read: No such file or directory"),
+        (measure, ["absent"], "absent"),
+    ],
+)
+def test_every_entry_answers_in_a_sentence(
+    entry: Callable[[list[str], pytest.MonkeyPatch], int],
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert entry(arguments, monkeypatch) == 2
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert "Traceback" not in shown
+
+
+def test_a_refusal_is_left_for_the_job_but_a_disk_that_fails_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused configuration is not queued again; what a disk or network does may be over at the next start."""
+    import launcher.pretrain
+
+    monkeypatch.setenv("TRITRAIN_REFUSED", str(tmp_path / "refused"))
+
+    def fails(path: Path, overrides: list[str]) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(launcher.pretrain, "load_config", fails)
+        assert launcher.pretrain.main(["--config", "config.yaml"]) == 2
+    assert not (tmp_path / "refused").exists()
+    assert launcher.pretrain.main(["--config", str(tmp_path / "absent.yaml")]) == 2
+    assert "absent.yaml: cannot be read" in (tmp_path / "refused").read_text()
+
+
+def raised(error: Exception) -> Exception:
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ConfigError("run.name: is missing"), "run.name: is missing\n"),
+        (DataError("shards: damaged"), "shards: damaged\n"),
+        (FileNotFoundError(2, "No such file or directory", "x.txt"), "x.txt: No such file or directory\n"),
+        (OSError("the store says no"), "the store says no\n"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_sentence_of_the_first_rank(
+    error: Exception, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report_error(raised(error)) == 2
+    assert capsys.readouterr().err == shown
+    monkeypatch.setenv("RANK", "1")
+    assert report_error(raised(error)) == 2
+    assert capsys.readouterr().err == ""
+    assert report_error(raised(error), rank=1) == 2
+    assert capsys.readouterr().err == f"rank 1: {shown}"
+
+
+def test_a_defect_has_its_traceback_on_every_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert report_error(raised(KeyError("world_size"))) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback (most recent call last)")
+    assert shown.endswith("KeyError: 'world_size'\n")
