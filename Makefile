@@ -11,7 +11,7 @@ test:
 	pytest
 
 test-all:
-	pytest -m "not gpu"
+	pytest -n 0 -m "not gpu"
 
 quickstart:
 	tritrain train configs/quickstart.yaml --ranks 2

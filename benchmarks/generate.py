@@ -3,7 +3,7 @@
 A model with random weights is written once. Each variant is loaded in a process of its own, for its peak memory; then
 all are timed in one process, in turns: tokens at batch 1 with a key-value cache, and a prompt.
 
-    python benchmarks/generate.py [--size 100m] [--tokens 16] [--prompt 128] [--repeats 5] [--threads 2]
+    python benchmarks/generate.py [--size 100m] [--tokens 16] [--prompt 128] [--repeats 5] [--threads 2] [--device cpu]
 """
 
 import argparse
@@ -61,8 +61,8 @@ class RandomWeights(Source):
         raise NotImplementedError
 
 
-def load(folder: Path, kind: str, dtype: str) -> Transformer:
-    model = load_model(folder, dtype=DTYPES[dtype], packed=kind == "packed").model
+def load(folder: Path, device: str, kind: str, dtype: str) -> Transformer:
+    model = load_model(folder, dtype=DTYPES[dtype], device=device, packed=kind == "packed").model
     if kind == "dequantized":
         for layer in quantized_layers(model).values():
             codes_OI, level = layer.weight_codes()
@@ -71,10 +71,12 @@ def load(folder: Path, kind: str, dtype: str) -> Transformer:
     return model
 
 
-def peak_bytes(folder: Path, kind: str, dtype: str) -> int:
-    """Memory that loading needs at its highest, in a process that has imported all it needs."""
+def peak_bytes(folder: Path, device: str, kind: str, dtype: str) -> int:
+    """Memory of the device that loading needs at its highest, in a process that has imported all it needs."""
     before = psutil.Process().memory_info().rss
-    load(folder, kind, dtype)
+    load(folder, device, kind, dtype)
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 
@@ -104,11 +106,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak", nargs=3, metavar=("FOLDER", "KIND", "DTYPE"), help="used by the script itself")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
-        print(peak_bytes(Path(options.peak[0]), *options.peak[1:]))
+        print(peak_bytes(Path(options.peak[0]), options.device, *options.peak[1:]))
         return
     torch.manual_seed(0)
     config = SIZES[options.size]
@@ -119,20 +122,17 @@ def main() -> None:
         (folder / "config.json").write_text(json.dumps(described | {"quantization_config": ONLINE}))
         peaks = {}
         for name, variant in VARIANTS.items():
-            command = [sys.executable, __file__, "--peak", str(folder), *variant]
+            command = [sys.executable, __file__, "--device", options.device, "--peak", str(folder), *variant]
             peaks[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        models = {name: load(folder, *variant) for name, variant in VARIANTS.items()}
-    prompt_BT = torch.randint(config.vocab_size, (1, options.prompt))
-    decoding = interleaved(
-        {name: decoder(model, prompt_BT, options.tokens) for name, model in models.items()}, options.repeats
-    )
-    reading = interleaved(
-        {
-            name: lambda m=model: m.next_logits(prompt_BT, m.new_cache(1, options.prompt))
-            for name, model in models.items()
-        },
-        options.repeats,
-    )
+        models = {name: load(folder, options.device, *variant) for name, variant in VARIANTS.items()}
+    device = torch.device(options.device)
+    prompt_BT = torch.randint(config.vocab_size, (1, options.prompt)).to(device)
+    decoders = {name: decoder(model, prompt_BT, options.tokens) for name, model in models.items()}
+    readers = {name: reader(model, prompt_BT) for name, model in models.items()}
+    for run in (*decoders.values(), *readers.values()):
+        run()
+    decoding = interleaved(decoders, options.repeats, device)
+    reading = interleaved(readers, options.repeats, device)
     rows = [
         "| | weights | peak while loading | tokens/s, batch 1 | prompt tokens/s |",
         "| --- | --- | --- | --- | --- |",
@@ -147,7 +147,7 @@ def main() -> None:
         f"{num_parameters(config):,} parameters, prompt of {options.prompt} tokens, {options.tokens} tokens behind it, "
     )
     about += f"{options.threads} threads; medians of {options.repeats}, taken in turns."
-    report(f"generate-{options.size}", "\n".join([about, "", *rows]), numbers)
+    report(f"generate-{options.size}-{options.device}", "\n".join([about, "", *rows]), numbers)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from measure import report
 
 from data.quickstart_corpus import read_standard_library
 from data.tokenizer import train_tokenizer
+from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source
 from launcher.formats.gguf_export import export_gguf
 from launcher.formats.opened import Exportable
@@ -80,7 +81,7 @@ def measure(options: argparse.Namespace, size: str, folder: Path, lines: list[st
     model, tokenizer = SIZES[size], folder / "tokenizer.model"
     train_tokenizer((text for path, text in read_standard_library() if path.startswith("json/")), "bpe:1000", tokenizer)
     for into in TYPES:
-        opened = Exportable(RandomSource(model), model, BITNET, 1.0, tokenizer, None, None)
+        opened = Exportable(RandomSource(model), model, Precision.full(BITNET, model.num_layers), tokenizer, None, None)
         export_gguf(opened, folder / f"{into}.gguf", into=into, tokenizer=tokenizer)
     runs: dict[str, list[dict[str, float]]] = {into: [] for into in TYPES}
     for _ in range(options.rounds):

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from measure import report
 
-from launcher.checkpoint.writer import folder_of
+from launcher.checkpoint.folders import folder_of
 from launcher.config.file import load_config
 from launcher.config.sections import Config
 from launcher.formats.open import open_source

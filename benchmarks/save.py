@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from measure import report
 
+from launcher.checkpoint.folders import folder_of
+from launcher.checkpoint.manifest import Manifest, Precision, Progress
 from launcher.checkpoint.saver import Saver
-from launcher.checkpoint.writer import folder_of
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.contract import load_weights
@@ -49,7 +50,7 @@ def main() -> None:
         intermediate_size=options.hidden_size * 3,
     )
     with process_group(600) as ranks, tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        numbers = measure(config, ranks, Path(folder), options.rounds)
+        numbers, device = measure(config, ranks, Path(folder), options.rounds), ranks.device
     text = (
         f"{num_parameters(config) / 1e6:.0f} M parameters, {numbers['checkpoint_mb']} MB a checkpoint, "
         f"{options.rounds} interleaved rounds, medians.\n\n"
@@ -62,7 +63,25 @@ def main() -> None:
         f"A synchronous save moves {numbers['save_mb_per_second']} MB/s, a plain copy with a flush "
         f"{numbers['copy_mb_per_second']}: a ratio of {numbers['save_over_copy']}."
     )
-    report("save", text, numbers, ("torch",))
+    report(f"save-{device.type}", text, numbers, ("torch",))
+
+
+def manifest_of(step: int, config: ModelConfig, ranks: Ranks) -> Manifest:
+    return Manifest(
+        milestone=False,
+        has_moments=True,
+        step=step,
+        tokens=256 * step,
+        progress=Progress(step=step, phase=0, skipped_steps=0),
+        precision=Precision.in_16_bits(config.num_layers),
+        data_fingerprint=None,
+        spikes=None,
+        teacher=None,
+        world_size=ranks.world_size,
+        engine="fsdp2",
+        zero_stage=None,
+        provenance=None,
+    )
 
 
 def measure(config: ModelConfig, ranks: Ranks, folder: Path, rounds: int) -> dict[str, float]:
@@ -88,7 +107,7 @@ def measure(config: ModelConfig, ranks: Ranks, folder: Path, rounds: int) -> dic
         return time.perf_counter() - began
 
     savers = {
-        asynchronous: Saver(folder, ranks, keep_last=0, asynchronous=asynchronous, say=print)
+        asynchronous: Saver(folder, ranks, tokenizer=None, keep_last=0, asynchronous=asynchronous, say=print)
         for asynchronous in (True, False)
     }
     stalls: dict[bool, list[float]] = {True: [], False: []}
@@ -97,7 +116,7 @@ def measure(config: ModelConfig, ranks: Ranks, folder: Path, rounds: int) -> dic
         for asynchronous, saver in savers.items():
             alone += [step() for _ in range(STEPS_BETWEEN)]
             began = time.perf_counter()
-            saver.save(engine, counters={"step": number}, config_text="", milestone=False, must=True)
+            saver.save(engine, manifest=manifest_of(number, config, ranks), config_text="", must=True)
             stall = time.perf_counter() - began
             if asynchronous:
                 while_writing.append(step())

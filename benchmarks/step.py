@@ -13,15 +13,44 @@ from pathlib import Path
 
 import torch
 from measure import interleaved, report, table
+from torch import nn
 
 from launcher.config.file import load_config
+from launcher.config.sections import Config
 from launcher.engine.adamw import build_adamw, parameter_groups
-from model.init import initialize_
 from model.transformer import Transformer
 from quant.config import QuantConfig
 from quant.linear import quantize_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def step_of(config: Config, dtype: str, device: torch.device, *, ternary: bool, compiled: bool) -> Callable[[], None]:
+    """A training step of a model of its own, which has run three times."""
+    shape = config.training.micro_batch_sequences, config.data.sequence_length
+    tokens = torch.randint(0, config.model.vocab_size, shape, device=device)
+    labels = tokens.roll(-1, 1)
+    with device:
+        model = Transformer(config.model).to(DTYPES[dtype])
+    for parameter in model.parameters():  # on the device: `initialize_` takes a minute for a billion
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+    if ternary:
+        quantize_(model, QuantConfig())
+    if compiled:
+        for block in model.model.layers:
+            block.compile()
+    named = ((name, parameter.ndim, parameter) for name, parameter in model.named_parameters())
+    optimizer = build_adamw(parameter_groups(named, config.optimizer), config.optimizer, fused=True)
+
+    def step() -> None:
+        model(tokens, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    return step
 
 
 def main() -> None:
@@ -34,34 +63,9 @@ def main() -> None:
     config = load_config(options.config, options.overrides)
     dtype = options.dtype or config.training.compute_dtype
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch, length = config.training.micro_batch_sequences, config.data.sequence_length
-    tokens = torch.randint(0, config.model.vocab_size, (batch, length), device=device)
-    labels = tokens.roll(-1, 1)
-
-    def step_of(*, ternary: bool, compiled: bool) -> Callable[[], None]:
-        model = Transformer(config.model)
-        initialize_(model, 0)
-        model = model.to(device=device, dtype=DTYPES[dtype])
-        if ternary:
-            quantize_(model, QuantConfig())
-        if compiled:
-            for block in model.model.layers:
-                block.compile()
-        named = ((name, parameter.ndim, parameter) for name, parameter in model.named_parameters())
-        optimizer = build_adamw(parameter_groups(named, config.optimizer), config.optimizer, fused=True)
-
-        def step() -> None:
-            model(tokens, labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for _ in range(3):
-            step()
-        return step
-
     variants = {
         f"{'ternary' if ternary else '16-bit'}, {'compiled' if compiled else 'eager'}": step_of(
-            ternary=ternary, compiled=compiled
+            config, dtype, device, ternary=ternary, compiled=compiled
         )
         for compiled in (False, True)
         for ternary in (False, True)
@@ -72,11 +76,13 @@ def main() -> None:
         mode: round(medians[f"ternary, {mode}"] / medians[f"16-bit, {mode}"], 3) for mode in ("eager", "compiled")
     }
     text = (
-        f"One step of {config.run.name}'s model on {batch} x {length} tokens in {dtype}, {options.repeats} rounds.\n\n"
+        f"One step of {config.run.name}'s model on {config.training.micro_batch_sequences} x "
+        f"{config.data.sequence_length} tokens in {dtype}, {options.repeats} rounds.\n\n"
         + table(seconds, "16-bit, eager")
         + f"\n\nTernary over 16-bit: {ratios['eager']:.2f} eager, {ratios['compiled']:.2f} compiled."
     )
-    report(f"step-{device.type}-{dtype}", text, {"median_seconds": medians, "ternary_over_16_bit": ratios})
+    numbers = {"median_seconds": medians, "ternary_over_16_bit": ratios}
+    report(f"step-{config.run.name}-{device.type}-{dtype}", text, numbers)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
-from data.tokenizer_json import bpe_problem
+from data.tokenizer_json import bpe_problem, read_model
 
+ONLY_SENTENCEPIECE = "GGUF files are written with SentencePiece tokenizers; this one is of the `tokenizers` library"
 UNUSED = 5
 """Kind of a row of the embedding that no text leads to. The kinds are numbered as in SentencePiece."""
 
@@ -31,14 +32,10 @@ def gguf_vocabulary(path: Path, num_rows: int) -> dict[str, str | int | bool | l
     tokenizer = load_tokenizer(path)
     path = tokenizer.path
     if path.suffix != ".model":
-        raise DataError(
-            f"{path}: GGUF files are written with SentencePiece tokenizers; this one is of the `tokenizers` library"
-        )
+        raise DataError(f"{path}: {ONLY_SENTENCEPIECE}")
     if tokenizer.vocab_size > num_rows:
         raise DataError(f"{path}: has {tokenizer.vocab_size} tokens, and the model only {num_rows}; name its own")
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
+    model = read_model(path)
     if problem := bpe_problem(model):
         raise DataError(f"{path}: {problem}; llama.cpp tokenizes as SentencePiece BPE with byte fallback does")
     missing = range(len(model.pieces), num_rows)

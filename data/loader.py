@@ -15,9 +15,8 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.config import DataConfig, PrepareConfig
 from data.errors import DataError
 from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, TOKEN_BYTES, TRAIN, VALIDATION
-from data.shards import PrepareConfig, prepare
+from data.shards import prepare
 from data.sources import OpenSource, local_leader_first, one_start_at_a_time, open_sources
-from data.strict import STRICT
 from data.torchvision_repair import repair_torchvision
 
 __all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData", "token_bytes", "validation_rows"]
@@ -42,66 +41,6 @@ IGNORED_LABEL = -100
 ORDER_VERSION = 1
 SHUFFLE_ALGORITHM = "py1e"
 PREFETCHED_BATCHES = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which prepared folders are trained and validated on, and in what order."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    sources: tuple[Source, ...]
-    """The prepared folders to mix."""
-
-    sequence_length: int
-    """Tokens of one sequence, as the folders were prepared with."""
-
-    prepare: PrepareConfig | None = None
-    """How to make the folder of the only source when it is not there yet."""
-
-    validation_rows: int = 256
-    """At most this many held-out sequences are read in one evaluation, the same ones each time."""
-
-    shuffle: bool = True
-    """Whether rows come in a random order, another one in each epoch; if not, in that of the text, source by source."""
-
-    shuffle_seed: int = 0
-    """Seed of that order, and of the choice of rows from a source that gives only a part."""
-
-    shuffle_block_rows: int = 1 << 18
-    """Rows move at most about this far, so that few shards are needed at a time."""
-
-    canonical_nodes: int = 1
-    """Parts into which an epoch is cut for nodes to download. Fixed for a run; the number of nodes must divide it, or
-    be divided by it. With 1 every node downloads every shard."""
-
-    workers: int = 1
-    """Processes per rank that read ahead; 0 reads in the training process."""
-
-    cache: str | None = None
-    """Folder on each node's own disk for the shards of remote sources; one folder for one run."""
-
-    def __post_init__(self) -> None:
-        problems: dict[str, str] = {}
-        if not self.sources:
-            problems["sources"] = "is empty; name at least one prepared folder"
-        paths = [source.path for source in self.sources]
-        if repeated := sorted({path for path in paths if paths.count(path) > 1}):
-            problems["sources"] = f"names {', '.join(repeated)} more than once; add the weights instead"
-        if self.prepare and len(self.sources) != 1:
-            problems["prepare"] = f"makes the folder of one source, here are {len(self.sources)}; prepare them before"
-        if self.prepare and any(source.is_remote for source in self.sources):
-            problems["prepare"] = "makes a folder, and the source is a URL; prepare it before and copy it there"
-        if self.cache is None and any(source.is_remote for source in self.sources):
-            problems["cache"] = "is needed for a remote source; name a folder on each node's own disk"
-        for name, least in {
-            "sequence_length": 1, "validation_rows": 0, "shuffle_seed": 0, "shuffle_block_rows": 2,
-            "canonical_nodes": 1, "workers": 0,
-        }.items():  # fmt: skip
-            if getattr(self, name) < least:
-                problems[name] = f"{getattr(self, name)} is too small; {least} is the least"
-        if problems:
-            raise ValueError(problems)
 
 
 class TrainingData:

@@ -74,6 +74,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def fit_problem(path: str, manifest: dict[str, Any], sequence_length: int, vocab_size: int) -> str | None:
+    """Why a prepared folder is not for a model; None if it is.
+
+    Args:
+        path: of the folder.
+        manifest: of the folder.
+        sequence_length: tokens of a sequence, as the configuration has it.
+        vocab_size: of the model.
+    """
+    if manifest["sequence_length"] != sequence_length:
+        return (
+            f"{path}: was prepared with sequence_length {manifest['sequence_length']}, the configuration says "
+            f"{sequence_length}; set data.sequence_length to the former or prepare the text again"
+        )
+    if manifest["vocab_size"] > vocab_size:
+        return (
+            f"{path}: its tokenizer has {manifest['vocab_size']} tokens, the model's vocabulary {vocab_size}; set "
+            f"model.vocab_size to {manifest['vocab_size']} or more"
+        )
+    return None
+
+
 def read_index(folder: Path) -> list[dict[str, Any]]:
     """Return the shards of a split's folder, each as MDS describes it.
 

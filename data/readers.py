@@ -9,6 +9,7 @@ An input is one of:
 | `FILE.parquet` | the column `text`, row by row |
 | `FOLDER` | every file of these kinds in it, recursively, in the order of their paths |
 | `hf:NAME[:CONFIG]:SPLIT` | the column `text` of a data set that `datasets` can stream |
+| `hf:NAME[:CONFIG]:SPLIT[:N]` | its first N rows: the brackets are written, as in `hf:NAME:train[:1000]` |
 | `python-stdlib` | the source files of Python's standard library |
 
 Everything is read as a stream, in a fixed order, and nothing is guessed: what cannot be read is an error that names the
@@ -17,8 +18,10 @@ file and the line. Empty documents are left out.
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,6 +61,18 @@ def read_documents(inputs: Sequence[str]) -> Iterator[Document]:
             yield document
     if is_empty:
         raise DataError(f"{', '.join(inputs)}: no text in there")
+
+
+def check_input(source: str) -> None:
+    """Make sure that an input is there and of a known kind, without reading it; a hub's data set is not looked up.
+
+    Raises:
+        DataError: it is not.
+    """
+    if source.startswith(HF_PREFIX):
+        _split_hub_name(source)
+    elif source != quickstart_corpus.NAME:
+        _find_files(Path(source))
 
 
 def _read_input(source: str) -> Iterator[Document]:
@@ -209,19 +224,31 @@ def _read_parquet(path: Path) -> Iterator[Document]:
 
 def _read_hugging_face(source: str) -> Iterator[Document]:
     """Stream `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`; NAME may be a folder of data files."""
-    parts = source.removeprefix(HF_PREFIX).split(":")
-    if len(parts) not in (2, 3) or not all(parts):
-        raise DataError(f"{source}: a data set is named {HF_PREFIX}NAME:SPLIT or {HF_PREFIX}NAME:CONFIG:SPLIT")
+    (name, *config, split), num_rows = _split_hub_name(source)
     import datasets
 
-    name, *config, split = parts
     try:
         rows = datasets.load_dataset(name, *config, split=split, streaming=True)
     except Exception as error:  # the hub, the network and the builder each have their own kinds
         raise DataError(f"{source}: `datasets` cannot open it ({type(error).__name__}: {error})") from error
-    for number, record in enumerate(rows, start=1):
+    for number, record in enumerate(islice(rows, num_rows), start=1):
         origin = f"{source}:{number}"
         yield Document(_text_of(record, origin), origin)
+
+
+def _split_hub_name(source: str) -> tuple[list[str], int | None]:
+    """The name, the configuration if there is one, and the split; and how many rows are wanted, None for all.
+
+    `datasets` cannot stream a part of a split, so the number in brackets is not passed on to it.
+    """
+    name, bracket, number = source.removeprefix(HF_PREFIX).partition("[:")
+    parts = name.split(":")
+    if len(parts) not in (2, 3) or not all(parts) or (bracket and not re.fullmatch(r"[1-9]\d*\]", number)):
+        raise DataError(
+            f"{source}: a data set is named {HF_PREFIX}NAME:SPLIT or {HF_PREFIX}NAME:CONFIG:SPLIT; SPLIT[:1000] is its "
+            "first 1000 rows"
+        )
+    return parts, int(number[:-1]) if bracket else None
 
 
 READERS: dict[str, Callable[[Path], Iterator[Document]]] = {

@@ -14,17 +14,17 @@ import hashlib
 import heapq
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
+from data.config import TRAINED_SPEC, PrepareConfig
 from data.encoding import Chunk, gather_chunks, token_type, tokenize
 from data.errors import DataError
 from data.prepared import (
@@ -39,52 +39,12 @@ from data.prepared import (
     open_prepared,
 )
 from data.readers import Document, read_documents
-from data.strict import STRICT
-from data.tokenizer import TRAINED_SPEC, Tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.torchvision_repair import repair_torchvision
 
 TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
 TRAINING_SCAN_BYTES = 1_000_000_000  # where to stop looking for that sample
 SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and one that is all there is gives enough
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """What text becomes token shards, and how."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    inputs: tuple[str, ...]
-    """Files, folders, `hf:NAME[:CONFIG]:SPLIT` or `python-stdlib`."""
-
-    tokenizer: str
-    """A SentencePiece `.model`, a `tokenizer.json`, or `bpe:VOCAB` / `unigram:VOCAB` to train one on the inputs."""
-
-    validation_fraction: float = 0.0
-    """Share of the documents that is held out; which ones depends on their text alone, so equal texts stay together."""
-
-    validation_inputs: tuple[str, ...] = ()
-    """Inputs that are held out as a whole, instead of a fraction."""
-
-    workers: int = 1
-    """Processes that tokenize. The result is the same for any number."""
-
-    def __post_init__(self) -> None:
-        problems: dict[str, str] = {}
-        if not self.inputs:
-            problems["inputs"] = "is empty; name at least one file, folder, hf: data set or python-stdlib"
-        if re.match("(bpe|unigram):", self.tokenizer) and not TRAINED_SPEC.fullmatch(self.tokenizer):
-            problems["tokenizer"] = f"{self.tokenizer!r} lacks the vocabulary's size; bpe:32000 would be right"
-        if not self.tokenizer:
-            problems["tokenizer"] = "is empty; give a tokenizer's file, bpe:VOCAB or unigram:VOCAB"
-        if not 0 <= self.validation_fraction < 1:
-            problems["validation_fraction"] = f"{self.validation_fraction} is not a share from 0 up to but without 1"
-        if self.validation_inputs and self.validation_fraction:
-            problems["validation_inputs"] = "and validation_fraction exclude each other; leave one of them out"
-        if self.workers < 1:
-            problems["workers"] = f"{self.workers} is too few; 1 tokenizes in this process"
-        if problems:
-            raise ValueError(problems)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from data.prepared import (
     SHARD_HASH,
     TOKEN_BYTES,
     TRAIN,
+    fit_problem,
     open_prepared,
     read_index,
     read_manifest,
@@ -106,7 +106,8 @@ def one_start_at_a_time(rank: int, world_size: int) -> Iterator[None]:
     if world_size != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         yield
         return
-    with Path(tempfile.gettempdir(), f"tritrain-{os.getuid()}.lock").open("w") as lock:
+    # Beside the segments, not in the temporary folder: schedulers give each job one of its own.
+    with Path("/dev/shm", f"tritrain-{os.getuid()}.lock").open("w") as lock:
         if is_local_leader(rank):
             fcntl.flock(lock, fcntl.LOCK_EX)
         if dist.is_initialized():
@@ -129,16 +130,8 @@ def open_sources(
     first = opened[0]
     for source in opened:
         path, manifest = source.source.path, source.manifest
-        if manifest["sequence_length"] != sequence_length:
-            raise DataError(
-                f"{path}: was prepared with sequence_length {manifest['sequence_length']}, the configuration says "
-                f"{sequence_length}; set data.sequence_length to the former or prepare the text again"
-            )
-        if manifest["vocab_size"] > vocab_size:
-            raise DataError(
-                f"{path}: its tokenizer has {manifest['vocab_size']} tokens, the model's vocabulary {vocab_size}; set "
-                f"model.vocab_size to {manifest['vocab_size']} or more"
-            )
+        if problem := fit_problem(path, manifest, sequence_length, vocab_size):
+            raise DataError(problem)
         if manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
             raise DataError(
                 f"{path}: was prepared with another tokenizer than {first.source.path}; prepare it again with "

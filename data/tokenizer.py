@@ -19,15 +19,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data.config import TRAINED_SPEC
 from data.errors import DataError
 
 END_OF_DOCUMENT_NAMES = (
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|end▁of▁sentence|>",
 )  # fmt: skip
 """Names under which published tokenizers keep the token that ends a document, most common first."""
-
-TRAINED_SPEC = re.compile(r"(bpe|unigram):([1-9][0-9]*)")
-"""A tokenizer that is yet to be trained: its algorithm and the size of its vocabulary."""
 
 NUM_TRAINING_THREADS = 4  # part of the result for unigram, whose sums depend on how the text was divided
 MAX_TRAINING_LINE_CHARS = 4000

@@ -26,6 +26,7 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 """Kinds of pieces, as numbered in SentencePiece's `sentencepiece_model.proto`."""
 BPE = 2
 """Its model type, likewise."""
+UNIGRAM = "is a unigram model, whose choices other libraries do not make exactly"
 ADVICE = "; leave the tokenizer out (--no-tokenizer) and encode with SentencePiece"
 
 
@@ -86,9 +87,7 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
     Raises:
         DataError: it is another kind of model, or does what cannot be expressed.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
+    proto = read_model(path)
     if problem := bpe_problem(proto):
         raise DataError(f"{path}: {problem}; SentencePiece BPE with byte fallback is exported exactly{ADVICE}")
     normalizer = proto.normalizer_spec
@@ -132,11 +131,23 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
     }
 
 
+def read_model(path: Path) -> Any:
+    """The protocol buffer that a SentencePiece model's file holds."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
+
+
+def sentencepiece_problem(path: Path) -> str | None:
+    """Why other libraries do not tokenize exactly as a SentencePiece model's file says; None if they do."""
+    return bpe_problem(read_model(path))
+
+
 def bpe_problem(proto: Any) -> str | None:
     """Why a SentencePiece model does more than merge pairs by score and fall back to bytes; None if it does not."""
     normalizer = proto.normalizer_spec
     if proto.trainer_spec.model_type != BPE:
-        return "is a unigram model, whose choices other libraries do not make exactly"
+        return UNIGRAM
     if sum(piece.type == BYTE for piece in proto.pieces) != 256:
         return "has no pieces for the 256 bytes, so that it loses characters"
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:

@@ -117,6 +117,12 @@ def load_rows(task: Task, task_data: Path | None) -> list[dict[str, Any]]:
     return [olmo_row(task.name, row) for row in rows]
 
 
+def missing_files(tasks: Iterable[Task], folder: Path) -> list[str]:
+    """Names of the files that a mirror lacks for these tasks."""
+    names = [f"{task.name}_{task.split}.jsonl" for task in tasks]
+    return [name for name in names if not (folder / name).is_file()]
+
+
 def rows_of_file(path: Path) -> list[dict[str, Any]]:
     """Read a mirror of one split.
 

@@ -1,4 +1,7 @@
-"""The `tritrain` command."""
+"""The `tritrain` command: each function is a command, and its parameters are the arguments and options.
+
+What a command needs is imported in it, so that `--help` and mistakes are answered at once.
+"""
 
 import json
 import sys
@@ -7,25 +10,58 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from launcher.errors import report_error
+from launcher.config.transition import OptimizerChoice
+from launcher.errors import ConfigError, report_error
+from launcher.formats.choices import (
+    BlockType,
+    ConvertFormat,
+    Dtype,
+    EmbeddingType,
+    ExportFormat,
+    ExportWeights,
+    LinearClass,
+)
 from launcher.process.console import Console
-from launcher.process.torchrun import become_ranks, become_run, default_ranks
+from launcher.process.torchrun import JobLauncher, Launcher, become_ranks, become_run, default_ranks
 
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Pretrain language models in 16 bits and finish them in 1.58 bits.",
 )
 
 
-ConfigPath = Annotated[Path, typer.Argument(help="Configuration, a YAML file.", show_default=False)]
+ConfigPath = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value: override one key.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Override keys of the configuration: key.sub=value.", show_default=False)
+]
 
 
-RanksOption = Annotated[int | None, typer.Option("--ranks", min=1, help="Processes; by default the GPUs, or one.")]
+RanksOption = Annotated[
+    int | None, typer.Option("--ranks", min=1, help="Number of processes; default: one per GPU, or one.")
+]
+
+
+def show_version(asked: bool) -> None:
+    """Print the version, and end."""
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"tritrain {version('tritrain')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options that need no command."""
 
 
 def main() -> None:
@@ -41,25 +77,18 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     ranks: RanksOption = None,
-    launcher: Annotated[str, typer.Option("--with", help="torchrun or deepspeed")] = "torchrun",
+    launcher: Annotated[Launcher, typer.Option("--with", help="Program that starts the processes.")] = "torchrun",
 ) -> None:
-    """Start a run on this machine, or go on with it."""
-    from launcher.config.file import load_config
-    from launcher.errors import ConfigError
-    from launcher.plan.plan import make_plan
-    from launcher.report.ending import show_next
-    from launcher.run.folder import RunFolder, check_place
+    """Train on this machine; start a run or resume it."""
+    from launcher.commands.train import check_start
 
-    if launcher not in ("torchrun", "deepspeed"):
-        raise ConfigError(f"--with {launcher}: torchrun and deepspeed are there")
-    parsed = load_config(config, overrides or ())
     num_ranks = ranks or default_ranks()
-    plan = make_plan(parsed, num_ranks)
-    check_place(config, overrides or (), parsed)
-    folder, console = RunFolder(parsed), Console(silent=False)
-    folder.check_configuration()
+    folder, plan = check_start(config, overrides or (), num_ranks)
     if folder.read_state().get("status") == "complete":
-        console.line(f"The run {parsed.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
+        console = Console(silent=False)
+        console.line(f"The run {plan.config.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
+        from launcher.report.ending import show_next
+
         show_next(folder, console)
         return
     become_run(launcher, config, overrides or [], num_ranks)
@@ -69,15 +98,17 @@ def train(
 def submit(
     config: ConfigPath,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="By default the site's; one rank each.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="By default the GPUs, or one.")] = None,
-    site: Annotated[Path | None, typer.Option(help="What your cluster needs; by default $TRITRAIN_SITE.")] = None,
-    launcher: Annotated[str, typer.Option("--with", help="torchrun, srun or deepspeed")] = "torchrun",
-    time: Annotated[str | None, typer.Option(help="Time limit; by default the site's.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script, and submit nothing.")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of a node; default: the site's.")] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes of a node; default: one per GPU, or one.")
+    ] = None,
+    site: Annotated[Path | None, typer.Option(help="Settings of your cluster (YAML); default: $TRITRAIN_SITE.")] = None,
+    launcher: Annotated[JobLauncher, typer.Option("--with", help="Program that starts the processes.")] = "torchrun",
+    time: Annotated[str | None, typer.Option(help="Time limit of the job; default: the site's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script and submit nothing.")] = False,
 ) -> None:
-    """Queue a run as a job of Slurm that goes on until the run is complete."""
+    """Submit a run to Slurm; the job queues itself again until the run is complete."""
     from launcher.config.file import load_config
     from launcher.run.folder import check_place
     from launcher.slurm.cluster import load_site
@@ -95,7 +126,7 @@ def submit(
         return
     job, folder = submit_job(parsed, cluster, request)
     console.line(f"Submitted: job {job}, in {folder}")
-    console.line(f"Save and end it: touch {parsed.run.path}/stop")
+    console.line(f"To save and stop it: touch {parsed.run.path}/stop")
 
 
 @app.command()
@@ -104,30 +135,35 @@ def plan(
     overrides: Overrides = None,
     ranks: RanksOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="GPU to estimate hours for, such as H100; default: this one.")] = None,
+    utilization: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of its peak that is reached.")] = 0.4,
 ) -> None:
-    """Say what a run would do, without doing it."""
+    """Show what a run would do and need: sizes, memory, time, disk, exports, missing files. Trains nothing."""
     from launcher.config.file import load_config
+    from launcher.plan.gpus import gpu_of_this_machine, named_gpu
     from launcher.plan.plan import make_plan
     from launcher.plan.table import show_plan
 
     resolved = make_plan(load_config(config, overrides or ()), ranks or default_ranks())
-    show_plan(resolved, Console(silent=False), as_json=as_json)
+    device = named_gpu(gpu) if gpu else gpu_of_this_machine()
+    show_plan(resolved, Console(silent=False), as_json=as_json, gpu=device, utilization=utilization)
 
 
 @app.command()
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
-    out: Annotated[str, typer.Option(help="Folder to make.")],
-    tokenizer: Annotated[str, typer.Option(help="A tokenizer's file, bpe:VOCAB or unigram:VOCAB.")],
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 2048,
-    validation_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.0,
-    validation_input: Annotated[list[str] | None, typer.Option(help="Input that is held out as a whole.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+    out: Annotated[str, typer.Option(help="Folder to create.")],
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer file; bpe:VOCAB or unigram:VOCAB trains one.")],
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
+    validation_fraction: Annotated[float, typer.Option(help="Fraction of the documents to hold out.")] = 0.0,
+    validation_input: Annotated[
+        list[str] | None, typer.Option(help="Hold out this whole input; may be repeated.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of tokenizing processes.")] = 1,
 ) -> None:
-    """Turn text into token shards."""
+    """Tokenize text into shards for training."""
     from data.shards import PrepareConfig
     from launcher.commands.prepare import prepare_with_progress
-    from launcher.errors import ConfigError
 
     try:
         config = PrepareConfig(
@@ -141,22 +177,31 @@ def prepare(
         raise ConfigError("\n".join(f"{key}: {problem}" for key, problem in error.args[0].items())) from error
     console = Console(silent=False)
     prepare_with_progress(config, sequence_length, local_target(out, "--out"), console)
-    console.line(f"{out} is ready: name it in data.sources, with data.sequence_length {sequence_length}")
+    console.line(f"{out} is ready. List it in data.sources, with data.sequence_length: {sequence_length}")
 
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint or run of ours, DeepSpeed's or Hugging Face's folder.")],
-    to: Annotated[str, typer.Option(help="Folder to make: of a run, or of the other format.")],
+    source: Annotated[str, typer.Argument(help="Tritrain checkpoint or run, DeepSpeed or Hugging Face folder.")],
+    to: Annotated[str, typer.Option(help="Folder to create.")],
     overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option(help="Configuration of the run (or just of the model).")] = None,
-    into: Annotated[str, typer.Option("--format", help="run, universal (DeepSpeed) or hf (16 bits).")] = "run",
-    phase: Annotated[int | None, typer.Option(help="Phase to begin in; by default the one that begins there.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="keep, reset, keep-variance or rescale.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="hf: bf16 (default) or fp32.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say for every tensor what will happen.")] = False,
+    config: Annotated[Path | None, typer.Option(help="Configuration of the run, or of the model alone.")] = None,
+    into: Annotated[
+        ConvertFormat,
+        typer.Option("--format", help="Tritrain run, DeepSpeed universal checkpoint, or Hugging Face folder."),
+    ] = "run",
+    phase: Annotated[
+        int | None, typer.Option(help="run: index of the phase to begin in; default: the one at the checkpoint's step.")
+    ] = None,
+    optimizer: Annotated[
+        OptimizerChoice | None, typer.Option(help="run: what happens to Adam's state; default: as configured.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="hf: dtype of the weights; default: bf16.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would happen to each tensor; write nothing.")
+    ] = False,
 ) -> None:
-    """Turn a checkpoint into a run that begins with it, or into another format. Needs no GPU."""
+    """Convert a checkpoint into a new run or another format. Needs no GPU."""
     from launcher.commands.convert import convert_checkpoint
 
     convert_checkpoint(
@@ -174,13 +219,12 @@ def convert(
 
 
 def local_target(text: str, option: str) -> Path:
-    """Where a command is to write.
+    """The path that a command writes to.
 
     Raises:
-        ConfigError: a path would be something else than was meant: a folder named `s3:` or `~`.
+        ConfigError: the path would be a folder named `s3:` or `~`, which nobody means.
     """
     from launcher.config.rules import local_problem
-    from launcher.errors import ConfigError
 
     if problem := local_problem(text):
         raise ConfigError(f"{option}: {problem}")
@@ -189,27 +233,34 @@ def local_target(text: str, option: str) -> Path:
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or a run, of which the newest is taken.")],
-    to: Annotated[str, typer.Option(help="What to make; must not be there yet.")],
-    into: Annotated[str, typer.Option("--format", help="hf (16 bits), hf-ternary (packed codes) or gguf.")],
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint, or run (its newest checkpoint).")],
+    to: Annotated[str, typer.Option(help="Folder or file to create.")],
+    into: Annotated[
+        ExportFormat, typer.Option("--format", help="Hugging Face in 16 bits, or with packed codes; or a GGUF file.")
+    ],
     weights: Annotated[
-        str | None, typer.Option(help="hf, of a ternary phase: latent (to train on) or dequantized (to run).")
+        ExportWeights | None,
+        typer.Option(help="hf, from a ternary phase: latent weights (to train on) or dequantized ones (to run)."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default what the run computes in.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="hf, hf-ternary: dtype of the weights; default: the run's.")
+    ] = None,
     linear_class: Annotated[
-        str | None,
-        typer.Option(help="hf-ternary: bitlinear (default; integer products) or autobitlinear (faster, more memory)."),
+        LinearClass | None,
+        typer.Option(help="hf-ternary: bitlinear (default) multiplies integers; autobitlinear is faster and larger."),
     ] = None,
     block_type: Annotated[
-        str | None, typer.Option("--type", help="gguf: tq2_0 (default), tq1_0 (smaller, slower), q8_0 or f16.")
+        BlockType | None,
+        typer.Option("--type", help="gguf: type of the projections; tq2_0 (default), or tq1_0: smaller, slower."),
     ] = None,
     embeddings: Annotated[
-        str | None, typer.Option(help="gguf: q8_0 or f16, of embedding and head; by default f16 beside f16, else q8_0.")
+        EmbeddingType | None,
+        typer.Option(help="gguf: type of embedding and head; default: f16 with --type f16, else q8_0."),
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Its file; by default that of the run's data.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer file; default: the run's.")] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
 ) -> None:
-    """Write a model for other programs to run. Needs no GPU."""
+    """Export a model for Transformers or llama.cpp. Needs no GPU."""
     from launcher.commands.export import ExportOptions, export_checkpoint
 
     options = ExportOptions(
@@ -227,36 +278,34 @@ def export(
 
 @app.command()
 def verify(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints of ours, or runs: folders or URLs.")],
+    checkpoints: Annotated[list[str], typer.Argument(help="Folders or URLs of Tritrain checkpoints or runs.")],
 ) -> None:
-    """Read every byte of checkpoints and say which tensors of which files are damaged."""
+    """Read every byte of checkpoints and report damaged tensors. Exits with 1 if there are any."""
     from launcher.commands.verify import show_damage
 
     sys.exit(show_damage(checkpoints, Console(silent=False)))
 
 
-ModelPath = Annotated[str, typer.Argument(help="A checkpoint or run of ours, or a Hugging Face folder.")]
+ModelPath = Annotated[str, typer.Argument(help="Tritrain checkpoint or run, or Hugging Face folder.")]
 
 
-TokenizerOption = Annotated[str | None, typer.Option(help="Its tokenizer, where that is not found beside it.")]
+TokenizerOption = Annotated[str | None, typer.Option(help="Tokenizer file, if the model has none.")]
 
 
 @app.command("eval")
 def evaluate(
     model: ModelPath,
-    tasks: Annotated[
-        str, typer.Option(help="Names with commas: paper11, paper11-harness, or single tasks.")
-    ] = "paper11",
+    tasks: Annotated[str, typer.Option(help="Comma-separated: paper11, paper11-harness, or single tasks.")] = "paper11",
     task_data: Annotated[
-        Path | None, typer.Option(help="Folder of JSON lines; by default the hub's data sets.")
+        Path | None, typer.Option(help="Folder of JSON lines; default: data sets from the hub.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="So many examples of each task, its first.")] = None,
-    out: Annotated[str | None, typer.Option(help="File of results; by default scores.json in the run.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="All checkpoints of a run, not just the newest.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N examples of each task.")] = None,
+    out: Annotated[str | None, typer.Option(help="File of results; default: scores.json in the run.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Score all checkpoints of a run, not just the newest.")] = False,
     tokenizer: TokenizerOption = None,
     ranks: RanksOption = None,
 ) -> None:
-    """Let a model do the tasks that compare answers."""
+    """Score a model on multiple-choice benchmarks."""
     from launcher.inference.measure import Evaluation, check_tasks
     from launcher.inference.sharded import locations_of
 
@@ -271,23 +320,25 @@ def evaluate(
 @app.command()
 def perplexity(
     model: ModelPath,
-    files: Annotated[list[str], typer.Argument(help="Text, JSON lines or folders, as `prepare` reads them.")],
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens that windows move by; by default a window.")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Tokens of a window; by default all that fit.")] = None,
+    files: Annotated[list[str], typer.Argument(help="Text files, JSON lines or folders, as for prepare.")],
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between the starts of two windows; default: a window.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Tokens in a window; default: the model's context.")] = None,
     documents: Annotated[
-        bool, typer.Option("--documents/--stream", help="Each document by itself, or all as one stream.")
+        bool, typer.Option("--documents/--stream", help="Measure each document by itself, or all as one stream.")
     ] = True,
     tokenizer: TokenizerOption = None,
     ranks: RanksOption = None,
 ) -> None:
-    """Measure a model on text, in bits per byte and in perplexity."""
+    """Measure a model on text, in bits per byte and perplexity."""
     from launcher.inference.measure import TextMeasurement
 
     measure(TextMeasurement(model, files, window, stride, documents, tokenizer), ranks)
 
 
 def measure(asked: Any, ranks: int | None) -> NoReturn:
-    """Run a measurement here, or become the launcher of as many ranks."""
+    """Run a measurement in this process, or become the launcher of several ranks."""
     from dataclasses import asdict
 
     from launcher.inference.measure import run
@@ -300,41 +351,44 @@ def measure(asked: Any, ranks: int | None) -> NoReturn:
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A checkpoint or run of ours, or a Hugging Face folder.")],
+    model: ModelPath,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(max=1.0, help="Keep the likeliest tokens of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32, of what is not ternary.")] = "bf16",
-    packed: Annotated[bool | None, typer.Option("--packed/--latent", help="Default: packed if ternary.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Its file, where it is not found.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
+    ] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(max=1.0, help="Sample from the likeliest tokens of this total probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="dtype of weights that are not ternary.")] = "bf16",
+    packed: Annotated[
+        bool | None,
+        typer.Option("--packed/--latent", help="Packed codes, or latent weights; default: packed if ternary."),
+    ] = None,
+    tokenizer: TokenizerOption = None,
 ) -> None:
-    """Let a model continue a text, on the GPU where there is one; the text goes to stdout as it comes."""
+    """Continue a text, on the GPU if there is one. The text is printed as it is generated."""
     from launcher.engine.build import COMPUTE_DTYPES
-    from launcher.errors import ConfigError
     from launcher.inference.generate import write_text
 
-    if dtype not in COMPUTE_DTYPES:
-        raise ConfigError(f"--dtype {dtype}: {' and '.join(COMPUTE_DTYPES)} are there")
     if top_p <= 0:
-        raise ConfigError(f"--top-p {top_p}: must be above 0")
+        raise ConfigError(f"--top-p: is {top_p}; must be above 0")
     choice = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     write_text(model, prompt, dtype=COMPUTE_DTYPES[dtype], packed=packed, tokenizer=tokenizer, **choice)
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, side by side.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="HTML file to write; .png draws the loss curve of one run.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="HTML file to write; a .png holds the loss curve of one run.")],
 ) -> None:
-    """Write tables and plots to look at."""
-    from launcher.errors import ConfigError
+    """Write an HTML report with tables and plots."""
     from launcher.report.page import write_picture, write_report
 
     if out.suffix == ".png":
         if len(runs) > 1:
-            raise ConfigError(f"--out {out}: a picture shows one run, and here are {len(runs)}; name an HTML file")
+            raise ConfigError(f"--out {out}: a picture shows one run, not {len(runs)}; name an HTML file")
         write_picture(runs[0], out)
     else:
         write_report(runs, out)
@@ -343,11 +397,11 @@ def report(
 
 @app.command()
 def status(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold some.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that contain runs.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    watch: Annotated[float | None, typer.Option(min=0.1, help="Look again every so many seconds.")] = None,
+    watch: Annotated[float | None, typer.Option(min=0.1, help="Refresh every N seconds.")] = None,
 ) -> None:
-    """Say how runs stand. Exits with 1 where one has failed, is stalled or cannot be read."""
+    """Show the status of runs. Exits with 1 if one has failed, is stalled or cannot be read."""
     from launcher.report.status import show_status
 
     sys.exit(show_status(runs, as_json=as_json, watch_seconds=watch))
@@ -355,18 +409,37 @@ def status(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="Configuration that is planned.", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="Configuration to check for (YAML).", show_default=False)
+    ] = None,
     overrides: Overrides = None,
     ranks: RanksOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check this machine before a run: what would stop or slow it down. Exits with 1 where there are problems."""
+    """Check this machine for what would stop or slow down a run. Exits with 1 if there are problems."""
     from launcher.doctor import doctor as doctor_of_rank
 
     arguments = [*(["--config", str(config)] if config else []), *(["--json"] if as_json else []), *(overrides or [])]
     if (num_ranks := ranks or default_ranks()) == 1:
         sys.exit(doctor_of_rank.main(arguments))
     become_ranks(num_ranks, ["-m", "launcher.doctor", *arguments])
+
+
+@app.command()
+def init(
+    to: Annotated[Path, typer.Argument(help="YAML file to write; must not exist.", show_default=False)],
+    size: Annotated[str | None, typer.Option(help="Parameters, such as 350M.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="Number of GPUs; 0 trains on the CPU.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, such as H100; by default this machine's.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens, such as 7B; by default 20 for each parameter.")] = None,
+    data: Annotated[str | None, typer.Option(help="A prepared folder, text, or hf:NAME[:CONFIG]:SPLIT.")] = None,
+    engine: Annotated[str | None, typer.Option(help="fsdp2 (default) or deepspeed.")] = None,
+) -> None:
+    """Write a commented configuration for a model size; asks for what is not given."""
+    from launcher.commands.init import InitOptions, write_configuration
+
+    options = InitOptions(size=size, tokens=tokens, gpus=gpus, gpu=gpu, data=data, engine=engine)
+    write_configuration(to, options, Console(silent=False))
 
 
 @app.command()
@@ -383,10 +456,10 @@ def explain(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of the configuration, for editors."""
+    """Print the JSON schema of configuration files, for editors."""
     from launcher.config.file import json_schema
 
-    Console(silent=False).line(json.dumps(json_schema(), indent=2))
+    typer.echo(json.dumps(json_schema(), indent=2))
 
 
 if __name__ == "__main__":

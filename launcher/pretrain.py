@@ -23,13 +23,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data.errors import DataError
 from launcher.commands.prepare import prepare_with_progress
 from launcher.config.file import load_config
 from launcher.config.sections import Config
 from launcher.errors import USER_ERRORS, ConfigError, report_error
+from launcher.plan.inputs import missing_inputs
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.console import Console
-from launcher.process.ranks import Ranks, process_group, seed_everything
+from launcher.process.ranks import Ranks, everyones, process_group, seed_everything
 from launcher.run.folder import RunFolder, check_place, slurm_job
 from launcher.run.rollbacks import read_rollbacks
 from launcher.train import train
@@ -158,6 +160,8 @@ def run_rank(
         folder.prepare([phase.end - phase.start for phase in plan.phases])
     dist.barrier()
     write_presence(folder.ranks, ranks)
+    if problems := everyones([f"{key}: {problem}" for key, problem in missing_inputs(config).items()], ranks):
+        raise DataError("\n".join(problems))
     if config.data.prepare is not None:
         # One rank of a machine does it, with a console of its own, and the others find it done.
         source = Path(config.data.sources[0].path)

@@ -6,7 +6,7 @@ there until a step is logged. (DeepSpeed waits for its own gradient norm, inside
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch import Tensor
 from data.loader import TrainingData
 from launcher.checkpoint.load import load_state, restore_rng
 from launcher.checkpoint.location import check_writable
-from launcher.checkpoint.manifest import Progress
+from launcher.checkpoint.manifest import Manifest, Progress, precision_at
 from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections import Config
@@ -129,7 +129,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     rollbacks = read_rollbacks(folder.path)
     discard_given_up(folder, rollbacks, ranks)
     reader = newest_sound_checkpoint(folder.checkpoints, ranks, console.line)
-    at = Progress(**reader.manifest["progress"]) if reader else first_progress(plan)
+    at = replace(reader.manifest.progress) if reader else first_progress(plan)
     pulse.now("start", at.step)
     phase = plan.phases[at.phase] if at.phase >= 0 else None
     data = open_data(plan, ranks, at.step)
@@ -151,12 +151,14 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     log = None
     if ranks.is_first:
         folder.note_start(at.step, ranks.world_size)
+        folder.keep_tokenizer(data.tokenizer_path)
         log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
         closing.callback(log.close)
     meter = Meter(plan, ranks, log, console, at)
     saver = Saver(
         folder.checkpoints,
         ranks,
+        tokenizer=data.tokenizer_path,
         keep_last=config.checkpoint.keep_last,
         asynchronous=config.checkpoint.asynchronous,
         say=console.line,
@@ -206,8 +208,8 @@ def fill(
     """Fill the engine: from the run's own checkpoint, from `start_from`, or with new weights."""
     config = plan.config
     if reader is not None:
-        if "spikes" in reader.manifest:
-            guard.load(reader.manifest["spikes"])
+        if reader.manifest.spikes is not None:
+            guard.load(reader.manifest.spikes)
         check_data(reader, data.fingerprint)
         load_state(reader, engine, with_optimizer=reader.has_moments)
         restore_rng(reader, ranks)
@@ -331,13 +333,10 @@ def do_tasks(run: Run) -> None:
 def save(run: Run, *, milestone: bool, must: bool) -> None:
     """Write a checkpoint, in the background if the configuration says so."""
     run.pulse.now("save", run.at.step)
-    run.saver.save(
-        run.engine,
-        counters=counters(run.plan, run.ranks, run.at, run.data.fingerprint, run.guard, run.teacher),
-        config_text=run.folder.config_text,
-        milestone=milestone,
-        must=must,
+    manifest = manifest_of(
+        run.plan, run.ranks, run.at, run.data.fingerprint, run.guard, run.teacher, milestone=milestone
     )
+    run.saver.save(run.engine, manifest=manifest, config_text=run.folder.config_text, must=must)
     run.meter.saved(run.saver.stalled_seconds)
 
 
@@ -374,21 +373,32 @@ def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
     )
 
 
-def counters(
-    plan: Plan, ranks: Ranks, at: Progress, data_fingerprint: str, guard: SpikeGuard, teacher: Teacher | None
-) -> dict[str, Any]:
-    """What a checkpoint's manifest says of where the run is."""
-    return {
-        "step": at.step,
-        "tokens": at.step * plan.tokens_per_step,
-        "progress": dict(vars(at)),
-        "spikes": guard.state(),
-        "data_fingerprint": data_fingerprint,
-        "teacher": teacher.identity if teacher else None,
-        "world_size": ranks.world_size,
-        "engine": plan.config.engine.name,
-        "zero_stage": plan.config.engine.zero_stage,
-    }
+def manifest_of(
+    plan: Plan,
+    ranks: Ranks,
+    at: Progress,
+    data_fingerprint: str,
+    guard: SpikeGuard,
+    teacher: Teacher | None,
+    *,
+    milestone: bool,
+) -> Manifest:
+    """Describe the run at this moment, for a checkpoint."""
+    return Manifest(
+        milestone=milestone,
+        has_moments=True,
+        step=at.step,
+        tokens=at.step * plan.tokens_per_step,
+        progress=replace(at),
+        precision=precision_at(plan, at),
+        data_fingerprint=data_fingerprint,
+        spikes=guard.state(),
+        teacher=teacher.identity if teacher else None,
+        world_size=ranks.world_size,
+        engine=plan.config.engine.name,
+        zero_stage=plan.config.engine.zero_stage,
+        provenance=None,
+    )
 
 
 def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) -> str:

@@ -10,52 +10,15 @@ of a relation head.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import gcd
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.strict import STRICT
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """A teacher for a ternary phase, and how much it counts (BitDistill, arXiv 2510.13998)."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    teacher: str | None = None
-    """A 16-bit checkpoint of any kind, a folder or a URL; null: the run's own, from where this phase begins."""
-    temperature: float = 5.0
-    """T: the logits of both are divided by it before their softmaxes are compared."""
-    weight: float = 1.0
-    """Of T^2 * KL(teacher || student), added to the cross-entropy."""
-    relation_weight: float = 0.0
-    """Of the divergence of attention relations, added as well; 0 turns it off."""
-    relation_layer: int | None = None
-    """Block, counted from 0, whose relations are compared; null: the one at three quarters of the depth."""
-
-    def __post_init__(self) -> None:
-        problems = {}
-        if self.temperature <= 0:
-            problems["temperature"] = f"is {self.temperature}; must be above 0"
-        for name in ("weight", "relation_weight", "relation_layer"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                problems[name] = f"is {value}; must be 0 or more"
-        if self.relation_layer is not None and not self.relation_weight:
-            problems["relation_layer"] = f"is {self.relation_layer}, but relation_weight is 0: nothing is compared"
-        if problems:
-            raise ValueError(problems)
-
-    def layer_of(self, num_layers: int, student_layers: int) -> int:
-        """The block of a model of ``num_layers`` at the depth of the student's block that is compared."""
-        layer = 3 * student_layers // 4 if self.relation_layer is None else self.relation_layer
-        return layer * num_layers // student_layers
+from model.config import DistillationConfig
 
 
 class Lesson(NamedTuple):

@@ -6,10 +6,13 @@ activation stops nothing, so what a graph computes differently is refused here. 
 needed for that: neither llama.cpp nor the `gguf` package.
 """
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from model.config import ModelConfig
 from model.hf import FAMILIES, TRAITS
-from model.transformer import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ARCHITECTURES = ("llama", "bitnet", "qwen2", "qwen3", "olmo", "olmo2")
 """Graphs that are written for; each has the name of the family in Hugging Face, and its traits."""
@@ -101,7 +104,7 @@ def gguf_name(name: str, config: ModelConfig) -> str:
     return f"blk.{block}.{BLOCK_NAMES[part]}.{kind}"
 
 
-def gguf_rows(values: Tensor, name: str, config: ModelConfig) -> Tensor:
+def gguf_rows(values: "Tensor", name: str, config: ModelConfig) -> "Tensor":
     """Order the rows of a parameter as the graph wants them.
 
     Where neighbours are rotated, the two halves of each head of queries and keys are interleaved.

@@ -8,7 +8,7 @@ Transformers itself is not needed.
 from collections.abc import Mapping
 from typing import Any
 
-from model.transformer import ModelConfig
+from model.config import ModelConfig
 
 TRAITS = ("norm", "norm_position", "qk_norm", "sub_norm", "qkv_bias")
 """The fields that a family fixes, and its `config.json` does not mention."""

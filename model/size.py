@@ -7,7 +7,7 @@ heads, K key-value heads, E width of a head.
 from math import prod
 from typing import Literal
 
-from model.transformer import ModelConfig
+from model.config import ModelConfig
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block."""

@@ -17,119 +17,16 @@ Dimensions in names: B sequences, T tokens of a sequence, N = B * T rows, D hidd
 H query heads, K key-value heads, E width of a head.
 """
 
-from dataclasses import dataclass
-from math import isqrt
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import KeyValueCache, LayerCache
-from model.distillation import DistillationConfig, Lesson, relation_loss, watched_projections
+from model.config import DistillationConfig, ModelConfig
+from model.distillation import Lesson, relation_loss, watched_projections
 from model.loss import distillation_loss, linear_cross_entropy, token_nll
-from model.strict import STRICT
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The architecture, how its parameters start, and how its loss is computed."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    vocab_size: int
-    """Rows of the embedding; at least the tokenizer's vocabulary, a multiple of 64 or 128 runs faster."""
-    hidden_size: int
-    """Width of the residual stream."""
-    num_layers: int
-    """Blocks of attention and MLP."""
-    num_heads: int
-    """Query heads."""
-    num_kv_heads: int | None = None
-    """Key-value heads (grouped queries, arXiv 2305.13245); a divisor of `num_heads`, which is the default."""
-    head_dim: int | None = None
-    """Width of a head, even; hidden_size / num_heads if not given."""
-    intermediate_size: int
-    """Width of the gated MLP."""
-    activation: Literal["silu", "relu2"] = "silu"
-    """On the MLP's gate: `silu` makes it SwiGLU, `relu2` is the squared ReLU of BitNet b1.58 2B4T."""
-    norm: Literal["rmsnorm", "layernorm-nonparametric"] = "rmsnorm"
-    """`rmsnorm` has a weight, OLMo's `layernorm-nonparametric` none."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """`pre` normalises what enters a sublayer, `post` what leaves it, before it is added (OLMo 2)."""
-    norm_eps: float = 1e-5
-    """Added to the mean square (or variance) of every norm."""
-    qk_norm: Literal["none", "full", "head"] = "none"
-    """A norm on queries and keys: over all heads at once (`full`, OLMo 2) or within each (`head`, Qwen3)."""
-    qkv_bias: bool = False
-    """Whether the projections to queries, keys and values add a bias (Qwen2)."""
-    sub_norm: bool = False
-    """SubLN: a norm in front of the attention-output and the down projection, as in BitNet."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    tie_embeddings: bool = True
-    """The output head is the embedding."""
-    max_sequence_length: int = 2048
-    """Longest sequence, in tokens."""
-    initialization: Literal["normal", "mitchell"] = "normal"
-    """`normal`: one standard deviation, residual projections smaller; `mitchell`: by fan-in and depth (OLMo)."""
-    init_std: float = 0.02
-    """Standard deviation of the `normal` initialization."""
-    z_loss: float = 0.0
-    """Weight of the mean squared log-partition in the loss (PaLM, arXiv 2204.02311); OLMo 2 takes 1e-5."""
-    loss_chunk_tokens: int = 1024
-    """Rows of logits that exist at once while the loss is computed."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError with a dict from field to what is wrong with it, all of it at once."""
-        problems: dict[str, str] = {}
-        counts = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        for name in (*counts, "intermediate_size", "max_sequence_length", "loss_chunk_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems[name] = f"{value} is too small; 1 is the least"
-        for name in ("norm_eps", "rope_theta", "init_std"):
-            if getattr(self, name) <= 0:
-                problems[name] = f"{getattr(self, name)} must be above 0"
-        if self.z_loss < 0:
-            problems["z_loss"] = f"{self.z_loss} must not be negative; 0 turns it off"
-        if not problems:
-            if self.hidden_size % self.num_heads and self.head_dim is None:
-                problems["num_heads"] = (
-                    f"{self.num_heads} does not divide hidden_size {self.hidden_size} and head_dim is not given; "
-                    f"{_divisors_near(self.hidden_size, self.num_heads)} would"
-                )
-            elif self.head_width % 2:
-                problems["head_dim"] = f"{self.head_width} is odd, and rotary positions turn pairs; take an even one"
-            if self.num_heads % self.kv_heads:
-                problems["num_kv_heads"] = (
-                    f"{self.kv_heads} does not divide num_heads {self.num_heads}; "
-                    f"{_divisors_near(self.num_heads, self.kv_heads)} would"
-                )
-        if problems:
-            raise ValueError(problems)
-
-    @property
-    def kv_heads(self) -> int:
-        """Key-value heads, resolved."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def head_width(self) -> int:
-        """Width of a head, resolved."""
-        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def rounds_once(self) -> bool:
-        """Whether norm weights and rotations apply in float32, as in OLMo, or after rounding, as in the Llama line."""
-        return self.norm_position == "post" or self.norm == "layernorm-nonparametric"
-
-
-def _divisors_near(number: int, target: int) -> str:
-    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
-    divisors = sorted({*small, *(number // n for n in small)})
-    nearest = sorted(sorted(divisors, key=lambda n: abs(n - target))[:3])
-    return " or ".join(", ".join(map(str, nearest)).rsplit(", ", 1))
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CODES_PER_BYTE = 4
+from quant.size import CODES_PER_BYTE
 
 
 def pack(codes_OI: Tensor) -> Tensor:

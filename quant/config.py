@@ -1,7 +1,7 @@
 """What a ternary phase quantizes, and how; and published recipes by name."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from quant.strict import STRICT
@@ -20,6 +20,9 @@ SCALES_OF_LEVELS: dict[Levels, tuple[WeightScale, ...]] = {
     "int4": ("gaussian", "absmax", "learned"),
 }
 """The scales that are defined for a set of levels."""
+
+OUTPUTS = ("o_proj", "down_proj")
+"""Projections back to the residual stream, whose inputs have the outliers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,15 @@ class QuantConfig:
         """Whether scales are parameters."""
         return self.weights == "learned"
 
+    @property
+    def recipe(self) -> str:
+        """The preset, if there is one, and every key that differs from it or from the defaults, `include` aside."""
+        base = QuantConfig() if self.preset is None else PRESETS[self.preset]
+        keys = [field.name for field in fields(self) if field.name not in ("preset", "include")]
+        changed = {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(base, key)}
+        named = {"weights": self.weights} | changed if self.preset is None else {"preset": self.preset} | changed
+        return ", ".join(f"{key}={value}" for key, value in named.items())
+
 
 BITNET = QuantConfig(preset="bitnet-b1.58", weights="absmean")
 """BitNet b1.58 as published."""
@@ -110,3 +122,43 @@ PRESETS: dict[str, QuantConfig] = {
     "quest": replace(BITNET, preset="quest", weights="gaussian", granularity="row", gradient="trust", hadamard="all"),
 }
 """Published recipes by name."""
+
+
+def is_rotated(name: str, config: QuantConfig) -> bool:
+    """Whether inputs and weights of the layer of this name are rotated before they are rounded."""
+    return config.hadamard == "all" or (config.hadamard == "outputs" and name.endswith(OUTPUTS))
+
+
+def is_rotatable(width: int) -> bool:
+    """Whether there is a rotation for rows of this width."""
+    return width % 2 == 0
+
+
+def width_problem(name: str, width: int, config: QuantConfig) -> str | None:
+    """Why a layer of so many input features cannot be quantized like this; None if it can."""
+    if config.granularity == "group" and width % config.group_size:
+        return f"group_size {config.group_size} does not divide the {width} inputs of {name}"
+    if is_rotated(name, config) and not is_rotatable(width):
+        return f"hadamard {config.hadamard} cannot rotate the {width} inputs of {name}, an odd number"
+    return None
+
+
+def gather_problems(config: QuantConfig) -> dict[str, str]:
+    """Why layers that are quantized like this cannot be gathered as codes, by key of the configuration; {} if they can.
+
+    Their codes must fit into 2 bits, their scale must come from sums over the matrix or from how often a magnitude
+    occurs in it, and neither the output nor the gradient may need the latent weights.
+    """
+    needed: dict[str, tuple[Any, ...]] = {
+        "levels": ("ternary", "binary"),
+        "weights": ("absmean", "gaussian", "absmedian"),
+        "granularity": ("matrix",),
+        "gradient": ("identity",),
+        "hadamard": ("none",),
+        "dead_zone_bias": (0.0,),
+    }
+    return {
+        key: f"is {getattr(config, key)}; engine.gather codes takes {' or '.join(map(str, fitting))}"
+        for key, fitting in needed.items()
+        if getattr(config, key) not in fitting
+    }

@@ -27,10 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param import ExtensionsData
 
 from quant.codes import pack_rows
-from quant.config import QuantConfig
 from quant.linear import GatheredCodes, QuantLinear
 from quant.rounding import (
-    SUMMED,
     Scale,
     magnitude_counts,
     scale_from_counts,
@@ -38,27 +36,6 @@ from quant.rounding import (
     scale_sums,
     weight_codes,
 )
-
-
-def gather_problems(config: QuantConfig) -> dict[str, str]:
-    """Why layers that are quantized like this cannot be gathered as codes, by key of the configuration; {} if they can.
-
-    Their codes must fit into 2 bits, their scale must come from sums over the matrix or from how often a magnitude
-    occurs in it, and neither the output nor the gradient may need the latent weights.
-    """
-    needed: dict[str, tuple[Any, ...]] = {
-        "levels": ("ternary", "binary"),
-        "weights": (*SUMMED, "absmedian"),
-        "granularity": ("matrix",),
-        "gradient": ("identity",),
-        "hadamard": ("none",),
-        "dead_zone_bias": (0.0,),
-    }
-    return {
-        key: f"is {getattr(config, key)}; engine.gather codes takes {' or '.join(map(str, fitting))}"
-        for key, fitting in needed.items()
-        if getattr(config, key) not in fitting
-    }
 
 
 class _Remembered(NamedTuple):

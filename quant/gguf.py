@@ -11,23 +11,26 @@ than 0, so codes times their level are kept, while latent weights would be round
 
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
-
 from quant.config import QuantConfig
 
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGMLQuantizationType
     from numpy.typing import NDArray
+    from torch import Tensor
 
 BlockType = Literal["tq2_0", "tq1_0", "q8_0", "f16"]
 BLOCK_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0", "q8_0", "f16")
 """What a user may choose for matrices."""
+EmbeddingType = Literal["q8_0", "f16"]
+"""What the embedding and the head of a GGUF file may be."""
 StoredType = BlockType | Literal["f32"]
 """Vectors stay in fp32."""
 TERNARY_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0")
 BLOCK_WIDTHS: dict[StoredType, int] = {"tq2_0": 256, "tq1_0": 256, "q8_0": 32, "f16": 1, "f32": 1}
 """Neighbours of a row in a block; divides the rows."""
+BLOCK_BYTES: dict[StoredType, int] = {"tq2_0": 66, "tq1_0": 54, "q8_0": 34, "f16": 2, "f32": 4}
+"""Bytes of a block: its codes and its scale."""
 LARGEST_HALF = 65504.0
 
 
@@ -64,7 +67,7 @@ def ggml_type(into: StoredType) -> "GGMLQuantizationType":
     return GGMLQuantizationType[into.upper()]
 
 
-def to_blocks(values: Tensor, into: StoredType) -> "NDArray[np.generic]":
+def to_blocks(values: "Tensor", into: StoredType) -> "NDArray[np.generic]":
     """Write weights as blocks.
 
     Args:

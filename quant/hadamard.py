@@ -9,6 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
+from quant.config import is_rotatable
+
 LARGEST_FACTOR = 128
 """A larger matrix is the Kronecker product of two, so that a row costs a few hundred multiply-adds an element."""
 
@@ -29,11 +31,6 @@ def rotate(x: Tensor) -> Tensor:
     if size > inner:
         pieces = _hadamard(size // inner, wide) @ pieces
     return pieces.reshape(x.shape).to(x.dtype)
-
-
-def is_rotatable(width: int) -> bool:
-    """Whether there is a rotation for rows of this width."""
-    return width % 2 == 0
 
 
 def _hadamard(size: int, like: Tensor) -> Tensor:

@@ -3,10 +3,41 @@
 `quantize_` changes the class of matching ``nn.Linear`` modules to `QuantLinear`. Parameters stay the very same
 objects under the same names, so optimizers, sharding and checkpoints do not notice.
 
-A layer computes in one of three modes, which follow from its strengths: at 0 the plain product, bit for bit that of the
-16-bit model and at its cost; at 1 the product of integer codes (`quant.product`); in between, on a ramp, the product
-of operands that are blended from the exact and the dequantized ones. Strengths are tensors, so that a compiled block
-has one graph for a whole ramp, and three at most.
+A layer computes in one of three modes, which follow from its strengths. Dimensions: N rows (tokens), I input features,
+O output features, G groups of a row::
+
+    mode    strengths   forward                                             saved for the backward pass
+    plain   both 0      y = x_NI @ W_OI.T, at the cost of the 16-bit model  x, W
+    ramp    between     x' = x + strength * (round(x) - x)                  x', W'
+                        W' = W + strength * (round(W) - W)
+                        y  = x' @ W'.T
+    codes   both 1      y = (int8 codes of x @ codes of W.T) * both scales  int8 codes and fp32 scale of x; W
+
+    forward in mode "codes"
+
+    x_NI --largest magnitude of a token--> int8 codes_NI, fp32 scale_N1 -------------------------+
+                                                                                                  +--> y_NO
+    W_OI --statistic of what shares a scale--> codes_OI of -1, 0, +1, fp32 level [1, 1] to [O, G] +
+
+    backward in mode "codes", from g_NO, the gradient of y
+
+    gradient of x_NI = g_NO   @ (codes_OI * level)
+    gradient of W_OI = g_NO.T @ (codes_NI * scale_N1)
+
+``W`` is the latent weight, the same parameter in every mode. Rounding has no useful derivative, so gradients pass
+straight through it (arXiv 1308.3432): the gradient of the rounded operand is taken as the gradient of the exact one.
+The product itself is differentiated at its rounded operands. ``gradient: clipped`` and ``trust`` zero some of the
+weight's gradient, and learned scales get one of their own (`quant.rounding.weight_gradients`).
+
+Sums of integer codes are exact (`quant.product`), so that mode "codes" gives the same bits in every engine and export.
+The codes of W are not kept: the backward pass computes them again from W. On the ramp, rounded operands are made in
+the dtype of the weight; activations that the recipe leaves in 16 bits enter every mode as they are.
+
+Under `quant.gather`, ranks send 2-bit codes instead of W. Mode "codes" then reads ``gathered.packed_OJ`` (J = I / 4
+bytes), in the forward and the backward pass, and never the values of W; the results are the same, bit for bit.
+
+Strengths are 0-dim tensors that the layers of a block share, so that a compiled block has one graph for a whole ramp,
+and three at most.
 """
 
 import re
@@ -18,16 +49,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.codes import unpack_rows
-from quant.config import QuantConfig
-from quant.hadamard import is_rotatable, rotate
+from quant.config import QuantConfig, is_rotated, width_problem
+from quant.hadamard import rotate
 from quant.product import CodeProduct, RoundedWeight, StraightThrough
 from quant.rounding import Scale, learned_scale, quantize_activation, weight_codes, weight_scale
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections that are one matrix in fused implementations, in order."""
-
-OUTPUTS = ("o_proj", "down_proj")
-"""Projections back to the residual stream, whose inputs have the outliers."""
 
 LEARNED_SCALE = "weight_scale"
 """Name of the parameter that a layer with learned scales has beside its weight."""
@@ -49,6 +77,15 @@ class QuantLinear(nn.Linear):
     """Is called with the layer and its input at every forward pass, if set; under `torch.compiler.disable`."""
     gathered: "GatheredCodes | None"
     """If set, the layer computes with these, and ``weight`` stands for a tensor of its shape and dtype alone."""
+
+    def extra_repr(self) -> str:
+        """What `print` shows: shapes, recipe, mode and strengths. It waits for the device only on a ramp, once."""
+        if self.mode == "ramp":
+            weights, activations = torch.stack((self.weight_strength, self.activation_strength)).tolist()
+        else:
+            weights = activations = 0.0 if self.mode == "plain" else 1.0
+        shown = f"{super().extra_repr()}, {self.quant_config.recipe}, mode={self.mode}, weight_strength={weights:g}"
+        return shown if self.quant_config.activations == "none" else f"{shown}, activation_strength={activations:g}"
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is [..., I], the result [..., O]; both in the dtype of the weight."""
@@ -268,26 +305,12 @@ def depth_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def is_rotated(name: str, config: QuantConfig) -> bool:
-    """Whether inputs and weights of the layer of this name are rotated before they are rounded."""
-    return config.hadamard == "all" or (config.hadamard == "outputs" and name.endswith(OUTPUTS))
-
-
 def sharers(name: str, layers: Mapping[str, nn.Linear]) -> tuple[nn.Linear, ...]:
     """Those of the quantized layers that are one matrix with the layer of this name where they are fused."""
     parent, _, last = name.rpartition(".")
     parts = next((parts for parts in FUSED if last in parts), (last,))
     names = [f"{parent}.{part}".lstrip(".") for part in parts]
     return tuple(layers[name] for name in names if name in layers)
-
-
-def width_problem(name: str, width: int, config: QuantConfig) -> str | None:
-    """Why a layer of so many input features cannot be quantized like this; None if it can."""
-    if config.granularity == "group" and width % config.group_size:
-        return f"group_size {config.group_size} does not divide the {width} inputs of {name}"
-    if is_rotated(name, config) and not is_rotatable(width):
-        return f"hadamard {config.hadamard} cannot rotate the {width} inputs of {name}, an odd number"
-    return None
 
 
 def matching_layers(model: nn.Module, config: QuantConfig) -> dict[str, nn.Linear]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quant.config import Activations, Granularity, Levels, QuantConfig, WeightScale
+from quant.size import NUM_MAGNITUDES
 
 DEFAULT = QuantConfig()
 """What a ternary phase does where nothing else is said."""
@@ -52,7 +53,20 @@ class Scale(NamedTuple):
 
 def bf16_values(x: Tensor) -> Tensor:
     """The bf16 cast of ``x``, as fp32."""
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        # Inductor drops a cast that is undone at once, but keeps integer arithmetic: half to even, NaN stays NaN.
+        values = x.float()
+        bits = values.view(torch.int32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).view(torch.float32)
+        return torch.where(values.isnan(), values, rounded)
     return x.to(torch.bfloat16).float()
+
+
+def reciprocal(x: Tensor) -> Tensor:
+    """``1 / x`` in fp32, rounded to nearest. In kernels that Inductor makes for a GPU a plain one is not."""
+    if torch.compiler.is_compiling() and x.device.type == "cuda":
+        return x.double().reciprocal().float()
+    return x.reciprocal()
 
 
 def in_blocks(weight_OI: Tensor, granularity: Granularity, group_size: int) -> Tensor:
@@ -76,9 +90,6 @@ def over_blocks(scale_RG: Tensor, shape: Sequence[int]) -> Tensor:
     width = shape[-1]
     return scale_RG if scale_RG.shape[-1] == 1 else scale_RG.repeat_interleave(width // scale_RG.shape[-1], dim=-1)
 
-
-NUM_MAGNITUDES = 2**15
-"""Magnitudes that bf16 has."""
 
 INFINITY_BITS = 0x7F80
 """Infinity in bf16."""
@@ -218,7 +229,7 @@ def weight_codes(weight_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor
         config: for its levels.
     """
     divisor = scale.level if scale.threshold is None else 2 * scale.threshold
-    scaled = bf16_values(weight_OI) * over_blocks(divisor, weight_OI.shape).reciprocal()
+    scaled = bf16_values(weight_OI) * over_blocks(reciprocal(divisor), weight_OI.shape)
     highest = LARGEST_CODE[config.levels]
     lowest, highest = LEARNED[config.levels].codes if config.learned else (-highest, highest)
     return (scaled.round() if by_ones(config) else 2 * (scaled / 2 - 0.5).round() + 1).clamp(lowest, highest)
@@ -351,4 +362,4 @@ def quantize_activation(x: Tensor, activations: Activations = "int8") -> tuple[T
     grid = ACTIVATION_GRIDS[activations]
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_SCALE)
-    return (x * (grid.scale_by / largest)).round().clamp(*grid.codes), largest / grid.scale_by
+    return (x * (reciprocal(largest) * grid.scale_by)).round().clamp(*grid.codes), largest / grid.scale_by

@@ -1,16 +1,60 @@
 import os
+import tempfile
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 import torch
 
 if TYPE_CHECKING:
     from stores import Store
 
+    from launcher.process.ranks import Ranks
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::UserWarning"  # of torch and its kin, in subprocesses
+# Tensors are tiny here, and several processes share the cores: a second thread costs more than it gains.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers for the whole suite; what is named on the command line runs in this process."""
+    return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the session one temporary folder, for its workers and all that they start; it is removed at the end."""
+    if hasattr(config, "workerinput"):
+        return
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # the folders of failed tests stay
+    folder = tempfile.TemporaryDirectory(prefix="tritrain-tests-", ignore_cleanup_errors=True)
+    Finalize(None, folder.cleanup, exitpriority=-200)  # after multiprocessing's own folder in it, which has -100
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` before any fixture of theirs is made."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def gpu_ranks() -> "Iterator[Ranks]":
+    """This process as the only rank, in a group with gloo and NCCL, and the GPU as its device."""
+    from launcher.process.ranks import process_group
+
+    before = dict(os.environ)
+    with process_group(60) as ranks:
+        yield ranks
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

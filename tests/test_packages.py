@@ -120,3 +120,44 @@ def test_tests_mirror_the_packages():
     assert all((ROOT / folder / "__init__.py").is_file() for folder in folders), folders
     others = {path.parent.name for path in tests.rglob("*.py") if not path.name.startswith("test_")} - {"tests"}
     assert others == {"support"}
+
+
+HIDING = {
+    "model.py": "model", "data.py": "data", "eval.py": "eval", "quant.py": "quant", "launcher.py": "launcher",
+    "model/__init__.py": "model", "data/__init__.py": "data", "launcher/__init__.py": "launcher",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", HIDING)
+@pytest.mark.parametrize("start", ["import tritrain", "from launcher.config.file import load_config", "-m"])
+def test_a_file_that_hides_a_package_is_named(file, start, tmp_path):
+    """Beside a script, and in the working directory."""
+    if file.startswith("launcher") and start != "import tritrain":
+        pytest.skip("none of our code runs, and Python itself names the module that it lacks")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("raise SystemExit('the wrong file was run')\n")
+    (tmp_path / "script.py").write_text(f"{start}\n")
+    command = ["script.py"] if start != "-m" else ["-m", "launcher.doctor", "--help"]
+    result = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"ImportError: {tmp_path / file} hides Tritrain's package {HIDING[file]!r}, because Python finds it first; "
+        "rename it, or start Python in another folder"
+    )
+
+
+def test_a_module_that_a_notebook_imported_before_is_named(tmp_path):
+    (tmp_path / "model.py").touch()
+    code = (
+        "import model, sys\nsys.path.pop(0)\ntry:\n    import tritrain\nexcept ImportError as error:\n    print(error)"
+    )
+    assert python(code, cwd=tmp_path).startswith(f"{tmp_path / 'model.py'} hides Tritrain's package 'model'")
+
+
+def test_the_command_does_not_look_into_the_working_directory(tmp_path):
+    for name in PACKAGES:
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file was run')\n")
+    command = [str(Path(sys.executable).with_name("tritrain")), "--version"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.startswith(
+        "tritrain"
+    )

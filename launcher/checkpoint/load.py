@@ -1,6 +1,6 @@
-"""Loading state into an engine from any source, and comparing what the two hold."""
+"""Load state into an engine from any source; check that a source fits a model."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -22,8 +22,7 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
     """
     shards = list(engine.shards())
     names = {name for name, _ in engine.model.named_parameters()}
-    if problems := list(mismatches(source, names, {shard.name: shard.shape for shard in shards})):
-        raise CheckpointError(f"{source.location} does not fit the model:\n" + "\n".join(problems))
+    check_fits(source, {shard.name: shard.shape for shard in shards}, names)
     if with_optimizer and not source.has_moments:
         raise CheckpointError(
             f"{source.location} has no optimizer moments to keep; set the transition's optimizer to reset"
@@ -42,18 +41,35 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
     engine.refresh_weights()
 
 
-def mismatches(source: Source, names: set[str], shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """Say how a source's parameters differ from a model's: all its ``names``, and ``shapes`` as far as known.
+def check_fits(
+    source: Source,
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Collection[str] | None = None,
+    others: Iterable[str] = (),
+) -> None:
+    """Make sure that a source holds the parameters of a model.
 
-    Learned scales do not count: see `launcher.engine.learned_scales`.
+    Learned scales may be missing on either side: see `launcher.engine.learned_scales`.
+
+    Args:
+        source: of the parameters.
+        shapes: of the model's parameters, as far as they are known here.
+        names: of all of the model's parameters; None: those that have a shape.
+        others: what else is known not to fit, a sentence each, to be listed with the parameters.
+
+    Raises:
+        CheckpointError: lists every parameter that only one side has, or that has another shape.
     """
-    for name in sorted(names ^ source.shapes.keys()):
+    problems = []
+    for name in sorted((shapes.keys() if names is None else set(names)) ^ source.shapes.keys()):
         if not is_learned_scale(name):
-            has, has_not = ("model", "checkpoint") if name in names else ("checkpoint", "model")
-            yield f"{name}: the {has} has it, the {has_not} does not"
+            has, has_not = ("checkpoint", "model") if name in source.shapes else ("model", "checkpoint")
+            problems.append(f"{name}: the {has} has it, the {has_not} does not")
     for name, shape in shapes.items():
         if name in source.shapes and source.shapes[name] != shape:
-            yield f"{name}: {list(source.shapes[name])} in the checkpoint, {list(shape)} in the model"
+            problems.append(f"{name}: {list(source.shapes[name])} in the checkpoint, {list(shape)} in the model")
+    if problems := [*problems, *others]:
+        raise CheckpointError(f"{source.location} does not fit the model:\n" + "\n".join(problems))
 
 
 def restore_rng(reader: CheckpointReader, ranks: Ranks) -> None:
@@ -69,4 +85,6 @@ def restore_rng(reader: CheckpointReader, ranks: Ranks) -> None:
             elif ranks.device.type == "cuda":
                 torch.cuda.set_rng_state(state)
         except RuntimeError as error:
-            raise DamageError(f"{reader.folder}: rank {ranks.rank}'s random state is none: {error}") from error
+            raise DamageError(
+                f"{reader.folder}: rank {ranks.rank}'s random state cannot be restored: {error}"
+            ) from error

@@ -1,8 +1,10 @@
-"""Folders that may lie elsewhere: a local path, or a URL of any store that fsspec knows (`s3://`, `gs://`, ...)."""
+"""Locations of folders: local paths, or URLs of any store that fsspec supports (`s3://`, `gs://`, ...)."""
 
+import atexit
 import contextlib
 import io
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": 
 
 
 def to_location(text: str | Path) -> Path:
-    """A path; of a URL, a `launcher.checkpoint.remote_path.RemotePath`, which has the same methods.
+    """Turn text into a path; a URL becomes a `launcher.checkpoint.remote_path.RemotePath`, with the same methods.
 
     Raises:
         CheckpointError: the URL has credentials or no bucket in it, or what is needed to reach the store is missing.
@@ -32,7 +34,7 @@ def to_location(text: str | Path) -> Path:
     if problem := url_problem(url):
         raise CheckpointError(problem)
     if scheme in PACKAGES and not rest.strip("/"):
-        raise CheckpointError(f"{url}: names no bucket; {scheme}://BUCKET/FOLDER would be right")
+        raise CheckpointError(f"{url}: names no bucket; write {scheme}://BUCKET/FOLDER")
     try:
         from launcher.checkpoint.remote_path import remote_path
 
@@ -49,7 +51,7 @@ def is_local(location: Path) -> bool:
 
 @contextmanager
 def reaching(location: Path) -> Iterator[None]:
-    """Turn what goes wrong with a store into one clear error; clients of remote stores raise errors of many kinds.
+    """Turn any failure of a store into one clear error; clients of remote stores raise many kinds.
 
     Raises:
         CheckpointError: with the location, what the store says and what may help.
@@ -104,7 +106,7 @@ def create(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Flowing(io.FileIO):
-    """A file whose bytes are on their way to the disk while more are being written, not all of them at its end."""
+    """A file that is flushed to the disk while it is being written, instead of all at once at its end."""
 
     behind = 0
 
@@ -119,10 +121,25 @@ class _Flowing(io.FileIO):
 
 
 def _discard(file: Any) -> None:
-    """Give an upload up; merely closing the file would send what there is, and make half a file of it."""
+    """Cancel an upload; closing the file would send the part that was written, as if it were complete."""
     with contextlib.suppress(Exception):  # the reason to give up is the error to tell
         file.discard()
     file.closed = True
+
+
+def local_copy(path: Path) -> Path:
+    """A file on this machine with the content of a small one: itself, or a copy that is removed when the process ends.
+
+    Raises:
+        CheckpointError: the store cannot be reached.
+    """
+    if is_local(path):
+        return path
+    folder = Path(tempfile.mkdtemp(prefix="tritrain-"))
+    atexit.register(remove_folder, folder)
+    with reaching(path):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder / path.name
 
 
 def flush_folder(folder: Path) -> None:

@@ -1,38 +1,226 @@
-"""What a checkpoint says of itself, checked in one place, so that nothing behind it has to doubt a type or a bound.
+"""The manifest of a checkpoint as one type: everything it records besides tensors and configuration.
 
-Digests prove that a file is as it was written, not that it was written right, or by us.
+Every writer fills the same fields, and every reader gets them checked, so that nothing later has to doubt a type or a
+bound: digests prove that a file is as it was written, not that it was written right, or by Tritrain.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
+import xxhash
 
-from launcher.checkpoint.source import KINDS
-from launcher.checkpoint.tensor_file import DIGESTS, MAX_DIMENSIONS, TensorFile, TensorFileError, is_count
-from launcher.checkpoint.writer import CONFIG
+from launcher.checkpoint.folders import CONFIG, TOKENIZERS
+from launcher.checkpoint.tensor_file import is_count
+from launcher.config.strict import STRICT
+from launcher.plan.course import Course
+from quant.config import QuantConfig
+
+FORMAT_VERSION = 2
+
+
+READABLE_VERSIONS = (1, FORMAT_VERSION)
+
+
+LATER_THAN_1: dict[str, Any] = {
+    "spikes": None, "teacher": None, "world_size": None, "engine": None, "zero_stage": None, "provenance": None,
+    "precision": None,
+}  # fmt: skip
+"""Values of the fields that some or all manifests of version 1 lack."""
+
+
+TENSOR_FILE = re.compile(r"rank-[0-9]{5}\.safetensors")
+
+
+DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass
 class Progress:
-    """Where a run is. Everything of it goes into a checkpoint."""
+    """Where a run is."""
 
-    step: int = 0
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    step: int
     """Steps finished."""
-    phase: int = 0
-    """Index of the phase that the model is in."""
-    skipped_steps: int = 0
+    phase: int
+    """Index of the phase that the model is in; -1 before the first."""
+    skipped_steps: int
     """Steps so far that had no finite gradient."""
+
+    def __post_init__(self) -> None:
+        if not (is_count(self.step) and is_count(self.phase + 1) and is_count(self.skipped_steps)):
+            raise ValueError("is not a count of steps, the index of a phase and a count of skipped steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The precision of a step: 16 bits, or a quantization at the strengths of that step."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    quantization: QuantConfig | None
+    """None in 16 bits."""
+    weight_strengths: tuple[float, ...]
+    """How much of the weights' quantization is on in each block, 0 to 1; 0 in 16 bits."""
+    activation_strengths: tuple[float, ...]
+    """The same of the activations' quantization."""
+
+    def __post_init__(self) -> None:
+        strengths = (*self.weight_strengths, *self.activation_strengths)
+        if not self.weight_strengths or len(self.weight_strengths) != len(self.activation_strengths):
+            raise ValueError("does not have a strength of weights and one of activations for each block")
+        if not all(0 <= strength <= 1 for strength in strengths):
+            raise ValueError("has a strength outside of 0 to 1")
+        if self.quantization is None and any(strengths):
+            raise ValueError("has strengths without a quantization")
+
+    @classmethod
+    def in_16_bits(cls, num_layers: int) -> "Precision":
+        """The precision of a model of ``num_layers`` blocks without quantization."""
+        zeros = (0.0,) * num_layers
+        return cls(quantization=None, weight_strengths=zeros, activation_strengths=zeros)
+
+    @classmethod
+    def full(cls, quantization: QuantConfig, num_layers: int) -> "Precision":
+        """The precision of a model of ``num_layers`` blocks at strength 1."""
+        ones = (1.0,) * num_layers
+        return cls(quantization=quantization, weight_strengths=ones, activation_strengths=ones)
+
+    @property
+    def strength(self) -> float:
+        """The strength of the block with the least; 0 in 16 bits."""
+        quantizes_inputs = self.quantization is not None and self.quantization.activations != "none"
+        return min(self.weight_strengths + self.activation_strengths if quantizes_inputs else self.weight_strengths)
+
+
+def precision_at(course: Course, at: Progress) -> Precision:
+    """The precision of a run's last finished step."""
+    quantization = course.phases[at.phase].quantization if at.phase >= 0 else None
+    if quantization is None or not at.step:
+        return Precision.in_16_bits(course.config.model.num_layers)
+    weights, activations = course.strengths_at(at.step - 1)
+    return Precision(
+        quantization=quantization, weight_strengths=tuple(weights), activation_strengths=tuple(activations)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """The size and the digest of a file."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    size: int
+    """In bytes."""
+    digest: str
+    """XXH3-128 in hexadecimal: of the whole file, or, of a file of tensors, its root (`tensor_file`)."""
+
+    def __post_init__(self) -> None:
+        if not is_count(self.size) or not DIGEST.fullmatch(self.digest):
+            raise ValueError("is not the size and the digest of a file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The record of a checkpoint. Every writer fills every field; None means that it does not apply.
+
+    Raises:
+        ValueError: a field is not as it should be; says which.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {**STRICT, "extra": "ignore"}
+
+    milestone: bool
+    """Whether the checkpoint is kept for good."""
+    has_moments: bool
+    """Whether Adam's moments and steps are in it."""
+    step: int
+    """Steps finished, those of earlier phases included."""
+    tokens: int
+    """Tokens trained on in these steps."""
+    progress: Progress
+    precision: Precision | None
+    """What the weights were trained in, in the last step; None in manifests of version 1."""
+    data_fingerprint: str | None
+    """Of the data that the position is in; None where the run begins its data anew."""
+    spikes: dict[str, Any] | None
+    """State of the guards against loss spikes (`launcher.training.guard`); None where no step was taken."""
+    teacher: str | None
+    """Identity of the phase's teacher; None without one."""
+    world_size: int | None
+    """Number of ranks that trained it; None for a conversion."""
+    engine: str | None
+    """Name of the engine that trained it; None for a conversion."""
+    zero_stage: int | None
+    """Of DeepSpeed; None for a conversion."""
+    provenance: dict[str, Any] | None
+    """What a conversion was made from (`launcher.formats.provenance`); None for a checkpoint of training."""
+    files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
+    """All files but the manifest, by name; filled in when the checkpoint is complete."""
+    digest: str = ""
+    """Of all other fields as they are written; filled in like the files."""
+
+    def __post_init__(self) -> None:
+        for key in ("step", "tokens"):
+            if not is_count(getattr(self, key)):
+                raise ValueError(f"its {key!r} is not a count")
+        if self.progress.step != self.step:
+            raise ValueError(f"its 'step' is {self.step}, and in 'progress' {self.progress.step}")
+        if self.spikes is not None:
+            check_guard_state(self.spikes)
+        for name in self.files:
+            if name not in (CONFIG, *TOKENIZERS) and not TENSOR_FILE.fullmatch(name):
+                raise ValueError(f"its 'files' names {reprlib.repr(name)}, which is not a file of a checkpoint")
+
+    def sealed(self, files: dict[str, FileRecord]) -> str:
+        """The text of `manifest.json` for a checkpoint of these files."""
+        tree = {"format_version": FORMAT_VERSION, **dataclasses.asdict(dataclasses.replace(self, files=files))}
+        return json.dumps(tree | {"digest": manifest_digest(tree)}, indent=2)
+
+
+def manifest_digest(tree: dict[str, Any]) -> str:
+    """The digest of a manifest without its own."""
+    content = {key: value for key, value in tree.items() if key != "digest"}
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
+
+
+def manifest_of(tree: dict[str, Any]) -> Manifest:
+    """The manifest that was read from JSON, checked.
+
+    Raises:
+        ValueError: says which key is not as it should be.
+    """
+    from pydantic import ValidationError
+
+    if tree["format_version"] == 1:
+        tree = LATER_THAN_1 | tree
+    try:
+        manifest: Manifest = _adapter().validate_json(json.dumps(tree))
+    except ValidationError as error:
+        detail = error.errors(include_url=False, include_input=False)[0]
+        where = repr(".".join(map(str, detail["loc"]))[:100])
+        reason = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
+        raise ValueError(f"its {where}: {reason[:300]}" if detail["loc"] else reason) from error
+    if CONFIG not in manifest.files or not any(map(TENSOR_FILE.fullmatch, manifest.files)):
+        raise ValueError(f"its 'files' lacks {CONFIG}, or files of tensors")
+    return manifest
+
+
+@functools.cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Manifest)
 
 
 def check_guard_state(state: Any) -> None:
-    """Make sure that a checkpoint holds what `SpikeGuard.state` gives.
+    """Check that a value has the form of `SpikeGuard.state`.
 
     Raises:
         ValueError: it does not.
@@ -46,7 +234,7 @@ def check_guard_state(state: Any) -> None:
         and (state["loss_before"] is None or _is_number(state["loss_before"]))
     )
     if not sound:
-        raise ValueError("its 'spikes' is not what the guards against spikes remember")
+        raise ValueError("its 'spikes' is not the state of the guards against loss spikes")
 
 
 def _is_window(window: Any) -> bool:
@@ -64,131 +252,3 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-FILE_NAME = re.compile(r"rank-[0-9]{5}\.safetensors")
-
-
-DIGEST = re.compile(r"[0-9a-f]{32}")
-
-
-Check = Callable[[Any], bool]
-
-
-FIELDS: dict[str, tuple[str, Check]] = {
-    "milestone": ("true or false", lambda value: type(value) is bool),
-    "has_moments": ("true or false", lambda value: type(value) is bool),
-    "step": ("a count", is_count),
-    "tokens": ("a count", is_count),
-    "data_fingerprint": ("text or null", lambda value: value is None or isinstance(value, str)),
-    "progress": ("an object", lambda value: isinstance(value, dict)),
-    "files": ("an object", lambda value: isinstance(value, dict)),
-}
-"""What a manifest must have, and of what kind each is; more may be there."""
-
-
-@dataclasses.dataclass
-class Parameter:
-    """Where a parameter's values are, all files together."""
-
-    shape: tuple[int, ...]
-    step: float
-    """Number of updates behind the moments."""
-    ranges: list[tuple[int, int, str]]
-    """First element, the one behind the last, and the file, in ascending order and without a gap."""
-
-
-def check_manifest(manifest: dict[str, Any]) -> None:
-    """Make sure that a manifest has what is read from it.
-
-    Raises:
-        ValueError: says which key is not as it should be.
-    """
-    for key, (kind, check) in FIELDS.items():
-        if key not in manifest or not check(manifest[key]):
-            raise ValueError(f"its {key!r} is not {kind}")
-    progress, names = manifest["progress"], {field.name for field in dataclasses.fields(Progress)}
-    if progress.keys() != names or not all(
-        type(value) is int and is_count(value + (key == "phase"))  # which is -1 before the first
-        for key, value in progress.items()
-    ):
-        raise ValueError(f"its 'progress' is not a count for each of {', '.join(sorted(names))}")
-    if progress["step"] != manifest["step"]:
-        raise ValueError(f"its 'step' is {manifest['step']}, and in 'progress' {progress['step']}")
-    if "spikes" in manifest:
-        check_guard_state(manifest["spikes"])
-    for name, record in manifest["files"].items():
-        if name != CONFIG and not FILE_NAME.fullmatch(name):
-            raise ValueError(f"its 'files' names {reprlib.repr(name)}, which is no file of a checkpoint")
-        sound = isinstance(record, dict) and is_count(record.get("size")) and isinstance(record.get("digest"), str)
-        if not sound or not DIGEST.fullmatch(record["digest"]):
-            raise ValueError(f"its 'files' has no size and digest for {name}")
-    if CONFIG not in manifest["files"] or len(manifest["files"]) < 2:
-        raise ValueError(f"its 'files' lacks {CONFIG}, or files of tensors")
-
-
-def parameters_of(files: Mapping[str, TensorFile], *, has_moments: bool) -> dict[str, Parameter]:
-    """Put together what the files' headers say of the ranges in them.
-
-    Raises:
-        TensorFileError: with the file's name in front, where a header does not fit its tensors or another header, or
-            where the ranges of a parameter do not make up the whole of it, once.
-    """
-    parameters: dict[str, Parameter] = {}
-    for file_name, file in files.items():
-        try:
-            _add_ranges(parameters, file_name, file, KINDS if has_moments else KINDS[:1])
-        except TensorFileError as error:
-            raise TensorFileError(f"{file_name} {error}") from error
-    for name, parameter in parameters.items():
-        parameter.ranges.sort()
-        position = 0
-        for start, end, file_name in parameter.ranges:
-            if start != position:
-                raise TensorFileError(f"{file_name} holds {name} from element {start}, where {position} is the next")
-            position = end
-        if position != math.prod(parameter.shape):
-            raise TensorFileError(
-                f"{parameter.ranges[-1][2]} ends {name} at element {position} of {math.prod(parameter.shape)}"
-            )
-    return parameters
-
-
-def _add_ranges(parameters: dict[str, Parameter], file_name: str, file: TensorFile, kinds: tuple[str, ...]) -> None:
-    try:
-        ranges = json.loads(file.metadata["ranges"])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise TensorFileError("does not say in its header which ranges it holds") from error
-    if not isinstance(ranges, dict):
-        raise TensorFileError("does not say in its header which ranges it holds")
-    expected = {f"{kind}/{name}" for name in ranges for kind in kinds}
-    others = {name for name in file.entries if not name.startswith("rng/")} - {DIGESTS}
-    if wrong := sorted(expected ^ others):
-        raise TensorFileError(f"has tensors without a range, or ranges without a tensor: {', '.join(wrong[:5])}")
-    if any(entry.dtype != torch.uint8 for name, entry in file.entries.items() if name.startswith("rng/")):
-        raise TensorFileError("holds a generator's state as something else than bytes")
-    for name, about in ranges.items():
-        shape, start, step = _checked_range(name, about)
-        lengths = {file.entries[f"{kind}/{name}"].num_elements for kind in kinds}
-        dtypes = {file.entries[f"{kind}/{name}"].dtype for kind in kinds}
-        if len(lengths) != 1 or dtypes != {torch.float32}:
-            raise TensorFileError(f"holds {name} in other lengths or types than fp32 of one length")
-        parameter = parameters.setdefault(name, Parameter(shape, step, []))
-        if (parameter.shape, parameter.step) != (shape, step):
-            raise TensorFileError(f"says another shape or number of updates of {name} than another file")
-        parameter.ranges.append((start, start + lengths.pop(), file_name))
-
-
-def _checked_range(name: str, about: Any) -> tuple[tuple[int, ...], int, float]:
-    sound = (
-        isinstance(about, dict)
-        and isinstance(about.get("shape"), list)
-        and len(about["shape"]) <= MAX_DIMENSIONS
-        and all(map(is_count, about["shape"]))
-        and is_count(about.get("start"))
-        and type(about.get("step")) in (int, float)
-        and 0 <= about["step"] < 2**63  # not so of a NaN either
-    )
-    if not sound:
-        raise TensorFileError(f"does not say which range of {name} it holds")
-    return tuple(about["shape"]), about["start"], float(about["step"])

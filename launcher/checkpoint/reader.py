@@ -1,7 +1,8 @@
-"""Reading our own checkpoints: by any engine, on any number of ranks, and never a damaged one."""
+"""Read Tritrain's checkpoints: into any engine, on any number of ranks, and never a damaged one."""
 
 import errno
 import json
+import reprlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import reaching
-from launcher.checkpoint.manifest import check_manifest, parameters_of
+from launcher.checkpoint.manifest import READABLE_VERSIONS, Manifest, manifest_digest, manifest_of
+from launcher.checkpoint.ranges import parameters_of
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
-from launcher.checkpoint.writer import CONFIG, FORMAT_VERSION, MANIFEST, complete_checkpoints, manifest_digest
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks, everyones
 
@@ -24,7 +26,7 @@ OPENED_AT_ONCE = 16
 
 
 class DamageError(CheckpointError):
-    """A checkpoint is not as it was written; other than one that cannot be reached just now."""
+    """A checkpoint is damaged, as opposed to one that cannot be reached at the moment."""
 
 
 class CheckpointReader(Source):
@@ -41,12 +43,12 @@ class CheckpointReader(Source):
         self.folder, self.location = folder, str(folder)
         with reaching(folder):
             self.manifest = _read_manifest(folder)
-            for name, record in self.manifest["files"].items():
-                self._check_size(folder / name, record["size"])
-            names = [name for name in self.manifest["files"] if name.endswith(".safetensors")]
+            for name, record in self.manifest.files.items():
+                self._check_size(folder / name, record.size)
+            names = [name for name in self.manifest.files if name.endswith(".safetensors")]
             with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
                 self._files = dict(zip(names, pool.map(self._open, names), strict=True))
-        self.has_moments = self.manifest["has_moments"]
+        self.has_moments = self.manifest.has_moments
         try:
             self._parameters = parameters_of(self._files, has_moments=self.has_moments)
         except TensorFileError as error:
@@ -61,11 +63,11 @@ class CheckpointReader(Source):
 
     def _way_out(self) -> str:
         others = [folder.name for folder in complete_checkpoints(self.folder.parent) if folder != self.folder]
-        return f"Others are in the same place: {', '.join(others)}." if others else "There is no other one beside it."
+        return f"Other checkpoints beside it: {', '.join(others)}." if others else "There is no other one beside it."
 
     def _open(self, name: str) -> TensorFile:
         try:
-            return TensorFile(self.folder / name, self.manifest["files"][name]["digest"])
+            return TensorFile(self.folder / name, self.manifest.files[name].digest)
         except TensorFileError as error:
             raise DamageError(f"{self.folder / name} {error}. {self._way_out()}") from error
 
@@ -94,7 +96,7 @@ class CheckpointReader(Source):
         return {name.removeprefix("rng/"): file.read(name) for name in names if file}
 
     def damage(self, rank: int = 0, world_size: int = 1) -> Iterator[str]:
-        """Read every byte of this rank's share of the files, and yield a sentence for each that is not as written."""
+        """Read every byte of this rank's share of the files; yield a sentence for each damaged tensor or file."""
         for name in sorted(self._files)[rank::world_size]:
             path = self.folder / name
             with reaching(self.folder):
@@ -104,36 +106,36 @@ class CheckpointReader(Source):
                 except TensorFileError as error:
                     yield f"{path} {error}"
         if rank == 0:
-            with reaching(self.folder):
-                config = (self.folder / CONFIG).read_bytes()
-            if xxhash.xxh3_128_hexdigest(config) != self.manifest["files"][CONFIG]["digest"]:
-                yield f"{self.folder / CONFIG}: is damaged: it does not have the digest it was written with"
+            for name, record in self.manifest.files.items():
+                if name not in self._files:
+                    with reaching(self.folder):
+                        content = (self.folder / name).read_bytes()
+                    if xxhash.xxh3_128_hexdigest(content) != record.digest:
+                        yield f"{self.folder / name}: is damaged: it does not have the digest it was written with"
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        sound = manifest["digest"] == manifest_digest(manifest)
+        tree: dict[str, Any] = json.loads(path.read_bytes())
+        sound = tree["digest"] == manifest_digest(tree)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no complete checkpoint (no {MANIFEST} is in it)") from error
+        raise CheckpointError(f"{folder}: not a complete checkpoint (it has no {MANIFEST})") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DamageError(f"{path}: damaged, or not that of a checkpoint") from error
+        raise DamageError(f"{path}: damaged, or not the manifest of a checkpoint") from error
     if not sound:
         raise DamageError(f"{path}: damaged: it does not have the digest it was written with")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: has format_version {manifest.get('format_version')}; this version reads {FORMAT_VERSION}"
-        )
+    if (version := tree.get("format_version")) not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise CheckpointError(f"{path}: has format_version {reprlib.repr(version)}; this version reads {readable}")
     try:
-        check_manifest(manifest)
+        return manifest_of(tree)
     except ValueError as error:
         raise DamageError(f"{path}: {error}") from error
-    return manifest
 
 
 def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str], None]) -> CheckpointReader | None:
-    """Open the newest checkpoint whose every byte is as it was written, going back where one is damaged; a collective.
+    """Open the newest checkpoint that is intact in every byte, going back past damaged ones; a collective.
 
     Ranks share the reading. Once a sound one is found, the damaged ones after it are set aside: their manifests become
     `manifest.damaged.json`.
@@ -161,7 +163,7 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str]
             raise CheckpointError("\n".join(obstacles))
         if reader and not problems:
             for folder in damaged:
-                say(f"WARNING: {folder.name} is set aside, and {name} is taken.")
+                say(f"WARNING: {folder.name} is set aside; the run resumes from {name}.")
                 if ranks.is_first:
                     with reaching(checkpoints):
                         (folder / MANIFEST).rename(folder / "manifest.damaged.json")
@@ -171,9 +173,8 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str]
         damaged.append(checkpoints / name)
     if found:
         raise CheckpointError(
-            "no checkpoint is sound:\n  "
-            + "\n  ".join(found)
-            + f"\nTo begin anew, move {checkpoints} away; to go on from another run's, set checkpoint.start_from."
+            "no checkpoint is sound:\n  " + "\n  ".join(found) + f"\nTo start over, move {checkpoints} away. "
+            "To start from another run's checkpoint, set checkpoint.start_from."
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Paths in remote stores that answer as local ones do: "no" means that a file is not there, never that nobody knows."""
+"""Paths in remote stores that behave like local ones: "no" means that a file does not exist, never an error."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -20,7 +20,7 @@ STORAGE_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class RemotePath(ProxyUPath):
-    """A `upath.UPath` whose questions raise what goes wrong.
+    """A `upath.UPath` whose queries raise errors instead of answering no.
 
     fsspec takes any error for "there is no such file": a run whose store is out of reach for a moment would find no
     checkpoint in it, and begin anew.
@@ -37,11 +37,11 @@ class RemotePath(ProxyUPath):
         return self._type() == "file"
 
     def is_dir(self) -> bool:
-        """Whether there is anything below this name; stores have no folders but these."""
+        """Whether there is anything below this name, which is what a folder is in a store."""
         return self._type() == "directory"
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
-        """Whether this is one or the other."""
+        """Whether this is a file or a folder."""
         return self._type() is not None
 
     def unlink(self, missing_ok: bool = False) -> None:
@@ -52,13 +52,13 @@ class RemotePath(ProxyUPath):
             raise FileNotFoundError(str(self))
 
     def glob(self, pattern: str, **_: Any) -> "Iterator[RemotePath]":
-        """What is right below this folder and has such a name."""
+        """The paths directly in this folder whose names match."""
         assert "/" not in pattern, pattern
         return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
 
 
 def remote_path(url: str) -> RemotePath:
-    """Open a store and return the path; raises what its client does if that is not installed."""
+    """Open a store and return the path; raises ImportError if its client is not installed."""
     scheme = url.partition("://")[0]
     path = RemotePath(url, use_listings_cache=False, **STORAGE_OPTIONS.get(scheme, {}))
     path.fs  # noqa: B018  (made when asked for; until then nothing is known to be missing)

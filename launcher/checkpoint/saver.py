@@ -1,4 +1,4 @@
-"""Saving behind training's back: the state is copied, training goes on, and a thread writes the copy."""
+"""Save in the background: the state is copied, training continues, and a thread writes the copy."""
 
 import dataclasses
 import shutil
@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher.checkpoint.folders import folder_of
 from launcher.checkpoint.location import is_local, reaching
-from launcher.checkpoint.writer import CheckpointWriter, folder_of, prune_checkpoints
+from launcher.checkpoint.manifest import Manifest
+from launcher.checkpoint.writer import CheckpointWriter, prune_checkpoints
 from launcher.engine.contract import Engine, Shard
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks
@@ -28,14 +30,23 @@ class Saver:
     Args:
         checkpoints: the run's folder of checkpoints.
         ranks: this rank among all.
+        tokenizer: its file, of which each checkpoint gets a copy; None leaves it out.
         keep_last: how many are kept besides the milestones; 0 keeps all.
         asynchronous: copy the state to host memory and write it while training goes on; else write at once.
-        say: tells people what went wrong with a checkpoint that the run can do without.
+        say: prints a warning about a checkpoint that the run can do without.
     """
 
     def __init__(
-        self, checkpoints: Path, ranks: Ranks, *, keep_last: int, asynchronous: bool, say: Callable[[str], None]
+        self,
+        checkpoints: Path,
+        ranks: Ranks,
+        *,
+        tokenizer: Path | None,
+        keep_last: int,
+        asynchronous: bool,
+        say: Callable[[str], None],
     ) -> None:
+        self._tokenizer = tokenizer
         self._checkpoints, self._ranks, self._keep_last = checkpoints, ranks, keep_last
         self._asynchronous, self._say = asynchronous, say
         # The thread's collectives must not mix with training's.
@@ -46,15 +57,14 @@ class Saver:
         self.stalled_seconds = 0.0
         """How long training has waited for saving, in all."""
 
-    def save(self, engine: Engine, *, counters: dict[str, Any], config_text: str, milestone: bool, must: bool) -> None:
+    def save(self, engine: Engine, *, manifest: Manifest, config_text: str, must: bool) -> None:
         """Begin to write a checkpoint; a collective. Waits for the one before it.
 
         Args:
             engine: whose state is written, as it is now.
-            counters: what else is needed to go on; ``step`` among it.
+            manifest: of the checkpoint; the files are filled in.
             config_text: the resolved configuration, as YAML.
-            milestone: whether the checkpoint is kept for good.
-            must: whether a failure is an error, raised by the next `save` or `wait`; else it is only told.
+            must: whether a failure is an error, raised by the next `save` or `wait`; otherwise it is only reported.
 
         Raises:
             CheckpointError: an earlier checkpoint that must be there could not be written.
@@ -75,7 +85,7 @@ class Saver:
             if copied is not None:
                 copied.synchronize()
             try:
-                self._write(shards, rng, counters, config_text, milestone)
+                self._write(shards, rng, manifest, config_text)
             except Exception as error:
                 if must or not isinstance(error, CheckpointError):
                     self._failure = error
@@ -105,7 +115,7 @@ class Saver:
             raise failure
 
     def _copy(self, shard: Shard) -> Shard:
-        """Copy a shard into host memory that is kept from one checkpoint to the next, pinned beside a GPU."""
+        """Copy a shard into host memory that is reused for every checkpoint, and pinned if there is a GPU."""
         tensors = {}
         for kind, tensor in shard.tensors.items():
             key = f"{kind}/{shard.name}"
@@ -116,17 +126,15 @@ class Saver:
             tensors[kind] = self._staging[key].copy_(tensor, non_blocking=True)
         return dataclasses.replace(shard, tensors=tensors, step=shard.step.clone())
 
-    def _write(
-        self, shards: list[Shard], rng: dict[str, Tensor], counters: dict[str, Any], config_text: str, milestone: bool
-    ) -> None:
+    def _write(self, shards: list[Shard], rng: dict[str, Tensor], manifest: Manifest, config_text: str) -> None:
         """Write one checkpoint, in step with the other ranks."""
-        writer, first = CheckpointWriter(folder_of(self._checkpoints, counters["step"])), self._ranks.is_first
+        writer, first = CheckpointWriter(folder_of(self._checkpoints, manifest.step)), self._ranks.is_first
         self._all_ranks(writer.begin if first else None, writer)
         records = self._all_ranks(lambda: writer.write_rank(self._ranks.rank, shards, rng), writer)
         files = {name: record for rank in records for name, record in rank.items()}
 
         def finish() -> None:
-            writer.finish(files, config_text, counters, milestone=milestone)
+            writer.finish(files, config_text, self._tokenizer, manifest)
 
         self._all_ranks(finish if first else None, writer)
         if first:
@@ -137,7 +145,7 @@ class Saver:
                 self._say(f"WARNING: old checkpoints could not be removed: {error} The next save tries again.")
 
     def _all_ranks(self, action: Callable[[], Any] | None, writer: CheckpointWriter) -> list[Any]:
-        """Run one stage of saving on the ranks that have an action; returns what each rank's gave.
+        """Run one stage of saving on the ranks that have an action; returns each rank's result.
 
         Raises:
             CheckpointError: on all of them, if it failed on any. What had been written is removed.

@@ -1,4 +1,4 @@
-"""What a model's state is read from: one interface over our own checkpoints and those of others.
+"""The interface for reading a model's state, from Tritrain's checkpoints and from those of others.
 
 A source is read by range, so that a rank reads only what it holds, and a conversion one tensor at a time.
 """
@@ -25,14 +25,14 @@ PIECE_ELEMENTS = 4 * 2**20
 
 
 class Source(ABC):
-    """Weights by name, and Adam's state where there is one."""
+    """Weights by name, and Adam's state if it is stored."""
 
     location: str
     """Where it is, for messages."""
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of every parameter, by Hugging Face name."""
     has_moments: bool
-    """Whether `exp_avg`, `exp_avg_sq` and the step are there, for every parameter."""
+    """Whether `exp_avg`, `exp_avg_sq` and the step are stored for every parameter."""
     missing: tuple[str, ...] = ()
     """One sentence for each thing a run has that this format does not carry."""
 
@@ -52,17 +52,17 @@ class Source(ABC):
 
     @abstractmethod
     def read_step(self, name: str) -> float:
-        """Number of updates behind the moments of a parameter."""
+        """The number of updates that a parameter's moments have seen."""
 
     def check_ahead(self, kinds: Sequence[str]) -> None:  # noqa: B027 (most have nothing to check ahead)
-        """Check now what reading all of these kinds, name by name, would check on the way; nothing where that is not.
+        """Verify checksums ahead of reading; sources without checksums do nothing.
 
-        For a thread of its own: what it finds wrong is found again, and said, by whoever reads it.
+        It runs in a thread of its own. `read` raises the same errors again.
         """
 
 
 def start_checking(source: Source, kinds: Sequence[str]) -> None:
-    """Let a thread check what is about to be read, so that reading it and writing something else overlap."""
+    """Verify in a thread what is about to be read, so that reading and writing overlap."""
 
     def check() -> None:
         with suppress(CheckpointError):

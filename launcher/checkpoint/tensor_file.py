@@ -57,12 +57,12 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def is_count(value: object) -> bool:
-    """Whether a value from JSON is a whole number from 0 on, of a size that a file or a tensor can have."""
+    """Whether a value from JSON is a non-negative integer below 2^63."""
     return type(value) is int and 0 <= value < 2**63
 
 
 class TensorFileError(ValueError):
-    """A file is not what it should be; says what is wrong, but not where: the caller knows the path."""
+    """A file is invalid; the message says why, and the caller adds the path."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text if len(text) <= 500 else f"{text[:500]}...")  # a header may hold names of any length
@@ -84,7 +84,7 @@ class Entry:
 
     @property
     def end(self) -> int:
-        """The byte behind its last."""
+        """The byte after its last."""
         return self.start + self.num_elements * self.dtype.itemsize
 
 
@@ -163,7 +163,7 @@ class TensorFile:
             raise TensorFileError(f"has {size} bytes and cannot be a safetensors file")
         (length,) = struct.unpack("<Q", self._read_bytes(0, 8))
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise TensorFileError(f"is no safetensors file, or is cut off: the header has {length} of {size} bytes")
+            raise TensorFileError(f"is not a safetensors file, or is cut off: the header has {length} of {size} bytes")
         text = bytes(self._read_bytes(8, length))
         self.entries, self.metadata = _parse_header(text, size)
         self._digests: dict[str, bytes] = {}
@@ -194,7 +194,7 @@ class TensorFile:
         return torch.frombuffer(data, dtype=entry.dtype)
 
     def damaged(self) -> Iterator[str]:
-        """Read everything; the names of the tensors whose bytes are not those that were written."""
+        """Read everything; yield the names of damaged tensors."""
         chunk = memoryview(bytearray(CHUNK_BYTES))
         for name, expected in self._digests.items():
             entry, digest = self.entries[name], xxhash.xxh3_128()
@@ -243,7 +243,7 @@ def _whole(data: memoryview, length: int) -> memoryview:
 
 
 def _parse_header(text: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Check a header as strictly as the format says: no overlap, no hole, nothing behind."""
+    """Check a header as strictly as the format says: no overlap, no gap, nothing after the last tensor."""
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
@@ -261,7 +261,7 @@ def _parse_header(text: bytes, size: int) -> tuple[dict[str, Entry], dict[str, s
                 raise TensorFileError(f"its header does not say where {name!r} is")
             position = entry.end
         if not all(isinstance(value, str) for value in metadata.values()):
-            raise TensorFileError("its header's __metadata__ holds something else than text")
+            raise TensorFileError("its header's __metadata__ holds values that are not text")
     except TensorFileError:
         raise
     except KeyError as error:

@@ -1,6 +1,7 @@
-"""Checkpoints: complete or not there at all, and the same format for every engine.
+"""Write checkpoints: complete or not at all, and in the same format for every engine.
 
     checkpoints/step-00000200/rank-00000.safetensors   what rank 0 holds: flat fp32 ranges of weights and moments
+                              tokenizer.model          or .json: what made the tokens
                               config.yaml              the resolved configuration
                               manifest.json            counters, and every file with size and digest; written last
 
@@ -18,7 +19,6 @@ rename gets the manifest last. Nothing here is pickled.
 
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,51 +27,18 @@ import torch
 import xxhash
 from torch import Tensor
 
+from launcher.checkpoint.folders import CONFIG, MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import create, flush_folder, is_local, remove_folder
+from launcher.checkpoint.manifest import FileRecord, Manifest, manifest_digest
 from launcher.checkpoint.tensor_file import write_tensors
 from launcher.engine.contract import Shard
 
-FORMAT_VERSION = 1
-
-
-MANIFEST = "manifest.json"
-
-
-CONFIG = "config.yaml"
-
-
-FileRecord = dict[str, Any]
-"""`size` in bytes and `digest` of a file, as the manifest has them."""
-
-
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps is."""
-    return checkpoints / f"step-{step:08d}"
-
-
-def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """All folders with a manifest, oldest first."""
-    folders = checkpoints.glob("step-*") if checkpoints.is_dir() else []
-    named = (folder for folder in folders if re.fullmatch(r"step-\d{8}", folder.name))
-    return sorted((folder for folder in named if (folder / MANIFEST).is_file()), key=lambda folder: folder.name)
-
-
-def checkpoints_under(folder: Path) -> list[Path]:
-    """All complete ones of a run, or of a folder that holds nothing but checkpoints; oldest first."""
-    return [*complete_checkpoints(folder), *complete_checkpoints(folder / "checkpoints")]
-
-
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """Digest of all of a manifest but its own."""
-    content = {key: value for key, value in manifest.items() if key != "digest"}
-    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
-
 
 class CheckpointWriter:
-    """One checkpoint in the making: begun and finished by one process, and filled by every rank.
+    """A checkpoint that is being written: begun and finished by one process, and filled by every rank.
 
     Args:
-        final: the folder that is there, complete, in the end.
+        final: the folder of the complete checkpoint.
     """
 
     def __init__(self, final: Path) -> None:
@@ -79,7 +46,7 @@ class CheckpointWriter:
         self._building = final.with_name(final.name + ".tmp") if is_local(final) else final
 
     def begin(self) -> None:
-        """Make room: remove what earlier attempts left, of this checkpoint and of others that were never finished."""
+        """Remove an earlier version of this checkpoint, and others that were never finished."""
         if is_local(self.final):
             for leftover in self.final.parent.glob("step-*.tmp"):
                 remove_folder(leftover)
@@ -117,10 +84,10 @@ class CheckpointWriter:
         path = self._building / name
         with create(path) as file:
             root = write_tensors(file, entries, values, {"ranges": json.dumps(ranges)})
-        return {name: {"size": path.stat().st_size, "digest": root}}
+        return {name: FileRecord(size=path.stat().st_size, digest=root)}
 
     def link(self, path: Path) -> None:
-        """Take a file of another checkpoint as it is: a hard link, which needs no room and outlives the other's name.
+        """Reuse a file of another checkpoint: a hard link, which takes no space and survives the other's removal.
 
         Where there can be no link, on another file system, it is copied.
         """
@@ -137,33 +104,30 @@ class CheckpointWriter:
                 copy.write(chunk)
 
     def finish(
-        self,
-        files: dict[str, FileRecord],
-        config_text: str,
-        counters: dict[str, Any],
-        *,
-        milestone: bool,
-        has_moments: bool = True,
+        self, files: dict[str, FileRecord], config_text: str, tokenizer: Path | None, manifest: Manifest
     ) -> None:
-        """Write the configuration and the manifest: from here on the checkpoint is there."""
-        config = config_text.encode()
-        with create(self._building / CONFIG) as file:
-            file.write(config)
-        files = files | {CONFIG: {"size": len(config), "digest": xxhash.xxh3_128_hexdigest(config)}}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "milestone": milestone,
-            "has_moments": has_moments,
-            **counters,
-            "files": files,
-        }
-        manifest["digest"] = manifest_digest(manifest)
+        """Write tokenizer, configuration and manifest: from here on the checkpoint is complete.
+
+        Args:
+            files: of tensors, as the other methods returned them.
+            config_text: the resolved configuration, as YAML.
+            tokenizer: the file that is copied; None where it is not known.
+            manifest: without files.
+        """
+        if tokenizer is not None:
+            files = files | self._write_small(f"tokenizer{tokenizer.suffix}", tokenizer.read_bytes())
+        files = files | self._write_small(CONFIG, config_text.encode())
         with create(self._building / MANIFEST) as file:
-            file.write(json.dumps(manifest, indent=2).encode())
+            file.write(manifest.sealed(files).encode())
         flush_folder(self._building)
         if self._building != self.final:
             os.rename(self._building, self.final)
             flush_folder(self.final.parent)
+
+    def _write_small(self, name: str, content: bytes) -> dict[str, FileRecord]:
+        with create(self._building / name) as file:
+            file.write(content)
+        return {name: FileRecord(size=len(content), digest=xxhash.xxh3_128_hexdigest(content))}
 
     def abandon(self) -> None:
         """Remove what has been written."""
@@ -180,7 +144,7 @@ def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:
 
 
 def _is_passing(folder: Path) -> bool:
-    """Whether a checkpoint is surely no milestone; one with a damaged manifest may be, and is left to people."""
+    """Whether a checkpoint is certainly not a milestone; one with a damaged manifest may be, and is kept."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         return bool(manifest["digest"] == manifest_digest(manifest) and not manifest["milestone"])
@@ -189,7 +153,7 @@ def _is_passing(folder: Path) -> bool:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, if it is there, so that at no moment half of it counts as complete."""
+    """Remove a checkpoint if it exists, so that at no moment half of it counts as complete."""
     if is_local(folder) and folder.exists():
         folder = folder.rename(folder.with_name(folder.name + ".tmp"))
     else:

@@ -1,19 +1,19 @@
-"""`tritrain convert`: into a run that begins with a checkpoint, or into another format."""
+"""`tritrain convert`: make a run that begins with a checkpoint, or a checkpoint in another format."""
 
 import json
 import shlex
 from pathlib import Path
 
 from launcher.config.file import load_config
+from launcher.config.transition import OptimizerChoice
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
+from launcher.formats.choices import ConvertFormat, Dtype
 from launcher.formats.convert import begins_anew, convert_to_hf, convert_to_run, not_carried, preview, starting_phase
 from launcher.formats.deepspeed_universal import write_universal
 from launcher.formats.open import check_sound, open_source
 from launcher.formats.provenance import write_provenance
 from launcher.process.console import Console
-
-FORMATS = ("run", "universal", "hf")
 
 
 def convert_checkpoint(
@@ -23,19 +23,17 @@ def convert_checkpoint(
     overrides: list[str],
     console: Console,
     *,
-    into: str,
+    into: ConvertFormat,
     phase: int | None,
-    optimizer: str | None,
-    dtype: str | None,
+    optimizer: OptimizerChoice | None,
+    dtype: Dtype | None,
     dry_run: bool,
 ) -> None:
     """Make what the options ask for; see `convert_into_run` and `convert_into_format`.
 
     Raises:
-        ConfigError: an option is unknown, or belongs to another format.
+        ConfigError: an option belongs to another format.
     """
-    if into not in FORMATS:
-        raise ConfigError(f"--format {into}: {', '.join(FORMATS)} are there")
     for option, value, wanted in (
         ("--phase", phase, "run"),
         ("--optimizer", optimizer, "run"),
@@ -43,10 +41,8 @@ def convert_checkpoint(
     ):
         if value is not None and into != wanted:
             raise ConfigError(f"{option} {value}: belongs to --format {wanted}")
-    if dtype is not None and dtype not in COMPUTE_DTYPES:
-        raise ConfigError(f"--dtype {dtype}: {' and '.join(COMPUTE_DTYPES)} are there")
     if overrides and config is None:
-        raise ConfigError(f"{overrides[0]}: overrides a configuration, and there is none; give --config")
+        raise ConfigError(f"{overrides[0]}: there is no configuration to override; give one with --config")
     asked = (source, to, config, overrides, console)
     if into == "run":
         convert_into_run(*asked, phase=phase, optimizer=optimizer, dry_run=dry_run)
@@ -62,31 +58,31 @@ def convert_into_run(
     console: Console,
     *,
     phase: int | None,
-    optimizer: str | None,
+    optimizer: OptimizerChoice | None,
     dry_run: bool,
 ) -> None:
-    """Make a run's folder, or say for every tensor what would happen.
+    """Make the folder of a run; with ``dry_run``, list what would happen to each tensor.
 
     Args:
         source: what `launcher.formats.open.open_source` opens.
         to: the run's folder.
         config: of the run; it needs one.
         overrides: `key.sub=value`.
-        console: where to say what is done.
-        phase: to begin in; None takes ``checkpoint.start_phase``, or the one that begins where a checkpoint of ours
-            stands, else the first.
-        optimizer: what becomes of Adam's state; None leaves it to the configuration.
-        dry_run: whether to say it alone.
+        console: where progress is printed.
+        phase: to begin in; None takes ``checkpoint.start_phase``, or the phase that begins at the step of a Tritrain
+            checkpoint, or else the first.
+        optimizer: what happens to Adam's state; None leaves it to the configuration.
+        dry_run: whether to write nothing.
 
     Raises:
-        ConfigError: the configuration is missing or wrong, or the folder holds a run already.
+        ConfigError: the configuration is missing or wrong, or the folder already holds a run.
         CheckpointError: the source is unknown or damaged, or does not fit.
     """
     if config is None:
-        raise ConfigError("--config: is missing; a run needs its configuration")
+        raise ConfigError("--config: is missing; a run needs a configuration")
     for set_by, key in (("--to", "run.folder"), ("SOURCE", "checkpoint.start_from")):
         if any(change.startswith(f"{key}=") for change in overrides):
-            raise ConfigError(f"{key}: is what {set_by} says; leave it out")
+            raise ConfigError(f"{key}: {set_by} sets it; leave it out")
     changes = [*overrides, f"run.folder={json.dumps(str(to))}", f"checkpoint.start_from={json.dumps(source)}"]
     opened = open_source(source)
     begins = phase
@@ -114,24 +110,24 @@ def convert_into_format(
     overrides: list[str],
     console: Console,
     *,
-    into: str,
-    dtype: str,
+    into: ConvertFormat,
+    dtype: Dtype,
     dry_run: bool,
 ) -> None:
-    """Write a folder of another format, or say which tensors it would hold.
+    """Write a folder in another format; with ``dry_run``, list the tensors that it would hold.
 
     Args:
         source: what `launcher.formats.open.open_source` opens.
-        to: the folder; must not be there.
-        config: says what the model is where the source does not.
+        to: the folder; must not exist.
+        config: describes the model if the source does not.
         overrides: `key.sub=value`.
-        console: where to say what is done.
+        console: where progress is printed.
         into: `universal` or `hf`.
-        dtype: of the weights in ``hf``: `bf16` or `fp32`.
-        dry_run: whether to say it alone.
+        dtype: of the weights in ``hf``.
+        dry_run: whether to write nothing.
 
     Raises:
-        ConfigError: the configuration is missing or wrong, or the folder is there.
+        ConfigError: the configuration is missing or wrong, or the folder exists.
         CheckpointError: the source is unknown or damaged, or the folder cannot be written.
     """
     opened = open_source(source)
@@ -143,7 +139,7 @@ def convert_into_format(
         console.aligned([["tensor", "shape"], *rows])
         return
     if to.exists():
-        raise ConfigError(f"{to}: is there already; name a folder that is not")
+        raise ConfigError(f"{to}: exists already; name a new folder")
     if into == "hf":
         convert_to_hf(opened, given, to, COMPUTE_DTYPES[dtype])
     else:

@@ -55,7 +55,10 @@ def find_key(name: str, keys: list[Key]) -> Key:
     by_path = {without_indexes(key.path): key.path for key in keys}
     near = [by_path[path] for path in difflib.get_close_matches(wanted, by_path, n=3, cutoff=0.6)]
     last = wanted.rpartition(".")[2]
-    near += [key.path for key in keys if difflib.SequenceMatcher(None, last, key.path.rpartition(".")[2]).ratio() > 0.8]
+    for key in keys:
+        name_there = key.path.rpartition(".")[2]
+        if last in name_there.split("_") or difflib.SequenceMatcher(None, last, name_there).ratio() > 0.8:
+            near.append(key.path)
     if near:
         raise ConfigError(f"{name}: unknown key; did you mean {' or '.join(dict.fromkeys(near))}?")
     raise ConfigError(f"{name}: unknown key; the sections are {', '.join(key.path for key in keys if not key.parent)}")

@@ -1,107 +1,101 @@
-"""`tritrain export`: which options belong together, and what they make."""
+"""`tritrain export`: checks which options belong together, then writes the folder or file."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
 
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
-from launcher.formats.gguf_export import EMBEDDING_TYPES, EmbeddingType, export_gguf
-from launcher.formats.hf_export import HfWeights, LinearClass, export_hf
+from launcher.formats.choices import BlockType, Dtype, EmbeddingType, ExportFormat, ExportWeights, LinearClass
+from launcher.formats.gguf_export import export_gguf
+from launcher.formats.hf_export import HfWeights, export_hf
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.process.console import Console
-from quant.gguf import BLOCK_TYPES, TERNARY_TYPES, BlockType
-
-FORMATS = ("hf", "hf-ternary", "gguf")
+from quant.gguf import TERNARY_TYPES
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """The options as they were given; None where nothing was said.
+    """The options as they were given; None for those that were not.
 
     Raises:
-        ConfigError: one is unknown, or belongs to another format.
+        ConfigError: one belongs to another format.
     """
 
-    into: str
+    into: ExportFormat
     """The format."""
-    weights: str | None
-    """`hf`: `latent` or `dequantized`."""
-    dtype: str | None
-    linear_class: str | None
+    weights: ExportWeights | None
+    """`hf` alone."""
+    dtype: Dtype | None
+    linear_class: LinearClass | None
     """`hf-ternary`: what computes the packed weights."""
-    block_type: str | None
+    block_type: BlockType | None
     """`gguf`: of the projections."""
-    embeddings: str | None
-    """`gguf`: type of the embedding and the head."""
+    embeddings: EmbeddingType | None
+    """`gguf`: of the embedding and the head."""
     tokenizer: Path | None
     no_tokenizer: bool
 
     def __post_init__(self) -> None:
-        if self.into not in FORMATS:
-            raise ConfigError(f"--format {self.into}: {' and '.join(FORMATS)} are there")
-        for option, value, known, formats in (
-            ("--dtype", self.dtype, COMPUTE_DTYPES, ("hf", "hf-ternary")),
-            ("--weights", self.weights, ("latent", "dequantized"), ("hf",)),
-            ("--linear-class", self.linear_class, get_args(LinearClass), ("hf-ternary",)),
-            ("--type", self.block_type, BLOCK_TYPES, ("gguf",)),
-            ("--embeddings", self.embeddings, EMBEDDING_TYPES, ("gguf",)),
+        for option, value, formats in (
+            ("--dtype", self.dtype, ("hf", "hf-ternary")),
+            ("--weights", self.weights, ("hf",)),
+            ("--linear-class", self.linear_class, ("hf-ternary",)),
+            ("--type", self.block_type, ("gguf",)),
+            ("--embeddings", self.embeddings, ("gguf",)),
         ):
-            if value is not None and value not in known:
-                raise ConfigError(f"{option} {value}: {' and '.join(known)} are there")
             if value is not None and self.into not in formats:
                 raise ConfigError(f"{option} {value}: belongs to --format {' and '.join(formats)}")
         if self.no_tokenizer and self.into == "gguf":
-            raise ConfigError("--no-tokenizer: a GGUF file holds one")
+            raise ConfigError("--no-tokenizer: a GGUF file always holds a tokenizer")
         if self.tokenizer and self.no_tokenizer:
             raise ConfigError("--tokenizer and --no-tokenizer exclude each other")
 
 
 def export_checkpoint(checkpoint: str, to: Path, options: ExportOptions, console: Console) -> None:
-    """Write what the options ask for of a checkpoint, or of a run's newest.
+    """Export a checkpoint, or the newest one of a run.
 
     Raises:
-        ConfigError: ``to`` is there, an option is missing, or the `gguf` package is.
+        ConfigError: ``to`` exists, or an option or the `gguf` package is missing.
         CheckpointError: the checkpoint is unknown or damaged, or the format cannot express it.
         DataError: the format cannot express its tokenizer.
     """
     if to.exists():
-        raise ConfigError(f"{to}: is there already; name what is not")
-    block_type = cast(BlockType, options.block_type or "tq2_0")
+        raise ConfigError(f"{to}: exists already; name a new path")
+    block_type: BlockType = options.block_type or "tq2_0"
     wants_codes = {"hf": options.weights == "dequantized", "hf-ternary": True, "gguf": block_type in TERNARY_TYPES}
     opened = open_exportable(checkpoint, ternary=wants_codes[options.into])
-    weights = "packed" if options.into == "hf-ternary" else options.weights
+    weights: HfWeights | None = "packed" if options.into == "hf-ternary" else options.weights
     if options.into == "hf" and weights is None:
         weights = weights_of_16_bits(opened)
     tokenizer = tokenizer_of(opened, options)
     if options.into == "gguf":
         assert tokenizer is not None
-        embeddings = cast(EmbeddingType | None, options.embeddings)
-        console.line(export_gguf(opened, to, into=block_type, embeddings=embeddings, tokenizer=tokenizer))
+        console.line(export_gguf(opened, to, into=block_type, embeddings=options.embeddings, tokenizer=tokenizer))
     else:
+        assert weights is not None
         export_hf(
             opened,
             to,
-            weights=cast(HfWeights, weights),
+            weights=weights,
             dtype=COMPUTE_DTYPES[options.dtype] if options.dtype else None,
-            linear_class=cast(LinearClass, options.linear_class or "bitlinear"),
+            linear_class=options.linear_class or "bitlinear",
             tokenizer=tokenizer,
         )
     console.line(f"Written: {to}")
 
 
 def weights_of_16_bits(opened: Exportable) -> HfWeights:
-    """The only weights that a 16-bit model has; a ternary one has two kinds, and does not say which are wanted."""
+    """The weights to export if none are named: a 16-bit model has one kind, a ternary one has two to choose from."""
     if opened.quantization is not None:
         raise ConfigError(
-            f"--weights: is missing; {opened.source.location} is of a ternary phase. latent are the 16-bit weights "
-            "that it trains, dequantized those that it computes with"
+            f"--weights: is missing; {opened.source.location} is of a ternary phase. Choose latent, the 16-bit weights "
+            "that are trained, or dequantized, those that the model computes with"
         )
     return "latent"
 
 
 def tokenizer_of(opened: Exportable, options: ExportOptions) -> Path | None:
-    """The tokenizer's file; None where it is to be left out."""
+    """The tokenizer's file; None if it is left out."""
     if options.no_tokenizer:
         return None
     file = options.tokenizer or opened.tokenizer

@@ -17,10 +17,23 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from launcher.config.engine import EngineConfig
+from launcher.config.optimizer import ScheduleConfig
 from launcher.config.rules import spanning_problems
-from launcher.config.sections import Config
+from launcher.config.sections import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    OutlierConfig,
+    PhaseConfig,
+    TrainingConfig,
+    WatchConfig,
+)
+from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
-from quant.config import PRESETS
+from model.config import DistillationConfig, ModelConfig
+from quant.config import PRESETS, QuantConfig
+from quant.ramp import RampConfig
 
 DERIVED_KEYS = ("tritrain_version", "phase_steps")
 """What a run's own `config.yaml` holds besides the configuration, which it is a configuration without."""
@@ -100,10 +113,10 @@ def load_as(kind: type[Part], path: Path, name: str) -> Part:
     Raises:
         ConfigError: lists every problem.
     """
-    problems: dict[str, str] = {}
-    part = _parse_part(kind, read_mapping(path, "keys"), name, problems)
+    tree = read_mapping(path, "keys")
+    part, problems = _parse_part(kind, tree, name)
     if problems:
-        raise ConfigError("\n".join(f"{path}: {key}: {problem}" for key, problem in problems.items()))
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _lines(problems, {name: tree})))
     return cast(Part, part)
 
 
@@ -146,16 +159,38 @@ def parse_config(tree: dict[str, Any]) -> Config:
     types = typing.get_type_hints(Config)
     problems = {str(key): f"unknown section{_suggestion(str(key), Config)}" for key in tree if key not in sections}
     parts: dict[str, Any] = {}
-    tree = expand_presets(tree)
-    for name, part in sections.items():
-        if name not in tree and part.default_factory is dataclasses.MISSING:
+    expanded = expand_presets(tree)
+    for name, section in sections.items():
+        if name not in tree and section.default_factory is dataclasses.MISSING:
             problems[name] = "the section is missing"
             continue
-        parts[name] = _parse_part(types[name], tree.get(name, {}), name, problems)
-    problems |= spanning_problems({name: part for name, part in parts.items() if part is not None})
+        part, found = _parse_part(types[name], expanded.get(name, {}), name)
+        problems |= found
+        if not found:
+            parts[name] = part
     if problems:
-        raise ConfigError("\n".join(f"{path}: {problem}" for path, problem in problems.items()))
-    return Config(**parts)
+        problems |= spanning_problems(parts)
+    else:
+        try:
+            return Config(**parts)
+        except ValueError as error:
+            problems = error.args[0]
+    raise ConfigError("\n".join(_lines(problems, tree)))
+
+
+def _lines(problems: dict[str, str], tree: Any) -> list[str]:
+    """A line for each problem, in the order in which the keys are in the file; missing ones are last in their part."""
+
+    def place(path: str) -> list[int]:
+        node, places = tree, []
+        for key in path.split("."):
+            children = node if isinstance(node, dict) else dict(enumerate(node)) if isinstance(node, list) else {}
+            keys = [str(child) for child in children]
+            places.append(keys.index(key) if key in keys else len(keys))
+            node = children[list(children)[places[-1]]] if key in keys else None
+        return places
+
+    return [f"{path}: {problems[path]}" for path in sorted(problems, key=place)]
 
 
 def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
@@ -174,39 +209,69 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
 _adapter = functools.cache(TypeAdapter)  # building one takes longer than reading with it
 
 
-def _parse_part(kind: Any, tree: Any, path: str, problems: dict[str, str]) -> Any:
-    """Read one part, adding what is wrong to ``problems``; None if anything is.
+JUDGED_BY: dict[type, dict[str, tuple[str, ...]]] = {
+    ModelConfig: {"num_heads": ("head_dim",)},
+    TrainingConfig: {"global_batch_sequences": ("global_batch_tokens",)},
+    OutlierConfig: {"window_steps": ("sigmas",)},
+    ScheduleConfig: {"drop_at": ("shape",), "drop_factor": ("shape",)},
+    PhaseConfig: {"steps": ("tokens", "fraction")},
+    QuantConfig: {
+        "weights": ("levels", "preset"),
+        "granularity": ("preset",),
+        "hadamard": ("preset",),
+    },
+    TransitionConfig: {"rescale_factor": ("optimizer",)},
+    RampConfig: {"sharpness": ("shape",), "stairs": ("shape",), "order": ("steps",)},
+    DistillationConfig: {"relation_layer": ("relation_weight",)},
+    EngineConfig: {
+        "zero_stage": ("name",),
+        "deepspeed": ("name",),
+        "offload": ("name", "zero_stage"),
+    },
+    CheckpointConfig: {"start_phase": ("start_from",)},
+    EvaluationConfig: {"tasks_interval_steps": ("tasks",)},
+    WatchConfig: {"lost_seconds": ("beat_seconds",)},
+}
+"""Keys with a value that is right or wrong depending on that of others, where those others have defaults."""
+
+
+def _parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
+    """Read one part; returns it and what is wrong with it, by path. If anything is, the part is of no use.
 
     A part checks itself as a whole only once every key of it is well-formed. So what is not is left out and the part
-    read again, until nothing new is found. What is then said about a key that was left out does not count.
+    read again, until nothing new is found. A problem does not count if it depends on a key that was left out, for
+    that key's default may have caused it.
     """
     tree = json.loads(json.dumps(tree, default=str))  # a copy, in JSON's types
     adapter = _adapter(kind)
-    left_out: list[str] = []
+    problems: dict[str, str] = {}
+    left_out: set[str] = set()
     while True:
         try:
-            part = adapter.validate_json(json.dumps(tree))
-            return None if left_out else part
+            return adapter.validate_json(json.dumps(tree)), problems
         except ValidationError as error:
-            found: dict[str, str] = {}
             removed: list[str] = []
             for detail in error.errors():
                 location = tuple(str(key) for key in detail["loc"])
                 where = ".".join((path, *location))
-                if detail["type"] == "value_error":
-                    reason = detail["ctx"]["error"].args[0]
-                    nested = reason if isinstance(reason, dict) else {"": str(reason)}
-                    found |= {f"{where}.{key}".rstrip("."): text for key, text in nested.items()}
-                else:
-                    found[where] = _explain(detail, kind, location)
+                for problem, reason, needed in _reasons(detail, kind, location, where):
+                    if left_out.isdisjoint((problem, *needed)):
+                        problems.setdefault(problem, reason)
                 if not detail["type"].startswith("missing") and _remove(tree, location):
-                    removed.append(location[-1])
-            for where, text in found.items():
-                if not any(re.search(rf"\b{re.escape(key)}\b", f"{where}: {text}") for key in left_out):
-                    problems[where] = text
+                    removed.append(where)
             if not removed:
-                return None
-            left_out += removed
+                return None, problems
+            left_out.update(removed)
+
+
+def _reasons(detail: Any, kind: Any, location: tuple[str, ...], where: str) -> Iterator[tuple[str, str, list[str]]]:
+    """The problems in one of pydantic's errors: each its path, what is wrong, and the paths that it depends on too."""
+    if detail["type"] != "value_error":
+        yield where, _explain(detail, kind, location), []
+        return
+    judged_by = JUDGED_BY.get(_owner(kind, location), {})
+    for key, reason in detail["ctx"]["error"].args[0].items():
+        yield f"{where}.{key}", reason, [f"{where}.{other}" for other in judged_by.get(key, ())]
 
 
 def _remove(tree: Any, location: tuple[str, ...]) -> bool:

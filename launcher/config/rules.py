@@ -1,22 +1,38 @@
-"""Rules that span several sections of the configuration."""
+"""Rules that span several sections of the configuration.
 
+A rule is a function whose parameters are named after the sections that it needs, and that yields each problem as the
+path of a key and what is wrong there. It runs when those sections are valid in themselves. `RULES` lists all rules.
+"""
+
+import inspect
 import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from data.config import DataConfig
 from data.urls import url_problem
+from launcher.config.engine import EngineConfig
+from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.transition import TransitionConfig
-from model.distillation import DistillationConfig
+from model.config import DistillationConfig, ModelConfig
 from model.size import parameter_shapes
-from quant.config import QuantConfig
-from quant.gather import gather_problems
-from quant.linear import width_problem
+from quant.config import QuantConfig, gather_problems, width_problem
+
+if TYPE_CHECKING:
+    from launcher.config.sections import CheckpointConfig, PhaseConfig, TrainingConfig
+
+    Phases = tuple[PhaseConfig, ...]
+
+Problems = Iterator[tuple[str, str]]
+"""Each as the path of a key and what is wrong there."""
+Rule = Callable[..., Problems]
 
 
 def local_problem(text: str) -> str | None:
     """Say what is wrong with a path that must be on this machine's file systems; None if nothing is."""
     if "://" in text:
-        return f"{text!r} is a URL; give a folder of this machine's file systems"
+        return f"{text!r} is a URL; give a folder on this machine's file systems"
     return home_problem(text)
 
 
@@ -27,144 +43,240 @@ def home_problem(text: str) -> str | None:
     return None
 
 
-def spanning_problems(parts: dict[str, Any]) -> dict[str, str]:
-    """Check the rules that span several parts, as far as the parts are there.
+def divisors(number: int) -> str:
+    """All divisors of a number, as a list for a message."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def spanning_problems(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Run every rule whose sections are there; returns what is wrong by path, for each path the first problem.
 
     Args:
         parts: those sections of a `Config` that are valid in themselves, by name.
     """
     problems: dict[str, str] = {}
-    model, data, training = parts.get("model"), parts.get("data"), parts.get("training")
-    phases, checkpoint, engine = parts.get("phases"), parts.get("checkpoint"), parts.get("engine")
-    if model and data and data.sequence_length > model.max_sequence_length:
-        problems["data.sequence_length"] = (
-            f"is {data.sequence_length}, beyond model.max_sequence_length {model.max_sequence_length}"
-        )
-    if data and (problem := home_problem(data.cache or "")):
-        problems["data.cache"] = problem
-    for index, source in enumerate(data.sources if data else ()):
+    for rule in RULES:
+        needed = inspect.signature(rule).parameters
+        if needed.keys() <= parts.keys():
+            for path, problem in rule(**{name: parts[name] for name in needed}):
+                problems.setdefault(path, problem)
+    return problems
+
+
+def sequences_fit_the_model(model: ModelConfig, data: DataConfig) -> Problems:
+    """A sequence is at most as long as the model's context."""
+    length, longest = data.sequence_length, model.max_sequence_length
+    if length > longest:
+        yield "data.sequence_length", f"is {length}; must be at most model.max_sequence_length {longest}"
+
+
+def data_paths_name_no_home(data: DataConfig) -> Problems:
+    """No shell replaces a `~` in the paths of the data."""
+    if problem := home_problem(data.cache or ""):
+        yield "data.cache", problem
+    for index, source in enumerate(data.sources):
         if problem := home_problem(source.path):
-            problems[f"data.sources.{index}.path"] = problem
-    if data and training and training.global_batch_tokens and training.global_batch_tokens % data.sequence_length:
-        below = training.global_batch_tokens // data.sequence_length * data.sequence_length
-        nearest = [str(tokens) for tokens in (below, below + data.sequence_length) if tokens]
-        problems["training.global_batch_tokens"] = (
-            f"is {training.global_batch_tokens}, no multiple of data.sequence_length {data.sequence_length}; "
-            f"{' or '.join(nearest)} would be"
-        )
-    if training and training.global_batch_sequences:
-        total, micro = training.global_batch_sequences, training.micro_batch_sequences
-        if total % micro:
-            problems["training.micro_batch_sequences"] = (
-                f"{micro} does not divide the global batch of {total} sequences; {divisors(total)} do"
-            )
-    if training and engine and training.compile and engine.zero_stage == 3:
-        problems["training.compile"] = (
-            "is true, but the hooks of engine.zero_stage 3 cut every graph at each layer; "
-            "compile with zero_stage 1 or 2, or with engine.name fsdp2"
-        )
-    if phases is not None and not phases:
-        problems["phases"] = "is empty; list at least one phase with its precision and length"
-    if phases and training:
-        share = sum(phase.fraction or 0 for phase in phases)
-        length = "total_steps" if training.total_steps else "total_tokens"
-        if not share and getattr(training, length):
-            problems[f"training.{length}"] = "does nothing, because no phase's length is a fraction; leave it out"
-        if share > 1 + 1e-9:
-            problems["phases"] = f"have fractions of {share:g} in sum; 1 is the whole run"
-    if phases and checkpoint and checkpoint.start_phase >= len(phases):
-        problems["checkpoint.start_phase"] = (
-            f"is {checkpoint.start_phase}; the last of the {len(phases)} phases is {len(phases) - 1}"
-        )
-    if phases:
-        problems |= _switch_problems(parts)
-    for index, phase in enumerate(phases or ()):
-        path = f"phases.{index}"
-        if phase.fraction and training and not (training.total_steps or training.total_tokens):
-            problems[f"{path}.fraction"] = "needs training.total_steps or training.total_tokens to be a fraction of"
-        if phase.precision == "ternary" and model:
-            quantization = phase.quantization or QuantConfig()
-            layers = {
-                name.removesuffix(".weight"): shape[-1]
-                for name, shape in parameter_shapes(model).items()
-                if len(shape) == 2 and re.search(quantization.include, name.removesuffix(".weight"))
-            }
-            if not layers:
-                problems[f"{path}.quantization.include"] = (
-                    f"{quantization.include!r} matches no layer of the model, such as model.layers.0.mlp.up_proj"
-                )
-            for name, width in layers.items():
-                if problem := width_problem(name, width, quantization):
-                    problems[f"{path}.quantization"] = problem
-            if quantization.fused and engine and engine.zero_stage == 3:
-                problems[f"{path}.quantization.fused"] = (
-                    "is true, but engine.zero_stage 3 gathers one layer at a time; "
-                    "take zero_stage 1 or 2, engine.name fsdp2, or fused: false"
-                )
-            if engine and engine.gather == "codes":
-                for key, problem in gather_problems(quantization).items():
-                    problems[f"{path}.quantization.{key}"] = problem
-        if phase.distillation:
-            for key, problem in distillation_problems(phase.distillation, index, parts).items():
-                problems[f"{path}.distillation.{key}"] = problem
-        if index == 0 and phase.transition and checkpoint and not checkpoint.start_from:
-            given = phase.transition
-            if given != TransitionConfig(ramp=given.ramp, activation_ramp=given.activation_ramp):
-                problems[f"{path}.transition"] = "the first phase has nothing to keep but with checkpoint.start_from"
-    return problems
+            yield f"data.sources.{index}.path", problem
 
 
-def _switch_problems(parts: dict[str, Any]) -> dict[str, str]:
-    """Rules between phases, optimizer and schedule about what changes where a phase begins."""
-    problems: dict[str, str] = {}
-    phases, optimizer, schedule = parts["phases"], parts.get("optimizer"), parts.get("schedule")
-    checkpoint = parts.get("checkpoint")
-    includes = {(phase.quantization or QuantConfig()).include for phase in phases if phase.precision == "ternary"}
-    if optimizer and optimizer.ternary_learning_rate_factor is not None and len(includes) != 1:
-        problems["optimizer.ternary_learning_rate_factor"] = (
-            f"is for the layers that ternary phases quantize, and they name {len(includes)} selections of layers; "
-            "there must be one"
+def batch_is_whole_sequences(data: DataConfig, training: "TrainingConfig") -> Problems:
+    """A global batch in tokens is a multiple of the sequence length."""
+    tokens, length = training.global_batch_tokens, data.sequence_length
+    if tokens and tokens % length:
+        below = tokens // length * length
+        nearest = " or ".join(str(fitting) for fitting in (below, below + length) if fitting)
+        problem = f"is {tokens}; must be a multiple of data.sequence_length {length}, such as {nearest}"
+        yield "training.global_batch_tokens", problem
+
+
+def micro_batches_fill_the_batch(training: "TrainingConfig") -> Problems:
+    """The micro-batch divides the global batch."""
+    total, micro = training.global_batch_sequences, training.micro_batch_sequences
+    if total and total % micro:
+        yield (
+            "training.micro_batch_sequences",
+            f"{micro} does not divide the global batch of {total} sequences; choose {divisors(total)}",
         )
-    if schedule and schedule.decay_from_phase is not None:
-        if schedule.decay_from_phase >= len(phases):
-            problems["schedule.decay_from_phase"] = (
-                f"is {schedule.decay_from_phase}; the last of the {len(phases)} phases is {len(phases) - 1}"
-            )
-        for index, phase in enumerate(phases):
-            if phase.transition and phase.transition.schedule == "restart":
-                problems[f"phases.{index}.transition.schedule"] = "is restart; with schedule.decay_from_phase it cannot"
+
+
+def compiled_blocks_stay_whole(training: "TrainingConfig", engine: EngineConfig) -> Problems:
+    """ZeRO-3 gathers weights inside of what would be compiled."""
+    if training.compile and engine.zero_stage == 3:
+        yield (
+            "training.compile",
+            "is true, but the hooks of engine.zero_stage 3 break every graph at each layer; "
+            "compile with zero_stage 1 or 2, or with engine.name fsdp2",
+        )
+
+
+def a_phase_is_listed(phases: "Phases") -> Problems:
+    """A run has a phase."""
+    if not phases:
+        yield "phases", "is empty; list at least one phase with its precision and length"
+
+
+def fractions_are_of_one_run(phases: "Phases", training: "TrainingConfig") -> Problems:
+    """Fractions need a whole, a whole needs fractions, and they add up to at most 1."""
+    share = sum(phase.fraction or 0 for phase in phases)
+    length = "total_steps" if training.total_steps else "total_tokens"
+    if phases and not share and getattr(training, length):
+        yield f"training.{length}", "has no effect, because no phase's length is a fraction; leave it out"
+    if share > 1 + 1e-9:
+        yield "phases", f"the fractions add up to {share:g}; at most 1"
     for index, phase in enumerate(phases):
-        starts_here = checkpoint and checkpoint.start_from and checkpoint.start_phase == index
-        if starts_here and phase.transition and phase.transition.rollback:
-            problems[f"phases.{index}.transition.rollback"] = (
-                "needs the loss before the switch, and the run begins with it; leave it out"
-            )
-    return problems
+        if phase.fraction and not (training.total_steps or training.total_tokens):
+            yield f"phases.{index}.fraction", "needs training.total_steps or training.total_tokens"
 
 
-def distillation_problems(distillation: DistillationConfig, index: int, parts: dict[str, Any]) -> dict[str, str]:
-    """What is wrong with the distillation of the phase of this index, by its key; `parts` as for the other rules."""
-    problems: dict[str, str] = {}
-    phases, checkpoint = parts["phases"], parts.get("checkpoint")
-    model, training = parts.get("model"), parts.get("training")
-    if distillation.teacher is not None:
-        if problem := url_problem(distillation.teacher):
-            problems["teacher"] = problem
-    elif checkpoint and not (checkpoint.start_from and index <= checkpoint.start_phase):
-        if index == 0:
-            problems["teacher"] = "is missing; the first phase begins with nothing that could teach, so name a teacher"
-        elif phases[index - 1].precision == "ternary":
-            problems["teacher"] = "is missing; the phase before is ternary, and a teacher must be in 16 bits: name one"
-    layer = distillation.relation_layer
-    if model and layer is not None and layer >= model.num_layers:
-        problems["relation_layer"] = f"is {layer}; the last of the {model.num_layers} blocks is {model.num_layers - 1}"
-    if training and training.compile and distillation.relation_weight:
-        problems["relation_weight"] = (
-            f"is {distillation.relation_weight}, but training.compile hides what is inside of a block; turn off one"
+def start_phase_exists(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
+    """The run begins in one of its phases."""
+    if phases and checkpoint.start_phase >= len(phases):
+        yield "checkpoint.start_phase", _no_such_phase(checkpoint.start_phase, phases)
+
+
+def first_phase_keeps_nothing(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
+    """Without `start_from` there is no state before the first phase; only its ramps have an effect."""
+    given = phases[0].transition if phases and not checkpoint.start_from else None
+    if given and given != TransitionConfig(ramp=given.ramp, activation_ramp=given.activation_ramp):
+        yield "phases.0.transition", "has nothing to carry over in the first phase; it needs checkpoint.start_from"
+
+
+def factor_is_for_one_selection(phases: "Phases", optimizer: OptimizerConfig) -> Problems:
+    """The learning-rate factor needs one set of layers, the same in every ternary phase."""
+    includes = {quantization.include for _, quantization in _quantizations(phases)}
+    if phases and optimizer.ternary_learning_rate_factor is not None and len(includes) != 1:
+        yield (
+            "optimizer.ternary_learning_rate_factor",
+            "is for the layers that all ternary phases quantize, so quantization.include must be the same in each; "
+            f"there are {len(includes)} different ones",
         )
-    return problems
 
 
-def divisors(number: int) -> str:
-    """All divisors of a number, as a list for a message."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+def decay_begins_with_a_phase(phases: "Phases", schedule: ScheduleConfig) -> Problems:
+    """The decay begins in one of the phases, once."""
+    if not phases or schedule.decay_from_phase is None:
+        return
+    if schedule.decay_from_phase >= len(phases):
+        yield "schedule.decay_from_phase", _no_such_phase(schedule.decay_from_phase, phases)
+    for index, phase in enumerate(phases):
+        if phase.transition and phase.transition.schedule == "restart":
+            yield f"phases.{index}.transition.schedule", "is restart, which schedule.decay_from_phase excludes"
+
+
+def rollback_knows_the_loss_before(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
+    """A phase that the run begins with has no loss before it to compare with."""
+    for index, phase in enumerate(phases):
+        starts_here = checkpoint.start_from and checkpoint.start_phase == index
+        if starts_here and phase.transition and phase.transition.rollback:
+            yield (
+                f"phases.{index}.transition.rollback",
+                "needs the loss before the switch, but the run begins with this phase; leave it out",
+            )
+
+
+def quantized_layers_exist(phases: "Phases", model: ModelConfig) -> Problems:
+    """Each ternary phase selects layers, and their widths can be quantized."""
+    for path, quantization in _quantizations(phases):
+        widths = {
+            name.removesuffix(".weight"): shape[-1]
+            for name, shape in parameter_shapes(model).items()
+            if len(shape) == 2 and re.search(quantization.include, name.removesuffix(".weight"))
+        }
+        if not widths:
+            yield (
+                f"{path}.include",
+                f"{quantization.include!r} matches no layer of the model, such as model.layers.0.mlp.up_proj",
+            )
+        for name, width in widths.items():
+            if problem := width_problem(name, width, quantization):
+                yield path, problem
+
+
+def fused_layers_are_gathered_together(phases: "Phases", engine: EngineConfig) -> Problems:
+    """A scale over several matrices needs them all at once."""
+    for path, quantization in _quantizations(phases):
+        if quantization.fused and engine.zero_stage == 3:
+            yield (
+                f"{path}.fused",
+                "is true, but engine.zero_stage 3 gathers one layer at a time; "
+                "choose zero_stage 1 or 2, engine.name fsdp2, or fused: false",
+            )
+
+
+def codes_can_be_gathered(phases: "Phases", engine: EngineConfig) -> Problems:
+    """Codes of 2 bits suffice to compute the layers."""
+    if engine.gather == "codes":
+        for path, quantization in _quantizations(phases):
+            for key, problem in gather_problems(quantization).items():
+                yield f"{path}.{key}", problem
+
+
+def teacher_is_in_16_bits(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
+    """A teacher is named, or is the model at the end of the 16-bit phase before."""
+    for index, path, distillation in _distillations(phases):
+        if distillation.teacher is not None:
+            if problem := url_problem(distillation.teacher):
+                yield f"{path}.teacher", problem
+        elif not (checkpoint.start_from and index <= checkpoint.start_phase):
+            if index == 0:
+                yield f"{path}.teacher", "is missing; no model comes before the first phase, so name a teacher"
+            elif phases[index - 1].precision == "ternary":
+                yield f"{path}.teacher", "is missing; the phase before is ternary, so name a teacher in 16 bits"
+
+
+def relations_are_of_a_block(phases: "Phases", model: ModelConfig) -> Problems:
+    """The block whose attention is compared exists."""
+    for _, path, distillation in _distillations(phases):
+        layer, last = distillation.relation_layer, model.num_layers - 1
+        if layer is not None and layer > last:
+            yield f"{path}.relation_layer", f"is {layer}; the last of the {model.num_layers} blocks is {last}"
+
+
+def relations_can_be_seen(phases: "Phases", training: "TrainingConfig") -> Problems:
+    """Attention inside a compiled block cannot be compared."""
+    for _, path, distillation in _distillations(phases):
+        if training.compile and distillation.relation_weight:
+            yield (
+                f"{path}.relation_weight",
+                f"is {distillation.relation_weight}, but training.compile hides what is inside a block; turn one off",
+            )
+
+
+def _no_such_phase(index: int, phases: "Phases") -> str:
+    return f"is {index}; the last of the {len(phases)} phases is {len(phases) - 1}"
+
+
+def _quantizations(phases: "Phases") -> Iterator[tuple[str, QuantConfig]]:
+    """The quantization of each ternary phase, with its path."""
+    for index, phase in enumerate(phases):
+        if phase.precision == "ternary":
+            yield f"phases.{index}.quantization", phase.quantization or QuantConfig()
+
+
+def _distillations(phases: "Phases") -> Iterator[tuple[int, str, DistillationConfig]]:
+    """Each phase's distillation, with the phase's index and the distillation's path."""
+    for index, phase in enumerate(phases):
+        if phase.distillation:
+            yield index, f"phases.{index}.distillation", phase.distillation
+
+
+RULES: tuple[Rule, ...] = (
+    sequences_fit_the_model,
+    data_paths_name_no_home,
+    batch_is_whole_sequences,
+    micro_batches_fill_the_batch,
+    compiled_blocks_stay_whole,
+    a_phase_is_listed,
+    fractions_are_of_one_run,
+    start_phase_exists,
+    first_phase_keeps_nothing,
+    factor_is_for_one_selection,
+    decay_begins_with_a_phase,
+    rollback_knows_the_loss_before,
+    quantized_layers_exist,
+    fused_layers_are_gathered_together,
+    codes_can_be_gathered,
+    teacher_is_in_16_bits,
+    relations_are_of_a_block,
+    relations_can_be_seen,
+)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data.loader import DataConfig
+from data.config import DataConfig
 from data.urls import url_problem
 from eval.tasks import choose_tasks
 from launcher.config.engine import EngineConfig
@@ -19,8 +19,7 @@ from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.rules import home_problem, local_problem, spanning_problems
 from launcher.config.strict import STRICT
 from launcher.config.transition import TransitionConfig
-from model.distillation import DistillationConfig
-from model.transformer import ModelConfig
+from model.config import DistillationConfig, ModelConfig
 from quant.config import QuantConfig
 from quant.ramp import RampConfig
 

@@ -23,8 +23,8 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import check_writable, is_local
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.config.file import load_config
 from launcher.doctor import checks
 from launcher.doctor.checks import Verdict
@@ -34,7 +34,6 @@ from launcher.doctor.facts import (
     SECONDS_TO_APPEAR,
     RankFacts,
     clock_offsets,
-    existing_part,
     gather,
     look_around,
     look_for,
@@ -43,6 +42,7 @@ from launcher.doctor.facts import (
     requirements,
 )
 from launcher.errors import USER_ERRORS, CheckpointError, report_error
+from launcher.plan.disk import existing_part
 from launcher.plan.plan import Plan, make_plan
 from launcher.plan.table import describe
 from launcher.process.ranks import Ranks, process_group

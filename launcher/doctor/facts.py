@@ -334,12 +334,6 @@ def clock_offsets(ranks: Ranks, clock: Callable[[], float] = time.time) -> list[
     return [float(offset) for offset in offsets]
 
 
-def existing_part(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there: what is made below lies on the same disk."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
 def look_for(path: Path, seconds: float) -> str:
     """Content of a file that another host has written, waiting for it to appear; empty where it does not."""
     deadline = time.monotonic() + seconds

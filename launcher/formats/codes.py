@@ -1,4 +1,4 @@
-"""Codes of a checkpoint's quantized matrices, computed one matrix at a time as the training forward computes them."""
+"""Compute the codes of a checkpoint's quantized matrices, one at a time, as the training forward does."""
 
 from math import prod
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from launcher.checkpoint.source import Source
 from model.transformer import ModelConfig, Transformer
-from quant.config import QuantConfig
+from quant.config import QuantConfig, is_rotated
 from quant.hadamard import rotate
-from quant.linear import LEARNED_SCALE, is_rotated, matching_layers, sharers
+from quant.linear import LEARNED_SCALE, matching_layers, sharers
 from quant.rounding import dequantize, learned_scale, weight_codes, weight_scale
 
 

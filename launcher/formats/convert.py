@@ -1,4 +1,4 @@
-"""Converting checkpoints, offline and tensor by tensor: between phases, engines and formats.
+"""Convert checkpoints between phases, engines and formats: offline, and tensor by tensor.
 
 A conversion into a run makes what the run itself would have at the transition: the checkpoint before it. The transition
 then happens when the run starts, by the same code as inside a run, so that both continue with the same bits. That is
@@ -7,17 +7,19 @@ why converting one of our own checkpoints costs nothing: its files are immutable
 
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.location import reaching
+from launcher.checkpoint.manifest import FileRecord, Manifest, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_checking
-from launcher.checkpoint.writer import CONFIG, CheckpointWriter, complete_checkpoints, folder_of
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from launcher.formats.open import check_model, check_sound, model_of
+from launcher.formats.open import check_model, check_sound, model_of, precision_of
+from launcher.formats.opened import tokenizer_of, tokenizer_of_data
 from launcher.formats.provenance import provenance
 from launcher.formats.start import check_start, first_progress
 from launcher.plan.course import Course, make_course
@@ -27,24 +29,24 @@ from quant.linear import is_learned_scale, matching_layers
 
 
 def starting_phase(config: Config, source: Source) -> int:
-    """The phase that begins where a checkpoint of ours stands; the first where none does."""
-    plan = make_course(config)
+    """The phase that begins at the step of a Tritrain checkpoint; the first if none does."""
+    course = make_course(config)
     if isinstance(source, CheckpointReader):
-        at = (source.manifest["step"], source.manifest["tokens"])
-        for phase in plan.phases[1:]:
-            if at == (phase.start, phase.start * plan.tokens_per_step):
+        at = (source.manifest.step, source.manifest.tokens)
+        for phase in course.phases[1:]:
+            if at == (phase.start, phase.start * course.tokens_per_step):
                 return phase.index
     return 0
 
 
 def begins_anew(config: Config, source: Source) -> list[str]:
-    """A sentence where a checkpoint of ours has steps that the run does not go on behind."""
-    if config.checkpoint.start_phase or not isinstance(source, CheckpointReader) or not source.manifest["step"]:
+    """A sentence if a Tritrain checkpoint has steps that the run does not continue."""
+    if config.checkpoint.start_phase or not isinstance(source, CheckpointReader) or not source.manifest.step:
         return []
     starts = ", ".join(str(phase.start) for phase in make_course(config).phases)
     return [
-        f"The checkpoint is at step {source.manifest['step']}, the phases begin at {starts}, and the run with the "
-        "first of them: steps, schedule and data begin anew."
+        f"The checkpoint is at step {source.manifest.step}, and the phases begin at {starts}. The run "
+        "begins with the first of them: steps, schedule and data start over."
     ]
 
 
@@ -54,8 +56,8 @@ def preview(config: Config, source: Source) -> list[list[str]]:
     Raises:
         ConfigError, CheckpointError: as `convert_to_run`.
     """
-    plan = course_of_conversion(config, source)
-    phase = plan.phases[config.checkpoint.start_phase]
+    course = course_of_conversion(config, source)
+    phase = course.phases[config.checkpoint.start_phase]
     quantization = phase.quantization
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -80,13 +82,13 @@ def preview(config: Config, source: Source) -> list[list[str]]:
 
 def course_of_conversion(config: Config, source: Source) -> Course:
     """The course of the run that is made; raises what `convert_to_run` does before it writes."""
-    plan, folder = make_course(config), RunFolder(config)
+    course, folder = make_course(config), RunFolder(config)
     with reaching(folder.checkpoints):
         if complete_checkpoints(folder.checkpoints):
-            raise ConfigError(f"{folder.checkpoints}: a run's checkpoints are there already; convert to another folder")
+            raise ConfigError(f"{folder.checkpoints}: already holds checkpoints; convert to another folder")
     folder.check_configuration()
-    check_start(source, plan)
-    return plan
+    check_start(source, course)
+    return course
 
 
 def convert_to_run(config: Config, source: Source) -> Path:
@@ -103,33 +105,22 @@ def convert_to_run(config: Config, source: Source) -> Path:
         ConfigError: the folder holds a run already.
         CheckpointError: the source does not fit, or a file cannot be read or written.
     """
-    plan, folder = course_of_conversion(config, source), RunFolder(config)
+    course, folder = course_of_conversion(config, source), RunFolder(config)
     folder.claim()
-    folder.prepare([phase.end - phase.start for phase in plan.phases])
-    at = first_progress(plan)
+    folder.prepare([phase.end - phase.start for phase in course.phases])
+    at = first_progress(course)
     writer = CheckpointWriter(folder_of(folder.checkpoints, at.step))
     with reaching(writer.final):
         writer.begin()
         try:
             if isinstance(source, CheckpointReader):
-                files = {name: record for name, record in source.manifest["files"].items() if name != CONFIG}
+                files = {n: record for n, record in source.manifest.files.items() if n.endswith(".safetensors")}
                 for name in files:
                     writer.link(source.folder / name)
             else:
                 files = write_streamed(writer, source)
-            writer.finish(
-                files,
-                folder.config_text,
-                {
-                    "step": at.step,
-                    "tokens": at.step * plan.tokens_per_step,
-                    "progress": vars(at),
-                    "data_fingerprint": carried_fingerprint(plan, source),
-                    "provenance": provenance(source, plan),
-                },
-                milestone=True,
-                has_moments=source.has_moments,
-            )
+            tokenizer = tokenizer_of(source) or tokenizer_of_data(config)
+            writer.finish(files, folder.config_text, tokenizer, manifest_of_conversion(course, source))
         except BaseException:
             writer.abandon()
             raise
@@ -137,8 +128,31 @@ def convert_to_run(config: Config, source: Source) -> Path:
     return writer.final
 
 
-def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, Any]:
-    """Write all of a source into one file of ours, a piece of a tensor at a time; returns its record."""
+def manifest_of_conversion(course: Course, source: Source) -> Manifest:
+    """The manifest of a converted checkpoint: its place in the run, and the precision of its source.
+
+    Other formats do not record a precision; it follows from the phases before, which count as done.
+    """
+    at = first_progress(course)
+    return Manifest(
+        milestone=True,
+        has_moments=source.has_moments,
+        step=at.step,
+        tokens=at.step * course.tokens_per_step,
+        progress=at,
+        precision=precision_of(source) if isinstance(source, CheckpointReader) else precision_at(course, at),
+        data_fingerprint=carried_fingerprint(course, source),
+        spikes=None,
+        teacher=None,
+        world_size=None,
+        engine=None,
+        zero_stage=None,
+        provenance=provenance(source, course),
+    )
+
+
+def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, FileRecord]:
+    """Write all of a source into one file, a piece of a tensor at a time; returns its record."""
     kinds = KINDS if source.has_moments else ("weight",)
     entries = [
         (f"{kind}/{name}", torch.float32, (prod(shape),)) for name, shape in source.shapes.items() for kind in kinds
@@ -152,17 +166,16 @@ def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, Any]:
     return writer.write_tensors("rank-00000.safetensors", entries, values, ranges)
 
 
-def carried_fingerprint(plan: Course, source: Source) -> str | None:
-    """The fingerprint of the data that the run must go on with; None where it begins them anew."""
-    phase = plan.phases[plan.config.checkpoint.start_phase]
+def carried_fingerprint(course: Course, source: Source) -> str | None:
+    """The fingerprint of the data that the run must continue with; None if it starts its data over."""
+    phase = course.phases[course.config.checkpoint.start_phase]
     if phase.index and phase.transition.data == "continue" and isinstance(source, CheckpointReader):
-        fingerprint: str | None = source.manifest["data_fingerprint"]
-        return fingerprint
+        return source.manifest.data_fingerprint
     return None
 
 
 def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: torch.dtype) -> None:
-    """Write a Hugging Face folder with the weights in 16 bits; of a ternary run, its latent weights.
+    """Write a Hugging Face folder with 16-bit weights; for a ternary run, its latent weights.
 
     Args:
         source: what is converted.
@@ -178,17 +191,19 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
 
     model = config.model if config else model_of(source)
     if model is None:
-        raise ConfigError(f"{source.location}: what the model is must be said here: give --config")
+        raise ConfigError(f"{source.location}: does not describe its model; name a configuration with --config")
     check_model(source, model)
     check_sound(source)
     write_hf(source, model, folder, dtype=dtype)
 
 
 def not_carried(source: Source, into: str) -> list[str]:
-    """One sentence for each thing that a source has and the other format does not carry."""
+    """One sentence for each thing that is lost because the other format does not carry it."""
     sentences = []
     if source.has_moments and into == "hf":
-        sentences.append(f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place.")
+        sentences.append(
+            f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place for them."
+        )
     if into == "hf" and any(map(is_learned_scale, source.shapes)):
         sentences.append("Learned scales are not carried: the format has latent weights alone.")
     if isinstance(source, CheckpointReader):

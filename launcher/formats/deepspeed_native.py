@@ -60,12 +60,12 @@ def tag_folder(folder: Path, pointer: str) -> Path:
         return folder
     tag = (folder / pointer).read_text(errors="replace").strip()
     if not tag or "/" in tag or not (folder / tag).is_dir():
-        raise CheckpointError(f"{folder / pointer} names {tag!r}, and no such folder is beside it")
+        raise CheckpointError(f"{folder / pointer} names {tag!r}, but there is no such folder beside it")
     return folder / tag
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Names by what is left of them without the prefixes of wrappers, which all of them must have."""
+    """Parameter names by their short forms, without the wrapper prefixes that all of them must share."""
     short = {name: name for name in names}
     while short and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in short)), None)):
         short = {name.removeprefix(wrapper): full for name, full in short.items()}
@@ -74,7 +74,7 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 @contextmanager
 def naming_content(location: str) -> Iterator[None]:
-    """Turn what content of another form than DeepSpeed's makes of its reader, anywhere, into one CheckpointError."""
+    """Turn every failure to interpret a file's content into one CheckpointError."""
     try:
         yield
     except CheckpointError:
@@ -144,7 +144,7 @@ class DeepSpeedSource(Source):
                         part.file.check(part.tensors[kind])
 
     def _check(self, name: str, shape: Shape) -> None:
-        """Hold that the parts of a parameter are where they should be, make it up, and are of one save."""
+        """Check that the parts of a parameter are in place, complete, and of one save."""
         if any(type(size) is not int or size < 0 for size in shape):
             raise CheckpointError(f"{self.location} has {shape} as the shape of {name}")
         num_elements = 0
@@ -165,9 +165,9 @@ class DeepSpeedSource(Source):
 
     def _shortcomings(self, frozen: set[str]) -> Iterator[str]:
         if not self.has_moments:
-            yield "Adam's moments are not there, or not of every parameter: the optimizer starts anew."
+            yield "Adam's moments are missing, or some of them: the optimizer starts anew."
         elif frozen:
-            yield f"Moments of {_some(frozen)} are not there, since it was frozen: they start at zero."
+            yield f"Moments of {_some(frozen)} are missing because it was frozen: they start at zero."
         coarse = {
             part.name: str(part.tensors["weight"].dtype).removeprefix("torch.")
             for parts in self._parts.values()
@@ -175,7 +175,7 @@ class DeepSpeedSource(Source):
             if part.tensors["weight"].dtype.itemsize < 4
         }
         if coarse:
-            yield f"The fp32 weight of {_some(coarse)} is not there: it is stored in {min(coarse.values())}."
+            yield f"The fp32 weight of {_some(coarse)} is missing: it is stored in {min(coarse.values())}."
 
 
 def _some(names: Iterable[str]) -> str:
@@ -186,7 +186,7 @@ def _some(names: Iterable[str]) -> str:
 def _open_files(folder: Path) -> tuple[list[PickledFile], list[PickledFile]]:
     """The files of model states and those of optimizer states, each in the order of the ranks."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder")
+        raise CheckpointError(f"{folder} is not a folder")
     names = sorted(path.name for path in folder.iterdir())
     for origin, pattern in UNREAD.items():
         if found := [name for name in names if re.fullmatch(pattern, name)]:

@@ -37,7 +37,7 @@ class Part:
     """The first one's place in these tensors, flattened."""
     length: int
     step: float | None = None
-    """Updates behind the moments; None where there are none."""
+    """The number of updates that the moments have seen; None without moments."""
 
 
 def find_parts(
@@ -78,7 +78,7 @@ def _adam(file: PickledFile, states: Any, index: int, settings: Any) -> tuple[di
 
 
 def _cut_groups(rank: PickledFile) -> Iterator[Part]:
-    """What a rank of stage 1 or 2 has."""
+    """The parts in a rank's file of stage 1 or 2."""
     optimizer = rank.tree["optimizer_state_dict"]
     if "param_slice_mappings" not in optimizer:
         raise CheckpointError(f"{rank.path} was written by DeepSpeed {rank.tree.get('ds_version')}, which is too old")
@@ -92,7 +92,7 @@ def _cut_groups(rank: PickledFile) -> Iterator[Part]:
 
 
 def _cut_parameters(rank: PickledFile, groups: list[dict[str, Shape]], number: int, num_ranks: int) -> Iterator[Part]:
-    """What rank ``number`` of stage 3 has."""
+    """The parts in the file of rank ``number`` of stage 3."""
     optimizer = rank.tree["optimizer_state_dict"]
     base = optimizer["optimizer_state_dict"]
     for index, shapes in enumerate(groups):
@@ -118,7 +118,7 @@ def _frozen_parts(name: str, shape: Shape, models: Sequence[PickledFile]) -> Ite
 
 
 def _unshared(module: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """What is in the same place of the file only once; empty tensors are in no place."""
+    """The tensors without those that share their storage with an earlier one; empty tensors share none."""
     seen = set()
     for name, tensor in module.items():
         storage: Any = tensor.untyped_storage()
@@ -129,7 +129,7 @@ def _unshared(module: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _uncut_parts(file: PickledFile, module: Mapping[str, Tensor]) -> tuple[list[Part], list[Part]]:
-    """What stage 0 has; a model that was saved without its optimizer counts as frozen."""
+    """The parts of stage 0; a model that was saved without its optimizer counts as frozen."""
     optimizer = file.tree["optimizer"]
     if optimizer is None:
         return [], [Part(name, file, {"weight": tensor}, 0, tensor.numel()) for name, tensor in module.items()]
@@ -156,7 +156,7 @@ def _uncut_parts(file: PickledFile, module: Mapping[str, Tensor]) -> tuple[list[
 def _match(
     file: PickledFile, module: Mapping[str, Tensor], groups: list[list[tuple[int, Shape]]]
 ) -> Iterator[tuple[str, int]]:
-    """Which number each parameter has, if each group has its parameters in the order of the model.
+    """The optimizer's number of each parameter, if each group is in the order of the model.
 
     The next parameter is the first that is left of one of the groups. Its shape must say of which.
     """

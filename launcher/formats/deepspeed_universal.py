@@ -65,9 +65,9 @@ class UniversalSource(Source):
         frozen = [name for name in shapes if name not in self._trained]
         self.missing = MISSING
         if not self._trained:
-            self.missing += ("Adam's moments are not there: the optimizer starts anew.",)
+            self.missing += ("Adam's moments are missing: the optimizer starts anew.",)
         elif frozen:
-            self.missing += (f"Moments of {', '.join(frozen)} are not there: they start at zero.",)
+            self.missing += (f"Moments of {', '.join(frozen)} are missing: they start at zero.",)
 
     def _find_shapes(self) -> dict[str, tuple[int, ...]]:
         models = sorted(self.folder.glob("*_model_states.pt"))
@@ -171,7 +171,7 @@ def write_universal(source: Source, folder: Path, *, learning_rate: float | None
     if odd := [name for name in source.shapes if name in ("", ".", "..") or "/" in name or "\\" in name]:
         raise CheckpointError(f"{source.location} has a parameter {odd[0]!r}, which cannot be the name of a folder")
     if folder.exists():
-        raise CheckpointError(f"{folder} is there already")
+        raise CheckpointError(f"{folder} already exists")
     (step,) = steps
     building = folder.with_name(folder.name + ".tmp")
     tag = f"global_step{step:.0f}"

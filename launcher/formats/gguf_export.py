@@ -1,4 +1,4 @@
-"""Writing GGUF files, which llama.cpp and all that is built on it run: codes and levels, tensor by tensor.
+"""Write GGUF files, for llama.cpp and everything built on it: codes and levels, tensor by tensor.
 
 A ternary file holds the codes that training computed with, every one of them, and their levels in half precision. What
 differs from training then is llama.cpp's own arithmetic: it rounds the inputs of a layer to 8 bits by blocks of 256
@@ -11,41 +11,33 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from data.gguf_vocabulary import gguf_vocabulary
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import flush_folder, reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.choices import EmbeddingType
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.opened import Exportable
+from launcher.plan.exports import EMBEDDINGS, default_embeddings, gguf_problems, gguf_types
 from model.gguf import gguf_architecture, gguf_metadata, gguf_name, gguf_rows
 from model.size import parameter_shapes
 from quant.gguf import (
+    BLOCK_BYTES,
     BLOCK_WIDTHS,
     TERNARY_TYPES,
     BlockType,
     StoredType,
-    block_width_problem,
     ggml_type,
     recipe_problem,
     to_blocks,
 )
-
-EmbeddingType = Literal["q8_0", "f16"]
-
-
-EMBEDDING_TYPES: tuple[EmbeddingType, ...] = ("q8_0", "f16")
-
-
-EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
-"""What the parameters begin with that have the type of embeddings."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +46,14 @@ class GGUFTensor:
 
     name: str
     parameter: str
-    """Name of ours."""
+    """Tritrain's name of it."""
     shape: tuple[int, ...]
     into: StoredType
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes in the file."""
-        from gguf.constants import GGML_QUANT_SIZES
-
-        elements, size = GGML_QUANT_SIZES[ggml_type(self.into)]
-        return prod(self.shape) // elements * size
+        return prod(self.shape) // BLOCK_WIDTHS[self.into] * BLOCK_BYTES[self.into]
 
 
 def export_gguf(
@@ -94,7 +83,7 @@ def export_gguf(
         DataError: llama.cpp would tokenize differently.
     """
     _require_gguf()
-    embeddings = embeddings or ("f16" if into == "f16" else "q8_0")
+    embeddings = embeddings or default_embeddings(into)
     coded = _coded(opened, into)
     tensors = _tensors(opened, coded, into, embeddings)
     name = opened.config.run.name if opened.config else Path(opened.source.location).name
@@ -104,7 +93,10 @@ def export_gguf(
     vocabulary = gguf_vocabulary(tokenizer, opened.model.vocab_size)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
     if isinstance(opened.source, CheckpointReader):
-        metadata |= {f"tritrain.{key}": opened.source.manifest[key] for key in ("step", "digest")}
+        metadata |= {
+            "tritrain.step": opened.source.manifest.step,
+            "tritrain.digest": opened.source.manifest.digest,
+        }
     values = (_values(opened, coded, tensor) for tensor in tensors)
     _write(to, gguf_architecture(opened.model), metadata, tensors, values)
     num_codes = sum(prod(tensor.shape) for tensor in tensors if coded and tensor.parameter in coded)
@@ -127,8 +119,8 @@ def _coded(opened: Exportable, into: BlockType) -> CodedMatrices | None:
         return None
     if opened.strength < 1:
         raise CheckpointError(
-            f"{at} is on a ramp, at strength {opened.strength:.3g}: it computes with something between its weights and "
-            "their codes, and llama.cpp has nothing like that; train it to the end of the ramp"
+            f"{at} is on a ramp, at strength {opened.strength:.3g}: it computes with a mix of its weights and "
+            "their codes, which llama.cpp cannot do; train it to the end of the ramp"
         )
     if problem := recipe_problem(quantization, into):
         raise CheckpointError(f"{at} cannot be written as {into}: quantization.{problem}")
@@ -138,32 +130,19 @@ def _coded(opened: Exportable, into: BlockType) -> CodedMatrices | None:
 def _tensors(
     opened: Exportable, coded: CodedMatrices | None, into: BlockType, embeddings: EmbeddingType
 ) -> list[GGUFTensor]:
-    """What the file will hold, in order.
+    """The tensors of the file, in order.
 
     Raises:
         CheckpointError: there is no graph for the model, or rows are of no width that the types can have.
     """
     config, at = opened.model, opened.source.location
-    try:
-        architecture = gguf_architecture(config)
-    except ValueError as error:
-        raise CheckpointError(f"{at} cannot be written as GGUF: {error}") from error
     shapes = parameter_shapes(config)
-    if problems := list(mismatches(opened.source, set(shapes), shapes)):
-        raise CheckpointError(f"{at} does not fit its model: {'; '.join(problems)}")
-    tensors = []
-    for parameter, shape in shapes.items():
-        kind: StoredType = "f32"
-        if coded and parameter in coded:
-            kind = into
-        elif parameter.startswith(EMBEDDINGS):
-            kind = embeddings
-        elif len(shape) > 1:
-            kind = "f16" if into in TERNARY_TYPES else into
-        if problem := block_width_problem(parameter, shape[-1], kind):
-            raise CheckpointError(f"{at} cannot be written as GGUF: {problem}")
-        tensors.append(GGUFTensor(gguf_name(parameter, config), parameter, shape, kind))
-    if architecture == "olmo2" and config.tie_embeddings:  # its graph has no tied head
+    types = gguf_types(shapes, coded.names if coded else (), into, embeddings)
+    if problems := gguf_problems(config, types):
+        raise CheckpointError(f"{at} cannot be written as GGUF: {'; '.join(problems)}")
+    check_fits(opened.source, shapes)
+    tensors = [GGUFTensor(gguf_name(name, config), name, shapes[name], kind) for name, kind in types.items()]
+    if gguf_architecture(config) == "olmo2" and config.tie_embeddings:  # its graph has no tied head
         tensors.append(GGUFTensor("output.weight", "model.embed_tokens.weight", tensors[0].shape, embeddings))
     return tensors
 

@@ -20,21 +20,19 @@ from torch import Tensor
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import tokenizer_files
 from launcher.errors import CheckpointError
+from launcher.formats.choices import ExportWeights, LinearClass
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.hf_folder import Stored, stored_weights, to_json, write_folder
 from launcher.formats.hf_source import dtype_name, listed, naming
 from launcher.formats.model_card import model_card
 from launcher.formats.opened import Exportable
 from launcher.formats.provenance import source_record
+from launcher.plan.exports import packing_problems, recipe_problems
 from model.hf import config_to_hf
 from model.size import is_projection
 from quant.codes import CODES_PER_BYTE, pack
-from quant.config import QuantConfig
 
-LinearClass = Literal["bitlinear", "autobitlinear"]
-
-
-HfWeights = Literal["latent", "dequantized", "packed"]
+HfWeights = ExportWeights | Literal["packed"]
 
 
 HOLDS: dict[HfWeights, str] = {
@@ -42,13 +40,7 @@ HOLDS: dict[HfWeights, str] = {
     "dequantized": "the ternary codes times their level as 16-bit weights; inputs of the layers are not quantized",
     "packed": "ternary codes in 2 bits, with the inputs of the layers rounded to 8 bits ({})",
 }
-"""What is said of the weights."""
-
-
-NO_OTHER_WAY = "export the latent weights (--format hf --weights latent)"
-
-
-AS_WEIGHTS = "export their weights (--format hf --weights dequantized)"
+"""The descriptions of the weights in the model card."""
 
 
 def export_hf(
@@ -60,7 +52,7 @@ def export_hf(
     linear_class: LinearClass = "bitlinear",
     tokenizer: Path | None,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens without any code of ours.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens without any of Tritrain's code.
 
     Args:
         exportable: opened with ``ternary`` for all but latent weights.
@@ -93,7 +85,7 @@ def export_hf(
         matrices = CodedMatrices(exportable.source, model, quantization)
         problems = recipe_problems(quantization, packed=weights == "packed")
         if weights == "packed":
-            problems += packing_problems(exportable, matrices, linear_class)
+            problems += packing_problems(model, matrices.names, exportable.source.shapes, linear_class)
             hf_config["quantization_config"] = quantization_config(matrices, tensors, linear_class)
         if problems:
             raise CheckpointError(listed(f"{exportable.source.location}: Transformers cannot compute this", problems))
@@ -112,45 +104,6 @@ def export_hf(
     card = model_card(exportable, record, HOLDS[weights].format(linear_class), has_tokenizer=tokenizer is not None)
     files |= {"README.md": card.encode(), "provenance.json": to_json(record)}
     write_folder(folder, hf_config, tensors, files)
-
-
-def recipe_problems(config: QuantConfig, *, packed: bool) -> list[str]:
-    """Why Transformers does not compute what a recipe does, each with what would be exportable."""
-    problems = []
-    if config.layer_norm:
-        problems.append(f"layer_norm true: its layers do not normalise their inputs; {NO_OTHER_WAY}")
-    if config.dead_zone_bias:
-        problems.append(f"dead_zone_bias {config.dead_zone_bias}: its layers have no such bias; {NO_OTHER_WAY}")
-    if not packed:
-        return problems
-    if config.granularity != "matrix":
-        kind = "learned scales" if config.learned else f"granularity {config.granularity}"
-        problems.append(f"{kind}: a packed matrix has one scale; {AS_WEIGHTS}")
-    if config.levels not in ("ternary", "binary"):
-        problems.append(f"levels {config.levels}: only -1, 0 and +1 are packed; {AS_WEIGHTS}")
-    if config.activations != "int8":
-        problems.append(f"activations {config.activations}: packed layers round inputs to int8; {AS_WEIGHTS}")
-    if config.hadamard != "none":
-        problems.append(f"hadamard {config.hadamard}: packed layers do not rotate their inputs; {AS_WEIGHTS}")
-    return problems
-
-
-def packing_problems(exportable: Exportable, matrices: CodedMatrices, linear_class: LinearClass) -> list[str]:
-    """Why matrices cannot be packed."""
-    shapes = exportable.source.shapes
-    problems = [
-        f"{name} has {shapes[name][0]} rows, and only a multiple of {CODES_PER_BYTE} can be packed; {AS_WEIGHTS}"
-        for name in matrices.names
-        if name in shapes and shapes[name][0] % CODES_PER_BYTE
-    ]
-    problems += [
-        f"{name} is quantized, and only the projections of blocks can be packed; {AS_WEIGHTS}"
-        for name in matrices.names
-        if not is_projection(name)
-    ]
-    if exportable.model.qkv_bias and linear_class == "autobitlinear":
-        problems.append("qkv_bias true: autobitlinear multiplies the bias by the scale of the weights; take bitlinear")
-    return problems
 
 
 def quantization_config(matrices: CodedMatrices, tensors: list[Stored], linear_class: LinearClass) -> dict[str, object]:

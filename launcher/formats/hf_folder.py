@@ -1,4 +1,4 @@
-"""Hugging Face folders, written: `config.json`, safetensors in one file or several, and what else belongs there.
+"""Write Hugging Face folders: `config.json`, safetensors in one file or several, and the files beside them.
 
 Tensors are written a piece at a time. The folder is there when it is complete, not before: until then it is `NAME.tmp`,
 and in a remote store it has no `config.json`.
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import create, flush_folder, is_local, reaching, remove_folder
 from launcher.checkpoint.source import Source, in_pieces, start_checking
 from launcher.checkpoint.tensor_file import write_tensors
 from launcher.errors import CheckpointError
-from launcher.formats.hf_source import CONFIG, INDEX, WEIGHTS, dtype_name, listed, naming
+from launcher.formats.hf_source import CONFIG, INDEX, WEIGHTS, dtype_name, naming
 from model.hf import config_to_hf
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
@@ -27,7 +27,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 class Stored(NamedTuple):
-    """A tensor as it will be in the folder."""
+    """A tensor of the folder."""
 
     name: str
     dtype: torch.dtype
@@ -78,8 +78,7 @@ def stored_weights(source: Source, config: ModelConfig, dtype: torch.dtype) -> l
         CheckpointError: the source does not fit the model; all that differs is listed.
     """
     shapes = parameter_shapes(config)
-    if problems := list(mismatches(source, set(shapes), shapes)):
-        raise CheckpointError(listed(f"{source.location} does not fit the model", problems))
+    check_fits(source, shapes)
     return [
         Stored(name, dtype, shape, (piece.to(dtype) for piece in in_pieces(source, "weight", name)))
         for name, shape in shapes.items()
@@ -117,7 +116,7 @@ def write_folder(
     building = folder.with_name(f"{folder.name}.tmp") if is_local(folder) else folder
     with reaching(folder):
         if folder.exists():
-            raise CheckpointError(f"{folder}: is there already; name another folder, or remove it")
+            raise CheckpointError(f"{folder}: already exists; choose another folder, or remove it")
         remove_folder(building)
         try:
             if is_local(building):

@@ -1,4 +1,4 @@
-"""Hugging Face folders, read as a source: `config.json` and safetensors, in one file or several.
+"""Read Hugging Face folders as a source: `config.json` and safetensors, in one file or several.
 
 Nothing but ranges of tensors is ever in memory, and Transformers is not needed.
 
@@ -110,7 +110,7 @@ class HuggingFaceSource(Source):
                 file = TensorFile(path)
             for name in file.entries:
                 if name in self._files:
-                    raise CheckpointError(f"{path}: {name} is in {self._paths[name].name} as well")
+                    raise CheckpointError(f"{path}: {name} is also in {self._paths[name].name}")
                 self._files[name], self._paths[name] = file, path
         found = {name: file.entries[name] for name, file in self._files.items() if not name.endswith(DERIVED)}
         if self.model_config.tie_embeddings:
@@ -181,12 +181,12 @@ class HuggingFaceSource(Source):
         return packed_RI, (1 / scale if self._packing.divides else scale).view(1, 1)
 
     def read_step(self, name: str) -> float:
-        raise CheckpointError(f"{self.location}: a Hugging Face folder holds no optimizer moments, so no steps of them")
+        raise CheckpointError(f"{self.location}: a Hugging Face folder holds no optimizer state")
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn what is wrong with a file into one error that names it."""
+    """Turn any problem of a file into one error that names it."""
     with reaching(path):
         try:
             yield
@@ -197,11 +197,11 @@ def naming(path: Path) -> Iterator[None]:
 def _read_json(path: Path) -> dict[str, Any]:
     with naming(path):
         if not path.is_file():
-            raise CheckpointError(f"{path} is not there; a Hugging Face folder has one")
+            raise CheckpointError(f"{path} is missing; a Hugging Face folder must have it")
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"is no JSON: {error}") from error
+            raise ValueError(f"is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"must hold a JSON object, not a {type(content).__name__}")
     return content
@@ -218,9 +218,9 @@ def _read_packing(quantization: Any) -> Packing | None:
     left_out = quantization.get("modules_to_not_convert") or []
     problems = []
     if layer not in ("bitlinear", "autobitlinear"):
-        problems.append(f"linear_class {layer!r}: only bitlinear and autobitlinear are there")
+        problems.append(f"linear_class {layer!r} is not known; only bitlinear and autobitlinear are read")
     if mode not in ("offline", "online"):
-        problems.append(f"quantization_mode {mode!r}: only offline and online are there")
+        problems.append(f"quantization_mode {mode!r} is not known; only offline and online are read")
     if quantization.get("use_rms_norm"):
         problems.append("use_rms_norm true: the model has no norm of its own in each linear layer")
     if not isinstance(left_out, list) or not all(isinstance(part, str) for part in left_out):
@@ -232,7 +232,7 @@ def _read_packing(quantization: Any) -> Packing | None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files to read, all of which are there; the one file goes before the index, as in Transformers."""
+    """The files to read, which all exist; a single file takes precedence over an index, as in Transformers."""
     with naming(folder):
         if (folder / WEIGHTS).is_file():
             return [folder / WEIGHTS]
@@ -248,7 +248,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"points outside of its folder: {', '.join(outside)}")
         if absent := [name for name in names if not (folder / name).is_file()]:
-            raise ValueError(f"names files that are not there: {', '.join(absent)}")
+            raise ValueError(f"names files that do not exist: {', '.join(absent)}")
     return [folder / name for name in names]
 
 
@@ -290,5 +290,5 @@ def listed(what: str, problems: list[str]) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name that other programs have for it."""
+    """The dtype's name in other programs."""
     return str(dtype).removeprefix("torch.")

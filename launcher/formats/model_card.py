@@ -7,6 +7,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.prepared import TRAIN, read_manifest
+from launcher.checkpoint.manifest import Manifest
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.sections import Config
 from launcher.formats.opened import Exportable
@@ -68,18 +69,18 @@ def model_card(exportable: Exportable, record: Mapping[str, Any], holds: str, *,
     return "\n".join(lines)
 
 
-def _training(exportable: Exportable, config: Config, manifest: Mapping[str, Any]) -> list[str]:
+def _training(exportable: Exportable, config: Config, manifest: Manifest) -> list[str]:
     course = make_course(config)
     phases = [
-        [str(phase.index), phase.precision, f"{phase.start:,}", f"{min(phase.end, manifest['step']):,}"]
+        [str(phase.index), phase.precision, f"{phase.start:,}", f"{min(phase.end, manifest.step):,}"]
         for phase in course.phases
-        if phase.start < manifest["step"]
+        if phase.start < manifest.step
     ]
-    tokens = manifest["tokens"]
+    tokens = manifest.tokens
     lines = [
         "## Training",
         "",
-        f"{manifest['step']:,} steps of {course.tokens_per_step:,} tokens, {tokens:,} ({human_count(tokens)}) in all, "
+        f"{manifest.step:,} steps of {course.tokens_per_step:,} tokens, {tokens:,} ({human_count(tokens)}) in all, "
         f"in sequences of {config.data.sequence_length:,}.",
         "",
         *_table(["phase", "precision", "from step", "to step"], phases),
@@ -106,7 +107,7 @@ def _measured(exportable: Exportable) -> list[str]:
     assert isinstance(exportable.source, CheckpointReader)
     if exportable.run is None:
         return []
-    step = exportable.source.manifest["step"]
+    step = exportable.source.manifest.step
     rows = [row for row in read_metrics(exportable.run / "metrics.jsonl") if row["step"] <= step]
     found = [
         [unit, f"{last[key]:.4f}", f"{last['step']:,}"]
@@ -114,7 +115,7 @@ def _measured(exportable: Exportable) -> list[str]:
         if (last := next((row for row in reversed(rows) if row.get(key) is not None), None))
     ]
     lines = ["Last measured:", "", *_table(["", "", "after step"], found)] if found else []
-    digest = exportable.source.manifest["digest"]
+    digest = exportable.source.manifest.digest
     if scores := [record for record in read_results(exportable.run / RESULTS) if record["model"] == digest]:
         lines += ["Tasks, by `tritrain eval`:", "", *_table(TASK_COLUMNS, table_of(scores))]
     return lines

@@ -1,14 +1,20 @@
-"""Opening a checkpoint of any known kind."""
+"""Open checkpoints of every known kind."""
 
-from launcher.checkpoint.load import mismatches
+from pathlib import Path
+
+from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import is_local, reaching, to_location
+from launcher.checkpoint.manifest import Precision, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
-from launcher.checkpoint.writer import CONFIG, MANIFEST, checkpoints_under
 from launcher.config.file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
+from launcher.plan.course import make_course
 from launcher.process.ranks import ALONE, Ranks, everyones
+from launcher.run.folder import holds_run
+from launcher.run.rollbacks import read_rollbacks
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
 
@@ -17,7 +23,7 @@ TRAITS = ("num_heads", "kv_heads", "head_width", "activation", "norm", "norm_pos
 
 
 def open_source(text: str) -> Source:
-    """Open a checkpoint of any kind that is known, by what is in the folder.
+    """Open a checkpoint; its kind follows from the files in the folder.
 
     Args:
         text: a folder or URL: one of our checkpoints, or a run with some, of which the newest is taken; a folder
@@ -47,13 +53,13 @@ def open_source(text: str) -> Source:
         if is_deepspeed(folder):
             return DeepSpeedSource(folder)
     raise CheckpointError(
-        f"{text}: no checkpoint that is known. A checkpoint of ours has {MANIFEST}, a Hugging Face folder config.json, "
-        "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ beside that; DeepSpeed's must be local"
+        f"{text}: not a checkpoint of a known kind. Tritrain's have {MANIFEST}, a Hugging Face folder config.json, "
+        "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ as well; DeepSpeed's must be local"
     )
 
 
 def check_sound(source: Source, ranks: Ranks = ALONE) -> None:
-    """Make sure that every byte of a checkpoint of ours is as it was written; a collective, in which ranks share.
+    """Verify every byte of a Tritrain checkpoint; a collective, in which ranks share the work.
 
     Raises:
         CheckpointError: names what is damaged.
@@ -65,33 +71,58 @@ def check_sound(source: Source, ranks: Ranks = ALONE) -> None:
 
 
 def check_model(source: Source, model: ModelConfig) -> None:
-    """Make sure that a source holds a model: the same parameters, and the same use of them.
+    """Check that a source holds a model: the same parameters, used in the same way.
 
     Raises:
         CheckpointError: lists every parameter that only one side has, or that has another shape, and every key of the
             model that is another one where the source says so.
     """
-    shapes = parameter_shapes(model)
-    problems = list(mismatches(source, set(shapes), shapes))
+    problems = []
     if theirs := model_of(source):
         # Of a run of ours, the rotary base may be changed on purpose, for a longer context.
         traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, "rope_theta")
-        problems += [
-            f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} there"
+        problems = [
+            f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} in the checkpoint"
             for trait in traits
             if getattr(model, trait) != getattr(theirs, trait)
         ]
-    if problems:
-        raise CheckpointError(f"{source.location} does not fit the model:\n" + "\n".join(problems))
+    check_fits(source, parameter_shapes(model), others=problems)
 
 
 def model_of(source: Source) -> ModelConfig | None:
-    """The model that a source says it is of; None for DeepSpeed's, which do not."""
+    """The model that a source describes; None for DeepSpeed's, which describe none."""
     from launcher.formats.hf_source import HuggingFaceSource
 
     if isinstance(source, HuggingFaceSource):
         return source.model_config
     return config_of(source).model if isinstance(source, CheckpointReader) else None
+
+
+def precision_of(reader: CheckpointReader) -> Precision:
+    """The precision of a checkpoint's last step.
+
+    Manifests of version 1 do not say it. For them it follows from the configuration and from how often the run went
+    back to a switch, if the run's folder is found; a copy of such a checkpoint counts as one of a run that never did.
+
+    Raises:
+        CheckpointError: the manifest is not one of the configuration beside it.
+    """
+    config, manifest = config_of(reader), reader.manifest
+    precision, phase = manifest.precision, manifest.progress.phase
+    if precision is None and phase < len(config.phases):
+        run = run_of(reader, config)
+        rollbacks = read_rollbacks(run) if run else {}
+        attempts = {phase: rollback.attempts for phase, rollback in rollbacks.items()}
+        precision = precision_at(make_course(config, attempts), manifest.progress)
+    if precision is None or len(precision.weight_strengths) != config.model.num_layers:
+        raise CheckpointError(f"{reader.folder}: {MANIFEST} does not fit {CONFIG}: other phases, or another depth")
+    return precision
+
+
+def run_of(reader: CheckpointReader, config: Config) -> Path | None:
+    """The folder of the run that wrote a checkpoint: the one around it, or the one in its configuration."""
+    around = reader.folder.parent.parent if is_local(reader.folder) else config.run.path
+    return next((path for path in (around, config.run.path) if holds_run(path, config)), None)
 
 
 def config_of(reader: CheckpointReader) -> Config:

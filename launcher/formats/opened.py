@@ -1,4 +1,4 @@
-"""What leaves for other programs, opened: a checkpoint's weights, and all that must be known to write them elsewhere.
+"""Open a checkpoint for export: its weights, and everything that is needed to write them elsewhere.
 
 A ternary export holds codes and scales. It is right only where the last step computed with exactly these, so a model
 that is still on a ramp, or in 16 bits, is refused.
@@ -10,39 +10,48 @@ from pathlib import Path
 from data.errors import DataError
 from data.prepared import read_manifest
 from data.tokenizer import load_tokenizer
-from launcher.checkpoint.location import is_local
+from launcher.checkpoint.folders import TOKENIZERS
+from launcher.checkpoint.location import local_copy
+from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
-from launcher.formats.open import check_sound, config_of, model_of, open_source
-from launcher.plan.course import make_course
-from launcher.run.rollbacks import read_rollbacks
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.open import check_sound, config_of, model_of, open_source, precision_of, run_of
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
 
 
 @dataclass(frozen=True)
 class Exportable:
-    """A checkpoint that was found sound, ready to be exported."""
+    """An intact checkpoint, ready to be exported."""
 
     source: Source
     """Weights by name; learned scales are parameters `NAME.weight_scale`."""
     model: ModelConfig
-    quantization: QuantConfig | None
-    """That of the phase the model is in; None in 16 bits."""
-    strength: float
-    """How much of the quantization was on in the last step, in the block with the least; 0 in 16 bits."""
+    precision: Precision
+    """What the last step computed in; 16 bits for a folder of Hugging Face, packed or not."""
     tokenizer: Path | None
     """The tokenizer's file, where it was found."""
     config: Config | None
-    """The run's, for a checkpoint of ours."""
+    """The run's, for a Tritrain checkpoint."""
     run: Path | None
     """The run's folder, where it was found."""
 
+    @property
+    def quantization(self) -> QuantConfig | None:
+        """What the last step quantized, and how; None in 16 bits."""
+        return self.precision.quantization
+
+    @property
+    def strength(self) -> float:
+        """How much of the quantization was on in the last step, in the block with the least; 0 in 16 bits."""
+        return self.precision.strength
+
 
 def open_exportable(text: str, *, ternary: bool) -> Exportable:
-    """Open what is to be exported, and read every byte of it once.
+    """Open a checkpoint for export, and verify every byte of it.
 
     Args:
         text: a checkpoint of ours, or a run, of which the newest is taken; or a folder of Hugging Face.
@@ -56,54 +65,54 @@ def open_exportable(text: str, *, ternary: bool) -> Exportable:
     model = model_of(source)
     if model is None:
         raise CheckpointError(
-            f"{source.location} does not say what the model is; `tritrain convert` makes a run of it, to be exported"
+            f"{source.location} does not describe its model; turn it into a run with `tritrain convert`, and use that"
         )
     if ternary and not isinstance(source, CheckpointReader):
         raise CheckpointError(
-            f"{source.location} is no checkpoint of ours, so the recipe of its codes is not known; export it in 16 bits"
+            f"{source.location} is not a Tritrain checkpoint, so its recipe is not known; export it in 16 bits"
         )
     check_sound(source)
     if not isinstance(source, CheckpointReader):
-        return Exportable(source, model, None, 0.0, _tokenizer_in(Path(source.location)), None, None)
-    config = config_of(source)
-    run = run_of(source, config)
-    quantization, strength = _quantization_of(source, config, run)
-    if ternary and (quantization is None or strength < 1):
-        at = f"{source.location}, after step {source.manifest['step']},"
-        if quantization is None:
+        return Exportable(source, model, Precision.in_16_bits(model.num_layers), tokenizer_of(source), None, None)
+    config, precision = config_of(source), precision_of(source)
+    if ternary and (precision.quantization is None or precision.strength < 1):
+        at = f"{source.location}, after step {source.manifest.step},"
+        if precision.quantization is None:
             raise CheckpointError(
                 f"{at} is of a 16-bit phase and has no codes; --format hf exports it in 16 bits, and "
                 "--format gguf with --type f16 or q8_0"
             )
         raise CheckpointError(
-            f"{at} is on a ramp, at strength {strength:.3g}, and did not compute with codes alone yet; train it to the "
-            "end of the ramp, or export it in 16 bits with --format hf"
+            f"{at} is on a ramp, at strength {precision.strength:.3g}, and did not compute with codes alone yet; "
+            "train it to the end of the ramp, or export it in 16 bits with --format hf"
         )
-    return Exportable(source, model, quantization, strength, _tokenizer_of(config), config, run)
+    return Exportable(source, model, precision, tokenizer_of(source), config, run_of(source, config))
 
 
-def run_of(reader: CheckpointReader, config: Config) -> Path | None:
-    """The folder of the run that wrote a checkpoint: around it, also where that was moved, or where it was."""
-    around = reader.folder.parent.parent if is_local(reader.folder) else config.run.path
-    return next((path for path in (around, config.run.path) if (path / "config.yaml").is_file()), None)
+def tokenizer_of(source: Source) -> Path | None:
+    """The tokenizer's file on this machine: the one in a checkpoint or folder of Hugging Face; None if there is none.
+
+    Checkpoints of version 1 have none. For them it is the one in the run's folder, or in its first folder of data,
+    where that was when the run was started.
+    """
+    if isinstance(source, HuggingFaceSource):
+        try:
+            return load_tokenizer(Path(source.location)).path
+        except DataError:
+            return None
+    if not isinstance(source, CheckpointReader):
+        return None
+    config = config_of(source)
+    run = run_of(source, config)
+    for name in TOKENIZERS:
+        if name in source.manifest.files:
+            return local_copy(source.folder / name)
+        if run is not None and (run / name).is_file():
+            return run / name
+    return tokenizer_of_data(config)
 
 
-def _quantization_of(reader: CheckpointReader, config: Config, run: Path | None) -> tuple[QuantConfig | None, float]:
-    """The quantization of the phase that the model is in, and its least strength in the last step."""
-    progress = reader.manifest["progress"]
-    if progress["phase"] < 0:
-        return None, 0.0
-    rollbacks = read_rollbacks(run) if run else {}
-    attempts = {phase: rollback.attempts for phase, rollback in rollbacks.items()}
-    course = make_course(config, attempts)
-    quantization = course.phases[progress["phase"]].quantization
-    if quantization is None:
-        return None, 0.0
-    weights, activations = course.strengths_at(progress["step"] - 1)
-    return quantization, min(weights if quantization.activations == "none" else weights + activations)
-
-
-def _tokenizer_of(config: Config) -> Path | None:
+def tokenizer_of_data(config: Config) -> Path | None:
     """The tokenizer in a run's first folder of data; None if it is not on this machine's file systems."""
     first = config.data.sources[0]
     if first.is_remote:
@@ -113,10 +122,3 @@ def _tokenizer_of(config: Config) -> Path | None:
     except DataError:
         return None
     return path if path.is_file() else None
-
-
-def _tokenizer_in(folder: Path) -> Path | None:
-    try:
-        return load_tokenizer(folder).path
-    except DataError:
-        return None

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without executing what is in them and without loading their tensors.
+"""Read files of `torch.save` without executing their content and without loading their tensors.
 
 Such a file is a zip archive, uncompressed: one pickle, `data.pkl`, and the bytes of each tensor's storage as a record
 beside it (pytorch.org/docs/stable/notes/serialization.html). A pickle is a program: whoever unpickles a stranger's file
@@ -160,7 +160,7 @@ class PickledFile:
         """
         position = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if isinstance(tensor, Tensor) else None
         if position is None or tensor.dtype not in DTYPES.values():
-            raise CheckpointError(f"{self.path} has something else where a tensor should be")
+            raise CheckpointError(f"{self.path} has no tensor where one should be")
         if not tensor.is_contiguous():
             raise CheckpointError(f"{self.path}: a tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}")
         record = self._records[max(0, bisect.bisect_right(self._starts, position) - 1)]
@@ -169,7 +169,7 @@ class PickledFile:
         return record, position
 
     def check(self, tensor: Any) -> None:
-        """Hold the bytes of the record that a tensor of `tree` is in against its checksum, once.
+        """Verify the checksum of the record that holds a tensor of `tree`, once.
 
         Raises:
             CheckpointError: as `read`.
@@ -181,7 +181,7 @@ class PickledFile:
             raise CheckpointError(f"{self.path} {error}") from error
 
     def _check(self, record: zipfile.ZipInfo, position: int) -> None:
-        """Hold a record's bytes, which begin at ``position``, against its checksum, once, whichever thread asks."""
+        """Verify the checksum of a record, whose bytes begin at ``position``, once for all threads."""
         with self._locks.setdefault(position, threading.Lock()):
             if position not in self._checked:
                 self._hold_against_checksum(record, position)

@@ -1,4 +1,4 @@
-"""Where a file that was made of a checkpoint comes from."""
+"""The provenance of files that were made from a checkpoint."""
 
 import dataclasses
 import json
@@ -17,13 +17,13 @@ from launcher.plan.course import Course
 
 
 def provenance(source: Source, course: Course) -> dict[str, Any]:
-    """Where a converted run comes from: the source with its digest, the options, the code's version."""
+    """The provenance of a converted run: the source with its digest, the options, the code's version."""
     phase = course.phases[course.config.checkpoint.start_phase]
     return {
         "source": source.location,
         "source_digest": source_digest(source),
-        "source_step": source.manifest["step"] if isinstance(source, CheckpointReader) else None,
-        "earlier": source.manifest.get("provenance") if isinstance(source, CheckpointReader) else None,
+        "source_step": source.manifest.step if isinstance(source, CheckpointReader) else None,
+        "earlier": source.manifest.provenance if isinstance(source, CheckpointReader) else None,
         "phase": phase.index,
         "transition": dataclasses.asdict(phase.transition),
         "quantization": dataclasses.asdict(phase.quantization) if phase.quantization else None,
@@ -33,12 +33,12 @@ def provenance(source: Source, course: Course) -> dict[str, Any]:
 
 
 def source_digest(source: Source) -> str:
-    """XXH3-128 that identifies a source: of our manifest, which covers all; else of all files' names and contents.
+    """The XXH3-128 that identifies a source: the manifest's digest, or that of all files' names and contents.
 
     For the contents of a zip archive stand the names, sizes and CRC-32s of its records.
     """
     if isinstance(source, CheckpointReader):
-        return str(source.manifest["digest"])
+        return source.manifest.digest
     digest = xxhash.xxh3_128()
     folder = to_location(source.location)
     for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=str):
@@ -57,12 +57,12 @@ def source_digest(source: Source) -> str:
 
 
 def write_provenance(folder: Path, source: Source) -> None:
-    """Leave beside a converted folder's files where they come from."""
+    """Write `provenance.json` into a converted folder."""
     (folder / "provenance.json").write_text(json.dumps(source_record(source), indent=2) + "\n")
 
 
 def source_record(source: Source) -> dict[str, Any]:
-    """Where files come from that were made of a source."""
+    """The provenance of files that were made from a source."""
     return {
         "source": source.location,
         "source_digest": source_digest(source),

@@ -1,4 +1,4 @@
-"""What a run begins with when that is not chance: whose checkpoint, and what of it.
+"""Open the checkpoint that a run starts from, and check what is taken from it.
 
 `checkpoint.start_from` and `tritrain convert` begin runs in the same place, before the transition into the phase that
 `checkpoint.start_phase` names, and the training loop takes it from there: so a switch inside a run, a start and a
@@ -13,19 +13,20 @@ from launcher.formats.open import check_model, open_source
 from launcher.plan.course import Course
 
 
-def first_progress(plan: Course) -> Progress:
-    """Where a run begins: inside its first phase, or, with ``start_from``, before the transition into one."""
-    checkpoint = plan.config.checkpoint
+def first_progress(course: Course) -> Progress:
+    """The progress of a new run: in its first phase, or, with ``start_from``, before the transition into one."""
+    checkpoint = course.config.checkpoint
     if checkpoint.start_from is None:
-        return Progress()
-    return Progress(step=plan.phases[checkpoint.start_phase].start, phase=checkpoint.start_phase - 1)
+        return Progress(step=0, phase=0, skipped_steps=0)
+    start = course.phases[checkpoint.start_phase].start
+    return Progress(step=start, phase=checkpoint.start_phase - 1, skipped_steps=0)
 
 
-def open_start(plan: Course, data_fingerprint: str | None = None) -> tuple[Source, bool]:
-    """Open what a run begins with.
+def open_start(course: Course, data_fingerprint: str | None = None) -> tuple[Source, bool]:
+    """Open the checkpoint that a run starts from.
 
     Args:
-        plan: of a run with ``checkpoint.start_from``.
+        course: of a run with ``checkpoint.start_from``.
         data_fingerprint: of the run's data; None leaves them unchecked.
 
     Returns:
@@ -34,26 +35,26 @@ def open_start(plan: Course, data_fingerprint: str | None = None) -> tuple[Sourc
     Raises:
         CheckpointError: as `open_source` and `check_start`.
     """
-    checkpoint = plan.config.checkpoint
+    checkpoint = course.config.checkpoint
     assert checkpoint.start_from is not None
     source = open_source(checkpoint.start_from)
-    check_start(source, plan, data_fingerprint)
-    return source, plan.phases[checkpoint.start_phase].transition.optimizer != "reset"
+    check_start(source, course, data_fingerprint)
+    return source, course.phases[checkpoint.start_phase].transition.optimizer != "reset"
 
 
-def check_start(source: Source, plan: Course, data_fingerprint: str | None = None) -> None:
-    """Make sure that a run can begin with a source.
+def check_start(source: Source, course: Course, data_fingerprint: str | None = None) -> None:
+    """Check that a run can start from a source.
 
     Args:
         source: what it begins with.
-        plan: of the run; `checkpoint.start_phase` is the phase that it begins in.
+        course: of the run; `checkpoint.start_phase` is the phase that it begins in.
         data_fingerprint: of the run's data; None leaves them unchecked.
 
     Raises:
         CheckpointError: the source does not fit the model, or the phase that the run begins in.
     """
-    check_model(source, plan.config.model)
-    phase = plan.phases[plan.config.checkpoint.start_phase]
+    check_model(source, course.config.model)
+    phase = course.phases[course.config.checkpoint.start_phase]
     if phase.transition.optimizer != "reset" and not source.has_moments:
         raise CheckpointError(
             f"{source.location} has no optimizer moments, and phases.{phase.index}.transition.optimizer is "
@@ -61,10 +62,10 @@ def check_start(source: Source, plan: Course, data_fingerprint: str | None = Non
         )
     if isinstance(source, CheckpointReader) and phase.index:
         manifest = source.manifest
-        if (manifest["step"], manifest["tokens"]) != (phase.start, phase.start * plan.tokens_per_step):
+        if (manifest.step, manifest.tokens) != (phase.start, phase.start * course.tokens_per_step):
             raise CheckpointError(
-                f"{source.location} is at step {manifest['step']} with {manifest['tokens']} tokens, but phase "
-                f"{phase.index} begins at step {phase.start} with {phase.start * plan.tokens_per_step}; change the "
+                f"{source.location} is at step {manifest.step} with {manifest.tokens} tokens, but phase "
+                f"{phase.index} begins at step {phase.start} with {phase.start * course.tokens_per_step}; change the "
                 "lengths of the phases before it, take another checkpoint, or set checkpoint.start_phase to 0"
             )
         if data_fingerprint is not None and phase.transition.data == "continue":
@@ -72,12 +73,12 @@ def check_start(source: Source, plan: Course, data_fingerprint: str | None = Non
 
 
 def check_data(reader: CheckpointReader, data_fingerprint: str) -> None:
-    """Make sure that a checkpoint's position is one in these data.
+    """Check that a checkpoint's data position belongs to these data.
 
     Raises:
         CheckpointError: it was trained on others.
     """
-    if reader.manifest["data_fingerprint"] not in (data_fingerprint, None):
+    if reader.manifest.data_fingerprint not in (data_fingerprint, None):
         raise CheckpointError(
             f"{reader.folder}: was trained on other data, another mixture or another order; restore the data "
             "configuration, or begin a new run with checkpoint.start_from and, in the transition, data: restart"

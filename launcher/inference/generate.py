@@ -1,4 +1,4 @@
-"""`tritrain generate`: a model's text in the terminal, as it comes."""
+"""`tritrain generate`: stream a model's text to the terminal."""
 
 import sys
 import time
@@ -16,9 +16,9 @@ from quant.packed import memory_bytes
 
 
 def write_text(
-    path: str, prompt: str, *, dtype: torch.dtype, packed: bool | None, tokenizer: Path | None, **choice: Any
+    path: str, prompt: str, *, dtype: torch.dtype, packed: bool | None, tokenizer: str | Path | None, **choice: Any
 ) -> None:
-    """Continue a prompt: the text goes to stdout, how fast it came to stderr.
+    """Continue a prompt: write the text to stdout, and its speed to stderr.
 
     Args:
         path: see `launcher.inference.load.load_model`, as for the next three.
@@ -55,7 +55,7 @@ def write_text(
     num_tokens, room = len(times) - 1, loaded.config.max_sequence_length - len(prompt_tokens)
     said = f"{num_tokens} tokens, {human_bytes(memory_bytes(loaded.model))} of weights"
     if num_tokens > 1:
-        said += f", {(num_tokens - 1) / (times[-1] - times[1]):.3g} tokens/s behind the first"
+        said += f", {(num_tokens - 1) / (times[-1] - times[1]):.3g} tokens/s after the first"
     if num_tokens == room:
         said += f"; the context of {loaded.config.max_sequence_length} tokens is full"
     sys.stderr.write(f"{said}\n")

@@ -1,12 +1,11 @@
-"""The door for programs that use a model: a checkpoint or an export as a plain module, ready to compute.
+"""Load a checkpoint or an export as a plain module, ready to compute.
 
 Ternary layers become packed ones (`quant.packed`) block by block while they are read, so that memory never holds more
 than the packed model and one block of the unpacked one.
 """
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,19 @@ from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.sample import generate, pieces_of_text
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
+from launcher.inference.build import precision_of_folder, unfilled_model
 from model.transformer import ModelConfig, Transformer
-from quant.config import BITNET, QuantConfig
-from quant.linear import add_learned_scales_, quantize_
 from quant.packed import PackedLinear, freeze_
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model to use, and what turns text into its tokens."""
+    """A model and its tokenizer, ready to use."""
 
     model: Transformer
     """In evaluation mode, without gradients."""
@@ -102,29 +100,21 @@ def load_model(
     opened = open_exportable(str(path), ternary=False)
     source, device = opened.source, torch.device(device)
     is_packed = isinstance(source, HuggingFaceSource) and source.is_packed
-    recipe = None if is_packed else _recipe(opened)
-    if packed and recipe is None and not is_packed:
+    precision = _precision(opened)
+    if packed and precision.quantization is None and not is_packed:
         raise CheckpointError(
             f"{source.location} is a 16-bit model, without codes to pack; packed=None loads it as it is"
         )
     if packed is False and is_packed:
         raise CheckpointError(f"{source.location} holds packed codes, and no latent weights to load with packed=False")
-    with torch.device("meta"):
-        model = Transformer(opened.model)
-    if recipe is not None:
-        if recipe.learned:
-            add_learned_scales_(model, recipe)
-        quantize_(model, recipe, device)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if problems := list(mismatches(source, set(shapes), shapes)):
-        raise CheckpointError(f"{source.location} does not hold its configuration's model:\n" + "\n".join(problems))
+    model = unfilled_model(source, opened.model, precision, dtype, device)
     for depth, block in enumerate(model.model.layers):
         prefix = f"model.layers.{depth}."
         if is_packed:
             assert isinstance(source, HuggingFaceSource)
             _take_codes_(block, prefix, source, dtype, device)
         _read_(block, prefix, source, dtype, device)
-        if recipe is not None and packed is not False:
+        if precision.quantization is not None and packed is not False:
             try:
                 freeze_(block)
             except ValueError as error:
@@ -139,22 +129,21 @@ def load_model(
     )
 
 
-def _recipe(opened: Exportable) -> QuantConfig | None:
-    """How the layers of weights that are not packed yet are quantized; None in 16 bits.
+def _precision(opened: Exportable) -> Precision:
+    """The precision of the weights that are not packed yet.
 
     Raises:
         CheckpointError: it is on a ramp.
     """
     source = opened.source
     if isinstance(source, HuggingFaceSource):
-        names = "|".join(re.escape(name.removesuffix(".weight")) for name in source.ternary)
-        return replace(BITNET, include=f"^({names})$") if names else None
+        return Precision.in_16_bits(opened.model.num_layers) if source.is_packed else precision_of_folder(source)
     if opened.quantization is not None and opened.strength < 1:
         raise CheckpointError(
             f"{source.location} is on a ramp, at strength {opened.strength:.3g} where it is least: neither a 16-bit "
             "model nor a ternary one; take a checkpoint from before the ramp or after it"
         )
-    return opened.quantization
+    return opened.precision
 
 
 def _take_codes_(

@@ -1,4 +1,4 @@
-"""`tritrain eval` and `tritrain perplexity`: one rank of them, which measures models together with the others.
+"""One rank of `tritrain eval` and `tritrain perplexity`, which measures models together with the others.
 
 `python -m launcher.inference.measure JSON` is what the command starts on every rank; the JSON is an `Evaluation` or a
 `TextMeasurement`.
@@ -16,7 +16,7 @@ from data.readers import read_documents
 from eval.perplexity import text_loss
 from eval.rows import Scorer
 from eval.score import Score, scores_of
-from eval.tasks import Task, choose_tasks, digest_of, load_rows
+from eval.tasks import Task, choose_tasks, digest_of, load_rows, missing_files
 from launcher.checkpoint.location import check_writable, is_local, to_location
 from launcher.errors import ConfigError, report_error
 from launcher.inference.sharded import Subject, open_subject
@@ -30,21 +30,21 @@ TIMEOUT_SECONDS = 1800
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `tritrain eval` was asked for."""
+    """The options of `tritrain eval`."""
 
     models: list[str]
     """Checkpoints or folders of Hugging Face."""
     tasks: list[str]
     task_data: str | None
     limit: int | None
-    """So many examples of each task, its first; None takes all."""
+    """The number of examples to use of each task, from its first; None uses all."""
     out: str | None
     tokenizer: str | None
 
 
 @dataclass(frozen=True)
 class TextMeasurement:
-    """What `tritrain perplexity` was asked for."""
+    """The options of `tritrain perplexity`."""
 
     model: str
     files: list[str]
@@ -57,7 +57,7 @@ class TextMeasurement:
 
 
 def check_harness() -> None:
-    """Make sure that lm-evaluation-harness is there.
+    """Check that lm-evaluation-harness is installed.
 
     Raises:
         ConfigError: it is not.
@@ -69,7 +69,7 @@ def check_harness() -> None:
 
 
 def check_tasks(tasks: list[str], task_data: str | None) -> list[Task]:
-    """The tasks of these names, whose local data are all there.
+    """The tasks of these names; their local data are checked.
 
     Raises:
         ConfigError: no task is named, or an unknown one, or nothing can run tasks.
@@ -77,23 +77,21 @@ def check_tasks(tasks: list[str], task_data: str | None) -> list[Task]:
     """
     check_harness()
     if not tasks:
-        raise ConfigError("--tasks: names no task; paper11 or piqa would be one")
+        raise ConfigError("--tasks: names no task; choose paper11, or single tasks such as piqa")
     try:
         chosen = choose_tasks(tasks)
     except ValueError as error:
         raise ConfigError(f"tasks: {error}") from error
-    if task_data is not None:
-        names = [f"{task.name}_{task.split}.jsonl" for task in chosen]
-        if absent := [name for name in names if not (Path(task_data) / name).is_file()]:
-            raise DataError(
-                f"{task_data}: lacks {', '.join(absent)}; a mirror has one file TASK_SPLIT.jsonl for each task. "
-                "Without --task-data, data sets come from the Hugging Face hub"
-            )
+    if task_data is not None and (absent := missing_files(chosen, Path(task_data))):
+        raise DataError(
+            f"{task_data}: lacks {', '.join(absent)}; a mirror has one file TASK_SPLIT.jsonl for each task. "
+            "Without --task-data, data sets come from the Hugging Face hub"
+        )
     return chosen
 
 
 def evaluate(asked: Evaluation, ranks: Ranks, console: Console) -> None:
-    """Let models do tasks, one after the other; a collective. What is in the results already is not done again."""
+    """Score models on tasks, one after the other, without those already in the results; a collective."""
     tasks = check_tasks(asked.tasks, asked.task_data)
     folder = Path(asked.task_data) if asked.task_data else None
     rows = {task: load_rows(task, folder)[: asked.limit] for task in tasks}
@@ -120,7 +118,7 @@ def answer(
     *,
     is_part: bool = False,
 ) -> dict[str, Any]:
-    """The record of one task, from the results or done now; a collective.
+    """The record of one task, from the results or measured now; a collective.
 
     A part of a task makes no points in TensorBoard, where curves would mix it with the whole.
     """
@@ -154,7 +152,7 @@ def answer(
 
 
 def default_results(subject: Subject) -> Path:
-    """Where results go if nothing else is said: into the run's folder, or beside an export's.
+    """The default file of results: in the run's folder, or beside an export's.
 
     Raises:
         ConfigError: the model is in a store of objects, and its run is not here.
@@ -163,7 +161,7 @@ def default_results(subject: Subject) -> Path:
         return subject.run / RESULTS
     location = to_location(subject.location)
     if not is_local(location):
-        raise ConfigError(f"--out: is missing; where results of {location} go cannot be told")
+        raise ConfigError(f"--out: is missing; the run of {location} was not found, so name a file for the results")
     return location.with_name(f"{location.name}.{RESULTS}")
 
 
@@ -191,7 +189,7 @@ def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None
     total = sum(len(document.text.encode()) for document in read_documents(asked.files))
     texts = (document.text for document in read_documents(asked.files))
     if not total:
-        raise DataError(f"{', '.join(asked.files)}: there is no text in it")
+        raise DataError(f"{', '.join(asked.files)}: holds no text")
     with console.counting("text", total, "bytes") as advance:
         loss = text_loss(scorer, subject.tokenizer, texts, stride_tokens=stride, apart=asked.apart, advance=advance)
     console.aligned(

@@ -1,4 +1,4 @@
-"""A checkpoint or an export, ready to be measured: its model sharded over the ranks, its tokenizer, and its name.
+"""Open a checkpoint or an export to be measured: its model, sharded over the ranks, and its tokenizer.
 
 A checkpoint of ours computes as in the last step that was trained: in its run's compute dtype, with the quantization of
 its phase at the strength that it had, so that a ternary model is measured with its integer products. A folder of
@@ -6,10 +6,8 @@ Hugging Face computes in bf16, or in fp32 where it says so; a packed one with th
 """
 
 import json
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,23 +16,16 @@ import xxhash
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.folders import MANIFEST, checkpoints_under
 from launcher.checkpoint.location import reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.writer import MANIFEST, checkpoints_under
-from launcher.config.sections import Config
 from launcher.engine.build import COMPUTE_DTYPES
-from launcher.engine.frozen import shard_frozen_
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import CONFIG, HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.plan.course import Course, make_course
+from launcher.inference.build import precision_of_folder, sharded_model
 from launcher.process.ranks import Ranks
-from launcher.run.rollbacks import read_rollbacks
-from model.transformer import ModelConfig, Transformer
-from quant.config import BITNET
-from quant.linear import QuantLinear, add_learned_scales_, quantize_, quantized_layers, set_strengths_
-from quant.rounding import Scale
+from model.transformer import ModelConfig
 
 HASHED_AT_ONCE = 64 * 2**20
 
@@ -47,7 +38,7 @@ class Subject:
     identity: str
     """Tells this model from any other: the digest of its files."""
     step: int | None
-    """Steps that a checkpoint of ours has been trained; None for others."""
+    """Steps that a Tritrain checkpoint was trained for; None for others."""
     run: Path | None
     """The folder of its run, where that was found."""
     tokenizer: Tokenizer
@@ -55,7 +46,7 @@ class Subject:
 
 
 def locations_of(text: str, *, every: bool) -> list[str]:
-    """What is to be measured: a folder as it is, or all checkpoints of a run if every one is asked for.
+    """The models to be measured: the one in a folder, or all checkpoints of a run.
 
     Raises:
         CheckpointError: every one is asked for where there is none.
@@ -66,7 +57,7 @@ def locations_of(text: str, *, every: bool) -> list[str]:
     with reaching(folder):
         found = checkpoints_under(folder)
         if (folder / MANIFEST).is_file() or not found:
-            raise CheckpointError(f"{text}: is no run with checkpoints, and --all asks for all of a run's")
+            raise CheckpointError(f"{text}: is not a run with checkpoints, which --all needs")
     return [str(checkpoint) for checkpoint in found]
 
 
@@ -86,7 +77,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
     found = tokenizer or opened.tokenizer
     if found is None:
         raise CheckpointError(
-            f"{opened.source.location}: its tokenizer is not to be found, neither tokenizer.model nor tokenizer.json; "
+            f"{opened.source.location}: its tokenizer was not found (no tokenizer.model or tokenizer.json); "
             "name it with --tokenizer"
         )
     loaded = load_tokenizer(found)
@@ -95,12 +86,14 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
             f"{loaded.path}: has {loaded.vocab_size} tokens and the model {opened.model.vocab_size}; it is the "
             "tokenizer of another model. Name the right one with --tokenizer"
         )
-    model, source = _sharded(opened, ranks), opened.source
+    source = opened.source
+    precision = precision_of_folder(source) if isinstance(source, HuggingFaceSource) else opened.precision
+    model = sharded_model(source, opened.model, precision, compute_dtype_of(opened), ranks)
     manifest = source.manifest if isinstance(source, CheckpointReader) else None
     return Subject(
         location=source.location,
-        identity=manifest["digest"] if manifest else digest_of_folder(Path(source.location)),
-        step=manifest["step"] if manifest else None,
+        identity=manifest.digest if manifest else digest_of_folder(Path(source.location)),
+        step=manifest.step if manifest else None,
         run=opened.run,
         tokenizer=loaded,
         scorer=scorer_of(model, opened.model, ranks),
@@ -121,59 +114,11 @@ def scorer_of(model: Callable[..., torch.Tensor], config: ModelConfig, ranks: Ra
     )
 
 
-def _sharded(opened: Exportable, ranks: Ranks) -> Transformer:
-    source, dtype = opened.source, torch.float32
+def compute_dtype_of(opened: Exportable) -> torch.dtype:
+    """The dtype that a model is measured in: its run's, or the one that its folder says."""
     if opened.config is not None:
-        dtype = COMPUTE_DTYPES[opened.config.training.compute_dtype]
-    elif stored_dtype(Path(source.location)) == "bfloat16":
-        dtype = torch.bfloat16
-    with torch.device("meta"):
-        model = Transformer(opened.model).to(dtype)
-        if opened.quantization is not None and opened.quantization.learned:
-            add_learned_scales_(model, opened.quantization)
-            model.to(dtype)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if problems := list(mismatches(source, set(shapes), shapes)):
-        raise CheckpointError(f"{source.location} does not hold the model that it describes:\n" + "\n".join(problems))
-    if opened.quantization is not None:
-        assert opened.config is not None
-        assert isinstance(source, CheckpointReader)
-        quantize_(model, opened.quantization, ranks.device)
-        set_strengths_(model, *course_of(source, opened.config, opened.run).strengths_at(source.manifest["step"] - 1))
-    elif isinstance(source, HuggingFaceSource) and source.ternary:
-        compute_with_codes_(model, source, ranks.device)
-    shard_frozen_(model, partial(source.read, "weight"), ranks)
-    return model
-
-
-def course_of(reader: CheckpointReader, config: Config, run: Path | None) -> Course:
-    """The course by which a checkpoint was trained."""
-    attempts = {phase: rollback.attempts for phase, rollback in read_rollbacks(run).items()} if run else {}
-    return make_course(config, attempts)
-
-
-class CodesLinear(QuantLinear):
-    """A layer whose weights are code times scale already, so that nothing is left to be found out."""
-
-    level: torch.Tensor
-
-    def rounding_scale(self, weight_OI: torch.Tensor) -> Scale:
-        """The scale that was packed with the codes."""
-        return Scale(self.level)
-
-
-def compute_with_codes_(model: Transformer, source: HuggingFaceSource, device: torch.device) -> None:
-    """Make the layers of a ternary folder multiply codes by 8-bit activations, as Transformers does.
-
-    Packed layers have the scales that are stored with their codes, others find their own while they compute.
-    """
-    include = "|".join(f"^{re.escape(name.removesuffix('.weight'))}$" for name in source.ternary)
-    quantize_(model, replace(BITNET, include=include), device)
-    if source.is_packed:
-        for name, layer in quantized_layers(model).items():
-            layer.__class__ = CodesLinear
-            assert isinstance(layer, CodesLinear)
-            layer.level = source.packed(f"{name}.weight")[1].to(device)
+        return COMPUTE_DTYPES[opened.config.training.compute_dtype]
+    return torch.bfloat16 if stored_dtype(Path(opened.source.location)) == "bfloat16" else torch.float32
 
 
 def stored_dtype(folder: Path) -> str:
@@ -183,7 +128,7 @@ def stored_dtype(folder: Path) -> str:
 
 
 def digest_of_folder(folder: Path) -> str:
-    """Of the bytes of a model's files, in the order of their names."""
+    """The digest of a model's files, in the order of their names."""
     digest = xxhash.xxh3_128()
     for path in sorted([folder / CONFIG, *folder.glob("*.safetensors")]):
         digest.update(path.name.encode())

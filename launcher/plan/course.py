@@ -13,7 +13,7 @@ from launcher.config.sections import Config
 from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
 from launcher.plan.schedule import StepSizes, learning_rate_factor
-from model.distillation import DistillationConfig
+from model.config import DistillationConfig
 from model.size import (
     flops_per_token,
 )

@@ -14,8 +14,8 @@ from model.size import (
     num_parameters,
     parameter_shapes,
 )
-from quant.codes import CODES_PER_BYTE
 from quant.config import QuantConfig
+from quant.size import CODES_PER_BYTE
 
 
 def num_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -4,11 +4,15 @@ import json
 from typing import Any
 
 from launcher.config.file import flat_lines, to_tree
+from launcher.plan.disk import disk_of
 from launcher.plan.events import events
+from launcher.plan.exports import exports_of
+from launcher.plan.gpus import UTILIZATION, Gpu
+from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
 from launcher.plan.plan import Plan
 from launcher.plan.traffic import describe_traffic
-from launcher.process.console import Console, human_bytes, human_count
+from launcher.process.console import Console, human_bytes, human_count, human_time
 from model.size import (
     flops_per_token,
     num_linear_parameters,
@@ -56,17 +60,66 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def show_plan(plan: Plan, console: Console, *, as_json: bool) -> None:
-    """Print the resolved configuration and what a run of it would do."""
+def describe_surroundings(plan: Plan, gpu: tuple[str, Gpu] | None, utilization: float) -> dict[str, Any]:
+    """What a run needs around it: time, disk space and files; and what its model can be exported to.
+
+    Args:
+        plan: of the run.
+        gpu: name and speed of each rank's GPU; None where there is none that is known.
+        utilization: share of the peak that training reaches.
+    """
+    numbers, exports = describe(plan), exports_of(plan)
+    hours = None
+    if gpu is not None:
+        hours = numbers["total_flops"] / (utilization * gpu[1].peak_flops_per_second * plan.world_size) / 3600
+    return {
+        "time": {"hours": hours, "gpu": gpu and gpu[0], "utilization": utilization},
+        "disk": disk_of(plan.config, numbers["checkpoints_kept"], exports),
+        "exports": [{"name": each.name, "problems": each.problems, "bytes": each.num_bytes} for each in exports],
+        "missing": missing_inputs(plan.config),
+    }
+
+
+def show_plan(
+    plan: Plan, console: Console, *, as_json: bool, gpu: tuple[str, Gpu] | None = None, utilization: float = UTILIZATION
+) -> None:
+    """Print what a run would do and need, and its resolved configuration; arguments as `describe_surroundings`."""
     tree = to_tree(plan.config)
     numbers = describe(plan) | describe_traffic(plan) | {"events": events(plan)}
+    surroundings = describe_surroundings(plan, gpu, utilization)
     if as_json:
-        console.line(json.dumps({"config": tree, "plan": numbers}, indent=2))
+        console.line(json.dumps({"config": tree, "plan": numbers | surroundings}, indent=2))
         return
+    rows = plan_rows(numbers) + surrounding_rows(surroundings)
+    console.table(f"Plan of {plan.config.run.name}", ["", "value"], rows)
+    console.line()
     for line in flat_lines(tree):
         console.line(line)
-    console.line()
-    console.table(f"Plan of {plan.config.run.name}", ["", "value"], plan_rows(numbers))
+
+
+def surrounding_rows(found: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table about what is around the run."""
+    time, disk = found["time"], found["disk"]
+    took = "not estimated: no GPU that is known here; name one with --gpu, such as --gpu H100"
+    if time["hours"] is not None:
+        took = f"{human_time(3600 * time['hours'])} at {time['utilization']:.0%} of the peak of {time['gpu']}"
+    free = "free space unknown" if disk["free_bytes"] is None else f"{human_bytes(disk['free_bytes'])} free"
+    parts = f"{human_bytes(disk['checkpoints_bytes'])} checkpoints, {human_bytes(disk['exports_bytes'])} exports"
+    lacks = disk["free_bytes"] is not None and disk["free_bytes"] < disk["needed_bytes"]
+    return [
+        ["time", took],
+        ["disk", f"{parts}; {free} in {disk['place']}{': TOO LITTLE' if lacks else ''}"],
+        *[[f"export {each['name']}", _export_in_words(each)] for each in found["exports"]],
+        *[[f"missing: {key}", problem] for key, problem in found["missing"].items()],
+        *([] if found["missing"] else [["missing", "nothing"]]),
+    ]
+
+
+def _export_in_words(export: dict[str, Any]) -> str:
+    first, *more = export["problems"] or [""]
+    if not first:
+        return human_bytes(export["bytes"])
+    return f"no: {first}" + (f" (and {len(more)} more, with --json)" if more else "")
 
 
 def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:

@@ -17,8 +17,7 @@ from launcher.config.sections import Config
 from launcher.plan.memory import beside_codes, coded_layers, last_quantization, zero3_held_parameters
 from launcher.plan.plan import Plan
 from model.size import is_in_block, num_parameters, parameter_shapes
-from quant.codes import CODES_PER_BYTE
-from quant.rounding import NUM_MAGNITUDES
+from quant.size import CODES_PER_BYTE, NUM_MAGNITUDES
 
 Backend = Literal["nccl", "gloo"]
 

@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often what is being counted is told in a log."""
@@ -36,17 +35,12 @@ def human_time(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-class _Remaining(ProgressColumn):
-    """Remaining time, as the training loop computes it."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields.get("remaining", ""), style="cyan")
-
-
 class Console:
     """Lines and progress of one rank; silent on all ranks but the first."""
 
     def __init__(self, *, silent: bool) -> None:
+        from rich.console import Console as RichConsole
+
         self._rich = RichConsole(file=sys.stdout, highlight=False, quiet=silent, soft_wrap=True)
         self._silent = silent
         self._progress: Progress | None = None
@@ -84,12 +78,14 @@ class Console:
         """Begin to show progress."""
         if not self._live:
             return
+        from rich.progress import BarColumn, Progress, TextColumn
+
         self._progress = Progress(
             TextColumn("{task.fields[phase]}", style="bold"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[numbers]}"),
-            _Remaining(),
+            TextColumn("{task.fields[remaining]}", style="cyan"),
             console=self._rich,
             transient=True,
         )
@@ -120,6 +116,8 @@ class Console:
 
         A log has a line every few seconds.
         """
+        from rich.progress import BarColumn, Progress, TextColumn
+
         began = told = time.perf_counter()
         done = 0
         live = Progress(

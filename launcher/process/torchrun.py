@@ -3,29 +3,53 @@
 The command becomes their launcher, so that signals reach it and its exit code is the command's.
 """
 
+import ctypes
 import logging
 import os
+import runpy
 import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
-
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from typing import Literal, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 
+Launcher = Literal["torchrun", "deepspeed"]
+"""What may start the ranks of one machine."""
+
+JobLauncher = Literal["torchrun", "srun", "deepspeed"]
+"""What may start the ranks of a job of Slurm."""
+
 
 def default_ranks() -> int:
-    """As many ranks as there are GPUs, or one."""
-    import torch
+    """As many ranks as there are GPUs that torch can use, or one.
 
-    return torch.cuda.device_count() or 1
+    The NVIDIA driver is asked itself, because importing torch takes seconds.
+    """
+    found = find_spec("torch")
+    assert found is not None
+    assert found.origin is not None
+    build = runpy.run_path(str(Path(found.origin).with_name("version.py")))
+    if build["hip"] is not None:
+        import torch
+
+        return torch.cuda.device_count() or 1
+    if build["cuda"] is None:
+        return 1
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 1
+    count = ctypes.c_int(0)
+    driver.cuInit(0)  # where it fails, so does the next call, and no GPU is counted
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    return count.value or 1
 
 
-def become_run(launcher: str, config: Path, overrides: list[str], num_ranks: int) -> NoReturn:
+def become_run(launcher: Launcher, config: Path, overrides: list[str], num_ranks: int) -> NoReturn:
     """Become ``torchrun`` or ``deepspeed``, with the ranks of a run."""
-    script = [str(ROOT / "launcher/pretrain.py"), "--config", str(config), *overrides]
+    script = pretrain_command(config, overrides)
     if launcher == "deepspeed":
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), *script]
         sys.stdout.flush()
@@ -33,18 +57,32 @@ def become_run(launcher: str, config: Path, overrides: list[str], num_ranks: int
     become_ranks(num_ranks, script)
 
 
+def pretrain_command(config: Path, overrides: Sequence[str]) -> list[str]:
+    """The script that each rank of a run executes, with its arguments."""
+    return [str(ROOT / "launcher/pretrain.py"), "--config", str(config), *overrides]
+
+
 def become_ranks(num_ranks: int, command: list[str]) -> NoReturn:
-    """Become torch's launcher of that many ranks.
+    """Become torch's launcher of that many ranks; see `ranks_command`."""
+    sys.stdout.flush()
+    os.execve(sys.executable, ranks_command(num_ranks, command), environment_of_ranks())
+
+
+def ranks_command(num_ranks: int, command: list[str]) -> list[str]:
+    """The command that starts torch's launcher of that many ranks, with `environment_of_ranks`.
+
+    The working directory, where a file may be named like one of our packages, is left out of the path.
 
     Args:
         num_ranks: processes to start.
         command: a script, or ``-m`` and a module, with its arguments.
     """
-    sys.stdout.flush()
-    # The checkout comes first on the path, and the working directory, where a file may be named like one of our
-    # packages, is left out.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "launcher.process.torchrun", str(num_ranks), *command])
+    return [sys.executable, "-P", "-m", "launcher.process.torchrun", str(num_ranks), *command]
+
+
+def environment_of_ranks() -> dict[str, str]:
+    """This process's environment, with the checkout first on the path."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 SECONDS_TO_SAVE = 600
@@ -53,6 +91,10 @@ SECONDS_TO_SAVE = 600
 
 def main(num_ranks: int, command: list[str]) -> int:
     """Run ``command`` as that many ranks; returns the exit code of the first one that failed."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     logging.disable(logging.ERROR)  # the agent's own words for a stop and for a failed rank; ours are below
     config = LaunchConfig(
         min_nodes=1,

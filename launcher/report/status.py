@@ -22,8 +22,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import is_local, to_location
-from launcher.checkpoint.writer import MANIFEST, complete_checkpoints
 from launcher.config.sections import SILENT_BEATS
 from launcher.errors import CheckpointError, ConfigError
 from launcher.process.console import human_count, human_time

@@ -1,6 +1,7 @@
-"""A run's folder: what is where, and whether it belongs to this configuration.
+"""A run's folder: its files, its lock, and the check that it belongs to a configuration.
 
 RUN/config.yaml      the resolved configuration, with the code's version
+RUN/tokenizer.*      what made the run's tokens, copied from its data; every checkpoint has a copy as well
 RUN/state.json       whether the run is running, interrupted, complete or failed
 RUN/starts.jsonl     one line for each time that training began
 RUN/submitted/       code, configuration and script of each job of `tritrain submit`
@@ -24,9 +25,9 @@ from typing import Any
 
 import yaml
 
+from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
 from launcher.checkpoint.location import reaching, to_location
-from launcher.checkpoint.writer import complete_checkpoints
-from launcher.config.file import DERIVED_KEYS, flat_lines, parse_yaml, to_tree
+from launcher.config.file import DERIVED_KEYS, flat_lines, load_config, parse_yaml, to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.run.requeue import append_line
@@ -69,7 +70,7 @@ class RunFolder:
         self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **self._tree}, sort_keys=False)
 
     def check_configuration(self) -> None:
-        """Make sure that what the folder holds belongs to this configuration.
+        """Check that the folder's content belongs to this configuration.
 
         A start that ended before its first step, because a path was wrong, say, has left nothing to go on with.
 
@@ -81,7 +82,9 @@ class RunFolder:
             return
         there = parse_yaml(path.read_text(), str(path))
         if not isinstance(there, dict) or "tritrain_version" not in there:
-            raise ConfigError(f"run.folder: {path} is not a run's, and would be overwritten; set another run.folder")
+            raise ConfigError(
+                f"run.folder: {path} was not written by a run, and would be overwritten; choose another run.folder"
+            )
         if not (self.path / "starts.jsonl").exists() and self.read_state().get("status") != "converted":
             return
         for derived in DERIVED_KEYS:
@@ -89,20 +92,20 @@ class RunFolder:
         before = dict(line.split(": ", 1) for line in flat_lines(there))
         now = dict(line.split(": ", 1) for line in flat_lines(self._tree))
         differing = [
-            f"  {key}: {before.get(key, 'not there')} in {self.path}, {now.get(key, 'not there')} now"
+            f"  {key}: {before.get(key, 'not set')} in {self.path}, {now.get(key, 'not set')} now"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
         ]
         if differing:
             raise ConfigError(
-                f"{self.path} holds a run of another configuration; a run that goes on changes nothing:\n"
+                f"{self.path} holds a run with another configuration, and a resumed run must keep its own:\n"
                 + "\n".join(differing)
                 + "\nSet run.name or run.folder to begin another run; with checkpoint.start_from=CHECKPOINT it begins "
                 "with this one's weights."
             )
 
     def claim(self) -> None:
-        """Make sure that no other process trains in this folder, for as long as this one lives.
+        """Lock the folder for the life of this process, so that no other one trains in it.
 
         Raises:
             ConfigError: another one does.
@@ -127,17 +130,25 @@ class RunFolder:
         os.fsync(self._lock.fileno())  # the other hosts read it
 
     def is_ours(self) -> bool:
-        """Whether no later job has taken this folder, which a rank that was cut off for long may find."""
+        """Whether this job still owns the folder: a rank that was cut off for long may have lost it to a later job."""
         # Opened anew, since a handle may show what a network's disk once had. To close it lets go of the lock: only a
         # process that is about to end may ask.
         lock = self.path / "lock"
         return (lock.read_text() if lock.exists() else "") == self.holder
 
     def prepare(self, phase_steps: Sequence[int]) -> None:
-        """Make the folder and write the configuration, with the steps that each phase comes to."""
+        """Create the folder and write the configuration, with the number of steps of each phase."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.config_text += yaml.safe_dump({"phase_steps": list(phase_steps)})
         replace_file(self.path / "config.yaml", self.config_text)
+
+    def keep_tokenizer(self, file: Path) -> None:
+        """Copy the tokenizer into the folder, so that the run can be used without its data."""
+        copy, content = self.path / f"tokenizer{file.suffix}", file.read_bytes()
+        if not (copy.is_file() and copy.read_bytes() == content):
+            replace_file(copy, content)
+        for name in {*TOKENIZERS} - {copy.name}:  # of a start with other data, which ended before its first step
+            (self.path / name).unlink(missing_ok=True)
 
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint.
@@ -149,31 +160,31 @@ class RunFolder:
             return next(reversed(complete_checkpoints(self.checkpoints)), None)
 
     def write_state(self, status: str, **details: Any) -> None:
-        """Leave the marker that says how the run stands: `running`, `interrupted`, `complete` or `failed`."""
+        """Write the run's status: `running`, `interrupted`, `complete` or `failed`."""
         replace_file(self.path / "state.json", json.dumps({"status": status, **details}, indent=2))
 
     def read_state(self) -> dict[str, Any]:
-        """The marker; empty before the first start."""
+        """The run's status; empty before the first start."""
         path = self.path / "state.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def write_heartbeats(self, beats: list[dict[str, Any]]) -> None:
-        """Leave what each rank is at, and how often that is told."""
+        """Write the last heartbeat of each rank, and the interval of the beats."""
         content = {"time": round(time.time(), 1), "beat_seconds": self._beat_seconds, "ranks": beats}
         replace_file(self.path / "heartbeats.json", json.dumps(content))
 
     def note_start(self, step: int, world_size: int) -> None:
-        """Append to `starts.jsonl` that training begins, or goes on, behind this step."""
+        """Append to `starts.jsonl` that training starts or resumes after this step."""
         line = {"time": time.time(), "step": step, "world_size": world_size, "host": socket.gethostname()}
         append_line(self.path / "starts.jsonl", line | {"job": slurm_job()})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write what a complete run has to say of itself."""
+        """Write the summary of a complete run."""
         replace_file(self.path / "summary.json", json.dumps(summary, indent=2))
 
 
 def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
-    """Make sure that a run's own `config.yaml` leads to that run, also where it was moved or is looked at from afar.
+    """Check that a run's own `config.yaml` leads to that run, even if it was moved.
 
     Args:
         file: the configuration that was named.
@@ -196,14 +207,29 @@ def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
         )
 
 
+def holds_run(folder: Path, config: Config) -> bool:
+    """Whether a folder is that of a run with this configuration, or with one that differs only in `MAY_CHANGE`.
+
+    A relative `run.folder` leads elsewhere from another directory, and perhaps to another run.
+    """
+    try:
+        there = load_config(folder / "config.yaml")
+    except ConfigError:
+        return False
+    ours, theirs = (
+        {line for line in flat_lines(to_tree(each)) if not line.startswith(MAY_CHANGE)} for each in (config, there)
+    )
+    return ours == theirs
+
+
 def slurm_job() -> str | None:
     """Id of the Slurm job that this process belongs to, `17` or `17_2` in an array; None outside of Slurm."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file so that at any moment either the old or the new one is there."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Replace a file atomically."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)

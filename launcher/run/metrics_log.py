@@ -69,7 +69,7 @@ class MetricsLog:
 
 
 def write_histograms(tensorboard: Any, row: dict[str, Any]) -> None:
-    """Write to TensorBoard how each figure of quantization is spread over layers, and distances and flips over weights.
+    """Write histograms to TensorBoard: of each quantization figure over layers, of distances and flips over weights.
 
     Counts of weights are written as shares of a million.
     """

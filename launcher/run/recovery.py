@@ -1,4 +1,4 @@
-"""What a change of precision does to the training loss: level before, peak, area, recovery.
+"""Measure what a change of precision does to the training loss: level before, peak, area, recovery.
 
 All of it follows from the logged losses in their order, one at a time, so that a running job (`SpikeWatch`) and a
 report on a finished one (`launcher.report.history.find_transitions`) say the same.
@@ -30,7 +30,7 @@ class Average:
 
 
 class Level:
-    """The loss of a phase as it stands at its end, and how much single logged losses stray from it."""
+    """The smoothed loss at the end of a phase, and the spread of logged losses around it."""
 
     def __init__(self) -> None:
         self._average, self._strays, self.loss = Average(WINDOW), deque[float](maxlen=5 * WINDOW), math.nan
@@ -49,7 +49,7 @@ class Level:
 
 @dataclass(kw_only=True)
 class Transition:
-    """What a change of precision did to the training loss, as far as it has been fed; losses in nats per token."""
+    """The effect of a change of precision on the training loss so far; losses in nats per token."""
 
     to_phase: int
     step: int
@@ -80,7 +80,7 @@ class Transition:
         return self.peak_loss - self.loss_before
 
     def add(self, step: int, tokens: int, loss: float, strength: float) -> bool:
-        """Take the next logged loss behind the switch; returns whether it is the one that brings the recovery."""
+        """Take the next logged loss after the switch; returns whether the loss recovers with it."""
         if self.recovery_steps is not None:
             return False
         smoothed = self._average.add(loss)
@@ -96,7 +96,7 @@ class Transition:
         return self.recovery_steps is not None
 
     def as_row(self) -> dict[str, float]:
-        """The numbers by their names in the log, as far as there are any."""
+        """The numbers that are known, by their names in the log."""
         values = {
             "transition/loss_before": self.loss_before,
             "transition/spike": self.spike,
@@ -109,7 +109,7 @@ class Transition:
 
 
 class SpikeWatch:
-    """Follows a run's logged training steps, and says what a transition did once that is known."""
+    """Follows a run's logged training steps and measures its transitions."""
 
     def __init__(self) -> None:
         self._row: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Whether a job is to be queued again: `python launcher/run/requeue.py RUN [--checkpoints FOLDER] [--refused FILE]`.
+"""Decide whether a job is queued again: `python launcher/run/requeue.py RUN [--checkpoints FOLDER] [--refused FILE]`.
 
 Prints the reason and exits with 0 to queue it again, 1 where the run has failed, 4 where it is done: complete, or
 stopped by a person. What the launcher exited with does not matter; the run's own marker `RUN/state.json` does, and
@@ -30,7 +30,7 @@ MAX_STARTS = 3
 
 
 def main() -> int:
-    """Say it for the job that this runs in."""
+    """Decide for the job that this runs in."""
     parser = argparse.ArgumentParser(description="Whether a job is to be queued again; see its first lines.")
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoints", help="folder or URL; by default checkpoints in RUN")
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def verdict(run: Path, checkpoints: str, refused: "Path | None", job: "str | None") -> "tuple[int, str]":
-    """The exit code and the reason; notes in the run's folder what follows from it."""
+    """The exit code and the reason; both are recorded in the run's folder."""
     state = read_state(run)
     status = state.get("status")
     if status == "complete":
@@ -90,13 +90,13 @@ def newest_step(run: Path, checkpoints: str, state: "dict[str, Any]") -> int:
 
 
 def read_state(run: Path) -> "dict[str, Any]":
-    """How the run stands; empty before its first start."""
+    """The run's status; empty before its first start."""
     path = run / "state.json"
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def write_state(run: Path, state: "dict[str, Any]") -> None:
-    """Replace the marker, at once."""
+    """Replace the status atomically."""
     temporary = run / f"state.json.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(state, indent=2))
     temporary.replace(run / "state.json")
@@ -117,7 +117,7 @@ def read_lines(path: Path) -> "list[Any]":
 
 
 def append_line(path: Path, line: "dict[str, Any]") -> None:
-    """Append to a log, on a line of its own whatever the last one was cut off at."""
+    """Append to a log, on a line of its own even if the last one was cut off."""
     with path.open("a+b") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
@@ -126,7 +126,7 @@ def append_line(path: Path, line: "dict[str, Any]") -> None:
 
 
 def holder(run: Path, job: "str | None") -> "str | None":
-    """Who else trains in the run's folder, as its lock says; None where nobody does.
+    """The other job that holds the lock of the run's folder; None if there is none.
 
     The lock of this job's own rank may stay for a while on a network's disk, when its host has died.
     """

@@ -15,7 +15,7 @@ FILE = "rollbacks.json"
 
 @dataclass(frozen=True)
 class Rollback:
-    """How a phase's transition was given up."""
+    """The record of a phase's transitions that were given up."""
 
     attempts: int
     """How often, by now."""
@@ -30,7 +30,7 @@ class Rollback:
 
 
 def read_rollbacks(path: Path) -> dict[int, Rollback]:
-    """By the phase's index, from a run's folder; on all ranks what the first one reads."""
+    """Read a run's rollbacks, by the phase's index; all ranks get what the first one reads."""
     box: list[Any] = [{}]
     file = path / FILE
     if (not dist.is_initialized() or dist.get_rank() == 0) and file.exists():
@@ -42,6 +42,6 @@ def read_rollbacks(path: Path) -> dict[int, Rollback]:
 
 
 def write_rollbacks(path: Path, rollbacks: Mapping[int, Rollback]) -> None:
-    """Write a run's file, all of it or nothing."""
+    """Write a run's file atomically."""
     content = {str(phase): asdict(rollback) for phase, rollback in rollbacks.items()}
     replace_file(path / FILE, json.dumps(content, indent=2))

@@ -14,7 +14,7 @@ TASK_COLUMNS = ["task", "examples", "metric", "score", "bits per byte"]
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of results; none where there is no file.
+    """The records of a file of results; none if there is no file.
 
     Raises:
         DataError: it is another file.

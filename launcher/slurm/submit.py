@@ -26,15 +26,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from launcher.config.file import to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
+from launcher.hidden import PACKAGES
 from launcher.plan.plan import make_plan
+from launcher.process.torchrun import JobLauncher
 from launcher.run.folder import RunFolder
 from launcher.slurm.cluster import SiteConfig, time_problem
-
-LAUNCHERS = ("torchrun", "srun", "deepspeed")
-
-
-PACKAGES = ("launcher", "model", "data", "quant", "eval")
-
 
 CODE_SUFFIXES = (".py", ".j2", ".html", ".sbatch", ".yaml")
 
@@ -49,7 +45,7 @@ class Request:
     nodes: int
     ranks_per_node: int
     gpus_per_node: int
-    launcher: str
+    launcher: JobLauncher
     time: str | None
 
 
@@ -86,8 +82,6 @@ def check(config: Config, request: Request) -> None:
     Raises:
         ConfigError: lists the problems.
     """
-    if request.launcher not in LAUNCHERS:
-        raise ConfigError(f"--with {request.launcher}: {', '.join(LAUNCHERS)} are there")
     if request.time is not None and (problem := time_problem(request.time)):
         raise ConfigError(f"--time: {problem}")
     make_plan(config, request.nodes * request.ranks_per_node)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eval.perplexity import HeldOutLoss
 from launcher.checkpoint.manifest import Progress
+from launcher.plan.gpus import find_gpu
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
@@ -20,23 +21,12 @@ from launcher.training.step import StepResult
 GIB = 2**30
 
 
-PEAK_BF16_FLOPS_PER_SECOND = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-"""Dense bf16 peak by the beginning of the device's name, from NVIDIA's data sheets; the longest match counts."""
-
-
 def peak_flops_per_second(device: torch.device) -> float | None:
     """Peak bf16 FLOP/s of the device; None if it is not known, so that no utilization is made up."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    matches = [known for known in PEAK_BF16_FLOPS_PER_SECOND if name.startswith(known)]
-    return PEAK_BF16_FLOPS_PER_SECOND[max(matches, key=len)] if matches else None
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.peak_flops_per_second if gpu else None
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import reaching
-from launcher.checkpoint.writer import complete_checkpoints, remove_checkpoint
+from launcher.checkpoint.writer import remove_checkpoint
 from launcher.plan.course import Phase
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks, any_rank

@@ -1,4 +1,4 @@
-"""The teacher of a distilling ternary phase: found, checked, and sharded over the ranks like the student.
+"""The teacher of a ternary phase that distills: found, checked, and sharded over the ranks like the student.
 
 A teacher is a second model, frozen: no gradients, no optimizer. FSDP2 shards it block by block, whatever engine the
 student is on, because that needs torch alone and gathers no more than a block or two at once. Nothing ever updates it,
@@ -10,24 +10,23 @@ Resuming finds the same teacher again where it was: the run's own is a milestone
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from launcher.checkpoint.load import mismatches
+from launcher.checkpoint.folders import MANIFEST, folder_of
+from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import reaching
+from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
-from launcher.checkpoint.writer import MANIFEST, folder_of
 from launcher.engine.build import COMPUTE_DTYPES
-from launcher.engine.frozen import shard_frozen_
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
-from launcher.formats.open import check_sound, config_of, model_of, open_source
+from launcher.formats.open import check_sound, model_of, open_source, precision_of
+from launcher.inference.build import sharded_model
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
@@ -52,7 +51,7 @@ class Teacher:
 
     @contextmanager
     def teaching(self, tokens_BT: Tensor) -> Iterator[Lesson]:
-        """Yield the lesson on a micro-batch; the head stays gathered within the block, and is freed after it."""
+        """Give the lesson on a micro-batch; its head stays gathered inside the block, and is freed behind it."""
         yield self._model.teach(tokens_BT, self._config, self._student_layers)
         self._model.reshard()
 
@@ -71,7 +70,7 @@ def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path) -> T
         model = teacher_model(source, plan)
     except CheckpointError as error:
         raise CheckpointError(f"phases.{phase.index}.distillation: no such teacher can be had. {error}") from error
-    identity = source.manifest["digest"] if isinstance(source, CheckpointReader) else source.location
+    identity = source.manifest.digest if isinstance(source, CheckpointReader) else source.location
     return Teacher(
         shard_teacher(source, model, plan, ranks), phase.distillation, plan.config.model.num_layers, identity
     )
@@ -83,7 +82,7 @@ def check_teacher(reader: CheckpointReader, teacher: Teacher) -> None:
     Raises:
         CheckpointError: it is another one.
     """
-    before = reader.manifest.get("teacher")
+    before = reader.manifest.teacher
     if before not in (teacher.identity, None):
         raise CheckpointError(
             f"{reader.folder}: its phase had another teacher ({before}, now {teacher.identity}); put that one back, or "
@@ -119,33 +118,33 @@ def teacher_model(source: Source, plan: Plan) -> ModelConfig:
     if model.max_sequence_length < config.data.sequence_length:
         wanted = config.data.sequence_length
         problems.append(f"its max_sequence_length is {model.max_sequence_length}, data.sequence_length {wanted}")
-    shapes = parameter_shapes(model)
-    problems += mismatches(source, set(shapes), shapes)
     if problems:
         raise CheckpointError(f"{source.location} cannot teach this model:\n" + "\n".join(problems))
+    check_fits(source, parameter_shapes(model))
     return model
 
 
 def is_ternary(source: Source) -> bool:
-    """Whether a source says that it computes with ternary weights."""
+    """Whether a source says that its weights were trained as ternary ones."""
     if isinstance(source, HuggingFaceSource):
         return source.is_packed
     if isinstance(source, CheckpointReader):
-        phase = source.manifest["progress"]["phase"]
-        return phase >= 0 and config_of(source).phases[phase].precision == "ternary"
+        return precision_of(source).quantization is not None
     return False
 
 
 def shard_teacher(source: Source, config: ModelConfig, plan: Plan, ranks: Ranks) -> Transformer:
     """Build a frozen model in the compute dtype, shard it over all ranks, and read this rank's share of its weights."""
     training, engine = plan.config.training, plan.config.engine
-    with torch.device("meta"):
-        model = Transformer(config).to(COMPUTE_DTYPES[training.compute_dtype])
-    if training.compile:
-        for block in model.model.layers:
-            block.compile()
-    shard_frozen_(
-        model, partial(source.read, "weight"), ranks, replicas=engine.replicas, offload=engine.offload == "all"
+    model = sharded_model(
+        source,
+        config,
+        Precision.in_16_bits(config.num_layers),
+        COMPUTE_DTYPES[training.compute_dtype],
+        ranks,
+        compile_blocks=training.compile,
+        replicas=engine.replicas,
+        offload=engine.offload == "all",
     )
     register_fsdp_forward_method(model, "teach")
     return model

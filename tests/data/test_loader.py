@@ -27,6 +27,7 @@ from data.loader import (
     token_bytes,
     validation_rows,
 )
+from data.sources import one_start_at_a_time
 
 
 def read_steps(data: TrainingData, num_steps: int, num_micro_batches: int) -> np.ndarray:
@@ -243,6 +244,24 @@ def test_a_killed_run_starts_again_in_the_same_folder_and_ends_quietly(folders):
     assert left  # what the killed left is what the other started beside
     for path in left:
         path.unlink()
+
+
+def start_with_another_temporary_folder(connection, folder: str) -> None:
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    connection.send("starting")
+    with one_start_at_a_time(rank=0, world_size=1):
+        connection.send("started")
+
+
+def test_jobs_with_different_temporary_folders_start_one_at_a_time(tmp_path):
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=start_with_another_temporary_folder, args=(sender, str(tmp_path)))
+    with one_start_at_a_time(rank=0, world_size=1):
+        process.start()
+        assert receiver.recv() == "starting"
+        assert not receiver.poll(0.5)
+    assert receiver.recv() == "started"
+    process.join()
 
 
 def register_file_urls() -> None:

@@ -93,6 +93,11 @@ def test_hugging_face_data_sets(tmp_path, monkeypatch):
     source = f"hf:{tmp_path}/corpus:train"
     assert read(source) == [Document(text, f"{source}:{number}") for number, text in enumerate(TEXTS, start=1)]
     assert len(read(f"hf:{tmp_path}/corpus:default:train")) == len(TEXTS)
+    assert [document.text for document in read(f"hf:{tmp_path}/corpus:train[:2]")] == TEXTS[:2]
+    assert len(read(f"hf:{tmp_path}/corpus:default:train[:99]")) == len(TEXTS)
+    for wrong in ("train[:0]", "train[:2", "train[1:2]", "train[:5%]"):
+        with pytest.raises(DataError, match=r"SPLIT\[:1000\] is its first 1000 rows|`datasets` cannot open it"):
+            read(f"hf:{tmp_path}/corpus:{wrong}")
     with pytest.raises(DataError, match="`datasets` cannot open it"):
         read(f"hf:{tmp_path}/corpus:test")
     with pytest.raises(DataError, match="named hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"):

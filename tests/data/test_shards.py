@@ -255,7 +255,7 @@ def test_held_out_inputs_and_equal_texts_stay_on_one_side(corpus, tokenizer_path
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.text(alphabet="a \n", max_size=200))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_long_documents_are_cut_without_loss(lengths, text):
     original = encoding.SEGMENT_CHARS
     try:

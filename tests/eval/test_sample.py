@@ -99,7 +99,7 @@ def tokenizer(request, tmp_path_factory):
     return load_tokenizer(path / "tokenizer.json")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     text=st.text(st.sampled_from(CHARACTERS), max_size=12),
     prompt=st.sampled_from(["", "a", "a b"]),

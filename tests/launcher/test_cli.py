@@ -15,6 +15,7 @@ import pytest
 import yaml
 from places import ROOT
 from tiny import tiny_tree, write_corpus
+from typer.testing import CliRunner
 
 from launcher.run.metrics_log import read_metrics
 
@@ -198,3 +199,48 @@ def test_ranks_meet_on_a_machine_whose_name_leads_nowhere(tmp_path):
     script.write_text("import torch.distributed as dist\ndist.init_process_group('gloo')\ndist.barrier()\n")
     launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.process.torchrun 2 {script}"
     subprocess.run([*namespace, "sh", "-c", launch], check=True, timeout=100)
+
+
+def words(text: str) -> str:
+    """What a box of rich says, without its lines and line breaks."""
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "choices"),
+    [
+        ("train C", "--with", "torchrun deepspeed"),
+        ("submit C", "--with", "torchrun srun deepspeed"),
+        ("convert S --to R", "--format", "run universal hf"),
+        ("convert S --to R", "--optimizer", "keep reset keep-variance rescale"),
+        ("convert S --to R", "--dtype", "bf16 fp32"),
+        ("export C --to P --format hf", "--format", "hf hf-ternary gguf"),
+        ("export C --to P --format hf", "--weights", "latent dequantized"),
+        ("export C --to P --format hf", "--dtype", "bf16 fp32"),
+        ("export C --to P --format hf", "--linear-class", "bitlinear autobitlinear"),
+        ("export C --to P --format hf", "--type", "tq2_0 tq1_0 q8_0 f16"),
+        ("export C --to P --format hf", "--embeddings", "q8_0 f16"),
+        ("generate M P", "--dtype", "bf16 fp32"),
+    ],
+)
+def test_choices_are_listed_in_the_help_and_others_refused(command: str, option: str, choices: str) -> None:
+    from launcher.cli import app
+
+    name, *arguments = command.split()
+    environment = {"COLUMNS": "120", "NO_COLOR": "1"}
+    shown = CliRunner().invoke(app, [name, "--help"], env=environment).output
+    assert "|".join(choices.split()) in next(line for line in shown.splitlines() if f" {option} " in line)
+    refused = CliRunner().invoke(app, [name, *arguments, option, "nothing"], env=environment)
+    assert refused.exit_code == 2
+    said = words(refused.output)
+    assert f"Invalid value for '{option}'" in said
+    assert "'nothing' is not one of " + ", ".join(map(repr, choices.split())) in said
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    from launcher.cli import app
+
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"tritrain {version('tritrain')}\n")

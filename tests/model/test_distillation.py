@@ -39,7 +39,7 @@ def oracle(hidden_ND, weight_VD, labels_N, teacher, z_loss, temperature, weight)
     return nll + z_loss * z + weight * temperature**2 * kl, nll, kl
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 1000),
     chunk_tokens=st.integers(1, NUM_ROWS + 5),

@@ -14,7 +14,7 @@ def oracle(hidden_ND, weight_VD, labels_N, z_loss):
     return F.cross_entropy(logits_NV, labels_N) + z_loss * z
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 1000),
     chunk_tokens=st.integers(1, NUM_ROWS + 5),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.torchvision_repair import repair_torchvision
@@ -18,7 +18,6 @@ def codes(draw):
     return torch.randint(-1, 2, shape, generator=generator).to(draw(st.sampled_from(DTYPES)))
 
 
-@settings(deadline=None)
 @given(codes())
 def test_codes_survive(codes_OI):
     before = codes_OI.clone()
@@ -39,7 +38,6 @@ def test_bytes_are_those_of_transformers():
         assert torch.equal(unpack(packed_RI), bitnet.unpack_weights(packed_RI, dtype=torch.int8))
 
 
-@settings(deadline=None)
 @given(codes(), st.data())
 def test_a_range_needs_only_its_own_bytes(codes_OI, data):
     packed, size = pack(codes_OI).flatten(), codes_OI.numel() // 4

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_group
 from runs import run
@@ -27,13 +27,20 @@ from launcher.run.metrics_log import read_metrics
 from model.init import initial_value
 from model.size import num_parameters
 from quant.codes import pack_rows, unpack_rows
-from quant.config import PRESETS, QuantConfig
-from quant.gather import _fsdp_params, gather_problems
+from quant.config import PRESETS, SCALES_OF_LEVELS, QuantConfig, gather_problems
+from quant.gather import _fsdp_params
 from quant.linear import quantized_layers
-from quant.rounding import magnitude_counts, scale_from_counts, scale_from_sums, scale_sums, weight_codes, weight_scale
+from quant.rounding import (
+    SUMMED,
+    magnitude_counts,
+    scale_from_counts,
+    scale_from_sums,
+    scale_sums,
+    weight_codes,
+    weight_scale,
+)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 1300), st.integers(1, 7), st.sampled_from(["absmean", "gaussian"]))
 def test_ranks_find_the_scale_of_the_whole_matrix(O: int, I: int, num_ranks: int, weights: Any) -> None:  # noqa: E741
     config = QuantConfig(weights=weights)
@@ -42,7 +49,6 @@ def test_ranks_find_the_scale_of_the_whole_matrix(O: int, I: int, num_ranks: int
     assert torch.equal(scale_from_sums(sums_O, I, config).level, weight_scale([weight_OI], config).level)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 7), st.sampled_from([0.0, 1e-30, 0.02, 1e30]))
 def test_ranks_find_the_median_of_the_whole_matrix(O: int, I: int, num_ranks: int, size: float) -> None:  # noqa: E741
     config = QuantConfig(weights="absmedian")
@@ -74,6 +80,12 @@ def test_packed_rows_are_the_codes_and_stay_rows(O: int, I: int) -> None:  # noq
     assert packed_OJ.shape == (O, math.ceil(I / 4))
     assert torch.equal(unpack_rows(packed_OJ, I), codes_OI.to(torch.int8))
     assert torch.equal(pack_rows(codes_OI[1:]), packed_OJ[1:])
+
+
+def test_scales_that_are_gathered_are_those_made_from_sums_or_counts() -> None:
+    scales = set(SCALES_OF_LEVELS["ternary"])
+    refused = {scale for scale in scales - {"learned"} if gather_problems(QuantConfig(weights=scale))}
+    assert scales - {"learned"} - refused == SUMMED.keys() | {"absmedian"}
 
 
 def test_recipes_that_can_be_gathered_as_codes() -> None:

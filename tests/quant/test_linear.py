@@ -1,6 +1,7 @@
 """One quantized layer: its products, its gradients and both ends of the strength."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from layers import EVERYTHING, assert_same_bits, build_input, build_linear, dequantized, every_dtype, forward_backward
 from torch import nn
 
-from quant.config import QuantConfig
-from quant.linear import quantize_, set_strength_
+from quant.config import PRESETS, QuantConfig
+from quant.linear import quantize_, set_strength_, set_strengths_
 from quant.product import StraightThrough, integer_product
 from quant.rounding import quantize_activation, quantize_weight
 
@@ -158,3 +159,69 @@ def test_a_zero_matrix_and_a_zero_token_stay_finite():
     result = forward_backward(layer, x)
     assert all(value.isfinite().all() for value in result.values())
     assert torch.equal(result["y"], layer.bias.detach().expand(3, 5, 10))
+
+
+# What the module's docstring and `print` say
+
+
+@pytest.mark.parametrize(
+    ("config", "strengths", "shown"),
+    [
+        (QuantConfig(), (1, 1), "weights=gaussian, mode=codes, weight_strength=1, activation_strength=1"),
+        (
+            QuantConfig(levels="int2", granularity="row", weights="absmax"),
+            (0, 0),
+            "weights=absmax, levels=int2, granularity=row, mode=plain, weight_strength=0, activation_strength=0",
+        ),
+        (
+            PRESETS["bitnet-b1.58"],
+            (0.25, 0.5),
+            "preset=bitnet-b1.58, mode=ramp, weight_strength=0.25, activation_strength=0.5",
+        ),
+        (
+            replace(PRESETS["bitnet-v2"], activations="int4"),
+            (0.1, 1),
+            "preset=bitnet-v2, activations=int4, mode=ramp, weight_strength=0.1, activation_strength=1",
+        ),
+        (
+            QuantConfig(activations="none"),
+            (0.25, 0),
+            "weights=gaussian, activations=none, mode=ramp, weight_strength=0.25",
+        ),
+    ],
+)
+def test_print_shows_recipe_mode_and_strengths(config, strengths, shown):
+    model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    quantize_(model, replace(config, include="0"))
+    set_strengths_(model, [strengths[0]], [strengths[1]])
+    layer = f"QuantLinear(in_features=8, out_features=4, bias=False, {shown})"
+    assert repr(model) == f"Sequential(\n  (0): {layer}\n)"
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_print_does_not_read_the_device_at_constant_strength(strength, monkeypatch):
+    layer = build_linear()
+    quantize_(layer, EVERYTHING)
+    set_strength_(layer, strength)
+    for read in ("tolist", "item", "__float__", "__format__"):
+        monkeypatch.setattr(torch.Tensor, read, lambda *_: pytest.fail("reads a tensor"))
+    assert f"weight_strength={strength:g}" in repr(layer)
+
+
+def test_saved_for_backward_is_what_the_docstring_says():
+    def saved_at(strength):
+        layer, x = build_linear(bias=False), build_input(torch.float32).requires_grad_()
+        quantize_(layer, EVERYTHING)
+        set_strength_(layer, strength)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda kept: kept):
+            layer(x)
+        own = {layer.weight.data_ptr(): "W", x.data_ptr(): "x"}
+        return sorted(own.get(t.data_ptr(), f"{t.dtype} {t.numel()}") for t in saved if t is not None)
+
+    x, weight = build_input(torch.float32), build_linear().weight
+    assert saved_at(0.0) == ["W", "x"]
+    of_x, of_weight = f"{torch.float32} {x.numel()}", f"{torch.float32} {weight.numel()}"
+    assert saved_at(0.5) == sorted([of_x, of_weight])
+    scales = [f"{torch.float32} {x[..., 0].numel()}", f"{torch.float32} 1"]
+    assert saved_at(1.0) == sorted(["W", f"{torch.int8} {x.numel()}", *scales])

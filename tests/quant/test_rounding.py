@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.torchvision_repair import repair_torchvision
@@ -46,7 +46,6 @@ def as_float64(x):
 # Weights
 
 
-@settings(deadline=None)
 @given(matrices(), st.sampled_from(QUANTIZERS))
 def test_codes_are_ternary_and_everything_is_fp32(weight, quantizer):
     codes, scale = ternary(weight, quantizer)
@@ -57,14 +56,12 @@ def test_codes_are_ternary_and_everything_is_fp32(weight, quantizer):
     assert scale >= np.float32(SMALLEST_SCALE)
 
 
-@settings(deadline=None)
 @given(matrices())
 def test_absmean_is_the_mean_magnitude(weight):
     expected = np.abs(as_float64(weight)).mean()
     assert absmean_scale(weight.bfloat16().float()).item() == pytest.approx(expected, rel=1e-6)
 
 
-@settings(deadline=None)
 @given(matrices())
 def test_absmedian_is_the_lower_median_magnitude(weight):
     magnitudes = np.sort(np.abs(as_float64(weight)).flatten())
@@ -76,7 +73,6 @@ def test_lower_median_of_an_even_number():
     assert absmedian_scale(torch.tensor([[1.0, -4.0, 2.0, -3.0]])) == 2.0
 
 
-@settings(deadline=None)
 @given(matrices(), st.sampled_from(QUANTIZERS))
 def test_each_code_is_the_nearest(weight, quantizer):
     """No other code is nearer to the weight by more than fp32 can tell."""
@@ -99,7 +95,6 @@ def test_the_bf16_cast_comes_first():
     assert weight_codes(weight, Scale(torch.ones(1, 1)), QuantConfig()).tolist() == [[0.0, 1.0]]
 
 
-@settings(deadline=None)
 @given(matrices(dtypes=(torch.float32, torch.float64)), st.sampled_from(QUANTIZERS))
 def test_a_master_weight_has_the_codes_of_its_bf16_copy(weight, quantizer):
     for ours, theirs in zip(ternary(weight, quantizer), ternary(weight.bfloat16(), quantizer), strict=True):
@@ -123,7 +118,6 @@ def test_zeros_quantize_to_zeros(quantizer, dtype):
     assert scale == torch.tensor(SMALLEST_SCALE)
 
 
-@settings(deadline=None)
 @given(matrices(), st.integers(1, 6), st.sampled_from(QUANTIZERS))
 def test_powers_of_two_scale_the_scale_alone(weight, exponent, quantizer):
     codes, scale = ternary(weight * 256, quantizer)  # away from the floor
@@ -133,7 +127,6 @@ def test_powers_of_two_scale_the_scale_alone(weight, exponent, quantizer):
         assert larger_scale == scale * 2**exponent
 
 
-@settings(deadline=None)
 @given(matrices(), st.sampled_from(QUANTIZERS))
 def test_signs_are_symmetric(weight, quantizer):
     codes, scale = ternary(weight, quantizer)
@@ -153,7 +146,6 @@ def test_the_scale_is_of_the_whole_matrix(quantizer):
 # Activations
 
 
-@settings(deadline=None)
 @given(matrices())
 def test_int8_codes_and_scales(x):
     codes, scale = quantize_activation(x)
@@ -169,7 +161,6 @@ def test_int8_codes_and_scales(x):
     assert (error <= scale.double().numpy() * (0.5 + 1e-4)).all()
 
 
-@settings(deadline=None)
 @given(matrices())
 def test_the_largest_of_a_token_gets_the_largest_code(x):
     codes, _ = quantize_activation(x)

@@ -43,7 +43,7 @@ def test_errors_and_zeros_on_a_gaussian(weights, error, zeros):
     assert (codes == 0).float().mean().item() == pytest.approx(zeros, abs=0.007)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from([(levels, scale) for levels, scales in SCALES_OF_LEVELS.items() for scale in scales]),
     st.sampled_from(["matrix", "row", "group"]),

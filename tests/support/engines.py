@@ -40,19 +40,19 @@ def build(name: str, dtype: torch.dtype) -> Engine:
     return shard(model, name, dtype)
 
 
-def shard(model: Transformer, name: str, dtype: torch.dtype) -> Engine:
+def shard(model: Transformer, name: str, dtype: torch.dtype, device: torch.device = CPU, **keys: Any) -> Engine:
     if name == "fsdp2":
         blocks = list(model.model.layers)
         engine: Engine = FSDPEngine(
-            model, blocks, optimizer=OPTIMIZER, config=EngineConfig(), compute_dtype=dtype, device=CPU
+            model, blocks, optimizer=OPTIMIZER, config=EngineConfig(**keys), compute_dtype=dtype, device=device
         )
     else:
         engine = ZeroEngine(
             model,
             optimizer=OPTIMIZER,
-            config=EngineConfig(name="deepspeed", zero_stage=int(name[-1])),  # type: ignore[arg-type]
+            config=EngineConfig(name="deepspeed", zero_stage=int(name[-1]), **keys),  # type: ignore[arg-type]
             compute_dtype=dtype,
-            device=CPU,
+            device=device,
             micro_batch_sequences=NUM_SEQUENCES // dist.get_world_size() // NUM_MICRO_BATCHES,
             num_micro_batches=NUM_MICRO_BATCHES,
         )
@@ -63,14 +63,14 @@ def shard(model: Transformer, name: str, dtype: torch.dtype) -> Engine:
 
 def step_once(engine: Engine, step: int, poison: float = 1.0) -> tuple[float, float, float]:
     """One step on this rank's part of the batch; returns the mean loss of all ranks, gradient norm and skipped."""
-    tokens, labels = batch(step)
+    tokens, labels = (tensor.to(engine.device) for tensor in batch(step))
     rank, size = dist.get_rank(), NUM_SEQUENCES // dist.get_world_size() // NUM_MICRO_BATCHES
     total = torch.zeros(())
     for index in range(NUM_MICRO_BATCHES):
         rows = slice((rank * NUM_MICRO_BATCHES + index) * size, (rank * NUM_MICRO_BATCHES + index + 1) * size)
         loss = engine.forward(tokens[rows], labels[rows]) / NUM_MICRO_BATCHES
         engine.backward(loss * poison, last=index == NUM_MICRO_BATCHES - 1)
-        total = total + loss.detach()
+        total = total + loss.detach().cpu()
     norm, skipped = engine.step(StepSizes(LEARNING_RATE))
     dist.all_reduce(total)
     return total.item() / dist.get_world_size(), norm.item(), skipped.item()

@@ -1,5 +1,7 @@
 """Checkpoints of ternary models, to be exported."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +10,66 @@ import yaml
 from hf_folders import ModelSource
 from tiny import tiny_config
 
-from launcher.checkpoint.writer import CheckpointWriter, folder_of
+from launcher.checkpoint.folders import MANIFEST, TOKENIZERS, folder_of
+from launcher.checkpoint.manifest import Manifest, Progress, manifest_digest, precision_at
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.file import to_tree
 from launcher.config.sections import Config
 from launcher.formats.convert import write_streamed
+from launcher.plan.plan import make_plan
 from model.transformer import ModelConfig
 
 
-def write_checkpoint(config: Config, model: torch.nn.Module, *, step: int, phase: int) -> Path:
-    """A run's folder with one checkpoint, as training leaves it, without training."""
+def write_checkpoint(
+    config: Config, model: torch.nn.Module, *, step: int, phase: int, rollbacks: Mapping[int, int] | None = None
+) -> Path:
+    """A run's folder with one checkpoint, as training leaves it, without training.
+
+    Args:
+        config: of the run.
+        model: whose weights are in the checkpoint.
+        step: of the checkpoint.
+        phase: that the model is in.
+        rollbacks: how often the run has gone back to the beginning of a phase, by the phase's index.
+    """
     run = config.run.path
     writer = CheckpointWriter(folder_of(run / "checkpoints", step))
     writer.begin()
     files = write_streamed(writer, ModelSource(model))
     text = yaml.safe_dump(to_tree(config))
-    progress = {"step": step, "phase": phase, "skipped_steps": 0}
-    counters = {"step": step, "tokens": step * 256, "progress": progress, "data_fingerprint": None}
-    writer.finish(files, text, counters, milestone=True, has_moments=False)
+    at = Progress(step=step, phase=phase, skipped_steps=0)
+    manifest = Manifest(
+        milestone=True,
+        has_moments=False,
+        step=step,
+        tokens=step * 256,
+        progress=at,
+        precision=precision_at(make_plan(config, 1, rollbacks), at),
+        data_fingerprint=None,
+        spikes=None,
+        teacher=None,
+        world_size=1,
+        engine="fsdp2",
+        zero_stage=2,
+        provenance=None,
+    )
+    writer.finish(files, text, None, manifest)
     (run / "config.yaml").write_text(text)
     return writer.final
+
+
+def make_older(checkpoint: Path, *lacking: str) -> None:
+    """Give a checkpoint a manifest of version 1, which says nothing of precisions, and lacks these keys besides.
+
+    It has no tokenizer either.
+    """
+    tree = json.loads((checkpoint / MANIFEST).read_text())
+    tree = {key: value for key, value in tree.items() if key not in ("precision", "digest", *lacking)}
+    tree["format_version"] = 1
+    for name in tree["files"].keys() & set(TOKENIZERS):
+        del tree["files"][name]
+        (checkpoint / name).unlink()
+    (checkpoint / MANIFEST).write_text(json.dumps(tree | {"digest": manifest_digest(tree)}))
 
 
 def model_tree(model: ModelConfig) -> dict[str, Any]:

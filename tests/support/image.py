@@ -70,7 +70,7 @@ class Builder:
             *("bud", "--isolation=chroot", "--layers", "--format=docker", "--pull-never", f"--tag={TAG}"),
             *(f"--volume={mount}" for mount in mounts),
             *("--secret", f"id=pip,src={secret}", f"--build-arg=BASE={BASE}"),
-            "--build-arg=TORCH_INDEX=https://pypi.org/simple",  # the wheel of the machine's own folder wins over it
+            "--build-arg=TORCH_INDEX=",  # the index that pip is configured with
             "--build-arg=REVISION=tested",
             *("--file=docker/Dockerfile", "."),
         )
@@ -78,7 +78,9 @@ class Builder:
     def _pip_settings(self) -> tuple[Path, list[str]]:
         """A pip.conf with this machine's settings, and what is to be mounted for the paths in it."""
         listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-        found = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
+        # The environment (`:env:`) comes last: it wins over files.
+        settings = sorted(re.findall(r"^(global|:env:)\.([\w-]+)='(.*)'$", listed, re.MULTILINE), reverse=True)
+        found = {key: value for _, key, value in settings}
         lines, mounts = ["[global]", f"# {SECRET}"], []
         for key in ("index-url", "trusted-host", "proxy", "cert", "find-links"):
             if key in found:

@@ -4,6 +4,7 @@ They meet over TCP as under torchrun, and nothing that a test does to them reach
 """
 
 import atexit
+import contextlib
 import os
 import random
 import signal
@@ -19,8 +20,8 @@ from ranks import CONTEXT
 from safetensors.torch import load_file
 from tiny import tiny_tree
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.run.metrics_log import read_metrics
 
 NUM_RANKS = 2
@@ -114,11 +115,12 @@ def _rank(tree: dict[str, Any], rank: int, port: int, log: str, at_start: Callab
 def _release_shared_memory(shards: str) -> None:
     """Remove what killed ranks left of `streaming`: their data set's, which is known by the path it was opened from."""
     for path in Path("/dev/shm").glob("*_locals"):
-        if shards.strip("/").encode() in path.read_bytes():
-            number = path.name.removesuffix("_locals")
-            for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
-                for leftover in folder.glob(f"{number}_*"):
-                    leftover.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another job's, which ends now
+            if shards.strip("/").encode() in path.read_bytes():
+                number = path.name.removesuffix("_locals")
+                for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+                    for leftover in folder.glob(f"{number}_*"):
+                        leftover.unlink(missing_ok=True)
 
 
 def wait_for_moment(job: Job, moments: random.Random) -> None:

@@ -1,9 +1,12 @@
 """Real ranks: processes with a gloo group that start fast.
 
-`import streaming` takes seconds, so one fork server imports it once, and the ranks are forked from there.
+`import streaming` and `import deepspeed` take seconds, and so does what training imports. One fork server imports it
+all once, and the ranks are forked from there.
 """
 
 import atexit
+import gc
+import importlib
 import multiprocessing
 import os
 import tempfile
@@ -20,11 +23,18 @@ from data.torchvision_repair import repair_torchvision
 
 TIMEOUT_SECONDS = 400
 IN_FORK_SERVER = "TRITRAIN_TEST_FORK_SERVER"
+IMPORTED_ONCE = (
+    *("streaming", "launcher.pretrain", "launcher.engine.zero", "launcher.engine.fsdp", "torch._dynamo"),
+    # What deepspeed.initialize imports when it is called.
+    *("deepspeed", "deepspeed.compile.backend", "deepspeed.module_inject.auto_ep_layer"),
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 
 if IN_FORK_SERVER in os.environ:
     repair_torchvision()
-    import streaming  # noqa: F401
-
+    for name in IMPORTED_ONCE:
+        importlib.import_module(name)
+    gc.freeze()  # else each rank's first collection would copy all of it
 
 os.environ[IN_FORK_SERVER] = "1"  # the server inherits it, and imports this module by name
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))

@@ -1,11 +1,10 @@
 """Every engine on several numbers of ranks, and a step of it."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from engines import LEARNING_RATE, OPTIMIZER
 
+from launcher.checkpoint.manifest import Manifest, Precision, Progress
 from launcher.config.engine import EngineConfig
 from launcher.engine.contract import Engine
 from launcher.engine.fsdp import FSDPEngine
@@ -72,7 +71,20 @@ def step_once(engine: Engine, step: int) -> float:
     return total.item() / dist.get_world_size()
 
 
-def counters(step: int) -> dict[str, Any]:
-    """What a manifest must say."""
-    progress = {"step": step, "phase": 0, "skipped_steps": 0}
-    return {"step": step, "tokens": step, "data_fingerprint": None, "progress": progress}
+def manifest(step: int, *, milestone: bool = False) -> Manifest:
+    """What a checkpoint of a 16-bit phase says of itself."""
+    return Manifest(
+        milestone=milestone,
+        has_moments=True,
+        step=step,
+        tokens=step,
+        progress=Progress(step=step, phase=0, skipped_steps=0),
+        precision=Precision(quantization=None, weight_strengths=(0.0,), activation_strengths=(0.0,)),
+        data_fingerprint=None,
+        spikes=None,
+        teacher=None,
+        world_size=1,
+        engine="fsdp2",
+        zero_stage=2,
+        provenance=None,
+    )

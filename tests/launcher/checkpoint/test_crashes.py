@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -30,7 +31,8 @@ from jobs import (
     wait_for_moment,
 )
 
-from launcher.checkpoint.writer import complete_checkpoints
+from data.loader import TrainingData
+from launcher.checkpoint.folders import complete_checkpoints
 
 Record = Callable[[str, object], None]
 
@@ -147,11 +149,23 @@ def test_a_full_disk_loses_nothing(
     assert counts["lost"] == 0
 
 
+def go_slowly(rank: int) -> None:
+    """Leave the cores to the other job."""
+    read = TrainingData.__iter__
+
+    def slow(self: TrainingData) -> Any:
+        for batch in read(self):
+            time.sleep(0.05)
+            yield batch
+
+    TrainingData.__iter__ = slow  # type: ignore[method-assign]
+
+
 def test_a_second_job_in_a_run_folder_is_refused(shards: Path, tmp_path: Path) -> None:
     tree = job_tree(shards, tmp_path / "run", checkpoint={"interval_steps": 50, "keep_last": 2})
     tree["phases"] = [{"precision": "16-bit", "steps": 5000}]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    first = Job(tree)
+    first = Job(tree, at_start=go_slowly)
     try:
         while not has_begun(first):
             time.sleep(0.01)

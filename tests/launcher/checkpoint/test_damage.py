@@ -17,10 +17,13 @@ import pytest
 import torch
 from jobs import NUM_RANKS, NUM_STEPS, Job, assert_equal_runs, job_tree, uninterrupted
 from typer.testing import CliRunner
+from variants import manifest
 
+from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
+from launcher.checkpoint.manifest import manifest_digest
 from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.tensor_file import DIGESTS, TensorFile
-from launcher.checkpoint.writer import MANIFEST, CheckpointWriter, complete_checkpoints, folder_of, manifest_digest
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.cli import app
 from launcher.engine.contract import Shard
 from launcher.errors import CheckpointError
@@ -126,9 +129,11 @@ def test_a_checkpoint_reaches_the_disk_before_it_gets_its_name(tmp_path: Path, m
     writer.begin()
     shard = Shard(name="a", shape=(2, 3), start=0, tensors=tensors, step=torch.tensor(7.0), primary=True)
     files = writer.write_rank(0, [shard], {"cpu": torch.get_rng_state()})
-    writer.finish(files, "a: 1\n", {"step": 7}, milestone=False)
+    (tmp_path / "given.json").write_text("{}")
+    writer.finish(files, "a: 1\n", tmp_path / "given.json", manifest(7))
     assert events == [
         ("sync", "rank-00000.safetensors"),
+        ("sync", "tokenizer.json"),
         ("sync", "config.yaml"),
         ("sync", MANIFEST),
         ("sync", "step-00000007.tmp"),

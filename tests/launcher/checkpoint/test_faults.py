@@ -11,8 +11,9 @@ from ranks import run_group
 from runs import run
 from tiny import tiny_config
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.writer import CheckpointWriter, complete_checkpoints
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.errors import CheckpointError, LogError, TrainingError
 from launcher.pretrain import USER_ERRORS
 from launcher.run.metrics_log import MetricsLog, read_metrics
@@ -89,7 +90,7 @@ def test_a_truncated_file_is_named_with_its_sizes_and_the_way_out(damaged: Path)
         CheckpointError, match=rf"rank-00001\.safetensors has {size - 100} bytes instead of {size}"
     ) as e:
         CheckpointReader(damaged / "step-00000008")
-    assert "Others are in the same place: step-00000001" in str(e.value)
+    assert "Other checkpoints beside it: step-00000001" in str(e.value)
 
 
 def test_a_missing_file_is_named(damaged: Path) -> None:
@@ -101,7 +102,7 @@ def test_a_missing_file_is_named(damaged: Path) -> None:
 def test_a_folder_without_manifest_is_no_checkpoint(damaged: Path) -> None:
     (damaged / "step-00000008" / "manifest.json").unlink()
     assert complete_checkpoints(damaged)[-1].name == "step-00000007"
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         CheckpointReader(damaged / "step-00000008")
 
 

@@ -45,7 +45,7 @@ def test_a_missing_bucket_is_named(reachable: Store) -> None:
         "Check that the bucket exists and is spelled right."
     )
     assert start == "s3://no-such-bucket/run: there is no such folder"
-    assert read.startswith("s3://no-such-bucket/run: no complete checkpoint")
+    assert read.startswith("s3://no-such-bucket/run: not a complete checkpoint")
     assert newest_sound_checkpoint(to_location("s3://no-such-bucket/run"), ALONE, print) is None
 
 

@@ -16,12 +16,13 @@ from stores import BUCKET, Store, enter, environment, kill, proxy
 from tiny import tiny_config, tiny_tree
 from typer.testing import CliRunner
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import create, to_location
 from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.tensor_file import range_reader
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.cli import app
 from launcher.errors import CheckpointError
+from launcher.formats.opened import tokenizer_of
 from launcher.process.ranks import ALONE
 from launcher.run.metrics_log import read_metrics
 
@@ -50,7 +51,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def tensor_digests(folder: Path) -> dict[str, Any]:
-    files = CheckpointReader(folder).manifest["files"]
+    files = CheckpointReader(folder).manifest.files
     return {name: record for name, record in files.items() if name != "config.yaml"}
 
 
@@ -64,7 +65,7 @@ def test_a_run_in_a_store_goes_on_with_the_same_bits(
     remote = complete_checkpoints(to_location(folder))
     assert [path.name for path in remote] == [f"step-{step:08d}" for step in (4, 6, 7, 8)]
     assert tensor_digests(remote[-1]) == tensor_digests(local_run / "checkpoints" / "step-00000008")
-    names = ("config.yaml", "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors")
+    names = ("config.yaml", "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "tokenizer.model")
     assert reachable.keys(BUCKET, "run/") == [f"run/{path.name}/{name}" for path in remote for name in names]
     assert not (out / "checkpoints").exists()
 
@@ -80,6 +81,9 @@ def test_a_run_in_a_store_goes_on_with_the_same_bits(
     assert made.exit_code == 0, made.output
     [converted] = complete_checkpoints(tmp_path / "made" / "checkpoints")
     assert tensor_digests(converted) == tensor_digests(remote[0])
+    fetched = tokenizer_of(CheckpointReader(remote[0]))
+    assert fetched is not None
+    assert fetched.read_bytes() == (shards / "tokenizer.model").read_bytes()
     client = reachable.client()
     key = "run/step-00000008/rank-00001.safetensors"
     data = bytearray(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())

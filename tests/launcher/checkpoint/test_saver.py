@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_group
-from variants import build, counters, step_once
+from variants import build, manifest, step_once
 
+from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.source import KINDS
-from launcher.checkpoint.writer import CheckpointWriter, complete_checkpoints, folder_of
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.engine.contract import Engine, load_weights
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks
@@ -33,11 +34,11 @@ def make_engine() -> Engine:
 def make_saver(folder: str, *, asynchronous: bool = True, said: list[str] | None = None) -> Saver:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     say = print if said is None else said.append
-    return Saver(Path(folder), ranks, keep_last=0, asynchronous=asynchronous, say=say)
+    return Saver(Path(folder), ranks, tokenizer=None, keep_last=0, asynchronous=asynchronous, say=say)
 
 
 def save(saver: Saver, engine: Engine, step: int, *, must: bool = True) -> None:
-    saver.save(engine, counters=counters(step), config_text="", milestone=False, must=must)
+    saver.save(engine, manifest=manifest(step), config_text="", must=must)
 
 
 class Gate:

@@ -19,7 +19,7 @@ from torch import Tensor
 from launcher.checkpoint import tensor_file
 from launcher.checkpoint.tensor_file import DIGEST_BYTES, DIGESTS, DTYPES, TensorFile, TensorFileError, write_tensors
 
-ROUND_TRIP = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ROUND_TRIP = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write(

@@ -60,6 +60,7 @@ def test_the_end_of_a_path_is_enough_where_it_is_unique(capsys):
     [
         ("schedule.warmup_step", "schedule.warmup_steps"),
         ("learning_rte", "optimizer.learning_rate"),
+        ("warmup", "schedule.warmup_steps"),
         ("phases.1.transition.ram", "phases.N.transition.ramp"),
         ("training.learning_rate", "optimizer.learning_rate"),
     ],

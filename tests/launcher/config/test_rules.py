@@ -1,9 +1,16 @@
 """What a configuration may not combine, and how all its problems are told at once."""
 
+import inspect
+from dataclasses import replace
+from typing import get_type_hints
+
 import pytest
 from minimal import only_problem, problems, tree
 
-from launcher.config.file import parse_config
+from launcher.config import rules
+from launcher.config.file import parse_config, parse_yaml
+from launcher.config.rules import RULES
+from launcher.config.sections import Config
 from launcher.errors import ConfigError
 
 # Rules
@@ -59,24 +66,24 @@ from launcher.errors import ConfigError
         (["engine.offload=optimizer"], "engine.offload", "is optimizer; fsdp2 offloads all or none"),
         (["model.num_heads=3"], "model.num_heads", "3 does not divide hidden_size 16"),
         (["run.folder=~/runs/a"], "run.folder", "'~/runs/a' would be a folder named '~'; write '/"),
-        (["run.folder=s3://b/a"], "run.folder", "'s3://b/a' is a URL; give a folder of this machine's"),
+        (["run.folder=s3://b/a"], "run.folder", "'s3://b/a' is a URL; give a folder on this machine's"),
         (["checkpoint.folder=~/a"], "checkpoint.folder", "'~/a' would be a folder named '~'"),
         (["data.cache=~/a"], "data.cache", "'~/a' would be a folder named '~'"),
         (["data.sources.0.path=~/a"], "data.sources.0.path", "'~/a' would be a folder named '~'"),
         (["data.sources=[]"], "data.sources", "is empty; name at least one prepared folder"),
         (["data.sources.0.weight=0"], "data.sources.0.weight", "0.0 is not a positive number"),
-        (["data.sequence_length=4096"], "data.sequence_length", "is 4096, beyond model.max_sequence_length 2048"),
+        (["data.sequence_length=4096"], "data.sequence_length", "is 4096; must be at most model.max_sequence_length"),
         (["training.micro_batch_sequences=3"], "training.micro_batch_sequences", "3 does not divide the global "
-         "batch of 4 sequences; 1, 2, 4 do"),
+         "batch of 4 sequences; choose 1, 2, 4"),
         (["training.global_batch_sequences=null", "training.global_batch_tokens=20"], "training.global_batch_tokens",
-         "is 20, no multiple of data.sequence_length 8; 16 or 24 would be"),
+         "is 20; must be a multiple of data.sequence_length 8, such as 16 or 24"),
         (["training.global_batch_sequences=null", "training.global_batch_tokens=3"], "training.global_batch_tokens",
-         "is 3, no multiple of data.sequence_length 8; 8 would be"),
+         "is 3; must be a multiple of data.sequence_length 8, such as 8"),
         (["phases.0={precision: 16-bit, fraction: 0.5}"], "phases.0.fraction", "needs training.total_steps or"),
-        (["training.total_steps=10"], "training.total_steps", "does nothing, because no phase's length is a fraction"),
-        (["training.total_tokens=999"], "training.total_tokens", "does nothing, because no phase's length is a frac"),
-        (["phases.0.transition.optimizer=reset"], "phases.0.transition", "the first phase has nothing to keep"),
-        (["phases.0.transition.data=restart"], "phases.0.transition", "the first phase has nothing to keep"),
+        (["training.total_steps=10"], "training.total_steps", "has no effect, because no phase's length is a fraction"),
+        (["training.total_tokens=999"], "training.total_tokens", "has no effect, because no phase's length is a frac"),
+        (["phases.0.transition.optimizer=reset"], "phases.0.transition", "has nothing to carry over in the first ph"),
+        (["phases.0.transition.data=restart"], "phases.0.transition", "has nothing to carry over in the first ph"),
     ],
 )  # fmt: skip
 def test_impossible_combination(overrides, path, said):
@@ -143,7 +150,7 @@ def test_fractions_are_of_one_run():
     parse_config(tree(*both, "phases.1.fraction=0.1"))
     assert only_problem(*both, "phases.1.fraction=0.4") == (
         "phases",
-        "have fractions of 1.1 in sum; 1 is the whole run",
+        "the fractions add up to 1.1; at most 1",
     )
 
 
@@ -174,9 +181,9 @@ def test_all_problems_at_once_across_and_within_sections():
         "checkpoint.keep_last=1",
     )
     assert list(found) == [
-        "schedul", "run.nam", "model.z_loss", "data.sequence_lenght", "training.max_skipped_steps",
+        "run.nam", "model.z_loss", "data.sequence_lenght", "training.max_skipped_steps",
         "optimizer.learning_rate", "phases.0.steps", "phases.1.precision", "phases.1.quantization.include",
-        "checkpoint.keep_last",
+        "schedul", "checkpoint.keep_last",
     ]  # fmt: skip
 
 
@@ -185,6 +192,69 @@ def test_a_malformed_key_does_not_hide_what_else_is_wrong_in_its_part():
     assert set(found) == {f"schedule.{key}" for key in ("warmup_steps", "final_fraction", "typo", "shape")}
     found = problems("phases.1.transition.rewarm_tokens=-1", "phases.1.tokens=4")
     assert set(found) == {"phases.1.transition.rewarm_tokens", "phases.1.steps"}
+
+
+def test_problems_are_in_the_order_of_the_file():
+    """Whatever a part is checked for first; what is missing comes last where it should be."""
+    changed = parse_yaml(
+        """
+        phases: [{transition: {optimizer: reset}, precision: 16-bit, fraction: 0.5}, {steps: 0, tokenz: 1}]
+        watch: {lost_seconds: 1, beat_seconds: 0}
+        modle: {}
+        data: {workers: -1, sources: [{path: a}], sequence_length: 8, shuffle_seed: -1}
+        training: {max_skipped_steps: x, micro_batch_sequences: 0, global_batch_sequences: 1}
+        run: {seed: x}
+        """,
+        "here",
+    )
+    with pytest.raises(ConfigError) as caught:
+        parse_config(changed)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "phases.1.tokenz", "phases.1.precision", "watch.beat_seconds", "modle", "data.workers", "data.shuffle_seed",
+        "training.max_skipped_steps", "training.micro_batch_sequences", "run.seed", "run.name", "model", "optimizer",
+    ]  # fmt: skip
+
+
+def test_a_rule_needs_sections_and_says_what_for():
+    types = get_type_hints(Config)
+    names = {rule.__name__ for rule in RULES}
+    assert len(names) == len(RULES)
+    for rule in RULES:
+        assert inspect.signature(rule).parameters.keys() <= types.keys(), rule
+        assert rule.__doc__
+    assert names == {
+        name
+        for name, function in vars(rules).items()
+        if inspect.isgeneratorfunction(function) and not name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize("overrides", [(), ("training.micro_batch_sequences=3",), ("run.nam=x",)])
+def test_rules_run_once(overrides, monkeypatch):
+    calls = []
+
+    def counted(training):
+        calls.append(training)
+        return iter(())
+
+    monkeypatch.setattr(rules, "RULES", (*RULES, counted))
+    if overrides:
+        problems(*overrides)
+    else:
+        parse_config(tree())
+    assert len(calls) == 1
+
+
+def test_rules_of_valid_parts_run_beside_problems_of_others():
+    found = problems("training.micro_batch_sequences=3", "data.sequence_length=4096", "logging.interval_steps=0")
+    assert set(found) == {"training.micro_batch_sequences", "data.sequence_length", "logging.interval_steps"}
+
+
+def test_a_configuration_built_in_python_obeys_the_same_rules():
+    config = parse_config(tree())
+    with pytest.raises(ValueError, match="does not divide") as caught:
+        replace(config, training=replace(config.training, micro_batch_sequences=3))
+    assert set(caught.value.args[0]) == {"training.micro_batch_sequences"}
 
 
 def test_problems_of_several_valid_sections_are_all_told():
@@ -210,6 +280,22 @@ def test_problems_of_several_valid_sections_are_all_told():
         ["data.sequence_length=4096", "model.max_sequence_length='4096'"],
         ["run.name=5"],
         ["phases.1.transition={ramp: 5, optimizer: reset}"],
+        ["training.global_batch_sequences=null", "training.global_batch_tokens=x"],
+        ["training.skip_outliers={sigmas: x, window_steps: 20}"],
+        ["schedule={shape: round, drop_at: 0.5, drop_factor: 0.5}"],
+        ["phases.1.quantization={levels: int5, weights: learned, granularity: row}"],
+        ["phases.1.quantization={preset: pareto, weights: learned}"],
+        ["phases.1.transition={optimizer: scale, rescale_factor: 2.0}"],
+        ["phases.1.transition.ramp={shape: stairs, stairs: 4}"],
+        ["phases.1.transition.ramp={shape: s, sharpness: 4.0}"],
+        ["phases.1.transition.ramp={steps: 1e2, order: front-to-back}"],
+        ["phases.1.distillation={relation_weight: x, relation_layer: 0}"],
+        ["engine.name=deepsped", "engine.deepspeed={}"],
+        ["engine.name=deepsped", "engine.offload=optimizer"],
+        ["engine={name: deepspeed, zero_stage: 5, offload: all}"],
+        ["checkpoint.start_from=5", "checkpoint.start_phase=1"],
+        ["evaluation={tasks: piqa, tasks_interval_steps: 5}"],
+        ["watch={beat_seconds: x, lost_seconds: 5.0}"],
     ],
 )
 def test_a_malformed_key_is_the_only_problem_it_causes(overrides):

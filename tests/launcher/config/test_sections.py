@@ -45,7 +45,7 @@ def test_unknown_section():
 def test_a_key_that_is_no_word():
     changed = tree() | {5: 1}
     changed["run"] = changed["run"] | {7: 1}
-    with pytest.raises(ConfigError, match=r"(?m)^5: unknown section; [^\n]*\nrun\.7: unknown key"):
+    with pytest.raises(ConfigError, match=r"(?m)^run\.7: unknown key; [^\n]*\n5: unknown section; "):
         parse_config(changed)
 
 
@@ -61,7 +61,7 @@ FULL = to_tree(parse_config(tree("data.prepare={inputs: [x], tokenizer: y}")))
 WORDS = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(path=st.sampled_from(sorted(mappings(FULL), key=str)), key=WORDS)
 def test_an_unknown_key_anywhere_is_named_with_its_whole_path(path, key):
     changed = copy.deepcopy(FULL)
@@ -140,13 +140,13 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
     assert type(read) is type(value)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.none()))
 def test_numbers_survive_json(value):
     assert parse_yaml(json.dumps(value).replace("Infinity", ".inf"), "here") == value
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text("0123456789+-._eE~yYnN", max_size=6))
 def test_a_plain_scalar_is_read_or_refused_but_never_crashes(text):
     message = ""
@@ -173,7 +173,7 @@ LEAVES = [line.split(": ", 1)[0] for line in flat_lines(FULL)]
 NODES = sorted({leaf.rsplit(".", depth)[0] for leaf in LEAVES for depth in range(4)})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(path=st.sampled_from(NODES), value=JSON)
 def test_any_value_anywhere_is_accepted_or_explained(path, value):
     changed = copy.deepcopy(FULL)

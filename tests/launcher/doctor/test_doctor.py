@@ -30,7 +30,6 @@ from launcher.doctor.facts import (
     DiskProbe,
     RankFacts,
     digest_of,
-    existing_part,
     free_memory_bytes,
     leftovers,
     look_around,
@@ -40,6 +39,7 @@ from launcher.doctor.facts import (
     slow_settings,
 )
 from launcher.errors import PlacementError
+from launcher.plan.disk import existing_part
 from launcher.plan.plan import make_plan
 from launcher.plan.table import describe
 from launcher.process.ranks import ALONE, Ranks

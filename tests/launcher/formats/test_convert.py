@@ -14,9 +14,9 @@ from ranks import run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS
-from launcher.checkpoint.writer import complete_checkpoints
 from launcher.commands import convert as convert_command
 from launcher.config.file import load_config
 from launcher.errors import CheckpointError, ConfigError
@@ -106,7 +106,8 @@ def test_one_checkpoint_seeds_many_runs_without_being_copied(runs: Path, shards:
         made = tmp_path / name / "checkpoints" / "step-00000004"
         for path in source.glob("*.safetensors"):
             assert (made / path.name).samefile(path)
-        provenance = CheckpointReader(made).manifest["provenance"]
+        provenance = CheckpointReader(made).manifest.provenance
+        assert provenance is not None
         assert provenance["source"] == str(source)
         assert provenance["source_digest"] == json.loads((source / "manifest.json").read_text())["digest"]
         assert provenance["transition"]["optimizer"] == "keep"
@@ -127,7 +128,7 @@ def test_where_no_phase_begins_at_the_checkpoint_that_is_said(runs: Path, shards
     config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
     arguments = ("convert", runs / "trunk" / "checkpoints" / "step-00000004", "--to", tmp_path / "run", "--dry-run")
     said = tritrain(*arguments, "--config", config, "phases.0.steps=3")
-    assert "is at step 4, the phases begin at 0, 3, and the run with the first of them: steps, schedule and" in said
+    assert "is at step 4, and the phases begin at 0, 3. The run begins with the first of them: steps, schedule" in said
     assert "anew" not in tritrain(*arguments, "--config", config)
 
 
@@ -138,9 +139,9 @@ def test_no_option_of_a_conversion_is_left_out_silently(runs: Path, shards: Path
         (("--format", "universal", "--phase", 1), "--phase 1: belongs to --format run"),
         (("--format", "universal", "--dtype", "fp32"), "--dtype fp32: belongs to --format hf"),
         (("--config", config, "--dtype", "fp32"), "--dtype fp32: belongs to --format hf"),
-        (("--format", "hf", "model.norm_eps=1"), "model.norm_eps=1: overrides a configuration, and there is none"),
-        (("--config", config, "run.folder=there"), "run.folder: is what --to says"),
-        (("--config", config, "checkpoint.start_from=there"), "checkpoint.start_from: is what SOURCE says"),
+        (("--format", "hf", "model.norm_eps=1"), "model.norm_eps=1: there is no configuration to override"),
+        (("--config", config, "run.folder=there"), "run.folder: --to sets it"),
+        (("--config", config, "checkpoint.start_from=there"), "checkpoint.start_from: SOURCE sets it"),
         (("--format", "hf", "--config", config, "model.num_heads=6", "model.num_kv_heads=2"), "model.num_heads is 6"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=re.escape(problem)):
@@ -186,7 +187,7 @@ def test_out_to_hugging_face_and_in_again(runs: Path, shards: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"no optimizer moments.*set it to reset"):
         tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config)
     reset = ("--config", config, "--optimizer", "reset")
-    with pytest.raises(CheckpointError, match=r"model.rope_theta is 500.0, and 10000.0 there"):
+    with pytest.raises(CheckpointError, match=r"model.rope_theta is 500.0, and 10000.0 in the checkpoint"):
         tritrain("convert", tmp_path / "hf", "model.rope_theta=500.0", "--to", tmp_path / "run", *reset)
     assert not (tmp_path / "run").exists()
     tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
@@ -218,7 +219,7 @@ def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) 
         tritrain("convert", runs / "trunk", *arguments, "--phase", 1)
     with pytest.raises(CheckpointError, match=r"36, 51. in the checkpoint, .36, 60. in the model"):
         tritrain("convert", source, "model.intermediate_size=60", *arguments)
-    with pytest.raises(CheckpointError, match=r"model.norm_eps is 0.001, and 1e-05 there"):
+    with pytest.raises(CheckpointError, match=r"model.norm_eps is 0.001, and 1e-05 in the checkpoint"):
         tritrain("convert", source, "model.norm_eps=1e-3", *arguments)
     with pytest.raises(CheckpointError, match="there is no such folder"):
         tritrain("convert", tmp_path / "nothing", *arguments)
@@ -227,8 +228,24 @@ def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="nothing: there is no such folder"):
         tritrain("verify", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"no checkpoint that is known"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of a known kind"):
         tritrain("convert", tmp_path / "empty", *arguments)
     tritrain("convert", source, *arguments)
-    with pytest.raises(ValueError, match="a run's checkpoints are there already"):
+    with pytest.raises(ValueError, match="already holds checkpoints"):
         tritrain("convert", source, *arguments)
+
+
+def test_a_run_that_is_to_go_on_after_a_ternary_phase_is_measured_as_what_it_was_made_of(
+    runs: Path, shards: Path, tmp_path: Path
+) -> None:
+    source = runs / "keep" / "checkpoints" / "step-00000008"
+    three = [*phases({}), {"precision": "16-bit", "steps": 2}]
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path) | {"phases": three})
+    assert "before phase 2 (16-bit)" in tritrain("convert", source, "--to", tmp_path / "run", "--config", config)
+    (tmp_path / "text.txt").write_text("a text to be measured\n" * 20)
+    measured = [
+        re.findall(r"bits per byte +([\d.]+)", tritrain("perplexity", model, tmp_path / "text.txt"))
+        for model in (source, tmp_path / "run")
+    ]
+    assert measured[0]
+    assert measured[0] == measured[1]

@@ -123,9 +123,9 @@ def test_ranks_of_different_saves(at_2: tuple[Path, dict[str, Any]], tmp_path: P
 
 def test_latest_names_nothing(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("global_step7")
-    with pytest.raises(CheckpointError, match="latest names 'global_step7', and no such folder is beside it"):
+    with pytest.raises(CheckpointError, match="latest names 'global_step7', but there is no such folder beside it"):
         DeepSpeedSource(tmp_path)
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         DeepSpeedSource(tmp_path / "nowhere")
 
 
@@ -135,7 +135,7 @@ def test_weights_without_an_optimizer(at_2: tuple[Path, dict[str, Any]], tmp_pat
     torch.save(content | {"optimizer": None}, folder / "mp_rank_00_model_states.pt")
     source = DeepSpeedSource(folder)
     assert not source.has_moments
-    assert any("moments are not there" in sentence for sentence in source.missing)
+    assert any("moments are missing" in sentence for sentence in source.missing)
     assert any("stored in bfloat16" in sentence for sentence in source.missing)
     expected = content["module"]["model.norm.weight"]
     assert torch.equal(source.read("weight", "model.norm.weight", 0, expected.numel()), expected.float())

@@ -202,10 +202,8 @@ def test_recipes_that_are_no_product_of_codes_are_refused(checkpoint: Any, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--type", "q4_0"), "--type q4_0: tq2_0 and tq1_0 and q8_0 and f16 are there"),
-        (("--embeddings", "f32"), "--embeddings f32: q8_0 and f16 are there"),
         (("--dtype", "bf16"), "--dtype bf16: belongs to --format hf and hf-ternary"),
-        (("--no-tokenizer",), "--no-tokenizer: a GGUF file holds one"),
+        (("--no-tokenizer",), "--no-tokenizer: a GGUF file always holds a tokenizer"),
     ],
 )
 def test_wrong_options_are_told(tmp_path: Path, options: tuple[str, ...], message: str) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
+from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.hf_export import export_hf
@@ -58,7 +59,8 @@ def transformers():
 
 
 def exportable(model: Transformer, quantization: QuantConfig | None = None) -> Exportable:
-    return Exportable(ModelSource(model), model.config, quantization or QuantConfig(), 1.0, None, None, None)
+    precision = Precision.full(quantization or QuantConfig(), model.config.num_layers)
+    return Exportable(ModelSource(model), model.config, precision, None, None, None)
 
 
 def ternary(model: Transformer, quantization: QuantConfig | None = None) -> Transformer:
@@ -188,7 +190,7 @@ def run(shards: Path, tmp_path: Path) -> Any:
             '{"step": 8, "validation/loss": 3.5, "validation/bits_per_byte": 1.75}\n'
             '{"step": 9, "train/loss": 9.99}\n'
         )
-        digest = CheckpointReader(tmp_path / "run" / "checkpoints" / f"step-{step:08}").manifest["digest"]
+        digest = CheckpointReader(tmp_path / "run" / "checkpoints" / f"step-{step:08}").manifest.digest
         score = {"value": 0.625, "standard_error": 0.01}
         records = [
             {
@@ -273,7 +275,7 @@ def test_a_16_bit_phase(transformers, run, tmp_path):
     )
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first | second)
-    with pytest.raises(CheckpointError, match="is no checkpoint of ours, so the recipe of its codes is not known"):
+    with pytest.raises(CheckpointError, match="is not a Tritrain checkpoint, so its recipe is not known"):
         tritrain("export", tmp_path / "hf", "--to", tmp_path / "other", "--format", "hf-ternary")
     assert not (tmp_path / "other").exists()
 
@@ -319,10 +321,8 @@ def test_what_cannot_be_written_leaves_nothing(run, shards, tmp_path, monkeypatc
         tritrain(*arguments)
     folder, _ = run()
     for changed, message in (
-        (("--linear-class", "linear"), "--linear-class linear: bitlinear and autobitlinear are there"),
         (("--weights", "latent"), "--weights latent: belongs to --format hf"),
         (("--tokenizer", shards, "--no-tokenizer"), "--tokenizer and --no-tokenizer exclude each other"),
-        (("--dtype", "fp16"), "--dtype fp16: bf16 and fp32"),
     ):
         with pytest.raises(ConfigError, match=message):
             tritrain(*arguments, *changed)
@@ -330,7 +330,7 @@ def test_what_cannot_be_written_leaves_nothing(run, shards, tmp_path, monkeypatc
         tritrain(*arguments[:-1], "hf", "--linear-class", "bitlinear")
     with pytest.raises(DataError, match="no such tokenizer file"):
         tritrain(*arguments, "--tokenizer", tmp_path / "absent.model")
-    monkeypatch.setattr("launcher.formats.opened._tokenizer_of", lambda config: None)
+    monkeypatch.setattr("launcher.formats.opened.tokenizer_of", lambda source: None)
     with pytest.raises(ConfigError, match="its tokenizer was not found; name it with --tokenizer"):
         tritrain(*arguments)
 
@@ -346,7 +346,7 @@ def test_what_cannot_be_written_leaves_nothing(run, shards, tmp_path, monkeypatc
 def test_a_truncated_export_is_noticed(run, tmp_path):
     folder, _ = run()
     tritrain("export", folder, "--to", tmp_path / "hf", "--format", "hf-ternary")
-    with pytest.raises(ConfigError, match=r"hf: is there already"):
+    with pytest.raises(ConfigError, match=r"hf: exists already"):
         tritrain("export", folder, "--to", tmp_path / "hf", "--format", "hf-ternary")
     path = tmp_path / "hf" / "model.safetensors"
     os.truncate(path, path.stat().st_size - 100)

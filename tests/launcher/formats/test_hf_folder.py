@@ -64,7 +64,7 @@ def test_a_folder_is_complete_or_not_there(tmp_path, monkeypatch):
         write_hf(Failing(model), model.config, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
     write_hf(ModelSource(model), model.config, tmp_path / "hf")
-    with pytest.raises(CheckpointError, match="is there already; name another folder"):
+    with pytest.raises(CheckpointError, match="already exists; choose another folder"):
         write_hf(ModelSource(model), model.config, tmp_path / "hf")
 
 
@@ -76,7 +76,7 @@ def test_a_folder_in_a_store(tmp_path):
     assert all(torch.equal(whole(source, name), value) for name, value in model.named_parameters())
     name = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"]["model.norm.weight"]
     (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=f"names files that are not there: {name}"):
+    with pytest.raises(CheckpointError, match=f"names files that do not exist: {name}"):
         HuggingFaceSource(folder)
 
 
@@ -97,9 +97,9 @@ def test_memory_stays_small(tmp_path):
 import resource, sys
 from pathlib import Path
 import torch
-from launcher.hf_folder import write_hf
-from launcher.hf_source import HuggingFaceSource
-from launcher.source import Source
+from launcher.formats.hf_folder import write_hf
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.checkpoint.source import Source
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
 

@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
     return result
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_range_is_that_of_the_whole(folders, data):
     source, weights = data.draw(st.sampled_from(folders))

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from ranks import run_group
 from torch import Tensor
-from variants import CPU, MODEL, VARIANTS, build, counters, step_once, world_size_of
+from variants import CPU, MODEL, VARIANTS, build, manifest, step_once, world_size_of
 
+from launcher.checkpoint.folders import folder_of
 from launcher.checkpoint.load import load_state
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.source import KINDS
-from launcher.checkpoint.writer import folder_of
 from launcher.engine.contract import Engine, load_weights
 from launcher.process.ranks import Ranks
 from model.init import initial_value
@@ -36,8 +36,8 @@ A_FEW = ("fsdp2 x2", "zero-1 x3", "zero-3 x2")
 def save(engine: Engine, folder: Path, step: int) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ranks = Ranks(rank, world_size, rank, CPU)
-    saver = Saver(folder, ranks, keep_last=0, asynchronous=True, say=print)
-    saver.save(engine, counters=counters(step), config_text="", milestone=False, must=True)
+    saver = Saver(folder, ranks, tokenizer=None, keep_last=0, asynchronous=True, say=print)
+    saver.save(engine, manifest=manifest(step), config_text="", must=True)
     saver.wait()
 
 

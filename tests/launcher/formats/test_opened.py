@@ -1,5 +1,6 @@
 """What may be exported, and the codes: against the layers that train."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from exports import ternary_config, write_checkpoint
+from exports import make_older, ternary_config, write_checkpoint
 from hf_folders import ModelSource
 from models import VARIANTS, build
 
+from launcher.checkpoint.manifest import Precision
 from launcher.errors import CheckpointError
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.opened import open_exportable
@@ -23,9 +25,9 @@ from quant.rounding import dequantize
 
 @pytest.fixture
 def tiny(shards: Path, tmp_path: Path) -> Iterator[Any]:
-    def make(step: int, phase: int, **transition: Any) -> Path:
+    def make(step: int, phase: int, *, rollbacks: dict[int, int] | None = None, **transition: Any) -> Path:
         config = ternary_config(shards, tmp_path / "run", VARIANTS["llama"], **transition)
-        write_checkpoint(config, build(config.model), step=step, phase=phase)
+        write_checkpoint(config, build(config.model), step=step, phase=phase, rollbacks=rollbacks)
         return tmp_path / "run"
 
     return make
@@ -65,13 +67,42 @@ def test_the_last_ramp_and_the_last_block_count(tiny: Any) -> None:
             open_exportable(str(tiny(6, 1, **transition)), ternary=True)
 
 
-def test_a_ramp_that_was_stretched_by_going_back_counts(tiny: Any) -> None:
-    run = tiny(6, 1, ramp={"steps": 1}, rollback={"after_tokens": 256, "max_attempts": 1})
+ROLLED_BACK: dict[str, Any] = {"ramp": {"steps": 1}, "rollback": {"after_tokens": 256, "max_attempts": 1}}
+
+
+def test_a_ramp_that_was_stretched_by_going_back_counts_in_a_copy_of_the_checkpoint(tiny: Any, tmp_path: Path) -> None:
+    run = tiny(6, 1, rollbacks={1: 1}, **ROLLED_BACK)
+    alone = (run / "checkpoints" / "step-00000006").rename(tmp_path / "alone")
+    shutil.rmtree(run)
+    with pytest.raises(CheckpointError, match=r"on a ramp, at strength 0\.5"):
+        open_exportable(str(alone), ternary=True)
+    assert open_exportable(str(alone), ternary=False).precision == Precision(
+        quantization=QuantConfig(), weight_strengths=(0.5, 0.5), activation_strengths=(0.5, 0.5)
+    )
+
+
+def test_an_older_checkpoint_computes_as_its_configuration_and_its_run_s_rollbacks_say(tiny: Any) -> None:
+    run = tiny(6, 1, **ROLLED_BACK)
+    make_older(run / "checkpoints" / "step-00000006")
     run = run.rename(run.with_name("moved"))
     assert open_exportable(str(run), ternary=True).run == run
     write_rollbacks(run, {1: Rollback(1, 1.0, 2.0, 4, discarding=False)})
     with pytest.raises(CheckpointError, match="on a ramp"):
         open_exportable(str(run), ternary=True)
+
+
+def test_a_copy_of_a_checkpoint_takes_no_other_run_for_its_own(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, transition in (("here", {}), ("elsewhere", {"ramp": {"steps": 1}})):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        config = ternary_config(shards, Path("run"), VARIANTS["llama"], **transition)
+        write_checkpoint(config, build(config.model), step=8, phase=1)
+    copy = (tmp_path / "here" / "run" / "checkpoints" / "step-00000008").rename(tmp_path / "copy")
+    assert open_exportable(str(copy), ternary=True).run is None
+    monkeypatch.chdir(tmp_path / "here")
+    assert open_exportable(str(copy), ternary=True).run == Path("run")
 
 
 RECIPES = {

@@ -116,7 +116,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-@settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_mutilated_files_give_one_error_or_the_same_values(sound: tuple[Path, bytes], data: st.DataObject) -> None:
     path, content = sound[0].with_name("mutilated.pt"), bytearray(sound[1])

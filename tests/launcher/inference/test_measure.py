@@ -16,7 +16,7 @@ from tiny_tasks import NUM_EXAMPLES, write_tasks
 
 from data.errors import DataError
 from eval.tasks import DEFINITIONS, choose_tasks
-from launcher.checkpoint.writer import complete_checkpoints
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.config.file import parse_config, to_tree
 from launcher.errors import CheckpointError, ConfigError
 from launcher.inference.measure import Evaluation, TextMeasurement, answer, check_tasks, evaluate, measure_text
@@ -250,7 +250,9 @@ def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
     with pytest.raises(CheckpointError, match="no run with checkpoints"):
         locations_of(str(complete_checkpoints(runs / "with" / "checkpoints")[0]), every=True)
     write_variant(tmp_path / "hf")
-    with pytest.raises(CheckpointError, match=r"tokenizer is not to be found.*--tokenizer"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer was not found \(no tokenizer\.model or tokenizer\.json\).*--tokenizer"
+    ):
         open_subject(str(tmp_path / "hf"), Ranks(0, 1, 0, torch.device("cpu")))
     large = write_tokenizer(tmp_path / "tokenizer.json", 500)
     with pytest.raises(CheckpointError, match=r"has 500 tokens and the model \d+; .*another model"):

@@ -217,7 +217,7 @@ def test_what_is_half_written_is_told(tmp_path: Path, name: str) -> None:
         assert status.state == "unreadable"
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_content_is_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
     run = tmp_path / "run"

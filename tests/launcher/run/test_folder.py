@@ -27,6 +27,16 @@ def test_a_rank_of_an_earlier_job_leaves_the_state_alone(tmp_path: Path, monkeyp
     assert new.read_state() == {"status": "failed", "message": "now it has failed"}
 
 
+def test_the_tokenizer_is_kept_under_the_name_of_its_kind(tmp_path: Path) -> None:
+    folder = RunFolder(tiny_config(Path("shards"), tmp_path / "run"))
+    folder.path.mkdir()
+    for name, content in (("of-others.model", b"\x00"), ("mine.json", b"{}"), ("mine.json", b"[]")):
+        (tmp_path / name).write_bytes(content)
+        folder.keep_tokenizer(tmp_path / name)
+        [kept] = folder.path.iterdir()
+        assert (kept.name, kept.read_bytes()) == (f"tokenizer{Path(name).suffix}", content)
+
+
 def test_what_is_wrong_is_said_at_every_start(shards: Path, tmp_path: Path) -> None:
     batch: dict[str, Any] = {"global_batch_sequences": 3, "micro_batch_sequences": 1}
     tree = job_tree(shards, tmp_path / "run", training=batch)
@@ -50,7 +60,7 @@ def test_a_start_that_failed_before_its_first_step_does_not_hold_the_folder(tmp_
 
 def test_a_configuration_that_a_person_wrote_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("# a year of work\n")
-    with pytest.raises(ConfigError, match=r"config\.yaml is not a run's, and would be overwritten"):
+    with pytest.raises(ConfigError, match=r"config\.yaml was not written by a run, and would be overwritten"):
         RunFolder(tiny_config(Path("shards"), tmp_path)).check_configuration()
 
 

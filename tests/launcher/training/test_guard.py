@@ -17,8 +17,9 @@ from runs import StopAfter
 from safetensors.torch import load_file
 from tiny import tiny_config
 
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.manifest import check_guard_state
-from launcher.checkpoint.writer import complete_checkpoints
+from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.sections import Config, OutlierConfig
 from launcher.engine.contract import Engine
 from launcher.errors import CheckpointError
@@ -307,4 +308,9 @@ def test_a_switch_that_does_not_recover_is_rolled_back_whatever_interrupts_it(sh
     assert [row["rollback/attempts"] for row in rows if "rollback/attempts" in row] == [2]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 14
+    for folder in complete_checkpoints(whole / "checkpoints"):  # a copy of each is measured as on its own, longer ramp
+        precision = CheckpointReader(folder).manifest.precision
+        assert precision is not None
+        steps = [row for row in rows if f"step-{row['step']:08}" == folder.name and "train/loss" in row]
+        assert precision.weight_strengths == precision.activation_strengths == (steps[0]["quant/strength"],) * 2
     assert given_up.loss_before == pytest.approx(sum(losses[:4]) / 4, abs=1e-5)

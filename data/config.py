@@ -1,0 +1,110 @@
+"""Which text is prepared, and which prepared folders are trained on. Needs neither torch nor numpy."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from data.mixture import Source
+from data.strict import STRICT
+
+TRAINED_SPEC = re.compile(r"(bpe|unigram):([1-9][0-9]*)")
+"""A tokenizer that is yet to be trained: its algorithm and the size of its vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What text becomes token shards, and how."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    inputs: tuple[str, ...]
+    """Files, folders, `hf:NAME[:CONFIG]:SPLIT` or `python-stdlib`."""
+
+    tokenizer: str
+    """A SentencePiece `.model`, a `tokenizer.json`, or `bpe:VOCAB` / `unigram:VOCAB` to train one on the inputs."""
+
+    validation_fraction: float = 0.0
+    """Share of the documents that is held out; which ones depends on their text alone, so equal texts stay together."""
+
+    validation_inputs: tuple[str, ...] = ()
+    """Inputs that are held out as a whole, instead of a fraction."""
+
+    workers: int = 1
+    """Processes that tokenize. The result is the same for any number."""
+
+    def __post_init__(self) -> None:
+        problems: dict[str, str] = {}
+        if not self.inputs:
+            problems["inputs"] = "is empty; name at least one file, folder, hf: data set or python-stdlib"
+        if re.match("(bpe|unigram):", self.tokenizer) and not TRAINED_SPEC.fullmatch(self.tokenizer):
+            problems["tokenizer"] = f"{self.tokenizer!r} lacks the vocabulary's size; bpe:32000 would be right"
+        if not self.tokenizer:
+            problems["tokenizer"] = "is empty; give a tokenizer's file, bpe:VOCAB or unigram:VOCAB"
+        if not 0 <= self.validation_fraction < 1:
+            problems["validation_fraction"] = f"{self.validation_fraction} is not a share from 0 up to but without 1"
+        if self.validation_inputs and self.validation_fraction:
+            problems["validation_inputs"] = "and validation_fraction exclude each other; leave one of them out"
+        if self.workers < 1:
+            problems["workers"] = f"{self.workers} is too few; 1 tokenizes in this process"
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which prepared folders are trained and validated on, and in what order."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    sources: tuple[Source, ...]
+    """The prepared folders to mix."""
+
+    sequence_length: int
+    """Tokens of one sequence, as the folders were prepared with."""
+
+    prepare: PrepareConfig | None = None
+    """How to make the folder of the only source when it is not there yet."""
+
+    validation_rows: int = 256
+    """At most this many held-out sequences are read in one evaluation, the same ones each time."""
+
+    shuffle: bool = True
+    """Whether rows come in a random order, another one in each epoch; if not, in that of the text, source by source."""
+
+    shuffle_seed: int = 0
+    """Seed of that order, and of the choice of rows from a source that gives only a part."""
+
+    shuffle_block_rows: int = 1 << 18
+    """Rows move at most about this far, so that few shards are needed at a time."""
+
+    canonical_nodes: int = 1
+    """Parts into which an epoch is cut for nodes to download. Fixed for a run; the number of nodes must divide it, or
+    be divided by it. With 1 every node downloads every shard."""
+
+    workers: int = 1
+    """Processes per rank that read ahead; 0 reads in the training process."""
+
+    cache: str | None = None
+    """Folder on each node's own disk for the shards of remote sources; one folder for one run."""
+
+    def __post_init__(self) -> None:
+        problems: dict[str, str] = {}
+        if not self.sources:
+            problems["sources"] = "is empty; name at least one prepared folder"
+        paths = [source.path for source in self.sources]
+        if repeated := sorted({path for path in paths if paths.count(path) > 1}):
+            problems["sources"] = f"names {', '.join(repeated)} more than once; add the weights instead"
+        if self.prepare and len(self.sources) != 1:
+            problems["prepare"] = f"makes the folder of one source, here are {len(self.sources)}; prepare them before"
+        if self.prepare and any(source.is_remote for source in self.sources):
+            problems["prepare"] = "makes a folder, and the source is a URL; prepare it before and copy it there"
+        if self.cache is None and any(source.is_remote for source in self.sources):
+            problems["cache"] = "is needed for a remote source; name a folder on each node's own disk"
+        for name, least in {
+            "sequence_length": 1, "validation_rows": 0, "shuffle_seed": 0, "shuffle_block_rows": 2,
+            "canonical_nodes": 1, "workers": 0,
+        }.items():  # fmt: skip
+            if getattr(self, name) < least:
+                problems[name] = f"{getattr(self, name)} is too small; {least} is the least"
+        if problems:
+            raise ValueError(problems)

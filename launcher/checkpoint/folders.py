@@ -1,0 +1,30 @@
+"""Where checkpoints are, and which of them are complete: names of folders and files, without what reads them."""
+
+import re
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+CONFIG = "config.yaml"
+
+
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+"""Names that the tokenizer's file may have in a checkpoint and in a run's folder."""
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps is."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """All folders with a manifest, oldest first."""
+    folders = checkpoints.glob("step-*") if checkpoints.is_dir() else []
+    named = (folder for folder in folders if re.fullmatch(r"step-\d{8}", folder.name))
+    return sorted((folder for folder in named if (folder / MANIFEST).is_file()), key=lambda folder: folder.name)
+
+
+def checkpoints_under(folder: Path) -> list[Path]:
+    """All complete ones of a run, or of a folder that holds nothing but checkpoints; oldest first."""
+    return [*complete_checkpoints(folder), *complete_checkpoints(folder / "checkpoints")]

@@ -1,0 +1,212 @@
+"""`tritrain init`: write a commented configuration for a size, a number of tokens and some GPUs."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import typer
+
+from data.errors import DataError
+from data.prepared import MANIFEST, read_manifest
+from data.readers import check_input
+from launcher.config.file import parse_config, parse_yaml
+from launcher.errors import ConfigError
+from launcher.plan.gpus import gpu_of_this_machine, named_gpu
+from launcher.plan.plan import make_plan
+from launcher.plan.proposal import Tree, Wish, propose, sequence_length_for, vocabulary_for
+from launcher.process.console import Console, human_count
+from model.size import num_parameters
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+TOKENS_PER_PARAMETER = 20
+COMMENT_COLUMN = 33
+VOCABULARY_MULTIPLE = 128
+"""Rows of an embedding are rounded up to this; matrices of such sizes are multiplied faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions:
+    """The options as they were given; None where nothing was said, which is asked on a terminal."""
+
+    size: str | None
+    tokens: str | None
+    gpus: int | None
+    gpu: str | None
+    data: str | None
+    engine: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What the options and a person's answers come to."""
+
+    size: int
+    tokens: int
+    gpus: int
+    data: str
+    engine: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where tokens come from."""
+
+    text: str
+    """The section `data`, as YAML."""
+    vocab_size: int
+    sequence_length: int
+
+
+def write_configuration(to: Path, options: InitOptions, console: Console) -> None:
+    """Ask for what the options leave out, and write a configuration that `tritrain plan` accepts.
+
+    Args:
+        to: the YAML file, which must not exist.
+        options: as they were given.
+        console: to print to.
+
+    Raises:
+        ConfigError: the file exists, an option is missing or wrong, or there is no such model.
+    """
+    if to.exists():
+        raise ConfigError(f"{to}: exists, and nothing is overwritten; name another file")
+    name, gpu = named_gpu(options.gpu) if options.gpu else gpu_of_this_machine() or named_gpu("H100")
+    answers = answered(options)
+    if answers.engine not in ("fsdp2", "deepspeed"):
+        raise ConfigError(f"--engine {answers.engine} is not known; choose fsdp2 or deepspeed")
+    data = describe_data(answers.data, answers.size)
+    wish = Wish(
+        num_parameters=answers.size,
+        num_tokens=answers.tokens,
+        num_gpus=answers.gpus,
+        gpu=gpu,
+        engine=cast(Literal["fsdp2", "deepspeed"], answers.engine),
+        vocab_size=VOCABULARY_MULTIPLE * -(-data.vocab_size // VOCABULARY_MULTIPLE),
+        sequence_length=data.sequence_length,
+    )
+    text = commented(propose(wish), wish, data, run_name(to), name)
+    config = parse_config(parse_yaml(text, str(to)))
+    make_plan(config, wish.num_ranks)
+    with to.open("x") as file:
+        file.write(text)
+    console.line(f"Written: {to}, a model of {human_count(num_parameters(config.model))} parameters. Next:")
+    console.line(f"  tritrain plan {to} --ranks {wish.num_ranks}")
+    starter = " --with deepspeed" if answers.engine == "deepspeed" else ""
+    console.line(f"  tritrain train {to} --ranks {wish.num_ranks}{starter}")
+
+
+def answered(options: InitOptions) -> Answers:
+    """The options, with answers to questions in place of those that were not given.
+
+    Raises:
+        ConfigError: there is no terminal to ask on, and names the missing options; or a count is none.
+    """
+    given = vars(options)
+    missing = [f"--{name}" for name in ("size", "gpus", "data") if given[name] is None]
+    if missing and not sys.stdin.isatty():
+        raise ConfigError(f"{', '.join(missing)}: missing, and there is no terminal to ask on; give all of them")
+
+    def ask(name: str, question: str, default: str | None = None) -> str:
+        """What was given, or what is answered; the default where nothing needs to be asked."""
+        if given[name] is not None:
+            return str(given[name])
+        return str(typer.prompt(question, default=default)) if missing or default is None else default
+
+    size = parse_count(ask("size", "Parameters, such as 350M"), "--size")
+    tokens = ask("tokens", "Tokens to train on, such as 7B", str(TOKENS_PER_PARAMETER * size))
+    gpus = ask("gpus", "GPUs (0: on the CPU)", "1")
+    if not gpus.isdecimal():
+        raise ConfigError(f"--gpus {gpus}: is no number of GPUs; 8 would be one")
+    return Answers(
+        size=size,
+        tokens=parse_count(tokens, "--tokens"),
+        gpus=int(gpus),
+        data=ask("data", "Data: a folder of `tritrain prepare`, text, or hf:NAME:SPLIT"),
+        engine=ask("engine", "Engine, fsdp2 or deepspeed", "fsdp2"),
+    )
+
+
+def parse_count(text: str, option: str) -> int:
+    """Read a count such as 350M, 7B, 1.3B or 2e9.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    matched = re.fullmatch(r"(\d[\d_]*\.?\d*(?:e\d+)?)\s*([KMBGT]?)", text.strip(), re.IGNORECASE)
+    if not matched or not (count := round(float(matched[1]) * UNITS[matched[2].upper()])):
+        raise ConfigError(f"{option} {text}: is no count; 350M or 7B would be one")
+    return count
+
+
+def run_name(to: Path) -> str:
+    """The name of the run: that of the file, without what a name cannot have."""
+    return re.sub(r"[^\w.-]", "-", to.stem).lstrip(".-") or "run"
+
+
+def describe_data(text: str, size: int) -> Data:
+    """The section `data` for a prepared folder, for text that is to be prepared, or for a folder that does not exist.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if "://" in text:
+        raise ConfigError(f"--data {text}: is a URL; name a local copy, and set data.sources and data.cache afterwards")
+    vocab_size, length = vocabulary_for(size), sequence_length_for(size)
+    quoted = json.dumps(text)
+    if (Path(text) / MANIFEST).is_file():
+        manifest = read_manifest(Path(text))
+        length = manifest["sequence_length"]
+        section = f"  sources: [{{path: {quoted}}}]\n  sequence_length: {length}      # as the folder was prepared\n"
+        return Data(section, manifest["vocab_size"], length)
+    try:
+        check_input(text)
+    except DataError as error:
+        if Path(text).exists() or text.startswith("hf:"):
+            raise ConfigError(f"--data: {error}") from error
+        section = (
+            f"  # The folder does not exist yet. This makes it, of text files, JSON lines or parquet:\n"
+            f"  # tritrain prepare TEXT --out {text} --tokenizer bpe:{vocab_size} --sequence-length {length} "
+            "--validation-fraction 0.01\n"
+            f"  sources: [{{path: {quoted}}}]\n  sequence_length: {length}\n"
+        )
+        return Data(section, vocab_size, length)
+    name = re.sub(r"\W+", "-", text.removeprefix("hf:")).strip("-")
+    return Data(
+        f"  sources: [{{path: runs/data/{name}}}]\n"
+        f"  sequence_length: {length}\n"
+        "  prepare:                      # made at the first start\n"
+        f"    inputs: [{quoted}]\n"
+        f"    tokenizer: bpe:{vocab_size}        # SentencePiece BPE: every export can hold it\n"
+        "    validation_fraction: 0.01   # held out, to measure the loss on\n",
+        vocab_size,
+        length,
+    )
+
+
+def commented(tree: Tree, wish: Wish, data: Data, name: str, gpu: str) -> str:
+    """The configuration as YAML, with a reason for each choice."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    steps = wish.num_tokens / (tree["training"]["global_batch_sequences"] * wish.sequence_length)
+    text = environment.get_template("init.yaml.j2").render(
+        **tree,
+        wish=wish,
+        data=data,
+        name=json.dumps(name),
+        gpu=gpu,
+        total_steps=round(steps),
+        count=lambda number: human_count(number).replace(" ", ""),
+    )
+    return "".join(f"{aligned(line)}\n" for line in text.splitlines())
+
+
+def aligned(line: str) -> str:
+    """A line of YAML with its comment in a column."""
+    code, mark, comment = line.partition(" # ")
+    return f"{code.rstrip():<{COMMENT_COLUMN}} # {comment}" if mark and code.strip() else line

@@ -1,0 +1,108 @@
+"""Training on this machine: the checks before it, and, from Python, ranks in processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.config.file import load_config
+from launcher.errors import ConfigError, TrainingError
+from launcher.plan.inputs import check_inputs
+from launcher.plan.plan import Plan, make_plan
+from launcher.process.torchrun import environment_of_ranks, pretrain_command, ranks_command
+from launcher.run.folder import RunFolder, check_place
+
+LINES_OF_A_FAILURE = 20
+"""Lines of output that make the message of a run that failed and left none."""
+
+
+def check_start(config: Path, overrides: Sequence[str], num_ranks: int) -> tuple[RunFolder, Plan]:
+    """Check all that can be known of a run before its ranks start.
+
+    Raises:
+        ConfigError: lists what is wrong.
+        DataError: lists what the run reads and is missing or does not fit.
+    """
+    parsed = load_config(config, overrides)
+    plan = make_plan(parsed, num_ranks)
+    check_inputs(parsed)
+    check_place(config, overrides, parsed)
+    folder = RunFolder(parsed)
+    folder.check_configuration()
+    return folder, plan
+
+
+def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int) -> Path:
+    """Train to the end, in processes of their own, and print their output; a complete run is left as it is.
+
+    An interrupt (Ctrl-C, a notebook's stop) lets them save and end; a second one kills them.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ConfigError: the configuration is wrong, or another job trains in the folder.
+        TrainingError: the run failed or was stopped; with its own message.
+        KeyboardInterrupt: after an interrupt, when the run has saved.
+    """
+    from launcher.watch.failure import COMPLETE, INTERRUPTED, MISCONFIGURED  # which need torch
+
+    folder, _ = check_start(config, overrides, num_ranks)
+    before = folder.read_state()
+    if before.get("status") == "complete":
+        return folder.path
+    with tempfile.TemporaryDirectory() as temporary:
+        refused = Path(temporary, "refused")
+        process = subprocess.Popen(
+            ranks_command(num_ranks, pretrain_command(config, overrides)),
+            env=environment_of_ranks() | {"TRITRAIN_REFUSED": str(refused)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # a terminal's Ctrl-C reaches them once, through us
+        )
+        last_lines = _follow(process)
+        refusal = refused.read_text() if refused.exists() else None
+    if process.returncode == COMPLETE:
+        return folder.path
+    if process.returncode == MISCONFIGURED:
+        raise ConfigError(refusal or last_lines)
+    state = folder.read_state()
+    if process.returncode == INTERRUPTED and state.get("status") == "interrupted":
+        raise TrainingError(
+            f"{folder.path}: the run was stopped ({state['reason']}) and has saved {state['checkpoint']}; "
+            "train it again to resume it"
+        )
+    has_told = state.get("status") == "failed" and state != before
+    raise TrainingError(state["message"] if has_told else last_lines)
+
+
+def _follow(process: "subprocess.Popen[str]") -> str:
+    """Print what a process prints until it ends; returns its last lines."""
+    assert process.stdout is not None
+    lines: deque[str] = deque(maxlen=LINES_OF_A_FAILURE)
+    interrupted = False
+    try:
+        while process.poll() is None:
+            try:
+                for line in process.stdout:
+                    lines.append(line)
+                    sys.stdout.write(line)
+                process.wait()
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                process.send_signal(signal.SIGINT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+    if interrupted:
+        raise KeyboardInterrupt
+    return "".join(lines).strip()

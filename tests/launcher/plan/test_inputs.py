@@ -1,0 +1,190 @@
+"""Files and folders that a run reads, and what `plan` and `train` say of those that are missing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from command import tritrain
+from places import ROOT
+from tiny import SEQUENCE_LENGTH, tiny_config, tiny_tree
+from tiny_tasks import EXAMPLES
+
+from data.errors import DataError
+from data.shards import PrepareConfig, prepare
+from launcher.plan.disk import disk_of
+from launcher.plan.inputs import check_inputs, missing_inputs
+
+
+def text_of(inputs=("python-stdlib",), tokenizer="bpe:320", **keys):
+    return {"prepare": {"inputs": list(inputs), "tokenizer": tokenizer, **keys}}
+
+
+def test_nothing_is_missing_where_all_is_there(shards, tmp_path):
+    assert missing_inputs(tiny_config(shards, tmp_path / "run")) == {}
+    check_inputs(tiny_config(tmp_path / "none", tmp_path / "run", data=text_of()))
+
+
+def test_a_missing_source_says_how_to_make_one(tmp_path):
+    found = missing_inputs(tiny_config(tmp_path / "none", tmp_path / "run"))
+    assert found.keys() == {"data.sources.0.path"}
+    assert found["data.sources.0.path"].startswith(
+        f"{tmp_path}/none: no such folder of prepared data; `tritrain prepare"
+    )
+
+
+def test_a_source_must_fit_the_model_and_the_other_sources(shards, tmp_path):
+    def found(**sections):
+        return missing_inputs(tiny_config(shards, tmp_path / "run", **sections))
+
+    assert "was prepared with sequence_length 32" in found(data={"sequence_length": 16})["data.sources.0.path"]
+    assert "set model.vocab_size to 320 or more" in found(model={"vocab_size": 64})["data.sources.0.path"]
+    other = tmp_path / "other"
+    corpus = shards.parent / "corpus.jsonl"
+    prepare(PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:300"), SEQUENCE_LENGTH, other)
+    both = found(data={"sources": [{"path": str(shards)}, {"path": str(other)}]})
+    assert both.keys() == {"data.sources.1.path"}
+    assert f"was prepared with another tokenizer than {shards}" in both["data.sources.1.path"]
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    (copy / "tokenizer.model").unlink()
+    cut = found(data={"sources": [{"path": str(copy)}]})
+    assert cut == {"data.sources.0.path": f"{copy}/tokenizer.model: missing; copy the folder again"}
+
+
+def test_text_that_is_to_be_prepared_is_looked_for(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "picture.png").write_bytes(b"")
+    texts = [str(tmp_path / name) for name in ("none.txt", "empty", "picture.png")]
+    keys = text_of([*texts, "hf:only-a-name", "hf:name:config:split[:9]"], validation_inputs=[texts[0]])
+    found = missing_inputs(tiny_config(tmp_path / "out", tmp_path / "run", data=keys))
+    assert {key: text.partition("; ")[0] for key, text in found.items()} == {
+        "data.prepare.inputs.0": f"{texts[0]}: no such file or folder",
+        "data.prepare.inputs.1": f"{texts[1]}: no file in this folder can be read",
+        "data.prepare.inputs.2": f"{texts[2]}: cannot read this kind of file",
+        "data.prepare.inputs.3": "hf:only-a-name: a data set is named hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT",
+        "data.prepare.validation_inputs.0": f"{texts[0]}: no such file or folder",
+    }
+
+
+def test_text_is_not_needed_where_it_was_prepared(shards, tmp_path):
+    assert missing_inputs(tiny_config(shards, tmp_path / "run", data=text_of(["gone.txt"]))) == {}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        ("none.model", "none.model: no such tokenizer file"),
+        ("bpe:321", "bpe:321 has 321 tokens, the model's vocabulary 320; set model.vocab_size to 321 or more"),
+        ("SHARDS/tokenizer.model", "has 320 tokens, the model's vocabulary 319"),
+    ],
+)
+def test_a_tokenizer_is_checked_before_hours_of_tokenizing(shards, tmp_path, tokenizer, said):
+    vocab_size = 319 if "SHARDS" in tokenizer else 320
+    keys = text_of(tokenizer=tokenizer.replace("SHARDS", str(shards)))
+    found = missing_inputs(tiny_config(tmp_path / "out", tmp_path, data=keys, model={"vocab_size": vocab_size}))
+    assert found.keys() == {"data.prepare.tokenizer"}
+    assert said in found["data.prepare.tokenizer"]
+
+
+def phases(*teachers):
+    ternary = [{"precision": "ternary", "steps": 4, "distillation": {"teacher": teacher}} for teacher in teachers]
+    return [{"precision": "16-bit", "steps": 4}, *ternary]
+
+
+def reach(run, step):
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+
+
+def test_checkpoints_are_needed_until_the_run_is_past_them(shards, tmp_path):
+    run = tmp_path / "run"
+    file = tmp_path / "file"
+    file.write_text("")
+    config = tiny_config(
+        shards,
+        run,
+        checkpoint={"start_from": str(file)},
+        phases=phases(str(tmp_path / "teacher"), "s3://bucket/teacher", str(tmp_path)),
+    )
+    found = missing_inputs(config)
+    assert found["checkpoint.start_from"].startswith(f"{file}: is a file, and a checkpoint is a folder; name a ")
+    assert found["phases.1.distillation.teacher"].startswith(f"{tmp_path}/teacher: no such folder; name a checkpoint")
+    assert len(found) == 2
+    reach(run, 4)
+    assert missing_inputs(config).keys() == {"phases.1.distillation.teacher"}
+    reach(run, 8)
+    assert missing_inputs(config) == {}
+
+
+def test_tasks_need_their_examples(shards, tmp_path):
+    def found():
+        keys = {"tasks": ["piqa", "sciq"], "tasks_interval_steps": 4, "task_data": str(tmp_path)}
+        return missing_inputs(tiny_config(shards, tmp_path / "run", evaluation=keys))
+
+    (tmp_path / "piqa_validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES["piqa"]))
+    assert found()["evaluation.task_data"].startswith(f"{tmp_path}: lacks sciq_validation.jsonl; a mirror has one file")
+    (tmp_path / "sciq_validation.jsonl").write_text("{}")
+    assert found() == {}
+
+
+def test_a_complete_run_needs_nothing(tmp_path):
+    config = tiny_config(tmp_path / "none", tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text('{"status": "interrupted"}')
+    assert missing_inputs(config)
+    (tmp_path / "run" / "state.json").write_text('{"status": "complete"}')
+    assert missing_inputs(config) == {}
+
+
+def test_train_refuses_at_once(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_tree(tmp_path / "none", tmp_path / "run")))
+    code = "import sys; from launcher.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "train", tmp_path / "config.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (2, "False\n"), "torch takes more than a second to import"
+    assert result.stderr.startswith(f"data.sources.0.path: {tmp_path}/none: no such folder of prepared data")
+
+
+def test_train_refuses_before_it_starts_a_rank(tmp_path, monkeypatch):
+    tree = tiny_tree(tmp_path / "out", tmp_path / "run")
+    tree["data"] |= text_of([str(tmp_path / "none.txt")])
+    tree["checkpoint"] = {"start_from": str(tmp_path / "none")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr("launcher.cli.become_run", lambda *_: pytest.fail("ranks were started"))
+    with pytest.raises(DataError) as caught:
+        tritrain("train", tmp_path / "config.yaml")
+    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [
+        "data.prepare.inputs.0",
+        "checkpoint.start_from",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_refuses_before_it_prepares_data(tmp_path):
+    tree = tiny_tree(tmp_path / "out", tmp_path / "run")
+    tree["data"] |= text_of()
+    tree["phases"] = phases(str(tmp_path / "teacher"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, ROOT / "launcher/pretrain.py", "--config", tmp_path / "config.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode != 0
+    assert f"phases.1.distillation.teacher: {tmp_path}/teacher: no such folder" in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_disk_space_is_for_checkpoints_and_possible_exports(shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run" / "deep")
+    exports = [SimpleNamespace(problems=[], num_bytes=7), SimpleNamespace(problems=["no"], num_bytes=100)]
+    found = disk_of(config, 3, exports)
+    parameters = 320 * 36 + 2 * (2 * 36 * 36 + 2 * 12 * 36 + 3 * 36 * 51 + 2 * 36) + 36
+    assert found["checkpoints_bytes"] == 4 * 12 * parameters
+    assert found["needed_bytes"] == found["checkpoints_bytes"] + 7
+    assert abs(found["free_bytes"] - shutil.disk_usage(tmp_path).free) < 2**30
+    remote = tiny_config(shards, tmp_path / "run", checkpoint={"folder": "s3://bucket/run"})
+    assert disk_of(remote, 3, exports)["free_bytes"] is None

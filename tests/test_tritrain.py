@@ -1,0 +1,184 @@
+"""`import tritrain`: light to import, whole, and a run from Python as from the command."""
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from places import ROOT
+from tiny import tiny_tree
+
+import tritrain
+from launcher.run.metrics_log import read_metrics
+
+SOURCE = ast.parse((ROOT / "tritrain.py").read_text())
+
+
+def test_importing_it_imports_nothing_else() -> None:
+    code = "import sys; before = set(sys.modules); import tritrain; print(*sys.modules.keys() - before)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {name.partition(".")[0] for name in shown.stdout.split()} <= sys.stdlib_module_names | {"tritrain"}
+
+
+def test_every_public_name_leads_to_what_checkers_see() -> None:
+    block = next(node for node in SOURCE.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: statement.module
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    assert seen == tritrain._MODULES
+    assert {*tritrain.__all__} == {*seen, "train", "__version__"}
+    assert dir(tritrain) == sorted(tritrain.__all__)
+    for name, module in seen.items():
+        thing = getattr(tritrain, name)
+        assert thing is getattr(sys.modules[module], name)
+    with pytest.raises(AttributeError, match="has no attribute 'lode_model'"):
+        tritrain.lode_model  # noqa: B018
+
+
+def test_errors_of_users_are_one_family() -> None:
+    family = [getattr(tritrain, name) for name in tritrain.__all__ if name.endswith("Error") and name != "DataError"]
+    assert len(family) == 6
+    assert all(issubclass(error, tritrain.UserError) for error in family)
+
+
+def test_nothing_imports_it() -> None:
+    """It composes the packages, as import-linter would hold it if it were a package."""
+    for folder in ("launcher", "model", "data", "quant", "eval"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert "tritrain" not in names, path
+
+
+def test_a_plain_model_is_quantized_and_frozen_with_torch_alone() -> None:
+    config = tritrain.ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
+    model = tritrain.Transformer(config)
+    tritrain.initialize_(model, 0)
+    tritrain.quantize_(model, tritrain.PRESETS["bitnet-b1.58"])
+    tritrain.set_strength_(model, 1.0)
+    tokens_BT = torch.arange(16)[None] % 64
+    expected = model(tokens_BT)
+    tritrain.freeze_(model)
+    assert torch.equal(model(tokens_BT), expected)
+
+
+@pytest.fixture
+def config(shards: Path, tmp_path: Path) -> Path:
+    tree = tiny_tree(shards, tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "config.yaml"
+
+
+def test_a_run_is_trained_and_opened(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tritrain.train(config, "phases.1.steps=2", ranks=1)
+    assert "ternary step 6/6" in capsys.readouterr().out.replace("  ", " ")
+    assert run.path == config.parent / "run"
+    assert run.status.state == "complete"
+    assert run.config.phases[1].steps == 2
+    assert [folder.name for folder in run.checkpoints] == ["step-00000004", "step-00000006"]
+
+    history, rows = run.history(), read_metrics(run.path / "metrics.jsonl")
+    assert history["step"].tolist() == [row["step"] for row in rows]
+    assert history["precision"].tolist() == [row["precision"] for row in rows]
+    steps, losses = history.curve("train/loss")
+    assert steps.tolist() == [1, 2, 3, 4, 5, 6]
+    assert losses.tolist() == [row["train/loss"] for row in rows if "train/loss" in row]
+    frame = history.to_pandas()
+    assert list(frame.columns) == list(history)
+    assert len(frame) == history.num_rows == len(rows)
+    assert np.array_equal(frame["train/loss"].to_numpy(), history["train/loss"], equal_nan=True)
+
+    loaded = tritrain.load_model(run.path)
+    assert isinstance("".join(loaded.generate("te", max_tokens=3)), str)
+
+    again = tritrain.train(config, "phases.1.steps=2", ranks=1)
+    assert again == run
+    assert capsys.readouterr().out == ""  # nothing was trained
+
+
+def test_a_history_takes_each_step_from_the_last_start(tmp_path: Path) -> None:
+    head = {"tokens": 0, "phase": 0, "precision": "16-bit"}
+    rows = [{"step": step, "train/loss": loss} for step, loss in ((1, 4.0), (2, 3.0), (3, 2.0), (2, 3.5), (3, 2.5))]
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(head | row) + "\n" for row in rows))
+    history = tritrain.open_run(tmp_path).history()
+    assert history["train/loss"].tolist() == [4.0, 3.5, 2.5]
+    assert repr(history) == "<3 rows of tokens, phase, precision, step, train/loss>"
+
+
+def test_a_run_without_metrics_has_an_empty_history(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    assert dict(tritrain.open_run(tmp_path).history()) == {}
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(tritrain.ConfigError, match="no such folder"):
+        tritrain.open_run(tmp_path / "absent")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    with pytest.raises(tritrain.ConfigError, match="holds some; name one of them"):
+        tritrain.open_run(tmp_path)
+
+
+def test_a_wrong_configuration_is_an_exception_at_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)  # no process is started
+    with pytest.raises(tritrain.ConfigError, match=r"optimizer\.lerning_rate: unknown key"):
+        tritrain.train(config, "optimizer.lerning_rate=1", ranks=1)
+    with pytest.raises(tritrain.ConfigError, match="do not divide into micro-batches"):
+        tritrain.train(config, ranks=3)
+    assert not (config.parent / "run").exists()
+
+
+def test_a_failure_is_an_exception_with_the_message_that_the_run_left(config: Path) -> None:
+    with pytest.raises(tritrain.TrainingError, match="absent") as caught:
+        tritrain.train(config, "data.sources.0.path=absent", ranks=1)
+    assert "Traceback" not in str(caught.value)
+    assert json.loads((config.parent / "run" / "state.json").read_text())["message"] == str(caught.value)
+
+
+SCRIPT = """
+import sys, tritrain
+try:
+    tritrain.train(sys.argv[1], *sys.argv[2:], ranks=2)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_an_interrupt_saves_and_the_same_call_goes_on(config: Path) -> None:
+    """As in a notebook, whose kernel alone gets the signal."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", SCRIPT, str(config), "phases.0.steps=400"],
+        cwd=config.parent, text=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 3/404" in line:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    shown, _ = process.communicate(timeout=120)
+    assert "Stopped and saved" in shown
+    assert shown.splitlines()[-1] == "interrupted"
+    assert process.returncode == 0
+    state = json.loads((config.parent / "run" / "state.json").read_text())
+    assert state["status"] == "interrupted"
+
+    (config.parent / "run" / "stop").touch()
+    began = time.time()
+    with pytest.raises(tritrain.TrainingError, match=r"was stopped \(stop file\) and has saved") as caught:
+        tritrain.train(config, "phases.0.steps=400", ranks=2)
+    assert str(tritrain.open_run(config.parent / "run").checkpoints[-1]) in str(caught.value)
+    assert (config.parent / "run" / "state.json").stat().st_mtime > began
