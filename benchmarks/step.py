@@ -51,7 +51,7 @@ def main() -> None:
         optimizer = build_adamw(parameter_groups(named, config.optimizer), config.optimizer, fused=True)
 
         def step() -> None:
-            model(tokens, labels).backward()
+            model(tokens, labels).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 

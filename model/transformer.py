@@ -19,7 +19,7 @@ H query heads, K key-value heads, E width of a head.
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -300,6 +300,24 @@ class Decoder(nn.Module):
         return self.norm(x_BTD)
 
 
+class Output(NamedTuple):
+    """The result of every forward pass of a `Transformer`: one of the first three, and None for what was not asked for.
+
+    Losses are float32 (float64 where the parameters are), in nats.
+    """
+
+    logits: Tensor | None = None
+    """`[B, T, V]`, in the parameters' dtype."""
+    loss: Tensor | None = None
+    """What training minimizes, 0-dim: the mean cross-entropy of the labels that count, plus the z-loss; with a teacher
+    also the weighted divergences."""
+    token_nll: Tensor | None = None
+    """Cross-entropy of every label, in the shape of the labels, 0 at -100; without z-loss and without gradient."""
+    parts: Tensor | None = None
+    """With a teacher, `[3]`, without gradient and unweighted: cross-entropy, divergence from the teacher's predictions,
+    and from its attention relations."""
+
+
 class Transformer(nn.Module):
     """A decoder and its output head."""
 
@@ -321,28 +339,28 @@ class Transformer(nn.Module):
         labels_BT: Tensor | None = None,
         reduction: Literal["mean", "none"] = "mean",
         teacher: Lesson | None = None,
-    ) -> Tensor:
-        """Logits, the training loss, or the loss of every token.
+    ) -> Output:
+        """Compute logits, the training loss, or the loss of every token.
 
-        `labels_BT[b, t]` is the token that follows `tokens_BT[b, :t + 1]`, so the caller shifts; -100 is left out.
-
-        Without labels the result is logits, `[B, T, V]`, in the parameters' dtype. With reduction "mean" it is the mean
-        cross-entropy in nats over the labels that count plus the z-loss, a float32 scalar. With "none" it is the
-        cross-entropy of every token, `[B, T]`, float32, 0 at -100, without z-loss and without gradient; labels may then
-        be `[B, T, A]`, A for each place, as is the result. (Where the parameters are float64, so is the loss.)
-
-        With a teacher's lesson on the same tokens the result is `[4]`: the training loss, then its parts, without
-        gradient: cross-entropy, divergence from the teacher's predictions, and from its attention relations.
+        Args:
+            tokens_BT: int64.
+            labels_BT: `labels_BT[b, t]` is the token that follows `tokens_BT[b, :t + 1]`, so the caller shifts; -100 is
+                left out. Without labels the output has `logits`.
+            reduction: with "mean" the output has `loss`, with "none" it has `token_nll`; labels may then be
+                `[B, T, A]`, A for each place.
+            teacher: a lesson on the same tokens, for reduction "mean"; the output then has `parts` too.
         """
         if teacher is not None and labels_BT is not None:
             return self._taught(tokens_BT, labels_BT, teacher)
         hidden_BTD, head_VD = self.model(tokens_BT), self.head
         if labels_BT is None:
-            return F.linear(hidden_BTD, head_VD)
+            return Output(logits=F.linear(hidden_BTD, head_VD))
         hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten(0, 1)
         if reduction == "none":
-            return token_nll(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens).view_as(labels_BT)
-        return linear_cross_entropy(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens, self.config.z_loss)
+            nll_N = token_nll(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens)
+            return Output(token_nll=nll_N.view_as(labels_BT))
+        chunk_tokens, z_loss = self.config.loss_chunk_tokens, self.config.z_loss
+        return Output(loss=linear_cross_entropy(hidden_ND, head_VD, labels_N, chunk_tokens, z_loss))
 
     def new_cache(self, batch_size: int, capacity_tokens: int) -> KeyValueCache:
         """An empty cache with room for so many tokens of each sequence: 2 * L * B * K * S * E elements."""
@@ -355,7 +373,7 @@ class Transformer(nn.Module):
         """Logits of what follows the tokens, `[B, V]`, which follow those in the cache and become part of it."""
         return F.linear(self.model(tokens_BT, cache)[:, -1], self.head)
 
-    def _taught(self, tokens_BT: Tensor, labels_BT: Tensor, lesson: Lesson) -> Tensor:
+    def _taught(self, tokens_BT: Tensor, labels_BT: Tensor, lesson: Lesson) -> Output:
         hidden_BTD, relations = self._hidden_and_relations(tokens_BT, lesson.config, self.config.num_layers)
         loss, nll, divergence = distillation_loss(
             hidden_BTD.flatten(0, 1),
@@ -371,7 +389,7 @@ class Transformer(nn.Module):
         if relations:
             relation = relation_loss(relations, lesson.relations, (self.config.kv_heads, lesson.relation_heads))
             loss = loss + lesson.config.relation_weight * relation
-        return torch.stack([loss, nll, divergence, relation.detach()])
+        return Output(loss=loss, parts=torch.stack([nll, divergence, relation]).detach())
 
     @torch.no_grad()
     def teach(self, tokens_BT: Tensor, config: DistillationConfig, student_layers: int) -> Lesson:

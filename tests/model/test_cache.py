@@ -25,7 +25,7 @@ def test_logits_are_those_of_the_whole_sequence(config, chunks):
     """To rounding, in fp64: what attention and products with other shapes add in another order."""
     model, tokens_BT = build(config).double(), random_tokens(3, 12)
     with torch.no_grad():
-        expected_BTV = model(tokens_BT)
+        expected_BTV = model(tokens_BT).logits
     cache, end = model.new_cache(3, 12), 0
     for length in chunks:
         end += length
@@ -43,7 +43,7 @@ def test_greedy_tokens_are_those_without_a_cache(config, build_model, dtype):
     tokens = list(prompt)
     for _ in range(24):
         with torch.no_grad():
-            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     assert list(generate(model, prompt, max_tokens=24, temperature=0)) == tokens[4:]
 
 

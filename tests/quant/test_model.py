@@ -83,7 +83,7 @@ def test_strength_0_is_the_16_bit_model_bit_for_bit(dtype, tied):
     model, tokens_BT = build_transformer(tie_embeddings=tied).to(dtype), tokens()
 
     def loss_and_gradients():
-        loss = model(tokens_BT, tokens_BT.roll(-1, 1))
+        loss = model(tokens_BT, tokens_BT.roll(-1, 1)).loss
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         model.zero_grad()
@@ -101,11 +101,11 @@ def test_dequantize_undoes_quantize():
     model, tokens_BT = build_transformer(), tokens()
     classes = {name: type(module) for name, module in model.named_modules()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
-    logits = model(tokens_BT)
+    logits = model(tokens_BT).logits
     quantize_(model, QuantConfig())
-    assert not torch.equal(model(tokens_BT), logits)
+    assert not torch.equal(model(tokens_BT).logits, logits)
     dequantize_(model)
-    assert torch.equal(model(tokens_BT), logits)
+    assert torch.equal(model(tokens_BT).logits, logits)
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     assert quantize_(model, QuantConfig(weights="absmedian")) == PROJECTIONS
@@ -147,9 +147,9 @@ def test_blocks_have_strengths_of_their_own():
 def test_a_model_starts_at_full_strength():
     model = build_transformer()
     quantize_(model, QuantConfig())
-    at_start = model(tokens())
+    at_start = model(tokens()).logits
     set_strength_(model, 1.0)
-    assert torch.equal(model(tokens()), at_start)
+    assert torch.equal(model(tokens()).logits, at_start)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
@@ -160,11 +160,11 @@ def test_no_token_sees_a_later_one(strength, norm):
     set_strength_(model, strength)
     tokens_BT = tokens()
     with torch.no_grad():
-        logits = model(tokens_BT)
+        logits = model(tokens_BT).logits
         for t in range(tokens_BT.shape[1] - 1):
             changed = tokens_BT.clone()
             changed[:, t + 1] = (changed[:, t + 1] + 1) % 48
-            changed_logits = model(changed)
+            changed_logits = model(changed).logits
             assert torch.equal(changed_logits[:, : t + 1], logits[:, : t + 1])
             assert not torch.equal(changed_logits[:, t + 1], logits[:, t + 1])
 
@@ -175,7 +175,7 @@ def test_sequences_of_a_batch_are_independent():
     tokens_BT = tokens()
     changed = tokens_BT.clone()
     changed[1] = (changed[1] + 1) % 48
-    assert torch.equal(model(changed)[0], model(tokens_BT)[0])
+    assert torch.equal(model(changed).logits[0], model(tokens_BT).logits[0])
 
 
 def test_the_pattern_chooses():
@@ -255,7 +255,7 @@ def test_on_the_meta_device_the_strength_is_where_the_model_will_compute():
     for strength in (1.0, 0.5):
         set_strength_(model, strength)
         set_strength_(expected, strength)
-        assert torch.equal(model(tokens()), expected(tokens()))
+        assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -269,7 +269,7 @@ def test_one_graph_for_each_mode(training):
     with torch.set_grad_enabled(training):
         for strength in (0.0, 0.1, 0.5, 0.999, 1.0, 0.25, 0.0):
             set_strength_(model, strength)
-            torch.testing.assert_close(compiled(tokens_BT), model(tokens_BT))
+            torch.testing.assert_close(compiled(tokens_BT).logits, model(tokens_BT).logits)
     assert counter.frame_count == 3
 
 

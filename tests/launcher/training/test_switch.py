@@ -65,7 +65,7 @@ def engine_steps(cases: list[tuple[str, OptimizerChoice]]) -> dict[str, Any]:
             if step == SWITCH:
                 carry_optimizer_(engine, choice, FACTOR)
             tokens, labels = (part[dist.get_rank() * rows :][:rows] for part in batch(step))
-            engine.backward(engine.forward(tokens, labels), last=True)
+            engine.backward(engine.forward(tokens, labels).loss, last=True)
             factor = TERNARY_FACTOR if step >= SWITCH else 1.0
             engine.step(LEARNING_RATE, ternary_factor=factor, decay_factor=decay_factor(step))
         results[f"{name}/{choice}"] = {kind: gathered(engine, kind) for kind in ("weight", "exp_avg", "exp_avg_sq")}
@@ -87,7 +87,7 @@ def adam_by_hand(choice: OptimizerChoice) -> dict[str, dict[str, Tensor]]:
             first = {name: scale[0] * moment for name, moment in first.items()}
             second = {name: scale[1] * moment for name, moment in second.items()}
         model.zero_grad()
-        model(*batch(step)).backward()
+        model(*batch(step)).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
         updates += 1
         with torch.no_grad():
