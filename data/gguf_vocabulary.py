@@ -1,4 +1,4 @@
-"""A SentencePiece model as the vocabulary of a GGUF file, for llama.cpp's tokenizer of the kind `llama`.
+"""Write a SentencePiece model as the vocabulary of a GGUF file, for llama.cpp's tokenizer `llama`.
 
 That one merges the pair with the best score, as SentencePiece does with BPE models, and falls back to bytes. It knows
 neither unigram models nor normalisation, so what would be tokenized differently is refused. One difference is left:
@@ -32,10 +32,12 @@ def gguf_vocabulary(path: Path, num_rows: int) -> dict[str, str | int | bool | l
     path = tokenizer.path
     if path.suffix != ".model":
         raise DataError(
-            f"{path}: GGUF files are written with SentencePiece tokenizers; this one is of the `tokenizers` library"
+            f"{path}: a GGUF file needs a SentencePiece tokenizer, but this one belongs to the `tokenizers` library"
         )
     if tokenizer.vocab_size > num_rows:
-        raise DataError(f"{path}: has {tokenizer.vocab_size} tokens, and the model only {num_rows}; name its own")
+        raise DataError(
+            f"{path}: has {tokenizer.vocab_size} tokens, but the model has only {num_rows}; pass its tokenizer"
+        )
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]

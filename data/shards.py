@@ -1,4 +1,4 @@
-"""Text to token shards: `prepare` reads documents, tokenizes them and writes rows of tokens in the MDS format.
+"""Turn text into token shards: `prepare` reads documents, tokenizes them and writes rows of tokens in the MDS format.
 
 The documents of a split are joined into one stream, `end_of_document` before the first and after each. A row is
 sequence_length + 1 tokens of it and its last token is the first of the next row, so that every token of every document
@@ -50,7 +50,7 @@ SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and o
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What text becomes token shards, and how."""
+    """The text that becomes token shards, and how."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -74,22 +74,22 @@ class PrepareConfig:
         if not self.inputs:
             problems["inputs"] = "is empty; name at least one file, folder, hf: data set or python-stdlib"
         if re.match("(bpe|unigram):", self.tokenizer) and not TRAINED_SPEC.fullmatch(self.tokenizer):
-            problems["tokenizer"] = f"{self.tokenizer!r} lacks the vocabulary's size; bpe:32000 would be right"
+            problems["tokenizer"] = f"{self.tokenizer!r} lacks the size of the vocabulary; write bpe:32000, for example"
         if not self.tokenizer:
             problems["tokenizer"] = "is empty; give a tokenizer's file, bpe:VOCAB or unigram:VOCAB"
         if not 0 <= self.validation_fraction < 1:
-            problems["validation_fraction"] = f"{self.validation_fraction} is not a share from 0 up to but without 1"
+            problems["validation_fraction"] = f"is {self.validation_fraction}; must be 0 or more and below 1"
         if self.validation_inputs and self.validation_fraction:
-            problems["validation_inputs"] = "and validation_fraction exclude each other; leave one of them out"
+            problems["validation_inputs"] = "excludes validation_fraction; remove one of them"
         if self.workers < 1:
-            problems["workers"] = f"{self.workers} is too few; 1 tokenizes in this process"
+            problems["workers"] = f"is {self.workers}; must be 1 or more; 1 tokenizes in this process"
         if problems:
             raise ValueError(problems)
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareProgress:
-    """How far `prepare` is."""
+    """The progress of `prepare`."""
 
     stage: str
     """`tokenizer` while one is trained, then `tokens`."""
@@ -127,7 +127,7 @@ def prepare(
             written.
     """
     if sequence_length < 1:
-        raise DataError(f"sequence_length: {sequence_length} is too short; 1 is the least")
+        raise DataError(f"sequence_length: is {sequence_length}; must be 1 or more")
     out = Path(os.path.abspath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -178,12 +178,12 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file():
-        raise DataError(f"{out}: exists and is not a folder of prepared data; choose another --out, or remove it")
+        raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")
     manifest = open_prepared(out)
     there, wanted = manifest["options"], _options(config, sequence_length)
     differing = [f"{key} (there {there[key]!r}, wanted {wanted[key]!r})" for key in wanted if there[key] != wanted[key]]
     if differing:
-        raise DataError(f"{out}: was prepared with other {'; '.join(differing)}; choose another folder, or remove it")
+        raise DataError(f"{out}: was prepared with a different {'; '.join(differing)}; choose another, or remove it")
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Where the files of a source are: in its folder, or, of a remote one, in a cache that is filled as needed."""
+"""Find the files of a source: in its folder or, for a remote source, in a cache that is filled as needed."""
 
 import contextlib
 import fcntl
@@ -33,7 +33,7 @@ from data.urls import redacted
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source whose manifest, tokenizer and indexes are on this machine and checked."""
+    """A source whose manifest, tokenizer and indexes are on this machine and have been checked."""
 
     source: Source
     folder: Path
@@ -131,17 +131,17 @@ def open_sources(
         path, manifest = source.source.path, source.manifest
         if manifest["sequence_length"] != sequence_length:
             raise DataError(
-                f"{path}: was prepared with sequence_length {manifest['sequence_length']}, the configuration says "
-                f"{sequence_length}; set data.sequence_length to the former or prepare the text again"
+                f"{path}: was prepared with sequence_length {manifest['sequence_length']}, but the configuration says "
+                f"{sequence_length}; change data.sequence_length, or prepare the text again"
             )
         if manifest["vocab_size"] > vocab_size:
             raise DataError(
-                f"{path}: its tokenizer has {manifest['vocab_size']} tokens, the model's vocabulary {vocab_size}; set "
+                f"{path}: its tokenizer has {manifest['vocab_size']} tokens, but the model has {vocab_size}; set "
                 f"model.vocab_size to {manifest['vocab_size']} or more"
             )
         if manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
             raise DataError(
-                f"{path}: was prepared with another tokenizer than {first.source.path}; prepare it again with "
+                f"{path}: was prepared with a different tokenizer than {first.source.path}; prepare it again with "
                 f"--tokenizer {first.tokenizer_path}"
             )
     return opened

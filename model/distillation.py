@@ -1,4 +1,4 @@
-"""What a student learns from a teacher besides its text: BitDistill (arXiv 2510.13998, section 3.3) for pretraining.
+"""Distillation from a teacher during pretraining: BitDistill (arXiv 2510.13998, section 3.3).
 
 The loss is L = L_CE + weight * T^2 * L_LD + relation_weight * L_AD (eq. 13): cross-entropy, the divergence from the
 teacher's predictions (eq. 8 and 9, `model.loss.distillation_loss`), and the divergence from its attention relations at
@@ -48,7 +48,7 @@ class DistillationConfig:
             if value is not None and value < 0:
                 problems[name] = f"is {value}; must be 0 or more"
         if self.relation_layer is not None and not self.relation_weight:
-            problems["relation_layer"] = f"is {self.relation_layer}, but relation_weight is 0: nothing is compared"
+            problems["relation_layer"] = f"is {self.relation_layer}, but has no effect while relation_weight is 0"
         if problems:
             raise ValueError(problems)
 
@@ -59,10 +59,10 @@ class DistillationConfig:
 
 
 class Lesson(NamedTuple):
-    """What a teacher says of one micro-batch, without gradient."""
+    """The teacher's outputs for one micro-batch, without gradient."""
 
     hidden: Tensor
-    """Behind its last norm, `[B, T, D]`."""
+    """Hidden states after the last norm, `[B, T, D]`."""
     head: Tensor
     """Its output head, `[V, D]`."""
     relations: tuple[Tensor, ...]

@@ -2,7 +2,7 @@
 
 One definition covers the families whose checkpoints it reads and writes, and the parameters carry the names that these
 have in Hugging Face Transformers: Llama (arXiv 2302.13971: pre-norm, RMSNorm, SwiGLU, rotary positions), OLMo
-(2402.00838: LayerNorm without parameters), OLMo 2 (2501.00656: norms behind the sublayers, and on queries and keys),
+(2402.00838: LayerNorm without parameters), OLMo 2 (2501.00656: norms after the sublayers, and on queries and keys),
 Qwen2 (2407.10671: biases on queries, keys and values), Qwen3 (2505.09388: queries and keys normalised per head) and
 BitNet b1.58 2B4T (2504.12285: squared ReLU and SubLN).
 In bfloat16 as in float32 every operation rounds where the family's does, so that a model computes the same bits here
@@ -87,24 +87,24 @@ class ModelConfig:
         for name in (*counts, "intermediate_size", "max_sequence_length", "loss_chunk_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                problems[name] = f"{value} is too small; 1 is the least"
+                problems[name] = f"is {value}; must be 1 or more"
         for name in ("norm_eps", "rope_theta", "init_std"):
             if getattr(self, name) <= 0:
-                problems[name] = f"{getattr(self, name)} must be above 0"
+                problems[name] = f"is {getattr(self, name)}; must be above 0"
         if self.z_loss < 0:
-            problems["z_loss"] = f"{self.z_loss} must not be negative; 0 turns it off"
+            problems["z_loss"] = f"is {self.z_loss}; must be 0 (off) or more"
         if not problems:
             if self.hidden_size % self.num_heads and self.head_dim is None:
                 problems["num_heads"] = (
-                    f"{self.num_heads} does not divide hidden_size {self.hidden_size} and head_dim is not given; "
-                    f"{_divisors_near(self.hidden_size, self.num_heads)} would"
+                    f"{self.num_heads} does not divide hidden_size {self.hidden_size} and head_dim is not set; "
+                    f"choose {_divisors_near(self.hidden_size, self.num_heads)}"
                 )
             elif self.head_width % 2:
-                problems["head_dim"] = f"{self.head_width} is odd, and rotary positions turn pairs; take an even one"
+                problems["head_dim"] = f"{self.head_width} is odd, but rotary positions need pairs; choose an even one"
             if self.num_heads % self.kv_heads:
                 problems["num_kv_heads"] = (
                     f"{self.kv_heads} does not divide num_heads {self.num_heads}; "
-                    f"{_divisors_near(self.num_heads, self.kv_heads)} would"
+                    f"choose {_divisors_near(self.num_heads, self.kv_heads)}"
                 )
         if problems:
             raise ValueError(problems)
@@ -265,7 +265,7 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = norm(config.hidden_size, config)
 
     def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Return the residual stream behind this block, `[B, T, D]`."""
+        """Return the residual stream after this block, `[B, T, D]`."""
         if self.norm_position == "pre":
             x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE, cache)
             # Hugging Face's name for it; before the MLP is where it stands.
@@ -285,11 +285,11 @@ class Decoder(nn.Module):
         self.norm = NORMS[config.norm](config.hidden_size, config)
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return the normalised residual stream behind the last block, `[B, T, D]`; the cache gets the tokens."""
+        """Return the normalized residual stream after the last block, `[B, T, D]`; the cache is extended."""
         num_tokens, before = tokens_BT.shape[1], 0 if cache is None else cache.num_tokens
         if (length := before + num_tokens) > self.config.max_sequence_length:
             raise ValueError(
-                f"a sequence has {length} tokens and max_sequence_length is {self.config.max_sequence_length}"
+                f"a sequence has {length} tokens, but max_sequence_length is {self.config.max_sequence_length}"
             )
         x_BTD = self.embed_tokens(tokens_BT)
         cos_TE, sin_TE = rotary_tables(self.config, num_tokens, tokens_BT.device, before)
@@ -363,14 +363,14 @@ class Transformer(nn.Module):
         return Output(loss=linear_cross_entropy(hidden_ND, head_VD, labels_N, chunk_tokens, z_loss))
 
     def new_cache(self, batch_size: int, capacity_tokens: int) -> KeyValueCache:
-        """An empty cache with room for so many tokens of each sequence: 2 * L * B * K * S * E elements."""
+        """Make an empty cache for `capacity_tokens` tokens of each sequence: 2 * L * B * K * S * E elements."""
         shape = (batch_size, self.config.kv_heads, capacity_tokens, self.config.head_width)
         like = self.head
         return KeyValueCache([LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in self.model.layers])
 
     @torch.no_grad()
     def next_logits(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits of what follows the tokens, `[B, V]`, which follow those in the cache and become part of it."""
+        """Logits of the next token, `[B, V]`; `tokens_BT` follow those in the cache and are added to it."""
         return F.linear(self.model(tokens_BT, cache)[:, -1], self.head)
 
     def _taught(self, tokens_BT: Tensor, labels_BT: Tensor, lesson: Lesson) -> Output:
@@ -393,7 +393,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def teach(self, tokens_BT: Tensor, config: DistillationConfig, student_layers: int) -> Lesson:
-        """What this model, as the teacher, has to say of tokens, to a student of so many layers."""
+        """Run this model as the teacher of a student with `student_layers` layers."""
         hidden_BTD, relations = self._hidden_and_relations(tokens_BT, config, student_layers)
         return Lesson(hidden_BTD, self.head, relations, self.config.kv_heads, config)
 

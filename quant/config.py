@@ -1,4 +1,4 @@
-"""What a ternary phase quantizes, and how; and published recipes by name."""
+"""The configuration of quantization, and published recipes by name."""
 
 import re
 from dataclasses import dataclass, fields, replace
@@ -65,17 +65,17 @@ class QuantConfig:
         except re.error as error:
             problems["include"] = f"{self.include!r} is not a regular expression: {error}"
         if self.weights not in (known := SCALES_OF_LEVELS[self.levels]):
-            problems["weights"] = f"is {self.weights}; {self.levels} weights take {', '.join(known)}"
+            problems["weights"] = f"is {self.weights}; for {self.levels} weights choose {', '.join(known)}"
         if self.weights == "learned" and self.granularity != "row":
-            problems["granularity"] = f"is {self.granularity}; learned scales belong to a row each"
+            problems["granularity"] = f"is {self.granularity}; learned scales need granularity row"
         if self.weights == "learned" and self.hadamard != "none":
-            problems["hadamard"] = f"is {self.hadamard}; learned scales begin with rows that are not rotated"
+            problems["hadamard"] = f"is {self.hadamard}; learned scales need hadamard none"
         if self.group_size < 2:
             problems["group_size"] = f"is {self.group_size}; must be 2 or more"
         if self.fused and self.granularity != "matrix":
-            problems["fused"] = f"is true, but scales of a {self.granularity} are shared with no other matrix anyway"
+            problems["fused"] = f"is true, but needs granularity matrix, not {self.granularity}"
         if self.layer_norm and self.activations == "none":
-            problems["layer_norm"] = "is true, but it belongs to the rounding of activations, which are none"
+            problems["layer_norm"] = "is true, but has no effect with activations none"
         if self.dead_zone_bias < 0:
             problems["dead_zone_bias"] = f"is {self.dead_zone_bias}; must be 0 or more"
         if self.dead_zone_bias and self.levels != "ternary":

@@ -227,16 +227,16 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
             quantized already, or it is on the meta device and ``device`` is not given.
     """
     if quantized_layers(model):
-        raise ValueError("the model is quantized already")
+        raise ValueError("the model is already quantized")
     matches = matching_layers(model, config)
     device = device or next(model.parameters()).device
     if device.type == "meta":
-        raise ValueError("the model is on the meta device: give the device on which it will compute")
+        raise ValueError("the model is on the meta device; pass the device on which it will compute")
     for name, module in matches.items():
         if problem := width_problem(name, module.in_features, config):
             raise ValueError(problem)
         if config.learned and not hasattr(module, LEARNED_SCALE):
-            raise ValueError(f"{name} has no {LEARNED_SCALE}: call add_learned_scales_ before the model is sharded")
+            raise ValueError(f"{name} has no {LEARNED_SCALE}; call add_learned_scales_ before the model is sharded")
     strengths: dict[int, tuple[Tensor, Tensor]] = {}
     for name, module in matches.items():
         module.__class__ = QuantLinear
@@ -291,7 +291,7 @@ def set_strengths_(model: nn.Module, weights_L: Sequence[float], activations_L: 
     layers = _expect_quantized(model)
     for strength in (*weights_L, *activations_L):
         if not 0 <= strength <= 1:
-            raise ValueError(f"strength {strength} is outside of 0 to 1")
+            raise ValueError(f"strength is {strength}; must be between 0 and 1")
     for depth, layer in {layer.depth: layer for layer in layers.values()}.items():  # the tensors are the block's
         layer.weight_strength.fill_(weights_L[depth])
         layer.activation_strength.fill_(activations_L[depth])
@@ -322,11 +322,11 @@ def sharers(name: str, layers: Mapping[str, nn.Linear]) -> tuple[nn.Linear, ...]
 
 
 def width_problem(name: str, width: int, config: QuantConfig) -> str | None:
-    """Why a layer of so many input features cannot be quantized like this; None if it can."""
+    """Say why a layer with `width` input features cannot be quantized with this recipe; None if it can."""
     if config.granularity == "group" and width % config.group_size:
         return f"group_size {config.group_size} does not divide the {width} inputs of {name}"
     if is_rotated(name, config) and not is_rotatable(width):
-        return f"hadamard {config.hadamard} cannot rotate the {width} inputs of {name}, an odd number"
+        return f"hadamard {config.hadamard} cannot rotate the {width} inputs of {name}; the number must be even"
     return None
 
 
@@ -339,7 +339,9 @@ def matching_layers(model: nn.Module, config: QuantConfig) -> dict[str, nn.Linea
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     matches = {name: module for name, module in linears.items() if re.search(config.include, name)}
     if not matches:
-        raise ValueError(f"include={config.include!r} matches none of the linear layers, such as {list(linears)[:3]}")
+        raise ValueError(
+            f"include={config.include!r} matches no linear layer; there are, for example, {list(linears)[:3]}"
+        )
     return matches
 
 
@@ -364,7 +366,7 @@ def add_learned_scales_(model: nn.Module, config: QuantConfig) -> list[str]:
 def _expect_quantized(model: nn.Module) -> dict[str, QuantLinear]:
     if layers := quantized_layers(model):
         return layers
-    raise ValueError("the model has no quantized layer: call quantize_ first")
+    raise ValueError("the model has no quantized layer; call quantize_ first")
 
 
 def is_learned_scale(name: str) -> bool:

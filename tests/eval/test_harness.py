@@ -121,7 +121,7 @@ def test_what_it_does_not_do_it_refuses():
     model = HarnessModel(FIXED, Characters())
     with pytest.raises(NotImplementedError, match="tritrain perplexity"):
         model.loglikelihood_rolling([])
-    with pytest.raises(NotImplementedError, match="let the model write"):
+    with pytest.raises(NotImplementedError, match="generated answers are not supported"):
         model.generate_until([])
 
 

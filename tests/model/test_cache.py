@@ -51,9 +51,9 @@ def test_a_full_cache_and_a_full_context_are_told():
     model = build(TINY)
     cache = model.new_cache(1, 4)
     model.next_logits(random_tokens(1, 3), cache)
-    with pytest.raises(ValueError, match="room for 4 tokens and would hold 5"):
+    with pytest.raises(ValueError, match="room for 4 tokens, but 5 are needed"):
         model.next_logits(random_tokens(1, 2), cache)
     cache = model.new_cache(1, 64)
     model.next_logits(random_tokens(1, 30), cache)
-    with pytest.raises(ValueError, match="a sequence has 33 tokens and max_sequence_length is 32"):
+    with pytest.raises(ValueError, match="a sequence has 33 tokens, but max_sequence_length is 32"):
         model.next_logits(random_tokens(1, 3), cache)

@@ -105,7 +105,7 @@ def test_no_label_that_counts_gives_zero():
 def test_a_teacher_of_another_vocabulary_is_refused():
     hidden_ND, weight_VD, labels_N = example()
     teacher = teacher_example()[0], teacher_example()[1][1:]
-    with pytest.raises(ValueError, match=f"teacher has {VOCAB - 1} words, the student {VOCAB}"):
+    with pytest.raises(ValueError, match=f"teacher has {VOCAB - 1} tokens, but the student has {VOCAB}"):
         distillation_loss(hidden_ND, weight_VD, labels_N, 7, 0.0, teacher=teacher, temperature=5.0, weight=1.0)
 
 
@@ -216,7 +216,7 @@ def test_the_compared_block_is_at_the_same_depth(chosen, student_layers, teacher
     [
         ({"temperature": 0.0}, {"temperature": "is 0.0; must be above 0"}),
         ({"weight": -1.0}, {"weight": "is -1.0; must be 0 or more"}),
-        ({"relation_layer": 1}, {"relation_layer": "is 1, but relation_weight is 0: nothing is compared"}),
+        ({"relation_layer": 1}, {"relation_layer": "is 1, but has no effect while relation_weight is 0"}),
     ],
 )
 def test_wrong_values_are_refused(keys, problem):

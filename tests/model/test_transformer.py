@@ -77,7 +77,7 @@ def test_gradients_agree_with_finite_differences():
     names, values = zip(*model.named_parameters(), strict=True)
 
     def loss(*parameters):
-        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (tokens_BT, tokens_BT))
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (tokens_BT, tokens_BT)).loss
 
     assert torch.autograd.gradcheck(loss, values, fast_mode=True)
 
@@ -160,7 +160,7 @@ def test_blocks_compile_with_inductor():
 
 
 def test_a_sequence_that_is_too_long_is_refused():
-    with pytest.raises(ValueError, match="33 tokens and max_sequence_length is 32"):
+    with pytest.raises(ValueError, match="33 tokens, but max_sequence_length is 32"):
         Transformer(TINY)(random_tokens(1, 33))
 
 
@@ -168,15 +168,17 @@ def test_configuration_reports_all_problems_at_once():
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         replace(TINY, hidden_size=100, num_heads=12, num_kv_heads=7)
     assert caught.value.args[0] == {
-        "num_heads": "12 does not divide hidden_size 100 and head_dim is not given; 4, 5 or 10 would",
-        "num_kv_heads": "7 does not divide num_heads 12; 3, 4 or 6 would",
+        "num_heads": "12 does not divide hidden_size 100 and head_dim is not set; choose 4, 5 or 10",
+        "num_kv_heads": "7 does not divide num_heads 12; choose 3, 4 or 6",
     }
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         replace(TINY, num_layers=0, num_kv_heads=0, z_loss=-1.0, norm_eps=0.0, loss_chunk_tokens=-5)
     assert set(caught.value.args[0]) == {"num_layers", "num_kv_heads", "z_loss", "norm_eps", "loss_chunk_tokens"}
     with pytest.raises(ValueError, match=r"head_dim.*7 is odd"):
         replace(TINY, head_dim=7)
-    with pytest.raises(ValueError, match=r"4 does not divide hidden_size 1099511627777 .*; 1, 257 or 4278255361 would"):
+    with pytest.raises(
+        ValueError, match=r"4 does not divide hidden_size 1099511627777 .*; choose 1, 257 or 4278255361"
+    ):
         replace(TINY, hidden_size=2**40 + 1)  # at once: the divisors of a number of any size
 
 

@@ -94,8 +94,8 @@ def test_recipes_that_can_be_gathered_as_codes() -> None:
             {"preset": "bitnet-v2"},
             "phases.1.quantization.hadamard: is outputs; engine.gather codes",
         ),
-        ({"gather": "codes", "offload": "all"}, {}, "engine.gather: is codes, which are made on the device"),
-        ({"name": "deepspeed", "zero_stage": 1, "gather": "codes"}, {}, "engine.gather: is codes; only fsdp2"),
+        ({"gather": "codes", "offload": "all"}, {}, "engine.gather: is codes, which are computed on the device"),
+        ({"name": "deepspeed", "zero_stage": 1, "gather": "codes"}, {}, "engine.gather: is codes, which only fsdp2"),
     ],
 )
 def test_what_needs_latent_weights_is_refused(

@@ -201,23 +201,25 @@ def test_only_plain_linears_change():
 
 def test_a_pattern_that_matches_nothing_is_an_error():
     model = build_transformer()
-    with pytest.raises(ValueError, match=r"include='attn\.proj' matches none of the linear layers, such as \['model"):
+    with pytest.raises(
+        ValueError, match=r"include='attn\.proj' matches no linear layer; there are, for example, \['model"
+    ):
         quantize_(model, QuantConfig(include=r"attn.proj"))
     assert not quantized_layers(model)
-    with pytest.raises(ValueError, match="matches none"):
+    with pytest.raises(ValueError, match="matches no linear layer"):
         quantize_(nn.Embedding(2, 2), EVERYTHING)
 
 
 def test_twice_is_an_error():
     model = build_transformer()
     quantize_(model, QuantConfig())
-    with pytest.raises(ValueError, match="the model is quantized already"):
+    with pytest.raises(ValueError, match="the model is already quantized"):
         quantize_(model, QuantConfig())
 
 
 def test_a_model_without_quantized_layers_is_an_error():
     for change in (dequantize_, lambda model: set_strength_(model, 0.5)):
-        with pytest.raises(ValueError, match="no quantized layer: call quantize_ first"):
+        with pytest.raises(ValueError, match="no quantized layer; call quantize_ first"):
             change(build_transformer())
 
 
@@ -226,7 +228,7 @@ def test_strength_outside_of_0_to_1_is_an_error(strength):
     model = build_transformer()
     quantize_(model, QuantConfig())
     set_strength_(model, 0.5)
-    with pytest.raises(ValueError, match=re.escape(f"strength {strength} is outside of 0 to 1")):
+    with pytest.raises(ValueError, match=re.escape(f"strength is {strength}; must be between 0 and 1")):
         set_strength_(model, strength)
     assert strengths_of(model) == {(0.5, 0.5)}
 
@@ -243,7 +245,7 @@ def test_a_pattern_that_is_none_is_refused():
 def test_on_the_meta_device_the_strength_is_where_the_model_will_compute():
     with torch.device("meta"):
         model = Transformer(MODEL)
-    with pytest.raises(ValueError, match="meta device: give the device"):
+    with pytest.raises(ValueError, match="meta device; pass the device"):
         quantize_(model, QuantConfig())
     assert not quantized_layers(model)
     quantize_(model, QuantConfig(), torch.device("cpu"))

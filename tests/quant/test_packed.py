@@ -119,8 +119,12 @@ def test_latent_weights_are_let_go_without_the_collector(monkeypatch):
     ("config", "strength", "message"),
     [
         (None, 1.0, "no quantized layer"),
-        (BITNET, 0.5, r"layers.0.self_attn.q_proj is at strengths 0.5 and 0.5 \(weights, activations\); only at 1"),
-        (BITNET, 0.0, "only at 1"),
+        (
+            BITNET,
+            0.5,
+            r"layers.0.self_attn.q_proj is at strengths 0.5 and 0.5 \(weights, activations\); both must be 1",
+        ),
+        (BITNET, 0.0, "both must be 1"),
         (replace(BITNET, levels="int2", weights="absmax"), 1.0, "int2 weights; only ternary and binary"),
     ],
 )

@@ -149,7 +149,7 @@ def test_damaged_codes_and_scales(tmp_path):
     pack_folder(folder, "bitlinear")
     sound = load_file(folder / "model.safetensors")
     for change, message in (
-        ({name: torch.full_like(sound[name], 0xFF)}, "model.safetensors: a packed byte stands for another code"),
+        ({name: torch.full_like(sound[name], 0xFF)}, "model.safetensors: a packed byte holds a code other"),
         ({f"{name}_scale": torch.zeros(1)}, f"{name}_scale is 0.0 and must be positive"),
         ({f"{name}_scale": torch.full((1,), torch.nan)}, f"{name}_scale is nan"),
     ):

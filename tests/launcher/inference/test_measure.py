@@ -240,7 +240,7 @@ def write_tokenizer(path, vocab_size):
 
 
 def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
-    with pytest.raises(ConfigError, match="no task 'pika'; did you mean piqa"):
+    with pytest.raises(ConfigError, match="task 'pika' is not known; did you mean piqa"):
         check_tasks(["pika"], None)
     with pytest.raises(ConfigError, match="--tasks: names no task"):
         check_tasks([], None)
