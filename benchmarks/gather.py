@@ -73,7 +73,7 @@ def step_of(ranks: Ranks, gather: str, dtype: str, *, ternary: bool) -> Callable
     def step() -> None:
         dist.barrier()
         for index in range(MICRO_BATCHES):
-            loss = engine.forward(tokens[:, :-1], tokens[:, 1:]) / MICRO_BATCHES
+            loss = engine.forward(tokens[:, :-1], tokens[:, 1:]).loss / MICRO_BATCHES
             engine.backward(loss, last=index == MICRO_BATCHES - 1)
         engine.step(StepSizes(1e-3))
 

@@ -100,7 +100,7 @@ def measure(config: ModelConfig, ranks: Ranks, folder: Path, rounds: int) -> dic
 
     def step() -> float:
         began = time.perf_counter()
-        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=True)
+        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss, last=True)
         engine.step(StepSizes(1e-4))
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()

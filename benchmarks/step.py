@@ -44,7 +44,7 @@ def step_of(config: Config, dtype: str, device: torch.device, *, ternary: bool, 
     optimizer = build_adamw(parameter_groups(named, config.optimizer), config.optimizer, fused=True)
 
     def step() -> None:
-        model(tokens, labels).backward()
+        model(tokens, labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -13,7 +13,7 @@ TRAINED_SPEC = re.compile(r"(bpe|unigram):([1-9][0-9]*)")
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What text becomes token shards, and how."""
+    """The text that becomes token shards, and how."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -37,15 +37,15 @@ class PrepareConfig:
         if not self.inputs:
             problems["inputs"] = "is empty; name at least one file, folder, hf: data set or python-stdlib"
         if re.match("(bpe|unigram):", self.tokenizer) and not TRAINED_SPEC.fullmatch(self.tokenizer):
-            problems["tokenizer"] = f"{self.tokenizer!r} lacks the vocabulary's size; bpe:32000 would be right"
+            problems["tokenizer"] = f"{self.tokenizer!r} lacks the size of the vocabulary; write bpe:32000, for example"
         if not self.tokenizer:
             problems["tokenizer"] = "is empty; give a tokenizer's file, bpe:VOCAB or unigram:VOCAB"
         if not 0 <= self.validation_fraction < 1:
-            problems["validation_fraction"] = f"{self.validation_fraction} is not a share from 0 up to but without 1"
+            problems["validation_fraction"] = f"is {self.validation_fraction}; must be 0 or more and below 1"
         if self.validation_inputs and self.validation_fraction:
-            problems["validation_inputs"] = "and validation_fraction exclude each other; leave one of them out"
+            problems["validation_inputs"] = "excludes validation_fraction; remove one of them"
         if self.workers < 1:
-            problems["workers"] = f"{self.workers} is too few; 1 tokenizes in this process"
+            problems["workers"] = f"is {self.workers}; must be 1 or more; 1 tokenizes in this process"
         if problems:
             raise ValueError(problems)
 
@@ -95,9 +95,11 @@ class DataConfig:
         if repeated := sorted({path for path in paths if paths.count(path) > 1}):
             problems["sources"] = f"names {', '.join(repeated)} more than once; add the weights instead"
         if self.prepare and len(self.sources) != 1:
-            problems["prepare"] = f"makes the folder of one source, here are {len(self.sources)}; prepare them before"
+            problems["prepare"] = (
+                f"makes the folder of one source, but there are {len(self.sources)}; prepare them first"
+            )
         if self.prepare and any(source.is_remote for source in self.sources):
-            problems["prepare"] = "makes a folder, and the source is a URL; prepare it before and copy it there"
+            problems["prepare"] = "makes a local folder, but the source is a URL; prepare it beforehand and upload it"
         if self.cache is None and any(source.is_remote for source in self.sources):
             problems["cache"] = "is needed for a remote source; name a folder on each node's own disk"
         for name, least in {
@@ -105,6 +107,6 @@ class DataConfig:
             "canonical_nodes": 1, "workers": 0,
         }.items():  # fmt: skip
             if getattr(self, name) < least:
-                problems[name] = f"{getattr(self, name)} is too small; {least} is the least"
+                problems[name] = f"is {getattr(self, name)}; must be {least} or more"
         if problems:
             raise ValueError(problems)

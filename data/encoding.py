@@ -1,4 +1,4 @@
-"""Documents to tokens, in this process or in several, in the order in which the documents came."""
+"""Tokenize documents, in one process or in several, in the order in which they arrive."""
 
 import multiprocessing
 import os

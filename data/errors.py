@@ -1,5 +1,5 @@
-"""The one exception of this package for what the person in front of it can put right."""
+"""The exception of this package for everything that a user can fix."""
 
 
 class DataError(ValueError):
-    """A corpus, tokenizer or prepared folder is not what it should be; says where, what, and what would be right."""
+    """A corpus, tokenizer or prepared folder is wrong; the message says which, what is wrong, and how to fix it."""

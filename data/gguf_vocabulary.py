@@ -1,4 +1,4 @@
-"""A SentencePiece model as the vocabulary of a GGUF file, for llama.cpp's tokenizer of the kind `llama`.
+"""Write a SentencePiece model as the vocabulary of a GGUF file, for llama.cpp's tokenizer `llama`.
 
 That one merges the pair with the best score, as SentencePiece does with BPE models, and falls back to bytes. It knows
 neither unigram models nor normalisation, so what would be tokenized differently is refused. One difference is left:
@@ -14,7 +14,7 @@ from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import bpe_problem, read_model
 
-ONLY_SENTENCEPIECE = "GGUF files are written with SentencePiece tokenizers; this one is of the `tokenizers` library"
+ONLY_SENTENCEPIECE = "a GGUF file needs a SentencePiece tokenizer, but this one belongs to the `tokenizers` library"
 UNUSED = 5
 """Kind of a row of the embedding that no text leads to. The kinds are numbered as in SentencePiece."""
 
@@ -34,7 +34,9 @@ def gguf_vocabulary(path: Path, num_rows: int) -> dict[str, str | int | bool | l
     if path.suffix != ".model":
         raise DataError(f"{path}: {ONLY_SENTENCEPIECE}")
     if tokenizer.vocab_size > num_rows:
-        raise DataError(f"{path}: has {tokenizer.vocab_size} tokens, and the model only {num_rows}; name its own")
+        raise DataError(
+            f"{path}: has {tokenizer.vocab_size} tokens, but the model has only {num_rows}; pass its tokenizer"
+        )
     model = read_model(path)
     if problem := bpe_problem(model):
         raise DataError(f"{path}: {problem}; llama.cpp tokenizes as SentencePiece BPE with byte fallback does")

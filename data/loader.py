@@ -142,7 +142,7 @@ class TrainingData:
         return self._batches
 
     def close(self) -> None:
-        """Stop the processes and threads that read ahead; happens by itself at the latest when the program ends."""
+        """Stop the processes and threads that read ahead; this also happens when the program ends."""
         self._finalizer()
 
 
@@ -165,7 +165,7 @@ def validation_rows(
     ]
     if not in_turns:
         raise DataError(
-            f"{', '.join(source.path for source in config.sources)}: no held-out text; prepare with "
+            f"{', '.join(source.path for source in config.sources)}: has no held-out text; prepare it with "
             "validation_fraction or validation_inputs, or set data.validation_rows to 0"
         )
     with local_leader_first(rank):
@@ -186,7 +186,7 @@ def validation_rows(
 
 
 def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
-    """Return the bytes of text behind each token, int64, shape [vocab_size]; 0 for special and unused ids."""
+    """Return the UTF-8 bytes that each token stands for, int64, [vocab_size]; 0 for special and unused ids."""
     source = open_sources(config.sources, config.cache, config.sequence_length, vocab_size)[0]
     sizes = torch.zeros(vocab_size, dtype=torch.int64)
     sizes[: source.manifest["vocab_size"]] = torch.from_numpy(np.load(source.folder / TOKEN_BYTES, allow_pickle=False))
@@ -236,16 +236,16 @@ def _check_launch(config: DataConfig, rank: int, world_size: int) -> None:
     found = {name: os.environ.get(name, assumed.get(name)) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     if found["RANK"] != str(rank) or found["WORLD_SIZE"] != str(world_size) or found["LOCAL_WORLD_SIZE"] is None:
         raise RuntimeError(
-            f"the environment says {found}, this is rank {rank} of {world_size}; start with torchrun, or set RANK, "
+            f"the environment says {found}, but this is rank {rank} of {world_size}; start with torchrun, or set RANK, "
             "WORLD_SIZE and LOCAL_WORLD_SIZE as it does"
         )
     if world_size > 1 and not dist.is_initialized():
-        raise RuntimeError("initialise the process group before the data: `streaming` would start one of its own")
+        raise RuntimeError("initialize the process group before the data; otherwise `streaming` starts one of its own")
     nodes = world_size // int(found["LOCAL_WORLD_SIZE"])
     if config.canonical_nodes % nodes and nodes % config.canonical_nodes:
         raise DataError(
             f"canonical_nodes: {config.canonical_nodes} and the number of nodes, {nodes}, do not divide each other; "
-            f"1 or a multiple of {nodes} would do"
+            f"choose 1 or a multiple of {nodes}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which rows an epoch holds when several prepared folders are mixed.
+"""Choose the rows of an epoch when several prepared folders are mixed.
 
 An epoch has as many rows as all sources together, rounded down to whole global batches, and each source gets its
 weight's share of them. A source whose share is larger than what it has repeats rows within the epoch; one whose share
@@ -35,7 +35,7 @@ class Source:
         if problem := url_problem(self.path):
             problems["path"] = problem
         if not (math.isfinite(self.weight) and self.weight > 0):
-            problems["weight"] = f"{self.weight} is not a positive number; leave a source out that should give nothing"
+            problems["weight"] = f"is {self.weight}; must be above 0; remove the source to read nothing from it"
         if problems:
             raise ValueError(problems)
 
@@ -67,5 +67,7 @@ def rows_per_epoch(num_rows: Sequence[int], weights: Sequence[float], multiple: 
         shares[source] += 1
     for source, share in enumerate(shares):
         if not share:
-            raise DataError(f"sources.{source}.weight: {weights[source]} is less than one row of an epoch of {total}")
+            raise DataError(
+                f"sources.{source}.weight: is {weights[source]}, which gives less than one row of an epoch of {total}"
+            )
     return tuple(shares)

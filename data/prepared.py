@@ -1,4 +1,4 @@
-"""A folder of prepared data: what is in it, and whether all of it is there.
+"""Read and check folders of prepared data.
 
 FOLDER/train/, FOLDER/validation/    MDS: index.json and shards; one sample is one row
 FOLDER/tokenizer.model or .json      the tokenizer that made the rows
@@ -39,7 +39,7 @@ def open_prepared(folder: Path, *, may_lack_shards: bool = False) -> dict[str, A
     _expect_file(tokenizer, "the tokenizer that made the tokens")
     _expect_file(folder / TOKEN_BYTES, "the bytes of text behind each token")
     if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest["tokenizer"]["fingerprint"]:
-        raise DataError(f"{tokenizer}: not the tokenizer that made the tokens beside it; copy the folder again")
+        raise DataError(f"{tokenizer}: is not the tokenizer of the tokens in this folder; copy the folder again")
     for split, facts in manifest["splits"].items():
         _check_split(folder / split, facts, may_lack_shards)
     return manifest
@@ -56,7 +56,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: no such folder of prepared data; {how}")
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(f"{folder}: holds no {MANIFEST}, so it is not a folder of prepared data; {how}")
+        raise DataError(f"{folder}: has no {MANIFEST}, so it is not a folder of prepared data; {how}")
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
@@ -65,12 +65,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not a manifest of prepared data; copy or prepare the folder again")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{path}: has format_version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; "
+            f"{path}: has format_version {manifest.get('format_version')}, but this program reads {FORMAT_VERSION}; "
             "prepare the data again"
         )
     for name in (manifest["tokenizer"]["file"], *manifest["splits"]):
         if Path(name).name != name:  # what is fetched from elsewhere must not be written elsewhere
-            raise DataError(f"{path}: names {name!r}, which is no name of a file beside it; prepare the data again")
+            raise DataError(f"{path}: names {name!r}, which is not a file name in this folder; prepare the data again")
     return manifest
 
 
@@ -85,12 +85,12 @@ def fit_problem(path: str, manifest: dict[str, Any], sequence_length: int, vocab
     """
     if manifest["sequence_length"] != sequence_length:
         return (
-            f"{path}: was prepared with sequence_length {manifest['sequence_length']}, the configuration says "
-            f"{sequence_length}; set data.sequence_length to the former or prepare the text again"
+            f"{path}: was prepared with sequence_length {manifest['sequence_length']}, but the configuration says "
+            f"{sequence_length}; change data.sequence_length, or prepare the text again"
         )
     if manifest["vocab_size"] > vocab_size:
         return (
-            f"{path}: its tokenizer has {manifest['vocab_size']} tokens, the model's vocabulary {vocab_size}; set "
+            f"{path}: its tokenizer has {manifest['vocab_size']} tokens, but the model has {vocab_size}; set "
             f"model.vocab_size to {manifest['vocab_size']} or more"
         )
     return None
@@ -120,11 +120,11 @@ def _check_split(folder: Path, facts: dict[str, Any], may_lack_shards: bool) -> 
         expected, found = shard["raw_data"]["bytes"], path.stat().st_size
         if expected != found:
             raise DataError(
-                f"{path}: {found} bytes, where {INDEX} says {expected}; the copy is incomplete or damaged: copy or "
+                f"{path}: has {found} bytes, but {INDEX} says {expected}; the copy is incomplete or damaged: copy or "
                 "prepare the folder again"
             )
     if (rows := sum(shard["samples"] for shard in shards)) != facts["rows"]:
-        raise DataError(f"{folder / INDEX}: lists {rows} rows, where {MANIFEST} says {facts['rows']}; copy both again")
+        raise DataError(f"{folder / INDEX}: lists {rows} rows, but {MANIFEST} says {facts['rows']}; copy both again")
     if hashlib.sha256((folder / INDEX).read_bytes()).hexdigest() != facts["fingerprint"]:
         raise DataError(f"{folder / INDEX}: changed since {MANIFEST} was written; copy or prepare the folder again")
 

@@ -1,4 +1,4 @@
-"""A corpus that every machine already has: the source code of Python's own standard library.
+"""Read a corpus that every machine has: the source code of Python's standard library.
 
 It needs no download and no licence question, is real text with long-range structure, and at about 10 MB is just big
 enough to see a small model learn. It differs between versions of Python, so losses on it compare within one version.

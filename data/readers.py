@@ -1,4 +1,4 @@
-"""Documents from files, folders, Hugging Face datasets and the quickstart corpus.
+"""Read documents from files, folders, Hugging Face data sets and the quickstart corpus.
 
 An input is one of:
 
@@ -60,7 +60,7 @@ def read_documents(inputs: Sequence[str]) -> Iterator[Document]:
             is_empty = False
             yield document
     if is_empty:
-        raise DataError(f"{', '.join(inputs)}: no text in there")
+        raise DataError(f"{', '.join(inputs)}: contains no text")
 
 
 def check_input(source: str) -> None:
@@ -92,7 +92,7 @@ def _find_files(path: Path) -> list[Path]:
         inside = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in READERS]
         found = sorted(f for f in inside if not any(part.startswith(".") for part in f.relative_to(path).parts))
         if not found:
-            raise DataError(f"{path}: no file in this folder can be read; the kinds that can are {kinds}")
+            raise DataError(f"{path}: this folder has no file of a known kind; known are {kinds}")
         return found
     if not path.exists():
         raise DataError(
@@ -100,7 +100,7 @@ def _find_files(path: Path) -> list[Path]:
             f"{quickstart_corpus.NAME}"
         )
     if _suffix(path) not in READERS:
-        raise DataError(f"{path}: cannot read this kind of file; the kinds that can be read are {kinds}")
+        raise DataError(f"{path}: this kind of file is not known; choose one of {kinds}")
     return [path]
 
 
@@ -116,7 +116,7 @@ def _check_encodable(document: Document) -> None:
     except UnicodeEncodeError as error:
         lone = ascii(document.text[error.start])
         raise DataError(
-            f"{document.origin}: half of a surrogate pair ({lone}), which is not text; repair it"
+            f"{document.origin}: contains half of a surrogate pair ({lone}), which is not text; repair it"
         ) from error
 
 
@@ -179,9 +179,7 @@ def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[Document]:
         except StopIteration:
             return
         except Exception as error:  # each decompressor has its own kind
-            raise DataError(
-                f"{origin}: cannot be decompressed further; the file is damaged or cut ({error})"
-            ) from error
+            raise DataError(f"{origin}: cannot be decompressed; the file is damaged or truncated ({error})") from error
         if not line.strip():
             continue
         try:
@@ -193,12 +191,12 @@ def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[Document]:
 
 def _text_of(record: Any, origin: str) -> str:
     if not isinstance(record, dict):
-        raise DataError(f'{origin}: a line is an object with the key "{TEXT_KEY}", not {type(record).__name__}')
+        raise DataError(f'{origin}: a line must be an object with the key "{TEXT_KEY}", not {type(record).__name__}')
     if TEXT_KEY not in record:
-        raise DataError(f'{origin}: no key "{TEXT_KEY}"; the keys there are {sorted(record)}')
+        raise DataError(f'{origin}: has no key "{TEXT_KEY}"; its keys are {sorted(record)}')
     text = record[TEXT_KEY]
     if not isinstance(text, str):
-        raise DataError(f'{origin}: "{TEXT_KEY}" is {type(text).__name__} where text is needed')
+        raise DataError(f'{origin}: "{TEXT_KEY}" is {type(text).__name__}; must be text')
     return text
 
 
@@ -209,11 +207,11 @@ def _read_parquet(path: Path) -> Iterator[Document]:
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a parquet file, or one that is cut ({error})") from error
+        raise DataError(f"{path}: is not a Parquet file, or is truncated ({error})") from error
     with file:
         columns = file.schema_arrow.names
         if TEXT_KEY not in columns:
-            raise DataError(f'{path}: no column "{TEXT_KEY}"; the columns there are {sorted(columns)}')
+            raise DataError(f'{path}: has no column "{TEXT_KEY}"; its columns are {sorted(columns)}')
         row = 0
         for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[TEXT_KEY]):
             for value in batch.column(0).to_pylist():

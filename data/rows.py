@@ -1,4 +1,4 @@
-"""`streaming.StreamingDataset`, made to fail loudly.
+"""Read rows with `streaming.StreamingDataset`, and fail loudly.
 
 As it is, a failed download ends the epoch early and without an error in the process that meets it, and makes every
 other process of the machine wait for that shard for ever; a download that was damaged on the way stays in the cache.

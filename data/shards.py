@@ -1,4 +1,4 @@
-"""Text to token shards: `prepare` reads documents, tokenizes them and writes rows of tokens in the MDS format.
+"""Turn text into token shards: `prepare` reads documents, tokenizes them and writes rows of tokens in the MDS format.
 
 The documents of a split are joined into one stream, `end_of_document` before the first and after each. A row is
 sequence_length + 1 tokens of it and its last token is the first of the next row, so that every token of every document
@@ -49,7 +49,7 @@ SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and o
 
 @dataclass(frozen=True, slots=True)
 class PrepareProgress:
-    """How far `prepare` is."""
+    """The progress of `prepare`."""
 
     stage: str
     """`tokenizer` while one is trained, then `tokens`."""
@@ -87,7 +87,7 @@ def prepare(
             written.
     """
     if sequence_length < 1:
-        raise DataError(f"sequence_length: {sequence_length} is too short; 1 is the least")
+        raise DataError(f"sequence_length: is {sequence_length}; must be 1 or more")
     out = Path(os.path.abspath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +138,12 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file():
-        raise DataError(f"{out}: exists and is not a folder of prepared data; choose another --out, or remove it")
+        raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")
     manifest = open_prepared(out)
     there, wanted = manifest["options"], _options(config, sequence_length)
     differing = [f"{key} (there {there[key]!r}, wanted {wanted[key]!r})" for key in wanted if there[key] != wanted[key]]
     if differing:
-        raise DataError(f"{out}: was prepared with other {'; '.join(differing)}; choose another folder, or remove it")
+        raise DataError(f"{out}: was prepared with a different {'; '.join(differing)}; choose another, or remove it")
     return manifest
 
 

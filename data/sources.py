@@ -1,4 +1,4 @@
-"""Where the files of a source are: in its folder, or, of a remote one, in a cache that is filled as needed."""
+"""Find the files of a source: in its folder or, for a remote source, in a cache that is filled as needed."""
 
 import contextlib
 import fcntl
@@ -33,7 +33,7 @@ from data.urls import redacted
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source whose manifest, tokenizer and indexes are on this machine and checked."""
+    """A source whose manifest, tokenizer and indexes are on this machine and have been checked."""
 
     source: Source
     folder: Path
@@ -134,7 +134,7 @@ def open_sources(
             raise DataError(problem)
         if manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
             raise DataError(
-                f"{path}: was prepared with another tokenizer than {first.source.path}; prepare it again with "
+                f"{path}: was prepared with a different tokenizer than {first.source.path}; prepare it again with "
                 f"--tokenizer {first.tokenizer_path}"
             )
     return opened

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, and how many bytes of text each token stands for.
+"""Turn text into token ids and back, and count the bytes of text that each token stands for.
 
 Two kinds of file are read: SentencePiece models (`*.model`) and Hugging Face tokenizers (`*.json`). New ones are
 trained with SentencePiece so that they lose nothing: identity normalisation, no dummy prefix, no whitespace removed,
@@ -34,7 +34,7 @@ SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so a li
 
 
 class Tokenizer(Protocol):
-    """What the rest of the system needs of a tokenizer."""
+    """The interface of a tokenizer."""
 
     path: Path
     vocab_size: int
@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self) -> "NDArray[np.int32]":
-        """Return the number of UTF-8 bytes of text behind each token, shape [vocab_size]; 0 for special tokens.
+        """Return the number of UTF-8 bytes that each token stands for, shape [vocab_size]; 0 for special tokens.
 
         For a tokenizer trained here the sum over `encode(text)` is `len(text.encode())` exactly.
         """
@@ -76,15 +76,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
         if not found:
-            raise DataError(f"{path}: holds neither tokenizer.model nor tokenizer.json")
+            raise DataError(f"{path}: has neither tokenizer.model nor tokenizer.json")
         path = found[0]
     if not path.is_file():
-        raise DataError(f"{path}: no such tokenizer file; give a SentencePiece .model, a tokenizer.json or bpe:VOCAB")
+        raise DataError(f"{path}: no such tokenizer file; name a SentencePiece .model, a tokenizer.json or bpe:VOCAB")
     if path.suffix == ".model":
         return _SentencePieceTokenizer(path)
     if path.suffix == ".json":
         return _HuggingFaceTokenizer(path)
-    raise DataError(f"{path}: a tokenizer is a SentencePiece .model or a Hugging Face .json file, not {path.suffix!r}")
+    raise DataError(f"{path}: must be a SentencePiece .model or a Hugging Face .json file, not {path.suffix!r}")
 
 
 class _FileFingerprint:
@@ -109,7 +109,7 @@ class _SentencePieceTokenizer(_FileFingerprint):
         self.vocab_size: int = self._model.vocab_size()
         self.end_of_document: int = self._model.eos_id()
         if self.end_of_document < 0:
-            raise DataError(f"{path}: has no end-of-sentence token; train it with eos_id, or name a tokenizer that has")
+            raise DataError(f"{path}: has no end-of-sentence token; train it with eos_id, or name another")
         mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark_ids = mark if all(self._model.is_byte(i) for i in mark) else None
 
@@ -246,12 +246,14 @@ def train_tokenizer(documents: Iterable[str], spec: str, out_path: Path) -> None
         )
     except RuntimeError as error:
         if "!sentences_.empty()" in str(error):
-            raise DataError(f"{spec}: there is no text to train a tokenizer on") from error
+            raise DataError(f"{spec}: there is no text to train the tokenizer on") from error
         if largest := re.search(r"set it to a value <= (\d+)", str(error)):
             raise DataError(
-                f"{spec}: the text gives at most {largest[1]} tokens; {kind}:{largest[1]} would do"
+                f"{spec}: the text gives at most {largest[1]} tokens; choose {kind}:{largest[1]} or less"
             ) from error
         if smallest := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
-            raise DataError(f"{spec}: bytes and single characters alone are {smallest[1]} tokens; use more") from error
-        raise DataError(f"{spec}: could not be trained on this text ({error})") from error
+            raise DataError(
+                f"{spec}: bytes and single characters alone need {smallest[1]} tokens; choose a larger vocabulary"
+            ) from error
+        raise DataError(f"{spec}: cannot be trained on this text ({error})") from error
     out_path.write_bytes(model.getvalue())

@@ -1,4 +1,4 @@
-"""A tokenizer's files for Hugging Face Transformers, that give the very ids the model was trained on.
+"""Write a tokenizer's files for Hugging Face Transformers, with exactly the ids that the model was trained on.
 
 A SentencePiece BPE model with byte fallback becomes a `tokenizer.json` in which
 
@@ -44,7 +44,9 @@ def tokenizer_files(path: Path, *, vocab_size: int, max_sequence_length: int) ->
     """
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
-        raise DataError(f"{path}: has {tokenizer.vocab_size} tokens, and the model only {vocab_size}; name its own")
+        raise DataError(
+            f"{path}: has {tokenizer.vocab_size} tokens, but the model has only {vocab_size}; pass its tokenizer"
+        )
     path, end = tokenizer.path, tokenizer.end_of_document
     if path.suffix == ".model":
         definition, copy = _from_sentencepiece(path), {"tokenizer.model": path.read_bytes()}

@@ -1,4 +1,4 @@
-"""Makes a torchvision that was built for another torch importable.
+"""Make a torchvision that was built for another torch importable.
 
 The package index's torchvision is a CUDA build. Beside a CPU-only torch its compiled part cannot be loaded, and
 `import torchvision` ends in `RuntimeError: operator torchvision::nms does not exist`, because its Python part registers

@@ -1,4 +1,4 @@
-"""URLs of stores, which end up in configurations, logs and messages: no secret may be in them."""
+"""Check URLs of object stores: they end up in configurations, logs and messages, so they may hold no secret."""
 
 import re
 

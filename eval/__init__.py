@@ -1,1 +1,1 @@
-"""Measures a model: held-out text in bits per byte, samples."""
+"""Measure a model: bits per byte of held-out text, multiple-choice tasks, samples."""

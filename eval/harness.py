@@ -1,4 +1,4 @@
-"""A model of ours in the hands of lm-evaluation-harness (pinned: 0.4.13), and its tasks in ours.
+"""Connect models to lm-evaluation-harness (pinned: 0.4.13), and its tasks to Tritrain's scorer.
 
 `HarnessModel` is what that calls a model: any of its tasks that compares log-likelihoods runs on one. It needs no more
 of the model than `eval.rows.Scorer` has. To lm-evaluation-harness every rank seems to be alone; ranks share the work
@@ -69,16 +69,16 @@ class HarnessModel(TemplateLM):
         return [(sum(next(found) for _ in pieces), None) for pieces in rows]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Not there: `eval.perplexity` measures texts."""
+        """Not supported: `eval.perplexity` measures texts."""
         raise NotImplementedError("perplexity of texts is measured by `tritrain perplexity`")
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Not there."""
-        raise NotImplementedError("tasks that let the model write are not run; those that compare answers are")
+        """Not supported."""
+        raise NotImplementedError("tasks with generated answers are not supported; choose multiple-choice tasks")
 
 
 def ask(task: Any, model: TemplateLM) -> list[Answered]:
-    """Let a model answer the examples of a multiple-choice task of lm-evaluation-harness."""
+    """Score a model on the examples of a multiple-choice task of lm-evaluation-harness."""
     examples = list(task.eval_docs)
     requests = [
         task.construct_requests(example, task.fewshot_context(example, num_fewshot=0), metadata=(task.task_name, n, 1))
@@ -106,6 +106,6 @@ def answer_rows(
     separately: bool,
     advance: Callable[[int], None] = lambda num_rows: None,
 ) -> list[Answered]:
-    """Let a model answer the examples of `eval.tasks.load_rows`; a collective."""
+    """Score a model on the examples of `eval.tasks.load_rows`; a collective."""
     model = HarnessModel(scorer, tokenizer, separately=separately, advance=advance)
     return ask(harness_task(label, rows), model)

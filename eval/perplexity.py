@@ -1,4 +1,4 @@
-"""Loss on held-out text, per token and per byte.
+"""Measure the loss on text, per token and per byte.
 
 Bits per byte compare models with different tokenizers: the negative log-likelihood of the text, in bits, over its
 length in UTF-8 bytes (arXiv 2101.00027, section 3.1). Tokens that stand for no text (end of document) count in neither.
@@ -71,7 +71,7 @@ TOKENS_AT_ONCE = 64 * BATCH_TOKENS
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Loss on text, of which every token counts and no end of a document does."""
+    """Loss on text; every token counts, except ends of documents."""
 
     nats: float
     num_tokens: int
@@ -120,7 +120,7 @@ def text_loss(
         advance(numbers[1])
     num_tokens, num_bytes, num_documents = counted
     if not num_tokens:
-        raise ValueError("there is no text in it")
+        raise ValueError("it contains no text")
     return TextLoss(math.fsum(nats), num_tokens, num_bytes, num_documents)
 
 

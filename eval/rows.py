@@ -1,4 +1,4 @@
-"""Log-likelihoods of token rows of any length, in batches whose shapes depend on no choice.
+"""Compute log-likelihoods of token rows of any length, in batches whose shapes do not depend on options.
 
 The last bits of a matrix product depend on its shape, and in a ternary model a last bit can turn the code of an
 activation, and with it a score. So the shape of a batch follows from the length of its rows alone: they are padded to
@@ -26,14 +26,14 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens, and for each the token behind it that is to be predicted, or -100 where that does not count."""
+    """Tokens, and for each the next token, which is to be predicted, or -100 where that does not count."""
 
     tokens: Tokens
     labels: Tokens
 
 
 def continuation_rows(context: Sequence[int], continuation: Sequence[int], window_tokens: int) -> list[Row]:
-    """The rows in which a continuation counts, behind as much of its context as the window holds, one token at least.
+    """The rows in which a continuation counts, after as much of its context as the window holds, at least one token.
 
     It is one row where the window holds the continuation. A longer one is cut into pieces of half a window, each in a
     row of its own, behind as much of all before it as the window holds; the sum over the rows is that of the whole.
@@ -42,7 +42,7 @@ def continuation_rows(context: Sequence[int], continuation: Sequence[int], windo
         ValueError: one of both is empty.
     """
     if not context or not continuation:
-        raise ValueError(f"a continuation of {len(continuation)} tokens behind {len(context)} has nothing to score")
+        raise ValueError(f"a continuation of {len(continuation)} tokens after {len(context)} has nothing to score")
     size = window_tokens if len(continuation) <= window_tokens else max(1, window_tokens // 2)
     rows = []
     for first in range(0, len(continuation), size):

@@ -1,4 +1,4 @@
-"""Text that a model writes: with a key-value cache, or, where several ranks share the model, without one."""
+"""Generate text: with a key-value cache or, if several ranks share the model, without one."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
@@ -43,7 +43,9 @@ def generate(
         )
     context = model.config.max_sequence_length
     if len(prompt) >= context:
-        raise ValueError(f"the prompt has {len(prompt)} tokens; the model's context is {context}, its answer included")
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens, but the model's context is {context}, including its answer"
+        )
     max_tokens = min(max_tokens, context - len(prompt))
     cache, device = model.new_cache(1, len(prompt) + max_tokens), model.head.device
 

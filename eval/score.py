@@ -1,4 +1,4 @@
-"""From log-likelihoods of answers to scores, with standard errors.
+"""Turn log-likelihoods of answers into scores with standard errors.
 
 Accuracy takes the answer with the largest log-likelihood, length-normalised accuracy the one with the largest per
 character of the answer, as OLMo's in-loop evaluation and lm-evaluation-harness do. F1 is that of one answer. The
@@ -19,7 +19,7 @@ POSITIVE = "yes"
 
 @dataclass(frozen=True)
 class Answered:
-    """An example with what a model makes of it."""
+    """An example with the log-likelihoods that a model gives its answers."""
 
     answers: tuple[str, ...]
     """What is scored, without the space in front of it."""

@@ -28,7 +28,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Definition:
-    """What a task is, whatever its prompts look like."""
+    """A task, independent of its style of prompt."""
 
     metric: str
     """`acc`, `acc_norm` (length-normalised) or `f1`."""
@@ -90,7 +90,7 @@ def choose_tasks(names: Iterable[str]) -> list[Task]:
         if label not in labels:
             near = get_close_matches(label, labels, n=1, cutoff=0.0)[0]
             there = ", ".join(labels[: len(labels) // 2])
-            raise ValueError(f"there is no task {label!r}; did you mean {near}? {there} are there, and with {HARNESS}")
+            raise ValueError(f"task {label!r} is not known; did you mean {near}? choose {there}, and with {HARNESS}")
         name = label.removesuffix(HARNESS)
         for member in DEFINITIONS if name == GROUP else [name]:
             task = Task(member, label.endswith(HARNESS))
@@ -131,8 +131,8 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise DataError(
-            f"{path}: is not there. --task-data (evaluation.task_data) names a folder with a file TASK_SPLIT.jsonl for "
-            "each task; without it data sets come from the Hugging Face hub"
+            f"{path}: does not exist. --task-data (evaluation.task_data) names a folder with a file TASK_SPLIT.jsonl "
+            "for each task; without it data sets come from the Hugging Face hub"
         )
     rows = []
     with path.open(encoding="utf-8") as lines:
@@ -142,7 +142,7 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
                 options = row["contexts"] if "contexts" in row else row["choices"]
                 texts = [*options, row["continuation"] if "contexts" in row else row["query"]]
                 if not all(isinstance(text, str) for text in texts) or "" in options:
-                    raise TypeError("choices must be texts")
+                    raise TypeError("choices must be strings")
                 if type(row["gold"]) is not int or not 0 <= row["gold"] < len(options):
                     raise TypeError(f"gold is {row['gold']!r}; must be the index of one of {len(options)} choices")
             except (ValueError, KeyError, TypeError) as error:
@@ -150,7 +150,7 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
                 raise DataError(f"{path}:{number}: not an example of a task: {what}") from error
             rows.append(row)
     if not rows:
-        raise DataError(f"{path}: holds no example")
+        raise DataError(f"{path}: contains no example")
     return rows
 
 
@@ -171,7 +171,7 @@ def rows_of_hub(task: Task) -> list[dict[str, Any]]:
     except Exception as error:  # of `datasets`, of the hub's client and of what these use, of many kinds
         raise DataError(
             f"{task.label}: its data set cannot be loaded from the Hugging Face hub ({type(error).__name__}: {error}). "
-            "Where there is no network, --task-data (evaluation.task_data) names a folder of local copies"
+            "Without a network, --task-data (evaluation.task_data) names a folder of local copies"
         ) from error
     assert isinstance(theirs, ConfigurableTask)
     docs = theirs.test_docs() if task.split == "test" else theirs.validation_docs()

@@ -1,1 +1,1 @@
-"""The transformer as a maths paper: no environment, no process groups, no precision, no quantization."""
+"""The transformer, written like a math paper: no environment, no process groups, no precision, no quantization."""

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a model has seen, so that the next token costs no more than itself.
+"""Key-value cache: keys and values of earlier tokens are kept, so that only the next token is computed.
 
 Dimensions: B sequences, K key-value heads, S tokens that there is room for, T new tokens, E width of a head.
 """
@@ -21,7 +21,7 @@ class LayerCache:
         """
         first, end, room = self.num_tokens, self.num_tokens + k_BKTE.shape[2], self._keys_BKSE.shape[2]
         if end > room:
-            raise ValueError(f"the cache has room for {room} tokens and would hold {end}")
+            raise ValueError(f"the cache has room for {room} tokens, but {end} are needed")
         self._keys_BKSE[:, :, first:end], self._values_BKSE[:, :, first:end] = k_BKTE, v_BKTE
         self.num_tokens = end
         return self._keys_BKSE[:, :, :end], self._values_BKSE[:, :, :end]
@@ -35,5 +35,5 @@ class KeyValueCache:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are in it."""
+        """Number of tokens in the cache."""
         return self.layers[0].num_tokens

@@ -63,24 +63,24 @@ class ModelConfig:
         for name in (*counts, "intermediate_size", "max_sequence_length", "loss_chunk_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                problems[name] = f"{value} is too small; 1 is the least"
+                problems[name] = f"is {value}; must be 1 or more"
         for name in ("norm_eps", "rope_theta", "init_std"):
             if getattr(self, name) <= 0:
-                problems[name] = f"{getattr(self, name)} must be above 0"
+                problems[name] = f"is {getattr(self, name)}; must be above 0"
         if self.z_loss < 0:
-            problems["z_loss"] = f"{self.z_loss} must not be negative; 0 turns it off"
+            problems["z_loss"] = f"is {self.z_loss}; must be 0 (off) or more"
         if not problems:
             if self.hidden_size % self.num_heads and self.head_dim is None:
                 problems["num_heads"] = (
-                    f"{self.num_heads} does not divide hidden_size {self.hidden_size} and head_dim is not given; "
-                    f"{_divisors_near(self.hidden_size, self.num_heads)} would"
+                    f"{self.num_heads} does not divide hidden_size {self.hidden_size} and head_dim is not set; "
+                    f"choose {_divisors_near(self.hidden_size, self.num_heads)}"
                 )
             elif self.head_width % 2:
-                problems["head_dim"] = f"{self.head_width} is odd, and rotary positions turn pairs; take an even one"
+                problems["head_dim"] = f"{self.head_width} is odd, but rotary positions need pairs; choose an even one"
             if self.num_heads % self.kv_heads:
                 problems["num_kv_heads"] = (
                     f"{self.kv_heads} does not divide num_heads {self.num_heads}; "
-                    f"{_divisors_near(self.num_heads, self.kv_heads)} would"
+                    f"choose {_divisors_near(self.num_heads, self.kv_heads)}"
                 )
         if problems:
             raise ValueError(problems)
@@ -134,7 +134,7 @@ class DistillationConfig:
             if value is not None and value < 0:
                 problems[name] = f"is {value}; must be 0 or more"
         if self.relation_layer is not None and not self.relation_weight:
-            problems["relation_layer"] = f"is {self.relation_layer}, but relation_weight is 0: nothing is compared"
+            problems["relation_layer"] = f"is {self.relation_layer}, but has no effect while relation_weight is 0"
         if problems:
             raise ValueError(problems)
 

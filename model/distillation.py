@@ -1,4 +1,4 @@
-"""What a student learns from a teacher besides its text: BitDistill (arXiv 2510.13998, section 3.3) for pretraining.
+"""Distillation from a teacher during pretraining: BitDistill (arXiv 2510.13998, section 3.3).
 
 The loss is L = L_CE + weight * T^2 * L_LD + relation_weight * L_AD (eq. 13): cross-entropy, the divergence from the
 teacher's predictions (eq. 8 and 9, `model.loss.distillation_loss`), and the divergence from its attention relations at
@@ -22,10 +22,10 @@ from model.config import DistillationConfig
 
 
 class Lesson(NamedTuple):
-    """What a teacher says of one micro-batch, without gradient."""
+    """The teacher's outputs for one micro-batch, without gradient."""
 
     hidden: Tensor
-    """Behind its last norm, `[B, T, D]`."""
+    """Hidden states after the last norm, `[B, T, D]`."""
     head: Tensor
     """Its output head, `[V, D]`."""
     relations: tuple[Tensor, ...]

@@ -1,4 +1,4 @@
-"""The architecture in llama.cpp's words: which of its graphs computes the same, and under which names and keys.
+"""Describe the architecture for llama.cpp: the graph that computes the same, with its names and keys.
 
 Its graphs (github.com/ggml-org/llama.cpp, `src/models`) fix more than a GGUF file says: the activation, which norms
 there are, whether the head is the embedding. A tensor that a graph does not know stops the loading, a different
@@ -51,14 +51,14 @@ def gguf_architecture(config: ModelConfig) -> str:
     name = next((name for name in ARCHITECTURES if FAMILIES[name] == traits), None)
     if name is None:
         combination = ", ".join(f"{trait} {value}" for trait, value in zip(TRAITS, traits, strict=True))
-        raise ValueError(f"llama.cpp has no graph with {combination}; {', '.join(ARCHITECTURES)} have others")
+        raise ValueError(f"llama.cpp has no graph with {combination}; its graphs are {', '.join(ARCHITECTURES)}")
     if config.activation != "silu":
         raise ValueError(
             f"llama.cpp's graph {name} always computes SiLU and would load a model with activation "
             f"{config.activation} without a word, and be wrong"
         )
     if name == "bitnet" and not config.tie_embeddings:
-        raise ValueError("llama.cpp's graph bitnet (SubLN) takes the embedding as its head, and this model has another")
+        raise ValueError("llama.cpp's graph bitnet (SubLN) uses the embedding as its head, but this model has another")
     heads = config.num_heads * config.head_width
     if name in HEADS_AS_WIDE_AS_HIDDEN and heads != config.hidden_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The architecture in Hugging Face's words: a `config.json` becomes a `ModelConfig` and back.
+"""Convert Hugging Face's `config.json` to a `ModelConfig` and back.
 
 The parameters have Hugging Face's names already (see `model.transformer`), so what is left is to map the configuration
 and to refuse what one side cannot express: a key that changes what the model computes is never passed over.
@@ -110,7 +110,7 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         or rope.keys() - {"rope_type", "rope_theta"}
         or rope.get("rope_type") not in (None, "default")
     ):
-        problems.append(f"rope_parameters {rope!r}: only rope_type 'default' is there")
+        problems.append(f"rope_parameters {rope!r}: only rope_type 'default' is supported")
     else:
         given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
     problems += _value_problems(given)
@@ -126,7 +126,7 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         {str(each) for each in layer_types} if isinstance(layer_types, list) else {str(layer_types or "full_attention")}
     )
     if others := others - {"full_attention"}:
-        problems.append(f"layer_types {', '.join(sorted(others))}: only full_attention is there")
+        problems.append(f"layer_types {', '.join(sorted(others))}: only full_attention is supported")
     if not problems:
         fields = {field: given[key] for field, key in FIELD_KEYS.items()}
         fields |= {field: float(fields[field]) for field, kind in KINDS.items() if kind is float}
@@ -137,7 +137,7 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
             return ModelConfig(**fields)
         except ValueError as error:
             problems = [f"{FIELD_KEYS[field]}: {problem}" for field, problem in error.args[0].items()]
-    raise ValueError("this config.json cannot be expressed:\n" + "\n".join(f"  {line}" for line in problems))
+    raise ValueError("this config.json is not supported:\n" + "\n".join(f"  {line}" for line in problems))
 
 
 def _value_problems(given: Mapping[str, Any]) -> list[str]:
@@ -153,7 +153,7 @@ def _value_problems(given: Mapping[str, Any]) -> list[str]:
         if not fits or (kind in (int, float) and not -LARGEST < value < LARGEST):
             problems.append(f"{key} {value!r}: is no {kind.__name__}")
     if given["hidden_act"] not in ("silu", "relu2"):
-        problems.append(f"hidden_act {given['hidden_act']!r}: only silu and relu2 are there")
+        problems.append(f"hidden_act {given['hidden_act']!r}: not known; silu and relu2 are")
     return problems
 
 
@@ -168,7 +168,7 @@ def config_to_hf(
     family = next((family for family, values in FAMILIES.items() if values == traits), None)
     if family is None:
         combination = ", ".join(f"{trait} {value}" for trait, value in zip(TRAITS, traits, strict=True))
-        raise ValueError(f"no Hugging Face family has {combination}; these have others: {', '.join(CLASS_PREFIXES)}")
+        raise ValueError(f"no Hugging Face family has {combination}; known families are {', '.join(CLASS_PREFIXES)}")
     heads = config.num_heads * config.head_width
     if family in ("olmo", "olmo2", "bitnet") and heads != config.hidden_size:
         raise ValueError(

@@ -159,7 +159,7 @@ def distillation_loss(
     """
     teacher_hidden_ND, teacher_weight_VD = teacher
     if len(teacher_weight_VD) != len(weight_VD):
-        raise ValueError(f"the teacher has {len(teacher_weight_VD)} words, the student {len(weight_VD)}")
+        raise ValueError(f"the teacher has {len(teacher_weight_VD)} tokens, but the student has {len(weight_VD)}")
     if not torch.is_grad_enabled():
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     teacher = teacher_hidden_ND.detach(), teacher_weight_VD.detach()

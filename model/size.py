@@ -1,4 +1,4 @@
-"""How large a model is: parameters, FLOPs and activations as functions of its configuration, without a tensor.
+"""Compute the size of a model from its configuration: parameters, FLOPs and activations.
 
 Dimensions in names and formulas: T tokens of a sequence, D hidden, F intermediate, V vocabulary, L layers, H query
 heads, K key-value heads, E width of a head.

@@ -2,7 +2,7 @@
 
 One definition covers the families whose checkpoints it reads and writes, and the parameters carry the names that these
 have in Hugging Face Transformers: Llama (arXiv 2302.13971: pre-norm, RMSNorm, SwiGLU, rotary positions), OLMo
-(2402.00838: LayerNorm without parameters), OLMo 2 (2501.00656: norms behind the sublayers, and on queries and keys),
+(2402.00838: LayerNorm without parameters), OLMo 2 (2501.00656: norms after the sublayers, and on queries and keys),
 Qwen2 (2407.10671: biases on queries, keys and values), Qwen3 (2505.09388: queries and keys normalised per head) and
 BitNet b1.58 2B4T (2504.12285: squared ReLU and SubLN).
 In bfloat16 as in float32 every operation rounds where the family's does, so that a model computes the same bits here
@@ -17,7 +17,7 @@ Dimensions in names: B sequences, T tokens of a sequence, N = B * T rows, D hidd
 H query heads, K key-value heads, E width of a head.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +162,7 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = norm(config.hidden_size, config)
 
     def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Return the residual stream behind this block, `[B, T, D]`."""
+        """Return the residual stream after this block, `[B, T, D]`."""
         if self.norm_position == "pre":
             x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE, cache)
             # Hugging Face's name for it; before the MLP is where it stands.
@@ -182,11 +182,11 @@ class Decoder(nn.Module):
         self.norm = NORMS[config.norm](config.hidden_size, config)
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return the normalised residual stream behind the last block, `[B, T, D]`; the cache gets the tokens."""
+        """Return the normalized residual stream after the last block, `[B, T, D]`; the cache is extended."""
         num_tokens, before = tokens_BT.shape[1], 0 if cache is None else cache.num_tokens
         if (length := before + num_tokens) > self.config.max_sequence_length:
             raise ValueError(
-                f"a sequence has {length} tokens and max_sequence_length is {self.config.max_sequence_length}"
+                f"a sequence has {length} tokens, but max_sequence_length is {self.config.max_sequence_length}"
             )
         x_BTD = self.embed_tokens(tokens_BT)
         cos_TE, sin_TE = rotary_tables(self.config, num_tokens, tokens_BT.device, before)
@@ -195,6 +195,24 @@ class Decoder(nn.Module):
         for depth, block in enumerate(self.layers):
             x_BTD = block(x_BTD, cos_TE, sin_TE, *(() if cache is None else (cache.layers[depth],)))
         return self.norm(x_BTD)
+
+
+class Output(NamedTuple):
+    """The result of every forward pass of a `Transformer`: one of the first three, and None for what was not asked for.
+
+    Losses are float32 (float64 where the parameters are), in nats.
+    """
+
+    logits: Tensor | None = None
+    """`[B, T, V]`, in the parameters' dtype."""
+    loss: Tensor | None = None
+    """What training minimizes, 0-dim: the mean cross-entropy of the labels that count, plus the z-loss; with a teacher
+    also the weighted divergences."""
+    token_nll: Tensor | None = None
+    """Cross-entropy of every label, in the shape of the labels, 0 at -100; without z-loss and without gradient."""
+    parts: Tensor | None = None
+    """With a teacher, `[3]`, without gradient and unweighted: cross-entropy, divergence from the teacher's predictions,
+    and from its attention relations."""
 
 
 class Transformer(nn.Module):
@@ -218,41 +236,41 @@ class Transformer(nn.Module):
         labels_BT: Tensor | None = None,
         reduction: Literal["mean", "none"] = "mean",
         teacher: Lesson | None = None,
-    ) -> Tensor:
-        """Logits, the training loss, or the loss of every token.
+    ) -> Output:
+        """Compute logits, the training loss, or the loss of every token.
 
-        `labels_BT[b, t]` is the token that follows `tokens_BT[b, :t + 1]`, so the caller shifts; -100 is left out.
-
-        Without labels the result is logits, `[B, T, V]`, in the parameters' dtype. With reduction "mean" it is the mean
-        cross-entropy in nats over the labels that count plus the z-loss, a float32 scalar. With "none" it is the
-        cross-entropy of every token, `[B, T]`, float32, 0 at -100, without z-loss and without gradient; labels may then
-        be `[B, T, A]`, A for each place, as is the result. (Where the parameters are float64, so is the loss.)
-
-        With a teacher's lesson on the same tokens the result is `[4]`: the training loss, then its parts, without
-        gradient: cross-entropy, divergence from the teacher's predictions, and from its attention relations.
+        Args:
+            tokens_BT: int64.
+            labels_BT: `labels_BT[b, t]` is the token that follows `tokens_BT[b, :t + 1]`, so the caller shifts; -100 is
+                left out. Without labels the output has `logits`.
+            reduction: with "mean" the output has `loss`, with "none" it has `token_nll`; labels may then be
+                `[B, T, A]`, A for each place.
+            teacher: a lesson on the same tokens, for reduction "mean"; the output then has `parts` too.
         """
         if teacher is not None and labels_BT is not None:
             return self._taught(tokens_BT, labels_BT, teacher)
         hidden_BTD, head_VD = self.model(tokens_BT), self.head
         if labels_BT is None:
-            return F.linear(hidden_BTD, head_VD)
+            return Output(logits=F.linear(hidden_BTD, head_VD))
         hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten(0, 1)
         if reduction == "none":
-            return token_nll(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens).view_as(labels_BT)
-        return linear_cross_entropy(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens, self.config.z_loss)
+            nll_N = token_nll(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens)
+            return Output(token_nll=nll_N.view_as(labels_BT))
+        chunk_tokens, z_loss = self.config.loss_chunk_tokens, self.config.z_loss
+        return Output(loss=linear_cross_entropy(hidden_ND, head_VD, labels_N, chunk_tokens, z_loss))
 
     def new_cache(self, batch_size: int, capacity_tokens: int) -> KeyValueCache:
-        """An empty cache with room for so many tokens of each sequence: 2 * L * B * K * S * E elements."""
+        """Make an empty cache for `capacity_tokens` tokens of each sequence: 2 * L * B * K * S * E elements."""
         shape = (batch_size, self.config.kv_heads, capacity_tokens, self.config.head_width)
         like = self.head
         return KeyValueCache([LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in self.model.layers])
 
     @torch.no_grad()
     def next_logits(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits of what follows the tokens, `[B, V]`, which follow those in the cache and become part of it."""
+        """Logits of the next token, `[B, V]`; `tokens_BT` follow those in the cache and are added to it."""
         return F.linear(self.model(tokens_BT, cache)[:, -1], self.head)
 
-    def _taught(self, tokens_BT: Tensor, labels_BT: Tensor, lesson: Lesson) -> Tensor:
+    def _taught(self, tokens_BT: Tensor, labels_BT: Tensor, lesson: Lesson) -> Output:
         hidden_BTD, relations = self._hidden_and_relations(tokens_BT, lesson.config, self.config.num_layers)
         loss, nll, divergence = distillation_loss(
             hidden_BTD.flatten(0, 1),
@@ -268,11 +286,11 @@ class Transformer(nn.Module):
         if relations:
             relation = relation_loss(relations, lesson.relations, (self.config.kv_heads, lesson.relation_heads))
             loss = loss + lesson.config.relation_weight * relation
-        return torch.stack([loss, nll, divergence, relation.detach()])
+        return Output(loss=loss, parts=torch.stack([nll, divergence, relation]).detach())
 
     @torch.no_grad()
     def teach(self, tokens_BT: Tensor, config: DistillationConfig, student_layers: int) -> Lesson:
-        """What this model, as the teacher, has to say of tokens, to a student of so many layers."""
+        """Run this model as the teacher of a student with `student_layers` layers."""
         hidden_BTD, relations = self._hidden_and_relations(tokens_BT, config, student_layers)
         return Lesson(hidden_BTD, self.head, relations, self.config.kv_heads, config)
 

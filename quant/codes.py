@@ -25,9 +25,9 @@ def pack(codes_OI: Tensor) -> Tensor:
         ValueError: the number of rows is no multiple of 4, or there is another value.
     """
     if len(codes_OI) % CODES_PER_BYTE:
-        raise ValueError(f"{len(codes_OI)} rows cannot be packed; a multiple of {CODES_PER_BYTE} can")
+        raise ValueError(f"{len(codes_OI)} rows cannot be packed; the number must be a multiple of {CODES_PER_BYTE}")
     if not torch.isin(codes_OI, torch.tensor([-1, 0, 1], dtype=codes_OI.dtype, device=codes_OI.device)).all():
-        raise ValueError("there are other values than -1, 0 and +1")
+        raise ValueError("codes must be -1, 0 or +1")
     packed_RI, *others = (codes_OI + 1).to(torch.uint8).chunk(CODES_PER_BYTE)
     for block, bits_RI in enumerate(others, start=1):
         packed_RI = packed_RI | bits_RI << 2 * block
@@ -58,7 +58,7 @@ def unpack_block(packed: Tensor, block: int) -> Tensor:
     """
     bits = (packed >> 2 * block) & 3
     if (bits == 3).any():
-        raise ValueError("a packed byte stands for another code than -1, 0 and +1")
+        raise ValueError("a packed byte holds a code other than -1, 0 and +1")
     return bits.to(torch.int8) - 1
 
 

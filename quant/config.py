@@ -1,4 +1,4 @@
-"""What a ternary phase quantizes, and how; and published recipes by name."""
+"""The configuration of quantization, and published recipes by name."""
 
 import re
 from dataclasses import dataclass, fields, replace
@@ -68,17 +68,17 @@ class QuantConfig:
         except re.error as error:
             problems["include"] = f"{self.include!r} is not a regular expression: {error}"
         if self.weights not in (known := SCALES_OF_LEVELS[self.levels]):
-            problems["weights"] = f"is {self.weights}; {self.levels} weights take {', '.join(known)}"
+            problems["weights"] = f"is {self.weights}; for {self.levels} weights choose {', '.join(known)}"
         if self.weights == "learned" and self.granularity != "row":
-            problems["granularity"] = f"is {self.granularity}; learned scales belong to a row each"
+            problems["granularity"] = f"is {self.granularity}; learned scales need granularity row"
         if self.weights == "learned" and self.hadamard != "none":
-            problems["hadamard"] = f"is {self.hadamard}; learned scales begin with rows that are not rotated"
+            problems["hadamard"] = f"is {self.hadamard}; learned scales need hadamard none"
         if self.group_size < 2:
             problems["group_size"] = f"is {self.group_size}; must be 2 or more"
         if self.fused and self.granularity != "matrix":
-            problems["fused"] = f"is true, but scales of a {self.granularity} are shared with no other matrix anyway"
+            problems["fused"] = f"is true, but needs granularity matrix, not {self.granularity}"
         if self.layer_norm and self.activations == "none":
-            problems["layer_norm"] = "is true, but it belongs to the rounding of activations, which are none"
+            problems["layer_norm"] = "is true, but has no effect with activations none"
         if self.dead_zone_bias < 0:
             problems["dead_zone_bias"] = f"is {self.dead_zone_bias}; must be 0 or more"
         if self.dead_zone_bias and self.levels != "ternary":
@@ -135,11 +135,11 @@ def is_rotatable(width: int) -> bool:
 
 
 def width_problem(name: str, width: int, config: QuantConfig) -> str | None:
-    """Why a layer of so many input features cannot be quantized like this; None if it can."""
+    """Say why a layer with `width` input features cannot be quantized with this recipe; None if it can."""
     if config.granularity == "group" and width % config.group_size:
         return f"group_size {config.group_size} does not divide the {width} inputs of {name}"
     if is_rotated(name, config) and not is_rotatable(width):
-        return f"hadamard {config.hadamard} cannot rotate the {width} inputs of {name}, an odd number"
+        return f"hadamard {config.hadamard} cannot rotate the {width} inputs of {name}; the number must be even"
     return None
 
 
@@ -158,7 +158,7 @@ def gather_problems(config: QuantConfig) -> dict[str, str]:
         "dead_zone_bias": (0.0,),
     }
     return {
-        key: f"is {getattr(config, key)}; engine.gather codes takes {' or '.join(map(str, fitting))}"
+        key: f"is {getattr(config, key)}; engine.gather codes needs {' or '.join(map(str, fitting))}"
         for key, fitting in needed.items()
         if getattr(config, key) not in fitting
     }

@@ -1,4 +1,4 @@
-"""Gathering ternary weights under FSDP2 as packed codes of 2 bits, in place of latent weights in 16.
+"""Gather ternary weights under FSDP2 as packed codes of 2 bits instead of latent weights of 16.
 
 A ternary layer at full strength computes with its codes and their scale alone, so that nothing else need be sent: an
 eighth of the bytes, and bit for bit the same results. Each rank rounds its own rows, once a step, and keeps them

@@ -1,4 +1,4 @@
-"""Matrices as blocks of GGUF's types, and which recipes they hold exactly.
+"""Write matrices as blocks of GGUF's types; say which recipes these hold exactly.
 
 TQ2_0 and TQ1_0 have one scale, in half precision, for 256 neighbours of a row, and codes -1, 0 and +1 in 2 bits, or in
 1.6 as digits to base 3. Every code of ours is kept; a level is rounded to half precision. F16 and Q8_0 (8 bits, a scale
@@ -83,6 +83,6 @@ def to_blocks(values: "Tensor", into: StoredType) -> "NDArray[np.generic]":
     from gguf.quants import quantize
 
     if into != "f32" and not (largest := values.abs().max().item()) <= LARGEST_HALF:
-        raise ValueError(f"the largest magnitude is {largest}; half precision ends at {LARGEST_HALF:.0f}")
+        raise ValueError(f"the largest magnitude is {largest}, but half precision ends at {LARGEST_HALF:.0f}")
     blocks: NDArray[np.generic] = quantize(values.float().contiguous().numpy(), ggml_type(into))
     return blocks

@@ -1,4 +1,4 @@
-"""Rotation by Hadamard matrices, which spreads outliers over a row before it is rounded (BitNet v2, QuEST).
+"""Rotate by Hadamard matrices, which spreads outliers over a row before rounding (BitNet v2, QuEST).
 
 A row is rotated in pieces of the largest power of two, up to 2**14, that divides it. The matrix is Sylvester's, divided
 by the root of its size: symmetric, orthogonal, and so its own inverse.
@@ -23,7 +23,7 @@ def rotate(x: Tensor) -> Tensor:
     """
     width = x.shape[-1]
     if not is_rotatable(width):
-        raise ValueError(f"a width of {width} cannot be rotated: it is odd")
+        raise ValueError(f"a width of {width} cannot be rotated; it must be even")
     size = min(width & -width, LARGEST_FACTOR**2)
     inner = min(size, LARGEST_FACTOR)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

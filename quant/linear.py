@@ -224,16 +224,16 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
             quantized already, or it is on the meta device and ``device`` is not given.
     """
     if quantized_layers(model):
-        raise ValueError("the model is quantized already")
+        raise ValueError("the model is already quantized")
     matches = matching_layers(model, config)
     device = device or next(model.parameters()).device
     if device.type == "meta":
-        raise ValueError("the model is on the meta device: give the device on which it will compute")
+        raise ValueError("the model is on the meta device; pass the device on which it will compute")
     for name, module in matches.items():
         if problem := width_problem(name, module.in_features, config):
             raise ValueError(problem)
         if config.learned and not hasattr(module, LEARNED_SCALE):
-            raise ValueError(f"{name} has no {LEARNED_SCALE}: call add_learned_scales_ before the model is sharded")
+            raise ValueError(f"{name} has no {LEARNED_SCALE}; call add_learned_scales_ before the model is sharded")
     strengths: dict[int, tuple[Tensor, Tensor]] = {}
     for name, module in matches.items():
         module.__class__ = QuantLinear
@@ -288,7 +288,7 @@ def set_strengths_(model: nn.Module, weights_L: Sequence[float], activations_L: 
     layers = _expect_quantized(model)
     for strength in (*weights_L, *activations_L):
         if not 0 <= strength <= 1:
-            raise ValueError(f"strength {strength} is outside of 0 to 1")
+            raise ValueError(f"strength is {strength}; must be between 0 and 1")
     for depth, layer in {layer.depth: layer for layer in layers.values()}.items():  # the tensors are the block's
         layer.weight_strength.fill_(weights_L[depth])
         layer.activation_strength.fill_(activations_L[depth])
@@ -322,7 +322,9 @@ def matching_layers(model: nn.Module, config: QuantConfig) -> dict[str, nn.Linea
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     matches = {name: module for name, module in linears.items() if re.search(config.include, name)}
     if not matches:
-        raise ValueError(f"include={config.include!r} matches none of the linear layers, such as {list(linears)[:3]}")
+        raise ValueError(
+            f"include={config.include!r} matches no linear layer; there are, for example, {list(linears)[:3]}"
+        )
     return matches
 
 
@@ -347,7 +349,7 @@ def add_learned_scales_(model: nn.Module, config: QuantConfig) -> list[str]:
 def _expect_quantized(model: nn.Module) -> dict[str, QuantLinear]:
     if layers := quantized_layers(model):
         return layers
-    raise ValueError("the model has no quantized layer: call quantize_ first")
+    raise ValueError("the model has no quantized layer; call quantize_ first")
 
 
 def is_learned_scale(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Ternary layers to use, not to train: codes in 2 bits, and the very outputs of training's layers.
+"""Ternary layers for inference: codes of 2 bits, with exactly the outputs of the layers in training.
 
 `freeze_` puts a `PackedLinear` in the place of every `QuantLinear`. It keeps a fourth of a byte for each weight and
 multiplies integers by integers, so that its outputs are those of the layer that it replaces, bit for bit.
@@ -137,15 +137,13 @@ def freeze_(model: nn.Module) -> list[str]:
     """
     layers = quantized_layers(model)
     if not layers:
-        raise ValueError("the model has no quantized layer, so there are no codes to freeze")
+        raise ValueError("the model has no quantized layer, so there is nothing to freeze")
     for name, layer in layers.items():
         if layer.quant_config.levels not in ("ternary", "binary"):
             raise ValueError(f"{name} has {layer.quant_config.levels} weights; only ternary and binary ones are packed")
         if layer.mode != "codes":
             strengths = f"{layer.weight_strength.item():.3g} and {layer.activation_strength.item():.3g}"
-            raise ValueError(
-                f"{name} is at strengths {strengths} (weights, activations); only at 1 does it compute with codes alone"
-            )
+            raise ValueError(f"{name} is at strengths {strengths} (weights, activations); both must be 1")
     for name, layer in layers.items():
         codes_OI, level = layer.weight_codes()
         padding = -len(codes_OI) % CODES_PER_BYTE

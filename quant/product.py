@@ -1,4 +1,4 @@
-"""The product of a quantized layer in the domain of codes: integers times integers, and the scales behind.
+"""The product of a quantized layer: integer codes are multiplied exactly; scales are applied afterwards.
 
 Sums of int8 codes are exact, in int32 as in fp32 as long as they stay below 2**24, so that every engine, device, kernel
 and export has the same integers, bit for bit. The scales are applied once, in fp32. The latent weights and the inputs

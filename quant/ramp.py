@@ -1,4 +1,4 @@
-"""Ramps: quantization strength as a pure function of the steps since the transition.
+"""Ramps: the quantization strength as a function of the steps since the transition.
 
 With t the steps since the ramp began and T its length, p = t/T, a strength is
 
@@ -52,16 +52,16 @@ class RampConfig:
             problems["delay_steps"] = f"is {self.delay_steps}; must be 0 or more"
         if self.sharpness is not None:
             if self.shape not in SHARPNESS:
-                problems["sharpness"] = f"does nothing for {self.shape}; {' and '.join(SHARPNESS)} have one"
+                problems["sharpness"] = f"has no effect for {self.shape}; only {' and '.join(SHARPNESS)} have one"
             elif self.sharpness <= 0 or (self.shape == "exponential" and self.sharpness < 1):
                 least = "at least 1" if self.shape == "exponential" else "above 0"
                 problems["sharpness"] = f"is {self.sharpness}; must be {least}"
         if self.shape == "staircase" and (self.stairs is None or self.stairs < 1):
             problems["stairs"] = f"is {self.stairs}; a staircase needs 1 or more"
         if self.shape != "staircase" and self.stairs is not None:
-            problems["stairs"] = f"does nothing for {self.shape}; staircase has them"
+            problems["stairs"] = f"has no effect for {self.shape}; only staircase has stairs"
         if self.order != "all" and not self.steps:
-            problems["order"] = f"is {self.order}, which needs steps above 0 to go through the blocks in"
+            problems["order"] = f"is {self.order}, which needs steps above 0"
         if problems:
             raise ValueError(problems)
 

@@ -1,4 +1,4 @@
-"""What quantization does to a model while it trains: shares of codes, flips, distances, errors.
+"""Measure quantization during training: shares of codes, flips, distances, errors.
 
 A `Probe` is called by every quantized layer at the beginning of a forward pass, where the weight is whole (gathered)
 and the input is there. It takes what can be computed in place, small sums on the device, and of the codes only this

@@ -28,7 +28,7 @@ OWNED_DEEPSPEED_KEYS = {
     "tensorboard": "logging",
     "wandb": "logging",
 }
-"""DeepSpeed keys that Tritrain derives, and the key of ours that decides each."""
+"""DeepSpeed keys that Tritrain derives, and the Tritrain key that decides each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,13 @@ class EngineConfig:
             if not self.reshard_after_forward:
                 problems["reshard_after_forward"] = "belongs to fsdp2; with deepspeed, zero_stage 2 keeps the weights"
             if self.reduce_gradients != "step":
-                problems["reduce_gradients"] = "belongs to fsdp2; with deepspeed, zero_stage says when"
+                problems["reduce_gradients"] = "belongs to fsdp2; with deepspeed, zero_stage decides"
             if self.gather == "codes":
-                problems["gather"] = "is codes; only fsdp2 gathers codes, so take engine.name fsdp2 or gather weights"
+                problems["gather"] = "is codes, which only fsdp2 can gather; choose engine.name fsdp2 or gather weights"
             if self.offload == "all" and self.zero_stage != 3:
-                problems["offload"] = "is all; only zero_stage 3 can offload parameters, 1 and 2 can do optimizer"
+                problems["offload"] = "is all, which needs zero_stage 3; with 1 and 2 choose optimizer"
             if self.offload == "optimizer" and self.zero_stage == 0:
-                problems["offload"] = "is optimizer; zero_stage 0 cannot offload, 1, 2 and 3 can"
+                problems["offload"] = "is optimizer, which needs zero_stage 1, 2 or 3"
             for key in _dotted_keys(self.deepspeed or {}):
                 for owned, ours in OWNED_DEEPSPEED_KEYS.items():
                     if key == owned or key.startswith(owned + "."):
@@ -89,9 +89,9 @@ class EngineConfig:
             if self.deepspeed is not None:
                 problems["deepspeed"] = "is given; only engine.name deepspeed takes it"
             if self.offload == "optimizer":
-                problems["offload"] = "is optimizer; fsdp2 offloads all or none"
+                problems["offload"] = "is optimizer; with fsdp2 choose all or none"
             if self.offload == "all" and self.gather == "codes":
-                problems["gather"] = "is codes, which are made on the device; with offload all it must be weights"
+                problems["gather"] = "is codes, which are computed on the device; with offload all choose weights"
         if problems:
             raise ValueError(problems)
 

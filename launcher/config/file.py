@@ -1,4 +1,4 @@
-"""Reading and writing configurations: YAML, ``a.b=value`` overrides, and what is wrong, all of it at once.
+"""Read and write configurations: YAML, ``a.b=value`` overrides, and all problems at once.
 
 pydantic reads the dataclasses of `launcher.config.sections` strictly: nothing is coerced and unknown keys are errors.
 """
@@ -36,7 +36,7 @@ from quant.config import PRESETS, QuantConfig
 from quant.ramp import RampConfig
 
 DERIVED_KEYS = ("tritrain_version", "phase_steps")
-"""What a run's own `config.yaml` holds besides the configuration, which it is a configuration without."""
+"""Keys of a run's own `config.yaml` that are not part of the configuration."""
 
 
 Part = TypeVar("Part")
@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
@@ -108,7 +108,7 @@ def read_mapping(path: Path, of: str) -> dict[str, Any]:
 
 
 def load_as(kind: type[Part], path: Path, name: str) -> Part:
-    """Read a YAML file that is one dataclass, as strictly as a configuration; ``name`` stands before keys in errors.
+    """Read a YAML file that is one dataclass, as strictly as a configuration; ``name`` comes before keys in errors.
 
     Raises:
         ConfigError: lists every problem.
@@ -139,14 +139,14 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):
             node = node[int(key)]
         else:
-            raise ConfigError(f"{override!r}: {'.'.join(parents[: depth + 1])} is not there")
+            raise ConfigError(f"{override!r}: {'.'.join(parents[: depth + 1])} does not exist")
     parsed = parse_yaml(value, repr(override))
     if isinstance(node, dict):
         node[last] = parsed
     elif isinstance(node, list) and last.isdecimal() and int(last) < len(node):
         node[int(last)] = parsed
     else:
-        raise ConfigError(f"{override!r}: {path} is not there")
+        raise ConfigError(f"{override!r}: {path} does not exist")
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -194,7 +194,7 @@ def _lines(problems: dict[str, str], tree: Any) -> list[str]:
 
 
 def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
-    """Put the keys of a named recipe in front of those that a phase's quantization gives itself."""
+    """Fill in the keys of a preset that a phase's quantization does not set itself."""
     if not isinstance(tree.get("phases"), list):
         return tree
     phases = []
@@ -275,7 +275,7 @@ def _reasons(detail: Any, kind: Any, location: tuple[str, ...], where: str) -> I
 
 
 def _remove(tree: Any, location: tuple[str, ...]) -> bool:
-    """Take what stands at ``location`` out of the tree; False where nothing stands there."""
+    """Remove the value at ``location`` from the tree; False if there is none."""
     for key in location[:-1]:
         tree = tree.get(key) if isinstance(tree, dict) else tree[int(key)] if isinstance(tree, list) else None
     if location and isinstance(tree, dict) and location[-1] in tree:
@@ -297,7 +297,7 @@ def _explain(detail: Any, kind: Any, location: tuple[str, ...]) -> str:
 
 
 def _owner(kind: Any, location: Sequence[str]) -> Any:
-    """The dataclass that stands at ``location`` under the type ``kind``."""
+    """The dataclass at ``location`` under the type ``kind``."""
     for key in location:
         kind = typing.get_args(kind)[0] if key.isdecimal() else typing.get_type_hints(_dataclass_of(kind))[key]
     return _dataclass_of(kind)
@@ -315,7 +315,7 @@ def _suggestion(key: str, owner: Any) -> str:
     for section, kind in typing.get_type_hints(Config).items():
         if is_dataclass(kind) and key in (part.name for part in fields(kind)):
             return f"; did you mean {section}.{key}?"
-    return f"; there are {', '.join(names)}"
+    return f"; choose one of {', '.join(names)}"
 
 
 def to_tree(config: Any) -> Any:

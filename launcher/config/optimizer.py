@@ -36,18 +36,18 @@ class ScheduleConfig:
         if self.warmup_steps < 0:
             problems["warmup_steps"] = f"is {self.warmup_steps}; must be 0 or more"
         if not 0 <= self.final_fraction <= 1:
-            problems["final_fraction"] = f"is {self.final_fraction}; must lie between 0 and 1"
+            problems["final_fraction"] = f"is {self.final_fraction}; must be between 0 and 1"
         if not 0 < self.decay_fraction <= 1:
             problems["decay_fraction"] = f"is {self.decay_fraction}; must be above 0 and at most 1"
         for name in ("drop_at", "drop_factor"):
             value = getattr(self, name)
             if value is not None and self.shape != "two-stage":
-                problems[name] = f"does nothing for {self.shape}; it must be left out but for two-stage"
+                problems[name] = f"has no effect for {self.shape}; only two-stage has it"
             elif value is not None and not 0 < value < 1:
-                problems[name] = f"is {value}; must lie between 0 and 1"
+                problems[name] = f"is {value}; must be between 0 and 1"
         if self.decay_from_phase is not None:
             if self.shape not in ("cosine", "linear"):
-                problems["decay_from_phase"] = f"must not be given for {self.shape}, only for cosine or linear"
+                problems["decay_from_phase"] = f"is not for {self.shape}; set it only for cosine or linear"
             elif self.decay_from_phase < 1:
                 problems["decay_from_phase"] = f"is {self.decay_from_phase}; must be 1 or more, the index of a phase"
         if self.horizon_steps is not None and self.horizon_steps <= self.warmup_steps:
@@ -88,13 +88,13 @@ class OptimizerConfig:
             problems["weight_decay"] = f"is {self.weight_decay}; must be 0 or more"
         if self.weight_decay_until is not None:
             if not 0 < self.weight_decay_until < 1:
-                problems["weight_decay_until"] = f"is {self.weight_decay_until}; must lie between 0 and 1, or be null"
+                problems["weight_decay_until"] = f"is {self.weight_decay_until}; must be between 0 and 1, or null"
             elif not self.weight_decay:
-                problems["weight_decay_until"] = "does nothing, because weight_decay is 0"
+                problems["weight_decay_until"] = "has no effect, because weight_decay is 0"
         factor = self.ternary_learning_rate_factor
         if factor is not None and factor <= 0:
             problems["ternary_learning_rate_factor"] = f"is {factor}; must be above 0"
         if not all(0 <= beta < 1 for beta in self.betas):
-            problems["betas"] = f"is {list(self.betas)}; both must lie in [0, 1), such as [0.9, 0.95]"
+            problems["betas"] = f"is {list(self.betas)}; both must be 0 or more and below 1, such as [0.9, 0.95]"
         if problems:
             raise ValueError(problems)

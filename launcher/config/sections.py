@@ -24,7 +24,7 @@ from quant.config import QuantConfig
 from quant.ramp import RampConfig
 
 SILENT_BEATS = 3
-"""A rank that misses so many beats is silent: gone, if something else shows too that the ranks cannot go on."""
+"""A rank that misses this many beats is silent; it is gone if other signs confirm it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class OutlierConfig:
             problems["sigmas"] = f"is {self.sigmas}; must be above 0"
         elif self.window_steps < self.sigmas**2 + 2:
             problems["window_steps"] = (
-                f"is {self.window_steps}; {math.ceil(self.sigmas**2) + 2} at least, or no one step of so many can be "
+                f"is {self.window_steps}; must be {math.ceil(self.sigmas**2) + 2} or more, or no single step can be "
                 f"{self.sigmas:g} standard deviations above the mean"
             )
         if problems:
@@ -104,7 +104,7 @@ class RunConfig:
         if problem := local_problem(self.folder or ""):
             problems["folder"] = problem
         if not re.fullmatch(r"\w[\w.-]*", self.name):
-            problems["name"] = f"{self.name!r} may hold letters, digits, '_', and behind the first '.' and '-'"
+            problems["name"] = f"{self.name!r} may hold letters, digits and '_', and after the first also '.' and '-'"
         if problems:
             raise ValueError(problems)
 
@@ -193,7 +193,7 @@ class PhaseConfig:
                 if getattr(transition, name) not in (RampConfig(), None):
                     problems[f"transition.{name}"] = "is given for a 16-bit phase; only ternary phases have a strength"
         elif transition.activation_ramp and self.quantization and self.quantization.activations == "none":
-            problems["transition.activation_ramp"] = "does nothing, because quantization.activations is none"
+            problems["transition.activation_ramp"] = "has no effect, because quantization.activations is none"
         if problems:
             raise ValueError(problems)
 
@@ -228,7 +228,7 @@ class CheckpointConfig:
                 problems[name] = problem
         problems |= _at_least(self, "start_phase", 0)
         if self.start_phase and self.start_from is None:
-            problems["start_phase"] = f"is {self.start_phase}, but there is no start_from to take the place of a phase"
+            problems["start_phase"] = f"is {self.start_phase}, but needs start_from"
         if problems:
             raise ValueError(problems)
 
@@ -280,7 +280,7 @@ class EvaluationConfig:
         except ValueError as error:
             problems["tasks"] = str(error)
         if bool(self.tasks) != (self.tasks_interval_steps is not None):
-            problems["tasks_interval_steps"] = "goes with evaluation.tasks: give both, or none of them"
+            problems["tasks_interval_steps"] = "goes with evaluation.tasks; set both or neither"
         if problems:
             raise ValueError(problems)
 

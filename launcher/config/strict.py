@@ -1,4 +1,4 @@
-"""How every section of the configuration is read: no key unknown, no type converted, no number infinite or NaN."""
+"""Strict reading of every section: unknown keys, other types, infinity and NaN are errors."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What happens at the boundary between two phases: to the model, the optimizer and the strength.
+"""Transitions: what happens to the model, the optimizer and the strength between two phases.
 
 Weights always carry over, as the same tensors under the same names. Everything else is a choice of its own, so that
 their effects can be told apart.
@@ -28,7 +28,7 @@ class LearningRateDrop:
     def __post_init__(self) -> None:
         problems = {}
         if not 0 < self.factor < 1:
-            problems["factor"] = f"is {self.factor}; must lie between 0 and 1"
+            problems["factor"] = f"is {self.factor}; must be between 0 and 1"
         if self.tokens < 1:
             problems["tokens"] = f"is {self.tokens}; must be 1 or more"
         if problems:
@@ -91,7 +91,7 @@ class TransitionConfig:
             problems["rewarm_tokens"] = f"is {self.rewarm_tokens}; must be 0 or more"
         if self.rescale_factor is not None:
             if self.optimizer != "rescale":
-                problems["rescale_factor"] = f"does nothing with optimizer: {self.optimizer}; rescale has it"
+                problems["rescale_factor"] = f"has no effect with optimizer: {self.optimizer}; only rescale uses it"
             elif self.rescale_factor <= 0:
                 problems["rescale_factor"] = f"is {self.rescale_factor}; must be above 0"
         if problems:

@@ -1,1 +1,1 @@
-"""`tritrain doctor`: what would stop or slow down a run, found before it starts."""
+"""`tritrain doctor`: find what would stop or slow down a run, before it starts."""

@@ -1,4 +1,4 @@
-"""What `tritrain doctor` makes of what it measured: pure functions from the ranks' facts to verdicts.
+"""Checks of `tritrain doctor`: pure functions from the ranks' facts to verdicts.
 
 Speeds and sizes of disks and memory have binary prefixes (GiB, MiB/s), bandwidths between ranks decimal ones (GB/s), as
 NCCL's tests do.
@@ -138,7 +138,7 @@ def check_gpus(ranks: Sequence[RankFacts]) -> Verdict:
 
 
 def planned_bytes(plan: Plan, *, on_gpu: bool) -> tuple[float, float]:
-    """What a rank needs of its GPU's memory and of its host's, in bytes; an estimate.
+    """Estimate the bytes of GPU memory and of host memory that a rank needs.
 
     In the host's: all that the GPU's lacks, what is offloaded, and the copy that a checkpoint is written from.
     """
@@ -167,7 +167,7 @@ def check_gpu_memory(ranks: Sequence[RankFacts], needed_bytes: float | None) -> 
 
 
 def check_host_memory(ranks: Sequence[RankFacts], needed_bytes: float | None) -> Verdict:
-    """What all ranks of a host need of its memory is free there."""
+    """Each host has enough free memory for its ranks."""
     if needed_bytes is None:
         return Verdict("host memory", "skipped", "needs a configuration")
     loads = [(facts, needed_bytes * _ranks_beside(facts, ranks)) for facts in ranks]
@@ -281,7 +281,7 @@ def check_shared_folder(ranks: Sequence[RankFacts], seen: Sequence[str], written
 
 
 def check_paths(ranks: Sequence[RankFacts]) -> Verdict:
-    """What the configuration names is on every host, and the same on all."""
+    """Every path in the configuration exists on every host and has the same content."""
     if not ranks[0].paths:
         return Verdict(
             "paths", "skipped", "the configuration names none" if ranks[0].has_plan else "needs a configuration"

@@ -1,4 +1,4 @@
-"""`tritrain doctor`: what would stop or slow a run down, found before it is started.
+"""`tritrain doctor`: find what would stop or slow down a run, before it starts.
 
 `srun`, `torchrun` and `deepspeed` start ranks of it as they do of training:
 `torchrun ... -m launcher.doctor --config FILE [key.sub=value ...]`. Every rank looks around itself, all together try

@@ -1,4 +1,4 @@
-"""What `tritrain doctor` measures: each rank looks around itself, and all together try what lies between them."""
+"""Measurements of `tritrain doctor`: of each rank's host, and of the network between ranks."""
 
 import contextlib
 import hashlib
@@ -68,7 +68,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What a rank sees of its host and itself."""
+    """Facts about a rank and its host."""
 
     rank: int
     host: str
@@ -145,7 +145,7 @@ def requirements() -> list[Requirement]:
 
 
 def installed_versions(required: Sequence[Requirement]) -> dict[str, str]:
-    """Versions by name, and a digest of our own code; what is not installed is left out."""
+    """Versions by name, and a digest of Tritrain's code; packages that are not installed are left out."""
     versions = {"python": platform.python_version()}
     for requirement in required[1:]:
         with contextlib.suppress(PackageNotFoundError):
@@ -222,7 +222,7 @@ def free_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Names of `streaming`'s segments of ours of which no process has any open; jobs number theirs.
+    """Names of this user's shared-memory segments of `streaming` that no process has open.
 
     Processes of other containers are not seen.
     """
@@ -240,7 +240,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def needed_paths(config: Config) -> list[str]:
-    """Local files and folders that the configuration names and that must be there before the start."""
+    """Local files and folders that the configuration names and that must exist before the start."""
     prepare = config.data.prepare
     named: list[str | None] = [source.path for source in config.data.sources]
     if prepare is not None and not Path(config.data.sources[0].path).exists():

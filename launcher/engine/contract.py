@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
+from model.transformer import Output
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,20 @@ class Engine(ABC):
         labels_BT: Tensor | None = None,
         reduction: str = "mean",
         teacher: Lesson | None = None,
-    ) -> Tensor:
-        """Run the model: the loss with labels, the logits without (see `model.transformer.Transformer`)."""
+    ) -> Output:
+        """Run the model; the arguments are those of `model.transformer.Transformer.forward`."""
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Logits, [B, T, V], of tokens from any device."""
+        logits_BTV = self.forward(tokens_BT.to(self.device)).logits
+        assert logits_BTV is not None
+        return logits_BTV
+
+    def token_nll(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy of every label, from any device, in nats and in the shape of the labels."""
+        nll_BT = self.forward(tokens_BT.to(self.device), labels_BT.to(self.device), reduction="none").token_nll
+        assert nll_BT is not None
+        return nll_BT
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -22,6 +22,7 @@ from launcher.engine.adamw import build_adamw, create_adam_state, parameter_grou
 from launcher.engine.contract import Engine, Shard
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
+from model.transformer import Output
 from quant.gather import CodeGather
 
 
@@ -115,7 +116,7 @@ class FSDPEngine(Engine):
         labels_BT: Tensor | None = None,
         reduction: str = "mean",
         teacher: Lesson | None = None,
-    ) -> Tensor:
+    ) -> Output:
         if self._code_gather is not None:
             self._code_gather.prepare()
         return self.model(tokens_BT, labels_BT, reduction=reduction, teacher=teacher)

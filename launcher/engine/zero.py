@@ -21,6 +21,7 @@ from launcher.engine.adamw import build_adamw, create_adam_state, parameter_grou
 from launcher.engine.contract import Engine, Shard
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
+from model.transformer import Output
 
 
 def deepspeed_config(
@@ -144,7 +145,7 @@ class ZeroEngine(Engine):
         labels_BT: Tensor | None = None,
         reduction: str = "mean",
         teacher: Lesson | None = None,
-    ) -> Tensor:
+    ) -> Output:
         return self._engine(tokens_BT, labels_BT, reduction=reduction, teacher=teacher)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import xxhash
+from torch import Tensor
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
@@ -96,16 +97,20 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
         step=manifest.step if manifest else None,
         run=opened.run,
         tokenizer=loaded,
-        scorer=scorer_of(model, opened.model, ranks),
+        scorer=scorer_of(
+            lambda tokens_BT, labels_BT: (
+                model(tokens_BT.to(ranks.device), labels_BT.to(ranks.device), reduction="none").token_nll
+            ),
+            opened.model,
+            ranks,
+        ),
     )
 
 
-def scorer_of(model: Callable[..., torch.Tensor], config: ModelConfig, ranks: Ranks) -> Scorer:
-    """A scorer of a sharded model, or of an engine's forward."""
+def scorer_of(token_nll: Callable[[Tensor, Tensor], Tensor], config: ModelConfig, ranks: Ranks) -> Scorer:
+    """A scorer of a model that all ranks run together."""
     return Scorer(
-        token_nll=lambda tokens_BT, labels_BT: model(
-            tokens_BT.to(ranks.device), labels_BT.to(ranks.device), reduction="none"
-        ),
+        token_nll=token_nll,
         window_tokens=config.max_sequence_length,
         rank=ranks.rank,
         world_size=ranks.world_size,

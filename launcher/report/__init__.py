@@ -1,1 +1,1 @@
-"""A run as people look at it: history, tables, plots, the HTML report and the status."""
+"""Show a run: history, tables, plots, the HTML report and the status."""

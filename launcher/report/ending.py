@@ -1,4 +1,4 @@
-"""What a person sees at the end of a run: a short table, a sample, and what can be done next."""
+"""Show the results at the end of a run: a short table, a sample, and the next commands."""
 
 from launcher.process.console import Console, human_count
 from launcher.report.page import write_report

@@ -1,4 +1,4 @@
-"""What a run's metrics say: a series for each of them, smoothed, and what each transition did to the loss.
+"""Read a run's metrics: a series for each, smoothed, and the effect of each transition on the loss.
 
 Smoothing is an exponential moving average (EMA) over logged values with Adam's bias correction (Kingma and Ba,
 arXiv 1412.6980, section 3), so that the first values are not dragged towards zero. It starts anew in every phase:
@@ -118,7 +118,7 @@ def read_history(path: Path, name: str) -> History:
                 rows.append(len(steps) - 1)
                 values.append(value)
     if not steps:
-        raise LogError(f"{path}: no complete row yet; a report needs at least one")
+        raise LogError(f"{path}: has no complete row yet; a report needs at least one")
     axes = {"steps": np.asarray(steps), "tokens": np.asarray(tokens), "phases": np.asarray(phases)}
     series = {
         key: Series(**{axis: column[np.asarray(rows)] for axis, column in axes.items()}, values=np.asarray(values))

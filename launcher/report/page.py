@@ -1,4 +1,4 @@
-"""A page to read and a picture to show of what runs wrote down.
+"""Write the HTML report and the picture of runs.
 
 `write_report` puts one or several runs on a single HTML page that loads nothing from anywhere; `write_picture` draws
 the loss curve as a PNG. Both work on a run that is still going or was interrupted. The numbers are those of

@@ -1,4 +1,4 @@
-"""The figures of a report.
+"""Draw the figures of a report.
 
 Long curves are thinned to the smallest and the largest value of each of a few hundred equal stretches, about one per
 horizontal pixel, which looks the same as the whole curve and keeps every spike.

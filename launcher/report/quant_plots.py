@@ -1,4 +1,4 @@
-"""Pictures of quantization: curves over all layers, and heat maps of layers over a phase.
+"""Draw quantization: curves over all layers, and heat maps of layers over a phase.
 
 A heat map in an SVG is drawn as one outline for each of ten colours, on a grid of at most `NUM_COLUMNS` columns and
 with neighbours of one colour merged, so that a model of many layers still makes a small page.

@@ -1,4 +1,4 @@
-"""`tritrain status`: how runs stand, from the small files in their folders. Runs need not be on this machine.
+"""`tritrain status`: the state of runs, from small files in their folders. They may run on other machines.
 
 A run leaves `running` in its `state.json` when it begins and another word when it ends. Where all of its processes were
 killed nobody is left to write that word, so a run that says `running` and has been silent for too long is `stalled`.
@@ -63,7 +63,7 @@ OFF_TERMINAL_COLUMNS = 160
 
 @dataclass
 class RunStatus:
-    """How one run stands. What its folder does not tell is None."""
+    """The state of one run; a value that its folder does not show is None."""
 
     run: str
     """Its folder."""
@@ -90,7 +90,7 @@ class RunStatus:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The runs that these folders are, or hold.
+    """The runs at or inside these folders.
 
     Raises:
         ConfigError: some are or hold none; names them all.
@@ -104,8 +104,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     if strangers:
         raise ConfigError(
             "\n".join(
-                f"{folder}: {'is no run, and holds none' if folder.is_dir() else 'there is no such folder'}; "
-                "a run's folder has config.yaml or state.json in it"
+                f"{folder}: {'is not a run and contains none' if folder.is_dir() else 'no such folder'}; "
+                "a run's folder has a config.yaml or state.json"
                 for folder in strangers
             )
         )
@@ -237,7 +237,7 @@ def _silence(status: RunStatus, run: Path, now: float) -> str | None:
 
 
 def show(statuses: Sequence[RunStatus]) -> RenderableType:
-    """A table of runs, and below it what is wrong with some."""
+    """Print a table of runs and, below it, their problems."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
     for name in ("state", "phase"):
@@ -293,7 +293,7 @@ def human_age(seconds: float) -> str:
 
 
 def show_status(folders: Sequence[Path], *, as_json: bool, watch_seconds: float | None) -> int:
-    """Print how runs stand, once or until interrupted.
+    """Print the state of runs, once or until interrupted.
 
     Returns:
         An exit code: 0, or 1 where a run has failed, is stalled or cannot be read; of watching, 0.

@@ -1,4 +1,4 @@
-"""A run in numbers, from its folder.
+"""Summarize a run in numbers, from its folder.
 
 `summarize` reads `config.yaml`, `metrics.jsonl` and, once the run is complete, `summary.json`, of a run that is still
 going or was interrupted as well.
@@ -45,7 +45,7 @@ class PhaseSummary:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has done all the steps it was to do."""
+        """Whether the run has finished all of its steps."""
         return self.planned_steps is not None and self.steps >= self.planned_steps
 
 

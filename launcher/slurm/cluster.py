@@ -1,4 +1,4 @@
-"""What differs from one cluster to the next, for `tritrain submit`: a YAML file as `launcher/slurm/site.example.yaml`.
+"""A cluster's settings for `tritrain submit`, from a YAML file like `launcher/slurm/site.example.yaml`.
 
 It is read as strictly as a configuration. Values end up in job scripts, and these in run folders: no place for secrets.
 """
@@ -98,7 +98,7 @@ class SiteConfig:
         problems |= text_problems({f"environment.{name}": value for name, value in self.environment.items() if value})
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-                problems[f"environment.{name!r}"] = "is no name of a variable"
+                problems[f"environment.{name!r}"] = "is not a valid name of a variable"
             elif SECRET_NAME.search(name):
                 problems[f"environment.{name}"] = (
                     "looks like a secret, and would be kept in every run's folder; export it in your own environment, "

@@ -1,4 +1,4 @@
-"""`tritrain submit`: a job for Slurm that trains what was submitted, however long it waits in the queue.
+"""`tritrain submit`: a Slurm job that trains what was submitted, even if the code changes while it waits.
 
     RUN/submitted/20260131-120000/code/        our packages, as they were
                                   config.yaml  the resolved configuration
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a job asks of the cluster."""
+    """The resources that a job requests."""
 
     nodes: int
     ranks_per_node: int
@@ -69,7 +69,7 @@ def submit(config: Config, site: SiteConfig, request: Request) -> tuple[str, Pat
         )
     except FileNotFoundError:
         shutil.rmtree(folder)
-        raise ConfigError("sbatch: is not here; submit where your cluster has it, or print with --dry-run") from None
+        raise ConfigError("sbatch: not found; submit from a login node, or print the job with --dry-run") from None
     except subprocess.CalledProcessError as error:
         shutil.rmtree(folder)
         raise ConfigError(f"sbatch refuses the job: {error.stderr.strip()}") from error
@@ -77,7 +77,7 @@ def submit(config: Config, site: SiteConfig, request: Request) -> tuple[str, Pat
 
 
 def check(config: Config, request: Request) -> None:
-    """Find now what would otherwise be found when the job has waited for its turn.
+    """Find problems now, before the job waits in the queue.
 
     Raises:
         ConfigError: lists the problems.
@@ -88,11 +88,11 @@ def check(config: Config, request: Request) -> None:
     folder = RunFolder(config)
     folder.check_configuration()
     if folder.read_state().get("status") == "complete":
-        raise ConfigError(f"{folder.path}: the run is complete; set run.name to begin another one")
+        raise ConfigError(f"{folder.path}: the run is complete; set another run.name to start a new one")
 
 
 def next_submission(config: Config) -> Path:
-    """A folder that is not there yet, named by the time."""
+    """A new folder, named after the time."""
     parent, now = config.run.path.absolute() / "submitted", time.strftime("%Y%m%d-%H%M%S")
     names = (now if number == 1 else f"{now}-{number}" for number in range(1, 1000))
     return next(parent / name for name in names if not (parent / name).exists())
@@ -122,7 +122,7 @@ def for_sbatch(value: Any) -> Quoted:
     """One word of an `#SBATCH` line, which Slurm takes apart itself: it knows quotes, escapes, comments, no `$`."""
     text = _printable(value)
     if not text or re.search(r"[\"'\\]", text):
-        raise ConfigError(f"{text!r}: Slurm would misread it, being empty or with a quote or backslash; choose another")
+        raise ConfigError(f"{text!r}: is empty or has a quote or backslash, which Slurm would misread; choose another")
     return Quoted(text if re.fullmatch(r"[\w.,:/@%+=~^&|*()\[\]!-]+", text) else f'"{text}"')
 
 
@@ -155,7 +155,7 @@ def render(config: Config, site: SiteConfig, request: Request, folder: Path) -> 
     run = config.run.path.absolute()
     checkpoints = config.checkpoint.folder or str(run / "checkpoints")
     if "%" in str(run):
-        raise ConfigError(f"run.folder: {str(run)!r} has a % in it, which Slurm would replace in the name of the log")
+        raise ConfigError(f"run.folder: {str(run)!r} contains %, which Slurm would replace in the name of the log")
     environment = Environment(
         loader=FileSystemLoader(ROOT / "launcher" / "slurm"),
         undefined=StrictUndefined,
@@ -196,5 +196,5 @@ def mounts(site: SiteConfig, config: Config) -> Sequence[str]:
         places.append(str(Path(config.checkpoint.folder).absolute()))
     for place in places:
         if re.search("[:,]", place):
-            raise ConfigError(f"{place!r}: a container cannot mount a folder with : or , in its name")
+            raise ConfigError(f"{place!r}: a container cannot mount a folder with : or , in its name; choose another")
     return [mount if ":" in mount else f"{mount}:{mount}" for mount in dict.fromkeys([*places, *site.container.mounts])]

@@ -38,9 +38,7 @@ class HeldOut:
             return None
         with torch.no_grad():
             return held_out_loss(
-                lambda tokens_BT, labels_BT: engine.forward(
-                    tokens_BT.to(engine.device), labels_BT.to(engine.device), reduction="none"
-                ),
+                engine.token_nll,
                 self._batches,
                 self._token_bytes_V,
                 dist.all_reduce,
@@ -53,7 +51,7 @@ class HeldOut:
         prompt = config.evaluation.sample_prompt or ""
         with torch.no_grad():
             tokens = sample_tokens(
-                lambda tokens_BT: engine.forward(tokens_BT.to(engine.device)),
+                engine.logits,
                 [tokenizer.end_of_document, *tokenizer.encode(prompt)],
                 num_tokens=config.evaluation.sample_tokens,
                 window_tokens=min(config.data.sequence_length, SAMPLE_WINDOW_TOKENS),

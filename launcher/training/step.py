@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +57,12 @@ def accumulate_gradients(
         waited_seconds += time.perf_counter() - asked
         tokens_BT = tokens_BT.to(engine.device, non_blocking=True)
         labels_BT = labels_BT.to(engine.device, non_blocking=True)
-        if teacher is not None:
-            with teacher.teaching(tokens_BT) as lesson:
-                losses = engine.forward(tokens_BT, labels_BT, teacher=lesson) / num_micro_batches
-            loss = losses[0]
-            parts_sum += losses[1:].detach()
-        else:
-            loss = engine.forward(tokens_BT, labels_BT) / num_micro_batches
+        with nullcontext() if teacher is None else teacher.teaching(tokens_BT) as lesson:
+            output = engine.forward(tokens_BT, labels_BT, teacher=lesson)
+        assert output.loss is not None
+        loss = output.loss / num_micro_batches
+        if output.parts is not None:
+            parts_sum += output.parts / num_micro_batches
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
         if telemetry is not None and index == 0:

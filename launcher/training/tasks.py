@@ -40,7 +40,7 @@ class TasksInTraining:
         """
         from eval.harness import answer_rows
 
-        scorer = scorer_of(engine.forward, self._plan.config.model, self._ranks)
+        scorer = scorer_of(engine.token_nll, self._plan.config.model, self._ranks)
         values: dict[str, float] = {}
         words = []
         for task, rows in self._rows.items():

@@ -1,1 +1,1 @@
-"""Ranks that are lost, hung, slow or asked to stop."""
+"""Detect ranks that are lost, hung or slow, and requests to stop."""

@@ -1,4 +1,4 @@
-"""How a rank fails: it says why, names the ranks that are gone, and no two ranks say the same.
+"""Report the failure of a rank: why, and which ranks are gone, each message once.
 
 `RUN/ranks/` has a note for each rank with its host and process, and one for each message that was said.
 """
@@ -26,7 +26,7 @@ SECONDS_TO_BE_SEEN_DEAD = 3.0
 
 
 def say_failure(folder: RunFolder, ranks: Ranks, message: str) -> None:
-    """Say why this rank fails, unless another one has, and leave it in the run's folder."""
+    """Report why this rank fails, unless another rank has done so, and note it in the run's folder."""
     try:
         is_first = is_first_to_say(folder.ranks, message)
     except OSError:  # where nothing can be noted, it is better said twice than never
@@ -45,7 +45,7 @@ def say_consequence(folder: RunFolder, ranks: Ranks, message: str) -> None:
 
 
 def has_failed(folder: RunFolder) -> bool:
-    """Whether a rank has said why the run failed."""
+    """Whether a rank has reported why the run failed."""
     with contextlib.suppress(OSError, ValueError):
         return folder.read_state().get("status") == "failed"
     return False
@@ -75,7 +75,7 @@ def unreachable(heartbeat: Heartbeat) -> str:
 
 
 def resume_advice(folder: RunFolder) -> str:
-    """What remains after a failure."""
+    """Say how to go on after a failure."""
     try:
         newest = folder.newest_checkpoint()
     except CheckpointError as error:  # the store may be what failed
@@ -97,7 +97,7 @@ def leave_presence(folder: Path, ranks: Ranks) -> None:
 
 
 def is_first_to_say(folder: Path, message: str) -> bool:
-    """Whether no rank has claimed this message before; what all ranks fail with alike is to be said once."""
+    """Whether no rank has claimed this message before; a failure that all ranks share is reported once."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         (folder / f"said-{hashlib.sha256(message.encode()).hexdigest()[:16]}").touch(exist_ok=False)

@@ -1,4 +1,4 @@
-"""What a rank can tell of a hang, and who is to blame: stacks, collectives in flight, and the verdict over all ranks.
+"""Explain a hang: stacks, collectives in flight, and the ranks that the others wait for.
 
 Each process group numbers its collectives, and PyTorch's flight recorder keeps the last of them, with gloo as with NCCL
 (https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html). In a program that is the same on all ranks,

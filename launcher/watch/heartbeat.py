@@ -1,4 +1,4 @@
-"""Heartbeats: each rank says every few seconds over the network that it is there, and what it is at.
+"""Heartbeats: every few seconds each rank reports over the network that it is alive and what it is doing.
 
 A thread of each rank sets a key of the process group's store (a TCP server, in the first rank or in torchrun's agent).
 The first rank's reads them all, knows so whose have stopped, and leaves them in `RUN/heartbeats.json`. The training
@@ -31,7 +31,7 @@ RECENT_STEPS = 20
 
 
 class At(NamedTuple):
-    """What a rank is at."""
+    """What a rank is doing."""
 
     step: int
     """Steps finished."""

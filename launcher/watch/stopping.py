@@ -1,4 +1,4 @@
-"""Why a run stops before its end, or saves out of turn: a signal, the end of its job's time, a file in its folder.
+"""Requests to stop or to save early: a signal, the end of the job's time, a file in the run's folder.
 
     touch RUN/stop      save and end; a job of ours is not queued again
     touch RUN/save      save and go on
@@ -114,7 +114,7 @@ def time_to_stop(margin_seconds: int, say: Callable[[str], None]) -> float:
     if end - time.time() <= margin_seconds:
         raise ConfigError(
             f"run.stop_before_end_seconds: is {margin_seconds}, but the job ends in {max(0, end - time.time()):.0f} s; "
-            "ask for a longer job, or lower it to what saving takes"
+            "request a longer job, or lower it to the time that saving takes"
         )
     return end - margin_seconds
 

@@ -1,4 +1,4 @@
-"""Stragglers: which rank keeps the others waiting, a little at every step.
+"""Find stragglers: ranks that keep the others waiting, a little at every step.
 
 Ranks that step together have the same step time, whoever is slow: the others wait for it inside of their collectives.
 What differs is a rank's own part of the step. Two pieces of that can be had without a further collective and without

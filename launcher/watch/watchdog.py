@@ -1,4 +1,4 @@
-"""The watchdog: ends a job that cannot go on, with the reason, even while the main thread is stuck in a collective.
+"""The watchdog ends a job that is stuck, and says why, even while the main thread hangs in a collective.
 
 A thread of each rank looks at the clock: how long this rank has been at what it is at, when the store was last heard
 of, and on the first rank when every other one was. When a limit is passed, it raises an alarm through the store, and

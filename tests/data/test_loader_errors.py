@@ -23,7 +23,7 @@ def test_a_truncated_shard_is_named_with_its_sizes(folders, tmp_path):
     shard = copy / "train" / "shard.00000.mds"
     size = shard.stat().st_size
     os.truncate(shard, size - 100)
-    with pytest.raises(DataError, match=rf"shard\.00000\.mds: {size - 100} bytes, where index\.json says {size}"):
+    with pytest.raises(DataError, match=rf"shard\.00000\.mds: has {size - 100} bytes, but index\.json says {size}"):
         open_data(mixture((str(copy), folders[1])))
     shard.unlink()
     with pytest.raises(DataError, match=r"shard\.00000\.mds: missing"):
@@ -37,12 +37,12 @@ def test_an_index_that_lies_is_found_out(folders, tmp_path):
     index = json.loads(original)
     index["shards"][0]["raw_data"]["bytes"] += 7
     path.write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"shard\.00000\.mds: \d+ bytes, where index\.json says"):
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: has \d+ bytes, but index\.json says"):
         open_data(mixture((str(copy), folders[1])))
     index["shards"][0]["raw_data"]["bytes"] -= 7
     index["shards"][0]["samples"] += 1
     path.write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"index\.json: lists \d+ rows, where manifest\.json says \d+"):
+    with pytest.raises(DataError, match=r"index\.json: lists \d+ rows, but manifest\.json says \d+"):
         open_data(mixture((str(copy), folders[1])))
     path.write_text(original + " ")
     with pytest.raises(DataError, match=r"index\.json: changed since manifest\.json was written"):
@@ -55,29 +55,27 @@ def test_an_index_that_lies_is_found_out(folders, tmp_path):
 def test_what_is_missing_is_named(folders, tmp_path):
     with pytest.raises(DataError, match=r"nowhere: no such folder .*tritrain prepare"):
         open_data(mixture((str(tmp_path / "nowhere"), folders[1])))
-    with pytest.raises(DataError, match=r"holds no manifest\.json.*tritrain prepare"):
+    with pytest.raises(DataError, match=r"has no manifest\.json.*tritrain prepare"):
         open_data(mixture((str(tmp_path), folders[1])))
     copy = copy_of(folders[0], tmp_path / "copy")
     (copy / "tokenizer.model").unlink()
     with pytest.raises(DataError, match=r"tokenizer\.model: missing; it is the tokenizer that made the tokens"):
         open_data(mixture((str(copy), folders[1])))
     (copy / "tokenizer.model").write_bytes(b"another")
-    with pytest.raises(DataError, match=r"tokenizer\.model: not the tokenizer that made the tokens"):
+    with pytest.raises(DataError, match=r"tokenizer\.model: is not the tokenizer of the tokens"):
         open_data(mixture((str(copy), folders[1])))
 
 
 def test_what_does_not_fit_together_is_named(folders, tmp_path):
-    with pytest.raises(
-        DataError, match=r"400 tokens, the model's vocabulary 399; set model\.vocab_size to 400 or more"
-    ):
+    with pytest.raises(DataError, match=r"400 tokens, but the model has 399; set model\.vocab_size to 400 or more"):
         open_data(mixture(folders), vocab_size=399)
-    with pytest.raises(DataError, match="prepared with sequence_length 16, the configuration says 32"):
+    with pytest.raises(DataError, match="prepared with sequence_length 16, but the configuration says 32"):
         open_data(mixture(folders, sequence_length=32))
     with pytest.raises(DataError, match="fewer than the 100000 of one global batch"):
         open_data(mixture(folders), global_batch_sequences=100_000)
     other = tmp_path / "other"
     prepare(PrepareConfig(inputs=(write_text(tmp_path / "t.jsonl", 3, 60),), tokenizer="bpe:350"), LENGTH, other)
-    with pytest.raises(DataError, match="another tokenizer than"):
+    with pytest.raises(DataError, match="a different tokenizer than"):
         open_data(mixture((folders[0], str(other))))
     with pytest.raises(DataError, match="no held-out text"):
         rank_validates(0, 1, mixture(folders, sources=(Source(path=str(other)),)), 1)
@@ -97,7 +95,8 @@ def test_every_rank_raises_the_same_error(folders):
     assert "prepared with sequence_length 16" in messages[0]
     messages = run_ranks(2, rank_fails, mixture(folders, canonical_nodes=3), ranks_per_node=1)
     assert (
-        "canonical_nodes: 3 and the number of nodes, 2, do not divide each other; 1 or a multiple of 2" in messages[0]
+        "canonical_nodes: 3 and the number of nodes, 2, do not divide each other; choose 1 or a multiple of 2"
+        in messages[0]
     )
 
 
@@ -116,10 +115,10 @@ def test_an_environment_that_contradicts_is_refused(folders, monkeypatch):
         (
             {"prepare": PrepareConfig(inputs=("x",), tokenizer="bpe:9")},
             "prepare",
-            "makes the folder of one source, here are 2",
+            "makes the folder of one source, but there are 2",
         ),
-        ({"sequence_length": 0}, "sequence_length", "0 is too small; 1 is the least"),
-        ({"workers": -1}, "workers", "-1 is too small; 0 is the least"),
+        ({"sequence_length": 0}, "sequence_length", "is 0; must be 1 or more"),
+        ({"workers": -1}, "workers", "is -1; must be 0 or more"),
     ],
 )
 def test_configurations_are_checked(changes, key, message):

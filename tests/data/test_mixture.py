@@ -31,11 +31,11 @@ def test_one_source_is_read_once_and_equal_weights_are_equal_shares():
 def test_too_few_rows_are_an_error():
     with pytest.raises(DataError, match="hold 7 rows, fewer than the 8 of one global batch"):
         rows_per_epoch([3, 4], [1, 1], 8)
-    with pytest.raises(DataError, match=r"sources\.1\.weight: 0\.001 is less than one row"):
+    with pytest.raises(DataError, match=r"sources\.1\.weight: is 0\.001, which gives less than one row"):
         rows_per_epoch([30, 40], [1, 0.001], 10)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_weights_are_positive_numbers(weight):
-    with pytest.raises(ValueError, match="is not a positive number"):
+    with pytest.raises(ValueError, match="must be above 0"):
         Source(path="a", weight=weight)

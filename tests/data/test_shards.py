@@ -134,7 +134,7 @@ def test_a_prepared_folder_serves_again_only_with_the_same_options(corpus, token
     assert "inputs" not in str(caught.value)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(DataError, match="mine: exists and is not a folder of prepared data"):
+    with pytest.raises(DataError, match="mine: exists but is not a folder of prepared data"):
         prepare(config, LENGTH, tmp_path / "mine")
 
 
@@ -226,9 +226,9 @@ def test_too_little_text_is_an_error(tokenizer_path, tmp_path):
             PrepareConfig(inputs=tuple(str(tmp_path / name) for name in names), **options), LENGTH, tmp_path / "out"
         )
 
-    with pytest.raises(DataError, match=r"empty\.txt: no text in there"):
+    with pytest.raises(DataError, match=r"empty\.txt: contains no text"):
         attempt("empty.txt")
-    with pytest.raises(DataError, match=r"empty\.txt: no text in there"):
+    with pytest.raises(DataError, match=r"empty\.txt: contains no text"):
         attempt("empty.txt", tokenizer="bpe:500")
     with pytest.raises(DataError, match=r"the train split has 1 documents with \d+ tokens, too few for one row of 33"):
         attempt("short.txt")
@@ -297,12 +297,16 @@ def test_the_sample_for_a_tokenizer_is_bounded_and_independent_of_the_order(monk
     ("changes", "key", "message"),
     [
         ({"inputs": ()}, "inputs", "is empty"),
-        ({"tokenizer": "bpe:"}, "tokenizer", "lacks the vocabulary's size; bpe:32000"),
-        ({"tokenizer": "bpe:4k"}, "tokenizer", "lacks the vocabulary's size"),
+        ({"tokenizer": "bpe:"}, "tokenizer", "lacks the size of the vocabulary; write bpe:32000"),
+        ({"tokenizer": "bpe:4k"}, "tokenizer", "lacks the size of the vocabulary"),
         ({"tokenizer": ""}, "tokenizer", "is empty"),
-        ({"validation_fraction": 1.0}, "validation_fraction", "1.0 is not a share"),
-        ({"validation_fraction": 0.1, "validation_inputs": ("b",)}, "validation_inputs", "exclude each other"),
-        ({"workers": 0}, "workers", "0 is too few"),
+        ({"validation_fraction": 1.0}, "validation_fraction", "is 1.0; must be 0 or more and below 1"),
+        (
+            {"validation_fraction": 0.1, "validation_inputs": ("b",)},
+            "validation_inputs",
+            "excludes validation",
+        ),
+        ({"workers": 0}, "workers", "is 0; must be 1 or more"),
     ],
 )
 def test_options_are_checked(changes, key, message):

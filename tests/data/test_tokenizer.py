@@ -61,13 +61,13 @@ def test_a_trained_tokenizer_suits_code(trained):
 def test_a_vocabulary_that_the_text_cannot_fill_is_an_error_that_says_what_would_do(kind, tmp_path):
     text = ["to be or not to be, that is the question"] * 3
     with pytest.raises(
-        DataError, match=rf"{kind}:5000: the text gives at most (\d+) tokens; {kind}:\d+ would do"
+        DataError, match=rf"{kind}:5000: the text gives at most (\d+) tokens; choose {kind}:\d+ or less"
     ) as caught:
         train_tokenizer(text, f"{kind}:5000", tmp_path / "a.model")
-    train_tokenizer(text, str(caught.value).split("; ")[1].split()[0], tmp_path / "a.model")
-    with pytest.raises(DataError, match=r"bytes and single characters alone are \d+ tokens"):
+    train_tokenizer(text, str(caught.value).split("; choose ")[1].split()[0], tmp_path / "a.model")
+    with pytest.raises(DataError, match=r"bytes and single characters alone need \d+ tokens"):
         train_tokenizer(text, f"{kind}:200", tmp_path / "b.model")
-    with pytest.raises(DataError, match="no text to train a tokenizer on"):
+    with pytest.raises(DataError, match="no text to train the tokenizer on"):
         train_tokenizer(["\n"], f"{kind}:300", tmp_path / "c.model")
 
 
@@ -131,5 +131,5 @@ def test_tokenizer_files_that_cannot_serve_are_errors(tmp_path):
     with pytest.raises(DataError, match="no such tokenizer file"):
         load_tokenizer(tmp_path / "none.model")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"holds neither tokenizer\.model nor tokenizer\.json"):
+    with pytest.raises(DataError, match=r"has neither tokenizer\.model nor tokenizer\.json"):
         load_tokenizer(tmp_path / "empty")

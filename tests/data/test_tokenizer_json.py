@@ -115,5 +115,5 @@ def test_what_is_not_exact_is_refused(tmp_path, texts):
         with pytest.raises(DataError, match=message):
             tokenizer_files(path, vocab_size=1024, max_sequence_length=64)
     train_tokenizer(documents, "bpe:600", path)
-    with pytest.raises(DataError, match="has 600 tokens, and the model only 500"):
+    with pytest.raises(DataError, match="has 600 tokens, but the model has only 500"):
         tokenizer_files(path, vocab_size=500, max_sequence_length=64)

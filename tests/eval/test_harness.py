@@ -121,7 +121,7 @@ def test_what_it_does_not_do_it_refuses():
     model = HarnessModel(FIXED, Characters())
     with pytest.raises(NotImplementedError, match="tritrain perplexity"):
         model.loglikelihood_rolling([])
-    with pytest.raises(NotImplementedError, match="let the model write"):
+    with pytest.raises(NotImplementedError, match="generated answers are not supported"):
         model.generate_until([])
 
 
@@ -162,7 +162,7 @@ def test_scores_equal_those_of_the_harness_s_own_hf_model(folder, tmp_path):
     path, model = folder
     theirs = HFLM(pretrained=str(path), dtype="float32", device="cpu", batch_size=4)
     tokenizer = load_tokenizer(path)
-    scorer = Scorer(lambda tokens, labels: model(tokens, labels, reduction="none"), 256)
+    scorer = Scorer(lambda tokens, labels: model(tokens, labels, reduction="none").token_nll, 256)
     mirror = write_tasks(tmp_path / "tasks")
     for name, definition in DEFINITIONS.items():
         task = harness_task(name, load_rows(Task(name, True), mirror))

@@ -24,7 +24,7 @@ def model_of(recipe, dtype):
 
 
 def scorer_of(model, **ranks):
-    return Scorer(lambda tokens, labels: model(tokens, labels, reduction="none"), WINDOW, **ranks)
+    return Scorer(lambda tokens, labels: model(tokens, labels, reduction="none").token_nll, WINDOW, **ranks)
 
 
 def random_rows(count, seed=0, vocab_size=96):
@@ -95,7 +95,7 @@ def test_rows_of_the_same_tokens_are_run_once_and_change_no_bit():
 
     def nll(tokens, labels):
         num_tokens.append(int((tokens != 0).any(1).sum()))
-        return model(tokens, labels, reduction="none")
+        return model(tokens, labels, reduction="none").token_nll
 
     told = []
     found = Scorer(nll, WINDOW).log_likelihoods([*rows, *asked], told.append)
@@ -112,7 +112,7 @@ def test_ranks_share_the_batches_and_change_no_bit(world_size):
 
     def nll(tokens, labels):
         calls[-1] += 1
-        return model(tokens, labels, reduction="none")
+        return model(tokens, labels, reduction="none").token_nll
 
     for rank in range(world_size):
         calls.append(0)
@@ -136,7 +136,7 @@ def test_scores_are_those_of_a_plain_forward_pass():
     rows = random_rows(40)
     with torch.no_grad():
         for row, found in zip(rows, scorer_of(model).log_likelihoods(rows), strict=True):
-            log_probabilities = model(torch.tensor([row.tokens]))[0].log_softmax(-1)
+            log_probabilities = model(torch.tensor([row.tokens])).logits[0].log_softmax(-1)
             expected = sum(
                 log_probabilities[place, label].item()
                 for place, label in enumerate(row.labels)

@@ -48,7 +48,7 @@ def test_it_ends_before_the_end_token_or_where_the_context_is_full():
     assert len(tokens) == TINY.max_sequence_length - 3
     end = tokens[5]
     assert list(generate(model, prompt, max_tokens=100, seed=2, end_token=end)) == tokens[: tokens.index(end)]
-    with pytest.raises(ValueError, match="the prompt has 32 tokens; the model's context is 32"):
+    with pytest.raises(ValueError, match="the prompt has 32 tokens, but the model's context is 32"):
         generate(model, random_tokens(32).tolist(), max_tokens=1)
 
 
@@ -65,7 +65,7 @@ def test_the_live_model_writes_the_same_without_a_cache():
 
     def logits_of(tokens_BT):
         shapes.append(tuple(tokens_BT.shape))
-        return model(tokens_BT)
+        return model(tokens_BT).logits
 
     expected = list(generate(model, prompt, max_tokens=12, seed=3))
     end = expected[7]

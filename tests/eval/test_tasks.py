@@ -35,7 +35,7 @@ def test_groups_have_eleven_members_each_and_names_are_kept_in_order():
 
 @pytest.mark.parametrize(("name", "near"), [("hellaswagg", "hellaswag"), ("paper12", "paper11"), ("boolq", "copa")])
 def test_unknown_task_names_the_nearest(name, near):
-    with pytest.raises(ValueError, match=f"no task '{name}'; did you mean") as error:
+    with pytest.raises(ValueError, match=f"task '{name}' is not known; did you mean") as error:
         choose_tasks(["piqa", name])
     if name != "boolq":  # nothing is near it
         assert f"did you mean {near}?" in str(error.value)
@@ -95,7 +95,7 @@ def test_digest_knows_style_and_number_of_examples(tasks):
 
 
 def test_missing_and_malformed_data_are_one_clear_error(tmp_path):
-    with pytest.raises(DataError, match=r"piqa_validation\.jsonl: is not there\. --task-data"):
+    with pytest.raises(DataError, match=r"piqa_validation\.jsonl: does not exist\. --task-data"):
         load_rows(Task("piqa", False), tmp_path)
     path = tmp_path / "piqa_validation.jsonl"
     good = json.dumps(EXAMPLES["piqa"][0])
@@ -103,8 +103,8 @@ def test_missing_and_malformed_data_are_one_clear_error(tmp_path):
         ("{", "not an example"),
         ('{"query": "a"}', "has no 'choices'"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2; must be the index of one of 2"),
-        ('{"query": "a", "choices": ["b", ""], "gold": 0}', "choices must be texts"),
-        ('{"query": 7, "choices": ["b", "c"], "gold": 0}', "choices must be texts"),
+        ('{"query": "a", "choices": ["b", ""], "gold": 0}', "choices must be strings"),
+        ('{"query": 7, "choices": ["b", "c"], "gold": 0}', "choices must be strings"),
         ("[]", "not an example"),
     ):
         path.write_text(f"{good}\n{line}\n")
@@ -112,7 +112,7 @@ def test_missing_and_malformed_data_are_one_clear_error(tmp_path):
             rows_of_file(path)
         assert problem in str(error.value)
     path.write_text("")
-    with pytest.raises(DataError, match="holds no example"):
+    with pytest.raises(DataError, match="contains no example"):
         rows_of_file(path)
 
 

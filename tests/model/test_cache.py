@@ -25,7 +25,7 @@ def test_logits_are_those_of_the_whole_sequence(config, chunks):
     """To rounding, in fp64: what attention and products with other shapes add in another order."""
     model, tokens_BT = build(config).double(), random_tokens(3, 12)
     with torch.no_grad():
-        expected_BTV = model(tokens_BT)
+        expected_BTV = model(tokens_BT).logits
     cache, end = model.new_cache(3, 12), 0
     for length in chunks:
         end += length
@@ -43,7 +43,7 @@ def test_greedy_tokens_are_those_without_a_cache(config, build_model, dtype):
     tokens = list(prompt)
     for _ in range(24):
         with torch.no_grad():
-            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     assert list(generate(model, prompt, max_tokens=24, temperature=0)) == tokens[4:]
 
 
@@ -51,9 +51,9 @@ def test_a_full_cache_and_a_full_context_are_told():
     model = build(TINY)
     cache = model.new_cache(1, 4)
     model.next_logits(random_tokens(1, 3), cache)
-    with pytest.raises(ValueError, match="room for 4 tokens and would hold 5"):
+    with pytest.raises(ValueError, match="room for 4 tokens, but 5 are needed"):
         model.next_logits(random_tokens(1, 2), cache)
     cache = model.new_cache(1, 64)
     model.next_logits(random_tokens(1, 30), cache)
-    with pytest.raises(ValueError, match="a sequence has 33 tokens and max_sequence_length is 32"):
+    with pytest.raises(ValueError, match="a sequence has 33 tokens, but max_sequence_length is 32"):
         model.next_logits(random_tokens(1, 3), cache)

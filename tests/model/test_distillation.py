@@ -105,7 +105,7 @@ def test_no_label_that_counts_gives_zero():
 def test_a_teacher_of_another_vocabulary_is_refused():
     hidden_ND, weight_VD, labels_N = example()
     teacher = teacher_example()[0], teacher_example()[1][1:]
-    with pytest.raises(ValueError, match=f"teacher has {VOCAB - 1} words, the student {VOCAB}"):
+    with pytest.raises(ValueError, match=f"teacher has {VOCAB - 1} tokens, but the student has {VOCAB}"):
         distillation_loss(hidden_ND, weight_VD, labels_N, 7, 0.0, teacher=teacher, temperature=5.0, weight=1.0)
 
 
@@ -180,11 +180,11 @@ def test_the_model_returns_the_total_and_its_parts():
     config = DistillationConfig(temperature=2.0, weight=0.5, relation_weight=3.0)
     lesson = teacher.teach(tokens_BT, config, MODEL.num_layers)
     assert not any(tensor.requires_grad for tensor in (lesson.hidden, *lesson.relations))
-    losses = student(tokens_BT, labels_BT, teacher=lesson)
+    output = student(tokens_BT, labels_BT, teacher=lesson)
 
     attention, teachers_attention = student.model.layers[3].self_attn, teacher.model.layers[1].self_attn
     with watched_projections(attention) as ours, watched_projections(teachers_attention) as theirs:
-        logits, teacher_logits = student(tokens_BT), teacher(tokens_BT)
+        logits, teacher_logits = student(tokens_BT).logits, teacher(tokens_BT).logits
     nll = F.cross_entropy(logits.flatten(0, 1), labels_BT.flatten())
     kl = F.kl_div(
         F.log_softmax(logits / 2, -1).flatten(0, 1),
@@ -193,10 +193,11 @@ def test_the_model_returns_the_total_and_its_parts():
     )
     relation = plain_relations(ours, theirs, 2)
     expected = torch.stack([nll + 0.5 * 4 * kl + 3 * relation, nll, kl, relation])
-    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(torch.stack([output.loss, *output.parts]), expected)
+    assert not output.parts.requires_grad
     parameters = [p for p in student.parameters() if p.requires_grad]
     torch.testing.assert_close(
-        torch.autograd.grad(losses[0], parameters), torch.autograd.grad(expected[0], parameters), rtol=1e-4, atol=1e-6
+        torch.autograd.grad(output.loss, parameters), torch.autograd.grad(expected[0], parameters), rtol=1e-4, atol=1e-6
     )
     assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
 
@@ -215,7 +216,7 @@ def test_the_compared_block_is_at_the_same_depth(chosen, student_layers, teacher
     [
         ({"temperature": 0.0}, {"temperature": "is 0.0; must be above 0"}),
         ({"weight": -1.0}, {"weight": "is -1.0; must be 0 or more"}),
-        ({"relation_layer": 1}, {"relation_layer": "is 1, but relation_weight is 0: nothing is compared"}),
+        ({"relation_layer": 1}, {"relation_layer": "is 1, but has no effect while relation_weight is 0"}),
     ],
 )
 def test_wrong_values_are_refused(keys, problem):

@@ -49,7 +49,7 @@ def test_flops_are_those_that_run(config):
     """Torch's counter runs the products that our formula counts; its attention is full, ours causal."""
     model, tokens_BT = build(config), random_tokens(3, 16)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens_BT, tokens_BT).backward()
+        model(tokens_BT, tokens_BT).loss.backward()
     full_attention = 12 * config.num_layers * config.num_heads * config.head_width * 16
     causal_attention = full_attention * 17 // 32
     assert flops_per_token(config, 16) == counter.get_total_flops() / 48 - full_attention + causal_attention

@@ -23,7 +23,7 @@ def test_no_logit_depends_on_a_later_token(config, dtype, position, seed):
     changed_BT = tokens_BT.clone()
     changed_BT[:, position] = (changed_BT[:, position] + 1) % config.vocab_size
     with torch.no_grad():
-        before_BTV, after_BTV = model(tokens_BT), model(changed_BT)
+        before_BTV, after_BTV = model(tokens_BT).logits, model(changed_BT).logits
     assert torch.equal(before_BTV[:, :position], after_BTV[:, :position])
     assert not torch.equal(before_BTV[:, position:], after_BTV[:, position:])
 
@@ -36,13 +36,13 @@ def test_everything_follows_the_parameters_dtype(config, dtype):
     seen = set()
     for block in model.model.layers:
         block.register_forward_hook(lambda module, inputs, output: seen.update({inputs[0].dtype, output.dtype}))
-    assert model(tokens_BT).dtype == dtype
+    assert model(tokens_BT).logits.dtype == dtype
     assert seen == {dtype}
     wide = torch.promote_types(dtype, torch.float32)
-    loss = model(tokens_BT, tokens_BT)
+    loss = model(tokens_BT, tokens_BT).loss
     loss.backward()
     assert (loss.dtype, loss.shape) == (wide, ())
-    nll_BT = model(tokens_BT, tokens_BT, reduction="none")
+    nll_BT = model(tokens_BT, tokens_BT, reduction="none").token_nll
     assert (nll_BT.dtype, nll_BT.shape) == (wide, (2, 8))
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == dtype, name
@@ -54,12 +54,12 @@ def test_loss_is_that_of_the_logits(config):
     model = build(replace(config, z_loss=0.1, loss_chunk_tokens=5)).double()
     tokens_BT, labels_BT = random_tokens(2, 8), random_tokens(2, 8, seed=1)
     labels_BT[0, 3] = labels_BT[1, 7] = -100
-    logits_BTV = model(tokens_BT)
+    logits_BTV = model(tokens_BT).logits
     nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), labels_BT, reduction="none")
-    torch.testing.assert_close(model(tokens_BT, labels_BT, reduction="none"), nll_BT)
+    torch.testing.assert_close(model(tokens_BT, labels_BT, reduction="none").token_nll, nll_BT)
     z = logits_BTV.logsumexp(-1)[labels_BT != -100].square().mean()
     expected = F.cross_entropy(logits_BTV.transpose(1, 2), labels_BT) + 0.1 * z
-    torch.testing.assert_close(model(tokens_BT, labels_BT), expected)
+    torch.testing.assert_close(model(tokens_BT, labels_BT).loss, expected)
 
 
 def test_gradients_agree_with_finite_differences():
@@ -77,7 +77,7 @@ def test_gradients_agree_with_finite_differences():
     names, values = zip(*model.named_parameters(), strict=True)
 
     def loss(*parameters):
-        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (tokens_BT, tokens_BT))
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (tokens_BT, tokens_BT)).loss
 
     assert torch.autograd.gradcheck(loss, values, fast_mode=True)
 
@@ -139,7 +139,7 @@ def test_blocks_compile_to_one_graph(config):
         block.compile(fullgraph=True, backend=counter)
     tokens_BT = random_tokens(2, 8)
     for each in (model, compiled):
-        each(tokens_BT, tokens_BT).backward()
+        each(tokens_BT, tokens_BT).loss.backward()
     assert counter.frame_count == 1
     assert list(compiled.state_dict()) == list(model.state_dict())
     for (name, expected), actual in zip(model.named_parameters(), compiled.parameters(), strict=True):
@@ -154,13 +154,13 @@ def test_blocks_compile_with_inductor():
         block.compile(fullgraph=True)
     tokens_BT = random_tokens(2, 8)
     for each in (model, compiled):
-        each(tokens_BT, tokens_BT).backward()
+        each(tokens_BT, tokens_BT).loss.backward()
     for expected, actual in zip(model.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad)
 
 
 def test_a_sequence_that_is_too_long_is_refused():
-    with pytest.raises(ValueError, match="33 tokens and max_sequence_length is 32"):
+    with pytest.raises(ValueError, match="33 tokens, but max_sequence_length is 32"):
         Transformer(TINY)(random_tokens(1, 33))
 
 
@@ -168,15 +168,17 @@ def test_configuration_reports_all_problems_at_once():
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         replace(TINY, hidden_size=100, num_heads=12, num_kv_heads=7)
     assert caught.value.args[0] == {
-        "num_heads": "12 does not divide hidden_size 100 and head_dim is not given; 4, 5 or 10 would",
-        "num_kv_heads": "7 does not divide num_heads 12; 3, 4 or 6 would",
+        "num_heads": "12 does not divide hidden_size 100 and head_dim is not set; choose 4, 5 or 10",
+        "num_kv_heads": "7 does not divide num_heads 12; choose 3, 4 or 6",
     }
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         replace(TINY, num_layers=0, num_kv_heads=0, z_loss=-1.0, norm_eps=0.0, loss_chunk_tokens=-5)
     assert set(caught.value.args[0]) == {"num_layers", "num_kv_heads", "z_loss", "norm_eps", "loss_chunk_tokens"}
     with pytest.raises(ValueError, match=r"head_dim.*7 is odd"):
         replace(TINY, head_dim=7)
-    with pytest.raises(ValueError, match=r"4 does not divide hidden_size 1099511627777 .*; 1, 257 or 4278255361 would"):
+    with pytest.raises(
+        ValueError, match=r"4 does not divide hidden_size 1099511627777 .*; choose 1, 257 or 4278255361"
+    ):
         replace(TINY, hidden_size=2**40 + 1)  # at once: the divisors of a number of any size
 
 

@@ -107,8 +107,8 @@ def test_recipes_that_can_be_gathered_as_codes() -> None:
             {"preset": "bitnet-v2"},
             "phases.1.quantization.hadamard: is outputs; engine.gather codes",
         ),
-        ({"gather": "codes", "offload": "all"}, {}, "engine.gather: is codes, which are made on the device"),
-        ({"name": "deepspeed", "zero_stage": 1, "gather": "codes"}, {}, "engine.gather: is codes; only fsdp2"),
+        ({"gather": "codes", "offload": "all"}, {}, "engine.gather: is codes, which are computed on the device"),
+        ({"name": "deepspeed", "zero_stage": 1, "gather": "codes"}, {}, "engine.gather: is codes, which only fsdp2"),
     ],
 )
 def test_what_needs_latent_weights_is_refused(
@@ -229,14 +229,14 @@ def memory_and_references(gathers: list[str]) -> list[Any]:
             engine: Any = build_engine(plan, plan.phases[0], Ranks(dist.get_rank(), size, 0, torch.device("cpu")))
             load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, 0))  # noqa: B023
             tokens = torch.arange(33).expand(2, -1) + dist.get_rank()
-            engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=False)
+            engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss, last=False)
             sums = [
                 param.unsharded_accumulated_grad
                 for module in (engine.model, *engine.model.model.layers)
                 for param in _fsdp_params(module)
             ]
             held = sum(tensor.numel() * tensor.element_size() for tensor in sums if tensor is not None)
-            engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=True)
+            engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss, last=True)
             norm = engine.step(StepSizes(1e-3))[0].item()
             model = weakref.ref(engine.model)
             del engine, sums
@@ -286,8 +286,8 @@ def what_layers_see(num_steps: int) -> list[dict[str, Any]]:
         latent = torch.zeros(layer.weight.shape).flatten()
         latent[whole.start : whole.start + len(whole.tensors["weight"])] = whole.tensors["weight"]
         dist.all_reduce(latent)
-        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=False)
-        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]), last=True)
+        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss, last=False)
+        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss, last=True)
         seen[-1]["latent"] = latent.view(layer.weight.shape)
         engine.step(StepSizes(1e-2))
         layer.probe = None

@@ -83,7 +83,7 @@ def test_strength_0_is_the_16_bit_model_bit_for_bit(dtype, tied):
     model, tokens_BT = build_transformer(tie_embeddings=tied).to(dtype), tokens()
 
     def loss_and_gradients():
-        loss = model(tokens_BT, tokens_BT.roll(-1, 1))
+        loss = model(tokens_BT, tokens_BT.roll(-1, 1)).loss
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         model.zero_grad()
@@ -101,11 +101,11 @@ def test_dequantize_undoes_quantize():
     model, tokens_BT = build_transformer(), tokens()
     classes = {name: type(module) for name, module in model.named_modules()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
-    logits = model(tokens_BT)
+    logits = model(tokens_BT).logits
     quantize_(model, QuantConfig())
-    assert not torch.equal(model(tokens_BT), logits)
+    assert not torch.equal(model(tokens_BT).logits, logits)
     dequantize_(model)
-    assert torch.equal(model(tokens_BT), logits)
+    assert torch.equal(model(tokens_BT).logits, logits)
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     assert quantize_(model, QuantConfig(weights="absmedian")) == PROJECTIONS
@@ -147,9 +147,9 @@ def test_blocks_have_strengths_of_their_own():
 def test_a_model_starts_at_full_strength():
     model = build_transformer()
     quantize_(model, QuantConfig())
-    at_start = model(tokens())
+    at_start = model(tokens()).logits
     set_strength_(model, 1.0)
-    assert torch.equal(model(tokens()), at_start)
+    assert torch.equal(model(tokens()).logits, at_start)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
@@ -160,11 +160,11 @@ def test_no_token_sees_a_later_one(strength, norm):
     set_strength_(model, strength)
     tokens_BT = tokens()
     with torch.no_grad():
-        logits = model(tokens_BT)
+        logits = model(tokens_BT).logits
         for t in range(tokens_BT.shape[1] - 1):
             changed = tokens_BT.clone()
             changed[:, t + 1] = (changed[:, t + 1] + 1) % 48
-            changed_logits = model(changed)
+            changed_logits = model(changed).logits
             assert torch.equal(changed_logits[:, : t + 1], logits[:, : t + 1])
             assert not torch.equal(changed_logits[:, t + 1], logits[:, t + 1])
 
@@ -175,7 +175,7 @@ def test_sequences_of_a_batch_are_independent():
     tokens_BT = tokens()
     changed = tokens_BT.clone()
     changed[1] = (changed[1] + 1) % 48
-    assert torch.equal(model(changed)[0], model(tokens_BT)[0])
+    assert torch.equal(model(changed).logits[0], model(tokens_BT).logits[0])
 
 
 def test_the_pattern_chooses():
@@ -201,23 +201,25 @@ def test_only_plain_linears_change():
 
 def test_a_pattern_that_matches_nothing_is_an_error():
     model = build_transformer()
-    with pytest.raises(ValueError, match=r"include='attn\.proj' matches none of the linear layers, such as \['model"):
+    with pytest.raises(
+        ValueError, match=r"include='attn\.proj' matches no linear layer; there are, for example, \['model"
+    ):
         quantize_(model, QuantConfig(include=r"attn.proj"))
     assert not quantized_layers(model)
-    with pytest.raises(ValueError, match="matches none"):
+    with pytest.raises(ValueError, match="matches no linear layer"):
         quantize_(nn.Embedding(2, 2), EVERYTHING)
 
 
 def test_twice_is_an_error():
     model = build_transformer()
     quantize_(model, QuantConfig())
-    with pytest.raises(ValueError, match="the model is quantized already"):
+    with pytest.raises(ValueError, match="the model is already quantized"):
         quantize_(model, QuantConfig())
 
 
 def test_a_model_without_quantized_layers_is_an_error():
     for change in (dequantize_, lambda model: set_strength_(model, 0.5)):
-        with pytest.raises(ValueError, match="no quantized layer: call quantize_ first"):
+        with pytest.raises(ValueError, match="no quantized layer; call quantize_ first"):
             change(build_transformer())
 
 
@@ -226,7 +228,7 @@ def test_strength_outside_of_0_to_1_is_an_error(strength):
     model = build_transformer()
     quantize_(model, QuantConfig())
     set_strength_(model, 0.5)
-    with pytest.raises(ValueError, match=re.escape(f"strength {strength} is outside of 0 to 1")):
+    with pytest.raises(ValueError, match=re.escape(f"strength is {strength}; must be between 0 and 1")):
         set_strength_(model, strength)
     assert strengths_of(model) == {(0.5, 0.5)}
 
@@ -243,7 +245,7 @@ def test_a_pattern_that_is_none_is_refused():
 def test_on_the_meta_device_the_strength_is_where_the_model_will_compute():
     with torch.device("meta"):
         model = Transformer(MODEL)
-    with pytest.raises(ValueError, match="meta device: give the device"):
+    with pytest.raises(ValueError, match="meta device; pass the device"):
         quantize_(model, QuantConfig())
     assert not quantized_layers(model)
     quantize_(model, QuantConfig(), torch.device("cpu"))
@@ -255,7 +257,7 @@ def test_on_the_meta_device_the_strength_is_where_the_model_will_compute():
     for strength in (1.0, 0.5):
         set_strength_(model, strength)
         set_strength_(expected, strength)
-        assert torch.equal(model(tokens()), expected(tokens()))
+        assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -269,7 +271,7 @@ def test_one_graph_for_each_mode(training):
     with torch.set_grad_enabled(training):
         for strength in (0.0, 0.1, 0.5, 0.999, 1.0, 0.25, 0.0):
             set_strength_(model, strength)
-            torch.testing.assert_close(compiled(tokens_BT), model(tokens_BT))
+            torch.testing.assert_close(compiled(tokens_BT).logits, model(tokens_BT).logits)
     assert counter.frame_count == 3
 
 

@@ -38,11 +38,11 @@ def test_a_frozen_model_computes_the_same_bits(config, dtype):
     for num_tokens in (1, 5, 20):
         tokens_BT = random_tokens(2, num_tokens)
         with torch.no_grad():
-            expected = model(tokens_BT)
+            expected = model(tokens_BT).logits
             if num_tokens == 1:
                 layers = {name: layer.weight_codes()[0] for name, layer in quantized_layers(model).items()}
                 frozen = build_frozen(model)
-            assert torch.equal(frozen(tokens_BT), expected)
+            assert torch.equal(frozen(tokens_BT).logits, expected)
     assert not quantized_layers(frozen)
     for name, codes_OI in layers.items():
         layer = frozen.get_submodule(name)
@@ -119,8 +119,12 @@ def test_latent_weights_are_let_go_without_the_collector(monkeypatch):
     ("config", "strength", "message"),
     [
         (None, 1.0, "no quantized layer"),
-        (BITNET, 0.5, r"layers.0.self_attn.q_proj is at strengths 0.5 and 0.5 \(weights, activations\); only at 1"),
-        (BITNET, 0.0, "only at 1"),
+        (
+            BITNET,
+            0.5,
+            r"layers.0.self_attn.q_proj is at strengths 0.5 and 0.5 \(weights, activations\); both must be 1",
+        ),
+        (BITNET, 0.0, "both must be 1"),
         (replace(BITNET, levels="int2", weights="absmax"), 1.0, "int2 weights; only ternary and binary"),
     ],
 )

@@ -44,7 +44,7 @@ def test_no_token_sees_a_later_one(name, strength):
     changed = tokens_BT.clone()
     changed[:, 6] = (changed[:, 6] + 1) % 48
     with torch.no_grad():
-        before, after = model(tokens_BT), model(changed)
+        before, after = model(tokens_BT).logits, model(changed).logits
     assert torch.equal(after[:, :6], before[:, :6])
     assert not torch.equal(after[:, 6], before[:, 6])
 
@@ -193,7 +193,7 @@ def test_a_rotation_spreads_an_outlier():
 
 
 def test_an_odd_width_cannot_be_rotated():
-    with pytest.raises(ValueError, match="a width of 7 cannot be rotated: it is odd"):
+    with pytest.raises(ValueError, match="a width of 7 cannot be rotated; it must be even"):
         rotate(torch.ones(7))
 
 
@@ -239,12 +239,12 @@ def test_fused_projections_share_one_scale():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"weights": "absmax"}, r"is absmax; ternary weights take absmean, absmedian, twn, gaussian, learned"),
-        ({"levels": "int4", "weights": "absmean"}, "is absmean; int4 weights take gaussian, absmax, learned"),
-        ({"weights": "learned"}, "learned scales belong to a row each"),
-        ({"weights": "learned", "granularity": "row", "hadamard": "all"}, "rows that are not rotated"),
-        ({"fused": True, "granularity": "row"}, "shared with no other matrix anyway"),
-        ({"layer_norm": True, "activations": "none"}, "which are none"),
+        ({"weights": "absmax"}, r"is absmax; for ternary weights choose absmean, absmedian, twn, gaussian, learned"),
+        ({"levels": "int4", "weights": "absmean"}, "is absmean; for int4 weights choose gaussian, absmax, learned"),
+        ({"weights": "learned"}, "learned scales need granularity row"),
+        ({"weights": "learned", "granularity": "row", "hadamard": "all"}, "learned scales need hadamard none"),
+        ({"fused": True, "granularity": "row"}, "needs granularity matrix, not row"),
+        ({"layer_norm": True, "activations": "none"}, "has no effect with activations none"),
         ({"dead_zone_bias": -1.0}, "must be 0 or more"),
         ({"dead_zone_bias": 0.1, "levels": "binary"}, "no dead zone"),
         ({"group_size": 1}, "must be 2 or more"),
@@ -259,8 +259,8 @@ def test_what_makes_no_sense_is_refused(keys, message):
     ("config", "message"),
     [
         (QuantConfig(include="", granularity="group"), "group_size 128 does not divide the 7 inputs of 0"),
-        (QuantConfig(include="", hadamard="all"), "cannot rotate the 7 inputs of 0, an odd number"),
-        (preset("paretoq"), "0 has no weight_scale: call add_learned_scales_"),
+        (QuantConfig(include="", hadamard="all"), "cannot rotate the 7 inputs of 0; the number must be even"),
+        (preset("paretoq"), "0 has no weight_scale; call add_learned_scales_"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused(config, message):

@@ -44,7 +44,7 @@ def gradient_norms(engines: list[str], dtypes: list[torch.dtype]) -> dict[str, A
             rank, size = dist.get_rank(), NUM_SEQUENCES // dist.get_world_size() // NUM_MICRO_BATCHES
             for index in range(NUM_MICRO_BATCHES):
                 rows = slice((rank * NUM_MICRO_BATCHES + index) * size, (rank * NUM_MICRO_BATCHES + index + 1) * size)
-                loss = engine.forward(tokens[rows], labels[rows]) / NUM_MICRO_BATCHES
+                loss = engine.forward(tokens[rows], labels[rows]).loss / NUM_MICRO_BATCHES
                 engine.backward(loss, last=index == NUM_MICRO_BATCHES - 1)
             parts = engine.gradient_squares()
             names = [parameter for parameter, _ in engine.model.named_parameters()]

@@ -74,7 +74,7 @@ def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, 
 
     def step() -> None:
         for index in range(MICRO_BATCHES):
-            loss = engine.forward(tokens[:, :-1], tokens[:, 1:]) / MICRO_BATCHES
+            loss = engine.forward(tokens[:, :-1], tokens[:, 1:]).loss / MICRO_BATCHES
             engine.backward(loss, last=index == MICRO_BATCHES - 1)
         engine.step(StepSizes(1e-3))
         StopRequest().agree(ranks)

@@ -68,7 +68,7 @@ def step_once(engine: Engine, step: int, poison: float = 1.0) -> tuple[float, fl
     total = torch.zeros(())
     for index in range(NUM_MICRO_BATCHES):
         rows = slice((rank * NUM_MICRO_BATCHES + index) * size, (rank * NUM_MICRO_BATCHES + index + 1) * size)
-        loss = engine.forward(tokens[rows], labels[rows]) / NUM_MICRO_BATCHES
+        loss = engine.forward(tokens[rows], labels[rows]).loss / NUM_MICRO_BATCHES
         engine.backward(loss * poison, last=index == NUM_MICRO_BATCHES - 1)
         total = total + loss.detach().cpu()
     norm, skipped = engine.step(StepSizes(LEARNING_RATE))

@@ -63,7 +63,7 @@ def step_once(engine: Engine, step: int) -> float:
     tokens = (starts + torch.arange(17) * (1 + starts % 3)) % 101
     size = NUM_SEQUENCES // dist.get_world_size()
     mine = tokens[dist.get_rank() * size :][:size]
-    loss = engine.forward(mine[:, :-1], mine[:, 1:])
+    loss = engine.forward(mine[:, :-1], mine[:, 1:]).loss
     engine.backward(loss, last=True)
     engine.step(StepSizes(LEARNING_RATE))
     total = loss.detach().clone()

@@ -73,7 +73,7 @@ def test_override_of_no_form(override):
 def test_override_of_nothing(override, missing):
     with pytest.raises(ConfigError) as caught:
         apply_override(tree(), override)
-    assert str(caught.value) == f"{override!r}: {missing} is not there"
+    assert str(caught.value) == f"{override!r}: {missing} does not exist"
 
 
 def test_override_that_is_no_yaml():
@@ -115,9 +115,9 @@ def test_a_file_that_is_no_mapping(tmp_path, text):
     [
         ("run: [1", "line"),
         ("run:\n\tname: x", "line 2"),
-        ("run: {name: a, seed: 1, name: b}", "the key 'name' is there twice"),
-        ("run: {name: a}\nrun: {name: b}", "the key 'run' is there twice"),
-        ("phases:\n- {steps: 1, steps: 2}", "the key 'steps' is there twice"),
+        ("run: {name: a, seed: 1, name: b}", "the key 'name' appears twice"),
+        ("run: {name: a}\nrun: {name: b}", "the key 'run' appears twice"),
+        ("phases:\n- {steps: 1, steps: 2}", "the key 'steps' appears twice"),
         ("run: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
     ],
 )

@@ -26,7 +26,7 @@ from launcher.errors import ConfigError
         ("phases.1.transition.ramp.step=1", "unknown key; did you mean steps?"),
         ("phases.1.quantization.weight=x", "unknown key; did you mean weights?"),
         ("training.learning_rate=1", "unknown key; did you mean optimizer.learning_rate?"),
-        ("run.zzz=1", "unknown key; there are name, folder, seed, stop_before_end_seconds"),
+        ("run.zzz=1", "unknown key; choose one of name, folder, seed, stop_before_end_seconds"),
         ("data.prepare={inputs: [x], tokenizer: y, worker: 1}", "unknown key; did you mean workers?"),
     ],
 )
@@ -39,7 +39,7 @@ def test_unknown_key(override, said):
 def test_unknown_section():
     assert problems("optimiser.eps=1") == {"optimiser": "unknown section; did you mean optimizer?"}
     assert problems("learning_rate=1") == {"learning_rate": "unknown section; did you mean optimizer.learning_rate?"}
-    assert problems("zzz=1")["zzz"].startswith("unknown section; there are run, model, data,")
+    assert problems("zzz=1")["zzz"].startswith("unknown section; choose one of run, model, data,")
 
 
 def test_a_key_that_is_no_word():

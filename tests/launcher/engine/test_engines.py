@@ -55,7 +55,7 @@ def plain_run(
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
     curve, first_moments = [], {}
     for step in range(num_steps):
-        loss = model(*batch(step))
+        loss = model(*batch(step)).loss
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
         optimizer.step()
@@ -239,11 +239,11 @@ def written_weights() -> dict[str, Any]:
     for name in ENGINES:
         for dtype in (torch.float32, torch.bfloat16):
             engine = build(name, dtype)
-            first = engine.forward(tokens, labels).item()
+            first = engine.forward(tokens, labels).loss.item()
             step_once(engine, 0)
-            moved = engine.forward(tokens, labels).item()
+            moved = engine.forward(tokens, labels).loss.item()
             load_weights(engine, lambda name, shape: initial_value(name, shape, MODEL, 0))
-            results[f"{name}/{dtype}"] = [first, moved, engine.forward(tokens, labels).item()]
+            results[f"{name}/{dtype}"] = [first, moved, engine.forward(tokens, labels).loss.item()]
     return results
 
 

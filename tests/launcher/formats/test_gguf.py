@@ -167,7 +167,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(checkpoint: Any, tmp_path: Pat
 
 WRONG_MODELS = {
     "activation relu2 without a word": {"family": "bitnet", "activation": "relu2"},
-    "takes the embedding as its head": {"family": "bitnet", "tie_embeddings": False},
+    "uses the embedding as its head": {"family": "bitnet", "tie_embeddings": False},
     "num_heads \\* head_dim is 128 and must be hidden_size 256": {"family": "qwen2", "head_dim": 32},
     "has no graph with .* qk_norm head, sub_norm True": {"family": "bitnet", "qk_norm": "head"},
     "mlp.down_proj.weight has rows of 320 weights; tq2_0 has blocks of 256": {"intermediate_size": 320},
@@ -306,14 +306,14 @@ def trained(folder: Path, spec: str) -> Path:
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is a unigram model, .*llama\.cpp tokenizes as SentencePiece BPE"):
         gguf_vocabulary(trained(tmp_path, "unigram:400"), 400)
-    with pytest.raises(DataError, match="has 400 tokens, and the model only 384"):
+    with pytest.raises(DataError, match="has 400 tokens, but the model has only 384"):
         gguf_vocabulary(trained(tmp_path, "bpe:400"), 384)
     from tokenizers import Tokenizer, models
 
     library = Tokenizer(models.BPE())
     library.add_special_tokens(["</s>"])
     library.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match=r"tokenizer\.json: GGUF files are written with SentencePiece"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: a GGUF file needs a SentencePiece"):
         gguf_vocabulary(tmp_path / "tokenizer.json", 400)
 
 

@@ -118,8 +118,8 @@ def test_logits_are_those_of_an_order_matched_reference_bit_for_bit(transformers
         export_hf(exportable(model), folder, weights="packed", dtype=dtype, linear_class=kind, tokenizer=None)
         with torch.no_grad():
             theirs = loaded(transformers, folder, dtype)(tokens_BT).logits
-            expected = order_matched(model, kind, dtype)(tokens_BT)
-            trained = ternary(model)(tokens_BT)
+            expected = order_matched(model, kind, dtype)(tokens_BT).logits
+            trained = ternary(model)(tokens_BT).logits
         assert torch.equal(theirs, expected), dtype
         assert (theirs - trained).std() < (0.02 if dtype == torch.float32 else 0.1) * trained.std()
 
@@ -132,7 +132,8 @@ def test_a_packed_export_read_back_computes_what_training_did(tmp_path, kind):
         exportable(model), tmp_path / "hf", weights="packed", dtype=torch.float32, linear_class=kind, tokenizer=None
     )
     with torch.no_grad():
-        read, trained = load_model(tmp_path / "hf", dtype=torch.float32).model(tokens_BT), ternary(model)(tokens_BT)
+        read = load_model(tmp_path / "hf", dtype=torch.float32).model(tokens_BT).logits
+        trained = ternary(model)(tokens_BT).logits
     if kind == "autobitlinear":
         assert torch.equal(read, trained)
     else:
@@ -148,7 +149,7 @@ def test_the_wrong_convention_of_the_scale_is_far_off(transformers, tmp_path, ki
     config["quantization_config"]["linear_class"] = CLASSES[1 - CLASSES.index(kind)]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     with torch.no_grad():
-        trained = ternary(model)(tokens_BT)
+        trained = ternary(model)(tokens_BT).logits
         wrong = loaded(transformers, tmp_path / "hf")(tokens_BT).logits
     assert not (wrong - trained).std() < 0.2 * trained.std()
 
@@ -251,7 +252,7 @@ def test_16_bit_exports(transformers, run, tmp_path):
         recipe = QuantConfig(hadamard="all", granularity="row", activations="none")
         with torch.no_grad():
             logits = loaded(transformers, out)(tokens_BT).logits
-            reference = (expected or ternary(model, recipe))(tokens_BT)
+            reference = (expected or ternary(model, recipe))(tokens_BT).logits
         assert (logits - reference).std() <= tolerance * reference.std()
     assert not (out / "config.json").read_text().count("quantization_config")
 
@@ -264,7 +265,7 @@ def test_a_16_bit_phase(transformers, run, tmp_path):
     ]  # fmt: skip
     with torch.no_grad():
         assert torch.equal(
-            loaded(transformers, tmp_path / "hf")(random_tokens(3, 17)).logits, model(random_tokens(3, 17))
+            loaded(transformers, tmp_path / "hf")(random_tokens(3, 17)).logits, model(random_tokens(3, 17)).logits
         )
     for arguments in (("hf-ternary",), ("hf", "--weights", "dequantized")):
         with pytest.raises(CheckpointError, match="is of a 16-bit phase and has no codes"):
@@ -285,7 +286,7 @@ def test_a_part_of_the_layers(transformers, tmp_path):
     model, tokens_BT = build(MODEL), random_tokens(3, 17)
     export_hf(exportable(model, recipe), tmp_path / "hf", weights="packed", dtype=torch.float32, tokenizer=None)
     with torch.no_grad():
-        theirs, ours = loaded(transformers, tmp_path / "hf")(tokens_BT).logits, ternary(model, recipe)(tokens_BT)
+        theirs, ours = loaded(transformers, tmp_path / "hf")(tokens_BT).logits, ternary(model, recipe)(tokens_BT).logits
     assert (theirs - ours).std() < 0.02 * ours.std()
     source = HuggingFaceSource(tmp_path / "hf")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -393,7 +394,7 @@ def test_the_newest_transformers_computes_the_same_bits(shards, tmp_path):
             tokenizer = None if expected else shards / "tokenizer.model"
             export_hf(exportable(model), folder, weights="packed", dtype=dtype, linear_class=kind, tokenizer=tokenizer)
             with torch.no_grad():
-                expected[folder] = order_matched(model, kind, dtype)(tokens_BT)
+                expected[folder] = order_matched(model, kind, dtype)(tokens_BT).logits
     torch.save((tokens_BT, texts), tmp_path / "inputs.pt")
     path = os.pathsep.join([str(packages), str(ROOT)])
     subprocess.run(

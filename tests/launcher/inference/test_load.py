@@ -71,9 +71,9 @@ def test_a_checkpoint_computes_the_bits_of_training(runs, name, dtype):
     quantize_(expected, recipe)
     tokens_BT = random_tokens(2, 16)
     with torch.no_grad():
-        assert torch.equal(loaded.model(tokens_BT), expected(tokens_BT))
+        assert torch.equal(loaded.model(tokens_BT).logits, expected(tokens_BT).logits)
         latent = load_model(runs / name, dtype=dtype, packed=False)
-        assert torch.equal(latent.model(tokens_BT), expected(tokens_BT))
+        assert torch.equal(latent.model(tokens_BT).logits, expected(tokens_BT).logits)
     assert sum(isinstance(layer, PackedLinear) for layer in loaded.model.modules()) == 14
     assert sum(isinstance(layer, QuantLinear) for layer in latent.model.modules()) == 14
     assert not loaded.model.training
@@ -125,7 +125,7 @@ def test_a_packed_folder_computes_with_its_own_codes_and_scale(tmp_path, variant
     loaded = load_model(folder, dtype=torch.float32)
     tokens_BT = random_tokens(3, 17)
     with torch.no_grad():
-        assert torch.equal(loaded.model(tokens_BT), expected(tokens_BT))
+        assert torch.equal(loaded.model(tokens_BT).logits, expected(tokens_BT).logits)
     assert sum(isinstance(layer, PackedLinear) for layer in loaded.model.modules()) == 14
     with pytest.raises(CheckpointError, match="holds packed codes, and no latent weights"):
         load_model(folder, packed=False)
@@ -144,7 +144,7 @@ def test_modules_that_a_folder_leaves_out_stay_plain(tmp_path):
         first, reference = loaded.model.layers[0], expected.model.layers[0]
         x, tables = torch.randn(1, 5, 32), torch.ones(2, 5, 8)
         assert torch.equal(first(x, *tables), reference(x, *tables))
-        assert loaded(tokens_BT).shape == (3, 17, 96)
+        assert loaded(tokens_BT).logits.shape == (3, 17, 96)
     assert type(loaded.model.layers[1].mlp.up_proj) is nn.Linear
 
 

@@ -226,8 +226,8 @@ def test_folders_compute_as_stored(tmp_path, shards, linear_class):
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json", 20)
     [found] = run_group(1, nll_here, str(tmp_path / "hf"), str(tokenizer), tokens, tokens + 1)
     with torch.no_grad():
-        assert torch.equal(found, model(tokens, tokens + 1, reduction="none")) or linear_class == "bitlinear"
-        assert torch.allclose(found, model(tokens, tokens + 1, reduction="none"), atol=1e-4)
+        assert torch.equal(found, model(tokens, tokens + 1, reduction="none").token_nll) or linear_class == "bitlinear"
+        assert torch.allclose(found, model(tokens, tokens + 1, reduction="none").token_nll, atol=1e-4)
 
 
 def write_tokenizer(path, vocab_size):
@@ -240,7 +240,7 @@ def write_tokenizer(path, vocab_size):
 
 
 def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
-    with pytest.raises(ConfigError, match="no task 'pika'; did you mean piqa"):
+    with pytest.raises(ConfigError, match="task 'pika' is not known; did you mean piqa"):
         check_tasks(["pika"], None)
     with pytest.raises(ConfigError, match="--tasks: names no task"):
         check_tasks([], None)

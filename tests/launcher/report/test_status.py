@@ -264,7 +264,7 @@ def test_runs_are_found_and_strangers_named(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "runs" / "a"), write_run(tmp_path / "runs" / "b")
     (tmp_path / "runs" / "notes").mkdir()
     assert find_runs([tmp_path / "runs", b]) == [a, b]
-    with pytest.raises(ConfigError, match=r"notes: is no run, and holds none.*\n.*none: there is no such folder"):
+    with pytest.raises(ConfigError, match=r"notes: is not a run and contains none.*\n.*none: no such folder"):
         find_runs([a, tmp_path / "runs" / "notes", tmp_path / "none"])
 
 

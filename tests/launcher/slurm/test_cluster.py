@@ -20,7 +20,7 @@ from launcher.slurm.cluster import SiteConfig, load_site
             "site.sbatch_options.1: is '--output=/x'",
         ),
         ("environment: {HF_TOKEN: x}", "site.environment.HF_TOKEN: looks like a secret"),
-        ("environment: {'A;touch x': x}", "is no name of a variable"),
+        ("environment: {'A;touch x': x}", "is not a valid name of a variable"),
         ("container: {runtime: docker, image: x}", "site.container.runtime"),
         ("container: {runtime: pyxis, image: x, mounts: ['/a,/b']}", "site.container.mounts.0"),
         ("- a", "must be a mapping of keys"),
