@@ -153,7 +153,7 @@ def _value_problems(given: Mapping[str, Any]) -> list[str]:
         if not fits or (kind in (int, float) and not -LARGEST < value < LARGEST):
             problems.append(f"{key} {value!r}: is no {kind.__name__}")
     if given["hidden_act"] not in ("silu", "relu2"):
-        problems.append(f"hidden_act {given['hidden_act']!r}: not known; silu and relu2 are")
+        problems.append(f"hidden_act {given['hidden_act']!r}: only silu and relu2 are supported")
     return problems
 
 

@@ -5,11 +5,13 @@ by the root of its size: symmetric, orthogonal, and so its own inverse.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant.config import is_rotatable
+from quant.rounding import bf16_cast
 
 LARGEST_FACTOR = 128
 """A larger matrix is the Kronecker product of two, so that a row costs a few hundred multiply-adds an element."""
@@ -30,7 +32,21 @@ def rotate(x: Tensor) -> Tensor:
     pieces = wide.reshape(*x.shape[:-1], width // size, size // inner, inner) @ _hadamard(inner, wide)
     if size > inner:
         pieces = _hadamard(size // inner, wide) @ pieces
-    return pieces.reshape(x.shape).to(x.dtype)
+    rotated = pieces.reshape(x.shape)
+    return _CastToBf16.apply(rotated) if x.dtype == torch.bfloat16 else rotated.to(x.dtype)
+
+
+class _CastToBf16(torch.autograd.Function):
+    """`bf16_cast` with the gradient of a cast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return bf16_cast(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.to(ctx.dtype)
 
 
 def _hadamard(size: int, like: Tensor) -> Tensor:

@@ -51,15 +51,26 @@ class Scale(NamedTuple):
     """Half of what weights are divided by, where that is not the level: see `twn_scale`."""
 
 
+@torch.library.custom_op("tritrain::bf16_cast", mutates_args=())
+def _opaque_bf16_cast(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16)
+
+
+@_opaque_bf16_cast.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.bfloat16)
+
+
+def bf16_cast(x: Tensor) -> Tensor:
+    """``x`` in bf16, also where Inductor would keep it in fp32 because the next operation is in fp32 again."""
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return _opaque_bf16_cast(x)
+    return x.to(torch.bfloat16)
+
+
 def bf16_values(x: Tensor) -> Tensor:
     """The bf16 cast of ``x``, as fp32."""
-    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
-        # Inductor drops a cast that is undone at once, but keeps integer arithmetic: half to even, NaN stays NaN.
-        values = x.float()
-        bits = values.view(torch.int32)
-        rounded = (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).view(torch.float32)
-        return torch.where(values.isnan(), values, rounded)
-    return x.to(torch.bfloat16).float()
+    return bf16_cast(x).float()
 
 
 def reciprocal(x: Tensor) -> Tensor:
