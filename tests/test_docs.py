@@ -168,7 +168,7 @@ def test_cells_of_the_notebook_page_run(tmp_path: Path, monkeypatch: pytest.Monk
 
     config = load_config(ROOT / QUICKSTART).data
     assert config.prepare is not None
-    files = list(islice(quickstart_corpus.read_standard_library(), 60))
+    files = list(islice(quickstart_corpus.read_standard_library(), 200))
     monkeypatch.setattr(quickstart_corpus, "read_standard_library", lambda: iter(files))
     prepare(config.prepare, config.sequence_length, tmp_path / config.sources[0].path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
