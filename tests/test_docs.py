@@ -184,7 +184,7 @@ assert run.status.state == "complete"
     )  # fmt: skip
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "did you mean learning_rate?" in shown.stdout
-    assert "complete 160 " in shown.stdout
+    assert "complete 256 " in shown.stdout
     assert "PackedLinear" in shown.stdout
 
 
