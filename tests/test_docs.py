@@ -166,9 +166,10 @@ def test_cells_of_the_notebook_page_run(tmp_path: Path, monkeypatch: pytest.Monk
     from data import quickstart_corpus
     from data.shards import prepare
 
-    config = load_config(ROOT / QUICKSTART).data
+    quickstart = load_config(ROOT / QUICKSTART)
+    config = quickstart.data
     assert config.prepare is not None
-    files = list(islice(quickstart_corpus.read_standard_library(), 200))
+    files = list(islice(quickstart_corpus.read_standard_library(), 150))
     monkeypatch.setattr(quickstart_corpus, "read_standard_library", lambda: iter(files))
     prepare(config.prepare, config.sequence_length, tmp_path / config.sources[0].path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -184,7 +185,7 @@ assert run.status.state == "complete"
     )  # fmt: skip
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "did you mean learning_rate?" in shown.stdout
-    assert "complete 256 " in shown.stdout
+    assert f"complete {quickstart.model.hidden_size} " in shown.stdout
     assert "PackedLinear" in shown.stdout
 
 
