@@ -1,4 +1,5 @@
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.util import Finalize
@@ -33,9 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # the folders of failed tests stay
-    folder = tempfile.TemporaryDirectory(prefix="tritrain-tests-", ignore_cleanup_errors=True)
-    Finalize(None, folder.cleanup, exitpriority=-200)  # after multiprocessing's own folder in it, which has -100
-    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
+    folder = tempfile.mkdtemp(prefix="tritrain-tests-")
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    # multiprocessing removes its own folder in it with priority -100; a lower one comes later.
+    Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-200)
 
 
 @pytest.hookimpl(tryfirst=True)
