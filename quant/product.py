@@ -80,7 +80,8 @@ class CodeProduct(torch.autograd.Function):
         codes_OI = _codes(source, level, threshold, ctx)
         if config.activations == "none":
             ctx.save_for_backward(x, None, source, level, threshold)
-            return unrounded_product(x, codes_OI, level)
+            # A view, as below: compiled by torch 2.11, a cast without effect at the end got zeros as its gradient.
+            return unrounded_product(x, codes_OI, level).view(*x.shape[:-1], len(weight_OI))
         codes, scale = quantize_activation(x, config.activations)
         codes = codes.to(torch.int8)
         ctx.save_for_backward(codes, scale, source, level, threshold)

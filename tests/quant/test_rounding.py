@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from data.torchvision_repair import repair_torchvision
 from quant.config import QuantConfig
+from quant.hadamard import rotate
 from quant.rounding import (
     SMALLEST_SCALE,
     Scale,
@@ -194,6 +195,25 @@ def test_int8_of_a_zero_token():
     codes, scale = quantize_activation(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
     assert codes.tolist() == [[0, 0], [64, -127]]
     assert scale[0].item() == pytest.approx(SMALLEST_SCALE / INT8_LIMIT)
+
+
+# Compiled
+
+
+def test_compiled_code_rounds_where_eager_code_does():
+    """Inductor would leave out a cast to bf16 whose result is cast to fp32 again."""
+    weight = 0.02 * torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    codes, level = torch.compile(quantize_weight, fullgraph=True)(weight)
+    expected, expected_level = quantize_weight(weight)
+    assert torch.equal(level, expected_level)
+    assert torch.equal(codes, expected)
+    assert not torch.equal((weight * level.reciprocal()).round().clamp(-1, 1), expected)
+
+    def rotated(weight):
+        return quantize_weight(rotate(weight))[0]
+
+    assert torch.equal(torch.compile(rotated, fullgraph=True)(weight.bfloat16()), rotated(weight.bfloat16()))
 
 
 # Transformers' layers
