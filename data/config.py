@@ -63,23 +63,24 @@ class DataConfig:
     """Tokens of one sequence, as the folders were prepared with."""
 
     prepare: PrepareConfig | None = None
-    """How to make the folder of the only source when it is not there yet."""
+    """How to make the folder of the only source if it does not exist yet."""
 
     validation_rows: int = 256
     """At most this many held-out sequences are read in one evaluation, the same ones each time."""
 
     shuffle: bool = True
-    """Whether rows come in a random order, another one in each epoch; if not, in that of the text, source by source."""
+    """Whether to shuffle rows, differently in each epoch; otherwise they come in the order of the text, source by
+    source."""
 
     shuffle_seed: int = 0
-    """Seed of that order, and of the choice of rows from a source that gives only a part."""
+    """Seed of the shuffling, and of the choice of rows from a source of which only a part is used."""
 
     shuffle_block_rows: int = 1 << 18
-    """Rows move at most about this far, so that few shards are needed at a time."""
+    """Shuffling moves rows at most about this far, so that few shards are needed at a time."""
 
     canonical_nodes: int = 1
-    """Parts into which an epoch is cut for nodes to download. Fixed for a run; the number of nodes must divide it, or
-    be divided by it. With 1 every node downloads every shard."""
+    """Parts into which an epoch is divided for nodes to download. It is fixed for a run, and must divide the number of
+    nodes or be a multiple of it. With 1 every node downloads every shard."""
 
     workers: int = 1
     """Processes per rank that read ahead; 0 reads in the training process."""

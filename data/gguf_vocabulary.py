@@ -4,7 +4,7 @@ That one merges the pair with the best score, as SentencePiece does with BPE mod
 neither unigram models nor normalisation, so what would be tokenized differently is refused. One difference is left:
 a text's own U+2581 is a space to it, as to SentencePiece, where `data.tokenizer` writes it in bytes.
 
-Documents of training begin behind the token that ends the one before, so this token is also what llama.cpp is to put in
+Documents of training begin after the token that ends the one before, so this token is also what llama.cpp is to put in
 front of a text.
 """
 
@@ -24,7 +24,7 @@ def gguf_vocabulary(path: Path, num_rows: int) -> dict[str, str | int | bool | l
 
     Args:
         path: the tokenizer's file.
-        num_rows: rows of the embedding; those behind the tokenizer's vocabulary become unused tokens.
+        num_rows: rows of the embedding; those beyond the tokenizer's vocabulary become unused tokens.
 
     Raises:
         DataError: llama.cpp would tokenize text differently, or the vocabulary is larger than the embedding.

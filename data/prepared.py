@@ -2,7 +2,7 @@
 
 FOLDER/train/, FOLDER/validation/    MDS: index.json and shards; one sample is one row
 FOLDER/tokenizer.model or .json      the tokenizer that made the rows
-FOLDER/token_bytes.npy               bytes of text behind each token, for losses in bits per byte
+FOLDER/token_bytes.npy               bytes of text of each token, for losses in bits per byte
 FOLDER/manifest.json                 what went in and what came out; written last
 """
 
@@ -37,7 +37,7 @@ def open_prepared(folder: Path, *, may_lack_shards: bool = False) -> dict[str, A
     manifest = read_manifest(folder)
     tokenizer = folder / manifest["tokenizer"]["file"]
     _expect_file(tokenizer, "the tokenizer that made the tokens")
-    _expect_file(folder / TOKEN_BYTES, "the bytes of text behind each token")
+    _expect_file(folder / TOKEN_BYTES, "the bytes of text of each token")
     if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest["tokenizer"]["fingerprint"]:
         raise DataError(f"{tokenizer}: is not the tokenizer of the tokens in this folder; copy the folder again")
     for split, facts in manifest["splits"].items():

@@ -42,7 +42,7 @@ def held_out_loss(
     Args:
         token_nll: gives the negative log-likelihood in nats of every label, [B, T], from tokens and labels [B, T].
         batches: tokens and labels, int64 [B, T]; labels of -100 do not count.
-        token_bytes_V: UTF-8 bytes of text behind each token of the vocabulary.
+        token_bytes_V: UTF-8 bytes of text of each token of the vocabulary.
         reduce_sum: sums a tensor over all ranks in place.
 
     Returns:
@@ -105,7 +105,7 @@ def text_loss(
         tokenizer: its tokenizer.
         documents: texts.
         stride_tokens: by how much windows are moved; the window at most.
-        apart: begin each document anew, behind an end of document, so that nothing is seen of the one before it; else
+        apart: start each document afresh, after an end of document, so that nothing is seen of the one before it; else
             they are one stream with an end of document in front of each, as in training.
         advance: is told how many more bytes of text are done.
 

@@ -4,10 +4,10 @@ The last bits of a matrix product depend on its shape, and in a ternary model a 
 activation, and with it a score. So the shape of a batch follows from the length of its rows alone: they are padded to
 one of a few lengths, and as many of them go into a batch as make about 4096 tokens, on a CPU 512, which is as fast
 there. The last batch of a length is filled up. There is no batch size to set. Batches are made before they are dealt
-out to the ranks, so that the number of ranks changes no batch either. What stands behind a row, or beside it, no token
+out to the ranks, so that the number of ranks changes no batch either. What comes after a row, or beside it, no token
 of it sees.
 
-Rows with the same tokens, of which only labels differ, are run once: answers of one token behind one question.
+Rows with the same tokens, of which only labels differ, are run once: answers of one token after one question.
 
 Dimensions in names: B rows of a batch, T tokens of a row, A labels of a token.
 """
@@ -36,7 +36,7 @@ def continuation_rows(context: Sequence[int], continuation: Sequence[int], windo
     """The rows in which a continuation counts, after as much of its context as the window holds, at least one token.
 
     It is one row where the window holds the continuation. A longer one is cut into pieces of half a window, each in a
-    row of its own, behind as much of all before it as the window holds; the sum over the rows is that of the whole.
+    row of its own, after as much preceding text as the window holds; the sum over the rows is that of the whole.
 
     Raises:
         ValueError: one of both is empty.

@@ -28,7 +28,7 @@ def generate(
         model: on any device, the whole of it.
         prompt: at least one token.
         max_tokens: how many to add at most.
-        end_token: None to go on behind every token.
+        end_token: None to continue after every token.
         temperature: see `choose`.
         top_p: see `choose`.
         seed: of the choice.

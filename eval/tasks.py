@@ -3,7 +3,7 @@
 `paper11` asks as OLMo does (allenai/OLMo, olmo/eval/downstream.py, the tasks that configs/official-0724/OLMo-1B.yaml
 turns on): on the validation split, with contexts and continuations tokenized apart. `paper11-harness` asks as
 lm-evaluation-harness does, whose tasks of the same names are taken: on the test split where there is one, and with the
-continuation's tokens as they are behind the context. One task of a group has its name: `piqa`, `piqa-harness`.
+continuation's tokens as they are after the context. One task of a group has its name: `piqa`, `piqa-harness`.
 
 Data come from JSON lines that mirror lm-evaluation-harness, one example a line: `query`, `choices` and `gold` (or
 `contexts`, `continuation` and `gold`, for Winogrande), and in `fields` the columns of the data set. Or its own task

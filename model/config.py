@@ -14,7 +14,7 @@ class ModelConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     vocab_size: int
-    """Rows of the embedding; at least the tokenizer's vocabulary, a multiple of 64 or 128 runs faster."""
+    """Rows of the embedding; at least the tokenizer's vocabulary. A multiple of 64 or 128 runs faster."""
     hidden_size: int
     """Width of the residual stream."""
     num_layers: int
@@ -28,11 +28,11 @@ class ModelConfig:
     intermediate_size: int
     """Width of the gated MLP."""
     activation: Literal["silu", "relu2"] = "silu"
-    """On the MLP's gate: `silu` makes it SwiGLU, `relu2` is the squared ReLU of BitNet b1.58 2B4T."""
+    """Activation of the MLP's gate: `silu` (SwiGLU), or `relu2`, the squared ReLU of BitNet b1.58 2B4T."""
     norm: Literal["rmsnorm", "layernorm-nonparametric"] = "rmsnorm"
-    """`rmsnorm` has a weight, OLMo's `layernorm-nonparametric` none."""
+    """`rmsnorm` has a weight; OLMo's `layernorm-nonparametric` has none."""
     norm_position: Literal["pre", "post"] = "pre"
-    """`pre` normalises what enters a sublayer, `post` what leaves it, before it is added (OLMo 2)."""
+    """`pre` normalizes the input of a sublayer; `post` normalizes its output before adding it (OLMo 2)."""
     norm_eps: float = 1e-5
     """Added to the mean square (or variance) of every norm."""
     qk_norm: Literal["none", "full", "head"] = "none"
@@ -40,7 +40,7 @@ class ModelConfig:
     qkv_bias: bool = False
     """Whether the projections to queries, keys and values add a bias (Qwen2)."""
     sub_norm: bool = False
-    """SubLN: a norm in front of the attention-output and the down projection, as in BitNet."""
+    """SubLN: a norm before the attention-output and the down projections, as in BitNet."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     tie_embeddings: bool = True
@@ -117,13 +117,13 @@ class DistillationConfig:
     teacher: str | None = None
     """A 16-bit checkpoint of any kind, a folder or a URL; null: the run's own, from where this phase begins."""
     temperature: float = 5.0
-    """T: the logits of both are divided by it before their softmaxes are compared."""
+    """T, by which the logits of teacher and student are divided before the softmax."""
     weight: float = 1.0
-    """Of T^2 * KL(teacher || student), added to the cross-entropy."""
+    """Weight of T^2 * KL(teacher || student), which is added to the cross-entropy."""
     relation_weight: float = 0.0
-    """Of the divergence of attention relations, added as well; 0 turns it off."""
+    """Weight of the divergence of attention relations, which is added as well; 0 turns it off."""
     relation_layer: int | None = None
-    """Block, counted from 0, whose relations are compared; null: the one at three quarters of the depth."""
+    """Block, counted from 0, whose attention relations are compared; null: the one at three quarters of the depth."""
 
     def __post_init__(self) -> None:
         problems = {}

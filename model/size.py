@@ -104,7 +104,7 @@ def activation_bytes(
 
     With e bytes for each element a token leaves in a block, without compilation (a compiled block keeps less):
     - e * (H + 2 K) * E of rotated queries and keys and of values, 4 * H of softmax denominators;
-    - e * H * E of attention's output, e * 3 F of the MLP's gate before and behind the activation and of its other half;
+    - e * H * E of attention's output, e * 3 F of the MLP's gate before and after the activation and of its other half;
     - the inputs of the projections, e * (2 D + F), for one copy serves all that read it, and o_proj reads attention's
       output; with a norm in front of it, its own input. A quantizer gives every projection its own, 5 D + H * E + F:
       of e bytes on a `ramp`, of one byte with 4 for each projection's scale where it computes with `codes`;

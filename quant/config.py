@@ -34,28 +34,28 @@ class QuantConfig:
     preset: Literal["bitnet-b1.58", "nielsen-2025", "paretoq", "bitnet-v2", "quest"] | None = None
     """A published recipe, which the other keys change; null: `bitnet-b1.58`, but with `weights: gaussian`."""
     weights: WeightScale = "gaussian"
-    """What makes the weights' scale: `absmean` (BitNet b1.58), `absmedian` (b1.58 Reloaded), `twn` (threshold 0.7 times
-    the mean, least-squares level), `gaussian` (least squared error for normal weights, QuEST), `absmax`, or `learned`
-    (a parameter for each row, ParetoQ)."""
+    """How the scale of the weights is found: `absmean` (BitNet b1.58), `absmedian` (b1.58 Reloaded), `twn` (threshold
+    0.7 times the mean, least-squares level), `gaussian` (least squared error for normal weights, QuEST), `absmax`, or
+    `learned` (a parameter for each row, ParetoQ)."""
     levels: Levels = "ternary"
-    """`ternary`; `binary`, `int2`, `int3` and `int4` are there to compare with."""
+    """`ternary`; `binary`, `int2`, `int3` and `int4` are for comparison."""
     granularity: Granularity = "matrix"
-    """What shares a scale: the `matrix`, a `row` (an output feature) or a `group` of neighbours in a row."""
+    """Weights that share a scale: the `matrix`, a `row` (an output feature) or a `group` of neighbors in a row."""
     group_size: int = 128
-    """Weights of a group; divides the rows."""
+    """Weights in a group; must divide the length of a row."""
     fused: bool = False
-    """One scale for queries, keys and values together, and one for gate and up, as where they are one matrix."""
+    """Use one scale for queries, keys and values, and one for gate and up, as if each were one matrix."""
     activations: Activations = "int8"
-    """Inputs of the quantized layers, absmax per token: `int8`, `int4`, `int8-128` (127 and 128 of the paper's code:
-    the largest positive value is clipped), or `none` (left in 16 bits)."""
+    """Quantization of the layers' inputs, absmax per token: `int8`, `int4`, `int8-128` (127 and 128 of the paper's
+    code: the largest positive value is clipped), or `none` (left in 16 bits)."""
     gradient: Gradient = "identity"
-    """Of the weights' rounding: `identity` (straight through), `clipped` (none beyond the outermost levels) or `trust`
-    (none where rounding moves a weight by more than half a step, QuEST)."""
+    """Gradient through the rounding of weights: `identity` (straight through), `clipped` (none beyond the outermost
+    levels) or `trust` (none where rounding moves a weight by more than half a step, QuEST)."""
     hadamard: Literal["none", "outputs", "all"] = "none"
-    """Rotate inputs and weights before rounding: in front of the attention-output and down projections (`outputs`,
+    """Rotate inputs and weights before rounding: at the attention-output and down projections (`outputs`,
     BitNet v2), or of `all`."""
     layer_norm: bool = False
-    """Normalise the inputs in the layer, without parameters, as the `bitlinear` package does."""
+    """Normalize inputs inside the layer, without parameters, as the `bitlinear` package does."""
     dead_zone_bias: float = 0.0
     """Add this share of the weights with code 0 to the output, as a bias (Tequila: 1e-3)."""
     include: str = r"layers\.\d+\.(self_attn|mlp)\.\w+_proj$"

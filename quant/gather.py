@@ -105,7 +105,7 @@ class CodeGather:
         self.fresh = True
 
     def keep(self, keep: bool) -> None:
-        """Whether what is gathered once a step stays so behind the backward pass that comes."""
+        """Whether what is gathered once a step stays gathered after the next backward pass."""
         for module in self._kept:
             module.set_reshard_after_backward(not keep, recurse=False)
 

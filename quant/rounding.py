@@ -176,7 +176,7 @@ def weight_scale(weights: Sequence[Tensor], config: QuantConfig) -> Scale:
     """The scale of a weight matrix, from its values alone.
 
     Args:
-        weights: the matrix, and behind it those of the same width that share its scale.
+        weights: the matrix, and after it those of the same width that share its scale.
         config: not with learned scales, see `learned_scale`.
 
     Returns:

@@ -40,21 +40,21 @@ class EngineConfig:
     name: Literal["fsdp2", "deepspeed"] = "fsdp2"
     """PyTorch FSDP2, or DeepSpeed ZeRO."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed: what is sharded. 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
+    """DeepSpeed shards: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
     replicas: int = 1
     """FSDP2: number of replicas; above 1, each replica shards over its own ranks (HSDP)."""
     reshard_after_forward: bool = True
     """FSDP2: free the gathered weights after the forward pass, and gather them again for the backward pass."""
     reduce_gradients: Literal["step", "micro-batch"] = "step"
-    """FSDP2: once a `step`, for which each rank sums whole gradients in fp32, or for every `micro-batch`, which sends
-    more and holds a shard."""
+    """FSDP2: reduce gradients once a `step`, for which each rank sums whole gradients in fp32, or after every
+    `micro-batch`, which sends more and holds only a shard."""
     gather: Literal["weights", "codes"] = "weights"
-    """FSDP2: what ranks send of ternary layers at full strength: latent `weights` in the compute dtype, or `codes` of 2
-    bits, once a step, which compute the same, bit for bit where nothing is compiled."""
+    """FSDP2: what ranks gather of ternary layers at full strength: latent `weights` in the compute dtype, or `codes` of
+    2 bits, once a step, which compute the same, bit for bit where nothing is compiled."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """Keep in host memory: `optimizer` its state (DeepSpeed), `all` parameters too (FSDP2, ZeRO-3)."""
+    """Keep in host memory: the `optimizer` state (DeepSpeed), or `all`, parameters too (FSDP2, ZeRO-3)."""
     deepspeed: dict[str, Any] | None = None
-    """Further DeepSpeed configuration keys, passed through; those that Tritrain derives are refused."""
+    """Additional DeepSpeed configuration keys, passed through; keys that Tritrain derives are refused."""
     timeout_seconds: int = 600
     """A collective that takes longer than this ends the job."""
 

@@ -14,22 +14,22 @@ class ScheduleConfig:
 
     shape: Literal["cosine", "linear", "wsd", "two-stage", "constant"] = "cosine"
     """After the warm-up: `cosine`, `linear`, `wsd` (warm-up, stable, linear decay at the end), `constant`, or
-    `two-stage`: linear, but for a drop on the way (BitNet b1.58's)."""
+    `two-stage`: linear with one drop (BitNet b1.58's)."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     final_fraction: float = 0.1
-    """Factor of the peak that is reached at the end."""
+    """Learning rate at the end, as a factor of the peak."""
     decay_fraction: float = 0.2
-    """Share of the run that is the decay of `wsd`."""
+    """Share of the run in which `wsd` decays."""
     drop_at: float | None = None
     """Share of the run after which `two-stage` drops; null: 0.5."""
     drop_factor: float | None = None
-    """What the line of `two-stage` is multiplied by from there on; null: 2/3."""
+    """Factor on `two-stage` after the drop; null: 2/3."""
     decay_from_phase: int | None = None
     """Keep `cosine` or `linear` at the peak until the phase of this index begins, and decay from there on, so that the
     cool-down and the training with quantization are one (arXiv 2509.22935); null: decay after the warm-up."""
     horizon_steps: int | None = None
-    """Step at which the end is reached; null: the end of the run."""
+    """Step at which the schedule ends; null: the end of the run."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -69,15 +69,15 @@ class OptimizerConfig:
     weight_decay_until: float | None = None
     """Share of the run after which weight decay is 0 (BitNet: 0.5); null: never."""
     ternary_learning_rate_factor: float | None = None
-    """In ternary phases, the quantized layers' learning rate as a multiple of the others'; null: the same."""
+    """Factor on the learning rate of the quantized layers in ternary phases; null: none."""
     decay_embeddings: bool = True
-    """Whether the embedding (and an untied head) counts among the decayed matrices."""
+    """Whether weight decay applies to the embedding (and an untied head)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the first and second moments."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global L2 norm."""
+    """Gradients with a larger global L2 norm are scaled down to it."""
 
     def __post_init__(self) -> None:
         problems = {}

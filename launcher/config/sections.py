@@ -34,15 +34,15 @@ class WatchConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     beat_seconds: float = 2.0
-    """Every rank says this often that it is there."""
+    """Interval between the heartbeats of a rank."""
     lost_seconds: float | None = 60.0
-    """End the job when a rank has not been heard of for this long; null: never."""
+    """End the job when a rank has sent no heartbeat for this long; null: never."""
     step_seconds: float | None = 300.0
-    """End the job, with the stacks of all ranks, when a step takes longer than this and than ten usual ones; null:
+    """End the job, with the stacks of all ranks, when a step takes longer than this and than ten usual steps; null:
     never."""
     first_step_seconds: float | None = 1800.0
-    """The same for the first step after a start or a switch, which may compile, and for what happens between steps:
-    evaluating, each batch of a task, saving, a switch; null: never."""
+    """The same limit for the first step after a start or a switch, which may compile, and for work between steps:
+    evaluation, each batch of a task, saving, a switch; null: never."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -62,14 +62,14 @@ class WatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutlierConfig:
-    """Which steps are skipped because they stand out (the `SkipStepOptimizer` of OLMo 2, arXiv 2501.00656)."""
+    """Which steps count as outliers and are skipped (the `SkipStepOptimizer` of OLMo 2, arXiv 2501.00656)."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     window_steps: int = 128
-    """How many steps before it a step is compared with; there is no guard until so many are behind a switch."""
+    """Number of preceding steps with which a step is compared; the guard starts this many steps after a switch."""
     sigmas: float = 6.0
-    """How many standard deviations above their mean its loss or gradient norm must be."""
+    """Number of standard deviations above their mean at which a loss or gradient norm is an outlier."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -93,11 +93,11 @@ class RunConfig:
     name: str
     """Name of the run."""
     folder: str | None = None
-    """Where everything the run writes goes; null: `runs/NAME`."""
+    """Folder for everything that the run writes; null: `runs/NAME`."""
     seed: int = 0
     """Seed of the initial weights."""
     stop_before_end_seconds: int = 180
-    """In a job of limited time, save and stop so long before its end; must cover the longest step and saving."""
+    """In a job with a time limit, save and stop this long before the limit; must cover the longest step and a save."""
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "stop_before_end_seconds", 0)
@@ -116,7 +116,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Batch, precision and what is traded between memory and speed."""
+    """Batch, precision, and trade-offs between memory and speed."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -127,19 +127,19 @@ class TrainingConfig:
     micro_batch_sequences: int
     """Sequences that one rank runs at once; the number of micro-batches follows."""
     total_steps: int | None = None
-    """Length of the run that a phase's `fraction` refers to; this or `total_tokens`."""
+    """Length of the run, in steps, to which a phase's `fraction` refers; give this or `total_tokens`."""
     total_tokens: int | None = None
-    """Length of the run that a phase's `fraction` refers to, in tokens."""
+    """Length of the run, in tokens, to which a phase's `fraction` refers."""
     compute_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the forward and backward passes; latent weights, gradients' sum and optimizer are fp32."""
+    """Precision of the forward and backward passes; latent weights, summed gradients and optimizer state are fp32."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and run the block again: less memory, a third more work."""
+    """Keep only each block's input for the backward pass and recompute the block: less memory, a third more work."""
     compile: bool = False
     """Compile each block with torch.compile."""
     max_skipped_steps: int = 5
     """Stop after this many steps in a row without a finite gradient; each of them is skipped."""
     skip_outliers: OutlierConfig | None = None
-    """Also skip steps whose loss or gradient norm stands out from those before; null: do not."""
+    """Also skip steps whose loss or gradient norm is an outlier among the steps before; null: do not."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -171,9 +171,9 @@ class PhaseConfig:
     quantization: QuantConfig | None = None
     """What is quantized in a ternary phase, and how; null: BitNet b1.58 with scales of least squared error."""
     transition: TransitionConfig | None = None
-    """What happens where this phase begins; null: keep all, switch at once."""
+    """The transition into this phase; null: keep everything, switch at once."""
     distillation: DistillationConfig | None = None
-    """A 16-bit teacher that a ternary phase learns from besides the text; null: none."""
+    """A 16-bit teacher from which a ternary phase learns, besides the text; null: none."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -200,12 +200,12 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written and which stay, and what a run begins with."""
+    """When checkpoints are written, which are kept, and what a run starts from."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     interval_steps: int | None = None
-    """Save every so many steps; null: only at transitions, at the end and when interrupted."""
+    """Save every N steps; null: only at transitions, at the end and when interrupted."""
     keep_last: int = 2
     """Checkpoints kept besides the milestones (transitions and the end): 0 keeps all, else at least 2."""
     folder: str | None = None
@@ -213,11 +213,11 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Copy the state to host memory and write it while training goes on; false: training waits."""
     start_from: str | None = None
-    """Begin with the weights of this checkpoint (ours, DeepSpeed's or Hugging Face's), a folder or a URL, and with its
-    optimizer state unless the transition of the phase that the run begins in resets it."""
+    """Start from the weights of this checkpoint (Tritrain's, DeepSpeed's or Hugging Face's), a folder or a URL, and
+    from its optimizer state unless the transition of the first phase resets it."""
     start_phase: int = 0
-    """Index of the phase that a run with `start_from` begins in. Those before it are taken as done: steps, schedule and
-    data go on behind them."""
+    """Index of the phase in which a run with `start_from` begins. Earlier phases count as done: steps, schedule and
+    data continue after them."""
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1)
@@ -235,16 +235,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is written down while training."""
+    """What training logs."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     interval_steps: int = 10
-    """Log every so many steps; only then does the host wait for the device."""
+    """Log every N steps; only then does the host wait for the device."""
     tensorboard: bool = True
     """Write RUN/tensorboard beside RUN/metrics.jsonl."""
     quantization_interval_steps: int | None = 100
-    """In ternary phases, look at every layer's codes, scales, flips and errors every so many steps; null: never."""
+    """In ternary phases, measure codes, scales, flips and errors of every layer every N steps; null: never."""
 
     def __post_init__(self) -> None:
         if problems := _at_least(self, "interval_steps", 1) | _at_least(self, "quantization_interval_steps", 1):
@@ -253,24 +253,25 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Held-out loss at both ends of every phase, and in between; tasks while training."""
+    """Held-out loss at the start and end of every phase, and in between; tasks during training."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     interval_steps: int | None = None
-    """Also evaluate every so many steps."""
+    """Also evaluate every N steps."""
     sample_prompt: str | None = None
     """Text that the finished model continues; null: no sample."""
     sample_tokens: int = 120
-    """Length of that continuation."""
+    """Length of the sample, in tokens."""
     tasks: tuple[str, ...] = ()
-    """Tasks that the model does while it trains: `paper11`, `paper11-harness`, or single ones such as `piqa`."""
+    """Tasks on which the model is scored during training: `paper11`, `paper11-harness`, or single ones such as
+    `piqa`."""
     task_data: str | None = None
     """Folder of JSON lines with their examples; null: the Hugging Face hub."""
     tasks_interval_steps: int | None = None
-    """Do them every so many steps, and at the end of each phase."""
+    """Score the tasks every N steps, and at the end of each phase."""
     tasks_limit: int | None = 100
-    """So many examples of each task, its first; null: all."""
+    """Use only the first N examples of each task; null: all."""
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1) | _at_least(self, "sample_tokens", 1)

@@ -23,7 +23,7 @@ class LearningRateDrop:
     factor: float
     """Multiplies the schedule's learning rate."""
     tokens: int
-    """For how many tokens from the switch on, rounded up to whole steps."""
+    """Number of tokens after the switch, rounded up to whole steps."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -37,16 +37,16 @@ class LearningRateDrop:
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackConfig:
-    """Going back to the checkpoint at the switch, and into a gentler ramp, where the loss does not recover."""
+    """Return to the checkpoint at the switch, with a longer ramp, if the loss does not recover."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     after_tokens: int
-    """How many tokens after the end of the ramp the smoothed loss must be back at what it was before the switch."""
+    """Tokens after the end of the ramp by which the smoothed loss must be back at its level before the switch."""
     ramp_factor: float = 2.0
-    """Each attempt's ramp is that much longer than the one before; without a ramp, the first is `after_tokens` long."""
+    """Factor by which each attempt lengthens the ramp; without a ramp, the first one is `after_tokens` long."""
     max_attempts: int = 2
-    """How often to go back; after that the run goes on as it is."""
+    """Maximum number of rollbacks; after them the run continues as it is."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -61,15 +61,15 @@ class RollbackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TransitionConfig:
-    """What happens where a phase begins. Weights always carry over."""
+    """What happens at the boundary before a phase. Weights always carry over."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     optimizer: OptimizerChoice = "keep"
     """Adam's state: `keep` it, `reset` it (moments and step), `keep-variance` (first moment 0, the rest kept), or
-    `rescale` the moments to the gradients behind the switch."""
+    `rescale` the moments to the gradients after the switch."""
     rescale_factor: float | None = None
-    """How much larger these are, for `rescale`; null: measured at the switch."""
+    """Factor by which gradients grow at the switch, for `rescale`; null: measured there."""
     schedule: Literal["continue", "restart"] = "continue"
     """`continue` on the run's learning-rate curve, or `restart` it over what remains of the run, warm-up included."""
     rewarm_tokens: int = 0
@@ -81,9 +81,9 @@ class TransitionConfig:
     ramp: RampConfig = field(default_factory=RampConfig)
     """How the quantization strength rises to 1."""
     activation_ramp: RampConfig | None = None
-    """How that of the activations rises, apart from that of the weights; null: `ramp` is both."""
+    """A separate ramp for activations; null: `ramp` applies to weights and activations."""
     rollback: RollbackConfig | None = None
-    """Go back to the checkpoint at the switch where the loss does not recover; null: do not."""
+    """Go back to the checkpoint at the switch if the loss does not recover; null: do not."""
 
     def __post_init__(self) -> None:
         problems = {}

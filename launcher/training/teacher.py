@@ -51,7 +51,7 @@ class Teacher:
 
     @contextmanager
     def teaching(self, tokens_BT: Tensor) -> Iterator[Lesson]:
-        """Give the lesson on a micro-batch; its head stays gathered inside the block, and is freed behind it."""
+        """Yield the lesson on a micro-batch; the head stays gathered within the block, and is freed after it."""
         yield self._model.teach(tokens_BT, self._config, self._student_layers)
         self._model.reshard()
 

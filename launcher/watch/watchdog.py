@@ -7,8 +7,8 @@ of, and on the first rank when every other one was. When a limit is passed, it r
 2. the first rank names those that are silent or behind, says so, and leaves it in `state.json`;
 3. all exit.
 
-Threads of Python cannot run while one holds the interpreter's lock. So a timer in C (`faulthandler`) stands behind each
-turn of the thread, and prints the stacks where none comes; behind the alarm one that ends the process.
+Threads of Python cannot run while one holds the interpreter's lock. So a timer in C (`faulthandler`) watches each
+turn of the thread and prints the stacks if none comes; after that, an alarm ends the process.
 """
 
 import contextlib
