@@ -84,6 +84,7 @@ def _rank(
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
             )
+            dist.barrier()  # else a rank that ends at once closes its connections while others still make theirs
         queue.put((rank, function(rank, world_size, *args)))
     except BaseException as error:
         error.add_note(f"rank {rank}:\n{traceback.format_exc()}")
