@@ -176,10 +176,10 @@ def test_strength_0_is_the_16_bit_model_bit_for_bit(name, dtype):
 
 def gradients_of(model, tokens_BT):
     model.zero_grad()
-    loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
+    loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:]).loss
     loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {"loss": loss.detach(), "logits": model(tokens_BT).detach(), **found}
+    return {"loss": loss.detach(), "logits": model(tokens_BT).logits.detach(), **found}
 
 
 @every_dtype
@@ -198,7 +198,7 @@ def test_a_frozen_model_computes_the_same_bits(name, dtype):
     for num_tokens in (1, 5, 20):
         tokens_BT = random_tokens(2, num_tokens).to(GPU)
         with torch.no_grad():
-            assert torch.equal(frozen(tokens_BT), model(tokens_BT))
+            assert torch.equal(frozen(tokens_BT).logits, model(tokens_BT).logits)
 
 
 @pytest.mark.parametrize(("in_features", "out_features"), [(6912, 2560), (2560, 6912), (2048, 8192)])
@@ -275,7 +275,7 @@ def test_compiled_blocks_have_one_graph_for_each_mode():
         losses = []
         for each in (model, compiled):
             set_strength_(each, strength)
-            loss = each(tokens_BT[:, :-1], tokens_BT[:, 1:])
+            loss = each(tokens_BT[:, :-1], tokens_BT[:, 1:]).loss
             loss.backward()
             losses.append(loss.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-2), strength

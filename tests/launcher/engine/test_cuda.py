@@ -33,7 +33,7 @@ def plain_losses(device: torch.device, dtype: torch.dtype) -> list[float]:
     losses = []
     for step, strength in enumerate(STRENGTHS):
         switch_(model, strength, device)
-        loss = model(*(tensor.to(device) for tensor in batch(step)))
+        loss = model(*(tensor.to(device) for tensor in batch(step))).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
         optimizer.step()
