@@ -243,7 +243,7 @@ def _split_hub_name(source: str) -> tuple[list[str], int | None]:
     parts = name.split(":")
     if len(parts) not in (2, 3) or not all(parts) or (bracket and not re.fullmatch(r"[1-9]\d*\]", number)):
         raise DataError(
-            f"{source}: a data set is named {HF_PREFIX}NAME:SPLIT or {HF_PREFIX}NAME:CONFIG:SPLIT; SPLIT[:1000] is its "
+            f"{source}: write a data set as {HF_PREFIX}NAME:SPLIT or {HF_PREFIX}NAME:CONFIG:SPLIT; SPLIT[:1000] is its "
             "first 1000 rows"
         )
     return parts, int(number[:-1]) if bracket else None

@@ -148,7 +148,9 @@ def factor_is_for_one_selection(phases: "Phases", optimizer: OptimizerConfig) ->
         yield (
             "optimizer.ternary_learning_rate_factor",
             "is for the layers that all ternary phases quantize, so quantization.include must be the same in each; "
-            f"there are {len(includes)} different ones",
+            f"there are {len(includes)} different ones"
+            if includes
+            else "has no effect, because no phase is ternary; leave it out",
         )
 
 

@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 @contextmanager
 def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     """Join the process group that torchrun, `deepspeed`, Slurm or plain `python` started this process for."""
-    _complete_environment()
+    is_alone = _complete_environment()
     # FSDP2 calls functions that torch itself calls deprecated, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -49,7 +48,13 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))  # for the report of a hang
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        store=dist.HashStore() if is_alone else None,  # which needs no port
+        rank=0 if is_alone else -1,
+        world_size=1 if is_alone else -1,
+    )
     try:
         place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device
         local_rank = int(os.environ["LOCAL_RANK"])
@@ -63,8 +68,8 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _complete_environment() -> None:
-    """Give `env://` initialization what the launcher left out."""
+def _complete_environment() -> bool:
+    """Set what the launcher left out of the environment; returns whether this process was started without one."""
     env = os.environ
     # Only `srun` sets the variables of a step. Those of the job are in its batch script too, which is one process.
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -74,23 +79,19 @@ def _complete_environment() -> None:
         # Below the ports that systems give to outgoing connections, and another one for each step of a job.
         port = 20_000 + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"])) % 10_000
         env.setdefault("MASTER_PORT", str(port))
-    if "RANK" not in env:
+    # The second is what this leaves for the processes that this one starts.
+    is_alone = "RANK" not in env or (env["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in env)
+    if is_alone:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     if "LOCAL_SIZE" in env:  # what the `deepspeed` launcher calls it
         env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
+    return is_alone
 
 
 def first_host(nodelist: str) -> str:
     """The host of Slurm's task 0: the first of a list such as `node[003-010,12],login1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0] if first else nodelist)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def seed_everything(seed: int, rank: int) -> None:

@@ -309,5 +309,8 @@ def test_remote_shards_are_fetched_into_the_cache_and_read_as_local_ones(folders
         os.truncate(cached[0], 50)  # as a killed download would leave it
     with pytest.raises(DataError, match=r"file:///nowhere/manifest\.json: cannot be downloaded"):
         rank_reads_remote(
-            0, 1, [(mixture(folders, sources=(Source(path="file:///nowhere"),), cache="x"), 0, 1, 1)], remote
+            0,
+            1,
+            [(mixture(folders, sources=(Source(path="file:///nowhere"),), cache=str(tmp_path / "x")), 0, 1, 1)],
+            remote,
         )

@@ -18,7 +18,7 @@ from launcher.checkpoint.source import KINDS, Source
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.adamw import build_adamw, parameter_groups
 from model.init import initialize_
-from model.transformer import ModelConfig, Transformer
+from model.transformer import ModelConfig, Output, Transformer
 
 # Shapes that neither 2 nor 3 ranks divide.
 MODEL = ModelConfig(
@@ -43,9 +43,9 @@ class Tied(nn.Module):
         self.scale.requires_grad_(not frozen)
         self.register_buffer("offset", torch.ones(7))
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> Output:
         hidden = torch.tanh(self.middle(self.scale(self.embed(tokens_BT) + self.offset)))
-        return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), labels_BT.flatten())
+        return Output(loss=nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), labels_BT.flatten()))
 
 
 def plain_engine(stage: int, *, bf16: bool, model: str = "transformer", universal: bool = False, **zero: Any) -> Any:
@@ -82,7 +82,7 @@ def train(engine: Any, first: int, num_steps: int) -> list[float]:
     for step in range(first, first + num_steps):
         tokens = torch.randint(0, 67, (NUM_SEQUENCES, 17), generator=torch.Generator().manual_seed(step))
         mine = tokens.chunk(dist.get_world_size())[dist.get_rank()]
-        loss = engine(mine[:, :-1], mine[:, 1:])
+        loss = engine(mine[:, :-1], mine[:, 1:]).loss
         engine.backward(loss)
         engine.step()
         mean = loss.detach().float().clone()

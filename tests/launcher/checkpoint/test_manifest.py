@@ -95,7 +95,7 @@ def test_what_is_wrong_is_named(change: dict[str, Any], complaint: str) -> None:
         ({"quantization": {"levels": "quaternary"}}, "quantization.levels': Input should be 'binary', 'ternary'"),
         (
             {"quantization": {"levels": "int4", "weights": "absmean"}},
-            "precision.quantization': {'weights': 'is absmean; int4 weights take gaussian, absmax",
+            "precision.quantization': {'weights': 'is absmean; for int4 weights choose gaussian, absmax",
         ),
         ({"quantization": {"no_such_key": 1}}, "quantization.no_such_key'"),
     ],

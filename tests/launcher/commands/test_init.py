@@ -105,7 +105,7 @@ REFUSALS = {
     ),
     "--size: no model of 100,000 parameters has widths": ("--size", "100k", "--gpus", 1, "--data", "x"),
     "--tokens: 1,000 are 2 steps": ("--size", "10M", "--gpus", 1, "--data", "x", "--tokens", "1000"),
-    "--data: hf:name: a data set is named": ("--size", "10M", "--gpus", 1, "--data", "hf:name"),
+    "--data: hf:name: write a data set as": ("--size", "10M", "--gpus", 1, "--data", "hf:name"),
     "--data s3://bucket/a: is a URL": ("--size", "10M", "--gpus", 1, "--data", "s3://bucket/a"),
     "--size: 13,000,000,000 parameters need": ("--size", "13B", "--gpus", 0, "--data", "x"),
 }  # fmt: skip

@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"not a checkpoint of a known kind"):
         tritrain("convert", tmp_path / "empty", *arguments)
     tritrain("convert", source, *arguments)
-    with pytest.raises(ValueError, match="already holds checkpoints"):
+    with pytest.raises(ConfigError, match="already holds checkpoints"):
         tritrain("convert", source, *arguments)
 
 

@@ -222,7 +222,7 @@ def test_a_run_becomes_a_folder_that_writes_the_same_text(transformers, run, sha
         assert inputs["input_ids"].tolist() == [tokens]
         found = theirs.generate(**inputs, max_new_tokens=64, min_new_tokens=64)[0]
         with torch.no_grad():
-            logits_TV = ours(found[None, :-1])[0, len(tokens) - 1 :]
+            logits_TV = ours(found[None, :-1]).logits[0, len(tokens) - 1 :]
         logits_TV[:, spm.end_of_document] = -torch.inf  # as with min_new_tokens
         assert len(logits_TV) == 64
         assert torch.equal(found[len(tokens) :], logits_TV.argmax(-1)), prompt

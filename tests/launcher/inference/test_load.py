@@ -217,7 +217,7 @@ def test_an_export_needs_its_tokenizer_for_text_but_not_for_tokens(runs, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("te" * 40,), ConfigError, r"the prompt has \d+ tokens; the model's context is 32"),
+        (("te" * 40,), ConfigError, r"the prompt has \d+ tokens, but the model's context is 32"),
         (("te", "--top-p", "0"), ConfigError, "must be above 0"),
     ],
 )

@@ -124,5 +124,5 @@ def test_tokenizers_that_other_programs_do_not_read_alike(shards, tmp_path):
     assert "is a unigram model" in problems("unigram:320")[0][0]
     assert "is a unigram model" in problems(str(tmp_path / "unigram.model"))[0][0]
     assert problems(str(tmp_path / "tokenizer.json"))[0] == []
-    assert "GGUF files are written with SentencePiece" in problems(str(tmp_path / "tokenizer.json"))[1][0]
+    assert "a GGUF file needs a SentencePiece tokenizer" in problems(str(tmp_path / "tokenizer.json"))[1][0]
     assert tokenizer_problems(tiny_config(shards, tmp_path)) == []

@@ -63,9 +63,9 @@ def test_text_that_is_to_be_prepared_is_looked_for(tmp_path):
     found = missing_inputs(tiny_config(tmp_path / "out", tmp_path / "run", data=keys))
     assert {key: text.partition("; ")[0] for key, text in found.items()} == {
         "data.prepare.inputs.0": f"{texts[0]}: no such file or folder",
-        "data.prepare.inputs.1": f"{texts[1]}: no file in this folder can be read",
-        "data.prepare.inputs.2": f"{texts[2]}: cannot read this kind of file",
-        "data.prepare.inputs.3": "hf:only-a-name: a data set is named hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT",
+        "data.prepare.inputs.1": f"{texts[1]}: this folder has no file of a known kind",
+        "data.prepare.inputs.2": f"{texts[2]}: this kind of file is not known",
+        "data.prepare.inputs.3": "hf:only-a-name: write a data set as hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT",
         "data.prepare.validation_inputs.0": f"{texts[0]}: no such file or folder",
     }
 

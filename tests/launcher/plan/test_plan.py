@@ -229,9 +229,11 @@ def test_weight_decay_ends_and_ternary_layers_have_their_own_rate():
     assert [plan.ternary_factor_at(step) for step in range(10)] == [1] * 4 + [1.5] * 6
     assert {plan_of().decay_factor_at(step) for step in range(10)} == {plan_of().ternary_factor_at(9)} == {1}
     both = "phases.0={precision: ternary, steps: 4, quantization: {include: mlp}}"
-    assert "they name 2 selections of layers" in refusal("optimizer.ternary_learning_rate_factor=2", both)
+    assert "must be the same in each; there are 2 different ones" in refusal(
+        "optimizer.ternary_learning_rate_factor=2", both
+    )
     none = "phases.1.precision=16-bit"
-    assert "they name 0 selections" in refusal("optimizer.ternary_learning_rate_factor=2", none)
+    assert "no phase is ternary" in refusal("optimizer.ternary_learning_rate_factor=2", none)
 
 
 # Strength and data

@@ -56,7 +56,7 @@ def test_what_keeps_a_report_from_being_made_is_a_sentence(tmp_path, monkeypatch
     for arguments, sentence in (
         ((tmp_path / "begun", "--out", tmp_path / "a.html"), "no complete row yet; a report needs at least one"),
         ((run, "--out", tmp_path), f"{tmp_path}: Is a directory"),
-        ((run, run, "--out", tmp_path / "a.png"), "a picture shows one run, and here are 2"),
+        ((run, run, "--out", tmp_path / "a.png"), "a picture shows one run, not 2"),
     ):
         monkeypatch.setattr("sys.argv", ["tritrain", "report", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
