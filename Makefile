@@ -1,5 +1,5 @@
 # What a developer does in a day. Needs `pip install -e '.[test]'` and its environment active.
-.PHONY: check test test-all quickstart golden image image-lock format clean
+.PHONY: check test test-all test-gpu quickstart golden image image-lock format clean
 
 check:
 	ruff check .
@@ -12,6 +12,9 @@ test:
 
 test-all:
 	pytest -n 0 -m "not gpu"
+
+test-gpu:
+	pytest -n 0 -m gpu
 
 quickstart:
 	tritrain train configs/quickstart.yaml --ranks 2
