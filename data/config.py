@@ -1,4 +1,4 @@
-"""Which text is prepared, and which prepared folders are trained on. Needs neither torch nor numpy."""
+"""Configuration of preparation and of training data. Needs neither torch nor numpy."""
 
 import re
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which prepared folders are trained and validated on, and in what order."""
+    """The prepared folders for training and validation, and the order of their rows."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 

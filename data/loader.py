@@ -138,7 +138,7 @@ class TrainingData:
         self._finalizer = weakref.finalize(self, _close, self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return the one iterator there is: asking again goes on where it stands."""
+        """Return the only iterator; asking again continues at its position."""
         return self._batches
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ class Source:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the path is a URL."""
+        """Return whether the path is a URL."""
         return "://" in self.path
 
 

@@ -42,7 +42,7 @@ class RowDataset(StreamingDataset):
             self._event.set()
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch a shard, unless it is there; if that fails, let the other processes find out by themselves."""
+        """Fetch a shard unless it exists; if that fails, the other processes find out by themselves."""
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
@@ -57,6 +57,6 @@ class RowDataset(StreamingDataset):
     @staticmethod
     def _error(error: BaseException) -> DataError:
         return DataError(
-            f"a shard of the training data cannot be read: {redacted(str(error))}; the same command goes on from the "
+            f"a shard of the training data cannot be read: {redacted(str(error))}; the same command resumes from the "
             "newest checkpoint once it can"
         )

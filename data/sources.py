@@ -158,7 +158,7 @@ def _open_source(source: Source, cache: str | None) -> OpenSource:
 
 
 def _fetch(source: Source, folder: Path, name: str) -> None:
-    """Download one file of a remote source into `folder`, unless it is there."""
+    """Download one file of a remote source into `folder`, unless it exists."""
     path = folder / name
     if path.exists():
         return

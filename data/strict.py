@@ -1,4 +1,4 @@
-"""How the configurations of this folder are read: no key unknown, no type converted, no number infinite or NaN.
+"""Strict reading of this folder's configurations: no unknown key, no converted type, no infinite number or NaN.
 
 Pydantic reads it; the folder itself does not need Pydantic.
 """

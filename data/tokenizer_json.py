@@ -31,7 +31,7 @@ ADVICE = "; leave the tokenizer out (--no-tokenizer) and encode with SentencePie
 
 
 def tokenizer_files(path: Path, *, vocab_size: int, max_sequence_length: int) -> dict[str, bytes]:
-    """What an exported folder holds of a tokenizer, by file name; its own file is among them.
+    """The tokenizer's files in an exported folder, by name; its own file is among them.
 
     Args:
         path: a SentencePiece model or a `tokenizer.json`.

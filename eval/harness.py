@@ -46,7 +46,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a document; stands in front of a continuation without a context."""
+        """The token that ends a document; it precedes a continuation without a context."""
         return self._end_of_document
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

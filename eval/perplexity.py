@@ -66,7 +66,7 @@ def held_out_loss(
 
 
 TOKENS_AT_ONCE = 64 * BATCH_TOKENS
-"""So many tokens are gathered before the model runs, or a large file would be in memory as rows."""
+"""Tokens gathered before the model runs; otherwise a large file would be in memory as rows."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Scorer:
     reduce_sum: Callable[[Tensor], object] = lambda tensor: None
     """Sums a tensor over all ranks in place."""
     batch_tokens: int = BATCH_TOKENS
-    """So many tokens are a batch, about; the same for all scores that are to be compared to the last bit."""
+    """Approximate tokens of a batch; the same for all scores that are to be compared to the last bit."""
 
     @torch.no_grad()
     def log_likelihoods(

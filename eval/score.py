@@ -22,7 +22,7 @@ class Answered:
     """An example with the log-likelihoods that a model gives its answers."""
 
     answers: tuple[str, ...]
-    """What is scored, without the space in front of it."""
+    """The text that is scored, without the space before it."""
     gold: int
     """Index of the right one."""
     log_likelihoods: tuple[float, ...]

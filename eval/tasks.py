@@ -69,7 +69,7 @@ class Task:
 
     @property
     def definition(self) -> Definition:
-        """What both styles have in common."""
+        """Properties common to both styles."""
         return DEFINITIONS[self.name]
 
     @property

@@ -1,7 +1,7 @@
 """The errors that a user can put right, and the one handler that reports them.
 
 Their text is all that a user needs to see: what was wrong, where, and what would be right. Anything else that is raised
-is a defect, and its traceback belongs into a bug report. The package `data` imports nothing from here and has an error
+is a defect, and its traceback belongs in a bug report. The package `data` imports nothing from here and has an error
 of its own, so `USER_ERRORS` names both.
 """
 
@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """What is wrong with a configuration, one problem a line, each beginning with the key's path."""
+    """The configuration is wrong; one problem a line, each beginning with the key's path."""
 
 
 class CheckpointError(UserError):
@@ -25,7 +25,7 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """Training cannot go on; says why and what may help."""
+    """Training cannot continue; says why and what may help."""
 
 
 class PlacementError(UserError):

@@ -1,8 +1,8 @@
-"""Whether other files hide Tritrain's packages, whose names are short: a user's own `model.py` or `data.py`, say.
+"""A check that no other file hides one of Tritrain's packages: a user's own `model.py` or `data.py`, for example.
 
 Python looks beside a script, or in the working directory of a notebook, before it looks here. What it finds there would
-fail later and say nothing of why. This file imports nothing of ours: `tritrain` runs it by its path, because `launcher`
-may be hidden too.
+fail later without saying why. This file imports nothing else: `tritrain` runs it by its path, because `launcher` may be
+hidden too.
 """
 
 import sys

@@ -108,7 +108,7 @@ def run(config: Config) -> int:
 def explanation(
     error: Exception, folder: RunFolder, ranks: Ranks, heartbeat: Heartbeat, watchdog: Watchdog
 ) -> str | None:
-    """Why this rank cannot go on; None if another one has said so."""
+    """The reason why this rank cannot continue; None if another rank has reported it."""
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         return f"{folder.path}: {error}. Make room there. {resume_advice(folder)}"
     traceback_text = "".join(traceback.format_exception(error)) + resume_advice(folder)
@@ -186,7 +186,7 @@ def run_rank(
     if not ranks.is_first:
         return COMPLETE if outcome == "complete" else INTERRUPTED
     if outcome == "interrupted":
-        console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command goes on from there.")
+        console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command resumes from there.")
         return INTERRUPTED
     from launcher.report.ending import show_ending
 

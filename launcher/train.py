@@ -272,7 +272,7 @@ def take_step(run: Run) -> StepResult:
 
 @dataclass(frozen=True)
 class Due:
-    """What to do after a step."""
+    """The work that is due after a step."""
 
     phase_ends: bool
     stopping: bool

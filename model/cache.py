@@ -14,7 +14,7 @@ class LayerCache:
         self.num_tokens = 0
 
     def extend(self, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the next tokens; returns views of all that are there now.
+        """Add those of the next tokens; returns views of all so far.
 
         Raises:
             ValueError: there is no room for them.

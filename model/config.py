@@ -97,7 +97,7 @@ class ModelConfig:
 
     @property
     def rounds_once(self) -> bool:
-        """Whether norm weights and rotations apply in float32, as in OLMo, or after rounding, as in the Llama line."""
+        """Return whether norm weights and rotations apply in float32, as in OLMo; in the Llama line, after rounding."""
         return self.norm_position == "post" or self.norm == "layernorm-nonparametric"
 
 

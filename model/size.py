@@ -54,12 +54,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_projection(name: str) -> bool:
-    """Whether a parameter of this name is the matrix of a block's linear layer."""
+    """Return whether a parameter of this name is the matrix of a block's linear layer."""
     return name.endswith(".weight") and name.split(".")[-2] in PROJECTIONS
 
 
 def is_in_block(name: str) -> bool:
-    """Whether a parameter of this name belongs to one of the model's blocks."""
+    """Return whether a parameter of this name belongs to one of the model's blocks."""
     return name.startswith("model.layers.")
 
 

@@ -27,7 +27,7 @@ OUTPUTS = ("o_proj", "down_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """What is quantized in a ternary phase, and how."""
+    """The quantization of a ternary phase."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -88,7 +88,7 @@ class QuantConfig:
 
     @property
     def learned(self) -> bool:
-        """Whether scales are parameters."""
+        """Return whether scales are parameters."""
         return self.weights == "learned"
 
     @property
@@ -125,12 +125,12 @@ PRESETS: dict[str, QuantConfig] = {
 
 
 def is_rotated(name: str, config: QuantConfig) -> bool:
-    """Whether inputs and weights of the layer of this name are rotated before they are rounded."""
+    """Return whether inputs and weights of the layer of this name are rotated before they are rounded."""
     return config.hadamard == "all" or (config.hadamard == "outputs" and name.endswith(OUTPUTS))
 
 
 def is_rotatable(width: int) -> bool:
-    """Whether there is a rotation for rows of this width."""
+    """Return whether there is a rotation for rows of this width."""
     return width % 2 == 0
 
 

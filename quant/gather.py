@@ -78,7 +78,7 @@ class CodeGather:
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Choose what is gathered from here on, and round the weights anew if they have changed.
+        """Choose what is gathered from here on, and round the weights again if they have changed.
 
         To be called by all ranks alike before each forward pass. Layers on a ramp are gathered in 16 bits, and so are
         those that a probe looks at, as long as it does.
@@ -105,7 +105,7 @@ class CodeGather:
         self.fresh = True
 
     def keep(self, keep: bool) -> None:
-        """Whether what is gathered once a step stays gathered after the next backward pass."""
+        """Return whether what is gathered once a step stays gathered after the next backward pass."""
         for module in self._kept:
             module.set_reshard_after_backward(not keep, recurse=False)
 

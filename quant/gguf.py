@@ -53,7 +53,7 @@ def recipe_problem(config: QuantConfig, into: BlockType) -> str | None:
 
 
 def block_width_problem(name: str, width: int, into: StoredType) -> str | None:
-    """Why rows of so many weights cannot be of this type; None if they can."""
+    """The reason why rows of this many weights cannot have this type; None if they can."""
     block = BLOCK_WIDTHS[into]
     if width % block:
         return f"{name} has rows of {width} weights; {into} has blocks of {block}, which must divide them"

@@ -79,7 +79,7 @@ class QuantLinear(nn.Linear):
     """If set, the layer computes with these, and ``weight`` stands for a tensor of its shape and dtype alone."""
 
     def extra_repr(self) -> str:
-        """What `print` shows: shapes, recipe, mode and strengths. It waits for the device only on a ramp, once."""
+        """Shapes, recipe, mode and strengths, for `print`. It waits for the device only on a ramp, once."""
         if self.mode == "ramp":
             weights, activations = torch.stack((self.weight_strength, self.activation_strength)).tolist()
         else:
@@ -105,20 +105,20 @@ class QuantLinear(nn.Linear):
         return y + self._dead_zone(weight_OI, scale).to(y.dtype) if config.dead_zone_bias else y
 
     def dead_zone(self) -> Tensor:
-        """What the layer adds for its weights with code 0, fp32 [O]."""
+        """The bias that replaces the layer's weights with code 0, fp32 [O]."""
         weight_OI = self.rotated_weight()
         return self._dead_zone(weight_OI, self.rounding_scale(weight_OI))
 
     def rotated_weight(self) -> Tensor:
-        """The latent weight as it is rounded, [O, I]."""
+        """The latent weight to be rounded, [O, I]."""
         return rotate(self.weight) if self.rotated else self.weight
 
     def rounded_input(self, x: Tensor) -> Tensor:
-        """The input as it is rounded: normalised and rotated, where the configuration says so."""
+        """The input to be rounded: normalized and rotated, if the configuration says so."""
         return prepared_input(x, self.quant_config, rotated=self.rotated)
 
     def rounding_scale(self, weight_OI: Tensor) -> Scale:
-        """Scale of the weight as it is rounded."""
+        """Scale of the weight to be rounded."""
         if self.gathered is not None:
             return self.gathered.scale
         if self.quant_config.learned:
@@ -201,7 +201,7 @@ class GatheredCodes:
 
 
 def prepared_input(x: Tensor, config: QuantConfig, *, rotated: bool) -> Tensor:
-    """An input as it is rounded: normalised, where the configuration says so, and rotated."""
+    """The input to be rounded: normalized and rotated, if the configuration says so."""
     if config.layer_norm:
         x = F.layer_norm(x, x.shape[-1:])
     return rotate(x) if rotated else x
@@ -353,5 +353,5 @@ def _expect_quantized(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def is_learned_scale(name: str) -> bool:
-    """Whether a parameter of this name is a layer's learned scales."""
+    """Return whether a parameter of this name is a layer's learned scales."""
     return name.endswith(f".{LEARNED_SCALE}")

@@ -86,7 +86,7 @@ class PackedLinear(nn.Module):
         return unpack(self.packed)[: self.out_features]
 
     def extra_repr(self) -> str:
-        """What `print` shows of the layer."""
+        """The layer's shape, for `print`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -26,7 +26,7 @@ SHARPNESS = {"sigmoid": 15.0, "exponential": 4.0}
 
 @dataclass(frozen=True, kw_only=True)
 class RampConfig:
-    """How the quantization strength rises from 0 to 1 after a transition."""
+    """A ramp: the quantization strength as it rises from 0 to 1 after a transition."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 

@@ -22,7 +22,7 @@ from quant.config import Activations, Granularity, Levels, QuantConfig, WeightSc
 from quant.size import NUM_MAGNITUDES
 
 DEFAULT = QuantConfig()
-"""What a ternary phase does where nothing else is said."""
+"""The default quantization of a ternary phase."""
 
 SMALLEST_SCALE = 1e-5
 """Floor of every scale, so that an all-zero tensor quantizes to zeros (BitNet b1.58 uses the same value)."""
@@ -44,7 +44,7 @@ GAUSSIAN_CLIP: dict[Levels, float] = {
 
 
 class Scale(NamedTuple):
-    """What weights are divided by before rounding, and what codes are multiplied by; fp32, [R, G]."""
+    """The divisor of weights before rounding, and the factor of codes after it; fp32, [R, G]."""
 
     level: Tensor
     threshold: Tensor | None = None
@@ -199,12 +199,12 @@ SUMMED: dict[WeightScale, Callable[[Tensor], Tensor]] = {"absmean": torch.abs, "
 
 
 def scale_sums(weight_OI: Tensor, config: QuantConfig) -> Tensor:
-    """What rows of a matrix bring to its scale, fp64 [O]; for the scales of `SUMMED`."""
+    """Contributions of a matrix's rows to its scale, fp64 [O]; for the scales of `SUMMED`."""
     return row_sums(SUMMED[config.weights](bf16_values(weight_OI)))
 
 
 def magnitude_counts(weight_OI: Tensor) -> Tensor:
-    """How often each magnitude that bf16 has occurs, int32 [`NUM_MAGNITUDES`], in ascending order.
+    """Count each magnitude that bf16 has, int32 [`NUM_MAGNITUDES`], in ascending order.
 
     The bits of a positive float, as an integer, are in its order.
     """
@@ -247,7 +247,7 @@ def weight_codes(weight_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor
 
 
 def by_ones(config: QuantConfig) -> bool:
-    """Whether codes are neighbouring integers; the others are odd."""
+    """Return whether codes are neighbouring integers; the others are odd."""
     return config.levels == "ternary" or (config.learned and config.levels != "int2")
 
 
@@ -296,7 +296,7 @@ def learned_scale(alpha_O: Tensor, levels: Levels) -> Scale:
 
 
 def first_alpha(largest_O: Tensor, levels: Levels) -> Tensor:
-    """What a row's alpha begins with, from the row's largest magnitude (ParetoQ's code)."""
+    """The initial alpha of a row, from its largest magnitude (ParetoQ's code)."""
     return largest_O if levels in ("ternary", "int2") else largest_O / LEARNED[levels].codes[1]
 
 

@@ -83,7 +83,7 @@ def weight_figures(weight_OI: Tensor, codes_OI: Tensor, scale: Scale, config: Qu
 
 
 def threshold_distance(weight_OI: Tensor, codes_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor:
-    """How far each weight is from where its code would change; fp32 of the shape of the weight.
+    """Distance of each weight from where its code would change; fp32, in the shape of the weight.
 
     In units of what weights are divided by before they are rounded: the level, and for `twn` twice its threshold.
     Thresholds lie half-way between neighbouring codes. The largest and the smallest code have one on one side only, so
@@ -112,7 +112,7 @@ def input_sums(x: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor,
 
 @dataclass
 class Measurement:
-    """What one probed step gave, on the device."""
+    """The measurements of one step, on the device."""
 
     figures: Tensor
     """[L, `WEIGHT_FIGURES`], equal on all ranks."""

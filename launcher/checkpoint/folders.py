@@ -1,4 +1,4 @@
-"""Where checkpoints are, and which of them are complete: names of folders and files, without what reads them."""
+"""Names of checkpoint folders and their files, and which checkpoints are complete; no code that reads them."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps is."""
+    """The folder of the checkpoint after ``step`` steps."""
     return checkpoints / f"step-{step:08d}"
 
 

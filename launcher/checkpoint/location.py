@@ -45,7 +45,7 @@ def to_location(text: str | Path) -> Path:
 
 
 def is_local(location: Path) -> bool:
-    """Whether a location is on this machine's file systems."""
+    """Return whether a location is on this machine's file systems."""
     return isinstance(location, Path)
 
 
@@ -153,7 +153,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder and all in it, if it is there."""
+    """Remove a folder and everything in it, if it exists."""
     if is_local(folder):
         import shutil
 

@@ -42,7 +42,7 @@ DIGEST = re.compile(r"[0-9a-f]{32}")
 
 @dataclass
 class Progress:
-    """Where a run is."""
+    """The progress of a run."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -148,7 +148,7 @@ class Manifest:
     precision: Precision | None
     """What the weights were trained in, in the last step; None in manifests of version 1."""
     data_fingerprint: str | None
-    """Of the data that the position is in; None where the run begins its data anew."""
+    """Fingerprint of the data to which the position refers; None if the run starts its data over."""
     spikes: dict[str, Any] | None
     """State of the guards against loss spikes (`launcher.training.guard`); None where no step was taken."""
     teacher: str | None

@@ -14,7 +14,7 @@ from launcher.checkpoint.tensor_file import DIGESTS, MAX_DIMENSIONS, TensorFile,
 
 @dataclasses.dataclass
 class Parameter:
-    """Where a parameter's values are, all files together."""
+    """The places of a parameter's values in all files."""
 
     shape: tuple[int, ...]
     step: float

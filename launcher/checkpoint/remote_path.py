@@ -33,15 +33,15 @@ class RemotePath(ProxyUPath):
             return None
 
     def is_file(self) -> bool:
-        """Whether this is a file."""
+        """Return whether this is a file."""
         return self._type() == "file"
 
     def is_dir(self) -> bool:
-        """Whether there is anything below this name, which is what a folder is in a store."""
+        """Return whether anything is stored below this name; that is what a folder is in a store."""
         return self._type() == "directory"
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
-        """Whether this is a file or a folder."""
+        """Return whether this is a file or a folder."""
         return self._type() is not None
 
     def unlink(self, missing_ok: bool = False) -> None:

@@ -90,7 +90,7 @@ class Saver:
                 if must or not isinstance(error, CheckpointError):
                     self._failure = error
                 else:
-                    self._say(f"WARNING: {error} Training goes on; the next interval tries again.")
+                    self._say(f"WARNING: {error} Training continues; the next interval tries again.")
 
         if self._asynchronous:
             self._thread = threading.Thread(target=write, name="saver", daemon=True)

@@ -57,7 +57,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def is_count(value: object) -> bool:
-    """Whether a value from JSON is a non-negative integer below 2^63."""
+    """Return whether a value from JSON is a non-negative integer below 2^63."""
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -70,7 +70,7 @@ class TensorFileError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is in a file."""
+    """The place of a tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -144,7 +144,7 @@ def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:
 
 
 def _is_passing(folder: Path) -> bool:
-    """Whether a checkpoint is certainly not a milestone; one with a damaged manifest may be, and is kept."""
+    """Return whether a checkpoint is certainly not a milestone; one with a damaged manifest may be, and is kept."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         return bool(manifest["digest"] == manifest_digest(manifest) and not manifest["milestone"])

@@ -41,7 +41,7 @@ class InitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What the options and a person's answers come to."""
+    """The options, completed by a person's answers."""
 
     size: int
     tokens: int
@@ -52,7 +52,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Data:
-    """Where tokens come from."""
+    """The source of tokens."""
 
     text: str
     """The section `data`, as YAML."""
@@ -110,7 +110,7 @@ def answered(options: InitOptions) -> Answers:
         raise ConfigError(f"{', '.join(missing)}: missing, and there is no terminal to ask on; give all of them")
 
     def ask(name: str, question: str, default: str | None = None) -> str:
-        """What was given, or what is answered; the default where nothing needs to be asked."""
+        """Return the option, or the answer to a question, or the default if nothing needs to be asked."""
         if given[name] is not None:
             return str(given[name])
         return str(typer.prompt(question, default=default)) if missing or default is None else default

@@ -10,7 +10,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path, console: Console) -> None:
-    """Prepare a folder, with a line every few seconds and the result; silent where it is there already."""
+    """Prepare a folder, with a line every few seconds and the result; silent if the folder already exists."""
     started = time.perf_counter()
     shown: float | None = None
 

@@ -37,7 +37,7 @@ def check_start(config: Path, overrides: Sequence[str], num_ranks: int) -> tuple
 
 
 def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int) -> Path:
-    """Train to the end, in processes of their own, and print their output; a complete run is left as it is.
+    """Train to the end in separate processes, and print their output; a complete run is not changed.
 
     An interrupt (Ctrl-C, a notebook's stop) lets them save and end; a second one kills them.
 

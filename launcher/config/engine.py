@@ -33,7 +33,7 @@ OWNED_DEEPSPEED_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What shards and steps the model."""
+    """The engine, which shards and steps the model."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 

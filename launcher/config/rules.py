@@ -49,7 +49,7 @@ def divisors(number: int) -> str:
 
 
 def spanning_problems(parts: Mapping[str, Any]) -> dict[str, str]:
-    """Run every rule whose sections are there; returns what is wrong by path, for each path the first problem.
+    """Run every rule whose sections are given; returns the first problem of each path.
 
     Args:
         parts: those sections of a `Config` that are valid in themselves, by name.

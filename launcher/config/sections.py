@@ -62,7 +62,7 @@ class WatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutlierConfig:
-    """Which steps count as outliers and are skipped (the `SkipStepOptimizer` of OLMo 2, arXiv 2501.00656)."""
+    """Steps that count as outliers and are skipped (the `SkipStepOptimizer` of OLMo 2, arXiv 2501.00656)."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -211,7 +211,7 @@ class CheckpointConfig:
     folder: str | None = None
     """Where checkpoints go: a folder, or a URL such as `s3://bucket/run`; null: `checkpoints` in the run's folder."""
     asynchronous: bool = True
-    """Copy the state to host memory and write it while training goes on; false: training waits."""
+    """Copy the state to host memory and write it while training continues; false: training waits."""
     start_from: str | None = None
     """Start from the weights of this checkpoint (Tritrain's, DeepSpeed's or Hugging Face's), a folder or a URL, and
     from its optimizer state unless the transition of the first phase resets it."""
@@ -235,7 +235,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What training logs."""
+    """Logging during training."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 

@@ -61,7 +61,7 @@ class RollbackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TransitionConfig:
-    """What happens at the boundary before a phase. Weights always carry over."""
+    """The transition into a phase. Weights always carry over."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -103,7 +103,7 @@ class TransitionConfig:
         return self.ramp, self.activation_ramp or self.ramp
 
     def stretched(self, attempt: int, after_steps: int) -> "TransitionConfig":
-        """As it is after having been rolled back ``attempt`` times: gentler.
+        """The transition after ``attempt`` rollbacks: gentler.
 
         Args:
             attempt: 0 for none.

@@ -75,7 +75,7 @@ def _numbers(ranks: Sequence[int]) -> str:
 
 
 def grouped(ranks: Sequence[RankFacts], values: Sequence[Any]) -> str:
-    """What differs between ranks, with who has it."""
+    """Values that differ between ranks, with the ranks that have them."""
     groups: dict[Any, list[RankFacts]] = {}
     for facts, value in zip(ranks, values, strict=True):
         groups.setdefault(value, []).append(facts)
@@ -242,7 +242,7 @@ def check_disk_space(free_bytes: float, checkpoint_bytes: int, kept: int, there:
     needed = checkpoint_bytes * max(0, kept + 1 - there)
     found = (
         f"{human_bytes(free_bytes)} are free in {place}; {kept} checkpoints of {human_bytes(checkpoint_bytes)} are kept"
-        f"{f', {there} are there' if there else ''}, and one more while it is written: {human_bytes(needed)}"
+        f"{f', {there} exist already' if there else ''}, and one more while it is written: {human_bytes(needed)}"
     )
     level = _level(free_bytes, needed, 1.1 * needed)
     advice = "" if level == "ok" else "Make room, lower checkpoint.keep_last, or set run.folder or checkpoint.folder."
@@ -306,7 +306,7 @@ def check_limits(ranks: Sequence[RankFacts]) -> list[Verdict]:
     verdicts = [Verdict("open files", level, f"{least.open_files:,} may be open on {named([least])}", advice)]
     with_rdma = [facts for facts in ranks if facts.rdma_devices]
     if not with_rdma:
-        return [*verdicts, Verdict("locked memory", "skipped", "no RDMA device is there")]
+        return [*verdicts, Verdict("locked memory", "skipped", "no RDMA device was found")]
     limited = [facts for facts in with_rdma if facts.locked_bytes is not None]
     if limited:
         found = f"{human_bytes(limited[0].locked_bytes or 0)} may be locked on {named(limited)}"
@@ -343,13 +343,13 @@ def check_shared_memory(ranks: Sequence[RankFacts], plan: Plan | None) -> Verdic
 
 
 def check_leftovers(ranks: Sequence[RankFacts]) -> Verdict:
-    """No dead job has left `streaming`'s shared memory behind, which takes room and can stop the next one."""
+    """Dead jobs have not left shared memory of `streaming`, which takes space and can stop the next job."""
     leftovers = {facts.host: facts.leftovers for facts in ranks if facts.leftovers}
     if leftovers:
         found = "; ".join(f"{', '.join(names)} on {host}" for host, names in leftovers.items())
         patterns = sorted({f"/dev/shm/{name[:6]}_*" for names in leftovers.values() for name in names})
         return Verdict("dead jobs", "warning", found, f"No process has them open: rm {' '.join(patterns)}")
-    return Verdict("dead jobs", "ok", "none has left shared memory behind")
+    return Verdict("dead jobs", "ok", "no dead job has left shared memory")
 
 
 def check_host_names(ranks: Sequence[RankFacts]) -> Verdict:

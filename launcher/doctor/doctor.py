@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def not_joined(error: Exception) -> str:
-    """What to say on a rank that did not come together with the others."""
+    """The message of a rank that did not meet the others."""
     host, env = socket.gethostname(), os.environ
     try:
         address = socket.gethostbyname(host)
@@ -138,7 +138,7 @@ def examine(
 def examine_folder(
     facts: Sequence[RankFacts], ranks: Ranks, plan: Plan | None, probe_bytes: int, seconds_to_appear: float
 ) -> list[Verdict]:
-    """What there is to say of the disk that the run, or, without a plan, the working directory, is on; a collective."""
+    """Check the disk of the run's folder, or of the working directory without a plan; a collective."""
     run = RunFolder(plan.config) if plan else None
     shared = [("", "", "")]  # where, what was written there, why it could not be
     if ranks.is_first:
@@ -182,7 +182,7 @@ def examine_folder(
 
 
 def examine_store(run: RunFolder, ranks: Ranks) -> list[Verdict]:
-    """Whether each rank can write to the store that checkpoints go to; a collective."""
+    """Return whether each rank can write to the store that checkpoints go to; a collective."""
     try:
         check_writable(run.checkpoints)
         problem = ""

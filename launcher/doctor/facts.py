@@ -78,7 +78,7 @@ class RankFacts:
     gpu_bytes: int
     gpu_free_bytes: int
     has_nvidia_device: bool
-    """Whether a driver of NVIDIA's is there."""
+    """Whether an NVIDIA driver is installed."""
     free_memory_bytes: int
     """Of the host, or of its container."""
     open_files: int
@@ -101,12 +101,12 @@ class RankFacts:
     """Environment variables that slow training down."""
     has_plan: bool
     paths: dict[str, str | None]
-    """What the configuration names: a digest of what is there, None where nothing is."""
+    """Paths that the configuration names, with a digest of their content; None if nothing exists there."""
 
 
 @dataclass(frozen=True)
 class AllReduce:
-    """A sum over all ranks of so many bytes on each; the terms are those of NCCL's tests (PERFORMANCE.md there)."""
+    """An all-reduce of a number of bytes; the terms are those of NCCL's tests (PERFORMANCE.md there)."""
 
     backend: str
     num_bytes: int
@@ -122,7 +122,7 @@ class AllReduce:
 
     @property
     def bus_gb_per_second(self) -> float:
-        """What each rank's link carries: every byte goes out 2 (n - 1) / n times in the best of algorithms."""
+        """Load of each rank's link: in the best algorithm, every byte is sent 2 (n - 1) / n times."""
         return self.algorithm_gb_per_second * 2 * (self.world_size - 1) / self.world_size
 
 
@@ -137,7 +137,7 @@ class DiskProbe:
 
 
 def requirements() -> list[Requirement]:
-    """What the installed package requires, Python included and extras left out."""
+    """The requirements of the installed package, with Python and without extras."""
     package = metadata("tritrain")
     lines = [f"python{package['Requires-Python']}", *(package.get_all("Requires-Dist") or ())]
     parsed = [Requirement(line) for line in lines]
@@ -253,7 +253,7 @@ def needed_paths(config: Config) -> list[str]:
 
 
 def digest_of(path: Path) -> str | None:
-    """Something that tells whether two hosts have the same: of a folder, names and sizes; None where nothing is there.
+    """A digest by which two hosts can be compared: of a folder, names and sizes; None if nothing exists there.
 
     A prepared folder's manifest has digests of its own.
     """
@@ -271,7 +271,7 @@ Fact = TypeVar("Fact")
 
 
 def gather(fact: Fact, ranks: Ranks) -> list[Fact]:
-    """What every rank has; a collective."""
+    """Collect a value from every rank; a collective."""
     facts = [fact] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(facts, fact)
@@ -347,7 +347,7 @@ def look_for(path: Path, seconds: float) -> str:
 
 
 def probe_disk(folder: Path, num_bytes: int, rank: int) -> DiskProbe:
-    """Write so many bytes to a folder, flush, read them back."""
+    """Write a number of bytes to a folder, flush, and read them back."""
     path, block = folder / f"probe-{rank:05d}", os.urandom(MIB)
     try:
         began = time.perf_counter()

@@ -22,7 +22,7 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
-    """Build the model as it is in ``phase``, sharded over all ranks, without weights.
+    """Build the model of ``phase``, sharded over all ranks, without weights.
 
     Before the first phase (None) the model is in 16 bits.
     """

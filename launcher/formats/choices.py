@@ -1,4 +1,4 @@
-"""What conversion and export let a user choose from. Needs no torch, so that `--help` can list it at once."""
+"""The choices of conversion and export. Needs no torch, so that `--help` can list them at once."""
 
 from typing import Literal
 

@@ -33,7 +33,7 @@ class CodedMatrices:
         }
 
     def __contains__(self, name: str) -> bool:
-        """Whether the parameter of this name is quantized."""
+        """Return whether the parameter of this name is quantized."""
         return name in self._sharers
 
     @property

@@ -46,11 +46,11 @@ MISSING = (
 
 
 WRAPPERS = ("module.", "_orig_mod.")
-"""What wrappers of a model put in front of every name."""
+"""Prefixes that wrappers of a model add to every name."""
 
 
 def is_deepspeed(folder: Path) -> bool:
-    """Whether this is a folder of DeepSpeed's `save_checkpoint`, or that of a tag in it."""
+    """Return whether this is a folder of DeepSpeed's `save_checkpoint`, or that of a tag in it."""
     return (folder / "latest").is_file() or (any(folder.glob("*_model_states.pt")) and not (folder / "zero").is_dir())
 
 
@@ -165,7 +165,7 @@ class DeepSpeedSource(Source):
 
     def _shortcomings(self, frozen: set[str]) -> Iterator[str]:
         if not self.has_moments:
-            yield "Adam's moments are missing, or some of them: the optimizer starts anew."
+            yield "Adam's moments are missing, or some of them: the optimizer starts over."
         elif frozen:
             yield f"Moments of {_some(frozen)} are missing because it was frozen: they start at zero."
         coarse = {

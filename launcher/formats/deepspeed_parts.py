@@ -1,4 +1,4 @@
-"""Where DeepSpeed's stages keep the elements of each parameter.
+"""The places in which DeepSpeed's stages keep the elements of each parameter.
 
 Each stage keeps fp32 weights and moments in its own way (as of DeepSpeed 0.19.8):
 

@@ -37,7 +37,7 @@ FORMAT_OF = "0.19.8"
 
 
 def is_universal(folder: Path) -> bool:
-    """Whether this is a universal checkpoint, or the folder of one that holds no native checkpoint as well."""
+    """Return whether this is a universal checkpoint, or the folder of one that holds no native checkpoint as well."""
     return (folder / "zero").is_dir() or ((folder / POINTER).is_file() and not (folder / "latest").is_file())
 
 
@@ -65,7 +65,7 @@ class UniversalSource(Source):
         frozen = [name for name in shapes if name not in self._trained]
         self.missing = MISSING
         if not self._trained:
-            self.missing += ("Adam's moments are missing: the optimizer starts anew.",)
+            self.missing += ("Adam's moments are missing: the optimizer starts over.",)
         elif frozen:
             self.missing += (f"Moments of {', '.join(frozen)} are missing: they start at zero.",)
 

@@ -43,9 +43,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 NOT_IN_A_FOLDER = (
-    "A Hugging Face folder holds no optimizer moments: the optimizer starts anew.",
+    "A Hugging Face folder holds no optimizer moments: the optimizer starts over.",
     "A Hugging Face folder holds no data position: the data start at their beginning.",
-    "A Hugging Face folder holds no state of random generators and no counters of steps and tokens: they start anew.",
+    "A Hugging Face folder holds no state of random generators and no counters of steps and tokens: they start over.",
 )
 
 
@@ -60,14 +60,14 @@ NOT_IN_CODES = (
 
 
 def is_hf(folder: Path) -> bool:
-    """Whether a folder is meant to be one of Hugging Face's; it may still be damaged."""
+    """Return whether a folder is meant to be one of Hugging Face's; it may still be damaged."""
     with reaching(folder):
         return any((folder / name).is_file() for name in (CONFIG, WEIGHTS, INDEX))
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a folder's projections are packed."""
+    """The packing of a folder's projections."""
 
     divides: bool
     """Whether a weight is its code divided by the scale, or multiplied by it."""
@@ -77,7 +77,7 @@ class Packing:
     """Whether the weights are stored in 16 bits and quantized while computing."""
 
     def applies_to(self, name: str) -> bool:
-        """Whether the parameter of this name is packed."""
+        """Return whether the parameter of this name is packed."""
         return is_projection(name) and not any(part in name.removesuffix(".weight") for part in self.left_out)
 
 

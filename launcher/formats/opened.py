@@ -41,12 +41,12 @@ class Exportable:
 
     @property
     def quantization(self) -> QuantConfig | None:
-        """What the last step quantized, and how; None in 16 bits."""
+        """The quantization of the last step; None in 16 bits."""
         return self.precision.quantization
 
     @property
     def strength(self) -> float:
-        """How much of the quantization was on in the last step, in the block with the least; 0 in 16 bits."""
+        """The strength of the quantization in the last step, in the block with the least; 0 in 16 bits."""
         return self.precision.strength
 
 

@@ -103,7 +103,7 @@ def load_model(
     precision = _precision(opened)
     if packed and precision.quantization is None and not is_packed:
         raise CheckpointError(
-            f"{source.location} is a 16-bit model, without codes to pack; packed=None loads it as it is"
+            f"{source.location} is a 16-bit model, without codes to pack; packed=None loads it unchanged"
         )
     if packed is False and is_packed:
         raise CheckpointError(f"{source.location} holds packed codes, and no latent weights to load with packed=False")

@@ -36,7 +36,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """What a configuration says of every step of a run."""
+    """Every step of a run, as the configuration describes it."""
 
     config: Config
     global_batch_sequences: int
@@ -81,7 +81,7 @@ class Course:
         return math.ceil(tokens / self.tokens_per_step)
 
     def sizes_at(self, step: int) -> StepSizes:
-        """How far the optimizer goes in the step of this number, counted from 0."""
+        """The rates of the step of this number, counted from 0."""
         return StepSizes(self.learning_rate_at(step), self.ternary_factor_at(step), self.decay_factor_at(step))
 
     def ternary_factor_at(self, step: int) -> float:

@@ -32,7 +32,7 @@ GPUS = {
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The entry of a device; None where it is not known, so that no utilization is invented."""
+    """The entry of a device; None if it is not known, so that no utilization is made up."""
     matches = [known for known in GPUS if device_name.startswith(known)]
     return GPUS[max(matches, key=len)] if matches else None
 

@@ -21,7 +21,7 @@ from launcher.plan.course import make_course
 
 
 def check_inputs(config: Config) -> None:
-    """Make sure that everything that a run reads is there.
+    """Make sure that everything that a run reads exists.
 
     Raises:
         DataError: lists every problem, each with the key that names the file or folder.
@@ -31,7 +31,7 @@ def check_inputs(config: Config) -> None:
 
 
 def missing_inputs(config: Config) -> dict[str, str]:
-    """What is missing or does not fit, by the key that names it, each in a sentence that says what would be right.
+    """List what is missing or does not fit, by key, each with a sentence that says what would be right.
 
     A run that is complete reads nothing any more.
     """

@@ -34,7 +34,7 @@ SAVE_SECONDS = 1800
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What is asked for."""
+    """The request: size, tokens, GPUs."""
 
     num_parameters: int
     num_tokens: int

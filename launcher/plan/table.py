@@ -1,4 +1,4 @@
-"""What `tritrain plan` shows of a plan: all numbers for a program, or a table for a person."""
+"""The output of `tritrain plan`: all numbers for a program, or a table for a person."""
 
 import json
 from typing import Any
@@ -61,7 +61,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def describe_surroundings(plan: Plan, gpu: tuple[str, Gpu] | None, utilization: float) -> dict[str, Any]:
-    """What a run needs around it: time, disk space and files; and what its model can be exported to.
+    """The needs of a run, in time, disk space and files, and the exports that its model can have.
 
     Args:
         plan: of the run.

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line in a terminal, plain lines in a log."""
+"""The console of a run: one live line in a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
-"""How often what is being counted is told in a log."""
+"""Interval of the lines that report a count in a log."""
 
 
 def human_count(value: float) -> str:

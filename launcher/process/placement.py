@@ -1,4 +1,4 @@
-"""Which ranks share a host.
+"""The placement of ranks on hosts.
 
 Launchers say it in LOCAL_RANK and LOCAL_WORLD_SIZE, and `streaming` reads the latter. Slurm says the former only, and a
 plain environment, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, neither; then the ranks tell each other where
@@ -18,7 +18,7 @@ from launcher.errors import PlacementError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is, as far as its environment says."""
+    """The place of a rank, as far as its environment gives it."""
 
     host: str
     local_rank: int | None
@@ -47,7 +47,7 @@ def this_host() -> str:
 
 
 def completed(places: Sequence[Place]) -> list[Place]:
-    """What the launcher left out, by counting: the ranks of a host, and those of lower rank among them."""
+    """Count what the launcher left out: the ranks of a host, and those of lower rank among them."""
     hosts = [place.host for place in places]
     return [
         Place(

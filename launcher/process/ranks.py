@@ -1,4 +1,4 @@
-"""What a process finds around itself: its rank, its device and its peers."""
+"""The surroundings of a process: its rank, its device and its peers."""
 
 import os
 import random
@@ -29,7 +29,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that logs."""
+        """Return whether this is the rank that logs."""
         return self.rank == 0
 
 
@@ -101,7 +101,7 @@ def seed_everything(seed: int, rank: int) -> None:
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """Whether the flag is set on any rank; a collective, on the host."""
+    """Return whether the flag is set on any rank; a collective, on the host."""
     return bool(max_over_ranks([flag], ranks)[0])
 
 

@@ -43,7 +43,7 @@ def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
 
 
 def transition_sentence(transition: Transition) -> str:
-    """What a switch did to the training loss."""
+    """The effect of a switch on the training loss."""
     back = "not back at it yet"
     if transition.recovery_steps is not None:
         back = f"back after {transition.recovery_steps} steps ({human_count(transition.recovery_tokens or 0)} tokens)"

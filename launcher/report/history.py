@@ -41,7 +41,7 @@ class Series:
         )
 
     def smoothed(self, window: int) -> NDArray[np.float64]:
-        """Smooth the values, starting anew in every phase."""
+        """Smooth the values, starting over in every phase."""
         starts = np.flatnonzero(np.diff(self.phases)) + 1
         return np.concatenate([smooth(part, window) for part in np.split(self.values, starts)])
 
@@ -61,7 +61,7 @@ class LayerGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSpan:
-    """Where a phase lies: it begins with `first_step` steps finished, and `last_step` is the last one on record."""
+    """The span of a phase: it begins with `first_step` steps finished, and `last_step` is the last one on record."""
 
     index: int
     precision: str
@@ -73,7 +73,7 @@ class PhaseSpan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class History:
-    """What a run has written down so far: its phases in order, and a series for each numeric metric."""
+    """The metrics of a run so far: its phases in order, and a series for each numeric metric."""
 
     name: str
     phases: tuple[PhaseSpan, ...]

@@ -67,7 +67,7 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
     yield _figure(
         to_svg(loss_figure(histories), "loss", "training and validation loss over tokens"),
         f"Faint: every logged training loss. Bold: its exponential moving average over {windows} logged values "
-        "(bias-corrected, starting anew in every phase). The axis fits what comes after the first 2 % of the tokens. "
+        "(bias-corrected, starting over in every phase). The axis fits what comes after the first 2 % of the tokens. "
         "Shaded: ternary phases. Points: validation.",
         is_large=True,
     )

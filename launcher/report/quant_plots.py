@@ -111,7 +111,7 @@ def on_even_columns(grid: LayerGrid, values_SL: NDArray[np.float64]) -> tuple[ND
 
 
 def layer_ticks(names: tuple[str, ...]) -> dict[str, int]:
-    """Choose labels and their rows: every layer's of a small model, else the first layer's of every so many blocks."""
+    """Choose labels and their rows: every layer's of a small model, else the first layer's of every few blocks."""
     blocks = [match[1] if (match := re.search(r"layers\.(\d+)\.", name)) else name for name in names]
     if len(names) <= 28:
         return {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class MetricsTable(Mapping[str, NDArray[Any]]):
-    """What a run has logged: a column for each key, all with one entry a row.
+    """The metrics of a run: a column for each key, all with one entry a row.
 
     A row is a line of `metrics.jsonl`. Numbers that a row lacks are NaN. Every row has `step`, `tokens`, `phase` and
     `precision`; a training step has `train/loss`, an evaluation `validation/loss`, and so on.
@@ -60,7 +60,7 @@ class MetricsTable(Mapping[str, NDArray[Any]]):
 
 @dataclass(frozen=True)
 class Run:
-    """A run. What is read from its folder is read anew each time, so that a run may be watched while it trains."""
+    """A run. Every property reads the folder again, so that a run can be watched while it trains."""
 
     path: Path
     """Its folder."""

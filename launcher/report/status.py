@@ -118,7 +118,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def status_of(run: Path, now: float) -> RunStatus:
-    """How a run stands at ``now``, in Unix seconds; files that are not as a run writes them become notes."""
+    """The status of a run at ``now``, in Unix seconds; files that are not as a run writes them become notes."""
     status = RunStatus(str(run))
     notes = status.notes
     row: dict[str, Any] = {}

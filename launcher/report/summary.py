@@ -45,7 +45,7 @@ class PhaseSummary:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has finished all of its steps."""
+        """Return whether the run has finished all of its steps."""
         return self.planned_steps is not None and self.steps >= self.planned_steps
 
 

@@ -49,7 +49,7 @@ MAY_CHANGE = (
     "training.compile",
     "training.max_skipped_steps",
 )
-"""Keys that may differ when a run goes on: they decide how it is run, not what is trained."""
+"""Keys that may differ when a run resumes: they decide how it runs, not what it trains."""
 
 
 class RunFolder:
@@ -130,7 +130,7 @@ class RunFolder:
         os.fsync(self._lock.fileno())  # the other hosts read it
 
     def is_ours(self) -> bool:
-        """Whether this job still owns the folder: a rank that was cut off for long may have lost it to a later job."""
+        """Return whether this job still owns the folder: a rank that was cut off may have lost it to a later job."""
         # Opened anew, since a handle may show what a network's disk once had. To close it lets go of the lock: only a
         # process that is about to end may ask.
         lock = self.path / "lock"
@@ -203,12 +203,12 @@ def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
         another = "run.folder=FOLDER run.name=NAME" if config.run.folder else "run.name=NAME"
         raise ConfigError(
             f"run.folder: {file} is that of the run in {folder}, and leads to {target.absolute()} from here. "
-            f"To go on with the run, add run.folder={folder.absolute()}; to begin another one, {another}"
+            f"To resume the run, add run.folder={folder.absolute()}; to begin another one, {another}"
         )
 
 
 def holds_run(folder: Path, config: Config) -> bool:
-    """Whether a folder is that of a run with this configuration, or with one that differs only in `MAY_CHANGE`.
+    """Return whether a folder is that of a run with this configuration, or with one that differs only in `MAY_CHANGE`.
 
     A relative `run.folder` leads elsewhere from another directory, and perhaps to another run.
     """

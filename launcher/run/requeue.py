@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Whether a job is to be queued again; see its first lines.")
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoints", help="folder or URL; by default checkpoints in RUN")
-    parser.add_argument("--refused", type=Path, help="file that is there if the configuration was refused")
+    parser.add_argument("--refused", type=Path, help="file that exists if the configuration was refused")
     options = parser.parse_args()
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     code, reason = verdict(options.run, options.checkpoints or str(options.run / "checkpoints"), options.refused, job)
@@ -75,7 +75,7 @@ def verdict(run: Path, checkpoints: str, refused: "Path | None", job: "str | Non
 
 
 def newest_step(run: Path, checkpoints: str, state: "dict[str, Any]") -> int:
-    """The step that the next start goes on from; 0 before the first checkpoint.
+    """The step from which the next start resumes; 0 before the first checkpoint.
 
     Where nobody looks, in an object store, or where nothing is to be seen, because the configuration has checkpoints in
     another folder, it is the step that the last start began at.
@@ -103,7 +103,7 @@ def write_state(run: Path, state: "dict[str, Any]") -> None:
 
 
 def is_of(line: "dict[str, Any]", job: "str | None") -> bool:
-    """Whether a line or marker is of this job, or of a task of this array."""
+    """Return whether a line or marker is of this job, or of a task of this array."""
     return (line.get("job") or "").partition("_")[0] == (job or "")
 
 

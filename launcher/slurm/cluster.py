@@ -30,7 +30,7 @@ OURS = (
     "no-requeue",
     "wrap",
 )
-"""Options of `sbatch` that a job of ours sets itself."""
+"""Options of `sbatch` that Tritrain's jobs set themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class SiteConfig:
 
 
 def text_problems(values: dict[str, str | None]) -> dict[str, str]:
-    """What neither Slurm nor a shell would take as one word of text, by key."""
+    """Values that Slurm or a shell would not take as one word of text, by key."""
     return {
         key: f"is {value!r}; must be printable text on one line"
         for key, value in values.items()
@@ -133,7 +133,7 @@ def text_problems(values: dict[str, str | None]) -> dict[str, str]:
 
 
 def time_problem(time: str) -> str | None:
-    """What is wrong with a time limit."""
+    """The problem with a time limit."""
     if re.fullmatch(r"\d+(-\d+(:\d+){0,2}|(:\d+){0,2})", time, re.ASCII):
         return None
     return f"is {time!r}; must be such as 90 (minutes), 12:00:00 or 2-12 (days and hours)"

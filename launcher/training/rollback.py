@@ -50,7 +50,7 @@ def has_not_recovered(
         f"The loss has not recovered from the switch at step {phase.start}: {before:.4f} before it, {after:.4f} now"
     )
     if attempts >= phase.transition.rollback.max_attempts:
-        console.line(f"WARNING: {losses}. The run has gone back {attempts} times and goes on as it is.")
+        console.line(f"WARNING: {losses}. The run has gone back {attempts} times and continues as it is.")
         return False
     console.line(f"WARNING: {losses}. The run goes back to the switch, with a gentler ramp.")
     return True

@@ -77,7 +77,7 @@ def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path) -> T
 
 
 def check_teacher(reader: CheckpointReader, teacher: Teacher) -> None:
-    """Make sure that a phase goes on with the teacher that it had where a checkpoint was written.
+    """Make sure that a phase continues with the teacher that it had when a checkpoint was written.
 
     Raises:
         CheckpointError: it is another one.
@@ -91,7 +91,7 @@ def check_teacher(reader: CheckpointReader, teacher: Teacher) -> None:
 
 
 def teacher_location(plan: Plan, phase: Phase, checkpoints: Path) -> str:
-    """Where a phase's teacher is: the one that is configured, or else what the phase begins with."""
+    """The location of a phase's teacher: as configured, or else the checkpoint with which the phase begins."""
     if phase.distillation is not None and phase.distillation.teacher is not None:
         return phase.distillation.teacher
     own, checkpoint = folder_of(checkpoints, phase.start), plan.config.checkpoint
@@ -125,7 +125,7 @@ def teacher_model(source: Source, plan: Plan) -> ModelConfig:
 
 
 def is_ternary(source: Source) -> bool:
-    """Whether a source says that its weights were trained as ternary ones."""
+    """Return whether a source says that its weights were trained as ternary ones."""
     if isinstance(source, HuggingFaceSource):
         return source.is_packed
     if isinstance(source, CheckpointReader):

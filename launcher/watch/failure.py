@@ -45,7 +45,7 @@ def say_consequence(folder: RunFolder, ranks: Ranks, message: str) -> None:
 
 
 def has_failed(folder: RunFolder) -> bool:
-    """Whether a rank has reported why the run failed."""
+    """Return whether a rank has reported why the run failed."""
     with contextlib.suppress(OSError, ValueError):
         return folder.read_state().get("status") == "failed"
     return False
@@ -62,27 +62,27 @@ def who_is_gone(folder: RunFolder, ranks: Ranks, heartbeat: Heartbeat) -> str | 
         patience_seconds += (SILENT_BEATS + 2) * heartbeat.beat_seconds
     while time.monotonic() - began < patience_seconds and not has_failed(folder):
         if missing := missing_ranks(folder.ranks):
-            return f"{' and '.join(map(heartbeat.name, missing))} died; the others cannot go on."
+            return f"{' and '.join(map(heartbeat.name, missing))} died; the others cannot continue."
         if silent := [rank for rank in heartbeat.silent if rank != ranks.rank]:
-            return f"{' and '.join(map(heartbeat.name, silent))} cannot be reached; the others cannot go on."
+            return f"{' and '.join(map(heartbeat.name, silent))} cannot be reached; the others cannot continue."
         time.sleep(0.1)
     return unreachable(heartbeat) if heartbeat.is_cut_off() else None
 
 
 def unreachable(heartbeat: Heartbeat) -> str:
-    """What a rank says that has lost the store, which is in the first one or in the agent that started that."""
-    return f"{heartbeat.name(0)} cannot be reached from {socket.gethostname()}; the others cannot go on."
+    """The message of a rank that has lost the store, which is in rank 0 or in the agent that started it."""
+    return f"{heartbeat.name(0)} cannot be reached from {socket.gethostname()}; the others cannot continue."
 
 
 def resume_advice(folder: RunFolder) -> str:
-    """Say how to go on after a failure."""
+    """Say how to resume after a failure."""
     try:
         newest = folder.newest_checkpoint()
     except CheckpointError as error:  # the store may be what failed
-        return f"Which checkpoint is the newest cannot be told: {error}"
+        return f"The newest checkpoint cannot be determined: {error}"
     if newest is None:
         return "No checkpoint had been written yet; the same command begins again."
-    return f"The same command goes on from {newest}."
+    return f"The same command resumes from {newest}."
 
 
 def write_presence(folder: Path, ranks: Ranks) -> None:
@@ -97,7 +97,7 @@ def leave_presence(folder: Path, ranks: Ranks) -> None:
 
 
 def is_first_to_say(folder: Path, message: str) -> bool:
-    """Whether no rank has claimed this message before; a failure that all ranks share is reported once."""
+    """Return whether no rank has claimed this message before; a failure that all ranks share is reported once."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         (folder / f"said-{hashlib.sha256(message.encode()).hexdigest()[:16]}").touch(exist_ok=False)
@@ -118,7 +118,7 @@ def missing_ranks(folder: Path) -> list[int]:
 
 
 def _is_alive(host: str, pid: str) -> bool:
-    """Whether a process runs; those of other hosts are taken to."""
+    """Return whether a process runs; those of other hosts are taken to."""
     if host != socket.gethostname():
         return True
     import psutil

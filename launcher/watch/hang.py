@@ -30,23 +30,23 @@ def collectives() -> Iterator[dict[str, Any]]:
 
 
 def is_in_flight(entry: Mapping[str, Any]) -> bool:
-    """Whether a collective has been begun and not ended."""
+    """Return whether a collective has been begun and not ended."""
     return not entry["retired"] and entry["state"] != "completed"
 
 
 def where(thread_id: int | None) -> str:
-    """The innermost function of ours that a thread is in, and the innermost of all."""
+    """The innermost function of Tritrain's that a thread is in, and the innermost of all."""
     frame = innermost = sys._current_frames().get(thread_id or 0)
     while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(ROOT):
         frame = frame.f_back
     if frame is None or innermost is None:
-        return "no code of ours"
+        return "no code of Tritrain's"
     place = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno})"
     return place if innermost is frame else f"{place}, in {innermost.f_code.co_name}"
 
 
 def report(rank: int, pulse: Pulse) -> dict[str, Any]:
-    """What this rank is at, for the verdict."""
+    """The activity of this rank, for the verdict."""
     at = pulse.at
     entered: dict[str, int] = {}
     waiting = None

@@ -31,7 +31,7 @@ RECENT_STEPS = 20
 
 
 class At(NamedTuple):
-    """What a rank is doing."""
+    """The activity of a rank."""
 
     step: int
     """Steps finished."""
@@ -43,7 +43,7 @@ class At(NamedTuple):
 
 
 class Pulse:
-    """What this rank is at: set by its main thread, read by others. Each change is one assignment, so none is torn."""
+    """This rank's activity: set by its main thread, read by others. Each change is one assignment, so none is torn."""
 
     def __init__(self) -> None:
         self.at = At(0, "start", time.monotonic(), steady=False)
@@ -60,7 +60,7 @@ class Pulse:
         self.at = At(step, doing, time.monotonic(), self.at.steady and doing not in ("start", "switch"))
 
     def got_on(self) -> None:
-        """Say that something has come of what this rank is at, which goes on."""
+        """Report progress within this rank's activity, which continues."""
         self.at = self.at._replace(since=time.monotonic())
 
     def stepped(self, step: int, waited_seconds: float) -> None:
@@ -118,7 +118,7 @@ class Heartbeat:
             thread.start()
 
     def connect(self) -> dist.Store:
-        """Connect to the store anew: a client waits with a lock held, so the ranks' own must not be used."""
+        """Open another connection to the store: a client waits with a lock held, so the ranks' own must not be used."""
         assert self.store is not None
         client: dist.Store = self.store.clone()  # type: ignore[attr-defined]
         client.set_timeout(timedelta(seconds=max(10.0, self.beat_seconds * SILENT_BEATS)))
@@ -136,11 +136,11 @@ class Heartbeat:
         return time.monotonic() - min([self.contact, *(self._seen if self._ranks.is_first else [])])
 
     def is_cut_off(self) -> bool:
-        """Whether this rank has lost the store."""
+        """Return whether this rank has lost the store."""
         return self.store is not None and time.monotonic() - self.contact > SILENT_BEATS * self.beat_seconds
 
     def forgive(self) -> None:
-        """Wait for every rank anew: this process itself stood still."""
+        """Start waiting for every rank again: this process itself was stopped."""
         self._seen = [time.monotonic()] * self._ranks.world_size
         self.contact = time.monotonic()
 

@@ -42,7 +42,7 @@ ASK_SLURM_TIMES, SECONDS_TO_ANSWER, SECONDS_BETWEEN_ASKS = 3, 20.0, 5.0
 
 
 class StopRequest:
-    """What was asked for, and the ranks' agreement on it. The signal handler only sets a flag."""
+    """A request to stop or save, and the ranks' agreement on it. The signal handler only sets a flag."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -71,7 +71,7 @@ class StopRequest:
         self._folder, self._stop_at = folder, stop_at
 
     def agree(self, ranks: Ranks) -> tuple[bool, bool]:
-        """Whether all ranks are to stop, and whether to save now; a collective, on the host."""
+        """Return whether all ranks are to stop, and whether to save now; a collective, on the host."""
         if self._folder is not None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
             self._look(self._folder)
@@ -95,7 +95,7 @@ class StopRequest:
             self.reason = "stop file"
 
     def done(self) -> None:
-        """On rank 0, once all is noted: take a file that was obeyed away, so that the next start goes on."""
+        """On rank 0, after everything is recorded: remove an obeyed stop file, so that the next start continues."""
         if self._folder is not None and self.reason == "stop file":
             (self._folder / STOP_FILE).unlink(missing_ok=True)
 
@@ -151,7 +151,7 @@ def end_of_job(say: Callable[[str], None]) -> float:
             found = re.search(r"\bEndTime=(\d{4}-\S+)", shown)  # `Unknown` where there is no limit
             return datetime.fromisoformat(found[1]).timestamp() if found else math.inf
     say(
-        f"WARNING: `scontrol show job {job}` does not say when the job ends ({problem}). The run goes on, and does not "
+        f"WARNING: `scontrol show job {job}` does not say when the job ends ({problem}). The run continues, and does not "
         "stop before its time is up; TRITRAIN_END_TIME (Unix, seconds) would tell it."
     )
     return math.inf

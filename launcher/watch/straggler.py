@@ -13,11 +13,11 @@ from statistics import median_low
 from typing import Any
 
 STANDS_OUT, STANDS_OUT_SECONDS = 0.2, 0.05
-"""By how much of a step, and by how many seconds, a rank's own time must exceed the median rank's to be told."""
+"""A rank is reported when it is slower than the median rank by this share of a step and by this many seconds."""
 
 
 class Stragglers:
-    """Compares ranks, and says once which one has fallen behind.
+    """Compares ranks, and reports once which one has fallen behind.
 
     Args:
         on_processor: whether the process's time on the processor is its own part of the work.

@@ -30,7 +30,7 @@ from launcher.watch.hang import report, verdict, write_dump
 from launcher.watch.heartbeat import Heartbeat, Pulse
 
 USUAL_STEPS = 10
-"""A step may take so many usual ones, even if that is more than `watch.step_seconds`."""
+"""A step may take this many usual steps, even if that is more than `watch.step_seconds`."""
 
 
 REPORT_SECONDS = 10.0
@@ -46,7 +46,7 @@ LAST_SECONDS = 45.0
 
 
 def limit_seconds(config: WatchConfig, pulse: Pulse) -> float | None:
-    """How long a rank may be at what it is at; None: as long as it likes."""
+    """Limit on the time of a rank's current activity; None: no limit."""
     if pulse.at.doing == "prepare":
         return None
     if pulse.at.doing != "train" or not pulse.at.steady:
@@ -86,7 +86,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def end_job(self, reason: str) -> NoReturn:
-        """Raise the alarm for a main thread that cannot go on. Does not return: the process ends."""
+        """Raise the alarm for a main thread that cannot continue. Does not return: the process ends."""
         self._reason = reason
         self.wait_for_end()
 
@@ -97,7 +97,7 @@ class Watchdog:
 
     @property
     def is_ending(self) -> bool:
-        """Whether there is an alarm."""
+        """Return whether there is an alarm."""
         return bool(self._reason) or self._heartbeat.alarmed
 
     def _run(self) -> None:
@@ -177,7 +177,7 @@ class Watchdog:
         return reports
 
     def _comes(self, key: str, seconds: float) -> bool:
-        """Whether a key is set in the store within this time."""
+        """Return whether a key is set in the store within this time."""
         deadline = time.monotonic() + seconds
         while self._store is not None and not self._store.check([key]):
             if time.monotonic() > deadline:

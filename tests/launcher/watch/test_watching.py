@@ -186,7 +186,7 @@ def test_heartbeats_say_what_each_rank_is_at_and_a_killed_rank_is_named(shards: 
         job.kill([1])
         assert job.wait()[0] == 1, job.output
         name = f"rank 1 (process {job.processes[1].pid} on {HOST})"
-        assert failure(job).startswith(f"{name} died; the others cannot go on.")
+        assert failure(job).startswith(f"{name} died; the others cannot continue.")
         assert name in job.output
     finally:
         end(job)
