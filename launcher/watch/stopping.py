@@ -151,7 +151,7 @@ def end_of_job(say: Callable[[str], None]) -> float:
             found = re.search(r"\bEndTime=(\d{4}-\S+)", shown)  # `Unknown` where there is no limit
             return datetime.fromisoformat(found[1]).timestamp() if found else math.inf
     say(
-        f"WARNING: `scontrol show job {job}` does not say when the job ends ({problem}). The run continues, and does not "
-        "stop before its time is up; TRITRAIN_END_TIME (Unix, seconds) would tell it."
+        f"WARNING: `scontrol show job {job}` does not say when the job ends ({problem}). The run continues, and does "
+        "not stop before its time is up; TRITRAIN_END_TIME (Unix, seconds) would tell it."
     )
     return math.inf
