@@ -215,9 +215,9 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
     order = sorted(losses, key=lambda name: -statistics.mean(losses[name]))
     figure, axes = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
     for height, name in enumerate(order):
-        colour = "#57606a" if "bits" in name or "binary" in name else "#0072b2"
-        axes.plot(losses[name], [height] * len(losses[name]), "o", color=colour, alpha=0.55, markersize=5)
-        axes.plot([statistics.mean(losses[name])], [height], "|", color=colour, markersize=16, markeredgewidth=2)
+        color = "#57606a" if "bits" in name or "binary" in name else "#0072b2"
+        axes.plot(losses[name], [height] * len(losses[name]), "o", color=color, alpha=0.55, markersize=5)
+        axes.plot([statistics.mean(losses[name])], [height], "|", color=color, markersize=16, markeredgewidth=2)
     axes.set_yticks(range(len(order)), order)
     axes.set_xlabel("held-out loss, nats per token (a dot for each seed, a bar for the mean)")
     axes.grid(axis="x", color="#d1d9e0", linewidth=0.6)

@@ -1,7 +1,7 @@
 """Write a SentencePiece model as the vocabulary of a GGUF file, for llama.cpp's tokenizer `llama`.
 
 That one merges the pair with the best score, as SentencePiece does with BPE models, and falls back to bytes. It knows
-neither unigram models nor normalisation, so what would be tokenized differently is refused. One difference is left:
+neither unigram models nor normalization, so what would be tokenized differently is refused. One difference is left:
 a text's own U+2581 is a space to it, as to SentencePiece, where `data.tokenizer` writes it in bytes.
 
 Documents of training begin after the token that ends the one before, so this token is also what llama.cpp is to put in

@@ -47,7 +47,7 @@ class TrainingData:
     """An endless iterator of micro-batches `(tokens_BT, labels_BT)`, int64, across epochs.
 
     `labels_BT[b, t]` is the token that follows `tokens_BT[b, t]`. All ranks must construct it, after the process group
-    was initialised and with the environment of torchrun (`RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE`); a single process
+    was initialized and with the environment of torchrun (`RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE`); a single process
     needs neither.
 
     Args:

@@ -1,6 +1,6 @@
 """Read a corpus that every machine has: the source code of Python's standard library.
 
-It needs no download and no licence question, is real text with long-range structure, and at about 10 MB is just big
+It needs no download and no license question, is real text with long-range structure, and at about 10 MB is just big
 enough to see a small model learn. It differs between versions of Python, so losses on it compare within one version.
 """
 

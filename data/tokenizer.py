@@ -1,7 +1,7 @@
 """Turn text into token ids and back, and count the bytes of text that each token stands for.
 
 Two kinds of file are read: SentencePiece models (`*.model`) and Hugging Face tokenizers (`*.json`). New ones are
-trained with SentencePiece so that they lose nothing: identity normalisation, no dummy prefix, no whitespace removed,
+trained with SentencePiece so that they lose nothing: identity normalization, no dummy prefix, no whitespace removed,
 and bytes for what the vocabulary lacks (newline and tab among them), hence `decode(encode(text)) == text` for any text.
 The counts of `token_bytes` turn a loss in nats per token into bits per byte, which compares across vocabularies.
 """

@@ -5,7 +5,7 @@ A SentencePiece BPE model with byte fallback becomes a `tokenizer.json` in which
 - pieces are spelled with real spaces, so that a text's own U+2581, which SentencePiece takes for a space and which is
   therefore in no piece, is written in bytes, as `data.tokenizer` does;
 - nothing splits the text into words first, for SentencePiece merges across a whole text;
-- all pairs that make a piece are merges, ordered by the piece's score. SentencePiece joins, of all neighbours whose
+- all pairs that make a piece are merges, ordered by the piece's score. SentencePiece joins, of all neighbors whose
   union is a piece, those with the best one.
 
 Transformers' own conversion differs in texts that begin with a space, and turns a unigram model into another model

@@ -1,6 +1,6 @@
 """Turn log-likelihoods of answers into scores with standard errors.
 
-Accuracy takes the answer with the largest log-likelihood, length-normalised accuracy the one with the largest per
+Accuracy takes the answer with the largest log-likelihood, length-normalized accuracy the one with the largest per
 character of the answer, as OLMo's in-loop evaluation and lm-evaluation-harness do. F1 is that of one answer. The
 bits per byte of the right answer (arXiv 2101.00027, section 3.1) need no comparison of answers, and tell models apart
 where accuracy is still at chance.

@@ -31,7 +31,7 @@ class Definition:
     """A task, independent of its style of prompt."""
 
     metric: str
-    """`acc`, `acc_norm` (length-normalised) or `f1`."""
+    """`acc`, `acc_norm` (length-normalized) or `f1`."""
     yaml: str
     """lm-evaluation-harness's own definition, below its folder of tasks."""
     harness_split: str = "validation"

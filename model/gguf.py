@@ -107,7 +107,7 @@ def gguf_name(name: str, config: ModelConfig) -> str:
 def gguf_rows(values: "Tensor", name: str, config: ModelConfig) -> "Tensor":
     """Order the rows of a parameter as the graph wants them.
 
-    Where neighbours are rotated, the two halves of each head of queries and keys are interleaved.
+    Where neighbors are rotated, the two halves of each head of queries and keys are interleaved.
 
     Args:
         values: [O, I] of a projection, [O] of a bias; or anything that belongs to another parameter.

@@ -51,6 +51,6 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
 
 @torch.no_grad()
 def initialize_(model: Transformer, seed: int) -> None:
-    """Fill every parameter of a whole, materialised model in place, in its own dtype and on its own device."""
+    """Fill every parameter of a whole, materialized model in place, in its own dtype and on its own device."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, model.config, seed))

@@ -3,7 +3,7 @@
 One definition covers the families whose checkpoints it reads and writes, and the parameters carry the names that these
 have in Hugging Face Transformers: Llama (arXiv 2302.13971: pre-norm, RMSNorm, SwiGLU, rotary positions), OLMo
 (2402.00838: LayerNorm without parameters), OLMo 2 (2501.00656: norms after the sublayers, and on queries and keys),
-Qwen2 (2407.10671: biases on queries, keys and values), Qwen3 (2505.09388: queries and keys normalised per head) and
+Qwen2 (2407.10671: biases on queries, keys and values), Qwen3 (2505.09388: queries and keys normalized per head) and
 BitNet b1.58 2B4T (2504.12285: squared ReLU and SubLN).
 In bfloat16 as in float32 every operation rounds where the family's does, so that a model computes the same bits here
 and there.

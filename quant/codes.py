@@ -2,7 +2,7 @@
 
 A byte holds four codes, each plus 1, the first in the lowest bits.
 
-`pack`: of four rows, as they are stored and exported. The rows are not neighbours: with R = O / 4 byte ``[r, i]`` has
+`pack`: of four rows, as they are stored and exported. The rows are not neighbors: with R = O / 4 byte ``[r, i]`` has
 column i of the rows r, R + r, 2 R + r and 3 R + r. So each fourth of the matrix, its rows in one piece, is in the same
 two bits of all bytes.
 

@@ -108,7 +108,7 @@ PRESETS: dict[str, QuantConfig] = {
     # arXiv 2402.17764, eq. 1 to 3 and section 2.
     "bitnet-b1.58": BITNET,
     # The `bitlinear` package 2.4 with its defaults, on fused matrices, as its authors patched it into OLMo for
-    # arXiv 2502.11895. Its ramp is `tanh`. It normalises at every strength; we blend the norm in with the rest.
+    # arXiv 2502.11895. Its ramp is `tanh`. It normalizes at every strength; we blend the norm in with the rest.
     "nielsen-2025": replace(
         BITNET, preset="nielsen-2025", weights="absmedian", activations="int8-128", layer_norm=True, fused=True
     ),

@@ -1,8 +1,8 @@
 """Write matrices as blocks of GGUF's types; say which recipes these hold exactly.
 
-TQ2_0 and TQ1_0 have one scale, in half precision, for 256 neighbours of a row, and codes -1, 0 and +1 in 2 bits, or in
+TQ2_0 and TQ1_0 have one scale, in half precision, for 256 neighbors of a row, and codes -1, 0 and +1 in 2 bits, or in
 1.6 as digits to base 3. Every code of ours is kept; a level is rounded to half precision. F16 and Q8_0 (8 bits, a scale
-for 32 neighbours) hold any weights with their rounding errors. The layouts are those of ggml
+for 32 neighbors) hold any weights with their rounding errors. The layouts are those of ggml
 (github.com/ggml-org/ggml, `ggml-quants.c`) as the `gguf` package writes them.
 
 Its quantizers take the largest magnitude of a block as the scale. That is the level where a block has a code other
@@ -28,7 +28,7 @@ StoredType = BlockType | Literal["f32"]
 """Vectors stay in fp32."""
 TERNARY_TYPES: tuple[BlockType, ...] = ("tq2_0", "tq1_0")
 BLOCK_WIDTHS: dict[StoredType, int] = {"tq2_0": 256, "tq1_0": 256, "q8_0": 32, "f16": 1, "f32": 1}
-"""Neighbours of a row in a block; divides the rows."""
+"""Neighbors of a row in a block; divides the rows."""
 BLOCK_BYTES: dict[StoredType, int] = {"tq2_0": 66, "tq1_0": 54, "q8_0": 34, "f16": 2, "f32": 4}
 """Bytes of a block: its codes and its scale."""
 LARGEST_HALF = 65504.0
@@ -39,7 +39,7 @@ def recipe_problem(config: QuantConfig, into: BlockType) -> str | None:
     if config.hadamard != "none":
         return f"hadamard {config.hadamard}: llama.cpp does not rotate the inputs of a layer"
     if config.layer_norm:
-        return "layer_norm true: llama.cpp does not normalise the inputs of each layer"
+        return "layer_norm true: llama.cpp does not normalize the inputs of each layer"
     if config.dead_zone_bias:
         return f"dead_zone_bias {config.dead_zone_bias}: llama.cpp's graphs have no place for it"
     if into not in TERNARY_TYPES:

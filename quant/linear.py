@@ -161,8 +161,8 @@ class QuantLinear(nn.Linear):
         if config.activations == "none":
             return x
         if config.layer_norm:
-            normalised = F.layer_norm(x, x.shape[-1:])
-            rounded = StraightThrough.apply(normalised, self._rounded(normalised), torch.ones_like(strength))
+            normalized = F.layer_norm(x, x.shape[-1:])
+            rounded = StraightThrough.apply(normalized, self._rounded(normalized), torch.ones_like(strength))
             return torch.lerp(x, rounded, strength.to(x.dtype))
         return StraightThrough.apply(x, self._rounded(x), strength)
 

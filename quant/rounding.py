@@ -5,7 +5,7 @@ rounded from their bf16 cast, whatever their own precision, so that every engine
 rounding the fp32 master weights instead changes 0.04 to 0.2 % of the codes, statistics in bf16 another 0.2 %.
 
 Statistics are over blocks of a weight matrix, which `in_blocks` makes of it: all of it, its rows, or groups of
-neighbours in a row. A scale has the shape [blocks of a column, blocks of a row]: [1, 1], [O, 1] or [O, I / group].
+neighbors in a row. A scale has the shape [blocks of a column, blocks of a row]: [1, 1], [O, 1] or [O, I / group].
 
 Dimensions: O output features, I input features, R blocks of a column, G blocks of a row, N rows of a block, K elements
 of a block's row.
@@ -247,7 +247,7 @@ def weight_codes(weight_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor
 
 
 def by_ones(config: QuantConfig) -> bool:
-    """Return whether codes are neighbouring integers; the others are odd."""
+    """Return whether codes are neighboring integers; the others are odd."""
     return config.levels == "ternary" or (config.learned and config.levels != "int2")
 
 

@@ -86,7 +86,7 @@ def threshold_distance(weight_OI: Tensor, codes_OI: Tensor, scale: Scale, config
     """Distance of each weight from where its code would change; fp32, in the shape of the weight.
 
     In units of what weights are divided by before they are rounded: the level, and for `twn` twice its threshold.
-    Thresholds lie half-way between neighbouring codes. The largest and the smallest code have one on one side only, so
+    Thresholds lie half-way between neighboring codes. The largest and the smallest code have one on one side only, so
     that the distance of a weight beyond them has no bound.
     """
     divisor = scale.level if scale.threshold is None else 2 * scale.threshold

@@ -90,7 +90,7 @@ def num_hosts(ranks: Sequence[RankFacts]) -> int:
 def check_versions(ranks: Sequence[RankFacts], required: Sequence[Requirement]) -> Verdict:
     """All ranks have the same versions and the same code, and the versions are supported.
 
-    ``required`` is `doctor_facts.requirements`.
+    ``required`` is `launcher.doctor.facts.requirements`.
     """
     differing = []
     for name in ranks[0].versions:

@@ -65,7 +65,7 @@ def check_harness() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise ConfigError("lm-evaluation-harness is not installed: `pip install 'tritrain[eval]'` brings it") from error
+        raise ConfigError("lm-evaluation-harness is not installed: `pip install -e '.[eval]'` brings it") from error
 
 
 def check_tasks(tasks: list[str], task_data: str | None) -> list[Task]:

@@ -120,7 +120,7 @@ def recipe_problems(config: QuantConfig, *, packed: bool) -> list[str]:
     """Why Transformers does not compute what a recipe does, each with what would be exportable."""
     problems = []
     if config.layer_norm:
-        problems.append(f"layer_norm true: its layers do not normalise their inputs; {NO_OTHER_WAY}")
+        problems.append(f"layer_norm true: its layers do not normalize their inputs; {NO_OTHER_WAY}")
     if config.dead_zone_bias:
         problems.append(f"dead_zone_bias {config.dead_zone_bias}: its layers have no such bias; {NO_OTHER_WAY}")
     if not packed:

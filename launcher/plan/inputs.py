@@ -122,7 +122,7 @@ def _tasks(config: Config) -> Iterator[tuple[str, str]]:
     if not evaluation.tasks:
         return
     if find_spec("lm_eval") is None:
-        yield "evaluation.tasks", "lm-evaluation-harness is not installed: `pip install 'tritrain[eval]'` brings it"
+        yield "evaluation.tasks", "lm-evaluation-harness is not installed: `pip install -e '.[eval]'` brings it"
     if evaluation.task_data is not None:
         absent = missing_files(choose_tasks(evaluation.tasks), Path(evaluation.task_data))
         if absent:

@@ -142,7 +142,7 @@ def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
         ["bytes per rank: all", f"{human_bytes(numbers['total_bytes_per_rank'])} (estimate)"],
         *[[f"sent per rank and step: {what}", human_bytes(size)] for what, size in (sent or {}).items() if size],
         *[[f"sent in codes: {what}", human_bytes(size)] for what, size in (in_codes or {}).items() if size],
-        *([] if sent is not None else [["sent per rank and step", "not modelled with these engine.deepspeed keys"]]),
+        *([] if sent is not None else [["sent per rank and step", "not modeled with these engine.deepspeed keys"]]),
         [
             "checkpoints",
             f"{numbers['checkpoints_written']} of {human_bytes(numbers['checkpoint_bytes'])}, "

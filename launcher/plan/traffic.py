@@ -69,10 +69,10 @@ def collectives(plan: Plan, *, codes: bool = False) -> list[Collective]:
         codes: of a ternary step at full strength, with `engine.gather: codes`. All others are alike.
 
     Raises:
-        ValueError: DeepSpeed is given keys that change what it sends in ways that are not modelled.
+        ValueError: DeepSpeed is given keys that change what it sends in ways that are not modeled.
     """
-    if unknown := unmodelled_keys(plan.config):
-        raise ValueError(f"what {', '.join(unknown)} would change is not modelled")
+    if unknown := unmodeled_keys(plan.config):
+        raise ValueError(f"what {', '.join(unknown)} would change is not modeled")
     found = _of_fsdp2(plan, codes=codes) if plan.config.engine.name == "fsdp2" else _of_zero(plan)
     if any(phase.distillation for phase in plan.phases):
         found.append(_of_teacher(plan))
@@ -89,19 +89,19 @@ def bytes_sent(plan: Plan, *, backend: Backend = "nccl", codes: bool = False) ->
 
 
 def describe_traffic(plan: Plan) -> dict[str, Any]:
-    """The traffic that `tritrain plan` prints, by name with unit; None if it is not modelled."""
+    """The traffic that `tritrain plan` prints, by name with unit; None if it is not modeled."""
     kinds = {"bytes_sent_per_rank_and_step": False}
     if plan.config.engine.gather == "codes" and coded_layers(plan):
         kinds["bytes_sent_per_rank_and_step_in_codes"] = True
-    known = not unmodelled_keys(plan.config)
+    known = not unmodeled_keys(plan.config)
     return {
         name: {what: round(size) for what, size in bytes_sent(plan, codes=codes).items()} if known else None
         for name, codes in kinds.items()
     }
 
 
-def unmodelled_keys(config: Config) -> list[str]:
-    """Dotted DeepSpeed keys of a configuration that may change what is sent in ways that are not modelled."""
+def unmodeled_keys(config: Config) -> list[str]:
+    """Dotted DeepSpeed keys of a configuration that may change what is sent in ways that are not modeled."""
     given = (config.engine.deepspeed or {}).get("zero_optimization", {})
     return [f"engine.deepspeed.zero_optimization.{key}" for key in given if key not in MODELLED_ZERO_KEYS]
 

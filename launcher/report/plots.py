@@ -3,7 +3,7 @@
 Long curves are thinned to the smallest and the largest value of each of a few hundred equal stretches, about one per
 horizontal pixel, which looks the same as the whole curve and keeps every spike.
 
-Figures take their colours from `THEME`. A PNG uses the light ones; in an SVG each becomes a CSS variable, which lets
+Figures take their colors from `THEME`. A PNG uses the light ones; in an SVG each becomes a CSS variable, which lets
 the page that contains it choose light or dark.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 
-THEME: Mapping[str, tuple[str, str]] = {  # name: (light, dark); the runs' colours are Okabe and Ito's, seen by everyone
+THEME: Mapping[str, tuple[str, str]] = {  # name: (light, dark); the runs' colors are Okabe and Ito's, seen by everyone
     "ink": ("#1f2328", "#e6edf3"),
     "line": ("#d1d9e0", "#3d444d"),
     "shade": ("#818b98", "#9198a1"),
@@ -63,7 +63,7 @@ RUN_COLOURS = tuple(light for name, (light, _) in THEME.items() if name.startswi
 HEAT_COLOURS = tuple(light for name, (light, _) in THEME.items() if name.startswith("heat-"))
 
 
-RUN_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # a second round through the colours is dashed, a third dotted
+RUN_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # a second round through the colors is dashed, a third dotted
 
 
 RUN_MARKERS = "os^DvP"
@@ -243,7 +243,7 @@ def panel_figure(panel: Panel, histories: Sequence[History]) -> "Figure":
 
 @styled()
 def to_svg(figure: "Figure", name: str, description: str) -> str:
-    """Write a figure as an `<svg>` element for a page: ids begin with `name`, colours are CSS variables of `THEME`."""
+    """Write a figure as an `<svg>` element for a page: ids begin with `name`, colors are CSS variables of `THEME`."""
     text = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
@@ -311,20 +311,20 @@ def _fit(axes: "Axes", curves: Iterable[Series | None]) -> None:
 
 
 def _mark_phases(axes: "Axes", histories: Sequence[History], with_labels: bool = False, mark: str = "") -> None:
-    """Shade ternary phases and draw a line at every switch, once if all runs agree, else in each run's colour."""
+    """Shade ternary phases and draw a line at every switch, once if all runs agree, else in each run's color."""
     is_shared = len({tuple(phase.first_tokens for phase in history.phases) for history in histories}) == 1
     end = max(history.phases[-1].last_tokens for history in histories)
     for index, history in enumerate(histories[:1] if is_shared else histories):
-        colour = INK if is_shared else RUN_COLOURS[index % len(RUN_COLOURS)]
+        color = INK if is_shared else RUN_COLOURS[index % len(RUN_COLOURS)]
         for phase in history.phases:
             last_tokens = end if is_shared and phase is history.phases[-1] else phase.last_tokens
             if phase.precision == "ternary":
-                span = axes.axvspan(phase.first_tokens, last_tokens, color=SHADE if is_shared else colour, lw=0)
+                span = axes.axvspan(phase.first_tokens, last_tokens, color=SHADE if is_shared else color, lw=0)
                 span.set_alpha(0.15 if is_shared else 0.06)
                 span.set_gid(f"{mark}ternary-{index}-{phase.index}")
             if phase is history.phases[0]:
                 continue
-            axes.axvline(phase.first_tokens, color=colour, lw=1, ls=(0, (4, 2))).set_gid(
+            axes.axvline(phase.first_tokens, color=color, lw=1, ls=(0, (4, 2))).set_gid(
                 f"{mark}switch-{index}-{phase.index}"
             )
             if with_labels:
@@ -337,7 +337,7 @@ def _mark_phases(axes: "Axes", histories: Sequence[History], with_labels: bool =
                     textcoords="offset points",
                     ha="right" if is_left else "left",
                     va="top",
-                    color=colour,
+                    color=color,
                 )
 
 

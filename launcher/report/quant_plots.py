@@ -1,7 +1,7 @@
 """Draw quantization: curves over all layers, and heat maps of layers over a phase.
 
-A heat map in an SVG is drawn as one outline for each of ten colours, on a grid of at most `NUM_COLUMNS` columns and
-with neighbours of one colour merged, so that a model of many layers still makes a small page.
+A heat map in an SVG is drawn as one outline for each of ten colors, on a grid of at most `NUM_COLUMNS` columns and
+with neighbors of one color merged, so that a model of many layers still makes a small page.
 """
 
 import re
@@ -66,7 +66,7 @@ HEAT_MAP_NOTE = (
 
 @styled()
 def heat_map_figure(heat_map: HeatMap, grid: LayerGrid) -> "Figure":
-    """Draw one figure of all layers of a phase: the first layer on top, tokens to the right, its value as colour."""
+    """Draw one figure of all layers of a phase: the first layer on top, tokens to the right, its value as color."""
     values_LS, edges = on_even_columns(grid, heat_map.scale * grid.values[heat_map.key])
     finite = values_LS[np.isfinite(values_LS) & ((values_LS > 0) | (not heat_map.is_log))]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
@@ -75,9 +75,9 @@ def heat_map_figure(heat_map: HeatMap, grid: LayerGrid) -> "Figure":
     num_layers = len(grid.names)
     figure = figure_of(5.6, min(6.0, 1.4 + 0.11 * num_layers))
     axes, bar = figure.subplots(1, 2, width_ratios=(28, 1))
-    for band, colour in enumerate(HEAT_COLOURS):
-        _fill(axes, _runs((bands_LS == band) & np.isfinite(values_LS), edges), colour, f"band-{band}")
-        _fill(bar, [(0.0, 1.0, float(band))], colour, f"key-{band}")
+    for band, color in enumerate(HEAT_COLOURS):
+        _fill(axes, _runs((bands_LS == band) & np.isfinite(values_LS), edges), color, f"band-{band}")
+        _fill(bar, [(0.0, 1.0, float(band))], color, f"key-{band}")
     axes.set(xlim=(edges[0], edges[-1]), ylim=(num_layers, 0), xlabel="tokens")
     axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
     ticks = layer_ticks(grid.names)
@@ -124,7 +124,7 @@ def layer_ticks(names: tuple[str, ...]) -> dict[str, int]:
 
 
 def _runs(is_band_LS: NDArray[np.bool_], edges: NDArray[np.float64]) -> list[tuple[float, float, float]]:
-    """Find stretches of a row that have one colour, as (left, right, row)."""
+    """Find stretches of a row that have one color, as (left, right, row)."""
     found = []
     for row, flags in enumerate(is_band_LS):
         position = 0
@@ -136,7 +136,7 @@ def _runs(is_band_LS: NDArray[np.bool_], edges: NDArray[np.float64]) -> list[tup
     return found
 
 
-def _fill(axes: "Axes", runs: list[tuple[float, float, float]], colour: str, mark: str) -> None:
+def _fill(axes: "Axes", runs: list[tuple[float, float, float]], color: str, mark: str) -> None:
     """Fill stretches, each one row high, as a single outline."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -146,5 +146,5 @@ def _fill(axes: "Axes", runs: list[tuple[float, float, float]], colour: str, mar
     corners = [((left, row), (right, row), (right, row + 1), (left, row + 1), (left, row)) for left, right, row in runs]
     codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(runs)
     outline = Path([corner for box in corners for corner in box], codes)
-    # A hair of an edge in the same colour hides the seams that renderers leave between neighbours.
-    axes.add_patch(PathPatch(outline, facecolor=colour, edgecolor=colour, lw=0.3, gid=mark))
+    # A hair of an edge in the same color hides the seams that renderers leave between neighbors.
+    axes.add_patch(PathPatch(outline, facecolor=color, edgecolor=color, lw=0.3, gid=mark))

@@ -19,7 +19,7 @@ def test_accuracy_takes_the_likeliest_answer_and_the_first_of_equals():
     assert math.isclose(score.standard_error, math.sqrt(0.75 * 0.25 / 3))
 
 
-def test_length_normalised_accuracy_divides_by_characters_not_bytes():
+def test_length_normalized_accuracy_divides_by_characters_not_bytes():
     long, short = "a long answer", "no"
     examples = [answered([-6.5, -2], gold, (long, short)) for gold in (0, 1)]
     assert [example.chosen for example in examples] == [1, 1]

@@ -54,7 +54,7 @@ def test_compiled_blocks_train_through_the_switch(shards: Path, tmp_path: Path) 
     for engine in engines:
         eager, compiled = losses(tmp_path / f"{engine}-False"), losses(tmp_path / f"{engine}-True")
         assert compiled[:4] == pytest.approx(eager[:4], abs=1e-5), engine
-        # Fused kernels round some activations to the neighbouring code: what a nudge of 1e-7 does as well.
+        # Fused kernels round some activations to the neighboring code: what a nudge of 1e-7 does as well.
         assert compiled[4:] == pytest.approx(eager[4:], abs=0.09), engine
         assert len(compiled) == 8, engine
 
@@ -132,5 +132,5 @@ def check_update(parameter: str, after: dict[str, torch.Tensor], then: dict[str,
     assert float(then[f"step/{parameter}"]) == steps
 
 
-def test_no_utilisation_is_claimed_for_hardware_of_unknown_peak() -> None:
+def test_no_utilization_is_claimed_for_hardware_of_unknown_peak() -> None:
     assert peak_flops_per_second(torch.device("cpu")) is None

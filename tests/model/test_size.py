@@ -74,7 +74,7 @@ def held_bytes(model: Transformer, tokens_BT: torch.Tensor) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quantized", ["no", "ramp", "codes"])
 def test_activation_estimate_is_what_autograd_holds(config, dtype, quantized):
-    # Heads of a usual width: the estimate leaves out the one or two statistics of each normalised row.
+    # Heads of a usual width: the estimate leaves out the one or two statistics of each normalized row.
     wide = {"hidden_size": 128, "intermediate_size": 224, "head_dim": 40 if config.head_dim else None}
     config = replace(config, max_sequence_length=128, **wide)
     model, tokens_BT = build(config).to(dtype), random_tokens(4, 128)

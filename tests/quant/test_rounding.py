@@ -244,5 +244,5 @@ def test_weight_codes_are_those_of_transformers(bitnet, seed, size):
 def test_activation_codes_are_those_of_transformers(bitnet, seed, size):
     x = (torch.randn(64, 96, generator=torch.Generator().manual_seed(seed)) * size).bfloat16()
     codes, scale = quantize_activation(x)
-    theirs = bitnet.ActQuant.apply(x)  # dequantized, in bf16: 8 bits of significand tell neighbouring codes apart
+    theirs = bitnet.ActQuant.apply(x)  # dequantized, in bf16: 8 bits of significand tell neighboring codes apart
     assert torch.equal((theirs.float() / scale).round(), codes)

@@ -138,7 +138,7 @@ def probed_linear(weights: list[Tensor], first: int, length: int) -> list[Measur
     return found
 
 
-def test_flips_are_counted_between_neighbouring_steps_in_this_ranks_range() -> None:
+def test_flips_are_counted_between_neighboring_steps_in_this_ranks_range() -> None:
     def weight_of(codes: str) -> Tensor:
         return torch.tensor([{"+": 1.0, "-": -1.0, "0": 0.0}[code] for code in codes]).view(2, 4)
 
@@ -287,6 +287,6 @@ def test_compiled_and_checkpointed_blocks_are_looked_at(shards: Path, tmp_path: 
         losses = [
             [row["train/loss"] for row in read_metrics(r / "metrics.jsonl") if "train/loss" in row] for r in (on, off)
         ]
-        # Cut graphs fuse otherwise, and round some activations to the neighbouring code.
+        # Cut graphs fuse otherwise, and round some activations to the neighboring code.
         assert losses[0][:5] == pytest.approx(losses[1][:5], abs=0.02)
         assert losses[0] == pytest.approx(losses[1], abs=0.09)

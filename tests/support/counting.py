@@ -2,7 +2,7 @@
 
     unshare --user --map-root-user --net python tests/support/counting.py '[["fsdp2", {"name": "fsdp2"}, 2], ...]'
 
-Prints a JSON object for every job and precision: bytes per rank and step as counted and as modelled. The count is of
+Prints a JSON object for every job and precision: bytes per rank and step as counted and as modeled. The count is of
 steps in the midst of a run, so that setting up does not belong to it; headers of TCP and IP do (0.1 % with lo's frames
 of 64 KiB).
 """
@@ -51,7 +51,7 @@ def bytes_sent_so_far() -> int:
 
 
 def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Bytes per rank and step, counted and modelled, of each precision."""
+    """Bytes per rank and step, counted and modeled, of each precision."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     from launcher.config.file import parse_config
     from launcher.engine.build import build_engine

@@ -264,7 +264,7 @@ def test_every_family_has_names_for_all_its_parameters() -> None:
         assert gguf_metadata(config)[f"{family}.block_count"] == 1
 
 
-def test_interleaved_rows_rotated_by_neighbours_give_the_same_scores() -> None:
+def test_interleaved_rows_rotated_by_neighbors_give_the_same_scores() -> None:
     config = narrow(num_kv_heads=2)
     torch.manual_seed(0)
     x_BTD = torch.randn(1, 5, 256, dtype=torch.float64)
@@ -287,7 +287,7 @@ def test_interleaved_rows_rotated_by_neighbours_give_the_same_scores() -> None:
     torch.testing.assert_close(scores(True), scores(False))
 
 
-def test_only_queries_and_keys_of_graphs_that_rotate_neighbours_are_reordered() -> None:
+def test_only_queries_and_keys_of_graphs_that_rotate_neighbors_are_reordered() -> None:
     values = torch.arange(256.0)[:, None].expand(256, 256)
     for family in ARCHITECTURES:
         for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -317,7 +317,7 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> 
         gguf_vocabulary(tmp_path / "tokenizer.json", 400)
 
 
-def test_normalisation_is_refused_and_a_prefix_kept(tmp_path: Path) -> None:
+def test_normalization_is_refused_and_a_prefix_kept(tmp_path: Path) -> None:
     path = trained(tmp_path, "bpe:400")
     assert gguf_vocabulary(path, 400)["add_space_prefix"] is False
     changed(path, "normalizer_spec", add_dummy_prefix=True)

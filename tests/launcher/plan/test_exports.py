@@ -36,7 +36,7 @@ CASES = {
     "qwen2": (narrow("qwen2"), BITNET),
     "learned scales": (narrow("llama"), {"preset": "paretoq"}),
     "rotated": (narrow("llama"), {"preset": "bitnet-v2"}),
-    "normalised": (narrow("llama"), {"preset": "nielsen-2025"}),
+    "normalized": (narrow("llama"), {"preset": "nielsen-2025"}),
     "groups": (narrow("llama"), {"granularity": "group", "group_size": 128}),
     "int3": (narrow("llama"), {"levels": "int3", "weights": "absmax"}),
     "part": (narrow("llama"), {"include": r"mlp\.\w+_proj$"}),

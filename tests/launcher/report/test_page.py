@@ -110,7 +110,7 @@ def test_the_page_loads_nothing_and_its_ids_are_unique(tmp_path):
     assert references <= set(page.ids)
 
 
-def test_the_colours_follow_the_readers_theme(tmp_path):
+def test_the_colors_follow_the_readers_theme(tmp_path):
     write_report([make_run(tmp_path / "run")], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "prefers-color-scheme: dark" in text
