@@ -46,11 +46,11 @@ def code(cluster: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     for package in PACKAGES:
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
     train = copy / "launcher" / "train.py"
-    step = "        at.step += 1\n"
+    step = "    at.step += 1\n"
     assert train.read_text().count(step) == 1
-    slow = f'{step}        __import__("time").sleep(float(__import__("os").environ["TEST_STEP_SECONDS"]))\n'
+    slow = f'{step}    __import__("time").sleep(float(__import__("os").environ["TEST_STEP_SECONDS"]))\n'
     train.write_text(train.read_text().replace(step, slow))
-    (copy / "launcher" / "ending.py").write_text("def show_ending(folder, console): pass\n")
+    (copy / "launcher" / "report" / "ending.py").write_text("def show_ending(folder, console): pass\n")
     monkeypatch.setattr(launcher.slurm.submit, "ROOT", copy)
     monkeypatch.chdir(copy)
     for name, value in cluster.variables.items():
