@@ -81,8 +81,8 @@ _MODULES = {
 def train(config: str | Path, *overrides: str, ranks: int | None = None) -> "Run":
     """Train on this machine, as the command `tritrain train` does, and return the run.
 
-    The ranks are processes of their own, so that their memory is free afterwards; what they print is printed here. A
-    run that was interrupted or has failed goes on from its last checkpoint; a complete one is returned as it is.
+    The ranks are separate processes, so that their memory is free afterwards; their output is printed here. A run that
+    was interrupted or has failed resumes from its last checkpoint; a complete run is returned at once.
 
     Args:
         config: a configuration file.
@@ -91,7 +91,7 @@ def train(config: str | Path, *overrides: str, ranks: int | None = None) -> "Run
 
     Raises:
         ConfigError: the configuration is wrong; found before anything starts where possible.
-        DataError: what the run reads is missing or does not fit it.
+        DataError: what the run reads is missing or does not fit it; not a `UserError`, because `data` stands alone.
         TrainingError: the run failed or was stopped; with the message that it left.
         KeyboardInterrupt: after an interrupt, when the run has saved.
     """

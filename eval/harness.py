@@ -29,7 +29,7 @@ class HarnessModel(TemplateLM):
             lm-evaluation-harness's own do not.
         separately: tokenize contexts and continuations apart, as OLMo does; or else a continuation has the tokens that
             are left when those of the context are taken from those of both together.
-        advance: is told how many more requests are done.
+        advance: called with the number of requests finished since the last call.
     """
 
     def __init__(

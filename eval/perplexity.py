@@ -107,7 +107,7 @@ def text_loss(
         stride_tokens: by how much windows are moved; the window at most.
         apart: start each document afresh, after an end of document, so that nothing is seen of the one before it; else
             they are one stream with an end of document in front of each, as in training.
-        advance: is told how many more bytes of text are done.
+        advance: called with the bytes of text finished since the last call.
 
     Raises:
         ValueError: there is no text.

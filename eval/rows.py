@@ -82,7 +82,7 @@ class Scorer:
 
         Args:
             rows: no longer than the window.
-            advance: is told how many more of the rows are done, over all ranks, as far as this rank can tell.
+            advance: called with the rows finished since the last call, over all ranks, as far as this rank knows.
         """
         alike: dict[Tokens, dict[Tokens, list[int]]] = {}
         for number, row in enumerate(rows):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from launcher.config.engine import EngineName
 from launcher.config.transition import OptimizerChoice
 from launcher.errors import ConfigError, report_error
 from launcher.formats.choices import (
@@ -433,7 +434,7 @@ def init(
     gpu: Annotated[str | None, typer.Option(help="Kind of GPU, such as H100; by default this machine's.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens, such as 7B; by default 20 for each parameter.")] = None,
     data: Annotated[str | None, typer.Option(help="A prepared folder, text, or hf:NAME[:CONFIG]:SPLIT.")] = None,
-    engine: Annotated[str | None, typer.Option(help="fsdp2 (default) or deepspeed.")] = None,
+    engine: Annotated[EngineName | None, typer.Option(help="Engine; default: fsdp2.", show_default=False)] = None,
 ) -> None:
     """Write a commented configuration for a model size; asks for what is not given."""
     from launcher.commands.init import InitOptions, write_configuration

@@ -4,6 +4,7 @@ Dimensions in names and formulas: T tokens of a sequence, D hidden, F intermedia
 heads, K key-value heads, E width of a head.
 """
 
+import re
 from math import prod
 from typing import Literal
 
@@ -51,6 +52,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = (V, D)
     return shapes
+
+
+def linear_shapes(config: ModelConfig, include: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of all linear layers whose names match a regular expression, by the parameter's name."""
+    return {
+        name: shape
+        for name, shape in parameter_shapes(config).items()
+        if len(shape) == 2 and name != "model.embed_tokens.weight" and re.search(include, name.removesuffix(".weight"))
+    }
 
 
 def is_projection(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Write matrices as blocks of GGUF's types; say which recipes these hold exactly.
 
 TQ2_0 and TQ1_0 have one scale, in half precision, for 256 neighbors of a row, and codes -1, 0 and +1 in 2 bits, or in
-1.6 as digits to base 3. Every code of ours is kept; a level is rounded to half precision. F16 and Q8_0 (8 bits, a scale
+1.6 as digits to base 3. Every code is kept; a level is rounded to half precision. F16 and Q8_0 (8 bits, a scale
 for 32 neighbors) hold any weights with their rounding errors. The layouts are those of ggml
 (github.com/ggml-org/ggml, `ggml-quants.c`) as the `gguf` package writes them.
 

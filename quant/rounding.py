@@ -217,7 +217,7 @@ def scale_from_counts(counts: Tensor, config: QuantConfig) -> Scale:
     """`weight_scale` by absmedian, bit for bit, from the `magnitude_counts` of the whole matrix."""
     so_far = counts.cumsum(0)
     median = (so_far <= (so_far[-1] - 1) // 2).sum()
-    # What is not a number comes behind infinity; like `torch.median`, none hides among numbers.
+    # NaN comes after infinity; like `torch.median`, none hides among numbers.
     median = torch.where(so_far[-1] > so_far[INFINITY_BITS], NUM_MAGNITUDES - 1, median)
     return _scale_from(median.to(torch.int16).view(torch.bfloat16).float().view(1, 1), config)
 

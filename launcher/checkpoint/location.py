@@ -62,7 +62,7 @@ def reaching(location: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if not isinstance(error, OSError) and (is_local(location) or type(error).__module__ == "builtins"):
-            raise  # a mistake of ours
+            raise  # a defect
         name = type(error).__name__
         advice = "" if is_local(location) else " Check the network and the endpoint."
         if not is_local(location):

@@ -1,7 +1,7 @@
 """Safetensors files written in one pass, read by range, and proof against silent damage.
 
 The format is Hugging Face's (github.com/huggingface/safetensors): the length of the header in 8 bytes, little-endian;
-the header, JSON; the tensors' bytes. Any reader of safetensors opens such a file. Two things are ours. The last tensor,
+the header, JSON; the tensors' bytes. Any safetensors reader opens such a file. Two things are added. The last tensor,
 `digests`, holds 16 bytes (XXH3-128) for each tensor before it. And the file's `root`, kept elsewhere, is the digest of
 the header and of `digests`: whoever has the root can tell a damaged tensor from a sound one without reading the rest.
 

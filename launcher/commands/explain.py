@@ -17,12 +17,14 @@ def explain(name: str, file: Path | None, overrides: list[str], console: Console
     Args:
         name: a dotted path, with any index or none in a list; or its end, where only one key ends like that.
         file: a configuration, to print the key's value in it.
-        overrides: of its keys.
+        overrides: of its keys; only with a configuration.
         console: to print to.
 
     Raises:
         ConfigError: there is no such key; names near ones. Or the configuration is wrong.
     """
+    if overrides and file is None:
+        raise ConfigError(f"{overrides[0]}: overrides a configuration; pass --config FILE as well")
     keys = configuration_keys()
     key = find_key(name, keys)
     console.line(f"{key.path}: {key.type}, {'' if key.default == REQUIRED else 'default: '}{key.default}")

@@ -5,13 +5,15 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast, get_args
 
+import click
 import typer
 
 from data.errors import DataError
 from data.prepared import MANIFEST, read_manifest
 from data.readers import check_input
+from launcher.config.engine import EngineName
 from launcher.config.file import parse_config, parse_yaml
 from launcher.errors import ConfigError
 from launcher.plan.gpus import gpu_of_this_machine, named_gpu
@@ -36,7 +38,7 @@ class InitOptions:
     gpus: int | None
     gpu: str | None
     data: str | None
-    engine: str | None
+    engine: EngineName | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Answers:
     tokens: int
     gpus: int
     data: str
-    engine: str
+    engine: EngineName
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,13 @@ def write_configuration(to: Path, options: InitOptions, console: Console) -> Non
         raise ConfigError(f"{to}: exists, and nothing is overwritten; name another file")
     name, gpu = named_gpu(options.gpu) if options.gpu else gpu_of_this_machine() or named_gpu("H100")
     answers = answered(options)
-    if answers.engine not in ("fsdp2", "deepspeed"):
-        raise ConfigError(f"--engine {answers.engine} is not known; choose fsdp2 or deepspeed")
     data = describe_data(answers.data, answers.size)
     wish = Wish(
         num_parameters=answers.size,
         num_tokens=answers.tokens,
         num_gpus=answers.gpus,
         gpu=gpu,
-        engine=cast(Literal["fsdp2", "deepspeed"], answers.engine),
+        engine=answers.engine,
         vocab_size=VOCABULARY_MULTIPLE * -(-data.vocab_size // VOCABULARY_MULTIPLE),
         sequence_length=data.sequence_length,
     )
@@ -109,11 +109,11 @@ def answered(options: InitOptions) -> Answers:
     if missing and not sys.stdin.isatty():
         raise ConfigError(f"{', '.join(missing)}: missing, and there is no terminal to ask on; give all of them")
 
-    def ask(name: str, question: str, default: str | None = None) -> str:
+    def ask(name: str, question: str, default: str | None = None, kind: click.Choice[str] | None = None) -> str:
         """Return the option, or the answer to a question, or the default if nothing needs to be asked."""
         if given[name] is not None:
             return str(given[name])
-        return str(typer.prompt(question, default=default)) if missing or default is None else default
+        return str(typer.prompt(question, default=default, type=kind)) if missing or default is None else default
 
     size = parse_count(ask("size", "Parameters, such as 350M"), "--size")
     tokens = ask("tokens", "Tokens to train on, such as 7B", str(TOKENS_PER_PARAMETER * size))
@@ -125,7 +125,7 @@ def answered(options: InitOptions) -> Answers:
         tokens=parse_count(tokens, "--tokens"),
         gpus=int(gpus),
         data=ask("data", "Data: a folder of `tritrain prepare`, text, or hf:NAME:SPLIT"),
-        engine=ask("engine", "Engine, fsdp2 or deepspeed", "fsdp2"),
+        engine=cast(EngineName, ask("engine", "Engine", "fsdp2", click.Choice(get_args(EngineName)))),
     )
 
 

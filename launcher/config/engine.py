@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from launcher.config.strict import STRICT
 
+EngineName = Literal["fsdp2", "deepspeed"]
+
 OWNED_DEEPSPEED_KEYS = {
     "train_batch_size": "training.global_batch_sequences",
     "train_micro_batch_size_per_gpu": "training.micro_batch_sequences",
@@ -37,7 +39,7 @@ class EngineConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    name: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    name: EngineName = "fsdp2"
     """PyTorch FSDP2, or DeepSpeed ZeRO."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed shards: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""

@@ -5,7 +5,6 @@ path of a key and what is wrong there. It runs when those sections are valid in 
 """
 
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.transition import TransitionConfig
 from model.config import DistillationConfig, ModelConfig
-from model.size import parameter_shapes
+from model.size import linear_shapes
 from quant.config import QuantConfig, gather_problems, width_problem
 
 if TYPE_CHECKING:
@@ -179,18 +178,14 @@ def rollback_knows_the_loss_before(phases: "Phases", checkpoint: "CheckpointConf
 def quantized_layers_exist(phases: "Phases", model: ModelConfig) -> Problems:
     """Each ternary phase selects layers, and their widths can be quantized."""
     for path, quantization in _quantizations(phases):
-        widths = {
-            name.removesuffix(".weight"): shape[-1]
-            for name, shape in parameter_shapes(model).items()
-            if len(shape) == 2 and re.search(quantization.include, name.removesuffix(".weight"))
-        }
-        if not widths:
+        layers = linear_shapes(model, quantization.include)
+        if not layers:
             yield (
                 f"{path}.include",
                 f"{quantization.include!r} matches no layer of the model, such as model.layers.0.mlp.up_proj",
             )
-        for name, width in widths.items():
-            if problem := width_problem(name, width, quantization):
+        for name, shape in layers.items():
+            if problem := width_problem(name.removesuffix(".weight"), shape[-1], quantization):
                 yield path, problem
 
 

@@ -179,7 +179,7 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
 
     Args:
         source: what is converted.
-        config: whose model it is; None for a source that says so itself: a checkpoint of ours or Hugging Face's folder.
+        config: whose model it is; None if the source says so itself: a Tritrain checkpoint, a Hugging Face folder.
         folder: what is made.
         dtype: of the weights.
 

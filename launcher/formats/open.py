@@ -79,7 +79,7 @@ def check_model(source: Source, model: ModelConfig) -> None:
     """
     problems = []
     if theirs := model_of(source):
-        # Of a run of ours, the rotary base may be changed on purpose, for a longer context.
+        # In a Tritrain run, the rotary base may be changed on purpose, for a longer context.
         traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, "rope_theta")
         problems = [
             f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} in the checkpoint"

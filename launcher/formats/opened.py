@@ -54,7 +54,7 @@ def open_exportable(text: str, *, ternary: bool) -> Exportable:
     """Open a checkpoint for export, and verify every byte of it.
 
     Args:
-        text: a checkpoint of ours, or a run, of which the newest is taken; or a folder of Hugging Face.
+        text: a Tritrain checkpoint, or a run, of which the newest is taken; or a folder of Hugging Face.
         ternary: whether codes are wanted.
 
     Raises:

@@ -85,7 +85,7 @@ def load_model(
     """Load a model to compute with.
 
     Args:
-        path: a checkpoint of ours, or a run, of which the newest is taken; or a Hugging Face folder, packed or not.
+        path: a Tritrain checkpoint, or a run, of which the newest is taken; or a Hugging Face folder, packed or not.
         dtype: of everything but the codes and their scales: bfloat16 or float32.
         device: where it computes.
         packed: True: ternary layers as codes in 2 bits. False: as in training, latent weights that are rounded at every

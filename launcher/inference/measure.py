@@ -129,7 +129,7 @@ def answer(
         if key.items() <= record.items():
             return record
     if ranks.is_first:
-        check_writable(out.absolute().parent)  # before the work of hours, not behind it
+        check_writable(out.absolute().parent)  # before the work of hours, not after it
     num_answers = sum(len(row.get("contexts") or row["choices"]) for row in rows)
     with console.counting(task.label, num_answers, "answers") as advance:
         examples = answer_rows(

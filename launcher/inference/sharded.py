@@ -1,6 +1,6 @@
 """Open a checkpoint or an export to be measured: its model, sharded over the ranks, and its tokenizer.
 
-A checkpoint of ours computes as in the last step that was trained: in its run's compute dtype, with the quantization of
+A Tritrain checkpoint computes as in its last training step: in its run's compute dtype, with the quantization of
 its phase at the strength that it had, so that a ternary model is measured with its integer products. A folder of
 Hugging Face computes in bf16, or in fp32 where it says so; a packed one with the codes and scales that it holds.
 """
@@ -66,7 +66,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
     """Open a model and shard it over all ranks; a collective.
 
     Args:
-        text: a checkpoint of ours, or a run, of which the newest is taken; or a folder of Hugging Face.
+        text: a Tritrain checkpoint, or a run, of which the newest is taken; or a folder of Hugging Face.
         ranks: this rank among all.
         tokenizer: file or folder; None takes the one that the model was trained with or exported with.
 

@@ -166,7 +166,7 @@ def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> C
         if restarts and remaining <= 0:
             raise ConfigError(
                 f"phases.{phase.index}.transition.schedule: is restart at step {phase.start}, "
-                f"where schedule.horizon_steps {horizon} leaves nothing; above {phase.start} it would"
+                f"where schedule.horizon_steps {horizon} leaves nothing; set it above {phase.start}"
             )
         if warmup_steps >= remaining and (restarts or phase.start == 0):
             raise ConfigError(

@@ -21,7 +21,7 @@ from launcher.plan.course import Course
 from model.config import ModelConfig
 from model.gguf import gguf_architecture
 from model.hf import config_to_hf
-from model.size import is_projection, parameter_shapes
+from model.size import is_projection, linear_shapes, parameter_shapes
 from quant.config import QuantConfig
 from quant.gguf import (
     BLOCK_BYTES,
@@ -91,9 +91,7 @@ def _exports_of(course: Course) -> Iterator[Export]:
 
 def coded_matrices(model: ModelConfig, quantization: QuantConfig) -> list[str]:
     """Names of the weights that a recipe turns into codes: of all linear layers, those that its `include` matches."""
-    matrices = [name for name, shape in parameter_shapes(model).items() if len(shape) == 2]
-    layers = [name for name in matrices if not name.startswith("model.embed_tokens.")]
-    return [name for name in layers if re.search(quantization.include, name.removesuffix(".weight"))]
+    return list(linear_shapes(model, quantization.include))
 
 
 def codes_problems(course: Course) -> list[str]:

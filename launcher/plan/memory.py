@@ -1,7 +1,6 @@
 """Memory of one rank: bytes of weights, gradients, moments and activations."""
 
 import math
-import re
 from collections.abc import Mapping
 
 from launcher.config.sections import Config
@@ -11,6 +10,7 @@ from model.size import (
     activation_bytes,
     block_of,
     is_in_block,
+    linear_shapes,
     num_parameters,
     parameter_shapes,
 )
@@ -56,12 +56,8 @@ def coded_layers(course: Course) -> dict[str, tuple[int, ...]]:
     quantization = last_quantization(course)
     if quantization is None:
         return {}
-    matrices = {name: shape for name, shape in parameter_shapes(course.config.model).items() if len(shape) == 2}
-    return {
-        name: shape
-        for name, shape in matrices.items()
-        if is_in_block(name) and re.search(quantization.include, name.removesuffix(".weight"))
-    }
+    layers = linear_shapes(course.config.model, quantization.include)
+    return {name: shape for name, shape in layers.items() if is_in_block(name)}
 
 
 def beside_codes(course: Course) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:

@@ -7,8 +7,9 @@ into the GPUs' memory by the plan's own model (`launcher.plan.memory`).
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from launcher.config.engine import EngineName
 from launcher.config.file import parse_config
 from launcher.errors import ConfigError
 from launcher.plan.gpus import UTILIZATION, Gpu
@@ -41,7 +42,7 @@ class Wish:
     num_gpus: int
     """0 trains on the CPU, with one rank."""
     gpu: Gpu
-    engine: Literal["fsdp2", "deepspeed"]
+    engine: EngineName
     vocab_size: int
     """Rows of the embedding."""
     sequence_length: int

@@ -1,6 +1,6 @@
 """Requests to stop or to save early: a signal, the end of the job's time, a file in the run's folder.
 
-    touch RUN/stop      save and end; a job of ours is not queued again
+    touch RUN/stop      save and end; a job of Tritrain is not queued again
     touch RUN/save      save and go on
 
 Rank 0 looks for the files and at the clock, at most once a second; signals may reach any rank. Ranks agree at the end

@@ -76,3 +76,8 @@ def test_what_is_near_to_nothing_names_the_sections():
         "zzz: unknown key; the sections are run, model, data, training, optimizer, schedule, phases, engine, "
         "checkpoint, logging, evaluation, watch"
     )
+
+
+def test_overrides_need_a_configuration():
+    with pytest.raises(ConfigError, match=r"schedule\.warmup_steps=3: overrides a configuration; pass --config FILE"):
+        explain("schedule.warmup_steps", None, ["schedule.warmup_steps=3"], Console(silent=True))

@@ -100,9 +100,6 @@ REFUSALS = {
     "--gpus, --data: missing, and there is no terminal to ask on; give all of them": ("--size", "10M"),
     "--size lots: is no count; 350M or 7B would be one": ("--size", "lots", "--gpus", 1, "--data", "x"),
     "--gpu V100 is not known; choose one of": ("--size", "10M", "--gpus", 1, "--data", "x", "--gpu", "V100"),
-    "--engine ddp is not known; choose fsdp2 or deepspeed": (
-        "--size", "10M", "--gpus", 1, "--data", "x", "--engine", "ddp"
-    ),
     "--size: no model of 100,000 parameters has widths": ("--size", "100k", "--gpus", 1, "--data", "x"),
     "--tokens: 1,000 are 2 steps": ("--size", "10M", "--gpus", 1, "--data", "x", "--tokens", "1000"),
     "--data: hf:name: write a data set as": ("--size", "10M", "--gpus", 1, "--data", "hf:name"),

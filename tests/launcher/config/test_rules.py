@@ -132,6 +132,7 @@ def test_deepspeed_keys_pass_through():
     [
         ("model.tie_embeddings=false", "lm_head", True),
         ("model.tie_embeddings=true", "lm_head", False),
+        ("model.tie_embeddings=false", "embed_tokens", False),
         ("model.sub_norm=true", "down_proj", True),
         ("model.sub_norm=true", "nothing", False),
     ],

@@ -37,7 +37,7 @@ def test_unknown_key(override, said):
 
 
 def test_unknown_section():
-    assert problems("optimizer.eps=1") == {"optimizer": "unknown section; did you mean optimizer?"}
+    assert problems("optimiser.eps=1") == {"optimiser": "unknown section; did you mean optimizer?"}
     assert problems("learning_rate=1") == {"learning_rate": "unknown section; did you mean optimizer.learning_rate?"}
     assert problems("zzz=1")["zzz"].startswith("unknown section; choose one of run, model, data,")
 

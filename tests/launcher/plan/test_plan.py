@@ -200,7 +200,7 @@ def test_warmup_must_leave_something_of_what_a_restart_leaves():
     )
     assert refusal("schedule.horizon_steps=4", restart) == (
         "phases.1.transition.schedule: is restart at step 4, where schedule.horizon_steps 4 leaves nothing; "
-        "above 4 it would"
+        "set it above 4"
     )
 
 
