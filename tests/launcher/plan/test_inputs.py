@@ -17,6 +17,7 @@ from tiny_tasks import EXAMPLES
 from data.errors import DataError
 from data.shards import PrepareConfig, prepare
 from data.sources import Source, open_sources
+from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
 from launcher.plan.disk import disk_of
 from launcher.plan.inputs import check_inputs, missing_inputs, needed_paths
 
@@ -124,9 +125,9 @@ def phases(*teachers):
 
 
 def reach(run, step):
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder = folder_of(run / "checkpoints", step)
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+    (folder / MANIFEST).write_text("{}")
 
 
 def test_checkpoints_are_needed_until_the_run_is_past_them(shards, tmp_path):
@@ -143,6 +144,11 @@ def test_checkpoints_are_needed_until_the_run_is_past_them(shards, tmp_path):
     assert found["checkpoint.start_from"].startswith(f"{file}: is a file, and a checkpoint is a folder; name a ")
     assert found["phases.1.distillation.teacher"].startswith(f"{tmp_path}/teacher: no such folder; name a checkpoint")
     assert len(found) == 2
+    for name in ("step-9", "step-00000009.tmp"):  # as a person may name a copy, and as one begins
+        (run / "checkpoints" / name).mkdir(parents=True)
+        (run / "checkpoints" / name / MANIFEST).write_text("{}")
+    assert not complete_checkpoints(run / "checkpoints")
+    assert dict(missing_inputs(config)) == found
     reach(run, 4)
     assert dict(missing_inputs(config)).keys() == {"phases.1.distillation.teacher"}
     reach(run, 8)
