@@ -8,6 +8,7 @@ FOLDER/manifest.json                 what went in and what came out; written las
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def open_prepared(folder: Path, *, may_lack_shards: bool = False) -> dict[str, A
     return manifest
 
 
+def is_yet_to_be_prepared(folder: Path) -> bool:
+    """Return whether there is nothing yet where prepared data are to be: no file or folder, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a prepared folder, unchecked but for its version and the names of the files beside it.
 
@@ -74,8 +80,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def fit_problem(path: str, manifest: dict[str, Any], sequence_length: int, vocab_size: int) -> str | None:
-    """Why a prepared folder is not for a model; None if it is.
+def fit_problems(path: str, manifest: dict[str, Any], sequence_length: int, vocab_size: int) -> Iterator[str]:
+    """Why a prepared folder is not for a model; nothing if it is.
 
     Args:
         path: of the folder.
@@ -84,16 +90,15 @@ def fit_problem(path: str, manifest: dict[str, Any], sequence_length: int, vocab
         vocab_size: of the model.
     """
     if manifest["sequence_length"] != sequence_length:
-        return (
+        yield (
             f"{path}: was prepared with sequence_length {manifest['sequence_length']}, but the configuration says "
             f"{sequence_length}; change data.sequence_length, or prepare the text again"
         )
     if manifest["vocab_size"] > vocab_size:
-        return (
+        yield (
             f"{path}: its tokenizer has {manifest['vocab_size']} tokens, but the model has {vocab_size}; set "
             f"model.vocab_size to {manifest['vocab_size']} or more"
         )
-    return None
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:

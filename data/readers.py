@@ -71,8 +71,13 @@ def check_input(source: str) -> None:
     """
     if source.startswith(HF_PREFIX):
         _split_hub_name(source)
-    elif source != quickstart_corpus.NAME:
+    elif is_path(source):
         _find_files(Path(source))
+
+
+def is_path(source: str) -> bool:
+    """Return whether an input is a file or folder, not a hub's data set or one that needs no file."""
+    return not source.startswith(HF_PREFIX) and source != quickstart_corpus.NAME
 
 
 def _read_input(source: str) -> Iterator[Document]:

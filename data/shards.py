@@ -36,6 +36,7 @@ from data.prepared import (
     TOKEN_BYTES,
     TRAIN,
     VALIDATION,
+    is_yet_to_be_prepared,
     open_prepared,
 )
 from data.readers import Document, read_documents
@@ -135,7 +136,7 @@ def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
 
 def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[str, Any] | None:
     """Return the manifest of `out` if it is what would be made, None if there is nothing yet."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if is_yet_to_be_prepared(out):
         return None
     if not (out / MANIFEST).is_file():
         raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")

@@ -22,7 +22,7 @@ from data.prepared import (
     SHARD_HASH,
     TOKEN_BYTES,
     TRAIN,
-    fit_problem,
+    fit_problems,
     open_prepared,
     read_index,
     read_manifest,
@@ -130,8 +130,8 @@ def open_sources(
     first = opened[0]
     for source in opened:
         path, manifest = source.source.path, source.manifest
-        if problem := fit_problem(path, manifest, sequence_length, vocab_size):
-            raise DataError(problem)
+        if problems := list(fit_problems(path, manifest, sequence_length, vocab_size)):
+            raise DataError("\n".join(problems))
         if manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
             raise DataError(
                 f"{path}: was prepared with a different tokenizer than {first.source.path}; prepare it again with "

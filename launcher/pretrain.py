@@ -160,7 +160,7 @@ def run_rank(
         folder.prepare([phase.end - phase.start for phase in plan.phases])
     dist.barrier()
     write_presence(folder.ranks, ranks)
-    if problems := everyones([f"{key}: {problem}" for key, problem in missing_inputs(config).items()], ranks):
+    if problems := everyones([f"{key}: {problem}" for key, problem in missing_inputs(config)], ranks):
         raise DataError("\n".join(problems))
     if config.data.prepare is not None:
         # One rank of a machine does it, with a console of its own, and the others find it done.

@@ -281,21 +281,21 @@ def check_shared_folder(ranks: Sequence[RankFacts], seen: Sequence[str], written
 
 
 def check_paths(ranks: Sequence[RankFacts]) -> Verdict:
-    """Every path in the configuration exists on every host and has the same content."""
-    if not ranks[0].paths:
-        return Verdict(
-            "paths", "skipped", "the configuration names none" if ranks[0].has_plan else "needs a configuration"
-        )
+    """Every path that the run still reads exists on every host that needs it, with the same content."""
+    paths = list(dict.fromkeys(path for facts in ranks for path in facts.paths))
+    if not paths:
+        return Verdict("paths", "skipped", "the run reads none" if ranks[0].has_plan else "needs a configuration")
     problems = []
-    for path in ranks[0].paths:
-        lacking = [facts for facts in ranks if facts.paths[path] is None]
-        if lacking:
-            problems.append(f"{path} is missing on {named(lacking)}")
-        elif len({facts.paths[path] for facts in ranks}) > 1:
-            problems.append(f"{path} differs: {grouped(ranks, [facts.paths[path] for facts in ranks])}")
+    for path in paths:
+        needing = [facts for facts in ranks if path in facts.paths]  # a host that has no tokens yet needs the text
+        digests = [facts.paths[path] for facts in needing]
+        if None in digests:
+            problems.append(f"{path} is missing on {named([facts for facts in needing if facts.paths[path] is None])}")
+        elif len(set(digests)) > 1:
+            problems.append(f"{path} differs: {grouped(needing, digests)}")
     if problems:
         return Verdict("paths", "failure", "; ".join(problems), "Copy or mount it there, at the same path.")
-    return Verdict("paths", "ok", f"{', '.join(ranks[0].paths)}: on every host")
+    return Verdict("paths", "ok", f"{', '.join(paths)}: on every host")
 
 
 def check_limits(ranks: Sequence[RankFacts]) -> list[Verdict]:

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from launcher.config.sections import Config
+from launcher.hidden import PACKAGES, ROOT
+from launcher.plan.inputs import needed_paths
 from launcher.process.ranks import Ranks
 
 MIB = 2**20
@@ -63,9 +65,6 @@ SLOW_SETTINGS = {
 HARMLESS_VALUES = {"", "0", "OFF", "INFO", "WARN", "VERSION"}
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 @dataclass(frozen=True)
 class RankFacts:
     """Facts about a rank and its host."""
@@ -101,7 +100,7 @@ class RankFacts:
     """Environment variables that slow training down."""
     has_plan: bool
     paths: dict[str, str | None]
-    """Paths that the configuration names, with a digest of their content; None if nothing exists there."""
+    """Paths that the run still reads, with a digest of their content; None if nothing exists there."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def installed_versions(required: Sequence[Requirement]) -> dict[str, str]:
         versions["CUDA"] = str(torch.version.cuda)
         versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     code = hashlib.sha256()
-    for folder in ("launcher", "eval", "model", "data", "quant"):
+    for folder in PACKAGES:
         for path in sorted((ROOT / folder).glob("**/*.py")):
             code.update(path.read_bytes())
     return versions | {"code": code.hexdigest()[:12]}
@@ -194,7 +193,7 @@ def look_around(ranks: Ranks, config: Config | None, required: Sequence[Requirem
         cores=len(os.sched_getaffinity(0)),
         settings=slow_settings(os.environ),
         has_plan=config is not None,
-        paths={path: digest_of(Path(path)) for path in needed_paths(config)} if config else {},
+        paths={path: digest_of(Path(path)) for _, path in needed_paths(config)} if config else {},
     )
 
 
@@ -237,19 +236,6 @@ def leftovers(folder: Path) -> list[str]:
                 used |= set(re.findall(re.escape(str(folder)) + r"/(\d{6})_", (process / "maps").read_text()))
         return sorted(path.name for path in ours if path.name[:6] not in used)
     return []
-
-
-def needed_paths(config: Config) -> list[str]:
-    """Local files and folders that the configuration names and that must exist before the start."""
-    prepare = config.data.prepare
-    named: list[str | None] = [source.path for source in config.data.sources]
-    if prepare is not None and not Path(config.data.sources[0].path).exists():
-        inputs = [text for text in (*prepare.inputs, *prepare.validation_inputs) if text != "python-stdlib"]
-        tokenizers = [] if re.match("(bpe|unigram):", prepare.tokenizer) else [prepare.tokenizer]
-        named = [*(text for text in inputs if not text.startswith("hf:")), *tokenizers]
-    named += [config.checkpoint.start_from, config.evaluation.task_data]
-    named += [phase.distillation.teacher for phase in config.phases if phase.distillation]
-    return list(dict.fromkeys(path for path in named if path is not None and "://" not in path))
 
 
 def digest_of(path: Path) -> str | None:

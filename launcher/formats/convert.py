@@ -19,10 +19,11 @@ from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.formats.open import check_model, check_sound, model_of, precision_of
-from launcher.formats.opened import tokenizer_of, tokenizer_of_data
+from launcher.formats.opened import tokenizer_of
 from launcher.formats.provenance import provenance
 from launcher.formats.start import check_start, first_progress
 from launcher.plan.course import Course, make_course
+from launcher.plan.exports import tokenizer_of_data
 from launcher.run.folder import RunFolder
 from model.transformer import Transformer
 from quant.linear import is_learned_scale, matching_layers

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError
-from data.prepared import read_manifest
 from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import TOKENIZERS
 from launcher.checkpoint.location import local_copy
@@ -19,6 +18,7 @@ from launcher.config.sections import Config
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import check_sound, config_of, model_of, open_source, precision_of, run_of
+from launcher.plan.exports import tokenizer_of_data
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
 
@@ -102,23 +102,12 @@ def tokenizer_of(source: Source) -> Path | None:
             return None
     if not isinstance(source, CheckpointReader):
         return None
-    config = config_of(source)
-    run = run_of(source, config)
     for name in TOKENIZERS:
         if name in source.manifest.files:
             return local_copy(source.folder / name)
+    config = config_of(source)
+    run = run_of(source, config)
+    for name in TOKENIZERS:
         if run is not None and (run / name).is_file():
             return run / name
     return tokenizer_of_data(config)
-
-
-def tokenizer_of_data(config: Config) -> Path | None:
-    """The tokenizer in a run's first folder of data; None if it is not on this machine's file systems."""
-    first = config.data.sources[0]
-    if first.is_remote:
-        return None
-    try:
-        path = Path(first.path) / read_manifest(Path(first.path))["tokenizer"]["file"]
-    except DataError:
-        return None
-    return path if path.is_file() else None

@@ -215,17 +215,24 @@ def gguf_problems(model: ModelConfig, types: Mapping[str, StoredType]) -> list[s
     return problems
 
 
-def tokenizer_file(config: Config) -> Path | None:
-    """The tokenizer of a run's data; None where it is yet to be trained, remote or missing."""
-    source, prepare = config.data.sources[0], config.data.prepare
-    if source.is_remote:
+def tokenizer_of_data(config: Config) -> Path | None:
+    """The tokenizer in a run's first folder of data; None if it is not on this machine's file systems."""
+    first = config.data.sources[0]
+    if first.is_remote:
         return None
     try:
-        path = Path(source.path) / read_manifest(Path(source.path))["tokenizer"]["file"]
+        path = Path(first.path) / read_manifest(Path(first.path))["tokenizer"]["file"]
     except DataError:
-        if prepare is None or TRAINED_SPEC.fullmatch(prepare.tokenizer):
-            return None
-        path = Path(prepare.tokenizer)
+        return None
+    return path if path.is_file() else None
+
+
+def tokenizer_file(config: Config) -> Path | None:
+    """The tokenizer of a run's data, prepared or not; None where it is yet to be trained, remote or missing."""
+    found, prepare = tokenizer_of_data(config), config.data.prepare
+    if found is not None or prepare is None or TRAINED_SPEC.fullmatch(prepare.tokenizer):
+        return found
+    path = Path(prepare.tokenizer)
     return path if path.is_file() else None
 
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from data.config import PrepareConfig
 from data.errors import DataError
-from data.prepared import fit_problem, read_manifest
-from data.readers import check_input
+from data.prepared import fit_problems, is_yet_to_be_prepared, read_manifest
+from data.readers import check_input, is_path
 from data.tokenizer import TRAINED_SPEC, load_tokenizer
 from eval.tasks import choose_tasks, missing_files
 from launcher.config.sections import Config
@@ -27,54 +28,99 @@ def check_inputs(config: Config) -> None:
         DataError: lists every problem, each with the key that names the file or folder.
     """
     if problems := missing_inputs(config):
-        raise DataError("\n".join(f"{key}: {problem}" for key, problem in problems.items()))
+        raise DataError("\n".join(f"{key}: {problem}" for key, problem in problems))
 
 
-def missing_inputs(config: Config) -> dict[str, str]:
-    """List what is missing or does not fit, by key, each with a sentence that says what would be right.
+def missing_inputs(config: Config) -> list[tuple[str, str]]:
+    """List what is missing or does not fit: pairs of a key and a sentence that says what would be right.
 
     A run that is complete reads nothing any more.
     """
-    state = config.run.path / "state.json"
-    if state.is_file() and json.loads(state.read_text()).get("status") == "complete":
-        return {}
-    return dict([*_sources(config), *_checkpoints(config), *_tasks(config)])
+    if _is_complete(config):
+        return []
+    return [
+        *_source_problems(config),
+        *_text_problems(config),
+        *_checkpoint_problems(config),
+        *_task_problems(config),
+    ]
+
+
+def needed_paths(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield each local file and folder that the run still reads, after the key that names it."""
+    if _is_complete(config):
+        return
+    yield from _sources(config)
+    yield from ((key, text) for key, text in _texts(config) if is_path(text))
+    yield from _tokenizers(config)
+    yield from _checkpoints(config)
+    if config.evaluation.task_data is not None:
+        yield "evaluation.task_data", config.evaluation.task_data
+
+
+def _is_complete(config: Config) -> bool:
+    try:
+        state = json.loads((config.run.path / "state.json").read_bytes())
+    except (OSError, ValueError):  # no start yet, or cut off by a full disk
+        return False
+    return isinstance(state, dict) and state.get("status") == "complete"
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:
+    """Local folders of tokens; not the one that the run makes itself."""
+    if _to_prepare(config) is None:
+        for index, source in enumerate(config.data.sources):
+            if not source.is_remote:
+                yield f"data.sources.{index}.path", source.path
+
+
+def _to_prepare(config: Config) -> PrepareConfig | None:
+    """How the only folder of tokens is to be made; None if it is there, or not for the run to make."""
+    return config.data.prepare if is_yet_to_be_prepared(Path(config.data.sources[0].path)) else None
+
+
+def _source_problems(config: Config) -> Iterator[tuple[str, str]]:
     first: tuple[str, str] | None = None
-    for index, source in enumerate(config.data.sources):
-        key = f"data.sources.{index}.path"
-        if source.is_remote:
-            continue
-        if config.data.prepare is not None and not Path(source.path).exists():
-            yield from _text(config)
-            continue
+    for key, path in _sources(config):
         try:
-            manifest = read_manifest(Path(source.path))
+            manifest = read_manifest(Path(path))
         except DataError as error:
             yield key, str(error)
             continue
-        if problem := fit_problem(source.path, manifest, config.data.sequence_length, config.model.vocab_size):
+        for problem in fit_problems(path, manifest, config.data.sequence_length, config.model.vocab_size):
             yield key, problem
         tokenizer = manifest["tokenizer"]
-        if not (Path(source.path) / tokenizer["file"]).is_file():
-            yield key, f"{source.path}/{tokenizer['file']}: missing; copy the folder again"
-        first = first or (source.path, tokenizer["fingerprint"])
+        if not (Path(path) / tokenizer["file"]).is_file():
+            yield key, f"{path}/{tokenizer['file']}: missing; copy the folder again"
+        first = first or (path, tokenizer["fingerprint"])
         if tokenizer["fingerprint"] != first[1]:
-            yield key, f"{source.path}: was prepared with another tokenizer than {first[0]}; prepare it again with that"
+            yield key, f"{path}: was prepared with another tokenizer than {first[0]}; prepare it again with that"
 
 
-def _text(config: Config) -> Iterator[tuple[str, str]]:
-    """What the folder of tokens is to be made from."""
-    prepare, vocab_size = config.data.prepare, config.model.vocab_size
-    assert prepare is not None
-    for name in ("inputs", "validation_inputs"):
-        for index, text in enumerate(getattr(prepare, name)):
-            try:
-                check_input(text)
-            except DataError as error:
-                yield f"data.prepare.{name}.{index}", str(error)
+def _texts(config: Config) -> Iterator[tuple[str, str]]:
+    """Inputs that the folder of tokens is to be made from."""
+    if prepare := _to_prepare(config):
+        for name in ("inputs", "validation_inputs"):
+            for index, text in enumerate(getattr(prepare, name)):
+                yield f"data.prepare.{name}.{index}", text
+
+
+def _tokenizers(config: Config) -> Iterator[tuple[str, str]]:
+    """The file of the tokenizer for these inputs, if there is one."""
+    prepare = _to_prepare(config)
+    if prepare is not None and not TRAINED_SPEC.fullmatch(prepare.tokenizer):
+        yield "data.prepare.tokenizer", prepare.tokenizer
+
+
+def _text_problems(config: Config) -> Iterator[tuple[str, str]]:
+    for key, text in _texts(config):
+        try:
+            check_input(text)
+        except DataError as error:
+            yield key, str(error)
+    prepare, vocab_size = _to_prepare(config), config.model.vocab_size
+    if prepare is None:
+        return
     key = "data.prepare.tokenizer"
     if trained := TRAINED_SPEC.fullmatch(prepare.tokenizer):
         num_tokens = int(trained[2])
@@ -93,31 +139,39 @@ def _text(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _checkpoints(config: Config) -> Iterator[tuple[str, str]]:
-    """What the run begins with, and its teachers, as far as it still needs them."""
+    """Local folders of the checkpoint that the run begins with, and of its teachers, as far as it needs them."""
     named = []
-    reached = reached_step(config)
-    if config.checkpoint.start_from is not None and reached is None:
-        named.append(("checkpoint.start_from", config.checkpoint.start_from))
-    for phase in make_course(config).phases:
-        if phase.distillation and phase.distillation.teacher is not None and phase.end > (reached or 0):
+    saved, phases, checkpoint = _saved_steps(config), make_course(config).phases, config.checkpoint
+    to_do = [phase for phase in phases if phase.end > max(saved, default=0)]
+    if checkpoint.start_from is not None:
+        first = phases[checkpoint.start_phase]
+        is_teacher = first.distillation is not None and first.distillation.teacher is None
+        # A run that `tritrain convert` has made holds what it begins with.
+        if not saved or (is_teacher and first in to_do and first.start not in saved):
+            named.append(("checkpoint.start_from", checkpoint.start_from))
+    for phase in to_do:
+        if phase.distillation and phase.distillation.teacher is not None:
             named.append((f"phases.{phase.index}.distillation.teacher", phase.distillation.teacher))
-    for key, text in named:
-        if "://" in text or Path(text).is_dir():
-            continue
-        there = "is a file, and a checkpoint is a folder" if Path(text).exists() else "no such folder"
-        yield key, f"{text}: {there}; name a checkpoint, a run, or a folder of DeepSpeed or Hugging Face"
+    yield from ((key, path) for key, path in named if "://" not in path)
 
 
-def reached_step(config: Config) -> int | None:
-    """The newest step that the run has a complete checkpoint of; None before its first, and where that is not known."""
+def _checkpoint_problems(config: Config) -> Iterator[tuple[str, str]]:
+    for key, path in _checkpoints(config):
+        if not Path(path).is_dir():
+            there = "is a file, and a checkpoint is a folder" if Path(path).exists() else "no such folder"
+            yield key, f"{path}: {there}; name a checkpoint, a run, or a folder of DeepSpeed or Hugging Face"
+
+
+def _saved_steps(config: Config) -> set[int]:
+    """Steps after which the run has a complete checkpoint; empty also where that is not known, as in a remote store."""
     folder = config.checkpoint.folder or str(config.run.path / "checkpoints")
     if "://" in folder:
-        return None
-    steps = [re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(folder).glob("step-*/manifest.json")]
-    return max((int(step[1]) for step in steps if step), default=None)
+        return set()
+    names = [path.parent.name for path in Path(folder).glob("step-*/manifest.json")]
+    return {int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{8}", name)}
 
 
-def _tasks(config: Config) -> Iterator[tuple[str, str]]:
+def _task_problems(config: Config) -> Iterator[tuple[str, str]]:
     evaluation = config.evaluation
     if not evaluation.tasks:
         return

@@ -76,7 +76,7 @@ def describe_surroundings(plan: Plan, gpu: tuple[str, Gpu] | None, utilization: 
         "time": {"hours": hours, "gpu": gpu and gpu[0], "utilization": utilization},
         "disk": disk_of(plan.config, numbers["checkpoints_kept"], exports),
         "exports": [{"name": each.name, "problems": each.problems, "bytes": each.num_bytes} for each in exports],
-        "missing": missing_inputs(plan.config),
+        "missing": [{"key": key, "problem": problem} for key, problem in missing_inputs(plan.config)],
     }
 
 
@@ -110,7 +110,7 @@ def surrounding_rows(found: dict[str, Any]) -> list[list[str]]:
         ["time", took],
         ["disk", f"{parts}; {free} in {disk['place']}{': TOO LITTLE' if lacks else ''}"],
         *[[f"export {each['name']}", _export_in_words(each)] for each in found["exports"]],
-        *[[f"missing: {key}", problem] for key, problem in found["missing"].items()],
+        *[[f"missing: {each['key']}", each["problem"]] for each in found["missing"]],
         *([] if found["missing"] else [["missing", "nothing"]]),
     ]
 

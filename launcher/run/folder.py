@@ -30,7 +30,7 @@ from launcher.checkpoint.location import reaching, to_location
 from launcher.config.file import DERIVED_KEYS, flat_lines, load_config, parse_yaml, to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from launcher.run.requeue import append_line
+from launcher.run.requeue import append_line, read_state
 
 MAY_CHANGE = (
     "run.folder",
@@ -164,9 +164,8 @@ class RunFolder:
         replace_file(self.path / "state.json", json.dumps({"status": status, **details}, indent=2))
 
     def read_state(self) -> dict[str, Any]:
-        """The run's status; empty before the first start."""
-        path = self.path / "state.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        """The run's status; empty before the first start, and where the file is damaged, as by a power cut."""
+        return read_state(self.path)
 
     def write_heartbeats(self, beats: list[dict[str, Any]]) -> None:
         """Write the last heartbeat of each rank, and the interval of the beats."""

@@ -90,9 +90,10 @@ def newest_step(run: Path, checkpoints: str, state: "dict[str, Any]") -> int:
 
 
 def read_state(run: Path) -> "dict[str, Any]":
-    """The run's status; empty before its first start."""
-    path = run / "state.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    """The run's status; empty before its first start, and where the file is damaged, as by a power cut."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return dict(json.loads((run / "state.json").read_text()))
+    return {}
 
 
 def write_state(run: Path, state: "dict[str, Any]") -> None:

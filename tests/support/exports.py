@@ -21,7 +21,13 @@ from model.transformer import ModelConfig
 
 
 def write_checkpoint(
-    config: Config, model: torch.nn.Module, *, step: int, phase: int, rollbacks: Mapping[int, int] | None = None
+    config: Config,
+    model: torch.nn.Module,
+    *,
+    step: int,
+    phase: int,
+    rollbacks: Mapping[int, int] | None = None,
+    tokenizer: Path | None = None,
 ) -> Path:
     """A run's folder with one checkpoint, as training leaves it, without training.
 
@@ -31,6 +37,7 @@ def write_checkpoint(
         step: of the checkpoint.
         phase: that the model is in.
         rollbacks: how often the run has gone back to the beginning of a phase, by the phase's index.
+        tokenizer: a file that is copied into the checkpoint.
     """
     run = config.run.path
     writer = CheckpointWriter(folder_of(run / "checkpoints", step))
@@ -53,7 +60,7 @@ def write_checkpoint(
         zero_stage=2,
         provenance=None,
     )
-    writer.finish(files, text, None, manifest)
+    writer.finish(files, text, tokenizer, manifest)
     (run / "config.yaml").write_text(text)
     return writer.final
 

@@ -1,5 +1,6 @@
 """`tritrain doctor`: each check is given a fault, and must find it, name it, and say what to do."""
 
+import hashlib
 import json
 import mmap
 import os
@@ -31,9 +32,9 @@ from launcher.doctor.facts import (
     RankFacts,
     digest_of,
     free_memory_bytes,
+    installed_versions,
     leftovers,
     look_around,
-    needed_paths,
     probe_disk,
     requirements,
     slow_settings,
@@ -230,18 +231,48 @@ def test_shared_memory_of_a_dead_job_is_told_from_that_of_a_live_one(tmp_path: P
         assert leftovers(tmp_path) == ["000008_locals"]
 
 
-def test_paths_that_a_configuration_needs(shards: Path, tmp_path: Path) -> None:
-    config = tiny_config(
-        shards, tmp_path / "run", evaluation={"tasks": ["arc_easy"], "task_data": "/tasks", "tasks_interval_steps": 1}
-    )
-    assert needed_paths(config) == [str(shards), "/tasks"]
-    to_prepare = {
-        "sources": [{"path": str(tmp_path / "none")}],
-        "prepare": {"inputs": ["text", "hf:x:train", "python-stdlib"], "tokenizer": "bpe:320"},
-    }
-    assert needed_paths(tiny_config(shards, tmp_path / "run", data=to_prepare)) == ["text"]
-    assert digest_of(tmp_path / "none") is None
+def test_paths_that_the_run_still_needs_are_digested(shards: Path, tmp_path: Path) -> None:
+    def digests(folder: Path) -> dict[str, str | None]:
+        text = {"prepare": {"inputs": [str(shards), "hf:x:train", "python-stdlib", "none"], "tokenizer": "bpe:320"}}
+        config = tiny_config(folder, tmp_path / "run", data=text, checkpoint={"start_from": "trunk"})
+        return look_around(ALONE, config, requirements()).paths
+
+    assert digests(tmp_path / "out") == {str(shards): digest_of(shards), "none": None, "trunk": None}
+    assert digests(shards) == {str(shards): digest_of(shards), "trunk": None}
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    assert digests(shards) == {str(shards): digest_of(shards)}
     assert digest_of(shards) == digest_of(shards) != digest_of(tmp_path)
+
+
+def test_hosts_that_need_different_paths_are_compared_where_they_need_the_same() -> None:
+    ranks = [replace(SOUND, paths={"/tokens": "a", "/teacher": "b"}), replace(SOUND, host="host2", rank=1)]
+    ranks[1] = replace(ranks[1], paths={"/text": None, "/teacher": "c"})
+    verdict = doctor_checks.check_paths(ranks)
+    assert (verdict.level, verdict.found) == (
+        "failure",
+        "/teacher differs: b on host1 (rank 0); c on host2 (rank 1); /text is missing on host2 (rank 1)",
+    )
+
+
+def test_the_digest_of_the_code_is_of_every_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest() -> str:
+        return installed_versions(requirements())["code"]
+
+    checkout = b"".join(
+        path.read_bytes()
+        for name in ("launcher", "model", "data", "quant", "eval")
+        for path in sorted((ROOT / name).rglob("*.py"))
+    )
+    assert digest() == hashlib.sha256(checkout).hexdigest()[:12]
+    monkeypatch.setattr("launcher.doctor.facts.ROOT", tmp_path)
+    found = {digest()}
+    for name in ("launcher", "model", "data", "quant", "eval"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "new.py").write_text(f"# {name}")
+        found.add(digest())
+    assert len(found) == 6
 
 
 def test_files_that_the_kernel_keeps_are_free_memory(tmp_path: Path) -> None:

@@ -41,6 +41,17 @@ def test_a_ternary_checkpoint_opens_with_its_recipe_and_tokenizer(tiny: Any, sha
     assert opened.model == opened.config.model  # type: ignore[union-attr]
 
 
+def test_a_checkpoint_s_own_tokenizer_comes_before_its_run_s(shards: Path, tmp_path: Path) -> None:
+    own, run = tmp_path / "own.json", tmp_path / "run"
+    own.write_text("{}")
+    config = ternary_config(shards, run, VARIANTS["llama"])
+    checkpoint = write_checkpoint(config, build(config.model), step=8, phase=1, tokenizer=own)
+    (run / "tokenizer.model").write_bytes(b"of a later start with other data")
+    assert open_exportable(str(run), ternary=True).tokenizer == checkpoint / "tokenizer.json"
+    make_older(checkpoint)
+    assert open_exportable(str(run), ternary=True).tokenizer == run / "tokenizer.model"
+
+
 def test_16_bit_phases_have_no_codes(tiny: Any) -> None:
     run = tiny(4, 0)
     with pytest.raises(CheckpointError, match=r"after step 4, is of a 16-bit phase and has no codes; --format hf"):

@@ -16,8 +16,10 @@ from tiny_tasks import EXAMPLES
 
 from data.errors import DataError
 from data.shards import PrepareConfig, prepare
+from data.sources import Source, open_sources
+from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
 from launcher.plan.disk import disk_of
-from launcher.plan.inputs import check_inputs, missing_inputs
+from launcher.plan.inputs import check_inputs, missing_inputs, needed_paths
 
 
 def text_of(inputs=("python-stdlib",), tokenizer="bpe:320", **keys):
@@ -25,12 +27,12 @@ def text_of(inputs=("python-stdlib",), tokenizer="bpe:320", **keys):
 
 
 def test_nothing_is_missing_where_all_is_there(shards, tmp_path):
-    assert missing_inputs(tiny_config(shards, tmp_path / "run")) == {}
+    assert missing_inputs(tiny_config(shards, tmp_path / "run")) == []
     check_inputs(tiny_config(tmp_path / "none", tmp_path / "run", data=text_of()))
 
 
 def test_a_missing_source_says_how_to_make_one(tmp_path):
-    found = missing_inputs(tiny_config(tmp_path / "none", tmp_path / "run"))
+    found = dict(missing_inputs(tiny_config(tmp_path / "none", tmp_path / "run")))
     assert found.keys() == {"data.sources.0.path"}
     assert found["data.sources.0.path"].startswith(
         f"{tmp_path}/none: no such folder of prepared data; `tritrain prepare"
@@ -39,7 +41,7 @@ def test_a_missing_source_says_how_to_make_one(tmp_path):
 
 def test_a_source_must_fit_the_model_and_the_other_sources(shards, tmp_path):
     def found(**sections):
-        return missing_inputs(tiny_config(shards, tmp_path / "run", **sections))
+        return dict(missing_inputs(tiny_config(shards, tmp_path / "run", **sections)))
 
     assert "was prepared with sequence_length 32" in found(data={"sequence_length": 16})["data.sources.0.path"]
     assert "set model.vocab_size to 320 or more" in found(model={"vocab_size": 64})["data.sources.0.path"]
@@ -55,13 +57,40 @@ def test_a_source_must_fit_the_model_and_the_other_sources(shards, tmp_path):
     assert cut == {"data.sources.0.path": f"{copy}/tokenizer.model: missing; copy the folder again"}
 
 
+def test_everything_that_is_wrong_with_a_source_is_reported(shards, tmp_path):
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    (copy / "tokenizer.model").unlink()
+    sections = {"data": {"sequence_length": 16}, "model": {"vocab_size": 64}}
+    config = tiny_config(copy, tmp_path / "run", **sections)
+    keys, problems = zip(*missing_inputs(config), strict=True)
+    assert keys == ("data.sources.0.path",) * 3
+    assert "prepared with sequence_length 32" in problems[0]
+    assert "its tokenizer has 320 tokens" in problems[1]
+    assert "tokenizer.model: missing" in problems[2]
+    with pytest.raises(DataError) as caught:
+        check_inputs(config)
+    assert str(caught.value).splitlines() == [f"data.sources.0.path: {problem}" for problem in problems]
+    with pytest.raises(DataError, match=r"(?s)sequence_length 32.*\n.*320 tokens"):
+        open_sources((Source(path=str(shards)),), None, 16, 64)
+
+
+def test_a_folder_of_tokens_may_be_made_beforehand_and_empty(tmp_path):
+    (tmp_path / "out").mkdir()
+    config = tiny_config(tmp_path / "out", tmp_path / "run", data=text_of(["gone.txt"]))
+    assert [key for key, _ in missing_inputs(config)] == ["data.prepare.inputs.0"]
+    assert [*needed_paths(config)] == [("data.prepare.inputs.0", "gone.txt")]
+    assert missing_inputs(tiny_config(tmp_path / "out", tmp_path / "run", data=text_of())) == []
+    (tmp_path / "out" / "notes.txt").write_text("of another purpose")
+    assert [key for key, _ in missing_inputs(config)] == ["data.sources.0.path"]
+
+
 def test_text_that_is_to_be_prepared_is_looked_for(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "picture.png").write_bytes(b"")
     texts = [str(tmp_path / name) for name in ("none.txt", "empty", "picture.png")]
     keys = text_of([*texts, "hf:only-a-name", "hf:name:config:split[:9]"], validation_inputs=[texts[0]])
     found = missing_inputs(tiny_config(tmp_path / "out", tmp_path / "run", data=keys))
-    assert {key: text.partition("; ")[0] for key, text in found.items()} == {
+    assert {key: text.partition("; ")[0] for key, text in found} == {
         "data.prepare.inputs.0": f"{texts[0]}: no such file or folder",
         "data.prepare.inputs.1": f"{texts[1]}: this folder has no file of a known kind",
         "data.prepare.inputs.2": f"{texts[2]}: this kind of file is not known",
@@ -71,7 +100,7 @@ def test_text_that_is_to_be_prepared_is_looked_for(tmp_path):
 
 
 def test_text_is_not_needed_where_it_was_prepared(shards, tmp_path):
-    assert missing_inputs(tiny_config(shards, tmp_path / "run", data=text_of(["gone.txt"]))) == {}
+    assert missing_inputs(tiny_config(shards, tmp_path / "run", data=text_of(["gone.txt"]))) == []
 
 
 @pytest.mark.parametrize(
@@ -85,7 +114,7 @@ def test_text_is_not_needed_where_it_was_prepared(shards, tmp_path):
 def test_a_tokenizer_is_checked_before_hours_of_tokenizing(shards, tmp_path, tokenizer, said):
     vocab_size = 319 if "SHARDS" in tokenizer else 320
     keys = text_of(tokenizer=tokenizer.replace("SHARDS", str(shards)))
-    found = missing_inputs(tiny_config(tmp_path / "out", tmp_path, data=keys, model={"vocab_size": vocab_size}))
+    found = dict(missing_inputs(tiny_config(tmp_path / "out", tmp_path, data=keys, model={"vocab_size": vocab_size})))
     assert found.keys() == {"data.prepare.tokenizer"}
     assert said in found["data.prepare.tokenizer"]
 
@@ -96,9 +125,9 @@ def phases(*teachers):
 
 
 def reach(run, step):
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder = folder_of(run / "checkpoints", step)
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+    (folder / MANIFEST).write_text("{}")
 
 
 def test_checkpoints_are_needed_until_the_run_is_past_them(shards, tmp_path):
@@ -111,14 +140,62 @@ def test_checkpoints_are_needed_until_the_run_is_past_them(shards, tmp_path):
         checkpoint={"start_from": str(file)},
         phases=phases(str(tmp_path / "teacher"), "s3://bucket/teacher", str(tmp_path)),
     )
-    found = missing_inputs(config)
+    found = dict(missing_inputs(config))
     assert found["checkpoint.start_from"].startswith(f"{file}: is a file, and a checkpoint is a folder; name a ")
     assert found["phases.1.distillation.teacher"].startswith(f"{tmp_path}/teacher: no such folder; name a checkpoint")
     assert len(found) == 2
+    for name in ("step-9", "step-00000009.tmp"):  # as a person may name a copy, and as one begins
+        (run / "checkpoints" / name).mkdir(parents=True)
+        (run / "checkpoints" / name / MANIFEST).write_text("{}")
+    assert not complete_checkpoints(run / "checkpoints")
+    assert dict(missing_inputs(config)) == found
     reach(run, 4)
-    assert missing_inputs(config).keys() == {"phases.1.distillation.teacher"}
+    assert dict(missing_inputs(config)).keys() == {"phases.1.distillation.teacher"}
     reach(run, 8)
-    assert missing_inputs(config) == {}
+    assert missing_inputs(config) == []
+
+
+def test_a_checkpoint_that_is_the_teacher_too_is_needed_to_the_end_of_its_phase(shards, tmp_path):
+    def needed(run, start_phase=1):
+        ternary = {"precision": "ternary", "steps": 4}
+        config = tiny_config(
+            shards,
+            tmp_path / run,
+            checkpoint={"start_from": "trunk", "start_phase": start_phase},
+            phases=[{"precision": "16-bit", "steps": 4}, ternary | {"distillation": {}}, ternary],
+        )
+        assert [path for _, path in needed_paths(config)][1:] == [path for path in ("trunk",) if missing_inputs(config)]
+        return [key for key, _ in missing_inputs(config)]
+
+    for step, keys in ((6, ["checkpoint.start_from"]), (8, [])):
+        reach(tmp_path / "distills", step)
+        assert needed("distills") == keys
+    reach(tmp_path / "converted", 4)
+    reach(tmp_path / "converted", 6)
+    assert needed("converted") == []
+    reach(tmp_path / "from-the-beginning", 2)
+    assert needed("from-the-beginning", start_phase=0) == []
+
+
+def test_what_is_needed_is_each_path_after_its_key(shards, tmp_path):
+    keys = {"tasks": ["piqa"], "tasks_interval_steps": 4, "task_data": "mirror"}
+    config = tiny_config(
+        tmp_path / "out",
+        tmp_path / "run",
+        data=text_of(["a.txt", "hf:x:train", "python-stdlib"], "some.model", validation_inputs=["b.txt"]),
+        checkpoint={"start_from": "trunk"},
+        phases=phases("teacher", "s3://bucket/teacher"),
+        evaluation=keys,
+    )
+    text = [("data.prepare.inputs.0", "a.txt"), ("data.prepare.validation_inputs.0", "b.txt")]
+    checkpoints = [("checkpoint.start_from", "trunk"), ("phases.1.distillation.teacher", "teacher")]
+    tasks = [("evaluation.task_data", "mirror")]
+    assert [*needed_paths(config)] == [*text, ("data.prepare.tokenizer", "some.model"), *checkpoints, *tasks]
+    reach(tmp_path / "run", 8)
+    shutil.copytree(shards, tmp_path / "out")
+    assert [*needed_paths(config)] == [("data.sources.0.path", str(tmp_path / "out")), *tasks]
+    (tmp_path / "run" / "state.json").write_text('{"status": "complete"}')
+    assert [*needed_paths(config)] == []
 
 
 def test_tasks_need_their_examples(shards, tmp_path):
@@ -127,18 +204,21 @@ def test_tasks_need_their_examples(shards, tmp_path):
         return missing_inputs(tiny_config(shards, tmp_path / "run", evaluation=keys))
 
     (tmp_path / "piqa_validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES["piqa"]))
-    assert found()["evaluation.task_data"].startswith(f"{tmp_path}: lacks sciq_validation.jsonl; a mirror has one file")
+    assert dict(found())["evaluation.task_data"].startswith(
+        f"{tmp_path}: lacks sciq_validation.jsonl; a mirror has one file"
+    )
     (tmp_path / "sciq_validation.jsonl").write_text("{}")
-    assert found() == {}
+    assert found() == []
 
 
 def test_a_complete_run_needs_nothing(tmp_path):
     config = tiny_config(tmp_path / "none", tmp_path / "run")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "state.json").write_text('{"status": "interrupted"}')
-    assert missing_inputs(config)
+    for state in ('{"status": "interrupted"}', "", '{"status": "compl', "[]"):
+        (tmp_path / "run" / "state.json").write_text(state)
+        assert missing_inputs(config)
     (tmp_path / "run" / "state.json").write_text('{"status": "complete"}')
-    assert missing_inputs(config) == {}
+    assert missing_inputs(config) == []
 
 
 def test_train_refuses_at_once(tmp_path):

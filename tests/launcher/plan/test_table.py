@@ -24,14 +24,22 @@ def test_the_table_comes_before_the_keys(config):
 
 
 def test_json_has_time_disk_exports_and_missing_files(config):
-    numbers = json.loads(tritrain("plan", config, "data.sequence_length=16", "--json", "--ranks", "2"))["plan"]
+    numbers = json.loads(
+        tritrain("plan", config, "data.sequence_length=16", "model.vocab_size=64", "--json", "--ranks", "2")
+    )["plan"]
     assert numbers["time"] == {"hours": None, "gpu": None, "utilization": 0.4}
     assert numbers["disk"]["needed_bytes"] == numbers["disk"]["checkpoints_bytes"] + numbers["disk"]["exports_bytes"]
     assert [each["name"] for each in numbers["exports"]] == [
         "hf --weights latent", "hf --weights dequantized", "hf-ternary",
         "gguf --type tq2_0", "gguf --type tq1_0", "gguf --type q8_0", "gguf --type f16",
     ]  # fmt: skip
-    assert numbers["missing"].keys() == {"data.sources.0.path"}
+    assert [each["key"] for each in numbers["missing"]] == ["data.sources.0.path"] * 2
+    assert ["sequence_length 32" in each["problem"] for each in numbers["missing"]] == [True, False]
+
+
+def test_the_table_has_each_problem_of_a_source(config):
+    shown = tritrain("plan", config, "data.sequence_length=16", "model.vocab_size=64")
+    assert shown.count("missing: data.sources.0.path") == 2
 
 
 def test_time_is_flops_over_the_speed_that_is_reached(config):

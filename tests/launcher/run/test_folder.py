@@ -27,6 +27,15 @@ def test_a_rank_of_an_earlier_job_leaves_the_state_alone(tmp_path: Path, monkeyp
     assert new.read_state() == {"status": "failed", "message": "now it has failed"}
 
 
+@pytest.mark.parametrize("content", ["", '{"status": "compl'])
+def test_a_state_that_a_power_cut_has_damaged_counts_as_none(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tiny_config(Path("shards"), tmp_path / "run"))
+    assert folder.read_state() == {}
+    folder.path.mkdir()
+    (folder.path / "state.json").write_text(content)
+    assert folder.read_state() == {}
+
+
 def test_the_tokenizer_is_kept_under_the_name_of_its_kind(tmp_path: Path) -> None:
     folder = RunFolder(tiny_config(Path("shards"), tmp_path / "run"))
     folder.path.mkdir()

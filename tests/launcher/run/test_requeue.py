@@ -99,6 +99,13 @@ def test_going_back_to_a_switch_is_no_start_that_gets_nowhere(tmp_path: Path) ->
     assert [line["idle_starts"] for line in requeue.read_lines(run / "requeues.jsonl")] == [1, 0, 0, 0, 0, 0]
 
 
+def test_a_job_whose_state_was_damaged_is_queued_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, 0, "17")
+    (run / "state.json").write_text("")
+    assert ask(run)[0] == requeue.AGAIN
+
+
 def hold(run: Path) -> subprocess.Popen[str]:
     """Another job in a run's folder."""
     code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(1); input()"
