@@ -105,7 +105,7 @@ def test_bitnet_is_torchaos_layer(tmp_path):
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("torchao 0.18.0 cannot be installed: no package index")
     code = (
-        "import json, torch, test_quant_recipes as t\n"
+        "import json, torch, tests.quant.test_recipes as t\n"
         "print(json.dumps([t.differences_from_torchao(d) for d in (torch.float32, torch.bfloat16)]))"
     )
     paths = [str(tmp_path), str(SUPPORT), str(ROOT)]
