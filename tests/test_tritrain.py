@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -220,20 +221,28 @@ def test_a_second_interrupt_kills_ranks_that_hang(config: Path) -> None:
     try:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: all(status_of(pid)["State"].startswith("T") for pid in pids))
         os.kill(process.pid, signal.SIGINT)
-        while not all(map(has_pending_signal, pids)):  # passed on, to ranks that cannot take it
-            time.sleep(0.1)
+        # Passed on, to ranks that cannot take it.
+        wait_until(lambda: any(int(status_of(pid)["ShdPnd"], 16) for pid in pids))
         os.kill(process.pid, signal.SIGINT)
         shown, _ = process.communicate(timeout=120)
         assert shown.splitlines()[-1] == "interrupted"
         assert missing_ranks(folder) == [0, 1]
     finally:
-        for pid in pids:
+        for pid in (*pids, process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def has_pending_signal(pid: int) -> bool:
-    """Whether a signal waits for a process."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(fields["ShdPnd"], 16) != 0
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """What the kernel says of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
