@@ -45,18 +45,21 @@ def report_error(error: Exception, rank: int | None = None) -> int:
 
     Args:
         error: what was raised.
-        rank: this process's, to be named; None if all ranks fail alike, and the first one reports it for all.
+        rank: this process's, to be named. Where None is given, the first rank reports what a user can put right for
+            all, since they fail alike; anything else is reported by each rank that it happens to.
 
     Returns:
         The exit code: 2 if a user can put it right, else 1.
     """
+    is_shared = rank is None and isinstance(error, USER_ERRORS)
     is_for_user = isinstance(error, (*USER_ERRORS, OSError))
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error) if is_for_user else "".join(traceback.format_exception(error)).rstrip()
-    if rank is not None:
-        text = f"rank {rank}: {text}"
-    if rank is not None or not is_for_user or os.environ.get("RANK", "0") == "0":
+    this_rank = os.environ.get("RANK") if rank is None else rank
+    if this_rank is not None and not is_shared:
+        text = f"rank {this_rank}: {text}"
+    if not is_shared or this_rank in (None, "0"):
         print(text, file=sys.stderr, flush=True)  # noqa: T201
     return 2 if is_for_user else 1

@@ -66,10 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_place(options.config, options.overrides, config)
         RunFolder(config).check_configuration()
         return run(config)
-    except Exception as error:
-        if isinstance(error, USER_ERRORS):
-            note_refusal(str(error))
+    except USER_ERRORS as error:
+        note_refusal(str(error))
         return report_error(error)
+    except Exception as error:
+        report_error(error)
+        return FAILED
 
 
 def note_refusal(message: str) -> None:

@@ -64,7 +64,8 @@ def train(
         TrainingError: too many steps in a row without a finite gradient.
         CheckpointError, data.errors.DataError: something cannot be read or written, or does not fit the run.
     """
-    with ExitStack() as closing:
+    closing = ExitStack()  # left in order alone: to close may fail or wait, and an error must be reported first
+    try:
         run = begin(plan, ranks, folder, console, pulse or Pulse(), closing)
         at, engine = run.at, run.engine
         while at.step < plan.total_steps:
@@ -80,6 +81,7 @@ def train(
                 run.pulse.now("start", at.step)
                 run.saver.wait()
                 give_up(folder, run.guard, phase, run.rollbacks, ranks)
+                closing.close()
                 return "rolled back"
             if due.evaluating:
                 run.pulse.now("evaluate", at.step)
@@ -90,7 +92,11 @@ def train(
                 save(run, milestone=due.phase_ends, must=due.phase_ends or due.stopping)
             if due.stopping and at.step < plan.total_steps:
                 break
-        return finish(run)
+        outcome = finish(run)
+        closing.close()
+        return outcome
+    finally:
+        console.stop()
 
 
 @dataclass
@@ -165,7 +171,6 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     )
     stragglers = Stragglers(on_processor=ranks.device.type == "cpu" and config.engine.name == "fsdp2")
     console.start(plan.total_steps, at.step)
-    closing.callback(console.stop)
 
     telemetry = telemetry_of(plan, phase, engine)
     if at.step == 0 and phase is not None:
@@ -344,7 +349,6 @@ def finish(run: Run) -> Outcome:
     """Wait until everything is written, and write the summary of a complete run."""
     run.pulse.now("end", run.at.step)
     run.saver.wait()
-    run.console.stop()
     if run.at.step < run.plan.total_steps:
         return "interrupted"
     sample = run.held_out.sample(run.engine) if run.plan.config.evaluation.sample_prompt else None

@@ -211,8 +211,8 @@ class Output(NamedTuple):
     token_nll: Tensor | None = None
     """Cross-entropy of every label, in the shape of the labels, 0 at -100; without z-loss and without gradient."""
     parts: Tensor | None = None
-    """With a teacher, `[3]`, without gradient and unweighted: cross-entropy, divergence from the teacher's predictions,
-    and from its attention relations."""
+    """With a teacher, `[3]`, without gradient and unweighted, in this order: cross-entropy, divergence from the
+    teacher's predictions, and from its attention relations."""
 
 
 class Transformer(nn.Module):

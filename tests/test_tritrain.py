@@ -1,13 +1,16 @@
 """`import tritrain`: light to import, whole, and a run from Python as from the command."""
 
 import ast
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,8 @@ from places import ROOT
 from tiny import tiny_tree
 
 import tritrain
-from launcher.run.metrics_log import read_metrics
+from launcher.run.metrics_log import MetricsLog, read_metrics
+from launcher.watch.failure import missing_ranks
 
 SOURCE = ast.parse((ROOT / "tritrain.py").read_text())
 
@@ -108,14 +112,27 @@ def test_a_run_is_trained_and_opened(config: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == ""  # nothing was trained
 
 
-def test_a_history_takes_each_step_from_the_last_start(tmp_path: Path) -> None:
-    head = {"tokens": 0, "phase": 0, "precision": "16-bit"}
-    rows = [{"step": step, "train/loss": loss} for step, loss in ((1, 4.0), (2, 3.0), (3, 2.0), (2, 3.5), (3, 2.5))]
+def test_a_history_keeps_both_rows_of_a_switch_when_the_run_is_resumed_there(tmp_path: Path) -> None:
+    def row(step: int, phase: int, **values: float | str) -> dict[str, Any]:
+        return {"step": step, "tokens": 0, "phase": phase, "precision": ("16-bit", "ternary")[phase], **values}
+
+    def write(*rows: dict[str, Any]) -> None:
+        log = MetricsLog(tmp_path, step=4 if (tmp_path / "metrics.jsonl").exists() else 0, phase=0, tensorboard=False)
+        for each in rows:
+            log.write(each)
+        log.close()
+
+    before = [row(4, 0, **{"train/loss": 4.0}), row(4, 0, **{"validation/when": "end of phase"})]
+    start = row(4, 1, **{"validation/when": "start of phase"})
     (tmp_path / "state.json").write_text("{}")
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(head | row) + "\n" for row in rows))
+    write(*before, start, row(5, 1, **{"train/loss": 3.0}), row(6, 1, **{"train/loss": 2.0}))
+    write(start, row(5, 1, **{"train/loss": 3.5}))
     history = tritrain.open_run(tmp_path).history()
-    assert history["train/loss"].tolist() == [4.0, 3.5, 2.5]
-    assert repr(history) == "<3 rows of tokens, phase, precision, step, train/loss>"
+    assert history.curve("train/loss")[1].tolist() == [4.0, 3.5]
+    assert history["step"].tolist() == [4, 4, 4, 5]
+    assert history["phase"].tolist() == [0, 0, 1, 1]
+    assert history["validation/when"].tolist()[1:3] == ["end of phase", "start of phase"]
+    assert repr(history) == "<4 rows of step, tokens, phase, precision, train/loss, validation/when>"
 
 
 def test_a_run_without_metrics_has_an_empty_history(tmp_path: Path) -> None:
@@ -149,6 +166,9 @@ def test_a_failure_is_an_exception_with_the_message_that_the_run_left(config: Pa
         tritrain.train(config, "checkpoint.folder=/proc/absent", ranks=1)
     assert "Traceback" not in str(caught.value)
     assert json.loads((config.parent / "run" / "state.json").read_text())["message"] == str(caught.value)
+    with pytest.raises(tritrain.TrainingError) as again:
+        tritrain.train(config, "checkpoint.folder=/proc/absent", ranks=1)
+    assert str(again.value) == str(caught.value)
 
 
 SCRIPT = """
@@ -185,3 +205,44 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(config: Path) -> None:
         tritrain.train(config, "phases.0.steps=400", ranks=2)
     assert str(tritrain.open_run(config.parent / "run").checkpoints[-1]) in str(caught.value)
     assert (config.parent / "run" / "state.json").stat().st_mtime > began
+
+
+def test_a_second_interrupt_kills_ranks_that_hang(config: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", SCRIPT, str(config), "phases.0.steps=400"],
+        cwd=config.parent, text=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 3/404" in line:
+            break
+    folder = config.parent / "run" / "ranks"
+    pids = [int((folder / f"rank-{rank:05d}").read_text().split()[1]) for rank in range(2)]
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: all(status_of(pid)["State"].startswith("T") for pid in pids))
+        os.kill(process.pid, signal.SIGINT)
+        # Passed on, to ranks that cannot take it.
+        wait_until(lambda: any(int(status_of(pid)["ShdPnd"], 16) for pid in pids))
+        os.kill(process.pid, signal.SIGINT)
+        shown, _ = process.communicate(timeout=120)
+        assert shown.splitlines()[-1] == "interrupted"
+        assert missing_ranks(folder) == [0, 1]
+    finally:
+        for pid in (*pids, process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """What the kernel says of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}

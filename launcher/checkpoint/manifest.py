@@ -229,7 +229,7 @@ def check_guard_state(state: Any) -> None:
         isinstance(state, dict)
         and isinstance(state.get("windows"), dict)
         and all(map(_is_window, state["windows"].values()))
-        and _is_count(state.get("skipped"))
+        and is_count(state.get("skipped"))
         and "loss_before" in state
         and (state["loss_before"] is None or _is_number(state["loss_before"]))
     )
@@ -242,13 +242,9 @@ def _is_window(window: Any) -> bool:
         isinstance(window, dict)
         and isinstance(window.get("values"), list)
         and all(map(_is_number, window["values"]))
-        and _is_count(window.get("count"))
+        and is_count(window.get("count"))
     )
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63

@@ -1,5 +1,6 @@
 """Training on this machine: the checks before it, and, from Python, ranks in processes of their own."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,9 @@ from launcher.run.folder import RunFolder, check_place
 
 LINES_OF_A_FAILURE = 20
 """Lines of output that make the message of a run that failed and left none."""
+
+SECONDS_TO_DIE = 10.0
+"""How long to wait for killed processes; one that waits for a network's disk may take for ever."""
 
 
 def check_start(config: Path, overrides: Sequence[str], num_ranks: int) -> tuple[RunFolder, Plan]:
@@ -53,9 +57,9 @@ def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int
     from launcher.watch.failure import COMPLETE, INTERRUPTED, MISCONFIGURED  # which need torch
 
     folder, _ = check_start(config, overrides, num_ranks)
-    before = folder.read_state()
-    if before.get("status") == "complete":
+    if folder.read_state().get("status") == "complete":
         return folder.path
+    before_ns = _state_written_ns(folder)
     with tempfile.TemporaryDirectory() as temporary:
         refused = Path(temporary, "refused")
         process = subprocess.Popen(
@@ -78,8 +82,14 @@ def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int
             f"{folder.path}: the run was stopped ({state['reason']}) and has saved {state['checkpoint']}; "
             "train it again to resume it"
         )
-    has_told = state.get("status") == "failed" and state != before
+    has_told = state.get("status") == "failed" and _state_written_ns(folder) != before_ns
     raise TrainingError(state["message"] if has_told else last_lines)
+
+
+def _state_written_ns(folder: RunFolder) -> int:
+    """When the run's status was last written; 0 if never. A run that fails twice alike writes the same one again."""
+    path = folder.path / "state.json"
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def _follow(process: "subprocess.Popen[str]") -> str:
@@ -101,9 +111,22 @@ def _follow(process: "subprocess.Popen[str]") -> str:
                 process.send_signal(signal.SIGINT)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill(process)
         process.stdout.close()
     if interrupted:
         raise KeyboardInterrupt
     return "".join(lines).strip()
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """Kill a process and all its descendants, and wait until they are gone, with their memory and their lock."""
+    import psutil
+
+    # Torch's agent starts each rank in a session of its own, which `killpg` does not reach.
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    for descendant in descendants:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            descendant.kill()
+    psutil.wait_procs(descendants, timeout=SECONDS_TO_DIE)
+    process.wait()

@@ -65,22 +65,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment has it too")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override one key of the configuration")
     options = parser.parse_intermixed_args(arguments)
-    joined = False
+    joined, rank = False, None  # the rank is named from where it may fail alone
     try:
         config = load_config(options.config, options.overrides) if options.config else None
         with process_group(TIMEOUT_SECONDS) as ranks:
             joined = True
             plan = make_plan(config, ranks.world_size) if config else None
+            rank = ranks.rank if ranks.world_size > 1 else None
             verdicts = examine(ranks, plan)
             if ranks.is_first:
                 show(verdicts, ranks.world_size, as_json=options.as_json)
             return int(any(verdict.level == "failure" for verdict in verdicts))
     except USER_ERRORS as error:
-        return report_error(error)
+        code = report_error(error, rank)
+        if rank is not None:
+            os._exit(code)  # the process group cannot be left in order: the others may be anywhere
+        return code
     except Exception as error:
         text = traceback.format_exc() if joined else not_joined(error)
         print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {text}", file=sys.stderr, flush=True)  # noqa: T201
-        os._exit(1)  # the process group cannot be left in order: the others may be anywhere
+        os._exit(1)  # as above
 
 
 def not_joined(error: Exception) -> str:

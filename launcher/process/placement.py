@@ -60,12 +60,14 @@ def completed(places: Sequence[Place]) -> list[Place]:
 
 
 def check_places(places: Sequence[Place]) -> None:
-    """Check that each host has as many ranks as any other, one after the other.
+    """Check that each host has as many ranks as any other, one after the other; a process alone may use any GPU.
 
     Raises:
         PlacementError: says which rank is where.
     """
     per_host = places[0].local_world_size or 1
+    if len(places) == per_host == 1:
+        return
     in_order = all(place == Place(place.host, rank % per_host, per_host) for rank, place in enumerate(places))
     if in_order and len(places) % per_host == 0:
         return

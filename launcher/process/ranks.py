@@ -82,7 +82,8 @@ def _complete_environment() -> bool:
     # The second is what this leaves for the processes that this one starts.
     is_alone = "RANK" not in env or (env["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in env)
     if is_alone:
-        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        env.setdefault("LOCAL_RANK", "0")  # one that is given says which GPU
     if "LOCAL_SIZE" in env:  # what the `deepspeed` launcher calls it
         env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
     return is_alone

@@ -96,12 +96,7 @@ class Run:
         Raises:
             LogError: `metrics.jsonl` is damaged.
         """
-        rows: list[dict[str, Any]] = []
-        for row in read_metrics(self.path / "metrics.jsonl"):
-            if rows and row["step"] < rows[-1]["step"]:  # a resumed run repeats the steps since its checkpoint
-                rows = [kept for kept in rows if kept["step"] < row["step"]]
-            rows.append(row)
-        return MetricsTable(rows)
+        return MetricsTable(read_metrics(self.path / "metrics.jsonl"))
 
 
 def open_run(path: str | Path) -> Run:

@@ -37,7 +37,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 LOSS_PARTS = ("train/cross_entropy", "train/distillation_loss", "train/relation_loss")
-"""The parts of a loss with a teacher, unweighted, in the order in which the model returns them."""
+"""The keys of `model.transformer.Output.parts`, in its order."""
 
 
 class Meter:

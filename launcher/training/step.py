@@ -25,7 +25,7 @@ class BatchResult:
     loss: Tensor
     """Mean of the micro-batches' losses; 0-dim, on the device."""
     parts: Tensor | None
-    """With a teacher, the means of the three parts of the loss, unweighted."""
+    """With a teacher, the means of the micro-batches' `model.transformer.Output.parts`."""
     waited_seconds: float
     """Time spent waiting for data."""
 

@@ -87,7 +87,7 @@ def test_every_entry_answers_in_a_sentence(
 
 
 def test_a_refusal_is_left_for_the_job_but_a_disk_that_fails_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A refused configuration is not queued again; what a disk or network does may be over at the next start."""
     import launcher.pretrain
@@ -99,8 +99,10 @@ def test_a_refusal_is_left_for_the_job_but_a_disk_that_fails_is_none(
 
     with monkeypatch.context() as patched:
         patched.setattr(launcher.pretrain, "load_config", fails)
-        assert launcher.pretrain.main(["--config", "config.yaml"]) == 2
+        patched.setenv("RANK", "5")
+        assert launcher.pretrain.main(["--config", "config.yaml"]) == 1
     assert not (tmp_path / "refused").exists()
+    assert capsys.readouterr().err == "rank 5: config.yaml: Input/output error\n"
     assert launcher.pretrain.main(["--config", str(tmp_path / "absent.yaml")]) == 2
     assert "absent.yaml: cannot be read" in (tmp_path / "refused").read_text()
 
@@ -113,22 +115,27 @@ def raised(error: Exception) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "shown"),
+    ("error", "shown", "of_rank_1"),
     [
-        (ConfigError("run.name: is missing"), "run.name: is missing\n"),
-        (DataError("shards: damaged"), "shards: damaged\n"),
-        (FileNotFoundError(2, "No such file or directory", "x.txt"), "x.txt: No such file or directory\n"),
-        (OSError("the store says no"), "the store says no\n"),
+        (ConfigError("run.name: is missing"), "run.name: is missing\n", ""),
+        (DataError("shards: damaged"), "shards: damaged\n", ""),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.txt"),
+            "x.txt: No such file or directory\n",
+            "rank 1: x.txt: No such file or directory\n",
+        ),
+        (OSError("the store says no"), "the store says no\n", "rank 1: the store says no\n"),
     ],
 )
-def test_what_a_user_can_put_right_is_one_sentence_of_the_first_rank(
-    error: Exception, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_all_ranks_share_is_one_sentence_of_the_first_and_a_disk_fails_on_one(
+    error: Exception, shown: str, of_rank_1: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("RANK", raising=False)
     assert report_error(raised(error)) == 2
     assert capsys.readouterr().err == shown
     monkeypatch.setenv("RANK", "1")
     assert report_error(raised(error)) == 2
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == of_rank_1
     assert report_error(raised(error), rank=1) == 2
     assert capsys.readouterr().err == f"rank 1: {shown}"
 
@@ -139,5 +146,5 @@ def test_a_defect_has_its_traceback_on_every_rank(
     monkeypatch.setenv("RANK", "1")
     assert report_error(raised(KeyError("world_size"))) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("Traceback (most recent call last)")
+    assert shown.startswith("rank 1: Traceback (most recent call last)")
     assert shown.endswith("KeyError: 'world_size'\n")

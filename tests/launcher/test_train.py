@@ -1,5 +1,6 @@
 """The loop and its parts: memory options change no result, the host does not wait, transitions are exact."""
 
+import errno
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from ranks import run_group
 from runs import ENGINES, run
 from tiny import tiny_config
 
+import launcher.train
+from data.loader import TrainingData
 from launcher.config.optimizer import OptimizerConfig
 from launcher.config.transition import OptimizerChoice
-from launcher.run.metrics_log import read_metrics
+from launcher.errors import TrainingError
+from launcher.process.console import Console
+from launcher.run.metrics_log import MetricsLog, read_metrics
 from launcher.training.meter import Meter, peak_flops_per_second
 from launcher.training.switch import carry_optimizer_
 
@@ -86,6 +91,44 @@ def test_the_host_waits_for_the_device_only_when_a_step_is_logged(shards: Path, 
     [reads] = run_group(1, reads_between_steps, str(shards), str(tmp_path / "run"))
     assert len(reads) == 7
     assert [count > 0 for count in reads] == [False, False, False, True, False, False, False]
+
+
+def closed_after(shards: str, out: str, *, fails: bool) -> list[str]:
+    """What a run closes, in order; one that fails, on a full disk and with a thread that hangs."""
+    closed: list[str] = []
+
+    def close_data(self: TrainingData) -> None:
+        closed.append("data")
+
+    def close_log(self: MetricsLog) -> None:
+        closed.append("log")
+        if fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def skip_too_often(*args: Any) -> None:
+        raise TrainingError("8 steps in a row had a loss that is not finite")
+
+    config = tiny_config(Path(shards), Path(out), checkpoint={"asynchronous": False})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainingData, "close", close_data)
+        patched.setattr(MetricsLog, "close", close_log)
+        patched.setattr(Console, "stop", lambda console: closed.append("console"))
+        if fails:
+            patched.setattr(launcher.train, "log_steps", skip_too_often)
+            with pytest.raises(TrainingError, match="not finite"):
+                run(config)
+        else:
+            assert run(config) == "complete"
+    return closed
+
+
+def closed_in_both_cases(shards: str, out: str) -> dict[str, list[str]]:
+    return {str(fails): closed_after(shards, f"{out}/{fails}", fails=fails) for fails in (False, True)}
+
+
+def test_what_may_fail_or_wait_is_closed_at_an_orderly_end_alone(shards: Path, tmp_path: Path) -> None:
+    [closed] = run_group(1, closed_in_both_cases, str(shards), str(tmp_path))
+    assert closed == {"False": ["data", "log", "console"], "True": ["console"]}
 
 
 def carried(choice: OptimizerChoice) -> dict[str, Any]:

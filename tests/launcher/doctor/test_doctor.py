@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,9 @@ from launcher.doctor.facts import (
     requirements,
     slow_settings,
 )
-from launcher.errors import PlacementError
+from launcher.errors import CheckpointError, PlacementError
 from launcher.plan.disk import existing_part
-from launcher.plan.plan import make_plan
+from launcher.plan.plan import Plan, make_plan
 from launcher.plan.table import describe
 from launcher.process.ranks import ALONE, Ranks
 
@@ -293,6 +295,26 @@ def test_ranks_that_are_placed_wrong_have_met(
     monkeypatch.setattr(doctor, "process_group", refuse)
     assert doctor.main([]) == 2
     assert capsys.readouterr().err == "Every host must have as many ranks as any other\n"
+
+
+def test_an_error_of_one_rank_is_reported_by_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def as_rank_1(timeout_seconds: int) -> Iterator[Ranks]:
+        yield Ranks(1, 2, 1, torch.device("cpu"))
+
+    def fail(ranks: Ranks, plan: Plan | None) -> None:
+        raise CheckpointError("runs/a/checkpoints: cannot be read")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(doctor, "process_group", as_rank_1)
+    monkeypatch.setattr(doctor, "examine", fail)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        doctor.main([])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "rank 1: runs/a/checkpoints: cannot be read\n"
 
 
 def test_settings_that_slow_down() -> None:

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from slurm_stand_ins import SHOWN
 
 from launcher.errors import ConfigError
-from launcher.process.ranks import ALONE, _complete_environment, first_host
+from launcher.process.ranks import ALONE, _complete_environment, first_host, process_group
 from launcher.watch.stopping import StopRequest, end_of_job, time_to_stop
 
 
@@ -57,6 +57,12 @@ def test_a_batch_script_is_one_process(environment: dict[str, str]) -> None:
     environment |= {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
     _complete_environment()
     assert environment["WORLD_SIZE"] == "1"
+
+
+def test_a_process_alone_keeps_the_gpu_that_it_was_given(environment: dict[str, str]) -> None:
+    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}
+    with process_group(60) as ranks:
+        assert (ranks.world_size, ranks.local_rank) == (1, 3)
 
 
 def test_end_of_a_job(environment: dict[str, str], programs: Path) -> None:
