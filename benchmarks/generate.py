@@ -81,7 +81,7 @@ def peak_bytes(folder: Path, device: str, kind: str, dtype: str) -> int:
 
 
 def decoder(model: Transformer, prompt_BT: torch.Tensor, num_tokens: int) -> Callable[[], object]:
-    """Writes tokens behind a prompt that is in the cache already."""
+    """Writes tokens after a prompt that is in the cache already."""
     cache = model.new_cache(1, prompt_BT.shape[1] + num_tokens)
     model.next_logits(prompt_BT, cache)
 
@@ -144,7 +144,7 @@ def main() -> None:
         sizes = human_bytes(memory_bytes(model)), human_bytes(peaks[name])
         rows.append(f"| {name} | {sizes[0]} | {sizes[1]} | {speeds[0]:.3g} | {speeds[1]:.3g} |")
     about = (
-        f"{num_parameters(config):,} parameters, prompt of {options.prompt} tokens, {options.tokens} tokens behind it, "
+        f"{num_parameters(config):,} parameters, prompt of {options.prompt} tokens, {options.tokens} tokens after it, "
     )
     about += f"{options.threads} threads; medians of {options.repeats}, taken in turns."
     report(f"generate-{options.size}-{options.device}", "\n".join([about, "", *rows]), numbers)

@@ -53,7 +53,7 @@ def kernels_of(step: Callable[[], None], steps: int = 3) -> dict[str, tuple[floa
 
 
 def rate(run: Callable[[], object], amount: float) -> float:
-    """Amount a second of the median of 20 runs, behind 3 that warm up."""
+    """Amount a second of the median of 20 runs, after 3 that warm up."""
     device = torch.device("cuda")
     for _ in range(3):
         run()
