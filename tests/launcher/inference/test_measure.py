@@ -277,7 +277,7 @@ def test_without_the_harness_there_is_advice(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ConfigError, match=r"pip install 'tritrain\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[eval\]'"):
         check_tasks(["piqa"], None)
 
 
