@@ -22,6 +22,7 @@ from launcher.formats.choices import (
     ExportWeights,
     LinearClass,
 )
+from launcher.plan.gpus import UTILIZATION
 from launcher.process.console import Console
 from launcher.process.torchrun import JobLauncher, Launcher, become_ranks, become_run, default_ranks
 
@@ -137,7 +138,9 @@ def plan(
     ranks: RanksOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     gpu: Annotated[str | None, typer.Option(help="GPU to estimate hours for, such as H100; default: this one.")] = None,
-    utilization: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of its peak that is reached.")] = 0.4,
+    utilization: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of its peak that is reached.")
+    ] = UTILIZATION,
 ) -> None:
     """Show what a run would do and need: sizes, memory, time, disk, exports, missing files. Trains nothing."""
     from launcher.config.file import load_config

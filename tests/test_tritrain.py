@@ -181,8 +181,8 @@ except KeyboardInterrupt:
 """
 
 
-def test_an_interrupt_saves_and_the_same_call_goes_on(config: Path) -> None:
-    """As in a notebook, whose kernel alone gets the signal."""
+def training_at_step_3(config: Path) -> "subprocess.Popen[str]":
+    """A process that trains from Python, and has logged its third step of 404."""
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", SCRIPT, str(config), "phases.0.steps=400"],
         cwd=config.parent, text=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -191,6 +191,12 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(config: Path) -> None:
     for line in process.stdout:
         if "step 3/404" in line:
             break
+    return process
+
+
+def test_an_interrupt_saves_and_the_same_call_goes_on(config: Path) -> None:
+    """As in a notebook, whose kernel alone gets the signal."""
+    process = training_at_step_3(config)
     os.kill(process.pid, signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
     assert "Stopped and saved" in shown
@@ -208,14 +214,7 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(config: Path) -> None:
 
 
 def test_a_second_interrupt_kills_ranks_that_hang(config: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", SCRIPT, str(config), "phases.0.steps=400"],
-        cwd=config.parent, text=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "step 3/404" in line:
-            break
+    process = training_at_step_3(config)
     folder = config.parent / "run" / "ranks"
     pids = [int((folder / f"rank-{rank:05d}").read_text().split()[1]) for rank in range(2)]
     try:
