@@ -41,6 +41,8 @@ class ModelConfig:
     """Whether the projections to queries, keys and values add a bias (Qwen2)."""
     sub_norm: bool = False
     """SubLN: a norm before the attention-output and the down projections, as in BitNet."""
+    sub_norm_init: float = 1.0
+    """Initial weights of SubLN's norms."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     tie_embeddings: bool = True

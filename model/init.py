@@ -32,6 +32,8 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
     if name.endswith(".bias"):
         return torch.zeros(expected)
     module = name.split(".")[-2]
+    if module in ("attn_sub_norm", "ffn_sub_norm"):
+        return torch.full(expected, config.sub_norm_init)
     if module not in (*PROJECTIONS, "embed_tokens", "lm_head"):
         return torch.ones(expected)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
