@@ -142,7 +142,9 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
         raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")
     manifest = open_prepared(out)
     there, wanted = manifest["options"], _options(config, sequence_length)
-    differing = [f"{key} (there {there[key]!r}, wanted {wanted[key]!r})" for key in wanted if there[key] != wanted[key]]
+    differing = [
+        f"{key} (there {there.get(key)!r}, wanted {wanted[key]!r})" for key in wanted if there.get(key) != wanted[key]
+    ]
     if differing:
         raise DataError(f"{out}: was prepared with a different {'; '.join(differing)}; choose another, or remove it")
     return manifest

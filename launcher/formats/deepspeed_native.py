@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.names import bare_name
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_parts import Part, Shape, find_parts
@@ -59,7 +60,11 @@ def tag_folder(folder: Path, pointer: str) -> Path:
     if not (folder / pointer).is_file():
         return folder
     tag = (folder / pointer).read_text(errors="replace").strip()
-    if not tag or "/" in tag or not (folder / tag).is_dir():
+    try:
+        bare_name(tag)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / pointer} {error}") from error
+    if not (folder / tag).is_dir():
         raise CheckpointError(f"{folder / pointer} names {tag!r}, but there is no such folder beside it")
     return folder / tag
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.names import bare_name
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.tensor_file import Entry, TensorFile, TensorFileError
@@ -244,9 +245,7 @@ def _weight_files(folder: Path) -> list[Path]:
     with naming(folder / INDEX):
         if not weight_map or not isinstance(weight_map, dict) or any(type(v) is not str for v in weight_map.values()):
             raise ValueError("must have a weight_map from names of tensors to names of files")
-        names = sorted(set(weight_map.values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"points outside of its folder: {', '.join(outside)}")
+        names = sorted({bare_name(name) for name in weight_map.values()})
         if absent := [name for name in names if not (folder / name).is_file()]:
             raise ValueError(f"names files that do not exist: {', '.join(absent)}")
     return [folder / name for name in names]
