@@ -10,6 +10,7 @@ import sys
 import traceback
 
 from data.errors import DataError
+from data.messages import safe_message
 
 
 class UserError(Exception):
@@ -61,5 +62,5 @@ def report_error(error: Exception, rank: int | None = None) -> int:
     if this_rank is not None and not is_shared:
         text = f"rank {this_rank}: {text}"
     if not is_shared or this_rank in (None, "0"):
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        print(safe_message(text), file=sys.stderr, flush=True)  # noqa: T201
     return 2 if is_for_user else 1

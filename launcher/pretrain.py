@@ -24,6 +24,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.errors import DataError
+from data.messages import safe_message
 from launcher.commands.prepare import prepare_with_progress
 from launcher.config.file import load_config
 from launcher.config.sections import Config
@@ -86,7 +87,7 @@ def run(config: Config) -> int:
     with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds) as ranks:
         if refusal := claim(folder, ranks):
             if ranks.is_first:
-                print(refusal, file=sys.stderr)  # noqa: T201
+                print(safe_message(refusal), file=sys.stderr)  # noqa: T201
             return MISCONFIGURED
         pulse = Pulse()
         heartbeat = Heartbeat(ranks, config.watch.beat_seconds, pulse, folder.write_heartbeats)

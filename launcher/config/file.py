@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from data.urls import url_problem
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import ScheduleConfig
 from launcher.config.rules import spanning_problems
@@ -168,6 +169,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
         problems |= found
         if not found:
             parts[name] = part
+    problems |= secret_problems(tree)
     if problems:
         problems |= spanning_problems(parts)
     else:
@@ -176,6 +178,21 @@ def parse_config(tree: dict[str, Any]) -> Config:
         except ValueError as error:
             problems = error.args[0]
     raise ConfigError("\n".join(_lines(problems, tree)))
+
+
+def secret_problems(tree: Any) -> dict[str, str]:
+    """The values that are URLs with credentials, by path: a run copies its configuration, and logs it."""
+    values = dict(_leaves(tree))
+    return {path: problem for path, text in values.items() if "://" in text[:16] and (problem := url_problem(text))}
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each text in nested mappings and lists, after its path."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, str):
+        yield prefix, tree
 
 
 def _lines(problems: dict[str, str], tree: Any) -> list[str]:

@@ -23,6 +23,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
+from data.messages import safe_message
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import check_writable, is_local
 from launcher.config.file import load_config
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except Exception as error:
         text = traceback.format_exc() if joined else not_joined(error)
-        print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        text = safe_message(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {text}")
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
         os._exit(1)  # as above
 
 
@@ -212,9 +214,9 @@ def show(verdicts: Sequence[Verdict], world_size: int, *, as_json: bool) -> None
     for name in ("check", "", "found"):
         table.add_column(name, no_wrap=name != "found", overflow="fold")
     for verdict in verdicts:
-        found = Text(verdict.found, style="dim" if verdict.level == "skipped" else "")
+        found = Text(safe_message(verdict.found), style="dim" if verdict.level == "skipped" else "")
         if verdict.advice:
-            found.append(f"\n{verdict.advice}", style="bold")
+            found.append(f"\n{safe_message(verdict.advice)}", style="bold")
         table.add_row(verdict.check, Text(verdict.level, style=LEVEL_STYLES[verdict.level]), found)
     console.print(table)
     problems, warnings = (

@@ -1,4 +1,4 @@
-"""The console of a run: one live line in a terminal, plain lines in a log."""
+"""The console of a run: one live line in a terminal, plain lines in a log; a terminal obeys nothing in them."""
 
 import sys
 import time
@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from data.messages import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -52,19 +54,20 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """Print a line, above the progress if there is one."""
-        self._rich.print(text, markup=False, soft_wrap=True)  # cut nowhere: a terminal wraps by itself
+        self._rich.print(printable(text), markup=False, soft_wrap=True)  # cut nowhere: a terminal wraps by itself
         if not self._live and not self._silent:
             sys.stdout.flush()
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Print a small table."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self._rich.print(table)
 
     def aligned(self, rows: list[list[str]]) -> None:

@@ -22,6 +22,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from data.messages import printable, safe_message
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import is_local, to_location
 from launcher.config.sections import SILENT_BEATS
@@ -156,6 +157,8 @@ def status_of(run: Path, now: float) -> RunStatus:
             tokens_per_step = row["tokens"] / row["step"]
             remaining_steps = status.total_steps - status.step
             status.remaining_seconds = remaining_steps * tokens_per_step / row["throughput/tokens_per_second"]
+    status.message = None if status.message is None else safe_message(status.message)
+    status.notes = [safe_message(note) for note in notes]
     return status
 
 
@@ -246,9 +249,9 @@ def show(statuses: Sequence[RunStatus]) -> RenderableType:
         table.add_column(name, justify="right", no_wrap=True)
     for status in statuses:
         table.add_row(
-            status.run,
-            Text(status.state, style=STATES.get(status.state, "")),
-            status.phase or "-",
+            Text(printable(status.run)),
+            Text(printable(status.state), style=STATES.get(status.state, "")),
+            Text(printable(str(status.phase or "-"))),
             _of(status.step, status.total_steps),
             _shown(status.tokens_per_second, human_count),
             _shown(status.remaining_seconds, _left),
@@ -262,7 +265,8 @@ def show(statuses: Sequence[RunStatus]) -> RenderableType:
         if len(lines) > MESSAGE_LINES:
             lines = [f"... (all of it is in {status.run}/state.json)", *lines[-MESSAGE_LINES:]]
         if lines := [*lines, *status.notes]:
-            below += [Text(f"\n{status.run}", style="bold"), Padding(Text("\n".join(lines)), (0, 0, 0, 2))]
+            text = Text(printable("\n".join(lines)))
+            below += [Text(f"\n{printable(status.run)}", style="bold"), Padding(text, (0, 0, 0, 2))]
     return Group(table, *below)
 
 
