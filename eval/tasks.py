@@ -145,7 +145,7 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
                     raise TypeError("choices must be strings")
                 if type(row["gold"]) is not int or not 0 <= row["gold"] < len(options):
                     raise TypeError(f"gold is {row['gold']!r}; must be the index of one of {len(options)} choices")
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 what = f"has no {error}" if isinstance(error, KeyError) else str(error)
                 raise DataError(f"{path}:{number}: not an example of a task: {what}") from error
             rows.append(row)

@@ -209,10 +209,12 @@ def _open_files(folder: Path) -> tuple[list[PickledFile], list[PickledFile]]:
         return models, []
     num_ranks = models[0].tree["dp_world_size"]
     for kind, files in by_rank.items():
-        expected = {0} if files.get(0) == WHOLE_MODEL else set(range(num_ranks))
-        if odd := sorted(expected.symmetric_difference(files)):
-            state = "missing" if odd[0] in expected else "there as well"
+        expected = range(1 if files.get(0) == WHOLE_MODEL else num_ranks)  # which may be any number
+        odd = next((rank for rank in expected if rank not in files), None)
+        odd = next((rank for rank in sorted(files) if rank not in expected), None) if odd is None else odd
+        if odd is not None:
+            state = "missing" if odd in expected else "there as well"
             raise CheckpointError(
-                f"{folder} was written by {num_ranks} ranks, and rank {odd[0]}'s file of {kind} states is {state}"
+                f"{folder} was written by {num_ranks} ranks, and rank {odd}'s file of {kind} states is {state}"
             )
     return models, ranks

@@ -85,7 +85,7 @@ def asked_names(pickle: bytes) -> set[str]:
     """
     names: set[str] = set()
     texts: deque[str | None] = deque([None, None], maxlen=2)  # of the last two instructions; None for anything else
-    memo: dict[int, str | None] = {}
+    memo: dict[Any, str | None] = {}
     for code, argument, _ in pickletools.genops(pickle):
         if code.name in ("GLOBAL", "INST"):
             names.add(str(argument).replace(" ", "."))

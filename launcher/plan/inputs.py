@@ -61,7 +61,7 @@ def needed_paths(config: Config) -> Iterator[tuple[str, str]]:
 def _is_complete(config: Config) -> bool:
     try:
         state = json.loads((config.run.path / "state.json").read_bytes())
-    except (OSError, ValueError):  # no start yet, or cut off by a full disk
+    except (OSError, ValueError, RecursionError):  # no start yet, or cut off by a full disk
         return False
     return isinstance(state, dict) and state.get("status") == "complete"
 

@@ -14,7 +14,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -25,8 +24,9 @@ from rich.text import Text
 from data.messages import printable, safe_message
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import is_local, to_location
+from launcher.config.file import parse_yaml
 from launcher.config.sections import SILENT_BEATS
-from launcher.errors import CheckpointError, ConfigError
+from launcher.errors import ConfigError, UserError
 from launcher.process.console import human_count, human_time
 
 HEARTBEAT_SECONDS = 60
@@ -125,7 +125,7 @@ def status_of(run: Path, now: float) -> RunStatus:
     row: dict[str, Any] = {}
     config: dict[str, Any] = {}
     with _noting("config.yaml", notes):
-        config = _mapping(yaml.safe_load((run / "config.yaml").read_text()))
+        config = _mapping(parse_yaml((run / "config.yaml").read_text(), "config.yaml"))
     with _noting("metrics.jsonl", notes):
         row = last_logged_row(run / "metrics.jsonl")
         if row:
@@ -169,7 +169,7 @@ def _noting(name: str, notes: list[str]) -> Iterator[None]:
         yield
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, yaml.YAMLError, CheckpointError) as error:
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, UserError) as error:
         notes.append(f"{name} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
@@ -189,7 +189,7 @@ def last_logged_row(path: Path) -> dict[str, Any]:
         for line in reversed(lines):
             try:
                 row = json.loads(line)
-            except ValueError:  # cut off by the limit, or still being written
+            except (ValueError, RecursionError):  # cut off by the limit, or still being written
                 continue
             if isinstance(row, dict) and "throughput/tokens_per_second" in row:
                 return row

@@ -23,7 +23,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         return list(json.loads(path.read_text())["results"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: holds no results of evaluations; name another file with --out") from error
 
 
