@@ -14,6 +14,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.names import bare_name
+from data.pointers import pointer_problem
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -68,6 +69,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder}: has no {MANIFEST}, so it is not a folder of prepared data; {how}")
+    _expect_file(path, "the record of what went in and what came out")
     try:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -198,3 +200,5 @@ def _check_split(folder: Path, facts: dict[str, Any], sequence_length: int, may_
 def _expect_file(path: Path, what: str) -> None:
     if not path.is_file():
         raise DataError(f"{path}: missing; it is {what}")
+    if problem := pointer_problem(path):
+        raise DataError(f"{path}: {problem}")

@@ -39,7 +39,7 @@ from data.prepared import (
     is_yet_to_be_prepared,
     open_prepared,
 )
-from data.readers import Document, read_documents
+from data.readers import Document, read_documents, survey
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.torchvision_repair import repair_torchvision
 
@@ -153,6 +153,7 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
 def _build(
     config: PrepareConfig, sequence_length: int, out: Path, progress: Callable[[PrepareProgress], None]
 ) -> dict[str, Any]:
+    files = survey((*config.inputs, *config.validation_inputs))
     tokenizer = _place_tokenizer(config, out, progress)
     np.save(out / TOKEN_BYTES, tokenizer.token_bytes())
     writers = {TRAIN: RowWriter(out / TRAIN, tokenizer, sequence_length)}
@@ -179,6 +180,10 @@ def _build(
         "vocab_size": tokenizer.vocab_size,
         "end_of_document": tokenizer.end_of_document,
         "splits": {split: writer.finish() for split, writer in writers.items()},
+        "files": {
+            "read": list(map(str, files.read)),
+            "left_out": {str(path): reason for path, reason in files.left_out.items()},
+        },
     }
     with (out / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=2)

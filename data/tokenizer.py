@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from data.config import TRAINED_SPEC
 from data.errors import DataError
+from data.pointers import pointer_problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,6 +81,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer file; name a SentencePiece .model, a tokenizer.json or bpe:VOCAB")
+    if problem := pointer_problem(path):
+        raise DataError(f"{path}: {problem}")
     if path.suffix == ".model":
         return _SentencePieceTokenizer(path)
     if path.suffix == ".json":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.pointers import pointer_problem
 
 GROUP = "paper11"
 HARNESS = "-harness"
@@ -134,6 +135,8 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
             f"{path}: does not exist. --task-data (evaluation.task_data) names a folder with a file TASK_SPLIT.jsonl "
             "for each task; without it data sets come from the Hugging Face hub"
         )
+    if problem := pointer_problem(path):
+        raise DataError(f"{path}: {problem}")
     rows = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):

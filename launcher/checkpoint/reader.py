@@ -13,6 +13,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from data.pointers import pointer_problem
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import READABLE_VERSIONS, Manifest, manifest_digest, manifest_of
@@ -59,6 +60,7 @@ class CheckpointReader(Source):
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            state = pointer_problem(path) or state
             raise DamageError(f"{path} {state}; the checkpoint is damaged. {self._way_out()}")
 
     def _way_out(self) -> str:
@@ -116,6 +118,8 @@ class CheckpointReader(Source):
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
+    if problem := pointer_problem(path):
+        raise CheckpointError(f"{path} {problem}")
     try:
         tree: dict[str, Any] = json.loads(path.read_bytes())
         sound = tree["digest"] == manifest_digest(tree)

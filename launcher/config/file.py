@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from data.pointers import pointer_problem
 from data.urls import url_problem
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import ScheduleConfig
@@ -138,6 +139,8 @@ def read_mapping(path: Path, of: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
+    if problem := pointer_problem(Path(path)):
+        raise ConfigError(f"{path}: {problem}")
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of {of}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data.names import bare_name
+from data.pointers import pointer_problem
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.tensor_file import Entry, TensorFile, TensorFileError
@@ -199,6 +200,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     with naming(path):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; a Hugging Face folder must have it")
+        if problem := pointer_problem(path):
+            raise ValueError(problem)
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:

@@ -25,6 +25,7 @@ from isal.isal_zlib import crc32  # nine times as fast as zlib's
 from torch import Tensor
 
 from data.messages import safe_message
+from data.pointers import pointer_problem
 from launcher.checkpoint.tensor_file import CHUNK_BYTES, DTYPES, TensorFileError, range_reader
 from launcher.errors import CheckpointError
 
@@ -137,6 +138,8 @@ class PickledFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read_bytes = range_reader(path)
+        if problem := pointer_problem(path):
+            raise CheckpointError(f"{path} {problem}")
         self._checked: set[int] = set()
         self._locks: dict[int, threading.Lock] = {}
         try:

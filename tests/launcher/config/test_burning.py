@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def at_once() -> Iterator[None]:
 
 def chained(first: str, link: Callable[[str], str], length: int) -> str:
     names = [f"n{number}" for number in range(length)]
-    lines = [f"{name}: &{name} {link(before)}" for before, name in zip(names, names[1:], strict=False)]
+    lines = [f"{name}: &{name} {link(before)}" for before, name in pairwise(names)]
     return "\n".join([f"n0: &n0 {first}", *lines])
 
 
