@@ -11,8 +11,9 @@ front of a text.
 from pathlib import Path
 
 from data.errors import DataError
+from data.sentencepiece_model import read_model
 from data.tokenizer import load_tokenizer
-from data.tokenizer_json import bpe_problem, read_model
+from data.tokenizer_json import bpe_problem
 
 ONLY_SENTENCEPIECE = "a GGUF file needs a SentencePiece tokenizer, but this one belongs to the `tokenizers` library"
 UNUSED = 5

@@ -186,9 +186,12 @@ def validation_rows(
 
 
 def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
-    """Return the UTF-8 bytes that each token stands for, int64, [vocab_size]; 0 for special and unused ids."""
+    """Return the UTF-8 bytes that each token stands for, float64, [vocab_size]; 0 for special and unused ids.
+
+    See `data.tokenizer.Tokenizer.token_bytes`. They are integers unless the tokenizer is lossy.
+    """
     source = open_sources(config.sources, config.cache, config.sequence_length, vocab_size)[0]
-    sizes = torch.zeros(vocab_size, dtype=torch.int64)
+    sizes = torch.zeros(vocab_size, dtype=torch.float64)
     sizes[: source.manifest["vocab_size"]] = torch.from_numpy(np.load(source.folder / TOKEN_BYTES, allow_pickle=False))
     return sizes
 
