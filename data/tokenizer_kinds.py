@@ -200,13 +200,14 @@ class HuggingFaceTokenizer(_InParts):
         self.vocab_size = max(ids.values(), default=-1) + 1
         marked = [token["content"] for token in added if token.get(ENDS_DOCUMENTS)]
         special = [token["content"] for token in added if token.get("special")]
+        known: dict[str | int, int] = {**ids, **{token: token for token in ids.values()}}
         self.end_of_document = find_end_of_document(
             path,
             end_of_document,
             marked or [name for name in USUAL_NAMES if name in (special or ids)],
             is_marked=bool(marked),
             special=special,
-            id_of={**ids, **{token: token for token in ids.values()}}.get,
+            id_of=known.get,
         )
         for token in added:
             token.pop(ENDS_DOCUMENTS, None)
