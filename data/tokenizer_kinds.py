@@ -200,14 +200,17 @@ class HuggingFaceTokenizer(_InParts):
         self.vocab_size = max(ids.values(), default=-1) + 1
         marked = [token["content"] for token in added if token.get(ENDS_DOCUMENTS)]
         special = [token["content"] for token in added if token.get("special")]
-        known: dict[str | int, int] = {**ids, **{token: token for token in ids.values()}}
+
+        def id_of(name: str | int) -> int | None:
+            return (name if name in ids.values() else None) if isinstance(name, int) else ids.get(name)
+
         self.end_of_document = find_end_of_document(
             path,
             end_of_document,
             marked or [name for name in USUAL_NAMES if name in (special or ids)],
             is_marked=bool(marked),
             special=special,
-            id_of=known.get,
+            id_of=id_of,
         )
         for token in added:
             token.pop(ENDS_DOCUMENTS, None)
