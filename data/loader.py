@@ -186,17 +186,20 @@ def validation_rows(
 
 
 def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
-    """Return the UTF-8 bytes that each token stands for, int64, [vocab_size]; 0 for special and unused ids."""
+    """Return the UTF-8 bytes that each token stands for, float64, [vocab_size]; 0 for special and unused ids.
+
+    See `data.tokenizer.Tokenizer.token_bytes`. They are integers unless the tokenizer is lossy.
+    """
     source = open_sources(config.sources, config.cache, config.sequence_length, vocab_size)[0]
-    sizes = torch.zeros(vocab_size, dtype=torch.int64)
+    sizes = torch.zeros(vocab_size, dtype=torch.float64)
     path, count = source.folder / TOKEN_BYTES, source.manifest["vocab_size"]
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)  # a header may claim more than there is memory
     except (ValueError, OSError, EOFError) as error:
         raise DataError(f"{path}: damaged, or no array of numbers; copy or prepare the folder again") from error
-    if stored.shape != (count,) or stored.dtype.kind not in "iu":
+    if stored.shape != (count,) or stored.dtype.kind not in "iuf":
         raise DataError(f"{path}: holds {stored.dtype} {stored.shape} instead of {count} counts of bytes")
-    sizes[:count] = torch.from_numpy(stored.astype(np.int64))
+    sizes[:count] = torch.from_numpy(stored.astype(np.float64))
     return sizes
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.encoding import segments
 from data.tokenizer import Tokenizer
 from eval.rows import BATCH_TOKENS, IGNORED_LABEL, Row, Scorer
 
@@ -135,7 +134,7 @@ def _gathered(
     for document in documents:
         if not document:
             continue
-        tokens = [token for part in tokenizer.encode_batch(list(segments(document))) for token in part]
+        [tokens] = tokenizer.encode_batch([document])
         num_tokens, num_bytes, num_documents = (
             num_tokens + len(tokens),
             num_bytes + len(document.encode()),

@@ -158,6 +158,12 @@ def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
     out: Annotated[str, typer.Option(help="Folder to create.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer file; bpe:VOCAB or unigram:VOCAB trains one.")],
+    end_of_document: Annotated[
+        str | None, typer.Option(help="Token that ends a document; default: the one that the tokenizer's files name.")
+    ] = None,
+    lossy_tokenizer: Annotated[
+        bool, typer.Option("--lossy-tokenizer", help="Accept a tokenizer that does not give the text back.")
+    ] = False,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
     validation_fraction: Annotated[float, typer.Option(help="Fraction of the documents to hold out.")] = 0.0,
     validation_input: Annotated[
@@ -173,6 +179,8 @@ def prepare(
         config = PrepareConfig(
             inputs=tuple(inputs),
             tokenizer=tokenizer,
+            end_of_document=end_of_document,
+            lossy_tokenizer=lossy_tokenizer,
             validation_fraction=validation_fraction,
             validation_inputs=tuple(validation_input or ()),
             workers=workers,

@@ -126,7 +126,7 @@ def _text_problems(config: Config) -> Iterator[tuple[str, str]]:
         num_tokens = int(trained[2])
     else:
         try:
-            num_tokens = load_tokenizer(prepare.tokenizer).vocab_size
+            num_tokens = load_tokenizer(prepare.tokenizer, prepare.end_of_document).vocab_size
         except DataError as error:
             yield key, str(error)
             return
