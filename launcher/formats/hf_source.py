@@ -52,6 +52,12 @@ NOT_IN_A_FOLDER = (
 NOT_IN_16_BITS = "The folder holds weights in {}: what fp32 weights had below that was rounded away."
 
 
+ROUNDED_WHILE_COMPUTING = (
+    "The folder holds latent weights, which Transformers rounds to ternary codes while it computes; a 16-bit phase "
+    "computes with them as they are."
+)
+
+
 NOT_IN_CODES = (
     "The folder holds packed ternary codes: what the latent weights were between the codes is not in it. Code times "
     "scale is read instead. For these an absmean quantizer finds the same codes, but a scale that is smaller by the "
@@ -130,6 +136,8 @@ class HuggingFaceSource(Source):
             self.missing += (NOT_IN_16_BITS.format(" and ".join(sorted(map(dtype_name, narrow)))),)
         if self._packing:
             self.missing += (NOT_IN_CODES,)
+        elif self.ternary:
+            self.missing += (ROUNDED_WHILE_COMPUTING,)
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         if kind != "weight":

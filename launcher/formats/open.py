@@ -1,6 +1,9 @@
 """Open checkpoints of every known kind."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under
 from launcher.checkpoint.load import check_fits
@@ -17,6 +20,10 @@ from launcher.run.folder import holds_run
 from launcher.run.rollbacks import read_rollbacks
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
+from quant.config import BITNET
+
+if TYPE_CHECKING:
+    from launcher.formats.hf_source import HuggingFaceSource
 
 TRAITS = ("num_heads", "kv_heads", "head_width", "activation", "norm", "norm_position", "norm_eps", "qk_norm")
 """What a model computes with its parameters, and their shapes do not say."""
@@ -96,6 +103,31 @@ def model_of(source: Source) -> ModelConfig | None:
     if isinstance(source, HuggingFaceSource):
         return source.model_config
     return config_of(source).model if isinstance(source, CheckpointReader) else None
+
+
+def computed_precision(source: Source) -> Precision | None:
+    """The precision that a source's model computes in; None for DeepSpeed's, which do not say.
+
+    Raises:
+        CheckpointError: as `precision_of`.
+    """
+    from launcher.formats.hf_source import HuggingFaceSource
+
+    if isinstance(source, HuggingFaceSource):
+        return precision_of_folder(source)
+    return precision_of(source) if isinstance(source, CheckpointReader) else None
+
+
+def precision_of_folder(source: "HuggingFaceSource") -> Precision:
+    """The precision that Transformers computes in: 8-bit activations and codes in a folder's ternary layers.
+
+    The scales of packed codes are those that are stored with them.
+    """
+    num_layers = source.model_config.num_layers
+    if not source.ternary:
+        return Precision.in_16_bits(num_layers)
+    include = "|".join(f"^{re.escape(name.removesuffix('.weight'))}$" for name in source.ternary)
+    return Precision.full(replace(BITNET, include=include), num_layers)
 
 
 def precision_of(reader: CheckpointReader) -> Precision:
