@@ -342,8 +342,8 @@ class ZeroEngine(Engine):
         dist.all_reduce(total)
         if total:
             raise ConfigError(
-                "engine.deepspeed: with these keys DeepSpeed keeps the fp32 weights of "
-                f"{int(total)} parameters or parts of them elsewhere than its tables say; leave out what changes its layout"
+                f"engine.deepspeed: with these keys DeepSpeed keeps {int(total)} parts of fp32 weights elsewhere than "
+                "its tables say; leave out what changes the layout"
             )
 
     def _is_in_place(self, parameter: Any) -> bool:

@@ -55,7 +55,9 @@ class CodedMatrices:
         weight_OI = self._rotated(layer)
         if config.learned:
             (rows,) = self._source.shapes[f"{layer}.{LEARNED_SCALE}"]
-            scale = learned_scale(self._source.read("weight", f"{layer}.{LEARNED_SCALE}", 0, rows), config.levels)
+            scale = learned_scale(
+                self._source.read_finite("weight", f"{layer}.{LEARNED_SCALE}", 0, rows), config.levels
+            )
         else:
             shared = self._sharers[name]
             scale = weight_scale([weight_OI] if shared == [layer] else [*map(self._rotated, shared)], config)
@@ -69,5 +71,5 @@ class CodedMatrices:
     def _rotated(self, layer: str) -> Tensor:
         name = f"{layer}.weight"
         shape = self._source.shapes[name]
-        weight_OI = self._source.read("weight", name, 0, prod(shape)).view(shape)
+        weight_OI = self._source.read_finite("weight", name, 0, prod(shape)).view(shape)
         return rotate(weight_OI) if is_rotated(layer, self._config) else weight_OI

@@ -200,7 +200,13 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
         raise ConfigError(f"{source.location}: does not describe its model; name a configuration with --config")
     check_model(source, model)
     check_sound(source)
-    write_hf(source, model, folder, dtype=dtype, quantization=online_quantization(source, model))
+    quantization = online_quantization(source, model)
+    if quantization is not None and dtype != torch.bfloat16:
+        raise ConfigError(
+            f"--dtype: {source.location} is ternary, and Transformers would round latent weights in fp32 to other "
+            "codes than training does, which takes them in bf16; leave it out"
+        )
+    write_hf(source, model, folder, dtype=dtype, quantization=quantization)
 
 
 def not_carried(source: Source, into: str) -> list[str]:

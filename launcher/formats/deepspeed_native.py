@@ -23,6 +23,7 @@ from torch import Tensor
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_parts import Part, Shape, find_parts
+from launcher.formats.hf_source import CONFIG, read_model
 from launcher.formats.pickled import PickledFile
 
 WHOLE_MODEL = "mp_rank_00_model_states.pt"
@@ -124,7 +125,8 @@ class DeepSpeedSource(Source):
     (tied embeddings) the first name is there, as in a model's `named_parameters`.
 
     Args:
-        folder: the one with the file `latest`, or that of a tag in it.
+        folder: the one with the file `latest`, or that of a tag in it. A `config.json` beside `latest` describes the
+            model; Transformers' Trainer leaves one.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the folder comes from a kind of training that is not read.
@@ -132,7 +134,12 @@ class DeepSpeedSource(Source):
 
     def __init__(self, folder: Path) -> None:
         self.folder = tag_folder(folder, "latest")
-        self.location = str(self.folder)
+        self.model = read_model(folder) if folder != self.folder and (folder / CONFIG).is_file() else None
+        self.location = str(folder if self.model else self.folder)
+        if self.model and self.model.packing and not self.model.packing.online:
+            raise CheckpointError(
+                f"{folder / CONFIG} describes packed weights, and DeepSpeed has trained others beside it"
+            )
         with naming_content(self.location):
             models, ranks = _open_files(self.folder)
             shapes, trained, frozen = find_parts(models, ranks)
@@ -148,6 +155,11 @@ class DeepSpeedSource(Source):
         self.missing = (*MISSING, *self._shortcomings({part.name for part in frozen}))
         if self.has_moments and not ranks:
             self.missing += ("Stage 0 numbers the moments; they were given to parameters by order and shape.",)
+
+    @property
+    def first_token(self) -> int | None:
+        """See `launcher.formats.hf_source.FolderModel.first_token`."""
+        return self.model.first_token(self.location) if self.model else None
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         num_elements = math.prod(self.shapes[name])

@@ -202,7 +202,7 @@ def _write_tag(source: Source, folder: Path, step: float, learning_rate: float |
             if kind in MOMENTS and not source.has_moments:
                 tensor = torch.zeros(shape)
             else:
-                tensor = source.read(kind, name, 0, math.prod(shape)).reshape(shape)
+                tensor = source.read_finite(kind, name, 0, math.prod(shape)).reshape(shape)
             _save({"param": tensor, "cat_dim": 0}, folder / "zero" / name / file_name)
         _save(torch.tensor(step), folder / "zero" / name / "step.pt")
     # The engine's hyper-parameters are overwritten with what is here: in stages 1 and 2 group by group (at most as many

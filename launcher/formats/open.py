@@ -23,7 +23,7 @@ from model.transformer import ModelConfig
 from quant.config import BITNET
 
 if TYPE_CHECKING:
-    from launcher.formats.hf_source import HuggingFaceSource
+    from launcher.formats.hf_source import FolderModel
 
 TRAITS = ("num_heads", "kv_heads", "head_width", "activation", "norm", "norm_position", "norm_eps", "qk_norm")
 """What a model computes with its parameters, and their shapes do not say."""
@@ -34,7 +34,7 @@ def open_source(text: str) -> Source:
 
     Args:
         text: a folder or URL: one of our checkpoints, or a run with some, of which the newest is taken; a folder
-            of DeepSpeed (ZeRO or universal); a folder of Hugging Face.
+            of DeepSpeed (ZeRO or universal), also beside Hugging Face's files; a folder of Hugging Face.
 
     Raises:
         CheckpointError: it is none of these, or not complete, or damaged.
@@ -52,13 +52,13 @@ def open_source(text: str) -> Source:
     from launcher.formats.deepspeed_universal import UniversalSource, is_universal
     from launcher.formats.hf_source import HuggingFaceSource, is_hf
 
-    if is_hf(folder):
-        return HuggingFaceSource(folder)
     if is_local(folder):
         if is_universal(folder):
             return UniversalSource(folder)
-        if is_deepspeed(folder):
+        if is_deepspeed(folder):  # before Hugging Face's: Transformers' Trainer saves both in one folder
             return DeepSpeedSource(folder)
+    if is_hf(folder):
+        return HuggingFaceSource(folder)
     raise CheckpointError(
         f"{text}: not a checkpoint of a known kind. Tritrain's have {MANIFEST}, a Hugging Face folder config.json, "
         "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ as well; DeepSpeed's must be local"
@@ -97,12 +97,18 @@ def check_model(source: Source, model: ModelConfig) -> None:
 
 
 def model_of(source: Source) -> ModelConfig | None:
-    """The model that a source describes; None for DeepSpeed's, which describe none."""
+    """The model that a source describes; None for DeepSpeed's without a `config.json`, which describe none."""
+    if described := described_model(source):
+        return described.config
+    return config_of(source).model if isinstance(source, CheckpointReader) else None
+
+
+def described_model(source: Source) -> "FolderModel | None":
+    """The model of the `config.json` beside a source's weights; None if it has none."""
+    from launcher.formats.deepspeed_native import DeepSpeedSource
     from launcher.formats.hf_source import HuggingFaceSource
 
-    if isinstance(source, HuggingFaceSource):
-        return source.model_config
-    return config_of(source).model if isinstance(source, CheckpointReader) else None
+    return source.model if isinstance(source, HuggingFaceSource | DeepSpeedSource) else None
 
 
 def computed_precision(source: Source) -> Precision | None:
@@ -111,22 +117,20 @@ def computed_precision(source: Source) -> Precision | None:
     Raises:
         CheckpointError: as `precision_of`.
     """
-    from launcher.formats.hf_source import HuggingFaceSource
-
-    if isinstance(source, HuggingFaceSource):
-        return precision_of_folder(source)
+    if described := described_model(source):
+        return precision_of_folder(described)
     return precision_of(source) if isinstance(source, CheckpointReader) else None
 
 
-def precision_of_folder(source: "HuggingFaceSource") -> Precision:
+def precision_of_folder(model: "FolderModel") -> Precision:
     """The precision that Transformers computes in: 8-bit activations and codes in a folder's ternary layers.
 
     The scales of packed codes are those that are stored with them.
     """
-    num_layers = source.model_config.num_layers
-    if not source.ternary:
+    num_layers = model.config.num_layers
+    if not model.ternary:
         return Precision.in_16_bits(num_layers)
-    include = "|".join(f"^{re.escape(name.removesuffix('.weight'))}$" for name in source.ternary)
+    include = "|".join(f"^{re.escape(name.removesuffix('.weight'))}$" for name in model.ternary)
     return Precision.full(replace(BITNET, include=include), num_layers)
 
 

@@ -1,7 +1,7 @@
 """Open a checkpoint for export: its weights, and everything that is needed to write them elsewhere.
 
 A ternary export holds codes and scales. It is right only where the model computes with exactly these: of a run, if its
-last step did, so a model that is still on a ramp, or in 16 bits, is refused; of a folder of Hugging Face, if its
+last step did, so a model that is still on a ramp, or in 16 bits, is refused; of a folder of Hugging Face. if its
 `quantization_config` makes Transformers do so.
 """
 
@@ -17,8 +17,15 @@ from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
-from launcher.formats.hf_source import HuggingFaceSource
-from launcher.formats.open import check_sound, computed_precision, config_of, model_of, open_source, run_of
+from launcher.formats.open import (
+    check_sound,
+    computed_precision,
+    config_of,
+    described_model,
+    model_of,
+    open_source,
+    run_of,
+)
 from launcher.plan.exports import tokenizer_of_data
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
@@ -32,7 +39,7 @@ class Exportable:
     """Weights by name; learned scales are parameters `NAME.weight_scale`."""
     model: ModelConfig
     precision: Precision
-    """What the model computes in: of a run in its last step, of a folder of Hugging Face in Transformers."""
+    """What the model computes in: of a run in its last step, of a folder of Hugging Face.in Transformers."""
     tokenizer: Path | None
     """The tokenizer's file, where it was found."""
     config: Config | None
@@ -94,7 +101,7 @@ def tokenizer_of(source: Source) -> Path | None:
     Checkpoints of version 1 have none. For them it is the one in the run's folder, or in its first folder of data,
     where that was when the run was started.
     """
-    if isinstance(source, HuggingFaceSource):
+    if described_model(source):
         try:
             return load_tokenizer(Path(source.location)).path
         except DataError:

@@ -83,7 +83,7 @@ def sharded_model(
     if compile_blocks:
         for block in model.model.layers:
             block.compile()
-    shard_frozen_(model, partial(source.read, "weight"), ranks, replicas=replicas, offload=offload)
+    shard_frozen_(model, partial(source.read_finite, "weight"), ranks, replicas=replicas, offload=offload)
     return model
 
 

@@ -18,6 +18,7 @@ from eval.sample import generate, pieces_of_text
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError
+from launcher.formats.deepspeed_native import DeepSpeedSource
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.inference.build import unfilled_model
@@ -126,7 +127,7 @@ def load_model(
         model.requires_grad_(False).eval(),
         opened.model,
         None if found is None else load_tokenizer(found),
-        source.first_token if isinstance(source, HuggingFaceSource) else None,
+        source.first_token if isinstance(source, HuggingFaceSource | DeepSpeedSource) else None,
     )
 
 
