@@ -80,7 +80,10 @@ class Packing:
     divides: bool
     """Whether a weight is its code divided by the scale, or multiplied by it."""
     left_out: tuple[str, ...]
-    """Modules of these names are not packed, nor those inside of them, nor those whose names end like this."""
+    """Modules of these names are not packed, nor those inside of them, nor those whose names end like this.
+
+    This is the rule of Transformers 5.24. Versions before 5 leave out every module that has one in its name.
+    """
     online: bool
     """Whether the weights are stored in 16 bits and quantized while computing."""
 
@@ -88,7 +91,7 @@ class Packing:
         """Return whether the parameter of this name is packed."""
         module = name.removesuffix(".weight")
         return is_projection(name) and not any(
-            f"{module}.".startswith(f"{left_out.removesuffix('.')}.") or module.endswith(left_out)
+            re.match(rf"{left_out}(?:(?<=\.)|(?=\.|$))", module) or module.endswith(left_out)
             for left_out in self.left_out
         )
 

@@ -1,18 +1,35 @@
 """DeepSpeed's own folders, read: what plain DeepSpeed wrote, whole or damaged."""
 
+import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from deepspeed_folders import AT_2, AT_3, BF16, FP32, NUM_STEPS, RANK_1, Tied, assert_holds, copied, write_folders
+from deepspeed_folders import (
+    AT_2,
+    AT_3,
+    BF16,
+    FP32,
+    MODEL,
+    NUM_STEPS,
+    RANK_1,
+    Tied,
+    assert_holds,
+    copied,
+    write_folders,
+)
 from ranks import run_group
 
 from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_native import DeepSpeedSource, is_deepspeed
 from launcher.formats.deepspeed_universal import is_universal
+from launcher.formats.open import check_model, model_of, open_source
+from launcher.inference.load import load_model
+from model.hf import config_to_hf
 
 EXTRA_AT_3 = [
     ("zero1x3-bf16", 1, BF16),
@@ -103,6 +120,25 @@ def test_an_unknown_order_of_the_weights_is_noticed(
     source = DeepSpeedSource(folder)
     with pytest.raises(CheckpointError, match=r"elements of .* are not what the model computed with"):
         read_weights(source)
+
+
+@pytest.mark.parametrize("name", ["zero2-bf16", "zero3"])
+def test_a_folder_of_transformers_trainer(at_2: tuple[Path, dict[str, Any]], tmp_path: Path, name: str) -> None:
+    """DeepSpeed's files beside Hugging Face's, whose weights, where there are any, are rounded."""
+    root, results = at_2
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(root / name, folder, ignore=shutil.ignore_patterns("*.py"))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(MODEL)))
+    (folder / "model.safetensors").write_bytes(b"16-bit weights")
+    source = open_source(str(folder))
+    assert_holds(source, results[name]["truth"])
+    assert model_of(source) == replace(MODEL, head_dim=MODEL.head_width)
+    model = load_model(folder, dtype=torch.float32).model
+    for parameter, value in model.named_parameters():
+        assert torch.equal(value.flatten(), results[name]["truth"][parameter]["weight"]), parameter
+    with pytest.raises(CheckpointError, match=r"model.norm_eps is 0.5, and 1e-05 in the checkpoint"):
+        check_model(source, replace(MODEL, norm_eps=0.5))
+    assert model_of(open_source(str(next(folder.glob("global_step*"))))) is None
 
 
 def test_masters_of_stage_0_under_each_other_s_number_are_noticed(
