@@ -18,10 +18,12 @@ from eval.sample import generate, pieces_of_text
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError
+from launcher.formats.deepspeed_native import DeepSpeedSource
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import precision_of_folder, unfilled_model
+from launcher.inference.build import unfilled_model
 from model.transformer import ModelConfig, Transformer
+from quant.linear import quantized_layers
 from quant.packed import PackedLinear, freeze_
 
 
@@ -114,7 +116,7 @@ def load_model(
             assert isinstance(source, HuggingFaceSource)
             _take_codes_(block, prefix, source, dtype, device)
         _read_(block, prefix, source, dtype, device)
-        if precision.quantization is not None and packed is not False:
+        if packed is not False and quantized_layers(block):
             try:
                 freeze_(block)
             except ValueError as error:
@@ -125,7 +127,7 @@ def load_model(
         model.requires_grad_(False).eval(),
         opened.model,
         None if found is None else load_tokenizer(found),
-        source.first_token if isinstance(source, HuggingFaceSource) else None,
+        source.first_token if isinstance(source, HuggingFaceSource | DeepSpeedSource) else None,
     )
 
 
@@ -136,8 +138,8 @@ def _precision(opened: Exportable) -> Precision:
         CheckpointError: it is on a ramp.
     """
     source = opened.source
-    if isinstance(source, HuggingFaceSource):
-        return Precision.in_16_bits(opened.model.num_layers) if source.is_packed else precision_of_folder(source)
+    if isinstance(source, HuggingFaceSource) and source.is_packed:
+        return Precision.in_16_bits(opened.model.num_layers)
     if opened.quantization is not None and opened.strength < 1:
         raise CheckpointError(
             f"{source.location} is on a ramp, at strength {opened.strength:.3g} where it is least: neither a 16-bit "

@@ -22,9 +22,9 @@ from launcher.checkpoint.location import reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
-from launcher.formats.hf_source import CONFIG, HuggingFaceSource
+from launcher.formats.hf_source import CONFIG
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import precision_of_folder, sharded_model
+from launcher.inference.build import sharded_model
 from launcher.process.ranks import Ranks
 from model.transformer import ModelConfig
 
@@ -88,8 +88,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
             "tokenizer of another model. Name the right one with --tokenizer"
         )
     source = opened.source
-    precision = precision_of_folder(source) if isinstance(source, HuggingFaceSource) else opened.precision
-    model = sharded_model(source, opened.model, precision, compute_dtype_of(opened), ranks)
+    model = sharded_model(source, opened.model, opened.precision, compute_dtype_of(opened), ranks)
     manifest = source.manifest if isinstance(source, CheckpointReader) else None
     return Subject(
         location=source.location,
