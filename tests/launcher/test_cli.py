@@ -160,17 +160,14 @@ def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(folder: Path
 
 @pytest.mark.parametrize("launcher", ["tritrain", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_ranks_whose_launcher_is_killed_save_and_end(folder: Path, launcher: str) -> None:
-    command = (
-        STARTS["tritrain"] + {"tritrain": [], "deepspeed": ["--with", "deepspeed", *STARTS["deepspeed"][-2:]]}[launcher]
-    )
-    process = start(folder, command)
+    by_deepspeed = ["--with", "deepspeed", "engine.name=deepspeed", "engine.zero_stage=3"]
+    process = start(folder, [*STARTS["tritrain"], *(by_deepspeed if launcher == "deepspeed" else [])])
     wait_for_step(process, 2)
     pids = [int((folder / "run" / "ranks" / f"rank-0000{rank}").read_text().split()[1]) for rank in range(2)]
     process.kill()
     output, _ = process.communicate(timeout=60)  # the ranks hold the other end
-    assert (
-        f"The launcher (process {process.pid} on {socket.gethostname()}) was killed; its ranks save and end." in output
-    )
+    named = f"The launcher (process {process.pid} on {socket.gethostname()}) was killed"
+    assert f"{named}; its ranks save and end." in output
     assert "Stopped and saved (launcher lost)" in output
     state = json.loads((folder / "run" / "state.json").read_text())
     assert (state["status"], state["reason"]) == ("interrupted", "launcher lost")
