@@ -29,7 +29,7 @@ from data.errors import DataError
 from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
-from data.sources import OpenSource, local_leader_first, one_start_at_a_time, open_sources
+from data.sources import OpenSource, local_leader_first, one_start_at_a_time, open_sources, private_locks
 from data.torchvision_repair import repair_torchvision
 
 __all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData", "token_bytes", "validation_rows"]
@@ -99,7 +99,7 @@ class TrainingData:
         from data.rows import RowDataset
 
         rank_sequences = global_batch_sequences // world_size
-        with one_start_at_a_time(rank, world_size):
+        with one_start_at_a_time(rank, world_size), private_locks():
             dataset = RowDataset(
                 streams=[source.stream(choose) for source, choose in zip(sources, rows, strict=True)],
                 batch_size=rank_sequences,

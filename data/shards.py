@@ -9,7 +9,6 @@ folder that exists is complete.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import heapq
 import json
@@ -39,6 +38,7 @@ from data.prepared import (
     is_yet_to_be_prepared,
     open_prepared,
 )
+from data.private import locked
 from data.readers import Document, read_documents, survey
 from data.tokenizer import Tokenizer, load_tokenizer, says_end_of_document, train_tokenizer
 from data.torchvision_repair import repair_torchvision
@@ -114,8 +114,7 @@ def prepare(
 def _exclusive(out: Path) -> Iterator[None]:
     """Let one process at a time in; a process that dies lets go. `os.rename` stays the last word."""
     path = out.with_name(f".{out.name}.lock")
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path, "one process at a time prepares a folder"):
         try:
             yield
         finally:

@@ -33,6 +33,10 @@ class PlacementError(UserError):
     """Ranks are not spread over hosts as they must be; says which rank is on which host."""
 
 
+class StartError(ConnectionError):
+    """Ranks do not meet; says who is missing, or what cannot be reached. Each rank may see it alone."""
+
+
 class LogError(UserError):
     """A file in a run's folder is not what a run writes; says which file, which line, and what is wrong."""
 
