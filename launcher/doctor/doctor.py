@@ -127,6 +127,7 @@ def examine(
         device_bytes, host_bytes = checks.planned_bytes(plan, on_gpu=ranks.device.type == "cuda")
     return [
         checks.check_versions(facts, required),
+        checks.check_torchvision(facts),
         checks.check_gpus(facts),
         checks.check_gpu_memory(facts, device_bytes),
         checks.check_host_memory(facts, host_bytes),

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
+from data.torchvision_repair import repair_torchvision
 from launcher.config.sections import Config
 from launcher.hidden import PACKAGES, ROOT
 from launcher.plan.inputs import needed_paths
@@ -73,6 +74,8 @@ class RankFacts:
     rank: int
     host: str
     versions: dict[str, str]
+    torchvision_fits: bool
+    """Whether torchvision, if it is installed, can be imported without `data.torchvision_repair`."""
     gpu: str | None
     """Name of its GPU."""
     gpu_bytes: int
@@ -176,6 +179,7 @@ def look_around(ranks: Ranks, config: Config | None, required: Sequence[Requirem
         rank=ranks.rank,
         host=host,
         versions=installed_versions(required),
+        torchvision_fits=not repair_torchvision(),
         gpu=torch.cuda.get_device_name(ranks.device) if on_gpu else None,
         gpu_bytes=total,
         gpu_free_bytes=free,
