@@ -1,10 +1,11 @@
 """Find the files of a source: in its folder or, for a remote source, in a cache that is filled as needed."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ from data.prepared import (
     read_index,
     read_manifest,
 )
+from data.private import locked, private_folder
 from data.torchvision_repair import repair_torchvision
 from data.urls import redacted
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,25 @@ def one_start_at_a_time(rank: int, world_size: int) -> Iterator[None]:
         yield
         return
     # Beside the segments, not in the temporary folder: schedulers give each job one of its own.
-    with Path("/dev/shm", f"tritrain-{os.getuid()}.lock").open("w") as lock:
-        if is_local_leader(rank):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = private_folder(SHARED_MEMORY) / "start.lock"
+    with locked(lock, "jobs of one machine open their data one at a time") if is_local_leader(rank) else nullcontext():
         if dist.is_initialized():
             dist.barrier()
         yield
+
+
+@contextlib.contextmanager
+def private_locks() -> Iterator[None]:
+    """Have the lock files of a `StreamingDataset` that the body makes in this user's own folder.
+
+    `streaming` names them by a number, in the temporary folder of all users, and opens them through links.
+    """
+    before = tempfile.tempdir
+    tempfile.tempdir = str(private_folder(Path(tempfile.gettempdir())))
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def open_sources(

@@ -21,6 +21,7 @@ from launcher.checkpoint.ranges import parameters_of
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
 from launcher.errors import CheckpointError
+from launcher.process.exchange import value_of_first
 from launcher.process.ranks import Ranks, everyones
 
 OPENED_AT_ONCE = 16
@@ -184,7 +185,4 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str]
 
 
 def _from_first(names: list[str]) -> list[str]:
-    box = [names]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
+    return list(value_of_first(names)) if dist.is_initialized() else names

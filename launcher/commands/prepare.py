@@ -38,6 +38,12 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
     manifest = prepare(config, sequence_length, out, show)
     if shown is None:
         return
+    console.line(f"Each document ends with {manifest['end_of_document_token']} (token {manifest['end_of_document']})")
+    compared, changed = manifest["compared_documents"], manifest["changed_documents"]
+    if config.lossy_tokenizer:
+        console.line(f"The tokenizer does not give back {changed:,} of {compared:,} documents that were compared")
+    else:
+        console.line(f"The tokenizer gives back all of {compared:,} documents that were compared; all bytes add up")
     for name, split in manifest["splits"].items():
         console.line(
             f"{out}/{name}: {split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"

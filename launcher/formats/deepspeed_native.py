@@ -11,9 +11,10 @@ What the stages have in these files, and where, is in `launcher.formats.deepspee
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from data.names import bare_name
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_parts import Part, Shape, find_parts
+from launcher.formats.hf_source import CONFIG, read_model
 from launcher.formats.pickled import PickledFile
 
 WHOLE_MODEL = "mp_rank_00_model_states.pt"
@@ -77,6 +79,39 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     return short
 
 
+class Computed:
+    """The weights that a model computed with, in a file of model states: the fp32 weights, rounded.
+
+    They do not depend on the layout of the fp32 weights, so every weight that is read is compared with them.
+
+    Args:
+        file: of model states.
+        module: the weights in it by name; stage 3 has none.
+    """
+
+    def __init__(self, file: PickledFile, module: Mapping[str, Any]) -> None:
+        self._file = file
+        self._module = {name: value for name, value in module.items() if isinstance(value, Tensor) and value.numel()}
+
+    def hold_against(self, name: str, start: int, weights: Tensor) -> None:
+        """Compare consecutive elements of a flattened fp32 weight.
+
+        Raises:
+            CheckpointError: the model computed with others.
+        """
+        if name not in self._module:
+            return
+        computed = self._file.read(self._module[name], start, len(weights))
+        different = computed != weights.to(computed.dtype)
+        if (different & weights.isfinite()).any():
+            dtype = str(computed.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{self._file.path.parent}: {int(different.sum())} of {len(weights)} elements of {name} are not what "
+                f"the model computed with in {dtype}: DeepSpeed has placed its fp32 weights in an order that is not "
+                "known here. Save the weights with DeepSpeed's zero_to_fp32 or save_16bit_model, and start from these"
+            )
+
+
 @contextmanager
 def naming_content(location: str) -> Iterator[None]:
     """Turn every failure to interpret a file's content into one CheckpointError."""
@@ -95,7 +130,8 @@ class DeepSpeedSource(Source):
     (tied embeddings) the first name is there, as in a model's `named_parameters`.
 
     Args:
-        folder: the one with the file `latest`, or that of a tag in it.
+        folder: the one with the file `latest`, or that of a tag in it. A `config.json` beside `latest` describes the
+            model; Transformers' Trainer leaves one.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the folder comes from a kind of training that is not read.
@@ -103,10 +139,16 @@ class DeepSpeedSource(Source):
 
     def __init__(self, folder: Path) -> None:
         self.folder = tag_folder(folder, "latest")
-        self.location = str(self.folder)
+        self.model = read_model(folder) if folder != self.folder and (folder / CONFIG).is_file() else None
+        self.location = str(folder if self.model else self.folder)
+        if self.model and self.model.packing and not self.model.packing.online:
+            raise CheckpointError(
+                f"{folder / CONFIG} describes packed weights, and DeepSpeed has trained others beside it"
+            )
         with naming_content(self.location):
             models, ranks = _open_files(self.folder)
             shapes, trained, frozen = find_parts(models, ranks)
+            self._computed = Computed(models[0], models[0].tree["module"])
             self._parts: dict[str, list[Part]] = {name: [] for name in shapes}
             for part in (*trained, *frozen):
                 self._parts[part.name].append(part)
@@ -118,6 +160,11 @@ class DeepSpeedSource(Source):
         self.missing = (*MISSING, *self._shortcomings({part.name for part in frozen}))
         if self.has_moments and not ranks:
             self.missing += ("Stage 0 numbers the moments; they were given to parameters by order and shape.",)
+
+    @property
+    def first_token(self) -> int | None:
+        """See `launcher.formats.hf_source.FolderModel.first_token`."""
+        return self.model.first_token(self.location) if self.model else None
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         num_elements = math.prod(self.shapes[name])
@@ -136,6 +183,8 @@ class DeepSpeedSource(Source):
                 else:
                     out.copy_(part.file.read(stored, part.offset + first - position, end - first))
             position += part.length
+        if kind == "weight":
+            self._computed.hold_against(self._names[name], start, found)
         return found
 
     def read_step(self, name: str) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 from data.names import bare_name
 from launcher.checkpoint.source import MOMENTS, Source
 from launcher.errors import CheckpointError
-from launcher.formats.deepspeed_native import MISSING, naming_content, tag_folder, unwrapped
+from launcher.formats.deepspeed_native import MISSING, Computed, naming_content, tag_folder, unwrapped
 from launcher.formats.pickled import PickledFile
 
 POINTER = "latest_universal"
@@ -74,7 +74,9 @@ class UniversalSource(Source):
         models = sorted(self.folder.glob("*_model_states.pt"))
         if not models or not (self.folder / "zero").is_dir():
             raise CheckpointError(f"{self.location} lacks {'zero/' if models else '*_model_states.pt'}")
-        model = PickledFile(models[0]).tree
+        file = PickledFile(models[0])
+        model = file.tree
+        self._computed = Computed(file, model.get("module") or {})
         left_out = {*(model.get("buffer_names") or ()), *(model.get("shared_params") or ())}
         groups = {name: tuple(shape) for group in model.get("param_shapes") or () for name, shape in group.items()}
         found = sorted(path.parent.name for path in (self.folder / "zero").glob("*/fp32.pt"))
@@ -108,7 +110,10 @@ class UniversalSource(Source):
             return torch.zeros(min(length, num_elements - start))
         file, tensor = self._tensor(kind, name)
         self._check(file, tensor, num_elements)
-        return file.read(tensor, start, length).float()
+        found = file.read(tensor, start, length).float()
+        if kind == "weight":
+            self._computed.hold_against(name, start, found)
+        return found
 
     def _check(self, file: PickledFile, tensor: Tensor, num_elements: int) -> None:
         if tensor.numel() != num_elements:
@@ -203,7 +208,7 @@ def _write_tag(source: Source, folder: Path, step: float, learning_rate: float |
             if kind in MOMENTS and not source.has_moments:
                 tensor = torch.zeros(shape)
             else:
-                tensor = source.read(kind, name, 0, math.prod(shape)).reshape(shape)
+                tensor = source.read_finite(kind, name, 0, math.prod(shape)).reshape(shape)
             _save({"param": tensor, "cat_dim": 0}, folder / "zero" / name / file_name)
         _save(torch.tensor(step), folder / "zero" / name / "step.pt")
     # The engine's hyper-parameters are overwritten with what is here: in stages 1 and 2 group by group (at most as many

@@ -1,10 +1,12 @@
 """The console of a run: one live line in a terminal, plain lines in a log; a terminal obeys nothing in them."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from data.messages import printable
@@ -35,6 +37,19 @@ def human_bytes(size: float) -> str:
 def human_time(seconds: float) -> str:
     """A duration as h:mm:ss, with days where there are any."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def print_results(command: str, results: list[dict[str, Any]], **about: Any) -> None:
+    """Print what a command found as JSON, for its option ``--json``: the one thing on stdout.
+
+    All commands print one shape, an object with ``command``, what is common to the results, and ``results``.
+    """
+    sys.stdout.write(json.dumps({"command": command, **about, "results": results}, indent=2, allow_nan=False) + "\n")
+
+
+def without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """Values with null for NaN and infinity, which JSON cannot hold."""
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()}
 
 
 class Console:
