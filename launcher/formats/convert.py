@@ -5,6 +5,7 @@ then happens when the run starts, by the same code as inside a run, so that both
 why converting one of our own checkpoints costs nothing: its files are immutable, and the new checkpoint links to them.
 """
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def convert_to_run(config: Config, source: Source) -> Path:
     """
     course, folder = course_of_conversion(config, source), RunFolder(config)
     folder.claim()
+    course_of_conversion(config, source)  # another process may have converted into it meanwhile
     folder.prepare([phase.end - phase.start for phase in course.phases])
     at = first_progress(course)
     writer = CheckpointWriter(folder_of(folder.checkpoints, at.step))
@@ -175,7 +177,9 @@ def carried_fingerprint(course: Course, source: Source) -> str | None:
     return None
 
 
-def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: torch.dtype) -> None:
+def convert_to_hf(
+    source: Source, config: Config | None, folder: Path, dtype: torch.dtype, files: Mapping[str, bytes] | None = None
+) -> None:
     """Write a Hugging Face folder with 16-bit weights.
 
     Of a ternary model these are the latent weights, with a `quantization_config` that makes Transformers round them
@@ -186,6 +190,7 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
         config: whose model it is; None if the source says so itself: a Tritrain checkpoint, a Hugging Face folder.
         folder: what is made.
         dtype: of the weights.
+        files: what else is put there, by name.
 
     Raises:
         CheckpointError: the source is of another model or cannot be read, Transformers does not compute what it does,
@@ -206,7 +211,7 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
             f"--dtype: {source.location} is ternary, and Transformers would round latent weights in fp32 to other "
             "codes than training does, which takes them in bf16; leave it out"
         )
-    write_hf(source, model, folder, dtype=dtype, quantization=quantization)
+    write_hf(source, model, folder, dtype=dtype, quantization=quantization, files=files)
 
 
 def not_carried(source: Source, into: str) -> list[str]:

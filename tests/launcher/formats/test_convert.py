@@ -3,6 +3,8 @@
 import contextlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from launcher.checkpoint.source import KINDS
 from launcher.commands import convert as convert_command
 from launcher.config.file import load_config
 from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.deepspeed_universal import UniversalSource
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import open_source
 from launcher.run.metrics_log import read_metrics
@@ -174,9 +177,9 @@ def test_a_ternary_run_returns_to_16_bits(runs: Path, shards: Path, tmp_path: Pa
 
 
 def test_out_to_hugging_face_and_in_again(runs: Path, shards: Path, tmp_path: Path) -> None:
-    said = tritrain("convert", runs / "keep", "--to", tmp_path / "hf", "--format", "hf", "--dtype", "fp32")
+    said = tritrain("convert", runs / "trunk", "--to", tmp_path / "hf", "--format", "hf", "--dtype", "fp32")
     assert "moments (exp_avg, exp_avg_sq) and steps are not carried" in said
-    ours = CheckpointReader(complete_checkpoints(runs / "keep" / "checkpoints")[-1])
+    ours = CheckpointReader(complete_checkpoints(runs / "trunk" / "checkpoints")[-1])
     theirs = HuggingFaceSource(tmp_path / "hf")
     for name, shape in ours.shapes.items():
         length = torch.Size(shape).numel()
@@ -193,6 +196,49 @@ def test_out_to_hugging_face_and_in_again(runs: Path, shards: Path, tmp_path: Pa
     tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
     run_group(2, train_converted, [str(tmp_path / "run")])
     assert len(losses(tmp_path / "run", 0)) == 4
+
+
+def test_a_ternary_model_that_transformers_would_round_otherwise(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"weights gaussian: .*; export the latent weights \(--format hf --weights"
+    ):
+        tritrain("convert", runs / "keep", "--to", tmp_path / "hf", "--format", "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+CONVERTS = """
+import sys, time, launcher.checkpoint.source as source
+from launcher.commands import convert
+from launcher.process.console import Console
+from pathlib import Path
+read = source.Source.read_finite
+def slow(*arguments):
+    print("reading", flush=True)
+    time.sleep(0.3)
+    return read(*arguments)
+source.Source.read_finite = slow
+convert.convert_checkpoint(
+    sys.argv[1], Path(sys.argv[2]), None, [], Console(silent=True), into=sys.argv[3],
+    phase=None, optimizer=None, dtype=None, dry_run=False,
+)
+"""
+
+
+@pytest.mark.parametrize(("into", "reader"), [("hf", HuggingFaceSource), ("universal", UniversalSource)])
+def test_two_conversions_to_one_target_at_once(runs: Path, tmp_path: Path, into: str, reader: Any) -> None:
+    (tmp_path / "to.tmp").write_text("of the user")
+    command = [sys.executable, "-c", CONVERTS, str(runs / "trunk"), str(tmp_path / "to"), into]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "reading\n"
+        with pytest.raises(CheckpointError, match=r"to: another process is writing it; wait for it"):
+            tritrain("convert", runs / "trunk", "--to", tmp_path / "to", "--format", into)
+        first.stdout.read()
+        assert first.wait() == 0
+    assert len(reader(tmp_path / "to").shapes) == 20
+    assert (tmp_path / "to" / "provenance.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["to", "to.tmp"]
+    assert (tmp_path / "to.tmp").read_text() == "of the user"
 
 
 def test_a_dry_run_says_what_happens_to_each_tensor_and_writes_nothing(
