@@ -6,7 +6,6 @@ killed process left behind under a private name is removed by the next one that 
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -14,8 +13,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from data.errors import DataError
+from data.private import HeldError, locked
 
 SUFFIX = ".tritrain-tmp"
 
@@ -76,29 +77,25 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.tritrain-lock")
-    descriptor = _locked(lock, wait=wait)
-    if descriptor is None:
-        raise TakenError(f"{path}: another process is writing it; wait for it, or choose another name")
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _locked(lock: Path, *, wait: bool) -> int | None:
-    """Open and lock a file; None if another process has it."""
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                held = stack.enter_context(locked(lock, f"one process at a time makes {path}", wait=wait))
+            except HeldError as holder:
+                raise TakenError(f"{path}: {holder} is writing it; wait for that, or choose another name") from None
+            if _is_at(held, lock):
+                break
+            stack.close()  # whoever had it has removed the file meanwhile
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.lstat(lock)):
-                return descriptor
-        os.close(descriptor)  # whoever had it has removed the file meanwhile
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    return False
 
 
 @contextmanager

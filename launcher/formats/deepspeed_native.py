@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.names import bare_name
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_parts import Part, Shape, find_parts
@@ -61,7 +62,11 @@ def tag_folder(folder: Path, pointer: str) -> Path:
     if not (folder / pointer).is_file():
         return folder
     tag = (folder / pointer).read_text(errors="replace").strip()
-    if not tag or "/" in tag or not (folder / tag).is_dir():
+    try:
+        bare_name(tag)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / pointer} {error}") from error
+    if not (folder / tag).is_dir():
         raise CheckpointError(f"{folder / pointer} names {tag!r}, but there is no such folder beside it")
     return folder / tag
 
@@ -253,10 +258,12 @@ def _open_files(folder: Path) -> tuple[list[PickledFile], list[PickledFile]]:
         return models, []
     num_ranks = models[0].tree["dp_world_size"]
     for kind, files in by_rank.items():
-        expected = {0} if files.get(0) == WHOLE_MODEL else set(range(num_ranks))
-        if odd := sorted(expected.symmetric_difference(files)):
-            state = "missing" if odd[0] in expected else "there as well"
+        expected = range(1 if files.get(0) == WHOLE_MODEL else num_ranks)  # which may be any number
+        odd = next((rank for rank in expected if rank not in files), None)
+        odd = next((rank for rank in sorted(files) if rank not in expected), None) if odd is None else odd
+        if odd is not None:
+            state = "missing" if odd in expected else "there as well"
             raise CheckpointError(
-                f"{folder} was written by {num_ranks} ranks, and rank {odd[0]}'s file of {kind} states is {state}"
+                f"{folder} was written by {num_ranks} ranks, and rank {odd}'s file of {kind} states is {state}"
             )
     return models, ranks

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.names import bare_name
 from launcher.checkpoint.location import new_location
 from launcher.checkpoint.source import MOMENTS, Source
 from launcher.errors import CheckpointError
@@ -79,8 +80,10 @@ class UniversalSource(Source):
         left_out = {*(model.get("buffer_names") or ()), *(model.get("shared_params") or ())}
         groups = {name: tuple(shape) for group in model.get("param_shapes") or () for name, shape in group.items()}
         found = sorted(path.parent.name for path in (self.folder / "zero").glob("*/fp32.pt"))
-        names = [
-            name for name in dict.fromkeys([*(model.get("module") or ()), *groups, *found]) if name not in left_out
+        names = [  # of folders in zero/
+            bare_name(name)
+            for name in dict.fromkeys([*(model.get("module") or ()), *groups, *found])
+            if name not in left_out
         ]
         shapes = {name: groups.get(name, tuple(self._tensor("weight", name)[1].shape)) for name in names}
         for name, shape in shapes.items():
@@ -176,8 +179,11 @@ def write_universal(
             f"{source.location} has parameters after {min(steps):g} and after {max(steps):g} steps, and DeepSpeed "
             "counts the steps of all parameters together"
         )
-    if odd := [name for name in source.shapes if name in ("", ".", "..") or "/" in name or "\\" in name]:
-        raise CheckpointError(f"{source.location} has a parameter {odd[0]!r}, which cannot be the name of a folder")
+    for name in source.shapes:
+        try:
+            bare_name(name)
+        except ValueError as error:
+            raise CheckpointError(f"{source.location}: a parameter becomes a folder, and it {error}") from error
     (step,) = steps
     tag = f"global_step{step:.0f}"
     try:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.names import bare_name
+from data.pointers import pointer_problem
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.source import PIECE_ELEMENTS, Source
 from launcher.checkpoint.tensor_file import Entry, TensorFile, TensorFileError
@@ -274,6 +276,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     with naming(path):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; a Hugging Face folder must have it")
+        if problem := pointer_problem(path):
+            raise ValueError(problem)
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -322,9 +326,7 @@ def _weight_files(folder: Path) -> list[Path]:
     with naming(folder / INDEX):
         if not weight_map or not isinstance(weight_map, dict) or any(type(v) is not str for v in weight_map.values()):
             raise ValueError("must have a weight_map from names of tensors to names of files")
-        names = sorted(set(weight_map.values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"points outside of its folder: {', '.join(outside)}")
+        names = sorted({bare_name(name) for name in weight_map.values()})
         if absent := [name for name in names if not (folder / name).is_file()]:
             raise ValueError(f"names files that do not exist: {', '.join(absent)}")
     return [folder / name for name in names]

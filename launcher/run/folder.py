@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from data.private import no_follow
 from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
 from launcher.checkpoint.location import reaching, to_location
 from launcher.config.file import DERIVED_KEYS, flat_lines, load_config, parse_yaml, to_tree
@@ -111,7 +112,7 @@ class RunFolder:
             ConfigError: another one does.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("a+")
+        self._lock = open(self.path / "lock", "a+", opener=no_follow)  # noqa: SIM115, held for this process's life
         try:
             # A record lock: it ends with the process, however that ends, and file systems of clusters know it.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

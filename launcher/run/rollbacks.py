@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
+from launcher.process.exchange import value_of_first
 from launcher.run.folder import replace_file
 
 FILE = "rollbacks.json"
@@ -31,14 +31,12 @@ class Rollback:
 
 def read_rollbacks(path: Path) -> dict[int, Rollback]:
     """Read a run's rollbacks, by the phase's index; all ranks get what the first one reads."""
-    box: list[Any] = [{}]
-    file = path / FILE
+    content, file = {}, path / FILE
     if (not dist.is_initialized() or dist.get_rank() == 0) and file.exists():
-        box = [{int(phase): Rollback(**fields) for phase, fields in json.loads(file.read_text()).items()}]
+        content = json.loads(file.read_text())
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    rollbacks: dict[int, Rollback] = box[0]
-    return rollbacks
+        content = value_of_first(content)
+    return {int(phase): Rollback(**fields) for phase, fields in content.items()}
 
 
 def write_rollbacks(path: Path, rollbacks: Mapping[int, Rollback]) -> None:

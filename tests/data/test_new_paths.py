@@ -119,7 +119,7 @@ def test_a_link_is_followed(tmp_path, exists):
 @pytest.mark.parametrize("name", ["made", "link"])
 def test_two_at_once_do_not_meet(tmp_path, other, name):
     (tmp_path / "link").symlink_to(tmp_path / "made")
-    with pytest.raises(TakenError, match="made: another process is writing it"), new_folder(tmp_path / name):
+    with pytest.raises(TakenError, match=r"made: process \d+ on .* is writing it"), new_folder(tmp_path / name):
         pytest.fail("work was done")
     with new_folder(tmp_path / "another") as building:
         (building / "a").touch()
@@ -156,6 +156,6 @@ def test_who_waits_comes_after(tmp_path):
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
     (tmp_path / "thesis").write_text("words")
     (tmp_path / ".made.tritrain-lock").symlink_to(tmp_path / "thesis")
-    with pytest.raises(OSError, match="symbolic links"), new_folder(tmp_path / "made"):
+    with pytest.raises(OSError, match="is a link to .*thesis, which would be written"), new_folder(tmp_path / "made"):
         pytest.fail("work was done")
     assert (tmp_path / "thesis").read_text() == "words"

@@ -182,9 +182,9 @@ def test_files_that_are_not_there_or_elsewhere(tmp_path):
     with pytest.raises(CheckpointError, match="is a pickle, which is never opened: save the model as safetensors"):
         HuggingFaceSource(tmp_path)
     for content, message in (
-        ({"weight_map": {"a": "../model.safetensors"}}, r"points outside of its folder: \.\./model\.safetensors"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "names '../model.safetensors', which is not the bare name"),
         ({"weight_map": {"a": "x.safetensors", "b": "y"}}, "names files that do not exist: x.safetensors, y"),
-        ({"weight_map": {"a": "x" * 300}}, "name too long"),
+        ({"weight_map": {"a": "x" * 300}}, "xxx.*, which is not the bare name"),
         ({"weight_map": {"a": 5}}, "must have a weight_map"),
         ({"weight_map": {}}, "must have a weight_map"),
         ({}, "must have a weight_map"),
