@@ -19,7 +19,8 @@ from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_
 from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from launcher.formats.open import check_model, check_sound, computed_precision, model_of, precision_of
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.open import check_model, check_sound, computed_precision, model_of
 from launcher.formats.opened import tokenizer_of
 from launcher.formats.provenance import provenance
 from launcher.formats.start import check_start, first_progress
@@ -134,16 +135,22 @@ def convert_to_run(config: Config, source: Source) -> Path:
 def manifest_of_conversion(course: Course, source: Source) -> Manifest:
     """The manifest of a converted checkpoint: its place in the run, and the precision of its source.
 
-    Other formats do not record a precision; it follows from the phases before, which count as done.
+    If the source does not say its precision, it follows from the phases before, which count as done. So it does for
+    weights that are read from packed codes.
     """
     at = first_progress(course)
+    precision = computed_precision(source)
+    if precision is None or (precision.quantization is None and not isinstance(source, CheckpointReader)):
+        precision = precision_at(course, at)
+    elif isinstance(source, HuggingFaceSource) and source.is_packed:
+        precision = precision_at(course, at)
     return Manifest(
         milestone=True,
         has_moments=source.has_moments,
         step=at.step,
         tokens=at.step * course.tokens_per_step,
         progress=at,
-        precision=precision_of(source) if isinstance(source, CheckpointReader) else precision_at(course, at),
+        precision=precision,
         data_fingerprint=carried_fingerprint(course, source),
         spikes=None,
         teacher=None,

@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 from command import tritrain
+from exports import ternary_config
+from hf_folders import edit_config, write_variant
 from ranks import run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
@@ -20,11 +22,12 @@ from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS
 from launcher.commands import convert as convert_command
-from launcher.config.file import load_config
+from launcher.config.file import load_config, to_tree
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.deepspeed_universal import UniversalSource
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import open_source
+from launcher.inference.load import load_model
 from launcher.run.metrics_log import read_metrics
 
 SWITCHED: dict[str, Any] = {
@@ -204,6 +207,20 @@ def test_a_ternary_model_that_transformers_would_round_otherwise(runs: Path, tmp
     ):
         tritrain("convert", runs / "keep", "--to", tmp_path / "hf", "--format", "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_folder_that_is_rounded_while_it_computes_is_measured_like_that(shards: Path, tmp_path: Path) -> None:
+    model = write_variant(tmp_path / "hf", "llama")
+    online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    edit_config(tmp_path / "hf", quantization_config=online)
+    tree = to_tree(ternary_config(shards, tmp_path / "run", model.config))
+    config = write_config(tmp_path / "config.yaml", {**tree, "run": {"name": "tiny"}})
+    tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
+    logits = [
+        load_model(tmp_path / name, dtype=torch.float32).model(torch.arange(9)[None]).logits for name in ("hf", "run")
+    ]
+    assert torch.equal(*logits)
+    assert not torch.allclose(logits[0], model(torch.arange(9)[None]).logits, atol=0.01)
 
 
 CONVERTS = """
