@@ -11,6 +11,7 @@ import click
 import typer
 
 from data.errors import DataError
+from data.new_paths import new_file
 from data.prepared import MANIFEST, read_manifest
 from data.readers import check_input
 from launcher.config.engine import EngineName
@@ -90,8 +91,8 @@ def write_configuration(to: Path, options: InitOptions, console: Console) -> Non
     text = commented(propose(wish), wish, data, run_name(to), name)
     config = parse_config(parse_yaml(text, str(to)))
     make_plan(config, wish.num_ranks)
-    with to.open("x") as file:
-        file.write(text)
+    with new_file(to) as building:
+        building.write_text(text)
     console.line(f"Written: {to}, a model of {human_count(num_parameters(config.model))} parameters. Next:")
     console.line(f"  tritrain plan {to} --ranks {wish.num_ranks}")
     starter = " --with deepspeed" if answers.engine == "deepspeed" else ""

@@ -126,8 +126,8 @@ def model_for(wish: Wish) -> Tree:
         smallest = WIDTH * wish.vocab_size + 10 * WIDTH**2
         raise ConfigError(
             f"--size: no model of {size:,} parameters has widths that are multiples of {WIDTH} up to 8192, at "
-            f"most {MOST['num_layers']} blocks and a vocabulary of {wish.vocab_size:,}; {smallest:,} parameters would be "
-            "near the least"
+            f"most {MOST['num_layers']} blocks and a vocabulary of {wish.vocab_size:,}; {smallest:,} parameters would "
+            "be near the least"
         )
     return best
 
