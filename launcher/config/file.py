@@ -251,8 +251,7 @@ def _parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
             return adapter.validate_json(json.dumps(tree)), problems
         except ValidationError as error:
             removed: list[str] = []
-            for detail in error.errors():
-                location = tuple(str(key) for key in detail["loc"])
+            for location, detail in _by_location(error, kind).items():
                 where = ".".join((path, *location))
                 for problem, reason, needed in _reasons(detail, kind, location, where):
                     if left_out.isdisjoint((problem, *needed)):
@@ -262,6 +261,28 @@ def _parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
             if not removed:
                 return None, problems
             left_out.update(removed)
+
+
+def _by_location(error: ValidationError, kind: Any) -> dict[tuple[str, ...], Any]:
+    """Each of pydantic's errors by its keys; those of a key that takes several kinds of values are one."""
+    found: dict[tuple[str, ...], Any] = {}
+    for detail in error.errors():
+        location = tuple(str(key) for key in detail["loc"])
+        if location and not location[-1].isdecimal() and not _is_section(kind, location[:-1]):
+            location = location[:-1]  # its last part names the kind that was tried
+        if location in found:
+            detail["msg"] = f"{found[location]['msg']} or {detail['msg'].removeprefix('Input should be ')}"
+        found[location] = detail
+    return found
+
+
+def _is_section(kind: Any, location: Sequence[str]) -> bool:
+    """Return whether a section, not a value, is at ``location`` under the type ``kind``."""
+    try:
+        _owner(kind, location)
+    except StopIteration:
+        return False
+    return True
 
 
 def _reasons(detail: Any, kind: Any, location: tuple[str, ...], where: str) -> Iterator[tuple[str, str, list[str]]]:

@@ -166,8 +166,8 @@ class PhaseConfig:
     """Length in steps."""
     tokens: int | None = None
     """Length in tokens, rounded up to whole steps."""
-    fraction: float | None = None
-    """Length as a share of training.total_steps or total_tokens."""
+    fraction: float | Literal["rest"] | None = None
+    """Length as a share of training.total_steps or total_tokens; `rest`: what the other phases leave of them."""
     quantization: QuantConfig | None = None
     """What is quantized in a ternary phase, and how; null: BitNet b1.58 with scales of least squared error."""
     transition: TransitionConfig | None = None
@@ -181,7 +181,7 @@ class PhaseConfig:
         if len(given) != 1:
             problems["steps"] = f"give exactly one of steps, tokens and fraction, not {' and '.join(given) or 'none'}"
         problems |= _at_least(self, "steps", 1) | _at_least(self, "tokens", 1)
-        if self.fraction is not None and not 0 < self.fraction <= 1:
+        if isinstance(self.fraction, float | int) and not 0 < self.fraction <= 1:
             problems["fraction"] = f"is {self.fraction}; must be above 0 and at most 1"
         transition = self.transition or TransitionConfig()
         if self.precision == "16-bit":
@@ -231,6 +231,10 @@ class CheckpointConfig:
             problems["start_phase"] = f"is {self.start_phase}, but needs start_from"
         if problems:
             raise ValueError(problems)
+
+    def place(self, run: Path) -> str:
+        """The folder or URL of the checkpoints of the run in this folder."""
+        return self.folder or str(run / "checkpoints")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,3 +317,8 @@ class Config:
     def __post_init__(self) -> None:
         if problems := spanning_problems(vars(self)):
             raise ValueError(problems)
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder or URL of the run's checkpoints."""
+        return self.checkpoint.place(self.run.path)

@@ -182,18 +182,40 @@ def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> C
     return Course(config=config, global_batch_sequences=sequences, phases=phases, rollbacks=rollbacks or {})
 
 
-def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int, int]) -> tuple[Phase, ...]:
+def _steps_of_phases(config: Config, tokens_per_step: int) -> list[int]:
+    """The length of each phase; with fractions they make the whole run together."""
     training = config.training
     total_steps = training.total_steps or math.ceil((training.total_tokens or 0) / tokens_per_step)
-    phases: list[Phase] = []
+    lengths: list[int] = []
     share = 0.0
     for index, phase in enumerate(config.phases):
         steps = phase.steps or math.ceil((phase.tokens or 0) / tokens_per_step)
-        if phase.fraction:  # rounds where the phase ends, so that fractions of 1 in sum make total_steps
+        if isinstance(phase.fraction, float | int):  # rounds where the phase ends: fractions of 1 make total_steps
             steps = round((share + phase.fraction) * total_steps) - round(share * total_steps)
             share += phase.fraction
-        if not steps:
+        if not steps and phase.fraction != "rest":
             raise ConfigError(f"phases.{index}.fraction: {phase.fraction} of {total_steps} steps is less than a step")
+        lengths.append(steps)
+    left, fractions = total_steps - sum(lengths), [phase.fraction for phase in config.phases]
+    whole = f"the {total_steps} steps of training.{'total_steps' if training.total_steps else 'total_tokens'}"
+    if "rest" in fractions:
+        if left < 1:
+            raise ConfigError(
+                f"phases.{fractions.index('rest')}.fraction: is rest, but the {sum(lengths)} steps of the other phases "
+                f"leave none of {whole}"
+            )
+        lengths[fractions.index("rest")] = left
+    elif any(fractions) and left:
+        raise ConfigError(
+            f"phases: have {sum(lengths)} steps together, which are not {whole}; change a length, or write "
+            "fraction: rest for one phase"
+        )
+    return lengths
+
+
+def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int, int]) -> tuple[Phase, ...]:
+    phases: list[Phase] = []
+    for index, (phase, steps) in enumerate(zip(config.phases, _steps_of_phases(config, tokens_per_step), strict=True)):
         start = phases[-1].end if phases else 0
         quantization = (phase.quantization or QuantConfig()) if phase.precision == "ternary" else None
         transition = phase.transition or TransitionConfig()

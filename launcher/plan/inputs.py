@@ -164,10 +164,9 @@ def _checkpoint_problems(config: Config) -> Iterator[tuple[str, str]]:
 
 def _saved_steps(config: Config) -> set[int]:
     """Steps after which the run has a complete checkpoint; empty also where that is not known, as in a remote store."""
-    folder = config.checkpoint.folder or str(config.run.path / "checkpoints")
-    if "://" in folder:
+    if "://" in config.checkpoints:
         return set()
-    names = [path.parent.name for path in Path(folder).glob("step-*/manifest.json")]
+    names = [path.parent.name for path in Path(config.checkpoints).glob("step-*/manifest.json")]
     return {int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{8}", name)}
 
 

@@ -61,7 +61,7 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.path = config.run.path
-        self.checkpoints = to_location(config.checkpoint.folder or self.path / "checkpoints")
+        self.checkpoints = to_location(config.checkpoints)
         self.ranks = self.path / "ranks"
         self.holder = ""
         """What the lock says while this job holds it; the same on all of its ranks."""

@@ -153,7 +153,7 @@ def render(config: Config, site: SiteConfig, request: Request, folder: Path) -> 
     """
     check(config, request)
     run = config.run.path.absolute()
-    checkpoints = config.checkpoint.folder or str(run / "checkpoints")
+    checkpoints = config.checkpoint.place(run)
     if "%" in str(run):
         raise ConfigError(f"run.folder: {str(run)!r} contains %, which Slurm would replace in the name of the log")
     environment = Environment(
