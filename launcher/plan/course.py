@@ -43,6 +43,8 @@ class Course:
     phases: tuple[Phase, ...]
     rollbacks: Mapping[int, int] = field(default_factory=dict)
     """How often the run has gone back to the beginning of a phase, by the phase's index."""
+    smoke_steps: int | None = None
+    """Steps of each phase in a smoke test, half of them its first and half its last; None: all."""
 
     @property
     def total_steps(self) -> int:
@@ -57,6 +59,15 @@ class Course:
     def phase_of(self, step: int) -> Phase:
         """The phase that the step of this number, counted from 0, belongs to."""
         return next(phase for phase in self.phases if step < phase.end)
+
+    def steps_after(self, step: int) -> int:
+        """Steps that are finished after the step of this number, counted from 0; a smoke test leaves some out."""
+        phase = self.phase_of(step)
+        if self.smoke_steps is not None:
+            last = self.smoke_steps // 2
+            if phase.start + self.smoke_steps - last <= step + 1 < phase.end - last:
+                return phase.end - last
+        return step + 1
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the step of this number, counted from 0."""

@@ -63,7 +63,9 @@ def _is_complete(config: Config) -> bool:
         state = json.loads((config.run.path / "state.json").read_bytes())
     except (OSError, ValueError):  # no start yet, or cut off by a full disk
         return False
-    return isinstance(state, dict) and state.get("status") == "complete"
+    if not isinstance(state, dict) or state.get("status") != "complete":
+        return False
+    return "steps" not in state or state["steps"] == make_course(config).total_steps  # else it was made longer
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:

@@ -380,9 +380,12 @@ def test_the_numbers_of_a_plan_by_hand():
 )
 def test_number_of_checkpoints(interval, keep_last, written, kept):
     """Ends of phases (4 and 10) are milestones and stay; of the others the newest `keep_last`."""
-    plan = plan_of(f"checkpoint.interval_steps={interval or 'null'}", f"checkpoint.keep_last={keep_last}")
-    numbers = describe(plan)
+    overrides = [f"checkpoint.interval_steps={interval or 'null'}", f"checkpoint.keep_last={keep_last}"]
+    numbers = describe(plan_of(*overrides, "checkpoint.interval_minutes=null"))
     assert (numbers["checkpoints_written"], numbers["checkpoints_kept"]) == (written, kept)
+    by_time = describe(plan_of(*overrides))  # every half hour as well, of which the newest are kept
+    assert by_time["checkpoints_kept"] == (2 + keep_last if keep_last else written)
+    assert by_time["checkpoint_interval_minutes"] == 30
 
 
 def sizes(*overrides, world_size):
