@@ -9,7 +9,6 @@ folder that exists is complete.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import heapq
 import json
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from data.config import TRAINED_SPEC, PrepareConfig
-from data.encoding import Chunk, gather_chunks, token_type, tokenize
+from data.encoding import Chunk, counted_bytes, gather_chunks, token_type, tokenize
 from data.errors import DataError
 from data.prepared import (
     COLUMN,
@@ -39,8 +38,9 @@ from data.prepared import (
     is_yet_to_be_prepared,
     open_prepared,
 )
-from data.readers import Document, read_documents
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.private import locked
+from data.readers import Document, read_documents, survey
+from data.tokenizer import Tokenizer, load_tokenizer, says_end_of_document, train_tokenizer
 from data.torchvision_repair import repair_torchvision
 
 TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
@@ -114,8 +114,7 @@ def prepare(
 def _exclusive(out: Path) -> Iterator[None]:
     """Let one process at a time in; a process that dies lets go. `os.rename` stays the last word."""
     path = out.with_name(f".{out.name}.lock")
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path, "one process at a time prepares a folder"):
         try:
             yield
         finally:
@@ -124,10 +123,14 @@ def _exclusive(out: Path) -> Iterator[None]:
 
 def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
     """Return what decides the result, and so what must agree for a prepared folder to serve."""
-    is_trained = TRAINED_SPEC.fullmatch(config.tokenizer)
+    tokenizer: dict[str, Any] = {"tokenizer": config.tokenizer}
+    if not TRAINED_SPEC.fullmatch(config.tokenizer):
+        loaded = load_tokenizer(config.tokenizer, config.end_of_document)
+        tokenizer = {"tokenizer": f"sha256:{loaded.fingerprint}", "end_of_document": loaded.end_of_document}
     return {
         "inputs": list(config.inputs),
-        "tokenizer": config.tokenizer if is_trained else f"sha256:{load_tokenizer(config.tokenizer).fingerprint}",
+        **tokenizer,
+        "lossy_tokenizer": config.lossy_tokenizer,
         "validation_fraction": config.validation_fraction,
         "validation_inputs": list(config.validation_inputs),
         "sequence_length": sequence_length,
@@ -141,8 +144,11 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
     if not (out / MANIFEST).is_file():
         raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")
     manifest = open_prepared(out)
-    there, wanted = manifest["options"], _options(config, sequence_length)
-    differing = [f"{key} (there {there[key]!r}, wanted {wanted[key]!r})" for key in wanted if there[key] != wanted[key]]
+    before = {"lossy_tokenizer": False, "end_of_document": manifest["end_of_document"]}  # of older versions
+    there, wanted = before | manifest["options"], _options(config, sequence_length)
+    differing = [
+        f"{key} (there {there.get(key)!r}, wanted {wanted[key]!r})" for key in wanted if there.get(key) != wanted[key]
+    ]
     if differing:
         raise DataError(f"{out}: was prepared with a different {'; '.join(differing)}; choose another, or remove it")
     return manifest
@@ -151,14 +157,15 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
 def _build(
     config: PrepareConfig, sequence_length: int, out: Path, progress: Callable[[PrepareProgress], None]
 ) -> dict[str, Any]:
+    files = survey((*config.inputs, *config.validation_inputs))
     tokenizer = _place_tokenizer(config, out, progress)
-    np.save(out / TOKEN_BYTES, tokenizer.token_bytes())
     writers = {TRAIN: RowWriter(out / TRAIN, tokenizer, sequence_length)}
     if config.validation_fraction or config.validation_inputs:
         writers[VALIDATION] = RowWriter(out / VALIDATION, tokenizer, sequence_length)
 
     start = time.monotonic()
-    for split, chunk in tokenize(gather_chunks(_assign_splits(config)), tokenizer, config.workers):
+    chunks = gather_chunks(_assign_splits(config))
+    for split, chunk in tokenize(chunks, tokenizer, config.workers, lossy=config.lossy_tokenizer):
         writers[split].write(chunk)
         progress(
             PrepareProgress(
@@ -169,6 +176,13 @@ def _build(
                 seconds=time.monotonic() - start,
             )
         )
+    sizes = counted_bytes(tokenizer, lossy=config.lossy_tokenizer)
+    if config.lossy_tokenizer:  # in proportion, so that those of all tokens are those of the text
+        text_bytes, num_bytes = (
+            sum(getattr(each, key) for each in writers.values()) for key in ("text_bytes", "token_bytes")
+        )
+        sizes = sizes * (text_bytes / num_bytes)
+    np.save(out / TOKEN_BYTES, sizes)
     manifest = {
         "format_version": FORMAT_VERSION,
         "options": _options(config, sequence_length),
@@ -176,7 +190,14 @@ def _build(
         "tokenizer": {"file": tokenizer.path.name, "fingerprint": tokenizer.fingerprint},
         "vocab_size": tokenizer.vocab_size,
         "end_of_document": tokenizer.end_of_document,
+        "end_of_document_token": tokenizer.name_of(tokenizer.end_of_document),
+        "compared_documents": sum(writer.compared_documents for writer in writers.values()),
+        "changed_documents": sum(writer.changed_documents for writer in writers.values()),
         "splits": {split: writer.finish() for split, writer in writers.items()},
+        "files": {
+            "read": list(map(str, files.read)),
+            "left_out": {str(path): reason for path, reason in files.left_out.items()},
+        },
     }
     with (out / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=2)
@@ -188,9 +209,11 @@ def _build(
 
 def _place_tokenizer(config: PrepareConfig, out: Path, progress: Callable[[PrepareProgress], None]) -> Tokenizer:
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
-        source = load_tokenizer(config.tokenizer)
+        source = load_tokenizer(config.tokenizer, config.end_of_document)
         path = out / f"tokenizer{source.path.suffix}"
         shutil.copyfile(source.path, path)
+        if not says_end_of_document(path, source.end_of_document):  # copies of the copy have no other files beside them
+            path.write_bytes(source.marked_file())
         return load_tokenizer(path)
     progress(PrepareProgress(stage="tokenizer", documents=0, text_bytes=0, tokens=0, seconds=0.0))
     texts = (document.text for split, document in _assign_splits(config) if split == TRAIN)
@@ -262,6 +285,7 @@ class RowWriter:
         )
         self._rest = np.array([tokenizer.end_of_document], dtype)  # its first token is predicted by an earlier row
         self.rows = self.tokens = self.documents = self.text_bytes = 0
+        self.token_bytes = self.compared_documents = self.changed_documents = 0
 
     def write(self, chunk: Chunk) -> None:
         """Append the tokens of some documents."""
@@ -275,6 +299,9 @@ class RowWriter:
         self.tokens += len(chunk.tokens)
         self.documents += chunk.documents
         self.text_bytes += chunk.text_bytes
+        self.token_bytes += chunk.token_bytes
+        self.compared_documents += chunk.compared_documents
+        self.changed_documents += chunk.changed_documents
 
     def finish(self) -> dict[str, Any]:
         """Write what is left and the index, and return the manifest's facts about this split.

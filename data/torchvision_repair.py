@@ -21,17 +21,18 @@ MISSING_OPERATORS = (
 _declarations: list[Any] = []  # a Library takes its declarations along when it is collected
 
 
-def repair_torchvision() -> None:
+def repair_torchvision() -> bool:
     """Import torchvision, declaring the operators that its compiled part should have brought if that fails.
 
     Call it before `import streaming` or a Llama of `transformers`. It does nothing where torchvision is absent, healthy
-    or already repaired; an import that fails for any other reason raises what it raised.
+    or already repaired; an import that fails for any other reason raises what it raised. Returns whether this process
+    needed the repair, and so whether programs without it fail in this environment.
     """
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return
+        return bool(_declarations)
     try:
         _import_quietly()
-        return
+        return False
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
@@ -45,6 +46,7 @@ def repair_torchvision() -> None:
             library.define(schema)
     _declarations.append(library)
     _import_quietly()
+    return True
 
 
 def _import_quietly() -> None:

@@ -17,6 +17,7 @@ import gc
 import os
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,14 +27,18 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.errors import DataError
+from data.messages import safe_message
 from launcher.commands.prepare import prepare_with_progress
 from launcher.config.file import load_config
 from launcher.config.sections import Config
 from launcher.errors import USER_ERRORS, CheckpointError, ConfigError, report_error
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.plan import Plan, make_plan
+from launcher.process.companions import Companions, end_without_launcher, say
 from launcher.process.console import Console
+from launcher.process.exchange import value_of_first
 from launcher.process.ranks import Ranks, emulates_bf16, everyones, process_group, seed_everything
+from launcher.process.supervisor import SECONDS_TO_SAVE
 from launcher.run.belonging import check_owner
 from launcher.run.folder import RunFolder, check_place, slurm_job
 from launcher.run.rollbacks import read_rollbacks, restore_rollbacks
@@ -91,14 +96,18 @@ def note_refusal(message: str) -> None:
 def run(config: Config, smoke_steps: int | None = None) -> int:
     """Join the other ranks and train; in a smoke test only so many steps of each phase."""
     folder = RunFolder(config)
-    with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds) as ranks:
+    companions = Companions()
+    with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds, companions) as ranks:
         if refusal := claim(folder, ranks, is_smoke=smoke_steps is not None):
+            companions.release()
             if ranks.is_first:
-                print(refusal, file=sys.stderr)  # noqa: T201
+                print(safe_message(refusal), file=sys.stderr)  # noqa: T201
             return MISCONFIGURED
         pulse = Pulse()
         heartbeat = Heartbeat(ranks, config.watch.beat_seconds, pulse, folder.write_heartbeats)
         watchdog = Watchdog(config.watch, folder, ranks, pulse, heartbeat)
+        companions.release()  # the watchdog takes over
+        companions.when_launcher_is_lost(lambda message: stop_without_launcher(message, stop, pulse))
         try:
             return run_rank(config, folder, ranks, stop, pulse, watchdog, smoke_steps)
         except Exception as error:
@@ -114,6 +123,19 @@ def run(config: Config, smoke_steps: int | None = None) -> int:
                 traceback.print_exc()
             # The process group cannot be left in order: the others may be anywhere.
             os._exit(MISCONFIGURED if isinstance(error, ConfigError) else FAILED)
+
+
+def stop_without_launcher(message: str, stop: StopRequest, pulse: Pulse) -> None:
+    """Have the run saved and ended, within `SECONDS_TO_SAVE`; before it trains there is nothing to save."""
+    if pulse.at.doing in ("start", "prepare"):
+        end_without_launcher(message)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"{message}; its ranks save and end.")
+    stop.launcher_is_lost()
+    late = f"{message}, and its ranks have not saved within {SECONDS_TO_SAVE} s"
+    timer = threading.Timer(SECONDS_TO_SAVE, end_without_launcher, [late])
+    timer.daemon = True
+    timer.start()
 
 
 def explanation(
@@ -158,9 +180,7 @@ def claim(folder: RunFolder, ranks: Ranks, *, is_smoke: bool) -> str | None:
             refusal = str(error)
         except OSError as error:
             refusal = f"{folder.path}: {error}"
-    outcome = [refusal, folder.holder]
-    dist.broadcast_object_list(outcome)
-    refusal, folder.holder = outcome[0], outcome[1] or ""
+    refusal, folder.holder = value_of_first([refusal, folder.holder])
     return refusal
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from launcher.checkpoint.folders import folder_of
 from launcher.checkpoint.location import is_local, reaching
-from launcher.checkpoint.manifest import Manifest
+from launcher.checkpoint.manifest import FileRecord, Manifest
 from launcher.checkpoint.writer import CheckpointWriter, prune_checkpoints
 from launcher.engine.contract import Engine, Shard
 from launcher.errors import CheckpointError
+from launcher.process.exchange import gather_values
 from launcher.process.ranks import Ranks
 
 SAVER_GROUP = "saver"
@@ -132,8 +133,14 @@ class Saver:
         """Write one checkpoint, in step with the other ranks."""
         writer, first = CheckpointWriter(folder_of(self._checkpoints, manifest.step)), self._ranks.is_first
         self._all_ranks(writer.begin if first else None, writer)
-        records = self._all_ranks(lambda: writer.write_rank(self._ranks.rank, shards, rng), writer)
-        files = {name: record for rank in records for name, record in rank.items()}
+
+        def write() -> dict[str, Any]:
+            return {
+                name: dataclasses.asdict(record)
+                for name, record in writer.write_rank(self._ranks.rank, shards, rng).items()
+            }
+
+        files = {name: FileRecord(**record) for rank in self._all_ranks(write, writer) for name, record in rank.items()}
 
         def finish() -> None:
             writer.finish(files, config_text, self._tokenizer, manifest)
@@ -151,7 +158,7 @@ class Saver:
                 self._say(f"WARNING: old checkpoints could not be removed: {error} The next save tries again.")
 
     def _all_ranks(self, action: Callable[[], Any] | None, writer: CheckpointWriter) -> list[Any]:
-        """Run one stage of saving on the ranks that have an action; returns each rank's result.
+        """Run one stage of saving on the ranks that have an action; returns each rank's result, of JSON's types.
 
         Raises:
             CheckpointError: on all of them, if it failed on any. What had been written is removed.
@@ -163,10 +170,9 @@ class Saver:
                     result = action()
         except CheckpointError as error:
             failure = f"rank {self._ranks.rank}: {error}"
-        outcomes: list[tuple[Any, str | None]] = [(result, failure)]
+        outcomes = [[result, failure]]
         if self._group is not None:
-            outcomes = [(None, None)] * self._ranks.world_size
-            dist.all_gather_object(outcomes, (result, failure), group=self._group)
+            outcomes = gather_values([result, failure], self._group)
         failures = sorted({text for _, text in outcomes if text})
         if failures:
             if self._ranks.is_first:

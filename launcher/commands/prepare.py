@@ -3,10 +3,14 @@
 import time
 from pathlib import Path
 
+from data.prepared import MANIFEST
+from data.readers import Survey, survey
 from data.shards import PrepareConfig, PrepareProgress, prepare
 from launcher.process.console import Console, human_count
 
 SECONDS_BETWEEN_LINES = 5.0
+MAX_REASONS = 8
+"""Lines about files that are left out."""
 
 
 def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path, console: Console) -> None:
@@ -18,6 +22,7 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
         nonlocal shown
         if shown is None:
             console.line(f"Preparing {out} from {', '.join(config.inputs)}")
+            show_files(survey((*config.inputs, *config.validation_inputs)), out, console)
         elif time.perf_counter() - shown < SECONDS_BETWEEN_LINES:
             return
         shown = time.perf_counter()
@@ -30,8 +35,24 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
     manifest = prepare(config, sequence_length, out, show)
     if shown is None:
         return
+    console.line(f"Each document ends with {manifest['end_of_document_token']} (token {manifest['end_of_document']})")
+    compared, changed = manifest["compared_documents"], manifest["changed_documents"]
+    if config.lossy_tokenizer:
+        console.line(f"The tokenizer does not give back {changed:,} of {compared:,} documents that were compared")
+    else:
+        console.line(f"The tokenizer gives back all of {compared:,} documents that were compared; all bytes add up")
     for name, split in manifest["splits"].items():
         console.line(
             f"{out}/{name}: {split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"
         )
     console.line(f"Prepared in {time.perf_counter() - started:.1f} s")
+
+
+def show_files(files: Survey, out: Path, console: Console) -> None:
+    """Say how many files are read, and how many below the inputs are not."""
+    if files.read:
+        console.line(f"files read: {len(files.read):,}")
+    for line in files.reasons()[:MAX_REASONS]:
+        console.line(line)
+    if files.left_out:
+        console.line(f"each of them is listed in {out / MANIFEST}")

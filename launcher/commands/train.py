@@ -14,6 +14,7 @@ from launcher.config.file import load_config
 from launcher.errors import ConfigError, TrainingError
 from launcher.plan.inputs import check_inputs
 from launcher.plan.plan import Plan, make_plan
+from launcher.process.launchers import with_launcher
 from launcher.process.torchrun import environment_of_ranks, pretrain_command, ranks_command
 from launcher.run.folder import RunFolder, check_place
 from launcher.run.smoke import smoke_config
@@ -70,7 +71,7 @@ def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int
         refused = Path(temporary, "refused")
         process = subprocess.Popen(
             ranks_command(num_ranks, pretrain_command(config, overrides)),
-            env=environment_of_ranks() | {"TRITRAIN_REFUSED": str(refused)},
+            env=with_launcher(environment_of_ranks() | {"TRITRAIN_REFUSED": str(refused)}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -128,7 +129,7 @@ def _kill(process: "subprocess.Popen[str]") -> None:
     """Kill a process and all its descendants, and wait until they are gone, with their memory and their lock."""
     import psutil
 
-    # Torch's agent starts each rank in a session of its own, which `killpg` does not reach.
+    # Each rank is in a session of its own, which `killpg` does not reach.
     descendants = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     for descendant in descendants:

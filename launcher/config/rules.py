@@ -6,6 +6,7 @@ path of a key and what is wrong there. It runs when those sections are valid in 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ Problems = Iterator[tuple[str, str]]
 """Each as the path of a key and what is wrong there."""
 Rule = Callable[..., Problems]
 
+MOST_TRIED, MOST_LISTED = 10**6, 30
+"""Divisors that are looked for, up to this one, and how many of them are listed."""
+
 
 def local_problem(text: str) -> str | None:
     """Say what is wrong with a path that must be on this machine's file systems; None if nothing is."""
@@ -43,8 +47,10 @@ def home_problem(text: str) -> str | None:
 
 
 def divisors(number: int) -> str:
-    """All divisors of a number, as a list for a message."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    """The divisors of a number, as a list for a message; of many of them, or of a huge number, not all."""
+    small = [n for n in range(1, min(isqrt(number), MOST_TRIED) + 1) if number % n == 0]
+    found = [str(n) for n in sorted({*small, *(number // n for n in small)})]
+    return ", ".join([*found[:MOST_LISTED], "...", found[-1]] if len(found) > MOST_LISTED + 2 else found)
 
 
 def spanning_problems(parts: Mapping[str, Any]) -> dict[str, str]:

@@ -116,6 +116,21 @@ def check_versions(ranks: Sequence[RankFacts], required: Sequence[Requirement]) 
     return Verdict("versions", "ok", ", ".join(f"{name} {there[name]}" for name in shown if name in there))
 
 
+def check_torchvision(ranks: Sequence[RankFacts]) -> Verdict:
+    """torchvision was built for the torch that is installed: programs other than Tritrain do not repair it."""
+    unfit = [facts for facts in ranks if not facts.torchvision_fits]
+    if not unfit:
+        return Verdict("torchvision", "ok", "fits torch, or is not installed")
+    return Verdict(
+        "torchvision",
+        "warning",
+        f"was built for another torch on {named(unfit)}; Tritrain works around it, but Transformers cannot load an "
+        "exported model (operator torchvision::nms does not exist)",
+        "With a CPU build of torch: pip install --force-reinstall --no-deps torchvision "
+        "--index-url https://download.pytorch.org/whl/cpu, in the version that docs/installing.md names.",
+    )
+
+
 def check_gpus(ranks: Sequence[RankFacts]) -> Verdict:
     """Either no rank has a GPU, or each has one of its own and all are alike."""
     if all(facts.gpu is None for facts in ranks):

@@ -14,16 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
+from data.torchvision_repair import repair_torchvision
 from launcher.config.sections import Config
 from launcher.hidden import PACKAGES, ROOT
 from launcher.plan.inputs import needed_paths
+from launcher.process.exchange import gather_values
 from launcher.process.ranks import Ranks
 
 MIB = 2**20
@@ -72,6 +74,8 @@ class RankFacts:
     rank: int
     host: str
     versions: dict[str, str]
+    torchvision_fits: bool
+    """Whether torchvision, if it is installed, can be imported without `data.torchvision_repair`."""
     gpu: str | None
     """Name of its GPU."""
     gpu_bytes: int
@@ -175,6 +179,7 @@ def look_around(ranks: Ranks, config: Config | None, required: Sequence[Requirem
         rank=ranks.rank,
         host=host,
         versions=installed_versions(required),
+        torchvision_fits=not repair_torchvision(),
         gpu=torch.cuda.get_device_name(ranks.device) if on_gpu else None,
         gpu_bytes=total,
         gpu_free_bytes=free,
@@ -253,15 +258,9 @@ def digest_of(path: Path) -> str | None:
         return None
 
 
-Fact = TypeVar("Fact")
-
-
-def gather(fact: Fact, ranks: Ranks) -> list[Fact]:
-    """Collect a value from every rank; a collective."""
-    facts = [fact] * ranks.world_size
-    if ranks.world_size > 1:
-        dist.all_gather_object(facts, fact)
-    return facts
+def gather(fact: Any, ranks: Ranks) -> list[Any]:
+    """Collect a value of JSON's types from every rank; a collective."""
+    return gather_values(fact) if ranks.world_size > 1 else [fact]
 
 
 def measure_all_reduce(ranks: Ranks, sizes: Sequence[int] = ALL_REDUCE_BYTES) -> list[AllReduce]:

@@ -18,7 +18,7 @@ from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_
 from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from launcher.formats.open import check_model, check_sound, model_of, precision_of
+from launcher.formats.open import check_model, check_sound, computed_precision, model_of, precision_of
 from launcher.formats.opened import tokenizer_of
 from launcher.formats.provenance import provenance
 from launcher.formats.start import check_start, first_progress
@@ -26,7 +26,7 @@ from launcher.plan.course import Course, make_course
 from launcher.plan.exports import tokenizer_of_data
 from launcher.run.folder import RunFolder
 from model.transformer import Transformer
-from quant.linear import is_learned_scale, matching_layers
+from quant.linear import matching_layers
 
 
 def starting_phase(config: Config, source: Source) -> int:
@@ -176,7 +176,10 @@ def carried_fingerprint(course: Course, source: Source) -> str | None:
 
 
 def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: torch.dtype) -> None:
-    """Write a Hugging Face folder with 16-bit weights; for a ternary run, its latent weights.
+    """Write a Hugging Face folder with 16-bit weights.
+
+    Of a ternary model these are the latent weights, with a `quantization_config` that makes Transformers round them
+    while it computes (mode `online`), so that the folder computes what its source does.
 
     Args:
         source: what is converted.
@@ -185,9 +188,11 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
         dtype: of the weights.
 
     Raises:
-        CheckpointError: the source is of another model or cannot be read, or the folder not be written.
+        CheckpointError: the source is of another model or cannot be read, Transformers does not compute what it does,
+            or the folder cannot be written.
         ConfigError: the configuration is needed and not there.
     """
+    from launcher.formats.hf_export import online_quantization
     from launcher.formats.hf_folder import write_hf
 
     model = config.model if config else model_of(source)
@@ -195,18 +200,24 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
         raise ConfigError(f"{source.location}: does not describe its model; name a configuration with --config")
     check_model(source, model)
     check_sound(source)
-    write_hf(source, model, folder, dtype=dtype)
+    quantization = online_quantization(source, model)
+    if quantization is not None and dtype != torch.bfloat16:
+        raise ConfigError(
+            f"--dtype: {source.location} is ternary, and Transformers would round latent weights in fp32 to other "
+            "codes than training does, which takes them in bf16; leave it out"
+        )
+    write_hf(source, model, folder, dtype=dtype, quantization=quantization)
 
 
 def not_carried(source: Source, into: str) -> list[str]:
     """One sentence for each thing that is lost because the other format does not carry it."""
     sentences = []
+    if into == "universal" and (precision := computed_precision(source)) and precision.quantization:
+        sentences.append("The quantization is not carried: DeepSpeed computes with the weights as they are.")
     if source.has_moments and into == "hf":
         sentences.append(
             f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place for them."
         )
-    if into == "hf" and any(map(is_learned_scale, source.shapes)):
-        sentences.append("Learned scales are not carried: the format has latent weights alone.")
     if isinstance(source, CheckpointReader):
         sentences.append("The data position, the counters and the generators' states are not carried.")
     return sentences

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.names import bare_name
 from launcher.checkpoint.source import MOMENTS, Source
 from launcher.errors import CheckpointError
-from launcher.formats.deepspeed_native import MISSING, naming_content, tag_folder, unwrapped
+from launcher.formats.deepspeed_native import MISSING, Computed, naming_content, tag_folder, unwrapped
 from launcher.formats.pickled import PickledFile
 
 POINTER = "latest_universal"
@@ -73,12 +74,16 @@ class UniversalSource(Source):
         models = sorted(self.folder.glob("*_model_states.pt"))
         if not models or not (self.folder / "zero").is_dir():
             raise CheckpointError(f"{self.location} lacks {'zero/' if models else '*_model_states.pt'}")
-        model = PickledFile(models[0]).tree
+        file = PickledFile(models[0])
+        model = file.tree
+        self._computed = Computed(file, model.get("module") or {})
         left_out = {*(model.get("buffer_names") or ()), *(model.get("shared_params") or ())}
         groups = {name: tuple(shape) for group in model.get("param_shapes") or () for name, shape in group.items()}
         found = sorted(path.parent.name for path in (self.folder / "zero").glob("*/fp32.pt"))
-        names = [
-            name for name in dict.fromkeys([*(model.get("module") or ()), *groups, *found]) if name not in left_out
+        names = [  # of folders in zero/
+            bare_name(name)
+            for name in dict.fromkeys([*(model.get("module") or ()), *groups, *found])
+            if name not in left_out
         ]
         shapes = {name: groups.get(name, tuple(self._tensor("weight", name)[1].shape)) for name in names}
         for name, shape in shapes.items():
@@ -105,7 +110,10 @@ class UniversalSource(Source):
             return torch.zeros(min(length, num_elements - start))
         file, tensor = self._tensor(kind, name)
         self._check(file, tensor, num_elements)
-        return file.read(tensor, start, length).float()
+        found = file.read(tensor, start, length).float()
+        if kind == "weight":
+            self._computed.hold_against(name, start, found)
+        return found
 
     def _check(self, file: PickledFile, tensor: Tensor, num_elements: int) -> None:
         if tensor.numel() != num_elements:
@@ -168,8 +176,11 @@ def write_universal(source: Source, folder: Path, *, learning_rate: float | None
             f"{source.location} has parameters after {min(steps):g} and after {max(steps):g} steps, and DeepSpeed "
             "counts the steps of all parameters together"
         )
-    if odd := [name for name in source.shapes if name in ("", ".", "..") or "/" in name or "\\" in name]:
-        raise CheckpointError(f"{source.location} has a parameter {odd[0]!r}, which cannot be the name of a folder")
+    for name in source.shapes:
+        try:
+            bare_name(name)
+        except ValueError as error:
+            raise CheckpointError(f"{source.location}: a parameter becomes a folder, and it {error}") from error
     if folder.exists():
         raise CheckpointError(f"{folder} already exists")
     (step,) = steps
@@ -197,7 +208,7 @@ def _write_tag(source: Source, folder: Path, step: float, learning_rate: float |
             if kind in MOMENTS and not source.has_moments:
                 tensor = torch.zeros(shape)
             else:
-                tensor = source.read(kind, name, 0, math.prod(shape)).reshape(shape)
+                tensor = source.read_finite(kind, name, 0, math.prod(shape)).reshape(shape)
             _save({"param": tensor, "cat_dim": 0}, folder / "zero" / name / file_name)
         _save(torch.tensor(step), folder / "zero" / name / "step.pt")
     # The engine's hyper-parameters are overwritten with what is here: in stages 1 and 2 group by group (at most as many

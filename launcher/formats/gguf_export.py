@@ -164,7 +164,7 @@ def _values(opened: Exportable, coded: CodedMatrices | None, tensor: GGUFTensor)
 
 def _read(source: Source, name: str) -> Tensor:
     shape = source.shapes[name]
-    return source.read("weight", name, 0, prod(shape)).view(shape)
+    return source.read_finite("weight", name, 0, prod(shape)).view(shape)
 
 
 def _file_type(into: BlockType) -> int:

@@ -47,11 +47,11 @@ def write_hf(
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` opens, and with the same parameters as the source.
 
-    Of a ternary run these are the latent weights, rounded to ``dtype``, not the codes: a 16-bit model, to go on with
-    or to fine-tune.
+    Of a ternary model these are the latent weights, rounded to ``dtype``, not the codes.
 
     Args:
         source: of the weights; its moments are not written.
@@ -59,6 +59,7 @@ def write_hf(
         folder: to be written; must not be there.
         dtype: bfloat16, or float32 to round nothing.
         max_shard_bytes: a file holds no more, unless one tensor alone is larger; several files come with an index.
+        quantization: the `quantization_config`, if Transformers is to round the weights while it computes.
 
     Raises:
         CheckpointError: no Hugging Face family has this configuration, the source does not fit it (all that differs is
@@ -67,6 +68,8 @@ def write_hf(
     assert dtype in (torch.bfloat16, torch.float32), dtype
     with naming(folder):
         hf_config = {**config_to_hf(config), "torch_dtype": dtype_name(dtype)}
+    if quantization is not None:
+        hf_config["quantization_config"] = quantization
     start_checking(source, ("weight",))
     write_folder(folder, hf_config, stored_weights(source, config, dtype), max_shard_bytes=max_shard_bytes)
 

@@ -20,8 +20,9 @@ from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import precision_of_folder, unfilled_model
+from launcher.inference.build import first_token_of, naming_tensors, unfilled_model
 from model.transformer import ModelConfig, Transformer
+from quant.linear import quantized_layers
 from quant.packed import PackedLinear, freeze_
 
 
@@ -35,7 +36,9 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     """None where there is none."""
     first_token: int | None
-    """What a text begins with; the tokenizer's end of document where the model does not say."""
+    """The token that a text begins with; None where neither the model nor a tokenizer says."""
+    location: str
+    """Its folder, for messages."""
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """The tokens of a text that the model shall continue.
@@ -44,8 +47,8 @@ class LoadedModel:
             CheckpointError: there is no tokenizer.
         """
         tokenizer = self._tokenizer()
-        first = tokenizer.end_of_document if self.first_token is None else self.first_token
-        return [first, *tokenizer.encode(prompt)]
+        assert self.first_token is not None, "a tokenizer has an end of document"
+        return [self.first_token, *tokenizer.encode(prompt)]
 
     def generate(self, prompt: str, **choice: Any) -> Iterator[str]:
         """Continue a text; yields pieces as they come.
@@ -57,7 +60,8 @@ class LoadedModel:
             choice: ``max_tokens``, ``temperature``, ``top_p`` and ``seed``, as for `eval.sample.generate`.
 
         Raises:
-            CheckpointError: there is no tokenizer.
+            CheckpointError: there is no tokenizer; or the model's logits are not finite, which is raised while it
+                writes.
             ValueError: the prompt fills the context.
         """
         prompt_tokens = self.prompt_tokens(prompt)
@@ -66,7 +70,13 @@ class LoadedModel:
     def generate_tokens(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
         """Continue tokens; see `generate`. Without a tokenizer the model does not end the document."""
         end_token = None if self.tokenizer is None else self.tokenizer.end_of_document
-        return generate(self.model, prompt_tokens, end_token=end_token, **choice)
+        tokens = generate(self.model, prompt_tokens, end_token=end_token, **choice)
+
+        def checked() -> Iterator[int]:
+            with naming_tensors(self.model, self.location):
+                yield from tokens
+
+        return checked()
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -114,19 +124,16 @@ def load_model(
             assert isinstance(source, HuggingFaceSource)
             _take_codes_(block, prefix, source, dtype, device)
         _read_(block, prefix, source, dtype, device)
-        if precision.quantization is not None and packed is not False:
+        if packed is not False and quantized_layers(block):
             try:
                 freeze_(block)
             except ValueError as error:
                 raise CheckpointError(f"{source.location}: {error}; packed=False loads it") from error
     _read_(model, "", source, dtype, device)
     found = tokenizer if tokenizer is not None else opened.tokenizer
-    return LoadedModel(
-        model.requires_grad_(False).eval(),
-        opened.model,
-        None if found is None else load_tokenizer(found),
-        source.first_token if isinstance(source, HuggingFaceSource) else None,
-    )
+    loaded = None if found is None else load_tokenizer(found)
+    first_token = first_token_of(source, None if loaded is None else loaded.end_of_document)
+    return LoadedModel(model.requires_grad_(False).eval(), opened.model, loaded, first_token, source.location)
 
 
 def _precision(opened: Exportable) -> Precision:
@@ -136,8 +143,8 @@ def _precision(opened: Exportable) -> Precision:
         CheckpointError: it is on a ramp.
     """
     source = opened.source
-    if isinstance(source, HuggingFaceSource):
-        return Precision.in_16_bits(opened.model.num_layers) if source.is_packed else precision_of_folder(source)
+    if isinstance(source, HuggingFaceSource) and source.is_packed:
+        return Precision.in_16_bits(opened.model.num_layers)
     if opened.quantization is not None and opened.strength < 1:
         raise CheckpointError(
             f"{source.location} is on a ramp, at strength {opened.strength:.3g} where it is least: neither a 16-bit "

@@ -7,24 +7,26 @@ Hugging Face computes in bf16, or in fp32 where it says so; a packed one with th
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
+from eval.tasks import digest_of
 from launcher.checkpoint.folders import MANIFEST, checkpoints_under
 from launcher.checkpoint.location import reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
-from launcher.formats.hf_source import CONFIG, HuggingFaceSource
+from launcher.formats.hf_source import CONFIG, dtype_name
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import precision_of_folder, sharded_model
+from launcher.inference.build import first_token_of, sharded_model
 from launcher.process.ranks import Ranks
 from model.transformer import ModelConfig
 
@@ -43,7 +45,13 @@ class Subject:
     run: Path | None
     """The folder of its run, where that was found."""
     tokenizer: Tokenizer
+    first_token: int
+    """The token that a text begins with."""
+    computation: dict[str, Any]
+    """How its results are computed, beside its files: `key_of` in `launcher.inference.measure`."""
     scorer: Scorer
+    model: nn.Module
+    """This rank's share of it."""
 
 
 def locations_of(text: str, *, every: bool) -> list[str]:
@@ -88,22 +96,35 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
             "tokenizer of another model. Name the right one with --tokenizer"
         )
     source = opened.source
-    precision = precision_of_folder(source) if isinstance(source, HuggingFaceSource) else opened.precision
-    model = sharded_model(source, opened.model, precision, compute_dtype_of(opened), ranks)
+    dtype = compute_dtype_of(opened)
+    model = sharded_model(source, opened.model, opened.precision, dtype, ranks)
     manifest = source.manifest if isinstance(source, CheckpointReader) else None
+    first_token = first_token_of(source, loaded.end_of_document)
+    assert first_token is not None
+    scorer = scorer_of(
+        lambda tokens_BT, labels_BT: (
+            model(tokens_BT.to(ranks.device), labels_BT.to(ranks.device), reduction="none").token_nll
+        ),
+        opened.model,
+        ranks,
+    )
     return Subject(
         location=source.location,
         identity=manifest.digest if manifest else digest_of_folder(Path(source.location)),
         step=manifest.step if manifest else None,
         run=opened.run,
         tokenizer=loaded,
-        scorer=scorer_of(
-            lambda tokens_BT, labels_BT: (
-                model(tokens_BT.to(ranks.device), labels_BT.to(ranks.device), reduction="none").token_nll
-            ),
-            opened.model,
-            ranks,
-        ),
+        first_token=first_token,
+        computation={
+            "tokenizer": loaded.fingerprint,
+            "first_token": first_token,
+            "window_tokens": scorer.window_tokens,
+            "precision": digest_of([asdict(opened.model), asdict(opened.precision)]),
+            "dtype": dtype_name(dtype),
+            "device": ranks.device.type,
+        },
+        scorer=scorer,
+        model=model,
     )
 
 

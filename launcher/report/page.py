@@ -11,6 +11,8 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from string import Template
 
+from data.messages import printable
+from data.urls import redacted
 from launcher.process.console import human_count
 from launcher.report.history import LOSS, History
 from launcher.report.plots import (
@@ -44,7 +46,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         verdicts="\n".join(_verdict_paragraphs(summaries, labels)),
         body="\n".join(_body(summaries, labels)),
     )
-    out.write_text(page, encoding="utf-8", errors="replace")
+    out.write_text(printable(page), encoding="utf-8")
 
 
 def write_picture(run: Path, out: Path) -> None:
@@ -106,7 +108,7 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
         yield f'<pre class="sample"><b>{prompt}</b>{completion}</pre>'
     yield "<h2>Configuration</h2>"
     for label, summary in zip(labels, summaries, strict=True):
-        yield f"<details><summary>{escape(label)}</summary><pre>{escape(summary.config_text)}</pre></details>"
+        yield f"<details><summary>{escape(label)}</summary><pre>{escape(redacted(summary.config_text))}</pre></details>"
 
 
 def _panels(panels: Iterable[Panel], histories: Sequence[History]) -> Iterator[str]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from launcher.errors import LogError
+from launcher.config.file import parse_yaml
+from launcher.errors import ConfigError, LogError
 from launcher.report.history import LOSS, History, PhaseSpan, Series, find_transitions, read_history
 from launcher.run.recovery import WINDOW, Transition
 
@@ -94,14 +94,14 @@ def summarize(run: Path) -> RunSummary:
             raise FileNotFoundError(f"{run} has no {path.name}: {what}")
     config_text = config_path.read_text(encoding="utf-8")
     try:
-        config = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
-        raise LogError(f"{config_path}: not YAML: {error}") from None
+        config = parse_yaml(config_text, str(config_path))
+    except ConfigError as error:
+        raise LogError(str(error)) from None
     summary: dict[str, Any] = {}
     if summary_path.is_file():
         try:
             summary = json.loads(summary_path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LogError(f"{summary_path}: not JSON: {error}") from None
     name, engine = str(config.get("run", {}).get("name", run.name)), config.get("engine", {})
     history = read_history(metrics_path, name)

@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from data.private import no_follow
 from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
 from launcher.checkpoint.location import flush_folder, reaching, to_location
 from launcher.config.file import DERIVED_KEYS, flat_lines, load_config, parse_yaml, to_tree
@@ -102,7 +103,7 @@ class RunFolder:
         """
         self._is_new = not self.path.exists() or not any(self.path.iterdir())
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("a+", errors="replace")
+        self._lock = open(self.path / "lock", "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
         try:
             # A record lock: it ends with the process, however that ends, and file systems of clusters know it.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

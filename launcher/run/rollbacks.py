@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from launcher.process.exchange import value_of_first
 from launcher.run.folder import replace_file, set_aside
 from launcher.run.metrics_log import sound_rows
 
@@ -32,14 +33,12 @@ class Rollback:
 
 def read_rollbacks(path: Path) -> dict[int, Rollback]:
     """Read a run's rollbacks, by the phase's index; all ranks get what the first one reads."""
-    box: list[Any] = [{}]
-    file = path / FILE
+    content, file = {}, path / FILE
     if (not dist.is_initialized() or dist.get_rank() == 0) and file.exists():
-        box = [{int(phase): Rollback(**fields) for phase, fields in json.loads(file.read_text()).items()}]
+        content = json.loads(file.read_text())
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    rollbacks: dict[int, Rollback] = box[0]
-    return rollbacks
+        content = value_of_first(content)
+    return {int(phase): Rollback(**fields) for phase, fields in content.items()}
 
 
 def restore_rollbacks(path: Path) -> list[str]:

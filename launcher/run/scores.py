@@ -38,15 +38,17 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def table_of(records: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each task, and the mean of each group that is complete."""
 
-    def with_error(score: dict[str, float], digits: int) -> str:
-        return f"{score['value']:.{digits}f} ± {score['standard_error']:.{digits}f}"
+    def with_error(score: dict[str, float | None], digits: int, factor: int = 1) -> str:
+        value, error = score["value"], score["standard_error"]
+        assert value is not None
+        return f"{factor * value:.{digits}f}" + ("" if error is None else f" ± {factor * error:.{digits}f}")
 
     table = [
         [
             record["task"],
             f"{record['num_examples']:,}",
             record["metric"],
-            with_error({name: 100 * value for name, value in record["scores"][record["metric"]].items()}, 1),
+            with_error(record["scores"][record["metric"]], 1, 100),
             with_error(record["scores"]["bits_per_byte"], 3),
         ]
         for record in records

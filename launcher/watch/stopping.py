@@ -27,7 +27,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """Asked by any of these, a run saves and ends. Not SIGUSR1: NCCL and torchrun have other uses for it."""
 
 
-REASONS = ("", "signal", "time limit", "stop file")
+REASONS = ("", "launcher lost", "signal", "time limit", "stop file")
 """Why a run is interrupted, as `RUN/state.json` says it; where there are several reasons, the last of them counts."""
 
 
@@ -55,6 +55,10 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._asked = max(self._asked, REASONS.index("signal"))
+
+    def launcher_is_lost(self) -> None:
+        """Ask for a stop, since what started this process was killed."""
+        self._asked = max(self._asked, REASONS.index("launcher lost"))
 
     @contextmanager
     def installed(self) -> Iterator["StopRequest"]:

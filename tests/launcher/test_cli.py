@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from places import ROOT
@@ -156,6 +158,24 @@ def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(folder: Path
     assert f"rank 1 (process {pid}" in output
 
 
+@pytest.mark.parametrize("launcher", ["tritrain", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_ranks_whose_launcher_is_killed_save_and_end(folder: Path, launcher: str) -> None:
+    by_deepspeed = ["--with", "deepspeed", "engine.name=deepspeed", "engine.zero_stage=3"]
+    process = start(folder, [*STARTS["tritrain"], *(by_deepspeed if launcher == "deepspeed" else [])])
+    wait_for_step(process, 2)
+    pids = [int((folder / "run" / "ranks" / f"rank-0000{rank}").read_text().split()[1]) for rank in range(2)]
+    process.kill()
+    output, _ = process.communicate(timeout=60)  # the ranks hold the other end
+    named = f"The launcher (process {process.pid} on {socket.gethostname()}) was killed"
+    assert f"{named}; its ranks save and end." in output
+    assert "Stopped and saved (launcher lost)" in output
+    state = json.loads((folder / "run" / "state.json").read_text())
+    assert (state["status"], state["reason"]) == ("interrupted", "launcher lost")
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(30)
+
+
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python"])
 def test_every_way_to_start_trains(folder: Path, launcher: str) -> None:
     short = ["phases.0.steps=2", "phases.1.steps=2", "schedule.warmup_steps=1"]
@@ -196,9 +216,10 @@ def test_ranks_meet_on_a_machine_whose_name_leads_nowhere(tmp_path):
     if subprocess.run([*namespace, "hostname", "leads-nowhere"], capture_output=True).returncode:
         pytest.skip("needs `unshare` and the right to give a namespace its own host name")
     script = tmp_path / "meet.py"
-    script.write_text("import torch.distributed as dist\ndist.init_process_group('gloo')\ndist.barrier()\n")
-    launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.process.torchrun 2 {script}"
-    subprocess.run([*namespace, "sh", "-c", launch], check=True, timeout=100)
+    script.write_text("from launcher.process.ranks import process_group\nwith process_group(60):\n    pass\n")
+    launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.process.supervisor 2 {script}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*namespace, "sh", "-c", launch], check=True, timeout=100, env=environment)
 
 
 def words(text: str) -> str:

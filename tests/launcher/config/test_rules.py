@@ -110,6 +110,16 @@ DEEPSPEED = ["engine.name=deepspeed", "engine.zero_stage=2"]
          "engine.deepspeed.zero_optimization.offload_optimizer.device", "set engine.offload instead"),
         (["engine.deepspeed={train_batch_size: 4}"], "engine.deepspeed.train_batch_size",
          "set training.global_batch_sequences instead"),
+        (["engine.deepspeed={zero_optimization: {cpu_offload: true}}"],
+         "engine.deepspeed.zero_optimization.cpu_offload", "set engine.offload instead"),
+        (["engine.deepspeed={zero_optimization: {round_robin_gradients: true}}"],
+         "engine.deepspeed.zero_optimization.round_robin_gradients", "is True, but DeepSpeed's tables do not"),
+        (["engine.deepspeed={zero_optimization: {zero_hpz_partition_size: 2}}"],
+         "engine.deepspeed.zero_optimization.zero_hpz_partition_size", "a second partition of the weights is not"),
+        (["engine.deepspeed={zero_optimization: {zenflow: {topk_ratio: 0.1}}}"],
+         "engine.deepspeed.zero_optimization.zenflow.topk_ratio", "its delayed updates are not in a checkpoint"),
+        (["engine.deepspeed={zero_optimization: {compute_grad_norm: false}}"],
+         "engine.deepspeed.zero_optimization.compute_grad_norm", "the gradient norm is needed"),
     ],
 )  # fmt: skip
 def test_deepspeed_contradictions_name_our_key(overrides, path, said):
@@ -119,10 +129,11 @@ def test_deepspeed_contradictions_name_our_key(overrides, path, said):
 
 
 def test_deepspeed_keys_pass_through():
-    extra = "engine.deepspeed={zero_optimization: {overlap_comm: true, reduce_bucket_size: 1000}, steps_per_print: 5}"
+    zero = "{overlap_comm: true, reduce_bucket_size: 1000, round_robin_gradients: false}"
+    extra = f"engine.deepspeed={{zero_optimization: {zero}, steps_per_print: 5}}"
     config = parse_config(tree(*DEEPSPEED, extra))
     assert config.engine.deepspeed == {
-        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 1000},
+        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": False},
         "steps_per_print": 5,
     }
 

@@ -141,7 +141,7 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
 
 
 @settings(max_examples=100)
-@given(st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.none()))
+@given(st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False), st.booleans(), st.none()))
 def test_numbers_survive_json(value):
     assert parse_yaml(json.dumps(value).replace("Infinity", ".inf"), "here") == value
 

@@ -52,6 +52,7 @@ SOUND = RankFacts(
     rank=0,
     host="host1",
     versions={"python": "3.11.9", "torch": "2.13.0"},
+    torchvision_fits=True,
     gpu="NVIDIA H100",
     gpu_bytes=80 * GIB,
     gpu_free_bytes=79 * GIB,
@@ -89,6 +90,7 @@ def fast(ranks: list[RankFacts]) -> Verdict:
 
 SOUND_VERDICTS = {
     "versions": lambda ranks: doctor_checks.check_versions(ranks, REQUIRED),
+    "torchvision": doctor_checks.check_torchvision,
     "GPUs": doctor_checks.check_gpus,
     "GPU memory": lambda ranks: doctor_checks.check_gpu_memory(ranks, 60 * GIB),
     "host memory": lambda ranks: doctor_checks.check_host_memory(ranks, 100 * GIB),
@@ -105,6 +107,7 @@ SOUND_VERDICTS = {
 FAULTS = [
     ("versions", {"versions": {"python": "3.11.9", "torch": "2.12.1"}}, "failure", "2.12.1 on host2 .rank 1"),
     ("versions", {"versions": {"python": "3.11.9"}}, "failure", "torch 2.13.0 on host1 .* missing on host2"),
+    ("torchvision", {"torchvision_fits": False}, "warning", "another torch on host2 .*--no-deps torchvision"),
     ("GPUs", {"gpu": None}, "failure", "no GPU is seen on host2"),
     ("GPUs", {"gpu": "NVIDIA A100", "gpu_bytes": 40 * GIB}, "warning", "NVIDIA A100, 40 GiB on host2 .rank 1"),
     ("GPU memory", {"gpu_free_bytes": 50 * GIB}, "failure", "60 GiB of 50 GiB are needed on host2 .rank 1"),

@@ -83,7 +83,7 @@ def test_folders_that_are_not_runs_are_refused(tmp_path):
     with pytest.raises(LogError, match=r"summary\.json: not JSON"):
         summarize(tmp_path)
     (tmp_path / "config.yaml").write_text("run: [")
-    with pytest.raises(LogError, match=r"config\.yaml: not YAML"):
+    with pytest.raises(LogError, match=r"config\.yaml: not valid YAML"):
         summarize(tmp_path)
 
 
