@@ -10,7 +10,7 @@ may have been changed, lost, or be that of a start that failed.
 import json
 import socket
 
-from launcher.checkpoint.folders import CONFIG
+from launcher.checkpoint.folders import CONFIG, complete_checkpoints
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.file import DERIVED_KEYS, parse_yaml
@@ -37,7 +37,9 @@ def check_owner(folder: RunFolder) -> bool:
             is_ours = owner["run_id"] == folder.run_id
         except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):  # none yet, or damaged
             return False
-    if not is_ours and folder.has_place_for_checkpoints:
+        # A first start that failed has left its note, and nothing else.
+        is_free = {**owner, **place_of(folder)} == owner and not complete_checkpoints(folder.checkpoints)
+    if not is_ours and not is_free and folder.has_place_for_checkpoints:
         raise ConfigError(
             f"checkpoint.folder: {folder.checkpoints} has the checkpoints of another run, {owner.get('name')} in "
             f"{owner.get('folder')} on {owner.get('host')}. Give this run another checkpoint.folder. To begin with "
@@ -50,14 +52,14 @@ def check_owner(folder: RunFolder) -> bool:
 def claim_checkpoints(folder: RunFolder) -> None:
     """Note in the folder of checkpoints that it belongs to this run; raises what `check_owner` does."""
     if not check_owner(folder):
-        owner = {
-            "run_id": folder.run_id,
-            "name": folder.config.run.name,
-            "folder": str(folder.path.absolute()),
-            "host": socket.gethostname(),
-        }
+        owner = {"run_id": folder.run_id, "name": folder.config.run.name, **place_of(folder)}
         with reaching(folder.checkpoints):
             (folder.checkpoints / OWNER).write_bytes(json.dumps(owner, indent=2).encode())
+
+
+def place_of(folder: RunFolder) -> dict[str, str]:
+    """The place of a run's folder."""
+    return {"folder": str(folder.path.absolute()), "host": socket.gethostname()}
 
 
 def check_nothing_lost(folder: RunFolder) -> None:

@@ -14,8 +14,9 @@ from runs import run
 from tiny import tiny_config, tiny_tree
 
 from launcher.config.file import parse_config
-from launcher.errors import UserError
+from launcher.errors import ConfigError, UserError
 from launcher.process.console import Console
+from launcher.run.belonging import claim_checkpoints
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import read_metrics
 
@@ -213,6 +214,27 @@ def test_it_stays_a_runs_own_where_the_run_is_moved(shards: Path, tmp_path: Path
     [[first, moved, lost, told_to]] = run_group(1, moved_and_lost, str(shards), str(tmp_path))
     assert [first, moved, told_to] == ["interrupted", "interrupted", "complete"]
     assert lost.startswith("ConfigError: checkpoint.folder: ")
+
+
+def test_a_first_start_that_failed_leaves_the_folder_of_checkpoints_free(tmp_path: Path) -> None:
+    def owned(name: str) -> RunFolder:
+        folder = RunFolder(
+            tiny_config(Path("shards"), tmp_path / name, checkpoint={"folder": str(tmp_path / "shared")})
+        )
+        folder.prepare([4, 4])
+        return folder
+
+    (tmp_path / "shared").mkdir()
+    claim_checkpoints(owned("one"))
+    shutil.rmtree(tmp_path / "one")
+    claim_checkpoints(owned("one"))  # with another id
+    with pytest.raises(ConfigError, match=f"has the checkpoints of another run, tiny in {tmp_path}/one on "):
+        claim_checkpoints(owned("two"))
+    shutil.rmtree(tmp_path / "one")
+    (tmp_path / "shared" / "step-00000004").mkdir()
+    (tmp_path / "shared" / "step-00000004" / "manifest.json").touch()
+    with pytest.raises(ConfigError, match="If it is this run, and its folder was lost, remove "):
+        claim_checkpoints(owned("one"))
 
 
 def test_a_runs_id_is_no_part_of_its_configuration(tmp_path: Path) -> None:
