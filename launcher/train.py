@@ -24,7 +24,7 @@ from launcher.config.sections import Config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import Engine, load_weights
 from launcher.engine.learned_scales import initialize_scales_
-from launcher.errors import TrainingError
+from launcher.errors import USER_ERRORS, TrainingError
 from launcher.formats.open import check_sound
 from launcher.formats.start import check_data, first_progress, open_start
 from launcher.plan.course import Phase
@@ -352,7 +352,12 @@ def finish(run: Run) -> Outcome:
     run.saver.wait()
     if run.at.step < run.plan.total_steps:
         return "interrupted"
-    sample = run.held_out.sample(run.engine) if run.plan.config.evaluation.sample_prompt else None
+    sample = None
+    if run.plan.config.evaluation.sample_prompt:
+        try:
+            sample = run.held_out.sample(run.engine)
+        except USER_ERRORS as error:  # on all ranks alike, and the run is complete
+            run.console.line(f"WARNING: no sample is drawn: {error}")
     if run.ranks.is_first:
         run.folder.write_summary(summary(run.plan, run.ranks, run.meter, sample))
     return "complete"
