@@ -47,7 +47,7 @@ def tokenizer_files(path: Path, *, vocab_size: int, max_sequence_length: int) ->
         )
     path, end = tokenizer.path, tokenizer.end_of_document
     if path.suffix == ".model":
-        definition, copy = _from_sentencepiece(path), {"tokenizer.model": tokenizer.marked_file()}
+        definition, copy = _from_sentencepiece(path), {"tokenizer.model": tokenizer.file_content()}
     else:
         definition, copy = read_definition(path), {}
     end_name = tokenizer.name_of(end)

@@ -5,11 +5,13 @@ then happens when the run starts, by the same code as inside a run, so that both
 why converting one of our own checkpoints costs nothing: its files are immutable, and the new checkpoint links to them.
 """
 
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 
 import torch
 
+from data.tokenizer import self_contained
 from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import FileRecord, Manifest, precision_at
@@ -18,6 +20,7 @@ from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_
 from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
+from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import check_model, check_sound, model_of, precision_of
 from launcher.formats.opened import tokenizer_of
 from launcher.formats.provenance import provenance
@@ -121,7 +124,9 @@ def convert_to_run(config: Config, source: Source) -> Path:
             else:
                 files = write_streamed(writer, source)
             tokenizer = tokenizer_of(source) or tokenizer_of_data(config)
-            writer.finish(files, folder.config_text, tokenizer, manifest_of_conversion(course, source))
+            is_foreign = isinstance(source, HuggingFaceSource)  # its other files may name the end of a document
+            with self_contained(tokenizer) if tokenizer and is_foreign else nullcontext(tokenizer) as copy:
+                writer.finish(files, folder.config_text, copy, manifest_of_conversion(course, source))
         except BaseException:
             writer.abandon()
             raise
