@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 
-COMPARED_CHARS = 1 << 16  # of a chunk, and at least its first document; decoding everything would cost a third more
+COMPARED_CHARS = 1 << 16  # of a chunk, and at least its first document; decoding all would cost up to a third more
 SHOWN_CHARS = 20
 MOST_NAMED = 5
 ADVICE = (

@@ -12,7 +12,6 @@ import hashlib
 import heapq
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from data.prepared import (
     open_prepared,
 )
 from data.readers import Document, read_documents, survey
-from data.tokenizer import Tokenizer, load_tokenizer, says_end_of_document, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.torchvision_repair import repair_torchvision
 
 TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
@@ -187,9 +186,7 @@ def _place_tokenizer(config: PrepareConfig, out: Path, progress: Callable[[Prepa
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
         source = load_tokenizer(config.tokenizer, config.end_of_document)
         path = out / f"tokenizer{source.path.suffix}"
-        shutil.copyfile(source.path, path)
-        if not says_end_of_document(path, source.end_of_document):  # copies of the copy have no other files beside them
-            path.write_bytes(source.marked_file())
+        path.write_bytes(source.file_content())
         return load_tokenizer(path)
     progress(PrepareProgress(stage="tokenizer", documents=0, text_bytes=0, tokens=0, seconds=0.0))
     texts = (document.text for split, document in _assign_splits(config) if split == TRAIN)

@@ -6,9 +6,11 @@ and bytes for what the vocabulary lacks (newline and tab among them), hence `dec
 The counts of `token_bytes` turn a loss in nats per token into bits per byte, which compares across vocabularies.
 """
 
+import contextlib
 import io
 import re
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,8 +62,8 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def marked_file(self) -> bytes:
-        """Return a tokenizer file that says by itself which token ends documents."""
+    def file_content(self) -> bytes:
+        """Return the tokenizer's file, with a mark on the token that ends documents if only other files name it."""
         ...
 
     @property
@@ -97,12 +99,13 @@ def load_tokenizer(path: str | Path, end_of_document: str | None = None) -> Toke
     raise DataError(f"{path}: must be a SentencePiece .model or a Hugging Face .json file, not {path.suffix!r}")
 
 
-def says_end_of_document(path: Path, end_of_document: int) -> bool:
-    """Whether a tokenizer's file without others beside it says that a token ends documents."""
-    try:
-        return load_tokenizer(path).end_of_document == end_of_document
-    except DataError:
-        return False
+@contextlib.contextmanager
+def self_contained(path: Path) -> Iterator[Path]:
+    """A temporary copy of a tokenizer's file that says by itself which token ends documents."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        copy.write_bytes(load_tokenizer(path).file_content())
+        yield copy
 
 
 def _file_in(folder: Path) -> Path:

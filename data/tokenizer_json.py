@@ -13,6 +13,9 @@ without a word. A unigram model in a `tokenizer.json` resolves ties in another w
 
 Training puts the token that ends a document in front of each, and knows no other special token. It is therefore what
 text begins with here: `bos_token`, `eos_token` and `pad_token` in one.
+
+The name of a special token in a text is just text in training, and so here: `<unk>` and `<s>` are ordinary tokens that
+no text becomes, and `split_special_tokens` makes Transformers read `</s>` in a text as text.
 """
 
 import json
@@ -47,7 +50,7 @@ def tokenizer_files(path: Path, *, vocab_size: int, max_sequence_length: int) ->
         )
     path, end = tokenizer.path, tokenizer.end_of_document
     if path.suffix == ".model":
-        definition, copy = _from_sentencepiece(path), {"tokenizer.model": tokenizer.marked_file()}
+        definition, copy = _from_sentencepiece(path), {"tokenizer.model": tokenizer.file_content()}
     else:
         definition, copy = read_definition(path), {}
     end_name = tokenizer.name_of(end)

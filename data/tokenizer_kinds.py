@@ -184,8 +184,8 @@ class SentencePieceTokenizer(_InParts):
         sizes[self.end_of_document] = 0 if self._prefix == "" else -1
         return sizes
 
-    def marked_file(self) -> bytes:
-        """Return the file, in which the token that ends documents is marked."""
+    def file_content(self) -> bytes:
+        """Return the file, with a mark on the token that ends documents if only other files name it."""
         return self._content
 
 
@@ -200,6 +200,7 @@ class HuggingFaceTokenizer(_InParts):
         self.vocab_size = max(ids.values(), default=-1) + 1
         marked = [token["content"] for token in added if token.get(ENDS_DOCUMENTS)]
         special = [token["content"] for token in added if token.get("special")]
+        self._own_names = marked or [name for name in USUAL_NAMES if name in (special or ids)]
 
         def id_of(name: str | int) -> int | None:
             return (name if name in ids.values() else None) if isinstance(name, int) else ids.get(name)
@@ -207,7 +208,7 @@ class HuggingFaceTokenizer(_InParts):
         self.end_of_document = find_end_of_document(
             path,
             end_of_document,
-            marked or [name for name in USUAL_NAMES if name in (special or ids)],
+            self._own_names,
             is_marked=bool(marked),
             special=special,
             id_of=id_of,
@@ -256,8 +257,10 @@ class HuggingFaceTokenizer(_InParts):
         sizes[self.end_of_document] = -(self._prefix != "") - (not kinds or not kinds.isdisjoint(SPACE_FOR_EACH_WORD))
         return sizes
 
-    def marked_file(self) -> bytes:
-        """Return the file, in which the token that ends documents is marked."""
+    def file_content(self) -> bytes:
+        """Return the file, with a mark on the token that ends documents if only other files name it."""
+        if self._own_names == [self.name_of(self.end_of_document)]:
+            return self.path.read_bytes()
         return json.dumps(self.definition, ensure_ascii=False).encode()
 
 

@@ -41,9 +41,13 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
     console.line(f"Each document ends with {manifest['end_of_document_token']} (token {manifest['end_of_document']})")
     compared, changed = manifest["compared_documents"], manifest["changed_documents"]
     if config.lossy_tokenizer:
-        console.line(f"The tokenizer does not give back {changed:,} of {compared:,} documents that were compared")
+        console.line(
+            f"The tokenizer changes text: {changed:,} of {compared:,} documents that were decoded and compared"
+        )
     else:
-        console.line(f"The tokenizer gives back all of {compared:,} documents that were compared; all bytes add up")
+        console.line(
+            f"The tokenizer gives text back: {compared:,} documents were decoded and compared, and all bytes add up"
+        )
     for name, split in manifest["splits"].items():
         console.line(
             f"{out}/{name}: {split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"

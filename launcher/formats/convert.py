@@ -6,11 +6,13 @@ why converting one of our own checkpoints costs nothing: its files are immutable
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 
 import torch
 
+from data.tokenizer import self_contained
 from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import FileRecord, Manifest, precision_at
@@ -124,7 +126,9 @@ def convert_to_run(config: Config, source: Source) -> Path:
             else:
                 files = write_streamed(writer, source)
             tokenizer = tokenizer_of(source) or tokenizer_of_data(config)
-            writer.finish(files, folder.config_text, tokenizer, manifest_of_conversion(course, source))
+            is_foreign = isinstance(source, HuggingFaceSource)  # its other files may name the end of a document
+            with self_contained(tokenizer) if tokenizer and is_foreign else nullcontext(tokenizer) as copy:
+                writer.finish(files, folder.config_text, copy, manifest_of_conversion(course, source))
         except BaseException:
             writer.abandon()
             raise
@@ -140,9 +144,9 @@ def manifest_of_conversion(course: Course, source: Source) -> Manifest:
     """
     at = first_progress(course)
     precision = computed_precision(source)
-    if precision is None or (precision.quantization is None and not isinstance(source, CheckpointReader)):
-        precision = precision_at(course, at)
-    elif isinstance(source, HuggingFaceSource) and source.is_packed:
+    is_packed = isinstance(source, HuggingFaceSource) and source.is_packed
+    is_in_16_bits = precision is not None and precision.quantization is None
+    if precision is None or is_packed or (is_in_16_bits and not isinstance(source, CheckpointReader)):
         precision = precision_at(course, at)
     return Manifest(
         milestone=True,

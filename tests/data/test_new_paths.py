@@ -156,6 +156,6 @@ def test_who_waits_comes_after(tmp_path):
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
     (tmp_path / "thesis").write_text("words")
     (tmp_path / ".made.tritrain-lock").symlink_to(tmp_path / "thesis")
-    with pytest.raises(OSError, match="is a link to .*thesis, which would be written"), new_folder(tmp_path / "made"):
+    with pytest.raises(OSError, match=r"is a link to .*thesis, which would be written"), new_folder(tmp_path / "made"):
         pytest.fail("work was done")
     assert (tmp_path / "thesis").read_text() == "words"

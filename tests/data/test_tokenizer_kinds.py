@@ -44,7 +44,7 @@ def counted(tokenizer, ids):
 @pytest.mark.parametrize("name", LOSSLESS)
 @with_examples
 @given(text=ANY)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_text_is_given_back_whole_and_in_parts(zoo, name, text):
     tokenizer, oracle = zoo(name)
     ids = tokenizer.encode(text)
@@ -70,7 +70,7 @@ def test_any_text_is_given_back_whole_and_in_parts(zoo, name, text):
 @pytest.mark.parametrize("name", LOSSY)
 @with_examples
 @given(text=ANY | WORDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_lossy_tokenizer_encodes_as_its_library_and_counts_what_it_gives_back(zoo, name, text):
     tokenizer, oracle = zoo(name)
     ids, expected = tokenizer.encode(text), oracle.encode(text)

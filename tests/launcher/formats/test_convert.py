@@ -17,7 +17,9 @@ from hf_folders import edit_config, write_variant
 from ranks import run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
+from tokenizers import Tokenizer, models
 
+from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS
@@ -119,6 +121,18 @@ def test_one_checkpoint_seeds_many_runs_without_being_copied(runs: Path, shards:
         assert provenance["transition"]["optimizer"] == "keep"
         assert provenance["tritrain_version"]
     assert "sound" in tritrain("verify", tmp_path / "one", tmp_path / "two")
+
+
+def test_a_tokenizer_of_hugging_face_keeps_its_end_of_documents(runs: Path, shards: Path, tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    tritrain("convert", runs / "trunk" / "checkpoints" / "step-00000004", "--format", "hf", "--to", hf)
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    tokenizer.save(str(hf / "tokenizer.json"))
+    (hf / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
+    tritrain("convert", hf, "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
+    assert load_tokenizer(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]).end_of_document == 2
 
 
 def test_a_source_is_opened_once(runs: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
