@@ -132,6 +132,7 @@ def test_no_error_carries_a_secret_or_risky_advice(error: type[Exception], capsy
 
 def test_what_a_run_keeps_of_its_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tiny_config(tmp_path, tmp_path / "run"))
+    folder.claim()
     say_failure(folder, ALONE, LEAKING)
     for kept in (capsys.readouterr().err, (tmp_path / "run" / "state.json").read_text()):
         assert "https://***@h/x" in kept
