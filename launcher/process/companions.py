@@ -81,7 +81,10 @@ class Companions:
 
         Raises:
             StartError: all are there and cannot connect.
+            Exception: the error itself, if no other rank is watched.
         """
+        if not self._peers:
+            raise error
         time.sleep(3 * TICK_SECONDS + GRACE_SECONDS)  # the thread may be about to end this process
         raise StartError(
             f"the ranks have met on {', '.join(sorted({peer['host'] for peer in self._peers}))}, but cannot connect: "
