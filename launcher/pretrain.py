@@ -98,14 +98,17 @@ def run(config: Config, smoke_steps: int | None = None) -> int:
     folder = RunFolder(config)
     companions = Companions()
     with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds, companions) as ranks:
-        if refusal := claim(folder, ranks, is_smoke=smoke_steps is not None):
-            companions.release()
-            if ranks.is_first:
-                print(safe_message(refusal), file=sys.stderr)  # noqa: T201
-            return MISCONFIGURED
         pulse = Pulse()
-        heartbeat = Heartbeat(ranks, config.watch.beat_seconds, pulse, folder.write_heartbeats)
-        watchdog = Watchdog(config.watch, folder, ranks, pulse, heartbeat)
+        try:
+            if refusal := claim(folder, ranks, is_smoke=smoke_steps is not None):
+                companions.release()
+                if ranks.is_first:
+                    print(safe_message(refusal), file=sys.stderr)  # noqa: T201
+                return MISCONFIGURED
+            heartbeat = Heartbeat(ranks, config.watch.beat_seconds, pulse, folder.write_heartbeats)
+            watchdog = Watchdog(config.watch, folder, ranks, pulse, heartbeat)
+        except RuntimeError as error:
+            companions.explain(error)
         companions.release()  # the watchdog takes over
         companions.when_launcher_is_lost(lambda message: stop_without_launcher(message, stop, pulse))
         try:

@@ -81,7 +81,10 @@ class Companions:
 
         Raises:
             StartError: all are there and cannot connect.
+            Exception: the error itself, if no other rank is watched.
         """
+        if not self._peers:
+            raise error
         time.sleep(3 * TICK_SECONDS + GRACE_SECONDS)  # the thread may be about to end this process
         raise StartError(
             f"the ranks have met on {', '.join(sorted({peer['host'] for peer in self._peers}))}, but cannot connect: "
@@ -144,8 +147,10 @@ def end_without_launcher(message: str) -> None:
 
 
 def say(message: str) -> None:
-    """Print to stderr, or nowhere if that went with the launcher."""
+    """Print to stderr; if that went with the launcher, nothing is printed from now on."""
     try:
         print(message, file=sys.stderr, flush=True)  # noqa: T201
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)

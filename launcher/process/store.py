@@ -57,9 +57,8 @@ def open_store(rank: int, world_size: int, timeout_seconds: int) -> dist.Store:
             f"MASTER_PORT). Rank 0 must be started, and this host must reach its address. ({first_line(error)})"
         ) from error
     store.set_timeout(timedelta(seconds=timeout_seconds))
-    return dist.PrefixStore(
-        f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-    )  # torchrun's may outlive ranks
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store of torchrun's agent outlives ranks
+    return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
 def listen(address: str, port: int, world_size: int) -> socket.socket:

@@ -31,7 +31,8 @@ LISTENER = "TRITRAIN_LISTENER"
 the port between its choice and its use."""
 
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+"""Signals on which the ranks are asked to stop, by SIGTERM."""
 
 
 def main(num_ranks: int, command: Sequence[str]) -> int:
@@ -42,8 +43,9 @@ def main(num_ranks: int, command: Sequence[str]) -> int:
         what the ranks return that end in order, or 128 and the signal's number if there is none.
     """
     asked: list[int] = []
-    for number in PASSED_ON:
-        signal.signal(number, lambda number, frame: asked.append(number))
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # `nohup` ignores SIGHUP
+            signal.signal(number, lambda number, frame: asked.append(number))
     ranks = start(num_ranks, command)
     try:
         return follow(ranks, asked)
@@ -55,11 +57,9 @@ def main(num_ranks: int, command: Sequence[str]) -> int:
 
 def start(num_ranks: int, command: Sequence[str]) -> "list[subprocess.Popen[bytes]]":
     """Start the ranks, each in a session of its own: a terminal's Ctrl-C reaches them once, through this process."""
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    interface = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"} if loopback else {}
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, num_ranks)) as listener:
         shared = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), **interface}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), **loopback_alone()}
         shared |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
         shared.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
         ranks = []
@@ -78,6 +78,12 @@ def start(num_ranks: int, command: Sequence[str]) -> "list[subprocess.Popen[byte
     return ranks
 
 
+def loopback_alone() -> dict[str, str]:
+    """The variables that keep the ranks' connections off the network."""
+    name = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
+
+
 def follow(ranks: "Sequence[subprocess.Popen[bytes]]", asked: list[int]) -> int:
     """Wait for the end of all ranks, pass signals on, and end the others when one has failed; returns an exit code."""
     failed: subprocess.Popen[bytes] | None = None
@@ -94,7 +100,7 @@ def follow(ranks: "Sequence[subprocess.Popen[bytes]]", asked: list[int]) -> int:
             break
         if asked and not passed_on:
             passed_on, kill_at = True, min(kill_at, time.monotonic() + SECONDS_TO_SAVE)
-            send(asked[0], running)
+            send(signal.SIGTERM, running)
         if time.monotonic() > kill_at or asked.count(signal.SIGINT) > 1:
             send(signal.SIGKILL, running)
         time.sleep(SECONDS_BETWEEN_LOOKS)

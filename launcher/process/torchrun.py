@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from launcher.process.launchers import with_launcher
+from launcher.process.supervisor import loopback_alone
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +55,7 @@ def become_run(launcher: Launcher, config: Path, overrides: list[str], num_ranks
     if launcher == "deepspeed":
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), *script]
         sys.stdout.flush()
-        os.execve(command[0], command, with_launcher(os.environ))
+        os.execve(command[0], command, with_launcher(os.environ | loopback_alone()))
     become_ranks(num_ranks, script)
 
 
