@@ -29,7 +29,6 @@ from launcher.process.torchrun import JobLauncher, Launcher, become_ranks, becom
 app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Pretrain language models in 16 bits and finish them in 1.58 bits.",
 )
@@ -83,20 +82,25 @@ def train(
     overrides: Overrides = None,
     ranks: RanksOption = None,
     launcher: Annotated[Launcher, typer.Option("--with", help="Program that starts the processes.")] = "torchrun",
+    stop_after_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Smoke test: only N steps of each phase, in a folder that is removed afterwards."),
+    ] = None,
 ) -> None:
     """Train on this machine; start a run or resume it."""
     from launcher.commands.train import check_start
 
     num_ranks = ranks or default_ranks()
-    folder, plan = check_start(config, overrides or (), num_ranks)
-    if folder.read_state().get("status") == "complete":
+    folder, plan = check_start(config, overrides or (), num_ranks, is_smoke=stop_after_steps is not None)
+    if folder.is_complete(plan.total_steps):
         console = Console(silent=False)
         console.line(f"The run {plan.config.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
         from launcher.report.ending import show_next
 
         show_next(folder, console)
         return
-    become_run(launcher, config, overrides or [], num_ranks)
+    smoke = [] if stop_after_steps is None else [f"--stop-after-steps={stop_after_steps}"]
+    become_run(launcher, config, [*smoke, *(overrides or [])], num_ranks)
 
 
 @app.command()

@@ -35,6 +35,7 @@ class Saver:
         keep_last: how many are kept besides the milestones; 0 keeps all.
         asynchronous: copy the state to host memory and write it while training goes on; else write at once.
         say: prints a warning about a checkpoint that the run can do without.
+        note: on the first rank, notes the step of a checkpoint that is complete.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class Saver:
         keep_last: int,
         asynchronous: bool,
         say: Callable[[str], None],
+        note: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._tokenizer = tokenizer
         self._checkpoints, self._ranks, self._keep_last = checkpoints, ranks, keep_last
-        self._asynchronous, self._say = asynchronous, say
+        self._asynchronous, self._say, self._note = asynchronous, say, note
         # The thread's collectives must not mix with training's.
         self._group = dist.new_group(backend="gloo", group_desc=SAVER_GROUP) if ranks.world_size > 1 else None
         self._thread: threading.Thread | None = None
@@ -145,6 +147,10 @@ class Saver:
 
         self._all_ranks(finish if first else None, writer)
         if first:
+            try:
+                self._note(manifest.step)
+            except OSError as error:
+                self._say(f"WARNING: {error}")
             try:
                 with reaching(self._checkpoints):
                     prune_checkpoints(self._checkpoints, self._keep_last)

@@ -137,7 +137,8 @@ def parse_count(text: str, option: str) -> int:
         ConfigError: it is none.
     """
     matched = re.fullmatch(r"(\d[\d_]*\.?\d*(?:e\d+)?)\s*([KMBGT]?)", text.strip(), re.IGNORECASE)
-    if not matched or not (count := round(float(matched[1]) * UNITS[matched[2].upper()])):
+    value = float(matched[1]) * UNITS[matched[2].upper()] if matched else 0.0
+    if not value < 2**63 or not (count := round(value)):
         raise ConfigError(f"{option} {text}: is no count; 350M or 7B would be one")
     return count
 

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data.pointers import pointer_problem
 from data.urls import url_problem
+from launcher.config.aliases import ALIASES
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import ScheduleConfig
 from launcher.config.rules import spanning_problems
@@ -37,7 +38,7 @@ from model.config import DistillationConfig, ModelConfig
 from quant.config import PRESETS, QuantConfig
 from quant.ramp import RampConfig
 
-DERIVED_KEYS = ("tritrain_version", "phase_steps")
+DERIVED_KEYS = ("tritrain_version", "run_id", "phase_steps")
 """Keys of a run's own `config.yaml` that are not part of the configuration."""
 
 
@@ -313,17 +314,42 @@ def _parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
             return adapter.validate_json(json.dumps(tree)), problems
         except ValidationError as error:
             removed: list[str] = []
-            for detail in error.errors():
-                location = tuple(str(key) for key in detail["loc"])
+            is_mended = False
+            for location, detail in _by_location(error, kind).items():
                 where = ".".join((path, *location))
+                if detail["type"] == "int_type" and _make_whole(tree, location):
+                    is_mended = True
+                    continue
                 for problem, reason, needed in _reasons(detail, kind, location, where):
                     if left_out.isdisjoint((problem, *needed)):
                         problems.setdefault(problem, reason)
                 if not detail["type"].startswith("missing") and _remove(tree, location):
                     removed.append(where)
-            if not removed:
+            if not removed and not is_mended:
                 return None, problems
             left_out.update(removed)
+
+
+def _by_location(error: ValidationError, kind: Any) -> dict[tuple[str, ...], Any]:
+    """Each of pydantic's errors by its keys; those of a key that takes several kinds of values are one."""
+    found: dict[tuple[str, ...], Any] = {}
+    for detail in error.errors():
+        location = tuple(str(key) for key in detail["loc"])
+        if location and not location[-1].isdecimal() and not _is_section(kind, location[:-1]):
+            location = location[:-1]  # its last part names the kind that was tried
+        if location in found:
+            detail["msg"] = f"{found[location]['msg']} or {detail['msg'].removeprefix('Input should be ')}"
+        found[location] = detail
+    return found
+
+
+def _is_section(kind: Any, location: Sequence[str]) -> bool:
+    """Return whether a section, not a value, is at ``location`` under the type ``kind``."""
+    try:
+        _owner(kind, location)
+    except StopIteration:
+        return False
+    return True
 
 
 def _reasons(detail: Any, kind: Any, location: tuple[str, ...], where: str) -> Iterator[tuple[str, str, list[str]]]:
@@ -334,6 +360,18 @@ def _reasons(detail: Any, kind: Any, location: tuple[str, ...], where: str) -> I
     judged_by = JUDGED_BY.get(_owner(kind, location), {})
     for key, reason in detail["ctx"]["error"].args[0].items():
         yield f"{where}.{key}", reason, [f"{where}.{other}" for other in judged_by.get(key, ())]
+
+
+def _make_whole(tree: Any, location: tuple[str, ...]) -> bool:
+    """Make a number such as 1e9 the integer that it is; False if it has a fraction."""
+    node = tree
+    for key in location[:-1]:
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    last = int(location[-1]) if isinstance(node, list) else location[-1]
+    if not (isinstance(node[last], float) and node[last].is_integer() and abs(node[last]) < 2**53):
+        return False
+    node[last] = int(node[last])
+    return True
 
 
 def _remove(tree: Any, location: tuple[str, ...]) -> bool:
@@ -353,9 +391,23 @@ def _explain(detail: Any, kind: Any, location: tuple[str, ...]) -> str:
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return "is missing"
         case "dataclass_type":
-            return f"is {detail['input']!r}; must be a mapping of keys"
+            return f"is {_as_yaml(detail['input'])}; {_section_advice(detail['input'], _owner(kind, location))}"
         case _:
             return f"is {detail['input']!r}; {detail['msg'].replace('Input should be', 'must be')}"
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _section_advice(value: Any, section: Any) -> str:
+    """What to write where a section is given as one value: a shape, a preset or nothing."""
+    if value is None:
+        return "leave it out for its defaults, or write a mapping of keys"
+    for name, options in typing.get_type_hints(section).items():
+        if any(value in typing.get_args(option) for option in (options, *typing.get_args(options))):
+            return f"must be a mapping of keys; write {{{name}: {value}}}"
+    return "must be a mapping of keys"
 
 
 def _owner(kind: Any, location: Sequence[str]) -> Any:
@@ -371,6 +423,8 @@ def _dataclass_of(kind: Any) -> Any:
 
 def _suggestion(key: str, owner: Any) -> str:
     names = [part.name for part in fields(owner)]
+    if key not in names and (ours := ALIASES.get(key.lower())) is not None:
+        return f"; did you mean {ours}?"
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]}?"

@@ -121,15 +121,23 @@ def a_phase_is_listed(phases: "Phases") -> Problems:
 
 
 def fractions_are_of_one_run(phases: "Phases", training: "TrainingConfig") -> Problems:
-    """Fractions need a whole, a whole needs fractions, and they add up to at most 1."""
-    share = sum(phase.fraction or 0 for phase in phases)
+    """Fractions need a whole, a whole needs fractions, and they add up to 1, or one phase takes the rest.
+
+    `launcher.plan.course` checks the sum where other phases have a length in steps or tokens.
+    """
+    fractions = [phase.fraction for phase in phases]
+    share = sum(fraction for fraction in fractions if fraction is not None and fraction != "rest")
     length = "total_steps" if training.total_steps else "total_tokens"
-    if phases and not share and getattr(training, length):
+    if phases and not any(fractions) and getattr(training, length):
         yield f"training.{length}", "has no effect, because no phase's length is a fraction; leave it out"
-    if share > 1 + 1e-9:
-        yield "phases", f"the fractions add up to {share:g}; at most 1"
-    for index, phase in enumerate(phases):
-        if phase.fraction and not (training.total_steps or training.total_tokens):
+    if fractions.count("rest") > 1:
+        yield "phases", "fraction is rest in more than one; only one can take the rest"
+    elif "rest" in fractions and share > 1 - 1e-9:
+        yield "phases", f"the fractions add up to {share:g} and leave nothing for the one that is rest"
+    elif share > 1 + 1e-9 or (fractions and all(fractions) and "rest" not in fractions and share < 1 - 1e-9):
+        yield "phases", f"the fractions add up to {share:g}, not to 1; change one, or write fraction: rest for one"
+    for index, fraction in enumerate(fractions):
+        if fraction and not (training.total_steps or training.total_tokens):
             yield f"phases.{index}.fraction", "needs training.total_steps or training.total_tokens"
 
 

@@ -62,7 +62,9 @@ def _is_complete(config: Config) -> bool:
         state = json.loads((config.run.path / "state.json").read_bytes())
     except (OSError, ValueError, RecursionError):  # no start yet, or cut off by a full disk
         return False
-    return isinstance(state, dict) and state.get("status") == "complete"
+    if not isinstance(state, dict) or state.get("status") != "complete":
+        return False
+    return "steps" not in state or state["steps"] == make_course(config).total_steps  # else it was made longer
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:
@@ -163,10 +165,9 @@ def _checkpoint_problems(config: Config) -> Iterator[tuple[str, str]]:
 
 def _saved_steps(config: Config) -> set[int]:
     """Steps after which the run has a complete checkpoint; empty also where that is not known, as in a remote store."""
-    folder = config.checkpoint.folder or str(config.run.path / "checkpoints")
-    if "://" in folder:
+    if "://" in config.checkpoints:
         return set()
-    names = [path.parent.name for path in Path(folder).glob("step-*/manifest.json")]
+    names = [path.parent.name for path in Path(config.checkpoints).glob("step-*/manifest.json")]
     return {int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{8}", name)}
 
 

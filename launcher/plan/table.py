@@ -28,6 +28,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     milestones = {phase.end for phase in plan.phases}
     saves = milestones | set(range(interval, plan.total_steps, interval) if interval else ())
     kept = len(milestones) + config.checkpoint.keep_last
+    if not config.checkpoint.keep_last or (config.checkpoint.interval_minutes is None and len(saves) < kept):
+        kept = len(saves)  # and, of those that time decides, as many as the hours bring or none
     flops = flops_per_token(config.model, config.data.sequence_length)
     return {
         "parameters": num_parameters(config.model),
@@ -55,7 +57,8 @@ def describe(plan: Plan) -> dict[str, Any]:
         "bytes_per_rank": {name: round(size) for name, size in memory.items()},
         "total_bytes_per_rank": round(sum(memory.values())),
         "checkpoints_written": len(saves),
-        "checkpoints_kept": len(saves) if not config.checkpoint.keep_last else min(len(saves), kept),
+        "checkpoint_interval_minutes": config.checkpoint.interval_minutes,
+        "checkpoints_kept": kept,
         "checkpoint_bytes": checkpoint_bytes(config),
     }
 
@@ -122,6 +125,12 @@ def _export_in_words(export: dict[str, Any]) -> str:
     return f"no: {first}" + (f" (and {len(more)} more, with --json)" if more else "")
 
 
+def _checkpoints_in_words(numbers: dict[str, Any]) -> str:
+    minutes, size = numbers["checkpoint_interval_minutes"], human_bytes(numbers["checkpoint_bytes"])
+    by_time = "" if minutes is None else f", and after {minutes:g} min without,"
+    return f"{numbers['checkpoints_written']}{by_time} of {size}, {numbers['checkpoints_kept']} kept"
+
+
 def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
     """The rows of the table."""
     memory, sent = numbers["bytes_per_rank"], numbers["bytes_sent_per_rank_and_step"]
@@ -143,9 +152,5 @@ def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
         *[[f"sent per rank and step: {what}", human_bytes(size)] for what, size in (sent or {}).items() if size],
         *[[f"sent in codes: {what}", human_bytes(size)] for what, size in (in_codes or {}).items() if size],
         *([] if sent is not None else [["sent per rank and step", "not modeled with these engine.deepspeed keys"]]),
-        [
-            "checkpoints",
-            f"{numbers['checkpoints_written']} of {human_bytes(numbers['checkpoint_bytes'])}, "
-            f"{numbers['checkpoints_kept']} kept",
-        ],
+        ["checkpoints", _checkpoints_in_words(numbers)],
     ]

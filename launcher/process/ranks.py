@@ -141,6 +141,14 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0] if first else nodelist)
 
 
+def emulates_bf16(device: torch.device, processor: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether a device is a CPU without instructions for bf16; one that tells nothing of itself is not."""
+    if device.type != "cpu" or not processor.exists():
+        return False
+    flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", processor.read_text(), re.MULTILINE)
+    return bool(flags) and not {"avx512_bf16", "amx_bf16", "bf16"} & set(flags[0].split())
+
+
 def seed_everything(seed: int, rank: int) -> None:
     """Seed the generators of this rank; initial weights have generators of their own."""
     random.seed(seed + rank)

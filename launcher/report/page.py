@@ -191,7 +191,7 @@ def _phase_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
         for phase in summary.phases:
             share = phase.model_flops_utilization
             yield (
-                (f"run {number}, " if len(summaries) > 1 else "") + f"phase {phase.index + 1}: {phase.precision}",
+                (f"run {number}, " if len(summaries) > 1 else "") + f"phase {phase.index}: {phase.precision}",
                 f"{phase.steps:,}" + (f" of {phase.planned_steps:,}" if phase.planned_steps else ""),
                 human_count(phase.tokens),
                 _decimal(phase.train_loss),

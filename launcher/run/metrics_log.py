@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from launcher.errors import LogError
+from launcher.run.folder import replace_file, set_aside
 from launcher.run.recovery import SpikeWatch
 from quant.telemetry import DISTANCE_EDGES, MOST_FLIPS
 
@@ -33,10 +34,12 @@ class MetricsLog:
     def __init__(self, folder: Path, *, step: int, phase: int, tensorboard: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if (row["step"], row["phase"]) <= (step, phase)] if step else []
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        rewritten.rename(path)
+        rows, self.num_damaged = sound_rows(path)
+        """The rows, and the number of lines that are none."""
+        if self.num_damaged:
+            set_aside(path)
+        kept = [row for row in rows if (row["step"], row["phase"]) <= (step, phase)] if step else []
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         self.elapsed_seconds = max((row.get("time/elapsed_seconds", 0.0) for row in kept), default=0.0)
         self.spikes = SpikeWatch()
@@ -95,6 +98,28 @@ def write_histograms(tensorboard: Any, row: dict[str, Any]) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`, as `numbered_rows`; none where there is no file."""
     return [row for _, row in numbered_rows(path)] if path.exists() else []
+
+
+ROW = {"step": int, "tokens": int, "phase": int, "precision": str}
+"""Keys that every row has, and their types."""
+
+
+def sound_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a `metrics.jsonl` that are sound, and the number of lines that are damaged, as by a power cut.
+
+    A last line that a killed run left unfinished does not count.
+    """
+    rows, num_damaged = [], 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and all(type(row.get(key)) is kind for key, kind in ROW.items()):
+            rows.append(row)
+        else:
+            num_damaged += line.endswith(b"\n")
+    return rows, num_damaged
 
 
 def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

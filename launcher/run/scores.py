@@ -10,6 +10,10 @@ from eval.tasks import DEFINITIONS, GROUP, HARNESS
 RESULTS = "scores.json"
 
 
+KEYS = {"model", "task", "num_examples", "metric", "scores"}
+"""Keys that every record has."""
+
+
 TASK_COLUMNS = ["task", "examples", "metric", "score", "bits per byte"]
 
 
@@ -21,10 +25,14 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    problem = f"{path}: holds no results of evaluations; name another file with --out"
     try:
-        return list(json.loads(path.read_text())["results"])
+        records = list(json.loads(path.read_bytes())["results"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: holds no results of evaluations; name another file with --out") from error
+        raise DataError(problem) from error
+    if not all(isinstance(record, dict) and record.keys() >= KEYS for record in records):
+        raise DataError(problem)
+    return records
 
 
 def table_of(records: list[dict[str, Any]]) -> list[list[str]]:

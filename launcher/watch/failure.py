@@ -100,7 +100,7 @@ def leave_presence(folder: Path, ranks: Ranks) -> None:
 
 def is_first_to_say(folder: Path, message: str) -> bool:
     """Return whether no rank has claimed this message before; a failure that all ranks share is reported once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # never the run's folder, which is removed where a first start has failed
     try:
         (folder / f"said-{hashlib.sha256(message.encode()).hexdigest()[:16]}").touch(exist_ok=False)
     except FileExistsError:

@@ -72,7 +72,7 @@ def test_the_page_of_one_run_has_everything_in_order(tmp_path):
     summary = summarize(run)
     parts = (
         *("demo", verdict(summary), "124 M, of which 84.9 M ternary (68%)", "deepspeed, ZeRO stage 2", "1 h 10 min"),
-        *("phase 2: ternary", "training loss, nats/token", "to ternary at step 800", "validation, bits/byte"),
+        *("phase 1: ternary", "training loss, nats/token", "to ternary at step 800", "validation, bits/byte"),
         *("Back at the loss before, after", "steps since the switch", "Learning rate", "Quantization strength"),
         *("Gradient norm", "Throughput, tokens/s", "waiting for data, %", "Peak memory, GiB"),
         *("Once upon a time there was a small kingdom.", "tritrain_version: 0.1.0"),
