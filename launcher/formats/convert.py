@@ -30,7 +30,7 @@ from launcher.plan.course import Course, make_course
 from launcher.plan.exports import tokenizer_of_data
 from launcher.run.folder import RunFolder
 from model.transformer import Transformer
-from quant.linear import matching_layers
+from quant.linear import is_learned_scale, matching_layers
 
 
 def starting_phase(config: Config, source: Source) -> int:
@@ -234,6 +234,8 @@ def not_carried(source: Source, into: str) -> list[str]:
         sentences.append(
             f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place for them."
         )
+    if into == "hf" and any(map(is_learned_scale, source.shapes)):
+        sentences.append("Learned scales are not carried: the format has latent weights alone.")
     if isinstance(source, CheckpointReader):
         sentences.append("The data position, the counters and the generators' states are not carried.")
     return sentences

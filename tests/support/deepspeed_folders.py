@@ -48,7 +48,15 @@ class Tied(nn.Module):
         return Output(loss=nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), labels_BT.flatten()))
 
 
-def plain_engine(stage: int, *, bf16: bool, model: str = "transformer", universal: bool = False, **zero: Any) -> Any:
+def plain_engine(
+    stage: int,
+    *,
+    bf16: bool,
+    model: str = "transformer",
+    universal: bool = False,
+    accumulates_in_fp32: bool = False,
+    **zero: Any,
+) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -72,6 +80,8 @@ def plain_engine(stage: int, *, bf16: bool, model: str = "transformer", universa
         "gradient_clipping": 0.5,
         "checkpoint": {"load_universal": universal},
     }
+    if accumulates_in_fp32:  # stage 1 in bf16 then has an optimizer of its own
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
 
@@ -123,9 +133,11 @@ def truth_of(engine: Any, stage: int, *, bf16: bool) -> Truth:
 def _truth_in_memory(outer: Any, states: Any, names: dict[Tensor, str]) -> Truth:
     """The fp32 state of parameters, which are views of a flat tensor of which each rank has a part in fp32."""
     truth = {}
-    for master, parameters, flat in zip(
-        outer.single_partition_of_fp32_groups, outer.bit16_groups, outer.bit16_groups_flat, strict=True
-    ):
+    if hasattr(outer, "bf16_groups"):
+        groups = zip(outer.fp32_groups_flat_partition, outer.bf16_groups, outer.bf16_groups_flat, strict=True)
+    else:
+        groups = zip(outer.single_partition_of_fp32_groups, outer.bit16_groups, outer.bit16_groups_flat, strict=True)
+    for master, parameters, flat in groups:
         whole = {}
         for kind, mine in zip(KINDS, (master.detach(), *(states[master][kind] for kind in KINDS[1:])), strict=True):
             parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]

@@ -33,6 +33,7 @@ from model.hf import config_to_hf
 
 EXTRA_AT_3 = [
     ("zero1x3-bf16", 1, BF16),
+    ("zero1x3-bf16-in-fp32", 1, BF16 | {"accumulates_in_fp32": True, "round_robin_gradients": True}),
     ("zero1x3-elastic", 1, FP32 | {"elastic_checkpoint": True}),
     ("zero2x3-robin", 2, FP32 | {"round_robin_gradients": True}),
     ("zero1x3-robin-aligned", 1, BF16 | {"round_robin_gradients": True, "parameter_alignment": True}),
