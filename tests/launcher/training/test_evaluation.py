@@ -12,6 +12,7 @@ from tiny_tasks import EXAMPLES, write_tasks
 
 from data.errors import DataError
 from eval.rows import IGNORED_LABEL
+from launcher.errors import USER_ERRORS
 from launcher.plan.plan import make_plan
 from launcher.process.ranks import ALONE
 from launcher.training.held_out import HeldOut
@@ -60,11 +61,12 @@ def test_examples_are_checked_when_the_run_starts(shards, tmp_path):
         with_tasks(shards, tmp_path)
 
 
-def test_a_sample_that_cannot_be_written_says_why(shards, tmp_path):
+def test_a_sample_that_cannot_be_drawn_is_an_error_that_training_reports(shards, tmp_path):
     plan = plan_of(shards, tmp_path, sample_prompt="a", sample_tokens=4)
     held_out = HeldOut(plan, ALONE, SimpleNamespace(tokenizer_path=shards / "tokenizer.model"))
     broken = SimpleNamespace(logits=lambda tokens_BT: torch.full((*tokens_BT.shape, 320), math.nan))
-    assert "the logits of the next token are not finite" in held_out.sample(broken)["completion"]
+    with pytest.raises(USER_ERRORS, match="the logits of the next token are not finite"):
+        held_out.sample(broken)
 
 
 def test_a_sample_keeps_the_space_after_its_prompt(shards, tmp_path):
