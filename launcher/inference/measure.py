@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.readers import read_documents
+from data.readers import check_input, read_documents
 from eval.perplexity import text_loss
 from eval.rows import Scorer
 from eval.score import Score, scores_of
@@ -191,7 +191,8 @@ def write_points(folder: Path, task: Task, scores: dict[str, Score], step: int) 
 
 def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None:
     """Measure a model on files of text; a collective."""
-    total = sum(len(document.text.encode()) for document in read_documents(asked.files))
+    for text in asked.files:
+        check_input(text)
     subject = open_subject(asked.model, ranks, asked.tokenizer)
     longest = subject.scorer.window_tokens
     window = asked.window_tokens or longest
@@ -202,6 +203,7 @@ def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None
             f"than the model's {longest} tokens"
         )
     scorer = Scorer(**{**vars(subject.scorer), "window_tokens": window})
+    total = sum(len(document.text.encode()) for document in read_documents(asked.files))
     with console.counting("text", total, "bytes") as advance:
         loss = text_loss(
             scorer,

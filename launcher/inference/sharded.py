@@ -6,7 +6,7 @@ Hugging Face computes in bf16, or in fp32 where it says so; a packed one with th
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from eval.tasks import digest_of
 from launcher.checkpoint.folders import MANIFEST, checkpoints_under
 from launcher.checkpoint.location import reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import Source
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
+from launcher.formats.deepspeed_native import DeepSpeedSource
 from launcher.formats.hf_source import CONFIG, dtype_name
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.inference.build import first_token_of, sharded_model
@@ -108,7 +110,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
     )
     return Subject(
         location=source.location,
-        identity=manifest.digest if manifest else digest_of_folder(Path(source.location)),
+        identity=manifest.digest if manifest else digest_of_files(files_of(source)),
         step=manifest.step if manifest else None,
         run=opened.run,
         tokenizer=loaded,
@@ -151,10 +153,17 @@ def stored_dtype(folder: Path) -> str:
     return str(told.get("dtype") or told.get("torch_dtype") or "float32")
 
 
-def digest_of_folder(folder: Path) -> str:
+def files_of(source: Source) -> list[Path]:
+    """The files of a model in a folder of Hugging Face, or in one that DeepSpeed wrote beside a `config.json`."""
+    folder = Path(source.location)
+    weights = source.folder.glob("*.pt") if isinstance(source, DeepSpeedSource) else folder.glob("*.safetensors")
+    return [folder / CONFIG, *weights]
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
     """The digest of a model's files, in the order of their names."""
     digest = xxhash.xxh3_128()
-    for path in sorted([folder / CONFIG, *folder.glob("*.safetensors")]):
+    for path in sorted(paths):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(HASHED_AT_ONCE):

@@ -35,6 +35,24 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def results_of(path: Path, model: str) -> list[dict[str, Any]]:
+    """The records of a model: of each task the one with the most examples, and of equals the newest.
+
+    Args:
+        path: file of results.
+        model: digest of the model.
+
+    Raises:
+        DataError: it is another file.
+    """
+    best: dict[str, dict[str, Any]] = {}
+    for record in read_results(path):
+        task = record["task"]
+        if record["model"] == model and record["num_examples"] >= best.get(task, {"num_examples": 0})["num_examples"]:
+            best[task] = record
+    return list(best.values())
+
+
 def table_of(records: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each task, and the mean of each group that is complete."""
 

@@ -5,7 +5,6 @@ import torch.distributed as dist
 
 from data.loader import TrainingData, token_bytes, validation_rows
 from data.tokenizer import load_tokenizer
-from eval.errors import NotFiniteError
 from eval.perplexity import HeldOutLoss, held_out_loss
 from eval.sample import pieces_of_text, sample_tokens
 from launcher.engine.contract import Engine
@@ -46,21 +45,22 @@ class HeldOut:
             )
 
     def sample(self, engine: Engine) -> dict[str, str]:
-        """Return the configured prompt and its continuation by the model, or why there is none."""
+        """Return the configured prompt and its continuation by the model.
+
+        Raises:
+            NotFiniteError: the model's logits are NaN or infinite, on all ranks alike.
+        """
         config = self._plan.config
         tokenizer = load_tokenizer(self._tokenizer_path)
         prompt = config.evaluation.sample_prompt or ""
         prompt_tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
-        try:
-            with torch.no_grad():
-                tokens = sample_tokens(
-                    engine.logits,
-                    prompt_tokens,
-                    num_tokens=config.evaluation.sample_tokens,
-                    window_tokens=min(config.data.sequence_length, SAMPLE_WINDOW_TOKENS),
-                    end_token=tokenizer.end_of_document,
-                    seed=config.run.seed,
-                )
-        except NotFiniteError as error:  # the same on all ranks; the run is complete all the same
-            return {"prompt": prompt, "completion": f" [no text: {error}]"}
+        with torch.no_grad():
+            tokens = sample_tokens(
+                engine.logits,
+                prompt_tokens,
+                num_tokens=config.evaluation.sample_tokens,
+                window_tokens=min(config.data.sequence_length, SAMPLE_WINDOW_TOKENS),
+                end_token=tokenizer.end_of_document,
+                seed=config.run.seed,
+            )
         return {"prompt": prompt, "completion": "".join(pieces_of_text(tokenizer, tokens, prompt_tokens))}

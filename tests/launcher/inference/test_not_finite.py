@@ -61,7 +61,9 @@ def test_it_is_an_error_before_there_is_a_result(folder, command, change):
     assert code == 2, out
     assert "Traceback" not in err
     assert not (folder.parent / "scores.json").exists()
-    if change is too_large:
+    if change is not too_large:
+        assert LAYER in err
+    else:
         place = {"eval": "copa, example 1: ", "perplexity": "text.txt: ", "generate": "the logits of the next token "}
         assert place[command] in err
         assert "overflow" in err
