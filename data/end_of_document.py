@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.pointers import pointer_problem
 
 USUAL_NAMES = (
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|end▁of▁sentence|>",
@@ -97,8 +98,10 @@ def _named(
 def _value(file: Path, key: str) -> Any:
     if not file.is_file():
         return None
+    if problem := pointer_problem(file):
+        raise DataError(f"{file}: {problem}; it may name the token that ends a document")
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON: {error}; it may name the token that ends a document") from error
     return content.get(key) if isinstance(content, dict) else None

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from data.errors import DataError
 
@@ -21,6 +22,10 @@ SECONDS_BEFORE_MESSAGE = 3.0
 
 
 SECONDS_BETWEEN_TRIES = 0.05
+
+
+class HeldError(DataError):
+    """Another process, which the message names, holds a lock."""
 
 
 def private_folder(shared: Path) -> Path:
@@ -57,12 +62,19 @@ def no_follow(path: str, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: Path, purpose: str) -> Iterator[None]:
+def locked(path: Path, purpose: str, *, wait: bool = True) -> Iterator[IO[str]]:
     """Hold a lock of this machine while the block runs; a process that dies lets go.
 
     Args:
         path: a file for it, made if it does not exist.
         purpose: why to wait, for the message that names the holder.
+        wait: for a process that holds it, instead of raising an error.
+
+    Returns:
+        The file, open.
+
+    Raises:
+        HeldError: another process holds it; names that process.
     """
     with open(path, "a+", opener=no_follow) as lock:
         began = time.monotonic()
@@ -72,6 +84,9 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if not wait:
+                    lock.seek(0)
+                    raise HeldError(lock.read() or "another process") from None
                 if not has_told and time.monotonic() - began > SECONDS_BEFORE_MESSAGE:
                     lock.seek(0)
                     holder = lock.read() or "another process"
@@ -81,4 +96,4 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        yield
+        yield lock

@@ -62,7 +62,7 @@ class Survey:
 
     def reasons(self) -> list[str]:
         """How many are left out for each reason, most first."""
-        return [f"left out: {count} ({reason})" for reason, count in Counter(self.left_out.values()).most_common()]
+        return [f"{count} {reason}" for reason, count in Counter(self.left_out.values()).most_common()]
 
 
 def read_documents(inputs: Sequence[str]) -> Iterator[Document]:
@@ -130,7 +130,7 @@ def _find_files(path: Path) -> Survey:
     if path.is_dir():
         found = _look_into(path)
         if not found.read:
-            left_out = "".join(f"; {count}" for count in found.reasons())
+            left_out = f"; left out: {', '.join(found.reasons())}" if found.left_out else ""
             raise DataError(f"{path}: this folder has no file of a known kind; known are {kinds}{left_out}")
         return found
     if not path.exists():
@@ -168,8 +168,8 @@ def _folder_problem(path: Path) -> str | None:
     if path.name.startswith("."):
         return HIDDEN
     if path.name in UNFINISHED_FOLDERS:
-        return "unfinished output of Spark, or its log"
-    return "linked folder; name it as an input of its own" if path.is_symlink() else None
+        return "unfinished output or log of Spark"
+    return "linked folder (name it as an input)" if path.is_symlink() else None
 
 
 def _file_problem(path: Path) -> str | None:
@@ -177,7 +177,7 @@ def _file_problem(path: Path) -> str | None:
     if path.name.startswith("."):
         return HIDDEN
     if (suffix := _suffix(path)) not in READERS:
-        return f"unknown kind {suffix}" if suffix else "no ending that says its kind"
+        return f"of unknown kind {suffix}" if suffix else "without an ending"
     if path.is_symlink() and not path.exists():
         raise DataError(f"{path}: is a link to nothing; fetch or restore what it leads to, or remove it")
     return None if path.is_file() else "neither a file nor a folder"

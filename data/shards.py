@@ -8,13 +8,11 @@ The result does not depend on the number of workers, and is built in a temporary
 folder that exists is complete.
 """
 
-import contextlib
 import hashlib
 import heapq
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ import numpy as np
 from data.config import TRAINED_SPEC, PrepareConfig
 from data.encoding import Chunk, counted_bytes, gather_chunks, token_type, tokenize
 from data.errors import DataError
+from data.new_paths import exclusive, private_folder
 from data.prepared import (
     COLUMN,
     FORMAT_VERSION,
@@ -38,7 +37,6 @@ from data.prepared import (
     is_yet_to_be_prepared,
     open_prepared,
 )
-from data.private import locked
 from data.readers import Document, read_documents, survey
 from data.tokenizer import Tokenizer, load_tokenizer, says_end_of_document, train_tokenizer
 from data.torchvision_repair import repair_torchvision
@@ -74,7 +72,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Write the prepared folder `out` and return its manifest; see the top of this file.
 
-    If the folder is there already and was made with the same options, nothing is done. Processes that prepare the same
+    If the folder is there already and was made with the same options, nothing is done. If it is a link, the folder is
+    made where it leads. Processes that prepare the same
     folder at once do so in turns, and all but the first find it done.
 
     Args:
@@ -91,34 +90,15 @@ def prepare(
         raise DataError(f"sequence_length: is {sequence_length}; must be 1 or more")
     out = Path(os.path.abspath(out))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         if manifest := _find_done(config, sequence_length, out):
             return manifest
-        with _exclusive(out):
+        with exclusive(out, wait=True):
             if manifest := _find_done(config, sequence_length, out):
                 return manifest
-            building = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
-            try:
-                manifest = _build(config, sequence_length, building, progress or (lambda _: None))
-                building.chmod(0o755)  # temporary folders are closed to others, data are not
-                os.rename(building, out)
-            except BaseException:
-                shutil.rmtree(building)
-                raise
+            with private_folder(out) as building:
+                return _build(config, sequence_length, building, progress or (lambda _: None))
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
-    return manifest
-
-
-@contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    """Let one process at a time in; a process that dies lets go. `os.rename` stays the last word."""
-    path = out.with_name(f".{out.name}.lock")
-    with locked(path, "one process at a time prepares a folder"):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
@@ -199,11 +179,7 @@ def _build(
             "left_out": {str(path): reason for path, reason in files.left_out.items()},
         },
     }
-    with (out / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 

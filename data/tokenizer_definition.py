@@ -19,6 +19,10 @@ PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normaliz
 NEUTRAL = "a"  # a token that decoders write as it is
 
 
+MAX_IDS = 2**24
+"""More than any vocabulary has; a stranger's file may claim an id for which no memory suffices."""
+
+
 def read_definition(path: Path) -> dict[str, Any]:
     """A tokenizer's definition, without what makes the ids depend on anything but the text.
 
@@ -32,8 +36,9 @@ def read_definition(path: Path) -> dict[str, Any]:
         definition |= {"truncation": None, "padding": None, "added_tokens": definition.get("added_tokens") or []}
         if definition["model"].get("dropout") is not None:
             definition["model"]["dropout"] = None
-        vocabulary(definition)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if not all(type(token) is int and 0 <= token < MAX_IDS for token in vocabulary(definition).values()):
+            raise ValueError(f"an id is no number from 0 to {MAX_IDS - 1}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a tokenizer of the `tokenizers` library ({error!r})") from error
     return dict(definition)
 

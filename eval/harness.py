@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -41,11 +42,20 @@ class Encoding:
     """Tokenize contexts and continuations separately, as OLMo does; otherwise a continuation has the tokens that are
     left when those of the context are taken from those of both together, as in lm-evaluation-harness."""
 
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer puts a space in front of a text, as many of SentencePiece do.
+
+        Separate continuations begin with a space; they have this one instead of it.
+        """
+        return int(self.tokenizer.token_bytes()[self.tokenizer.encode("a")].sum()) > len("a")
+
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The tokens of both; those of a context are never empty."""
         encode = self.tokenizer.encode
         if self.separately:
-            before, after = encode(context), encode(continuation)
+            before = encode(context)
+            after = encode(continuation.removeprefix(" ") if self._adds_space else continuation)
         else:
             question = context.rstrip()
             before = encode(question)

@@ -29,7 +29,6 @@ from launcher.process.torchrun import JobLauncher, Launcher, become_ranks, becom
 app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Pretrain language models in 16 bits and finish them in 1.58 bits.",
 )

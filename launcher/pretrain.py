@@ -120,7 +120,7 @@ def run(config: Config, smoke_steps: int | None = None) -> int:
                     note_refusal(str(error))
                 settle(error, folder, ranks, heartbeat)
             except Exception:  # the disk may be gone, where the newest checkpoint and the ranks' notes are looked for
-                traceback.print_exc()
+                print(safe_message(traceback.format_exc()), file=sys.stderr)  # noqa: T201
             # The process group cannot be left in order: the others may be anywhere.
             os._exit(MISCONFIGURED if isinstance(error, ConfigError) else FAILED)
 

@@ -13,8 +13,9 @@ from launcher.errors import ConfigError
 from launcher.formats.choices import ConvertFormat, Dtype
 from launcher.formats.convert import begins_anew, convert_to_hf, convert_to_run, not_carried, preview, starting_phase
 from launcher.formats.deepspeed_universal import write_universal
+from launcher.formats.hf_folder import to_json
 from launcher.formats.open import check_sound, open_source
-from launcher.formats.provenance import write_provenance
+from launcher.formats.provenance import source_record
 from launcher.process.console import Console, print_results
 
 
@@ -158,12 +159,12 @@ def convert_into_format(
         return
     if to.exists():
         raise ConfigError(f"{to}: exists already; name a new folder")
+    files = {"provenance.json": to_json(source_record(opened))}
     if into == "hf":
-        convert_to_hf(opened, given, to, COMPUTE_DTYPES[dtype])
+        convert_to_hf(opened, given, to, COMPUTE_DTYPES[dtype], files)
     else:
         check_sound(opened)
-        write_universal(opened, to)
-    write_provenance(to, opened)
+        write_universal(opened, to, files=files)
     console.line(f"Written: {to}")
 
 

@@ -10,19 +10,22 @@ from launcher.process.console import Console, human_count
 
 SECONDS_BETWEEN_LINES = 5.0
 MAX_REASONS = 8
-"""Lines about files that are left out."""
+"""Reasons to leave files out that are shown."""
 
 
 def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path, console: Console) -> None:
     """Prepare a folder, with a line every few seconds and the result; silent if the folder already exists."""
     started = time.perf_counter()
     shown: float | None = None
+    files = ""
 
     def show(progress: PrepareProgress) -> None:
-        nonlocal shown
+        nonlocal shown, files
         if shown is None:
+            files = files_sentence(survey((*config.inputs, *config.validation_inputs)), out)
             console.line(f"Preparing {out} from {', '.join(config.inputs)}")
-            show_files(survey((*config.inputs, *config.validation_inputs)), out, console)
+            if files:
+                console.line(files)
         elif time.perf_counter() - shown < SECONDS_BETWEEN_LINES:
             return
         shown = time.perf_counter()
@@ -45,14 +48,21 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
         console.line(
             f"{out}/{name}: {split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"
         )
+    if files:
+        console.line(files)
     console.line(f"Prepared in {time.perf_counter() - started:.1f} s")
 
 
-def show_files(files: Survey, out: Path, console: Console) -> None:
-    """Say how many files are read, and how many below the inputs are not."""
-    if files.read:
-        console.line(f"files read: {len(files.read):,}")
-    for line in files.reasons()[:MAX_REASONS]:
-        console.line(line)
-    if files.left_out:
-        console.line(f"each of them is listed in {out / MANIFEST}")
+def files_sentence(files: Survey, out: Path) -> str:
+    """The number of files that are read and of those that are left out; empty if no input is a file or a folder."""
+    if not files.read:
+        return ""
+    sentence = f"{len(files.read):,} file{'s' if len(files.read) > 1 else ''} read"
+    if not files.left_out:
+        return f"{sentence}, none left out"
+    reasons = files.reasons()
+    more = ", ..." if len(reasons) > MAX_REASONS else ""
+    return (
+        f"{sentence}; {len(files.left_out):,} left out: {', '.join(reasons[:MAX_REASONS])}{more}. "
+        f"All are listed in {out / MANIFEST}"
+    )

@@ -5,6 +5,7 @@ then happens when the run starts, by the same code as inside a run, so that both
 why converting one of our own checkpoints costs nothing: its files are immutable, and the new checkpoint links to them.
 """
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_
 from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from launcher.formats.open import check_model, check_sound, computed_precision, model_of, precision_of
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.open import check_model, check_sound, computed_precision, model_of
 from launcher.formats.opened import tokenizer_of
 from launcher.formats.provenance import provenance
 from launcher.formats.start import check_start, first_progress
@@ -108,6 +110,7 @@ def convert_to_run(config: Config, source: Source) -> Path:
     """
     course, folder = course_of_conversion(config, source), RunFolder(config)
     folder.claim()
+    course_of_conversion(config, source)  # another process may have converted into it meanwhile
     folder.prepare([phase.end - phase.start for phase in course.phases])
     at = first_progress(course)
     writer = CheckpointWriter(folder_of(folder.checkpoints, at.step))
@@ -132,16 +135,22 @@ def convert_to_run(config: Config, source: Source) -> Path:
 def manifest_of_conversion(course: Course, source: Source) -> Manifest:
     """The manifest of a converted checkpoint: its place in the run, and the precision of its source.
 
-    Other formats do not record a precision; it follows from the phases before, which count as done.
+    If the source does not say its precision, it follows from the phases before, which count as done. So it does for
+    weights that are read from packed codes.
     """
     at = first_progress(course)
+    precision = computed_precision(source)
+    if precision is None or (precision.quantization is None and not isinstance(source, CheckpointReader)):
+        precision = precision_at(course, at)
+    elif isinstance(source, HuggingFaceSource) and source.is_packed:
+        precision = precision_at(course, at)
     return Manifest(
         milestone=True,
         has_moments=source.has_moments,
         step=at.step,
         tokens=at.step * course.tokens_per_step,
         progress=at,
-        precision=precision_of(source) if isinstance(source, CheckpointReader) else precision_at(course, at),
+        precision=precision,
         data_fingerprint=carried_fingerprint(course, source),
         spikes=None,
         teacher=None,
@@ -175,7 +184,9 @@ def carried_fingerprint(course: Course, source: Source) -> str | None:
     return None
 
 
-def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: torch.dtype) -> None:
+def convert_to_hf(
+    source: Source, config: Config | None, folder: Path, dtype: torch.dtype, files: Mapping[str, bytes] | None = None
+) -> None:
     """Write a Hugging Face folder with 16-bit weights.
 
     Of a ternary model these are the latent weights, with a `quantization_config` that makes Transformers round them
@@ -186,6 +197,7 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
         config: whose model it is; None if the source says so itself: a Tritrain checkpoint, a Hugging Face folder.
         folder: what is made.
         dtype: of the weights.
+        files: what else is put there, by name.
 
     Raises:
         CheckpointError: the source is of another model or cannot be read, Transformers does not compute what it does,
@@ -206,7 +218,7 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
             f"--dtype: {source.location} is ternary, and Transformers would round latent weights in fp32 to other "
             "codes than training does, which takes them in bf16; leave it out"
         )
-    write_hf(source, model, folder, dtype=dtype, quantization=quantization)
+    write_hf(source, model, folder, dtype=dtype, quantization=quantization, files=files)
 
 
 def not_carried(source: Source, into: str) -> list[str]:

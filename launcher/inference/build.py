@@ -4,20 +4,14 @@ Programs that load a model fill it block by block (`launcher.inference.load`). W
 one, shards it over the ranks, each of which reads its own share.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from eval.errors import NotFiniteError
 from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source
 from launcher.engine.frozen import shard_frozen_
-from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_native import DeepSpeedSource
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.process.ranks import Ranks
@@ -33,38 +27,6 @@ def first_token_of(source: Source, end_of_document: int | None) -> int | None:
     """
     said = source.first_token if isinstance(source, HuggingFaceSource | DeepSpeedSource) else None
     return end_of_document if said is None else said
-
-
-@contextmanager
-def naming_tensors(
-    model: nn.Module, location: str, reduce_min: Callable[[Tensor], object] = lambda tensor: None
-) -> Iterator[None]:
-    """Say which tensor is at fault where a model's results are not finite.
-
-    Args:
-        model: whole, or this rank's share of it.
-        location: of the model, for the message.
-        reduce_min: takes the minimum of a tensor over all ranks in place.
-
-    Raises:
-        CheckpointError: instead of a `NotFiniteError`.
-    """
-    try:
-        yield
-    except NotFiniteError as error:
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        sound = [bool(_share_of(tensor).isfinite().all()) for _, tensor in tensors]
-        first = torch.tensor([*sound, False].index(False))
-        reduce_min(first)
-        if first < len(tensors):
-            cause = f"{tensors[first][0]} holds NaN or infinite values; take another checkpoint"
-        else:
-            cause = "its weights are finite, so its activations overflow; try it in fp32"
-        raise CheckpointError(f"{location}: {error}. {cause}") from error
-
-
-def _share_of(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def unfilled_model(

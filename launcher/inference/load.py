@@ -20,7 +20,7 @@ from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import first_token_of, naming_tensors, unfilled_model
+from launcher.inference.build import first_token_of, unfilled_model
 from model.transformer import ModelConfig, Transformer
 from quant.linear import quantized_layers
 from quant.packed import PackedLinear, freeze_
@@ -37,8 +37,6 @@ class LoadedModel:
     """None where there is none."""
     first_token: int | None
     """The token that a text begins with; None where neither the model nor a tokenizer says."""
-    location: str
-    """Its folder, for messages."""
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """The tokens of a text that the model shall continue.
@@ -60,9 +58,9 @@ class LoadedModel:
             choice: ``max_tokens``, ``temperature``, ``top_p`` and ``seed``, as for `eval.sample.generate`.
 
         Raises:
-            CheckpointError: there is no tokenizer; or the model's logits are not finite, which is raised while it
-                writes.
+            CheckpointError: there is no tokenizer.
             ValueError: the prompt fills the context.
+            NotFiniteError: the model's logits are NaN or infinite; raised when the piece is due.
         """
         prompt_tokens = self.prompt_tokens(prompt)
         return pieces_of_text(self._tokenizer(), self.generate_tokens(prompt_tokens, **choice), prompt_tokens)
@@ -70,13 +68,7 @@ class LoadedModel:
     def generate_tokens(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
         """Continue tokens; see `generate`. Without a tokenizer the model does not end the document."""
         end_token = None if self.tokenizer is None else self.tokenizer.end_of_document
-        tokens = generate(self.model, prompt_tokens, end_token=end_token, **choice)
-
-        def checked() -> Iterator[int]:
-            with naming_tensors(self.model, self.location):
-                yield from tokens
-
-        return checked()
+        return generate(self.model, prompt_tokens, end_token=end_token, **choice)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -133,7 +125,7 @@ def load_model(
     found = tokenizer if tokenizer is not None else opened.tokenizer
     loaded = None if found is None else load_tokenizer(found)
     first_token = first_token_of(source, None if loaded is None else loaded.end_of_document)
-    return LoadedModel(model.requires_grad_(False).eval(), opened.model, loaded, first_token, source.location)
+    return LoadedModel(model.requires_grad_(False).eval(), opened.model, loaded, first_token)
 
 
 def _precision(opened: Exportable) -> Precision:

@@ -8,12 +8,9 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from data.readers import read_documents
 from eval.perplexity import text_loss
@@ -22,7 +19,6 @@ from eval.score import Score, scores_of
 from eval.tasks import VERSION, Task, choose_tasks, digest_of, load_rows, task_problems
 from launcher.checkpoint.location import check_writable, is_local, to_location
 from launcher.errors import ConfigError, report_error
-from launcher.inference.build import naming_tensors
 from launcher.inference.sharded import Subject, open_subject
 from launcher.process.console import Console, print_results, without_nan
 from launcher.process.ranks import Ranks, process_group
@@ -129,8 +125,9 @@ def score_tasks(
         is_part: whether the examples are not all, or the tokenizer is not the model's.
 
     Raises:
-        CheckpointError: a log-likelihood is not finite, or the results cannot be written.
+        CheckpointError: the results cannot be written.
         DataError: the tokenizer and an example do not fit; or the file holds no results.
+        NotFiniteError: a log-likelihood is not finite.
     """
     from eval.harness import Encoding, answer_questions, open_questions
 
@@ -151,10 +148,7 @@ def score_tasks(
     }
     for task in to_do:
         num_answers = sum(len(question.rows) for question in questions[task])
-        with (
-            console.counting(task.label, num_answers, "answers") as advance,
-            naming_tensors(subject.model, subject.location, partial(dist.all_reduce, op=dist.ReduceOp.MIN)),
-        ):
+        with console.counting(task.label, num_answers, "answers") as advance:
             examples = answer_questions(task.label, questions.pop(task), subject.scorer, advance)
         scores = scores_of(examples, task.definition.metric)
         records[task] = {
@@ -208,10 +202,7 @@ def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None
             f"than the model's {longest} tokens"
         )
     scorer = Scorer(**{**vars(subject.scorer), "window_tokens": window})
-    with (
-        console.counting("text", total, "bytes") as advance,
-        naming_tensors(subject.model, subject.location, partial(dist.all_reduce, op=dist.ReduceOp.MIN)),
-    ):
+    with console.counting("text", total, "bytes") as advance:
         loss = text_loss(
             scorer,
             subject.tokenizer,

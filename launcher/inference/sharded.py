@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
@@ -50,8 +50,6 @@ class Subject:
     computation: dict[str, Any]
     """How its results are computed, beside its files: `key_of` in `launcher.inference.measure`."""
     scorer: Scorer
-    model: nn.Module
-    """This rank's share of it."""
 
 
 def locations_of(text: str, *, every: bool) -> list[str]:
@@ -117,6 +115,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
         first_token=first_token,
         computation={
             "tokenizer": loaded.fingerprint,
+            "end_of_document": loaded.end_of_document,
             "first_token": first_token,
             "window_tokens": scorer.window_tokens,
             "precision": digest_of([asdict(opened.model), asdict(opened.precision)]),
@@ -124,7 +123,6 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
             "device": ranks.device.type,
         },
         scorer=scorer,
-        model=model,
     )
 
 

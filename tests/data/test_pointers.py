@@ -79,6 +79,13 @@ def test_tokenizers(name: str, tmp_path: Path) -> None:
     refused(tmp_path / name, lambda: load_tokenizer(tmp_path))
 
 
+def test_files_beside_a_tokenizer(shards: Path, tmp_path: Path) -> None:
+    shutil.copy(shards / "tokenizer.model", tmp_path)
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        refused(tmp_path / name, lambda: load_tokenizer(tmp_path))
+        (tmp_path / name).unlink()
+
+
 def test_folders_of_hugging_face(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(VARIANTS["llama"])))
     refused(tmp_path / "config.json", lambda: HuggingFaceSource(tmp_path))

@@ -177,15 +177,15 @@ def test_what_is_left_out_of_folders_is_listed_with_the_reason(tmp_path):
     assert {str(path.relative_to(folder)): reason for path, reason in found.left_out.items()} == {
         ".git": "hidden",
         ".hidden.txt": "hidden",
-        "_SUCCESS": "no ending that says its kind",
-        "_temporary": "unfinished output of Spark, or its log",
-        "a/dolma-0001.json.gz": "unknown kind .json.gz",
-        "a/more.json": "unknown kind .json",
-        "linked": "linked folder; name it as an input of its own",
-        "loop": "linked folder; name it as an input of its own",
+        "_SUCCESS": "without an ending",
+        "_temporary": "unfinished output or log of Spark",
+        "a/dolma-0001.json.gz": "of unknown kind .json.gz",
+        "a/more.json": "of unknown kind .json",
+        "linked": "linked folder (name it as an input)",
+        "loop": "linked folder (name it as an input)",
         "pipe.txt": "neither a file nor a folder",
     }
-    assert found.reasons()[0] == "left out: 2 (hidden)"
+    assert found.reasons()[0] == "2 hidden"
     assert {document.origin.partition(":")[0] for document in read(folder)} == {
         str(path) for path in found.read if path.is_relative_to(folder)
     }
@@ -193,7 +193,7 @@ def test_what_is_left_out_of_folders_is_listed_with_the_reason(tmp_path):
 
 def test_folders_with_nothing_to_read_say_what_is_in_them(tmp_path):
     (tmp_path / "a.json").touch()
-    with pytest.raises(DataError, match=r"no file of a known kind; .*; left out: 1 \(unknown kind \.json\)"):
+    with pytest.raises(DataError, match=r"no file of a known kind; .*; left out: 1 of unknown kind \.json"):
         read(tmp_path)
 
 

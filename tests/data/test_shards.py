@@ -188,7 +188,7 @@ def test_a_killed_prepare_leaves_nothing_that_loads_and_no_worker(corpus, tokeni
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
-    assert [path for path in tmp_path.iterdir() if path.name.startswith("out.") and path.name.endswith(".tmp")]
+    assert list(tmp_path.glob(".out.*.tritrain-tmp"))
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -197,6 +197,18 @@ def test_a_killed_prepare_leaves_nothing_that_loads_and_no_worker(corpus, tokeni
     prepare(
         PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path)), LENGTH, tmp_path / "out"
     )  # no lock stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["endless.py", "out"]  # what was killed is removed
+
+
+def test_a_link_is_prepared_where_it_leads(corpus, tokenizer_path, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "shards")
+    config = PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path))
+    manifest = prepare(config, LENGTH, tmp_path / "link")
+    assert (
+        manifest == prepare(config, LENGTH, tmp_path / "disk" / "shards") == prepare(config, LENGTH, tmp_path / "link")
+    )
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_a_failed_prepare_leaves_nothing(tokenizer_path, tmp_path):

@@ -35,6 +35,9 @@ class Characters:
     def encode(self, text):
         return [ord(character) % 2000 for character in text]
 
+    def token_bytes(self):
+        return torch.ones(3000)
+
 
 def model_that_says(nll):
     """A scorer by a function of token and label; labels of -100 cost nothing."""
@@ -141,6 +144,22 @@ def test_an_answer_without_a_token_is_known_before_any_model_runs():
         open_questions("task", rows, Encoding(Words(), END), 500)
     with pytest.raises(DataError, match=r"task, example 2: .*; change the example$"):
         open_questions("task", rows, Encoding(Words(), END, separately=True), 500)
+
+
+@pytest.mark.parametrize("adds_space", [False, True])
+def test_a_separate_answer_has_one_space_in_front_of_it(adds_space, tmp_path):
+    """Also with a tokenizer that puts one there itself; SentencePiece spells its pieces."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["no yes no maybe so", "yes so"]), model_prefix=str(tmp_path / "spaces"), vocab_size=290,
+        model_type="bpe", byte_fallback=True, add_dummy_prefix=adds_space,
+        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path / "spaces.model")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spaces.model"))
+    _, after = Encoding(tokenizer, tokenizer.end_of_document, separately=True).pair("no", " yes")
+    assert "".join(pieces.id_to_piece(after)) == "\u2581yes"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -14,6 +14,7 @@ from models import VARIANTS
 from tiny import tiny_tree
 
 from data.errors import DataError
+from data.tokenizer import load_tokenizer
 from eval.tasks import rows_of_file
 from launcher.config.file import MAX_YAML_DEPTH, apply_override, flat_lines, load_config, parse_config, parse_yaml
 from launcher.config.rules import divisors
@@ -191,6 +192,18 @@ def test_deep_json(tmp_path: Path) -> None:
     (tmp_path / "task.jsonl").write_text(DEEP)
     with at_once(), pytest.raises(DataError, match=r"task\.jsonl:1: not an example"):
         rows_of_file(tmp_path / "task.jsonl")
+
+
+@pytest.mark.parametrize("token", [10**9, 10**18, -1, "5", 2**24, None, True])
+def test_ids_that_a_tokenizer_of_others_claims(token: object, tmp_path: Path) -> None:
+    added = [{"content": "</s>", "id": token, "special": True}]
+    definition = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": added}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    with at_once(), pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer .*an id is no number from 0"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text(DEEP)
+    with at_once(), pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_runs_of_others(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def write(target: str, source: Path, to: Path, shards: Path) -> None:
     if target in ("convert-hf", "universal"):
         convert_checkpoint(
             str(source), to, None, [], Console(silent=True), into="hf" if target == "convert-hf" else "universal",
-            phase=None, optimizer=None, dtype=None, dry_run=False,
+            phase=None, optimizer=None, dtype=None, dry_run=False, as_json=False,
         )  # fmt: skip
         return
     options: dict[str, Any] = dict.fromkeys(("weights", "linear_class", "block_type", "embeddings", "dtype"))

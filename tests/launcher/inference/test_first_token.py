@@ -2,17 +2,14 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from command import outcome
-from hf_folders import ModelSource, edit_config
-from models import VARIANTS, build
+from hf_folders import edit_config, write_variant
 from tiny_tasks import asked
 from tokenizer_files import write_bytes_tokenizer
 
-from launcher.formats.hf_folder import write_hf
 from launcher.inference.load import load_model
 
 BEGIN, END = 256, 257
@@ -23,8 +20,7 @@ TEXT = "Some words, once more."
 def folder(tmp_path_factory):
     """A llama whose texts begin with `<s>` and whose documents end with another token."""
     folder = tmp_path_factory.mktemp("begin") / "hf"
-    model = build(replace(VARIANTS["llama"], vocab_size=258, max_sequence_length=64))
-    write_hf(ModelSource(model), model.config, folder, torch.float32)
+    write_variant(folder, vocab_size=258)
     edit_config(folder, bos_token_id=BEGIN, eos_token_id=END)
     write_bytes_tokenizer(folder / "tokenizer.json", "<s>")
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "bos_token": "<s>"}))
