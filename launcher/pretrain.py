@@ -292,7 +292,7 @@ def run_rank(
     return COMPLETE
 
 
-def plan_of_run(config: Config, folder: RunFolder, ranks: Ranks, smoke_steps: int | None) -> Plan:
+def plan_of_run(config: Config, folder: RunFolder, ranks: Ranks, smoke_steps: int | None = None) -> Plan:
     """The plan of a run as it stands: one that went back to a switch has longer ramps; a collective."""
     rollbacks = read_rollbacks(folder.path)
     plan = make_plan(config, ranks.world_size, {phase: rollback.attempts for phase, rollback in rollbacks.items()})

@@ -1,6 +1,6 @@
 """Checkpoints belong to one run: their folder is its own, and they were trained with its configuration.
 
-    CHECKPOINTS/run.json     the run whose folder of checkpoints this is
+    CHECKPOINTS/owner.json     the run whose folder of checkpoints this is
 
 A run is known by the `run_id` in its `config.yaml`, which stays the same where the run is moved. Each checkpoint has
 the configuration that it was trained with, and the run that goes on from it is compared with that: `RUN/config.yaml`
@@ -20,7 +20,7 @@ from launcher.plan.plan import Plan
 from launcher.run.changes import changes, course_of, schedule_note, ways_on
 from launcher.run.folder import RunFolder
 
-OWNER = "run.json"
+OWNER = "owner.json"
 
 
 def check_owner(folder: RunFolder) -> bool:

@@ -195,7 +195,7 @@ def test_a_folder_of_checkpoints_belongs_to_one_run(shards: Path, tmp_path: Path
     [[first, second]] = run_group(1, two_runs, str(shards), str(tmp_path), names)
     assert first == "complete"
     assert second.startswith(f"ConfigError: checkpoint.folder: {tmp_path}/shared has the checkpoints of another run, a")
-    assert f"remove {tmp_path}/shared/run.json" in second
+    assert f"remove {tmp_path}/shared/owner.json" in second
     assert not (tmp_path / "two" / "metrics.jsonl").exists()
 
 
@@ -206,7 +206,7 @@ def moved_and_lost(shards: str, out: str) -> list[str]:
     told += [outcome_of(shards, f"{out}/moved", 2, checkpoint=place)]
     shutil.rmtree(f"{out}/moved")
     told += [outcome_of(shards, f"{out}/moved", checkpoint=place)]
-    (Path(out) / "shared" / "run.json").unlink()
+    (Path(out) / "shared" / "owner.json").unlink()
     return [*told, outcome_of(shards, f"{out}/moved", checkpoint=place)]
 
 
