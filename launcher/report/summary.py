@@ -3,12 +3,13 @@
 `summarize` reads `config.yaml`, `metrics.jsonl` and, once the run is complete, `summary.json`, of a run that is still
 going or was interrupted as well.
 
-Everything measured comes from `metrics.jsonl`. The training loss of a phase is its smoothed loss at the end (see
-`launcher.report.history`), its throughput the median over its logged steps, its validation the last evaluation after
-its start.
+Everything measured comes from `metrics.jsonl`. The training loss of a phase is its level at the end (see
+`launcher.run.level`), its throughput the median over its logged steps, its validation the last evaluation after its
+start.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,11 @@ import numpy as np
 import yaml
 
 from launcher.errors import LogError
-from launcher.report.history import LOSS, History, PhaseSpan, Series, find_transitions, read_history
-from launcher.run.recovery import WINDOW, Transition
+from launcher.process.console import human_count
+from launcher.report.history import BITS_PER_BYTE, LOSS, History, PhaseSpan, Series, find_transitions, read_history
+from launcher.run.recovery import Transition
 
-BITS_PER_BYTE, THROUGHPUT = "validation/bits_per_byte", "throughput/tokens_per_second"
+THROUGHPUT = "throughput/tokens_per_second"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class PhaseSummary:
     planned_steps: int | None
     tokens: int
     train_loss: float | None
-    """Smoothed training loss at the end, nats per token."""
+    """Level of the training loss at the end, nats per token."""
     validation_bits_per_byte_at_start: float | None
     validation_bits_per_byte: float | None
     """Last evaluation after the phase's first step."""
@@ -97,12 +99,15 @@ def summarize(run: Path) -> RunSummary:
         config = yaml.safe_load(config_text)
     except yaml.YAMLError as error:
         raise LogError(f"{config_path}: not YAML: {error}") from None
-    summary: dict[str, Any] = {}
+    summary: Any = {}
     if summary_path.is_file():
         try:
             summary = json.loads(summary_path.read_bytes())
         except ValueError as error:
             raise LogError(f"{summary_path}: not JSON: {error}") from None
+    for content, path in ((config, config_path), (summary, summary_path)):
+        if not isinstance(content, dict):
+            raise LogError(f"{path}: must hold a mapping of keys, not {str(content)[:40]!r}")
     name, engine = str(config.get("run", {}).get("name", run.name)), config.get("engine", {})
     history = read_history(metrics_path, name)
     planned = config.get("phase_steps", [])
@@ -146,7 +151,7 @@ def verdict(summary: RunSummary) -> str:
         before = values[position - 1] if position else None
         is_over = summary.is_complete or phase.is_complete or phase is not summary.phases[-1]
         clause = f"the {phase.precision} phase {'ended' if is_over else 'stands'} at {value:.3f}"
-        change = f" ({signed(100 * (value / before - 1), 1)} %)" if before else ""
+        change = f" ({percent(value, before)} after {human_count(phase.tokens)} tokens more)" if before else ""
         clauses.append(clause + (f" {unit}" if not clauses else "") + change)
     text = ", ".join(clauses) + "."
     if summary.is_complete:
@@ -155,6 +160,44 @@ def verdict(summary: RunSummary) -> str:
         f" of {summary.planned_steps:,} ({summary.step / summary.planned_steps:.0%})" if summary.planned_steps else ""
     )
     return f"Unfinished, at step {summary.step:,}{share}: {text}"
+
+
+COMPARED = (
+    "Figures of two phases differ by the precision and by the training in between. What ternary weights cost is the "
+    "distance from a 16-bit run of as many tokens; what the switch costs, that of the values right before and after it."
+)
+"""What a difference between the ends of two phases is not."""
+
+
+def spike_text(transition: Transition) -> str:
+    """The height of the spike with its noise, and where it is."""
+    if not math.isfinite(transition.spike):
+        return "the loss is not finite"
+    noise = f" \N{PLUS-MINUS SIGN} {transition.noise:.3f}"
+    if math.isnan(transition.noise):
+        noise = ", with too few logged losses to know the noise"
+    text = f"{signed(transition.spike, 3)}{noise}"
+    if math.isnan(transition.noise) or transition.is_beyond_noise:
+        steps = transition.peak_steps
+        return f"{text}, {f'{count_of_steps(steps)} after the switch' if steps else 'at the switch'}"
+    return f"no spike beyond noise ({text})"
+
+
+def recovery_text(transition: Transition) -> str:
+    """When the loss was back at its level before the switch."""
+    if transition.recovery_steps is None or transition.recovery_tokens is None:
+        return "not yet"
+    return f"{count_of_steps(transition.recovery_steps)} ({human_count(transition.recovery_tokens)} tokens)"
+
+
+def percent(value: float, before: float) -> str:
+    """A relative change, per cent."""
+    return f"{signed(100 * (value / before - 1), 1)} %"
+
+
+def count_of_steps(count: int) -> str:
+    """Write a number of steps."""
+    return f"{count:,} step{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -183,7 +226,7 @@ def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[i
         steps=span.last_step - span.first_step,
         planned_steps=planned_steps.get(span.index),
         tokens=span.last_tokens - span.first_tokens,
-        train_loss=float(loss.smoothed(WINDOW)[-1]) if loss and len(loss.values) else None,
+        train_loss=loss.last_level(span.first_step) if loss and len(loss.values) else None,
         validation_bits_per_byte_at_start=at_start,
         validation_bits_per_byte=at_end,
         tokens_per_second=_median(parts.get(THROUGHPUT)),

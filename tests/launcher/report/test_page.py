@@ -55,8 +55,9 @@ def test_what_keeps_a_report_from_being_made_is_a_sentence(tmp_path, monkeypatch
     (tmp_path / "begun" / "metrics.jsonl").touch()
     for arguments, sentence in (
         ((tmp_path / "begun", "--out", tmp_path / "a.html"), "no complete row yet; a report needs at least one"),
-        ((run, "--out", tmp_path), f"{tmp_path}: Is a directory"),
-        ((run, run, "--out", tmp_path / "a.png"), "a picture shows one run, not 2"),
+        ((run, "--out", tmp_path), f"{tmp_path}: the name must end in .html, .png, .pdf, .csv"),
+        ((run, "--out", tmp_path / "absent" / "a.png"), f"there is no folder {tmp_path / 'absent'}"),
+        ((tmp_path / "absent",), "absent: no such folder"),
     ):
         monkeypatch.setattr("sys.argv", ["tritrain", "report", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:

@@ -111,7 +111,7 @@ def test_the_summary_of_a_complete_run(tmp_path):
     change = 100 * (second.validation_bits_per_byte / first.validation_bits_per_byte - 1)
     assert verdict(summary) == (
         f"The 16-bit phase ended at {first.validation_bits_per_byte:.3f} bits per byte, "
-        f"the ternary phase ended at {second.validation_bits_per_byte:.3f} (+{change:.1f} %)."
+        f"the ternary phase ended at {second.validation_bits_per_byte:.3f} (+{change:.1f} % after 6.55 M tokens more)."
     )
 
 
