@@ -190,7 +190,7 @@ def _fact_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
         "Tokens": lambda s: human_count(s.tokens),
         "Throughput, ternary / 16-bit": lambda s: None if s.throughput_ratio is None else f"{s.throughput_ratio:.3g}",
         "Engine": lambda s: s.engine,
-        "Ranks": lambda s: _count(s.num_ranks),
+        "Ranks": lambda s: s.num_ranks,
         "Wall time": lambda s: None if s.elapsed_seconds is None else duration(s.elapsed_seconds),
         "Skipped steps": lambda s: _count(s.skipped_steps),
         "Seed": lambda s: None if s.seed is None else str(s.seed),

@@ -196,7 +196,7 @@ def transition_figure(histories: Sequence[History], transitions: Sequence[Transi
             side = "after" if curve.phase == transition.to_phase else "before"
             since, values = curve.steps[near] - transition.step, curve.values[near]
             level_since = curve.level_steps[level_near] - transition.step
-            raw = style | {"lw": 0.7, "alpha": 0.4}
+            raw = style | {"lw": 0.8, "alpha": 0.55}
             _plot(axes, since, values, 300, f"raw-{side}-{index}", **raw)
             _plot(axes, level_since, curve.levels[level_near], 300, f"{side}-{index}", **style | {"lw": 1.8})
             if side == "after":
@@ -303,7 +303,7 @@ def _plot_noisy(
     for number, curve in enumerate(curves(history, key)):
         name = f"{index}-{curve.phase}" if number else f"{index}"
         stretches = int(STRETCHES_PER_INCH * axes.bbox.width / axes.figure.dpi) // len(history.phases)
-        raw = style | {"lw": 0.7, "alpha": 0.4}
+        raw = style | {"lw": 0.8, "alpha": 0.55}
         lines = (
             _plot(axes, curve.tokens, scale * curve.values, stretches, f"raw-{name}", **raw),
             _plot(axes, curve.level_tokens, scale * curve.levels, stretches, f"{mark}-{name}", **style | {"lw": 1.6}),

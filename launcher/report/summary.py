@@ -10,8 +10,9 @@ start.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import yaml
 from launcher.errors import LogError
 from launcher.process.console import human_count
 from launcher.report.history import BITS_PER_BYTE, LOSS, History, PhaseSpan, Series, find_transitions, read_history
+from launcher.run.metrics_log import numbered_rows
 from launcher.run.recovery import Transition
 
 THROUGHPUT = "throughput/tokens_per_second"
@@ -60,7 +62,9 @@ class RunSummary:
     seed: int | None
     tritrain_version: str | None
     engine: str | None
-    num_ranks: int | None
+    """One, or those of several starts with the step from which on each has trained."""
+    num_ranks: str | None
+    """As `engine`."""
     is_complete: bool
     step: int
     planned_steps: int | None
@@ -113,13 +117,14 @@ def summarize(run: Path) -> RunSummary:
     planned = config.get("phase_steps", [])
     elapsed, skipped = (_last(history, key) for key in ("time/elapsed_seconds", "train/skipped_steps"))
     sample = summary.get("sample") or {}
+    starts = _starts(run / "starts.jsonl") or [(0, {"world_size": summary.get("num_ranks")})]
     return RunSummary(
         folder=run,
         name=name,
         seed=config.get("run", {}).get("seed"),
         tritrain_version=config.get("tritrain_version"),
-        engine=_engine_text(engine.get("name"), engine.get("zero_stage")),
-        num_ranks=summary.get("num_ranks"),
+        engine=_by_start([(step, _engine_text(start.get("engine") or engine)) for step, start in starts]),
+        num_ranks=_by_start([(step, _count_text(start.get("world_size"))) for step, start in starts]),
         is_complete=summary.get("status") == "complete",
         step=history.phases[-1].last_step,
         planned_steps=sum(planned) if planned and None not in planned else None,
@@ -242,5 +247,28 @@ def _last(history: History, key: str) -> float | None:
     return float(history.series[key].values[-1]) if key in history.series else None
 
 
-def _engine_text(name: str | None, zero_stage: int | None) -> str | None:
+def _starts(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The starts that steps of the run are left of, by the step that each began after."""
+    starts: list[tuple[int, dict[str, Any]]] = []
+    for _, start in numbered_rows(path) if path.is_file() else ():
+        step = int(start.get("step", 0))
+        starts = [*((before, other) for before, other in starts if before < step), (step, start)]
+    return starts
+
+
+def _by_start(values: Sequence[tuple[int, str | None]]) -> str | None:
+    """A value that all starts share, or each value with the step from which on it holds."""
+    known = [(step, value) for step, value in values if value is not None]
+    changes = known[:1] + [after for before, after in pairwise(known) if after[1] != before[1]]
+    if len(changes) < 2:
+        return changes[0][1] if changes else None
+    return "; ".join(f"{value} from step {step + 1:,}" for step, value in changes)
+
+
+def _engine_text(engine: Mapping[str, Any]) -> str | None:
+    name, zero_stage = engine.get("name"), engine.get("zero_stage")
     return name if zero_stage is None else f"{name}, ZeRO stage {zero_stage}"
+
+
+def _count_text(count: int | None) -> str | None:
+    return None if count is None else f"{count:,}"

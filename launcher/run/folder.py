@@ -175,7 +175,8 @@ class RunFolder:
     def note_start(self, step: int, world_size: int) -> None:
         """Append to `starts.jsonl` that training starts or resumes after this step."""
         line = {"time": time.time(), "step": step, "world_size": world_size, "host": socket.gethostname()}
-        append_line(self.path / "starts.jsonl", line | {"job": slurm_job()})
+        engine = {key: self._tree["engine"][key] for key in ("name", "zero_stage")}
+        append_line(self.path / "starts.jsonl", line | {"job": slurm_job(), "engine": engine})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the summary of a complete run."""

@@ -187,6 +187,18 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path):
     assert to_svg(loss_figure([history]), "loss", "loss") == to_svg(loss_figure([history]), "loss", "loss")
 
 
+def test_a_page_fits_a_phone(tmp_path):
+    runs = [make_run(tmp_path / name, name=name, phase_steps=(20, 20)) for name in ("a", "b")]
+    write_report(runs, tmp_path / "report.html")
+    text, page = (tmp_path / "report.html").read_text(), parse(tmp_path / "report.html")
+    cells = [attributes for tag, attributes in page.tags if tag == "td"]
+    assert {cell.get("data-column") for cell in cells} >= {"1: a", "2: b", "Steps", "Tokens", "run 1, to ternary"}
+    assert "@media screen and (max-width: 40rem)" in text
+    assert "white-space: nowrap" not in text
+    assert not re.search(r"[^-]min-width: (?!9rem)", text)
+    assert {"loss-narrow-raw-0", "loss-raw-0"} <= set(page.ids)
+
+
 def test_the_picture_is_a_png(tmp_path):
     write_picture(make_run(tmp_path / "run", name="$1 & <2>"), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
