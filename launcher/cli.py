@@ -404,19 +404,19 @@ def generate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="HTML file to write; a .png holds the loss curve of one run.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Runs, or folders that contain runs; several are compared.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File: .html; .png or .pdf, of loss curves; or .csv. Default: report.html in the folder."),
+    ] = None,
 ) -> None:
-    """Write an HTML report with tables and plots."""
-    from launcher.report.page import write_picture, write_report
+    """Write a report with tables and plots."""
+    from launcher.report.output import report as write_report
 
-    if out.suffix == ".png":
-        if len(runs) > 1:
-            raise ConfigError(f"--out {out}: a picture shows one run, not {len(runs)}; name an HTML file")
-        write_picture(runs[0], out)
-    else:
-        write_report(runs, out)
-    Console(silent=False).line(f"Written: {out}")
+    console = Console(silent=False)
+    console.line(f"Written: {write_report(runs, out, console.line)}")
 
 
 @app.command()

@@ -187,7 +187,8 @@ class RunFolder:
         """Write the configuration, and append to `starts.jsonl` that training starts or resumes after this step."""
         replace_file(self.path / "config.yaml", self.config_text)
         line = {"time": time.time(), "step": step, "world_size": world_size, "host": socket.gethostname()}
-        append_line(self.path / "starts.jsonl", line | {"job": slurm_job()})
+        engine = {"name": self.config.engine.name, "zero_stage": self.config.engine.zero_stage}
+        append_line(self.path / "starts.jsonl", line | {"job": slurm_job(), "engine": engine})
 
     def note_save(self, step: int) -> None:
         """Append to `saves.jsonl` that this is the newest checkpoint now."""
