@@ -144,9 +144,9 @@ def manifest_of_conversion(course: Course, source: Source) -> Manifest:
     """
     at = first_progress(course)
     precision = computed_precision(source)
+    is_ternary = precision is not None and precision.quantization is not None
     is_packed = isinstance(source, HuggingFaceSource) and source.is_packed
-    is_in_16_bits = precision is not None and precision.quantization is None
-    if precision is None or is_packed or (is_in_16_bits and not isinstance(source, CheckpointReader)):
+    if precision is None or is_packed or not (is_ternary or isinstance(source, CheckpointReader)):
         precision = precision_at(course, at)
     return Manifest(
         milestone=True,
