@@ -172,7 +172,7 @@ PREPARES_FOR_EVER = """
     if __name__ == "__main__":
         encoding.CHUNK_CHARS = 10_000
         shards.read_documents = endless
-        config = shards.PrepareConfig(inputs=("x",), tokenizer=sys.argv[1], workers=2)
+        config = shards.PrepareConfig(inputs=("python-stdlib",), tokenizer=sys.argv[1], workers=2)
         shards.prepare(config, 32, Path(sys.argv[2]), lambda progress: print(progress.tokens, flush=True))
 """
 
