@@ -13,6 +13,7 @@ from launcher.report.summary import (
     verdict,
 )
 from launcher.run.folder import RunFolder
+from launcher.run.metrics_log import as_code
 from launcher.run.recovery import Transition
 
 
@@ -29,11 +30,23 @@ def show_ending(folder: RunFolder, console: Console) -> None:
     if len(summary.phases) > 1:
         console.line(COMPARED)
     if summary.sample_completion is not None:
+        add_to_tensorboard(folder, summary)
         console.line("A sample, from the finished model:")
         console.line((summary.sample_prompt or "") + summary.sample_completion)
         console.line()
     console.line(f"{duration(summary.elapsed_seconds or 0)} in all. The report, to look at: {report}")
     show_next(folder, console)
+
+
+def add_to_tensorboard(folder: RunFolder, summary: RunSummary) -> None:
+    """Add the sample to TensorBoard's files, if the run writes any."""
+    logs = folder.path / "tensorboard"
+    if logs.is_dir():
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(logs)) as tensorboard:
+            text = (summary.sample_prompt or "") + (summary.sample_completion or "")
+            tensorboard.add_text("sample", as_code(text), summary.step)
 
 
 def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:

@@ -51,6 +51,8 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            if (folder / "config.yaml").is_file():
+                self._tensorboard.add_text("configuration", as_code((folder / "config.yaml").read_text()), step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; values that are not finite are left out, as JSON has no word for them."""
@@ -69,6 +71,11 @@ class MetricsLog:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def as_code(text: str) -> str:
+    """A text as Markdown that shows it letter by letter: a block indented by four spaces."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def write_histograms(tensorboard: Any, row: dict[str, Any]) -> None:

@@ -104,6 +104,7 @@ def test_a_run_shows_what_it_does_and_says_when_it_is_complete(folder: Path) -> 
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 61))
     numbers = {key for row in rows for key, value in row.items() if "/" in key and isinstance(value, int | float)}
     assert scalars(run / "tensorboard") == numbers
+    assert texts(run / "tensorboard") == {"configuration/text_summary", "sample/text_summary"}
 
     code, output = finish(folder, STARTS["tritrain"])
     assert code == 0
@@ -116,12 +117,20 @@ def test_a_run_shows_what_it_does_and_says_when_it_is_complete(folder: Path) -> 
     assert "model.num_layers: 2 in" in output
 
 
-def scalars(folder: Path) -> set[str]:
+def tags(folder: Path) -> dict[str, list[str]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return set(events.Tags()["scalars"])
+    return events.Tags()
+
+
+def scalars(folder: Path) -> set[str]:
+    return set(tags(folder)["scalars"])
+
+
+def texts(folder: Path) -> set[str]:
+    return {tag for tag in tags(folder)["tensors"] if tag.endswith("text_summary")}
 
 
 @pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
