@@ -1,6 +1,7 @@
 """What differs between two configurations of one run, and what a person can do about it."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +50,14 @@ class Change:
 def changes(before: dict[str, Any], now: Config) -> list[Change]:
     """The keys in which a run's configuration differs from an earlier one, but for those that decide how it runs.
 
+    A key that the earlier one does not have, because it is of a version without it, counts as its default.
+
     Args:
         before: the earlier one, resolved, as a tree.
         now: that of the run.
     """
+    with suppress(ConfigError):
+        before = to_tree(parse_config(before))
     old, new = (dict(line.split(": ", 1) for line in flat_lines(tree)) for tree in (before, to_tree(now)))
     allowed = now.run.allow_changes
     return [
