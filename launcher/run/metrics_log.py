@@ -20,6 +20,13 @@ HISTOGRAM_EDGES = {
 }
 """Edges of the bins of what is logged as a list of shares of all quantized weights."""
 
+TENSORBOARD_TAGS = {
+    "train/loss": "1-loss/train",
+    "validation/loss": "1-loss/validation",
+    "validation/bits_per_byte": "1-loss/validation_bits_per_byte",
+}
+"""Tags that are not the key of the row: TensorBoard sorts groups by name, and so opens on the losses."""
+
 
 class MetricsLog:
     """Appends rows to `metrics.jsonl` and TensorBoard.
@@ -62,7 +69,7 @@ class MetricsLog:
         if self._tensorboard is not None:
             for key, value in row.items():
                 if "/" in key and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(key, value, row["step"])
+                    self._tensorboard.add_scalar(TENSORBOARD_TAGS.get(key, key), value, row["step"])
             if "quant/layers" in row:
                 write_histograms(self._tensorboard, row)
 

@@ -103,7 +103,14 @@ def test_a_run_shows_what_it_does_and_says_when_it_is_complete(folder: Path) -> 
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 61))
     numbers = {key for row in rows for key, value in row.items() if "/" in key and isinstance(value, int | float)}
-    assert scalars(run / "tensorboard") == numbers
+    losses = {"train/loss", "validation/loss", "validation/bits_per_byte"}
+    assert {tag for tag in scalars(run / "tensorboard") if tag in numbers} == numbers - losses
+    assert [tag for tag in sorted(scalars(run / "tensorboard")) if tag not in numbers] == [
+        "1-loss/train",
+        "1-loss/validation",
+        "1-loss/validation_bits_per_byte",
+    ]
+    assert min(scalars(run / "tensorboard")) == "1-loss/train"
     assert texts(run / "tensorboard") == {"configuration/text_summary", "sample/text_summary"}
 
     code, output = finish(folder, STARTS["tritrain"])
