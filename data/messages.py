@@ -18,8 +18,9 @@ UNPRINTABLE = re.compile(
 SENTENCE = re.compile(r"[^\n]+?(?:[.;!?](?=\s|$)|(?=\n)|$)[ \t]*")
 
 RISKY_ADVICE = re.compile(
-    r"weights_only\W+(argument|set to|to)\b|weights_only\W*=\W*False|no_weights_only|safe_globals|allow_unsafe_types"
-    r"|trust_remote_code|allow_pickle\W*=\W*True|arbitrary code|trusted source|verify\W*=\W*False",
+    r"weights_only\W{1,9}(argument|set to|to)\b|weights_only\W{0,9}=\W{0,9}False|no_weights_only|safe_globals"
+    r"|allow_unsafe_types|trust_remote_code|allow_pickle\W{0,9}=\W{0,9}True|arbitrary code|trusted source"
+    r"|verify\W{0,9}=\W{0,9}False",
     re.IGNORECASE,
 )
 """In sentences that say how to make a library open what could run anything, or talk to anyone."""

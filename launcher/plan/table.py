@@ -26,10 +26,12 @@ def describe(plan: Plan) -> dict[str, Any]:
     memory = memory_bytes_per_rank(plan)
     interval = config.checkpoint.interval_steps
     milestones = {phase.end for phase in plan.phases}
-    saves = milestones | set(range(interval, plan.total_steps, interval) if interval else ())
+    num_saves = len(milestones)
+    if interval:  # counted, not listed: there may be millions
+        num_saves += plan.total_steps // interval - sum(end % interval == 0 for end in milestones)
     kept = len(milestones) + config.checkpoint.keep_last
-    if not config.checkpoint.keep_last or (config.checkpoint.interval_minutes is None and len(saves) < kept):
-        kept = len(saves)  # and, of those that time decides, as many as the hours bring or none
+    if not config.checkpoint.keep_last or (config.checkpoint.interval_minutes is None and num_saves < kept):
+        kept = num_saves  # and, of those that time decides, as many as the hours bring or none
     flops = flops_per_token(config.model, config.data.sequence_length)
     return {
         "parameters": num_parameters(config.model),
@@ -56,7 +58,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "total_tokens": plan.total_steps * plan.tokens_per_step,
         "bytes_per_rank": {name: round(size) for name, size in memory.items()},
         "total_bytes_per_rank": round(sum(memory.values())),
-        "checkpoints_written": len(saves),
+        "checkpoints_written": num_saves,
         "checkpoint_interval_minutes": config.checkpoint.interval_minutes,
         "checkpoints_kept": kept,
         "checkpoint_bytes": checkpoint_bytes(config),
