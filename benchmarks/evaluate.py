@@ -120,7 +120,7 @@ def one(folder: str, task_data: str, limit: int | None, batch_size: int) -> None
     from data.torchvision_repair import repair_torchvision
 
     repair_torchvision()
-    from eval.harness import HarnessModel, ask
+    from eval.harness import Encoding, HarnessModel, ask
     from eval.score import scores_of
     from eval.tasks import harness_task
     from launcher.inference.sharded import open_subject
@@ -136,7 +136,7 @@ def one(folder: str, task_data: str, limit: int | None, batch_size: int) -> None
             model: Any = HFLM(pretrained=folder, add_bos_token=False, **options)  # our exports say: one in front
         else:
             subject = open_subject(folder, ranks)
-            model = HarnessModel(subject.scorer, subject.tokenizer)
+            model = HarnessModel(subject.scorer, Encoding(subject.tokenizer, subject.first_token))
         found["load_seconds"] = time.perf_counter() - began
         for name, definition in DEFINITIONS.items():
             rows = load_rows(Task(name, True), Path(task_data))[:limit]

@@ -23,6 +23,14 @@ class PrepareConfig:
     tokenizer: str
     """A SentencePiece `.model`, a `tokenizer.json`, or `bpe:VOCAB` / `unigram:VOCAB` to train one on the inputs."""
 
+    end_of_document: str | None = None
+    """Token that ends a document, such as `<|endoftext|>`; by default the one that the tokenizer's files name, and
+    `</s>` for a trained tokenizer."""
+
+    lossy_tokenizer: bool = False
+    """Accept a tokenizer that does not give the text back, such as one that normalizes it. Bits per byte are then right
+    on average over the text only."""
+
     validation_fraction: float = 0.0
     """Share of the documents that is held out; which ones depends on their text alone, so equal texts stay together."""
 
@@ -40,6 +48,8 @@ class PrepareConfig:
             problems["tokenizer"] = f"{self.tokenizer!r} lacks the size of the vocabulary; write bpe:32000, for example"
         if not self.tokenizer:
             problems["tokenizer"] = "is empty; give a tokenizer's file, bpe:VOCAB or unigram:VOCAB"
+        if self.end_of_document is not None and TRAINED_SPEC.fullmatch(self.tokenizer):
+            problems["end_of_document"] = "is for a tokenizer's file; one that is trained ends documents with </s>"
         if not 0 <= self.validation_fraction < 1:
             problems["validation_fraction"] = f"is {self.validation_fraction}; must be 0 or more and below 1"
         if self.validation_inputs and self.validation_fraction:

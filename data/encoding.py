@@ -1,5 +1,6 @@
 """Tokenize documents, in one process or in several, in the order in which they arrive."""
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.errors import DataError
+from data.proof import ChangedTextError, changed, check_given_back, compared
 from data.readers import Document
 from data.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_CHARS = 1 << 20  # what a worker gets at a time
-SEGMENT_CHARS = 1 << 20  # longer documents are tokenized in parts, or one large file would need many times its size
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +29,25 @@ class Chunk:
     tokens: NDArray[np.unsignedinteger]
     documents: int
     text_bytes: int
+    token_bytes: int
+    """The bytes that the tokens stand for; those of the text unless the tokenizer may change it."""
+    compared_documents: int
+    """Documents that were decoded and compared."""
+    changed_documents: int
+    """Those of them that decoding does not give back."""
 
 
-def gather_chunks(assigned: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, list[str]]]:
+def gather_chunks(assigned: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, list[Document]]]:
     """Gather documents into pieces of work of about `CHUNK_CHARS`, each of one split, keeping the order within it."""
-    gathered: dict[str, list[str]] = {}
+    gathered: dict[str, list[Document]] = {}
     chars: dict[str, int] = {}
     for split, document in assigned:
-        gathered.setdefault(split, []).append(document.text)
+        gathered.setdefault(split, []).append(document)
         chars[split] = chars.get(split, 0) + len(document.text)
         if chars[split] >= CHUNK_CHARS:
             yield split, gathered[split]
             gathered[split], chars[split] = [], 0
-    yield from ((split, texts) for split, texts in gathered.items() if texts)
+    yield from ((split, documents) for split, documents in gathered.items() if documents)
 
 
 def token_type(vocab_size: int) -> type[np.unsignedinteger]:
@@ -47,39 +55,58 @@ def token_type(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> Chunk:
-    """Tokenize documents, putting `end_of_document` after each."""
-    parts = [list(segments(text)) for text in texts]
-    encoded = iter(tokenizer.encode_batch([segment for part in parts for segment in part]))
-    ids: list[int] = []
-    for part in parts:
-        for _ in part:
-            ids += next(encoded)
-        ids.append(tokenizer.end_of_document)
+def encode_documents(tokenizer: Tokenizer, texts: list[str], *, lossy: bool = False) -> Chunk:
+    """Tokenize documents, putting `end_of_document` after each.
+
+    Args:
+        tokenizer: to be used.
+        texts: the documents; none is empty.
+        lossy: whether the tokenizer may change them.
+
+    Raises:
+        ChangedTextError: it changes one, and must not.
+    """
+    encoded = [[*ids, tokenizer.end_of_document] for ids in tokenizer.encode_batch(texts)]
+    tokens = np.array([token for ids in encoded for token in ids], token_type(tokenizer.vocab_size))
+    starts = np.cumsum([0, *map(len, encoded[:-1])])
+    num_bytes = np.add.reduceat(counted_bytes(tokenizer, lossy=lossy)[tokens], starts, dtype=np.int64)
+    if not lossy:
+        check_given_back(tokenizer, texts, encoded, num_bytes)
     return Chunk(
-        tokens=np.array(ids, token_type(tokenizer.vocab_size)),
+        tokens=tokens,
         documents=len(texts),
         text_bytes=sum(len(text.encode()) for text in texts),
+        token_bytes=int(num_bytes.sum()),
+        compared_documents=compared(texts),
+        changed_documents=len(changed(tokenizer, texts, encoded)) if lossy else 0,
     )
 
 
-def segments(text: str) -> Iterator[str]:
-    """Cut a very long text near every `SEGMENT_CHARS` characters, after a newline, where few tokens join."""
-    begin = 0
-    while len(text) - begin > SEGMENT_CHARS:
-        newline = text.rfind("\n", begin, begin + SEGMENT_CHARS)
-        end = newline + 1 if newline >= begin else begin + SEGMENT_CHARS
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
+def counted_bytes(tokenizer: Tokenizer, *, lossy: bool) -> NDArray[np.int32]:
+    """The bytes of each token; those of a lossy tokenizer are still to be scaled to the text's.
+
+    There tokens for unknown characters count, which stand for text too; in a lossless one they must not occur.
+    """
+    sizes = tokenizer.token_bytes()
+    if lossy:
+        end = sizes[tokenizer.end_of_document]
+        sizes = np.maximum(sizes, 1)
+        sizes[tokenizer.end_of_document] = end
+    return sizes
 
 
 def tokenize(
-    work: Iterable[tuple[str, list[str]]], tokenizer: Tokenizer, num_workers: int
+    work: Iterable[tuple[str, list[Document]]], tokenizer: Tokenizer, num_workers: int, *, lossy: bool = False
 ) -> Iterator[tuple[str, Chunk]]:
-    """Tokenize pieces of work in this process or in several, and yield them in the order in which they came."""
+    """Tokenize pieces of work in this process or in several, and yield them in the order in which they came.
+
+    Raises:
+        DataError: a document is changed by a tokenizer that must not be `lossy`; names the document.
+    """
     if num_workers == 1:
-        yield from ((split, encode_documents(tokenizer, texts)) for split, texts in work)
+        for split, documents in work:
+            with _naming(documents):
+                yield split, encode_documents(tokenizer, [each.text for each in documents], lossy=lossy)
         return
     pool = ProcessPoolExecutor(
         num_workers,
@@ -87,18 +114,32 @@ def tokenize(
         initializer=_start_worker,
         initargs=(tokenizer.path,),
     )
-    pending: deque[tuple[str, Future[Chunk]]] = deque()
+    pending: deque[tuple[str, list[Document], Future[Chunk]]] = deque()
+
+    def finished() -> tuple[str, Chunk]:
+        split, documents, future = pending.popleft()
+        with _naming(documents):
+            return split, future.result()
+
     try:
-        for split, texts in work:
-            pending.append((split, pool.submit(_encode_in_worker, texts)))
+        for split, documents in work:
+            texts = [each.text for each in documents]
+            pending.append((split, documents, pool.submit(_encode_in_worker, texts, lossy)))
             if len(pending) > 2 * num_workers:  # bounds the memory, and keeps every worker busy
-                done_split, future = pending.popleft()
-                yield done_split, future.result()
+                yield finished()
         while pending:
-            done_split, future = pending.popleft()
-            yield done_split, future.result()
+            yield finished()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _naming(documents: list[Document]) -> Iterator[None]:
+    """Say where a document that a tokenizer changes came from."""
+    try:
+        yield
+    except ChangedTextError as error:
+        raise DataError(f"{documents[error.document].origin}: {error}") from error
 
 
 _worker_tokenizer: Tokenizer
@@ -118,5 +159,5 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> Chunk:
-    return encode_documents(_worker_tokenizer, texts)
+def _encode_in_worker(texts: list[str], lossy: bool) -> Chunk:
+    return encode_documents(_worker_tokenizer, texts, lossy=lossy)

@@ -4,15 +4,21 @@ That one merges the pair with the best score, as SentencePiece does with BPE mod
 neither unigram models nor normalization, so what would be tokenized differently is refused. One difference is left:
 a text's own U+2581 is a space to it, as to SentencePiece, where `data.tokenizer` writes it in bytes.
 
+Programs ask llama.cpp to find the names of special tokens in a prompt, where in training they were just text. It finds
+those of control tokens and of the unknown one. `<unk>` and `<s>`, which no text of training became, are therefore
+unused tokens here. The token that ends a document must be a control token: llama.cpp makes it one by its name.
+
 Documents of training begin after the token that ends the one before, so this token is also what llama.cpp is to put in
 front of a text.
 """
 
 from pathlib import Path
+from typing import Any
 
 from data.errors import DataError
+from data.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, read_model
 from data.tokenizer import load_tokenizer
-from data.tokenizer_json import bpe_problem, read_model
+from data.tokenizer_json import bpe_problem
 
 ONLY_SENTENCEPIECE = "a GGUF file needs a SentencePiece tokenizer, but this one belongs to the `tokenizers` library"
 UNUSED = 5
@@ -40,13 +46,17 @@ def gguf_vocabulary(path: Path, num_rows: int) -> dict[str, str | int | bool | l
     model = read_model(path)
     if problem := bpe_problem(model):
         raise DataError(f"{path}: {problem}; llama.cpp tokenizes as SentencePiece BPE with byte fallback does")
+    if merged := _merged_into_special(model):
+        raise DataError(f"{path}: llama.cpp would take {merged!r} in a text for the special token of this name")
     missing = range(len(model.pieces), num_rows)
+    types = [UNUSED if piece.type in (UNKNOWN, CONTROL) else int(piece.type) for piece in model.pieces]
+    types[tokenizer.end_of_document] = CONTROL
     return {
         "model": "llama",
         "pre": "default",
         "tokens": [piece.piece for piece in model.pieces] + [f"[UNUSED{row}]" for row in missing],
         "scores": [piece.score for piece in model.pieces] + [-1e6] * len(missing),
-        "token_type": [int(piece.type) for piece in model.pieces] + [UNUSED] * len(missing),
+        "token_type": types + [UNUSED] * len(missing),
         "bos_token_id": tokenizer.end_of_document,
         "eos_token_id": tokenizer.end_of_document,
         "unknown_token_id": model.trainer_spec.unk_id,
@@ -54,3 +64,13 @@ def gguf_vocabulary(path: Path, num_rows: int) -> dict[str, str | int | bool | l
         "add_eos_token": False,
         "add_space_prefix": model.normalizer_spec.add_dummy_prefix,
     }
+
+
+def _merged_into_special(model: Any) -> str | None:
+    """The name of a piece that is no text, and which llama.cpp, unlike SentencePiece, merges of two others."""
+    normal = {piece.piece for piece in model.pieces if piece.type == NORMAL}
+    for name in [piece.piece for piece in model.pieces if piece.type != NORMAL]:
+        halves = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
+        if any(all(len(half) == 1 or half in normal for half in pair) for pair in halves):
+            return name
+    return None

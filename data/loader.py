@@ -29,7 +29,7 @@ from data.errors import DataError
 from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
-from data.sources import OpenSource, local_leader_first, one_start_at_a_time, open_sources
+from data.sources import OpenSource, local_leader_first, one_start_at_a_time, open_sources, private_locks
 from data.torchvision_repair import repair_torchvision
 
 __all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData", "token_bytes", "validation_rows"]
@@ -99,7 +99,7 @@ class TrainingData:
         from data.rows import RowDataset
 
         rank_sequences = global_batch_sequences // world_size
-        with one_start_at_a_time(rank, world_size):
+        with one_start_at_a_time(rank, world_size), private_locks():
             dataset = RowDataset(
                 streams=[source.stream(choose) for source, choose in zip(sources, rows, strict=True)],
                 batch_size=rank_sequences,
@@ -186,10 +186,20 @@ def validation_rows(
 
 
 def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
-    """Return the UTF-8 bytes that each token stands for, int64, [vocab_size]; 0 for special and unused ids."""
+    """Return the UTF-8 bytes that each token stands for, float64, [vocab_size]; 0 for special and unused ids.
+
+    See `data.tokenizer.Tokenizer.token_bytes`. They are integers unless the tokenizer is lossy.
+    """
     source = open_sources(config.sources, config.cache, config.sequence_length, vocab_size)[0]
-    sizes = torch.zeros(vocab_size, dtype=torch.int64)
-    sizes[: source.manifest["vocab_size"]] = torch.from_numpy(np.load(source.folder / TOKEN_BYTES, allow_pickle=False))
+    sizes = torch.zeros(vocab_size, dtype=torch.float64)
+    path, count = source.folder / TOKEN_BYTES, source.manifest["vocab_size"]
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)  # a header may claim more than there is memory
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path}: damaged, or no array of numbers; copy or prepare the folder again") from error
+    if stored.shape != (count,) or stored.dtype.kind not in "iuf":
+        raise DataError(f"{path}: holds {stored.dtype} {stored.shape} instead of {count} counts of bytes")
+    sizes[:count] = torch.from_numpy(stored.astype(np.float64))
     return sizes
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.names import bare_name
+from data.pointers import pointer_problem
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -21,6 +23,10 @@ INDEX = "index.json"
 COLUMN = "tokens"
 SHARD_HASH = "sha256"
 TRAIN, VALIDATION = "train", "validation"
+ROW_TYPES = {"uint16": 2, "uint32": 4}
+"""Types of a row's tokens, and their bytes."""
+MAX_SHARD_BYTES = 2**32
+"""MDS counts the bytes of a shard in 32 bits."""
 
 
 def open_prepared(folder: Path, *, may_lack_shards: bool = False) -> dict[str, Any]:
@@ -42,7 +48,7 @@ def open_prepared(folder: Path, *, may_lack_shards: bool = False) -> dict[str, A
     if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest["tokenizer"]["fingerprint"]:
         raise DataError(f"{tokenizer}: is not the tokenizer of the tokens in this folder; copy the folder again")
     for split, facts in manifest["splits"].items():
-        _check_split(folder / split, facts, may_lack_shards)
+        _check_split(folder / split, facts, manifest["sequence_length"], may_lack_shards)
     return manifest
 
 
@@ -52,7 +58,7 @@ def is_yet_to_be_prepared(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a prepared folder, unchecked but for its version and the names of the files beside it.
+    """Return the manifest of a prepared folder, with the types of its values and the names in it checked.
 
     Raises:
         DataError: there is no such folder, or it is not a prepared one.
@@ -63,21 +69,42 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder}: has no {MANIFEST}, so it is not a folder of prepared data; {how}")
+    _expect_file(path, "the record of what went in and what came out")
     try:
         manifest = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(manifest, dict):
         raise DataError(f"{path}: not a manifest of prepared data; copy or prepare the folder again")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{path}: has format_version {manifest.get('format_version')}, but this program reads {FORMAT_VERSION}; "
-            "prepare the data again"
+            f"{path}: has format_version {manifest.get('format_version')!r:.80}, but this program reads "
+            f"{FORMAT_VERSION}; prepare the data again"
         )
-    for name in (manifest["tokenizer"]["file"], *manifest["splits"]):
-        if Path(name).name != name:  # what is fetched from elsewhere must not be written elsewhere
-            raise DataError(f"{path}: names {name!r}, which is not a file name in this folder; prepare the data again")
+    try:
+        bare_name(manifest["tokenizer"]["file"])
+        for split in manifest["splits"]:
+            bare_name(split)
+        _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = error if isinstance(error, ValueError) else f"not a manifest of prepared data ({error!r})"
+        raise DataError(f"{path}: {problem}; copy or prepare the folder again") from error
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise a ValueError, KeyError or TypeError if a value that is used is none that `prepare` writes."""
+    counts = {key: manifest[key] for key in ("sequence_length", "vocab_size", "end_of_document")}
+    for split, facts in manifest["splits"].items():
+        counts |= {f"splits.{split}.rows": facts["rows"]}
+    for key, value in counts.items():
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"its {key} is {value!r:.80}, which is not a count")
+    texts = [manifest["tokenizer"]["fingerprint"], *(facts["fingerprint"] for facts in manifest["splits"].values())]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(manifest["options"], dict):
+        raise ValueError("its fingerprints are not text, or its options not a mapping")
+    if not {TRAIN} <= manifest["splits"].keys() <= {TRAIN, VALIDATION}:
+        raise ValueError(f"its splits must be {TRAIN} and, if text is held out, {VALIDATION}")
 
 
 def fit_problems(path: str, manifest: dict[str, Any], sequence_length: int, vocab_size: int) -> Iterator[str]:
@@ -102,22 +129,58 @@ def fit_problems(path: str, manifest: dict[str, Any], sequence_length: int, voca
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:
-    """Return the shards of a split's folder, each as MDS describes it.
+    """Return the shards of a split's folder, each as MDS describes it, all of a kind that `prepare` writes.
 
     Raises:
-        DataError: there is no index or it is not one.
+        DataError: there is no index, it is not one, or a shard's name or size or type is none that may be there.
     """
     path = folder / INDEX
     _expect_file(path, "the list of the shards")
     try:
-        return json.loads(path.read_bytes())["shards"]
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{path}: not an index of MDS shards ({error!r}); copy or prepare the folder again") from error
+        shards = json.loads(path.read_bytes())["shards"]
+        for shard in shards:
+            _check_shard(shard)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = error if isinstance(error, ValueError) else repr(error)
+        raise DataError(f"{path}: not an index of MDS shards ({problem}); copy or prepare the folder again") from error
+    return shards
 
 
-def _check_split(folder: Path, facts: dict[str, Any], may_lack_shards: bool) -> None:
+def _check_shard(shard: Any) -> None:
+    """Raise a ValueError, KeyError or TypeError if a shard is none of `prepare`'s.
+
+    `streaming` would also read other formats, compressed shards and columns that are pickles, and it deletes files by
+    the names in the index.
+    """
+    for file in (shard["raw_data"], shard["zip_data"] or {}):
+        bare_name(file.get("basename", INDEX))
+    if (shard["version"], shard["format"], shard["compression"], shard["zip_data"]) != (2, "mds", None, None):
+        raise ValueError("a shard is not an uncompressed MDS shard of version 2")
+    name, (column,), (encoding,), (row_bytes,) = (
+        shard["raw_data"]["basename"], shard["column_names"], shard["column_encodings"], shard["column_sizes"]
+    )  # fmt: skip
+    kind, dtype, length = encoding.split(":")
+    if (column, kind) != (COLUMN, "ndarray") or row_bytes != ROW_TYPES.get(dtype, 0) * int(length):
+        raise ValueError(f"{name} does not hold rows of {COLUMN} alone, but {column!r:.80} as {encoding!r:.80}")
+    rows, num_bytes = shard["samples"], shard["raw_data"]["bytes"]
+    # A shard has a count, the places of the rows, 4 bytes each, and the rows.
+    is_possible = type(rows) is int and rows >= 0 and type(num_bytes) is int and row_bytes > 0
+    if not is_possible or 4 * (rows + 2) + rows * row_bytes > num_bytes:
+        raise ValueError(f"{name} cannot hold {rows!r:.80} rows of {row_bytes} bytes in {num_bytes!r:.80} bytes")
+    if num_bytes >= MAX_SHARD_BYTES:
+        raise ValueError(f"{name} has {num_bytes} bytes, more than the format can address")
+    if not isinstance(shard["raw_data"]["hashes"].get(SHARD_HASH), str):
+        raise ValueError(f"{name} has no {SHARD_HASH}")
+
+
+def _check_split(folder: Path, facts: dict[str, Any], sequence_length: int, may_lack_shards: bool) -> None:
     shards = read_index(folder)
     for shard in shards:
+        if (length := int(shard["column_encodings"][0].split(":")[2])) != sequence_length + 1:
+            raise DataError(
+                f"{folder / INDEX}: has rows of {length} tokens, but {MANIFEST} says sequence_length "
+                f"{sequence_length}; copy both again"
+            )
         path = folder / shard["raw_data"]["basename"]
         if may_lack_shards and not path.exists():
             continue
@@ -137,3 +200,5 @@ def _check_split(folder: Path, facts: dict[str, Any], may_lack_shards: bool) -> 
 def _expect_file(path: Path, what: str) -> None:
     if not path.is_file():
         raise DataError(f"{path}: missing; it is {what}")
+    if problem := pointer_problem(path):
+        raise DataError(f"{path}: {problem}")

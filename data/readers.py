@@ -7,7 +7,7 @@ An input is one of:
 | `FILE.txt`, `.md`, `.rst`, `.py` | the whole file |
 | `FILE.jsonl`, `.jsonl.zst`, `.jsonl.gz` | the value of `text` of each line |
 | `FILE.parquet` | the column `text`, row by row |
-| `FOLDER` | every file of these kinds in it, recursively, in the order of their paths |
+| `FOLDER` | every file of these kinds in it, recursively, in the order of their paths; `survey` lists the others |
 | `hf:NAME[:CONFIG]:SPLIT` | the column `text` of a data set that `datasets` can stream |
 | `hf:NAME[:CONFIG]:SPLIT[:N]` | its first N rows: the brackets are written, as in `hf:NAME:train[:1000]` |
 | `python-stdlib` | the source files of Python's standard library |
@@ -18,21 +18,28 @@ file and the line. Empty documents are left out.
 
 import gzip
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from data import quickstart_corpus
 from data.errors import DataError
+from data.pointers import pointer_problem
 
 HF_PREFIX = "hf:"
 TEXT_KEY = "text"
 MAX_ZSTD_WINDOW_BYTES = 2**31  # files written with `zstd --long` need more than the decoder's default of 128 MiB
 PARQUET_BATCH_ROWS = 256
 READ_BYTES = 1 << 18
+MAX_LISTED_KEYS = 20
+UNFINISHED_FOLDERS = frozenset({"_temporary", "_delta_log", "_spark_metadata"})
+"""What Spark keeps beside its output: parts of attempts, which would be read twice, and logs."""
+HIDDEN = "hidden"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,20 @@ class Document:
     text: str
     origin: str
     """`FILE`, `FILE:LINE` or `INPUT:ROW`, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The files of inputs, before they are read."""
+
+    read: list[Path]
+    """Files that are read, in this order."""
+    left_out: dict[Path, str]
+    """Files and folders below an input that are not read, and why."""
+
+    def reasons(self) -> list[str]:
+        """How many are left out for each reason, most first."""
+        return [f"{count} {reason}" for reason, count in Counter(self.left_out.values()).most_common()]
 
 
 def read_documents(inputs: Sequence[str]) -> Iterator[Document]:
@@ -86,18 +107,31 @@ def _read_input(source: str) -> Iterator[Document]:
     elif source.startswith(HF_PREFIX):
         yield from _read_hugging_face(source)
     else:
-        for path in _find_files(Path(source)):
+        for path in _find_files(Path(source)).read:
+            if problem := pointer_problem(path):
+                raise DataError(f"{path}: {problem}")
             yield from READERS[_suffix(path)](path)
 
 
-def _find_files(path: Path) -> list[Path]:
-    """Return the path itself, or the readable files below it in a fixed order; hidden ones are left out."""
+def survey(inputs: Iterable[str]) -> Survey:
+    """List the files that `read_documents` reads, and what it leaves out of folders; a hub's data sets have no files.
+
+    Raises:
+        DataError: as `check_input`.
+    """
+    found = [_find_files(Path(source)) for source in inputs if is_path(source)]
+    left_out = {path: reason for one in found for path, reason in one.left_out.items()}
+    return Survey([path for one in found for path in one.read], left_out)
+
+
+def _find_files(path: Path) -> Survey:
+    """Find the path itself, or the readable files below it in a fixed order."""
     kinds = " ".join(READERS)
     if path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in READERS]
-        found = sorted(f for f in inside if not any(part.startswith(".") for part in f.relative_to(path).parts))
-        if not found:
-            raise DataError(f"{path}: this folder has no file of a known kind; known are {kinds}")
+        found = _look_into(path)
+        if not found.read:
+            left_out = f"; left out: {', '.join(found.reasons())}" if found.left_out else ""
+            raise DataError(f"{path}: this folder has no file of a known kind; known are {kinds}{left_out}")
         return found
     if not path.exists():
         raise DataError(
@@ -106,7 +140,47 @@ def _find_files(path: Path) -> list[Path]:
         )
     if _suffix(path) not in READERS:
         raise DataError(f"{path}: this kind of file is not known; choose one of {kinds}")
-    return [path]
+    return Survey([path], {})
+
+
+def _look_into(folder: Path) -> Survey:
+    """Walk through a folder. Links to files are followed; those to folders may lead anywhere, even back here."""
+    found = Survey([], {})
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        for name in sorted(folders):
+            if reason := _folder_problem(Path(parent, name)):
+                found.left_out[Path(parent, name)] = reason
+                folders.remove(name)
+        for name in files:
+            if reason := _file_problem(Path(parent, name)):
+                found.left_out[Path(parent, name)] = reason
+            else:
+                found.read.append(Path(parent, name))
+    return Survey(sorted(found.read), dict(sorted(found.left_out.items())))
+
+
+def _folder_problem(path: Path) -> str | None:
+    """Why a folder is left out."""
+    if path.name.startswith("."):
+        return HIDDEN
+    if path.name in UNFINISHED_FOLDERS:
+        return "unfinished output or log of Spark"
+    return "linked folder (name it as an input)" if path.is_symlink() else None
+
+
+def _file_problem(path: Path) -> str | None:
+    """Why a file is left out; raises DataError if that would be a mistake."""
+    if path.name.startswith("."):
+        return HIDDEN
+    if (suffix := _suffix(path)) not in READERS:
+        return f"of unknown kind {suffix}" if suffix else "without an ending"
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path}: is a link to nothing; fetch or restore what it leads to, or remove it")
+    return None if path.is_file() else "neither a file nor a folder"
 
 
 def _suffix(path: Path) -> str:
@@ -184,12 +258,13 @@ def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[Document]:
         except StopIteration:
             return
         except Exception as error:  # each decompressor has its own kind
-            raise DataError(f"{origin}: cannot be decompressed; the file is damaged or truncated ({error})") from error
+            what = "decompressed" if path.suffix in (".gz", ".zst") else "read"
+            raise DataError(f"{origin}: cannot be {what}; the file is damaged or truncated ({error})") from error
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:  # broken JSON or broken UTF-8
+        except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, or nested by the thousand
             raise DataError(f"{origin}: not JSON: {error}") from error
         yield Document(_text_of(record, origin), origin)
 
@@ -198,11 +273,18 @@ def _text_of(record: Any, origin: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f'{origin}: a line must be an object with the key "{TEXT_KEY}", not {type(record).__name__}')
     if TEXT_KEY not in record:
-        raise DataError(f'{origin}: has no key "{TEXT_KEY}"; its keys are {sorted(record)}')
+        raise DataError(f'{origin}: has no key "{TEXT_KEY}"; its keys are {_listed(record)}')
     text = record[TEXT_KEY]
     if not isinstance(text, str):
         raise DataError(f'{origin}: "{TEXT_KEY}" is {type(text).__name__}; must be text')
     return text
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Some names, for a message: a stranger's file may have any number of them."""
+    known = sorted(names)
+    more = f" and {len(known) - MAX_LISTED_KEYS} others" if len(known) > MAX_LISTED_KEYS else ""
+    return f"{known[:MAX_LISTED_KEYS]}{more}"
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
@@ -210,19 +292,30 @@ def _read_parquet(path: Path) -> Iterator[Document]:
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: is not a Parquet file, or is truncated ({error})") from error
     with file:
         columns = file.schema_arrow.names
         if TEXT_KEY not in columns:
-            raise DataError(f'{path}: has no column "{TEXT_KEY}"; its columns are {sorted(columns)}')
+            raise DataError(f'{path}: has no column "{TEXT_KEY}"; its columns are {_listed(columns)}')
+        batches = file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[TEXT_KEY])
         row = 0
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[TEXT_KEY]):
-            for value in batch.column(0).to_pylist():
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise DataError(f"{path}:{row + 1}: the file is damaged in this row or after it ({error})") from error
+            if batch is None:
+                return
+            for value in batch.column(0):
                 row += 1
                 origin = f"{path}:{row}"
-                yield Document(_text_of({TEXT_KEY: value}, origin), origin)
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{origin}: byte {error.start} of the text is not UTF-8; repair the row") from error
+                yield Document(_text_of({TEXT_KEY: text}, origin), origin)
 
 
 def _read_hugging_face(source: str) -> Iterator[Document]:
@@ -231,11 +324,17 @@ def _read_hugging_face(source: str) -> Iterator[Document]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, *config, split=split, streaming=True)
+        rows = iter(datasets.load_dataset(name, *config, split=split, streaming=True))
     except Exception as error:  # the hub, the network and the builder each have their own kinds
         raise DataError(f"{source}: `datasets` cannot open it ({type(error).__name__}: {error})") from error
-    for number, record in enumerate(islice(rows, num_rows), start=1):
+    for number in count(1) if num_rows is None else range(1, num_rows + 1):
         origin = f"{source}:{number}"
+        try:
+            record = next(rows, None)
+        except Exception as error:  # as above, and those of every format
+            raise DataError(f"{origin}: `datasets` cannot read this row ({type(error).__name__}: {error})") from error
+        if record is None:
+            return
         yield Document(_text_of(record, origin), origin)
 
 

@@ -8,14 +8,10 @@ The result does not depend on the number of workers, and is built in a temporary
 folder that exists is complete.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import heapq
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from data.config import TRAINED_SPEC, PrepareConfig
-from data.encoding import Chunk, gather_chunks, token_type, tokenize
+from data.encoding import Chunk, counted_bytes, gather_chunks, token_type, tokenize
 from data.errors import DataError
+from data.new_paths import exclusive, private_folder
 from data.prepared import (
     COLUMN,
     FORMAT_VERSION,
@@ -39,7 +36,7 @@ from data.prepared import (
     is_yet_to_be_prepared,
     open_prepared,
 )
-from data.readers import Document, read_documents
+from data.readers import Document, read_documents, survey
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.torchvision_repair import repair_torchvision
 
@@ -74,7 +71,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Write the prepared folder `out` and return its manifest; see the top of this file.
 
-    If the folder is there already and was made with the same options, nothing is done. Processes that prepare the same
+    If the folder is there already and was made with the same options, nothing is done. If it is a link, the folder is
+    made where it leads. Processes that prepare the same
     folder at once do so in turns, and all but the first find it done.
 
     Args:
@@ -91,43 +89,27 @@ def prepare(
         raise DataError(f"sequence_length: is {sequence_length}; must be 1 or more")
     out = Path(os.path.abspath(out))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         if manifest := _find_done(config, sequence_length, out):
             return manifest
-        with _exclusive(out):
+        with exclusive(out, wait=True):
             if manifest := _find_done(config, sequence_length, out):
                 return manifest
-            building = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
-            try:
-                manifest = _build(config, sequence_length, building, progress or (lambda _: None))
-                building.chmod(0o755)  # temporary folders are closed to others, data are not
-                os.rename(building, out)
-            except BaseException:
-                shutil.rmtree(building)
-                raise
+            with private_folder(out) as building:
+                return _build(config, sequence_length, building, progress or (lambda _: None))
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
-    return manifest
-
-
-@contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    """Let one process at a time in; a process that dies lets go. `os.rename` stays the last word."""
-    path = out.with_name(f".{out.name}.lock")
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
     """Return what decides the result, and so what must agree for a prepared folder to serve."""
-    is_trained = TRAINED_SPEC.fullmatch(config.tokenizer)
+    tokenizer: dict[str, Any] = {"tokenizer": config.tokenizer}
+    if not TRAINED_SPEC.fullmatch(config.tokenizer):
+        loaded = load_tokenizer(config.tokenizer, config.end_of_document)
+        tokenizer = {"tokenizer": f"sha256:{loaded.fingerprint}", "end_of_document": loaded.end_of_document}
     return {
         "inputs": list(config.inputs),
-        "tokenizer": config.tokenizer if is_trained else f"sha256:{load_tokenizer(config.tokenizer).fingerprint}",
+        **tokenizer,
+        "lossy_tokenizer": config.lossy_tokenizer,
         "validation_fraction": config.validation_fraction,
         "validation_inputs": list(config.validation_inputs),
         "sequence_length": sequence_length,
@@ -141,8 +123,11 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
     if not (out / MANIFEST).is_file():
         raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")
     manifest = open_prepared(out)
-    there, wanted = manifest["options"], _options(config, sequence_length)
-    differing = [f"{key} (there {there[key]!r}, wanted {wanted[key]!r})" for key in wanted if there[key] != wanted[key]]
+    before = {"lossy_tokenizer": False, "end_of_document": manifest["end_of_document"]}  # of older versions
+    there, wanted = before | manifest["options"], _options(config, sequence_length)
+    differing = [
+        f"{key} (there {there.get(key)!r}, wanted {wanted[key]!r})" for key in wanted if there.get(key) != wanted[key]
+    ]
     if differing:
         raise DataError(f"{out}: was prepared with a different {'; '.join(differing)}; choose another, or remove it")
     return manifest
@@ -151,14 +136,15 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
 def _build(
     config: PrepareConfig, sequence_length: int, out: Path, progress: Callable[[PrepareProgress], None]
 ) -> dict[str, Any]:
+    files = survey((*config.inputs, *config.validation_inputs))
     tokenizer = _place_tokenizer(config, out, progress)
-    np.save(out / TOKEN_BYTES, tokenizer.token_bytes())
     writers = {TRAIN: RowWriter(out / TRAIN, tokenizer, sequence_length)}
     if config.validation_fraction or config.validation_inputs:
         writers[VALIDATION] = RowWriter(out / VALIDATION, tokenizer, sequence_length)
 
     start = time.monotonic()
-    for split, chunk in tokenize(gather_chunks(_assign_splits(config)), tokenizer, config.workers):
+    chunks = gather_chunks(_assign_splits(config))
+    for split, chunk in tokenize(chunks, tokenizer, config.workers, lossy=config.lossy_tokenizer):
         writers[split].write(chunk)
         progress(
             PrepareProgress(
@@ -169,6 +155,13 @@ def _build(
                 seconds=time.monotonic() - start,
             )
         )
+    sizes = counted_bytes(tokenizer, lossy=config.lossy_tokenizer)
+    if config.lossy_tokenizer:  # in proportion, so that those of all tokens are those of the text
+        text_bytes, num_bytes = (
+            sum(getattr(each, key) for each in writers.values()) for key in ("text_bytes", "token_bytes")
+        )
+        sizes = sizes * (text_bytes / num_bytes)
+    np.save(out / TOKEN_BYTES, sizes)
     manifest = {
         "format_version": FORMAT_VERSION,
         "options": _options(config, sequence_length),
@@ -176,21 +169,24 @@ def _build(
         "tokenizer": {"file": tokenizer.path.name, "fingerprint": tokenizer.fingerprint},
         "vocab_size": tokenizer.vocab_size,
         "end_of_document": tokenizer.end_of_document,
+        "end_of_document_token": tokenizer.name_of(tokenizer.end_of_document),
+        "compared_documents": sum(writer.compared_documents for writer in writers.values()),
+        "changed_documents": sum(writer.changed_documents for writer in writers.values()),
         "splits": {split: writer.finish() for split, writer in writers.items()},
+        "files": {
+            "read": list(map(str, files.read)),
+            "left_out": {str(path): reason for path, reason in files.left_out.items()},
+        },
     }
-    with (out / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
 def _place_tokenizer(config: PrepareConfig, out: Path, progress: Callable[[PrepareProgress], None]) -> Tokenizer:
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
-        source = load_tokenizer(config.tokenizer)
+        source = load_tokenizer(config.tokenizer, config.end_of_document)
         path = out / f"tokenizer{source.path.suffix}"
-        shutil.copyfile(source.path, path)
+        path.write_bytes(source.file_content())
         return load_tokenizer(path)
     progress(PrepareProgress(stage="tokenizer", documents=0, text_bytes=0, tokens=0, seconds=0.0))
     texts = (document.text for split, document in _assign_splits(config) if split == TRAIN)
@@ -262,6 +258,7 @@ class RowWriter:
         )
         self._rest = np.array([tokenizer.end_of_document], dtype)  # its first token is predicted by an earlier row
         self.rows = self.tokens = self.documents = self.text_bytes = 0
+        self.token_bytes = self.compared_documents = self.changed_documents = 0
 
     def write(self, chunk: Chunk) -> None:
         """Append the tokens of some documents."""
@@ -275,6 +272,9 @@ class RowWriter:
         self.tokens += len(chunk.tokens)
         self.documents += chunk.documents
         self.text_bytes += chunk.text_bytes
+        self.token_bytes += chunk.token_bytes
+        self.compared_documents += chunk.compared_documents
+        self.changed_documents += chunk.changed_documents
 
     def finish(self) -> dict[str, Any]:
         """Write what is left and the index, and return the manifest's facts about this split.

@@ -1,10 +1,11 @@
 """Find the files of a source: in its folder or, for a remote source, in a cache that is filled as needed."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ from data.prepared import (
     read_index,
     read_manifest,
 )
+from data.private import locked, private_folder
 from data.torchvision_repair import repair_torchvision
 from data.urls import redacted
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,11 @@ class OpenSource:
             if self.source.is_remote:
                 _fetch(self.source, self.folder, f"{split}/{shard['raw_data']['basename']}")
             reader = reader_from_json(str(self.folder), split, shard)
-            reader.validate(allow_unsafe_types=False)
-            rows += [reader[row][COLUMN] for row in range(min(reader.size, num_rows - len(rows)))]
+            try:
+                rows += [reader[row][COLUMN] for row in range(min(reader.size, num_rows - len(rows)))]
+            except (ValueError, IndexError) as error:
+                path = self.folder / split / shard["raw_data"]["basename"]
+                raise DataError(f"{path}: damaged: a row cannot be read ({error}); copy the folder again") from error
         return np.stack(rows)
 
 
@@ -107,12 +114,25 @@ def one_start_at_a_time(rank: int, world_size: int) -> Iterator[None]:
         yield
         return
     # Beside the segments, not in the temporary folder: schedulers give each job one of its own.
-    with Path("/dev/shm", f"tritrain-{os.getuid()}.lock").open("w") as lock:
-        if is_local_leader(rank):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = private_folder(SHARED_MEMORY) / "start.lock"
+    with locked(lock, "jobs of one machine open their data one at a time") if is_local_leader(rank) else nullcontext():
         if dist.is_initialized():
             dist.barrier()
         yield
+
+
+@contextlib.contextmanager
+def private_locks() -> Iterator[None]:
+    """Have the lock files of a `StreamingDataset` that the body makes in this user's own folder.
+
+    `streaming` names them by a number, in the temporary folder of all users, and opens them through links.
+    """
+    before = tempfile.tempdir
+    tempfile.tempdir = str(private_folder(Path(tempfile.gettempdir())))
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def open_sources(
@@ -160,6 +180,7 @@ def _open_source(source: Source, cache: str | None) -> OpenSource:
 def _fetch(source: Source, folder: Path, name: str) -> None:
     """Download one file of a remote source into `folder`, unless it exists."""
     path = folder / name
+    _refuse_links(folder, path)
     if path.exists():
         return
     from streaming.base.storage.download import CloudDownloader
@@ -177,6 +198,20 @@ def _fetch(source: Source, folder: Path, name: str) -> None:
     os.rename(partial, path)
 
 
+def _refuse_links(folder: Path, path: Path) -> None:
+    """Raise DataError if the cache of a source, or what leads from it to a file, is a symbolic link.
+
+    Downloads make none. Through one that somebody else left there, files would be written and deleted elsewhere.
+    """
+    for part in (path, *path.parents):
+        if part.is_symlink():
+            raise DataError(
+                f"{part}: is a symbolic link in the cache of downloads; remove it, or choose another data.cache"
+            )
+        if part == folder:
+            return
+
+
 def _advice(error: Exception) -> str:
     """Say what to look at; where there is one, the code of the answer tells more than the client's message."""
     if isinstance(error, ImportError):
@@ -191,6 +226,8 @@ def _advice(error: Exception) -> str:
 
 def _drop_cut_shards(folder: Path) -> None:
     """Remove shards of the wrong size from a cache: downloads that were cut, which `streaming` would read."""
+    for path in folder.iterdir():
+        _refuse_links(folder, path)  # `streaming` would write through it
     for shard in read_index(folder):
         path = folder / shard["raw_data"]["basename"]
         if path.exists() and path.stat().st_size != shard["raw_data"]["bytes"]:

@@ -6,31 +6,27 @@ and bytes for what the vocabulary lacks (newline and tab among them), hence `dec
 The counts of `token_bytes` turn a loss in nats per token into bits per byte, which compares across vocabularies.
 """
 
-import hashlib
+import contextlib
 import io
-import json
-import os
 import re
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from data.config import TRAINED_SPEC
 from data.errors import DataError
+from data.pointers import pointer_problem
+from data.tokenizer_definition import read_definition, vocabulary
+from data.tokenizer_kinds import SPACE_MARK, HuggingFaceTokenizer, SentencePieceTokenizer, sentencepiece_model
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-END_OF_DOCUMENT_NAMES = (
-    "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|end▁of▁sentence|>",
-)  # fmt: skip
-"""Names under which published tokenizers keep the token that ends a document, most common first."""
-
 NUM_TRAINING_THREADS = 4  # part of the result for unigram, whose sums depend on how the text was divided
 MAX_TRAINING_LINE_CHARS = 4000
-SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so a literal one needs care
+UNKNOWN_ID = 0
 
 
 class Tokenizer(Protocol):
@@ -53,11 +49,21 @@ class Tokenizer(Protocol):
         """Return the text of a sequence of ids."""
         ...
 
+    def name_of(self, token: int) -> str:
+        """Return a token as the vocabulary spells it."""
+        ...
+
     def token_bytes(self) -> "NDArray[np.int32]":
         """Return the number of UTF-8 bytes that each token stands for, shape [vocab_size]; 0 for special tokens.
 
-        For a tokenizer trained here the sum over `encode(text)` is `len(text.encode())` exactly.
+        If the tokenizer loses nothing, the sum over `encode(text)` and the end of the document is
+        `len(text.encode())`. Where the tokens of each document stand for one space more than the document has, as with
+        SentencePiece's dummy prefix, the end counts -1.
         """
+        ...
+
+    def file_content(self) -> bytes:
+        """Return the tokenizer's file, with a mark on the token that ends documents if only other files name it."""
         ...
 
     @property
@@ -66,143 +72,67 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, end_of_document: str | None = None) -> Tokenizer:
     """Read a SentencePiece model, a `tokenizer.json`, or a folder that holds one of them.
 
+    Of a folder that holds both, the SentencePiece model is read if it has all tokens of the `tokenizer.json`.
+
+    Args:
+        path: file or folder.
+        end_of_document: the token that ends a document; by default the one that the files name, see
+            `data.end_of_document`.
+
     Raises:
-        DataError: there is no such file, it is of neither kind, or no token of it ends a document.
+        DataError: there is no such file, it is of neither kind, or it is not known which token ends a document.
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-        if not found:
-            raise DataError(f"{path}: has neither tokenizer.model nor tokenizer.json")
-        path = found[0]
+        path = _file_in(path)
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer file; name a SentencePiece .model, a tokenizer.json or bpe:VOCAB")
+    if problem := pointer_problem(path):
+        raise DataError(f"{path}: {problem}")
     if path.suffix == ".model":
-        return _SentencePieceTokenizer(path)
+        return SentencePieceTokenizer(path, end_of_document)
     if path.suffix == ".json":
-        return _HuggingFaceTokenizer(path)
+        return HuggingFaceTokenizer(path, end_of_document)
     raise DataError(f"{path}: must be a SentencePiece .model or a Hugging Face .json file, not {path.suffix!r}")
 
 
-class _FileFingerprint:
-    path: Path
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
-
-
-class _SentencePieceTokenizer(_FileFingerprint):
-    """A SentencePiece model; see `Tokenizer`."""
-
-    def __init__(self, path: Path) -> None:
-        import sentencepiece
-
-        self.path = path
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        except RuntimeError as error:
-            raise DataError(f"{path}: not a SentencePiece model ({error})") from error
-        self.vocab_size: int = self._model.vocab_size()
-        self.end_of_document: int = self._model.eos_id()
-        if self.end_of_document < 0:
-            raise DataError(f"{path}: has no end-of-sentence token; train it with eos_id, or name another")
-        mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        self._mark_ids = mark if all(self._model.is_byte(i) for i in mark) else None
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._mark_ids is None or not any(SPACE_MARK in text for text in texts):
-            return self._model.encode(texts, num_threads=1)
-        return [self._encode_around_marks(text) for text in texts]
-
-    def _encode_around_marks(self, text: str) -> list[int]:
-        """Write each literal space mark as its bytes: SentencePiece itself would read it as a space."""
-        first, *others = self._model.encode(text.split(SPACE_MARK), num_threads=1)
-        for part in others:
-            first += self._mark_ids
-            first += part
-        return first
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode(list(ids))
-
-    def token_bytes(self) -> "NDArray[np.int32]":
-        import numpy as np
-
-        sizes = np.zeros(self.vocab_size, np.int32)
-        for token, piece in enumerate(self._model.id_to_piece(list(range(self.vocab_size)))):
-            if self._model.is_byte(token):
-                sizes[token] = 1
-            elif not (self._model.is_control(token) or self._model.is_unknown(token)):
-                sizes[token] = len(piece.replace(SPACE_MARK, " ").encode())
-        return sizes
+@contextlib.contextmanager
+def self_contained(path: Path) -> Iterator[Path]:
+    """A temporary copy of a tokenizer's file that says by itself which token ends documents."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        copy.write_bytes(load_tokenizer(path).file_content())
+        yield copy
 
 
-class _HuggingFaceTokenizer(_FileFingerprint):
-    """A `tokenizer.json`, read by the `tokenizers` library; see `Tokenizer`."""
-
-    def __init__(self, path: Path) -> None:
-        import tokenizers
-
-        # One process is one worker: `prepare` starts more itself, and a process that ran threads should not fork.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self.path = path
-        try:
-            self._definition = json.loads(path.read_text(encoding="utf-8"))
-            self._model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise DataError(f"{path}: not a tokenizer of the `tokenizers` library ({error})") from error
-        self._model.no_truncation()  # a file may carry a model's context length, and would cut documents to it
-        self._model.no_padding()
-        self._model.encode_special_tokens = True  # a document that spells a special token's name must not get the token
-        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-        special = [token["content"] for token in self._definition["added_tokens"] if token["special"]]
-        names = [name for name in END_OF_DOCUMENT_NAMES if name in special]
-        if not names:
-            raise DataError(
-                f"{path}: no token ends a document: none of its special tokens {special} is one of "
-                f"{list(END_OF_DOCUMENT_NAMES)}; add one of these to the tokenizer"
-            )
-        self.end_of_document: int = self._model.token_to_id(names[0])
-
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._model.encode_batch(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode(list(ids), skip_special_tokens=False)
-
-    def token_bytes(self) -> "NDArray[np.int32]":
-        import numpy as np
-
-        sizes = np.zeros(self.vocab_size, np.int32)
-        decoder = self._definition.get("decoder") or {}
-        kinds = {step["type"] for step in [decoder, *decoder.get("decoders", [])] if step}
-        for piece, token in self._model.get_vocab(with_added_tokens=False).items():
-            if "ByteLevel" in kinds:
-                sizes[token] = len(piece)  # such vocabularies spell each byte as one printable character
-            elif "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", piece):
-                sizes[token] = 1
-            else:
-                sizes[token] = len(piece.replace(SPACE_MARK, " ").encode())
-        for added in self._definition["added_tokens"]:
-            sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
-        return sizes
+def _file_in(folder: Path) -> Path:
+    found = [path for name in ("tokenizer.model", "tokenizer.json") if (path := folder / name).is_file()]
+    if not found:
+        raise DataError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
+    if len(found) == 1:
+        return found[0]
+    model, definition = found
+    try:
+        pieces = sentencepiece_model(model, model.read_bytes())
+    except DataError:  # another program's, such as tiktoken's
+        return definition
+    tokens = vocabulary(read_definition(definition))
+    if max(tokens.values(), default=-1) >= pieces.vocab_size():
+        return definition
+    has_all = all(pieces.id_to_piece(token) in (name, name.replace(" ", SPACE_MARK)) for name, token in tokens.items())
+    return model if has_all else definition
 
 
 def train_tokenizer(documents: Iterable[str], spec: str, out_path: Path) -> None:
     """Train a SentencePiece tokenizer and write its model file.
 
     The same documents and the same `spec` give the same file, byte for byte. Ids 0, 1 and 2 are `<unk>`, `<s>` and
-    `</s>`, then come the 256 bytes. Digits are kept apart, and runs of spaces may become tokens, which code needs.
+    `</s>`, then come the 256 bytes. Digits are kept apart, and runs of spaces may become tokens, which code needs. A
+    character that the text hardly uses is written in bytes, but a space must be a token: SentencePiece spells it
+    U+2581, and the bytes of that would be U+2581 again.
 
     Args:
         documents: the texts to learn from; all of them are held in memory.
@@ -212,21 +142,29 @@ def train_tokenizer(documents: Iterable[str], spec: str, out_path: Path) -> None
     Raises:
         DataError: the text cannot give a vocabulary of that size; says which sizes would do.
     """
-    import sentencepiece
-
     matched = TRAINED_SPEC.fullmatch(spec)
     assert matched, f"{spec!r} does not name a tokenizer to train"
     kind, vocab_size = matched[1], int(matched[2])
-    lines = (
+    lines = [
         line[start : start + MAX_TRAINING_LINE_CHARS]
         for document in documents
         for line in re.split("[\n\r\t]", document)  # bytes to the tokenizer, so no token reaches across one
         for start in range(0, len(line), MAX_TRAINING_LINE_CHARS)
-    )
+    ]
+    content = _trained(lines, kind, vocab_size, spec)
+    if sentencepiece_model(out_path, content).piece_to_id(SPACE_MARK) == UNKNOWN_ID:
+        content = _trained(lines, kind, vocab_size, spec, required_chars=SPACE_MARK)
+    out_path.write_bytes(content)
+
+
+def _trained(lines: list[str], kind: str, vocab_size: int, spec: str, **settings: Any) -> bytes:
+    """The file of a model that was trained on lines of text, with more settings of SentencePiece's."""
+    import sentencepiece
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
@@ -238,11 +176,12 @@ def train_tokenizer(documents: Iterable[str], spec: str, out_path: Path) -> None
             split_digits=True,
             max_sentence_length=4 * MAX_TRAINING_LINE_CHARS,  # in bytes
             num_threads=NUM_TRAINING_THREADS,
-            unk_id=0,
+            unk_id=UNKNOWN_ID,
             bos_id=1,
             eos_id=2,
             pad_id=-1,
             minloglevel=2,
+            **settings,
         )
     except RuntimeError as error:
         if "!sentences_.empty()" in str(error):
@@ -256,4 +195,4 @@ def train_tokenizer(documents: Iterable[str], spec: str, out_path: Path) -> None
                 f"{spec}: bytes and single characters alone need {smallest[1]} tokens; choose a larger vocabulary"
             ) from error
         raise DataError(f"{spec}: cannot be trained on this text ({error})") from error
-    out_path.write_bytes(model.getvalue())
+    return model.getvalue()

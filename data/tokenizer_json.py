@@ -13,6 +13,9 @@ without a word. A unigram model in a `tokenizer.json` resolves ties in another w
 
 Training puts the token that ends a document in front of each, and knows no other special token. It is therefore what
 text begins with here: `bos_token`, `eos_token` and `pad_token` in one.
+
+The name of a special token in a text is just text in training, and so here: `<unk>` and `<s>` are ordinary tokens that
+no text becomes, and `split_special_tokens` makes Transformers read `</s>` in a text as text.
 """
 
 import json
@@ -20,12 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, read_model
 from data.tokenizer import SPACE_MARK, load_tokenizer
+from data.tokenizer_definition import ENDS_DOCUMENTS, read_definition, special_token_
 
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-"""Kinds of pieces, as numbered in SentencePiece's `sentencepiece_model.proto`."""
-BPE = 2
-"""Its model type, likewise."""
 UNIGRAM = "is a unigram model, whose choices other libraries do not make exactly"
 ADVICE = "; leave the tokenizer out (--no-tokenizer) and encode with SentencePiece"
 
@@ -49,15 +50,16 @@ def tokenizer_files(path: Path, *, vocab_size: int, max_sequence_length: int) ->
         )
     path, end = tokenizer.path, tokenizer.end_of_document
     if path.suffix == ".model":
-        definition, copy = _from_sentencepiece(path), {"tokenizer.model": path.read_bytes()}
+        definition, copy = _from_sentencepiece(path), {"tokenizer.model": tokenizer.file_content()}
     else:
-        definition, copy = json.loads(path.read_text(encoding="utf-8")), {}
-    end_name = next(token["content"] for token in definition["added_tokens"] if token["id"] == end)
+        definition, copy = read_definition(path), {}
+    end_name = tokenizer.name_of(end)
+    special_token_(definition, end)
+    for token in definition["added_tokens"]:
+        token.pop(ENDS_DOCUMENTS, None)
     text = {"Sequence": {"id": "A", "type_id": 0}}
     first = {"SpecialToken": {"id": end_name, "type_id": 0}}
     definition |= {
-        "truncation": None,
-        "padding": None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [first, text],
@@ -73,6 +75,7 @@ def tokenizer_files(path: Path, *, vocab_size: int, max_sequence_length: int) ->
         "unk_token": definition["model"].get("unk_token"),
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # in training the name of a special token in a text is just text
         "model_max_length": max_sequence_length,
     }
     generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
@@ -107,14 +110,11 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
     if normalizer.add_dummy_prefix:
         prefix = [{"type": "Prepend", "prepend": " "}]
         prefix_end = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
-        "added_tokens": [
-            {"id": index, "content": name, **plain}
-            for index, (name, piece) in enumerate(zip(names, proto.pieces, strict=True))
-            if piece.type in (UNKNOWN, CONTROL)
-        ],
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],  # `<unk>` and `<s>` stay out: no text becomes them, not even their names
         "normalizer": {"type": "Sequence", "normalizers": prefix} if prefix else None,
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, *prefix_end]},
@@ -131,13 +131,6 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
             "merges": [[left, right] for _, _, left, right in sorted(merges)],
         },
     }
-
-
-def read_model(path: Path) -> Any:
-    """The protocol buffer that a SentencePiece model's file holds."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
 
 
 def sentencepiece_problem(path: Path) -> str | None:

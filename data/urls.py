@@ -1,14 +1,30 @@
-"""Check URLs of object stores: they end up in configurations, logs and messages, so they may hold no secret."""
+"""Check URLs of object stores: they end up in configurations, logs and messages, so they may hold no secret.
+
+A text is looked at word by word and each word once, because a message may be long and of a stranger's making.
+"""
 
 import re
 
-SECRET = re.compile(r"(?P<before>\w://)[^\s'\"@]*:[^\s'\"@]*@|\?[^\s'\"]+")
-"""A name with a password before the host, or a query, which is where signatures and tokens are."""
+WORDS = re.compile(r"""[^\s'"]+""")
+
+SCHEME = re.compile(r"\w://")
+
+USER = re.compile(
+    r"""[^/:]* : (?!\d+(?:[/?\#]|$))             # user:password, but not host:port
+      | (?<=http://) [^/@]+ (?=@) | (?<=https://) [^/@]+ (?=@)  # a token alone
+    """,
+    re.VERBOSE,
+)
+"""The beginning of what stands before the host of a URL if it holds a secret, which ends at the last `@`: a password
+may hold any character."""
+
+QUERY_OF_PATH = re.compile(r"\?(?=[\w.%~-]*=)[^<>)]+")
+"""The query of a path: an error may repeat a URL without its host."""
 
 
 def url_problem(url: str) -> str | None:
     """Say what is wrong with a URL that carries credentials; None if it does not."""
-    if "://" in url and SECRET.search(url):
+    if "://" in url and (_without_password(url) != url or "?" in url or re.search(r"#[\w.%~-]*=", url)):
         return (
             f"{redacted(url)}: holds a password or a query, and would carry it into logs; credentials belong into the "
             "environment or the store's own configuration files"
@@ -17,5 +33,20 @@ def url_problem(url: str) -> str | None:
 
 
 def redacted(text: str) -> str:
-    """A message of a library, without the secrets of the URLs in it."""
-    return SECRET.sub(lambda found: f"{found['before']}***@" if found["before"] else "?***", text)
+    """A message of a library, without the secrets of the URLs in it: passwords, and queries and fragments."""
+    return WORDS.sub(lambda word: _without_query(_without_password(word[0])), text)
+
+
+def _without_password(word: str) -> str:
+    end = word.rfind("@")
+    for scheme in SCHEME.finditer(word, 0, max(end, 0)):
+        if USER.match(word, scheme.end(), end + 1):
+            return f"{word[: scheme.end()]}***{word[end:]}"
+    return word
+
+
+def _without_query(word: str) -> str:
+    if (scheme := SCHEME.search(word)) is None:
+        return QUERY_OF_PATH.sub("?***", word)
+    address, mark, secret = re.split(r"([?#])", word[scheme.end() :] + "?", maxsplit=1)
+    return f"{word[: scheme.end()]}{address}?***" if len(secret) > 1 and mark else word

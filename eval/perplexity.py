@@ -1,7 +1,8 @@
 """Measure the loss on text, per token and per byte.
 
 Bits per byte compare models with different tokenizers: the negative log-likelihood of the text, in bits, over its
-length in UTF-8 bytes (arXiv 2101.00027, section 3.1). Tokens that stand for no text (end of document) count in neither.
+length in UTF-8 bytes (arXiv 2101.00027, section 3.1). Tokens that stand for no text (the one that a document begins
+with, or that ends it) count in neither.
 
 `held_out_loss` is for rows of tokens, as training has them. `text_loss` is for text of any length, which windows are
 laid over. Every token is predicted once. With a stride of the whole window a window sees nothing of the one before it;
@@ -10,14 +11,17 @@ to go by.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from data.encoding import segments
+from data.errors import DataError
+from data.readers import Document
 from data.tokenizer import Tokenizer
+from eval.errors import NotFiniteError
 from eval.rows import BATCH_TOKENS, IGNORED_LABEL, Row, Scorer
 
 
@@ -68,10 +72,12 @@ def held_out_loss(
 TOKENS_AT_ONCE = 64 * BATCH_TOKENS
 """Tokens gathered before the model runs; otherwise a large file would be in memory as rows."""
 
+LARGEST_EXPONENT = math.log(sys.float_info.max)
+
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Loss on text; every token counts, except ends of documents."""
+    """Loss on text; every token of it counts."""
 
     nats: float
     num_tokens: int
@@ -80,8 +86,9 @@ class TextLoss:
 
     @property
     def perplexity(self) -> float:
-        """Per token of this tokenizer."""
-        return math.exp(self.nats / self.num_tokens)
+        """Per token of this tokenizer; infinite where a float cannot hold it."""
+        nats_per_token = self.nats / self.num_tokens
+        return math.exp(nats_per_token) if nats_per_token < LARGEST_EXPONENT else math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -92,8 +99,9 @@ class TextLoss:
 def text_loss(
     scorer: Scorer,
     tokenizer: Tokenizer,
-    documents: Iterable[str],
+    documents: Iterable[Document],
     *,
+    first_token: int,
     stride_tokens: int,
     apart: bool = True,
     advance: Callable[[int], None] = lambda num_bytes: None,
@@ -104,65 +112,81 @@ def text_loss(
         scorer: the model; its window is the one laid over the text.
         tokenizer: its tokenizer.
         documents: texts.
+        first_token: the token that a text begins with; it is put in front of each document.
         stride_tokens: by how much windows are moved; the window at most.
-        apart: start each document afresh, after an end of document, so that nothing is seen of the one before it; else
-            they are one stream with an end of document in front of each, as in training.
+        apart: start each document afresh, so that nothing is seen of the one before it; else they are one stream, as in
+            training.
         advance: called with the bytes of text finished since the last call.
 
     Raises:
-        ValueError: there is no text.
+        DataError: there is no text.
+        NotFiniteError: a log-likelihood is NaN or infinite; names the first such document.
     """
     assert 0 < stride_tokens <= scorer.window_tokens, stride_tokens
     nats, counted = [], [0, 0, 0]
-    for rows, numbers in _gathered(scorer, tokenizer, documents, stride_tokens, apart):
-        nats += [-found for found in scorer.log_likelihoods(rows)]
+    for rows, origins, numbers in _gathered(scorer, tokenizer, documents, first_token, stride_tokens, apart):
+        for found, origin in zip(scorer.log_likelihoods(rows), origins, strict=True):
+            if not math.isfinite(found):
+                raise NotFiniteError(f"{origin}: the log-likelihood of the text is {found}")
+            nats.append(-found)
         counted = [total + more for total, more in zip(counted, numbers, strict=True)]
         advance(numbers[1])
     num_tokens, num_bytes, num_documents = counted
     if not num_tokens:
-        raise ValueError("it contains no text")
+        raise DataError("the documents contain no text")
     return TextLoss(math.fsum(nats), num_tokens, num_bytes, num_documents)
 
 
 def _gathered(
-    scorer: Scorer, tokenizer: Tokenizer, documents: Iterable[str], stride_tokens: int, apart: bool
-) -> Iterator[tuple[list[Row], tuple[int, int, int]]]:
-    """Rows of many documents, with the counts of their tokens, bytes and documents."""
-    end = tokenizer.end_of_document
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    first_token: int,
+    stride_tokens: int,
+    apart: bool,
+) -> Iterator[tuple[list[Row], list[str], tuple[int, int, int]]]:
+    """Rows of many documents, with the origin of each, and the counts of their tokens, bytes and documents."""
     rows: list[Row] = []
-    stream: list[int] = []
+    origins: list[str] = []
+    tokens: list[int] = []
+    labels: list[int] = []
     num_tokens = num_bytes = num_documents = 0
+
+    def cut(origin: str) -> None:
+        new = list(windows(tokens, labels, scorer.window_tokens, stride_tokens))
+        rows.extend(new)
+        origins.extend([origin] * len(new))
+        tokens.clear()
+        labels.clear()
+
     for document in documents:
-        if not document:
+        if not document.text:
             continue
-        tokens = [token for part in tokenizer.encode_batch(list(segments(document))) for token in part]
+        [text] = tokenizer.encode_batch([document.text])
         num_tokens, num_bytes, num_documents = (
-            num_tokens + len(tokens),
-            num_bytes + len(document.encode()),
+            num_tokens + len(text),
+            num_bytes + len(document.text.encode()),
             num_documents + 1,
         )
-        stream += [end, *tokens]
+        tokens += [first_token, *text]
+        labels += [IGNORED_LABEL, *text]
         if apart:
-            rows += windows(stream, scorer.window_tokens, stride_tokens, end)
-            stream = []
+            cut(document.origin)
         if num_tokens >= TOKENS_AT_ONCE and apart:
-            yield rows, (num_tokens, num_bytes, num_documents)
-            rows, num_tokens, num_bytes, num_documents = [], 0, 0, 0
-    if stream:
-        rows += windows(stream, scorer.window_tokens, stride_tokens, end)
-    yield rows, (num_tokens, num_bytes, num_documents)
+            yield rows, origins, (num_tokens, num_bytes, num_documents)
+            rows, origins, num_tokens, num_bytes, num_documents = [], [], 0, 0, 0
+    if tokens:
+        cut("the stream of documents")
+    yield rows, origins, (num_tokens, num_bytes, num_documents)
 
 
-def windows(tokens: Sequence[int], window_tokens: int, stride_tokens: int, end_of_document: int) -> Iterator[Row]:
-    """Rows in which every token but the first, and but the ends of documents, counts exactly once."""
+def windows(tokens: Sequence[int], labels: Sequence[int], window_tokens: int, stride_tokens: int) -> Iterator[Row]:
+    """Rows in which every label of a stream but the first counts exactly once; -100 counts nowhere."""
     done = 0  # labels predicted so far, of all but the first token
     for begin in range(0, len(tokens) - 1, stride_tokens):
         stop = min(begin + window_tokens, len(tokens) - 1)
-        labels = [
-            IGNORED_LABEL if place <= done or tokens[place] == end_of_document else tokens[place]
-            for place in range(begin + 1, stop + 1)
-        ]
-        yield Row(tuple(tokens[begin:stop]), tuple(labels))
+        ignored = max(0, done - begin)
+        yield Row(tuple(tokens[begin:stop]), (IGNORED_LABEL,) * ignored + tuple(labels[begin + 1 + ignored : stop + 1]))
         done = stop
         if stop == len(tokens) - 1:
             return

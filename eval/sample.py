@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
+from eval.errors import NotFiniteError
 from model.transformer import Transformer
 
 
@@ -35,8 +36,9 @@ def generate(
 
     Raises:
         ValueError: the prompt fills the model's context; or a number is out of its range.
+        NotFiniteError: the model's logits are NaN or infinite; raised when the token is due.
     """
-    if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_tokens < 1 or not 0 <= temperature < torch.inf or not 0 < top_p <= 1:
         raise ValueError(
             f"max_tokens is {max_tokens}, temperature {temperature}, top_p {top_p}; they must be 1 or more, 0 or more, "
             "and above 0 and at most 1"
@@ -83,6 +85,9 @@ def sample_tokens(
 
     Returns:
         The continuation, without the prompt.
+
+    Raises:
+        NotFiniteError: the model's logits are NaN or infinite.
     """
 
     def next_logits(tokens: Sequence[int]) -> Tensor:
@@ -118,9 +123,14 @@ def choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: only the likeliest tokens are kept, as many as together have this probability (arXiv 1904.09751, 3.1).
         generator: of the CPU, so that the choice is the same on every device.
+
+    Raises:
+        NotFiniteError: a logit is NaN or infinite.
     """
     logits_V = logits_V.float().cpu()
-    if temperature == 0:
+    if not logits_V.isfinite().all():
+        raise NotFiniteError("the logits of the next token are not finite")
+    if temperature == 0 or not (logits_V / temperature).isfinite().all():  # too small to divide by
         return int(logits_V.argmax())
     probabilities_V = (logits_V / temperature).softmax(-1)
     if top_p < 1:

@@ -12,18 +12,22 @@ loads them from the hub and renders the same. OLMo's prompts are made of either.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.pointers import pointer_problem
+from eval.score import POSITIVE
 
 GROUP = "paper11"
 HARNESS = "-harness"
-VERSION = 1
-"""Of the prompts and of the scores; a finished task's result is of use as long as it stays."""
+VERSION = 2
+"""Of the prompts and of the scores; a finished task's result is of use as long as it stays. Raise it with any change
+after which the same model and data give other scores."""
 
 
 @dataclass(frozen=True)
@@ -106,51 +110,94 @@ def load_rows(task: Task, task_data: Path | None) -> list[dict[str, Any]]:
         task_data: folder of JSON lines, `NAME_SPLIT.jsonl`; None loads the data set from the hub.
 
     Raises:
-        DataError: they are not there, or not what they must be.
+        DataError: they are not there, or not what they must be; says which example.
     """
-    rows = rows_of_hub(task) if task_data is None else rows_of_file(task_data / f"{task.name}_{task.split}.jsonl")
-    if task.is_harness:
-        return [
-            {key: row[key] for key in ("query", "choices", "contexts", "continuation", "gold") if key in row}
-            for row in rows
-        ]
-    return [olmo_row(task.name, row) for row in rows]
+    where = f"{task.name}_{task.split}" if task_data is None else str(task_data / f"{task.name}_{task.split}.jsonl")
+    examples = rows_of_hub(task) if task_data is None else rows_of_file(Path(where))
+    rows = []
+    for number, example in enumerate(examples, start=1):
+        try:
+            check_example(task.name, example)
+            row = harness_row(example) if task.is_harness else olmo_row(task.name, example)
+            check_example(task.name, row)
+            if task.definition.metric == "f1" and POSITIVE not in row["choices"]:
+                raise ValueError(f"no choice is {POSITIVE!r}, which F1 is of")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"has no {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"{where}:{number}: not an example of {task.label}: {what}") from error
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{where}: contains no example")
+    return rows
 
 
-def missing_files(tasks: Iterable[Task], folder: Path) -> list[str]:
-    """Names of the files that a mirror lacks for these tasks."""
-    names = [f"{task.name}_{task.split}.jsonl" for task in tasks]
-    return [name for name in names if not (folder / name).is_file()]
+def check_example(name: str, example: Any) -> None:
+    """Check an example of the task of this name, as a mirror or a style has it.
+
+    Raises:
+        KeyError: it lacks a field.
+        ValueError: a field is not what it must be.
+    """
+    if not isinstance(example, dict):
+        raise ValueError("it must be a JSON object")
+    several, single = ("contexts", "continuation") if name == "winogrande" else ("choices", "query")
+    options = example[several]
+    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(text, str) for text in options):
+        raise ValueError(f"{several} must be a list of two or more strings")
+    if not isinstance(example[single], str):
+        raise ValueError(f"{single} must be a string")
+    if not all(text.strip() for text in (options if several == "choices" else [example[single]])):
+        raise ValueError("an answer must not be blank")
+    for text in (*options, example[single]):
+        text.encode()  # raises for half of a surrogate pair, which JSON can hold and no tokenizer takes
+    if type(example["gold"]) is not int or not 0 <= example["gold"] < len(options):
+        raise ValueError(f"gold is {example['gold']!r}; must be the index of one of {len(options)} {several}")
 
 
-def rows_of_file(path: Path) -> list[dict[str, Any]]:
+def task_problems(tasks: Sequence[str], folder: str | None) -> Iterator[tuple[str, str]]:
+    """What keeps tasks from being evaluated: pairs of `tasks` or `task_data` and a sentence.
+
+    Args:
+        tasks: names.
+        folder: of local copies of their data; None loads these from the hub.
+    """
+    if find_spec("lm_eval") is None:
+        yield "tasks", "lm-evaluation-harness is not installed: `pip install -e '.[eval]'` brings it"
+    try:
+        chosen = choose_tasks(tasks)
+    except ValueError as error:
+        yield "tasks", str(error)
+        return
+    if not chosen:
+        yield "tasks", f"names no task; choose {GROUP}, or single tasks such as piqa"
+    names = [f"{task.name}_{task.split}.jsonl" for task in chosen]
+    if folder is not None and (absent := [name for name in names if not (Path(folder) / name).is_file()]):
+        yield (
+            "task_data",
+            f"{folder}: lacks {', '.join(absent)}; a mirror has one file TASK_SPLIT.jsonl for each task. "
+            "Without a mirror, data sets come from the Hugging Face hub",
+        )
+
+
+def rows_of_file(path: Path) -> list[Any]:
     """Read a mirror of one split.
 
     Raises:
-        DataError: with the line in which something is wrong.
+        DataError: it is not there, or not JSON lines; says which line.
     """
     if not path.is_file():
         raise DataError(
             f"{path}: does not exist. --task-data (evaluation.task_data) names a folder with a file TASK_SPLIT.jsonl "
             "for each task; without it data sets come from the Hugging Face hub"
         )
+    if problem := pointer_problem(path):
+        raise DataError(f"{path}: {problem}")
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                options = row["contexts"] if "contexts" in row else row["choices"]
-                texts = [*options, row["continuation"] if "contexts" in row else row["query"]]
-                if not all(isinstance(text, str) for text in texts) or "" in options:
-                    raise TypeError("choices must be strings")
-                if type(row["gold"]) is not int or not 0 <= row["gold"] < len(options):
-                    raise TypeError(f"gold is {row['gold']!r}; must be the index of one of {len(options)} choices")
-            except (ValueError, KeyError, TypeError) as error:
-                what = f"has no {error}" if isinstance(error, KeyError) else str(error)
-                raise DataError(f"{path}:{number}: not an example of a task: {what}") from error
-            rows.append(row)
-    if not rows:
-        raise DataError(f"{path}: contains no example")
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            rows.append(json.loads(line.decode()))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not an example of a task: {error}") from error
     return rows
 
 
@@ -183,8 +230,13 @@ def rendered(theirs: Any, doc: Mapping[str, Any]) -> dict[str, Any]:
     text, choices, target = theirs.doc_to_text(doc), theirs.doc_to_choice(doc), theirs.doc_to_target(doc)
     if isinstance(text, int):  # their form of several contexts with one continuation
         return {"contexts": choices, "continuation": target, "gold": text, "fields": dict(doc)}
-    gold = target if isinstance(target, int) else choices.index(target)
+    gold = choices.index(target) if target in choices else target
     return {"query": text, "choices": choices, "gold": gold, "fields": dict(doc)}
+
+
+def harness_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The example as lm-evaluation-harness asks it."""
+    return {key: row[key] for key in ("query", "choices", "contexts", "continuation", "gold") if key in row}
 
 
 def olmo_row(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,11 +266,11 @@ def detokenized(text: str) -> str:
     return re.sub(r" (?=['.,])", "", text)
 
 
-def digest_of(rows: list[dict[str, Any]]) -> str:
-    """Tells the examples of a task from others, their prompts included."""
+def digest_of(content: list[Any]) -> str:
+    """Tells content from other content: the examples of a task, their prompts included, for instance."""
     import xxhash
 
-    return xxhash.xxh3_128_hexdigest(json.dumps([VERSION, rows], sort_keys=True).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def harness_task(label: str, rows: list[dict[str, Any]]) -> Any:

@@ -29,10 +29,12 @@ from launcher.process.torchrun import JobLauncher, Launcher, become_ranks, becom
 app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Pretrain language models in 16 bits and finish them in 1.58 bits.",
 )
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 ConfigPath = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
@@ -80,20 +82,25 @@ def train(
     overrides: Overrides = None,
     ranks: RanksOption = None,
     launcher: Annotated[Launcher, typer.Option("--with", help="Program that starts the processes.")] = "torchrun",
+    stop_after_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Smoke test: only N steps of each phase, in a folder that is removed afterwards."),
+    ] = None,
 ) -> None:
     """Train on this machine; start a run or resume it."""
     from launcher.commands.train import check_start
 
     num_ranks = ranks or default_ranks()
-    folder, plan = check_start(config, overrides or (), num_ranks)
-    if folder.read_state().get("status") == "complete":
+    folder, plan = check_start(config, overrides or (), num_ranks, is_smoke=stop_after_steps is not None)
+    if folder.is_complete(plan.total_steps):
         console = Console(silent=False)
         console.line(f"The run {plan.config.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
         from launcher.report.ending import show_next
 
         show_next(folder, console)
         return
-    become_run(launcher, config, overrides or [], num_ranks)
+    smoke = [] if stop_after_steps is None else [f"--stop-after-steps={stop_after_steps}"]
+    become_run(launcher, config, [*smoke, *(overrides or [])], num_ranks)
 
 
 @app.command()
@@ -136,7 +143,7 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     ranks: RanksOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     gpu: Annotated[str | None, typer.Option(help="GPU to estimate hours for, such as H100; default: this one.")] = None,
     utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of its peak that is reached.")
@@ -158,6 +165,12 @@ def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
     out: Annotated[str, typer.Option(help="Folder to create.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer file; bpe:VOCAB or unigram:VOCAB trains one.")],
+    end_of_document: Annotated[
+        str | None, typer.Option(help="Token that ends a document; default: the one that the tokenizer's files name.")
+    ] = None,
+    lossy_tokenizer: Annotated[
+        bool, typer.Option("--lossy-tokenizer", help="Accept a tokenizer that does not give the text back.")
+    ] = False,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
     validation_fraction: Annotated[float, typer.Option(help="Fraction of the documents to hold out.")] = 0.0,
     validation_input: Annotated[
@@ -173,6 +186,8 @@ def prepare(
         config = PrepareConfig(
             inputs=tuple(inputs),
             tokenizer=tokenizer,
+            end_of_document=end_of_document,
+            lossy_tokenizer=lossy_tokenizer,
             validation_fraction=validation_fraction,
             validation_inputs=tuple(validation_input or ()),
             workers=workers,
@@ -204,6 +219,7 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would happen to each tensor; write nothing.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="--dry-run: print JSON.")] = False,
 ) -> None:
     """Convert a checkpoint into a new run or another format. Needs no GPU."""
     from launcher.commands.convert import convert_checkpoint
@@ -213,12 +229,13 @@ def convert(
         local_target(to, "--to"),
         config,
         overrides or [],
-        Console(silent=False),
+        Console(silent=as_json),
         into=into,
         phase=phase,
         optimizer=optimizer,
         dtype=dtype,
         dry_run=dry_run,
+        as_json=as_json,
     )
 
 
@@ -283,11 +300,12 @@ def export(
 @app.command()
 def verify(
     checkpoints: Annotated[list[str], typer.Argument(help="Folders or URLs of Tritrain checkpoints or runs.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Read every byte of checkpoints and report damaged tensors. Exits with 1 if there are any."""
     from launcher.commands.verify import show_damage
 
-    sys.exit(show_damage(checkpoints, Console(silent=False)))
+    sys.exit(show_damage(checkpoints, Console(silent=False), as_json=as_json))
 
 
 ModelPath = Annotated[str, typer.Argument(help="Tritrain checkpoint or run, or Hugging Face folder.")]
@@ -308,6 +326,7 @@ def evaluate(
     every: Annotated[bool, typer.Option("--all", help="Score all checkpoints of a run, not just the newest.")] = False,
     tokenizer: TokenizerOption = None,
     ranks: RanksOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Score a model on multiple-choice benchmarks."""
     from launcher.inference.measure import Evaluation, check_tasks
@@ -318,7 +337,7 @@ def evaluate(
     check_tasks(names, folder)
     results = str(local_target(out, "--out")) if out else None
     models = locations_of(model, every=every)
-    measure(Evaluation(models, names, folder, limit, results, tokenizer), ranks)
+    measure(Evaluation(models, names, folder, limit, results, tokenizer, as_json), ranks)
 
 
 @app.command()
@@ -334,11 +353,12 @@ def perplexity(
     ] = True,
     tokenizer: TokenizerOption = None,
     ranks: RanksOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure a model on text, in bits per byte and perplexity."""
     from launcher.inference.measure import TextMeasurement
 
-    measure(TextMeasurement(model, files, window, stride, documents, tokenizer), ranks)
+    measure(TextMeasurement(model, files, window, stride, documents, tokenizer, as_json), ranks)
 
 
 def measure(asked: Any, ranks: int | None) -> NoReturn:
@@ -384,25 +404,25 @@ def generate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="HTML file to write; a .png holds the loss curve of one run.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Runs, or folders that contain runs; several are compared.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File: .html; .png or .pdf, of loss curves; or .csv. Default: report.html in the folder."),
+    ] = None,
 ) -> None:
-    """Write an HTML report with tables and plots."""
-    from launcher.report.page import write_picture, write_report
+    """Write a report with tables and plots."""
+    from launcher.report.output import report as write_report
 
-    if out.suffix == ".png":
-        if len(runs) > 1:
-            raise ConfigError(f"--out {out}: a picture shows one run, not {len(runs)}; name an HTML file")
-        write_picture(runs[0], out)
-    else:
-        write_report(runs, out)
-    Console(silent=False).line(f"Written: {out}")
+    console = Console(silent=False)
+    console.line(f"Written: {write_report(runs, out, console.line)}")
 
 
 @app.command()
 def status(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that contain runs.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     watch: Annotated[float | None, typer.Option(min=0.1, help="Refresh every N seconds.")] = None,
 ) -> None:
     """Show the status of runs. Exits with 1 if one has failed, is stalled or cannot be read."""
@@ -418,7 +438,7 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     ranks: RanksOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check this machine for what would stop or slow down a run. Exits with 1 if there are problems."""
     from launcher.doctor import doctor as doctor_of_rank

@@ -1,8 +1,8 @@
 """The errors that a user can put right, and the one handler that reports them.
 
 Their text is all that a user needs to see: what was wrong, where, and what would be right. Anything else that is raised
-is a defect, and its traceback belongs in a bug report. The package `data` imports nothing from here and has an error
-of its own, so `USER_ERRORS` names both.
+is a defect, and its traceback belongs in a bug report. The packages `data` and `eval` import nothing from here and have
+errors of their own, which `USER_ERRORS` names as well.
 """
 
 import os
@@ -10,6 +10,8 @@ import sys
 import traceback
 
 from data.errors import DataError
+from data.messages import safe_message
+from eval.errors import NotFiniteError
 
 
 class UserError(Exception):
@@ -32,11 +34,15 @@ class PlacementError(UserError):
     """Ranks are not spread over hosts as they must be; says which rank is on which host."""
 
 
+class StartError(ConnectionError):
+    """Ranks do not meet; says who is missing, or what cannot be reached. Each rank may see it alone."""
+
+
 class LogError(UserError):
     """A file in a run's folder is not what a run writes; says which file, which line, and what is wrong."""
 
 
-USER_ERRORS = (UserError, DataError)
+USER_ERRORS = (UserError, DataError, NotFiniteError)
 """For `except`: all errors that a user can put right."""
 
 
@@ -61,5 +67,5 @@ def report_error(error: Exception, rank: int | None = None) -> int:
     if this_rank is not None and not is_shared:
         text = f"rank {this_rank}: {text}"
     if not is_shared or this_rank in (None, "0"):
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        print(safe_message(text), file=sys.stderr, flush=True)  # noqa: T201
     return 2 if is_for_user else 1

@@ -17,29 +17,39 @@ import gc
 import os
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 from data.errors import DataError
+from data.messages import safe_message
 from launcher.commands.prepare import prepare_with_progress
 from launcher.config.file import load_config
 from launcher.config.sections import Config
-from launcher.errors import USER_ERRORS, ConfigError, report_error
+from launcher.errors import USER_ERRORS, CheckpointError, ConfigError, report_error
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.plan import Plan, make_plan
+from launcher.process.companions import Companions, end_without_launcher, say
 from launcher.process.console import Console
-from launcher.process.ranks import Ranks, everyones, process_group, seed_everything
+from launcher.process.exchange import value_of_first
+from launcher.process.ranks import Ranks, emulates_bf16, everyones, process_group, seed_everything
+from launcher.process.supervisor import SECONDS_TO_SAVE
+from launcher.run.belonging import check_owner
 from launcher.run.folder import RunFolder, check_place, slurm_job
-from launcher.run.rollbacks import read_rollbacks
+from launcher.run.rollbacks import read_rollbacks, restore_rollbacks
+from launcher.run.smoke import clear_smoke, smoke_config
 from launcher.train import train
 from launcher.watch.failure import (
     COMPLETE,
     FAILED,
     INTERRUPTED,
     MISCONFIGURED,
+    SECONDS_TO_BE_SEEN_DEAD,
     has_failed,
     leave_presence,
     resume_advice,
@@ -58,11 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train; returns an exit code."""
     parser = argparse.ArgumentParser(description="One rank of a training run.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file")
+    parser.add_argument("--stop-after-steps", type=int, metavar="N", help="smoke test: only N steps of each phase")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment has it too")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override one key of the configuration")
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
+        if options.stop_after_steps is not None:
+            return run(smoke_config(config), options.stop_after_steps)
         check_place(options.config, options.overrides, config)
         RunFolder(config).check_configuration()
         return run(config)
@@ -80,19 +93,26 @@ def note_refusal(message: str) -> None:
         Path(note).write_text(message)
 
 
-def run(config: Config) -> int:
-    """Join the other ranks and train."""
+def run(config: Config, smoke_steps: int | None = None) -> int:
+    """Join the other ranks and train; in a smoke test only so many steps of each phase."""
     folder = RunFolder(config)
-    with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds) as ranks:
-        if refusal := claim(folder, ranks):
-            if ranks.is_first:
-                print(refusal, file=sys.stderr)  # noqa: T201
-            return MISCONFIGURED
+    companions = Companions()
+    with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds, companions) as ranks:
         pulse = Pulse()
-        heartbeat = Heartbeat(ranks, config.watch.beat_seconds, pulse, folder.write_heartbeats)
-        watchdog = Watchdog(config.watch, folder, ranks, pulse, heartbeat)
         try:
-            return run_rank(config, folder, ranks, stop, pulse, watchdog)
+            if refusal := claim(folder, ranks, is_smoke=smoke_steps is not None):
+                companions.release()
+                if ranks.is_first:
+                    print(safe_message(refusal), file=sys.stderr)  # noqa: T201
+                return MISCONFIGURED
+            heartbeat = Heartbeat(ranks, config.watch.beat_seconds, pulse, folder.write_heartbeats)
+            watchdog = Watchdog(config.watch, folder, ranks, pulse, heartbeat)
+        except RuntimeError as error:
+            companions.explain(error)
+        companions.release()  # the watchdog takes over
+        companions.when_launcher_is_lost(lambda message: stop_without_launcher(message, stop, pulse))
+        try:
+            return run_rank(config, folder, ranks, stop, pulse, watchdog, smoke_steps)
         except Exception as error:
             is_user_error = isinstance(error, USER_ERRORS)
             try:
@@ -101,10 +121,24 @@ def run(config: Config) -> int:
                     say_failure(folder, ranks, message)
                 if isinstance(error, ConfigError):
                     note_refusal(str(error))
+                settle(error, folder, ranks, heartbeat)
             except Exception:  # the disk may be gone, where the newest checkpoint and the ranks' notes are looked for
-                traceback.print_exc()
+                print(safe_message(traceback.format_exc()), file=sys.stderr)  # noqa: T201
             # The process group cannot be left in order: the others may be anywhere.
             os._exit(MISCONFIGURED if isinstance(error, ConfigError) else FAILED)
+
+
+def stop_without_launcher(message: str, stop: StopRequest, pulse: Pulse) -> None:
+    """Have the run saved and ended, within `SECONDS_TO_SAVE`; before it trains there is nothing to save."""
+    if pulse.at.doing in ("start", "prepare"):
+        end_without_launcher(message)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"{message}; its ranks save and end.")
+    stop.launcher_is_lost()
+    late = f"{message}, and its ranks have not saved within {SECONDS_TO_SAVE} s"
+    timer = threading.Timer(SECONDS_TO_SAVE, end_without_launcher, [late])
+    timer.daemon = True
+    timer.start()
 
 
 def explanation(
@@ -129,7 +163,7 @@ def explanation(
     return traceback_text
 
 
-def claim(folder: RunFolder, ranks: Ranks) -> str | None:
+def claim(folder: RunFolder, ranks: Ranks, *, is_smoke: bool) -> str | None:
     """Take the run's folder for this job; returns, on all ranks, why that cannot be.
 
     What earlier starts have said there goes before any rank can fail: it would keep this one from saying the same.
@@ -137,27 +171,75 @@ def claim(folder: RunFolder, ranks: Ranks) -> str | None:
     refusal: str | None = None
     if ranks.is_first:
         try:
+            if is_smoke:
+                clear_smoke(folder.path)
             folder.claim()
+            check_checkpoints(folder)
+            for damage in [*folder.set_damaged_aside(), *restore_rollbacks(folder.path)]:
+                print(f"WARNING: {damage}", file=sys.stderr)  # noqa: T201
             shutil.rmtree(folder.ranks, ignore_errors=True)
             folder.write_state("running")
         except ConfigError as error:
             refusal = str(error)
         except OSError as error:
             refusal = f"{folder.path}: {error}"
-    outcome = [refusal, folder.holder]
-    dist.broadcast_object_list(outcome)
-    refusal, folder.holder = outcome[0], outcome[1] or ""
+    refusal, folder.holder = value_of_first([refusal, folder.holder])
     return refusal
 
 
+def check_checkpoints(folder: RunFolder) -> None:
+    """Check that the folder of checkpoints is not another run's, before anything is said of this one.
+
+    Raises:
+        ConfigError: it is.
+    """
+    try:
+        check_owner(folder)
+    except ConfigError as error:
+        note_refusal(str(error))
+        raise
+    except CheckpointError:  # a store that cannot be reached: who must write there will say so
+        pass
+
+
+def settle(error: Exception, folder: RunFolder, ranks: Ranks, heartbeat: Heartbeat) -> None:
+    """Leave no folder of a run that never began, and no failure where only the configuration was refused.
+
+    The first rank does it, once the others have said what they had to say: what a user can put right befalls all.
+    """
+    if heartbeat.store is not None and isinstance(error, USER_ERRORS):
+        with contextlib.suppress(RuntimeError):  # who has said nothing by now is gone, or hangs
+            heartbeat.store.set(f"said-{ranks.rank}", "")
+            if ranks.is_first:
+                said = [f"said-{rank}" for rank in range(ranks.world_size)]
+                heartbeat.store.wait(said, timedelta(seconds=SECONDS_TO_BE_SEEN_DEAD))
+    if ranks.is_first:
+        heartbeat.stop()  # which writes into the folder
+        if folder.is_of_first_start():
+            shutil.rmtree(folder.path, ignore_errors=True)
+        elif isinstance(error, ConfigError) and folder.state_before:
+            folder.write_state(**folder.state_before)
+
+
 def run_rank(
-    config: Config, folder: RunFolder, ranks: Ranks, stop: StopRequest, pulse: Pulse, watchdog: Watchdog
+    config: Config,
+    folder: RunFolder,
+    ranks: Ranks,
+    stop: StopRequest,
+    pulse: Pulse,
+    watchdog: Watchdog,
+    smoke_steps: int | None,
 ) -> int:
     """Train on this rank, all ranks being there."""
     console = Console(silent=not ranks.is_first)
-    plan = plan_of_run(config, folder, ranks)
+    plan = plan_of_run(config, folder, ranks, smoke_steps)
     seed_everything(config.run.seed, ranks.rank)
     if ranks.is_first:
+        if config.training.compute_dtype == "bf16" and emulates_bf16(ranks.device):
+            console.line(
+                "WARNING: training.compute_dtype is bf16, which this processor only emulates; with fp32 it trains "
+                "several times faster, and loses no digits."
+            )
         stop.watch(folder.path, time_to_stop(config.run.stop_before_end_seconds, console.line))
         folder.prepare([phase.end - phase.start for phase in plan.phases])
     dist.barrier()
@@ -172,7 +254,7 @@ def run_rank(
         pulse.now("start", 0)
     while (outcome := train(plan, ranks, folder, stop, console, pulse)) == "rolled back":
         gc.collect()  # engines have reference cycles, and the memory of this one is needed
-        plan = plan_of_run(config, folder, ranks)
+        plan = plan_of_run(config, folder, ranks, smoke_steps)
     newest = None
     if ranks.is_first and outcome == "interrupted":
         # Before any rank leaves: launchers kill who is still there once one has exited with anything but 0.
@@ -190,17 +272,31 @@ def run_rank(
     if outcome == "interrupted":
         console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command resumes from there.")
         return INTERRUPTED
-    from launcher.report.ending import show_ending
+    folder.write_state("complete", steps=plan.total_steps)
+    if smoke_steps is not None:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        console.line(
+            f"The smoke test is complete: {smoke_steps} steps of each of {len(plan.phases)} phases were trained, "
+            f"evaluated and saved. {folder.path} is removed again."
+        )
+        return COMPLETE
+    try:
+        from launcher.report.ending import show_ending
 
-    folder.write_state("complete")
-    show_ending(folder, console)
+        show_ending(folder, console)
+    except Exception as error:  # whatever it is, the run is complete
+        if not isinstance(error, (*USER_ERRORS, OSError)):
+            traceback.print_exc()
+        console.line(f"WARNING: the run is complete, but its report could not be written: {error}")
+        console.line(f"Write it with: tritrain report {folder.path} --out {folder.path / 'report.html'}")
     return COMPLETE
 
 
-def plan_of_run(config: Config, folder: RunFolder, ranks: Ranks) -> Plan:
+def plan_of_run(config: Config, folder: RunFolder, ranks: Ranks, smoke_steps: int | None = None) -> Plan:
     """The plan of a run as it stands: one that went back to a switch has longer ramps; a collective."""
     rollbacks = read_rollbacks(folder.path)
-    return make_plan(config, ranks.world_size, {phase: rollback.attempts for phase, rollback in rollbacks.items()})
+    plan = make_plan(config, ranks.world_size, {phase: rollback.attempts for phase, rollback in rollbacks.items()})
+    return replace(plan, smoke_steps=smoke_steps)
 
 
 if __name__ == "__main__":

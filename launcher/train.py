@@ -24,13 +24,14 @@ from launcher.config.sections import Config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import Engine, load_weights
 from launcher.engine.learned_scales import initialize_scales_
-from launcher.errors import TrainingError
+from launcher.errors import USER_ERRORS, TrainingError
 from launcher.formats.open import check_sound
 from launcher.formats.start import check_data, first_progress, open_start
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
+from launcher.run.belonging import check_checkpoint, check_nothing_lost, claim_checkpoints
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import MetricsLog
 from launcher.run.rollbacks import Rollback, read_rollbacks
@@ -43,6 +44,7 @@ from launcher.training.switch import enter_phase, measures_rescale
 from launcher.training.tasks import TasksInTraining, open_tasks
 from launcher.training.teacher import Teacher, check_teacher, open_teacher
 from launcher.training.telemetry import Telemetry, telemetry_of
+from launcher.training.timetable import Timetable
 from launcher.watch.heartbeat import Pulse
 from launcher.watch.stopping import StopRequest
 from launcher.watch.straggler import Stragglers
@@ -68,13 +70,14 @@ def train(
     try:
         run = begin(plan, ranks, folder, console, pulse or Pulse(), closing)
         at, engine = run.at, run.engine
+        timetable = Timetable(plan, stop)
         while at.step < plan.total_steps:
             if (phase := plan.phase_of(at.step)) is not run.phase:
                 switch(run, phase)
             if phase.quantization is not None:
                 set_strengths_(engine.model, *plan.strengths_at(at.step))
             result = take_step(run)
-            due = find_due(run, phase, *stop.agree(ranks))
+            due = timetable.after(at.step, phase, ranks)
             if due.logging:
                 log_steps(run, result)
             if due.deciding and has_not_recovered(run.guard, phase, run.rollbacks, ranks, console):
@@ -132,9 +135,12 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     config = plan.config
     if ranks.is_first:
         check_writable(folder.checkpoints)
+        claim_checkpoints(folder)
     rollbacks = read_rollbacks(folder.path)
     discard_given_up(folder, rollbacks, ranks)
     reader = newest_sound_checkpoint(folder.checkpoints, ranks, console.line)
+    if ranks.is_first:
+        check_resumed(reader, folder, plan, console)
     at = replace(reader.manifest.progress) if reader else first_progress(plan)
     pulse.now("start", at.step)
     phase = plan.phases[at.phase] if at.phase >= 0 else None
@@ -160,6 +166,11 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
         folder.keep_tokenizer(data.tokenizer_path)
         log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
         closing.callback(log.close)
+        if log.num_damaged:
+            console.line(
+                f"WARNING: {folder.path / 'metrics.jsonl'} had {log.num_damaged} damaged lines. They are left out, and "
+                "the file as it was is set aside beside it."
+            )
     meter = Meter(plan, ranks, log, console, at)
     saver = Saver(
         folder.checkpoints,
@@ -168,6 +179,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
         keep_last=config.checkpoint.keep_last,
         asynchronous=config.checkpoint.asynchronous,
         say=console.line,
+        note=folder.note_save,
     )
     stragglers = Stragglers(on_processor=ranks.device.type == "cpu" and config.engine.name == "fsdp2")
     console.start(plan.total_steps, at.step)
@@ -199,6 +211,26 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     )
     closing.callback(lambda: run.data.close())  # another one after a switch that restarts it
     return run
+
+
+def check_resumed(reader: CheckpointReader | None, folder: RunFolder, plan: Plan, console: Console) -> None:
+    """Check that a run goes on from a checkpoint of its own, and begins only if it has none.
+
+    Raises:
+        ConfigError: the checkpoint was trained with another configuration.
+        CheckpointError: the run has saved, and its checkpoints are gone.
+    """
+    if reader is None:
+        check_nothing_lost(folder)
+        return
+    if changed := check_checkpoint(reader, folder, plan):
+        console.line("\n".join(["WARNING: the run goes on with another configuration (run.allow_changes):", *changed]))
+    saved = folder.last_saved_step()
+    if saved is not None and saved > reader.manifest.step:
+        console.line(
+            f"WARNING: the run had saved step {saved}, and the newest sound checkpoint is of step "
+            f"{reader.manifest.step}; the steps after it are trained again."
+        )
 
 
 def fill(
@@ -267,43 +299,12 @@ def take_step(run: Run) -> StepResult:
     result = train_step(
         run.engine, run.batches, run.plan, at.step, run.guard, teacher=run.teacher, telemetry=run.telemetry
     )
-    at.step += 1
+    at.step = run.plan.steps_after(at.step)
     run.longest_skip[0].add_(1).mul_(result.skipped)
     run.longest_skip[1] = run.longest_skip.max()
     run.meter.add(result)
     run.pulse.stepped(at.step, result.waited_seconds)
     return result
-
-
-@dataclass(frozen=True)
-class Due:
-    """The work that is due after a step."""
-
-    phase_ends: bool
-    stopping: bool
-    saving: bool
-    evaluating: bool
-    tasks: bool
-    deciding: bool
-    """Whether the loss has recovered from the switch."""
-    logging: bool
-
-
-def find_due(run: Run, phase: Phase, stopping: bool, asked_to_save: bool) -> Due:
-    """Decide what to do after the step that has just finished; the same on all ranks."""
-    step, config = run.at.step, run.plan.config
-    phase_ends = step == phase.end
-    saving = phase_ends or stopping or asked_to_save or is_due(step, config.checkpoint.interval_steps)
-    evaluating = phase_ends or is_due(step, config.evaluation.interval_steps)
-    tasks = run.tasks is not None and (phase_ends or is_due(step, config.evaluation.tasks_interval_steps))
-    deciding = step == run.plan.rollback_step(phase)
-    logging = saving or evaluating or tasks or deciding or is_due(step, config.logging.interval_steps)
-    return Due(phase_ends, stopping, saving, evaluating, tasks, deciding, logging)
-
-
-def is_due(step: int, interval: int | None) -> bool:
-    """Return whether an event that happens every ``interval`` steps happens after this one."""
-    return interval is not None and step % interval == 0
 
 
 def log_steps(run: Run, result: StepResult) -> None:
@@ -351,7 +352,12 @@ def finish(run: Run) -> Outcome:
     run.saver.wait()
     if run.at.step < run.plan.total_steps:
         return "interrupted"
-    sample = run.held_out.sample(run.engine) if run.plan.config.evaluation.sample_prompt else None
+    sample = None
+    if run.plan.config.evaluation.sample_prompt:
+        try:
+            sample = run.held_out.sample(run.engine)
+        except USER_ERRORS as error:  # on all ranks alike, and the run is complete
+            run.console.line(f"WARNING: no sample is drawn: {error}")
     if run.ranks.is_first:
         run.folder.write_summary(summary(run.plan, run.ranks, run.meter, sample))
     return "complete"

@@ -6,6 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from model.strict import STRICT
 
+MOST = {
+    "vocab_size": 2**31, "hidden_size": 2**24, "num_layers": 1024, "num_heads": 2**20, "num_kv_heads": 2**20,
+    "head_dim": 2**20, "intermediate_size": 2**26, "max_sequence_length": 2**31, "loss_chunk_tokens": 2**31,
+}  # fmt: skip
+"""Far beyond any model; sizes of what cannot exist would take for ever to work out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -66,6 +72,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems[name] = f"is {value}; must be 1 or more"
+            elif value is not None and value > MOST[name]:
+                problems[name] = f"is {value}; must be {MOST[name]} or less"
         for name in ("norm_eps", "rope_theta", "init_std"):
             if getattr(self, name) <= 0:
                 problems[name] = f"is {getattr(self, name)}; must be above 0"

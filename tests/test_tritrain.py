@@ -162,6 +162,10 @@ def test_a_wrong_configuration_is_an_exception_at_once(config: Path, monkeypatch
 
 
 def test_a_failure_is_an_exception_with_the_message_that_the_run_left(config: Path) -> None:
+    with pytest.raises(tritrain.TrainingError, match="/proc/absent"):
+        tritrain.train(config, "checkpoint.folder=/proc/absent", ranks=1)
+    assert not (config.parent / "run").exists()  # nothing is left of a first start that failed
+    (config.parent / "run" / "submitted").mkdir(parents=True)
     with pytest.raises(tritrain.TrainingError, match="/proc/absent") as caught:
         tritrain.train(config, "checkpoint.folder=/proc/absent", ranks=1)
     assert "Traceback" not in str(caught.value)

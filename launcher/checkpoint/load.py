@@ -35,7 +35,7 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
     for shard in shards:
         for kind in kinds:
             tensor = shard.tensors[kind]
-            tensor.copy_(source.read(kind, shard.name, shard.start, len(tensor)))
+            tensor.copy_(source.read_finite(kind, shard.name, shard.start, len(tensor)))
         if with_optimizer:
             shard.step.fill_(source.read_step(shard.name))
     engine.refresh_weights()

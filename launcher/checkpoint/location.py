@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from data.new_paths import TakenError, new_folder
 from data.urls import redacted, url_problem
 from launcher.errors import CheckpointError
 
@@ -125,6 +126,32 @@ def _discard(file: Any) -> None:
     with contextlib.suppress(Exception):  # the reason to give up is the error to tell
         file.discard()
     file.closed = True
+
+
+@contextmanager
+def new_location(folder: Path) -> Iterator[Path]:
+    """Fill a new folder; on this machine's file systems it has its name when it is complete, see `data.new_paths`.
+
+    Returns:
+        What is to be filled; what has been written there is removed after an error.
+
+    Raises:
+        CheckpointError: there is something already, or another process is writing it.
+    """
+    if is_local(folder):
+        try:
+            with new_folder(folder) as building:
+                yield building
+        except TakenError as error:
+            raise CheckpointError(str(error)) from error
+        return
+    if folder.exists():
+        raise CheckpointError(f"{folder}: already exists; choose another name, or remove it")
+    try:
+        yield folder
+    except BaseException:
+        remove_folder(folder)
+        raise
 
 
 def local_copy(path: Path) -> Path:

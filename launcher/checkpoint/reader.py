@@ -13,6 +13,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from data.pointers import pointer_problem
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import READABLE_VERSIONS, Manifest, manifest_digest, manifest_of
@@ -20,6 +21,7 @@ from launcher.checkpoint.ranges import parameters_of
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
 from launcher.errors import CheckpointError
+from launcher.process.exchange import value_of_first
 from launcher.process.ranks import Ranks, everyones
 
 OPENED_AT_ONCE = 16
@@ -59,6 +61,7 @@ class CheckpointReader(Source):
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            state = pointer_problem(path) or state
             raise DamageError(f"{path} {state}; the checkpoint is damaged. {self._way_out()}")
 
     def _way_out(self) -> str:
@@ -116,6 +119,8 @@ class CheckpointReader(Source):
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
+    if problem := pointer_problem(path):
+        raise CheckpointError(f"{path} {problem}")
     try:
         tree: dict[str, Any] = json.loads(path.read_bytes())
         sound = tree["digest"] == manifest_digest(tree)
@@ -180,7 +185,4 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str]
 
 
 def _from_first(names: list[str]) -> list[str]:
-    box = [names]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
+    return list(value_of_first(names)) if dist.is_initialized() else names

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from launcher.checkpoint.folders import folder_of
 from launcher.checkpoint.location import is_local, reaching
-from launcher.checkpoint.manifest import Manifest
+from launcher.checkpoint.manifest import FileRecord, Manifest
 from launcher.checkpoint.writer import CheckpointWriter, prune_checkpoints
 from launcher.engine.contract import Engine, Shard
 from launcher.errors import CheckpointError
+from launcher.process.exchange import gather_values
 from launcher.process.ranks import Ranks
 
 SAVER_GROUP = "saver"
@@ -34,6 +35,7 @@ class Saver:
         keep_last: how many are kept besides the milestones; 0 keeps all.
         asynchronous: copy the state to host memory and write it while training goes on; else write at once.
         say: prints a warning about a checkpoint that the run can do without.
+        note: on the first rank, notes the step of a checkpoint that is complete.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Saver:
         keep_last: int,
         asynchronous: bool,
         say: Callable[[str], None],
+        note: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._tokenizer = tokenizer
         self._checkpoints, self._ranks, self._keep_last = checkpoints, ranks, keep_last
-        self._asynchronous, self._say = asynchronous, say
+        self._asynchronous, self._say, self._note = asynchronous, say, note
         # The thread's collectives must not mix with training's.
         self._group = dist.new_group(backend="gloo", group_desc=SAVER_GROUP) if ranks.world_size > 1 else None
         self._thread: threading.Thread | None = None
@@ -130,8 +133,14 @@ class Saver:
         """Write one checkpoint, in step with the other ranks."""
         writer, first = CheckpointWriter(folder_of(self._checkpoints, manifest.step)), self._ranks.is_first
         self._all_ranks(writer.begin if first else None, writer)
-        records = self._all_ranks(lambda: writer.write_rank(self._ranks.rank, shards, rng), writer)
-        files = {name: record for rank in records for name, record in rank.items()}
+
+        def write() -> dict[str, Any]:
+            return {
+                name: dataclasses.asdict(record)
+                for name, record in writer.write_rank(self._ranks.rank, shards, rng).items()
+            }
+
+        files = {name: FileRecord(**record) for rank in self._all_ranks(write, writer) for name, record in rank.items()}
 
         def finish() -> None:
             writer.finish(files, config_text, self._tokenizer, manifest)
@@ -139,13 +148,17 @@ class Saver:
         self._all_ranks(finish if first else None, writer)
         if first:
             try:
+                self._note(manifest.step)
+            except OSError as error:
+                self._say(f"WARNING: {error}")
+            try:
                 with reaching(self._checkpoints):
                     prune_checkpoints(self._checkpoints, self._keep_last)
             except CheckpointError as error:
                 self._say(f"WARNING: old checkpoints could not be removed: {error} The next save tries again.")
 
     def _all_ranks(self, action: Callable[[], Any] | None, writer: CheckpointWriter) -> list[Any]:
-        """Run one stage of saving on the ranks that have an action; returns each rank's result.
+        """Run one stage of saving on the ranks that have an action; returns each rank's result, of JSON's types.
 
         Raises:
             CheckpointError: on all of them, if it failed on any. What had been written is removed.
@@ -157,10 +170,9 @@ class Saver:
                     result = action()
         except CheckpointError as error:
             failure = f"rank {self._ranks.rank}: {error}"
-        outcomes: list[tuple[Any, str | None]] = [(result, failure)]
+        outcomes = [[result, failure]]
         if self._group is not None:
-            outcomes = [(None, None)] * self._ranks.world_size
-            dist.all_gather_object(outcomes, (result, failure), group=self._group)
+            outcomes = gather_values([result, failure], self._group)
         failures = sorted({text for _, text in outcomes if text})
         if failures:
             if self._ranks.is_first:

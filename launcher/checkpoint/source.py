@@ -50,6 +50,21 @@ class Source(ABC):
             CheckpointError: the file is damaged, or holds less.
         """
 
+    def read_finite(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """Elements as `read` gives them, of a model that can be trained and run.
+
+        Raises:
+            CheckpointError: as `read`; or one of them is NaN or infinite.
+        """
+        values = self.read(kind, name, start, length)
+        if not (finite := values.isfinite()).all():
+            first = start + int((~finite).nonzero()[0, 0])
+            raise CheckpointError(
+                f"{self.location}: {int((~finite).sum())} of {length} elements of {name} ({kind}) are NaN or infinite, "
+                f"the first at {first}: the model is broken; take an earlier checkpoint of it"
+            )
+        return values
+
     @abstractmethod
     def read_step(self, name: str) -> float:
         """The number of updates that a parameter's moments have seen."""
@@ -78,7 +93,7 @@ def in_pieces(source: Source, kind: str, name: str) -> Iterator[Tensor]:
 
     def read_next() -> Tensor | None:
         start = next(starts, None)
-        return None if start is None else source.read(kind, name, start, min(PIECE_ELEMENTS, length - start))
+        return None if start is None else source.read_finite(kind, name, start, min(PIECE_ELEMENTS, length - start))
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(read_next)

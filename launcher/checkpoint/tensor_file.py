@@ -22,6 +22,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from data.pointers import pointer_problem
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -159,6 +161,8 @@ class TensorFile:
     def __init__(self, path: Path, root: str | None = None) -> None:
         self._read_bytes = range_reader(path)
         size = path.stat().st_size
+        if problem := pointer_problem(path):
+            raise TensorFileError(problem)
         if size < 8:
             raise TensorFileError(f"has {size} bytes and cannot be a safetensors file")
         (length,) = struct.unpack("<Q", self._read_bytes(0, 8))

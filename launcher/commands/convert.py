@@ -3,7 +3,9 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
+from launcher.checkpoint.source import Source
 from launcher.config.file import load_config
 from launcher.config.transition import OptimizerChoice
 from launcher.engine.build import COMPUTE_DTYPES
@@ -11,9 +13,10 @@ from launcher.errors import ConfigError
 from launcher.formats.choices import ConvertFormat, Dtype
 from launcher.formats.convert import begins_anew, convert_to_hf, convert_to_run, not_carried, preview, starting_phase
 from launcher.formats.deepspeed_universal import write_universal
+from launcher.formats.hf_folder import to_json
 from launcher.formats.open import check_sound, open_source
-from launcher.formats.provenance import write_provenance
-from launcher.process.console import Console
+from launcher.formats.provenance import source_record
+from launcher.process.console import Console, print_results
 
 
 def convert_checkpoint(
@@ -28,6 +31,7 @@ def convert_checkpoint(
     optimizer: OptimizerChoice | None,
     dtype: Dtype | None,
     dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Make what the options ask for; see `convert_into_run` and `convert_into_format`.
 
@@ -41,13 +45,15 @@ def convert_checkpoint(
     ):
         if value is not None and into != wanted:
             raise ConfigError(f"{option} {value}: belongs to --format {wanted}")
+    if as_json and not dry_run:
+        raise ConfigError("--json: belongs to --dry-run")
     if overrides and config is None:
         raise ConfigError(f"{overrides[0]}: there is no configuration to override; give one with --config")
     asked = (source, to, config, overrides, console)
     if into == "run":
-        convert_into_run(*asked, phase=phase, optimizer=optimizer, dry_run=dry_run)
+        convert_into_run(*asked, phase=phase, optimizer=optimizer, dry_run=dry_run, as_json=as_json)
     else:
-        convert_into_format(*asked, into=into, dtype=dtype or "bf16", dry_run=dry_run)
+        convert_into_format(*asked, into=into, dtype=dtype or "bf16", dry_run=dry_run, as_json=as_json)
 
 
 def convert_into_run(
@@ -60,6 +66,7 @@ def convert_into_run(
     phase: int | None,
     optimizer: OptimizerChoice | None,
     dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Make the folder of a run; with ``dry_run``, list what would happen to each tensor.
 
@@ -73,6 +80,7 @@ def convert_into_run(
             checkpoint, or else the first.
         optimizer: what happens to Adam's state; None leaves it to the configuration.
         dry_run: whether to write nothing.
+        as_json: of a dry run, print JSON.
 
     Raises:
         ConfigError: the configuration is missing or wrong, or the folder already holds a run.
@@ -94,10 +102,15 @@ def convert_into_run(
         changes.append(f"phases.{begins}.transition.optimizer={optimizer}")
     parsed = load_config(config, changes)
     console.line(f"{opened.location} to {to}, before phase {begins} ({parsed.phases[begins].precision})")
-    for sentence in [*begins_anew(parsed, opened), *opened.missing]:
+    notes = [*begins_anew(parsed, opened), *opened.missing]
+    for sentence in notes:
         console.line(f"  {sentence}")
     if dry_run:
-        console.aligned([["tensor", "shape", "weight", "moments"], *preview(parsed, opened)])
+        rows = [["tensor", "shape", "weight", "moments"], *preview(parsed, opened)]
+        if as_json:
+            print_tensors(opened, to, rows, notes, format="run", phase=begins)
+        else:
+            console.aligned(rows)
         return
     made = convert_to_run(parsed, opened)
     console.line(f"Written: {made}. Train it: tritrain train {shlex.quote(str(to / 'config.yaml'))}")
@@ -113,6 +126,7 @@ def convert_into_format(
     into: ConvertFormat,
     dtype: Dtype,
     dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Write a folder in another format; with ``dry_run``, list the tensors that it would hold.
 
@@ -125,6 +139,7 @@ def convert_into_format(
         into: `universal` or `hf`.
         dtype: of the weights in ``hf``.
         dry_run: whether to write nothing.
+        as_json: of a dry run, print JSON.
 
     Raises:
         ConfigError: the configuration is missing or wrong, or the folder exists.
@@ -132,18 +147,29 @@ def convert_into_format(
     """
     opened = open_source(source)
     given = load_config(config, overrides) if config else None
-    for sentence in [*opened.missing, *not_carried(opened, into)]:
+    notes = [*opened.missing, *not_carried(opened, into)]
+    for sentence in notes:
         console.line(f"  {sentence}")
     if dry_run:
-        rows = [[name, " x ".join(map(str, shape))] for name, shape in opened.shapes.items()]
-        console.aligned([["tensor", "shape"], *rows])
+        rows = [["tensor", "shape"], *([name, " x ".join(map(str, shape))] for name, shape in opened.shapes.items())]
+        if as_json:
+            print_tensors(opened, to, rows, notes, format=into)
+        else:
+            console.aligned(rows)
         return
     if to.exists():
         raise ConfigError(f"{to}: exists already; name a new folder")
+    files = {"provenance.json": to_json(source_record(opened))}
     if into == "hf":
-        convert_to_hf(opened, given, to, COMPUTE_DTYPES[dtype])
+        convert_to_hf(opened, given, to, COMPUTE_DTYPES[dtype], files)
     else:
         check_sound(opened)
-        write_universal(opened, to)
-    write_provenance(to, opened)
+        write_universal(opened, to, files=files)
     console.line(f"Written: {to}")
+
+
+def print_tensors(source: Source, to: Path, rows: list[list[str]], notes: list[str], **about: Any) -> None:
+    """Print the table of a dry run as JSON, with shapes as lists."""
+    columns, *tensors = rows
+    results = [dict(zip(columns, row, strict=True)) | {"shape": source.shapes[row[0]]} for row in tensors]
+    print_results("convert", results, source=source.location, to=str(to), **about, notes=notes)

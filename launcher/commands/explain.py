@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launcher.config.aliases import ALIASES
 from launcher.config.file import flat_lines, load_config, to_tree
 from launcher.config.reference import REQUIRED, Key, configuration_keys
 from launcher.errors import ConfigError
@@ -55,8 +56,8 @@ def find_key(name: str, keys: list[Key]) -> Key:
     if ending:
         raise ConfigError(f"{name}: is the end of several keys; choose {', '.join(key.path for key in ending)}")
     by_path = {without_indexes(key.path): key.path for key in keys}
-    near = [by_path[path] for path in difflib.get_close_matches(wanted, by_path, n=3, cutoff=0.6)]
-    last = wanted.rpartition(".")[2]
+    near = [ALIASES[last]] if (last := wanted.rpartition(".")[2].lower()) in ALIASES else []
+    near += [by_path[path] for path in difflib.get_close_matches(wanted, by_path, n=3, cutoff=0.6)]
     for key in keys:
         name_there = key.path.rpartition(".")[2]
         if last in name_there.split("_") or difflib.SequenceMatcher(None, last, name_there).ratio() > 0.8:

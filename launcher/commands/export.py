@@ -88,8 +88,8 @@ def weights_of_16_bits(opened: Exportable) -> HfWeights:
     """The weights to export if none are named: a 16-bit model has one kind, a ternary one has two to choose from."""
     if opened.quantization is not None:
         raise ConfigError(
-            f"--weights: is missing; {opened.source.location} is of a ternary phase. Choose latent, the 16-bit weights "
-            "that are trained, or dequantized, those that the model computes with"
+            f"--weights: is missing; {opened.source.location} is ternary. Choose latent, the 16-bit weights that are "
+            "trained, or dequantized, those that the model computes with"
         )
     return "latent"
 

@@ -11,6 +11,7 @@ import click
 import typer
 
 from data.errors import DataError
+from data.new_paths import new_file
 from data.prepared import MANIFEST, read_manifest
 from data.readers import check_input
 from launcher.config.engine import EngineName
@@ -90,8 +91,8 @@ def write_configuration(to: Path, options: InitOptions, console: Console) -> Non
     text = commented(propose(wish), wish, data, run_name(to), name)
     config = parse_config(parse_yaml(text, str(to)))
     make_plan(config, wish.num_ranks)
-    with to.open("x") as file:
-        file.write(text)
+    with new_file(to) as building:
+        building.write_text(text)
     console.line(f"Written: {to}, a model of {human_count(num_parameters(config.model))} parameters. Next:")
     console.line(f"  tritrain plan {to} --ranks {wish.num_ranks}")
     starter = " --with deepspeed" if answers.engine == "deepspeed" else ""
@@ -136,7 +137,8 @@ def parse_count(text: str, option: str) -> int:
         ConfigError: it is none.
     """
     matched = re.fullmatch(r"(\d[\d_]*\.?\d*(?:e\d+)?)\s*([KMBGT]?)", text.strip(), re.IGNORECASE)
-    if not matched or not (count := round(float(matched[1]) * UNITS[matched[2].upper()])):
+    value = float(matched[1]) * UNITS[matched[2].upper()] if matched else 0.0
+    if not value < 2**63 or not (count := round(value)):
         raise ConfigError(f"{option} {text}: is no count; 350M or 7B would be one")
     return count
 

@@ -3,21 +3,29 @@
 import time
 from pathlib import Path
 
+from data.prepared import MANIFEST
+from data.readers import Survey, survey
 from data.shards import PrepareConfig, PrepareProgress, prepare
 from launcher.process.console import Console, human_count
 
 SECONDS_BETWEEN_LINES = 5.0
+MAX_REASONS = 8
+"""Reasons to leave files out that are shown."""
 
 
 def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path, console: Console) -> None:
     """Prepare a folder, with a line every few seconds and the result; silent if the folder already exists."""
     started = time.perf_counter()
     shown: float | None = None
+    files = ""
 
     def show(progress: PrepareProgress) -> None:
-        nonlocal shown
+        nonlocal shown, files
         if shown is None:
+            files = files_sentence(survey((*config.inputs, *config.validation_inputs)), out)
             console.line(f"Preparing {out} from {', '.join(config.inputs)}")
+            if files:
+                console.line(files)
         elif time.perf_counter() - shown < SECONDS_BETWEEN_LINES:
             return
         shown = time.perf_counter()
@@ -30,8 +38,35 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
     manifest = prepare(config, sequence_length, out, show)
     if shown is None:
         return
+    console.line(f"Each document ends with {manifest['end_of_document_token']} (token {manifest['end_of_document']})")
+    compared, changed = manifest["compared_documents"], manifest["changed_documents"]
+    if config.lossy_tokenizer:
+        console.line(
+            f"The tokenizer changes text: {changed:,} of {compared:,} documents that were decoded and compared"
+        )
+    else:
+        console.line(
+            f"The tokenizer gives text back: {compared:,} documents were decoded and compared, and all bytes add up"
+        )
     for name, split in manifest["splits"].items():
         console.line(
             f"{out}/{name}: {split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"
         )
+    if files:
+        console.line(files)
     console.line(f"Prepared in {time.perf_counter() - started:.1f} s")
+
+
+def files_sentence(files: Survey, out: Path) -> str:
+    """The number of files that are read and of those that are left out; empty if no input is a file or a folder."""
+    if not files.read:
+        return ""
+    sentence = f"{len(files.read):,} file{'s' if len(files.read) > 1 else ''} read"
+    if not files.left_out:
+        return f"{sentence}, none left out"
+    reasons = files.reasons()
+    more = ", ..." if len(reasons) > MAX_REASONS else ""
+    return (
+        f"{sentence}; {len(files.left_out):,} left out: {', '.join(reasons[:MAX_REASONS])}{more}. "
+        f"All are listed in {out / MANIFEST}"
+    )

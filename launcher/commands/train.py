@@ -14,8 +14,10 @@ from launcher.config.file import load_config
 from launcher.errors import ConfigError, TrainingError
 from launcher.plan.inputs import check_inputs
 from launcher.plan.plan import Plan, make_plan
+from launcher.process.launchers import with_launcher
 from launcher.process.torchrun import environment_of_ranks, pretrain_command, ranks_command
 from launcher.run.folder import RunFolder, check_place
+from launcher.run.smoke import smoke_config
 
 LINES_OF_A_FAILURE = 20
 """Lines of output that make the message of a run that failed and left none."""
@@ -24,19 +26,24 @@ SECONDS_TO_DIE = 10.0
 """How long to wait for killed processes; one that waits for a network's disk may take for ever."""
 
 
-def check_start(config: Path, overrides: Sequence[str], num_ranks: int) -> tuple[RunFolder, Plan]:
-    """Check all that can be known of a run before its ranks start.
+def check_start(
+    config: Path, overrides: Sequence[str], num_ranks: int, *, is_smoke: bool = False
+) -> tuple[RunFolder, Plan]:
+    """Check all that can be known of a run, or of its smoke test, before its ranks start.
 
     Raises:
         ConfigError: lists what is wrong.
         DataError: lists what the run reads and is missing or does not fit.
     """
     parsed = load_config(config, overrides)
+    if is_smoke:
+        parsed = smoke_config(parsed)
     plan = make_plan(parsed, num_ranks)
     check_inputs(parsed)
-    check_place(config, overrides, parsed)
     folder = RunFolder(parsed)
-    folder.check_configuration()
+    if not is_smoke:
+        check_place(config, overrides, parsed)
+        folder.check_configuration()
     return folder, plan
 
 
@@ -56,15 +63,15 @@ def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int
     """
     from launcher.watch.failure import COMPLETE, INTERRUPTED, MISCONFIGURED  # which need torch
 
-    folder, _ = check_start(config, overrides, num_ranks)
-    if folder.read_state().get("status") == "complete":
+    folder, plan = check_start(config, overrides, num_ranks)
+    if folder.is_complete(plan.total_steps):
         return folder.path
     before_ns = _state_written_ns(folder)
     with tempfile.TemporaryDirectory() as temporary:
         refused = Path(temporary, "refused")
         process = subprocess.Popen(
             ranks_command(num_ranks, pretrain_command(config, overrides)),
-            env=environment_of_ranks() | {"TRITRAIN_REFUSED": str(refused)},
+            env=with_launcher(environment_of_ranks() | {"TRITRAIN_REFUSED": str(refused)}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -122,7 +129,7 @@ def _kill(process: "subprocess.Popen[str]") -> None:
     """Kill a process and all its descendants, and wait until they are gone, with their memory and their lock."""
     import psutil
 
-    # Torch's agent starts each rank in a session of its own, which `killpg` does not reach.
+    # Each rank is in a session of its own, which `killpg` does not reach.
     descendants = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     for descendant in descendants:

@@ -6,15 +6,16 @@ from launcher.checkpoint.folders import MANIFEST, checkpoints_under
 from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import CheckpointError
-from launcher.process.console import Console
+from launcher.process.console import Console, print_results
 
 
-def show_damage(texts: Sequence[str], console: Console) -> int:
+def show_damage(texts: Sequence[str], console: Console, *, as_json: bool) -> int:
     """Read every byte of checkpoints, and print for each what is damaged, or that it is sound.
 
     Args:
         texts: folders or URLs of checkpoints, or of runs, whose checkpoints are all read.
         console: where to print.
+        as_json: print JSON.
 
     Returns:
         An exit code: 0, or 1 if anything is damaged.
@@ -22,7 +23,7 @@ def show_damage(texts: Sequence[str], console: Console) -> int:
     Raises:
         CheckpointError: a folder does not exist, or a store cannot be reached.
     """
-    exit_code = 0
+    found = []
     for text in texts:
         place = to_location(text)
         with reaching(place):
@@ -35,8 +36,9 @@ def show_damage(texts: Sequence[str], console: Console) -> int:
                 problems = list(CheckpointReader(folder).damage())
             except CheckpointError as error:
                 problems = [str(error)]
-            if problems:
-                exit_code = 1
-            for line in problems or [f"{folder}: sound"]:
+            found.append({"location": str(folder), "sound": not problems, "problems": problems})
+            for line in [] if as_json else problems or [f"{folder}: sound"]:
                 console.line(line)
-    return exit_code
+    if as_json:
+        print_results("verify", found)
+    return int(not all(result["sound"] for result in found))

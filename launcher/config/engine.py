@@ -21,6 +21,9 @@ OWNED_DEEPSPEED_KEYS = {
     "zero_optimization.stage": "engine.zero_stage",
     "zero_optimization.offload_optimizer": "engine.offload",
     "zero_optimization.offload_param": "engine.offload",
+    "zero_optimization.cpu_offload": "engine.offload",
+    "zero_optimization.cpu_offload_param": "engine.offload",
+    "zero_optimization.cpu_offload_use_pin_memory": "engine.offload",
     "zero_force_ds_cpu_optimizer": "engine.offload",
     "zero_allow_untested_optimizer": "optimizer",
     "data_types": "training.compute_dtype",
@@ -31,6 +34,15 @@ OWNED_DEEPSPEED_KEYS = {
     "wandb": "logging",
 }
 """DeepSpeed keys that Tritrain derives, and the Tritrain key that decides each."""
+
+REFUSED_DEEPSPEED_KEYS: dict[str, tuple[Any, str]] = {
+    "zero_optimization.round_robin_gradients": (False, "DeepSpeed's tables do not say where it then keeps the weights"),
+    "zero_optimization.zero_hpz_partition_size": (1, "a second partition of the weights is not supported"),
+    "zero_optimization.zenflow": (None, "its delayed updates are not in a checkpoint"),
+    "zero_optimization.compute_grad_norm": (True, "the gradient norm is needed"),
+    "zero_optimization.legacy_stage1": (False, "DeepSpeed has removed it"),
+}
+"""DeepSpeed keys that may have one value only, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +93,13 @@ class EngineConfig:
                 problems["offload"] = "is all, which needs zero_stage 3; with 1 and 2 choose optimizer"
             if self.offload == "optimizer" and self.zero_stage == 0:
                 problems["offload"] = "is optimizer, which needs zero_stage 1, 2 or 3"
-            for key in _dotted_keys(self.deepspeed or {}):
+            for key, value in _dotted_items(self.deepspeed or {}):
                 for owned, ours in OWNED_DEEPSPEED_KEYS.items():
                     if key == owned or key.startswith(owned + "."):
                         problems[f"deepspeed.{key}"] = f"is derived; set {ours} instead"
+                for refused, (harmless, reason) in REFUSED_DEEPSPEED_KEYS.items():
+                    if (key == refused or key.startswith(refused + ".")) and value != harmless:
+                        problems[f"deepspeed.{key}"] = f"is {value}, but {reason}; leave it out"
         else:
             if self.zero_stage is not None:
                 problems["zero_stage"] = f"is {self.zero_stage}; only engine.name deepspeed has stages"
@@ -98,9 +113,9 @@ class EngineConfig:
             raise ValueError(problems)
 
 
-def _dotted_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _dotted_items(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _dotted_keys(value, f"{prefix}{key}.")
+            yield from _dotted_items(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value

@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +17,9 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from data.pointers import pointer_problem
+from data.urls import url_problem
+from launcher.config.aliases import ALIASES
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import ScheduleConfig
 from launcher.config.rules import spanning_problems
@@ -35,25 +38,58 @@ from model.config import DistillationConfig, ModelConfig
 from quant.config import PRESETS, QuantConfig
 from quant.ramp import RampConfig
 
-DERIVED_KEYS = ("tritrain_version", "phase_steps")
+DERIVED_KEYS = ("tritrain_version", "run_id", "phase_steps")
 """Keys of a run's own `config.yaml` that are not part of the configuration."""
+
+
+MAX_YAML_CHARS, MAX_YAML_VALUES, MAX_YAML_DEPTH = 200_000, 10_000, 40
+"""The largest files that are read: some lines can stand for more values than a machine has memory."""
 
 
 Part = TypeVar("Part")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `3e-4` is a number, `on` and `no` are words; a key given twice is an error."""
+    """YAML 1.2's scalars: `3e-4` is a number, `on` and `no` are words; a key given twice is an error.
+
+    A value that an alias stands for counts as often as it is used, as whoever goes through the result meets it.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._num_values = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        is_alias, mark, before = self.check_event(yaml.AliasEvent), self.peek_event().start_mark, self._num_values
+        self._depth += 1
+        if self._depth > MAX_YAML_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_YAML_DEPTH} deep", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if is_alias and id(node) not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias stands for something that contains it", mark)
+        self._num_values += self._sizes[id(node)] if is_alias else 1
+        self._sizes[id(node)] = self._num_values - before
+        if self._num_values > MAX_YAML_VALUES:
+            what = f"more than {MAX_YAML_VALUES} values, with aliases written out"
+            raise yaml.composer.ComposerError(None, None, what, mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
+            if isinstance(key, Hashable):  # what is not is refused below
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
-        return int(self.construct_scalar(node))  # 010 is ten, not eight
+        text = str(self.construct_scalar(node))
+        if len(text) > 30 or not -(2**63) <= (value := int(text)) < 2**63:  # 010 is ten, not eight
+            raise yaml.constructor.ConstructorError(None, None, f"{text:.30} does not fit 64 bits", node.start_mark)
+        return value
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -63,7 +99,7 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9][0-9_]*", list("-+0123456789")),
-    ("float", r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", list("-+.0123456789")),
+    ("float", r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", list("-+.0123456789")),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$", re.ASCII), _first)
 
@@ -73,9 +109,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 def parse_yaml(text: str, origin: str) -> Any:
     """Parse YAML text; ``origin`` names it in the error."""
+    if len(text) > MAX_YAML_CHARS:
+        raise ConfigError(f"{origin}: has more than {MAX_YAML_CHARS:,} characters and cannot be a configuration")
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
 
 
@@ -96,11 +134,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def read_mapping(path: Path, of: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; ``of`` says what, in the error."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_YAML_CHARS + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
+    if problem := pointer_problem(Path(path)):
+        raise ConfigError(f"{path}: {problem}")
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of {of}")
@@ -130,23 +171,29 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not path:
         raise ConfigError(f"{override!r}: an override is key.sub=value, such as optimizer.learning_rate=3e-4")
     *parents, last = path.split(".")
+    if len(parents) >= MAX_YAML_DEPTH:
+        raise ConfigError(f"{override:.80}...: has {len(parents) + 1} keys, one inside the other; no key is so deep")
     node: Any = tree
     for depth, key in enumerate(parents):
         if isinstance(node, dict):
             if node.get(key) is None:
                 node[key] = {}
             node = node[key]
-        elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):
+        elif isinstance(node, list) and _is_index(key, node):
             node = node[int(key)]
         else:
             raise ConfigError(f"{override!r}: {'.'.join(parents[: depth + 1])} does not exist")
     parsed = parse_yaml(value, repr(override))
     if isinstance(node, dict):
         node[last] = parsed
-    elif isinstance(node, list) and last.isdecimal() and int(last) < len(node):
+    elif isinstance(node, list) and _is_index(last, node):
         node[int(last)] = parsed
     else:
         raise ConfigError(f"{override!r}: {path} does not exist")
+
+
+def _is_index(key: str, node: list[Any]) -> bool:
+    return re.fullmatch("[0-9]{1,9}", key) is not None and int(key) < len(node)
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -168,6 +215,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
         problems |= found
         if not found:
             parts[name] = part
+    problems |= secret_problems(tree)
     if problems:
         problems |= spanning_problems(parts)
     else:
@@ -176,6 +224,21 @@ def parse_config(tree: dict[str, Any]) -> Config:
         except ValueError as error:
             problems = error.args[0]
     raise ConfigError("\n".join(_lines(problems, tree)))
+
+
+def secret_problems(tree: Any) -> dict[str, str]:
+    """The values that are URLs with credentials, by path: a run copies its configuration, and logs it."""
+    values = dict(_leaves(tree))
+    return {path: problem for path, text in values.items() if "://" in text[:16] and (problem := url_problem(text))}
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each text in nested mappings and lists, after its path."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, str):
+        yield prefix, tree
 
 
 def _lines(problems: dict[str, str], tree: Any) -> list[str]:
@@ -251,17 +314,42 @@ def _parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
             return adapter.validate_json(json.dumps(tree)), problems
         except ValidationError as error:
             removed: list[str] = []
-            for detail in error.errors():
-                location = tuple(str(key) for key in detail["loc"])
+            is_mended = False
+            for location, detail in _by_location(error, kind).items():
                 where = ".".join((path, *location))
+                if detail["type"] == "int_type" and _make_whole(tree, location):
+                    is_mended = True
+                    continue
                 for problem, reason, needed in _reasons(detail, kind, location, where):
                     if left_out.isdisjoint((problem, *needed)):
                         problems.setdefault(problem, reason)
                 if not detail["type"].startswith("missing") and _remove(tree, location):
                     removed.append(where)
-            if not removed:
+            if not removed and not is_mended:
                 return None, problems
             left_out.update(removed)
+
+
+def _by_location(error: ValidationError, kind: Any) -> dict[tuple[str, ...], Any]:
+    """Each of pydantic's errors by its keys; those of a key that takes several kinds of values are one."""
+    found: dict[tuple[str, ...], Any] = {}
+    for detail in error.errors():
+        location = tuple(str(key) for key in detail["loc"])
+        if location and not location[-1].isdecimal() and not _is_section(kind, location[:-1]):
+            location = location[:-1]  # its last part names the kind that was tried
+        if location in found:
+            detail["msg"] = f"{found[location]['msg']} or {detail['msg'].removeprefix('Input should be ')}"
+        found[location] = detail
+    return found
+
+
+def _is_section(kind: Any, location: Sequence[str]) -> bool:
+    """Return whether a section, not a value, is at ``location`` under the type ``kind``."""
+    try:
+        _owner(kind, location)
+    except StopIteration:
+        return False
+    return True
 
 
 def _reasons(detail: Any, kind: Any, location: tuple[str, ...], where: str) -> Iterator[tuple[str, str, list[str]]]:
@@ -272,6 +360,18 @@ def _reasons(detail: Any, kind: Any, location: tuple[str, ...], where: str) -> I
     judged_by = JUDGED_BY.get(_owner(kind, location), {})
     for key, reason in detail["ctx"]["error"].args[0].items():
         yield f"{where}.{key}", reason, [f"{where}.{other}" for other in judged_by.get(key, ())]
+
+
+def _make_whole(tree: Any, location: tuple[str, ...]) -> bool:
+    """Make a number such as 1e9 the integer that it is; False if it has a fraction."""
+    node = tree
+    for key in location[:-1]:
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    last = int(location[-1]) if isinstance(node, list) else location[-1]
+    if not (isinstance(node[last], float) and node[last].is_integer() and abs(node[last]) < 2**53):
+        return False
+    node[last] = int(node[last])
+    return True
 
 
 def _remove(tree: Any, location: tuple[str, ...]) -> bool:
@@ -291,9 +391,23 @@ def _explain(detail: Any, kind: Any, location: tuple[str, ...]) -> str:
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return "is missing"
         case "dataclass_type":
-            return f"is {detail['input']!r}; must be a mapping of keys"
+            return f"is {_as_yaml(detail['input'])}; {_section_advice(detail['input'], _owner(kind, location))}"
         case _:
             return f"is {detail['input']!r}; {detail['msg'].replace('Input should be', 'must be')}"
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _section_advice(value: Any, section: Any) -> str:
+    """What to write where a section is given as one value: a shape, a preset or nothing."""
+    if value is None:
+        return "leave it out for its defaults, or write a mapping of keys"
+    for name, options in typing.get_type_hints(section).items():
+        if any(value in typing.get_args(option) for option in (options, *typing.get_args(options))):
+            return f"must be a mapping of keys; write {{{name}: {value}}}"
+    return "must be a mapping of keys"
 
 
 def _owner(kind: Any, location: Sequence[str]) -> Any:
@@ -309,6 +423,8 @@ def _dataclass_of(kind: Any) -> Any:
 
 def _suggestion(key: str, owner: Any) -> str:
     names = [part.name for part in fields(owner)]
+    if key not in names and (ours := ALIASES.get(key.lower())) is not None:
+        return f"; did you mean {ours}?"
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]}?"

@@ -6,6 +6,7 @@ path of a key and what is wrong there. It runs when those sections are valid in 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ Problems = Iterator[tuple[str, str]]
 """Each as the path of a key and what is wrong there."""
 Rule = Callable[..., Problems]
 
+MOST_TRIED, MOST_LISTED = 10**6, 30
+"""Divisors that are looked for, up to this one, and how many of them are listed."""
+
 
 def local_problem(text: str) -> str | None:
     """Say what is wrong with a path that must be on this machine's file systems; None if nothing is."""
@@ -43,8 +47,10 @@ def home_problem(text: str) -> str | None:
 
 
 def divisors(number: int) -> str:
-    """All divisors of a number, as a list for a message."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    """The divisors of a number, as a list for a message; of many of them, or of a huge number, not all."""
+    small = [n for n in range(1, min(isqrt(number), MOST_TRIED) + 1) if number % n == 0]
+    found = [str(n) for n in sorted({*small, *(number // n for n in small)})]
+    return ", ".join([*found[:MOST_LISTED], "...", found[-1]] if len(found) > MOST_LISTED + 2 else found)
 
 
 def spanning_problems(parts: Mapping[str, Any]) -> dict[str, str]:
@@ -115,15 +121,23 @@ def a_phase_is_listed(phases: "Phases") -> Problems:
 
 
 def fractions_are_of_one_run(phases: "Phases", training: "TrainingConfig") -> Problems:
-    """Fractions need a whole, a whole needs fractions, and they add up to at most 1."""
-    share = sum(phase.fraction or 0 for phase in phases)
+    """Fractions need a whole, a whole needs fractions, and they add up to 1, or one phase takes the rest.
+
+    `launcher.plan.course` checks the sum where other phases have a length in steps or tokens.
+    """
+    fractions = [phase.fraction for phase in phases]
+    share = sum(fraction for fraction in fractions if fraction is not None and fraction != "rest")
     length = "total_steps" if training.total_steps else "total_tokens"
-    if phases and not share and getattr(training, length):
+    if phases and not any(fractions) and getattr(training, length):
         yield f"training.{length}", "has no effect, because no phase's length is a fraction; leave it out"
-    if share > 1 + 1e-9:
-        yield "phases", f"the fractions add up to {share:g}; at most 1"
-    for index, phase in enumerate(phases):
-        if phase.fraction and not (training.total_steps or training.total_tokens):
+    if fractions.count("rest") > 1:
+        yield "phases", "fraction is rest in more than one; only one can take the rest"
+    elif "rest" in fractions and share > 1 - 1e-9:
+        yield "phases", f"the fractions add up to {share:g} and leave nothing for the one that is rest"
+    elif share > 1 + 1e-9 or (fractions and all(fractions) and "rest" not in fractions and share < 1 - 1e-9):
+        yield "phases", f"the fractions add up to {share:g}, not to 1; change one, or write fraction: rest for one"
+    for index, fraction in enumerate(fractions):
+        if fraction and not (training.total_steps or training.total_tokens):
             yield f"phases.{index}.fraction", "needs training.total_steps or training.total_tokens"
 
 

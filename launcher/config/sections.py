@@ -98,6 +98,9 @@ class RunConfig:
     """Seed of the initial weights."""
     stop_before_end_seconds: int = 180
     """In a job with a time limit, save and stop this long before the limit; must cover the longest step and a save."""
+    allow_changes: tuple[str, ...] = ()
+    """Keys and sections in which a resumed run may differ from its checkpoints, such as `optimizer.learning_rate` or
+    `phases`; it goes on with the new values."""
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "stop_before_end_seconds", 0)
@@ -166,8 +169,8 @@ class PhaseConfig:
     """Length in steps."""
     tokens: int | None = None
     """Length in tokens, rounded up to whole steps."""
-    fraction: float | None = None
-    """Length as a share of training.total_steps or total_tokens."""
+    fraction: float | Literal["rest"] | None = None
+    """Length as a share of training.total_steps or total_tokens; `rest`: what the other phases leave of them."""
     quantization: QuantConfig | None = None
     """What is quantized in a ternary phase, and how; null: BitNet b1.58 with scales of least squared error."""
     transition: TransitionConfig | None = None
@@ -181,7 +184,7 @@ class PhaseConfig:
         if len(given) != 1:
             problems["steps"] = f"give exactly one of steps, tokens and fraction, not {' and '.join(given) or 'none'}"
         problems |= _at_least(self, "steps", 1) | _at_least(self, "tokens", 1)
-        if self.fraction is not None and not 0 < self.fraction <= 1:
+        if isinstance(self.fraction, float | int) and not 0 < self.fraction <= 1:
             problems["fraction"] = f"is {self.fraction}; must be above 0 and at most 1"
         transition = self.transition or TransitionConfig()
         if self.precision == "16-bit":
@@ -205,7 +208,9 @@ class CheckpointConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     interval_steps: int | None = None
-    """Save every N steps; null: only at transitions, at the end and when interrupted."""
+    """Save every N steps, besides at transitions, at the end and when interrupted; null: do not."""
+    interval_minutes: float | None = 30.0
+    """Also save when the last checkpoint is N minutes old, at the next logged step; null: do not."""
     keep_last: int = 2
     """Checkpoints kept besides the milestones (transitions and the end): 0 keeps all, else at least 2."""
     folder: str | None = None
@@ -220,7 +225,7 @@ class CheckpointConfig:
     data continue after them."""
 
     def __post_init__(self) -> None:
-        problems = _at_least(self, "interval_steps", 1)
+        problems = _at_least(self, "interval_steps", 1) | _above_zero(self, "interval_minutes")
         if self.keep_last < 0 or self.keep_last == 1:
             problems["keep_last"] = f"is {self.keep_last}; 0 (keep all) or at least 2, so that one is always complete"
         for name in ("folder", "start_from"):
@@ -231,6 +236,10 @@ class CheckpointConfig:
             problems["start_phase"] = f"is {self.start_phase}, but needs start_from"
         if problems:
             raise ValueError(problems)
+
+    def place(self, run: Path) -> str:
+        """The folder or URL of the checkpoints of the run in this folder."""
+        return self.folder or str(run / "checkpoints")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +267,9 @@ class EvaluationConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     interval_steps: int | None = None
-    """Also evaluate every N steps."""
+    """Also evaluate every N steps; null: do not."""
+    interval_minutes: float | None = 30.0
+    """Also evaluate when the last evaluation was N minutes ago, at the next logged step; null: do not."""
     sample_prompt: str | None = None
     """Text that the finished model continues; null: no sample."""
     sample_tokens: int = 120
@@ -275,6 +286,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1) | _at_least(self, "sample_tokens", 1)
+        problems |= _above_zero(self, "interval_minutes")
         problems |= _at_least(self, "tasks_interval_steps", 1) | _at_least(self, "tasks_limit", 1)
         try:
             choose_tasks(self.tasks)
@@ -289,6 +301,11 @@ class EvaluationConfig:
 def _at_least(part: Any, name: str, least: int) -> dict[str, str]:
     value = getattr(part, name)
     return {name: f"is {value}; must be {least} or more"} if value is not None and value < least else {}
+
+
+def _above_zero(part: Any, name: str) -> dict[str, str]:
+    value = getattr(part, name)
+    return {name: f"is {value:g}; must be above 0"} if value is not None and value <= 0 else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,3 +330,8 @@ class Config:
     def __post_init__(self) -> None:
         if problems := spanning_problems(vars(self)):
             raise ValueError(problems)
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder or URL of the run's checkpoints."""
+        return self.checkpoint.place(self.run.path)

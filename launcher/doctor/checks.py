@@ -117,7 +117,7 @@ def check_versions(ranks: Sequence[RankFacts], required: Sequence[Requirement]) 
 
 
 def check_torchvision(ranks: Sequence[RankFacts]) -> Verdict:
-    """torchvision was built for the torch that is installed: programs other than Tritrain do not repair it."""
+    """The installed torchvision was built for the installed torch; programs other than Tritrain do not repair it."""
     unfit = [facts for facts in ranks if not facts.torchvision_fits]
     if not unfit:
         return Verdict("torchvision", "ok", "fits torch, or is not installed")

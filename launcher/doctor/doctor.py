@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch.distributed as dist
 from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
+from data.messages import safe_message
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import check_writable, is_local
 from launcher.config.file import load_config
@@ -32,6 +32,7 @@ from launcher.doctor.facts import (
     ALL_REDUCE_BYTES,
     PROBE_BYTES,
     SECONDS_TO_APPEAR,
+    DiskProbe,
     RankFacts,
     clock_offsets,
     gather,
@@ -45,6 +46,7 @@ from launcher.errors import USER_ERRORS, CheckpointError, report_error
 from launcher.plan.disk import existing_part
 from launcher.plan.plan import Plan, make_plan
 from launcher.plan.table import describe
+from launcher.process.exchange import value_of_first
 from launcher.process.ranks import Ranks, process_group
 from launcher.run.folder import RunFolder
 
@@ -83,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except Exception as error:
         text = traceback.format_exc() if joined else not_joined(error)
-        print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        text = safe_message(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {text}")
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
         os._exit(1)  # as above
 
 
@@ -114,7 +117,7 @@ def examine(
 ) -> list[Verdict]:
     """Measure and judge; a collective, with the same verdicts on all ranks."""
     config, required = plan.config if plan else None, requirements()
-    facts = gather(look_around(ranks, config, required), ranks)
+    facts = [RankFacts(**fact) for fact in gather(asdict(look_around(ranks, config, required)), ranks)]
     all_reduces = measure_all_reduce(ranks, all_reduce_bytes)
     offsets = clock_offsets(ranks, clock)
     of_folder = examine_folder(facts, ranks, plan, probe_bytes, seconds_to_appear)
@@ -145,25 +148,23 @@ def examine_folder(
 ) -> list[Verdict]:
     """Check the disk of the run's folder, or of the working directory without a plan; a collective."""
     run = RunFolder(plan.config) if plan else None
-    shared = [("", "", "")]  # where, what was written there, why it could not be
+    shared = ["", "", ""]  # where, what was written there, why it could not be
     if ranks.is_first:
         where = existing_part(run.path if run else Path())
         try:
             folder, written = tempfile.mkdtemp(prefix="tritrain-doctor-", dir=where), os.urandom(16).hex()
             Path(folder, "written").write_text(written)
-            shared = [(folder, written, "")]
+            shared = [folder, written, ""]
         except OSError as error:
-            shared = [(str(where), "", str(error))]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(shared)
-    folder, written, problem = shared[0]
+            shared = [str(where), "", str(error)]
+    folder, written, problem = value_of_first(shared) if ranks.world_size > 1 else shared
     place = str(Path(folder).parent)
     if problem:
         return [Verdict("disk", "failure", problem, "The run's folder must be one that can be written to.")]
     try:
         seen = gather(look_for(Path(folder, "written"), seconds_to_appear), ranks)
-        mine = probe_disk(Path(folder), probe_bytes, ranks.rank) if seen[ranks.rank] == written else None
-        probes = [probe for probe in gather(mine, ranks) if probe is not None]
+        mine = asdict(probe_disk(Path(folder), probe_bytes, ranks.rank)) if seen[ranks.rank] == written else None
+        probes = [DiskProbe(**probe) for probe in gather(mine, ranks) if probe is not None]
         free = shutil.disk_usage(folder).free if ranks.is_first else 0
     finally:
         if ranks.is_first:
@@ -213,9 +214,9 @@ def show(verdicts: Sequence[Verdict], world_size: int, *, as_json: bool) -> None
     for name in ("check", "", "found"):
         table.add_column(name, no_wrap=name != "found", overflow="fold")
     for verdict in verdicts:
-        found = Text(verdict.found, style="dim" if verdict.level == "skipped" else "")
+        found = Text(safe_message(verdict.found), style="dim" if verdict.level == "skipped" else "")
         if verdict.advice:
-            found.append(f"\n{verdict.advice}", style="bold")
+            found.append(f"\n{safe_message(verdict.advice)}", style="bold")
         table.add_row(verdict.check, Text(verdict.level, style=LEVEL_STYLES[verdict.level]), found)
     console.print(table)
     problems, warnings = (

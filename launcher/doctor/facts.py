@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -25,6 +25,7 @@ from data.torchvision_repair import repair_torchvision
 from launcher.config.sections import Config
 from launcher.hidden import PACKAGES, ROOT
 from launcher.plan.inputs import needed_paths
+from launcher.process.exchange import gather_values
 from launcher.process.ranks import Ranks
 
 MIB = 2**20
@@ -257,15 +258,9 @@ def digest_of(path: Path) -> str | None:
         return None
 
 
-Fact = TypeVar("Fact")
-
-
-def gather(fact: Fact, ranks: Ranks) -> list[Fact]:
-    """Collect a value from every rank; a collective."""
-    facts = [fact] * ranks.world_size
-    if ranks.world_size > 1:
-        dist.all_gather_object(facts, fact)
-    return facts
+def gather(fact: Any, ranks: Ranks) -> list[Any]:
+    """Collect a value of JSON's types from every rank; a collective."""
+    return gather_values(fact) if ranks.world_size > 1 else [fact]
 
 
 def measure_all_reduce(ranks: Ranks, sizes: Sequence[int] = ALL_REDUCE_BYTES) -> list[AllReduce]:

@@ -19,6 +19,7 @@ from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.adamw import build_adamw, create_adam_state, parameter_groups, set_step_sizes
 from launcher.engine.contract import Engine, Shard
+from launcher.errors import ConfigError
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 from model.transformer import Output
@@ -326,3 +327,30 @@ class ZeroEngine(Engine):
                 outer.persistent_parameters[0].all_gather(outer.persistent_parameters)
         else:
             outer.update_lp_params()
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """Make sure that the state is where `_locate` says: what is written there must be what the model computes with.
+
+        Some settings lay it out in another way than DeepSpeed's own tables say.
+
+        Raises:
+            ConfigError: it is elsewhere, on any rank.
+        """
+        wrong = sum(not self._is_in_place(parameter) for parameter in self.model.parameters())
+        total = torch.tensor(wrong, device=self.device)
+        dist.all_reduce(total)
+        if total:
+            raise ConfigError(
+                f"engine.deepspeed: with these keys DeepSpeed keeps {int(total)} parts of fp32 weights elsewhere than "
+                "its tables say; leave out what changes the layout"
+            )
+
+    def _is_in_place(self, parameter: Any) -> bool:
+        located = self._locate(parameter)
+        if located is None:
+            return True
+        master, offset, start, length = located
+        computed = parameter.ds_tensor[:length] if self.stage == 3 else parameter.view(-1)[start : start + length]
+        same = computed == master.view(-1)[offset : offset + length].to(computed)
+        return bool((same | ~computed.isfinite()).all())

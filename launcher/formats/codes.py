@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from launcher.checkpoint.source import Source
+from launcher.formats.hf_source import HuggingFaceSource
 from model.transformer import ModelConfig, Transformer
+from quant.codes import unpack
 from quant.config import QuantConfig, is_rotated
 from quant.hadamard import rotate
 from quant.linear import LEARNED_SCALE, matching_layers, sharers
@@ -14,12 +16,12 @@ from quant.rounding import dequantize, learned_scale, weight_codes, weight_scale
 
 
 class CodedMatrices:
-    """The matrices of a source that a phase quantizes.
+    """The matrices of a source that are quantized.
 
     Args:
-        source: of the latent weights, and of learned scales.
+        source: of the latent weights, and of learned scales; or a packed folder, whose codes are taken as they are.
         model: of the source.
-        quantization: of the phase.
+        quantization: that it computes with.
     """
 
     def __init__(self, source: Source, model: ModelConfig, quantization: QuantConfig) -> None:
@@ -46,11 +48,16 @@ class CodedMatrices:
 
         With a rotation, these are of the rotated matrix.
         """
+        if isinstance(self._source, HuggingFaceSource) and self._source.is_packed:
+            packed_RI, level = self._source.packed(name)
+            return unpack(packed_RI), level
         config, layer = self._config, name.removesuffix(".weight")
         weight_OI = self._rotated(layer)
         if config.learned:
             (rows,) = self._source.shapes[f"{layer}.{LEARNED_SCALE}"]
-            scale = learned_scale(self._source.read("weight", f"{layer}.{LEARNED_SCALE}", 0, rows), config.levels)
+            scale = learned_scale(
+                self._source.read_finite("weight", f"{layer}.{LEARNED_SCALE}", 0, rows), config.levels
+            )
         else:
             shared = self._sharers[name]
             scale = weight_scale([weight_OI] if shared == [layer] else [*map(self._rotated, shared)], config)
@@ -64,5 +71,5 @@ class CodedMatrices:
     def _rotated(self, layer: str) -> Tensor:
         name = f"{layer}.weight"
         shape = self._source.shapes[name]
-        weight_OI = self._source.read("weight", name, 0, prod(shape)).view(shape)
+        weight_OI = self._source.read_finite("weight", name, 0, prod(shape)).view(shape)
         return rotate(weight_OI) if is_rotated(layer, self._config) else weight_OI

@@ -5,11 +5,14 @@ then happens when the run starts, by the same code as inside a run, so that both
 why converting one of our own checkpoints costs nothing: its files are immutable, and the new checkpoint links to them.
 """
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 
 import torch
 
+from data.tokenizer import self_contained
 from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import FileRecord, Manifest, precision_at
@@ -18,7 +21,8 @@ from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_
 from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from launcher.formats.open import check_model, check_sound, model_of, precision_of
+from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.open import check_model, check_sound, computed_precision, model_of
 from launcher.formats.opened import tokenizer_of
 from launcher.formats.provenance import provenance
 from launcher.formats.start import check_start, first_progress
@@ -108,6 +112,7 @@ def convert_to_run(config: Config, source: Source) -> Path:
     """
     course, folder = course_of_conversion(config, source), RunFolder(config)
     folder.claim()
+    course_of_conversion(config, source)  # another process may have converted into it meanwhile
     folder.prepare([phase.end - phase.start for phase in course.phases])
     at = first_progress(course)
     writer = CheckpointWriter(folder_of(folder.checkpoints, at.step))
@@ -121,7 +126,9 @@ def convert_to_run(config: Config, source: Source) -> Path:
             else:
                 files = write_streamed(writer, source)
             tokenizer = tokenizer_of(source) or tokenizer_of_data(config)
-            writer.finish(files, folder.config_text, tokenizer, manifest_of_conversion(course, source))
+            is_foreign = isinstance(source, HuggingFaceSource)  # its other files may name the end of a document
+            with self_contained(tokenizer) if tokenizer and is_foreign else nullcontext(tokenizer) as copy:
+                writer.finish(files, folder.config_text, copy, manifest_of_conversion(course, source))
         except BaseException:
             writer.abandon()
             raise
@@ -132,16 +139,22 @@ def convert_to_run(config: Config, source: Source) -> Path:
 def manifest_of_conversion(course: Course, source: Source) -> Manifest:
     """The manifest of a converted checkpoint: its place in the run, and the precision of its source.
 
-    Other formats do not record a precision; it follows from the phases before, which count as done.
+    If the source does not say its precision, it follows from the phases before, which count as done. So it does for
+    weights that are read from packed codes.
     """
     at = first_progress(course)
+    precision = computed_precision(source)
+    is_ternary = precision is not None and precision.quantization is not None
+    is_packed = isinstance(source, HuggingFaceSource) and source.is_packed
+    if precision is None or is_packed or not (is_ternary or isinstance(source, CheckpointReader)):
+        precision = precision_at(course, at)
     return Manifest(
         milestone=True,
         has_moments=source.has_moments,
         step=at.step,
         tokens=at.step * course.tokens_per_step,
         progress=at,
-        precision=precision_of(source) if isinstance(source, CheckpointReader) else precision_at(course, at),
+        precision=precision,
         data_fingerprint=carried_fingerprint(course, source),
         spikes=None,
         teacher=None,
@@ -175,19 +188,27 @@ def carried_fingerprint(course: Course, source: Source) -> str | None:
     return None
 
 
-def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: torch.dtype) -> None:
-    """Write a Hugging Face folder with 16-bit weights; for a ternary run, its latent weights.
+def convert_to_hf(
+    source: Source, config: Config | None, folder: Path, dtype: torch.dtype, files: Mapping[str, bytes] | None = None
+) -> None:
+    """Write a Hugging Face folder with 16-bit weights.
+
+    Of a ternary model these are the latent weights, with a `quantization_config` that makes Transformers round them
+    while it computes (mode `online`), so that the folder computes what its source does.
 
     Args:
         source: what is converted.
         config: whose model it is; None if the source says so itself: a Tritrain checkpoint, a Hugging Face folder.
         folder: what is made.
         dtype: of the weights.
+        files: what else is put there, by name.
 
     Raises:
-        CheckpointError: the source is of another model or cannot be read, or the folder not be written.
+        CheckpointError: the source is of another model or cannot be read, Transformers does not compute what it does,
+            or the folder cannot be written.
         ConfigError: the configuration is needed and not there.
     """
+    from launcher.formats.hf_export import online_quantization
     from launcher.formats.hf_folder import write_hf
 
     model = config.model if config else model_of(source)
@@ -195,12 +216,20 @@ def convert_to_hf(source: Source, config: Config | None, folder: Path, dtype: to
         raise ConfigError(f"{source.location}: does not describe its model; name a configuration with --config")
     check_model(source, model)
     check_sound(source)
-    write_hf(source, model, folder, dtype=dtype)
+    quantization = online_quantization(source, model)
+    if quantization is not None and dtype != torch.bfloat16:
+        raise ConfigError(
+            f"--dtype: {source.location} is ternary, and Transformers would round latent weights in fp32 to other "
+            "codes than training does, which takes them in bf16; leave it out"
+        )
+    write_hf(source, model, folder, dtype=dtype, quantization=quantization, files=files)
 
 
 def not_carried(source: Source, into: str) -> list[str]:
     """One sentence for each thing that is lost because the other format does not carry it."""
     sentences = []
+    if into == "universal" and (precision := computed_precision(source)) and precision.quantization:
+        sentences.append("The quantization is not carried: DeepSpeed computes with the weights as they are.")
     if source.has_moments and into == "hf":
         sentences.append(
             f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place for them."

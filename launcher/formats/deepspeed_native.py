@@ -11,17 +11,20 @@ What the stages have in these files, and where, is in `launcher.formats.deepspee
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.names import bare_name
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_parts import Part, Shape, find_parts
+from launcher.formats.hf_source import CONFIG, read_model
 from launcher.formats.pickled import PickledFile
 
 WHOLE_MODEL = "mp_rank_00_model_states.pt"
@@ -59,7 +62,11 @@ def tag_folder(folder: Path, pointer: str) -> Path:
     if not (folder / pointer).is_file():
         return folder
     tag = (folder / pointer).read_text(errors="replace").strip()
-    if not tag or "/" in tag or not (folder / tag).is_dir():
+    try:
+        bare_name(tag)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / pointer} {error}") from error
+    if not (folder / tag).is_dir():
         raise CheckpointError(f"{folder / pointer} names {tag!r}, but there is no such folder beside it")
     return folder / tag
 
@@ -70,6 +77,39 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     while short and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in short)), None)):
         short = {name.removeprefix(wrapper): full for name, full in short.items()}
     return short
+
+
+class Computed:
+    """The weights that a model computed with, in a file of model states: the fp32 weights, rounded.
+
+    They do not depend on the layout of the fp32 weights, so every weight that is read is compared with them.
+
+    Args:
+        file: of model states.
+        module: the weights in it by name; stage 3 has none.
+    """
+
+    def __init__(self, file: PickledFile, module: Mapping[str, Any]) -> None:
+        self._file = file
+        self._module = {name: value for name, value in module.items() if isinstance(value, Tensor) and value.numel()}
+
+    def hold_against(self, name: str, start: int, weights: Tensor) -> None:
+        """Compare consecutive elements of a flattened fp32 weight.
+
+        Raises:
+            CheckpointError: the model computed with others.
+        """
+        if name not in self._module:
+            return
+        computed = self._file.read(self._module[name], start, len(weights))
+        different = computed != weights.to(computed.dtype)
+        if (different & weights.isfinite()).any():
+            dtype = str(computed.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{self._file.path.parent}: {int(different.sum())} of {len(weights)} elements of {name} are not what "
+                f"the model computed with in {dtype}: DeepSpeed has placed its fp32 weights in an order that is not "
+                "known here. Save the weights with DeepSpeed's zero_to_fp32 or save_16bit_model, and start from these"
+            )
 
 
 @contextmanager
@@ -90,7 +130,8 @@ class DeepSpeedSource(Source):
     (tied embeddings) the first name is there, as in a model's `named_parameters`.
 
     Args:
-        folder: the one with the file `latest`, or that of a tag in it.
+        folder: the one with the file `latest`, or that of a tag in it. A `config.json` beside `latest` describes the
+            model; Transformers' Trainer leaves one.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the folder comes from a kind of training that is not read.
@@ -98,10 +139,16 @@ class DeepSpeedSource(Source):
 
     def __init__(self, folder: Path) -> None:
         self.folder = tag_folder(folder, "latest")
-        self.location = str(self.folder)
+        self.model = read_model(folder) if folder != self.folder and (folder / CONFIG).is_file() else None
+        self.location = str(folder if self.model else self.folder)
+        if self.model and self.model.packing and not self.model.packing.online:
+            raise CheckpointError(
+                f"{folder / CONFIG} describes packed weights, and DeepSpeed has trained others beside it"
+            )
         with naming_content(self.location):
             models, ranks = _open_files(self.folder)
             shapes, trained, frozen = find_parts(models, ranks)
+            self._computed = Computed(models[0], models[0].tree["module"])
             self._parts: dict[str, list[Part]] = {name: [] for name in shapes}
             for part in (*trained, *frozen):
                 self._parts[part.name].append(part)
@@ -113,6 +160,11 @@ class DeepSpeedSource(Source):
         self.missing = (*MISSING, *self._shortcomings({part.name for part in frozen}))
         if self.has_moments and not ranks:
             self.missing += ("Stage 0 numbers the moments; they were given to parameters by order and shape.",)
+
+    @property
+    def first_token(self) -> int | None:
+        """See `launcher.formats.hf_source.FolderModel.first_token`."""
+        return self.model.first_token(self.location) if self.model else None
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         num_elements = math.prod(self.shapes[name])
@@ -131,6 +183,8 @@ class DeepSpeedSource(Source):
                 else:
                     out.copy_(part.file.read(stored, part.offset + first - position, end - first))
             position += part.length
+        if kind == "weight":
+            self._computed.hold_against(self._names[name], start, found)
         return found
 
     def read_step(self, name: str) -> float:
@@ -204,10 +258,12 @@ def _open_files(folder: Path) -> tuple[list[PickledFile], list[PickledFile]]:
         return models, []
     num_ranks = models[0].tree["dp_world_size"]
     for kind, files in by_rank.items():
-        expected = {0} if files.get(0) == WHOLE_MODEL else set(range(num_ranks))
-        if odd := sorted(expected.symmetric_difference(files)):
-            state = "missing" if odd[0] in expected else "there as well"
+        expected = range(1 if files.get(0) == WHOLE_MODEL else num_ranks)  # which may be any number
+        odd = next((rank for rank in expected if rank not in files), None)
+        odd = next((rank for rank in sorted(files) if rank not in expected), None) if odd is None else odd
+        if odd is not None:
+            state = "missing" if odd in expected else "there as well"
             raise CheckpointError(
-                f"{folder} was written by {num_ranks} ranks, and rank {odd[0]}'s file of {kind} states is {state}"
+                f"{folder} was written by {num_ranks} ranks, and rank {odd}'s file of {kind} states is {state}"
             )
     return models, ranks

@@ -2,13 +2,16 @@
 
 Each stage keeps fp32 weights and moments in its own way (as of DeepSpeed 0.19.8):
 
-- 1 and 2: a parameter group is one flat tensor, cut into equal parts. A rank's `param_slice_mappings` says which of
-  its elements belong to which parameter, and a parameter goes on where the rank before left it.
+- 1 and 2: the parameters of a group are one flat tensor, in the order of `param_shapes` and padded as
+  `param_alignment_paddings` says, cut into equal parts of which the last ones lose the padding. DeepSpeed's own
+  `zero_to_fp32` reads it so. The `param_slice_mappings` beside it say otherwise, and wrongly, if
+  ``round_robin_gradients`` was on.
 - 3: each parameter is cut into parts of ceil(elements / ranks), the last one padded. A rank's parts of all parameters
   of a group (or of a part of it, a sub-group) are one flat tensor, in the order of `param_shapes`.
 - 0: nothing is cut. torch's own optimizer state, in which parameters have numbers instead of names.
 
-Whatever the stage, a `Part` says where some elements of a parameter are. They are read when they are asked for.
+Whatever the stage, a `Part` says where some elements of a parameter are. They are read when they are asked for, and
+weights are then compared with those that the model computed with, where the folder holds them.
 """
 
 import math
@@ -53,14 +56,21 @@ def find_parts(
         return shapes, *_uncut_parts(models[0], module)
     groups = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
     shapes = {name: shape for group in groups for name, shape in group.items()}
-    trained: list[Part] = []
-    for number, rank in enumerate(ranks):
+    stages = set()
+    for rank in ranks:
         optimizer = rank.tree["optimizer_state_dict"]
         counts = optimizer["partition_count"]
         if {len(ranks)} != set(counts if isinstance(counts, list) else [counts]):
             raise CheckpointError(f"{rank.path} is one of {counts} partitions, and {len(ranks)} ranks have written")
-        stage = rank.read_number(optimizer.get("zero_stage", 1))
-        trained += _cut_parameters(rank, groups, number, len(ranks)) if stage == 3 else _cut_groups(rank)
+        stages.add(rank.read_number(optimizer.get("zero_stage", 1)))
+    if len(stages) > 1:
+        raise CheckpointError(f"{ranks[0].path.parent} is a mixture: its ranks have written stages {sorted(stages)}")
+    if stages == {3}:
+        trained = [
+            part for number, rank in enumerate(ranks) for part in _cut_parameters(rank, groups, number, len(ranks))
+        ]
+    else:
+        trained = list(_cut_groups(ranks, groups))
     frozen_shapes = {name: tuple(shape) for name, shape in (model["frozen_param_shapes"] or {}).items()}
     frozen_shapes |= {n: tuple(v.shape) for n, v in module.items() if n not in shapes and n not in frozen_shapes}
     shapes |= frozen_shapes
@@ -77,18 +87,31 @@ def _adam(file: PickledFile, states: Any, index: int, settings: Any) -> tuple[di
     return {kind: state[kind] for kind in MOMENTS}, file.read_number(step)
 
 
-def _cut_groups(rank: PickledFile) -> Iterator[Part]:
-    """The parts in a rank's file of stage 1 or 2."""
-    optimizer = rank.tree["optimizer_state_dict"]
-    if "param_slice_mappings" not in optimizer:
-        raise CheckpointError(f"{rank.path} was written by DeepSpeed {rank.tree.get('ds_version')}, which is too old")
-    base = optimizer["base_optimizer_state"]  # a list with `elastic_checkpoint`
-    states, settings = (base, ()) if isinstance(base, list) else (base["state"], base["param_groups"])
-    for group, slices in enumerate(optimizer["param_slice_mappings"]):
-        moments, step = _adam(rank, states, group, settings[group : group + 1])
-        tensors = {"weight": optimizer["single_partition_of_fp32_groups"][group], **moments}
-        for name, address in slices.items():
-            yield Part(name, rank, tensors, address.state["start"], address.state["numel"], step)
+def _cut_groups(ranks: Sequence[PickledFile], groups: Sequence[dict[str, Shape]]) -> Iterator[Part]:
+    """The parts in the files of stage 1 or 2: those of each parameter in order."""
+    paddings = ranks[0].tree["optimizer_state_dict"].get("param_alignment_paddings")
+    for index, shapes in enumerate(groups):
+        places, end = {}, 0
+        for (name, shape), padding in zip(
+            shapes.items(), paddings[index] if paddings else [0] * len(shapes), strict=True
+        ):
+            places[name] = end, end + math.prod(shape)
+            end += math.prod(shape) + padding
+        begin = 0
+        for rank in ranks:
+            optimizer = rank.tree["optimizer_state_dict"]
+            base = optimizer["base_optimizer_state"]  # a list with `elastic_checkpoint`
+            states, settings = (base, ()) if isinstance(base, list) else (base["state"], base["param_groups"])
+            moments, step = _adam(rank, states, index, settings[index : index + 1])
+            tensors = {"weight": optimizer["single_partition_of_fp32_groups"][index], **moments}
+            own = tensors["weight"].numel()
+            for name, (first, last) in places.items():
+                start, stop = max(first, begin), min(last, begin + own)
+                if start < stop:
+                    yield Part(name, rank, tensors, start - begin, stop - start, step)
+            begin += own
+        if not end <= begin < end + 2 * len(ranks):  # the whole is padded to a multiple of twice the ranks
+            raise CheckpointError(f"{ranks[0].path.parent} holds {begin} elements in a group of {end}")
 
 
 def _cut_parameters(rank: PickledFile, groups: list[dict[str, Shape]], number: int, num_ranks: int) -> Iterator[Part]:

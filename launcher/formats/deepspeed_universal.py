@@ -12,8 +12,7 @@
 """
 
 import math
-import os
-import shutil
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.names import bare_name
+from launcher.checkpoint.location import new_location
 from launcher.checkpoint.source import MOMENTS, Source
 from launcher.errors import CheckpointError
-from launcher.formats.deepspeed_native import MISSING, naming_content, tag_folder, unwrapped
+from launcher.formats.deepspeed_native import MISSING, Computed, naming_content, tag_folder, unwrapped
 from launcher.formats.pickled import PickledFile
 
 POINTER = "latest_universal"
@@ -73,12 +74,16 @@ class UniversalSource(Source):
         models = sorted(self.folder.glob("*_model_states.pt"))
         if not models or not (self.folder / "zero").is_dir():
             raise CheckpointError(f"{self.location} lacks {'zero/' if models else '*_model_states.pt'}")
-        model = PickledFile(models[0]).tree
+        file = PickledFile(models[0])
+        model = file.tree
+        self._computed = Computed(file, model.get("module") or {})
         left_out = {*(model.get("buffer_names") or ()), *(model.get("shared_params") or ())}
         groups = {name: tuple(shape) for group in model.get("param_shapes") or () for name, shape in group.items()}
         found = sorted(path.parent.name for path in (self.folder / "zero").glob("*/fp32.pt"))
-        names = [
-            name for name in dict.fromkeys([*(model.get("module") or ()), *groups, *found]) if name not in left_out
+        names = [  # of folders in zero/
+            bare_name(name)
+            for name in dict.fromkeys([*(model.get("module") or ()), *groups, *found])
+            if name not in left_out
         ]
         shapes = {name: groups.get(name, tuple(self._tensor("weight", name)[1].shape)) for name in names}
         for name, shape in shapes.items():
@@ -105,7 +110,10 @@ class UniversalSource(Source):
             return torch.zeros(min(length, num_elements - start))
         file, tensor = self._tensor(kind, name)
         self._check(file, tensor, num_elements)
-        return file.read(tensor, start, length).float()
+        found = file.read(tensor, start, length).float()
+        if kind == "weight":
+            self._computed.hold_against(name, start, found)
+        return found
 
     def _check(self, file: PickledFile, tensor: Tensor, num_elements: int) -> None:
         if tensor.numel() != num_elements:
@@ -133,7 +141,9 @@ class UniversalSource(Source):
             raise CheckpointError(f"{file.path} has no step: {error!r}") from error
 
 
-def write_universal(source: Source, folder: Path, *, learning_rate: float | None = None) -> Path:
+def write_universal(
+    source: Source, folder: Path, *, learning_rate: float | None = None, files: Mapping[str, bytes] | None = None
+) -> Path:
     """Write a universal checkpoint, from which plain DeepSpeed continues with ZeRO stage 1, 2 or 3 on any ranks.
 
     With ``"checkpoint": {"load_universal": true}`` in its configuration, and before its first step::
@@ -155,6 +165,7 @@ def write_universal(source: Source, folder: Path, *, learning_rate: float | None
         source: what to write.
         folder: where to; must not be there yet, and is there only once it is complete.
         learning_rate: of the next step, which comes before a scheduler's; None leaves the engine's.
+        files: what else is put there, by name.
 
     Returns:
         The folder of the tag in it.
@@ -168,24 +179,22 @@ def write_universal(source: Source, folder: Path, *, learning_rate: float | None
             f"{source.location} has parameters after {min(steps):g} and after {max(steps):g} steps, and DeepSpeed "
             "counts the steps of all parameters together"
         )
-    if odd := [name for name in source.shapes if name in ("", ".", "..") or "/" in name or "\\" in name]:
-        raise CheckpointError(f"{source.location} has a parameter {odd[0]!r}, which cannot be the name of a folder")
-    if folder.exists():
-        raise CheckpointError(f"{folder} already exists")
+    for name in source.shapes:
+        try:
+            bare_name(name)
+        except ValueError as error:
+            raise CheckpointError(f"{source.location}: a parameter becomes a folder, and it {error}") from error
     (step,) = steps
-    building = folder.with_name(folder.name + ".tmp")
     tag = f"global_step{step:.0f}"
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        _write_tag(source, building / tag, step, learning_rate)
-        (building / POINTER).write_text(tag)
-        building.rename(folder)
-        _flush_folder(folder.parent)
+        with new_location(folder) as building:
+            _write_tag(source, building / tag, step, learning_rate)
+            (building / POINTER).write_text(tag)
+            for name, content in (files or {}).items():
+                (building / name).write_bytes(content)
     except CheckpointError:
-        shutil.rmtree(building, ignore_errors=True)
         raise
     except (OSError, RuntimeError) as error:  # torch has no better name for a full disk
-        shutil.rmtree(building, ignore_errors=True)
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     return folder / tag
 
@@ -197,16 +206,16 @@ def _write_tag(source: Source, folder: Path, step: float, learning_rate: float |
             if kind in MOMENTS and not source.has_moments:
                 tensor = torch.zeros(shape)
             else:
-                tensor = source.read(kind, name, 0, math.prod(shape)).reshape(shape)
-            _save({"param": tensor, "cat_dim": 0}, folder / "zero" / name / file_name)
-        _save(torch.tensor(step), folder / "zero" / name / "step.pt")
+                tensor = source.read_finite(kind, name, 0, math.prod(shape)).reshape(shape)
+            torch.save({"param": tensor, "cat_dim": 0}, folder / "zero" / name / file_name)
+        torch.save(torch.tensor(step), folder / "zero" / name / "step.pt")
     # The engine's hyper-parameters are overwritten with what is here: in stages 1 and 2 group by group (at most as many
     # as there are parameters), in stage 3 those of all groups with the first one's.
     group = {} if learning_rate is None else {"lr": learning_rate}
     groups = [group for _ in source.shapes]
     state = {"state": {0: {"step": torch.tensor(step)}}, "param_groups": groups}
     optimizer = {"ds_version": FORMAT_OF, "param_groups": groups, "optimizer_state_dict": state}
-    _save(optimizer, folder / "zero" / "optimizer_state.pt")
+    torch.save(optimizer, folder / "zero" / "optimizer_state.pt")
     model = {
         "module": {},
         "buffer_names": [],
@@ -223,19 +232,4 @@ def _write_tag(source: Source, folder: Path, step: float, learning_rate: float |
         "universal_checkpoint_info": {"universal_checkpoint_version": 0.2},
     }
     for file_name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):  # the latter: stage 3
-        _save(model, folder / file_name)
-
-
-def _save(value: Any, path: Path) -> None:
-    with path.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        torch.save(model, folder / file_name)

@@ -6,7 +6,6 @@ instead of by token, and keeps keys and values in half precision.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.gguf_vocabulary import gguf_vocabulary
+from data.new_paths import TakenError, new_file
 from launcher.checkpoint.load import check_fits
-from launcher.checkpoint.location import flush_folder, reaching
+from launcher.checkpoint.location import reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError, ConfigError
@@ -64,7 +64,7 @@ def export_gguf(
     embeddings: EmbeddingType | None = None,
     tokenizer: Path,
 ) -> str:
-    """Write a GGUF file; it has its name when it is complete, until then it is `NAME.tmp`.
+    """Write a GGUF file; it has its name when it is complete, see `data.new_paths`.
 
     Args:
         opened: with ``ternary`` for the ternary types.
@@ -164,7 +164,7 @@ def _values(opened: Exportable, coded: CodedMatrices | None, tensor: GGUFTensor)
 
 def _read(source: Source, name: str) -> Tensor:
     shape = source.shapes[name]
-    return source.read("weight", name, 0, prod(shape)).view(shape)
+    return source.read_finite("weight", name, 0, prod(shape)).view(shape)
 
 
 def _file_type(into: BlockType) -> int:
@@ -180,37 +180,33 @@ def _write(
     tensors: list[GGUFTensor],
     values: Iterator[NDArray[np.generic]],
 ) -> None:
-    """Write the file under another name, flush it, and rename it; nothing is left of one that fails."""
+    """Write the file; nothing is left of one that fails."""
     from gguf import GGUFValueType, GGUFWriter
 
     kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
-    building = to.with_name(f"{to.name}.tmp")
-    writer = GGUFWriter(building, architecture)
-    for key, value in metadata.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        else:
-            writer.add_key_value(key, value, kinds.get(type(value), GGUFValueType.STRING))
-    for tensor in tensors:
-        # Its dtype stands for nothing where the type is given.
-        writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, ggml_type(tensor.into)
-        )
-    with reaching(to):
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for array in values:
-                writer.write_tensor_data(array)
-            assert writer.fout is not None
-            writer.flush()
-            os.fsync(writer.fout[0].fileno())
-            writer.close()
-            building.rename(to)
-            flush_folder(to.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):  # where the disk is full, closing fails as well
+    try:
+        with reaching(to), new_file(to) as building:
+            writer = GGUFWriter(building, architecture)
+            for key, value in metadata.items():
+                if isinstance(value, list):
+                    writer.add_array(key, value)
+                else:
+                    writer.add_key_value(key, value, kinds.get(type(value), GGUFValueType.STRING))
+            for tensor in tensors:
+                # Its dtype stands for nothing where the type is given.
+                writer.add_tensor_info(
+                    tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, ggml_type(tensor.into)
+                )
+            try:
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                for array in values:
+                    writer.write_tensor_data(array)
                 writer.close()
-            building.unlink(missing_ok=True)
-            raise
+            except BaseException:
+                with contextlib.suppress(OSError):  # where the disk is full, closing fails as well
+                    writer.close()
+                raise
+    except TakenError as error:
+        raise CheckpointError(str(error)) from error

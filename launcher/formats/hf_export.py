@@ -10,7 +10,7 @@ Transformers computes a packed layer with one of two classes, which take opposit
 The wrong scale loads without a word and computes nonsense, so what is written depends on the class alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,17 +19,20 @@ from torch import Tensor
 
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import tokenizer_files
+from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.choices import ExportWeights, LinearClass
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.hf_folder import Stored, stored_weights, to_json, write_folder
-from launcher.formats.hf_source import dtype_name, listed, naming
+from launcher.formats.hf_source import HuggingFaceSource, dtype_name, listed, naming
 from launcher.formats.model_card import model_card
+from launcher.formats.open import computed_precision
 from launcher.formats.opened import Exportable
 from launcher.formats.provenance import source_record
-from launcher.plan.exports import packing_problems, recipe_problems
+from launcher.plan.exports import AS_WEIGHTS, NO_OTHER_WAY, coded_matrices, packing_problems, recipe_problems
 from model.hf import config_to_hf
-from model.size import is_projection
+from model.size import is_projection, parameter_shapes
+from model.transformer import ModelConfig
 from quant.codes import CODES_PER_BYTE, pack
 
 HfWeights = ExportWeights | Literal["packed"]
@@ -69,7 +72,9 @@ def export_hf(
             there already, or cannot be written.
         DataError: the tokenizer cannot be expressed exactly, or is of another model.
     """
-    model, quantization = exportable.model, exportable.quantization
+    model, quantization, source = exportable.model, exportable.quantization, exportable.source
+    if weights == "latent" and isinstance(source, HuggingFaceSource) and source.is_packed:
+        raise CheckpointError(f"{source.location} holds packed codes, and no latent weights; {AS_WEIGHTS}")
     if dtype is None:
         config = exportable.config
         dtype = torch.float32 if config and config.training.compute_dtype == "fp32" else torch.bfloat16
@@ -86,7 +91,9 @@ def export_hf(
         problems = recipe_problems(quantization, packed=weights == "packed")
         if weights == "packed":
             problems += packing_problems(model, matrices.names, exportable.source.shapes, linear_class)
-            hf_config["quantization_config"] = quantization_config(matrices, tensors, linear_class)
+            hf_config["quantization_config"] = quantization_config(
+                matrices.names, [tensor.name for tensor in tensors], linear_class, mode="offline"
+            )
         if problems:
             raise CheckpointError(listed(f"{exportable.source.location}: Transformers cannot compute this", problems))
         tensors = [
@@ -106,15 +113,45 @@ def export_hf(
     write_folder(folder, hf_config, tensors, files)
 
 
-def quantization_config(matrices: CodedMatrices, tensors: list[Stored], linear_class: LinearClass) -> dict[str, object]:
-    """The part of `config.json` that makes Transformers unpack."""
-    left_out = [
-        each.name.removesuffix(".weight") for each in tensors if is_projection(each.name) and each.name not in matrices
+def online_quantization(source: Source, model: ModelConfig) -> dict[str, object] | None:
+    """The part of `config.json` that makes Transformers round latent weights as a source's model does; None in 16 bits.
+
+    Raises:
+        CheckpointError: Transformers cannot; all reasons are listed.
+    """
+    precision = computed_precision(source)
+    if precision is None or precision.quantization is None:
+        return None
+    quantization = precision.quantization
+    problems = recipe_problems(quantization, packed=True)
+    coded = coded_matrices(model, quantization)
+    if isinstance(source, HuggingFaceSource) and source.is_packed:
+        problems.append("the folder holds packed codes, and no latent weights")
+    elif quantization.levels != "ternary" or quantization.weights != "absmean":
+        problems.append(f"weights {quantization.weights}: weights are rounded by their absmean; {NO_OTHER_WAY}")
+    if quantization.fused:
+        problems.append(f"fused true: each matrix has a scale of its own; {NO_OTHER_WAY}")
+    if precision.strength < 1:
+        problems.append(f"it is on a ramp, at strength {precision.strength:.3g}; {NO_OTHER_WAY}")
+    problems += [
+        f"{name} is quantized, and only projections of blocks can be" for name in coded if not is_projection(name)
     ]
+    if problems:
+        raise CheckpointError(
+            listed(f"{source.location}: Transformers cannot round weights like this; use `tritrain export`", problems)
+        )
+    return quantization_config(coded, parameter_shapes(model), "autobitlinear", mode="online")
+
+
+def quantization_config(
+    coded: Container[str], names: Iterable[str], linear_class: LinearClass, *, mode: Literal["offline", "online"]
+) -> dict[str, object]:
+    """The part of `config.json` that makes Transformers unpack codes (mode `offline`), or round weights (`online`)."""
+    left_out = [name.removesuffix(".weight") for name in names if is_projection(name) and name not in coded]
     return {
         "quant_method": "bitnet",
         "linear_class": linear_class,
-        "quantization_mode": "offline",
+        "quantization_mode": mode,
         # Without a list Transformers leaves out what comes last in the model, which in OLMo is a projection.
         "modules_to_not_convert": ["lm_head", *left_out],
     }

@@ -1,7 +1,7 @@
 """Write Hugging Face folders: `config.json`, safetensors in one file or several, and the files beside them.
 
-Tensors are written a piece at a time. The folder is there when it is complete, not before: until then it is `NAME.tmp`,
-and in a remote store it has no `config.json`.
+Tensors are written a piece at a time. The folder is there when it is complete, not before (see `data.new_paths`); in a
+remote store it has no `config.json` until then.
 """
 
 import json
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from launcher.checkpoint.load import check_fits
-from launcher.checkpoint.location import create, flush_folder, is_local, reaching, remove_folder
+from launcher.checkpoint.location import create, new_location, reaching
 from launcher.checkpoint.source import Source, in_pieces, start_checking
 from launcher.checkpoint.tensor_file import write_tensors
-from launcher.errors import CheckpointError
 from launcher.formats.hf_source import CONFIG, INDEX, WEIGHTS, dtype_name, naming
 from model.hf import config_to_hf
 from model.size import parameter_shapes
@@ -47,11 +46,12 @@ def write_hf(
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    quantization: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` opens, and with the same parameters as the source.
 
-    Of a ternary run these are the latent weights, rounded to ``dtype``, not the codes: a 16-bit model, to go on with
-    or to fine-tune.
+    Of a ternary model these are the latent weights, rounded to ``dtype``, not the codes.
 
     Args:
         source: of the weights; its moments are not written.
@@ -59,6 +59,8 @@ def write_hf(
         folder: to be written; must not be there.
         dtype: bfloat16, or float32 to round nothing.
         max_shard_bytes: a file holds no more, unless one tensor alone is larger; several files come with an index.
+        quantization: the `quantization_config`, if Transformers is to round the weights while it computes.
+        files: what else is put there, by name.
 
     Raises:
         CheckpointError: no Hugging Face family has this configuration, the source does not fit it (all that differs is
@@ -67,8 +69,10 @@ def write_hf(
     assert dtype in (torch.bfloat16, torch.float32), dtype
     with naming(folder):
         hf_config = {**config_to_hf(config), "torch_dtype": dtype_name(dtype)}
+    if quantization is not None:
+        hf_config["quantization_config"] = quantization
     start_checking(source, ("weight",))
-    write_folder(folder, hf_config, stored_weights(source, config, dtype), max_shard_bytes=max_shard_bytes)
+    write_folder(folder, hf_config, stored_weights(source, config, dtype), files, max_shard_bytes)
 
 
 def stored_weights(source: Source, config: ModelConfig, dtype: torch.dtype) -> list[Stored]:
@@ -113,35 +117,21 @@ def write_folder(
         shards[-1].append(tensor)
         room -= tensor.num_bytes
 
-    building = folder.with_name(f"{folder.name}.tmp") if is_local(folder) else folder
-    with reaching(folder):
-        if folder.exists():
-            raise CheckpointError(f"{folder}: already exists; choose another folder, or remove it")
-        remove_folder(building)
-        try:
-            if is_local(building):
-                building.mkdir(parents=True)
-            weight_map: dict[str, str] = {}
-            for number, shard in enumerate(shards, start=1):
-                name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
-                with create(building / name) as file:
-                    write_tensors(
-                        file, [each[:3] for each in shard], (each.pieces for each in shard), {}, with_digests=False
-                    )
-                weight_map |= {each.name: name for each in shard}
-            if len(shards) > 1:
-                total = {"total_size": sum(each.num_bytes for each in tensors)}
-                write_bytes(building / INDEX, to_json({"metadata": total, "weight_map": weight_map}))
-            for name, content in (files or {}).items():
-                write_bytes(building / name, content)
-            write_bytes(building / CONFIG, to_json(hf_config))
-            flush_folder(building)
-            if building != folder:
-                building.rename(folder)
-                flush_folder(folder.parent)
-        except BaseException:
-            remove_folder(building)
-            raise
+    with reaching(folder), new_location(folder) as building:
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
+            with create(building / name) as file:
+                write_tensors(
+                    file, [each[:3] for each in shard], (each.pieces for each in shard), {}, with_digests=False
+                )
+            weight_map |= {each.name: name for each in shard}
+        if len(shards) > 1:
+            total = {"total_size": sum(each.num_bytes for each in tensors)}
+            write_bytes(building / INDEX, to_json({"metadata": total, "weight_map": weight_map}))
+        for name, content in (files or {}).items():
+            write_bytes(building / name, content)
+        write_bytes(building / CONFIG, to_json(hf_config))
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:

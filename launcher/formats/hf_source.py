@@ -9,6 +9,7 @@ Transformers computes with: `autobitlinear` multiplies by it, `bitlinear` divide
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.names import bare_name
+from data.pointers import pointer_problem
 from launcher.checkpoint.location import reaching
-from launcher.checkpoint.source import Source
+from launcher.checkpoint.source import PIECE_ELEMENTS, Source
 from launcher.checkpoint.tensor_file import Entry, TensorFile, TensorFileError
 from launcher.errors import CheckpointError
+from model.config import ModelConfig
 from model.hf import config_from_hf
 from model.size import is_projection, parameter_shapes
 from quant.codes import CODES_PER_BYTE, unpack_block
@@ -52,6 +56,12 @@ NOT_IN_A_FOLDER = (
 NOT_IN_16_BITS = "The folder holds weights in {}: what fp32 weights had below that was rounded away."
 
 
+ROUNDED_WHILE_COMPUTING = (
+    "The folder holds latent weights, which Transformers rounds to ternary codes while it computes; a 16-bit phase "
+    "computes with them as they are."
+)
+
+
 NOT_IN_CODES = (
     "The folder holds packed ternary codes: what the latent weights were between the codes is not in it. Code times "
     "scale is read instead. For these an absmean quantizer finds the same codes, but a scale that is smaller by the "
@@ -72,13 +82,62 @@ class Packing:
     divides: bool
     """Whether a weight is its code divided by the scale, or multiplied by it."""
     left_out: tuple[str, ...]
-    """Modules with one of these in their dotted names are not packed."""
+    """Modules of these names are not packed, nor those inside of them, nor those whose names end like this.
+
+    This is the rule of Transformers 5.24. Versions before 5 leave out every module that has one in its name.
+    """
     online: bool
     """Whether the weights are stored in 16 bits and quantized while computing."""
 
     def applies_to(self, name: str) -> bool:
         """Return whether the parameter of this name is packed."""
-        return is_projection(name) and not any(part in name.removesuffix(".weight") for part in self.left_out)
+        module = name.removesuffix(".weight")
+        return is_projection(name) and not any(
+            re.match(rf"{left_out}(?:(?<=\.)|(?=\.|$))", module) or module.endswith(left_out)
+            for left_out in self.left_out
+        )
+
+
+@dataclass(frozen=True)
+class FolderModel:
+    """The model that a `config.json` describes."""
+
+    config: ModelConfig
+    packing: Packing | None
+    """None where the weights are computed with as they are."""
+    bos_token_id: Any
+    """As it is written there."""
+
+    @property
+    def ternary(self) -> tuple[str, ...]:
+        """Weights that Transformers computes with as codes, whether they are stored as such or not."""
+        packing = self.packing
+        return tuple(name for name in parameter_shapes(self.config) if packing and packing.applies_to(name))
+
+    def first_token(self, location: str) -> int | None:
+        """What a text begins with; None where the tokenizer says it.
+
+        Raises:
+            CheckpointError: what is written there is no token.
+        """
+        token = self.bos_token_id
+        if token is None or (type(token) is int and 0 <= token < self.config.vocab_size):
+            return token
+        raise CheckpointError(
+            f"{location}/{CONFIG}: bos_token_id {token!r} must be one token, 0 to {self.config.vocab_size - 1}, or null"
+        )
+
+
+def read_model(folder: Path) -> FolderModel:
+    """Read a folder's `config.json`.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or describes what this model does not compute.
+    """
+    hf_config = _read_json(folder / CONFIG)
+    with naming(folder / CONFIG):
+        packing = _read_packing(hf_config.pop("quantization_config", None))
+        return FolderModel(config_from_hf(hf_config), packing, hf_config.get("bos_token_id"))
 
 
 class HuggingFaceSource(Source):
@@ -96,13 +155,10 @@ class HuggingFaceSource(Source):
 
     def __init__(self, folder: Path) -> None:
         self.location = str(folder)
-        hf_config = _read_json(folder / CONFIG)
-        with naming(folder / CONFIG):
-            packing = _read_packing(hf_config.pop("quantization_config", None))
-            self.model_config = config_from_hf(hf_config)
+        self.model = read_model(folder)
+        self.model_config, packing = self.model.config, self.model.packing
         self._packing = None if packing and packing.online else packing
         self.is_packed = self._packing is not None
-        self.first_token: Any = hf_config.get("bos_token_id")
         self._files: dict[str, TensorFile] = {}
         self._paths: dict[str, Path] = {}
         for path in _weight_files(folder):
@@ -113,16 +169,17 @@ class HuggingFaceSource(Source):
                     raise CheckpointError(f"{path}: {name} is also in {self._paths[name].name}")
                 self._files[name], self._paths[name] = file, path
         found = {name: file.entries[name] for name, file in self._files.items() if not name.endswith(DERIVED)}
-        if self.model_config.tie_embeddings:
-            found.pop(HEAD, None)  # Transformers ties it, whatever it holds
+        if self.model_config.tie_embeddings and HEAD in found:
+            del found[HEAD]
+            if EMBEDDING in found:
+                self._check_tied()
         if self.model_config.num_layers > len(found):
             raise CheckpointError(
                 f"{folder / CONFIG}: num_hidden_layers is {self.model_config.num_layers}, "
                 f"but the folder holds only {len(found)} tensors"
             )
         self.shapes = parameter_shapes(self.model_config)
-        self.ternary = tuple(name for name in self.shapes if packing and packing.applies_to(name))
-        """Weights that Transformers computes with as codes, whether they are stored as such or not."""
+        self.ternary = self.model.ternary
         if problems := _problems(found, self.shapes, self._packing):
             raise CheckpointError(listed(f"{folder} does not hold the model that its {CONFIG} describes", problems))
         self.missing = NOT_IN_A_FOLDER
@@ -130,6 +187,27 @@ class HuggingFaceSource(Source):
             self.missing += (NOT_IN_16_BITS.format(" and ".join(sorted(map(dtype_name, narrow)))),)
         if self._packing:
             self.missing += (NOT_IN_CODES,)
+        elif self.ternary:
+            self.missing += (ROUNDED_WHILE_COMPUTING,)
+
+    @property
+    def first_token(self) -> int | None:
+        """See `FolderModel.first_token`."""
+        return self.model.first_token(self.location)
+
+    def _check_tied(self) -> None:
+        """Make sure that a head that is stored besides the embedding holds the same; else it was trained by itself."""
+        head, embedding = (self._files[name].entries[name] for name in (HEAD, EMBEDDING))
+        same = head.shape == embedding.shape
+        for start in range(0, head.num_elements if same else 0, PIECE_ELEMENTS):
+            length = min(PIECE_ELEMENTS, head.num_elements - start)
+            pieces = [self._files[name].read(name, start, length).float() for name in (HEAD, EMBEDDING)]
+            same = same and torch.equal(*pieces)
+        if not same:
+            raise CheckpointError(
+                f"{self.location}: {HEAD} differs from {EMBEDDING}, and {CONFIG} says tie_word_embeddings true, with "
+                "which Transformers drops it; set tie_word_embeddings to false if it was trained, or remove it"
+            )
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         if kind != "weight":
@@ -198,6 +276,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     with naming(path):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; a Hugging Face folder must have it")
+        if problem := pointer_problem(path):
+            raise ValueError(problem)
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -225,6 +305,8 @@ def _read_packing(quantization: Any) -> Packing | None:
         problems.append("use_rms_norm true: the model has no norm of its own in each linear layer")
     if not isinstance(left_out, list) or not all(isinstance(part, str) for part in left_out):
         problems.append(f"modules_to_not_convert {left_out!r}: must be a list of names")
+    elif patterns := [part for part in left_out if not re.fullmatch(r"[\w.-]*", part)]:
+        problems.append(f"modules_to_not_convert {patterns!r}: are patterns, and only names of whole modules are read")
     if problems:
         raise ValueError(listed("its quantization_config cannot be read", problems))
     online = layer == "autobitlinear" and mode == "online"
@@ -244,9 +326,7 @@ def _weight_files(folder: Path) -> list[Path]:
     with naming(folder / INDEX):
         if not weight_map or not isinstance(weight_map, dict) or any(type(v) is not str for v in weight_map.values()):
             raise ValueError("must have a weight_map from names of tensors to names of files")
-        names = sorted(set(weight_map.values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"points outside of its folder: {', '.join(outside)}")
+        names = sorted({bare_name(name) for name in weight_map.values()})
         if absent := [name for name in names if not (folder / name).is_file()]:
             raise ValueError(f"names files that do not exist: {', '.join(absent)}")
     return [folder / name for name in names]

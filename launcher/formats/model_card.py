@@ -14,7 +14,7 @@ from launcher.formats.opened import Exportable
 from launcher.plan.course import make_course
 from launcher.process.console import human_count
 from launcher.run.metrics_log import read_metrics
-from launcher.run.scores import RESULTS, TASK_COLUMNS, read_results, table_of
+from launcher.run.scores import RESULTS, TASK_COLUMNS, results_of, table_of
 from model.size import num_linear_parameters, num_parameters
 
 LAST = {
@@ -116,7 +116,7 @@ def _measured(exportable: Exportable) -> list[str]:
     ]
     lines = ["Last measured:", "", *_table(["", "", "after step"], found)] if found else []
     digest = exportable.source.manifest.digest
-    if scores := [record for record in read_results(exportable.run / RESULTS) if record["model"] == digest]:
+    if scores := results_of(exportable.run / RESULTS, digest):
         lines += ["Tasks, by `tritrain eval`:", "", *_table(TASK_COLUMNS, table_of(scores))]
     return lines
 

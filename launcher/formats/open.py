@@ -1,6 +1,9 @@
 """Open checkpoints of every known kind."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under
 from launcher.checkpoint.load import check_fits
@@ -17,6 +20,10 @@ from launcher.run.folder import holds_run
 from launcher.run.rollbacks import read_rollbacks
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
+from quant.config import BITNET
+
+if TYPE_CHECKING:
+    from launcher.formats.hf_source import FolderModel
 
 TRAITS = ("num_heads", "kv_heads", "head_width", "activation", "norm", "norm_position", "norm_eps", "qk_norm")
 """What a model computes with its parameters, and their shapes do not say."""
@@ -27,7 +34,7 @@ def open_source(text: str) -> Source:
 
     Args:
         text: a folder or URL: one of our checkpoints, or a run with some, of which the newest is taken; a folder
-            of DeepSpeed (ZeRO or universal); a folder of Hugging Face.
+            of DeepSpeed (ZeRO or universal), also beside Hugging Face's files; a folder of Hugging Face.
 
     Raises:
         CheckpointError: it is none of these, or not complete, or damaged.
@@ -45,13 +52,13 @@ def open_source(text: str) -> Source:
     from launcher.formats.deepspeed_universal import UniversalSource, is_universal
     from launcher.formats.hf_source import HuggingFaceSource, is_hf
 
-    if is_hf(folder):
-        return HuggingFaceSource(folder)
     if is_local(folder):
         if is_universal(folder):
             return UniversalSource(folder)
-        if is_deepspeed(folder):
+        if is_deepspeed(folder):  # before Hugging Face's: Transformers' Trainer saves both in one folder
             return DeepSpeedSource(folder)
+    if is_hf(folder):
+        return HuggingFaceSource(folder)
     raise CheckpointError(
         f"{text}: not a checkpoint of a known kind. Tritrain's have {MANIFEST}, a Hugging Face folder config.json, "
         "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ as well; DeepSpeed's must be local"
@@ -90,12 +97,41 @@ def check_model(source: Source, model: ModelConfig) -> None:
 
 
 def model_of(source: Source) -> ModelConfig | None:
-    """The model that a source describes; None for DeepSpeed's, which describe none."""
+    """The model that a source describes; None for DeepSpeed's without a `config.json`, which describe none."""
+    if described := described_model(source):
+        return described.config
+    return config_of(source).model if isinstance(source, CheckpointReader) else None
+
+
+def described_model(source: Source) -> "FolderModel | None":
+    """The model of the `config.json` beside a source's weights; None if it has none."""
+    from launcher.formats.deepspeed_native import DeepSpeedSource
     from launcher.formats.hf_source import HuggingFaceSource
 
-    if isinstance(source, HuggingFaceSource):
-        return source.model_config
-    return config_of(source).model if isinstance(source, CheckpointReader) else None
+    return source.model if isinstance(source, HuggingFaceSource | DeepSpeedSource) else None
+
+
+def computed_precision(source: Source) -> Precision | None:
+    """The precision that a source's model computes in; None for DeepSpeed's, which do not say.
+
+    Raises:
+        CheckpointError: as `precision_of`.
+    """
+    if described := described_model(source):
+        return precision_of_folder(described)
+    return precision_of(source) if isinstance(source, CheckpointReader) else None
+
+
+def precision_of_folder(model: "FolderModel") -> Precision:
+    """The precision that Transformers computes in: 8-bit activations and codes in a folder's ternary layers.
+
+    The scales of packed codes are those that are stored with them.
+    """
+    num_layers = model.config.num_layers
+    if not model.ternary:
+        return Precision.in_16_bits(num_layers)
+    include = "|".join(f"^{re.escape(name.removesuffix('.weight'))}$" for name in model.ternary)
+    return Precision.full(replace(BITNET, include=include), num_layers)
 
 
 def precision_of(reader: CheckpointReader) -> Precision:

@@ -1,7 +1,8 @@
 """Open a checkpoint for export: its weights, and everything that is needed to write them elsewhere.
 
-A ternary export holds codes and scales. It is right only where the last step computed with exactly these, so a model
-that is still on a ramp, or in 16 bits, is refused.
+A ternary export holds codes and scales. It is right only where the model computes with exactly these: of a run, if its
+last step did, so a model that is still on a ramp, or in 16 bits, is refused; of a folder of Hugging Face. if its
+`quantization_config` makes Transformers do so.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,15 @@ from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
-from launcher.formats.hf_source import HuggingFaceSource
-from launcher.formats.open import check_sound, config_of, model_of, open_source, precision_of, run_of
+from launcher.formats.open import (
+    check_sound,
+    computed_precision,
+    config_of,
+    described_model,
+    model_of,
+    open_source,
+    run_of,
+)
 from launcher.plan.exports import tokenizer_of_data
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
@@ -31,7 +39,7 @@ class Exportable:
     """Weights by name; learned scales are parameters `NAME.weight_scale`."""
     model: ModelConfig
     precision: Precision
-    """What the last step computed in; 16 bits for a folder of Hugging Face, packed or not."""
+    """What the model computes in: of a run in its last step, of a folder of Hugging Face.in Transformers."""
     tokenizer: Path | None
     """The tokenizer's file, where it was found."""
     config: Config | None
@@ -41,7 +49,7 @@ class Exportable:
 
     @property
     def quantization(self) -> QuantConfig | None:
-        """The quantization of the last step; None in 16 bits."""
+        """The quantization that it computes with; None in 16 bits."""
         return self.precision.quantization
 
     @property
@@ -67,26 +75,24 @@ def open_exportable(text: str, *, ternary: bool) -> Exportable:
         raise CheckpointError(
             f"{source.location} does not describe its model; turn it into a run with `tritrain convert`, and use that"
         )
-    if ternary and not isinstance(source, CheckpointReader):
-        raise CheckpointError(
-            f"{source.location} is not a Tritrain checkpoint, so its recipe is not known; export it in 16 bits"
-        )
     check_sound(source)
-    if not isinstance(source, CheckpointReader):
-        return Exportable(source, model, Precision.in_16_bits(model.num_layers), tokenizer_of(source), None, None)
-    config, precision = config_of(source), precision_of(source)
+    reader = source if isinstance(source, CheckpointReader) else None
+    precision = computed_precision(source)
+    assert precision is not None, "a source that describes its model says what it computes in"
     if ternary and (precision.quantization is None or precision.strength < 1):
-        at = f"{source.location}, after step {source.manifest.step},"
+        at = f"{source.location}, after step {reader.manifest.step}," if reader else source.location
         if precision.quantization is None:
             raise CheckpointError(
-                f"{at} is of a 16-bit phase and has no codes; --format hf exports it in 16 bits, and "
-                "--format gguf with --type f16 or q8_0"
+                f"{at} is {'of a 16-bit phase' if reader else 'a 16-bit model'} and has no codes; --format hf exports "
+                "it in 16 bits, and --format gguf with --type f16 or q8_0"
             )
         raise CheckpointError(
             f"{at} is on a ramp, at strength {precision.strength:.3g}, and did not compute with codes alone yet; "
             "train it to the end of the ramp, or export it in 16 bits with --format hf"
         )
-    return Exportable(source, model, precision, tokenizer_of(source), config, run_of(source, config))
+    config = config_of(reader) if reader else None
+    run = run_of(reader, config) if reader and config else None
+    return Exportable(source, model, precision, tokenizer_of(source), config, run)
 
 
 def tokenizer_of(source: Source) -> Path | None:
@@ -95,7 +101,7 @@ def tokenizer_of(source: Source) -> Path | None:
     Checkpoints of version 1 have none. For them it is the one in the run's folder, or in its first folder of data,
     where that was when the run was started.
     """
-    if isinstance(source, HuggingFaceSource):
+    if described_model(source):
         try:
             return load_tokenizer(Path(source.location)).path
         except DataError:

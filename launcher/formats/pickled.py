@@ -16,6 +16,7 @@ import pickletools
 import struct
 import threading
 import zipfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ import torch
 from isal.isal_zlib import crc32  # nine times as fast as zlib's
 from torch import Tensor
 
+from data.messages import safe_message
+from data.pointers import pointer_problem
 from launcher.checkpoint.tensor_file import CHUNK_BYTES, DTYPES, TensorFileError, range_reader
 from launcher.errors import CheckpointError
 
@@ -64,6 +67,45 @@ INERT_NAMES = (
 """Of these nothing is imported or called: each is `Inert`."""
 
 
+PROTOCOL = 2
+"""The protocol in which torch.save pickles, unless asked for another."""
+
+
+PROTO = b"\x80"
+"""The instruction before the protocol's number; protocols 0 and 1 have none."""
+
+
+MAX_LISTED = 5
+
+
+def asked_names(pickle: bytes) -> set[str]:
+    """The names of the classes and functions that a pickle of any protocol asks for; nothing of it is run.
+
+    Protocols 0 to 3 have a name in the instruction, 4 and later take it from two texts before it, directly or by
+    reference. Where these two are not simply there, the name is `?`, which is on no list.
+    """
+    names: set[str] = set()
+    texts: deque[str | None] = deque([None, None], maxlen=2)  # of the last two instructions; None for anything else
+    memo: dict[Any, str | None] = {}
+    for code, argument, _ in pickletools.genops(pickle):
+        if code.name in ("GLOBAL", "INST"):
+            names.add(str(argument).replace(" ", "."))
+            texts.append(None)
+        elif code.name == "STACK_GLOBAL":
+            module, name = texts
+            names.add(f"{module}.{name}" if module and name else "?")
+            texts.append(None)
+        elif code.name.startswith("EXT"):
+            names.add(f"extension {argument}")
+        elif code.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if argument is None else argument] = texts[-1]
+        elif code.name in ("GET", "BINGET", "LONG_BINGET"):
+            texts.append(memo.get(argument))
+        elif code.name not in ("PROTO", "FRAME"):
+            texts.append(argument if isinstance(argument, str) and "UNICODE" in code.name else None)
+    return names
+
+
 class Inert:
     """Stands for an object of a class that is not imported; keeps what it would have been made from."""
 
@@ -96,6 +138,8 @@ class PickledFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read_bytes = range_reader(path)
+        if problem := pointer_problem(path):
+            raise CheckpointError(f"{path} {problem}")
         self._checked: set[int] = set()
         self._locks: dict[int, threading.Lock] = {}
         try:
@@ -117,16 +161,22 @@ class PickledFile:
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         except Exception as error:  # whatever a mutilated archive or pickle makes of its readers
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            detail = str(error).rpartition("WeightsUnpickler error: ")[2]  # before it, torch says how to run it anyway
+            reason = (safe_message(detail).strip().splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(f"{path} is damaged, or was not written by torch.save: {reason}") from error
 
     def _refuse_unlisted(self, pickle: bytes) -> None:
-        asked = {str(what).replace(" ", ".") for code, what, _ in pickletools.genops(pickle) if code.name == "GLOBAL"}
-        unlisted = sorted(asked.difference(TORCH_NAMES, INERT_NAMES))
+        unlisted = sorted(asked_names(pickle).difference(TORCH_NAMES, INERT_NAMES))
         if unlisted:
+            more = f" and {len(unlisted) - MAX_LISTED} others" if len(unlisted) > MAX_LISTED else ""
             raise CheckpointError(
-                f"its pickle asks for {', '.join(unlisted)}, and only classes on a list are read, since others could "
-                "run anything; nothing was run"
+                f"its pickle asks for {', '.join(unlisted[:MAX_LISTED])}{more}, and only classes on a list are read, "
+                "since others could run anything; nothing was run"
+            )
+        protocol = pickle[1] if pickle[:1] == PROTO else 0
+        if protocol != PROTOCOL:
+            raise CheckpointError(
+                f"its pickle has protocol {protocol}, and only {PROTOCOL} is read, which is torch.save's default"
             )
 
     def read(self, tensor: Any, start: int = 0, length: int | None = None, into: Tensor | None = None) -> Tensor:

@@ -1,11 +1,9 @@
 """The provenance of files that were made from a checkpoint."""
 
 import dataclasses
-import json
 import time
 import zipfile
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -54,11 +52,6 @@ def source_digest(source: Source) -> str:
             while chunk := file.read(16 * 2**20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def write_provenance(folder: Path, source: Source) -> None:
-    """Write `provenance.json` into a converted folder."""
-    (folder / "provenance.json").write_text(json.dumps(source_record(source), indent=2) + "\n")
 
 
 def source_record(source: Source) -> dict[str, Any]:

@@ -4,8 +4,6 @@ Programs that load a model fill it block by block (`launcher.inference.load`). W
 one, shards it over the ranks, each of which reads its own share.
 """
 
-import re
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,24 +12,21 @@ from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source
 from launcher.engine.frozen import shard_frozen_
+from launcher.formats.deepspeed_native import DeepSpeedSource
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.process.ranks import Ranks
 from model.transformer import ModelConfig, Transformer
-from quant.config import BITNET
 from quant.linear import QuantLinear, add_learned_scales_, quantize_, quantized_layers, set_strengths_
 from quant.rounding import Scale
 
 
-def precision_of_folder(source: HuggingFaceSource) -> Precision:
-    """The precision that Transformers computes in: 8-bit activations and codes in a folder's ternary layers.
+def first_token_of(source: Source, end_of_document: int | None) -> int | None:
+    """The token that a text begins with, in generation, perplexity and tasks alike.
 
-    These need not be the scales that are stored with packed codes: see `sharded_model`.
+    A Hugging Face folder may name it. In training a document comes after the end of another.
     """
-    num_layers = source.model_config.num_layers
-    if not source.ternary:
-        return Precision.in_16_bits(num_layers)
-    include = "|".join(f"^{re.escape(name.removesuffix('.weight'))}$" for name in source.ternary)
-    return Precision.full(replace(BITNET, include=include), num_layers)
+    said = source.first_token if isinstance(source, HuggingFaceSource | DeepSpeedSource) else None
+    return end_of_document if said is None else said
 
 
 def unfilled_model(
@@ -98,7 +93,7 @@ def sharded_model(
     if compile_blocks:
         for block in model.model.layers:
             block.compile()
-    shard_frozen_(model, partial(source.read, "weight"), ranks, replicas=replicas, offload=offload)
+    shard_frozen_(model, partial(source.read_finite, "weight"), ranks, replicas=replicas, offload=offload)
     return model
 
 

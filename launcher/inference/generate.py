@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from data.messages import printable
 from eval.sample import pieces_of_text
 from launcher.errors import ConfigError
 from launcher.inference.load import load_model
@@ -19,6 +20,8 @@ def write_text(
     path: str, prompt: str, *, dtype: torch.dtype, packed: bool | None, tokenizer: str | Path | None, **choice: Any
 ) -> None:
     """Continue a prompt: write the text to stdout, and its speed to stderr.
+
+    Control characters are written as escapes: a model may have learned to write what a terminal obeys.
 
     Args:
         path: see `launcher.inference.load.load_model`, as for the next three.
@@ -47,9 +50,9 @@ def write_text(
             times.append(time.perf_counter())
             yield token
 
-    sys.stdout.write(prompt)
+    sys.stdout.write(printable(prompt))
     for piece in pieces_of_text(loaded.tokenizer, timed(), prompt_tokens):
-        sys.stdout.write(piece)
+        sys.stdout.write(printable(piece))
         sys.stdout.flush()
     sys.stdout.write("\n")
     num_tokens, room = len(times) - 1, loaded.config.max_sequence_length - len(prompt_tokens)

@@ -20,8 +20,9 @@ from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import precision_of_folder, unfilled_model
+from launcher.inference.build import first_token_of, unfilled_model
 from model.transformer import ModelConfig, Transformer
+from quant.linear import quantized_layers
 from quant.packed import PackedLinear, freeze_
 
 
@@ -35,7 +36,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     """None where there is none."""
     first_token: int | None
-    """What a text begins with; the tokenizer's end of document where the model does not say."""
+    """The token that a text begins with; None where neither the model nor a tokenizer says."""
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """The tokens of a text that the model shall continue.
@@ -44,8 +45,8 @@ class LoadedModel:
             CheckpointError: there is no tokenizer.
         """
         tokenizer = self._tokenizer()
-        first = tokenizer.end_of_document if self.first_token is None else self.first_token
-        return [first, *tokenizer.encode(prompt)]
+        assert self.first_token is not None, "a tokenizer has an end of document"
+        return [self.first_token, *tokenizer.encode(prompt)]
 
     def generate(self, prompt: str, **choice: Any) -> Iterator[str]:
         """Continue a text; yields pieces as they come.
@@ -59,6 +60,7 @@ class LoadedModel:
         Raises:
             CheckpointError: there is no tokenizer.
             ValueError: the prompt fills the context.
+            NotFiniteError: the model's logits are NaN or infinite; raised when the piece is due.
         """
         prompt_tokens = self.prompt_tokens(prompt)
         return pieces_of_text(self._tokenizer(), self.generate_tokens(prompt_tokens, **choice), prompt_tokens)
@@ -114,19 +116,16 @@ def load_model(
             assert isinstance(source, HuggingFaceSource)
             _take_codes_(block, prefix, source, dtype, device)
         _read_(block, prefix, source, dtype, device)
-        if precision.quantization is not None and packed is not False:
+        if packed is not False and quantized_layers(block):
             try:
                 freeze_(block)
             except ValueError as error:
                 raise CheckpointError(f"{source.location}: {error}; packed=False loads it") from error
     _read_(model, "", source, dtype, device)
     found = tokenizer if tokenizer is not None else opened.tokenizer
-    return LoadedModel(
-        model.requires_grad_(False).eval(),
-        opened.model,
-        None if found is None else load_tokenizer(found),
-        source.first_token if isinstance(source, HuggingFaceSource) else None,
-    )
+    loaded = None if found is None else load_tokenizer(found)
+    first_token = first_token_of(source, None if loaded is None else loaded.end_of_document)
+    return LoadedModel(model.requires_grad_(False).eval(), opened.model, loaded, first_token)
 
 
 def _precision(opened: Exportable) -> Precision:
@@ -136,8 +135,8 @@ def _precision(opened: Exportable) -> Precision:
         CheckpointError: it is on a ramp.
     """
     source = opened.source
-    if isinstance(source, HuggingFaceSource):
-        return Precision.in_16_bits(opened.model.num_layers) if source.is_packed else precision_of_folder(source)
+    if isinstance(source, HuggingFaceSource) and source.is_packed:
+        return Precision.in_16_bits(opened.model.num_layers)
     if opened.quantization is not None and opened.strength < 1:
         raise CheckpointError(
             f"{source.location} is on a ramp, at strength {opened.strength:.3g} where it is least: neither a 16-bit "

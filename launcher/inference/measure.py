@@ -8,19 +8,19 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
-from data.readers import read_documents
+from data.readers import check_input, read_documents
 from eval.perplexity import text_loss
 from eval.rows import Scorer
 from eval.score import Score, scores_of
-from eval.tasks import Task, choose_tasks, digest_of, load_rows, missing_files
+from eval.tasks import VERSION, Task, choose_tasks, digest_of, load_rows, task_problems
 from launcher.checkpoint.location import check_writable, is_local, to_location
 from launcher.errors import ConfigError, report_error
 from launcher.inference.sharded import Subject, open_subject
-from launcher.process.console import Console
+from launcher.process.console import Console, print_results, without_nan
 from launcher.process.ranks import Ranks, process_group
 from launcher.run.folder import replace_file
 from launcher.run.scores import RESULTS, TASK_COLUMNS, read_results, table_of
@@ -40,6 +40,7 @@ class Evaluation:
     """The number of examples to use of each task, from its first; None uses all."""
     out: str | None
     tokenizer: str | None
+    as_json: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,40 +55,18 @@ class TextMeasurement:
     """None takes the window."""
     apart: bool
     tokenizer: str | None
-
-
-def check_harness() -> None:
-    """Check that lm-evaluation-harness is installed.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("lm-evaluation-harness is not installed: `pip install -e '.[eval]'` brings it") from error
+    as_json: bool = False
 
 
 def check_tasks(tasks: list[str], task_data: str | None) -> list[Task]:
     """The tasks of these names; their local data are checked.
 
     Raises:
-        ConfigError: no task is named, or an unknown one, or nothing can run tasks.
-        DataError: data that should be in ``task_data`` are not; lists all.
+        ConfigError: no task is named, or an unknown one, data are missing, or nothing can run tasks; lists all.
     """
-    check_harness()
-    if not tasks:
-        raise ConfigError("--tasks: names no task; choose paper11, or single tasks such as piqa")
-    try:
-        chosen = choose_tasks(tasks)
-    except ValueError as error:
-        raise ConfigError(f"tasks: {error}") from error
-    if task_data is not None and (absent := missing_files(chosen, Path(task_data))):
-        raise DataError(
-            f"{task_data}: lacks {', '.join(absent)}; a mirror has one file TASK_SPLIT.jsonl for each task. "
-            "Without --task-data, data sets come from the Hugging Face hub"
-        )
-    return chosen
+    if problems := list(task_problems(tasks, task_data)):
+        raise ConfigError("\n".join(f"--{key.replace('_', '-')}: {problem}" for key, problem in problems))
+    return choose_tasks(tasks)
 
 
 def evaluate(asked: Evaluation, ranks: Ranks, console: Console) -> None:
@@ -95,60 +74,96 @@ def evaluate(asked: Evaluation, ranks: Ranks, console: Console) -> None:
     tasks = check_tasks(asked.tasks, asked.task_data)
     folder = Path(asked.task_data) if asked.task_data else None
     rows = {task: load_rows(task, folder)[: asked.limit] for task in tasks}
+    answered = []
     for text in asked.models:
         subject = open_subject(text, ranks, asked.tokenizer)
         out = Path(asked.out) if asked.out else default_results(subject)
-        is_part = asked.limit is not None
-        records = [answer(task, rows[task], subject, out, ranks, console, is_part=is_part) for task in tasks]
+        records = score_tasks(rows, subject, out, ranks, console, is_part=bool(asked.limit or asked.tokenizer))
+        answered += records
         console.table(
             f"{subject.location}{f', step {subject.step:,}' if subject.step is not None else ''}",
             TASK_COLUMNS,
             table_of(records),
         )
         console.line(f"Written: {out}")
+    if asked.as_json and ranks.is_first:
+        print_results("eval", answered)
 
 
-def answer(
-    task: Task,
-    rows: list[dict[str, Any]],
+def key_of(task: Task, rows: list[dict[str, Any]], subject: Subject) -> dict[str, Any]:
+    """Everything that the scores of a task depend on; a result with another key is another result."""
+    return {
+        "task": task.label,
+        "model": subject.identity,
+        "examples": digest_of(rows),
+        "scoring": VERSION,
+        "harness": version("lm_eval"),
+        **subject.computation,
+    }
+
+
+def score_tasks(
+    rows: dict[Task, list[dict[str, Any]]],
     subject: Subject,
     out: Path,
     ranks: Ranks,
     console: Console,
     *,
     is_part: bool = False,
-) -> dict[str, Any]:
-    """The record of one task, from the results or measured now; a collective.
+) -> list[dict[str, Any]]:
+    """The records of tasks, from the results or measured now; a collective.
 
-    A part of a task makes no points in TensorBoard, where curves would mix it with the whole.
+    All examples are checked before the model runs. A part of a task makes no points in TensorBoard, where curves would
+    mix it with the whole; nor does another tokenizer.
+
+    Args:
+        rows: of each task, as `eval.tasks.load_rows` returns them.
+        subject: the model.
+        out: file of results, which each new record is added to.
+        ranks: this rank among all.
+        console: where progress is shown.
+        is_part: whether the examples are not all, or the tokenizer is not the model's.
+
+    Raises:
+        CheckpointError: the results cannot be written.
+        DataError: the tokenizer and an example do not fit; or the file holds no results.
+        NotFiniteError: a log-likelihood is not finite.
     """
-    from eval.harness import answer_rows
+    from eval.harness import Encoding, answer_questions, open_questions
 
-    key = {"task": task.label, "model": subject.identity, "examples": digest_of(rows)}
-    for record in read_results(out):
-        if key.items() <= record.items():
-            return record
-    if ranks.is_first:
+    keys = {task: key_of(task, rows[task], subject) for task in rows}
+    earlier = read_results(out)
+    records = {task: record for task in rows for record in earlier if keys[task].items() <= record.items()}
+    to_do = [task for task in rows if task not in records]
+    if to_do and ranks.is_first:
         check_writable(out.absolute().parent)  # before the work of hours, not after it
-    num_answers = sum(len(row.get("contexts") or row["choices"]) for row in rows)
-    with console.counting(task.label, num_answers, "answers") as advance:
-        examples = answer_rows(
-            task.label, rows, subject.scorer, subject.tokenizer, separately=not task.is_harness, advance=advance
+    questions = {
+        task: open_questions(
+            task.label,
+            rows[task],
+            Encoding(subject.tokenizer, subject.first_token, separately=not task.is_harness),
+            subject.scorer.window_tokens,
         )
-    scores = scores_of(examples, task.definition.metric)
-    record = {
-        **key,
-        "location": subject.location,
-        "step": subject.step,
-        "metric": task.definition.metric,
-        "num_examples": len(rows),
-        "scores": {name: asdict(score) for name, score in scores.items()},
+        for task in to_do
     }
-    if ranks.is_first:
-        replace_file(out, json.dumps({"results": [*read_results(out), record]}, indent=2))
-        if subject.step is not None and subject.run is not None and not is_part:
-            write_points(subject.run / "tensorboard" / "evaluation", task, scores, subject.step)
-    return record
+    for task in to_do:
+        num_answers = sum(len(question.rows) for question in questions[task])
+        with console.counting(task.label, num_answers, "answers") as advance:
+            examples = answer_questions(task.label, questions.pop(task), subject.scorer, advance)
+        scores = scores_of(examples, task.definition.metric)
+        records[task] = {
+            **keys[task],
+            "location": subject.location,
+            "step": subject.step,
+            "metric": task.definition.metric,
+            "num_examples": len(rows[task]),
+            "scores": {name: without_nan(asdict(score)) for name, score in scores.items()},
+        }
+        if ranks.is_first:
+            replace_file(out, json.dumps({"results": [*read_results(out), records[task]]}, indent=2))
+            if subject.step is not None and subject.run is not None and not is_part:
+                write_points(subject.run / "tensorboard" / "evaluation", task, scores, subject.step)
+    return [records[task] for task in rows]
 
 
 def default_results(subject: Subject) -> Path:
@@ -176,6 +191,8 @@ def write_points(folder: Path, task: Task, scores: dict[str, Score], step: int) 
 
 def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None:
     """Measure a model on files of text; a collective."""
+    for text in asked.files:
+        check_input(text)
     subject = open_subject(asked.model, ranks, asked.tokenizer)
     longest = subject.scorer.window_tokens
     window = asked.window_tokens or longest
@@ -187,11 +204,21 @@ def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None
         )
     scorer = Scorer(**{**vars(subject.scorer), "window_tokens": window})
     total = sum(len(document.text.encode()) for document in read_documents(asked.files))
-    texts = (document.text for document in read_documents(asked.files))
-    if not total:
-        raise DataError(f"{', '.join(asked.files)}: holds no text")
     with console.counting("text", total, "bytes") as advance:
-        loss = text_loss(scorer, subject.tokenizer, texts, stride_tokens=stride, apart=asked.apart, advance=advance)
+        loss = text_loss(
+            scorer,
+            subject.tokenizer,
+            read_documents(asked.files),
+            first_token=subject.first_token,
+            stride_tokens=stride,
+            apart=asked.apart,
+            advance=advance,
+        )
+    if asked.as_json and ranks.is_first:
+        about = {"model": subject.identity, "location": subject.location, "step": subject.step, **subject.computation}
+        seen = {"window_tokens": window, "stride_tokens": stride, "apart": asked.apart}
+        measured = {"bits_per_byte": loss.bits_per_byte, "perplexity": loss.perplexity}
+        print_results("perplexity", [without_nan(about | seen | asdict(loss) | measured)])
     console.aligned(
         [
             ["model", subject.location],
@@ -207,7 +234,7 @@ def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None
 def run(asked: Evaluation | TextMeasurement) -> int:
     """Join the other ranks and measure; returns an exit code."""
     with process_group(TIMEOUT_SECONDS) as ranks:
-        console = Console(silent=not ranks.is_first)
+        console = Console(silent=asked.as_json or not ranks.is_first)
         try:
             if isinstance(asked, Evaluation):
                 evaluate(asked, ranks, console)

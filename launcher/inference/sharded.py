@@ -6,9 +6,10 @@ Hugging Face computes in bf16, or in fp32 where it says so; a packed one with th
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,14 +18,17 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
+from eval.tasks import digest_of
 from launcher.checkpoint.folders import MANIFEST, checkpoints_under
 from launcher.checkpoint.location import reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import Source
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
-from launcher.formats.hf_source import CONFIG, HuggingFaceSource
+from launcher.formats.deepspeed_native import DeepSpeedSource
+from launcher.formats.hf_source import CONFIG, dtype_name
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import precision_of_folder, sharded_model
+from launcher.inference.build import first_token_of, sharded_model
 from launcher.process.ranks import Ranks
 from model.transformer import ModelConfig
 
@@ -43,6 +47,10 @@ class Subject:
     run: Path | None
     """The folder of its run, where that was found."""
     tokenizer: Tokenizer
+    first_token: int
+    """The token that a text begins with."""
+    computation: dict[str, Any]
+    """How its results are computed, beside its files: `key_of` in `launcher.inference.measure`."""
     scorer: Scorer
 
 
@@ -88,22 +96,35 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
             "tokenizer of another model. Name the right one with --tokenizer"
         )
     source = opened.source
-    precision = precision_of_folder(source) if isinstance(source, HuggingFaceSource) else opened.precision
-    model = sharded_model(source, opened.model, precision, compute_dtype_of(opened), ranks)
+    dtype = compute_dtype_of(opened)
+    model = sharded_model(source, opened.model, opened.precision, dtype, ranks)
     manifest = source.manifest if isinstance(source, CheckpointReader) else None
+    first_token = first_token_of(source, loaded.end_of_document)
+    assert first_token is not None
+    scorer = scorer_of(
+        lambda tokens_BT, labels_BT: (
+            model(tokens_BT.to(ranks.device), labels_BT.to(ranks.device), reduction="none").token_nll
+        ),
+        opened.model,
+        ranks,
+    )
     return Subject(
         location=source.location,
-        identity=manifest.digest if manifest else digest_of_folder(Path(source.location)),
+        identity=manifest.digest if manifest else digest_of_files(files_of(source)),
         step=manifest.step if manifest else None,
         run=opened.run,
         tokenizer=loaded,
-        scorer=scorer_of(
-            lambda tokens_BT, labels_BT: (
-                model(tokens_BT.to(ranks.device), labels_BT.to(ranks.device), reduction="none").token_nll
-            ),
-            opened.model,
-            ranks,
-        ),
+        first_token=first_token,
+        computation={
+            "tokenizer": loaded.fingerprint,
+            "end_of_document": loaded.end_of_document,
+            "first_token": first_token,
+            "window_tokens": scorer.window_tokens,
+            "precision": digest_of([asdict(opened.model), asdict(opened.precision)]),
+            "dtype": dtype_name(dtype),
+            "device": ranks.device.type,
+        },
+        scorer=scorer,
     )
 
 
@@ -132,10 +153,17 @@ def stored_dtype(folder: Path) -> str:
     return str(told.get("dtype") or told.get("torch_dtype") or "float32")
 
 
-def digest_of_folder(folder: Path) -> str:
+def files_of(source: Source) -> list[Path]:
+    """The files of a model in a folder of Hugging Face, or in one that DeepSpeed wrote beside a `config.json`."""
+    folder = Path(source.location)
+    weights = source.folder.glob("*.pt") if isinstance(source, DeepSpeedSource) else folder.glob("*.safetensors")
+    return [folder / CONFIG, *weights]
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
     """The digest of a model's files, in the order of their names."""
     digest = xxhash.xxh3_128()
-    for path in sorted([folder / CONFIG, *folder.glob("*.safetensors")]):
+    for path in sorted(paths):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(HASHED_AT_ONCE):

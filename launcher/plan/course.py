@@ -43,6 +43,8 @@ class Course:
     phases: tuple[Phase, ...]
     rollbacks: Mapping[int, int] = field(default_factory=dict)
     """How often the run has gone back to the beginning of a phase, by the phase's index."""
+    smoke_steps: int | None = None
+    """Steps of each phase in a smoke test, half of them its first and half its last; None: all."""
 
     @property
     def total_steps(self) -> int:
@@ -57,6 +59,15 @@ class Course:
     def phase_of(self, step: int) -> Phase:
         """The phase that the step of this number, counted from 0, belongs to."""
         return next(phase for phase in self.phases if step < phase.end)
+
+    def steps_after(self, step: int) -> int:
+        """Steps that are finished after the step of this number, counted from 0; a smoke test leaves some out."""
+        phase = self.phase_of(step)
+        if self.smoke_steps is not None:
+            last = self.smoke_steps // 2
+            if phase.start + self.smoke_steps - last <= step + 1 < phase.end - last:
+                return phase.end - last
+        return step + 1
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the step of this number, counted from 0."""
@@ -182,18 +193,40 @@ def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> C
     return Course(config=config, global_batch_sequences=sequences, phases=phases, rollbacks=rollbacks or {})
 
 
-def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int, int]) -> tuple[Phase, ...]:
+def _steps_of_phases(config: Config, tokens_per_step: int) -> list[int]:
+    """The length of each phase; with fractions they make the whole run together."""
     training = config.training
     total_steps = training.total_steps or math.ceil((training.total_tokens or 0) / tokens_per_step)
-    phases: list[Phase] = []
+    lengths: list[int] = []
     share = 0.0
     for index, phase in enumerate(config.phases):
         steps = phase.steps or math.ceil((phase.tokens or 0) / tokens_per_step)
-        if phase.fraction:  # rounds where the phase ends, so that fractions of 1 in sum make total_steps
+        if isinstance(phase.fraction, float | int):  # rounds where the phase ends: fractions of 1 make total_steps
             steps = round((share + phase.fraction) * total_steps) - round(share * total_steps)
             share += phase.fraction
-        if not steps:
+        if not steps and phase.fraction != "rest":
             raise ConfigError(f"phases.{index}.fraction: {phase.fraction} of {total_steps} steps is less than a step")
+        lengths.append(steps)
+    left, fractions = total_steps - sum(lengths), [phase.fraction for phase in config.phases]
+    whole = f"the {total_steps} steps of training.{'total_steps' if training.total_steps else 'total_tokens'}"
+    if "rest" in fractions:
+        if left < 1:
+            raise ConfigError(
+                f"phases.{fractions.index('rest')}.fraction: is rest, but the {sum(lengths)} steps of the other phases "
+                f"leave none of {whole}"
+            )
+        lengths[fractions.index("rest")] = left
+    elif any(fractions) and left:
+        raise ConfigError(
+            f"phases: have {sum(lengths)} steps together, which are not {whole}; change a length, or write "
+            "fraction: rest for one phase"
+        )
+    return lengths
+
+
+def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int, int]) -> tuple[Phase, ...]:
+    phases: list[Phase] = []
+    for index, (phase, steps) in enumerate(zip(config.phases, _steps_of_phases(config, tokens_per_step), strict=True)):
         start = phases[-1].end if phases else 0
         quantization = (phase.quantization or QuantConfig()) if phase.precision == "ternary" else None
         transition = phase.transition or TransitionConfig()

@@ -21,7 +21,7 @@ def disk_of(config: Config, checkpoints_kept: int, exports: Sequence[Export]) ->
     Returns:
         Numbers by name with unit. `free_bytes` is of the checkpoints' disk, None for a store.
     """
-    place = config.checkpoint.folder or str(config.run.path / "checkpoints")
+    place = config.checkpoints
     checkpoints = (checkpoints_kept + 1) * checkpoint_bytes(config)
     exported = sum(export.num_bytes for export in exports if not export.problems)
     free = None if "://" in place else shutil.disk_usage(existing_part(Path(place))).free

@@ -5,7 +5,7 @@ its tensors fit, and how far its quantization is on.
 """
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -170,7 +170,7 @@ def default_embeddings(into: BlockType) -> EmbeddingType:
 
 
 def gguf_types(
-    shapes: Mapping[str, tuple[int, ...]], coded: Container[str], into: BlockType, embeddings: EmbeddingType
+    shapes: Mapping[str, tuple[int, ...]], coded: Iterable[str], into: BlockType, embeddings: EmbeddingType
 ) -> dict[str, StoredType]:
     """The type that each parameter has in a GGUF file.
 
@@ -181,6 +181,7 @@ def gguf_types(
         embeddings: type of the embedding and the head.
     """
     types: dict[str, StoredType] = {}
+    coded = frozenset(coded)
     for name, shape in shapes.items():
         if name in coded:
             types[name] = into

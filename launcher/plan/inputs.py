@@ -8,7 +8,6 @@ and small manifests are read here; URLs and data sets of a hub are left to the l
 import json
 import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from data.config import PrepareConfig
@@ -16,7 +15,7 @@ from data.errors import DataError
 from data.prepared import fit_problems, is_yet_to_be_prepared, read_manifest
 from data.readers import check_input, is_path
 from data.tokenizer import TRAINED_SPEC, load_tokenizer
-from eval.tasks import choose_tasks, missing_files
+from eval.tasks import task_problems
 from launcher.config.sections import Config
 from launcher.plan.course import make_course
 
@@ -61,9 +60,11 @@ def needed_paths(config: Config) -> Iterator[tuple[str, str]]:
 def _is_complete(config: Config) -> bool:
     try:
         state = json.loads((config.run.path / "state.json").read_bytes())
-    except (OSError, ValueError):  # no start yet, or cut off by a full disk
+    except (OSError, ValueError, RecursionError):  # no start yet, or cut off by a full disk
         return False
-    return isinstance(state, dict) and state.get("status") == "complete"
+    if not isinstance(state, dict) or state.get("status") != "complete":
+        return False
+    return "steps" not in state or state["steps"] == make_course(config).total_steps  # else it was made longer
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:
@@ -126,7 +127,7 @@ def _text_problems(config: Config) -> Iterator[tuple[str, str]]:
         num_tokens = int(trained[2])
     else:
         try:
-            num_tokens = load_tokenizer(prepare.tokenizer).vocab_size
+            num_tokens = load_tokenizer(prepare.tokenizer, prepare.end_of_document).vocab_size
         except DataError as error:
             yield key, str(error)
             return
@@ -164,24 +165,13 @@ def _checkpoint_problems(config: Config) -> Iterator[tuple[str, str]]:
 
 def _saved_steps(config: Config) -> set[int]:
     """Steps after which the run has a complete checkpoint; empty also where that is not known, as in a remote store."""
-    folder = config.checkpoint.folder or str(config.run.path / "checkpoints")
-    if "://" in folder:
+    if "://" in config.checkpoints:
         return set()
-    names = [path.parent.name for path in Path(folder).glob("step-*/manifest.json")]
+    names = [path.parent.name for path in Path(config.checkpoints).glob("step-*/manifest.json")]
     return {int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{8}", name)}
 
 
 def _task_problems(config: Config) -> Iterator[tuple[str, str]]:
-    evaluation = config.evaluation
-    if not evaluation.tasks:
-        return
-    if find_spec("lm_eval") is None:
-        yield "evaluation.tasks", "lm-evaluation-harness is not installed: `pip install -e '.[eval]'` brings it"
-    if evaluation.task_data is not None:
-        absent = missing_files(choose_tasks(evaluation.tasks), Path(evaluation.task_data))
-        if absent:
-            yield (
-                "evaluation.task_data",
-                f"{evaluation.task_data}: lacks {', '.join(absent)}; a mirror has one file TASK_SPLIT.jsonl for "
-                "each task. Without evaluation.task_data, data sets come from the Hugging Face hub",
-            )
+    tasks = config.evaluation
+    if tasks.tasks:
+        yield from ((f"evaluation.{key}", problem) for key, problem in task_problems(tasks.tasks, tasks.task_data))

@@ -37,14 +37,13 @@ def make_plan(config: Config, world_size: int, rollbacks: Mapping[int, int] | No
     sequences = course.global_batch_sequences
     at_once = training.micro_batch_sequences * world_size
     if sequences % at_once:
-        fitting = [n for n in range(1, sequences + 1) if sequences % (n * world_size) == 0]
         key = "global_batch_sequences" if training.global_batch_sequences else "global_batch_tokens"
         raise ConfigError(
             f"training.{key}: {sequences} sequences do not divide into micro-batches of "
             f"{training.micro_batch_sequences} on {world_size} ranks; "
             + (
-                f"training.micro_batch_sequences of {', '.join(map(str, fitting))} would"
-                if fitting
+                f"training.micro_batch_sequences of {divisors(sequences // world_size)} would"
+                if sequences % world_size == 0
                 else f"a multiple of {at_once} sequences would, such as {math.ceil(sequences / at_once) * at_once}"
             )
         )

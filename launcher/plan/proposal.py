@@ -15,7 +15,7 @@ from launcher.errors import ConfigError
 from launcher.plan.gpus import UTILIZATION, Gpu
 from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
-from model.config import ModelConfig
+from model.config import MOST, ModelConfig
 from model.size import flops_per_token, num_parameters
 
 Tree = dict[str, Any]
@@ -125,8 +125,9 @@ def model_for(wish: Wish) -> Tree:
     if best is None:
         smallest = WIDTH * wish.vocab_size + 10 * WIDTH**2
         raise ConfigError(
-            f"--size: no model of {size:,} parameters has widths that are multiples of {WIDTH} and a vocabulary of "
-            f"{wish.vocab_size:,}; {smallest:,} parameters would be near the least"
+            f"--size: no model of {size:,} parameters has widths that are multiples of {WIDTH} up to 8192, at "
+            f"most {MOST['num_layers']} blocks and a vocabulary of {wish.vocab_size:,}; {smallest:,} parameters would "
+            "be near the least"
         )
     return best
 
@@ -152,7 +153,7 @@ def shapes(wish: Wish) -> Iterator[Tree]:
             block = num_parameters(ModelConfig(**shape | {"num_layers": 2})) - one
             layers = round((wish.num_parameters - one) / block) + 1
             error = one + (layers - 1) * block - wish.num_parameters
-            if layers >= 1 and abs(error) <= LARGEST_ERROR * wish.num_parameters:
+            if 1 <= layers <= MOST["num_layers"] and abs(error) <= LARGEST_ERROR * wish.num_parameters:
                 yield shape | {"num_layers": layers}
 
 

@@ -26,8 +26,12 @@ def describe(plan: Plan) -> dict[str, Any]:
     memory = memory_bytes_per_rank(plan)
     interval = config.checkpoint.interval_steps
     milestones = {phase.end for phase in plan.phases}
-    saves = milestones | set(range(interval, plan.total_steps, interval) if interval else ())
+    num_saves = len(milestones)
+    if interval:  # counted, not listed: there may be millions
+        num_saves += plan.total_steps // interval - sum(end % interval == 0 for end in milestones)
     kept = len(milestones) + config.checkpoint.keep_last
+    if not config.checkpoint.keep_last or (config.checkpoint.interval_minutes is None and num_saves < kept):
+        kept = num_saves  # and, of those that time decides, as many as the hours bring or none
     flops = flops_per_token(config.model, config.data.sequence_length)
     return {
         "parameters": num_parameters(config.model),
@@ -54,8 +58,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "total_tokens": plan.total_steps * plan.tokens_per_step,
         "bytes_per_rank": {name: round(size) for name, size in memory.items()},
         "total_bytes_per_rank": round(sum(memory.values())),
-        "checkpoints_written": len(saves),
-        "checkpoints_kept": len(saves) if not config.checkpoint.keep_last else min(len(saves), kept),
+        "checkpoints_written": num_saves,
+        "checkpoint_interval_minutes": config.checkpoint.interval_minutes,
+        "checkpoints_kept": kept,
         "checkpoint_bytes": checkpoint_bytes(config),
     }
 
@@ -122,6 +127,12 @@ def _export_in_words(export: dict[str, Any]) -> str:
     return f"no: {first}" + (f" (and {len(more)} more, with --json)" if more else "")
 
 
+def _checkpoints_in_words(numbers: dict[str, Any]) -> str:
+    minutes, size = numbers["checkpoint_interval_minutes"], human_bytes(numbers["checkpoint_bytes"])
+    by_time = "" if minutes is None else f", and after {minutes:g} min without,"
+    return f"{numbers['checkpoints_written']}{by_time} of {size}, {numbers['checkpoints_kept']} kept"
+
+
 def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
     """The rows of the table."""
     memory, sent = numbers["bytes_per_rank"], numbers["bytes_sent_per_rank_and_step"]
@@ -143,9 +154,5 @@ def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
         *[[f"sent per rank and step: {what}", human_bytes(size)] for what, size in (sent or {}).items() if size],
         *[[f"sent in codes: {what}", human_bytes(size)] for what, size in (in_codes or {}).items() if size],
         *([] if sent is not None else [["sent per rank and step", "not modeled with these engine.deepspeed keys"]]),
-        [
-            "checkpoints",
-            f"{numbers['checkpoints_written']} of {human_bytes(numbers['checkpoint_bytes'])}, "
-            f"{numbers['checkpoints_kept']} kept",
-        ],
+        ["checkpoints", _checkpoints_in_words(numbers)],
     ]

@@ -1,11 +1,15 @@
-"""The console of a run: one live line in a terminal, plain lines in a log."""
+"""The console of a run: one live line in a terminal, plain lines in a log; a terminal obeys nothing in them."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from math import isfinite
 from typing import TYPE_CHECKING, Any
+
+from data.messages import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,6 +39,19 @@ def human_time(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def print_results(command: str, results: list[dict[str, Any]], **about: Any) -> None:
+    """Print what a command found as JSON, for its option ``--json``: the one thing on stdout.
+
+    All commands print one shape, an object with ``command``, what is common to the results, and ``results``.
+    """
+    sys.stdout.write(json.dumps({"command": command, **about, "results": results}, indent=2, allow_nan=False) + "\n")
+
+
+def without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """Values with null for NaN and infinity, which JSON cannot hold."""
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()}
+
+
 class Console:
     """Lines and progress of one rank; silent on all ranks but the first."""
 
@@ -52,19 +69,20 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """Print a line, above the progress if there is one."""
-        self._rich.print(text, markup=False, soft_wrap=True)  # cut nowhere: a terminal wraps by itself
+        self._rich.print(printable(text), markup=False, soft_wrap=True)  # cut nowhere: a terminal wraps by itself
         if not self._live and not self._silent:
             sys.stdout.flush()
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Print a small table."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self._rich.print(table)
 
     def aligned(self, rows: list[list[str]]) -> None:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from launcher.errors import PlacementError
+from launcher.process.exchange import gather_values
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,8 @@ def place_rank(rank: int, world_size: int) -> None:
         PlacementError: on all ranks alike, where they are not spread over hosts as the data stream takes them to be.
     """
     env = os.environ
-    found: list[Place] = [Place("", None, None)] * world_size
     numbers = [int(env[name]) if name in env else None for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")]
-    dist.all_gather_object(found, Place(this_host(), *numbers))
-    places = completed(found)
+    places = completed([Place(*place) for place in gather_values([this_host(), *numbers])])
     check_places(places)
     env |= {"LOCAL_RANK": str(places[rank].local_rank), "LOCAL_WORLD_SIZE": str(places[rank].local_world_size)}
 

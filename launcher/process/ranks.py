@@ -3,16 +3,25 @@
 import os
 import random
 import re
+import signal
+import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from signal import SIGINT, SIGTERM, SIGUSR2
 
 import torch
 import torch.distributed as dist
 
+from data.private import private_folder
+from launcher.process.companions import Companions
+from launcher.process.exchange import gather_values
 from launcher.process.placement import place_rank
+from launcher.process.store import meet, open_store
 
 RECORDED_COLLECTIVES = 2000
 """How many collectives PyTorch's flight recorder keeps on each rank."""
@@ -38,8 +47,18 @@ ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @contextmanager
-def process_group(timeout_seconds: int) -> Iterator[Ranks]:
-    """Join the process group that torchrun, `deepspeed`, Slurm or plain `python` started this process for."""
+def process_group(timeout_seconds: int, companions: Companions | None = None) -> Iterator[Ranks]:
+    """Join the process group that torchrun, `deepspeed`, Slurm or plain `python` started this process for.
+
+    Args:
+        timeout_seconds: of a collective.
+        companions: whoever is given here watches the other ranks on when all have joined, until it is told not to.
+
+    Raises:
+        StartError: ranks do not meet or cannot connect.
+        PlacementError: they are not spread over hosts as they must be.
+    """
+    watching = companions or Companions()
     is_alone = _complete_environment()
     # FSDP2 calls functions that torch itself calls deprecated, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -47,16 +66,27 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
     has_cuda = torch.cuda.is_available()
     if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torch's own place for compiled code is a known name in the temporary folder, where others may have put theirs.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder(Path(tempfile.gettempdir())) / "torchinductor"))
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))  # for the report of a hang
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
-        store=dist.HashStore() if is_alone else None,  # which needs no port
-        rank=0 if is_alone else -1,
-        world_size=1 if is_alone else -1,
-    )
     try:
-        place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device
+        with ended_by_signals():
+            store = dist.HashStore() if is_alone else open_store(rank, world_size, timeout_seconds)
+            if world_size > 1:
+                watching.watch(store, rank, meet(store, rank, world_size, timeout_seconds))
+            try:
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
+                    timeout=timedelta(seconds=timeout_seconds),
+                    store=store,
+                    rank=rank,
+                    world_size=world_size,
+                )
+                place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device
+            except RuntimeError as error:
+                watching.explain(error)
+        if companions is None:
+            watching.release()
         local_rank = int(os.environ["LOCAL_RANK"])
         # Slurm may show each rank its own GPU alone.
         gpu = local_rank if torch.cuda.device_count() > 1 else 0
@@ -65,7 +95,23 @@ def process_group(timeout_seconds: int) -> Iterator[Ranks]:
             torch.cuda.set_device(device)
         yield Ranks(rank, world_size, local_rank, device)
     finally:
-        dist.destroy_process_group()
+        watching.release()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let signals end this process while the block runs: it may wait in C++, and nothing is there to be saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in (SIGINT, SIGTERM, SIGUSR2)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _complete_environment() -> bool:
@@ -95,6 +141,14 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0] if first else nodelist)
 
 
+def emulates_bf16(device: torch.device, processor: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether a device is a CPU without instructions for bf16; one that tells nothing of itself is not."""
+    if device.type != "cpu" or not processor.exists():
+        return False
+    flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", processor.read_text(), re.MULTILINE)
+    return bool(flags) and not {"avx512_bf16", "amx_bf16", "bf16"} & set(flags[0].split())
+
+
 def seed_everything(seed: int, rank: int) -> None:
     """Seed the generators of this rank; initial weights have generators of their own."""
     random.seed(seed + rank)
@@ -117,7 +171,5 @@ def max_over_ranks(values: Sequence[float], ranks: Ranks) -> list[float]:
 
 def everyones(problems: list[str], ranks: Ranks) -> list[str]:
     """The problems of all ranks, each once, in order; a collective."""
-    gathered: list[list[str]] = [problems] * ranks.world_size
-    if ranks.world_size > 1:
-        dist.all_gather_object(gathered, problems)
+    gathered = gather_values(problems) if ranks.world_size > 1 else [problems]
     return sorted({problem for rank in gathered for problem in rank})

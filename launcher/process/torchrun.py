@@ -1,10 +1,9 @@
-"""Starting the ranks of this machine.
+"""The commands that start the ranks of this machine.
 
-The command becomes their launcher, so that signals reach it and its exit code is the command's.
+`tritrain` becomes their launcher, so that signals reach it and its exit code is the command's.
 """
 
 import ctypes
-import logging
 import os
 import runpy
 import sys
@@ -13,10 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from launcher.process.launchers import with_launcher
+from launcher.process.supervisor import loopback_alone
+
 ROOT = Path(__file__).resolve().parents[2]
 
 Launcher = Literal["torchrun", "deepspeed"]
-"""What may start the ranks of one machine."""
+"""What may start the ranks of one machine; `torchrun` is `launcher.process.supervisor`, which does it alike."""
 
 JobLauncher = Literal["torchrun", "srun", "deepspeed"]
 """What may start the ranks of a job of Slurm."""
@@ -48,12 +50,12 @@ def default_ranks() -> int:
 
 
 def become_run(launcher: Launcher, config: Path, overrides: list[str], num_ranks: int) -> NoReturn:
-    """Become ``torchrun`` or ``deepspeed``, with the ranks of a run."""
+    """Become the launcher of a run's ranks."""
     script = pretrain_command(config, overrides)
     if launcher == "deepspeed":
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), *script]
         sys.stdout.flush()
-        os.execv(command[0], command)
+        os.execve(command[0], command, with_launcher(os.environ | loopback_alone()))
     become_ranks(num_ranks, script)
 
 
@@ -63,13 +65,13 @@ def pretrain_command(config: Path, overrides: Sequence[str]) -> list[str]:
 
 
 def become_ranks(num_ranks: int, command: list[str]) -> NoReturn:
-    """Become torch's launcher of that many ranks; see `ranks_command`."""
+    """Become the launcher of that many ranks; see `ranks_command`."""
     sys.stdout.flush()
     os.execve(sys.executable, ranks_command(num_ranks, command), environment_of_ranks())
 
 
 def ranks_command(num_ranks: int, command: list[str]) -> list[str]:
-    """The command that starts torch's launcher of that many ranks, with `environment_of_ranks`.
+    """The command that starts the launcher of that many ranks, with `environment_of_ranks`.
 
     The working directory, where a file may be named like one of our packages, is left out of the path.
 
@@ -77,49 +79,9 @@ def ranks_command(num_ranks: int, command: list[str]) -> list[str]:
         num_ranks: processes to start.
         command: a script, or ``-m`` and a module, with its arguments.
     """
-    return [sys.executable, "-P", "-m", "launcher.process.torchrun", str(num_ranks), *command]
+    return [sys.executable, "-P", "-m", "launcher.process.supervisor", str(num_ranks), *command]
 
 
 def environment_of_ranks() -> dict[str, str]:
     """This process's environment, with the checkout first on the path."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-
-
-SECONDS_TO_SAVE = 600
-"""How long ranks may take to save after a signal, before they are killed."""
-
-
-def main(num_ranks: int, command: list[str]) -> int:
-    """Run ``command`` as that many ranks; returns the exit code of the first one that failed."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.disable(logging.ERROR)  # the agent's own words for a stop and for a failed rank; ours are below
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",  # a container's own name may lead nowhere, and ranks would wait for it for ever
-        run_id="tritrain",
-        max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
-        shutdown_timeout=SECONDS_TO_SAVE,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-u", *(["-P"] if command[0] == "-m" else []), *command)
-    except SignalException:
-        return 3
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"rank {rank} (process {failure.pid}) was killed by signal {-failure.exitcode}", file=sys.stderr)  # noqa: T201
-            return 1
-        return int(failure.exitcode)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

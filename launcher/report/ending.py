@@ -2,8 +2,18 @@
 
 from launcher.process.console import Console, human_count
 from launcher.report.page import write_report
-from launcher.report.summary import RunSummary, duration, signed, summarize, verdict
+from launcher.report.summary import (
+    COMPARED,
+    RunSummary,
+    duration,
+    percent,
+    recovery_text,
+    spike_text,
+    summarize,
+    verdict,
+)
 from launcher.run.folder import RunFolder
+from launcher.run.metrics_log import as_code
 from launcher.run.recovery import Transition
 
 
@@ -17,12 +27,26 @@ def show_ending(folder: RunFolder, console: Console) -> None:
     console.table(f"Run {summary.name}", *phase_table(summary))
     for transition in summary.transitions:
         console.line(transition_sentence(transition))
+    if len(summary.phases) > 1:
+        console.line(COMPARED)
     if summary.sample_completion is not None:
+        add_to_tensorboard(folder, summary)
         console.line("A sample, from the finished model:")
         console.line((summary.sample_prompt or "") + summary.sample_completion)
         console.line()
     console.line(f"{duration(summary.elapsed_seconds or 0)} in all. The report, to look at: {report}")
     show_next(folder, console)
+
+
+def add_to_tensorboard(folder: RunFolder, summary: RunSummary) -> None:
+    """Add the sample to TensorBoard's files, if the run writes any."""
+    logs = folder.path / "tensorboard"
+    if logs.is_dir():
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(logs)) as tensorboard:
+            text = (summary.sample_prompt or "") + (summary.sample_completion or "")
+            tensorboard.add_text("sample", as_code(text), summary.step)
 
 
 def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
@@ -43,15 +67,16 @@ def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
 
 
 def transition_sentence(transition: Transition) -> str:
-    """The effect of a switch on the training loss."""
-    back = "not back at it yet"
-    if transition.recovery_steps is not None:
-        back = f"back after {transition.recovery_steps} steps ({human_count(transition.recovery_tokens or 0)} tokens)"
-    return (
-        f"Switch to {transition.to_precision} at step {transition.step}: training loss at most "
-        f"{signed(transition.spike, 3)} against {transition.loss_before:.3f} before, {back}; "
-        f"{human_count(transition.area)} nats in all."
-    )
+    """The effect of a switch on the held-out and the training loss."""
+    before, after = transition.bits_per_byte_before, transition.bits_per_byte_after
+    parts = []
+    if before is not None and after is not None:
+        change = percent(after, before)
+        parts.append(f"held-out text {before:.4f} bits per byte right before, {after:.4f} right after ({change})")
+    loss = f"training loss {transition.loss_before:.3f} before, {spike_text(transition)}"
+    if transition.is_beyond_noise:
+        loss += f", back: {recovery_text(transition)}; {human_count(transition.area)} nats in all"
+    return f"Switch to {transition.to_precision} at step {transition.step}: {'; '.join([*parts, loss])}."
 
 
 def number(value: float | None) -> str:

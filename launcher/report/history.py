@@ -1,15 +1,14 @@
-"""Read a run's metrics: a series for each, smoothed, and the effect of each transition on the loss.
+"""Read a run's metrics: a series for each, its level, and the effect of each transition on the loss.
 
-Smoothing is an exponential moving average (EMA) over logged values with Adam's bias correction (Kingma and Ba,
-arXiv 1412.6980, section 3), so that the first values are not dragged towards zero. It starts anew in every phase:
-a value after a switch never contains one from before it.
+The level of a noisy series is that of `launcher.run.level`, a phase at a time: a level after a switch never contains a
+value from before it.
 """
 
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.errors import LogError
+from launcher.run.level import curve_of, level_at, middles, noise_of_a_step
 from launcher.run.metrics_log import numbered_rows
-from launcher.run.recovery import Average, Level, Transition
+from launcher.run.recovery import NUM_LOSSES, LoggedLoss, Transition, measure
 
-LOSS = "train/loss"
+LOSS, BITS_PER_BYTE = "train/loss", "validation/bits_per_byte"
+
+NUM_LEVELS = 150
+"""Most places of a phase at which a curve's level is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,10 +43,25 @@ class Series:
             steps=self.steps[keep], tokens=self.tokens[keep], phases=self.phases[keep], values=self.values[keep]
         )
 
-    def smoothed(self, window: int) -> NDArray[np.float64]:
-        """Smooth the values, starting over in every phase."""
-        starts = np.flatnonzero(np.diff(self.phases)) + 1
-        return np.concatenate([smooth(part, window) for part in np.split(self.values, starts)])
+    def last_level(self, begin: int) -> float:
+        """The level after the last row, of a series of one phase that begins at this step; NaN if its last value is."""
+        if not np.isfinite(self.values[-1]):
+            return math.nan
+        curve = curve_of(self.steps, self.values, begin)
+        return level_at(curve, float(self.steps[-1]), noise_of_a_step(curve.last(NUM_LOSSES))).value
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PhaseCurve:
+    """One metric in one phase, to be drawn: N values, each at the middle of the steps that it is of, and M levels."""
+
+    phase: int
+    steps: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    values: NDArray[np.float64]
+    level_steps: NDArray[np.float64]
+    level_tokens: NDArray[np.float64]
+    levels: NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,30 +102,32 @@ class History:
 def read_history(path: Path, name: str) -> History:
     """Read a metrics.jsonl into one series for each numeric key.
 
-    A last line that breaks off before its newline (a running job is writing it) is left out. A resumed run repeats
-    the steps since its checkpoint: where the step falls back, the rows from there on give way to the new ones. Any
-    other line that is not a JSON object with `step`, `tokens`, `phase` and `precision` raises LogError with file
-    and line.
+    A last line that breaks off before its newline (a running job is writing it) is left out. A run that goes on drops
+    the rows beyond its checkpoint (`MetricsLog`); should a log go back all the same, such rows give way here. Any other
+    line that is not a JSON object with `step`, `tokens`, `phase` and `precision` raises LogError with file and line.
     """
     steps, tokens, phases = array("q"), array("q"), array("q")  # one entry a row
     columns: dict[str, tuple[array[int], array[float]]] = {}  # key -> rows that have it, values there
     precisions: dict[int, str] = {}
+    begins: dict[int, tuple[int, int]] = {}  # phase -> step, tokens
     looks: list[tuple[int, int, int, dict[str, Any]]] = []  # step, tokens, phase, figures by layer
     for line_number, row in numbered_rows(path):
         try:
             step, seen, phase, precision = (row.pop(key) for key in ("step", "tokens", "phase", "precision"))
         except KeyError as error:
             raise LogError(f"{path}:{line_number}: the row lacks {error}") from None
-        if steps and step < steps[-1]:
-            first = bisect_left(steps, step)
+        if steps and (step, phase) < (steps[-1], phases[-1]):
+            first = next(n for n in range(len(steps)) if (steps[n], phases[n]) >= (step, phase))
             for rows, values in columns.values():
                 kept = bisect_left(rows, first)
                 del rows[kept:], values[kept:]
             del steps[first:], tokens[first:], phases[first:]
-            looks = [look for look in looks if look[0] < step]
+            looks = [look for look in looks if (look[0], look[2]) < (step, phase)]
         for column, value in ((steps, step), (tokens, seen), (phases, phase)):
             column.append(value)
         precisions[phase] = precision
+        if row.get("validation/when") == "start of phase":  # exact, even if the last rows before it are missing
+            begins[phase] = step, seen
         if "train/learning_rate" in row:  # a training step; a loss that is not finite is not written down
             row.setdefault(LOSS, math.nan)
         if "quant/layers" in row:
@@ -130,7 +150,7 @@ def read_history(path: Path, name: str) -> History:
         rows_of_phase = np.flatnonzero(axes["phases"] == index)
         first, last = int(rows_of_phase[0]), int(rows_of_phase[-1])
         begin = (spans[-1].last_step, spans[-1].last_tokens) if spans else (steps[first], tokens[first])
-        begin = (0, 0) if index == 0 else begin  # a run that starts from a checkpoint begins with a later phase
+        begin = begins.get(index, (0, 0) if index == 0 else begin)
         spans.append(
             PhaseSpan(
                 index=index,
@@ -160,41 +180,64 @@ def _grid(phase: int, looks: list[tuple[int, int, int, dict[str, Any]]]) -> Laye
     )
 
 
-def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Take the exponential moving average with bias correction: weights fall by 1 - 1/window a value and sum to 1.
-
-    A value that is not a number stays one and leaves the average of the others alone.
-    """
-    average = Average(window)
-    return np.asarray([average.add(value) for value in values.tolist()], dtype=np.float64)
+def curves(history: History, key: str) -> Iterator[PhaseCurve]:
+    """Yield the curve of a noisy metric in each phase that has it."""
+    series = history.series[key]
+    for span in history.phases:
+        part = series.of_phase(span.index)
+        if not len(part.values):
+            continue
+        curve = curve_of(part.steps, part.values, span.first_step)
+        places = np.linspace(0, len(curve.at) - 1, min(len(curve.at), NUM_LEVELS))
+        level_steps = np.interp(places, np.arange(len(curve.at)), curve.at) if len(places) else curve.at
+        noise = noise_of_a_step(curve)
+        at = middles(part.steps, span.first_step)[0]
+        tokens = np.asarray([0, *series.tokens]), np.asarray([0, *series.steps])
+        yield PhaseCurve(
+            phase=span.index,
+            steps=at,
+            tokens=np.interp(at, tokens[1], tokens[0]),
+            values=part.values,
+            level_steps=level_steps,
+            level_tokens=np.interp(level_steps, tokens[1], tokens[0]),
+            levels=np.asarray([level_at(curve, each, noise).value for each in level_steps.tolist()]),
+        )
 
 
 def find_transitions(history: History) -> tuple[Transition, ...]:
     """Measure every transition that has a logged loss on both of its sides."""
-    if "train/loss" not in history.series:
+    if LOSS not in history.series:
         return ()
-    loss, strength = history.series["train/loss"], history.series.get("quant/strength")
     found = []
     for before, after in pairwise(history.phases):
-        old, new = loss.of_phase(before.index), loss.of_phase(after.index)
-        if not len(old.values) or not len(new.values):
+        old, new = (_logged_losses(history, span.index) for span in (before, after))
+        if not old or not new:
             continue
-        level = Level()
-        for value in old.values.tolist():
-            level.add(value)
-        transition = Transition(
+        transition = measure(
+            old,
+            new,
             to_phase=after.index,
             step=after.first_step,
             tokens=after.first_tokens,
-            from_precision=before.precision,
-            to_precision=after.precision,
-            loss_before=level.loss,
-            noise=level.noise,
+            precisions=(before.precision, after.precision),
         )
-        strengths = np.ones(len(new.steps))
-        if strength is not None:
-            strengths = np.interp(new.steps, strength.steps, strength.values)
-        for point in zip(new.steps.tolist(), new.tokens.tolist(), new.values.tolist(), strengths.tolist(), strict=True):
-            transition.add(*point)
-        found.append(transition)
+        held_out = [_held_out_at(history, span.index, after.first_step) for span in (before, after)]
+        found.append(replace(transition, bits_per_byte_before=held_out[0], bits_per_byte_after=held_out[1]))
     return tuple(found)
+
+
+def _logged_losses(history: History, phase: int) -> list[LoggedLoss]:
+    loss, strength = history.series[LOSS].of_phase(phase), history.series.get("quant/strength")
+    strengths = np.ones(len(loss.steps))
+    if strength is not None:
+        strengths = np.interp(loss.steps, strength.steps, strength.values)
+    columns = (column.tolist() for column in (loss.steps, loss.tokens, loss.values, strengths))
+    return [LoggedLoss(*point) for point in zip(*columns, strict=True)]
+
+
+def _held_out_at(history: History, phase: int, step: int) -> float | None:
+    """Held-out loss of a phase at exactly this step, bits per byte."""
+    if BITS_PER_BYTE not in history.series:
+        return None
+    series = history.series[BITS_PER_BYTE].of_phase(phase)
+    return next((float(value) for value in series.values[series.steps == step]), None)

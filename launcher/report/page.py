@@ -1,56 +1,80 @@
-"""Write the HTML report and the picture of runs.
+"""Lay out the HTML report and the picture of runs.
 
-`write_report` puts one or several runs on a single HTML page that loads nothing from anywhere; `write_picture` draws
-the loss curve as a PNG. Both work on a run that is still going or was interrupted. The numbers are those of
-`launcher.report.summary`.
+The report puts one or several runs on a single page that loads nothing from anywhere; the picture is of their loss
+curves. Both work on a run that is still going or was interrupted. The numbers are those of `launcher.report.summary`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from string import Template
 
+from data.messages import printable
+from data.urls import redacted
 from launcher.process.console import human_count
-from launcher.report.history import LOSS, History
-from launcher.report.plots import (
-    PANELS,
-    THEME,
-    Panel,
-    loss_figure,
-    overview_window,
-    panel_figure,
-    save_png,
-    to_svg,
-    transition_figure,
-)
+from launcher.report.history import History
+from launcher.report.plots import PANELS, THEME, Panel, loss_figure, panel_figure, to_picture, to_svg, transition_figure
 from launcher.report.quant_plots import HEAT_MAP_NOTE, HEAT_MAPS, QUANT_PANELS, heat_map_figure
-from launcher.report.summary import RunSummary, duration, signed, summarize, verdict
-from launcher.run.recovery import WINDOW
+from launcher.report.summary import (
+    COMPARED,
+    RunSummary,
+    duration,
+    percent,
+    recovery_text,
+    spike_text,
+    summarize,
+    verdict,
+)
+from launcher.report.target import MADE_BY, check_target, write_whole
 
 MISSING = "\N{EM DASH}"
 
+PHONE_INCHES = 4.4
+"""Width of the loss figure where it is drawn for a phone."""
+
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Write one self-contained HTML page about one or several runs."""
-    summaries = [summarize(run) for run in runs]
+    """Write one self-contained HTML page about one or several runs.
+
+    Raises:
+        ConfigError: the file may not be written.
+        LogError, OSError: a run cannot be read.
+    """
+    check_target(out)
+    write_whole(out, page_of([summarize(run) for run in runs]).encode(errors="replace"))
+
+
+def write_picture(run: Path, out: Path) -> None:
+    """Write the loss curve of one run, with its switches and validation points, as a PNG or PDF.
+
+    Raises:
+        ConfigError, LogError, OSError: as `write_report`.
+    """
+    check_target(out)
+    write_whole(out, picture_of([summarize(run)], out.suffix))
+
+
+def picture_of(summaries: Sequence[RunSummary], suffix: str) -> bytes:
+    """The loss curves as the content of a file with this suffix: `.png` or `.pdf`."""
+    title = summaries[0].name if len(summaries) == 1 else ""
+    return to_picture(loss_figure([summary.history for summary in summaries], title=title), suffix[1:])
+
+
+def page_of(summaries: Sequence[RunSummary]) -> str:
+    """The HTML page about one or several runs."""
     labels = [s.name if len(summaries) == 1 else f"{i}: {s.name}" for i, s in enumerate(summaries, start=1)]
     names = ", ".join(summary.name for summary in summaries)
     template = Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
     page = template.substitute(
+        made_by=MADE_BY,
         title=escape(names if len(summaries) == 1 else f"{len(summaries)} runs: {names}"),
         light=" ".join(f"--{name}: {light};" for name, (light, _) in THEME.items()),
         dark=" ".join(f"--{name}: {dark};" for name, (_, dark) in THEME.items()),
         verdicts="\n".join(_verdict_paragraphs(summaries, labels)),
         body="\n".join(_body(summaries, labels)),
     )
-    out.write_text(page, encoding="utf-8", errors="replace")
-
-
-def write_picture(run: Path, out: Path) -> None:
-    """Write the loss curve of one run, with its switches and validation points, as a PNG."""
-    summary = summarize(run)
-    save_png(loss_figure([summary.history], title=summary.name), out)
+    return printable(page)
 
 
 def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[str]:
@@ -60,17 +84,22 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
     yield _table(("", *labels), _fact_rows(summaries))
     yield "<h2>Phases</h2>"
     yield _table(_PHASE_COLUMNS, _phase_rows(summaries))
-    windows = (
-        " and ".join(sorted({str(overview_window(h.series[LOSS])) for h in histories if LOSS in h.series})) or "no"
-    )
+    if any(len(summary.phases) > 1 for summary in summaries):
+        yield f'<p class="note">{COMPARED}</p>'
     yield "<h2>Loss</h2>"
-    yield _figure(
-        to_svg(loss_figure(histories), "loss", "training and validation loss over tokens"),
-        f"Faint: every logged training loss. Bold: its exponential moving average over {windows} logged values "
-        "(bias-corrected, starting over in every phase). The axis fits what comes after the first 2 % of the tokens. "
-        "Shaded: ternary phases. Points: validation.",
-        is_large=True,
+    caption = (
+        "Faint: every logged training loss. Bold: its level, by least-squares lines through nearby losses of the same "
+        "phase. The axis fits what comes after the first 2 % of the tokens. Shaded: ternary phases. Points: "
+        "validation; at a switch, before it, and right after it at full strength."
     )
+    alternatives = [
+        f'<div class="{width}">{to_svg(figure, name, "training and validation loss over tokens")}</div>'
+        for width, name, figure in (
+            ("wide", "loss", loss_figure(histories)),
+            ("narrow", "loss-narrow", loss_figure(histories, width_inches=PHONE_INCHES)),
+        )
+    ]
+    yield _figure("".join(alternatives), caption)
     transitions = [summary.transitions for summary in summaries]
     if any(transitions):
         yield "<h2>Transitions</h2>"
@@ -81,13 +110,14 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
             svg = to_svg(transition_figure(histories, group), f"transition-{number}", f"loss around switch {number}")
             yield _figure(
                 svg,
-                "Dotted: the smoothed loss just before the switch. Shaded: the area above it. Triangle: peak. Circle: "
-                f"back at that level with the quantization fully on. Bold: moving average over {WINDOW} logged values.",
+                "Faint: every logged loss. Bold: its level. Dotted: the level right before the switch. Shaded: the "
+                "area above it. If there is a spike beyond the noise: triangle, its peak; circle, back at the dotted "
+                "level with the quantization fully on.",
                 title=f"Switch {number}",
             )
         yield "</div>"
     yield "<h2>Along the way</h2>"
-    yield '<p class="note">Where a curve is noisy, faint is every logged value and bold its moving average.</p>'
+    yield '<p class="note">Where a curve is noisy, faint is every logged value and bold its level.</p>'
     yield from _panels(PANELS, histories)
     if any(history.grids for history in histories):
         yield "<h2>Quantization</h2>"
@@ -106,7 +136,7 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
         yield f'<pre class="sample"><b>{prompt}</b>{completion}</pre>'
     yield "<h2>Configuration</h2>"
     for label, summary in zip(labels, summaries, strict=True):
-        yield f"<details><summary>{escape(label)}</summary><pre>{escape(summary.config_text)}</pre></details>"
+        yield f"<details><summary>{escape(label)}</summary><pre>{escape(redacted(summary.config_text))}</pre></details>"
 
 
 def _panels(panels: Iterable[Panel], histories: Sequence[History]) -> Iterator[str]:
@@ -163,7 +193,7 @@ def _fact_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
         "Tokens": lambda s: human_count(s.tokens),
         "Throughput, ternary / 16-bit": lambda s: None if s.throughput_ratio is None else f"{s.throughput_ratio:.3g}",
         "Engine": lambda s: s.engine,
-        "Ranks": lambda s: _count(s.num_ranks),
+        "Ranks": lambda s: s.num_ranks,
         "Wall time": lambda s: None if s.elapsed_seconds is None else duration(s.elapsed_seconds),
         "Skipped steps": lambda s: _count(s.skipped_steps),
         "Seed": lambda s: None if s.seed is None else str(s.seed),
@@ -189,7 +219,7 @@ def _phase_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
         for phase in summary.phases:
             share = phase.model_flops_utilization
             yield (
-                (f"run {number}, " if len(summaries) > 1 else "") + f"phase {phase.index + 1}: {phase.precision}",
+                (f"run {number}, " if len(summaries) > 1 else "") + f"phase {phase.index}: {phase.precision}",
                 f"{phase.steps:,}" + (f" of {phase.planned_steps:,}" if phase.planned_steps else ""),
                 human_count(phase.tokens),
                 _decimal(phase.train_loss),
@@ -202,41 +232,33 @@ def _phase_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
 _TRANSITION_FACTS = (
     "",
     "At step",
+    "Validation right before, bits/byte",
+    "Validation right after, bits/byte",
     "Training loss before, nats/token",
-    "Noise of one logged loss, nats/token",
-    "Highest loss above it, nats/token",
+    "Highest level above it, nats/token",
     "Back at the loss before, after",
     "Area above it until then, nats",
-    "Validation before, bits/byte",
-    "Validation right after, bits/byte",
 )
 
 
 def _transition_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
     """Yield the rows of the transitions' table, its header first: a fact and its value for each transition."""
-
-    def steps(count: int) -> str:
-        return f"{count:,} step{'' if count == 1 else 's'}"
-
     columns: list[tuple[str, ...]] = [_TRANSITION_FACTS]
     for number, summary in enumerate(summaries, start=1):
-        sides = {after.index: (before, after) for before, after in pairwise(summary.phases)}
         for transition in summary.transitions:
-            before, after = sides[transition.to_phase]
-            back = "not yet"
-            if transition.recovery_steps is not None and transition.recovery_tokens is not None:
-                back = f"{steps(transition.recovery_steps)} ({human_count(transition.recovery_tokens)} tokens)"
+            before, after = transition.bits_per_byte_before, transition.bits_per_byte_after
+            change = f" ({percent(after, before)})" if before and after else ""
+            is_spike = transition.is_beyond_noise
             columns.append(
                 (
                     (f"run {number}, " if len(summaries) > 1 else "") + f"to {transition.to_precision}",
                     f"{transition.step:,} ({human_count(transition.tokens)} tokens)",
+                    _decimal(before),
+                    _decimal(after) + change,
                     _decimal(transition.loss_before),
-                    f"±{transition.noise:.2g}",
-                    f"{signed(transition.spike, 3)} after {steps(transition.peak_steps)}",
-                    back,
-                    human_count(transition.area),
-                    _decimal(before.validation_bits_per_byte),
-                    _decimal(after.validation_bits_per_byte_at_start),
+                    spike_text(transition),
+                    recovery_text(transition) if is_spike else MISSING,
+                    human_count(transition.area) if is_spike else MISSING,
                 )
             )
     yield from zip(*columns, strict=True)
@@ -250,18 +272,19 @@ def _decimal(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3f}"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Write a table that scrolls sideways where it is wider than the page; every cell is plain text."""
+def _table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """Write a table of plain text. On a phone its rows become lists, where each value has its column's name."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    names = [f' data-column="{escape(name)}"' if len(header) > 2 else "" for name in header[1:]]
     lines = []
     for first, *others in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
+        cells = "".join(f"<td{name}>{escape(cell)}</td>" for name, cell in zip(names, others, strict=True))
         lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
     body = "\n".join(lines)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def _figure(svg: str, caption: str = "", title: str = "", is_large: bool = False) -> str:
+def _figure(svg: str, caption: str = "", title: str = "") -> str:
     heading = f"<h3>{escape(title)}</h3>" if title else ""
     notes = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure{" class=large" if is_large else ""}>{heading}<div class="scroll">{svg}</div>{notes}</figure>'
+    return f"<figure>{heading}{svg}{notes}</figure>"

@@ -14,15 +14,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from launcher.process.console import human_count
-from launcher.report.history import History, Series
-from launcher.run.recovery import WINDOW, Transition
+from launcher.report.history import LOSS, History, Series, curves
+from launcher.report.target import MADE_BY
+from launcher.run.recovery import Transition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,6 +63,14 @@ RUN_COLOURS = tuple(light for name, (light, _) in THEME.items() if name.startswi
 HEAT_COLOURS = tuple(light for name, (light, _) in THEME.items() if name.startswith("heat-"))
 
 
+STRETCHES_PER_INCH = 36
+"""Stretches of a noisy curve that are told apart, by a figure's width."""
+
+
+NUM_SHOWN = 24
+"""Logged losses after a switch that are shown at least."""
+
+
 RUN_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # a second round through the colors is dashed, a third dotted
 
 
@@ -84,14 +92,9 @@ def thin(values: NDArray[np.float64], num_stretches: int) -> NDArray[np.int64]:
     return np.asarray(sorted(kept))
 
 
-def overview_window(series: Series) -> int:
-    """EMA window of a curve over the whole run, in logged values: 1/200 of them, at least `WINDOW`."""
-    return max(WINDOW, len(series.values) // 200)
-
-
 @dataclass(frozen=True)
 class Panel:
-    """One metric as a small figure: its name in metrics.jsonl, a title, its scale, and whether to smooth it."""
+    """One metric as a small figure: its name in metrics.jsonl, a title, its scale, and whether to draw its level."""
 
     key: str
     title: str
@@ -143,24 +146,21 @@ def styled() -> Iterator[None]:
 
 
 @styled()
-def loss_figure(histories: Sequence[History], title: str = "") -> "Figure":
-    """Draw the training loss, raw and smoothed, over tokens; below it the validation points, in bits per byte."""
+def loss_figure(histories: Sequence[History], title: str = "", *, width_inches: float = 9) -> "Figure":
+    """Draw the training loss, logged and its level, over tokens; below it the validation points, in bits per byte."""
     validations = [history.series.get("validation/bits_per_byte") for history in histories]
-    figure = figure_of(9, 5.8 if any(validations) else 4.2)
+    figure = figure_of(width_inches, 5.8 if any(validations) else 4.2)
     figure.suptitle(title, fontweight="bold")
     rows = (2.2, 1) if any(validations) else (1,)
     axes = figure.subplots(len(rows), 1, sharex=True, height_ratios=rows, squeeze=False)[:, 0]
     legend: list[tuple[Line2D, str]] = []
     for index, history in enumerate(histories):
-        if "train/loss" not in history.series:
+        if LOSS not in history.series:
             continue
-        loss, style = history.series["train/loss"], _line_style(index)
-        window = overview_window(loss)
-        raw = _plot(axes[0], loss.tokens, loss.values, 600, f"raw-{index}", **style | {"lw": 0.7, "alpha": 0.3})
-        line = _plot(axes[0], loss.tokens, loss.smoothed(window), 600, f"smoothed-{index}", **style | {"lw": 1.8})
-        names = ("every logged loss", f"smoothed over {window} logged values")
+        raw, line = _plot_noisy(axes[0], history, LOSS, index, "smoothed")
+        names = ("every logged loss", "its level, by lines through nearby losses")
         legend += zip((raw, line), names, strict=True) if len(histories) == 1 else [(line, _label(index, history))]
-    _fit(axes[0], [history.series.get("train/loss") for history in histories])
+    _fit(axes[0], [history.series.get(LOSS) for history in histories])
     axes[0].set_ylabel("training loss, nats/token")
     _mark_phases(axes[0], histories, with_labels=True)
     if legend:
@@ -185,24 +185,36 @@ def transition_figure(histories: Sequence[History], transitions: Sequence[Transi
     pairs = [(index, h, t) for index, (h, t) in enumerate(zip(histories, transitions, strict=True)) if t is not None]
     reach = max(_zoom_steps(history, transition) for _, history, transition in pairs)
     for index, history, transition in pairs:
-        loss, style = history.series["train/loss"], _line_style(index)
-        since = loss.steps - transition.step
-        near = (since >= -0.4 * reach) & (since <= reach)
-        smoothed = loss.smoothed(WINDOW)[near]
-        _plot(axes, since[near], loss.values[near], 300, f"raw-{index}", **style | {"lw": 0.7, "alpha": 0.4})
-        for part, side in ((since[near] <= 0, "before"), (since[near] > 0, "after")):
-            _plot(axes, since[near][part], smoothed[part], 300, f"{side}-{index}", **style | {"lw": 1.8})
-        until = math.inf if transition.recovery_steps is None else transition.recovery_steps
-        is_in = (since >= 0) & (since <= min(until, reach))
-        top = np.maximum(loss.values[is_in], transition.loss_before)
-        area = axes.fill_between(since[is_in], top, transition.loss_before, color=style["color"], alpha=0.15, lw=0)
-        area.set_gid(f"area-{index}")
+        style = _line_style(index)
+        for curve in curves(history, LOSS):
+            near, level_near = (
+                (at >= transition.step - 0.4 * reach) & (at <= transition.step + reach)
+                for at in (curve.steps, curve.level_steps)
+            )
+            if curve.phase not in (transition.to_phase - 1, transition.to_phase) or not near.any():
+                continue
+            side = "after" if curve.phase == transition.to_phase else "before"
+            since, values = curve.steps[near] - transition.step, curve.values[near]
+            level_since = curve.level_steps[level_near] - transition.step
+            raw = style | {"lw": 0.8, "alpha": 0.55}
+            _plot(axes, since, values, 300, f"raw-{side}-{index}", **raw)
+            _plot(axes, level_since, curve.levels[level_near], 300, f"{side}-{index}", **style | {"lw": 1.8})
+            if side == "after":
+                until = math.inf if transition.recovery_steps is None else transition.recovery_steps
+                is_in = since <= min(until, reach)
+                top = np.maximum(values[is_in], transition.loss_before)
+                kept = thin(top, 300)
+                area = axes.fill_between(
+                    since[is_in][kept], top[kept], transition.loss_before, color=style["color"], alpha=0.15, lw=0
+                )
+                area.set_gid(f"area-{index}")
         level = axes.axhline(transition.loss_before, color=style["color"], lw=0.9, ls=(0, (1, 2)))
         level.set_gid(f"level-{index}")
-        _plot(axes, [transition.peak_steps], [transition.peak_loss], 1, f"peak-{index}", **style | {"marker": "v"})
-        if transition.recovery_steps is not None:
-            mark = style | {"marker": "o", "markerfacecolor": "none", "ms": 7}
-            _plot(axes, [transition.recovery_steps], [transition.loss_before], 1, f"recovery-{index}", **mark)
+        if transition.is_beyond_noise:
+            _plot(axes, [transition.peak_steps], [transition.peak_loss], 1, f"peak-{index}", **style | {"marker": "v"})
+            if transition.recovery_steps is not None:
+                mark = style | {"marker": "o", "markerfacecolor": "none", "ms": 7}
+                _plot(axes, [transition.recovery_steps], [transition.loss_before], 1, f"recovery-{index}", **mark)
     axes.axvline(0, color=INK, lw=1, ls=(0, (4, 2))).set_gid("switch")
     axes.set_xlabel("steps since the switch")
     axes.set_ylabel("training loss, nats/token")
@@ -217,13 +229,11 @@ def panel_figure(panel: Panel, histories: Sequence[History]) -> "Figure":
     figure = figure_of(5.6, 2.6)
     axes = figure.subplots()
     for index, history in enumerate(histories):
-        if panel.key in history.series:
+        if panel.key in history.series and panel.is_noisy:
+            _plot_noisy(axes, history, panel.key, index, "run", panel.scale)
+        elif panel.key in history.series:
             series = history.series[panel.key]
-            style, values = _line_style(index), panel.scale * series.values
-            if panel.is_noisy:
-                _plot(axes, series.tokens, values, 300, f"raw-{index}", **style | {"lw": 0.6, "alpha": 0.3})
-                values = panel.scale * series.smoothed(overview_window(series))
-            _plot(axes, series.tokens, values, 300, f"run-{index}", **style)
+            _plot(axes, series.tokens, panel.scale * series.values, 300, f"run-{index}", **_line_style(index))
     if panel.is_log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -261,9 +271,12 @@ def to_svg(figure: "Figure", name: str, description: str) -> str:
 
 
 @styled()
-def save_png(figure: "Figure", out: Path) -> None:
-    """Write a figure as a PNG of 160 dots per inch on a white ground."""
-    figure.savefig(out, format="png", dpi=160, facecolor="white")
+def to_picture(figure: "Figure", kind: str) -> bytes:
+    """A figure as a file on a white ground: `pdf`, or `png` of 160 dots per inch."""
+    content = io.BytesIO()
+    metadata = {"png": {"Software": MADE_BY}, "pdf": {"Creator": MADE_BY, "CreationDate": None}}[kind]
+    figure.savefig(content, format=kind, dpi=160, facecolor="white", metadata=metadata)
+    return content.getvalue()
 
 
 def figure_of(width_inches: float, height_inches: float) -> "Figure":
@@ -280,6 +293,22 @@ def _plot(axes: "Axes", x: Any, y: Any, num_stretches: int, mark: str, **style: 
     dot = {"marker": "."} if len(kept) == 1 else {}
     (line,) = axes.plot(np.asarray(x)[kept], y[kept], **dot | style, gid=mark)
     return line
+
+
+def _plot_noisy(
+    axes: "Axes", history: History, key: str, index: int, mark: str, scale: float = 1.0
+) -> tuple["Line2D", "Line2D"]:
+    """Draw what was logged, faint, and its level, bold, which breaks off at every switch; returns one line of each."""
+    style = _line_style(index)
+    for number, curve in enumerate(curves(history, key)):
+        name = f"{index}-{curve.phase}" if number else f"{index}"
+        stretches = int(STRETCHES_PER_INCH * axes.bbox.width / axes.figure.dpi) // len(history.phases)
+        raw = style | {"lw": 0.8, "alpha": 0.55}
+        lines = (
+            _plot(axes, curve.tokens, scale * curve.values, stretches, f"raw-{name}", **raw),
+            _plot(axes, curve.level_tokens, scale * curve.levels, stretches, f"{mark}-{name}", **style | {"lw": 1.6}),
+        )
+    return lines
 
 
 def _line_style(index: int) -> dict[str, Any]:
@@ -343,8 +372,8 @@ def _mark_phases(axes: "Axes", histories: Sequence[History], with_labels: bool =
 
 def _zoom_steps(history: History, transition: Transition) -> int:
     """Choose how many steps after the switch to show: past the recovery, or all there are if there is none yet."""
-    steps = history.series["train/loss"].of_phase(transition.to_phase).steps
+    steps = history.series[LOSS].of_phase(transition.to_phase).steps
     if transition.recovery_steps is None:
         return int(steps[-1]) - transition.step
     interval = max(1, int(np.median(np.diff(steps)))) if len(steps) > 1 else 1
-    return max(int(1.6 * transition.recovery_steps), 2 * transition.peak_steps, 4 * WINDOW * interval)
+    return max(int(1.6 * transition.recovery_steps), 2 * transition.peak_steps, NUM_SHOWN * interval)

@@ -81,7 +81,7 @@ class Run:
         Raises:
             CheckpointError: the store that they are in cannot be reached.
         """
-        location = to_location(self.config.checkpoint.folder or self.path / "checkpoints")
+        location = to_location(self.config.checkpoint.place(self.path))
         with reaching(location):
             return complete_checkpoints(location)
 

@@ -14,7 +14,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -22,10 +21,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from data.messages import printable, safe_message
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import is_local, to_location
+from launcher.config.file import parse_yaml
 from launcher.config.sections import SILENT_BEATS
-from launcher.errors import CheckpointError, ConfigError
+from launcher.errors import ConfigError, UserError
 from launcher.process.console import human_count, human_time
 
 HEARTBEAT_SECONDS = 60
@@ -124,7 +125,7 @@ def status_of(run: Path, now: float) -> RunStatus:
     row: dict[str, Any] = {}
     config: dict[str, Any] = {}
     with _noting("config.yaml", notes):
-        config = _mapping(yaml.safe_load((run / "config.yaml").read_text()))
+        config = _mapping(parse_yaml((run / "config.yaml").read_text(), "config.yaml"))
     with _noting("metrics.jsonl", notes):
         row = last_logged_row(run / "metrics.jsonl")
         if row:
@@ -156,6 +157,8 @@ def status_of(run: Path, now: float) -> RunStatus:
             tokens_per_step = row["tokens"] / row["step"]
             remaining_steps = status.total_steps - status.step
             status.remaining_seconds = remaining_steps * tokens_per_step / row["throughput/tokens_per_second"]
+    status.message = None if status.message is None else safe_message(status.message)
+    status.notes = [safe_message(note) for note in notes]
     return status
 
 
@@ -166,7 +169,7 @@ def _noting(name: str, notes: list[str]) -> Iterator[None]:
         yield
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, yaml.YAMLError, CheckpointError) as error:
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, UserError) as error:
         notes.append(f"{name} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
@@ -186,7 +189,7 @@ def last_logged_row(path: Path) -> dict[str, Any]:
         for line in reversed(lines):
             try:
                 row = json.loads(line)
-            except ValueError:  # cut off by the limit, or still being written
+            except (ValueError, RecursionError):  # cut off by the limit, or still being written
                 continue
             if isinstance(row, dict) and "throughput/tokens_per_second" in row:
                 return row
@@ -246,9 +249,9 @@ def show(statuses: Sequence[RunStatus]) -> RenderableType:
         table.add_column(name, justify="right", no_wrap=True)
     for status in statuses:
         table.add_row(
-            status.run,
-            Text(status.state, style=STATES.get(status.state, "")),
-            status.phase or "-",
+            Text(printable(status.run)),
+            Text(printable(status.state), style=STATES.get(status.state, "")),
+            Text(printable(str(status.phase or "-"))),
             _of(status.step, status.total_steps),
             _shown(status.tokens_per_second, human_count),
             _shown(status.remaining_seconds, _left),
@@ -262,7 +265,8 @@ def show(statuses: Sequence[RunStatus]) -> RenderableType:
         if len(lines) > MESSAGE_LINES:
             lines = [f"... (all of it is in {status.run}/state.json)", *lines[-MESSAGE_LINES:]]
         if lines := [*lines, *status.notes]:
-            below += [Text(f"\n{status.run}", style="bold"), Padding(Text("\n".join(lines)), (0, 0, 0, 2))]
+            text = Text(printable("\n".join(lines)))
+            below += [Text(f"\n{printable(status.run)}", style="bold"), Padding(text, (0, 0, 0, 2))]
     return Group(table, *below)
 
 

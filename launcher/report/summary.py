@@ -3,25 +3,29 @@
 `summarize` reads `config.yaml`, `metrics.jsonl` and, once the run is complete, `summary.json`, of a run that is still
 going or was interrupted as well.
 
-Everything measured comes from `metrics.jsonl`. The training loss of a phase is its smoothed loss at the end (see
-`launcher.report.history`), its throughput the median over its logged steps, its validation the last evaluation after
-its start.
+Everything measured comes from `metrics.jsonl`. The training loss of a phase is its level at the end (see
+`launcher.run.level`), its throughput the median over its logged steps, its validation the last evaluation after its
+start.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from launcher.errors import LogError
-from launcher.report.history import LOSS, History, PhaseSpan, Series, find_transitions, read_history
-from launcher.run.recovery import WINDOW, Transition
+from launcher.config.file import parse_yaml
+from launcher.errors import ConfigError, LogError
+from launcher.process.console import human_count
+from launcher.report.history import BITS_PER_BYTE, LOSS, History, PhaseSpan, Series, find_transitions, read_history
+from launcher.run.metrics_log import numbered_rows
+from launcher.run.recovery import Transition
 
-BITS_PER_BYTE, THROUGHPUT = "validation/bits_per_byte", "throughput/tokens_per_second"
+THROUGHPUT = "throughput/tokens_per_second"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class PhaseSummary:
     planned_steps: int | None
     tokens: int
     train_loss: float | None
-    """Smoothed training loss at the end, nats per token."""
+    """Level of the training loss at the end, nats per token."""
     validation_bits_per_byte_at_start: float | None
     validation_bits_per_byte: float | None
     """Last evaluation after the phase's first step."""
@@ -58,7 +62,9 @@ class RunSummary:
     seed: int | None
     tritrain_version: str | None
     engine: str | None
-    num_ranks: int | None
+    """One, or those of several starts with the step from which on each has trained."""
+    num_ranks: str | None
+    """As `engine`."""
     is_complete: bool
     step: int
     planned_steps: int | None
@@ -94,27 +100,31 @@ def summarize(run: Path) -> RunSummary:
             raise FileNotFoundError(f"{run} has no {path.name}: {what}")
     config_text = config_path.read_text(encoding="utf-8")
     try:
-        config = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
-        raise LogError(f"{config_path}: not YAML: {error}") from None
-    summary: dict[str, Any] = {}
+        config = parse_yaml(config_text, str(config_path))
+    except ConfigError as error:
+        raise LogError(str(error)) from None
+    summary: Any = {}
     if summary_path.is_file():
         try:
             summary = json.loads(summary_path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LogError(f"{summary_path}: not JSON: {error}") from None
+    for content, path in ((config, config_path), (summary, summary_path)):
+        if not isinstance(content, dict):
+            raise LogError(f"{path}: must hold a mapping of keys, not {str(content)[:40]!r}")
     name, engine = str(config.get("run", {}).get("name", run.name)), config.get("engine", {})
     history = read_history(metrics_path, name)
     planned = config.get("phase_steps", [])
     elapsed, skipped = (_last(history, key) for key in ("time/elapsed_seconds", "train/skipped_steps"))
     sample = summary.get("sample") or {}
+    starts = _starts(run / "starts.jsonl") or [(0, {"world_size": summary.get("num_ranks")})]
     return RunSummary(
         folder=run,
         name=name,
         seed=config.get("run", {}).get("seed"),
         tritrain_version=config.get("tritrain_version"),
-        engine=_engine_text(engine.get("name"), engine.get("zero_stage")),
-        num_ranks=summary.get("num_ranks"),
+        engine=_by_start([(step, _engine_text(start.get("engine") or engine)) for step, start in starts]),
+        num_ranks=_by_start([(step, _count_text(start.get("world_size"))) for step, start in starts]),
         is_complete=summary.get("status") == "complete",
         step=history.phases[-1].last_step,
         planned_steps=sum(planned) if planned and None not in planned else None,
@@ -146,7 +156,7 @@ def verdict(summary: RunSummary) -> str:
         before = values[position - 1] if position else None
         is_over = summary.is_complete or phase.is_complete or phase is not summary.phases[-1]
         clause = f"the {phase.precision} phase {'ended' if is_over else 'stands'} at {value:.3f}"
-        change = f" ({signed(100 * (value / before - 1), 1)} %)" if before else ""
+        change = f" ({percent(value, before)} after {human_count(phase.tokens)} tokens more)" if before else ""
         clauses.append(clause + (f" {unit}" if not clauses else "") + change)
     text = ", ".join(clauses) + "."
     if summary.is_complete:
@@ -155,6 +165,44 @@ def verdict(summary: RunSummary) -> str:
         f" of {summary.planned_steps:,} ({summary.step / summary.planned_steps:.0%})" if summary.planned_steps else ""
     )
     return f"Unfinished, at step {summary.step:,}{share}: {text}"
+
+
+COMPARED = (
+    "Figures of two phases differ by the precision and by the training in between. What ternary weights cost is the "
+    "distance from a 16-bit run of as many tokens; what the switch costs, that of the values right before and after it."
+)
+"""What a difference between the ends of two phases is not."""
+
+
+def spike_text(transition: Transition) -> str:
+    """The height of the spike with its noise, and where it is."""
+    if not math.isfinite(transition.spike):
+        return "the loss is not finite"
+    noise = f" \N{PLUS-MINUS SIGN} {transition.noise:.3f}"
+    if math.isnan(transition.noise):
+        noise = ", with too few logged losses to know the noise"
+    text = f"{signed(transition.spike, 3)}{noise}"
+    if math.isnan(transition.noise) or transition.is_beyond_noise:
+        steps = transition.peak_steps
+        return f"{text}, {f'{count_of_steps(steps)} after the switch' if steps else 'at the switch'}"
+    return f"no spike beyond noise ({text})"
+
+
+def recovery_text(transition: Transition) -> str:
+    """When the loss was back at its level before the switch."""
+    if transition.recovery_steps is None or transition.recovery_tokens is None:
+        return "not yet"
+    return f"{count_of_steps(transition.recovery_steps)} ({human_count(transition.recovery_tokens)} tokens)"
+
+
+def percent(value: float, before: float) -> str:
+    """A relative change, per cent."""
+    return f"{signed(100 * (value / before - 1), 1)} %"
+
+
+def count_of_steps(count: int) -> str:
+    """Write a number of steps."""
+    return f"{count:,} step{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -183,7 +231,7 @@ def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[i
         steps=span.last_step - span.first_step,
         planned_steps=planned_steps.get(span.index),
         tokens=span.last_tokens - span.first_tokens,
-        train_loss=float(loss.smoothed(WINDOW)[-1]) if loss and len(loss.values) else None,
+        train_loss=loss.last_level(span.first_step) if loss and len(loss.values) else None,
         validation_bits_per_byte_at_start=at_start,
         validation_bits_per_byte=at_end,
         tokens_per_second=_median(parts.get(THROUGHPUT)),
@@ -199,5 +247,28 @@ def _last(history: History, key: str) -> float | None:
     return float(history.series[key].values[-1]) if key in history.series else None
 
 
-def _engine_text(name: str | None, zero_stage: int | None) -> str | None:
+def _starts(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The starts that steps of the run are left of, by the step that each began after."""
+    starts: list[tuple[int, dict[str, Any]]] = []
+    for _, start in numbered_rows(path) if path.is_file() else ():
+        step = int(start.get("step", 0))
+        starts = [*((before, other) for before, other in starts if before < step), (step, start)]
+    return starts
+
+
+def _by_start(values: Sequence[tuple[int, str | None]]) -> str | None:
+    """A value that all starts share, or each value with the step from which on it holds."""
+    known = [(step, value) for step, value in values if value is not None]
+    changes = known[:1] + [after for before, after in pairwise(known) if after[1] != before[1]]
+    if len(changes) < 2:
+        return changes[0][1] if changes else None
+    return "; ".join(f"{value} from step {step + 1:,}" for step, value in changes)
+
+
+def _engine_text(engine: Mapping[str, Any]) -> str | None:
+    name, zero_stage = engine.get("name"), engine.get("zero_stage")
     return name if zero_stage is None else f"{name}, ZeRO stage {zero_stage}"
+
+
+def _count_text(count: int | None) -> str | None:
+    return None if count is None else f"{count:,}"

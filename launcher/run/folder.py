@@ -1,9 +1,10 @@
 """A run's folder: its files, its lock, and the check that it belongs to a configuration.
 
-RUN/config.yaml      the resolved configuration, with the code's version
+RUN/config.yaml      the resolved configuration, with the code's version and the run's id
 RUN/tokenizer.*      what made the run's tokens, copied from its data; every checkpoint has a copy as well
 RUN/state.json       whether the run is running, interrupted, complete or failed
 RUN/starts.jsonl     one line for each time that training began
+RUN/saves.jsonl      one line for each checkpoint that was written
 RUN/submitted/       code, configuration and script of each job of `tritrain submit`
 RUN/stop, RUN/save   put there by a person: save and end, or save and go on
 RUN/rollbacks.json   how often the run has gone back to a switch; only where it has
@@ -18,6 +19,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,31 +27,15 @@ from typing import Any
 
 import yaml
 
+from data.private import no_follow
 from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
-from launcher.checkpoint.location import reaching, to_location
+from launcher.checkpoint.location import flush_folder, reaching, to_location
 from launcher.config.file import DERIVED_KEYS, flat_lines, load_config, parse_yaml, to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from launcher.run.requeue import append_line, read_state
-
-MAY_CHANGE = (
-    "run.folder",
-    "run.stop_before_end_seconds",
-    "logging.",
-    "watch.",
-    "evaluation.",
-    "checkpoint.",
-    "engine.",
-    "data.workers",
-    "data.cache",
-    "data.validation_rows",
-    "data.prepare",
-    "training.micro_batch_sequences",
-    "training.activation_checkpointing",
-    "training.compile",
-    "training.max_skipped_steps",
-)
-"""Keys that may differ when a run resumes: they decide how it runs, not what it trains."""
+from launcher.plan.course import make_course
+from launcher.run.changes import MAY_CHANGE, changes, course_of, schedule_note, ways_on
+from launcher.run.requeue import append_line, read_lines, read_state
 
 
 class RunFolder:
@@ -60,14 +46,25 @@ class RunFolder:
     """
 
     def __init__(self, config: Config) -> None:
+        self.config = config
         self.path = config.run.path
-        self.checkpoints = to_location(config.checkpoint.folder or self.path / "checkpoints")
+        self.checkpoints = to_location(config.checkpoints)
         self.ranks = self.path / "ranks"
         self.holder = ""
         """What the lock says while this job holds it; the same on all of its ranks."""
-        self._beat_seconds = config.watch.beat_seconds
-        self._tree = to_tree(config)
-        self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **self._tree}, sort_keys=False)
+        self.state_before: dict[str, Any] = {}
+        """The status that the rank that holds the lock found."""
+        self._is_new = False
+        self._run_id: str | None = None
+        self.has_place_for_checkpoints = config.checkpoint.folder is not None
+        """Whether the checkpoints have a place of their own, outside of the folder."""
+        self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **to_tree(config)}, sort_keys=False)
+
+    @property
+    def run_id(self) -> str | None:
+        """What tells this run from all others; None before its first start."""
+        there = read_tree(self.path / "config.yaml")
+        return self._run_id if there is None else there.get("run_id", self._run_id)
 
     def check_configuration(self) -> None:
         """Check that the folder's content belongs to this configuration.
@@ -80,8 +77,10 @@ class RunFolder:
         path = self.path / "config.yaml"
         if not path.exists():
             return
-        there = parse_yaml(path.read_text(), str(path))
-        if not isinstance(there, dict) or "tritrain_version" not in there:
+        there = read_tree(path)
+        if there is None and any((self.path / name).exists() for name in ("state.json", "starts.jsonl", "saves.jsonl")):
+            return  # a run's own, damaged: `set_damaged_aside` says so, and its checkpoints have the configuration
+        if there is None or "tritrain_version" not in there:
             raise ConfigError(
                 f"run.folder: {path} was not written by a run, and would be overwritten; choose another run.folder"
             )
@@ -89,20 +88,12 @@ class RunFolder:
             return
         for derived in DERIVED_KEYS:
             there.pop(derived, None)
-        before = dict(line.split(": ", 1) for line in flat_lines(there))
-        now = dict(line.split(": ", 1) for line in flat_lines(self._tree))
-        differing = [
-            f"  {key}: {before.get(key, 'not set')} in {self.path}, {now.get(key, 'not set')} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-        ]
-        if differing:
-            raise ConfigError(
-                f"{self.path} holds a run with another configuration, and a resumed run must keep its own:\n"
-                + "\n".join(differing)
-                + "\nSet run.name or run.folder to begin another run; with checkpoint.start_from=CHECKPOINT it begins "
-                "with this one's weights."
-            )
+        if refused := [change for change in changes(there, self.config) if not change.is_allowed]:
+            lines = [f"{self.path} holds a run with another configuration, and a resumed run must keep its own:"]
+            lines += [change.line(str(self.path)) for change in refused]
+            if (before := course_of(there)) is not None:
+                lines += schedule_note(before, make_course(self.config), self.last_saved_step() or 0)
+            raise ConfigError("\n".join([*lines, ways_on(refused)]))
 
     def claim(self) -> None:
         """Lock the folder for the life of this process, so that no other one trains in it.
@@ -110,8 +101,9 @@ class RunFolder:
         Raises:
             ConfigError: another one does.
         """
+        self._is_new = not self.path.exists() or not any(self.path.iterdir())
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("a+")
+        self._lock = open(self.path / "lock", "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
         try:
             # A record lock: it ends with the process, however that ends, and file systems of clusters know it.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,19 +120,37 @@ class RunFolder:
         self._lock.write(self.holder)
         self._lock.flush()
         os.fsync(self._lock.fileno())  # the other hosts read it
+        self.state_before = self.read_state()
+
+    def set_damaged_aside(self) -> list[str]:
+        """Set aside what a power cut or a full disk has left of a file that a start reads; a sentence for each."""
+        damaged = {"config.yaml": read_tree(self.path / "config.yaml") is None, "state.json": not self.read_state()}
+        paths = [self.path / name for name, is_damaged in damaged.items() if is_damaged]
+        return [f"{path} is damaged, and set aside as {set_aside(path).name}." for path in paths if path.exists()]
+
+    def is_of_first_start(self) -> bool:
+        """Return whether this start made the folder and has not begun to train, so that nothing in it is of use."""
+        kept = ("starts.jsonl", "saves.jsonl", "hangs", "submitted")
+        return self._is_new and not any((self.path / name).exists() for name in kept)
 
     def is_ours(self) -> bool:
         """Return whether this job still owns the folder: a rank that was cut off may have lost it to a later job."""
         # Opened anew, since a handle may show what a network's disk once had. To close it lets go of the lock: only a
         # process that is about to end may ask.
         lock = self.path / "lock"
-        return (lock.read_text() if lock.exists() else "") == self.holder
+        return (lock.read_text(errors="replace") if lock.exists() else "") == self.holder
 
     def prepare(self, phase_steps: Sequence[int]) -> None:
-        """Create the folder and write the configuration, with the number of steps of each phase."""
+        """Create the folder and resolve the configuration, with the number of steps of each phase.
+
+        It is written now if nothing was trained here, else when training starts: a start that is refused leaves that of
+        the run.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.config_text += yaml.safe_dump({"phase_steps": list(phase_steps)})
-        replace_file(self.path / "config.yaml", self.config_text)
+        self._run_id = self.run_id or uuid.uuid4().hex
+        self.config_text += yaml.safe_dump({"run_id": self._run_id, "phase_steps": list(phase_steps)})
+        if not (self.path / "starts.jsonl").exists():
+            replace_file(self.path / "config.yaml", self.config_text)
 
     def keep_tokenizer(self, file: Path) -> None:
         """Copy the tokenizer into the folder, so that the run can be used without its data."""
@@ -169,13 +179,30 @@ class RunFolder:
 
     def write_heartbeats(self, beats: list[dict[str, Any]]) -> None:
         """Write the last heartbeat of each rank, and the interval of the beats."""
-        content = {"time": round(time.time(), 1), "beat_seconds": self._beat_seconds, "ranks": beats}
-        replace_file(self.path / "heartbeats.json", json.dumps(content))
+        beat_seconds = self.config.watch.beat_seconds
+        content = {"time": round(time.time(), 1), "beat_seconds": beat_seconds, "ranks": beats}
+        replace_file(self.path / "heartbeats.json", json.dumps(content), durable=False)  # every few seconds
 
     def note_start(self, step: int, world_size: int) -> None:
-        """Append to `starts.jsonl` that training starts or resumes after this step."""
+        """Write the configuration, and append to `starts.jsonl` that training starts or resumes after this step."""
+        replace_file(self.path / "config.yaml", self.config_text)
         line = {"time": time.time(), "step": step, "world_size": world_size, "host": socket.gethostname()}
-        append_line(self.path / "starts.jsonl", line | {"job": slurm_job()})
+        engine = {"name": self.config.engine.name, "zero_stage": self.config.engine.zero_stage}
+        append_line(self.path / "starts.jsonl", line | {"job": slurm_job(), "engine": engine})
+
+    def note_save(self, step: int) -> None:
+        """Append to `saves.jsonl` that this is the newest checkpoint now."""
+        append_line(self.path / "saves.jsonl", {"time": time.time(), "step": step})
+
+    def last_saved_step(self) -> int | None:
+        """The step of the newest checkpoint as it was noted; None if none was."""
+        saves = read_lines(self.path / "saves.jsonl", "step")
+        return saves[-1]["step"] if saves else None
+
+    def is_complete(self, total_steps: int) -> bool:
+        """Return whether the run has trained to its end; one that was made longer has not."""
+        state = self.read_state()
+        return state.get("status") == "complete" and state.get("steps", total_steps) == total_steps
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the summary of a complete run."""
@@ -227,8 +254,29 @@ def slurm_job() -> str | None:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Replace a file atomically."""
+def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Replace a file atomically; a durable one has reached the disk before it takes the old one's place."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(temporary, path)
+    if durable:
+        flush_folder(path.parent)
+
+
+def read_tree(path: Path) -> dict[str, Any] | None:
+    """The mapping in a YAML file; None if there is none, or another content."""
+    try:
+        tree = parse_yaml(path.read_text(), str(path))
+    except (OSError, ConfigError, UnicodeDecodeError, RecursionError):
+        return None
+    return tree if isinstance(tree, dict) else None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file, so that a new one can be written and nothing is lost; returns its new name."""
+    number = next(n for n in range(1, 10**6) if not path.with_name(f"{path.name}.damaged-{n}").exists())
+    return path.rename(path.with_name(f"{path.name}.damaged-{number}"))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from launcher.errors import LogError
+from launcher.run.folder import replace_file, set_aside
 from launcher.run.recovery import SpikeWatch
 from quant.telemetry import DISTANCE_EDGES, MOST_FLIPS
 
@@ -18,6 +19,13 @@ HISTOGRAM_EDGES = {
     "quant/flips": tuple(count - 0.5 for count in range(MOST_FLIPS + 2)),
 }
 """Edges of the bins of what is logged as a list of shares of all quantized weights."""
+
+TENSORBOARD_TAGS = {
+    "train/loss": "1-loss/train",
+    "validation/loss": "1-loss/validation",
+    "validation/bits_per_byte": "1-loss/validation_bits_per_byte",
+}
+"""Tags that are not the key of the row: TensorBoard sorts groups by name, and so opens on the losses."""
 
 
 class MetricsLog:
@@ -33,10 +41,12 @@ class MetricsLog:
     def __init__(self, folder: Path, *, step: int, phase: int, tensorboard: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if (row["step"], row["phase"]) <= (step, phase)] if step else []
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        rewritten.rename(path)
+        rows, self.num_damaged = sound_rows(path)
+        """The rows, and the number of lines that are none."""
+        if self.num_damaged:
+            set_aside(path)
+        kept = [row for row in rows if (row["step"], row["phase"]) <= (step, phase)] if step else []
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         self.elapsed_seconds = max((row.get("time/elapsed_seconds", 0.0) for row in kept), default=0.0)
         self.spikes = SpikeWatch()
@@ -48,6 +58,8 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            if (folder / "config.yaml").is_file():
+                self._tensorboard.add_text("configuration", as_code((folder / "config.yaml").read_text()), step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; values that are not finite are left out, as JSON has no word for them."""
@@ -57,7 +69,7 @@ class MetricsLog:
         if self._tensorboard is not None:
             for key, value in row.items():
                 if "/" in key and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(key, value, row["step"])
+                    self._tensorboard.add_scalar(TENSORBOARD_TAGS.get(key, key), value, row["step"])
             if "quant/layers" in row:
                 write_histograms(self._tensorboard, row)
 
@@ -66,6 +78,11 @@ class MetricsLog:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def as_code(text: str) -> str:
+    """A text as Markdown that shows it letter by letter: a block indented by four spaces."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def write_histograms(tensorboard: Any, row: dict[str, Any]) -> None:
@@ -97,6 +114,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in numbered_rows(path)] if path.exists() else []
 
 
+ROW = {"step": int, "tokens": int, "phase": int, "precision": str}
+"""Keys that every row has, and their types."""
+
+
+def sound_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a `metrics.jsonl` that are sound, and the number of lines that are damaged, as by a power cut.
+
+    A last line that a killed run left unfinished does not count.
+    """
+    rows, num_damaged = [], 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and all(type(row.get(key)) is kind for key, kind in ROW.items()):
+            rows.append(row)
+        else:
+            num_damaged += line.endswith(b"\n")
+    return rows, num_damaged
+
+
 def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the object of every line, but for a last one that a killed run left unfinished.
 
@@ -107,7 +146,7 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for line_number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not line.endswith(b"\n"):
                     return
                 raise LogError(f"{path}:{line_number}: not JSON: {error}") from None

@@ -1,53 +1,47 @@
-"""Measure what a change of precision does to the training loss: level before, peak, area, recovery.
+"""Measure what a change of precision does to the training loss: levels on both sides, peak, area, recovery.
 
-All of it follows from the logged losses in their order, one at a time, so that a running job (`SpikeWatch`) and a
-report on a finished one (`launcher.report.history.find_transitions`) say the same.
+The losses on both sides of the switch are measured alike, each with a line that ends at the switch
+(`launcher.run.level`): the last logged losses of the old phase, and the first of the new one. The loss may peak later,
+as at the end of a ramp. A later place counts as the peak only where it is higher than the beginning beyond the noise,
+since the highest of many noisy losses is always high.
+
+A running job (`SpikeWatch`) and a report on a finished one (`launcher.report.history.find_transitions`) give the same
+numbers, because `measure` looks at the same logged losses in both.
 """
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-WINDOW = 3
-"""EMA window of these statistics, in logged values: short, because an average lags behind a loss that falls, and a
-logged value is the mean of its interval already."""
+import numpy as np
 
+from launcher.run.level import WINDOWS, Curve, Level, curve_of, level_at, noise_of_a_step
 
-class Average:
-    """Exponential moving average with Adam's bias correction: weights fall by 1 - 1 / window a value and sum to 1."""
+NUM_LOSSES = 64
+"""Logged losses on each side of a switch that levels and noise are taken from."""
 
-    def __init__(self, window: int) -> None:
-        self._decay = 1 - 1 / window
-        self._total = self._weight = 0.0
+NUM_RECENT = 16
+"""Logged losses through which the line goes that says whether the loss is back."""
 
-    def add(self, value: float) -> float:
-        """Take one value and return the average; one that is not finite gives NaN and leaves the average alone."""
-        if not math.isfinite(value):
-            return math.nan
-        self._total, self._weight = self._decay * self._total + value, self._decay * self._weight + 1
-        return self._total / self._weight
+SURE = 3.0
+"""Standard errors from which on a difference is not put down to noise."""
+
+PEAK_WINDOWS = (1, 4, 16, 64)
+"""Numbers of neighboring losses whose mean is looked at to find a peak."""
 
 
-class Level:
-    """The smoothed loss at the end of a phase, and the spread of logged losses around it."""
+class LoggedLoss(NamedTuple):
+    """The training loss of one logged step, in nats per token; NaN where it was not finite."""
 
-    def __init__(self) -> None:
-        self._average, self._strays, self.loss = Average(WINDOW), deque[float](maxlen=5 * WINDOW), math.nan
-
-    def add(self, loss: float) -> None:
-        """Take the next logged loss of the phase."""
-        self.loss = self._average.add(loss)
-        self._strays.append(loss - self.loss)
-
-    @property
-    def noise(self) -> float:
-        """Standard deviation of the last losses around their average."""
-        mean = sum(self._strays) / len(self._strays)
-        return math.sqrt(sum((stray - mean) ** 2 for stray in self._strays) / len(self._strays))
+    step: int
+    tokens: int
+    loss: float
+    strength: float
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Transition:
     """The effect of a change of precision on the training loss so far; losses in nats per token."""
 
@@ -57,49 +51,43 @@ class Transition:
     from_precision: str
     to_precision: str
     loss_before: float
-    """Smoothed loss at the end of the phase before: the level to come back to."""
+    """Level of the loss at the switch, by the losses before it: the level to come back to."""
+    loss_after: float
+    """Level of the loss at the switch, by the losses after it. With a ramp nothing has changed there yet."""
+    peak_loss: float
+    """Highest level since the switch; `loss_after`, unless it is higher later, beyond the noise."""
+    peak_steps: int
+    """Steps from the switch to the peak; 0: the loss is highest at the switch."""
     noise: float
-    """Standard deviation of single logged losses around the smoothed loss, shortly before the switch."""
-    peak_loss: float = math.nan
-    """Largest single logged loss from the switch until the loss is back at `loss_before`, or until now."""
-    peak_steps: int = 0
-    """Steps from the switch to the peak."""
-    area: float = 0.0
+    """Standard error of `spike`; NaN if there are too few logged losses to know."""
+    area: float
     """What the logged loss had above `loss_before`, times the tokens that it had it for, up to the recovery or to now;
     in nats: what the switch cost in all."""
-    recovery_steps: int | None = None
-    """Steps until the smoothed loss is back at `loss_before` with the quantization fully on; None: not yet."""
-    recovery_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        self._average, self._last_tokens = Average(WINDOW), self.tokens
+    recovery_steps: int | None
+    """Steps until the level is back at `loss_before` with the quantization fully on; None: not yet."""
+    recovery_tokens: int | None
+    bits_per_byte_before: float | None = None
+    """Held-out loss at the very step of the switch, before it; None if it was not measured there."""
+    bits_per_byte_after: float | None = None
+    """The same model after the switch, at full strength."""
 
     @property
     def spike(self) -> float:
         """Height of the peak above the level before the switch."""
         return self.peak_loss - self.loss_before
 
-    def add(self, step: int, tokens: int, loss: float, strength: float) -> bool:
-        """Take the next logged loss after the switch; returns whether the loss recovers with it."""
-        if self.recovery_steps is not None:
-            return False
-        smoothed = self._average.add(loss)
-        if math.isfinite(loss):
-            self.area += max(0.0, loss - self.loss_before) * (tokens - self._last_tokens)
-            if not loss <= self.peak_loss:
-                self.peak_loss, self.peak_steps = loss, step - self.step
-        self._last_tokens = tokens
-        # A ramp begins at strength 0, where nothing changes.
-        is_full = strength >= 1 or self.to_precision != "ternary"
-        if is_full and smoothed <= self.loss_before:
-            self.recovery_steps, self.recovery_tokens = step - self.step, tokens - self.tokens
-        return self.recovery_steps is not None
+    @property
+    def is_beyond_noise(self) -> bool:
+        """Return whether the spike is more than the noise explains; not, if the noise is not known."""
+        return self.spike > SURE * self.noise
 
     def as_row(self) -> dict[str, float]:
         """The numbers that are known, by their names in the log."""
         values = {
             "transition/loss_before": self.loss_before,
+            "transition/loss_after": self.loss_after,
             "transition/spike": self.spike,
+            "transition/noise": self.noise,
             "transition/peak_steps": self.peak_steps,
             "transition/area": self.area,
             "transition/recovery_steps": self.recovery_steps,
@@ -108,37 +96,154 @@ class Transition:
         return {key: value for key, value in values.items() if value is not None}
 
 
+def measure(
+    before: Sequence[LoggedLoss],
+    after: Sequence[LoggedLoss],
+    *,
+    to_phase: int,
+    step: int,
+    tokens: int,
+    precisions: tuple[str, str],
+) -> Transition:
+    """Measure a transition.
+
+    Args:
+        before: logged losses of the old phase.
+        after: those of the new phase so far.
+        to_phase: index of the new phase.
+        step: finished steps at the switch.
+        tokens: the same in tokens.
+        precisions: of the old and the new phase.
+    """
+    old = _curve(before[-NUM_LOSSES:], None)
+    start = _curve(after[:NUM_LOSSES], step)
+    noise = noise_of_a_step(old, start)
+    level, beginning = level_at(old, step, noise), level_at(start, step, noise)
+    is_back = Recovery(level.value, to_ternary=precisions[1] == "ternary")
+    back = next((index for index, point in enumerate(after) if is_back.add(point)), None)
+    counted = after if back is None else after[: back + 1]
+    peak, peak_steps = _peak(_curve(after[: max(len(counted), NUM_LOSSES)], step), beginning, step, noise)
+    return Transition(
+        to_phase=to_phase,
+        step=step,
+        tokens=tokens,
+        from_precision=precisions[0],
+        to_precision=precisions[1],
+        loss_before=level.value,
+        loss_after=beginning.value,
+        peak_loss=peak.value,
+        peak_steps=peak_steps,
+        noise=math.hypot(level.error, peak.error),
+        area=_area(counted, level.value, tokens),
+        recovery_steps=None if back is None else after[back].step - step,
+        recovery_tokens=None if back is None else after[back].tokens - tokens,
+    )
+
+
+def _curve(points: Sequence[LoggedLoss], begin: int | None) -> Curve:
+    steps = np.asarray([point.step for point in points], dtype=np.int64)
+    return curve_of(steps, np.asarray([point.loss for point in points], dtype=np.float64), begin)
+
+
+def _peak(curve: Curve, beginning: Level, step: int, noise: float) -> tuple[Level, int]:
+    """The highest level and the steps from the switch to it: a later one if it surely is above the beginning."""
+    best, best_steps = beginning, 0
+    for window in PEAK_WINDOWS:
+        if window > len(curve.at):
+            break
+        means = np.convolve(curve.values, np.full(window, 1 / window), mode="valid")
+        at = float(curve.at[int(means.argmax()) + window // 2])
+        level = level_at(curve, at, noise)
+        is_surely_above = level.value - beginning.value > SURE * math.hypot(level.error, beginning.error)
+        if is_surely_above and level.value - SURE * level.error > best.value - SURE * best.error:
+            best, best_steps = level, round(at + 1) - step
+    return best, best_steps
+
+
+def _area(points: Sequence[LoggedLoss], level: float, tokens: int) -> float:
+    """What these losses have above a level, each times the tokens since the row before it."""
+    area, last_tokens = 0.0, tokens
+    for point in points:
+        if point.loss > level:
+            area += (point.loss - level) * (point.tokens - last_tokens)
+        last_tokens = point.tokens
+    return area
+
+
+class Recovery:
+    """Notices when a loss is back at a level: one logged loss after the other, as a running job has them.
+
+    Args:
+        level: to come back to.
+        to_ternary: whether the strength of the quantization matters: a ramp begins at 0, where nothing changes.
+    """
+
+    def __init__(self, level: float, *, to_ternary: bool) -> None:
+        self._level, self._to_ternary = level + 1e-9 * abs(level), to_ternary
+        self._recent = deque[tuple[float, float]](maxlen=NUM_RECENT)
+
+    def add(self, point: LoggedLoss) -> bool:
+        """Take the next loss; returns whether the line through the last ones now ends at the level or below."""
+        if math.isfinite(point.loss):
+            self._recent.append((point.step, point.loss))
+        is_full = point.strength >= 1 or not self._to_ternary
+        return is_full and len(self._recent) >= WINDOWS[0] and self._end_of_line() <= self._level
+
+    def _end_of_line(self) -> float:
+        count, last = len(self._recent), self._recent[-1][0]
+        middle = sum(step - last for step, _ in self._recent) / count
+        mean = sum(loss for _, loss in self._recent) / count
+        spread = sum((step - last - middle) ** 2 for step, _ in self._recent)
+        slope = sum((step - last - middle) * (loss - mean) for step, loss in self._recent) / (spread or 1)
+        return mean - slope * middle
+
+
 class SpikeWatch:
     """Follows a run's logged training steps and measures its transitions."""
 
     def __init__(self) -> None:
         self._row: dict[str, Any] = {}
-        self._level = Level()
-        self._transition: Transition | None = None
+        self._switch: dict[str, Any] | None = None
+        """The last row before a switch whose numbers are still to be logged."""
+        self._recent = deque[LoggedLoss](maxlen=NUM_LOSSES)
+        self._before: list[LoggedLoss] = []
+        self._after: list[LoggedLoss] = []
+        self._recovery: Recovery | None = None
 
     def add(self, row: dict[str, Any], *, phase_ends: bool = False) -> dict[str, float]:
         """Take the row of the next logged training step.
 
         Returns:
-            What is to be logged with it: the transition's numbers where the loss is back, or where the phase ends
-            without that; else nothing.
+            What is to be logged with it: the transition's numbers where the loss is back and `NUM_LOSSES` losses have
+            been logged, or where the phase ends; else nothing.
         """
         if self._row and row["phase"] != self._row["phase"]:
-            self._transition = Transition(
-                to_phase=row["phase"],
-                step=self._row["step"],
-                tokens=self._row["tokens"],
-                from_precision=self._row["precision"],
-                to_precision=row["precision"],
-                loss_before=self._level.loss,
-                noise=self._level.noise,
-            )
-            self._level = Level()
+            self._switch, self._before, self._after, self._recovery = self._row, [*self._recent], [], None
+            self._recent.clear()
         self._row = row
-        loss = row.get("train/loss", math.nan)
-        self._level.add(loss)
-        if self._transition is None:
+        point = LoggedLoss(row["step"], row["tokens"], row.get("train/loss", math.nan), row["quant/strength"])
+        self._recent.append(point)
+        if self._switch is None:
             return {}
-        is_back = self._transition.add(row["step"], row["tokens"], loss, row["quant/strength"])
-        is_given_up = phase_ends and self._transition.recovery_steps is None
-        return self._transition.as_row() if is_back or is_given_up else {}
+        self._after.append(point)
+        is_back = False
+        if self._recovery is not None:
+            is_back = self._recovery.add(point)
+        elif len(self._after) == NUM_LOSSES:
+            self._recovery = Recovery(self._measure(self._switch).loss_before, to_ternary=row["precision"] == "ternary")
+            is_back = any(map(self._recovery.add, self._after))
+        if not (is_back or phase_ends):
+            return {}
+        measured = self._measure(self._switch)
+        self._switch = None
+        return measured.as_row()
+
+    def _measure(self, switch: dict[str, Any]) -> Transition:
+        return measure(
+            self._before,
+            self._after,
+            to_phase=self._row["phase"],
+            step=switch["step"],
+            tokens=switch["tokens"],
+            precisions=(switch["precision"], self._row["precision"]),
+        )

@@ -53,9 +53,9 @@ def verdict(run: Path, checkpoints: str, refused: "Path | None", job: "str | Non
     if refused is not None and refused.exists():
         return FAILED, "the configuration was refused: " + refused.read_text()
     step = newest_step(run, checkpoints, state)
-    past = [line for line in read_lines(run / "requeues.jsonl") if line["job"] == job]
+    past = [line for line in read_lines(run / "requeues.jsonl", "step", "idle_starts") if line.get("job") == job]
     # What the start that has just ended went on from. A job before it first asks may have come far.
-    starts = [line["step"] for line in read_lines(run / "starts.jsonl") if is_of(line, job)]
+    starts = [line["step"] for line in read_lines(run / "starts.jsonl", "step") if is_of(line, job)]
     began_at = past[-1]["step"] if past else (starts or [step])[0]
     other = holder(run, job)  # whose checkpoints are no progress of this job's
     idle_starts = 0 if step != began_at and other is None else (past[-1]["idle_starts"] if past else 0) + 1
@@ -80,10 +80,11 @@ def newest_step(run: Path, checkpoints: str, state: "dict[str, Any]") -> int:
     Where nobody looks, in an object store, or where nothing is to be seen, because the configuration has checkpoints in
     another folder, it is the step that the last start began at.
     """
-    if state.get("status") == "interrupted":
-        return int(state["checkpoint"].rpartition("step-")[2])
+    named = re.search(r"step-(\d{8})$", str(state.get("checkpoint")))
+    if state.get("status") == "interrupted" and named:
+        return int(named[1])
     if "://" in checkpoints or not Path(checkpoints).is_dir():
-        starts = read_lines(run / "starts.jsonl")
+        starts = read_lines(run / "starts.jsonl", "step")
         return int(starts[-1]["step"]) if starts else 0  # not the largest: a run may go back to a switch
     names = [path.parent.name for path in Path(checkpoints).glob("step-*/manifest.json")]
     return max((int(name[5:]) for name in names if re.match(r"step-\d{8}$", name)), default=0)
@@ -91,30 +92,34 @@ def newest_step(run: Path, checkpoints: str, state: "dict[str, Any]") -> int:
 
 def read_state(run: Path) -> "dict[str, Any]":
     """The run's status; empty before its first start, and where the file is damaged, as by a power cut."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return dict(json.loads((run / "state.json").read_text()))
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+        state = json.loads((run / "state.json").read_bytes().decode())
+        return state if isinstance(state, dict) else {}
     return {}
 
 
 def write_state(run: Path, state: "dict[str, Any]") -> None:
     """Replace the status atomically."""
     temporary = run / f"state.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(state, indent=2))
+    with temporary.open("w") as file:
+        file.write(json.dumps(state, indent=2))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(run / "state.json")
 
 
 def is_of(line: "dict[str, Any]", job: "str | None") -> bool:
     """Return whether a line or marker is of this job, or of a task of this array."""
-    return (line.get("job") or "").partition("_")[0] == (job or "")
+    return str(line.get("job") or "").partition("_")[0] == (job or "")
 
 
-def read_lines(path: Path) -> "list[Any]":
-    """The lines of a log; what was cut off, as a full disk does, is left out."""
+def read_lines(path: Path, *counts: str) -> "list[dict[str, Any]]":
+    """The lines of a log that have these counts; what is cut off or damaged, as by a power cut, is left out."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(line.decode()))
+    return [line for line in lines if isinstance(line, dict) and all(type(line.get(key)) is int for key in counts)]
 
 
 def append_line(path: Path, line: "dict[str, Any]") -> None:
@@ -124,6 +129,8 @@ def append_line(path: Path, line: "dict[str, Any]") -> None:
         file.seek(max(0, end - 1))
         cut_off = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def holder(run: Path, job: "str | None") -> "str | None":

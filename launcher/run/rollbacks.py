@@ -8,7 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launcher.run.folder import replace_file
+from launcher.process.exchange import value_of_first
+from launcher.run.folder import replace_file, set_aside
+from launcher.run.metrics_log import sound_rows
 
 FILE = "rollbacks.json"
 
@@ -31,14 +33,44 @@ class Rollback:
 
 def read_rollbacks(path: Path) -> dict[int, Rollback]:
     """Read a run's rollbacks, by the phase's index; all ranks get what the first one reads."""
-    box: list[Any] = [{}]
-    file = path / FILE
+    content, file = {}, path / FILE
     if (not dist.is_initialized() or dist.get_rank() == 0) and file.exists():
-        box = [{int(phase): Rollback(**fields) for phase, fields in json.loads(file.read_text()).items()}]
+        content = json.loads(file.read_text())
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    rollbacks: dict[int, Rollback] = box[0]
-    return rollbacks
+        content = value_of_first(content)
+    return {int(phase): Rollback(**fields) for phase, fields in content.items()}
+
+
+def restore_rollbacks(path: Path) -> list[str]:
+    """Restore a run's file from its log if it is damaged, or the run would go on with other ramps.
+
+    A log has a row for each attempt that began. Where one was given up and the next had not begun, the run goes on with
+    the attempt that its newest checkpoint is of.
+
+    Returns:
+        A sentence about it; none if the file is sound, or there is none.
+    """
+    file = path / FILE
+    try:
+        content = json.loads(file.read_bytes()) if file.exists() else {}
+        if all(is_record(phase, fields) for phase, fields in content.items()):
+            return []
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    aside, restored = set_aside(file), {}
+    for row in sound_rows(path / "metrics.jsonl")[0]:
+        if "rollback/attempts" in row:
+            losses = (row["rollback/loss_before"], row["rollback/loss_after"])
+            restored[row["phase"]] = Rollback(row["rollback/attempts"], *losses, row["step"], discarding=False)
+    write_rollbacks(path, restored)
+    found = ", ".join(f"{each.attempts} of phase {phase}" for phase, each in restored.items()) or "none"
+    return [f"{file} is damaged, and set aside as {aside.name}. Rollbacks that metrics.jsonl records: {found}."]
+
+
+def is_record(phase: str, fields: Any) -> bool:
+    """Return whether a part of the file is the rollbacks of a phase."""
+    kinds = {"attempts": int, "loss_before": float, "loss_after": float, "switch_step": int, "discarding": bool}
+    return phase.isdecimal() and {key: type(value) for key, value in fields.items()} == kinds
 
 
 def write_rollbacks(path: Path, rollbacks: Mapping[int, Rollback]) -> None:

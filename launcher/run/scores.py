@@ -10,6 +10,10 @@ from eval.tasks import DEFINITIONS, GROUP, HARNESS
 RESULTS = "scores.json"
 
 
+KEYS = {"model", "task", "num_examples", "metric", "scores"}
+"""Keys that every record has."""
+
+
 TASK_COLUMNS = ["task", "examples", "metric", "score", "bits per byte"]
 
 
@@ -21,24 +25,48 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    problem = f"{path}: holds no results of evaluations; name another file with --out"
     try:
-        return list(json.loads(path.read_text())["results"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: holds no results of evaluations; name another file with --out") from error
+        records = list(json.loads(path.read_bytes())["results"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(problem) from error
+    if not all(isinstance(record, dict) and record.keys() >= KEYS for record in records):
+        raise DataError(problem)
+    return records
+
+
+def results_of(path: Path, model: str) -> list[dict[str, Any]]:
+    """The records of a model: of each task the one with the most examples, and of equals the newest.
+
+    Args:
+        path: file of results.
+        model: digest of the model.
+
+    Raises:
+        DataError: it is another file.
+    """
+    best: dict[str, dict[str, Any]] = {}
+    for record in read_results(path):
+        task = record["task"]
+        if record["model"] == model and record["num_examples"] >= best.get(task, {"num_examples": 0})["num_examples"]:
+            best[task] = record
+    return list(best.values())
 
 
 def table_of(records: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each task, and the mean of each group that is complete."""
 
-    def with_error(score: dict[str, float], digits: int) -> str:
-        return f"{score['value']:.{digits}f} ± {score['standard_error']:.{digits}f}"
+    def with_error(score: dict[str, float | None], digits: int, factor: int = 1) -> str:
+        value, error = score["value"], score["standard_error"]
+        assert value is not None
+        return f"{factor * value:.{digits}f}" + ("" if error is None else f" ± {factor * error:.{digits}f}")
 
     table = [
         [
             record["task"],
             f"{record['num_examples']:,}",
             record["metric"],
-            with_error({name: 100 * value for name, value in record["scores"][record["metric"]].items()}, 1),
+            with_error(record["scores"][record["metric"]], 1, 100),
             with_error(record["scores"]["bits_per_byte"], 3),
         ]
         for record in records

@@ -84,10 +84,10 @@ def check(config: Config, request: Request) -> None:
     """
     if request.time is not None and (problem := time_problem(request.time)):
         raise ConfigError(f"--time: {problem}")
-    make_plan(config, request.nodes * request.ranks_per_node)
+    plan = make_plan(config, request.nodes * request.ranks_per_node)
     folder = RunFolder(config)
     folder.check_configuration()
-    if folder.read_state().get("status") == "complete":
+    if folder.is_complete(plan.total_steps):
         raise ConfigError(f"{folder.path}: the run is complete; set another run.name to start a new one")
 
 
@@ -153,7 +153,7 @@ def render(config: Config, site: SiteConfig, request: Request, folder: Path) -> 
     """
     check(config, request)
     run = config.run.path.absolute()
-    checkpoints = config.checkpoint.folder or str(run / "checkpoints")
+    checkpoints = config.checkpoint.place(run)
     if "%" in str(run):
         raise ConfigError(f"run.folder: {str(run)!r} contains %, which Slurm would replace in the name of the log")
     environment = Environment(

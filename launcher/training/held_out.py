@@ -6,7 +6,7 @@ import torch.distributed as dist
 from data.loader import TrainingData, token_bytes, validation_rows
 from data.tokenizer import load_tokenizer
 from eval.perplexity import HeldOutLoss, held_out_loss
-from eval.sample import sample_tokens
+from eval.sample import pieces_of_text, sample_tokens
 from launcher.engine.contract import Engine
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
@@ -45,17 +45,22 @@ class HeldOut:
             )
 
     def sample(self, engine: Engine) -> dict[str, str]:
-        """Return the configured prompt and its continuation by the model."""
+        """Return the configured prompt and its continuation by the model.
+
+        Raises:
+            NotFiniteError: the model's logits are NaN or infinite, on all ranks alike.
+        """
         config = self._plan.config
         tokenizer = load_tokenizer(self._tokenizer_path)
         prompt = config.evaluation.sample_prompt or ""
+        prompt_tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
         with torch.no_grad():
             tokens = sample_tokens(
                 engine.logits,
-                [tokenizer.end_of_document, *tokenizer.encode(prompt)],
+                prompt_tokens,
                 num_tokens=config.evaluation.sample_tokens,
                 window_tokens=min(config.data.sequence_length, SAMPLE_WINDOW_TOKENS),
                 end_token=tokenizer.end_of_document,
                 seed=config.run.seed,
             )
-        return {"prompt": prompt, "completion": tokenizer.decode(tokens)}
+        return {"prompt": prompt, "completion": "".join(pieces_of_text(tokenizer, tokens, prompt_tokens))}

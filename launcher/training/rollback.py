@@ -67,6 +67,7 @@ def give_up(
         attempts = _attempts(phase, rollbacks) + 1
         given_up = Rollback(attempts, before, after, phase.start, discarding=True)
         write_rollbacks(folder.path, {**rollbacks, phase.index: given_up})
+        folder.note_save(phase.start)  # what comes after it is going to be removed
     dist.barrier()
 
 

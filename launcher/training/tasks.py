@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.tokenizer import load_tokenizer
+from eval.errors import NotFiniteError
 from eval.score import scores_of
-from eval.tasks import load_rows
+from eval.tasks import choose_tasks, load_rows
 from launcher.engine.contract import Engine
-from launcher.inference.measure import check_tasks
 from launcher.inference.sharded import scorer_of
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
@@ -22,40 +22,48 @@ class TasksInTraining:
         tokenizer_path: of the training data.
 
     Raises:
-        ConfigError: lm-evaluation-harness is not installed.
-        DataError: the examples are not there.
+        DataError: the examples are not there, or the tokenizer gives an answer no token.
     """
 
     def __init__(self, plan: Plan, ranks: Ranks, tokenizer_path: Path) -> None:
+        from eval.harness import Encoding, open_questions
+
         config = plan.config.evaluation
         folder = Path(config.task_data) if config.task_data else None
-        tasks = check_tasks(list(config.tasks), config.task_data)
-        self._rows = {task: load_rows(task, folder)[: config.tasks_limit] for task in tasks}
-        self._plan, self._ranks, self._tokenizer = plan, ranks, load_tokenizer(tokenizer_path)
+        tokenizer = load_tokenizer(tokenizer_path)
+        self._plan, self._ranks = plan, ranks
+        self._questions = {
+            task: open_questions(
+                task.label,
+                load_rows(task, folder)[: config.tasks_limit],
+                Encoding(tokenizer, tokenizer.end_of_document, separately=not task.is_harness),
+                plan.config.model.max_sequence_length,
+            )
+            for task in choose_tasks(config.tasks)
+        }
 
     def measure(self, engine: Engine, got_on: Callable[[], None]) -> tuple[dict[str, float], str]:
         """Return the scores of the current model, by keys of the log, and a line for the console; a collective.
 
-        ``got_on`` is called after every few examples, because a task may take hours without being hung.
+        ``got_on`` is called after every few examples, because a task may take hours without being hung. A task with a
+        log-likelihood that is not finite has no scores; the line says so.
         """
-        from eval.harness import answer_rows
+        from eval.harness import answer_questions
 
         scorer = scorer_of(engine.token_nll, self._plan.config.model, self._ranks)
         values: dict[str, float] = {}
         words = []
-        for task, rows in self._rows.items():
-            examples = answer_rows(
-                task.label,
-                rows,
-                scorer,
-                self._tokenizer,
-                separately=not task.is_harness,
-                advance=lambda num_rows: got_on(),
-            )
+        for task, questions in self._questions.items():
+            try:
+                examples = answer_questions(task.label, questions, scorer, lambda num_rows: got_on())
+            except NotFiniteError as error:
+                words.append(f"no score ({error})")
+                continue
             scores = scores_of(examples, task.definition.metric)
             values |= {f"eval/{task.label}/{name}": score.value for name, score in scores.items()}
             words.append(f"{task.label} {100 * scores[task.definition.metric].value:.1f}")
-        return values, f"tasks, {', '.join(words)} (per cent, of {max(map(len, self._rows.values()))} examples at most)"
+        most = max(map(len, self._questions.values()))
+        return values, f"tasks, {', '.join(words)} (per cent, of {most} examples at most)"
 
 
 def open_tasks(plan: Plan, ranks: Ranks, tokenizer_path: Path) -> TasksInTraining | None:

@@ -24,8 +24,7 @@ from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
-from launcher.formats.hf_source import HuggingFaceSource
-from launcher.formats.open import check_sound, model_of, open_source, precision_of
+from launcher.formats.open import check_sound, computed_precision, model_of, open_source
 from launcher.inference.build import sharded_model
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
@@ -125,12 +124,9 @@ def teacher_model(source: Source, plan: Plan) -> ModelConfig:
 
 
 def is_ternary(source: Source) -> bool:
-    """Return whether a source says that its weights were trained as ternary ones."""
-    if isinstance(source, HuggingFaceSource):
-        return source.is_packed
-    if isinstance(source, CheckpointReader):
-        return precision_of(source).quantization is not None
-    return False
+    """Return whether a source says that it computes with ternary weights."""
+    precision = computed_precision(source)
+    return precision is not None and precision.quantization is not None
 
 
 def shard_teacher(source: Source, config: ModelConfig, plan: Plan, ranks: Ranks) -> Transformer:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from data.messages import safe_message
 from launcher.config.sections import SILENT_BEATS
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks
@@ -27,6 +28,7 @@ SECONDS_TO_BE_SEEN_DEAD = 3.0
 
 def say_failure(folder: RunFolder, ranks: Ranks, message: str) -> None:
     """Report why this rank fails, unless another rank has done so, and note it in the run's folder."""
+    message = safe_message(message)
     try:
         is_first = is_first_to_say(folder.ranks, message)
     except OSError:  # where nothing can be noted, it is better said twice than never
@@ -98,7 +100,7 @@ def leave_presence(folder: Path, ranks: Ranks) -> None:
 
 def is_first_to_say(folder: Path, message: str) -> bool:
     """Return whether no rank has claimed this message before; a failure that all ranks share is reported once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # never the run's folder, which is removed where a first start has failed
     try:
         (folder / f"said-{hashlib.sha256(message.encode()).hexdigest()[:16]}").touch(exist_ok=False)
     except FileExistsError:

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch.distributed as dist
 
 from launcher.config.sections import SILENT_BEATS
+from launcher.process.exchange import gather_values
 from launcher.process.ranks import Ranks
 
 Doing = Literal["start", "prepare", "switch", "train", "evaluate", "tasks", "save", "end"]
@@ -103,10 +104,10 @@ class Heartbeat:
         """Host and process of every rank."""
         if ranks.world_size > 1:
             # Nothing of an earlier job or attempt is read where a store outlives it, as torchrun's does.
-            names: list[Any] = [None] * ranks.world_size
-            dist.all_gather_object(names, self.peers[0] | {"rank": ranks.rank, "started": time.time_ns()})
-            self.peers = names
-            self.store = dist.PrefixStore(f"watch-{names[0]['started']}", dist.distributed_c10d._get_default_store())
+            self.peers = gather_values(self.peers[0] | {"rank": ranks.rank, "started": time.time_ns()})
+            self.store = dist.PrefixStore(
+                f"watch-{self.peers[0]['started']}", dist.distributed_c10d._get_default_store()
+            )
             self._client = self.connect()
             self._client.set(f"beat-{ranks.rank}", self._beat())
             dist.barrier()

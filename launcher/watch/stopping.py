@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """Asked by any of these, a run saves and ends. Not SIGUSR1: NCCL and torchrun have other uses for it."""
 
 
-REASONS = ("", "signal", "time limit", "stop file")
+REASONS = ("", "launcher lost", "signal", "time limit", "stop file")
 """Why a run is interrupted, as `RUN/state.json` says it; where there are several reasons, the last of them counts."""
 
 
@@ -56,6 +56,10 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._asked = max(self._asked, REASONS.index("signal"))
 
+    def launcher_is_lost(self) -> None:
+        """Ask for a stop, since what started this process was killed."""
+        self._asked = max(self._asked, REASONS.index("launcher lost"))
+
     @contextmanager
     def installed(self) -> Iterator["StopRequest"]:
         """Handle the stop signals while the block runs."""
@@ -70,15 +74,19 @@ class StopRequest:
         """On rank 0: from now on look for the files in ``folder``, and stop at this time (Unix, seconds)."""
         self._folder, self._stop_at = folder, stop_at
 
-    def agree(self, ranks: Ranks) -> tuple[bool, bool]:
-        """Return whether all ranks are to stop, and whether to save now; a collective, on the host."""
+    def agree(self, ranks: Ranks, due: Sequence[bool] = ()) -> tuple[bool, ...]:
+        """Return whether all ranks are to stop, whether to save now, and what is ``due`` as the first rank has it.
+
+        A collective, on the host. Only the first rank looks for files and at the clock, so one number has its flags.
+        """
         if self._folder is not None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
             self._look(self._folder)
-        asked, save = max_over_ranks([self._asked, self._save], ranks)
+        flags = [self._save, *due] if ranks.is_first else []
+        asked, flagged = max_over_ranks([self._asked, sum(flag << bit for bit, flag in enumerate(flags))], ranks)
         self._save = False
         self.reason = REASONS[int(asked)]
-        return bool(self.reason), bool(save)
+        return bool(self.reason), *(bool(int(flagged) >> bit & 1) for bit in range(1 + len(due)))
 
     def _look(self, folder: Path) -> None:
         if time.time() >= self._stop_at:

@@ -2,15 +2,17 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 from places import SHARED
 
 from data.errors import DataError
 from data.quickstart_corpus import read_standard_library
-from data.readers import Document, read_documents
+from data.readers import Document, read_documents, survey
 
 TEXTS = ["first", "zweiter\ntext", "третий", "x" * 300_000]
 REAL_DATA = SHARED / "data" / "pretrain"
@@ -153,3 +155,130 @@ def test_real_compressed_text():
     documents = read(REAL_DATA / "val.jsonl.zst")
     assert len(documents) == 247
     assert sum(len(document.text.encode()) for document in documents) == pytest.approx(2.5e6, rel=0.1)
+
+
+def test_what_is_left_out_of_folders_is_listed_with_the_reason(tmp_path):
+    for name in (
+        "in/a/x.jsonl", "in/a/more.json", "in/a/dolma-0001.json.gz", "in/b.txt", "in/.git/x.txt", "in/.hidden.txt",
+        "in/_temporary/0/part-0.jsonl", "in/_SUCCESS", "in/_posts/x.md", "in/pkg/__init__.py", "ext/y.jsonl",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(write_jsonl(["some text"]) if name.endswith(".jsonl") else b"x = 1")
+    folder = tmp_path / "in"
+    (folder / "linked").symlink_to(tmp_path / "ext")
+    (folder / "loop").symlink_to(folder)
+    (folder / "a" / "y.jsonl").symlink_to(tmp_path / "ext" / "y.jsonl")
+    os.mkfifo(folder / "pipe.txt")
+    os.mkdir(folder / "empty.txt")
+    found = survey([str(folder), "python-stdlib", str(tmp_path / "ext")])
+    assert [str(path.relative_to(tmp_path)) for path in found.read] == [
+        "in/_posts/x.md", "in/a/x.jsonl", "in/a/y.jsonl", "in/b.txt", "in/pkg/__init__.py", "ext/y.jsonl",
+    ]  # fmt: skip
+    assert {str(path.relative_to(folder)): reason for path, reason in found.left_out.items()} == {
+        ".git": "hidden",
+        ".hidden.txt": "hidden",
+        "_SUCCESS": "without an ending",
+        "_temporary": "unfinished output or log of Spark",
+        "a/dolma-0001.json.gz": "of unknown kind .json.gz",
+        "a/more.json": "of unknown kind .json",
+        "linked": "linked folder (name it as an input)",
+        "loop": "linked folder (name it as an input)",
+        "pipe.txt": "neither a file nor a folder",
+    }
+    assert found.reasons()[0] == "2 hidden"
+    assert {document.origin.partition(":")[0] for document in read(folder)} == {
+        str(path) for path in found.read if path.is_relative_to(folder)
+    }
+
+
+def test_folders_with_nothing_to_read_say_what_is_in_them(tmp_path):
+    (tmp_path / "a.json").touch()
+    with pytest.raises(DataError, match=r"no file of a known kind; .*; left out: 1 of unknown kind \.json"):
+        read(tmp_path)
+
+
+def test_text_that_should_be_there_is_missed(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"b\.txt: is a link to nothing; fetch or restore"):
+        read(tmp_path)
+    (tmp_path / "b.txt").unlink()
+    assert len(read(tmp_path)) == 1
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_folders_that_may_not_be_read_are_named(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(DataError, match="closed: cannot be read: Permission denied"):
+        read(tmp_path)
+
+
+def write_table(path: Path, texts) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": texts}), path)
+
+
+def test_a_damaged_parquet_file_is_named_with_its_row(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.random(40))) for _ in range(300)]
+    for number in range(3):
+        write_table(tmp_path / f"part-{number}.parquet", texts)
+    path = tmp_path / "part-1.parquet"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:3000] + bytes(byte ^ 0x5A for byte in sound[3000:3400]) + sound[3400:])
+    with pytest.raises(DataError, match=r"part-1\.parquet:1: the file is damaged in this row or after it \("):
+        read(tmp_path)
+    for cut in (
+        sound[:-20],
+        sound[: len(sound) // 2],
+        sound[:-8] + b"\xff" * 8,
+        sound[:-100] + b"\0" * 92 + sound[-8:],
+    ):
+        path.write_bytes(cut)
+        with pytest.raises(DataError, match=r"part-1\.parquet(:1)?: (is not a Parquet file|the file is damaged)"):
+            read(tmp_path)
+
+
+def test_a_row_of_parquet_that_is_not_utf8_is_named(tmp_path):
+    import pyarrow
+
+    raw = pyarrow.array([b"some good text"] * 300 + [b"bad \xff\xfe text", b"more"], pyarrow.binary())
+    write_table(tmp_path / "t.parquet", pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers()))
+    with pytest.raises(DataError, match=r"t\.parquet:301: byte 4 of the text is not UTF-8"):
+        read(tmp_path / "t.parquet")
+
+
+def test_tables_of_other_types(tmp_path):
+    import pyarrow
+
+    strings = [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()]
+    for kind in strings:
+        write_table(tmp_path / "t.parquet", pyarrow.array(TEXTS, pyarrow.string()).cast(kind))
+        assert [document.text for document in read(tmp_path / "t.parquet")] == TEXTS
+    write_table(tmp_path / "t.parquet", pyarrow.array(TEXTS).dictionary_encode())
+    assert [document.text for document in read(tmp_path / "t.parquet")] == TEXTS
+    for values in ([b"x"], [["x"]], [None], [{"a": "x"}]):
+        write_table(tmp_path / "t.parquet", values)
+        with pytest.raises(DataError, match=r't\.parquet:1: "text" is \w+; must be text'):
+            read(tmp_path / "t.parquet")
+
+
+def test_lines_that_are_nested_by_the_thousand_are_named(tmp_path):
+    path = tmp_path / "n.jsonl"
+    path.write_bytes(write_jsonl(["one"]) + b'{"text": "ok", "meta": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n")
+    with pytest.raises(DataError, match=r"n\.jsonl:2: not JSON: "):
+        read(path)
+    path.write_text(json.dumps({f"key{number}": 1 for number in range(10_000)}))
+    with pytest.raises(DataError, match=r"n\.jsonl:1: has no key .* and 9980 others"):
+        read(path)
+
+
+def test_a_data_set_of_a_hub_that_breaks_is_named_with_its_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "hfd").mkdir()
+    (tmp_path / "hfd" / "a.jsonl").write_bytes(write_jsonl(["one", "two"]))
+    (tmp_path / "hfd" / "b.jsonl").write_bytes(b'{"text": "one", "id": 1}\n{"text": broken\n')
+    with pytest.raises(DataError, match=r"hfd:train:\d: `datasets` cannot read this row"):
+        read(f"hf:{tmp_path}/hfd:train")

@@ -83,7 +83,7 @@ def test_what_is_wrong_with_a_store_of_shards_is_named(store: Store, tmp_path: P
     assert "manifest.json: not a manifest of prepared data" in complaint(f"s3://{BUCKET}/not-prepared", good)
     outside = {"format_version": 1, "tokenizer": {"file": "../../tokenizer.model"}, "splits": {}}
     store.client().put_object(Bucket=BUCKET, Key="outside/manifest.json", Body=json.dumps(outside).encode())
-    assert "'../../tokenizer.model', which is not a file name" in complaint(f"s3://{BUCKET}/outside", good)
+    assert "'../../tokenizer.model', which is not the bare name" in complaint(f"s3://{BUCKET}/outside", good)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import encoding, shards
+from data import encoding, shards, tokenizer_kinds
 from data.errors import DataError
 from data.prepared import open_prepared
 from data.quickstart_corpus import read_standard_library
@@ -108,7 +108,7 @@ def test_vocabularies_beyond_16_bits_are_stored_in_32(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "a.txt").write_text("w1 w65535 w65536 w69999 " * 10)
+    (tmp_path / "a.txt").write_text(" ".join(["w1 w65535 w65536 w69999"] * 10))
     config = PrepareConfig(inputs=(str(tmp_path / "a.txt"),), tokenizer=str(tmp_path))
     prepare(config, 4, tmp_path / "out")
     rows = read_rows(tmp_path / "out" / "train")
@@ -162,7 +162,7 @@ def test_two_that_prepare_at_once_take_turns(corpus, tokenizer_path, tmp_path):
 PREPARES_FOR_EVER = """
     import itertools, sys
     from pathlib import Path
-    from data import encoding, shards
+    from data import encoding, shards, tokenizer_kinds
     from data.readers import Document
 
     def endless(inputs):
@@ -172,7 +172,7 @@ PREPARES_FOR_EVER = """
     if __name__ == "__main__":
         encoding.CHUNK_CHARS = 10_000
         shards.read_documents = endless
-        config = shards.PrepareConfig(inputs=("x",), tokenizer=sys.argv[1], workers=2)
+        config = shards.PrepareConfig(inputs=("python-stdlib",), tokenizer=sys.argv[1], workers=2)
         shards.prepare(config, 32, Path(sys.argv[2]), lambda progress: print(progress.tokens, flush=True))
 """
 
@@ -188,7 +188,7 @@ def test_a_killed_prepare_leaves_nothing_that_loads_and_no_worker(corpus, tokeni
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
-    assert [path for path in tmp_path.iterdir() if path.name.startswith("out.") and path.name.endswith(".tmp")]
+    assert list(tmp_path.glob(".out.*.tritrain-tmp"))
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -197,6 +197,18 @@ def test_a_killed_prepare_leaves_nothing_that_loads_and_no_worker(corpus, tokeni
     prepare(
         PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path)), LENGTH, tmp_path / "out"
     )  # no lock stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["endless.py", "out"]  # what was killed is removed
+
+
+def test_a_link_is_prepared_where_it_leads(corpus, tokenizer_path, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "shards")
+    config = PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path))
+    manifest = prepare(config, LENGTH, tmp_path / "link")
+    assert (
+        manifest == prepare(config, LENGTH, tmp_path / "disk" / "shards") == prepare(config, LENGTH, tmp_path / "link")
+    )
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_a_failed_prepare_leaves_nothing(tokenizer_path, tmp_path):
@@ -257,12 +269,12 @@ def test_held_out_inputs_and_equal_texts_stay_on_one_side(corpus, tokenizer_path
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.text(alphabet="a \n", max_size=200))
 @settings(max_examples=50)
 def test_long_documents_are_cut_without_loss(lengths, text):
-    original = encoding.SEGMENT_CHARS
+    original = tokenizer_kinds.SEGMENT_CHARS
     try:
-        encoding.SEGMENT_CHARS = lengths[0]
-        segments = list(encoding.segments(text))
+        tokenizer_kinds.SEGMENT_CHARS = lengths[0]
+        segments = list(tokenizer_kinds.segments(text))
     finally:
-        encoding.SEGMENT_CHARS = original
+        tokenizer_kinds.SEGMENT_CHARS = original
     assert "".join(segments) == text
     assert all(len(segment) <= lengths[0] for segment in segments)
     assert all(segments[:-1]) or len(segments) == 1
@@ -272,7 +284,7 @@ def test_cutting_after_newlines_does_not_change_the_tokens(tokenizer_path, monke
     tokenizer = load_tokenizer(tokenizer_path)
     texts = [text for name, text in read_standard_library() if name.startswith("json/")]
     whole = encoding.encode_documents(tokenizer, texts)
-    monkeypatch.setattr(encoding, "SEGMENT_CHARS", 3000)
+    monkeypatch.setattr(tokenizer_kinds, "SEGMENT_CHARS", 3000)
     cut = encoding.encode_documents(tokenizer, texts)
     assert np.array_equal(whole.tokens, cut.tokens)
     assert (whole.documents, whole.text_bytes) == (cut.documents, cut.text_bytes)

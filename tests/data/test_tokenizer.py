@@ -1,6 +1,9 @@
 """Tokenizers lose nothing, count bytes exactly, and train to the same file again."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -46,6 +49,17 @@ def test_training_again_gives_the_same_file(trained, kind, tmp_path):
     assert load_tokenizer(tmp_path / "again.model").fingerprint == trained[kind].fingerprint
     train_tokenizer(TEXTS, f"{kind}:999", tmp_path / "other.model")
     assert load_tokenizer(tmp_path / "other.model").fingerprint != trained[kind].fingerprint
+
+
+def test_another_process_trains_the_same_files(trained, tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from texts import TEXTS; from data.tokenizer import train_tokenizer\n"
+        "for kind in ('bpe', 'unigram'): train_tokenizer(TEXTS, f'{kind}:1000', Path(sys.argv[1], f'{kind}.model'))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True)
+    for kind, tokenizer in trained.items():
+        assert (tmp_path / f"{kind}.model").read_bytes() == tokenizer.path.read_bytes()
 
 
 def test_a_trained_tokenizer_suits_code(trained):

@@ -21,7 +21,9 @@ import streaming
 from transformers.models.llama import modeling_llama
 print(streaming.StreamingDataset.__name__, modeling_llama.LlamaForCausalLM.__name__)
 """
-    alone = subprocess.run([sys.executable, "-W", "ignore", "-c", "import torchvision"], capture_output=True, check=False)
+    alone = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import torchvision"], capture_output=True, check=False
+    )
     was_needed = alone.returncode != 0
     assert run(code) == f"{was_needed} {was_needed}\nStreamingDataset LlamaForCausalLM"
 

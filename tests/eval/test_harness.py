@@ -1,14 +1,19 @@
 """Our side of lm-evaluation-harness: models with known answers, and its own `hf` model on the same examples."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
 from hf_folders import ModelSource
 from tiny_tasks import write_tasks
+from tokenizer_files import write_bytes_tokenizer
 
+from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
+from eval.errors import NotFiniteError
 from eval.rows import Scorer
 from eval.score import scores_of
 from eval.tasks import DEFINITIONS, Task, harness_task, load_rows
@@ -16,16 +21,22 @@ from launcher.formats.hf_folder import write_hf
 from model.transformer import ModelConfig, Transformer
 
 pytest.importorskip("lm_eval")
-from eval.harness import HarnessModel, answer_rows, ask
+from eval.harness import Encoding, HarnessModel, answer_questions, ask, open_questions
+
+END, BEGIN = 0, 1
 
 
 class Characters:
     """A tokenizer of single characters."""
 
-    end_of_document = 0
+    path = "characters.model"
+    end_of_document = END
 
     def encode(self, text):
         return [ord(character) % 2000 for character in text]
+
+    def token_bytes(self):
+        return torch.ones(3000)
 
 
 def model_that_says(nll):
@@ -45,8 +56,9 @@ def asked(choices, gold):
     return {"query": "Q:", "choices": choices, "gold": gold}
 
 
-def answers_of(rows, scorer=FIXED, *, separately=False):
-    return answer_rows("task", rows, scorer, Characters(), separately=separately)
+def answers_of(rows, scorer=FIXED, **encoding):
+    questions = open_questions("task", rows, Encoding(Characters(), **{"first_token": END, **encoding}), 500)
+    return answer_questions("task", questions, scorer)
 
 
 def test_a_model_with_known_answers_scores_what_it_must():
@@ -96,29 +108,78 @@ class Pairs(Characters):
 
 @pytest.mark.parametrize("separately", [False, True])
 def test_contexts_and_continuations_are_tokenized_as_the_style_says(separately):
-    model = HarnessModel(FIXED, Pairs(), separately=separately)
-    encoded = model._encode_pair("the", " end")
+    encoded = Encoding(Pairs(), END, separately).pair("the", " end")
     together = ([116, 104, 101], [101, 110, 100])  # the: t, h, e; "the end" has "e " in it, so "end" is what is left
     apart = ([116, 104, 101], [32 + 101, 110, 100])
     assert encoded == (apart if separately else together)
 
 
-def test_no_context_is_an_end_of_document():
-    rows = []
+@pytest.mark.parametrize("context", ["", " ", "\n"])
+@pytest.mark.parametrize("separately", [False, True])
+def test_a_continuation_without_context_comes_after_the_first_token(context, separately):
+    before, after = Encoding(Characters(), END, separately).pair(context, "ab")
+    assert before == ([ord(context), END] if separately and context else [END])[:1]
+    assert after == [ord(character) for character in ("ab" if separately else context + "ab")]
+    before, _ = Encoding(Characters(), BEGIN, separately).pair(context, "ab")
+    assert before[0] == BEGIN
 
-    class Recorder:
-        window_tokens = 50
 
-        def log_likelihoods(self, given, advance):
-            rows.extend(given)
-            return [0.0] * len(given)
+@pytest.mark.parametrize("separately", [False, True])
+def test_a_token_that_only_begins_texts_is_in_front_of_every_context(separately):
+    """As Llama's is; one that ends documents too is not, as OLMo's."""
+    assert Encoding(Characters(), BEGIN, separately).pair("ab", "c") == ([BEGIN, 97, 98], [99])
+    assert Encoding(Characters(), END, separately).pair("ab", "c") == ([97, 98], [99])
 
-    answers_of([{"query": "", "choices": ["ab", "c"], "gold": 0}], Recorder())
-    assert [row.tokens[0] for row in rows] == [0, 0]
+
+class Words(Characters):
+    """Joins everything up to a space, so that a continuation without one has no token of its own."""
+
+    def encode(self, text):
+        return [sum(map(ord, word)) for word in text.split()]
+
+
+def test_an_answer_without_a_token_is_known_before_any_model_runs():
+    rows = [asked(["b", "aa"], 1), asked(["b", "\u3000"], 1)]
+    with pytest.raises(DataError, match=r"task, example 2: the answer '\\u3000' has no token .*characters\.model"):
+        open_questions("task", rows, Encoding(Words(), END), 500)
+    with pytest.raises(DataError, match=r"task, example 2: .*; change the example$"):
+        open_questions("task", rows, Encoding(Words(), END, separately=True), 500)
+
+
+@pytest.mark.parametrize("adds_space", [False, True])
+def test_a_separate_answer_has_one_space_in_front_of_it(adds_space, tmp_path):
+    """Also with a tokenizer that puts one there itself; SentencePiece spells its pieces."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["no yes no maybe so", "yes so"]), model_prefix=str(tmp_path / "spaces"), vocab_size=290,
+        model_type="bpe", byte_fallback=True, add_dummy_prefix=adds_space,
+        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path / "spaces.model")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spaces.model"))
+    _, after = Encoding(tokenizer, tokenizer.end_of_document, separately=True).pair("no", " yes")
+    assert "".join(pieces.id_to_piece(after)) == "\u2581yes"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_log_likelihood_that_is_not_finite_names_task_example_and_answer(value):
+    broken = model_that_says(lambda tokens, labels: torch.where(labels == ord("z"), value, 1.0))
+    rows = [asked(["b", "aa"], 1), asked(["b", "yz"], 0), asked(["z", "b"], 0)]
+    with pytest.raises(NotFiniteError, match=f"task, example 2: the log-likelihood of answer 2 is -?{value}"):
+        answers_of(rows, broken)
+    answers_of(rows[:1], broken)
+
+
+def test_equal_answers_tie_and_the_first_is_chosen():
+    """As numpy's argmax in lm-evaluation-harness does."""
+    answers = answers_of([asked(["aa", "aa", "b"], gold) for gold in (0, 1)])
+    assert [example.chosen for example in answers] == [0, 0]
+    assert [example.chosen_by_length for example in answers] == [0, 0]
 
 
 def test_what_it_does_not_do_it_refuses():
-    model = HarnessModel(FIXED, Characters())
+    model = HarnessModel(FIXED, Encoding(Characters(), END))
     with pytest.raises(NotImplementedError, match="tritrain perplexity"):
         model.loglikelihood_rolling([])
     with pytest.raises(NotImplementedError, match="generated answers are not supported"):
@@ -128,8 +189,6 @@ def test_what_it_does_not_do_it_refuses():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, shards):
     """A random llama, written for Transformers with a tokenizer that agrees with ours."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("hf") / "model"
     torch.manual_seed(0)
     config = ModelConfig(
@@ -141,12 +200,7 @@ def folder(tmp_path_factory, shards):
             1 + 0.1 * torch.randn_like(parameter) if parameter.ndim == 1 else torch.randn_like(parameter) * 0.2
         )
     write_hf(ModelSource(model), config, folder, torch.float32)
-    vocabulary = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_bytes_tokenizer(folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}'
     )
@@ -167,7 +221,7 @@ def test_scores_equal_those_of_the_harness_s_own_hf_model(folder, tmp_path):
     for name, definition in DEFINITIONS.items():
         task = harness_task(name, load_rows(Task(name, True), mirror))
         expected = ask(task, theirs)
-        found = ask(task, HarnessModel(scorer, tokenizer))
+        found = ask(task, HarnessModel(scorer, Encoding(tokenizer, tokenizer.end_of_document)))
         assert [(e.answers, e.gold, e.chosen) for e in found] == [(e.answers, e.gold, e.chosen) for e in expected]
         for ours, reference in zip(found, expected, strict=True):
             assert ours.log_likelihoods == pytest.approx(reference.log_likelihoods, rel=2e-6)
@@ -184,3 +238,28 @@ def test_scores_equal_those_of_the_harness_s_own_hf_model(folder, tmp_path):
         else:
             reference_score = sum(result[definition.metric] for result in results) / len(results)
         assert scores_of(found, definition.metric)[definition.metric].value == pytest.approx(reference_score)
+
+
+def test_contexts_begin_as_the_harness_s_own_hf_model_begins_them(folder, tmp_path):
+    """A folder whose tokenizer puts a token of its own in front, as Llama's; an empty context too."""
+    pytest.importorskip("accelerate")
+    repair_torchvision()
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, processors
+
+    path, model = folder
+    shutil.copytree(path, tmp_path / "hf")
+    files = tmp_path / "hf" / "tokenizer.json", tmp_path / "hf" / "tokenizer_config.json"
+    tokenizer = Tokenizer.from_file(str(files[0]))
+    tokenizer.add_special_tokens(["<s>"])
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer.save(str(files[0]))
+    files[1].write_text(json.dumps(json.loads(files[1].read_text()) | {"bos_token": "<s>"}))
+    theirs = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=2)
+    scorer = Scorer(lambda tokens, labels: model(tokens, labels, reduction="none").token_nll, 256)
+    ours = HarnessModel(scorer, Encoding(load_tokenizer(tmp_path / "hf"), begin))
+    rows = [asked(["ab", "abc"], 0), {"query": "", "choices": ["x", "yes no"], "gold": 1}, asked(["é"] * 2, 0)]
+    task = harness_task("task", rows)
+    for found, expected in zip(ask(task, ours), ask(task, theirs), strict=True):
+        assert found.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=2e-6)

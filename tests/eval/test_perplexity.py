@@ -1,6 +1,7 @@
 """Loss on text: every token once, whatever the windows; bits per byte by hand and across tokenizers."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eval.perplexity
-from eval.perplexity import text_loss, windows
+from data.errors import DataError
+from data.readers import Document
+from eval.errors import NotFiniteError
+from eval.perplexity import windows
 from eval.rows import IGNORED_LABEL, Scorer
 
 END = 0
@@ -29,6 +33,11 @@ class Characters:
         ]
 
 
+def text_loss(scorer, tokenizer, texts, *, first_token=END, **options):
+    documents = (Document(text, f"text {number}") for number, text in enumerate(texts))
+    return eval.perplexity.text_loss(scorer, tokenizer, documents, first_token=first_token, **options)
+
+
 def constant(nats, window_tokens=8):
     """Every label that counts costs so many nats."""
     return Scorer(lambda tokens, labels: (labels != IGNORED_LABEL).double() * nats, window_tokens)
@@ -39,7 +48,8 @@ def test_every_token_counts_once_with_the_most_context_that_stride_allows(rest, 
     stride_tokens, tokens = min(stride_tokens, window_tokens), [END, *rest]
     counted = {}
     begin = 0
-    for row in windows(tokens, window_tokens, stride_tokens, END):
+    labels = [IGNORED_LABEL if token == END else token for token in tokens]
+    for row in windows(tokens, labels, window_tokens, stride_tokens):
         assert 0 < len(row.tokens) == len(row.labels) <= window_tokens
         assert list(row.tokens) == tokens[begin : begin + len(row.tokens)]
         for place, label in enumerate(row.labels, start=begin + 1):
@@ -109,5 +119,44 @@ def test_overlapping_windows_see_more(monkeypatch):
 
 
 def test_no_text_is_an_error():
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(DataError, match="no text"):
         text_loss(constant(1.0), Characters(), ["", ""], stride_tokens=8)
+
+
+class Recorder(Scorer):
+    """A scorer that keeps the rows it is given."""
+
+    rows: ClassVar = []
+
+    def log_likelihoods(self, rows, advance=None):
+        self.rows.extend(rows)
+        return super().log_likelihoods(rows)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_every_document_begins_with_the_first_token_and_its_own_tokens_all_count(apart):
+    """Even one with the first token's number: it is a label by its place."""
+    Recorder.rows.clear()
+    texts, first_token = ["abc", "d", "b"], 1 + ord("b")
+    model = Recorder(constant(1.0).token_nll, 8)
+    loss = text_loss(model, Characters(), texts, first_token=first_token, stride_tokens=8, apart=apart)
+    assert loss.num_tokens == 5
+    assert loss.nats == 5
+    beginnings = [row.tokens[0] for row in Recorder.rows]
+    assert beginnings == [first_token] * (3 if apart else 1)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_document_whose_loss_is_not_finite_is_named(apart):
+    def token_nll(tokens_BT, labels_BTA):
+        return torch.where(labels_BTA == 1 + ord("z"), math.nan, 1.0) * (labels_BTA != IGNORED_LABEL)
+
+    place = "text 1" if apart else "the stream of documents"
+    with pytest.raises(NotFiniteError, match=f"{place}: the log-likelihood of the text is nan"):
+        text_loss(Scorer(token_nll, 4), Characters(), ["abc", "abcdefghz", "z"], stride_tokens=4, apart=apart)
+
+
+def test_a_perplexity_too_large_for_a_float_is_infinite():
+    loss = text_loss(constant(800.0), Characters(), ["abc"], stride_tokens=8)
+    assert loss.perplexity == math.inf
+    assert math.isclose(loss.bits_per_byte, 800 / math.log(2))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from places import SHARED
 from tiny_tasks import EXAMPLES, NUM_EXAMPLES, write_tasks
 
 from data.errors import DataError
-from eval.tasks import DEFINITIONS, Task, choose_tasks, detokenized, digest_of, load_rows, rows_of_file
+from eval.tasks import DEFINITIONS, Task, choose_tasks, detokenized, digest_of, load_rows, task_problems
 
 MIRROR = Path(os.environ.get("TRITRAIN_TASK_DATA", SHARED / "data/eval"))
 SIZES = {
@@ -101,19 +103,75 @@ def test_missing_and_malformed_data_are_one_clear_error(tmp_path):
     good = json.dumps(EXAMPLES["piqa"][0])
     for line, problem in (
         ("{", "not an example"),
+        ("[" * 20_000, "not an example"),
         ('{"query": "a"}', "has no 'choices'"),
+        ('{"contexts": ["a", "b"], "continuation": "c", "gold": 0}', "has no 'choices'"),
+        ('{"query": "a", "choices": ["b", "c"]}', "has no 'gold'"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2; must be the index of one of 2"),
-        ('{"query": "a", "choices": ["b", ""], "gold": 0}', "choices must be strings"),
-        ('{"query": 7, "choices": ["b", "c"], "gold": 0}', "choices must be strings"),
-        ("[]", "not an example"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": true}', "gold is True; must be the index of one of 2"),
+        ('{"query": "a", "choices": ["b", ""], "gold": 0}', "an answer must not be blank"),
+        ('{"query": "a", "choices": [" \\n", "b"], "gold": 0}', "an answer must not be blank"),
+        ('{"query": "a", "choices": ["b"], "gold": 0}', "choices must be a list of two or more strings"),
+        ('{"query": "a", "choices": "bc", "gold": 0}', "choices must be a list of two or more strings"),
+        ('{"query": "a", "choices": ["b", 3], "gold": 0}', "choices must be a list of two or more strings"),
+        ('{"query": 7, "choices": ["b", "c"], "gold": 0}', "query must be a string"),
+        ('{"query": "\\ud800", "choices": ["b", "c"], "gold": 0}', "surrogates not allowed"),
+        ("[]", "must be a JSON object"),
     ):
         path.write_text(f"{good}\n{line}\n")
-        with pytest.raises(DataError, match=r"piqa_validation\.jsonl:2: ") as error:
-            rows_of_file(path)
-        assert problem in str(error.value)
+        for is_harness in (False, True):
+            with pytest.raises(DataError, match=r"piqa_validation\.jsonl:2: ") as error:
+                load_rows(Task("piqa", is_harness), tmp_path)
+            assert problem in str(error.value)
+    path.write_bytes(good.encode() + b'\n{"query": "\xff"}')
+    with pytest.raises(DataError, match=r"piqa_validation\.jsonl:2: .*utf-8"):
+        load_rows(Task("piqa", False), tmp_path)
     path.write_text("")
     with pytest.raises(DataError, match="contains no example"):
-        rows_of_file(path)
+        load_rows(Task("piqa", False), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("winogrande", {"continuation": " "}, "an answer must not be blank"),
+        ("winogrande", {"contexts": ["a"]}, "contexts must be a list of two or more strings"),
+        ("sciq", {"fields": {"support": "a"}}, "has no 'question'"),
+        ("sciq", {"fields": {"support": None, "question": "a"}}, "'NoneType' object has no attribute 'strip'"),
+        ("sst2", {"fields": {"sentence": 3}}, "'int' object has no attribute 'replace'"),
+        ("mrpc", {"choices": ["no", "Yes"]}, "no choice is 'yes', which F1 is of"),
+    ],
+)
+def test_examples_that_a_style_cannot_ask_are_refused(name, change, problem, tmp_path):
+    path = tmp_path / f"{name}_validation.jsonl"
+    path.write_text(json.dumps(EXAMPLES[name][0] | change))
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: not an example of {name}: {problem}")):
+        load_rows(Task(name, False), tmp_path)
+
+
+def test_a_hub_s_examples_are_checked_too(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("lm_eval")
+    rows = [HUB["piqa"], HUB["piqa"] | {"sol2": ""}, HUB["piqa"] | {"label": -1}]
+    for broken, problem in ((rows[:2], "an answer must not be blank"), ([rows[0], rows[2]], "gold is -1")):
+
+        def load_dataset(path, name=None, content=broken, **options):
+            return {split: datasets.Dataset.from_list(content) for split in ("train", "validation", "test")}
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(DataError, match=f"piqa_validation:2: not an example of piqa: {problem}"):
+            load_rows(Task("piqa", False), None)
+
+
+def test_problems_of_tasks_are_said_once_for_commands_and_configurations(tmp_path, monkeypatch):
+    assert list(task_problems([], None)) == [("tasks", "names no task; choose paper11, or single tasks such as piqa")]
+    [(key, problem)] = task_problems(["sst2", "copa-harness"], str(tmp_path))
+    assert key == "task_data"
+    assert problem.startswith(f"{tmp_path}: lacks sst2_validation.jsonl, copa_validation.jsonl; a mirror")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    [(key, problem), (_, unknown)] = task_problems(["pika"], None)
+    assert (key, "pip install -e '.[eval]'" in problem) == ("tasks", True)
+    assert "did you mean piqa?" in unknown
 
 
 # What lm-evaluation-harness's own tasks find in the hub's data sets: columns as they are there.

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from places import ROOT
@@ -101,7 +103,15 @@ def test_a_run_shows_what_it_does_and_says_when_it_is_complete(folder: Path) -> 
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 61))
     numbers = {key for row in rows for key, value in row.items() if "/" in key and isinstance(value, int | float)}
-    assert scalars(run / "tensorboard") == numbers
+    losses = {"train/loss", "validation/loss", "validation/bits_per_byte"}
+    assert {tag for tag in scalars(run / "tensorboard") if tag in numbers} == numbers - losses
+    assert [tag for tag in sorted(scalars(run / "tensorboard")) if tag not in numbers] == [
+        "1-loss/train",
+        "1-loss/validation",
+        "1-loss/validation_bits_per_byte",
+    ]
+    assert min(scalars(run / "tensorboard")) == "1-loss/train"
+    assert texts(run / "tensorboard") == {"configuration/text_summary", "sample/text_summary"}
 
     code, output = finish(folder, STARTS["tritrain"])
     assert code == 0
@@ -114,12 +124,20 @@ def test_a_run_shows_what_it_does_and_says_when_it_is_complete(folder: Path) -> 
     assert "model.num_layers: 2 in" in output
 
 
-def scalars(folder: Path) -> set[str]:
+def tags(folder: Path) -> dict[str, list[str]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return set(events.Tags()["scalars"])
+    return events.Tags()
+
+
+def scalars(folder: Path) -> set[str]:
+    return set(tags(folder)["scalars"])
+
+
+def texts(folder: Path) -> set[str]:
+    return {tag for tag in tags(folder)["tensors"] if tag.endswith("text_summary")}
 
 
 @pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
@@ -154,6 +172,24 @@ def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(folder: Path
     assert time.monotonic() - killed < 60
     assert process.returncode not in (0, 3), output
     assert f"rank 1 (process {pid}" in output
+
+
+@pytest.mark.parametrize("launcher", ["tritrain", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_ranks_whose_launcher_is_killed_save_and_end(folder: Path, launcher: str) -> None:
+    by_deepspeed = ["--with", "deepspeed", "engine.name=deepspeed", "engine.zero_stage=3"]
+    process = start(folder, [*STARTS["tritrain"], *(by_deepspeed if launcher == "deepspeed" else [])])
+    wait_for_step(process, 2)
+    pids = [int((folder / "run" / "ranks" / f"rank-0000{rank}").read_text().split()[1]) for rank in range(2)]
+    process.kill()
+    output, _ = process.communicate(timeout=60)  # the ranks hold the other end
+    named = f"The launcher (process {process.pid} on {socket.gethostname()}) was killed"
+    assert f"{named}; its ranks save and end." in output
+    assert "Stopped and saved (launcher lost)" in output
+    state = json.loads((folder / "run" / "state.json").read_text())
+    assert (state["status"], state["reason"]) == ("interrupted", "launcher lost")
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(30)
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python"])
@@ -196,9 +232,10 @@ def test_ranks_meet_on_a_machine_whose_name_leads_nowhere(tmp_path):
     if subprocess.run([*namespace, "hostname", "leads-nowhere"], capture_output=True).returncode:
         pytest.skip("needs `unshare` and the right to give a namespace its own host name")
     script = tmp_path / "meet.py"
-    script.write_text("import torch.distributed as dist\ndist.init_process_group('gloo')\ndist.barrier()\n")
-    launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.process.torchrun 2 {script}"
-    subprocess.run([*namespace, "sh", "-c", launch], check=True, timeout=100)
+    script.write_text("from launcher.process.ranks import process_group\nwith process_group(60):\n    pass\n")
+    launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.process.supervisor 2 {script}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*namespace, "sh", "-c", launch], check=True, timeout=100, env=environment)
 
 
 def words(text: str) -> str:

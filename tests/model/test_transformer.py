@@ -176,10 +176,10 @@ def test_configuration_reports_all_problems_at_once():
     assert set(caught.value.args[0]) == {"num_layers", "num_kv_heads", "z_loss", "norm_eps", "loss_chunk_tokens"}
     with pytest.raises(ValueError, match=r"head_dim.*7 is odd"):
         replace(TINY, head_dim=7)
-    with pytest.raises(
-        ValueError, match=r"4 does not divide hidden_size 1099511627777 .*; choose 1, 257 or 4278255361"
-    ):
-        replace(TINY, hidden_size=2**40 + 1)  # at once: the divisors of a number of any size
+    with pytest.raises(ValueError, match=r"4 does not divide hidden_size 16777213 .*; choose 1 or 16777213"):
+        replace(TINY, hidden_size=2**24 - 3)  # a prime number
+    with pytest.raises(ValueError, match=r"hidden_size.*1099511627777; must be 16777216 or less"):
+        replace(TINY, hidden_size=2**40 + 1)
 
 
 def test_the_package_needs_torch_alone():

@@ -48,7 +48,15 @@ class Tied(nn.Module):
         return Output(loss=nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), labels_BT.flatten()))
 
 
-def plain_engine(stage: int, *, bf16: bool, model: str = "transformer", universal: bool = False, **zero: Any) -> Any:
+def plain_engine(
+    stage: int,
+    *,
+    bf16: bool,
+    model: str = "transformer",
+    universal: bool = False,
+    accumulates_in_fp32: bool = False,
+    **zero: Any,
+) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -72,6 +80,8 @@ def plain_engine(stage: int, *, bf16: bool, model: str = "transformer", universa
         "gradient_clipping": 0.5,
         "checkpoint": {"load_universal": universal},
     }
+    if accumulates_in_fp32:  # stage 1 in bf16 then has an optimizer of its own
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
 
@@ -92,10 +102,15 @@ def train(engine: Any, first: int, num_steps: int) -> list[float]:
 
 
 def truth_of(engine: Any, stage: int, *, bf16: bool) -> Truth:
-    """What DeepSpeed itself says that it holds."""
+    """What DeepSpeed holds: in stages 1 and 2 by where weights lie in memory, in stage 3 by what it says itself.
+
+    In stages 1 and 2 it says wrong things with ``round_robin_gradients``.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     outer, truth = engine.optimizer, {}
+    if stage in (1, 2):
+        return _truth_in_memory(outer, engine.basic_optimizer.state, outer.param_names)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -109,12 +124,31 @@ def truth_of(engine: Any, stage: int, *, bf16: bool) -> Truth:
             state = engine.basic_optimizer.state[master]
             values = [master.detach(), state["exp_avg"], state["exp_avg_sq"]]
         else:
-            if stage < 3:
-                outer._hp_optimizer_states_linked = False  # else groups after the first have no moments on some ranks
-                outer._lazy_init_hp_params_optimizer_state()
             moments = (safe_get_full_optimizer_state(parameter, kind) for kind in KINDS[1:])
             values = [safe_get_full_fp32_param(parameter), *moments]
         truth[name] = {kind: value.flatten().clone() for kind, value in zip(KINDS, values, strict=True)}
+    return truth
+
+
+def _truth_in_memory(outer: Any, states: Any, names: dict[Tensor, str]) -> Truth:
+    """The fp32 state of parameters, which are views of a flat tensor of which each rank has a part in fp32."""
+    truth = {}
+    if hasattr(outer, "bf16_groups"):
+        groups = zip(outer.fp32_groups_flat_partition, outer.bf16_groups, outer.bf16_groups_flat, strict=True)
+    else:
+        groups = zip(outer.single_partition_of_fp32_groups, outer.bit16_groups, outer.bit16_groups_flat, strict=True)
+    for master, parameters, flat in groups:
+        whole = {}
+        for kind, mine in zip(KINDS, (master.detach(), *(states[master][kind] for kind in KINDS[1:])), strict=True):
+            parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, mine)
+            whole[kind] = torch.cat(parts)
+        for parameter in parameters:
+            start = (parameter.data_ptr() - flat.data_ptr()) // flat.itemsize
+            assert 0 <= start <= start + parameter.numel() <= flat.numel()
+            truth[names[parameter]] = {
+                kind: values[start : start + parameter.numel()].clone() for kind, values in whole.items()
+            }
     return truth
 
 
@@ -159,6 +193,9 @@ AT_2 = [
     ("zero3-frozen", 3, FP32 | {"model": "frozen"}),
     ("zero0-tied", 0, FP32 | {"model": "tied"}),
     ("zero2-tied", 2, FP32 | {"model": "tied"}),
+    ("zero1-aligned", 1, BF16 | {"parameter_alignment": True}),
+    ("zero2-robin", 2, FP32 | {"round_robin_gradients": True}),
+    ("zero1-bf16-robin", 1, BF16 | {"round_robin_gradients": True}),
 ]
 AT_3 = [
     ("zero2x3", 2, FP32),

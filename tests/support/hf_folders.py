@@ -1,6 +1,7 @@
 """Hugging Face's folders: of Transformers' making, of ours, and changed."""
 
 import json
+from dataclasses import replace
 
 import torch
 from models import VARIANTS, build, random_tokens
@@ -60,8 +61,9 @@ def our_logits(folder, dtype):
         return load(folder).to(dtype)(random_tokens(3, 17)).logits
 
 
-def write_variant(folder, name="llama", **options):
-    model = build(VARIANTS[name])
+def write_variant(folder, name="llama", *, vocab_size=None, **options):
+    config = VARIANTS[name]
+    model = build(replace(config, vocab_size=vocab_size or config.vocab_size))
     write_hf(ModelSource(model), model.config, folder, torch.float32, **options)
     return model
 

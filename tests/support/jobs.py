@@ -20,8 +20,10 @@ from ranks import CONTEXT
 from safetensors.torch import load_file
 from tiny import tiny_tree
 
+from data.private import private_folder
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
+from launcher.process.supervisor import LISTENER
 from launcher.run.metrics_log import read_metrics
 
 NUM_RANKS = 2
@@ -49,15 +51,17 @@ class Job:
         self._shards = tree["data"]["sources"][0]["path"]
         self._log = Path(self._shards).with_name("job.log")  # not in the run's folder, whose disk may be full
         self._log.write_bytes(b"")
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
+        # The first rank inherits the socket: no other process can take its port between choice and use.
+        with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-        self.processes = [
-            CONTEXT.Process(target=_rank, args=(tree, rank, port, str(self._log), at_start))
-            for rank in range(NUM_RANKS)
-        ]
-        for process in self.processes:
-            process.start()
+            self.processes = [
+                CONTEXT.Process(
+                    target=_rank, args=(tree, rank, port, None if rank else listener, str(self._log), at_start)
+                )
+                for rank in range(NUM_RANKS)
+            ]
+            for process in self.processes:
+                process.start()
 
     @property
     def is_over(self) -> bool:
@@ -93,12 +97,21 @@ class Job:
         return codes
 
 
-def _rank(tree: dict[str, Any], rank: int, port: int, log: str, at_start: Callable[[int], None] | None) -> None:
+def _rank(
+    tree: dict[str, Any],
+    rank: int,
+    port: int,
+    listener: socket.socket | None,
+    log: str,
+    at_start: Callable[[int], None] | None,
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": str(NUM_RANKS), "LOCAL_WORLD_SIZE": str(NUM_RANKS), "DS_ACCELERATOR": "cpu"}
+    if listener is not None:
+        os.environ[LISTENER] = str(listener.detach())
     torch.set_num_threads(1)
     import launcher.report.ending
     from launcher.config.file import parse_config
@@ -118,7 +131,7 @@ def _release_shared_memory(shards: str) -> None:
         with contextlib.suppress(FileNotFoundError):  # another job's, which ends now
             if shards.strip("/").encode() in path.read_bytes():
                 number = path.name.removesuffix("_locals")
-                for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+                for folder in (Path("/dev/shm"), private_folder(Path(tempfile.gettempdir()))):
                     for leftover in folder.glob(f"{number}_*"):
                         leftover.unlink(missing_ok=True)
 

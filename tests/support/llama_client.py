@@ -1,8 +1,8 @@
 """Runs a GGUF file in llama.cpp: a script for the environment that has `llama-cpp-python`, which this one need not.
 
-`python llama_client.py FILE.gguf REQUEST.json ANSWER.npz`; a request has any of the keys `texts` (to be tokenized),
-`sequences` (of token ids; their logits, [tokens, vocabulary] each) and `prompts` with `num_tokens` (to be continued
-greedily, without stopping).
+`python llama_client.py FILE.gguf REQUEST.json ANSWER.npz`; a request has any of the keys `texts` (to be tokenized; with
+`special`, names of special tokens in them become these), `sequences` (of token ids; their logits, [tokens, vocabulary]
+each) and `prompts` with `num_tokens` (to be continued greedily, without stopping).
 """
 
 import json
@@ -20,7 +20,8 @@ def main(path: str, request_path: str, answer_path: str) -> None:
     only_vocabulary = not (sequences or prompts)
     llama = Llama(path, n_ctx=512, n_batch=512, n_threads=1, logits_all=True, verbose=False, vocab_only=only_vocabulary)
     answer = {"bos_eos": np.array([llama.token_bos(), llama.token_eos()])}
-    texts = [llama.tokenize(text.encode(), add_bos=False, special=False) for text in request.get("texts", [])]
+    special = request.get("special", False)
+    texts = [llama.tokenize(text.encode(), add_bos=False, special=special) for text in request.get("texts", [])]
     answer["text_tokens"] = np.array([token for tokens in texts for token in tokens], np.int64)
     answer["text_lengths"] = np.array([len(tokens) for tokens in texts], np.int64)
     logits = []

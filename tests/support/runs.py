@@ -1,5 +1,6 @@
 """Runs of a second or two, in the process of the test or on several ranks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ class StopAfter(StopRequest):
         super().__init__()
         self.steps = steps
 
-    def agree(self, ranks: Ranks) -> tuple[bool, bool]:
+    def agree(self, ranks: Ranks, due: Sequence[bool] = ()) -> tuple[bool, ...]:
         self.steps -= 1
-        return self.steps <= 0, False
+        _, *flags = super().agree(ranks, due)
+        return self.steps <= 0, *flags
 
 
 def run(config: Config, steps: int = 10**6) -> str:

@@ -49,7 +49,7 @@ def tiny_tree(shards: Path, run: Path) -> dict[str, Any]:
     }
 
 
-def tiny_config(shards: Path, run: Path, **sections: dict[str, Any]) -> Config:
+def tiny_config(shards: Path, run: Path, /, **sections: dict[str, Any]) -> Config:
     """`tiny_tree` with some keys of some sections changed."""
     tree = tiny_tree(shards, run)
     for name, keys in sections.items():

@@ -9,13 +9,14 @@ import pytest
 import torch.distributed as dist
 from ranks import run_group
 from runs import run
-from tiny import tiny_config
+from tiny import tiny_config, tiny_tree
 
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.writer import CheckpointWriter
+from launcher.config.file import parse_config
 from launcher.errors import USER_ERRORS, CheckpointError, LogError, TrainingError
-from launcher.run.metrics_log import MetricsLog, read_metrics
+from launcher.run.metrics_log import read_metrics
 
 
 def fill_disk_at(step: int, rank: int) -> None:
@@ -46,7 +47,7 @@ def run_on_a_full_disk(shards: str, out: str, full_at: int) -> list[str]:
 def test_a_full_disk_costs_one_checkpoint(shards: Path, tmp_path: Path) -> None:
     for outcome, _ in run_group(2, run_on_a_full_disk, str(shards), str(tmp_path / "run"), 3):
         assert outcome == "complete"
-    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert names == [f"step-{step:08d}" for step in (1, 2, 4, 5, 6, 7, 8)]  # no step 3, and nothing half-written
 
 
@@ -121,14 +122,17 @@ def test_a_damaged_line_of_the_log_is_named(finished: Path, tmp_path: Path) -> N
     lines[2] = lines[2].replace(b"{", b"[", 1)
     path.write_bytes(b"".join(lines))
     with pytest.raises(LogError, match=r"metrics\.jsonl:3: not JSON"):
-        MetricsLog(path.parent, step=4, phase=0, tensorboard=False)
+        read_metrics(path)
     assert issubclass(LogError, USER_ERRORS)  # reported in a sentence
     assert path.read_bytes() == b"".join(lines)
 
 
 def resume_with(shards: str, out: str, sections: dict[str, Any]) -> list[str]:
     try:
-        run(tiny_config(Path(shards), Path(out), **sections))
+        tree = tiny_tree(Path(shards), Path(out))
+        for name, keys in sections.items():
+            tree[name] = keys if isinstance(keys, list) else tree.get(name, {}) | keys
+        run(parse_config(tree))
     except (CheckpointError, TrainingError) as error:
         return [type(error).__name__, str(error)]
     return ["complete", ""]
@@ -138,7 +142,7 @@ def test_other_data_are_refused_on_resume(finished: Path, shards: Path, tmp_path
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     for step in range(6, 9):
         shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
-    other = {"data": {"shuffle_seed": 1}}
+    other = {"data": {"shuffle_seed": 1}, "run": {"allow_changes": ["data"]}}  # which data cannot be
     [[kind, message]] = run_group(1, resume_with, str(shards), str(out), other)
     assert kind == "CheckpointError"
     assert "other data" in message

@@ -66,7 +66,8 @@ def test_a_run_in_a_store_goes_on_with_the_same_bits(
     assert [path.name for path in remote] == [f"step-{step:08d}" for step in (4, 6, 7, 8)]
     assert tensor_digests(remote[-1]) == tensor_digests(local_run / "checkpoints" / "step-00000008")
     names = ("config.yaml", "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "tokenizer.model")
-    assert reachable.keys(BUCKET, "run/") == [f"run/{path.name}/{name}" for path in remote for name in names]
+    written = [f"run/{path.name}/{name}" for path in remote for name in names]
+    assert reachable.keys(BUCKET, "run/") == ["run/owner.json", *written]
     assert not (out / "checkpoints").exists()
 
     # What others do with it: verify, seed another run, convert.

@@ -130,7 +130,7 @@ def test_a_terminal_is_asked(tmp_path, monkeypatch):
 def test_counts():
     for text, count in {"350M": 350e6, "7B": 7e9, "1.3b": 1.3e9, "2e9": 2e9, "1_000": 1000, "500 k": 5e5}.items():
         assert parse_count(text, "--size") == count
-    for text in ("", "-1", "M", "0", "1.2.3", "7X"):
+    for text in ("", "-1", "M", "0", "1.2.3", "7X", "1e999", "1e20", "9" * 400):
         with pytest.raises(ConfigError):
             parse_count(text, "--size")
 

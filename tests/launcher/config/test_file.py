@@ -3,9 +3,11 @@
 from dataclasses import fields, is_dataclass
 
 import pytest
-from minimal import MINIMAL, tree
+from minimal import MINIMAL, only_problem, tree
 
+from launcher.config.aliases import ALIASES
 from launcher.config.file import apply_override, flat_lines, load_config, parse_config, to_tree
+from launcher.config.reference import configuration_keys
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 
@@ -150,3 +152,58 @@ def test_every_section_has_a_line_for_every_key():
         for key in fields(part) if is_dataclass(part) else ():
             path = f"{section.name}.{key.name}"
             assert any(line == path or line.startswith(path + ".") for line in lines), path
+
+
+def test_numbers_with_an_exponent_are_taken_as_the_integers_that_they_are():
+    overrides = ["phases.0={precision: 16-bit, tokens: 1.6e3}", "phases.1.steps=2e0", "training.skip_outliers={}"]
+    config = parse_config(tree(*overrides, "training.skip_outliers.window_steps=1e2", "optimizer.learning_rate=1e-3"))
+    assert (config.phases[0].tokens, config.phases[1].steps, config.training.skip_outliers.window_steps) == (
+        1600,
+        2,
+        100,
+    )
+    assert type(config.phases[0].tokens) is int
+
+
+@pytest.mark.parametrize(
+    ("override", "ours"),
+    [
+        ("lr=3e-4", "optimizer.learning_rate"),
+        ("optimizer.lr=3e-4", "optimizer.learning_rate"),
+        ("training.batch_size=4", "training.global_batch_sequences"),
+        ("batch_size=4", "training.global_batch_sequences"),
+        ("training.grad_accum=4", "training.global_batch_sequences"),
+        ("wandb=true", "logging.tensorboard"),
+        ("model.num_hidden_layers=4", "model.num_layers"),
+        ("training.max_steps=4", "training.total_steps"),
+        ("schedule.min_lr=0.1", "schedule.final_fraction"),
+        ("phases.0.max_steps=4", "training.total_steps"),
+    ],
+)
+def test_a_name_of_another_program_is_answered_with_the_key(override, ours):
+    _, said = only_problem(override)
+    assert said.endswith(f"; did you mean {ours}?")
+
+
+def test_every_alias_is_of_a_key_and_no_key_itself():
+    paths = {key.path for key in configuration_keys()}
+    assert set(ALIASES.values()) <= paths
+    for alias, ours in ALIASES.items():
+        section = ours.rpartition(".")[0]
+        assert f"{section}.{alias}" not in paths, alias
+        assert alias == alias.lower()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("phases.1.transition.ramp=linear", "is 'linear'; must be a mapping of keys; write {shape: linear}"),
+        ("phases.1.transition.ramp=null", "is null; leave it out for its defaults, or write a mapping of keys"),
+        ("phases.1.quantization=bitnet-v2", "is 'bitnet-v2'; must be a mapping of keys; write {preset: bitnet-v2}"),
+        ("schedule=cosine", "is 'cosine'; must be a mapping of keys; write {shape: cosine}"),
+        ("engine=deepspeed", "is 'deepspeed'; must be a mapping of keys; write {name: deepspeed}"),
+        ("phases.1.transition=linear", "is 'linear'; must be a mapping of keys"),
+    ],
+)
+def test_a_section_given_as_one_value_is_answered_with_what_to_write(override, said):
+    assert only_problem(override) == (override.split("=")[0], said)

@@ -110,6 +110,16 @@ DEEPSPEED = ["engine.name=deepspeed", "engine.zero_stage=2"]
          "engine.deepspeed.zero_optimization.offload_optimizer.device", "set engine.offload instead"),
         (["engine.deepspeed={train_batch_size: 4}"], "engine.deepspeed.train_batch_size",
          "set training.global_batch_sequences instead"),
+        (["engine.deepspeed={zero_optimization: {cpu_offload: true}}"],
+         "engine.deepspeed.zero_optimization.cpu_offload", "set engine.offload instead"),
+        (["engine.deepspeed={zero_optimization: {round_robin_gradients: true}}"],
+         "engine.deepspeed.zero_optimization.round_robin_gradients", "is True, but DeepSpeed's tables do not"),
+        (["engine.deepspeed={zero_optimization: {zero_hpz_partition_size: 2}}"],
+         "engine.deepspeed.zero_optimization.zero_hpz_partition_size", "a second partition of the weights is not"),
+        (["engine.deepspeed={zero_optimization: {zenflow: {topk_ratio: 0.1}}}"],
+         "engine.deepspeed.zero_optimization.zenflow.topk_ratio", "its delayed updates are not in a checkpoint"),
+        (["engine.deepspeed={zero_optimization: {compute_grad_norm: false}}"],
+         "engine.deepspeed.zero_optimization.compute_grad_norm", "the gradient norm is needed"),
     ],
 )  # fmt: skip
 def test_deepspeed_contradictions_name_our_key(overrides, path, said):
@@ -119,10 +129,11 @@ def test_deepspeed_contradictions_name_our_key(overrides, path, said):
 
 
 def test_deepspeed_keys_pass_through():
-    extra = "engine.deepspeed={zero_optimization: {overlap_comm: true, reduce_bucket_size: 1000}, steps_per_print: 5}"
+    zero = "{overlap_comm: true, reduce_bucket_size: 1000, round_robin_gradients: false}"
+    extra = f"engine.deepspeed={{zero_optimization: {zero}, steps_per_print: 5}}"
     config = parse_config(tree(*DEEPSPEED, extra))
     assert config.engine.deepspeed == {
-        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 1000},
+        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 1000, "round_robin_gradients": False},
         "steps_per_print": 5,
     }
 
@@ -148,11 +159,25 @@ def test_pattern_must_match_a_layer(model, include, matches):
 def test_fractions_are_of_one_run():
     both = ["training.total_steps=10", "phases.0.steps=null", "phases.1.steps=null", "phases.0.fraction=0.7"]
     parse_config(tree(*both, "phases.1.fraction=0.3"))
-    parse_config(tree(*both, "phases.1.fraction=0.1"))
-    assert only_problem(*both, "phases.1.fraction=0.4") == (
-        "phases",
-        "the fractions add up to 1.1; at most 1",
-    )
+    parse_config(tree(*both, "phases.1.fraction=rest"))
+    advice = "not to 1; change one, or write fraction: rest for one"
+    assert only_problem(*both, "phases.1.fraction=0.1") == ("phases", f"the fractions add up to 0.8, {advice}")
+    assert only_problem(*both, "phases.1.fraction=0.4") == ("phases", f"the fractions add up to 1.1, {advice}")
+
+
+def test_one_phase_takes_the_rest():
+    both = ["training.total_steps=10", "phases.0.steps=null", "phases.1.steps=null", "phases.0.fraction=rest"]
+    assert only_problem(*both, "phases.1.fraction=rest")[1].startswith("fraction is rest in more than one")
+    assert only_problem(*both, "phases.1.fraction=1.0")[1].endswith("leave nothing for the one that is rest")
+    assert only_problem("phases.0.steps=null", "phases.0.fraction=rest")[0] == "phases.0.fraction"
+
+
+@pytest.mark.parametrize("wrong", ["half", "true", "[0.5]", "'0.5'"])
+def test_a_value_of_no_kind_that_a_key_takes_is_one_problem(wrong):
+    both = ["training.total_steps=10", "phases.0.steps=null", "phases.1={precision: ternary, fraction: rest}"]
+    path, said = only_problem(*both, f"phases.0.fraction={wrong}")
+    assert path == "phases.0.fraction"
+    assert said.endswith("; must be a valid number or 'rest'")
 
 
 def test_first_phase_may_have_a_ramp_or_a_start():
@@ -271,12 +296,12 @@ def test_problems_of_several_valid_sections_are_all_told():
     "overrides",
     [
         ["phases.0.steps=x"],
-        ["phases.0.steps=null", "phases.0.tokens=1e9"],
-        ["training.global_batch_sequences=1e3"],
+        ["phases.0.steps=null", "phases.0.tokens=1.5"],
+        ["training.global_batch_sequences=1.5"],
         ["engine.name=deepspeed", "engine.zero_stage=5"],
         ["engine.zero_stage=2", "engine.name=deepsped"],
         ["model.hidden_size=18", "model.num_heads=4", "model.head_dim=x"],
-        ["training.total_steps=1e4", "phases.0={precision: 16-bit, fraction: 1.0}"],
+        ["training.total_steps=1.5", "phases.0={precision: 16-bit, fraction: 1.0}"],
         ["phases.0.transition.optimizer=reset", "checkpoint.start_from=5"],
         ["data.sequence_length=4096", "model.max_sequence_length='4096'"],
         ["run.name=5"],
@@ -289,7 +314,7 @@ def test_problems_of_several_valid_sections_are_all_told():
         ["phases.1.transition={optimizer: scale, rescale_factor: 2.0}"],
         ["phases.1.transition.ramp={shape: stairs, stairs: 4}"],
         ["phases.1.transition.ramp={shape: s, sharpness: 4.0}"],
-        ["phases.1.transition.ramp={steps: 1e2, order: front-to-back}"],
+        ["phases.1.transition.ramp={steps: 1.5, order: front-to-back}"],
         ["phases.1.distillation={relation_weight: x, relation_layer: 0}"],
         ["engine.name=deepsped", "engine.deepspeed={}"],
         ["engine.name=deepsped", "engine.offload=optimizer"],

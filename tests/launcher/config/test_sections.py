@@ -26,7 +26,7 @@ from launcher.errors import ConfigError
         ("phases.1.transition.ramp.step=1", "unknown key; did you mean steps?"),
         ("phases.1.quantization.weight=x", "unknown key; did you mean weights?"),
         ("training.learning_rate=1", "unknown key; did you mean optimizer.learning_rate?"),
-        ("run.zzz=1", "unknown key; choose one of name, folder, seed, stop_before_end_seconds"),
+        ("run.zzz=1", "unknown key; choose one of name, folder, seed, stop_before_end_seconds, allow_changes"),
         ("data.prepare={inputs: [x], tokenizer: y, worker: 1}", "unknown key; did you mean workers?"),
     ],
 )
@@ -84,8 +84,8 @@ def test_an_unknown_key_anywhere_is_named_with_its_whole_path(path, key):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.num_layers=1.0", "is 1.0; must be a valid integer"),
-        ("model.num_layers=1e0", "is 1.0; must be a valid integer"),
+        ("model.num_layers=1.5e0", "is 1.5; must be a valid integer"),
+        ("model.num_layers=1e17", "is 1e+17; must be a valid integer"),
         ("model.num_layers='1'", "is '1'; must be a valid integer"),
         ("model.num_layers=true", "is True; must be a valid integer"),
         ("model.num_layers=null", "is None; must be a valid integer"),
@@ -102,7 +102,7 @@ def test_an_unknown_key_anywhere_is_named_with_its_whole_path(path, key):
         ("phases.1.transition.ramp=linear", "is 'linear'; must be a mapping of keys"),
         ("phases.0=16-bit", "is '16-bit'; must be a mapping of keys"),
         ("phases=ternary", "is 'ternary'; must be a valid array"),
-        ("engine=null", "is None; must be a mapping of keys"),
+        ("engine=null", "is null; leave it out for its defaults, or write a mapping of keys"),
         ("data.sources=shards", "is 'shards'; must be a valid array"),
         ("phases.1.steps=six", "is 'six'; must be a valid integer"),
         ("training.global_batch_sequences=4.5", "is 4.5; must be a valid integer"),
@@ -141,7 +141,7 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
 
 
 @settings(max_examples=100)
-@given(st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.none()))
+@given(st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False), st.booleans(), st.none()))
 def test_numbers_survive_json(value):
     assert parse_yaml(json.dumps(value).replace("Infinity", ".inf"), "here") == value
 

@@ -77,7 +77,7 @@ def test_the_page_shows_real_phases():
     phases = next(block for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if "phases:" in block)
     shown = parse_yaml(phases, "page")
     config = parse_config(tree() | shown | {"training": tree()["training"] | shown["training"]})
-    assert [phase.fraction for phase in config.phases] == [0.6, 0.4]
+    assert [phase.fraction for phase in config.phases] == [0.6, "rest"]
 
 
 def test_the_page_lists_every_shipped_config():

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,24 @@ import pytest
 import torch
 import yaml
 from command import tritrain
+from exports import ternary_config
+from hf_folders import edit_config, write_variant
 from ranks import run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
+from tokenizers import Tokenizer, models
 
+from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS
 from launcher.commands import convert as convert_command
-from launcher.config.file import load_config
+from launcher.config.file import load_config, to_tree
 from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.deepspeed_universal import UniversalSource
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import open_source
+from launcher.inference.load import load_model
 from launcher.run.metrics_log import read_metrics
 
 SWITCHED: dict[str, Any] = {
@@ -115,6 +123,18 @@ def test_one_checkpoint_seeds_many_runs_without_being_copied(runs: Path, shards:
     assert "sound" in tritrain("verify", tmp_path / "one", tmp_path / "two")
 
 
+def test_a_tokenizer_of_hugging_face_keeps_its_end_of_documents(runs: Path, shards: Path, tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    tritrain("convert", runs / "trunk" / "checkpoints" / "step-00000004", "--format", "hf", "--to", hf)
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    tokenizer.save(str(hf / "tokenizer.json"))
+    (hf / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
+    tritrain("convert", hf, "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
+    assert load_tokenizer(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]).end_of_document == 2
+
+
 def test_a_source_is_opened_once(runs: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr(convert_command, "open_source", lambda text: (opened.append(text), open_source(text))[1])
@@ -174,9 +194,9 @@ def test_a_ternary_run_returns_to_16_bits(runs: Path, shards: Path, tmp_path: Pa
 
 
 def test_out_to_hugging_face_and_in_again(runs: Path, shards: Path, tmp_path: Path) -> None:
-    said = tritrain("convert", runs / "keep", "--to", tmp_path / "hf", "--format", "hf", "--dtype", "fp32")
+    said = tritrain("convert", runs / "trunk", "--to", tmp_path / "hf", "--format", "hf", "--dtype", "fp32")
     assert "moments (exp_avg, exp_avg_sq) and steps are not carried" in said
-    ours = CheckpointReader(complete_checkpoints(runs / "keep" / "checkpoints")[-1])
+    ours = CheckpointReader(complete_checkpoints(runs / "trunk" / "checkpoints")[-1])
     theirs = HuggingFaceSource(tmp_path / "hf")
     for name, shape in ours.shapes.items():
         length = torch.Size(shape).numel()
@@ -193,6 +213,63 @@ def test_out_to_hugging_face_and_in_again(runs: Path, shards: Path, tmp_path: Pa
     tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
     run_group(2, train_converted, [str(tmp_path / "run")])
     assert len(losses(tmp_path / "run", 0)) == 4
+
+
+def test_a_ternary_model_that_transformers_would_round_otherwise(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"weights gaussian: .*; export the latent weights \(--format hf --weights"
+    ):
+        tritrain("convert", runs / "keep", "--to", tmp_path / "hf", "--format", "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_folder_that_is_rounded_while_it_computes_is_measured_like_that(shards: Path, tmp_path: Path) -> None:
+    model = write_variant(tmp_path / "hf", "llama")
+    online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    edit_config(tmp_path / "hf", quantization_config=online)
+    tree = to_tree(ternary_config(shards, tmp_path / "run", model.config))
+    config = write_config(tmp_path / "config.yaml", {**tree, "run": {"name": "tiny"}})
+    tritrain("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
+    logits = [
+        load_model(tmp_path / name, dtype=torch.float32).model(torch.arange(9)[None]).logits for name in ("hf", "run")
+    ]
+    assert torch.equal(*logits)
+    assert not torch.allclose(logits[0], model(torch.arange(9)[None]).logits, atol=0.01)
+
+
+CONVERTS = """
+import sys, time, launcher.checkpoint.source as source
+from launcher.commands import convert
+from launcher.process.console import Console
+from pathlib import Path
+read = source.Source.read_finite
+def slow(*arguments):
+    print("reading", flush=True)
+    time.sleep(0.3)
+    return read(*arguments)
+source.Source.read_finite = slow
+convert.convert_checkpoint(
+    sys.argv[1], Path(sys.argv[2]), None, [], Console(silent=True), into=sys.argv[3],
+    phase=None, optimizer=None, dtype=None, dry_run=False, as_json=False,
+)
+"""
+
+
+@pytest.mark.parametrize(("into", "reader"), [("hf", HuggingFaceSource), ("universal", UniversalSource)])
+def test_two_conversions_to_one_target_at_once(runs: Path, tmp_path: Path, into: str, reader: Any) -> None:
+    (tmp_path / "to.tmp").write_text("of the user")
+    command = [sys.executable, "-c", CONVERTS, str(runs / "trunk"), str(tmp_path / "to"), into]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "reading\n"
+        with pytest.raises(CheckpointError, match=r"to: process \d+ on .* is writing it; wait for that"):
+            tritrain("convert", runs / "trunk", "--to", tmp_path / "to", "--format", into)
+        first.stdout.read()
+        assert first.wait() == 0
+    assert len(reader(tmp_path / "to").shapes) == 20
+    assert (tmp_path / "to" / "provenance.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["to", "to.tmp"]
+    assert (tmp_path / "to.tmp").read_text() == "of the user"
 
 
 def test_a_dry_run_says_what_happens_to_each_tensor_and_writes_nothing(

@@ -1,23 +1,42 @@
 """DeepSpeed's own folders, read: what plain DeepSpeed wrote, whole or damaged."""
 
+import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from deepspeed_folders import AT_2, AT_3, BF16, FP32, NUM_STEPS, RANK_1, Tied, assert_holds, copied, write_folders
+from deepspeed_folders import (
+    AT_2,
+    AT_3,
+    BF16,
+    FP32,
+    MODEL,
+    NUM_STEPS,
+    RANK_1,
+    Tied,
+    assert_holds,
+    copied,
+    write_folders,
+)
 from ranks import run_group
 
 from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_native import DeepSpeedSource, is_deepspeed
 from launcher.formats.deepspeed_universal import is_universal
+from launcher.formats.open import check_model, model_of, open_source
+from launcher.inference.load import load_model
+from model.hf import config_to_hf
 
 EXTRA_AT_3 = [
     ("zero1x3-bf16", 1, BF16),
+    ("zero1x3-bf16-in-fp32", 1, BF16 | {"accumulates_in_fp32": True, "round_robin_gradients": True}),
     ("zero1x3-elastic", 1, FP32 | {"elastic_checkpoint": True}),
     ("zero2x3-robin", 2, FP32 | {"round_robin_gradients": True}),
+    ("zero1x3-robin-aligned", 1, BF16 | {"round_robin_gradients": True, "parameter_alignment": True}),
     ("zero2x3-frozen", 2, FP32 | {"model": "frozen"}),
     ("zero3x3-frozen", 3, FP32 | {"model": "frozen"}),
 ]
@@ -70,7 +89,9 @@ def test_frozen_parameters_have_weights_and_empty_moments(at_2: tuple[Path, dict
     assert "offset" not in source.shapes
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3-frozen", "zero2-bf16"])
+@pytest.mark.parametrize(
+    "name", ["zero2", "zero3", "zero3-frozen", "zero2-bf16", "zero1-aligned", "zero2-robin", "zero1-bf16-robin"]
+)
 def test_weights_are_those_of_zero_to_fp32(at_2: tuple[Path, dict[str, Any]], name: str) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -82,6 +103,56 @@ def test_weights_are_those_of_zero_to_fp32(at_2: tuple[Path, dict[str, Any]], na
         assert torch.equal(
             source.read("weight", parameter, 0, expected[parameter].numel()), expected[parameter].flatten()
         )
+
+
+def read_weights(source: DeepSpeedSource) -> None:
+    for parameter, shape in source.shapes.items():
+        source.read("weight", parameter, 0, torch.Size(shape).numel())
+
+
+@pytest.mark.parametrize("name", ["zero2-bf16", "zero2"])
+def test_an_unknown_order_of_the_weights_is_noticed(
+    at_2: tuple[Path, dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    folder = copied(at_2[0] / name, tmp_path / "copy")
+    content = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
+    content["param_shapes"] = [dict(reversed(group.items())) for group in content["param_shapes"]]
+    torch.save(content, folder / "mp_rank_00_model_states.pt")
+    source = DeepSpeedSource(folder)
+    with pytest.raises(CheckpointError, match=r"elements of .* are not what the model computed with"):
+        read_weights(source)
+
+
+@pytest.mark.parametrize("name", ["zero2-bf16", "zero3"])
+def test_a_folder_of_transformers_trainer(at_2: tuple[Path, dict[str, Any]], tmp_path: Path, name: str) -> None:
+    """DeepSpeed's files beside Hugging Face's, whose weights, where there are any, are rounded."""
+    root, results = at_2
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(root / name, folder, ignore=shutil.ignore_patterns("*.py"))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(MODEL)))
+    (folder / "model.safetensors").write_bytes(b"16-bit weights")
+    source = open_source(str(folder))
+    assert_holds(source, results[name]["truth"])
+    assert model_of(source) == replace(MODEL, head_dim=MODEL.head_width)
+    model = load_model(folder, dtype=torch.float32).model
+    for parameter, value in model.named_parameters():
+        assert torch.equal(value.flatten(), results[name]["truth"][parameter]["weight"]), parameter
+    with pytest.raises(CheckpointError, match=r"model.norm_eps is 0.5, and 1e-05 in the checkpoint"):
+        check_model(source, replace(MODEL, norm_eps=0.5))
+    assert model_of(open_source(str(next(folder.glob("global_step*"))))) is None
+
+
+def test_masters_of_stage_0_under_each_other_s_number_are_noticed(
+    at_2: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = copied(at_2[0] / "zero0-bf16", tmp_path / "copy")
+    content = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
+    group = next(group for group in content["optimizer"]["fp32_groups"] if group[0].ndim > 1)
+    group[:] = [next(other for other in reversed(group) if other.shape == master.shape) for master in group]
+    torch.save(content, folder / "mp_rank_00_model_states.pt")
+    source = DeepSpeedSource(folder)
+    with pytest.raises(CheckpointError, match="are not what the model computed with in bfloat16"):
+        read_weights(source)
 
 
 @pytest.mark.parametrize(

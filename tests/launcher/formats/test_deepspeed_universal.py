@@ -40,6 +40,18 @@ def test_universal_checkpoints_of_deepspeeds_making(
     assert {source.read_step(n) for n in source.shapes} == {NUM_STEPS}
 
 
+def test_weights_under_another_name_are_noticed(at_2: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """As `ds_to_universal` mistakes them if ``round_robin_gradients`` was on."""
+    native = next((at_2[0] / "zero2").glob("global_step*"))
+    folder = write_universal(DeepSpeedSource(native), tmp_path / "universal")
+    shutil.copy(native / "mp_rank_00_model_states.pt", folder)
+    names = [f"model.layers.{depth}.mlp.up_proj.weight" for depth in range(2)]
+    UniversalSource(folder).read("weight", names[0], 0, 9)
+    shutil.copy(folder / "zero" / names[1] / "fp32.pt", folder / "zero" / names[0] / "fp32.pt")
+    with pytest.raises(CheckpointError, match=f"9 of 9 elements of {names[0]} are not what the model computed with"):
+        UniversalSource(folder).read("weight", names[0], 0, 9)
+
+
 def test_plain_deepspeed_continues_at_three_ranks(
     at_2: tuple[Path, dict[str, Any]], at_3: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -113,7 +125,7 @@ def test_universal_has_one_step_for_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../../evil", "..", "", "a\\b"])
 def test_names_that_would_leave_the_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match="cannot be the name of a folder"):
+    with pytest.raises(CheckpointError, match="which is not the bare name"):
         write_universal(Made({name: 3}), tmp_path / "universal")
     assert list(tmp_path.iterdir()) == []
 

@@ -154,7 +154,7 @@ def test_a_file_says_what_it_holds(checkpoint: Any, tmp_path: Path) -> None:
         }.items()
     )
     assert len(fields["tokenizer.ggml.tokens"]) == 384
-    assert fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    assert fields["tokenizer.ggml.token_type"][:4] == [5, 5, 3, 6]
     assert fields["tokenizer.ggml.token_type"][320:] == [5] * 64
 
 
@@ -315,6 +315,26 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> 
     library.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match=r"tokenizer\.json: a GGUF file needs a SentencePiece"):
         gguf_vocabulary(tmp_path / "tokenizer.json", 400)
+
+
+def test_only_the_end_of_a_document_is_a_control_token(tmp_path: Path) -> None:
+    vocabulary = gguf_vocabulary(trained(tmp_path, "bpe:400"), 402)
+    types = vocabulary["token_type"]
+    assert isinstance(types, list)
+    assert types[:4] == [5, 5, 3, 6]  # llama.cpp finds names of control (3) and unknown (2) tokens in prompts
+    assert set(types[259:400]) == {1}
+    assert types[400:] == [5, 5]
+
+
+def test_text_that_llama_cpp_would_merge_into_a_special_token_is_refused(tmp_path: Path) -> None:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    path = trained(tmp_path, "bpe:400")
+    model = ModelProto.FromString(path.read_bytes())
+    model.pieces[300].piece = "</s"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(DataError, match="would take '</s>' in a text for the special token of this name"):
+        gguf_vocabulary(path, 400)
 
 
 def test_normalization_is_refused_and_a_prefix_kept(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_a_run_becomes_a_folder_that_writes_the_same_text(transformers, run, sha
 def test_16_bit_exports(transformers, run, tmp_path):
     folder, model = run(quantization={"hadamard": "all", "granularity": "row"})
     checkpoint = folder / "checkpoints" / "step-00000008"
-    with pytest.raises(ConfigError, match=r"--weights: is missing; .*step-00000008 is of a ternary phase"):
+    with pytest.raises(ConfigError, match=r"--weights: is missing; .*step-00000008 is ternary"):
         tritrain("export", checkpoint, "--to", tmp_path / "hf", "--format", "hf")
     tokens_BT = random_tokens(3, 17)
     for weights, expected, tolerance in (("latent", model, 0.0), ("dequantized", None, 0.02)):
@@ -276,7 +276,7 @@ def test_a_16_bit_phase(transformers, run, tmp_path):
     )
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first | second)
-    with pytest.raises(CheckpointError, match="is not a Tritrain checkpoint, so its recipe is not known"):
+    with pytest.raises(CheckpointError, match="hf is a 16-bit model and has no codes"):
         tritrain("export", tmp_path / "hf", "--to", tmp_path / "other", "--format", "hf-ternary")
     assert not (tmp_path / "other").exists()
 

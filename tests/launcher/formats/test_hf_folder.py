@@ -59,12 +59,13 @@ def test_a_folder_is_complete_or_not_there(tmp_path, monkeypatch):
 
     model = build(VARIANTS["llama"])
     (tmp_path / "hf.tmp").mkdir()
-    (tmp_path / "hf.tmp" / "of an earlier attempt").touch()
+    (tmp_path / "hf.tmp" / "of the user").touch()
     with pytest.raises(CheckpointError, match=r"hf: OSError: No space left"):
         write_hf(Failing(model), model.config, tmp_path / "hf")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["hf.tmp"]
+    assert (tmp_path / "hf.tmp" / "of the user").exists()
     write_hf(ModelSource(model), model.config, tmp_path / "hf")
-    with pytest.raises(CheckpointError, match="already exists; choose another folder"):
+    with pytest.raises(CheckpointError, match="already exists; choose another name"):
         write_hf(ModelSource(model), model.config, tmp_path / "hf")
 
 

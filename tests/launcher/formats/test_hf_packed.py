@@ -1,5 +1,7 @@
 """Packed BitNet folders against Transformers' own layers, and ranges of any folder."""
 
+import re
+
 import pytest
 import torch
 from hf_folders import edit_config, load, our_logits, pack_folder, whole, write_variant
@@ -9,7 +11,7 @@ from models import random_tokens
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import CheckpointError
-from launcher.formats.hf_source import HuggingFaceSource
+from launcher.formats.hf_source import HuggingFaceSource, Packing
 from quant.codes import unpack
 from quant.config import QuantConfig
 from quant.linear import quantize_
@@ -120,7 +122,7 @@ def test_modules_that_are_not_packed(tmp_path):
     folder = tmp_path / "hf"
     write_variant(folder, "llama")
     before = load_file(folder / "model.safetensors")
-    pack_folder(folder, "bitlinear", modules_to_not_convert=["lm_head", "layers.1.mlp"])
+    pack_folder(folder, "bitlinear", modules_to_not_convert=["lm_head", "model.layers.1.mlp"])
     tensors = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in before.items() if "layers.1.mlp" in name}
     tensors = {name: value for name, value in tensors.items() if not name.startswith(tuple(kept))} | kept
@@ -140,7 +142,40 @@ def test_weights_that_are_quantized_while_computing_are_16_bit(tmp_path):
     online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
     edit_config(folder, quantization_config=online)
     assert torch.equal(our_logits(folder, torch.float32), model(random_tokens(3, 17)).logits)
-    assert len(HuggingFaceSource(folder).missing) == 3
+    source = HuggingFaceSource(folder)
+    assert "rounds to ternary codes while it computes" in source.missing[-1]
+    assert len(source.missing) == 4
+
+
+def transformers_5_converts(name, left_out):
+    """`should_convert_module` of Transformers 5.24."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return not any(re.match(rf"(?:{key}){boundary}", name) or name.endswith(key) for key in left_out)
+
+
+@given(
+    left_out=st.lists(
+        st.sampled_from(
+            ["lm_head", "mlp", "model", "model.layers.1", "model.layers.1.", "model.layers.1.mlp", "layers.1", "down",
+             "proj", "q_proj", "mlp.up_proj", "model.layers.1.self_attn.q_proj", "self_attn.q", "odel.layers.0"]
+        ),
+        max_size=4,
+    )
+)  # fmt: skip
+def test_modules_are_left_out_as_transformers_5_does(left_out):
+    packing = Packing(divides=True, left_out=tuple(left_out), online=False)
+    for layer in (0, 1, 10, 11):
+        for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            name = f"model.layers.{layer}.{part}"
+            assert packing.applies_to(f"{name}.weight") == transformers_5_converts(name, left_out), name
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.*", "(a+)+$", "lm_head|mlp"])
+def test_patterns_of_modules_are_refused(tmp_path, pattern):
+    write_variant(tmp_path / "hf")
+    edit_config(tmp_path / "hf", quantization_config={"quant_method": "bitnet", "modules_to_not_convert": [pattern]})
+    with pytest.raises(CheckpointError, match="are patterns, and only names of whole modules are read"):
+        HuggingFaceSource(tmp_path / "hf")
 
 
 def test_damaged_codes_and_scales(tmp_path):

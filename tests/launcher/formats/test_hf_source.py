@@ -93,10 +93,36 @@ def test_a_head_stored_beside_a_tied_embedding_is_left_out(tmp_path):
     model = write_variant(folder, "bitnet")
     file = folder / "model.safetensors"
     assert "lm_head.weight" not in load_file(file)
-    for head in (model.model.embed_tokens.weight.detach().clone(), torch.zeros(3)):
-        save_file(load_file(file) | {"lm_head.weight": head, "model.rotary_emb.inv_freq": torch.ones(4)}, file)
-        assert list(HuggingFaceSource(folder).shapes) == [name for name, _ in model.named_parameters()]
-        assert torch.equal(our_logits(folder, torch.float32), model(random_tokens(3, 17)).logits)
+    head = model.model.embed_tokens.weight.detach().clone()
+    save_file(load_file(file) | {"lm_head.weight": head, "model.rotary_emb.inv_freq": torch.ones(4)}, file)
+    assert list(HuggingFaceSource(folder).shapes) == [name for name, _ in model.named_parameters()]
+    assert torch.equal(our_logits(folder, torch.float32), model(random_tokens(3, 17)).logits)
+
+
+def test_a_trained_head_beside_a_tied_embedding_is_not_dropped(tmp_path):
+    folder = tmp_path / "hf"
+    model = write_variant(folder, "bitnet")
+    trained = model.model.embed_tokens.weight.detach().clone()
+    trained[-1, -1] += 1
+    for head in (trained, torch.zeros(3)):
+        file = folder / "model.safetensors"
+        save_file(load_file(file) | {"lm_head.weight": head}, file)
+        with pytest.raises(CheckpointError, match=r"lm_head.weight differs from model.embed_tokens.weight, and config"):
+            HuggingFaceSource(folder)
+
+
+@pytest.mark.parametrize("token", [[1, 2], "<s>", True, -1, 96, 1.5])
+def test_an_odd_first_token_is_named_when_it_is_needed(tmp_path, token):
+    folder = tmp_path / "hf"
+    write_variant(folder)
+    edit_config(folder, bos_token_id=95)
+    assert HuggingFaceSource(folder).first_token == 95
+    edit_config(folder, bos_token_id=None)
+    assert HuggingFaceSource(folder).first_token is None
+    edit_config(folder, bos_token_id=token)
+    source = HuggingFaceSource(folder)
+    with pytest.raises(CheckpointError, match=r"hf/config.json: bos_token_id .* must be one token, 0 to 95, or null"):
+        _ = source.first_token
 
 
 # What is wrong with a folder
@@ -156,9 +182,9 @@ def test_files_that_are_not_there_or_elsewhere(tmp_path):
     with pytest.raises(CheckpointError, match="is a pickle, which is never opened: save the model as safetensors"):
         HuggingFaceSource(tmp_path)
     for content, message in (
-        ({"weight_map": {"a": "../model.safetensors"}}, r"points outside of its folder: \.\./model\.safetensors"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "names '../model.safetensors', which is not the bare name"),
         ({"weight_map": {"a": "x.safetensors", "b": "y"}}, "names files that do not exist: x.safetensors, y"),
-        ({"weight_map": {"a": "x" * 300}}, "name too long"),
+        ({"weight_map": {"a": "x" * 300}}, "xxx.*, which is not the bare name"),
         ({"weight_map": {"a": 5}}, "must have a weight_map"),
         ({"weight_map": {}}, "must have a weight_map"),
         ({}, "must have a weight_map"),

@@ -66,6 +66,74 @@ def replace_pickle(path: Path, pickled: bytes) -> None:
             archive.writestr(name, pickled if name.endswith("data.pkl") else data)
 
 
+POSIX, SYSTEM = (pickle.SHORT_BINUNICODE + bytes([len(text)]) + text for text in (b"posix", b"system"))
+CALL = pickle.SHORT_BINUNICODE + b"\4true" + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+BY_HAND = {
+    "instance": b"(S'true'\nios\nsystem\n.",
+    "object": b"(cos\nsystem\nX\4\0\0\0trueo.",
+    "names by reference": b"\x80\4" + POSIX + b"\x94" + SYSTEM + b"\x9400h\0h\1" + pickle.STACK_GLOBAL + CALL,
+    "names by numbered reference": b"\x80\4" + POSIX + b"q\5" + SYSTEM + b"r\6\0\0\x0100h\5j\6\0\0\1\x93" + CALL,
+    "a name that is computed": b"\x80\4" + POSIX + SYSTEM + b"N0" + pickle.STACK_GLOBAL + CALL,
+    "names as bytes": b"\x80\4U\5posixU\6system" + pickle.STACK_GLOBAL + CALL,
+    "later protocol": b"\x80\5\x95\0\0\0\0\0\0\0\0" + POSIX + SYSTEM + pickle.STACK_GLOBAL + CALL,
+    "extension": b"\x80\2\x82\1" + CALL,
+    "extension of 4 bytes": b"\x80\2\x84\1\0\0\0" + CALL,
+    "after a harmless one": b"\x80\2ctorch\nSize\n0cos\nsystem\n" + CALL,
+}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol_are_refused_alike(tmp_path: Path, protocol: int) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "file.pt"
+    torch.save({}, path)
+    pickled = pickle.dumps({"args": [1, Hostile(marker)]}, protocol)
+    replace_pickle(path, pickled)
+    with pytest.raises(CheckpointError) as caught:
+        PickledFile(path)
+    assert str(caught.value) == (
+        f"{path} cannot be read: its pickle asks for posix.system, and only classes on a list are read, since others "
+        "could run anything; nothing was run"
+    )
+    assert not marker.exists()
+    pickle.loads(pickled)
+    assert marker.exists()  # it would have worked
+    path.write_bytes(pickled)  # as it is, in no archive
+    with pytest.raises(CheckpointError, match=r"was not written by torch\.save: File is not a zip file"):
+        PickledFile(path)
+
+
+@pytest.mark.parametrize("how", BY_HAND)
+def test_pickles_that_are_made_by_hand_are_refused(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "file.pt"
+    torch.save({}, path)
+    replace_pickle(path, BY_HAND[how])
+    with pytest.raises(CheckpointError, match=r"asks for (\?|os\.system|posix\.system|extension 1), and only classes"):
+        PickledFile(path)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 3, 4, 5])
+def test_another_protocol_is_named(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "file.pt"
+    torch.save({"a": 5}, path)
+    replace_pickle(path, pickle.dumps({"a": 5}, protocol))
+    named = protocol if protocol > 1 else 0  # these two do not name theirs
+    with pytest.raises(CheckpointError, match=f"its pickle has protocol {named}, and only 2 is read"):
+        PickledFile(path)
+
+
+def test_many_names_are_not_all_listed_and_torchs_advice_is_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    torch.save({}, path)
+    replace_pickle(path, b"\x80\2" + b"".join(b"cevil\nn%d\n" % number for number in range(1000)) + b".")
+    with pytest.raises(CheckpointError, match=r"evil\.n0, .* and 995 others, and only"):
+        PickledFile(path)
+    replace_pickle(path, b"\x80\2c__builtin__\nset\n]\x85R" + b"\x91" + b".")
+    with pytest.raises(CheckpointError) as caught:
+        PickledFile(path)
+    assert "weights_only" not in str(caught.value)
+    assert "Weights only load failed" not in str(caught.value)
+
+
 def test_claims_of_huge_sizes_allocate_nothing(tmp_path: Path) -> None:
     import resource
 

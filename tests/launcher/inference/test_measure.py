@@ -13,13 +13,14 @@ from ranks import run_group
 from runs import run as train_run
 from tiny import tiny_config
 from tiny_tasks import NUM_EXAMPLES, write_tasks
+from tokenizer_files import write_bytes_tokenizer
 
 from data.errors import DataError
 from eval.tasks import DEFINITIONS, choose_tasks
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.config.file import parse_config, to_tree
 from launcher.errors import CheckpointError, ConfigError
-from launcher.inference.measure import Evaluation, TextMeasurement, answer, check_tasks, evaluate, measure_text
+from launcher.inference.measure import Evaluation, TextMeasurement, check_tasks, evaluate, measure_text, score_tasks
 from launcher.inference.sharded import locations_of, open_subject
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
@@ -122,27 +123,29 @@ def test_a_run_is_evaluated_checkpoint_by_checkpoint_and_as_it_was_while_trainin
                 assert one[row["step"], label][metric]["value"] == value, (row["step"], key)
 
 
-def test_finished_tasks_are_reused_until_model_examples_or_style_change(runs, mirror, tmp_path, monkeypatch, capsys):
+def test_finished_tasks_are_reused_until_anything_changes(runs, mirror, tmp_path, monkeypatch, capsys):
     import eval.harness
 
-    calls = []
-    original = eval.harness.answer_rows
+    other_tokenizer = write_bytes_tokenizer(tmp_path / "tokenizer.json")
 
-    def answer_rows(label, *arguments, **keywords):
+    calls = []
+    original = eval.harness.answer_questions
+
+    def answer_questions(label, *arguments, **keywords):
         calls.append(label)
         if label == "copa" and len(calls) == 2:
             raise KeyboardInterrupt
         return original(label, *arguments, **keywords)
 
-    monkeypatch.setattr(eval.harness, "answer_rows", answer_rows)
+    monkeypatch.setattr(eval.harness, "answer_questions", answer_questions)
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         ranks, out = this_rank(), tmp_path / "results.json"
 
-        def do(tasks, limit=None, model="with"):
+        def do(tasks, limit=None, model="with", tokenizer=None):
             calls.clear()
-            asked = Evaluation([str(runs / model)], tasks, str(mirror), limit, str(out), None)
+            asked = Evaluation([str(runs / model)], tasks, str(mirror), limit, str(out), tokenizer)
             evaluate(asked, ranks, Console(silent=False))
             return list(calls)
 
@@ -152,6 +155,8 @@ def test_finished_tasks_are_reused_until_model_examples_or_style_change(runs, mi
         assert do(["piqa", "copa", "cb"]) == []
         assert do(["copa"], limit=1) == ["copa"]
         assert do(["copa-harness"]) == ["copa-harness"]
+        assert do(["copa"], tokenizer=str(runs / "with")) == []
+        assert do(["copa"], tokenizer=str(other_tokenizer)) == ["copa"]
         table = capsys.readouterr().out
         assert re.search(r"copa-harness\s*│\s*3\s*│\s*acc\s*│\s*[\d.]+ ± [\d.]+\s*│", table)
         assert "piqa  3" not in table
@@ -245,7 +250,8 @@ def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
     with pytest.raises(ConfigError, match="--tasks: names no task"):
         check_tasks([], None)
     (tmp_path / "copa_validation.jsonl").touch()
-    with pytest.raises(DataError, match=r"lacks openbookqa_validation\.jsonl, sst2_validation\.jsonl; a mirror"):
+    lacks = r"--task-data: .*lacks openbookqa_validation\.jsonl, sst2_validation\.jsonl; a mirror"
+    with pytest.raises(ConfigError, match=lacks):
         check_tasks(["openbookqa", "sst2", "copa"], str(tmp_path))
     with pytest.raises(CheckpointError, match="is not a run with checkpoints"):
         locations_of(str(complete_checkpoints(runs / "with" / "checkpoints")[0]), every=True)
@@ -261,11 +267,10 @@ def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
 
 def test_results_that_cannot_be_written_are_known_before_the_work(tmp_path):
     (tmp_path / "file").touch()
-    task, subject = choose_tasks(["copa"])[0], SimpleNamespace(identity="a", step=None, run=None)
+    task, subject = choose_tasks(["copa"])[0], SimpleNamespace(identity="a", computation={})
     with pytest.raises(CheckpointError, match="file: FileExistsError"):
-        answer(
-            task,
-            [],
+        score_tasks(
+            {task: []},
             subject,
             tmp_path / "file" / "scores.json",
             Ranks(0, 1, 0, torch.device("cpu")),

@@ -122,7 +122,12 @@ def test_replicas_must_divide_the_ranks():
         (("fraction: 0.2", "fraction: 0.8"), "total_tokens=1921", [2, 9]),
         (("fraction: 0.5", "fraction: 0.5"), "total_steps=5", [2, 3]),
         (("fraction: 0.1", "fraction: 0.2", "fraction: 0.7"), "total_steps=10", [1, 2, 7]),
-        (("steps: 3", "fraction: 0.5"), "total_steps=10", [3, 5]),
+        (("steps: 3", "fraction: 0.7"), "total_steps=10", [3, 7]),
+        (("fraction: 0.2", "fraction: rest"), "total_steps=10", [2, 8]),
+        (("fraction: rest", "fraction: 0.5"), "total_steps=5", [3, 2]),
+        (("fraction: 0.3", "fraction: rest", "fraction: 0.3"), "total_tokens=1921", [3, 4, 4]),
+        (("steps: 3", "fraction: rest", "tokens: 193"), "total_steps=10", [3, 5, 2]),
+        (("fraction: rest", "steps: 3", "fraction: 0.2"), "total_steps=10", [5, 3, 2]),
     ],
 )
 def test_lengths_resolve(lengths, total, expected):
@@ -141,8 +146,21 @@ def test_fractions_of_one_in_sum_make_the_whole_run(weights, total_steps):
         assert abs(steps - total_steps * weight / sum(weights)) <= 1
 
 
+@pytest.mark.parametrize(
+    ("lengths", "total", "told"),
+    [
+        (("steps: 3", "fraction: 0.5"), "total_steps=10", "phases: have 8 steps together, which are not the 10 steps"),
+        (("tokens: 576", "fraction: 0.8"), "total_tokens=1920", "phases: have 11 steps together, which are not the 10"),
+        (("steps: 10", "fraction: rest"), "total_steps=10", "phases.1.fraction: is rest, but the 10 steps of the oth"),
+        (("fraction: rest", "steps: 12"), "total_steps=10", "phases.0.fraction: is rest, but the 12 steps of the oth"),
+    ],
+)
+def test_lengths_that_do_not_make_the_whole_run_are_refused(lengths, total, told):
+    assert refusal("schedule.warmup_steps=0", *phases(*lengths), f"training.{total}").startswith(told)
+
+
 def test_a_fraction_of_no_step_is_refused():
-    message = refusal(*phases("fraction: 0.01", "fraction: 0.9"), "training.total_steps=10")
+    message = refusal(*phases("fraction: 0.01", "fraction: 0.99"), "training.total_steps=10")
     assert message == "phases.0.fraction: 0.01 of 10 steps is less than a step"
 
 
@@ -362,9 +380,12 @@ def test_the_numbers_of_a_plan_by_hand():
 )
 def test_number_of_checkpoints(interval, keep_last, written, kept):
     """Ends of phases (4 and 10) are milestones and stay; of the others the newest `keep_last`."""
-    plan = plan_of(f"checkpoint.interval_steps={interval or 'null'}", f"checkpoint.keep_last={keep_last}")
-    numbers = describe(plan)
+    overrides = [f"checkpoint.interval_steps={interval or 'null'}", f"checkpoint.keep_last={keep_last}"]
+    numbers = describe(plan_of(*overrides, "checkpoint.interval_minutes=null"))
     assert (numbers["checkpoints_written"], numbers["checkpoints_kept"]) == (written, kept)
+    by_time = describe(plan_of(*overrides))  # every half hour as well, of which the newest are kept
+    assert by_time["checkpoints_kept"] == (2 + keep_last if keep_last else written)
+    assert by_time["checkpoint_interval_minutes"] == 30
 
 
 def sizes(*overrides, world_size):

@@ -55,8 +55,9 @@ def test_what_keeps_a_report_from_being_made_is_a_sentence(tmp_path, monkeypatch
     (tmp_path / "begun" / "metrics.jsonl").touch()
     for arguments, sentence in (
         ((tmp_path / "begun", "--out", tmp_path / "a.html"), "no complete row yet; a report needs at least one"),
-        ((run, "--out", tmp_path), f"{tmp_path}: Is a directory"),
-        ((run, run, "--out", tmp_path / "a.png"), "a picture shows one run, not 2"),
+        ((run, "--out", tmp_path), f"{tmp_path}: the name must end in .html, .png, .pdf, .csv"),
+        ((run, "--out", tmp_path / "absent" / "a.png"), f"there is no folder {tmp_path / 'absent'}"),
+        ((tmp_path / "absent",), "absent: no such folder"),
     ):
         monkeypatch.setattr("sys.argv", ["tritrain", "report", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
@@ -72,7 +73,7 @@ def test_the_page_of_one_run_has_everything_in_order(tmp_path):
     summary = summarize(run)
     parts = (
         *("demo", verdict(summary), "124 M, of which 84.9 M ternary (68%)", "deepspeed, ZeRO stage 2", "1 h 10 min"),
-        *("phase 2: ternary", "training loss, nats/token", "to ternary at step 800", "validation, bits/byte"),
+        *("phase 1: ternary", "training loss, nats/token", "to ternary at step 800", "validation, bits/byte"),
         *("Back at the loss before, after", "steps since the switch", "Learning rate", "Quantization strength"),
         *("Gradient norm", "Throughput, tokens/s", "waiting for data, %", "Peak memory, GiB"),
         *("Once upon a time there was a small kingdom.", "tritrain_version: 0.1.0"),
@@ -184,6 +185,18 @@ def test_a_long_run_gives_a_small_page(tmp_path):
 def test_the_same_figure_gives_the_same_bytes(tmp_path):
     history = summarize(make_run(tmp_path / "run")).history
     assert to_svg(loss_figure([history]), "loss", "loss") == to_svg(loss_figure([history]), "loss", "loss")
+
+
+def test_a_page_fits_a_phone(tmp_path):
+    runs = [make_run(tmp_path / name, name=name, phase_steps=(20, 20)) for name in ("a", "b")]
+    write_report(runs, tmp_path / "report.html")
+    text, page = (tmp_path / "report.html").read_text(), parse(tmp_path / "report.html")
+    cells = [attributes for tag, attributes in page.tags if tag == "td"]
+    assert {cell.get("data-column") for cell in cells} >= {"1: a", "2: b", "Steps", "Tokens", "run 1, to ternary"}
+    assert "@media screen and (max-width: 40rem)" in text
+    assert "white-space: nowrap" not in text
+    assert not re.search(r"[^-]min-width: (?!9rem)", text)
+    assert {"loss-narrow-raw-0", "loss-raw-0"} <= set(page.ids)
 
 
 def test_the_picture_is_a_png(tmp_path):

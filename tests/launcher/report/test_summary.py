@@ -83,7 +83,7 @@ def test_folders_that_are_not_runs_are_refused(tmp_path):
     with pytest.raises(LogError, match=r"summary\.json: not JSON"):
         summarize(tmp_path)
     (tmp_path / "config.yaml").write_text("run: [")
-    with pytest.raises(LogError, match=r"config\.yaml: not YAML"):
+    with pytest.raises(LogError, match=r"config\.yaml: not valid YAML"):
         summarize(tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_the_summary_of_a_complete_run(tmp_path):
     summary = summarize(make_run(tmp_path / "run", noise=0.0))
     assert summary.is_complete
     assert (summary.name, summary.seed, summary.step, summary.planned_steps) == ("demo", 17, 1000, 1000)
-    assert (summary.engine, summary.num_ranks, summary.skipped_steps) == ("deepspeed, ZeRO stage 2", 4, 2)
+    assert (summary.engine, summary.num_ranks, summary.skipped_steps) == ("deepspeed, ZeRO stage 2", "4", 2)
     assert summary.tokens == 1000 * TOKENS_PER_STEP
     assert summary.elapsed_seconds == 4210.0
     first, second = summary.phases
@@ -111,7 +111,7 @@ def test_the_summary_of_a_complete_run(tmp_path):
     change = 100 * (second.validation_bits_per_byte / first.validation_bits_per_byte - 1)
     assert verdict(summary) == (
         f"The 16-bit phase ended at {first.validation_bits_per_byte:.3f} bits per byte, "
-        f"the ternary phase ended at {second.validation_bits_per_byte:.3f} (+{change:.1f} %)."
+        f"the ternary phase ended at {second.validation_bits_per_byte:.3f} (+{change:.1f} % after 6.55 M tokens more)."
     )
 
 
@@ -134,3 +134,24 @@ def test_a_run_that_starts_with_a_later_phase_counts_from_where_it_starts(tmp_pa
     path = rows_of(tmp_path / "metrics.jsonl", row, row | {"step": 900, "tokens": 9000, "train/loss": 2.0})
     (span,) = read_history(path, "x").phases
     assert (span.first_step, span.first_tokens, span.last_step) == (800, 8000, 900)
+
+
+def test_a_run_that_changed_its_engine_says_from_which_step_on(tmp_path):
+    run = make_run(tmp_path / "run", phase_steps=(40, 40))
+    fsdp, zero = {"name": "fsdp2", "zero_stage": None}, {"name": "deepspeed", "zero_stage": 1}
+    starts = [(0, 2, fsdp), (20, 2, zero), (30, 4, zero), (20, 2, fsdp), (60, 4, zero)]  # two went back to step 20
+    lines = [json.dumps({"step": step, "world_size": size, "engine": engine}) for step, size, engine in starts]
+    (run / "starts.jsonl").write_text("\n".join(lines) + "\n")
+    summary = summarize(run)
+    assert summary.engine == "fsdp2 from step 1; deepspeed, ZeRO stage 1 from step 61"
+    assert summary.num_ranks == "2 from step 1; 4 from step 61"
+    (run / "starts.jsonl").write_text('{"step": 0, "world_size": 4}\n')  # as older versions wrote it
+    assert (summarize(run).engine, summarize(run).num_ranks) == ("deepspeed, ZeRO stage 2", "4")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+def test_a_file_of_a_run_that_holds_no_mapping_is_named(tmp_path, name):
+    run = make_run(tmp_path / "run", phase_steps=(4, 4))
+    (run / name).write_text("[1, 2]\n")
+    with pytest.raises(LogError, match=re.escape(f"{run / name}: must hold a mapping")):
+        summarize(run)

@@ -8,6 +8,7 @@ import pytest
 from jobs import Job, job_tree
 from tiny import tiny_config
 
+from launcher.config.file import parse_config
 from launcher.errors import ConfigError
 from launcher.process.ranks import ALONE
 from launcher.run.folder import RunFolder, check_place
@@ -53,7 +54,19 @@ def test_what_is_wrong_is_said_at_every_start(shards: Path, tmp_path: Path) -> N
         job = Job(tree)
         assert job.wait() == [2, 2]
         assert job.output.count("training.global_batch_sequences") == 1, job.output
-        assert RunFolder(tiny_config(shards, job.run)).read_state()["status"] == "failed"
+        assert not job.run.exists()  # a first start that failed leaves nothing
+
+
+def test_a_refused_configuration_leaves_the_state_of_a_run_alone(shards: Path, tmp_path: Path) -> None:
+    tree = job_tree(shards, tmp_path / "run")
+    folder = RunFolder(parse_config(tree))
+    folder.prepare([6, 6])
+    folder.note_start(3, 2)
+    state = {"status": "interrupted", "reason": "signal", "checkpoint": "step-00000003", "job": None}
+    folder.write_state(**state)
+    job = Job(tree | {"training": {"global_batch_sequences": 3, "micro_batch_sequences": 1}})
+    assert job.wait() == [2, 2]
+    assert folder.read_state() == state
 
 
 def test_a_start_that_failed_before_its_first_step_does_not_hold_the_folder(tmp_path: Path) -> None:

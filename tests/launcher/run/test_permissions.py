@@ -35,4 +35,4 @@ def test_files_have_the_permissions_of_the_umask(shards: Path, tmp_path: Path, m
     assert wider == []
     assert {"starts.jsonl", "state.json", "checkpoints", "metrics.jsonl"} <= {path.name for path in out.iterdir()}
     [line] = (out / "starts.jsonl").read_text().splitlines()
-    assert json.loads(line).keys() == {"time", "step", "world_size", "host", "job"}
+    assert json.loads(line).keys() == {"time", "step", "world_size", "host", "job", "engine"}

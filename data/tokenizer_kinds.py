@@ -1,0 +1,268 @@
+"""The two kinds of tokenizer, SentencePiece models and files of the `tokenizers` library; see `data.tokenizer`.
+
+Ids are those of SentencePiece and of `tokenizers`, except where these would lose text:
+
+- A text's own U+2581, which many vocabularies take for a space, is written in bytes if the vocabulary has them.
+- A tokenizer that puts a space in front of a text does so once for a document, whatever the document begins with.
+  `tokenizers` leaves it out before a space, and may repeat it after added tokens.
+- The name of a special token in a text is just text.
+
+Texts of more than `SEGMENT_CHARS` are encoded in parts.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.end_of_document import USUAL_NAMES, find_end_of_document
+from data.errors import DataError
+from data.sentencepiece_model import ending_documents, without_dummy_prefix
+from data.tokenizer_definition import (
+    ENDS_DOCUMENTS,
+    bytes_of_tokens,
+    decoder_kinds,
+    read_definition,
+    special_token_,
+    vocabulary,
+    without_prefix,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so a literal one needs care
+MARK_BYTES = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+SPACE_FOR_EACH_WORD = {"WordPiece", "BPEDecoder"}
+SEGMENT_CHARS = 1 << 20  # longer texts are encoded in parts, or one large file would need many times its size
+
+
+def segments(text: str) -> Iterator[str]:
+    """Cut a very long text near every `SEGMENT_CHARS` characters, after a newline, where few tokens join."""
+    begin = 0
+    while len(text) - begin > SEGMENT_CHARS:
+        newline = text.rfind("\n", begin, begin + SEGMENT_CHARS)
+        end = newline + 1 if newline >= begin else begin + SEGMENT_CHARS
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+class _InParts:
+    """Encodes texts in parts, with the space in front of the first part that the tokenizer puts there."""
+
+    path: Path
+    _prefix: str | None
+    """What the tokenizer puts in front of a text, a space or nothing; None if it changes spaces in other ways too, so
+    that texts are not cut."""
+    _mark_ids: list[int] | None
+    """The bytes of `SPACE_MARK`, where the tokenizer would take it for a space."""
+
+    def _encode_parts(self, parts: list[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def _count_bytes(self) -> "NDArray[np.int32]":
+        raise NotImplementedError
+
+    @cached_property
+    def _token_bytes(self) -> "NDArray[np.int32]":
+        return self._count_bytes()
+
+    def token_bytes(self) -> "NDArray[np.int32]":
+        return self._token_bytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        cut = [list(self._cut(text)) for text in texts]
+        encoded = iter(self._encode_parts([part for parts in cut for part in parts if part is not None]))
+        result: list[list[int]] = []
+        for parts in cut:
+            ids: list[int] = []
+            for part in parts:
+                ids += (self._mark_ids or []) if part is None else next(encoded)
+            result.append(ids)
+        return result
+
+    def _cut(self, text: str) -> Iterator[str | None]:
+        """The parts of a text, None for each literal `SPACE_MARK` that is to be written in bytes."""
+        if not text or self._prefix is None:
+            yield text
+            return
+        for segment in segments(self._prefix + text):
+            first, *others = segment.split(SPACE_MARK) if self._mark_ids else [segment]
+            yield first
+            for other in others:
+                yield None
+                yield other
+
+
+def _prefix_of(whole: Callable[[str], list[int]], bare: Callable[[str], list[int]]) -> str | None:
+    """What a tokenizer puts in front of a text, found by one that does not; see `_InParts`."""
+    return next((prefix for prefix in ("", " ") if bare(f"{prefix}a") == whole("a")), None)
+
+
+def sentencepiece_model(path: Path, content: bytes) -> Any:
+    """SentencePiece's processor of a file's content.
+
+    Raises:
+        DataError: it is no model of SentencePiece.
+    """
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise DataError(
+            f"{path}: not a SentencePiece model ({error}); if it is tiktoken's, as Llama 3's is, name the "
+            "tokenizer.json of the same model"
+        ) from error
+
+
+class SentencePieceTokenizer(_InParts):
+    """A SentencePiece model; see `data.tokenizer.Tokenizer`."""
+
+    def __init__(self, path: Path, end_of_document: str | None) -> None:
+        self.path, self._content = path, path.read_bytes()
+        self._model = sentencepiece_model(path, self._content)
+        self.vocab_size: int = self._model.vocab_size()
+        own: int = self._model.eos_id()
+        self.end_of_document = find_end_of_document(
+            path,
+            end_of_document,
+            [] if own < 0 else [self.name_of(own)],
+            is_marked=False,
+            special=[self.name_of(token) for token in range(self.vocab_size) if self._model.is_control(token)],
+            id_of=self._id_of,
+        )
+        if self.end_of_document != own:
+            self._content = ending_documents(self._content, self.end_of_document)
+            self._model = sentencepiece_model(path, self._content)
+        self._bare, self._prefix = self._model, ""
+        if self._model.normalize("a") != "a":
+            self._bare = sentencepiece_model(path, without_dummy_prefix(self._content))
+            self._prefix = _prefix_of(self._model.encode, self._bare.encode)
+        mark = [self._model.piece_to_id(name) for name in MARK_BYTES]
+        self._mark_ids = mark if all(self._model.is_byte(token) for token in mark) else None
+
+    def _id_of(self, name: str | int) -> int | None:
+        if isinstance(name, int):
+            return name if 0 <= name < self.vocab_size else None
+        token: int = self._model.piece_to_id(name)
+        return token if self.name_of(token) == name else None
+
+    def _encode_parts(self, parts: list[str]) -> list[list[int]]:
+        model = self._model if self._prefix is None else self._bare
+        return model.encode(parts, num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of a sequence of ids."""
+        return self._model.decode(list(ids))
+
+    def name_of(self, token: int) -> str:
+        """Return a token as the vocabulary spells it."""
+        return self._model.id_to_piece(token)
+
+    def _count_bytes(self) -> "NDArray[np.int32]":
+        import numpy as np
+
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for token, piece in enumerate(self._model.id_to_piece(list(range(self.vocab_size)))):
+            if self._model.is_byte(token):
+                sizes[token] = 1
+            elif not (self._model.is_control(token) or self._model.is_unknown(token)):
+                sizes[token] = len(piece.replace(SPACE_MARK, " ").encode())
+        sizes[self.end_of_document] = 0 if self._prefix == "" else -1
+        return sizes
+
+    def file_content(self) -> bytes:
+        """Return the file, with a mark on the token that ends documents if only other files name it."""
+        return self._content
+
+
+class HuggingFaceTokenizer(_InParts):
+    """A `tokenizer.json`, read by the `tokenizers` library; see `data.tokenizer.Tokenizer`."""
+
+    def __init__(self, path: Path, end_of_document: str | None) -> None:
+        # One process is one worker: `prepare` starts more itself, and a process that ran threads should not fork.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.path, self.definition = path, read_definition(path)
+        ids, added = vocabulary(self.definition), self.definition["added_tokens"]
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        marked = [token["content"] for token in added if token.get(ENDS_DOCUMENTS)]
+        special = [token["content"] for token in added if token.get("special")]
+        self._own_names = marked or [name for name in USUAL_NAMES if name in (special or ids)]
+
+        def id_of(name: str | int) -> int | None:
+            return (name if name in ids.values() else None) if isinstance(name, int) else ids.get(name)
+
+        self.end_of_document = find_end_of_document(
+            path,
+            end_of_document,
+            self._own_names,
+            is_marked=bool(marked),
+            special=special,
+            id_of=id_of,
+        )
+        for token in added:
+            token.pop(ENDS_DOCUMENTS, None)
+        special_token_(self.definition, self.end_of_document)[ENDS_DOCUMENTS] = True
+        bare = without_prefix(self.definition)
+        self._model = self._load(self.definition)
+        self._bare = self._model if bare == self.definition else self._load(bare)
+        self._prefix = _prefix_of(partial(_ids, self._model), partial(_ids, self._bare))
+        self._mark_ids: list[int] | None = None
+        self._decodes_prefix = False
+        self._decodes_prefix = self._prefix == " " and self.decode(self.encode(" ")) != " "
+        mark = [ids[name] for name in MARK_BYTES if name in ids]
+        if len(mark) == len(MARK_BYTES) and self.decode(self.encode(SPACE_MARK)) != SPACE_MARK:
+            self._mark_ids = mark
+
+    def _load(self, definition: dict[str, Any]) -> Any:
+        import tokenizers
+
+        try:
+            model = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(f"{self.path}: not a tokenizer of the `tokenizers` library ({error})") from error
+        model.encode_special_tokens = True  # a document that spells a special token's name must not get the token
+        return model
+
+    def _encode_parts(self, parts: list[str]) -> list[list[int]]:
+        model = self._model if self._prefix is None else self._bare
+        return [encoding.ids for encoding in model.encode_batch(parts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of a sequence of ids."""
+        text: str = self._model.decode(list(ids), skip_special_tokens=False)
+        return text.removeprefix(" ") if self._decodes_prefix else text
+
+    def name_of(self, token: int) -> str:
+        """Return a token as the vocabulary spells it."""
+        return self._model.id_to_token(token)
+
+    def _count_bytes(self) -> "NDArray[np.int32]":
+        sizes = bytes_of_tokens(self._model, self.definition, self.vocab_size)
+        # Some decoders write a space for each word, but not for a document's first or last.
+        kinds = decoder_kinds(self.definition)
+        sizes[self.end_of_document] = -(self._prefix != "") - (not kinds or not kinds.isdisjoint(SPACE_FOR_EACH_WORD))
+        return sizes
+
+    def file_content(self) -> bytes:
+        """Return the file, with a mark on the token that ends documents if only other files name it."""
+        if self._own_names == [self.name_of(self.end_of_document)]:
+            return self.path.read_bytes()
+        return json.dumps(self.definition, ensure_ascii=False).encode()
+
+
+def _ids(model: Any, text: str) -> list[int]:
+    return model.encode(text, add_special_tokens=False).ids

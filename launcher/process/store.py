@@ -1,0 +1,125 @@
+"""The store in which ranks meet: a TCP server in the first rank, which listens on one address.
+
+torch's own `env://` listens on all addresses of the host. Nothing in a store is unpickled by Tritrain or by torch, but
+who writes there can disturb a run.
+"""
+
+import errno
+import ipaddress
+import json
+import os
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from launcher.errors import StartError
+from launcher.process.companions import myself
+from launcher.process.supervisor import LISTENER
+
+SECONDS_TO_MEET = 300
+"""How long ranks wait for each other when they start; loading Python from a busy disk may take minutes."""
+
+
+SECONDS_TO_LOOK = 2
+"""How long the store stays when ranks are missing, so that all can see which."""
+
+
+def open_store(rank: int, world_size: int, timeout_seconds: int) -> dist.Store:
+    """Open the store at MASTER_ADDR and MASTER_PORT, or on the first rank make it.
+
+    Raises:
+        StartError: the first rank is not there; says where it was looked for.
+    """
+    env = os.environ
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    is_host = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    descriptor = None
+    if is_host:
+        descriptor = int(env.pop(LISTENER)) if LISTENER in env else listen(address, port, world_size).detach()
+        with socket.socket(fileno=os.dup(descriptor)) as listener:
+            port = listener.getsockname()[1]
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            world_size,
+            is_host,
+            timeout=timedelta(seconds=min(SECONDS_TO_MEET, timeout_seconds)),
+            wait_for_workers=False,
+            master_listen_fd=descriptor,
+        )
+    except dist.DistError as error:
+        raise StartError(
+            f"rank {rank} on {socket.gethostname()} does not reach rank 0 at {address}:{port} (MASTER_ADDR and "
+            f"MASTER_PORT). Rank 0 must be started, and this host must reach its address. ({first_line(error)})"
+        ) from error
+    store.set_timeout(timedelta(seconds=timeout_seconds))
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store of torchrun's agent outlives ranks
+    return dist.PrefixStore(f"attempt-{attempt}", store)
+
+
+def listen(address: str, port: int, world_size: int) -> socket.socket:
+    """Listen where the other ranks look for this one: at the address of that name.
+
+    It listens on all addresses only where that one is not this host's own, as behind a service's name, or where the
+    name leads to 127.x here and so elsewhere to another address.
+
+    Raises:
+        StartError: the port is taken.
+    """
+    try:
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+        family, _, _, _, place = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        is_local = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) or is_loopback(address)
+        if is_local or not is_loopback(str(place[0])):
+            return socket.create_server((place[0], port), family=family, backlog=max(128, world_size))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(
+                f"{address}:{port} is taken by another process on {socket.gethostname()}; set MASTER_PORT, the same "
+                "for all ranks, to a free port"
+            ) from error
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=max(128, world_size), dualstack_ipv6=dual)
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address, or a name of one, stays on this machine wherever it is read."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def meet(store: dist.Store, rank: int, world_size: int, timeout_seconds: int) -> list[dict[str, Any]]:
+    """Wait until all ranks are there; returns what `myself` gives on each.
+
+    Raises:
+        StartError: names the ranks that have not come.
+    """
+    store = dist.PrefixStore("start", store)
+    keys = [f"here-{other}" for other in range(world_size)]
+    store.set(f"beat-{rank}", "0")  # which all may read as soon as they have met
+    store.set(keys[rank], json.dumps(myself(rank)))
+    seconds = min(SECONDS_TO_MEET, timeout_seconds)
+    try:
+        store.wait(keys, timedelta(seconds=seconds))
+    except dist.DistError as error:
+        missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+        there = sorted({json.loads(store.get(key))["host"] for key in keys if store.check([key])})
+        if rank == 0:
+            time.sleep(SECONDS_TO_LOOK)  # the store goes with this process
+        raise StartError(
+            f"rank {' and '.join(missing)} of {world_size} has not come within {seconds} s; the others are on "
+            f"{', '.join(there)}. All ranks must be started; what those printed may say why they were not."
+        ) from error
+    return [json.loads(store.get(key)) for key in keys]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text: torch appends the stack of its C++."""
+    return str(error).partition("\n")[0]

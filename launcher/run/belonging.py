@@ -1,0 +1,134 @@
+"""Checkpoints belong to one run: their folder is its own, and they were trained with its configuration.
+
+    CHECKPOINTS/owner.json     the run whose folder of checkpoints this is
+
+A run is known by the `run_id` in its `config.yaml`, which stays the same where the run is moved. Each checkpoint has
+the configuration that it was trained with, and the run that goes on from it is compared with that: `RUN/config.yaml`
+may have been changed, lost, or be that of a start that failed.
+"""
+
+import json
+import socket
+
+from launcher.checkpoint.folders import CONFIG, complete_checkpoints
+from launcher.checkpoint.location import reaching
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.config.file import DERIVED_KEYS, parse_yaml
+from launcher.errors import CheckpointError, ConfigError
+from launcher.plan.course import Course
+from launcher.plan.plan import Plan
+from launcher.run.changes import changes, course_of, schedule_note, ways_on
+from launcher.run.folder import RunFolder
+
+OWNER = "owner.json"
+
+
+def check_owner(folder: RunFolder) -> bool:
+    """Check that no other run has its checkpoints in this run's folder for them; returns whether that is noted there.
+
+    Raises:
+        ConfigError: another one has.
+        CheckpointError: the store cannot be reached.
+    """
+    path = folder.checkpoints / OWNER
+    with reaching(folder.checkpoints):
+        try:
+            owner = json.loads(path.read_bytes())
+            is_ours = owner["run_id"] == folder.run_id
+        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):  # none yet, or damaged
+            return False
+        # A first start that failed has left its note, and nothing else.
+        is_free = {**owner, **place_of(folder)} == owner and not complete_checkpoints(folder.checkpoints)
+    if not is_ours and not is_free and folder.has_place_for_checkpoints:
+        raise ConfigError(
+            f"checkpoint.folder: {folder.checkpoints} has the checkpoints of another run, {owner.get('name')} in "
+            f"{owner.get('folder')} on {owner.get('host')}. Give this run another checkpoint.folder. To begin with "
+            "that run's weights, set checkpoint.start_from. If it is this run, and its folder was lost, remove "
+            f"{path}."
+        )
+    return is_ours
+
+
+def claim_checkpoints(folder: RunFolder) -> None:
+    """Note in the folder of checkpoints that it belongs to this run; raises what `check_owner` does."""
+    if not check_owner(folder):
+        owner = {"run_id": folder.run_id, "name": folder.config.run.name, **place_of(folder)}
+        with reaching(folder.checkpoints):
+            (folder.checkpoints / OWNER).write_bytes(json.dumps(owner, indent=2).encode())
+
+
+def place_of(folder: RunFolder) -> dict[str, str]:
+    """The place of a run's folder."""
+    return {"folder": str(folder.path.absolute()), "host": socket.gethostname()}
+
+
+def check_nothing_lost(folder: RunFolder) -> None:
+    """Check, where there is no checkpoint, that there never was one: a run that has saved does not begin anew.
+
+    Raises:
+        CheckpointError: there was one.
+    """
+    saved, state = folder.last_saved_step(), folder.read_state()
+    if saved is None and state.get("status") not in ("interrupted", "complete"):
+        return
+    raise CheckpointError(
+        f"{folder.checkpoints}: has no checkpoint, but {folder.path} is a run that has trained and saved "
+        f"{'some' if saved is None else f'step {saved}'}; it does not begin anew by itself. Put the checkpoints back, "
+        "or set checkpoint.folder to where they are. To train from the beginning, set run.name to begin another run, "
+        f"or remove {folder.path}."
+    )
+
+
+def check_checkpoint(reader: CheckpointReader, folder: RunFolder, plan: Plan) -> list[str]:
+    """Check that a checkpoint was trained with the run's configuration, but for what may differ.
+
+    Returns:
+        Lines about what `run.allow_changes` lets differ; none where nothing does.
+
+    Raises:
+        ConfigError: names every other key that differs; or the checkpoint has no place in the run.
+    """
+    with reaching(reader.folder):
+        before = parse_yaml((reader.folder / CONFIG).read_text(), str(reader.folder / CONFIG))
+    for derived in DERIVED_KEYS:
+        before.pop(derived, None)
+    differing = changes(before, folder.config)
+    refused = [change for change in differing if not change.is_allowed]
+    earlier = course_of(before)
+    note = schedule_note(earlier, plan, reader.manifest.step) if earlier else []
+    if refused:
+        lines = [f"{reader.folder} was trained with another configuration than that of {folder.path}:"]
+        lines += [change.line(reader.folder.name) for change in refused]
+        raise ConfigError("\n".join([*lines, *note, ways_on(refused)]))
+    check_position(reader, earlier, plan)
+    return [change.line(reader.folder.name) for change in differing] + note if differing else []
+
+
+def check_position(reader: CheckpointReader, before: Course | None, plan: Plan) -> None:
+    """Check that a checkpoint's step, phase and tokens are where they were, although lengths may have changed.
+
+    Args:
+        reader: of the checkpoint.
+        before: the course that it was trained on, if that is known.
+        plan: of the run that goes on from it.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    manifest, at = reader.manifest, reader.manifest.progress
+    tokens = manifest.step * plan.tokens_per_step
+    if manifest.tokens != tokens:
+        raise ConfigError(
+            f"training: {reader.folder} has {manifest.tokens} tokens in {manifest.step} steps, which would be {tokens} "
+            "with this global batch; keep the batch, or begin another run with checkpoint.start_from"
+        )
+    if at.phase < 0:  # before the first
+        return
+    phase = plan.phases[at.phase] if at.phase < len(plan.phases) else None
+    is_moved = before is not None and phase is not None and before.phases[at.phase].start != phase.start
+    if phase is None or is_moved or not phase.start <= at.step <= phase.end:
+        place = "is not there" if phase is None else f"has steps {phase.start} to {phase.end}"
+        raise ConfigError(
+            f"phases: {reader.folder} is at step {at.step}, in phase {at.phase}, and that phase now {place}; keep the "
+            "lengths of what is trained, or begin another run with checkpoint.start_from"
+        )

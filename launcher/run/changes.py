@@ -1,0 +1,107 @@
+"""What differs between two configurations of one run, and what a person can do about it."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.config.file import flat_lines, parse_config, to_tree
+from launcher.config.sections import Config
+from launcher.errors import ConfigError
+from launcher.plan.course import Course, make_course
+
+MAY_CHANGE = (
+    "run.allow_changes",
+    "run.folder",
+    "run.stop_before_end_seconds",
+    "logging.",
+    "watch.",
+    "evaluation.",
+    "checkpoint.",
+    "engine.",
+    "data.workers",
+    "data.cache",
+    "data.validation_rows",
+    "data.prepare",
+    "training.micro_batch_sequences",
+    "training.activation_checkpointing",
+    "training.compile",
+    "training.max_skipped_steps",
+)
+"""Keys that may differ when a run resumes: they decide how it runs, not what it trains."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key in which a run's configuration differs from an earlier one."""
+
+    key: str
+    before: str
+    """As YAML, or "not set"."""
+    now: str
+    is_allowed: bool
+    """Whether `run.allow_changes` names it."""
+
+    def line(self, where: str) -> str:
+        """The change in words; ``where`` the earlier value was found."""
+        return f"  {self.key}: {self.before} in {where}, {self.now} now"
+
+
+def changes(before: dict[str, Any], now: Config) -> list[Change]:
+    """The keys in which a run's configuration differs from an earlier one, but for those that decide how it runs.
+
+    A key that the earlier one does not have, because it is of a version without it, counts as its default.
+
+    Args:
+        before: the earlier one, resolved, as a tree.
+        now: that of the run.
+    """
+    with suppress(ConfigError):
+        before = to_tree(parse_config(before))
+    old, new = (dict(line.split(": ", 1) for line in flat_lines(tree)) for tree in (before, to_tree(now)))
+    allowed = now.run.allow_changes
+    return [
+        Change(
+            key,
+            old.get(key, "not set"),
+            new.get(key, "not set"),
+            any(key == name or key.startswith(f"{name}.") for name in allowed),
+        )
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+
+
+def ways_on(refused: Iterable[Change]) -> str:
+    """Say what a person can do whose run would resume with another configuration."""
+    keys = [change.key for change in refused]
+    ways = "Set run.name to begin another run; with checkpoint.start_from=CHECKPOINT it begins with this one's weights."
+    if "run.name" not in keys:
+        ways += f" To go on in this run with the new values, add 'run.allow_changes=[{', '.join(keys)}]'."
+    return ways
+
+
+def course_of(tree: dict[str, Any]) -> Course | None:
+    """The course that a configuration describes; None if it is of a version with other keys."""
+    try:
+        return make_course(parse_config(tree))
+    except ConfigError:
+        return None
+
+
+def schedule_note(before: Course, now: Course, step: int) -> list[str]:
+    """Say what another length means for the learning rate; nothing where the length is the same."""
+    if before.total_steps == now.total_steps or not 0 < step < now.total_steps:
+        return []
+    last, following = before.learning_rate_at(min(step, before.total_steps) - 1), now.learning_rate_at(step)
+    horizon = before.config.schedule.horizon_steps or before.total_steps
+    note = (
+        f"The run has {now.total_steps} steps instead of {before.total_steps}, and its schedule is that of the new "
+        f"length: the learning rate was {last:.3g} in step {step} and is {following:.3g} in step {step + 1}."
+    )
+    if following > 1.5 * last:
+        note += (
+            f" That is a jump up. To keep the old curve, whose end the further steps train at, set "
+            f"schedule.horizon_steps={horizon}; to warm up again, add a phase with transition.schedule: restart."
+        )
+    return [note]

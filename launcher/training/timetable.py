@@ -1,0 +1,73 @@
+"""What is due after a step: the same on all ranks.
+
+Steps, phases and requests decide at once. Where time decides, the first rank's clock does, and the work waits for the
+next logged step: so no step is logged, and no loss averaged, that would not be without it.
+"""
+
+import time
+from dataclasses import dataclass
+
+from launcher.plan.course import Phase
+from launcher.plan.plan import Plan
+from launcher.process.ranks import Ranks
+from launcher.watch.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class Due:
+    """The work that is due after a step."""
+
+    phase_ends: bool
+    stopping: bool
+    saving: bool
+    evaluating: bool
+    tasks: bool
+    deciding: bool
+    """Whether the loss has recovered from the switch."""
+    logging: bool
+
+
+class Timetable:
+    """Decides what is due.
+
+    Args:
+        plan: of the run.
+        stop: what a person, a signal or the end of the job asks for.
+    """
+
+    def __init__(self, plan: Plan, stop: StopRequest) -> None:
+        self._plan, self._stop = plan, stop
+        self._saved = self._evaluated = time.monotonic()
+
+    def after(self, step: int, phase: Phase, ranks: Ranks) -> Due:
+        """Decide what to do after the step that has just finished; a collective, on the host."""
+        config = self._plan.config
+        stopping, asked_to_save, save_by_time, evaluate_by_time = self._stop.agree(
+            ranks,
+            [
+                is_over(self._saved, config.checkpoint.interval_minutes),
+                is_over(self._evaluated, config.evaluation.interval_minutes),
+            ],
+        )
+        phase_ends = step == phase.end
+        saving = phase_ends or stopping or asked_to_save or is_due(step, config.checkpoint.interval_steps)
+        evaluating = phase_ends or is_due(step, config.evaluation.interval_steps)
+        tasks = bool(config.evaluation.tasks) and (phase_ends or is_due(step, config.evaluation.tasks_interval_steps))
+        deciding = step == self._plan.rollback_step(phase)
+        logging = saving or evaluating or tasks or deciding or is_due(step, config.logging.interval_steps)
+        saving, evaluating = saving or (logging and save_by_time), evaluating or (logging and evaluate_by_time)
+        if saving:
+            self._saved = time.monotonic()
+        if evaluating:
+            self._evaluated = time.monotonic()
+        return Due(phase_ends, stopping, saving, evaluating, tasks, deciding, logging)
+
+
+def is_due(step: int, interval: int | None) -> bool:
+    """Return whether an event that happens every ``interval`` steps happens after this one."""
+    return interval is not None and step % interval == 0
+
+
+def is_over(since_seconds: float, minutes: float | None) -> bool:
+    """Return whether this many minutes have passed since a moment of `time.monotonic`; None: never."""
+    return minutes is not None and time.monotonic() - since_seconds >= 60 * minutes

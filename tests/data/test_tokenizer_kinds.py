@@ -1,0 +1,91 @@
+"""Tokenizers of all kinds give text back, count its bytes, and encode as their own library does."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from texts import SPECIAL, TEXTS
+from tokenizer_zoo import LOSSLESS, LOSSY, MARK
+
+from data import tokenizer_kinds
+from data.tokenizer import load_tokenizer
+
+CORPUS = "".join(TEXTS[:8])
+PIECES = st.builds(lambda at, size: CORPUS[at : at + size], st.integers(0, len(CORPUS) - 1), st.integers(1, 80))
+ANY = st.text() | st.text(alphabet=" \t\n\rab1<>/s\u2581é😀e\u0301ﬁ") | PIECES
+WORDS = st.lists(st.sampled_from(["the", "cat", "sat", "on", "mat"]), min_size=1, max_size=9).map(" ".join)
+
+UNKNOWN = 0
+
+
+def with_examples(test):
+    for text in [*SPECIAL, "a</s>", "<|endoftext|>", "<eos>", "  \u2581a", "\u2581\u2581", "Ab ﬁ e\u0301"]:
+        test = example(text=text)(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Each tokenizer as we load it, with its library as the oracle, when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("zoo"), {}
+
+    def of(name):
+        if name not in made:
+            oracle = (LOSSLESS | LOSSY)[name](folder / name)
+            made[name] = load_tokenizer(folder / name), oracle
+        return made[name]
+
+    return of
+
+
+def counted(tokenizer, ids):
+    return int(tokenizer.token_bytes()[[*ids, tokenizer.end_of_document]].sum())
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@with_examples
+@given(text=ANY)
+@settings(max_examples=40, deadline=None)
+def test_any_text_is_given_back_whole_and_in_parts(zoo, name, text):
+    tokenizer, oracle = zoo(name)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.end_of_document not in ids
+    assert tokenizer.encode_batch([text, "a", text]) == [ids, tokenizer.encode("a"), ids]
+    if text:
+        assert counted(tokenizer, ids) == len(text.encode())
+    expected = oracle.encode(text)
+    if MARK not in text and oracle.decode(expected) == text and (name, text[:1]) != ("gpt2-prefix.json", " "):
+        assert ids == expected  # there the library encodes " a" and "a" alike, and gives back only one of them
+    original = tokenizer_kinds.SEGMENT_CHARS
+    try:
+        tokenizer_kinds.SEGMENT_CHARS = 5
+        in_parts = tokenizer.encode(text)
+    finally:
+        tokenizer_kinds.SEGMENT_CHARS = original
+    assert tokenizer.decode(in_parts) == text
+    if text:
+        assert counted(tokenizer, in_parts) == len(text.encode())
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@with_examples
+@given(text=ANY | WORDS)
+@settings(max_examples=40, deadline=None)
+def test_a_lossy_tokenizer_encodes_as_its_library_and_counts_what_it_gives_back(zoo, name, text):
+    tokenizer, oracle = zoo(name)
+    ids, expected = tokenizer.encode(text), oracle.encode(text)
+    if oracle.decode(expected) == text and MARK not in text:
+        assert ids == expected
+        assert tokenizer.decode(ids) == text
+    if text and tokenizer.decode(ids) == text and UNKNOWN not in ids:
+        assert counted(tokenizer, ids) == len(text.encode())
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSY if name != "suffix.model"])
+def test_a_lossy_tokenizer_gives_plain_words_back(zoo, name):
+    tokenizer, oracle = zoo(name)
+    text = "the cat sat on the mat"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text == oracle.decode(ids)
+    assert counted(tokenizer, ids) == len(text)
+    assert ids == oracle.encode(text)

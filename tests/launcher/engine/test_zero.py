@@ -1,0 +1,68 @@
+"""DeepSpeed's settings that change where it keeps the state: the state is what the model computes with, or none is."""
+
+from typing import Any
+
+import pytest
+import torch
+from engines import CPU, MODEL, gathered, shard, step_once
+from ranks import run_group
+
+from launcher.config import engine as engine_config
+from launcher.errors import ConfigError
+from model.transformer import Transformer
+
+LAYOUTS: list[tuple[int, torch.dtype, dict[str, Any]]] = [
+    (1, torch.bfloat16, {"parameter_alignment": True}),
+    (2, torch.float32, {"parameter_alignment": True}),
+    (2, torch.bfloat16, {"elastic_checkpoint": True, "contiguous_gradients": False, "reduce_bucket_size": 500}),
+    (3, torch.float32, {"sub_group_size": 2000, "param_persistence_threshold": 0}),
+    (3, torch.bfloat16, {"leaf_module": {"classes": ["model.transformer.Block"]}}),
+]
+"""Settings that are let through, of all those that change the layout, by stage and dtype."""
+
+
+def computed(engine: Any) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    weights = {}
+    for name, parameter in engine.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.stage == 3):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+def states_and_weights() -> list[dict[str, Any]]:
+    found = []
+    for stage, dtype, zero in LAYOUTS:
+        with torch.device("meta"):
+            model = Transformer(MODEL)
+        engine: Any = shard(model, f"zero-{stage}", dtype, CPU, deepspeed={"zero_optimization": zero})
+        losses = [step_once(engine, step)[0] for step in range(2)]
+        found.append({"losses": losses, "masters": gathered(engine, "weight"), "computed": computed(engine)})
+        engine._engine.destroy()
+    return found
+
+
+def test_the_state_is_what_the_model_computes_with() -> None:
+    results = run_group(2, states_and_weights)[0]
+    for (_, dtype, zero), found in zip(LAYOUTS, results, strict=True):
+        for name, weight in found["computed"].items():
+            assert torch.equal(found["masters"][name].to(dtype), weight), (zero, name)
+    for dtype in (torch.float32, torch.bfloat16):
+        curves = [found["losses"] for (_, d, _), found in zip(LAYOUTS, results, strict=True) if d == dtype]
+        for curve in curves:
+            assert curve == pytest.approx(curves[0], abs=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def shuffled() -> str:
+    engine_config.REFUSED_DEEPSPEED_KEYS.clear()
+    with torch.device("meta"):
+        model = Transformer(MODEL)
+    with pytest.raises(ConfigError) as caught:
+        shard(model, "zero-2", torch.float32, CPU, deepspeed={"zero_optimization": {"round_robin_gradients": True}})
+    return str(caught.value)
+
+
+def test_a_layout_that_deepspeed_s_tables_do_not_tell_is_noticed() -> None:
+    for said in run_group(2, shuffled):
+        assert "parts of fp32 weights elsewhere than its tables say" in said

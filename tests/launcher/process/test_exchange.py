@@ -1,0 +1,52 @@
+"""Values that ranks exchange: what every rank gives, and nothing that comes over the network is unpickled."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from jobs import Job, job_tree
+from ranks import run_ranks
+
+from launcher.process.exchange import gather_values, value_of_first
+
+
+def exchange(rank: int, world_size: int) -> list[Any]:
+    group = dist.new_group(list(range(world_size)))
+    return [
+        gather_values({"of": rank, "list": [1.5] * rank, "none": None, "text": "ü" * 100 * rank}, group),
+        value_of_first([rank, "longer" * rank, float("inf")]),
+    ]
+
+
+def test_every_rank_gets_what_every_rank_gives() -> None:
+    expected = [{"of": rank, "list": [1.5] * rank, "none": None, "text": "ü" * 100 * rank} for rank in range(3)]
+    assert run_ranks(3, exchange) == [[expected, [0, "", float("inf")]]] * 3
+
+
+def refuse_pickles(rank: int) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("something from another rank would have been unpickled")
+
+    dist.distributed_c10d._tensor_to_object = refuse
+
+
+def unpickles(rank: int, world_size: int) -> str:
+    refuse_pickles(rank)
+    with pytest.raises(AssertionError) as error:
+        dist.all_gather_object([None] * world_size, rank)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("engine", [{"name": "fsdp2"}, {"name": "deepspeed", "zero_stage": 2}])
+def test_a_run_unpickles_nothing_of_other_ranks(shards: Path, tmp_path: Path, engine: dict[str, Any]) -> None:
+    tree = job_tree(shards, tmp_path / "run", engine=engine)
+    tree["phases"] = [{"precision": "16-bit", "steps": 2}, {"precision": "ternary", "steps": 2}]
+    for _ in range(2):  # from the start, and from a checkpoint
+        job = Job(tree, at_start=refuse_pickles)
+        assert job.wait() == [0, 0], job.output
+        (tmp_path / "run" / "state.json").unlink()
+
+
+def test_such_a_run_would_fail_if_it_did() -> None:
+    assert run_ranks(2, unpickles) == ["something from another rank would have been unpickled"] * 2

@@ -1,0 +1,58 @@
+"""Where the store of the first rank listens."""
+
+import socket
+
+import pytest
+
+from launcher.errors import StartError
+from launcher.process.store import listen
+
+
+@pytest.fixture
+def lookups(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Addresses of names, as /etc/hosts would give them."""
+    known: dict[str, str] = {}
+    look_up = socket.getaddrinfo
+
+    def answer(name: str, *args: object, **options: object) -> object:
+        return look_up(known.get(name, name), *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    return known
+
+
+def address(name: str) -> str:
+    with listen(name, 0, 2) as listener:
+        return str(listener.getsockname()[0])
+
+
+EVERYWHERE = ("::", "0.0.0.0")
+
+
+def test_it_listens_where_the_others_look_for_it(lookups: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    lookups |= {"debian": "127.0.1.1", "service": "203.0.113.7"}
+    assert address("127.0.0.1") == address("localhost") == "127.0.0.1"
+    assert address("debian") in EVERYWHERE  # other hosts see another address
+    assert address("service") in EVERYWHERE  # an address of none of this host's interfaces
+    assert address("no-such-name.invalid") in EVERYWHERE
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all ranks are here
+    assert address("debian") == "127.0.1.1"
+
+
+def test_an_address_of_this_host_is_the_only_one(lookups: dict[str, str]) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("203.0.113.7", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no address on a network")
+        mine = probe.getsockname()[0]
+    lookups["host1"] = mine
+    assert address("host1") == mine
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(StartError, match=f"127.0.0.1:{port} is taken .* set MASTER_PORT"):
+            listen("127.0.0.1", port, 2)

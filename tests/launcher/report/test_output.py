@@ -1,0 +1,107 @@
+"""The files of `tritrain report`: by suffix, whole or not at all, and never over something else."""
+
+import csv
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from made_runs import make_run
+
+from launcher.errors import ConfigError
+from launcher.report.output import report
+from launcher.report.target import write_whole
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "runs" / "one", name="one", phase_steps=(12, 8))
+
+
+def written(folders: list[Path], out: Path | None = None) -> tuple[Path, list[str]]:
+    said: list[str] = []
+    return report(folders, out, said.append), said
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("r.html", b"<!doctype html>"), ("r.png", b"\x89PNG"), ("r.pdf", b"%PDF-"), ("r.csv", b"run,")]
+)
+def test_the_suffix_says_what_is_written_and_a_report_is_replaced(run, tmp_path, name, begins):
+    for _ in range(2):
+        out, _ = written([run], tmp_path / name)
+        assert out.read_bytes().startswith(begins)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", name}
+
+
+def test_a_folder_of_runs_is_compared_and_a_run_without_rows_is_left_out_by_name(run, tmp_path):
+    make_run(tmp_path / "runs" / "two", name="two", phase_steps=(12, 8))
+    (tmp_path / "runs" / "begun").mkdir()
+    (tmp_path / "runs" / "begun" / "config.yaml").write_text("run: {name: begun}\n")
+    out, said = written([tmp_path / "runs"])
+    assert out == tmp_path / "runs" / "report.html"
+    assert "2 runs: one, two" in out.read_text()
+    (line,) = said
+    assert "begun has no metrics.jsonl" in line
+    with pytest.raises(ConfigError, match=r"no metrics\.jsonl: the run has logged nothing yet"):
+        written([tmp_path / "runs" / "begun"])
+
+
+def test_the_default_is_in_the_folder_or_here_for_several(run, tmp_path, monkeypatch):
+    assert written([run])[0] == run / "report.html"
+    other = make_run(tmp_path / "other", name="other", phase_steps=(12, 8))
+    monkeypatch.chdir(tmp_path)
+    assert written([run, other])[0] == Path("report.html")
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_the_table_holds_every_row_and_value(run, tmp_path):
+    other = make_run(tmp_path / "other", name="other", phase_steps=(4, 4))
+    out, _ = written([run, other], tmp_path / "r.csv")
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) == sum(len((each / "metrics.jsonl").read_text().splitlines()) for each in (run, other))
+    assert {row["run"] for row in rows} == {"one", "other"}
+    assert float(rows[1]["train/loss"]) > 2
+    assert rows[0]["validation/when"] == "start of phase"
+    assert rows[0]["train/loss"] == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "thesis.tex", "report", "photo.png", "notes.html", "data.csv", "a.pdf"]
+)
+def test_what_is_no_report_is_never_overwritten(run, tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"must end in|is no report"):
+        written([run], tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"mine"
+    (tmp_path / "link.html").symlink_to(name)
+    with pytest.raises(ConfigError, match="is no report"):
+        written([run], tmp_path / "link.html")
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+def test_a_full_disk_leaves_the_old_report_and_nothing_else(run, tmp_path, monkeypatch):
+    out, _ = written([run], tmp_path / "r.html")
+    before = out.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        written([run], out)
+    assert out.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "r.html"}
+
+
+def test_a_link_is_followed_and_permissions_are_kept(tmp_path):
+    write_whole(tmp_path / "new", b"1")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o666 & ~mask
+    (tmp_path / "new").chmod(0o640)
+    (tmp_path / "link").symlink_to("new")
+    write_whole(tmp_path / "link", b"2")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "new").read_bytes() == b"2"
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640

@@ -1,0 +1,32 @@
+"""Results of tasks, as they are shown."""
+
+import json
+from pathlib import Path
+
+from launcher.run.scores import results_of, table_of
+
+
+def record(
+    task: str, num_examples: int, value: float, *, model: str = "a", error: float | None = 0.01
+) -> dict[str, object]:
+    score = {"value": value, "standard_error": error}
+    return {
+        "task": task, "model": model, "metric": "acc", "num_examples": num_examples,
+        "scores": {"acc": score, "bits_per_byte": score},
+    }  # fmt: skip
+
+
+def test_a_model_is_shown_with_one_result_of_each_task(tmp_path: Path) -> None:
+    """Results with another tokenizer or a limit are in the same file."""
+    full, newest = record("copa", 100, 0.5), record("copa", 100, 0.6)
+    records = [full, record("copa", 10, 0.9), newest, record("cb", 56, 0.3), record("sst2", 5, 0.1, model="b")]
+    (tmp_path / "scores.json").write_text(json.dumps({"results": records}))
+    assert results_of(tmp_path / "scores.json", "a") == [newest, records[3]]
+    assert results_of(tmp_path / "none.json", "a") == []
+
+
+def test_a_single_example_has_no_error() -> None:
+    assert table_of([record("copa", 1, 1.0, error=None), record("cb", 56, 0.25)]) == [
+        ["copa", "1", "acc", "100.0", "1.000"],
+        ["cb", "56", "acc", "25.0 ± 1.0", "0.250 ± 0.010"],
+    ]

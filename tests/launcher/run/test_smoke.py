@@ -1,0 +1,80 @@
+"""A smoke test trains the first and last steps of each phase, and leaves nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from minimal import tree
+from ranks import run_ranks
+from tiny import tiny_tree
+
+from launcher.config.file import parse_config
+from launcher.errors import ConfigError
+from launcher.plan.course import make_course
+from launcher.run.metrics_log import read_metrics
+from launcher.run.smoke import clear_smoke, smoke_config
+
+
+@pytest.mark.parametrize(
+    ("smoke_steps", "expected"),
+    [
+        (1, [0, 100]),
+        (2, [0, 99, 100, 199]),
+        (5, [0, 1, 2, 98, 99, 100, 101, 102, 198, 199]),
+        (100, list(range(200))),
+        (1000, list(range(200))),
+        (None, list(range(200))),
+    ],
+)
+def test_a_smoke_test_takes_the_first_and_last_steps_of_each_phase(smoke_steps: Any, expected: list[int]) -> None:
+    config = parse_config(tree("phases.0.steps=100", "phases.1.steps=100", "schedule.warmup_steps=0"))
+    course = make_course(config)
+    course = type(course)(**vars(course) | {"smoke_steps": smoke_steps})
+    steps, done = [], 0
+    while done < course.total_steps:
+        steps.append(done)
+        done = course.steps_after(done)
+    assert steps == expected
+    assert done == 200
+
+
+def test_it_has_a_folder_of_its_own_and_removes_no_other(tmp_path: Path) -> None:
+    config = parse_config(tree(f"run.folder={tmp_path}/run", "checkpoint.folder=s3://bucket/run"))
+    smoke = smoke_config(config)
+    assert (smoke.run.path, smoke.checkpoints) == (tmp_path / "run-smoke", f"{tmp_path}/run-smoke/checkpoints")
+    (tmp_path / "run-smoke").mkdir()
+    (tmp_path / "run-smoke" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is in the way of a smoke test"):
+        clear_smoke(smoke.run.path)
+    (tmp_path / "run-smoke" / "thesis.tex").unlink()
+    (tmp_path / "run-smoke").rmdir()
+    for _ in range(2):
+        clear_smoke(smoke.run.path)
+        (smoke.run.path / "left").touch()
+
+
+def smoke(rank: int, world_size: int, file: str) -> tuple[int, list[tuple[int, int]]]:
+    import shutil
+
+    import launcher.pretrain
+
+    rows: list[tuple[int, int]] = []
+
+    def keep_rows(folder: Path, **options: Any) -> None:
+        logged = read_metrics(Path(folder) / "metrics.jsonl")
+        rows.extend((row["step"], row["phase"]) for row in logged if "train/loss" in row)
+        rmtree(folder, **options)
+
+    rmtree, shutil.rmtree = shutil.rmtree, keep_rows  # type: ignore[assignment]
+    return launcher.pretrain.main(["--config", file, "--stop-after-steps", "2"]), rows
+
+
+def test_it_crosses_the_switch_and_leaves_nothing(shards: Path, tmp_path: Path) -> None:
+    config = tiny_tree(shards, tmp_path / "run")
+    config["phases"] = [{"precision": "16-bit", "steps": 50}, {"precision": "ternary", "steps": 50}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    [(code, rows)] = run_ranks(1, smoke, str(tmp_path / "config.yaml"))
+    assert code == 0
+    assert rows == [(49, 0), (50, 0), (99, 1), (100, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]

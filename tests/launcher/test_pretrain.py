@@ -1,0 +1,67 @@
+"""How a rank ends: what its exit code and the run's files say of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import Job, job_tree
+from ranks import run_ranks
+from tiny import tiny_config
+
+from launcher.process.ranks import emulates_bf16
+from launcher.run.folder import RunFolder
+
+
+def end_without_a_report(rank: int, world_size: int, shards: str, out: str) -> int:
+    import launcher.report.ending
+    from launcher.pretrain import run
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("a font is missing")
+
+    launcher.report.ending.show_ending = fail
+    return run(tiny_config(Path(shards), Path(out)))
+
+
+def test_a_complete_run_is_complete_although_its_report_cannot_be_drawn(shards: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, end_without_a_report, str(shards), str(tmp_path / "run")) == [0]
+    folder = RunFolder(tiny_config(shards, tmp_path / "run"))
+    assert folder.read_state() == {"status": "complete", "steps": 8}
+    assert folder.is_complete(8)
+    assert not folder.is_complete(12)  # one that was made longer
+
+
+def test_a_first_start_that_fails_in_its_ranks_leaves_no_folder(tmp_path: Path) -> None:
+    tree = job_tree(tmp_path / "nowhere", tmp_path / "run")
+    job = Job(tree)
+    assert job.wait() == [1, 1]
+    assert job.output.count("data.sources.0.path") == 1, job.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.log"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "emulates"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512bw\n", True),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n", False),
+        ("processor\t: 0\nflags\t\t: fpu amx_bf16 amx_tile\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", False),
+        ("", False),  # which says nothing
+    ],
+)
+def test_processors_that_only_emulate_bf16_are_known(tmp_path: Path, lines: str, emulates: bool) -> None:
+    assert not emulates_bf16(torch.device("cpu"), tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(lines)
+    assert emulates_bf16(torch.device("cpu"), tmp_path / "cpuinfo") == emulates
+    assert not emulates_bf16(torch.device("cuda"), tmp_path / "cpuinfo")
+
+
+@pytest.mark.parametrize("kept", ["submitted", "hangs"])
+def test_what_a_person_needs_is_kept(tmp_path: Path, kept: str) -> None:
+    folder = RunFolder(tiny_config(Path("shards"), tmp_path / "run"))
+    folder.claim()
+    folder.prepare([4, 4])
+    assert folder.is_of_first_start()
+    (folder.path / kept).mkdir()
+    assert not folder.is_of_first_start()

@@ -1,0 +1,86 @@
+"""What is measured in training: checked at its beginning, and no end of it."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import tiny_config
+from tiny_tasks import EXAMPLES, write_tasks
+
+from data.errors import DataError
+from eval.rows import IGNORED_LABEL
+from launcher.errors import USER_ERRORS
+from launcher.plan.plan import make_plan
+from launcher.process.ranks import ALONE
+from launcher.training.held_out import HeldOut
+from launcher.training.tasks import TasksInTraining
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def plan_of(shards, folder, **evaluation):
+    model = {"max_sequence_length": 160}
+    return make_plan(tiny_config(shards, folder / "run", model=model, evaluation=evaluation), 1)
+
+
+def with_tasks(shards, folder):
+    tasks = {"tasks": ["copa", "sst2"], "task_data": str(folder / "tasks"), "tasks_interval_steps": 2}
+    return TasksInTraining(plan_of(shards, folder, **tasks), ALONE, shards / "tokenizer.model")
+
+
+def test_a_task_that_is_not_finite_has_no_score_and_the_line_says_so(shards, tmp_path, group):
+    write_tasks(tmp_path / "tasks")
+    tasks, calls = with_tasks(shards, tmp_path), []
+
+    def token_nll(tokens_BT, labels_BTA):
+        calls.append(tokens_BT.shape)
+        value = math.nan if len(calls) == 1 else 1.0
+        return torch.where(labels_BTA == IGNORED_LABEL, 0.0, value)
+
+    values, line = tasks.measure(SimpleNamespace(token_nll=token_nll), lambda: None)
+    assert values.keys() == {"eval/sst2/acc", "eval/sst2/bits_per_byte"}
+    assert "no score (copa, example " in line
+    assert "log-likelihood of answer 1 is nan" in line
+
+
+def test_examples_are_checked_when_the_run_starts(shards, tmp_path):
+    write_tasks(tmp_path / "tasks")
+    blank = EXAMPLES["sst2"][0] | {"choices": ["negative", " "]}
+    (tmp_path / "tasks" / "sst2_validation.jsonl").write_text(json.dumps(blank))
+    with pytest.raises(DataError, match=r"sst2_validation\.jsonl:1: .*an answer must not be blank"):
+        with_tasks(shards, tmp_path)
+
+
+def test_a_sample_that_cannot_be_drawn_is_an_error_that_training_reports(shards, tmp_path):
+    plan = plan_of(shards, tmp_path, sample_prompt="a", sample_tokens=4)
+    held_out = HeldOut(plan, ALONE, SimpleNamespace(tokenizer_path=shards / "tokenizer.model"))
+    broken = SimpleNamespace(logits=lambda tokens_BT: torch.full((*tokens_BT.shape, 320), math.nan))
+    with pytest.raises(USER_ERRORS, match="the logits of the next token are not finite"):
+        held_out.sample(broken)
+
+
+def test_a_sample_keeps_the_space_after_its_prompt(shards, tmp_path):
+    """A SentencePiece model with a dummy prefix leaves out the space that a text begins with."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["no yes no maybe so", "yes so"]), model_prefix=str(tmp_path / "spaces"), vocab_size=290,
+        model_type="bpe", byte_fallback=True, add_dummy_prefix=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spaces.model"))
+    plan = plan_of(shards, tmp_path, sample_prompt="no", sample_tokens=1)
+    held_out = HeldOut(plan, ALONE, SimpleNamespace(tokenizer_path=tmp_path / "spaces.model"))
+    [word] = pieces.encode("yes")
+    certain = torch.nn.functional.one_hot(torch.tensor(word), 320) * 1e4
+    sample = held_out.sample(SimpleNamespace(logits=lambda tokens_BT: certain.expand(*tokens_BT.shape, 320)))
+    assert sample["completion"] == " yes"

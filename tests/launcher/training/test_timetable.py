@@ -1,0 +1,97 @@
+"""What time decides is decided by the first rank's clock, happens at logged steps, and changes no loss."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from minimal import tree
+from ranks import run_group, run_ranks
+from runs import run
+from tiny import tiny_config
+
+import launcher.training.timetable as timetable
+from launcher.checkpoint.folders import complete_checkpoints
+from launcher.config.file import parse_config
+from launcher.plan.plan import Plan, make_plan
+from launcher.process.ranks import ALONE, Ranks
+from launcher.run.metrics_log import read_metrics
+from launcher.training.timetable import Timetable
+from launcher.watch.stopping import StopRequest
+
+LENGTHS = ["phases.0.steps=100", "phases.1.steps=100", "logging.interval_steps=4", "schedule.warmup_steps=0"]
+
+
+def plan_of(*overrides: str) -> Plan:
+    return make_plan(parse_config(tree(*LENGTHS, *overrides)), 1)
+
+
+def days(plan: Plan, monkeypatch: pytest.MonkeyPatch, *, minutes_of_a_step: float) -> dict[str, list[int]]:
+    """The steps of the run after which it saves, evaluates and logs, where every step takes this long."""
+    now = [1000.0]
+    monkeypatch.setattr(timetable.time, "monotonic", lambda: now[0])
+    table, found = Timetable(plan, StopRequest()), {"saving": [], "evaluating": [], "logging": []}  # type: ignore[var-annotated]
+    for step in range(1, plan.total_steps + 1):
+        now[0] += 60 * minutes_of_a_step
+        due = table.after(step, plan.phase_of(step - 1), ALONE)
+        for name, steps in found.items():
+            if getattr(due, name):
+                steps.append(step)
+    return found
+
+
+def test_a_run_saves_and_evaluates_every_half_hour_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = days(plan_of(), monkeypatch, minutes_of_a_step=5)
+    # Half an hour is 6 steps, and the next logged one after them the eighth; the phase's end counts as well.
+    assert found["saving"] == found["evaluating"] == [*range(8, 100, 8), 100, *range(108, 200, 8), 200]
+    assert found["logging"] == list(range(4, 201, 4))
+
+
+def test_intervals_in_steps_put_those_in_minutes_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["checkpoint.interval_steps=20", "checkpoint.interval_minutes=60", "evaluation.interval_minutes=null"]
+    found = days(plan_of(*overrides), monkeypatch, minutes_of_a_step=2)
+    assert found["saving"] == list(range(20, 201, 20))
+    assert found["evaluating"] == [100, 200]
+    assert days(plan_of(*overrides), monkeypatch, minutes_of_a_step=4)["saving"][:4] == [16, 20, 36, 40]
+
+
+def look(rank: int, world_size: int) -> list[tuple[bool, bool]]:
+    """What is due on a rank whose clock runs with those of others, but for the second's, which is fast."""
+    found = []
+    for fast in (0, 1):
+        table = Timetable(plan_of(), StopRequest())
+        if rank == fast:
+            table._saved -= 3600
+        due = table.after(4, table._plan.phases[0], Ranks(rank, world_size, rank, ALONE.device))
+        found.append((due.saving, due.evaluating))
+    return found
+
+
+def test_all_ranks_follow_the_clock_of_the_first() -> None:
+    assert run_ranks(2, look) == [[(True, False), (False, False)]] * 2
+
+
+def with_and_without(shards: str, out: str) -> None:
+    for name, minutes in (("always", 1e-9), ("never", None)):
+        interval: dict[str, Any] = {"interval_minutes": minutes}
+        config = tiny_config(
+            Path(shards),
+            Path(out) / name,
+            checkpoint=interval | {"keep_last": 0},
+            evaluation=interval,
+            logging={"interval_steps": 3},
+        )
+        assert run(config) == "complete"
+
+
+def test_saving_and_evaluating_by_time_change_no_loss(shards: Path, tmp_path: Path) -> None:
+    run_group(1, with_and_without, str(shards), str(tmp_path))
+    runs = {name: tmp_path / name for name in ("always", "never")}
+    rows = {name: read_metrics(path / "metrics.jsonl") for name, path in runs.items()}
+    keys = ("step", "phase", "train/loss", "train/grad_norm")
+    losses = {name: [[row[key] for key in keys] for row in rows[name] if "train/loss" in row] for name in rows}
+    assert losses["always"] == losses["never"]
+    assert [row[0] for row in losses["always"]] == [3, 4, 6, 8]
+    saved = {name: [int(path.name[5:]) for path in complete_checkpoints(runs[name] / "checkpoints")] for name in runs}
+    assert saved == {"always": [3, 4, 6, 8], "never": [4, 8]}
+    evaluated = {name: [row["step"] for row in rows[name] if row.get("validation/when") == "interval"] for name in rows}
+    assert evaluated == {"always": [3, 6], "never": []}
