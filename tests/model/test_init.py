@@ -6,6 +6,7 @@ import torch
 from models import TINY, VARIANTS, every_variant
 from torch import nn
 
+from model.config import ModelConfig
 from model.init import initial_value, initialize_
 from model.size import parameter_shapes
 from model.transformer import Transformer
@@ -104,3 +105,13 @@ def test_values_arrive_in_the_models_dtype():
     for actual, expected in zip(narrow.parameters(), wide.parameters(), strict=True):
         assert actual.dtype == torch.bfloat16
         assert torch.equal(actual, expected.bfloat16())
+
+
+def test_the_norms_of_subln_start_small_and_all_others_at_1():
+    config = replace(TINY, sub_norm=True, sub_norm_init=0.25)
+    values = {name: initial_value(name, shape, config, seed=0) for name, shape in parameter_shapes(config).items()}
+    norms = {name: value for name, value in values.items() if value.ndim == 1}
+    assert len(norms) == 4 * config.num_layers + 1
+    for name, value in norms.items():
+        assert (value == (0.25 if "_sub_norm." in name else 1)).all(), name
+    assert ModelConfig.__dataclass_fields__["sub_norm_init"].default == 0.03
