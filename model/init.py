@@ -20,9 +20,9 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
 
     Norms start at 1, those of SubLN at `sub_norm_init`, biases at 0; all else is drawn around 0. With initialization
     "normal" the standard deviation is `init_std`, for the two projections that write to the residual stream (o_proj,
-    down_proj) divided by sqrt(2 * num_layers) (GPT-2). With "mitchell" (OLMo, arXiv 2402.00838) it is 1 / sqrt(hidden_size), for these two
-    projections 1 / sqrt(2 * fan_in * (layer + 1)), layers counted from 0, and the normal is cut off at three standard
-    deviations.
+    down_proj) divided by sqrt(2 * num_layers) (GPT-2). With "mitchell" (OLMo, arXiv 2402.00838) it is 1 /
+    sqrt(hidden_size), for these two projections 1 / sqrt(2 * fan_in * (layer + 1)), layers counted from 0, and the
+    normal is cut off at three standard deviations.
     A name or shape that the model of this configuration does not have raises ValueError.
     """
     expected = parameter_shapes(config).get(name)
