@@ -28,7 +28,7 @@ from data.prepared import (
     read_index,
     read_manifest,
 )
-from data.private import locked, private_folder
+from data.private import locked, users_folder
 from data.torchvision_repair import repair_torchvision
 from data.urls import redacted
 
@@ -114,7 +114,7 @@ def one_start_at_a_time(rank: int, world_size: int) -> Iterator[None]:
         yield
         return
     # Beside the segments, not in the temporary folder: schedulers give each job one of its own.
-    lock = private_folder(SHARED_MEMORY) / "start.lock"
+    lock = users_folder(SHARED_MEMORY) / "start.lock"
     with locked(lock, "jobs of one machine open their data one at a time") if is_local_leader(rank) else nullcontext():
         if dist.is_initialized():
             dist.barrier()
@@ -128,7 +128,7 @@ def private_locks() -> Iterator[None]:
     `streaming` names them by a number, in the temporary folder of all users, and opens them through links.
     """
     before = tempfile.tempdir
-    tempfile.tempdir = str(private_folder(Path(tempfile.gettempdir())))
+    tempfile.tempdir = str(users_folder(Path(tempfile.gettempdir())))
     try:
         yield
     finally:
