@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.mixture import Source
+from data.new_paths import file_being_replaced
 from data.prepared import (
     COLUMN,
     INDEX,
@@ -186,16 +187,14 @@ def _fetch(source: Source, folder: Path, name: str) -> None:
     from streaming.base.storage.download import CloudDownloader
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.unlink(missing_ok=True)
-    try:
-        CloudDownloader.direct_download(f"{source.path.rstrip('/')}/{name}", str(partial))
-    except Exception as error:  # every kind of storage has its own
-        raise DataError(
-            f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
-            f"{_advice(error)}"
-        ) from error
-    os.rename(partial, path)
+    with file_being_replaced(path) as partial:
+        try:
+            CloudDownloader.direct_download(f"{source.path.rstrip('/')}/{name}", str(partial))
+        except Exception as error:  # every kind of storage has its own
+            raise DataError(
+                f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
+                f"{_advice(error)}"
+            ) from error
 
 
 def _refuse_links(folder: Path, path: Path) -> None:
