@@ -26,6 +26,7 @@ from data.errors import DataError
 from data.new_paths import TakenError, exclusive, folder_being_made
 from data.prepared import (
     COLUMN,
+    FILES,
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
@@ -178,11 +179,13 @@ def _build(
         "compared_documents": sum(writer.compared_documents for writer in writers.values()),
         "changed_documents": sum(writer.changed_documents for writer in writers.values()),
         "splits": {split: writer.finish() for split, writer in writers.items()},
-        "files": {
-            "read": list(map(str, files.read)),
-            "left_out": {str(path): reason for path, reason in files.left_out.items()},
-        },
+        "files": {"read": len(files.read), "left_out": len(files.left_out)},
     }
+    listed = {
+        "read": list(map(str, files.read)),
+        "left_out": {str(path): reason for path, reason in files.left_out.items()},
+    }
+    (out / FILES).write_text(json.dumps(listed, indent=2) + "\n")
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
