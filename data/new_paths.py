@@ -1,16 +1,22 @@
-"""Make new files and folders: complete under their name, or not at all.
+"""Make files and folders that are complete under their name, or not there at all.
 
 What is made gets a private name beside its own, no other process or user has it, and is renamed when it has reached
-the disk. A lock keeps two processes from making the same at once; it ends with its process, however that ends. What a
-killed process left behind under a private name is removed by the next one that makes the same.
+the disk. A lock keeps two processes from making the same new one at once; it ends with its process, however that ends.
+Some file systems of clusters keep such locks within a host, so a private name says whose it is: what a killed process
+left behind is removed by the next one on the same host that makes the same, and nothing else is.
 """
 
 import contextlib
+import errno
+import hashlib
 import os
+import pwd
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import socket
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -19,6 +25,13 @@ from data.errors import DataError
 from data.private import HeldError, locked
 
 SUFFIX = ".tritrain-tmp"
+LOCK_SUFFIX = ".tritrain-lock"
+
+STEM_BYTES = 64
+"""A private name keeps this much of a long name, so that it fits into the 255 bytes that file systems allow."""
+
+CANNOT_LOCK = (errno.EACCES, errno.EPERM, errno.EBADF)
+"""Errors of a file that may not be opened, or, on NFS, not be locked because it may only be read."""
 
 
 class TakenError(DataError):
@@ -39,7 +52,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         TakenError: there is something of that name, now or at the end, or another process is making it.
         OSError: it cannot be made.
     """
-    with exclusive(path, wait=False), private_folder(path) as building:
+    with exclusive(path, wait=False), folder_being_made(path) as building:
         yield building
 
 
@@ -50,15 +63,51 @@ def new_file(path: Path) -> Iterator[Path]:
     Returns:
         Its private name, of which there is no file yet.
     """
-    with exclusive(path, wait=False), _renamed(path, is_folder=False) as building:
+    with exclusive(path, wait=False), _new(path, is_folder=False) as building:
         yield building
 
 
 @contextmanager
-def private_folder(path: Path) -> Iterator[Path]:
+def folder_being_made(path: Path) -> Iterator[Path]:
     """As `new_folder`, where the caller has locked the path with `exclusive`."""
-    with _renamed(path, is_folder=True) as building:
+    with _new(path, is_folder=True) as building:
         building.mkdir()
+        yield building
+
+
+def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write a whole file in the place of an earlier one, or of none.
+
+    Args:
+        path: of the file; a link is replaced, not followed.
+        content: of it.
+        durable: whether it must have reached the disk before it takes the name, and the name before this returns.
+
+    Raises:
+        OSError: it cannot be written; the earlier one is unchanged.
+    """
+    kept = None
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        kept = stat.S_IMODE(found.st_mode) if stat.S_ISREG(found.st_mode) else None
+
+    def with_permissions(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o666 if kept is None else kept)  # less what the umask forbids
+
+    with file_being_replaced(path, durable=durable) as building, open(building, "xb", opener=with_permissions) as file:
+        if kept is not None and stat.S_IMODE(os.fstat(file.fileno()).st_mode) != kept:
+            os.fchmod(file.fileno(), kept)
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def file_being_replaced(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """As `replace_file`, for a file that the block writes; an earlier one's permissions are not kept.
+
+    Returns:
+        Its private name, of which there is no file yet.
+    """
+    with _renamed(path, durable=durable) as building:
         yield building
 
 
@@ -71,25 +120,44 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
         wait: for a process that is making it, instead of raising an error.
 
     Raises:
-        TakenError: another process is making it.
+        TakenError: another process is making it, or it is a mount point, whose name nothing new can take.
         OSError: nothing can be written beside it.
     """
     path = Path(os.path.realpath(path))
+    if os.path.ismount(path):
+        raise TakenError(f"{path}: is a mount point; name a new folder in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.tritrain-lock")
+    lock = path.with_name(f".{_stem(path)}{LOCK_SUFFIX}")
     with contextlib.ExitStack() as stack:
         while True:
             try:
                 held = stack.enter_context(locked(lock, f"one process at a time makes {path}", wait=wait))
             except HeldError as holder:
                 raise TakenError(f"{path}: {holder} is writing it; wait for that, or choose another name") from None
+            except OSError as error:
+                if error.errno not in CANNOT_LOCK:
+                    raise
+                if not os.path.exists(lock):
+                    raise PermissionError(error.errno, error.strerror, str(path)) from None
+                raise TakenError(
+                    f"{path}: its lock {lock} belongs to user {_owner(lock)}, and you may not lock it. If that user "
+                    "is not making it, have the lock removed; otherwise choose another name"
+                ) from None
             if _is_at(held, lock):
                 break
             stack.close()  # whoever had it has removed the file meanwhile
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            _remove(lock)
+
+
+def _owner(path: Path) -> str:
+    uid = path.stat().st_uid
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
@@ -99,24 +167,68 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 @contextmanager
-def _renamed(path: Path, *, is_folder: bool) -> Iterator[Path]:
-    """A private name, renamed to ``path`` at the end; it is the only one, because the path is locked."""
+def _new(path: Path, *, is_folder: bool) -> Iterator[Path]:
+    """A private name of a path that is locked, renamed to it at the end."""
     path = Path(os.path.realpath(path))
     check_free(path, is_folder=is_folder)
-    own_names = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{16}" + re.escape(SUFFIX))
     for name in os.listdir(path.parent):
-        if own_names.fullmatch(name):
+        if _is_leftover(name, path):
             _remove(path.parent / name)
-    building = path.with_name(f".{path.name}.{secrets.token_hex(8)}{SUFFIX}")
+    with _renamed(path, check=lambda: check_free(path, is_folder=is_folder)) as building:
+        yield building
+
+
+@contextmanager
+def _renamed(path: Path, *, durable: bool = True, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A private name, renamed to ``path`` at the end if ``check`` raises no error then."""
+    building = path.with_name(f"{_private_prefix(path)}{os.getpid()}.{secrets.token_hex(8)}{SUFFIX}")
     try:
         yield building
-        _flush(building)
-        check_free(path, is_folder=is_folder)
-        building.rename(path)
-        _flush(path.parent, inside=False)
+        if durable:
+            _flush(building)
+        check()
+        try:
+            os.replace(building, path)
+        except OSError:
+            check()  # of two that come this far, one says that the other was first
+            raise
+        if durable:
+            _flush(path.parent, inside=False)
     except BaseException:
         _remove(building)
         raise
+
+
+def _private_prefix(path: Path) -> str:
+    """How the private names begin that processes of this host give to a path."""
+    return f".{_stem(path)}.{socket.gethostname()[:STEM_BYTES].replace('/', '-')}."
+
+
+def _stem(path: Path) -> str:
+    """The name of a path; of a long one the first part and a digest."""
+    name = os.fsencode(path.name)
+    if len(name) <= STEM_BYTES:
+        return path.name
+    return f"{name[:STEM_BYTES].decode(errors='ignore')}-{hashlib.sha256(name).hexdigest()[:16]}"
+
+
+def _is_leftover(name: str, path: Path) -> bool:
+    """Return whether a name is one that a process of this host gave to a path, which is locked, and has left behind."""
+    found = re.fullmatch(rf"{re.escape(_private_prefix(path))}(\d+)\.[0-9a-f]{{16}}{re.escape(SUFFIX)}", name)
+    return found is not None and not _is_other_process(int(found[1]))
+
+
+def _is_other_process(pid: int) -> bool:
+    """Return whether another process of this host has this number; where one has, it may be at work."""
+    if pid == os.getpid():  # a container gives its processes the numbers of those of the one before
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def check_free(path: Path, *, is_folder: bool) -> None:
@@ -124,8 +236,13 @@ def check_free(path: Path, *, is_folder: bool) -> None:
 
     Raises:
         TakenError: it cannot.
+        OSError: no file can have it, because it is too long, for example.
     """
-    if os.path.lexists(path) and not (is_folder and path.is_dir() and not any(path.iterdir())):
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    if not (is_folder and path.is_dir() and not any(path.iterdir())):
         raise TakenError(f"{path}: already exists; choose another name, or remove it")
 
 
@@ -142,7 +259,9 @@ def _flush(path: Path, *, inside: bool = True) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or folder, as far as this user may."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -3,6 +3,7 @@
 FOLDER/train/, FOLDER/validation/    MDS: index.json and shards; one sample is one row
 FOLDER/tokenizer.model or .json      the tokenizer that made the rows
 FOLDER/token_bytes.npy               bytes of text of each token, for losses in bits per byte
+FOLDER/files.json                    files read and left out, for a person; nothing reads it
 FOLDER/manifest.json                 what went in and what came out; written last
 """
 
@@ -18,6 +19,7 @@ from data.pointers import pointer_problem
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+FILES = "files.json"
 TOKEN_BYTES = "token_bytes.npy"
 INDEX = "index.json"
 COLUMN = "tokens"

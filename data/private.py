@@ -28,7 +28,7 @@ class HeldError(DataError):
     """Another process, which the message names, holds a lock."""
 
 
-def private_folder(shared: Path) -> Path:
+def users_folder(shared: Path) -> Path:
     """Return this user's folder in a shared one; make it if it does not exist.
 
     Raises:
@@ -75,8 +75,9 @@ def locked(path: Path, purpose: str, *, wait: bool = True) -> Iterator[IO[str]]:
 
     Raises:
         HeldError: another process holds it; names that process.
+        OSError: the file can be neither made nor read, or is a link.
     """
-    with open(path, "a+", opener=no_follow) as lock:
+    with _open_lock(path) as lock:
         began = time.monotonic()
         has_told = False
         while True:
@@ -93,7 +94,19 @@ def locked(path: Path, purpose: str, *, wait: bool = True) -> Iterator[IO[str]]:
                     print(f"Waiting for {holder}, which holds {path}: {purpose}.", file=sys.stderr, flush=True)  # noqa: T201
                     has_told = True
                 time.sleep(SECONDS_BETWEEN_TRIES)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        if lock.writable():
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
         yield lock
+
+
+def _open_lock(path: Path) -> IO[str]:
+    try:
+        return open(path, "a+", opener=no_follow)
+    except PermissionError:
+        if not os.path.exists(path):
+            raise
+        return open(
+            path, opener=no_follow
+        )  # of another user, perhaps, who left it; to lock a file, reading it is enough

@@ -23,9 +23,10 @@ import numpy as np
 from data.config import TRAINED_SPEC, PrepareConfig
 from data.encoding import Chunk, counted_bytes, gather_chunks, token_type, tokenize
 from data.errors import DataError
-from data.new_paths import exclusive, private_folder
+from data.new_paths import TakenError, exclusive, folder_being_made
 from data.prepared import (
     COLUMN,
+    FILES,
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
@@ -72,8 +73,8 @@ def prepare(
     """Write the prepared folder `out` and return its manifest; see the top of this file.
 
     If the folder is there already and was made with the same options, nothing is done. If it is a link, the folder is
-    made where it leads. Processes that prepare the same
-    folder at once do so in turns, and all but the first find it done.
+    made where it leads. Processes that prepare the same folder at once do so in turns, and all but the first find it
+    done.
 
     Args:
         config: inputs, tokenizer and held-out text.
@@ -94,8 +95,13 @@ def prepare(
         with exclusive(out, wait=True):
             if manifest := _find_done(config, sequence_length, out):
                 return manifest
-            with private_folder(out) as building:
-                return _build(config, sequence_length, building, progress or (lambda _: None))
+            try:
+                with folder_being_made(out) as building:
+                    return _build(config, sequence_length, building, progress or (lambda _: None))
+            except TakenError:
+                if manifest := _find_done(config, sequence_length, out):  # by a host that the lock does not reach
+                    return manifest
+                raise
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
 
@@ -173,11 +179,13 @@ def _build(
         "compared_documents": sum(writer.compared_documents for writer in writers.values()),
         "changed_documents": sum(writer.changed_documents for writer in writers.values()),
         "splits": {split: writer.finish() for split, writer in writers.items()},
-        "files": {
-            "read": list(map(str, files.read)),
-            "left_out": {str(path): reason for path, reason in files.left_out.items()},
-        },
+        "files": {"read": len(files.read), "left_out": len(files.left_out)},
     }
+    listed = {
+        "read": list(map(str, files.read)),
+        "left_out": {str(path): reason for path, reason in files.left_out.items()},
+    }
+    (out / FILES).write_text(json.dumps(listed, indent=2) + "\n")
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 

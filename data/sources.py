@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.mixture import Source
+from data.new_paths import file_being_replaced
 from data.prepared import (
     COLUMN,
     INDEX,
@@ -28,7 +29,7 @@ from data.prepared import (
     read_index,
     read_manifest,
 )
-from data.private import locked, private_folder
+from data.private import locked, users_folder
 from data.torchvision_repair import repair_torchvision
 from data.urls import redacted
 
@@ -114,7 +115,7 @@ def one_start_at_a_time(rank: int, world_size: int) -> Iterator[None]:
         yield
         return
     # Beside the segments, not in the temporary folder: schedulers give each job one of its own.
-    lock = private_folder(SHARED_MEMORY) / "start.lock"
+    lock = users_folder(SHARED_MEMORY) / "start.lock"
     with locked(lock, "jobs of one machine open their data one at a time") if is_local_leader(rank) else nullcontext():
         if dist.is_initialized():
             dist.barrier()
@@ -128,7 +129,7 @@ def private_locks() -> Iterator[None]:
     `streaming` names them by a number, in the temporary folder of all users, and opens them through links.
     """
     before = tempfile.tempdir
-    tempfile.tempdir = str(private_folder(Path(tempfile.gettempdir())))
+    tempfile.tempdir = str(users_folder(Path(tempfile.gettempdir())))
     try:
         yield
     finally:
@@ -186,16 +187,14 @@ def _fetch(source: Source, folder: Path, name: str) -> None:
     from streaming.base.storage.download import CloudDownloader
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.unlink(missing_ok=True)
-    try:
-        CloudDownloader.direct_download(f"{source.path.rstrip('/')}/{name}", str(partial))
-    except Exception as error:  # every kind of storage has its own
-        raise DataError(
-            f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
-            f"{_advice(error)}"
-        ) from error
-    os.rename(partial, path)
+    with file_being_replaced(path) as partial:
+        try:
+            CloudDownloader.direct_download(f"{source.path.rstrip('/')}/{name}", str(partial))
+        except Exception as error:  # every kind of storage has its own
+            raise DataError(
+                f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
+                f"{_advice(error)}"
+            ) from error
 
 
 def _refuse_links(folder: Path, path: Path) -> None:

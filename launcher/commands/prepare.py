@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from data.prepared import MANIFEST
+from data.prepared import FILES
 from data.readers import Survey, survey
 from data.shards import PrepareConfig, PrepareProgress, prepare
 from launcher.process.console import Console, human_count
@@ -68,5 +68,5 @@ def files_sentence(files: Survey, out: Path) -> str:
     more = ", ..." if len(reasons) > MAX_REASONS else ""
     return (
         f"{sentence}; {len(files.left_out):,} left out: {', '.join(reasons[:MAX_REASONS])}{more}. "
-        f"All are listed in {out / MANIFEST}"
+        f"All are listed in {out / FILES}"
     )

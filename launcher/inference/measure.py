@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data.new_paths import replace_file
 from data.readers import check_input, read_documents
 from eval.perplexity import text_loss
 from eval.rows import Scorer
@@ -22,7 +23,6 @@ from launcher.errors import ConfigError, report_error
 from launcher.inference.sharded import Subject, open_subject
 from launcher.process.console import Console, print_results, without_nan
 from launcher.process.ranks import Ranks, process_group
-from launcher.run.folder import replace_file
 from launcher.run.scores import RESULTS, TASK_COLUMNS, read_results, table_of
 
 TIMEOUT_SECONDS = 1800
@@ -160,7 +160,7 @@ def score_tasks(
             "scores": {name: without_nan(asdict(score)) for name, score in scores.items()},
         }
         if ranks.is_first:
-            replace_file(out, json.dumps({"results": [*read_results(out), records[task]]}, indent=2))
+            replace_file(out.resolve(), json.dumps({"results": [*read_results(out), records[task]]}, indent=2))
             if subject.step is not None and subject.run is not None and not is_part:
                 write_points(subject.run / "tensorboard" / "evaluation", task, scores, subject.step)
     return [records[task] for task in rows]

@@ -17,7 +17,7 @@ from signal import SIGINT, SIGTERM, SIGUSR2
 import torch
 import torch.distributed as dist
 
-from data.private import private_folder
+from data.private import users_folder
 from launcher.process.companions import Companions
 from launcher.process.exchange import gather_values
 from launcher.process.placement import place_rank
@@ -67,7 +67,7 @@ def process_group(timeout_seconds: int, companions: Companions | None = None) ->
     if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # torch's own place for compiled code is a known name in the temporary folder, where others may have put theirs.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder(Path(tempfile.gettempdir())) / "torchinductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(users_folder(Path(tempfile.gettempdir())) / "torchinductor"))
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED_COLLECTIVES))  # for the report of a hang
     try:
         with ended_by_signals():

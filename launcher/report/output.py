@@ -11,11 +11,12 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data.new_paths import replace_file
 from launcher.errors import ConfigError
 from launcher.report.page import page_of, picture_of
 from launcher.report.status import find_runs
 from launcher.report.summary import RunSummary, summarize
-from launcher.report.target import CSV_COLUMNS, check_target, write_whole
+from launcher.report.target import CSV_COLUMNS, check_target
 from launcher.run.metrics_log import numbered_rows
 
 
@@ -51,7 +52,7 @@ def report(folders: Sequence[Path], out: Path | None, say: Callable[[str], None]
         content = table_of(summaries).encode(errors="replace")
     else:
         content = picture_of(summaries, out.suffix)
-    write_whole(out, content)
+    replace_file(out.resolve(), content)
     return out
 
 

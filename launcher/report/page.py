@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 
 from data.messages import printable
+from data.new_paths import replace_file
 from data.urls import redacted
 from launcher.process.console import human_count
 from launcher.report.history import History
@@ -26,7 +27,7 @@ from launcher.report.summary import (
     summarize,
     verdict,
 )
-from launcher.report.target import MADE_BY, check_target, write_whole
+from launcher.report.target import MADE_BY, check_target
 
 MISSING = "\N{EM DASH}"
 
@@ -42,7 +43,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         LogError, OSError: a run cannot be read.
     """
     check_target(out)
-    write_whole(out, page_of([summarize(run) for run in runs]).encode(errors="replace"))
+    replace_file(out.resolve(), page_of([summarize(run) for run in runs]).encode(errors="replace"))
 
 
 def write_picture(run: Path, out: Path) -> None:
@@ -52,7 +53,7 @@ def write_picture(run: Path, out: Path) -> None:
         ConfigError, LogError, OSError: as `write_report`.
     """
     check_target(out)
-    write_whole(out, picture_of([summarize(run)], out.suffix))
+    replace_file(out.resolve(), picture_of([summarize(run)], out.suffix))
 
 
 def picture_of(summaries: Sequence[RunSummary], suffix: str) -> bytes:

@@ -1,9 +1,6 @@
-"""The file that a report is written to: replaced only if it is a report itself, and only by a whole one."""
+"""The file that a report is written to: replaced only if it is a report itself."""
 
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from launcher.errors import ConfigError
@@ -36,27 +33,3 @@ def check_target(out: Path) -> None:
         return
     if not out.is_file() or (out.stat().st_size and mark not in out.read_bytes()):
         raise ConfigError(f"--out {out}: exists and is no report, so it is not overwritten; choose another name")
-
-
-def write_whole(out: Path, content: bytes) -> None:
-    """Write a file under another name, and then give it its own; of a link, the target is replaced."""
-    target = out.resolve()
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), target.stat().st_mode if target.exists() else 0o666 & ~umask())
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def umask() -> int:
-    """The permissions that new files of this process do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -27,9 +27,10 @@ from typing import Any
 
 import yaml
 
+from data.new_paths import replace_file
 from data.private import no_follow
 from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
-from launcher.checkpoint.location import flush_folder, reaching, to_location
+from launcher.checkpoint.location import reaching, to_location
 from launcher.config.file import DERIVED_KEYS, flat_lines, load_config, parse_yaml, to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
@@ -252,19 +253,6 @@ def slurm_job() -> str | None:
     """Id of the Slurm job that this process belongs to, `17` or `17_2` in an array; None outside of Slurm."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
-
-
-def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Replace a file atomically; a durable one has reached the disk before it takes the old one's place."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if durable:
-        flush_folder(path.parent)
 
 
 def read_tree(path: Path) -> dict[str, Any] | None:

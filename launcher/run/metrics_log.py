@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from data.new_paths import replace_file
 from launcher.errors import LogError
-from launcher.run.folder import replace_file, set_aside
+from launcher.run.folder import set_aside
 from launcher.run.recovery import SpikeWatch
 from quant.telemetry import DISTANCE_EDGES, MOST_FLIPS
 

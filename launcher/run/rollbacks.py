@@ -8,8 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.new_paths import replace_file
 from launcher.process.exchange import value_of_first
-from launcher.run.folder import replace_file, set_aside
+from launcher.run.folder import set_aside
 from launcher.run.metrics_log import sound_rows
 
 FILE = "rollbacks.json"

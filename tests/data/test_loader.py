@@ -27,7 +27,7 @@ from data.loader import (
     token_bytes,
     validation_rows,
 )
-from data.private import private_folder
+from data.private import users_folder
 from data.sources import one_start_at_a_time
 
 
@@ -240,7 +240,7 @@ def test_a_killed_run_starts_again_in_the_same_folder_and_ends_quietly(folders):
     assert again.stderr == ""
     assert again.returncode == 0
     assert json.loads(again.stdout) == [before[0][3:5], before[1][3:5]]
-    left = [path for prefix in prefixes for folder in ("/dev/shm", private_folder(Path(tempfile.gettempdir())))
+    left = [path for prefix in prefixes for folder in ("/dev/shm", users_folder(Path(tempfile.gettempdir())))
             for path in Path(folder).glob(f"{prefix:06}_*")]  # fmt: skip
     assert left  # what the killed left is what the other started beside
     for path in left:

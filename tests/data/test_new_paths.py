@@ -1,13 +1,19 @@
 """New files and folders: complete under their name or not there, whatever happens, and nothing else is touched."""
 
+import fcntl
 import os
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from data.new_paths import TakenError, exclusive, new_file, new_folder
+from data.new_paths import TakenError, exclusive, new_file, new_folder, replace_file
 
 MAKES_AND_WAITS = """
 import sys, time
@@ -159,3 +165,171 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
     with pytest.raises(OSError, match=r"is a link to .*thesis, which would be written"), new_folder(tmp_path / "made"):
         pytest.fail("work was done")
     assert (tmp_path / "thesis").read_text() == "words"
+
+
+def ended_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+def test_only_what_a_killed_process_of_this_host_has_left_is_removed(tmp_path, make):
+    here, token = socket.gethostname(), "0123456789abcdef.tritrain-tmp"
+    for name in (f".made.{here}.{ended_process()}.{token}", f".made.{here}.{2**40}.{token}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").touch()
+    others = [f".made.{here}.{os.getppid()}.{token}", f".made.{here}-2.{ended_process()}.{token}"]
+    others += [f".made.{token}", f".made.more.{here}.{ended_process()}.{token}"]
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").touch()
+    with make(tmp_path / "made") as building:
+        (building / "a" if make is new_folder else building).touch()
+    assert names(tmp_path) == sorted([*others, "made"])
+    assert all((tmp_path / name / "a").exists() for name in others)
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+def test_a_host_that_the_lock_does_not_reach_keeps_what_it_makes(tmp_path, monkeypatch, make):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+
+    def write(building: Path, text: str) -> None:
+        (building / "a" if make is new_folder else building).write_text(text)
+
+    with pytest.raises(TakenError, match="made: already exists"), make(tmp_path / "made") as first:  # noqa: PT012
+        write(first, "first")
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(socket, "gethostname", lambda: "another")
+            with make(tmp_path / "made") as second:
+                write(second, "second")
+        assert first.exists()
+    assert names(tmp_path) == ["made"]
+    made = tmp_path / "made"
+    assert (made / "a" if make is new_folder else made).read_text() == "second"
+
+
+def test_of_two_that_come_to_the_rename_one_is_first(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def after_another(source: Path, target: Path) -> None:
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "a").write_text("of another")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", after_another)
+    with pytest.raises(TakenError, match="made: already exists"), new_folder(tmp_path / "made"):
+        pass
+    assert names(tmp_path) == ["made"]
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch, make):
+    (tmp_path / "made").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "made")
+    with pytest.raises(TakenError, match="made: is a mount point; name a new folder in it"), make(tmp_path / "made"):
+        pytest.fail("work was done")
+    with make(tmp_path / "made" / "new") as building:
+        (building / "a" if make is new_folder else building).touch()
+    assert names(tmp_path / "made") == ["new"]
+
+
+@contextmanager
+def in_a_shared_folder(mode: int) -> Iterator[Path]:
+    """A folder with a lock of this user's; if that is root, this process is another user's for a while."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(tempfile.gettempdir(), 0o711)
+        os.chmod(name, mode)
+        (Path(name) / ".made.tritrain-lock").write_text("process 1 on elsewhere")
+        if os.geteuid():
+            yield Path(name)
+            return
+        os.seteuid(12345)
+        try:
+            yield Path(name)
+        finally:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_a_lock_that_another_user_has_left_keeps_nobody_out(mode):
+    with in_a_shared_folder(mode) as folder:
+        if os.getuid():
+            (folder / ".made.tritrain-lock").chmod(0o444)
+        with new_file(folder / "made") as building:
+            building.write_text("whole")
+            with pytest.raises(TakenError, match="is writing it"), new_file(folder / "made"):
+                pytest.fail("work was done")
+        assert (folder / "made").read_text() == "whole"
+
+
+def test_a_lock_that_may_not_be_read_is_named_with_its_owner():
+    with in_a_shared_folder(0o777) as folder:
+        lock = folder / ".made.tritrain-lock"
+        os.seteuid(os.getuid())
+        lock.chmod(0)
+        if os.getuid() == 0:
+            os.seteuid(12345)
+        owner = "root" if os.getuid() == 0 else lock.owner()
+        message = (
+            rf"made: its lock .*/\.made\.tritrain-lock belongs to user {owner}, and you may not lock it\. If .* removed"
+        )
+        with pytest.raises(TakenError, match=message), new_file(folder / "made"):
+            pytest.fail("work was done")
+
+
+def test_a_folder_where_nothing_may_be_written():
+    with in_a_shared_folder(0o755) as folder:
+        if os.getuid():
+            pytest.skip("the folder is this user's own")
+        with pytest.raises(PermissionError) as caught, new_file(folder / "another"):
+            pytest.fail("work was done")
+        assert caught.value.filename == str(folder / "another")
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+@pytest.mark.parametrize("letter", ["a", "ä", "語"])
+def test_the_longest_name(tmp_path, make, letter):
+    size = len(letter.encode())
+    longest = letter * (255 // size) + "b" * (255 % size)
+    sibling = longest[: -1 - 255 % size] + "c" * (size + 255 % size)  # begins alike, and is another
+    with make(tmp_path / longest) as building:
+        (building / "a" if make is new_folder else building).touch()
+        assert building.name.encode().decode()  # a character is not cut in two
+        with make(tmp_path / sibling) as another:
+            (another / "a" if make is new_folder else another).touch()
+    assert names(tmp_path) == sorted([longest, sibling])
+    with pytest.raises(OSError, match="File name too long") as caught, make(tmp_path / f"{longest}b"):
+        pytest.fail("work was done")
+    assert caught.value.filename == str(tmp_path / f"{longest}b")
+
+
+def test_a_replaced_file_keeps_its_permissions_and_a_new_one_has_the_umask_s(tmp_path):
+    before = os.umask(0o027)
+    try:
+        replace_file(tmp_path / "new", "1")
+        (tmp_path / "old").touch()
+        (tmp_path / "secret").touch(0o600)
+        (tmp_path / "old").chmod(0o666)
+        for name in ("old", "secret"):
+            replace_file(tmp_path / name, b"2")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"new": 0o640, "old": 0o666, "secret": 0o600}
+    assert (tmp_path / "new").read_text() + (tmp_path / "old").read_text() == "12"
+
+
+def test_a_replaced_link_is_not_written_through(tmp_path):
+    (tmp_path / "thesis").write_text("words")
+    (tmp_path / "state").symlink_to("thesis")
+    replace_file(tmp_path / "state", "{}")
+    assert (tmp_path / "thesis").read_text() == "words"
+    assert not (tmp_path / "state").is_symlink()
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == stat.S_IMODE((tmp_path / "thesis").stat().st_mode)
+
+
+def test_a_file_that_need_not_be_durable_waits_for_no_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waited"))
+    replace_file(tmp_path / "beats", "{}", durable=False)
+    assert names(tmp_path) == ["beats"]

@@ -9,13 +9,13 @@ import pytest
 
 from data import private
 from data.errors import DataError
-from data.private import locked, no_follow, private_folder
+from data.private import locked, no_follow, users_folder
 
 
 def test_the_folder_is_closed_to_others_and_found_again(tmp_path: Path) -> None:
-    folder = private_folder(tmp_path)
+    folder = users_folder(tmp_path)
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert private_folder(tmp_path) == folder
+    assert users_folder(tmp_path) == folder
 
 
 def test_a_folder_where_others_may_have_written_is_refused(tmp_path: Path) -> None:
@@ -23,12 +23,12 @@ def test_a_folder_where_others_may_have_written_is_refused(tmp_path: Path) -> No
     place.mkdir()
     place.chmod(0o777)
     with pytest.raises(DataError, match=r"only you \(user \d+\) can enter; it is drwxrwxrwx"):
-        private_folder(tmp_path)
+        users_folder(tmp_path)
     place.rmdir()
     (tmp_path / "theirs").mkdir(mode=0o700)
     place.symlink_to(tmp_path / "theirs")
     with pytest.raises(DataError, match="can enter; it is l"):
-        private_folder(tmp_path)
+        users_folder(tmp_path)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
@@ -37,7 +37,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     place.mkdir(mode=0o700)
     os.chown(place, 12345, 12345)
     with pytest.raises(DataError, match="of user 12345"):
-        private_folder(tmp_path)
+        users_folder(tmp_path)
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:

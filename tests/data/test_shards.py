@@ -1,8 +1,10 @@
 """`prepare`: every token is predicted once, the options alone decide the result, and nothing is left half done."""
 
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -157,6 +159,22 @@ def test_two_that_prepare_at_once_take_turns(corpus, tokenizer_path, tmp_path):
     assert stages[-1].documents == open_prepared(tmp_path / "out")["splits"]["train"]["documents"]
     assert [stage.documents for stage in stages] == sorted({stage.documents for stage in stages})  # one of them worked
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_of_two_hosts_that_no_lock_reaches_both_find_the_folder(corpus, tokenizer_path, tmp_path, monkeypatch):
+    config = PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path))
+    manifests = []
+
+    def elsewhere(progress):
+        if not manifests:
+            with monkeypatch.context() as other:
+                other.setattr(socket, "gethostname", lambda: "another")
+                manifests.append(prepare(config, LENGTH, tmp_path / "out"))
+
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    manifests.append(prepare(config, LENGTH, tmp_path / "out", elsewhere))
+    assert manifests == [open_prepared(tmp_path / "out")] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 PREPARES_FOR_EVER = """

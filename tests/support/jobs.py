@@ -20,7 +20,7 @@ from ranks import CONTEXT
 from safetensors.torch import load_file
 from tiny import tiny_tree
 
-from data.private import private_folder
+from data.private import users_folder
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.process.supervisor import LISTENER
@@ -131,7 +131,7 @@ def _release_shared_memory(shards: str) -> None:
         with contextlib.suppress(FileNotFoundError):  # another job's, which ends now
             if shards.strip("/").encode() in path.read_bytes():
                 number = path.name.removesuffix("_locals")
-                for folder in (Path("/dev/shm"), private_folder(Path(tempfile.gettempdir()))):
+                for folder in (Path("/dev/shm"), users_folder(Path(tempfile.gettempdir()))):
                     for leftover in folder.glob(f"{number}_*"):
                         leftover.unlink(missing_ok=True)
 

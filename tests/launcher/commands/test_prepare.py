@@ -24,13 +24,15 @@ def test_what_is_read_and_left_out_is_said_and_recorded(tmp_path: Path, capsys: 
     prepare_with_progress(config, 16, out, Console(silent=False))
     said = (
         "2 files read; 5 left out: 3 of unknown kind .json.gz, 1 unfinished output or log of Spark, 1 linked folder "
-        f"(name it as an input). All are listed in {out}/manifest.json"
+        f"(name it as an input). All are listed in {out}/files.json"
     )
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == lines[-2] == said
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["files"]["read"] == [str(folder / "a" / "x.jsonl"), str(held_out)]
-    assert manifest["files"]["left_out"] == {
+    assert manifest["files"] == {"read": 2, "left_out": 5}  # each rank reads the manifest at each start
+    files = json.loads((out / "files.json").read_text())
+    assert files["read"] == [str(folder / "a" / "x.jsonl"), str(held_out)]
+    assert files["left_out"] == {
         **{str(folder / f"{number}.json.gz"): "of unknown kind .json.gz" for number in range(3)},
         str(folder / "_temporary"): "unfinished output or log of Spark",
         str(folder / "linked"): "linked folder (name it as an input)",

@@ -142,6 +142,7 @@ def test_finished_tasks_are_reused_until_anything_changes(runs, mirror, tmp_path
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         ranks, out = this_rank(), tmp_path / "results.json"
+        out.symlink_to("elsewhere.json")
 
         def do(tasks, limit=None, model="with", tokenizer=None):
             calls.clear()
@@ -160,6 +161,7 @@ def test_finished_tasks_are_reused_until_anything_changes(runs, mirror, tmp_path
         table = capsys.readouterr().out
         assert re.search(r"copa-harness\s*│\s*3\s*│\s*acc\s*│\s*[\d.]+ ± [\d.]+\s*│", table)
         assert "piqa  3" not in table
+        assert out.is_symlink()
         out.write_text("[]")
         with pytest.raises(DataError, match="holds no results"):
             do(["piqa"])

@@ -11,7 +11,7 @@ from made_runs import make_run
 
 from launcher.errors import ConfigError
 from launcher.report.output import report
-from launcher.report.target import write_whole
+from launcher.report.page import write_report
 
 
 @pytest.fixture
@@ -94,14 +94,23 @@ def test_a_full_disk_leaves_the_old_report_and_nothing_else(run, tmp_path, monke
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "r.html"}
 
 
-def test_a_link_is_followed_and_permissions_are_kept(tmp_path):
-    write_whole(tmp_path / "new", b"1")
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o666 & ~mask
-    (tmp_path / "new").chmod(0o640)
-    (tmp_path / "link").symlink_to("new")
-    write_whole(tmp_path / "link", b"2")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "new").read_bytes() == b"2"
-    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+def test_a_link_is_followed_and_permissions_are_kept(run, tmp_path):
+    before = os.umask(0o022)
+    try:
+        written([run], tmp_path / "new.csv")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new.csv").stat().st_mode) == 0o644
+    whole = (tmp_path / "new.csv").read_bytes()
+    for suffix in ("csv", "html"):
+        target = tmp_path / f"new.{suffix}"
+        target.write_bytes(b"")
+        target.chmod(0o640)
+        (tmp_path / f"link.{suffix}").symlink_to(target.name)
+    written([run], tmp_path / "link.csv")
+    write_report([run], tmp_path / "link.html")
+    assert (tmp_path / "new.csv").read_bytes() == whole
+    for suffix in ("csv", "html"):
+        assert (tmp_path / f"link.{suffix}").is_symlink()
+        assert (tmp_path / f"new.{suffix}").stat().st_size
+        assert stat.S_IMODE((tmp_path / f"new.{suffix}").stat().st_mode) == 0o640
