@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -31,7 +30,7 @@ ARMS = RESULTS / "sub-norm.jsonl"
 
 
 def train_arm(shape: str, start: str, seed: int, overrides: list[str]) -> dict[str, object]:
-    """Bits per byte at the end of each phase, and the seconds that the run took."""
+    """Bits per byte at the end of each phase."""
     width, depth = map(int, shape.split("x"))
     model = [
         f"model.hidden_size={width}",
@@ -41,7 +40,6 @@ def train_arm(shape: str, start: str, seed: int, overrides: list[str]) -> dict[s
         f"model.sub_norm={'false' if start == 'none' else 'true'}",
         *([] if start == "none" else [f"model.sub_norm_init={start}"]),
     ]
-    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place, process_group(600) as ranks:
         here = [f"run.folder={place}/run", f"run.seed={seed}", "checkpoint.interval_steps=null"]
         config = load_config(Path("configs/quickstart.yaml"), [*model, *here, *overrides])
@@ -51,8 +49,8 @@ def train_arm(shape: str, start: str, seed: int, overrides: list[str]) -> dict[s
         train(plan, ranks, folder, StopRequest(), Console(silent=True))
         rows = read_metrics(folder.path / "metrics.jsonl")
     ends = [row["validation/bits_per_byte"] for row in rows if row.get("validation/when") == "end of phase"]
-    seconds = round(time.monotonic() - begin)
-    return {"shape": shape, "start": start, "seed": seed, "16-bit": ends[0], "ternary": ends[1], "seconds": seconds}
+    arm = {"shape": shape, "start": start, "seed": seed, "overrides": overrides}
+    return arm | {"16-bit": ends[0], "ternary": ends[1]}
 
 
 def read_arms() -> list[dict[str, object]]:
@@ -67,7 +65,12 @@ def table() -> None:
         arms[arm["shape"], arm["start"]][arm["seed"]] = arm
     shapes = sorted({shape for shape, _ in arms}, key=lambda shape: tuple(map(int, shape.split("x"))))
     starts = sorted({start for _, start in arms}, key=lambda start: -2.0 if start == "none" else -float(start))
-    text = "Held-out bits per byte, the mean over seeds; in brackets the difference to `none`, seed by seed.\n"
+    seeds = sorted({arm["seed"] for arm in read_arms()})
+    changed = " ".join(sorted({override for arm in read_arms() for override in arm["overrides"]}))
+    text = (
+        f"Held-out bits per byte of the quickstart with {changed or 'nothing else changed'}, the mean over seeds "
+        f"{', '.join(map(str, seeds))}; in brackets the difference to `none`, of the same seed.\n"
+    )
     for phase in ("16-bit", "ternary"):
         text += f"\nEnd of the {phase} phase:\n\n| width x blocks | {' | '.join(starts)} |\n"
         text += "| --- |" + " --- |" * len(starts) + "\n"
@@ -80,8 +83,8 @@ def table() -> None:
                     continue
                 mean = statistics.mean(arm[phase] for arm in there.values())
                 gains = [arm[phase] - none[seed][phase] for seed, arm in there.items() if seed in none]
-                spread = f" ({min(gains):+.3f} to {max(gains):+.3f})" if gains and start != "none" else ""
-                cells.append(f"{mean:.3f}{spread}")
+                spread = " to ".join(f"{gain:+.3f}" for gain in sorted({min(gains), max(gains)})) if gains else ""
+                cells.append(f"{mean:.3f}" if start == "none" else f"{mean:.3f} ({spread})")
             text += f"| {shape} | {' | '.join(cells)} |\n"
     report("sub-norm", text, {"arms": read_arms()})
 
