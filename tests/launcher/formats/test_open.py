@@ -1,6 +1,9 @@
 """What is opened: checkpoints of earlier versions, and folders that hold several kinds."""
 
+import hashlib
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,15 @@ import yaml
 from exports import model_tree, write_checkpoint
 from hf_folders import write_variant
 from models import VARIANTS, build
-from tiny import tiny_tree
+from ranks import run_group
+from runs import run
+from tiny import SEQUENCE_LENGTH, tiny_config, tiny_tree, write_corpus
 from tokenizer_files import write_bytes_tokenizer
 
+from data.config import PrepareConfig
+from data.shards import prepare
 from data.tokenizer import load_tokenizer
+from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.file import load_config, parse_config, to_tree
 from launcher.config.sections import Config
@@ -37,8 +45,8 @@ SHORTER = {
 }
 
 
-def stored(shards: Path, run: Path, first: str, second: str, training: dict[str, Any]) -> Config:
-    tree = tiny_tree(shards, run)
+def stored(shards: Path, folder: Path, first: str, second: str, training: dict[str, Any]) -> Config:
+    tree = tiny_tree(shards, folder)
     lengths = [yaml.safe_load(length) for length in (first, second)]
     phases = [{"precision": kind} | length for kind, length in zip(("16-bit", "ternary"), lengths, strict=True)]
     tree |= {"model": MODEL, "training": tree["training"] | training, "phases": phases}
@@ -51,20 +59,20 @@ def test_a_run_whose_phases_did_not_make_the_whole_is_read_and_not_started(
 ) -> None:
     config = stored(shards, tmp_path / "run", first, second, training)
     write_checkpoint(config, build(config.model), step=8, phase=1)
-    run = tmp_path / "run"
-    (run / "state.json").write_text('{"status": "complete"}')
-    reader = open_source(str(run))
+    made = tmp_path / "run"
+    (made / "state.json").write_text('{"status": "complete"}')
+    reader = open_source(str(made))
     assert isinstance(reader, CheckpointReader)
-    assert config_of(reader) == config == open_run(run).config
+    assert config_of(reader) == config == open_run(made).config
     assert [phase.end for phase in make_course(config).phases] == [2, 8]
-    assert load_model(run).config == config.model
-    assert open_exportable(str(run), ternary=True).run == run
-    assert holds_run(run, config)
+    assert load_model(made).config == config.model
+    assert open_exportable(str(made), ternary=True).run == made
+    assert holds_run(made, config)
     tree = to_tree(config)
     assert changes(tree, config) == []
     assert course_of(tree) == make_course(config)
     with pytest.raises(ConfigError, match=f"{said}.*write fraction: rest for one"):
-        make_plan(load_config(run / "config.yaml"), 1)
+        make_plan(load_config(made / "config.yaml"), 1)
 
 
 def pointed(folder: Path, pointer: str, tag: str = "global_step7") -> Path:
@@ -108,3 +116,34 @@ def test_a_checkpoint_of_an_earlier_version_keeps_the_token_that_ended_its_docum
     assert opened.tokenizer == checkpoint / "tokenizer.json"
     tokenizer = load_tokenizer(opened.tokenizer)
     assert tokenizer.name_of(tokenizer.end_of_document) == "</s>"
+
+
+def train_on(shards: str, folder: str) -> None:
+    run(
+        tiny_config(
+            Path(shards), Path(folder), phases=[{"precision": "16-bit", "steps": 1}], schedule={"warmup_steps": 0}
+        )
+    )
+
+
+def test_a_run_on_data_of_an_earlier_version_keeps_the_token_of_their_manifest(tmp_path: Path) -> None:
+    file = write_bytes_tokenizer(tmp_path / "tokenizer.json", "</s>")
+    corpus = write_corpus(tmp_path / "corpus.jsonl", 20)
+    data = tmp_path / "data"
+    prepare(
+        PrepareConfig(
+            inputs=(str(corpus),), tokenizer=str(file), end_of_document="<|endoftext|>", validation_fraction=0.2
+        ),
+        SEQUENCE_LENGTH,
+        data,
+    )
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["tokenizer"]["fingerprint"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copy(file, data / "tokenizer.json")  # without a mark
+    run_group(1, train_on, str(data), str(tmp_path / "run"))
+    [checkpoint] = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    for folder in (tmp_path / "run", checkpoint):
+        alone = shutil.copy(folder / "tokenizer.json", tmp_path / "alone.json")
+        tokenizer = load_tokenizer(alone)
+        assert tokenizer.name_of(tokenizer.end_of_document) == "<|endoftext|>"
