@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -147,3 +148,16 @@ def test_a_run_on_data_of_an_earlier_version_keeps_the_token_of_their_manifest(t
         alone = shutil.copy(folder / "tokenizer.json", tmp_path / "alone.json")
         tokenizer = load_tokenizer(alone)
         assert tokenizer.name_of(tokenizer.end_of_document) == "<|endoftext|>"
+
+
+def test_a_remote_folder_s_tokenizer_comes_with_the_files_that_name_its_token(tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    write_variant(tmp_path / "hf")
+    write_bytes_tokenizer(tmp_path / "hf" / "tokenizer.json", "</s>")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    for path in (tmp_path / "hf").iterdir():
+        store.pipe(f"/remote-hf/{path.name}", path.read_bytes())
+    opened = open_exportable("memory://remote-hf", ternary=False)
+    assert opened.tokenizer is not None
+    tokenizer = load_tokenizer(opened.tokenizer)
+    assert tokenizer.name_of(tokenizer.end_of_document) == "</s>"
