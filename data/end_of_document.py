@@ -7,7 +7,8 @@ Published tokenizers name it in different places. The first of these that names 
 3. files in the same folder: `tokenizer_config.json` (`eos_token`), `generation_config.json` and `config.json`
    (`eos_token_id`), or the manifest of prepared data (`end_of_document`);
 4. the file itself: the end-of-sentence piece of a SentencePiece model, or the one special token of a `tokenizer.json`
-   that has a usual name.
+   that has a usual name. If several have one, it is the first of `USUAL_NAMES` in the folder of a run or a checkpoint:
+   earlier versions trained with that one and did not mark it.
 
 Where the place that decides names several tokens, and not exactly one of them has a usual name, nothing is guessed.
 """
@@ -24,7 +25,16 @@ USUAL_NAMES = (
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|end▁of▁sentence|>",
     "<\uff5cend▁of▁sentence\uff5c>",
 )  # fmt: skip
-"""Names under which published tokenizers keep the token that ends a document."""
+"""Names under which published tokenizers keep the token that ends a document, most common first."""
+NAMING_FILES = {
+    "tokenizer_config.json": "eos_token",
+    "generation_config.json": "eos_token_id",
+    "config.json": "eos_token_id",
+    "manifest.json": "end_of_document",
+}
+"""Files beside a tokenizer's that may name the token, and the key there."""
+FIRST_OF_A_RUN = b"tritrain_version:"
+"""The beginning of the `config.yaml` of a run, and of each of its checkpoints."""
 HOW_TO_SAY = (
     "name it with data.prepare.end_of_document (--end-of-document), or as eos_token in a tokenizer_config.json in the "
     "tokenizer's folder"
@@ -78,21 +88,25 @@ def _named(
         yield "end_of_document", [chosen]
     if is_marked:
         yield str(path), own
-    for name, key in (
-        ("tokenizer_config.json", "eos_token"),
-        ("generation_config.json", "eos_token_id"),
-        ("config.json", "eos_token_id"),
-        ("manifest.json", "end_of_document"),
-    ):
+    for name, key in NAMING_FILES.items():
         file = path.with_name(name)
         value = _value(file, key)
         if isinstance(value, dict):
             value = value.get("content")
         values = value if isinstance(value, list) else [value]
-        if named := [each for each in values if isinstance(each, str | int)]:
+        if named := [each for each in values if type(each) in (int, str)]:
             yield str(file), named
     if own:
-        yield str(path), own
+        yield str(path), own[:1] if _is_of_a_run(path) else own
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Return whether a file is the copy in the folder of a run or of a checkpoint, beside its `config.yaml`."""
+    config = path.with_name("config.yaml")
+    if not config.is_file():
+        return False
+    with config.open("rb") as file:
+        return file.read(len(FIRST_OF_A_RUN)) == FIRST_OF_A_RUN
 
 
 def _value(file: Path, key: str) -> Any:

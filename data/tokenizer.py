@@ -87,7 +87,10 @@ def load_tokenizer(path: str | Path, end_of_document: str | None = None) -> Toke
     """
     path = Path(path)
     if path.is_dir():
-        path = _file_in(path)
+        folder, found = path, file_in(path)
+        if found is None:
+            raise DataError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
+        path = found
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer file; name a SentencePiece .model, a tokenizer.json or bpe:VOCAB")
     if problem := pointer_problem(path):
@@ -108,18 +111,17 @@ def self_contained(path: Path) -> Iterator[Path]:
         yield copy
 
 
-def _file_in(folder: Path) -> Path:
+def file_in(folder: Path) -> Path | None:
+    """The file in a folder that `load_tokenizer` reads, which may still be none that it can read; None without one."""
     found = [path for name in ("tokenizer.model", "tokenizer.json") if (path := folder / name).is_file()]
-    if not found:
-        raise DataError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
-    if len(found) == 1:
-        return found[0]
+    if len(found) < 2:
+        return next(iter(found), None)
     model, definition = found
     try:
         pieces = sentencepiece_model(model, model.read_bytes())
-    except DataError:  # another program's, such as tiktoken's
+        tokens = vocabulary(read_definition(definition))
+    except DataError:  # the model is another program's, such as tiktoken's; or the definition is damaged
         return definition
-    tokens = vocabulary(read_definition(definition))
     if max(tokens.values(), default=-1) >= pieces.vocab_size():
         return definition
     has_all = all(pieces.id_to_piece(token) in (name, name.replace(" ", SPACE_MARK)) for name, token in tokens.items())

@@ -113,8 +113,9 @@ def bytes_of_tokens(model: "Tokenizer", definition: dict[str, Any], vocab_size: 
             sizes[token] = 1
         else:
             sizes[token] = write(NEUTRAL, piece, NEUTRAL) - around
-    if (unknown := definition["model"].get("unk_token")) is not None:
-        sizes[vocabulary(definition)[unknown]] = 0
+    unknown = vocabulary(definition).get(definition["model"].get("unk_token"))
+    if unknown is not None:  # a model may name one that its vocabulary lacks, and then never gives it
+        sizes[unknown] = 0
     if (unknown_id := definition["model"].get("unk_id")) is not None:
         sizes[unknown_id] = 0
     for added in definition["added_tokens"]:

@@ -219,7 +219,10 @@ class HuggingFaceTokenizer(_InParts):
         bare = without_prefix(self.definition)
         self._model = self._load(self.definition)
         self._bare = self._model if bare == self.definition else self._load(bare)
-        self._prefix = _prefix_of(partial(_ids, self._model), partial(_ids, self._bare))
+        try:
+            self._prefix = _prefix_of(partial(_ids, self._model), partial(_ids, self._bare))
+        except Exception:  # as in `_encode_parts`; only whole texts are given to it
+            self._prefix = None
         self._mark_ids: list[int] | None = None
         self._decodes_prefix = False
         self._decodes_prefix = self._prefix == " " and self.decode(self.encode(" ")) != " "
@@ -239,7 +242,13 @@ class HuggingFaceTokenizer(_InParts):
 
     def _encode_parts(self, parts: list[str]) -> list[list[int]]:
         model = self._model if self._prefix is None else self._bare
-        return [encoding.ids for encoding in model.encode_batch(parts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in model.encode_batch(parts, add_special_tokens=False)]
+        except Exception as error:  # bare ones, as above
+            raise DataError(
+                f"{self.path}: cannot encode a text ({error}); its vocabulary must have every word or character of the "
+                "text, or the token that its unk_token names"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids."""

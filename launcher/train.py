@@ -160,10 +160,10 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
 
     held_out = HeldOut(plan, ranks, data)
     tasks = open_tasks(plan, ranks, data.tokenizer_path)
-    log = None
+    log, tokenizer = None, None
     if ranks.is_first:
         folder.note_start(at.step, ranks.world_size)
-        folder.keep_tokenizer(data.tokenizer_path)
+        tokenizer = folder.keep_tokenizer(data.tokenizer_path)
         log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
         closing.callback(log.close)
         if log.num_damaged:
@@ -175,7 +175,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     saver = Saver(
         folder.checkpoints,
         ranks,
-        tokenizer=data.tokenizer_path,
+        tokenizer=tokenizer,
         keep_last=config.checkpoint.keep_last,
         asynchronous=config.checkpoint.asynchronous,
         say=console.line,

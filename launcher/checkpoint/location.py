@@ -5,7 +5,7 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -154,19 +154,25 @@ def new_location(folder: Path) -> Iterator[Path]:
         raise
 
 
-def local_copy(path: Path) -> Path:
-    """A file on this machine with the content of a small one: itself, or a copy that is removed when the process ends.
+def local_folder(folder: Path, names: Iterable[str]) -> Path:
+    """A folder on this machine with small files: itself, or a copy that is removed when the process ends.
+
+    Args:
+        folder: local or remote.
+        names: of the files that are copied, as far as they are there.
 
     Raises:
         CheckpointError: the store cannot be reached.
     """
-    if is_local(path):
-        return path
-    folder = Path(tempfile.mkdtemp(prefix="tritrain-"))
-    atexit.register(remove_folder, folder)
-    with reaching(path):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder / path.name
+    if is_local(folder):
+        return folder
+    copy = Path(tempfile.mkdtemp(prefix="tritrain-"))
+    atexit.register(remove_folder, copy)
+    with reaching(folder):
+        for name in names:
+            if (folder / name).is_file():
+                (copy / name).write_bytes((folder / name).read_bytes())
+    return copy
 
 
 def flush_folder(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The section `engine`: what shards and steps the model."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -93,13 +92,6 @@ class EngineConfig:
                 problems["offload"] = "is all, which needs zero_stage 3; with 1 and 2 choose optimizer"
             if self.offload == "optimizer" and self.zero_stage == 0:
                 problems["offload"] = "is optimizer, which needs zero_stage 1, 2 or 3"
-            for key, value in _dotted_items(self.deepspeed or {}):
-                for owned, ours in OWNED_DEEPSPEED_KEYS.items():
-                    if key == owned or key.startswith(owned + "."):
-                        problems[f"deepspeed.{key}"] = f"is derived; set {ours} instead"
-                for refused, (harmless, reason) in REFUSED_DEEPSPEED_KEYS.items():
-                    if (key == refused or key.startswith(refused + ".")) and value != harmless:
-                        problems[f"deepspeed.{key}"] = f"is {value}, but {reason}; leave it out"
         else:
             if self.zero_stage is not None:
                 problems["zero_stage"] = f"is {self.zero_stage}; only engine.name deepspeed has stages"
@@ -111,11 +103,3 @@ class EngineConfig:
                 problems["gather"] = "is codes, which are computed on the device; with offload all choose weights"
         if problems:
             raise ValueError(problems)
-
-
-def _dotted_items(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _dotted_items(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -22,7 +22,7 @@ from data.urls import url_problem
 from launcher.config.aliases import ALIASES
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import ScheduleConfig
-from launcher.config.rules import spanning_problems
+from launcher.config.rules import spanning_problems, starting_problems
 from launcher.config.sections import (
     CheckpointConfig,
     Config,
@@ -117,8 +117,13 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Config:
     """Read a configuration file, apply ``a.b=value`` overrides, and check everything.
+
+    Args:
+        path: of the file.
+        overrides: of its values.
+        stored: as in `parse_config`.
 
     Raises:
         ConfigError: lists every problem, each with the key's path, what is wrong and what would be right.
@@ -128,7 +133,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         tree.pop(derived, None)
     for override in overrides:
         apply_override(tree, override)
-    return parse_config(tree)
+    return parse_config(tree, stored=stored)
 
 
 def read_mapping(path: Path, of: str) -> dict[str, Any]:
@@ -196,8 +201,13 @@ def _is_index(key: str, node: list[Any]) -> bool:
     return re.fullmatch("[0-9]{1,9}", key) is not None and int(key) < len(node)
 
 
-def parse_config(tree: dict[str, Any]) -> Config:
+def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
     """Turn nested mappings, as YAML gives them, into a `Config`.
+
+    Args:
+        tree: the mappings.
+        stored: whether a run or a checkpoint has left them, and only these are to be understood: what a run may start
+            with (`RULES_TO_START`, no credentials) is not asked of them, since an earlier version may have asked less.
 
     Raises:
         ConfigError: as `load_config`.
@@ -215,7 +225,8 @@ def parse_config(tree: dict[str, Any]) -> Config:
         problems |= found
         if not found:
             parts[name] = part
-    problems |= secret_problems(tree)
+    if not stored:
+        problems |= secret_problems(tree) | starting_problems(parts)
     if problems:
         problems |= spanning_problems(parts)
     else:

@@ -1,18 +1,20 @@
 """Rules that span several sections of the configuration.
 
 A rule is a function whose parameters are named after the sections that it needs, and that yields each problem as the
-path of a key and what is wrong there. It runs when those sections are valid in themselves. `RULES` lists all rules.
+path of a key and what is wrong there. It runs when those sections are valid in themselves. `RULES` lists those of every
+configuration, and `RULES_TO_START` those that a run must obey from now on: a finished run may be of a time without
+them, and its checkpoints can still be opened.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig
 from data.urls import url_problem
-from launcher.config.engine import EngineConfig
+from launcher.config.engine import OWNED_DEEPSPEED_KEYS, REFUSED_DEEPSPEED_KEYS, EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.transition import TransitionConfig
 from model.config import DistillationConfig, ModelConfig
@@ -30,6 +32,8 @@ Rule = Callable[..., Problems]
 
 MOST_TRIED, MOST_LISTED = 10**6, 30
 """Divisors that are looked for, up to this one, and how many of them are listed."""
+
+NOT_THE_WHOLE = "the fractions add up to {:g}, not to 1; change one, or write fraction: rest for one"
 
 
 def local_problem(text: str) -> str | None:
@@ -54,13 +58,22 @@ def divisors(number: int) -> str:
 
 
 def spanning_problems(parts: Mapping[str, Any]) -> dict[str, str]:
-    """Run every rule whose sections are given; returns the first problem of each path.
+    """Run all of `RULES` whose sections are given; returns the first problem of each path.
 
     Args:
         parts: those sections of a `Config` that are valid in themselves, by name.
     """
+    return _problems(RULES, parts)
+
+
+def starting_problems(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Run `RULES_TO_START`, as `spanning_problems` does its rules."""
+    return _problems(RULES_TO_START, parts)
+
+
+def _problems(rules: Iterable[Rule], parts: Mapping[str, Any]) -> dict[str, str]:
     problems: dict[str, str] = {}
-    for rule in RULES:
+    for rule in rules:
         needed = inspect.signature(rule).parameters
         if needed.keys() <= parts.keys():
             for path, problem in rule(**{name: parts[name] for name in needed}):
@@ -121,12 +134,8 @@ def a_phase_is_listed(phases: "Phases") -> Problems:
 
 
 def fractions_are_of_one_run(phases: "Phases", training: "TrainingConfig") -> Problems:
-    """Fractions need a whole, a whole needs fractions, and they add up to 1, or one phase takes the rest.
-
-    `launcher.plan.course` checks the sum where other phases have a length in steps or tokens.
-    """
-    fractions = [phase.fraction for phase in phases]
-    share = sum(fraction for fraction in fractions if fraction is not None and fraction != "rest")
+    """Fractions need a whole, a whole needs fractions, and they are at most the whole."""
+    fractions, share = [phase.fraction for phase in phases], _share(phases)
     length = "total_steps" if training.total_steps else "total_tokens"
     if phases and not any(fractions) and getattr(training, length):
         yield f"training.{length}", "has no effect, because no phase's length is a fraction; leave it out"
@@ -134,11 +143,32 @@ def fractions_are_of_one_run(phases: "Phases", training: "TrainingConfig") -> Pr
         yield "phases", "fraction is rest in more than one; only one can take the rest"
     elif "rest" in fractions and share > 1 - 1e-9:
         yield "phases", f"the fractions add up to {share:g} and leave nothing for the one that is rest"
-    elif share > 1 + 1e-9 or (fractions and all(fractions) and "rest" not in fractions and share < 1 - 1e-9):
-        yield "phases", f"the fractions add up to {share:g}, not to 1; change one, or write fraction: rest for one"
+    elif share > 1 + 1e-9:
+        yield "phases", NOT_THE_WHOLE.format(share)
     for index, fraction in enumerate(fractions):
         if fraction and not (training.total_steps or training.total_tokens):
             yield f"phases.{index}.fraction", "needs training.total_steps or training.total_tokens"
+
+
+def fractions_make_the_whole(phases: "Phases") -> Problems:
+    """Fractions add up to 1, or one phase takes the rest.
+
+    `launcher.plan.course` checks the sum where other phases have a length in steps or tokens.
+    """
+    fractions, share = [phase.fraction for phase in phases], _share(phases)
+    if fractions and all(fractions) and "rest" not in fractions and share < 1 - 1e-9:
+        yield "phases", NOT_THE_WHOLE.format(share)
+
+
+def deepspeed_takes_the_keys(engine: EngineConfig) -> Problems:
+    """Keys that are passed to DeepSpeed are neither derived by Tritrain nor beyond what it supports."""
+    for key, value in _dotted_items(engine.deepspeed or {}):
+        for owned, ours in OWNED_DEEPSPEED_KEYS.items():
+            if key == owned or key.startswith(owned + "."):
+                yield f"engine.deepspeed.{key}", f"is derived; set {ours} instead"
+        for refused, (harmless, reason) in REFUSED_DEEPSPEED_KEYS.items():
+            if (key == refused or key.startswith(refused + ".")) and value != harmless:
+                yield f"engine.deepspeed.{key}", f"is {value}, but {reason}; leave it out"
 
 
 def start_phase_exists(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
@@ -253,6 +283,19 @@ def relations_can_be_seen(phases: "Phases", training: "TrainingConfig") -> Probl
             )
 
 
+def _share(phases: "Phases") -> float:
+    """The sum of all fractions that are numbers."""
+    return sum(phase.fraction for phase in phases if isinstance(phase.fraction, float | int))
+
+
+def _dotted_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _no_such_phase(index: int, phases: "Phases") -> str:
     return f"is {index}; the last of the {len(phases)} phases is {len(phases) - 1}"
 
@@ -291,3 +334,7 @@ RULES: tuple[Rule, ...] = (
     relations_are_of_a_block,
     relations_can_be_seen,
 )
+"""Rules of every configuration, that of a finished run as well."""
+
+RULES_TO_START: tuple[Rule, ...] = (fractions_make_the_whole, deepspeed_takes_the_keys)
+"""Rules of a configuration with which a run is to start."""

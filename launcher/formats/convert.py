@@ -26,7 +26,7 @@ from launcher.formats.open import check_model, check_sound, computed_precision, 
 from launcher.formats.opened import tokenizer_of
 from launcher.formats.provenance import provenance
 from launcher.formats.start import check_start, first_progress
-from launcher.plan.course import Course, make_course
+from launcher.plan.course import Course, check_whole, make_course
 from launcher.plan.exports import tokenizer_of_data
 from launcher.run.folder import RunFolder
 from model.transformer import Transformer
@@ -88,6 +88,7 @@ def preview(config: Config, source: Source) -> list[list[str]]:
 def course_of_conversion(config: Config, source: Source) -> Course:
     """The course of the run that is made; raises what `convert_to_run` does before it writes."""
     course, folder = make_course(config), RunFolder(config)
+    check_whole(course)
     with reaching(folder.checkpoints):
         if complete_checkpoints(folder.checkpoints):
             raise ConfigError(f"{folder.checkpoints}: already holds checkpoints; convert to another folder")
@@ -109,10 +110,17 @@ def convert_to_run(config: Config, source: Source) -> Path:
     Raises:
         ConfigError: the folder holds a run already.
         CheckpointError: the source does not fit, or a file cannot be read or written.
+        DataError: the tokenizer of the source cannot be read.
     """
     course, folder = course_of_conversion(config, source), RunFolder(config)
+    tokenizer = tokenizer_of(source) or tokenizer_of_data(config)
+    with self_contained(tokenizer) if tokenizer else nullcontext() as copy:  # other files may name the end of documents
+        return _write_run(course, folder, source, copy)
+
+
+def _write_run(course: Course, folder: RunFolder, source: Source, tokenizer: Path | None) -> Path:
     folder.claim()
-    course_of_conversion(config, source)  # another process may have converted into it meanwhile
+    course_of_conversion(course.config, source)  # another process may have converted into it meanwhile
     folder.prepare([phase.end - phase.start for phase in course.phases])
     at = first_progress(course)
     writer = CheckpointWriter(folder_of(folder.checkpoints, at.step))
@@ -125,10 +133,7 @@ def convert_to_run(config: Config, source: Source) -> Path:
                     writer.link(source.folder / name)
             else:
                 files = write_streamed(writer, source)
-            tokenizer = tokenizer_of(source) or tokenizer_of_data(config)
-            is_foreign = isinstance(source, HuggingFaceSource)  # its other files may name the end of a document
-            with self_contained(tokenizer) if tokenizer and is_foreign else nullcontext(tokenizer) as copy:
-                writer.finish(files, folder.config_text, copy, manifest_of_conversion(course, source))
+            writer.finish(files, folder.config_text, tokenizer, manifest_of_conversion(course, source))
         except BaseException:
             writer.abandon()
             raise

@@ -27,7 +27,7 @@ from launcher.formats.deepspeed_parts import Part, Shape, find_parts
 from launcher.formats.hf_source import CONFIG, read_model
 from launcher.formats.pickled import PickledFile
 
-WHOLE_MODEL = "mp_rank_00_model_states.pt"
+POINTER, WHOLE_MODEL = "latest", "mp_rank_00_model_states.pt"
 
 
 RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
@@ -54,7 +54,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 def is_deepspeed(folder: Path) -> bool:
     """Return whether this is a folder of DeepSpeed's `save_checkpoint`, or that of a tag in it."""
-    return (folder / "latest").is_file() or (any(folder.glob("*_model_states.pt")) and not (folder / "zero").is_dir())
+    return (folder / POINTER).is_file() or (any(folder.glob("*_model_states.pt")) and not (folder / "zero").is_dir())
 
 
 def tag_folder(folder: Path, pointer: str) -> Path:
@@ -69,6 +69,15 @@ def tag_folder(folder: Path, pointer: str) -> Path:
     if not (folder / tag).is_dir():
         raise CheckpointError(f"{folder / pointer} names {tag!r}, but there is no such folder beside it")
     return folder / tag
+
+
+def is_left_over(folder: Path, pointer: str) -> bool:
+    """Return whether there is a file named ``pointer``, and the folder that it names is not there any more."""
+    try:
+        tag_folder(folder, pointer)
+    except CheckpointError:
+        return True
+    return False
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
@@ -138,7 +147,7 @@ class DeepSpeedSource(Source):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = tag_folder(folder, "latest")
+        self.folder = tag_folder(folder, POINTER)
         self.model = read_model(folder) if folder != self.folder and (folder / CONFIG).is_file() else None
         self.location = str(folder if self.model else self.folder)
         if self.model and self.model.packing and not self.model.packing.online:

@@ -75,6 +75,12 @@ def is_hf(folder: Path) -> bool:
         return any((folder / name).is_file() for name in (CONFIG, WEIGHTS, INDEX))
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds a model of Hugging Face with its weights, as far as its names say."""
+    with reaching(folder):
+        return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
 @dataclass(frozen=True)
 class Packing:
     """The packing of a folder's projections."""

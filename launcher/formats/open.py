@@ -34,7 +34,8 @@ def open_source(text: str) -> Source:
 
     Args:
         text: a folder or URL: one of our checkpoints, or a run with some, of which the newest is taken; a folder
-            of DeepSpeed (ZeRO or universal), also beside Hugging Face's files; a folder of Hugging Face.
+            of DeepSpeed (ZeRO or universal); a folder of Hugging Face. Of a folder that holds both, as Transformers'
+            Trainer saves them, DeepSpeed's part is taken, unless the folder that its pointer names was removed.
 
     Raises:
         CheckpointError: it is none of these, or not complete, or damaged.
@@ -48,21 +49,43 @@ def open_source(text: str) -> Source:
         if not folder.is_dir():
             there = "is a file, and checkpoints are folders" if folder.exists() else "there is no such folder"
             raise CheckpointError(f"{text}: {there}")
-    from launcher.formats.deepspeed_native import DeepSpeedSource, is_deepspeed
-    from launcher.formats.deepspeed_universal import UniversalSource, is_universal
     from launcher.formats.hf_source import HuggingFaceSource, is_hf
 
-    if is_local(folder):
-        if is_universal(folder):
-            return UniversalSource(folder)
-        if is_deepspeed(folder):  # before Hugging Face's: Transformers' Trainer saves both in one folder
-            return DeepSpeedSource(folder)
+    if is_local(folder) and (source := _deepspeed_source(folder)):
+        return source
     if is_hf(folder):
         return HuggingFaceSource(folder)
     raise CheckpointError(
         f"{text}: not a checkpoint of a known kind. Tritrain's have {MANIFEST}, a Hugging Face folder config.json, "
         "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ as well; DeepSpeed's must be local"
     )
+
+
+def _deepspeed_source(folder: Path) -> Source | None:
+    """What DeepSpeed has saved in a folder; None if it has not, or if only Hugging Face's weights are left there."""
+    from launcher.formats.deepspeed_native import POINTER, DeepSpeedSource, is_deepspeed, is_left_over
+    from launcher.formats.deepspeed_universal import POINTER as UNIVERSAL_POINTER
+    from launcher.formats.deepspeed_universal import UniversalSource, is_universal
+    from launcher.formats.hf_source import has_weights
+
+    kind: type[UniversalSource | DeepSpeedSource]
+    if is_universal(folder):
+        kind, pointer = UniversalSource, UNIVERSAL_POINTER
+    elif is_deepspeed(folder):
+        kind, pointer = DeepSpeedSource, POINTER
+    else:
+        return None
+    if not has_weights(folder):
+        return kind(folder)
+    if is_left_over(folder, pointer):
+        return None
+    try:
+        return kind(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\n{folder} also holds weights of Hugging Face: to take those, copy its config.json, safetensors "
+            "and tokenizer files to another folder, and name that"
+        ) from error
 
 
 def check_sound(source: Source, ranks: Ranks = ALONE) -> None:
@@ -165,4 +188,4 @@ def config_of(reader: CheckpointReader) -> Config:
     """The configuration of the run that wrote a checkpoint."""
     path = reader.folder / CONFIG
     tree = parse_yaml(path.read_text(), str(path))
-    return parse_config({key: value for key, value in tree.items() if key not in DERIVED_KEYS})
+    return parse_config({key: value for key, value in tree.items() if key not in DERIVED_KEYS}, stored=True)

@@ -1,17 +1,17 @@
 """Open a checkpoint for export: its weights, and everything that is needed to write them elsewhere.
 
 A ternary export holds codes and scales. It is right only where the model computes with exactly these: of a run, if its
-last step did, so a model that is still on a ramp, or in 16 bits, is refused; of a folder of Hugging Face. if its
+last step did, so a model that is still on a ramp, or in 16 bits, is refused; of a folder of Hugging Face, if its
 `quantization_config` makes Transformers do so.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import DataError
-from data.tokenizer import load_tokenizer
-from launcher.checkpoint.folders import TOKENIZERS
-from launcher.checkpoint.location import local_copy
+from data.end_of_document import NAMING_FILES
+from data.tokenizer import file_in
+from launcher.checkpoint.folders import CONFIG, TOKENIZERS
+from launcher.checkpoint.location import local_folder, to_location
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
@@ -39,9 +39,9 @@ class Exportable:
     """Weights by name; learned scales are parameters `NAME.weight_scale`."""
     model: ModelConfig
     precision: Precision
-    """What the model computes in: of a run in its last step, of a folder of Hugging Face.in Transformers."""
+    """What the model computes in: of a run in its last step, of a folder of Hugging Face in Transformers."""
     tokenizer: Path | None
-    """The tokenizer's file, where it was found."""
+    """The tokenizer's file, where it was found; it may still be none that can be read."""
     config: Config | None
     """The run's, for a Tritrain checkpoint."""
     run: Path | None
@@ -98,19 +98,18 @@ def open_exportable(text: str, *, ternary: bool) -> Exportable:
 def tokenizer_of(source: Source) -> Path | None:
     """The tokenizer's file on this machine: the one in a checkpoint or folder of Hugging Face; None if there is none.
 
+    It is not opened: whoever needs it learns what is wrong with it, and nobody takes another one in its place.
+
     Checkpoints of version 1 have none. For them it is the one in the run's folder, or in its first folder of data,
     where that was when the run was started.
     """
     if described_model(source):
-        try:
-            return load_tokenizer(Path(source.location)).path
-        except DataError:
-            return None
+        return file_in(local_folder(to_location(source.location), (*TOKENIZERS, *NAMING_FILES)))
     if not isinstance(source, CheckpointReader):
         return None
     for name in TOKENIZERS:
         if name in source.manifest.files:
-            return local_copy(source.folder / name)
+            return local_folder(source.folder, (name, CONFIG)) / name
     config = config_of(source)
     run = run_of(source, config)
     for name in TOKENIZERS:

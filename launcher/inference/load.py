@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.errors import DataError
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.sample import generate, pieces_of_text
 from launcher.checkpoint.manifest import Precision
@@ -34,15 +35,18 @@ class LoadedModel:
     """In evaluation mode, without gradients."""
     config: ModelConfig
     tokenizer: Tokenizer | None
-    """None where there is none."""
+    """None where there is none, or none that can be read."""
     first_token: int | None
     """The token that a text begins with; None where neither the model nor a tokenizer says."""
+    tokenizer_problem: str | None = None
+    """Why the model's own tokenizer cannot be read, if it was found."""
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """The tokens of a text that the model shall continue.
 
         Raises:
             CheckpointError: there is no tokenizer.
+            DataError: it cannot be read.
         """
         tokenizer = self._tokenizer()
         assert self.first_token is not None, "a tokenizer has an end of document"
@@ -59,6 +63,7 @@ class LoadedModel:
 
         Raises:
             CheckpointError: there is no tokenizer.
+            DataError: it cannot be read.
             ValueError: the prompt fills the context.
             NotFiniteError: the model's logits are NaN or infinite; raised when the piece is due.
         """
@@ -71,6 +76,8 @@ class LoadedModel:
         return generate(self.model, prompt_tokens, end_token=end_token, **choice)
 
     def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer_problem is not None:
+            raise DataError(self.tokenizer_problem)
         if self.tokenizer is None:
             raise CheckpointError("the model's tokenizer was not found; name its file (--tokenizer, tokenizer=)")
         return self.tokenizer
@@ -122,10 +129,16 @@ def load_model(
             except ValueError as error:
                 raise CheckpointError(f"{source.location}: {error}; packed=False loads it") from error
     _read_(model, "", source, dtype, device)
-    found = tokenizer if tokenizer is not None else opened.tokenizer
-    loaded = None if found is None else load_tokenizer(found)
+    loaded, problem = None, None
+    if tokenizer is not None:
+        loaded = load_tokenizer(tokenizer)
+    elif opened.tokenizer is not None:
+        try:
+            loaded = load_tokenizer(opened.tokenizer)
+        except DataError as error:  # tokens can be computed without it
+            problem = str(error)
     first_token = first_token_of(source, None if loaded is None else loaded.end_of_document)
-    return LoadedModel(model.requires_grad_(False).eval(), opened.model, loaded, first_token)
+    return LoadedModel(model.requires_grad_(False).eval(), opened.model, loaded, first_token, problem)
 
 
 def _precision(opened: Exportable) -> Precision:

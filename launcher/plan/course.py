@@ -193,10 +193,32 @@ def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> C
     return Course(config=config, global_batch_sequences=sequences, phases=phases, rollbacks=rollbacks or {})
 
 
-def _steps_of_phases(config: Config, tokens_per_step: int) -> list[int]:
-    """The length of each phase; with fractions they make the whole run together."""
+def check_whole(course: Course) -> None:
+    """Check that phases with fractions make the whole run together.
+
+    A finished run of an earlier version may have trained on less; no run starts like that.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    total_steps, whole = _whole(course.config, course.tokens_per_step)
+    if any(phase.fraction for phase in course.config.phases) and course.total_steps != total_steps:
+        raise ConfigError(
+            f"phases: have {course.total_steps} steps together, which are not {whole}; change a length, or write "
+            "fraction: rest for one phase"
+        )
+
+
+def _whole(config: Config, tokens_per_step: int) -> tuple[int, str]:
+    """The steps that fractions are of, and their name in messages."""
     training = config.training
-    total_steps = training.total_steps or math.ceil((training.total_tokens or 0) / tokens_per_step)
+    steps = training.total_steps or math.ceil((training.total_tokens or 0) / tokens_per_step)
+    return steps, f"the {steps} steps of training.{'total_steps' if training.total_steps else 'total_tokens'}"
+
+
+def _steps_of_phases(config: Config, tokens_per_step: int) -> list[int]:
+    """The length of each phase."""
+    total_steps, whole = _whole(config, tokens_per_step)
     lengths: list[int] = []
     share = 0.0
     for index, phase in enumerate(config.phases):
@@ -208,7 +230,6 @@ def _steps_of_phases(config: Config, tokens_per_step: int) -> list[int]:
             raise ConfigError(f"phases.{index}.fraction: {phase.fraction} of {total_steps} steps is less than a step")
         lengths.append(steps)
     left, fractions = total_steps - sum(lengths), [phase.fraction for phase in config.phases]
-    whole = f"the {total_steps} steps of training.{'total_steps' if training.total_steps else 'total_tokens'}"
     if "rest" in fractions:
         if left < 1:
             raise ConfigError(
@@ -216,11 +237,6 @@ def _steps_of_phases(config: Config, tokens_per_step: int) -> list[int]:
                 f"leave none of {whole}"
             )
         lengths[fractions.index("rest")] = left
-    elif any(fractions) and left:
-        raise ConfigError(
-            f"phases: have {sum(lengths)} steps together, which are not {whole}; change a length, or write "
-            "fraction: rest for one phase"
-        )
     return lengths
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from launcher.config.rules import divisors
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from launcher.plan.course import Course, make_course
+from launcher.plan.course import Course, check_whole, make_course
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,11 @@ def make_plan(config: Config, world_size: int, rollbacks: Mapping[int, int] | No
         rollbacks: of the `Course`.
 
     Raises:
-        ConfigError: the batch or the replicas do not divide on this many ranks, or as `make_course`.
+        ConfigError: the batch or the replicas do not divide on this many ranks, or as `make_course` and `check_whole`.
     """
     training, replicas = config.training, config.engine.replicas
     course = make_course(config, rollbacks)
+    check_whole(course)
     if world_size % replicas:
         raise ConfigError(f"engine.replicas: {replicas} does not divide {world_size} ranks; {divisors(world_size)} do")
     sequences = course.global_batch_sequences

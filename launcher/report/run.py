@@ -72,7 +72,7 @@ class Run:
         Raises:
             ConfigError: it is missing or damaged.
         """
-        return load_config(self.path / "config.yaml")
+        return load_config(self.path / "config.yaml", stored=True)
 
     @property
     def checkpoints(self) -> list[Path]:

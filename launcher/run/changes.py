@@ -57,7 +57,7 @@ def changes(before: dict[str, Any], now: Config) -> list[Change]:
         now: that of the run.
     """
     with suppress(ConfigError):
-        before = to_tree(parse_config(before))
+        before = to_tree(parse_config(before, stored=True))
     old, new = (dict(line.split(": ", 1) for line in flat_lines(tree)) for tree in (before, to_tree(now)))
     allowed = now.run.allow_changes
     return [
@@ -84,7 +84,7 @@ def ways_on(refused: Iterable[Change]) -> str:
 def course_of(tree: dict[str, Any]) -> Course | None:
     """The course that a configuration describes; None if it is of a version with other keys."""
     try:
-        return make_course(parse_config(tree))
+        return make_course(parse_config(tree, stored=True))
     except ConfigError:
         return None
 

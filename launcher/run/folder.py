@@ -29,6 +29,7 @@ import yaml
 
 from data.new_paths import replace_file
 from data.private import no_follow
+from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
 from launcher.checkpoint.location import reaching, to_location
 from launcher.config.file import DERIVED_KEYS, flat_lines, load_config, parse_yaml, to_tree
@@ -153,13 +154,20 @@ class RunFolder:
         if not (self.path / "starts.jsonl").exists():
             replace_file(self.path / "config.yaml", self.config_text)
 
-    def keep_tokenizer(self, file: Path) -> None:
-        """Copy the tokenizer into the folder, so that the run can be used without its data."""
-        copy, content = self.path / f"tokenizer{file.suffix}", file.read_bytes()
+    def keep_tokenizer(self, file: Path) -> Path:
+        """Copy the tokenizer into the folder, so that the run can be used without its data; returns the copy.
+
+        It says by itself which token ends documents, even if only the manifest of the data does.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        copy, content = self.path / f"tokenizer{file.suffix}", load_tokenizer(file).file_content()
         if not (copy.is_file() and copy.read_bytes() == content):
             replace_file(copy, content)
         for name in {*TOKENIZERS} - {copy.name}:  # of a start with other data, which ended before its first step
             (self.path / name).unlink(missing_ok=True)
+        return copy
 
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint.
@@ -240,7 +248,7 @@ def holds_run(folder: Path, config: Config) -> bool:
     A relative `run.folder` leads elsewhere from another directory, and perhaps to another run.
     """
     try:
-        there = load_config(folder / "config.yaml")
+        there = load_config(folder / "config.yaml", stored=True)
     except ConfigError:
         return False
     ours, theirs = (

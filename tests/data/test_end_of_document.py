@@ -48,6 +48,37 @@ def test_files_beside_the_tokenizer_name_it(tmp_path, files, end):
     assert chosen.end_of_document == 4
 
 
+@pytest.mark.parametrize("wrong", [True, False, [True], 4.0])
+def test_what_is_neither_a_name_nor_an_id_names_no_token(tmp_path, wrong):
+    folder = make(tmp_path / "f", "<|im_end|>", "<|endoftext|>", config={"eos_token_id": wrong})
+    assert load_tokenizer(folder).end_of_document == 3
+
+
+@pytest.mark.parametrize(
+    ("special", "end"),
+    [
+        (["<|endoftext|>", "</s>"], "</s>"),
+        (["<eos>", "x", "<|end_of_text|>"], "<|end_of_text|>"),
+        (["<\uff5cend▁of▁sentence\uff5c>", "<|end▁of▁sentence|>"], "<|end▁of▁sentence|>"),
+    ],
+)
+def test_a_run_s_copy_of_an_earlier_version_keeps_the_token_that_it_was_trained_with(tmp_path, special, end):
+    folder = make(tmp_path / "f", *special)
+    for config in ("run: {name: x}\n", "# tritrain_version: 0.1.0\n"):
+        (folder / "config.yaml").write_text(config)
+        with pytest.raises(DataError, match="may end a document"):
+            load_tokenizer(folder)
+    (folder / "config.yaml").write_text("tritrain_version: 0.1.0\nrun: {name: x}\n")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    assert tokenizer.name_of(tokenizer.end_of_document) == end
+    (tmp_path / "marked.json").write_bytes(tokenizer.file_content())
+    assert load_tokenizer(tmp_path / "marked.json").end_of_document == tokenizer.end_of_document
+    marked = load_tokenizer(folder, special[0]).file_content()  # as copies are now
+    (folder / "tokenizer.json").write_bytes(marked)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.name_of(tokenizer.end_of_document) == special[0]
+
+
 @pytest.mark.parametrize("name", ["<|endoftext|>", "<|end_of_text|>", "<\uff5cend▁of▁sentence\uff5c>", "<eos>"])
 def test_a_single_usual_name_is_enough(tmp_path, name):
     tokenizer = load_tokenizer(make(tmp_path / "f", "<|begin|>", name, "<|eot_id|>"))

@@ -5,8 +5,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from texts import SPECIAL, TEXTS
 from tokenizer_zoo import LOSSLESS, LOSSY, MARK
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data import tokenizer_kinds
+from data.config import PrepareConfig
+from data.errors import DataError
+from data.shards import prepare
 from data.tokenizer import load_tokenizer
 
 CORPUS = "".join(TEXTS[:8])
@@ -35,6 +39,33 @@ def zoo(tmp_path_factory):
         return made[name]
 
     return of
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"the": 0, "cat": 1}, unk_token="<unk>"),
+        models.WordPiece({"the": 0, "cat": 1}, unk_token="<unk>"),
+        models.BPE({piece: token for token, piece in enumerate("thecat")}, [], unk_token="<unk>"),
+    ],
+)
+def test_an_unknown_token_that_the_vocabulary_lacks(tmp_path, model):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    text = loaded.encode("the cat")
+    assert loaded.encode_batch(["cat", "the cat"]) == [loaded.encode("cat"), text]
+    assert loaded.token_bytes()[text].all()
+    with pytest.raises(DataError, match=r"tokenizer\.json: cannot encode a text .*the token that its unk_token names"):
+        loaded.encode("the dog")
+    (tmp_path / "text.jsonl").write_text('{"text": "the dog"}\n')
+    config = PrepareConfig(
+        inputs=(str(tmp_path / "text.jsonl"),), tokenizer=str(tmp_path / "tokenizer.json"), lossy_tokenizer=True
+    )
+    with pytest.raises(DataError, match="cannot encode a text"):
+        prepare(config, 4, tmp_path / "out")
 
 
 def counted(tokenizer, ids):

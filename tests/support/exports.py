@@ -16,7 +16,7 @@ from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.file import to_tree
 from launcher.config.sections import Config
 from launcher.formats.convert import write_streamed
-from launcher.plan.plan import make_plan
+from launcher.plan.course import make_course
 from model.transformer import ModelConfig
 
 
@@ -43,7 +43,7 @@ def write_checkpoint(
     writer = CheckpointWriter(folder_of(run / "checkpoints", step))
     writer.begin()
     files = write_streamed(writer, ModelSource(model))
-    text = yaml.safe_dump(to_tree(config))
+    text = yaml.safe_dump({"tritrain_version": "0.1.0", **to_tree(config)}, sort_keys=False)
     at = Progress(step=step, phase=phase, skipped_steps=0)
     manifest = Manifest(
         milestone=True,
@@ -51,7 +51,7 @@ def write_checkpoint(
         step=step,
         tokens=step * 256,
         progress=at,
-        precision=precision_at(make_plan(config, 1, rollbacks), at),
+        precision=precision_at(make_course(config, rollbacks), at),
         data_fingerprint=None,
         spikes=None,
         teacher=None,

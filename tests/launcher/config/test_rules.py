@@ -8,8 +8,8 @@ import pytest
 from minimal import only_problem, problems, tree
 
 from launcher.config import rules
-from launcher.config.file import parse_config, parse_yaml
-from launcher.config.rules import RULES
+from launcher.config.file import parse_config, parse_yaml, to_tree
+from launcher.config.rules import RULES, RULES_TO_START
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 
@@ -165,6 +165,27 @@ def test_fractions_are_of_one_run():
     assert only_problem(*both, "phases.1.fraction=0.4") == ("phases", f"the fractions add up to 1.1, {advice}")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "path"),
+    [
+        (["training.total_steps=10", "phases.0={precision: 16-bit, fraction: 0.2}",
+          "phases.1={precision: ternary, fraction: 0.6}"], "phases"),
+        ([*DEEPSPEED, "engine.deepspeed={zero_optimization: {round_robin_gradients: true}}"],
+         "engine.deepspeed.zero_optimization.round_robin_gradients"),
+        ([*DEEPSPEED, "engine.deepspeed={zero_optimization: {cpu_offload: true}}"],
+         "engine.deepspeed.zero_optimization.cpu_offload"),
+        (["evaluation.task_data=s3://me:secret@bucket/tasks"], "evaluation.task_data"),
+    ],
+)  # fmt: skip
+def test_what_a_run_may_not_start_with_is_still_read_where_one_has_left_it(overrides, path):
+    assert only_problem(*overrides)[0] == path
+    config = parse_config(tree(*overrides), stored=True)
+    with pytest.raises(ConfigError, match=f"^{path}: "):
+        parse_config(to_tree(config))
+    with pytest.raises(ConfigError, match=r"training\.micro_batch_sequences: 3 does not divide"):
+        parse_config(tree(*overrides, "training.micro_batch_sequences=3"), stored=True)
+
+
 def test_one_phase_takes_the_rest():
     both = ["training.total_steps=10", "phases.0.steps=null", "phases.1.steps=null", "phases.0.fraction=rest"]
     assert only_problem(*both, "phases.1.fraction=rest")[1].startswith("fraction is rest in more than one")
@@ -243,9 +264,10 @@ def test_problems_are_in_the_order_of_the_file():
 
 def test_a_rule_needs_sections_and_says_what_for():
     types = get_type_hints(Config)
-    names = {rule.__name__ for rule in RULES}
-    assert len(names) == len(RULES)
-    for rule in RULES:
+    every = (*RULES, *RULES_TO_START)
+    names = {rule.__name__ for rule in every}
+    assert len(names) == len(every)
+    for rule in every:
         assert inspect.signature(rule).parameters.keys() <= types.keys(), rule
         assert rule.__doc__
     assert names == {

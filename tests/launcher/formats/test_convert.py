@@ -14,11 +14,14 @@ import yaml
 from command import tritrain
 from exports import ternary_config
 from hf_folders import edit_config, write_variant
+from models import VARIANTS
 from ranks import run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
+from tokenizer_files import write_bytes_tokenizer
 from tokenizers import Tokenizer, models
 
+from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
@@ -133,6 +136,21 @@ def test_a_tokenizer_of_hugging_face_keeps_its_end_of_documents(runs: Path, shar
     config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
     tritrain("convert", hf, "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
     assert load_tokenizer(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]).end_of_document == 2
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_replaced_by_another(shards: Path, tmp_path: Path) -> None:
+    write_variant(tmp_path / "hf")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(to_tree(ternary_config(shards, tmp_path / "run", VARIANTS["llama"]))))
+    command = ("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
+    write_bytes_tokenizer(tmp_path / "hf" / "tokenizer.json", "</s>")
+    with pytest.raises(DataError, match=r"hf/tokenizer\.json: any of .* may end a document"):
+        tritrain(*command)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    tritrain(*command)
+    [made] = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert (made / "tokenizer.model").read_bytes() == (shards / "tokenizer.model").read_bytes()
 
 
 def test_a_source_is_opened_once(runs: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

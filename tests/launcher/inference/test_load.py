@@ -13,6 +13,7 @@ from models import VARIANTS, random_tokens
 from ranks import run_group
 from runs import run
 from tiny import tiny_config
+from tokenizer_files import write_bytes_tokenizer
 from torch import nn
 from typer.testing import CliRunner
 
@@ -26,6 +27,8 @@ from launcher.formats.hf_folder import write_hf
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import config_of
 from launcher.inference.load import load_model
+from launcher.inference.sharded import open_subject
+from launcher.process.ranks import ALONE
 from model.transformer import Transformer
 from quant.config import PRESETS, QuantConfig
 from quant.linear import QuantLinear, add_learned_scales_, quantize_
@@ -225,6 +228,21 @@ def test_an_export_needs_its_tokenizer_for_text_but_not_for_tokens(runs, tmp_pat
     assert generated(runs / "run", "te", "--max-tokens", 2, "--tokenizer", beside.path).exit_code == 0
     with pytest.raises(DataError, match="no such tokenizer file"):
         generated(runs / "run", "te", "--tokenizer", tmp_path / "none.model")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_said_where_it_is_needed(runs, tmp_path):
+    write_variant(tmp_path / "hf", "llama")
+    write_bytes_tokenizer(tmp_path / "hf" / "tokenizer.json", "</s>")
+    loaded = load_model(tmp_path / "hf")
+    assert loaded.tokenizer is None
+    assert len(list(loaded.generate_tokens([1, 2, 3], max_tokens=5))) == 5
+    for use in (lambda: loaded.generate("te"), lambda: generated(tmp_path / "hf", "te")):
+        with pytest.raises(DataError, match=r"tokenizer\.json: any of .* may end a document; name it with"):
+            use()
+    with pytest.raises(DataError, match="may end a document"):
+        load_model(tmp_path / "hf", tokenizer=tmp_path / "hf")
+    with pytest.raises(DataError, match="may end a document"):
+        open_subject(str(tmp_path / "hf"), ALONE)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Whose a run's folder is, when hosts are lost and come back."""
 
+import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,10 @@ from typing import Any
 import pytest
 from jobs import Job, job_tree
 from tiny import tiny_config
+from tokenizer_files import write_bytes_tokenizer
+from tokenizer_zoo import sentencepiece_tokenizer
 
+from data.tokenizer import load_tokenizer
 from launcher.config.file import parse_config
 from launcher.errors import ConfigError
 from launcher.process.ranks import ALONE
@@ -40,11 +45,28 @@ def test_a_state_that_a_power_cut_has_damaged_counts_as_none(tmp_path: Path, con
 def test_the_tokenizer_is_kept_under_the_name_of_its_kind(tmp_path: Path) -> None:
     folder = RunFolder(tiny_config(Path("shards"), tmp_path / "run"))
     folder.path.mkdir()
-    for name, content in (("of-others.model", b"\x00"), ("mine.json", b"{}"), ("mine.json", b"[]")):
-        (tmp_path / name).write_bytes(content)
-        folder.keep_tokenizer(tmp_path / name)
-        [kept] = folder.path.iterdir()
-        assert (kept.name, kept.read_bytes()) == (f"tokenizer{Path(name).suffix}", content)
+    sentencepiece_tokenizer(tmp_path / "of-others.model")
+    write_bytes_tokenizer(tmp_path / "mine.json", "<one>")
+    write_bytes_tokenizer(tmp_path / "another.json", "<two>")
+    for name in ("of-others.model", "mine.json", "another.json"):
+        kept = folder.keep_tokenizer(tmp_path / name)
+        assert [*folder.path.iterdir()] == [kept]
+        assert kept.name == f"tokenizer{Path(name).suffix}"
+        assert kept.read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_the_tokenizer_of_data_of_an_earlier_version_is_kept_with_the_token_that_their_manifest_names(
+    tmp_path: Path,
+) -> None:
+    file = write_bytes_tokenizer(tmp_path / "tokenizer.json", "</s>")
+    (tmp_path / "manifest.json").write_text(json.dumps({"end_of_document": 257}))
+    folder = RunFolder(tiny_config(Path("shards"), tmp_path / "run"))
+    folder.path.mkdir()
+    kept = folder.keep_tokenizer(file)
+    alone = shutil.copy(kept, tmp_path / "run" / "copy.json")
+    for path in (kept, alone):
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.name_of(tokenizer.end_of_document) == "<|endoftext|>"
 
 
 def test_what_is_wrong_is_said_at_every_start(shards: Path, tmp_path: Path) -> None:
