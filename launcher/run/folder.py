@@ -37,6 +37,8 @@ from launcher.plan.course import make_course
 from launcher.run.changes import MAY_CHANGE, changes, course_of, schedule_note, ways_on
 from launcher.run.requeue import append_line, read_lines, read_state
 
+LOCK = "lock"
+
 
 class RunFolder:
     """The folder of one run.
@@ -53,10 +55,10 @@ class RunFolder:
         self.holder = ""
         """What the lock says while this job holds it; the same on all of its ranks."""
         self.state_before: dict[str, Any] = {}
-        """The status that the rank that holds the lock found."""
+        """The status that the rank that holds the lock found, before it wrote its own."""
         self._is_new = False
         self._run_id: str | None = None
-        self.has_place_for_checkpoints = config.checkpoint.folder is not None
+        self.checkpoints_are_elsewhere = config.checkpoint.folder is not None
         """Whether the checkpoints have a place of their own, outside of the folder."""
         self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **to_tree(config)}, sort_keys=False)
 
@@ -65,6 +67,14 @@ class RunFolder:
         """What tells this run from all others; None before its first start."""
         there = read_tree(self.path / "config.yaml")
         return self._run_id if there is None else there.get("run_id", self._run_id)
+
+    def take_id(self, run_id: str) -> None:
+        """Take an id that was this run's before its `config.yaml` was lost; `prepare` writes it."""
+        self._run_id = run_id
+
+    def has_traces(self) -> bool:
+        """Return whether a run has written here, whatever has become of its `config.yaml`."""
+        return any((self.path / name).exists() for name in ("state.json", "starts.jsonl", "saves.jsonl"))
 
     def check_configuration(self) -> None:
         """Check that the folder's content belongs to this configuration.
@@ -78,7 +88,7 @@ class RunFolder:
         if not path.exists():
             return
         there = read_tree(path)
-        if there is None and any((self.path / name).exists() for name in ("state.json", "starts.jsonl", "saves.jsonl")):
+        if there is None and self.has_traces():
             return  # a run's own, damaged: `set_damaged_aside` says so, and its checkpoints have the configuration
         if there is None or "tritrain_version" not in there:
             raise ConfigError(
@@ -103,7 +113,7 @@ class RunFolder:
         """
         self._is_new = not self.path.exists() or not any(self.path.iterdir())
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
+        self._lock = open(self.path / LOCK, "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
         try:
             # A record lock: it ends with the process, however that ends, and file systems of clusters know it.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,7 +130,6 @@ class RunFolder:
         self._lock.write(self.holder)
         self._lock.flush()
         os.fsync(self._lock.fileno())  # the other hosts read it
-        self.state_before = self.read_state()
 
     def set_damaged_aside(self) -> list[str]:
         """Set aside what a power cut or a full disk has left of a file that a start reads; a sentence for each."""
@@ -137,7 +146,7 @@ class RunFolder:
         """Return whether this job still owns the folder: a rank that was cut off may have lost it to a later job."""
         # Opened anew, since a handle may show what a network's disk once had. To close it lets go of the lock: only a
         # process that is about to end may ask.
-        lock = self.path / "lock"
+        lock = self.path / LOCK
         return (lock.read_text(errors="replace") if lock.exists() else "") == self.holder
 
     def prepare(self, phase_steps: Sequence[int]) -> None:
@@ -198,6 +207,10 @@ class RunFolder:
         """The step of the newest checkpoint as it was noted; None if none was."""
         saves = read_lines(self.path / "saves.jsonl", "step")
         return saves[-1]["step"] if saves else None
+
+    def starts(self) -> list[int]:
+        """The step that training began or resumed at, of each start."""
+        return [line["step"] for line in read_lines(self.path / "starts.jsonl", "step")]
 
     def is_complete(self, total_steps: int) -> bool:
         """Return whether the run has trained to its end; one that was made longer has not."""
