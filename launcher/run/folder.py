@@ -30,7 +30,16 @@ import yaml
 from data.private import no_follow
 from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
 from launcher.checkpoint.location import flush_folder, reaching, to_location
-from launcher.config.file import DERIVED_KEYS, flat_lines, load_config, parse_yaml, to_tree
+from launcher.config.file import (
+    DERIVED_KEYS,
+    MAX_YAML_CHARS,
+    MAX_YAML_VALUES,
+    flat_lines,
+    load_config,
+    num_values,
+    parse_yaml,
+    to_tree,
+)
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.plan.course import make_course
@@ -40,11 +49,18 @@ from launcher.run.requeue import append_line, read_lines, read_state
 LOCK = "lock"
 
 
+MOST_VALUES, MOST_CHARS = MAX_YAML_VALUES * 9 // 10, MAX_YAML_CHARS * 9 // 10
+"""The largest configuration of a run, which adds an id and the steps of its phases and reads all of it again."""
+
+
 class RunFolder:
     """The folder of one run.
 
     Args:
         config: of the run that this process belongs to.
+
+    Raises:
+        ConfigError: it is so large that the run could not read its own `config.yaml`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -60,7 +76,15 @@ class RunFolder:
         self._run_id: str | None = None
         self.checkpoints_are_elsewhere = config.checkpoint.folder is not None
         """Whether the checkpoints have a place of their own, outside of the folder."""
-        self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **to_tree(config)}, sort_keys=False)
+        tree = to_tree(config)
+        self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **tree}, sort_keys=False)
+        sizes = num_values(tree), len(self.config_text)
+        if sizes[0] > MOST_VALUES or sizes[1] > MOST_CHARS:
+            longest = max(tree, key=lambda section: num_values(tree[section]))
+            raise ConfigError(
+                f"{longest}: with its defaults written out, the configuration has {sizes[0]:,} values and "
+                f"{sizes[1]:,} characters; at most {MOST_VALUES:,} and {MOST_CHARS:,} fit into a run's config.yaml"
+            )
 
     @property
     def run_id(self) -> str | None:
