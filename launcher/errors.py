@@ -38,6 +38,10 @@ class StartError(ConnectionError):
     """Ranks do not meet; says who is missing, or what cannot be reached. Each rank may see it alone."""
 
 
+class FirstRankError(Exception):
+    """The first rank has failed in what it does for all, and says why; the others have nothing to add."""
+
+
 class LogError(UserError):
     """A file in a run's folder is not what a run writes; says which file, which line, and what is wrong."""
 

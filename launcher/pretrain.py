@@ -31,18 +31,18 @@ from data.messages import safe_message
 from launcher.commands.prepare import prepare_with_progress
 from launcher.config.file import load_config
 from launcher.config.sections import Config
-from launcher.errors import USER_ERRORS, CheckpointError, ConfigError, report_error
+from launcher.errors import USER_ERRORS, CheckpointError, ConfigError, FirstRankError, report_error
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.companions import Companions, end_without_launcher, say
 from launcher.process.console import Console
-from launcher.process.exchange import value_of_first
+from launcher.process.exchange import failing_alike, value_of_first
 from launcher.process.ranks import Ranks, emulates_bf16, everyones, process_group, seed_everything
 from launcher.process.supervisor import SECONDS_TO_SAVE
-from launcher.run.belonging import check_owner
+from launcher.run.belonging import check_owner, release_checkpoints
 from launcher.run.folder import RunFolder, check_place, slurm_job
 from launcher.run.rollbacks import read_rollbacks, restore_rollbacks
-from launcher.run.smoke import clear_smoke, smoke_config
+from launcher.run.smoke import check_smoke, clear_smoke, smoke_config
 from launcher.train import train
 from launcher.watch.failure import (
     COMPLETE,
@@ -145,6 +145,8 @@ def explanation(
     error: Exception, folder: RunFolder, ranks: Ranks, heartbeat: Heartbeat, watchdog: Watchdog
 ) -> str | None:
     """The reason why this rank cannot continue; None if another rank has reported it."""
+    if isinstance(error, FirstRankError):
+        return None
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         return f"{folder.path}: {error}. Make room there. {resume_advice(folder)}"
     traceback_text = "".join(traceback.format_exception(error)) + resume_advice(folder)
@@ -172,17 +174,20 @@ def claim(folder: RunFolder, ranks: Ranks, *, is_smoke: bool) -> str | None:
     if ranks.is_first:
         try:
             if is_smoke:
-                clear_smoke(folder.path)
+                check_smoke(folder.path)
             folder.claim()
+            if is_smoke:
+                clear_smoke(folder.path)
+            folder.state_before = folder.read_state()
             check_checkpoints(folder)
             for damage in [*folder.set_damaged_aside(), *restore_rollbacks(folder.path)]:
                 print(f"WARNING: {damage}", file=sys.stderr)  # noqa: T201
             shutil.rmtree(folder.ranks, ignore_errors=True)
             folder.write_state("running")
-        except ConfigError as error:
-            refusal = str(error)
-        except OSError as error:
-            refusal = f"{folder.path}: {error}"
+        except (ConfigError, OSError) as error:
+            refusal = str(error) if isinstance(error, ConfigError) else f"{folder.path}: {error}"
+            if folder.holder and folder.is_of_first_start():
+                shutil.rmtree(folder.path, ignore_errors=True)
     refusal, folder.holder = value_of_first([refusal, folder.holder])
     return refusal
 
@@ -216,6 +221,8 @@ def settle(error: Exception, folder: RunFolder, ranks: Ranks, heartbeat: Heartbe
     if ranks.is_first:
         heartbeat.stop()  # which writes into the folder
         if folder.is_of_first_start():
+            with contextlib.suppress(CheckpointError):  # a store that cannot be reached may be why it failed
+                release_checkpoints(folder)
             shutil.rmtree(folder.path, ignore_errors=True)
         elif isinstance(error, ConfigError) and folder.state_before:
             folder.write_state(**folder.state_before)
@@ -234,15 +241,15 @@ def run_rank(
     console = Console(silent=not ranks.is_first)
     plan = plan_of_run(config, folder, ranks, smoke_steps)
     seed_everything(config.run.seed, ranks.rank)
-    if ranks.is_first:
-        if config.training.compute_dtype == "bf16" and emulates_bf16(ranks.device):
-            console.line(
-                "WARNING: training.compute_dtype is bf16, which this processor only emulates; with fp32 it trains "
-                "several times faster, and loses no digits."
-            )
-        stop.watch(folder.path, time_to_stop(config.run.stop_before_end_seconds, console.line))
-        folder.prepare([phase.end - phase.start for phase in plan.phases])
-    dist.barrier()
+    with failing_alike():
+        if ranks.is_first:
+            if config.training.compute_dtype == "bf16" and emulates_bf16(ranks.device):
+                console.line(
+                    "WARNING: training.compute_dtype is bf16, which this processor only emulates; with fp32 it trains "
+                    "several times faster, and loses no digits."
+                )
+            stop.watch(folder.path, time_to_stop(config.run.stop_before_end_seconds, console.line))
+            folder.prepare([phase.end - phase.start for phase in plan.phases])
     write_presence(folder.ranks, ranks)
     if problems := everyones([f"{key}: {problem}" for key, problem in missing_inputs(config)], ranks):
         raise DataError("\n".join(problems))
@@ -270,7 +277,8 @@ def run_rank(
     if not ranks.is_first:
         return COMPLETE if outcome == "complete" else INTERRUPTED
     if outcome == "interrupted":
-        console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command resumes from there.")
+        next_time = "resumes from there" if smoke_steps is None else "begins the smoke test again"
+        console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command {next_time}.")
         return INTERRUPTED
     folder.write_state("complete", steps=plan.total_steps)
     if smoke_steps is not None:

@@ -30,8 +30,9 @@ from launcher.formats.start import check_data, first_progress, open_start
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
+from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks
-from launcher.run.belonging import check_checkpoint, check_nothing_lost, claim_checkpoints
+from launcher.run.belonging import check_checkpoint, check_nothing_lost, check_owner, claim_checkpoints
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import MetricsLog
 from launcher.run.rollbacks import Rollback, read_rollbacks
@@ -133,14 +134,16 @@ class Run:
 def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: Pulse, closing: ExitStack) -> Run:
     """Resume a run from its newest sound checkpoint, or begin it; ``closing`` closes what this opens; a collective."""
     config = plan.config
-    if ranks.is_first:
-        check_writable(folder.checkpoints)
-        claim_checkpoints(folder)
+    with failing_alike():
+        if ranks.is_first:
+            check_writable(folder.checkpoints)
+            check_owner(folder)
     rollbacks = read_rollbacks(folder.path)
     discard_given_up(folder, rollbacks, ranks)
     reader = newest_sound_checkpoint(folder.checkpoints, ranks, console.line)
-    if ranks.is_first:
-        check_resumed(reader, folder, plan, console)
+    with failing_alike():
+        if ranks.is_first:
+            check_resumed(reader, folder, plan, console)
     at = replace(reader.manifest.progress) if reader else first_progress(plan)
     pulse.now("start", at.step)
     phase = plan.phases[at.phase] if at.phase >= 0 else None
@@ -161,16 +164,18 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     held_out = HeldOut(plan, ranks, data)
     tasks = open_tasks(plan, ranks, data.tokenizer_path)
     log, tokenizer = None, None
-    if ranks.is_first:
-        folder.note_start(at.step, ranks.world_size)
-        tokenizer = folder.keep_tokenizer(data.tokenizer_path)
-        log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
-        closing.callback(log.close)
-        if log.num_damaged:
-            console.line(
-                f"WARNING: {folder.path / 'metrics.jsonl'} had {log.num_damaged} damaged lines. They are left out, and "
-                "the file as it was is set aside beside it."
-            )
+    with failing_alike():
+        if ranks.is_first:
+            claim_checkpoints(folder)
+            folder.note_start(at.step, ranks.world_size)
+            tokenizer = folder.keep_tokenizer(data.tokenizer_path)
+            log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
+            closing.callback(log.close)
+            if log.num_damaged:
+                console.line(
+                    f"WARNING: {folder.path / 'metrics.jsonl'} had {log.num_damaged} damaged lines. They are left out, "
+                    "and the file as it was is set aside beside it."
+                )
     meter = Meter(plan, ranks, log, console, at)
     saver = Saver(
         folder.checkpoints,
@@ -221,7 +226,7 @@ def check_resumed(reader: CheckpointReader | None, folder: RunFolder, plan: Plan
         CheckpointError: the run has saved, and its checkpoints are gone.
     """
     if reader is None:
-        check_nothing_lost(folder)
+        check_nothing_lost(folder, first_progress(plan).step)
         return
     if changed := check_checkpoint(reader, folder, plan):
         console.line("\n".join(["WARNING: the run goes on with another configuration (run.allow_changes):", *changed]))

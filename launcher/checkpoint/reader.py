@@ -21,7 +21,7 @@ from launcher.checkpoint.ranges import parameters_of
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
 from launcher.errors import CheckpointError
-from launcher.process.exchange import value_of_first
+from launcher.process.exchange import failing_alike, value_of_first
 from launcher.process.ranks import Ranks, everyones
 
 OPENED_AT_ONCE = 16
@@ -149,8 +149,11 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str]
         CheckpointError: there are checkpoints, but none is sound. Beginning anew must then be somebody's decision. Or
             one cannot be read for another reason than damage, which is none to go back.
     """
-    with reaching(checkpoints):
-        names = _from_first([folder.name for folder in complete_checkpoints(checkpoints)] if ranks.is_first else [])
+    names: list[str] = []
+    with failing_alike(), reaching(checkpoints):
+        if ranks.is_first:
+            names = [folder.name for folder in complete_checkpoints(checkpoints)]
+    names = _from_first(names)
     found: list[str] = []
     damaged: list[Path] = []
     for name in reversed(names):
@@ -169,8 +172,8 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str]
         if reader and not problems:
             for folder in damaged:
                 say(f"WARNING: {folder.name} is set aside; the run resumes from {name}.")
-                if ranks.is_first:
-                    with reaching(checkpoints):
+                with failing_alike(), reaching(checkpoints):
+                    if ranks.is_first:
                         (folder / MANIFEST).rename(folder / "manifest.damaged.json")
             return reader
         say("WARNING: " + "\n".join(problems))

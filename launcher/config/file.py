@@ -42,7 +42,7 @@ DERIVED_KEYS = ("tritrain_version", "run_id", "phase_steps")
 """Keys of a run's own `config.yaml` that are not part of the configuration."""
 
 
-MAX_YAML_CHARS, MAX_YAML_VALUES, MAX_YAML_DEPTH = 200_000, 10_000, 40
+MAX_YAML_CHARS, MAX_YAML_VALUES, MAX_YAML_DEPTH = 500_000, 20_000, 40
 """The largest files that are read: some lines can stand for more values than a machine has memory."""
 
 
@@ -72,7 +72,7 @@ class _Loader(yaml.SafeLoader):
         self._num_values += self._sizes[id(node)] if is_alias else 1
         self._sizes[id(node)] = self._num_values - before
         if self._num_values > MAX_YAML_VALUES:
-            what = f"more than {MAX_YAML_VALUES} values, with aliases written out"
+            what = f"more than {MAX_YAML_VALUES:,} values, with aliases written out"
             raise yaml.composer.ComposerError(None, None, what, mark)
         return node
 
@@ -448,6 +448,13 @@ def _suggestion(key: str, owner: Any) -> str:
 def to_tree(config: Any) -> Any:
     """Turn a configuration back into nested mappings and lists, as YAML writes them."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def num_values(tree: Any) -> int:
+    """The number of values in nested mappings and lists, as `MAX_YAML_VALUES` counts them: keys and the nests too."""
+    if isinstance(tree, dict):
+        return 1 + sum(1 + num_values(value) for value in tree.values())
+    return 1 + (sum(map(num_values, tree)) if isinstance(tree, list) else 0)
 
 
 def flat_lines(tree: Any, prefix: str = "") -> Iterator[str]:

@@ -18,10 +18,11 @@ from eval.perplexity import text_loss
 from eval.rows import Scorer
 from eval.score import Score, scores_of
 from eval.tasks import VERSION, Task, choose_tasks, digest_of, load_rows, task_problems
-from launcher.checkpoint.location import check_writable, is_local, to_location
+from launcher.checkpoint.location import check_writable, is_local, reaching, to_location
 from launcher.errors import ConfigError, report_error
 from launcher.inference.sharded import Subject, open_subject
 from launcher.process.console import Console, print_results, without_nan
+from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks, process_group
 from launcher.run.scores import RESULTS, TASK_COLUMNS, read_results, table_of
 
@@ -135,8 +136,9 @@ def score_tasks(
     earlier = read_results(out)
     records = {task: record for task in rows for record in earlier if keys[task].items() <= record.items()}
     to_do = [task for task in rows if task not in records]
-    if to_do and ranks.is_first:
-        check_writable(out.absolute().parent)  # before the work of hours, not after it
+    with failing_alike():
+        if to_do and ranks.is_first:
+            check_writable(out.absolute().parent)  # before the work of hours, not after it
     questions = {
         task: open_questions(
             task.label,
@@ -159,10 +161,11 @@ def score_tasks(
             "num_examples": len(rows[task]),
             "scores": {name: without_nan(asdict(score)) for name, score in scores.items()},
         }
-        if ranks.is_first:
-            replace_file(out.resolve(), json.dumps({"results": [*read_results(out), records[task]]}, indent=2))
-            if subject.step is not None and subject.run is not None and not is_part:
-                write_points(subject.run / "tensorboard" / "evaluation", task, scores, subject.step)
+        with failing_alike(), reaching(out):
+            if ranks.is_first:
+                replace_file(out.resolve(), json.dumps({"results": [*read_results(out), records[task]]}, indent=2))
+                if subject.step is not None and subject.run is not None and not is_part:
+                    write_points(subject.run / "tensorboard" / "evaluation", task, scores, subject.step)
     return [records[task] for task in rows]
 
 

@@ -5,10 +5,18 @@ code. Connections between ranks have no password, so nothing that arrives is unp
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from data.errors import DataError
+from launcher.errors import CheckpointError, ConfigError, FirstRankError, UserError
+
+KINDS = (ConfigError, CheckpointError, DataError, UserError, Exception)
+"""The errors that ranks tell apart, the closest first."""
 
 
 def gather_values(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -36,3 +44,27 @@ def value_of_first(value: Any) -> Any:
         content = torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(content, src=0)
     return json.loads(content.numpy().tobytes())
+
+
+@contextmanager
+def failing_alike() -> Iterator[None]:
+    """Fail on every rank where the first one fails in this block, which is its work alone; a collective, on the host.
+
+    If it failed alone, the others would wait for it, see their connections break, and report that.
+
+    Raises:
+        Exception: the first rank's own error. On the others it is the same if a user can put it right, and else a
+            `FirstRankError`.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if dist.is_initialized():
+        kind = next((number for number, kind in enumerate(KINDS) if isinstance(failure, kind)), None)
+        kind, text = value_of_first([kind, str(failure)])
+        if kind is not None and failure is None:
+            raise FirstRankError(text) if KINDS[kind] is Exception else KINDS[kind](text)
+    if failure is not None:
+        raise failure

@@ -9,12 +9,13 @@ may have been changed, lost, or be that of a start that failed.
 
 import json
 import socket
+from typing import Any
 
 from launcher.checkpoint.folders import CONFIG, complete_checkpoints
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.file import DERIVED_KEYS, parse_yaml
-from launcher.errors import CheckpointError, ConfigError
+from launcher.errors import ConfigError
 from launcher.plan.course import Course
 from launcher.plan.plan import Plan
 from launcher.run.changes import changes, course_of, schedule_note, ways_on
@@ -24,7 +25,10 @@ OWNER = "owner.json"
 
 
 def check_owner(folder: RunFolder) -> bool:
-    """Check that no other run has its checkpoints in this run's folder for them; returns whether that is noted there.
+    """Check that no other run has its checkpoints in this run's folder for them; returns whether this run is noted.
+
+    A run that has lost its id with its `config.yaml`, or is of a version without, has the id that is noted for its
+    folder.
 
     Raises:
         ConfigError: another one has.
@@ -32,14 +36,15 @@ def check_owner(folder: RunFolder) -> bool:
     """
     path = folder.checkpoints / OWNER
     with reaching(folder.checkpoints):
-        try:
-            owner = json.loads(path.read_bytes())
-            is_ours = owner["run_id"] == folder.run_id
-        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):  # none yet, or damaged
+        owner = read_owner(folder)
+        if owner is None:
             return False
-        # A first start that failed has left its note, and nothing else.
+        if folder.run_id is None and folder.has_traces() and owner.get("folder") == place_of(folder)["folder"]:
+            folder.take_id(owner["run_id"])
+        is_ours = owner["run_id"] == folder.run_id
+        # A first start that was killed has left its note, and nothing else.
         is_free = {**owner, **place_of(folder)} == owner and not complete_checkpoints(folder.checkpoints)
-    if not is_ours and not is_free and folder.has_place_for_checkpoints:
+    if not is_ours and not is_free and folder.checkpoints_are_elsewhere:
         raise ConfigError(
             f"checkpoint.folder: {folder.checkpoints} has the checkpoints of another run, {owner.get('name')} in "
             f"{owner.get('folder')} on {owner.get('host')}. Give this run another checkpoint.folder. To begin with "
@@ -57,23 +62,52 @@ def claim_checkpoints(folder: RunFolder) -> None:
             (folder.checkpoints / OWNER).write_bytes(json.dumps(owner, indent=2).encode())
 
 
+def release_checkpoints(folder: RunFolder) -> None:
+    """Take the note of a run that never began out of the folder of checkpoints, and leave another run's there.
+
+    Raises:
+        CheckpointError: the store cannot be reached.
+    """
+    with reaching(folder.checkpoints):
+        owner = read_owner(folder)
+        if owner is not None and owner["run_id"] == folder.run_id:
+            (folder.checkpoints / OWNER).unlink(missing_ok=True)
+
+
+def read_owner(folder: RunFolder) -> dict[str, Any] | None:
+    """The note in the folder of checkpoints; None if there is none, or it is damaged."""
+    try:
+        owner = json.loads((folder.checkpoints / OWNER).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    return owner if isinstance(owner, dict) and isinstance(owner.get("run_id"), str) else None
+
+
 def place_of(folder: RunFolder) -> dict[str, str]:
     """The place of a run's folder."""
     return {"folder": str(folder.path.absolute()), "host": socket.gethostname()}
 
 
-def check_nothing_lost(folder: RunFolder) -> None:
+def check_nothing_lost(folder: RunFolder, first_step: int) -> None:
     """Check, where there is no checkpoint, that there never was one: a run that has saved does not begin anew.
 
+    Args:
+        folder: of the run; versions before `saves.jsonl` leave its state and its starts to tell.
+        first_step: where the run begins.
+
     Raises:
-        CheckpointError: there was one.
+        ConfigError: there was one.
     """
-    saved, state = folder.last_saved_step(), folder.read_state()
-    if saved is None and state.get("status") not in ("interrupted", "complete"):
+    saved, status = folder.last_saved_step(), (folder.state_before or folder.read_state()).get("status")
+    starts = folder.starts()
+    if saved is None and starts and starts[-1] > first_step:
+        saved = starts[-1]
+    if saved is None and status not in ("interrupted", "complete", "converted"):
         return
-    raise CheckpointError(
-        f"{folder.checkpoints}: has no checkpoint, but {folder.path} is a run that has trained and saved "
-        f"{'some' if saved is None else f'step {saved}'}; it does not begin anew by itself. Put the checkpoints back, "
+    done = "was converted" if status == "converted" else "has trained and saved"
+    raise ConfigError(
+        f"checkpoint.folder: {folder.checkpoints} has no checkpoint, but {folder.path} is a run that {done}"
+        f"{'' if saved is None else f' step {saved}'}; it does not begin anew by itself. Put the checkpoints back, "
         "or set checkpoint.folder to where they are. To train from the beginning, set run.name to begin another run, "
         f"or remove {folder.path}."
     )

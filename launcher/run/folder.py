@@ -32,12 +32,27 @@ from data.private import no_follow
 from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
 from launcher.checkpoint.location import reaching, to_location
-from launcher.config.file import DERIVED_KEYS, flat_lines, load_config, parse_yaml, to_tree
+from launcher.config.file import (
+    DERIVED_KEYS,
+    MAX_YAML_CHARS,
+    MAX_YAML_VALUES,
+    flat_lines,
+    load_config,
+    num_values,
+    parse_yaml,
+    to_tree,
+)
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.plan.course import make_course
 from launcher.run.changes import MAY_CHANGE, changes, course_of, schedule_note, ways_on
 from launcher.run.requeue import append_line, read_lines, read_state
+
+LOCK = "lock"
+
+
+MOST_VALUES, MOST_CHARS = MAX_YAML_VALUES * 9 // 10, MAX_YAML_CHARS * 9 // 10
+"""The largest configuration of a run, which adds an id and the steps of its phases and reads all of it again."""
 
 
 class RunFolder:
@@ -45,6 +60,9 @@ class RunFolder:
 
     Args:
         config: of the run that this process belongs to.
+
+    Raises:
+        ConfigError: it is so large that the run could not read its own `config.yaml`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -55,18 +73,34 @@ class RunFolder:
         self.holder = ""
         """What the lock says while this job holds it; the same on all of its ranks."""
         self.state_before: dict[str, Any] = {}
-        """The status that the rank that holds the lock found."""
+        """The status that the rank that holds the lock found, before it wrote its own."""
         self._is_new = False
         self._run_id: str | None = None
-        self.has_place_for_checkpoints = config.checkpoint.folder is not None
+        self.checkpoints_are_elsewhere = config.checkpoint.folder is not None
         """Whether the checkpoints have a place of their own, outside of the folder."""
-        self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **to_tree(config)}, sort_keys=False)
+        tree = to_tree(config)
+        self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **tree}, sort_keys=False)
+        sizes = num_values(tree), len(self.config_text)
+        if sizes[0] > MOST_VALUES or sizes[1] > MOST_CHARS:
+            longest = max(tree, key=lambda section: num_values(tree[section]))
+            raise ConfigError(
+                f"{longest}: with its defaults written out, the configuration has {sizes[0]:,} values and "
+                f"{sizes[1]:,} characters; at most {MOST_VALUES:,} and {MOST_CHARS:,} fit into a run's config.yaml"
+            )
 
     @property
     def run_id(self) -> str | None:
         """What tells this run from all others; None before its first start."""
         there = read_tree(self.path / "config.yaml")
         return self._run_id if there is None else there.get("run_id", self._run_id)
+
+    def take_id(self, run_id: str) -> None:
+        """Take an id that was this run's before its `config.yaml` was lost; `prepare` writes it."""
+        self._run_id = run_id
+
+    def has_traces(self) -> bool:
+        """Return whether a run has written here, whatever has become of its `config.yaml`."""
+        return any((self.path / name).exists() for name in ("state.json", "starts.jsonl", "saves.jsonl"))
 
     def check_configuration(self) -> None:
         """Check that the folder's content belongs to this configuration.
@@ -80,7 +114,7 @@ class RunFolder:
         if not path.exists():
             return
         there = read_tree(path)
-        if there is None and any((self.path / name).exists() for name in ("state.json", "starts.jsonl", "saves.jsonl")):
+        if there is None and self.has_traces():
             return  # a run's own, damaged: `set_damaged_aside` says so, and its checkpoints have the configuration
         if there is None or "tritrain_version" not in there:
             raise ConfigError(
@@ -105,7 +139,7 @@ class RunFolder:
         """
         self._is_new = not self.path.exists() or not any(self.path.iterdir())
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
+        self._lock = open(self.path / LOCK, "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
         try:
             # A record lock: it ends with the process, however that ends, and file systems of clusters know it.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,7 +156,6 @@ class RunFolder:
         self._lock.write(self.holder)
         self._lock.flush()
         os.fsync(self._lock.fileno())  # the other hosts read it
-        self.state_before = self.read_state()
 
     def set_damaged_aside(self) -> list[str]:
         """Set aside what a power cut or a full disk has left of a file that a start reads; a sentence for each."""
@@ -139,7 +172,7 @@ class RunFolder:
         """Return whether this job still owns the folder: a rank that was cut off may have lost it to a later job."""
         # Opened anew, since a handle may show what a network's disk once had. To close it lets go of the lock: only a
         # process that is about to end may ask.
-        lock = self.path / "lock"
+        lock = self.path / LOCK
         return (lock.read_text(errors="replace") if lock.exists() else "") == self.holder
 
     def prepare(self, phase_steps: Sequence[int]) -> None:
@@ -207,6 +240,10 @@ class RunFolder:
         """The step of the newest checkpoint as it was noted; None if none was."""
         saves = read_lines(self.path / "saves.jsonl", "step")
         return saves[-1]["step"] if saves else None
+
+    def starts(self) -> list[int]:
+        """The step that training began or resumed at, of each start."""
+        return [line["step"] for line in read_lines(self.path / "starts.jsonl", "step")]
 
     def is_complete(self, total_steps: int) -> bool:
         """Return whether the run has trained to its end; one that was made longer has not."""

@@ -1,6 +1,7 @@
 """`RUN/rollbacks.json`: how often a run went back to each switch."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.new_paths import replace_file
-from launcher.process.exchange import value_of_first
+from launcher.process.exchange import failing_alike, value_of_first
 from launcher.run.folder import set_aside
 from launcher.run.metrics_log import sound_rows
 
@@ -35,8 +36,9 @@ class Rollback:
 def read_rollbacks(path: Path) -> dict[int, Rollback]:
     """Read a run's rollbacks, by the phase's index; all ranks get what the first one reads."""
     content, file = {}, path / FILE
-    if (not dist.is_initialized() or dist.get_rank() == 0) and file.exists():
-        content = json.loads(file.read_text())
+    with failing_alike():
+        if (not dist.is_initialized() or dist.get_rank() == 0) and file.exists():
+            content = json.loads(file.read_text())
     if dist.is_initialized():
         content = value_of_first(content)
     return {int(phase): Rollback(**fields) for phase, fields in content.items()}
@@ -61,11 +63,14 @@ def restore_rollbacks(path: Path) -> list[str]:
     aside, restored = set_aside(file), {}
     for row in sound_rows(path / "metrics.jsonl")[0]:
         if "rollback/attempts" in row:
-            losses = (row["rollback/loss_before"], row["rollback/loss_after"])
-            restored[row["phase"]] = Rollback(row["rollback/attempts"], *losses, row["step"], discarding=False)
+            # A row has no numbers that are not finite; which one this was, nothing needs.
+            before, after = (row.get(f"rollback/{name}", math.nan) for name in ("loss_before", "loss_after"))
+            found = Rollback(row["rollback/attempts"], before, after, row["step"], discarding=False)
+            if is_record(str(row["phase"]), asdict(found)):
+                restored[row["phase"]] = found
     write_rollbacks(path, restored)
-    found = ", ".join(f"{each.attempts} of phase {phase}" for phase, each in restored.items()) or "none"
-    return [f"{file} is damaged, and set aside as {aside.name}. Rollbacks that metrics.jsonl records: {found}."]
+    counts = ", ".join(f"{each.attempts} of phase {phase}" for phase, each in restored.items()) or "none"
+    return [f"{file} is damaged, and set aside as {aside.name}. Rollbacks that metrics.jsonl records: {counts}."]
 
 
 def is_record(phase: str, fields: Any) -> bool:

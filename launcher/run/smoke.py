@@ -6,6 +6,7 @@ from pathlib import Path
 
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
+from launcher.run.folder import LOCK
 
 MARK = "smoke"
 """File in the folder of a smoke test, which nothing else may be removed for."""
@@ -21,15 +22,32 @@ def smoke_config(config: Config) -> Config:
     )
 
 
-def clear_smoke(folder: Path) -> None:
-    """Remove what an earlier smoke test left, and mark the folder as one's.
+def is_smoke_test(folder: Path) -> bool:
+    """Return whether a folder is that of a smoke test."""
+    return (folder / MARK).exists()
+
+
+def check_smoke(folder: Path) -> None:
+    """Check that nothing but an earlier smoke test is where this one is going to be.
 
     Raises:
         ConfigError: something else is there.
     """
-    if folder.exists():
-        if not (folder / MARK).exists():
-            raise ConfigError(f"{folder}: is in the way of a smoke test; move it, or set another run.name")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    if contents(folder) and not is_smoke_test(folder):
+        raise ConfigError(f"{folder}: is in the way of a smoke test; move it, or set another run.name")
+
+
+def clear_smoke(folder: Path) -> None:
+    """Remove what an earlier smoke test left, and mark the folder as one's; whoever calls this holds its lock."""
+    for path in contents(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     (folder / MARK).touch()
+
+
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder, but for the lock, the mark, and what NFS keeps there of removed files that are open."""
+    paths = folder.iterdir() if folder.exists() else []
+    return [path for path in paths if path.name not in (LOCK, MARK) and not path.name.startswith(".nfs")]

@@ -8,13 +8,12 @@ the file has never gone back.
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch.distributed as dist
-
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.writer import remove_checkpoint
 from launcher.plan.course import Phase
 from launcher.process.console import Console
+from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks, any_rank
 from launcher.run.folder import RunFolder
 from launcher.run.rollbacks import Rollback, write_rollbacks
@@ -26,15 +25,15 @@ def discard_given_up(folder: RunFolder, rollbacks: Mapping[int, Rollback], ranks
     given_up = {phase: rollback for phase, rollback in rollbacks.items() if rollback.discarding}
     if not given_up:
         return
-    if ranks.is_first:
-        switch = min(rollback.switch_step for rollback in given_up.values())
-        with reaching(folder.checkpoints):
-            for checkpoint in complete_checkpoints(folder.checkpoints):
-                if int(checkpoint.name.removeprefix("step-")) > switch:
-                    remove_checkpoint(checkpoint)
-        done = {phase: replace(rollback, discarding=False) for phase, rollback in rollbacks.items()}
-        write_rollbacks(folder.path, done)
-    dist.barrier()
+    with failing_alike():
+        if ranks.is_first:
+            switch = min(rollback.switch_step for rollback in given_up.values())
+            with reaching(folder.checkpoints):
+                for checkpoint in complete_checkpoints(folder.checkpoints):
+                    if int(checkpoint.name.removeprefix("step-")) > switch:
+                        remove_checkpoint(checkpoint)
+            done = {phase: replace(rollback, discarding=False) for phase, rollback in rollbacks.items()}
+            write_rollbacks(folder.path, done)
 
 
 def has_not_recovered(
@@ -63,12 +62,12 @@ def give_up(
     before, after = guard.loss_before, guard.loss_after
     assert before is not None
     assert after is not None
-    if ranks.is_first:
-        attempts = _attempts(phase, rollbacks) + 1
-        given_up = Rollback(attempts, before, after, phase.start, discarding=True)
-        write_rollbacks(folder.path, {**rollbacks, phase.index: given_up})
-        folder.note_save(phase.start)  # what comes after it is going to be removed
-    dist.barrier()
+    with failing_alike():
+        if ranks.is_first:
+            attempts = _attempts(phase, rollbacks) + 1
+            given_up = Rollback(attempts, before, after, phase.start, discarding=True)
+            write_rollbacks(folder.path, {**rollbacks, phase.index: given_up})
+            folder.note_save(phase.start)  # what comes after it is going to be removed
 
 
 def _attempts(phase: Phase, rollbacks: Mapping[int, Rollback]) -> int:

@@ -16,6 +16,7 @@ from launcher.config.sections import SILENT_BEATS
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
+from launcher.run.smoke import is_smoke_test
 from launcher.watch.heartbeat import Heartbeat
 
 COMPLETE, FAILED, MISCONFIGURED, INTERRUPTED = 0, 1, 2, 3
@@ -77,7 +78,9 @@ def unreachable(heartbeat: Heartbeat) -> str:
 
 
 def resume_advice(folder: RunFolder) -> str:
-    """Say how to resume after a failure."""
+    """Say how to go on after a stop or a failure."""
+    if is_smoke_test(folder.path):
+        return "The same command begins the smoke test again."
     try:
         newest = folder.newest_checkpoint()
     except CheckpointError as error:  # the store may be what failed

@@ -1,5 +1,7 @@
 """How a rank ends: what its exit code and the run's files say of it."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from jobs import Job, job_tree
 from ranks import run_ranks
 from tiny import tiny_config
 
+from launcher.config.file import parse_config
 from launcher.process.ranks import emulates_bf16
 from launcher.run.folder import RunFolder
 
@@ -37,6 +40,51 @@ def test_a_first_start_that_fails_in_its_ranks_leaves_no_folder(tmp_path: Path) 
     assert job.wait() == [1, 1]
     assert job.output.count("data.sources.0.path") == 1, job.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job.log"]
+
+
+def past(rank: int) -> None:
+    os.environ["TRITRAIN_END_TIME"] = "1"
+
+
+def full(rank: int) -> None:
+    def note_start(folder: RunFolder, step: int, world_size: int) -> None:
+        assert (folder.checkpoints / "owner.json").exists()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    RunFolder.note_start = note_start  # type: ignore[method-assign]
+
+
+PLACES = {"checkpoints cannot be written": "file/checkpoints", "disk is full": "elsewhere"}
+TOLD = {
+    "checkpoints are lost": "does not begin anew",
+    "checkpoints cannot be written": "NotADirectoryError",
+    "job ends": "run.stop_before_end_seconds",
+    "disk is full": "Make room there",
+}
+
+
+@pytest.mark.parametrize("wrong", TOLD)
+def test_what_the_first_rank_refuses_ends_all_alike(shards: Path, tmp_path: Path, wrong: str) -> None:
+    (tmp_path / "file").touch()
+    place = {"folder": str(tmp_path / PLACES[wrong])} if wrong in PLACES else {}
+    tree = job_tree(shards, tmp_path / "run", checkpoint=place)
+    folder = RunFolder(parse_config(tree))
+    state = {"status": "interrupted", "reason": "signal", "checkpoint": "step-00000003", "job": None}
+    if "lost" in wrong:  # as a version left it that wrote no saves.jsonl
+        folder.prepare([6, 6])
+        folder.note_start(0, 2)
+        folder.write_state(**state)
+        (folder.path / "metrics.jsonl").write_text("rows of a week\n")
+    job = Job(tree, {"job ends": past, "disk is full": full}.get(wrong))
+    assert job.wait() == ([1, 1] if wrong in PLACES else [2, 2]), job.output
+    assert job.output.count(TOLD[wrong]) == 1, job.output
+    assert not any(noise in job.output for noise in ("Traceback", "c10d", "died", "ProcessGroup")), job.output
+    if "lost" in wrong:
+        assert folder.read_state() == state
+        assert (folder.path / "metrics.jsonl").read_text() == "rows of a week\n"
+    else:
+        assert not folder.path.exists()
+        assert list(tmp_path.glob("elsewhere/*")) == []  # no note of it either
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ import torch.distributed as dist
 from jobs import Job, job_tree
 from ranks import run_ranks
 
-from launcher.process.exchange import gather_values, value_of_first
+from data.errors import DataError
+from launcher.checkpoint.reader import DamageError
+from launcher.errors import ConfigError, LogError
+from launcher.process.exchange import failing_alike, gather_values, value_of_first
 
 
 def exchange(rank: int, world_size: int) -> list[Any]:
@@ -22,6 +25,29 @@ def exchange(rank: int, world_size: int) -> list[Any]:
 def test_every_rank_gets_what_every_rank_gives() -> None:
     expected = [{"of": rank, "list": [1.5] * rank, "none": None, "text": "ü" * 100 * rank} for rank in range(3)]
     assert run_ranks(3, exchange) == [[expected, [0, "", float("inf")]]] * 3
+
+
+ERRORS = [ConfigError("key: wrong"), DamageError("cut"), DataError("no data"), LogError("line 3"), OSError(28, "full")]
+
+
+def fail_alike(rank: int, world_size: int) -> list[str]:
+    raised = []
+    for error in [*ERRORS, None]:
+        try:
+            with failing_alike():
+                if rank == 0 and error is not None:
+                    raise error
+            raised.append("nothing")
+        except Exception as caught:
+            raised.append(f"{type(caught).__name__}: {caught}")
+    return raised
+
+
+def test_what_fails_on_the_first_rank_fails_on_all() -> None:
+    first, other = run_ranks(2, fail_alike)
+    assert first == [*(f"{type(error).__name__}: {error}" for error in ERRORS), "nothing"]
+    told = ["ConfigError: key: wrong", "CheckpointError: cut", "DataError: no data", "UserError: line 3"]
+    assert other == [*told, "FirstRankError: [Errno 28] full", "nothing"]
 
 
 def refuse_pickles(rank: int) -> None:

@@ -16,7 +16,7 @@ from tiny import tiny_config, tiny_tree
 from launcher.config.file import parse_config
 from launcher.errors import ConfigError, UserError
 from launcher.process.console import Console
-from launcher.run.belonging import claim_checkpoints
+from launcher.run.belonging import check_nothing_lost, check_owner, claim_checkpoints, release_checkpoints
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import read_metrics
 
@@ -101,7 +101,7 @@ def test_a_run_keeps_the_configuration_of_its_checkpoint(refused: tuple[Path, di
 def test_a_run_that_has_saved_does_not_begin_anew(refused: tuple[Path, dict[str, str]], spoil: str) -> None:
     told = refused[1][spoil]
     place = refused[0] / ("empty" if spoil == "elsewhere" else f"{spoil}/checkpoints")
-    assert told.startswith(f"CheckpointError: {place}: has no checkpoint")
+    assert told.startswith(f"ConfigError: checkpoint.folder: {place} has no checkpoint")
     assert "trained and saved step 3; it does not begin anew by itself" in told
     assert list(losses(refused[0] / spoil)) == [1, 2, 3]
 
@@ -235,6 +235,81 @@ def test_a_first_start_that_failed_leaves_the_folder_of_checkpoints_free(tmp_pat
     (tmp_path / "shared" / "step-00000004" / "manifest.json").touch()
     with pytest.raises(ConfigError, match="If it is this run, and its folder was lost, remove "):
         claim_checkpoints(owned("one"))
+
+
+def no_id(file: Path) -> None:
+    tree = yaml.safe_load(file.read_text())
+    del tree["run_id"]
+    file.write_text(yaml.safe_dump(tree))
+
+
+LOSSES: dict[str, Callable[[Path], Any]] = {
+    "of a version without ids": no_id,
+    "damaged": lambda file: file.write_bytes(b"\0\0"),
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_that_has_lost_its_id_keeps_its_checkpoints(tmp_path: Path, loss: str) -> None:
+    shared = tmp_path / "shared"
+    config = tiny_config(Path("shards"), tmp_path / "run", checkpoint={"folder": str(shared)})
+
+    def start(*, fails: bool) -> str:
+        folder = RunFolder(config)
+        folder.claim()
+        check_owner(folder)
+        folder.set_damaged_aside()
+        folder.write_state("running")
+        folder.prepare([4, 4])
+        claim_checkpoints(folder)
+        if not fails:
+            folder.note_start(0, 1)
+        return json.loads((shared / "owner.json").read_text())["run_id"]  # type: ignore[no-any-return]
+
+    (shared / "step-00000004").mkdir(parents=True)
+    (shared / "step-00000004" / "manifest.json").touch()
+    owner = start(fails=False)
+    LOSSES[loss](tmp_path / "run" / "config.yaml")
+    assert start(fails=True) == owner
+    assert start(fails=False) == owner
+    assert RunFolder(config).run_id == owner
+    another = RunFolder(tiny_config(Path("shards"), tmp_path / "another", checkpoint={"folder": str(shared)}))
+    another.claim()
+    another.write_state("running")
+    with pytest.raises(ConfigError, match="has the checkpoints of another run"):
+        check_owner(another)
+
+
+def test_only_its_own_note_is_taken_from_a_folder_of_checkpoints(tmp_path: Path) -> None:
+    folders = [
+        RunFolder(tiny_config(Path("shards"), tmp_path / name, checkpoint={"folder": str(tmp_path / "shared")}))
+        for name in ("one", "two")
+    ]
+    (tmp_path / "shared").mkdir()
+    for folder in folders:
+        folder.prepare([4, 4])
+        release_checkpoints(folder)  # there is none
+    claim_checkpoints(folders[0])
+    release_checkpoints(folders[1])
+    assert (tmp_path / "shared" / "owner.json").exists()
+    release_checkpoints(folders[0])
+    assert not (tmp_path / "shared" / "owner.json").exists()
+
+
+def test_a_run_of_an_older_version_has_trained_if_its_state_or_its_starts_say_so(tmp_path: Path) -> None:
+    folder = RunFolder(tiny_config(Path("shards"), tmp_path / "run"))
+    folder.prepare([4, 4])
+    folder.note_start(2, 1)  # with checkpoint.start_from, say
+    folder.write_state("running")
+    check_nothing_lost(folder, first_step=2)
+    with pytest.raises(ConfigError, match="trained and saved step 2; it does not begin anew"):
+        check_nothing_lost(folder, first_step=0)
+    (folder.path / "starts.jsonl").unlink()
+    check_nothing_lost(folder, first_step=0)
+    folder.state_before = {"status": "converted"}
+    with pytest.raises(ConfigError, match="was converted; it does not begin anew"):
+        check_nothing_lost(folder, first_step=0)
 
 
 def test_a_runs_id_is_no_part_of_its_configuration(tmp_path: Path) -> None:

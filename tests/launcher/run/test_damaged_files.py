@@ -1,6 +1,7 @@
 """Files of a run that a power cut emptied or filled with garbage: set aside, told, and the run goes on."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -97,6 +98,18 @@ def test_rollbacks_that_are_damaged_are_restored_from_the_log(tmp_path: Path, co
     restored = {1: Rollback(2, 2.5, 2.75, 4, discarding=False)}
     assert read_rollbacks(tmp_path) == restored
     write_rollbacks(tmp_path, restored)
+    assert restore_rollbacks(tmp_path) == []
+
+
+def test_rollbacks_are_restored_from_rows_without_a_loss_that_was_not_finite(tmp_path: Path) -> None:
+    gone_back = {"rollback/attempts": 1, "rollback/loss_before": 2.5}  # a row has no infinity
+    nonsense = {"rollback/attempts": "two", "rollback/loss_before": 2.5, "rollback/loss_after": 2.75}
+    (tmp_path / "metrics.jsonl").write_text(row(4, 1, **gone_back) + row(6, 2, **nonsense))
+    (tmp_path / "rollbacks.json").write_bytes(b"{")
+    assert "records: 1 of phase 1." in restore_rollbacks(tmp_path)[0]
+    restored = read_rollbacks(tmp_path)
+    assert list(restored) == [1]
+    assert (restored[1].attempts, restored[1].switch_step, math.isnan(restored[1].loss_after)) == (1, 4, True)
     assert restore_rollbacks(tmp_path) == []
 
 

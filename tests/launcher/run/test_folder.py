@@ -3,17 +3,20 @@
 import json
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from jobs import Job, job_tree
 from tiny import tiny_config
 from tokenizer_files import write_bytes_tokenizer
 from tokenizer_zoo import sentencepiece_tokenizer
 
 from data.tokenizer import load_tokenizer
-from launcher.config.file import parse_config
+from launcher.config.file import load_config, num_values, parse_config, to_tree
+from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.process.ranks import ALONE
 from launcher.run.folder import RunFolder, check_place
@@ -100,6 +103,30 @@ def test_a_start_that_failed_before_its_first_step_does_not_hold_the_folder(tmp_
     folder.note_start(step=0, world_size=1)
     with pytest.raises(ConfigError, match=r"data.sources.0.path: \"shrads\" in .*, \"shards\" now"):
         RunFolder(right).check_configuration()
+
+
+def many_sources(tmp_path: Path, count: int, path: str) -> Config:
+    config = tiny_config(Path("shards"), tmp_path / "run")
+    sources = tuple(replace(config.data.sources[0], path=f"{path}-{number}") for number in range(count))
+    return replace(config, data=replace(config.data, sources=sources))
+
+
+def test_a_run_reads_its_own_configuration_again_however_large(tmp_path: Path) -> None:
+    config = many_sources(tmp_path, 2000, f"/{'shards/' * 14}")
+    folder = RunFolder(config)
+    folder.prepare([4, 4])
+    assert load_config(folder.path / "config.yaml") == config
+
+
+def test_values_are_counted_as_they_are_read(tmp_path: Path) -> None:
+    tree = to_tree(many_sources(tmp_path, 3, "shards"))
+    assert num_values(tree) == sum(1 for event in yaml.parse(yaml.safe_dump(tree)) if isinstance(event, yaml.NodeEvent))
+
+
+@pytest.mark.parametrize(("count", "path"), [(4000, "shards"), (1000, "s" * 500)])
+def test_a_configuration_that_a_run_could_not_read_again_is_refused(tmp_path: Path, count: int, path: str) -> None:
+    with pytest.raises(ConfigError, match=r"^data: with its defaults written out, .* fit into a run's config\.yaml"):
+        RunFolder(many_sources(tmp_path, count, path))
 
 
 def test_a_configuration_that_a_person_wrote_is_not_overwritten(tmp_path: Path) -> None:

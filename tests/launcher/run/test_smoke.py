@@ -1,19 +1,24 @@
 """A smoke test trains the first and last steps of each phase, and leaves nothing."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from minimal import tree
-from ranks import run_ranks
-from tiny import tiny_tree
+from ranks import run_group, run_ranks
+from tiny import tiny_config, tiny_tree
 
 from launcher.config.file import parse_config
 from launcher.errors import ConfigError
 from launcher.plan.course import make_course
+from launcher.process.ranks import ALONE
+from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import read_metrics
-from launcher.run.smoke import clear_smoke, smoke_config
+from launcher.run.smoke import check_smoke, clear_smoke, smoke_config
+from launcher.watch.failure import resume_advice
 
 
 @pytest.mark.parametrize(
@@ -46,12 +51,56 @@ def test_it_has_a_folder_of_its_own_and_removes_no_other(tmp_path: Path) -> None
     (tmp_path / "run-smoke").mkdir()
     (tmp_path / "run-smoke" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="is in the way of a smoke test"):
-        clear_smoke(smoke.run.path)
+        check_smoke(smoke.run.path)
     (tmp_path / "run-smoke" / "thesis.tex").unlink()
-    (tmp_path / "run-smoke").rmdir()
-    for _ in range(2):
+    for left in ("file", "folder/file"):
+        check_smoke(smoke.run.path)
         clear_smoke(smoke.run.path)
-        (smoke.run.path / "left").touch()
+        assert [path.name for path in smoke.run.path.iterdir()] == ["smoke"]
+        (smoke.run.path / left).parent.mkdir(exist_ok=True)
+        (smoke.run.path / left).touch()
+
+
+def second_smoke_test(shards: str, out: str) -> tuple[str | None, list[str]]:
+    """What a smoke test says while another one trains; what is in the folder then, and once the other has ended."""
+    import launcher.pretrain
+
+    folder = RunFolder(smoke_config(tiny_config(Path(shards), Path(out))))
+    (folder.path / "checkpoints").mkdir(parents=True)
+    (folder.path / "smoke").touch()
+    code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(1); input()"
+    arguments = [sys.executable, "-uc", code, str(folder.path / "lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        refusal = launcher.pretrain.claim(folder, ALONE, is_smoke=True)
+        there = sorted(path.name for path in folder.path.iterdir())
+        first.communicate("\n")
+    assert launcher.pretrain.claim(folder, ALONE, is_smoke=True) is None
+    return refusal, [*there, *sorted(path.name for path in folder.path.iterdir())]
+
+
+def test_a_second_one_leaves_the_first_alone(tmp_path: Path) -> None:
+    [[refusal, there]] = run_group(1, second_smoke_test, "shards", str(tmp_path / "run"))
+    assert "another job trains here" in refusal
+    assert there == ["checkpoints", "lock", "smoke", "lock", "smoke", "state.json"]
+
+
+def test_what_nfs_keeps_of_removed_files_is_in_no_ones_way(tmp_path: Path) -> None:
+    check_smoke(tmp_path)
+    (tmp_path / ".nfs0000000000a3").touch()
+    check_smoke(tmp_path)
+    clear_smoke(tmp_path)
+    check_smoke(tmp_path)
+
+
+def test_one_that_was_stopped_begins_again(tmp_path: Path) -> None:
+    folder = RunFolder(smoke_config(tiny_config(Path("shards"), tmp_path / "run")))
+    (folder.checkpoints / "step-00000004").mkdir(parents=True)
+    (folder.checkpoints / "step-00000004" / "manifest.json").touch()
+    assert resume_advice(folder).startswith("The same command resumes from")
+    (folder.path / "smoke").touch()
+    assert resume_advice(folder) == "The same command begins the smoke test again."
 
 
 def smoke(rank: int, world_size: int, file: str) -> tuple[int, list[tuple[int, int]]]:
