@@ -5,6 +5,7 @@ thread of each rank sends beats through the store, and ends its process when ano
 is on the same host, else when it has not been heard for `SILENT_SECONDS`. Training has a watch of its own.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from data.messages import safe_message
 from launcher.errors import StartError
 from launcher.process.launchers import began, launchers
 
@@ -147,10 +149,6 @@ def end_without_launcher(message: str) -> None:
 
 
 def say(message: str) -> None:
-    """Print to stderr; if that went with the launcher, nothing is printed from now on."""
-    try:
-        print(message, file=sys.stderr, flush=True)  # noqa: T201
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(nowhere, stream)
+    """Print to stderr what may quote other hosts, unless stderr went with the launcher."""
+    with contextlib.suppress(OSError):
+        print(safe_message(message), file=sys.stderr, flush=True)  # noqa: T201
