@@ -36,9 +36,9 @@ GRACE_SECONDS = 2.0
 
 def myself(rank: int) -> dict[str, Any]:
     """This rank as others see it, of JSON's types."""
-    kernel, numbers = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    place = [kernel.read_text().strip(), str(numbers.readlink())] if numbers.exists() else []  # where numbers mean it
-    return {"rank": rank, "host": socket.gethostname(), "place": place, "pid": os.getpid(), "began": began(os.getpid())}
+    kernel, numbers, host = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"), socket.gethostname()
+    place = [kernel.read_text().strip(), str(numbers.readlink())] if numbers.exists() else [host]  # where numbers mean it
+    return {"rank": rank, "host": host, "place": place, "pid": os.getpid(), "began": began(os.getpid())}
 
 
 class Companions:
@@ -88,10 +88,10 @@ class Companions:
         if not self._peers:
             raise error
         time.sleep(3 * TICK_SECONDS + GRACE_SECONDS)  # the thread may be about to end this process
+        hosts = sorted({peer["host"] for peer in self._peers})
+        advice = " If hosts have several networks, GLOO_SOCKET_IFNAME names the one to use." if len(hosts) > 1 else ""
         raise StartError(
-            f"the ranks have met on {', '.join(sorted({peer['host'] for peer in self._peers}))}, but cannot connect: "
-            f"{str(error).partition(chr(10))[0]} If hosts have several networks, GLOO_SOCKET_IFNAME names the one to "
-            "use."
+            f"the ranks have met on {', '.join(hosts)}, but cannot connect: {str(error).partition(chr(10))[0]}{advice}"
         ) from error
 
     def _run(self) -> None:
@@ -101,9 +101,10 @@ class Companions:
             stood_still, ticked = time.monotonic() - ticked > 10 * TICK_SECONDS, time.monotonic()
             if stood_still:  # as all do when a job is suspended
                 self._heard.clear()
-            if lost := next((pid for pid, start in self._launchers.items() if not start or began(pid) != start), None):
+            lost = [pid for pid, start in self._launchers.items() if start is None or began(pid) != start]
+            if lost:
                 self._launchers = {}
-                self._act(f"The launcher (process {lost} on {socket.gethostname()}) was killed")
+                self._act(f"The launcher (process {lost[0]} on {socket.gethostname()}) was killed")
             if (peers := self._peers) and (gone := self._gone(peers)):
                 time.sleep(GRACE_SECONDS)
                 if self._peers:
@@ -145,6 +146,8 @@ def end_without_launcher(message: str) -> None:
     """End this process, since its launcher has; one of each host says so."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"{message}; its ranks end.")
+    else:
+        time.sleep(3 * TICK_SECONDS)  # another launcher may end the first rank, who speaks, once this one has ended
     os._exit(1)
 
 
