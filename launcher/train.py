@@ -74,6 +74,7 @@ def train(
         while at.step < plan.total_steps:
             if (phase := plan.phase_of(at.step)) is not run.phase:
                 switch(run, phase)
+                timetable.evaluated()
             if phase.quantization is not None:
                 set_strengths_(engine.model, *plan.strengths_at(at.step))
             result = take_step(run)
@@ -89,10 +90,12 @@ def train(
             if due.evaluating:
                 run.pulse.now("evaluate", at.step)
                 run.meter.evaluated(run.held_out.measure(engine), "end of phase" if due.phase_ends else "interval")
+                timetable.evaluated()
             if due.tasks:
                 do_tasks(run)
             if due.saving:
                 save(run, milestone=due.phase_ends, must=due.phase_ends or due.stopping)
+                timetable.saved()
             if due.stopping and at.step < plan.total_steps:
                 break
         outcome = finish(run)

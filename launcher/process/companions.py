@@ -37,7 +37,8 @@ GRACE_SECONDS = 2.0
 def myself(rank: int) -> dict[str, Any]:
     """This rank as others see it, of JSON's types."""
     kernel, numbers, host = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"), socket.gethostname()
-    place = [kernel.read_text().strip(), str(numbers.readlink())] if numbers.exists() else [host]  # where numbers mean it
+    # Where process numbers mean the same processes.
+    place = [kernel.read_text().strip(), str(numbers.readlink())] if numbers.exists() else [host]
     return {"rank": rank, "host": host, "place": place, "pid": os.getpid(), "began": began(os.getpid())}
 
 
