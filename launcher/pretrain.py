@@ -38,6 +38,7 @@ from launcher.process.companions import Companions, end_without_launcher, say
 from launcher.process.console import Console
 from launcher.process.exchange import failing_alike, value_of_first
 from launcher.process.ranks import Ranks, emulates_bf16, everyones, process_group, seed_everything
+from launcher.process.streams import outlive_streams
 from launcher.process.supervisor import SECONDS_TO_SAVE
 from launcher.run.belonging import check_owner, release_checkpoints
 from launcher.run.folder import RunFolder, check_place, slurm_job
@@ -308,4 +309,5 @@ def plan_of_run(config: Config, folder: RunFolder, ranks: Ranks, smoke_steps: in
 
 
 if __name__ == "__main__":
+    outlive_streams()
     sys.exit(main())

@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from data.errors import DataError
 from data.loader import TrainingData
+from eval.errors import NotFiniteError
 from launcher.checkpoint.load import load_state, restore_rng
 from launcher.checkpoint.location import check_writable
 from launcher.checkpoint.manifest import Manifest, Progress, precision_at
@@ -24,7 +26,7 @@ from launcher.config.sections import Config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import Engine, load_weights
 from launcher.engine.learned_scales import initialize_scales_
-from launcher.errors import USER_ERRORS, TrainingError
+from launcher.errors import TrainingError
 from launcher.formats.open import check_sound
 from launcher.formats.start import check_data, first_progress, open_start
 from launcher.plan.course import Phase
@@ -75,6 +77,7 @@ def train(
         while at.step < plan.total_steps:
             if (phase := plan.phase_of(at.step)) is not run.phase:
                 switch(run, phase)
+                timetable.evaluated()
             if phase.quantization is not None:
                 set_strengths_(engine.model, *plan.strengths_at(at.step))
             result = take_step(run)
@@ -90,10 +93,12 @@ def train(
             if due.evaluating:
                 run.pulse.now("evaluate", at.step)
                 run.meter.evaluated(run.held_out.measure(engine), "end of phase" if due.phase_ends else "interval")
+                timetable.evaluated()
             if due.tasks:
                 do_tasks(run)
             if due.saving:
                 save(run, milestone=due.phase_ends, must=due.phase_ends or due.stopping)
+                timetable.saved()
             if due.stopping and at.step < plan.total_steps:
                 break
         outcome = finish(run)
@@ -361,7 +366,7 @@ def finish(run: Run) -> Outcome:
     if run.plan.config.evaluation.sample_prompt:
         try:
             sample = run.held_out.sample(run.engine)
-        except USER_ERRORS as error:  # on all ranks alike, and the run is complete
+        except (DataError, NotFiniteError) as error:  # on all ranks alike, and the run is complete
             run.console.line(f"WARNING: no sample is drawn: {error}")
     if run.ranks.is_first:
         run.folder.write_summary(summary(run.plan, run.ranks, run.meter, sample))

@@ -109,7 +109,8 @@ def _follow(process: "subprocess.Popen[str]") -> str:
             try:
                 for line in process.stdout:
                     lines.append(line)
-                    sys.stdout.write(line)
+                    with contextlib.suppress(OSError):  # the terminal may be closed, and the run goes on
+                        sys.stdout.write(line)
                 process.wait()
             except KeyboardInterrupt:
                 if interrupted:

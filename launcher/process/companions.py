@@ -5,6 +5,7 @@ thread of each rank sends beats through the store, and ends its process when ano
 is on the same host, else when it has not been heard for `SILENT_SECONDS`. Training has a watch of its own.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from data.messages import safe_message
 from launcher.errors import StartError
 from launcher.process.launchers import began, launchers
 
@@ -34,9 +36,10 @@ GRACE_SECONDS = 2.0
 
 def myself(rank: int) -> dict[str, Any]:
     """This rank as others see it, of JSON's types."""
-    kernel, numbers = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    place = [kernel.read_text().strip(), str(numbers.readlink())] if numbers.exists() else []  # where numbers mean it
-    return {"rank": rank, "host": socket.gethostname(), "place": place, "pid": os.getpid(), "began": began(os.getpid())}
+    kernel, numbers, host = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"), socket.gethostname()
+    # Where process numbers mean the same processes.
+    place = [kernel.read_text().strip(), str(numbers.readlink())] if numbers.exists() else [host]
+    return {"rank": rank, "host": host, "place": place, "pid": os.getpid(), "began": began(os.getpid())}
 
 
 class Companions:
@@ -86,10 +89,10 @@ class Companions:
         if not self._peers:
             raise error
         time.sleep(3 * TICK_SECONDS + GRACE_SECONDS)  # the thread may be about to end this process
+        hosts = sorted({peer["host"] for peer in self._peers})
+        advice = " If hosts have several networks, GLOO_SOCKET_IFNAME names the one to use." if len(hosts) > 1 else ""
         raise StartError(
-            f"the ranks have met on {', '.join(sorted({peer['host'] for peer in self._peers}))}, but cannot connect: "
-            f"{str(error).partition(chr(10))[0]} If hosts have several networks, GLOO_SOCKET_IFNAME names the one to "
-            "use."
+            f"the ranks have met on {', '.join(hosts)}, but cannot connect: {str(error).partition(chr(10))[0]}{advice}"
         ) from error
 
     def _run(self) -> None:
@@ -99,9 +102,10 @@ class Companions:
             stood_still, ticked = time.monotonic() - ticked > 10 * TICK_SECONDS, time.monotonic()
             if stood_still:  # as all do when a job is suspended
                 self._heard.clear()
-            if lost := next((pid for pid, start in self._launchers.items() if not start or began(pid) != start), None):
+            lost = [pid for pid, start in self._launchers.items() if start is None or began(pid) != start]
+            if lost:
                 self._launchers = {}
-                self._act(f"The launcher (process {lost} on {socket.gethostname()}) was killed")
+                self._act(f"The launcher (process {lost[0]} on {socket.gethostname()}) was killed")
             if (peers := self._peers) and (gone := self._gone(peers)):
                 time.sleep(GRACE_SECONDS)
                 if self._peers:
@@ -143,14 +147,12 @@ def end_without_launcher(message: str) -> None:
     """End this process, since its launcher has; one of each host says so."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"{message}; its ranks end.")
+    else:
+        time.sleep(3 * TICK_SECONDS)  # another launcher may end the first rank, who speaks, once this one has ended
     os._exit(1)
 
 
 def say(message: str) -> None:
-    """Print to stderr; if that went with the launcher, nothing is printed from now on."""
-    try:
-        print(message, file=sys.stderr, flush=True)  # noqa: T201
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(nowhere, stream)
+    """Print to stderr what may quote other hosts, unless stderr went with the launcher."""
+    with contextlib.suppress(OSError):
+        print(safe_message(message), file=sys.stderr, flush=True)  # noqa: T201

@@ -26,7 +26,7 @@ def launchers() -> dict[int, str | None]:
 
 
 def began(pid: int) -> str | None:
-    """When a process of this host began, in ticks of its kernel; None if it has ended."""
+    """When a process of this host began, in ticks of its kernel; None if it has ended, "" where no kernel says when."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # a name may have blanks
     except OSError:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from signal import SIGINT, SIGTERM, SIGUSR2
+from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR2
 
 import torch
 import torch.distributed as dist
@@ -106,7 +106,8 @@ def ended_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, signal.SIG_DFL) for number in (SIGINT, SIGTERM, SIGUSR2)}
+    endings = [SIGINT, SIGTERM, SIGUSR2, *([SIGHUP] if signal.getsignal(SIGHUP) != signal.SIG_IGN else [])]
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in endings}
     try:
         yield
     finally:

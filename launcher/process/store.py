@@ -115,7 +115,7 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout_seconds: int) ->
             time.sleep(SECONDS_TO_LOOK)  # the store goes with this process
         raise StartError(
             f"rank {' and '.join(missing)} of {world_size} has not come within {seconds} s; the others are on "
-            f"{', '.join(there)}. All ranks must be started; what those printed may say why they were not."
+            f"{', '.join(there)}. Start all ranks; the output of the missing ones may say why they failed."
         ) from error
     return [json.loads(store.get(key)) for key in keys]
 

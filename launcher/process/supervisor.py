@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 from launcher.process.launchers import with_launcher
+from launcher.process.streams import outlive_streams
 
 SECONDS_TO_SAVE = 600
 """How long ranks may take to save after a signal, before they are killed."""
@@ -122,4 +123,5 @@ def first_failure(ranks: "Sequence[subprocess.Popen[bytes]]") -> "subprocess.Pop
 
 
 if __name__ == "__main__":
+    outlive_streams()
     sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

@@ -18,7 +18,7 @@ from launcher.process.supervisor import loopback_alone
 ROOT = Path(__file__).resolve().parents[2]
 
 Launcher = Literal["torchrun", "deepspeed"]
-"""What may start the ranks of one machine; `torchrun` is `launcher.process.supervisor`, which does it alike."""
+"""What may start the ranks of one machine; `torchrun` is `launcher.process.supervisor`, which replaces it there."""
 
 JobLauncher = Literal["torchrun", "srun", "deepspeed"]
 """What may start the ranks of a job of Slurm."""

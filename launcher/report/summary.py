@@ -22,8 +22,8 @@ from launcher.config.file import parse_yaml
 from launcher.errors import ConfigError, LogError
 from launcher.process.console import human_count
 from launcher.report.history import BITS_PER_BYTE, LOSS, History, PhaseSpan, Series, find_transitions, read_history
-from launcher.run.metrics_log import numbered_rows
 from launcher.run.recovery import Transition
+from launcher.run.requeue import read_lines
 
 THROUGHPUT = "throughput/tokens_per_second"
 
@@ -250,8 +250,8 @@ def _last(history: History, key: str) -> float | None:
 def _starts(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The starts that steps of the run are left of, by the step that each began after."""
     starts: list[tuple[int, dict[str, Any]]] = []
-    for _, start in numbered_rows(path) if path.is_file() else ():
-        step = int(start.get("step", 0))
+    for start in read_lines(path, "step"):
+        step = start["step"]
         starts = [*((before, other) for before, other in starts if before < step), (step, start)]
     return starts
 

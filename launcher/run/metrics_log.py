@@ -28,6 +28,12 @@ TENSORBOARD_TAGS = {
 }
 """Tags that are not the key of the row: TensorBoard sorts groups by name, and so opens on the losses."""
 
+OLD_TAG = b"\n\ntrain/loss"
+"""The tag of the training loss in files of older versions: its field, its length and its text."""
+
+TAGS_SEEN_BYTES = 2**20
+"""The first logged step of a file lies within these first bytes."""
+
 
 class MetricsLog:
     """Appends rows to `metrics.jsonl` and TensorBoard.
@@ -55,6 +61,7 @@ class MetricsLog:
             if "train/learning_rate" in row:
                 self.spikes.add(row)
         self._tensorboard = None
+        self._tags = {} if has_old_tags(folder / "tensorboard") else TENSORBOARD_TAGS
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -70,7 +77,7 @@ class MetricsLog:
         if self._tensorboard is not None:
             for key, value in row.items():
                 if "/" in key and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(TENSORBOARD_TAGS.get(key, key), value, row["step"])
+                    self._tensorboard.add_scalar(self._tags.get(key, key), value, row["step"])
             if "quant/layers" in row:
                 write_histograms(self._tensorboard, row)
 
@@ -79,6 +86,15 @@ class MetricsLog:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def has_old_tags(folder: Path) -> bool:
+    """Return whether TensorBoard's files hold losses under the keys of the rows; such a run keeps them: one curve."""
+    for path in folder.glob("events.out.tfevents.*"):
+        with path.open("rb") as file:
+            if OLD_TAG in file.read(TAGS_SEEN_BYTES):
+                return True
+    return False
 
 
 def as_code(text: str) -> str:

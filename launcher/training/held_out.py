@@ -3,13 +3,14 @@
 import torch
 import torch.distributed as dist
 
+from data.errors import DataError
 from data.loader import TrainingData, token_bytes, validation_rows
 from data.tokenizer import load_tokenizer
 from eval.perplexity import HeldOutLoss, held_out_loss
 from eval.sample import pieces_of_text, sample_tokens
 from launcher.engine.contract import Engine
 from launcher.plan.plan import Plan
-from launcher.process.ranks import Ranks
+from launcher.process.ranks import Ranks, everyones
 
 SAMPLE_WINDOW_TOKENS = 256
 
@@ -19,7 +20,7 @@ class HeldOut:
 
     def __init__(self, plan: Plan, ranks: Ranks, data: TrainingData) -> None:
         config = plan.config
-        self._plan = plan
+        self._plan, self._ranks = plan, ranks
         self._tokenizer_path = data.tokenizer_path
         self._batches = []
         if config.data.validation_rows:
@@ -49,9 +50,17 @@ class HeldOut:
 
         Raises:
             NotFiniteError: the model's logits are NaN or infinite, on all ranks alike.
+            DataError: a rank cannot read the tokenizer; raised on all ranks alike.
         """
         config = self._plan.config
-        tokenizer = load_tokenizer(self._tokenizer_path)
+        tokenizer, problems = None, []
+        try:
+            tokenizer = load_tokenizer(self._tokenizer_path)
+        except (DataError, OSError) as error:
+            problems = [str(error)]
+        if problems := everyones(problems, self._ranks):
+            raise DataError("; ".join(problems))
+        assert tokenizer is not None
         prompt = config.evaluation.sample_prompt or ""
         prompt_tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
         with torch.no_grad():

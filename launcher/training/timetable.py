@@ -56,11 +56,15 @@ class Timetable:
         deciding = step == self._plan.rollback_step(phase)
         logging = saving or evaluating or tasks or deciding or is_due(step, config.logging.interval_steps)
         saving, evaluating = saving or (logging and save_by_time), evaluating or (logging and evaluate_by_time)
-        if saving:
-            self._saved = time.monotonic()
-        if evaluating:
-            self._evaluated = time.monotonic()
         return Due(phase_ends, stopping, saving, evaluating, tasks, deciding, logging)
+
+    def saved(self) -> None:
+        """Count `checkpoint.interval_minutes` from now; to save may take longer than that."""
+        self._saved = time.monotonic()
+
+    def evaluated(self) -> None:
+        """Count `evaluation.interval_minutes` from now; to evaluate may take longer than that."""
+        self._evaluated = time.monotonic()
 
 
 def is_due(step: int, interval: int | None) -> bool:

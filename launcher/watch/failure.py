@@ -14,6 +14,7 @@ from pathlib import Path
 from data.messages import safe_message
 from launcher.config.sections import SILENT_BEATS
 from launcher.errors import CheckpointError
+from launcher.process.launchers import began
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
 from launcher.run.smoke import is_smoke_test
@@ -59,11 +60,11 @@ def who_is_gone(folder: RunFolder, ranks: Ranks, heartbeat: Heartbeat) -> str | 
 
     A process of this host that is gone is seen at once; a rank of another one by the beats that it misses.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     patience_seconds = SECONDS_TO_BE_SEEN_DEAD
     if len({peer["host"] for peer in heartbeat.peers}) > 1:
         patience_seconds += (SILENT_BEATS + 2) * heartbeat.beat_seconds
-    while time.monotonic() - began < patience_seconds and not has_failed(folder):
+    while time.monotonic() - started < patience_seconds and not has_failed(folder):
         if missing := missing_ranks(folder.ranks):
             return f"{' and '.join(map(heartbeat.name, missing))} died; the others cannot continue."
         if silent := [rank for rank in heartbeat.silent if rank != ranks.rank]:
@@ -124,11 +125,4 @@ def missing_ranks(folder: Path) -> list[int]:
 
 def _is_alive(host: str, pid: str) -> bool:
     """Return whether a process runs; those of other hosts are taken to."""
-    if host != socket.gethostname():
-        return True
-    import psutil
-
-    try:
-        return bool(psutil.Process(int(pid)).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
-    except psutil.NoSuchProcess:
-        return False
+    return host != socket.gethostname() or began(int(pid)) is not None

@@ -18,13 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from signal import SIG_IGN
 from types import FrameType
 
 from launcher.errors import ConfigError
 from launcher.process.ranks import Ranks, max_over_ranks
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""Asked by any of these, a run saves and ends. Not SIGUSR1: NCCL and torchrun have other uses for it."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+"""Asked by any of these, a run saves and ends. Not SIGUSR1: NCCL and torchrun have other uses for it.
+
+A closed terminal sends SIGHUP, which `nohup` has ignored; so it stays then.
+"""
 
 
 REASONS = ("", "launcher lost", "signal", "time limit", "stop file")
@@ -63,7 +67,8 @@ class StopRequest:
     @contextmanager
     def installed(self) -> Iterator["StopRequest"]:
         """Handle the stop signals while the block runs."""
-        previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != SIG_IGN]
+        previous = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
         finally:

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from places import ROOT
 from tiny import tiny_tree, write_corpus
 from typer.testing import CliRunner
 
+from launcher.checkpoint.reader import CheckpointReader
 from launcher.run.metrics_log import read_metrics
 
 TRITRAIN = [str(Path(sys.executable).with_name("tritrain"))]
@@ -159,6 +162,36 @@ def test_a_stop_saves_and_the_same_command_goes_on(folder: Path, sent: signal.Si
     assert "Resuming tiny after step" in output
     counts = Counter(row["step"] for row in read_metrics(folder / "run" / "metrics.jsonl") if "train/loss" in row)
     assert counts == Counter(range(1, 61))  # every step once
+
+
+def start_in_terminal(folder: Path, command: list[str]) -> tuple[int, int]:
+    """Start a command as the leader of a terminal's session; returns its process and the terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        os.execvpe(command[0], command, os.environ | {"OMP_NUM_THREADS": "1"})
+    return pid, terminal
+
+
+def wait_for_rows(metrics: Path, number: int, terminal: int) -> None:
+    """Read what a run prints on its terminal until it has logged that many rows."""
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < number:
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 10_000)
+
+
+@pytest.mark.parametrize("launcher", ["tritrain", pytest.param("python", marks=pytest.mark.slow)])
+def test_a_run_whose_terminal_is_closed_saves_and_says_so_in_its_folder(folder: Path, launcher: str) -> None:
+    pid, terminal = start_in_terminal(folder, STARTS[launcher])
+    run = folder / "run"
+    wait_for_rows(run / "metrics.jsonl", 3, terminal)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    state = json.loads((run / "state.json").read_text())
+    assert (state["status"], state["reason"]) == ("interrupted", "signal")
+    assert CheckpointReader(Path(state["checkpoint"])).manifest.step == read_metrics(run / "metrics.jsonl")[-1]["step"]
 
 
 @pytest.mark.parametrize("launcher", ["tritrain", pytest.param("deepspeed", marks=pytest.mark.slow)])

@@ -145,6 +145,9 @@ def test_a_run_that_changed_its_engine_says_from_which_step_on(tmp_path):
     summary = summarize(run)
     assert summary.engine == "fsdp2 from step 1; deepspeed, ZeRO stage 1 from step 61"
     assert summary.num_ranks == "2 from step 1; 4 from step 61"
+    damaged = [lines[0], '{"step": 5, "wor', *lines[1:], "[1]", '{"world_size": 8}', '{"step": 70, "worl']
+    (run / "starts.jsonl").write_text("\n".join(damaged))  # as kills and power cuts leave it
+    assert summarize(run).num_ranks == summary.num_ranks
     (run / "starts.jsonl").write_text('{"step": 0, "world_size": 4}\n')  # as older versions wrote it
     assert (summarize(run).engine, summarize(run).num_ranks) == ("deepspeed, ZeRO stage 2", "4")
 

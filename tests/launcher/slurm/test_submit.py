@@ -334,6 +334,15 @@ def test_a_start_that_is_refused_is_not_repeated(config: Config, programs: Path,
     assert ["requeue", "17"] not in calls(programs, "scontrol")
 
 
+@pytest.mark.parametrize(("given", "threads"), [("", "1"), ("export OMP_NUM_THREADS=7", "7")])
+def test_ranks_of_one_node_have_as_many_threads_as_under_torchrun(
+    config: Config, programs: Path, tmp_path: Path, given: str, threads: str
+) -> None:
+    script = script_of("one-node.sbatch", config, programs, tmp_path / "run")
+    (programs / "srun").write_text('#!/bin/bash\necho "threads: $OMP_NUM_THREADS"\n')
+    assert f"threads: {threads}\n" in run_script(f"{given}\n{script}", programs).stdout
+
+
 def run_template(name: str, programs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "2", "SECONDS_BETWEEN_LOOKS": "0.01"}
     command = ["bash", str(ROOT / "launcher" / "slurm" / name), *arguments]

@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from tiny import tiny_config
 from tiny_tasks import EXAMPLES, write_tasks
 
@@ -14,7 +16,7 @@ from data.errors import DataError
 from eval.rows import IGNORED_LABEL
 from launcher.errors import USER_ERRORS
 from launcher.plan.plan import make_plan
-from launcher.process.ranks import ALONE
+from launcher.process.ranks import ALONE, Ranks
 from launcher.training.held_out import HeldOut
 from launcher.training.tasks import TasksInTraining
 
@@ -84,3 +86,22 @@ def test_a_sample_keeps_the_space_after_its_prompt(shards, tmp_path):
     certain = torch.nn.functional.one_hot(torch.tensor(word), 320) * 1e4
     sample = held_out.sample(SimpleNamespace(logits=lambda tokens_BT: certain.expand(*tokens_BT.shape, 320)))
     assert sample["completion"] == " yes"
+
+
+def sample_with_a_tokenizer_on_the_first_host_alone(rank, world_size, shards, out):
+    """What each rank raises, or the number of its calls of the model, which are collectives."""
+    plan = plan_of(Path(shards), Path(out), sample_prompt="a", sample_tokens=4)
+    path = Path(shards) / "tokenizer.model" if rank == 0 else Path(out) / "none.model"
+    held_out = HeldOut(plan, Ranks(rank, world_size, rank, torch.device("cpu")), SimpleNamespace(tokenizer_path=path))
+    calls = []
+    try:
+        held_out.sample(SimpleNamespace(logits=lambda tokens_BT: calls.append(1) or torch.zeros(1, 1, 320)))
+    except DataError as error:
+        return str(error)
+    return str(len(calls))
+
+
+def test_a_tokenizer_that_one_host_cannot_read_leaves_no_rank_in_a_collective(shards, tmp_path):
+    said = run_ranks(2, sample_with_a_tokenizer_on_the_first_host_alone, str(shards), str(tmp_path))
+    assert said[0] == said[1]
+    assert said[0].startswith(f"{tmp_path / 'none.model'}: no such tokenizer file")

@@ -9,12 +9,14 @@ from ranks import run_group, run_ranks
 from runs import run
 from tiny import tiny_config
 
+import launcher.train
 import launcher.training.timetable as timetable
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.config.file import parse_config
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.ranks import ALONE, Ranks
 from launcher.run.metrics_log import read_metrics
+from launcher.training.held_out import HeldOut
 from launcher.training.timetable import Timetable
 from launcher.watch.stopping import StopRequest
 
@@ -25,8 +27,10 @@ def plan_of(*overrides: str) -> Plan:
     return make_plan(parse_config(tree(*LENGTHS, *overrides)), 1)
 
 
-def days(plan: Plan, monkeypatch: pytest.MonkeyPatch, *, minutes_of_a_step: float) -> dict[str, list[int]]:
-    """The steps of the run after which it saves, evaluates and logs, where every step takes this long."""
+def days(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, *, minutes_of_a_step: float, minutes_of_a_save: float = 0
+) -> dict[str, list[int]]:
+    """The steps after which a run saves, evaluates and logs, where every step and every save takes this long."""
     now = [1000.0]
     monkeypatch.setattr(timetable.time, "monotonic", lambda: now[0])
     table, found = Timetable(plan, StopRequest()), {"saving": [], "evaluating": [], "logging": []}  # type: ignore[var-annotated]
@@ -36,6 +40,11 @@ def days(plan: Plan, monkeypatch: pytest.MonkeyPatch, *, minutes_of_a_step: floa
         for name, steps in found.items():
             if getattr(due, name):
                 steps.append(step)
+        if due.evaluating:
+            table.evaluated()
+        if due.saving:
+            now[0] += 60 * minutes_of_a_save
+            table.saved()
     return found
 
 
@@ -52,6 +61,11 @@ def test_intervals_in_steps_put_those_in_minutes_off(monkeypatch: pytest.MonkeyP
     assert found["saving"] == list(range(20, 201, 20))
     assert found["evaluating"] == [100, 200]
     assert days(plan_of(*overrides), monkeypatch, minutes_of_a_step=4)["saving"][:4] == [16, 20, 36, 40]
+
+
+def test_the_time_that_saving_takes_makes_no_save_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = days(plan_of(), monkeypatch, minutes_of_a_step=5, minutes_of_a_save=45)
+    assert found["saving"] == [*range(8, 100, 8), 100, *range(108, 200, 8), 200]
 
 
 def look(rank: int, world_size: int) -> list[tuple[bool, bool]]:
@@ -95,3 +109,35 @@ def test_saving_and_evaluating_by_time_change_no_loss(shards: Path, tmp_path: Pa
     assert saved == {"always": [3, 4, 6, 8], "never": [4, 8]}
     evaluated = {name: [row["step"] for row in rows[name] if row.get("validation/when") == "interval"] for name in rows}
     assert evaluated == {"always": [3, 6], "never": []}
+
+
+def slow_work(shards: str, out: str) -> None:
+    """Runs in which an evaluation, or a save, takes two hours by the clock, and a step no time."""
+    now = [1000.0]
+    measure, save = HeldOut.measure, launcher.train.save
+
+    def slow_measure(self: HeldOut, engine: Any) -> Any:
+        now[0] += 7200
+        return measure(self, engine)
+
+    def slow_save(*arguments: Any, **options: Any) -> None:
+        now[0] += 7200
+        save(*arguments, **options)
+
+    hourly, never = {"interval_minutes": 60}, {"interval_minutes": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timetable.time, "monotonic", lambda: now[0])
+        patch.setattr(HeldOut, "measure", slow_measure)
+        config = tiny_config(Path(shards), Path(out) / "measure", evaluation=hourly, checkpoint=never)
+        assert run(config) == "complete"
+        patch.setattr(HeldOut, "measure", measure)
+        patch.setattr(launcher.train, "save", slow_save)
+        config = tiny_config(Path(shards), Path(out) / "save", evaluation=never, checkpoint=hourly | {"keep_last": 0})
+        assert run(config) == "complete"
+
+
+def test_work_that_takes_longer_than_its_interval_is_not_due_again_at_once(shards: Path, tmp_path: Path) -> None:
+    run_group(1, slow_work, str(shards), str(tmp_path))
+    rows = read_metrics(tmp_path / "measure" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "validation/when" in row] == [0, 4, 4, 8]
+    assert [int(path.name[5:]) for path in complete_checkpoints(tmp_path / "save" / "checkpoints")] == [4, 8]

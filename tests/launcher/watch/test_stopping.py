@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,3 +157,15 @@ def ask_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[tuple[bool
 
 def test_all_ranks_agree_on_what_one_was_asked(tmp_path: Path) -> None:
     assert run_ranks(2, ask_on_one_rank, str(tmp_path)) == [((True, True), "signal")] * 2
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_asks_for_a_stop_unless_nohup_has_it_ignored(ignored: bool) -> None:
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with StopRequest().installed() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.agree(ALONE) == (not ignored, False)
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, handler)

@@ -1,0 +1,31 @@
+"""Standard streams that a process may lose: its terminal is closed, or the reader of its pipe has ended.
+
+Training must save then, and record why it stopped; no write to a stream, whoever prints, may keep it from that.
+"""
+
+import io
+import sys
+from typing import Any, TextIO
+
+
+class LosableStream(io.FileIO):
+    """A stream that raises no errors: what cannot be written is dropped."""
+
+    def write(self, data: Any, /) -> int:
+        """Write a buffer of bytes; returns the number of bytes that are done with."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def outlive_streams() -> None:
+    """From now on no write to this process's stdout or stderr raises OSError."""
+    sys.stdout, sys.stderr = losable(sys.stdout), losable(sys.stderr)
+
+
+def losable(stream: TextIO) -> TextIO:
+    """A stream to the same file that raises no errors, and writes each line at once."""
+    stream.flush()
+    file = io.BufferedWriter(LosableStream(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(file, encoding=stream.encoding, errors=stream.errors, line_buffering=True)

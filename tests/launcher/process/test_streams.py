@@ -1,0 +1,68 @@
+"""A terminal that is closed, and a pipe whose reader has ended: what prints there goes on."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+OUTLIVES = """
+import sys, time
+from pathlib import Path
+from launcher.errors import ConfigError, report_error
+from launcher.process.console import Console
+from launcher.process.companions import say
+from launcher.process.ranks import ALONE
+from launcher.process.streams import outlive_streams
+from launcher.run.folder import RunFolder
+from launcher.watch.failure import say_failure
+from tiny import tiny_config
+folder = Path(sys.argv[1])
+run = RunFolder(tiny_config(folder, folder / "run"))
+run.claim()
+outlive_streams()
+console = Console(silent=False)
+console.start(total_steps=9, step=1)
+print("ready", flush=True)
+print("also on stderr", file=sys.stderr, flush=True)
+while not (folder / "closed").exists():
+    time.sleep(0.01)
+for step in (2, 3):
+    console.progress(step=step, total_steps=9, phase="16-bit", loss=1.0, tokens_per_second=1.0, remaining=1.0)
+    console.line("a line")
+    console.table("title", ["column"], [["cell"]])
+console.stop()
+say_failure(run, ALONE, "the reason")
+report_error(ConfigError("wrong"))
+report_error(RuntimeError("defect"))
+say("lost")
+print("x" * 100_000)
+(folder / "done").touch()
+"""
+
+
+def terminal() -> tuple[int, int]:
+    """Both ends of a terminal: a test's and a process's."""
+    return os.openpty()
+
+
+@pytest.mark.parametrize("kind", [terminal, os.pipe])
+def test_a_process_goes_on_when_its_streams_are_lost(kind: Callable[[], tuple[int, int]], tmp_path: Path) -> None:
+    ours, theirs = kind()
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", OUTLIVES, str(tmp_path)],
+        stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"},
+    )  # fmt: skip
+    os.close(theirs)
+    seen = b""
+    while b"ready" not in seen or b"also on stderr" not in seen:
+        seen += os.read(ours, 1000)
+    os.close(ours)
+    (tmp_path / "closed").touch()
+    assert process.wait(60) == 0
+    assert (tmp_path / "done").exists()
+    assert '"message": "the reason"' in (tmp_path / "run" / "state.json").read_text()

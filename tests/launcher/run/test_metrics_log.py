@@ -1,0 +1,36 @@
+"""TensorBoard's files of a run: one curve for each figure, over all starts and versions."""
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from launcher.run.metrics_log import MetricsLog
+
+
+def start(run: Path, step: int) -> None:
+    """Log one step, as a start of the run that goes on before it."""
+    row = {"step": step, "tokens": step, "phase": 0, "precision": "16-bit"}
+    log = MetricsLog(run, step=step - 1, phase=0, tensorboard=True)
+    log.write(row | {"train/loss": 4.0 - step, "validation/loss": 3.0, "train/grad_norm": 1.0})
+    log.close()
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_a_run_that_goes_on_keeps_its_tags(tmp_path: Path, is_old: bool) -> None:
+    if is_old:
+        with SummaryWriter(str(tmp_path / "tensorboard")) as old:
+            old.add_text("configuration", "    run:", 0)
+            old.add_scalar("train/loss", 3.0, 1)
+            old.add_scalar("validation/loss", 3.0, 1)
+            old.add_scalar("train/grad_norm", 1.0, 1)
+    else:
+        start(tmp_path, 1)
+    start(tmp_path, 2)
+    start(tmp_path, 3)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = ["train/loss", "validation/loss"] if is_old else ["1-loss/train", "1-loss/validation"]
+    assert sorted(events.Tags()["scalars"]) == sorted([*losses, "train/grad_norm"])
+    assert [(event.step, event.value) for event in events.Scalars(losses[0])] == [(1, 3.0), (2, 2.0), (3, 1.0)]
