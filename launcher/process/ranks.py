@@ -27,6 +27,10 @@ RECORDED_COLLECTIVES = 2000
 """How many collectives PyTorch's flight recorder keeps on each rank."""
 
 
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that say which rank a process is."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among all."""
@@ -50,6 +54,9 @@ ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 def process_group(timeout_seconds: int, companions: Companions | None = None) -> Iterator[Ranks]:
     """Join the process group that torchrun, `deepspeed`, Slurm or plain `python` started this process for.
 
+    While it lasts, the environment has every variable that torch's launcher would set; then it is as it was, since
+    processes that are started later are no ranks of this group.
+
     Args:
         timeout_seconds: of a collective.
         companions: whoever is given here watches the other ranks on when all have joined, until it is told not to.
@@ -59,6 +66,7 @@ def process_group(timeout_seconds: int, companions: Companions | None = None) ->
         PlacementError: they are not spread over hosts as they must be.
     """
     watching = companions or Companions()
+    before = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}
     is_alone = _complete_environment()
     # FSDP2 calls functions that torch itself calls deprecated, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -98,6 +106,11 @@ def process_group(timeout_seconds: int, companions: Companions | None = None) ->
         watching.release()
         if dist.is_initialized():
             dist.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
