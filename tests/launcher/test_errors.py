@@ -14,8 +14,9 @@ from launcher.errors import ConfigError, report_error
 
 
 def test_every_error_of_the_launcher_belongs_to_the_family() -> None:
-    """All but two: `TensorFileError`, which another module turns into a `CheckpointError`, and `StartError`, which is
-    an error of the network: each rank reports it, and its job may be queued again."""
+    """All but three: `TensorFileError`, which another module turns into a `CheckpointError`; `StartError`, which is an
+    error of the network: each rank reports it, and its job may be queued again; and `FirstRankError`, with which the
+    other ranks end in silence."""
     classes = [
         node
         for path in (ROOT / "launcher").rglob("*.py")
@@ -28,7 +29,7 @@ def test_every_error_of_the_launcher_belongs_to_the_family() -> None:
     def family_of(name: str) -> str:
         return family_of(bases[name]) if name in bases and name != "UserError" else name
 
-    assert {name for name in bases if family_of(name) != "UserError"} == {"TensorFileError", "StartError"}
+    assert {name for name in bases if family_of(name) != "UserError"} == {"TensorFileError", "StartError", "FirstRankError"}
 
 
 def cli(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
