@@ -86,7 +86,7 @@ def assert_went_on(cluster: Slurm, job: str, run: Path, shards: Path, starts: in
     assert len(begun) == starts, log_of(run)
     assert all(before["step"] < after["step"] for before, after in itertools.pairwise(begun))
     assert {line["job"] for line in begun} == {job}
-    assert read_state(run) == {"status": "complete"}
+    assert read_state(run) == {"status": "complete", "steps": 12}
     assert_equal_runs(run, uninterrupted(shards))
 
 
@@ -269,5 +269,5 @@ def test_a_chain_of_short_jobs(
         time.sleep(0.5)
     starts = read_lines(run / "starts.jsonl")
     assert [line["job"] for line in starts] == [f"{array}_1", f"{array}_2"]  # the third had nothing to do
-    assert json.loads((run / "state.json").read_text()) == {"status": "complete"}
+    assert json.loads((run / "state.json").read_text()) == {"status": "complete", "steps": 12}
     assert_equal_runs(run, uninterrupted(shards))
