@@ -95,7 +95,7 @@ def note_refusal(message: str) -> None:
 
 
 def run(config: Config, smoke_steps: int | None = None) -> int:
-    """Join the other ranks and train; in a smoke test only so many steps of each phase."""
+    """Join the other ranks and train; in a smoke test, only the first and last steps of each phase."""
     folder = RunFolder(config)
     companions = Companions()
     with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds, companions) as ranks:

@@ -159,7 +159,7 @@ def local_folder(folder: Path, names: Iterable[str]) -> Path:
 
     Args:
         folder: local or remote.
-        names: of the files that are copied, as far as they are there.
+        names: of the files that are copied, if they exist.
 
     Raises:
         CheckpointError: the store cannot be reached.

@@ -83,7 +83,7 @@ class Companions:
         """Raise what there is to say about an error of ranks that connect; if one is gone, the process ends instead.
 
         Raises:
-            StartError: all are there and cannot connect.
+            StartError: all have come but cannot connect.
             Exception: the error itself, if no other rank is watched.
         """
         if not self._peers:

@@ -59,7 +59,7 @@ def process_group(timeout_seconds: int, companions: Companions | None = None) ->
 
     Args:
         timeout_seconds: of a collective.
-        companions: whoever is given here watches the other ranks on when all have joined, until it is told not to.
+        companions: given here, they go on watching the other ranks after all have joined, until `release`.
 
     Raises:
         StartError: ranks do not meet or cannot connect.

@@ -96,7 +96,7 @@ def is_loopback(address: str) -> bool:
 
 
 def meet(store: dist.Store, rank: int, world_size: int, timeout_seconds: int) -> list[dict[str, Any]]:
-    """Wait until all ranks are there; returns what `myself` gives on each.
+    """Wait until all ranks have come; returns what `myself` gives on each.
 
     Raises:
         StartError: names the ranks that have not come.

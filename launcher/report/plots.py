@@ -64,7 +64,7 @@ HEAT_COLOURS = tuple(light for name, (light, _) in THEME.items() if name.startsw
 
 
 STRETCHES_PER_INCH = 36
-"""Stretches of a noisy curve that are told apart, by a figure's width."""
+"""Stretches of a noisy curve that a figure of this width shows apart."""
 
 
 NUM_SHOWN = 24

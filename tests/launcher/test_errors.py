@@ -29,7 +29,11 @@ def test_every_error_of_the_launcher_belongs_to_the_family() -> None:
     def family_of(name: str) -> str:
         return family_of(bases[name]) if name in bases and name != "UserError" else name
 
-    assert {name for name in bases if family_of(name) != "UserError"} == {"TensorFileError", "StartError", "FirstRankError"}
+    assert {name for name in bases if family_of(name) != "UserError"} == {
+        "TensorFileError",
+        "StartError",
+        "FirstRankError",
+    }
 
 
 def cli(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
