@@ -79,7 +79,7 @@ def locked(path: Path, purpose: str, *, wait: bool = True) -> Iterator[IO[str]]:
     """
     with _open_lock(path) as lock:
         began = time.monotonic()
-        has_told = False
+        has_told = os.environ.get("LOCAL_RANK", "0") != "0"  # a rank's first neighbor says it, or is the one waited for
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,6 +107,5 @@ def _open_lock(path: Path) -> IO[str]:
     except PermissionError:
         if not os.path.exists(path):
             raise
-        return open(
-            path, opener=no_follow
-        )  # of another user, perhaps, who left it; to lock a file, reading it is enough
+        # Another user has left it, perhaps; to lock a file, reading it is enough.
+        return open(path, opener=no_follow)
