@@ -185,7 +185,7 @@ def _renamed(path: Path, *, durable: bool = True, check: Callable[[], None] = la
     try:
         yield building
         if durable:
-            _flush(building)
+            _flush_all(building)
         check()
         try:
             os.replace(building, path)
@@ -193,7 +193,7 @@ def _renamed(path: Path, *, durable: bool = True, check: Callable[[], None] = la
             check()  # of two that come this far, one says that the other was first
             raise
         if durable:
-            _flush(path.parent, inside=False)
+            flush(path.parent)
     except BaseException:
         _remove(building)
         raise
@@ -220,8 +220,12 @@ def _is_leftover(name: str, path: Path) -> bool:
 
 def _is_other_process(pid: int) -> bool:
     """Return whether another process of this host has this number; where one has, it may be at work."""
-    if pid == os.getpid():  # a container gives its processes the numbers of those of the one before
-        return False
+    # A container gives its processes the numbers of those of the one before.
+    return pid != os.getpid() and process_exists(pid)
+
+
+def process_exists(pid: int) -> bool:
+    """Return whether a process of this host has this number."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -246,11 +250,16 @@ def check_free(path: Path, *, is_folder: bool) -> None:
         raise TakenError(f"{path}: already exists; choose another name, or remove it")
 
 
-def _flush(path: Path, *, inside: bool = True) -> None:
+def _flush_all(path: Path) -> None:
     """Make sure that a file, or a folder with everything in it, has reached the disk."""
-    if inside and path.is_dir():
+    if path.is_dir():
         for child in path.iterdir():
-            _flush(child)
+            _flush_all(child)
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """Make sure that the content of a file, or the names in a folder, have reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

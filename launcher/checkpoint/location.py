@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from data.new_paths import TakenError, new_folder
+from data.new_paths import TakenError, flush, new_folder
 from data.urls import redacted, url_problem
 from launcher.errors import CheckpointError
 
@@ -178,11 +178,7 @@ def local_folder(folder: Path, names: Iterable[str]) -> Path:
 def flush_folder(folder: Path) -> None:
     """Make sure that the names in a local folder have reached the disk."""
     if is_local(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(folder)
 
 
 def remove_folder(folder: Path) -> None:

@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from data.new_paths import process_exists
+
 LAUNCHERS = "TRITRAIN_LAUNCHERS"
 """Variable with the numbers of the processes of this host that must live as long as the ranks do."""
 
@@ -30,15 +32,5 @@ def began(pid: int) -> str | None:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # a name may have blanks
     except OSError:
-        return None if Path("/proc/self/stat").exists() or not _exists(pid) else ""
+        return None if Path("/proc/self/stat").exists() or not process_exists(pid) else ""
     return None if fields[0] in "ZX" else fields[19]
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
