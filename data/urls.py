@@ -15,8 +15,8 @@ USER = re.compile(
     """,
     re.VERBOSE,
 )
-"""The beginning of what stands before the host of a URL if it holds a secret, which ends at the last `@`: a password
-may hold any character."""
+"""The beginning of the user part of a URL that holds a secret. The part ends at the last `@`, since a password may hold
+any character."""
 
 QUERY_OF_PATH = re.compile(r"\?(?=[\w.%~-]*=)[^<>)]+")
 """The query of a path: an error may repeat a URL without its host."""

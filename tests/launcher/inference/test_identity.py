@@ -1,4 +1,4 @@
-"""A model is told from others by every file that holds it."""
+"""The identity of a model covers every file that holds it."""
 
 from hf_folders import write_variant
 
