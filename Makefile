@@ -10,8 +10,9 @@ check:
 test:
 	pytest
 
-test-all:
-	pytest -n 0 -m "not gpu"
+# The slow tests start ranks, hosts and clusters of their own, and measure: one after the other.
+test-all: test
+	pytest -n 0 -m "slow and not gpu"
 
 test-gpu:
 	pytest -n 0 -m gpu
