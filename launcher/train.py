@@ -24,6 +24,7 @@ from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections import Config
 from launcher.engine.build import build_engine
+from launcher.engine import compiling
 from launcher.engine.contract import Engine, load_weights
 from launcher.engine.learned_scales import initialize_scales_
 from launcher.errors import TrainingError
@@ -134,6 +135,8 @@ class Run:
     """The phase that the model is in; None before the first."""
     teacher: Teacher | None
     telemetry: Telemetry | None
+    compiled: tuple[int, int] | None = None
+    """Phase and graph calls of the last step whose calls were reported."""
 
 
 def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: Pulse, closing: ExitStack) -> Run:
@@ -306,15 +309,26 @@ def take_step(run: Run) -> StepResult:
     run.pulse.now("train", at.step)
     if run.telemetry is not None:
         run.telemetry.begin(at.step)
+    calls_before = compiling.num_calls
     result = train_step(
         run.engine, run.batches, run.plan, at.step, run.guard, teacher=run.teacher, telemetry=run.telemetry
     )
+    if run.plan.config.training.compile:
+        report_compiled(run, compiling.num_calls - calls_before)
     at.step = run.plan.steps_after(at.step)
     run.longest_skip[0].add_(1).mul_(result.skipped)
     run.longest_skip[1] = run.longest_skip.max()
     run.meter.add(result)
     run.pulse.stepped(at.step, result.waited_seconds)
     return result
+
+
+def report_compiled(run: Run, calls: int) -> None:
+    """Say what is compiled, in the first step of each phase and when it changes within one."""
+    if (compiled := (run.at.phase, calls)) != run.compiled:
+        run.compiled = compiled
+        expected = run.plan.config.model.num_layers * run.plan.num_micro_batches
+        run.console.line(compiling.compile_report(run.at.step + 1, calls, expected))
 
 
 def log_steps(run: Run, result: StepResult) -> None:

@@ -11,6 +11,7 @@ Levels = Literal["binary", "ternary", "int2", "int3", "int4"]
 Granularity = Literal["matrix", "row", "group"]
 Activations = Literal["int8", "int8-128", "int4", "none"]
 Gradient = Literal["identity", "clipped", "trust"]
+Backward = Literal["exact", "int8-input", "int8"]
 
 SCALES_OF_LEVELS: dict[Levels, tuple[WeightScale, ...]] = {
     "ternary": ("absmean", "absmedian", "twn", "gaussian", "learned"),
@@ -51,6 +52,9 @@ class QuantConfig:
     gradient: Gradient = "identity"
     """Gradient through the rounding of weights: `identity` (straight through), `clipped` (none beyond the outermost
     levels) or `trust` (none where rounding moves a weight by more than half a step, QuEST)."""
+    backward: Backward = "exact"
+    """Products of the backward pass: `exact`, in the compute dtype; `int8-input`: the gradient of the inputs from
+    incoming gradients that are rounded to 8 bits, absmax per token; `int8`: the gradient of the weights, too."""
     hadamard: Literal["none", "outputs", "all"] = "none"
     """Rotate inputs and weights before rounding: at the attention-output and down projections (`outputs`,
     BitNet v2), or of `all`."""
@@ -79,6 +83,12 @@ class QuantConfig:
             problems["fused"] = f"is true, but needs granularity matrix, not {self.granularity}"
         if self.layer_norm and self.activations == "none":
             problems["layer_norm"] = "is true, but has no effect with activations none"
+        if self.backward != "exact" and self.granularity == "group":
+            problems["backward"] = f"is {self.backward}, but with granularity group choose exact"
+        if self.backward == "int8" and self.activations == "none":
+            problems["backward"] = (
+                "is int8, but with activations none there are no codes to multiply; choose int8-input"
+            )
         if self.dead_zone_bias < 0:
             problems["dead_zone_bias"] = f"is {self.dead_zone_bias}; must be 0 or more"
         if self.dead_zone_bias and self.levels != "ternary":

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param import ExtensionsData
 
 from quant.codes import pack_rows
-from quant.linear import GatheredCodes, QuantLinear
+from quant.config import QuantConfig, gather_problems
+from quant.linear import HeldCodes, QuantLinear
 from quant.rounding import (
     Scale,
     magnitude_counts,
@@ -45,6 +46,24 @@ class _Remembered(NamedTuple):
     unsharded: nn.Parameter | None
 
 
+class GatheredCodes(HeldCodes):
+    """Packed codes of a whole weight, of which each rank has made its own rows.
+
+    Args:
+        out_features: rows of the whole weight.
+    """
+
+    own_rows: Tensor
+    """`pack_rows` of this rank's rows, with rows of padding that make it as long as the first rank's."""
+
+    def __init__(self, out_features: int) -> None:
+        self._out_features = out_features
+
+    def receive(self, rows: Tensor) -> None:
+        """Take the rows of all ranks, of which the last may be padding."""
+        self.codes = rows[: self._out_features]
+
+
 class CodeGather:
     """Decides before each step which layers are gathered as codes, and has the codes ready.
 
@@ -53,10 +72,17 @@ class CodeGather:
         blocks: those of its modules, each under `fully_shard`, whose linear layers may be quantized later on.
         group: the ranks that a block is sharded over.
         reshard_after_forward: whether blocks that are gathered in 16 bits are freed after the forward pass.
+        compiled: whether to compile what rounds the weights.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], group: dist.ProcessGroup, *, reshard_after_forward: bool
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        group: dist.ProcessGroup,
+        *,
+        reshard_after_forward: bool,
+        compiled: bool,
     ) -> None:
         self.fresh = False
         """Whether the codes are those of the weights; to be unset by whoever changes weights."""
@@ -64,6 +90,8 @@ class CodeGather:
         self._blocks: Sequence[Any] = blocks
         self._group = group
         self._reshard_after_forward = reshard_after_forward
+        self._sum = torch.compile(scale_sums, dynamic=False) if compiled else scale_sums
+        self._pack = torch.compile(packed_codes, dynamic=False) if compiled else packed_codes
         self._params: dict[nn.Module, Any] = {}
         self._block_of: dict[nn.Module, Any] = {}
         for block in self._blocks:
@@ -88,7 +116,7 @@ class CodeGather:
             for layer in self._params
             if isinstance(layer, QuantLinear) and all(map(_computes_with_codes, _sharers(layer)))
         ]
-        if self.fresh and coded == self._coded and all(layer.gathered is not None for layer in coded):
+        if self.fresh and coded == self._coded and all(layer.held is not None for layer in coded):
             return
         self._model._get_fsdp_state()._lazy_init()  # may make other tensors of the shards, without hooks
         for module in (self._model, *self._blocks):
@@ -128,7 +156,7 @@ class CodeGather:
                 unsharded = nn.Parameter(torch.zeros((), dtype=dtype, device=local.device).expand(param._orig_size))
         else:
             del local.fsdp_pre_all_gather, local.fsdp_post_all_gather, self._codes[layer]
-            layer.gathered = None
+            layer.held = None
         if unsharded is not None:
             if before is not None:  # a sum over micro-batches goes on
                 unsharded.grad, before.grad = before.grad, None
@@ -139,10 +167,10 @@ class CodeGather:
         locals_RI = [self._params[layer]._sharded_local_tensor for layer in self._coded]
         scales = self._scales(locals_RI)
         for layer, scale, local_RI in zip(self._coded, scales, locals_RI, strict=True):
-            packed_RJ = pack_rows(weight_codes(local_RI, scale, layer.quant_config))
+            packed_RJ = self._pack(local_RI, scale, layer.quant_config)
             own_rows = F.pad(packed_RJ, (0, 0, 0, self._padded_rows(layer) - len(packed_RJ)))
-            layer.gathered = self._codes[layer]
-            layer.gathered.scale, layer.gathered.own_rows = scale, own_rows
+            layer.held = self._codes[layer]
+            layer.held.scale, layer.held.own_rows = scale, own_rows
 
     def _scales(self, locals_RI: Sequence[Tensor]) -> list[Scale]:
         """The scale of each layer that is gathered as codes, from the rows of all ranks. A collective."""
@@ -157,7 +185,7 @@ class CodeGather:
         padded_rows = [self._padded_rows(layer) for layer in self._coded]
         own = torch.zeros(sum(padded_rows), dtype=torch.float64, device=locals_RI[0].device)
         for local_RI, sums_R in zip(locals_RI, own.split(padded_rows), strict=True):
-            sums_R[: len(local_RI)] = scale_sums(local_RI, config)
+            sums_R[: len(local_RI)] = self._sum(local_RI, config)
         everyones = own.new_empty(dist.get_world_size(self._group), len(own))
         dist.all_gather([*everyones], own, group=self._group)
         for layer, columns in zip(self._coded, everyones.split(padded_rows, 1), strict=True):
@@ -171,8 +199,15 @@ class CodeGather:
         return math.ceil(layer.out_features / dist.get_world_size(self._group))
 
 
+def packed_codes(weight_RI: Tensor, scale: Scale, config: QuantConfig) -> Tensor:
+    """Codes of some rows of a weight, in 2 bits."""
+    return pack_rows(weight_codes(weight_RI, scale, config))
+
+
 def _computes_with_codes(layer: nn.Module) -> bool:
-    return isinstance(layer, QuantLinear) and layer.mode == "codes" and layer.probe is None
+    if not isinstance(layer, QuantLinear) or layer.mode != "codes" or layer.probe is not None:
+        return False
+    return not gather_problems(layer.quant_config)
 
 
 def _sharers(layer: QuantLinear) -> tuple[nn.Linear, ...]:

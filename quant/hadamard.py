@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quant.config import is_rotatable
-from quant.rounding import bf16_cast
+from quant.rounding import bf16_values
 
 LARGEST_FACTOR = 128
 """A larger matrix is the Kronecker product of two, so that a row costs a few hundred multiply-adds an element."""
@@ -37,12 +37,12 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class _CastToBf16(torch.autograd.Function):
-    """`bf16_cast` with the gradient of a cast."""
+    """The cast to bf16, which `bf16_values` keeps in compiled code, with the gradient of a cast."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.dtype = x.dtype
-        return bf16_cast(x)
+        return bf16_values(x).to(torch.bfloat16)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

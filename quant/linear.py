@@ -8,10 +8,11 @@ O output features, G groups of a row::
 
     mode    strengths   forward                                             saved for the backward pass
     plain   both 0      y = x_NI @ W_OI.T, at the cost of the 16-bit model  x, W
-    ramp    between     x' = x + strength * (round(x) - x)                  x', W'
+    ramp    between     x' = x + strength * (round(x) - x)                  x', W
                         W' = W + strength * (round(W) - W)
                         y  = x' @ W'.T
-    codes   both 1      y = (int8 codes of x @ codes of W.T) * both scales  int8 codes and fp32 scale of x; W
+    codes   both 1      y = (int8 codes of x @ codes of W.T) * both scales  int8 codes and fp32 scale of x; held codes
+                                                                            of W, or W
 
     forward in mode "codes"
 
@@ -24,41 +25,53 @@ O output features, G groups of a row::
     gradient of x_NI = g_NO   @ (codes_OI * level)
     gradient of W_OI = g_NO.T @ (codes_NI * scale_N1)
 
+    and with ``backward: int8``, of which ``int8-input`` takes the first line alone
+
+    gradient of x_NI = (int8 rows of (g_NO * level) @ codes_OI) * their scales
+    gradient of W_OI = (int8 columns of (g_NO * scale_N1).T @ codes_NI) * their scales
+
 ``W`` is the latent weight, the same parameter in every mode. Rounding has no useful derivative, so gradients pass
 straight through it (arXiv 1308.3432): the gradient of the rounded operand is taken as the gradient of the exact one.
 The product itself is differentiated at its rounded operands. ``gradient: clipped`` and ``trust`` zero some of the
 weight's gradient, and learned scales get one of their own (`quant.rounding.weight_gradients`).
 
 Sums of integer codes are exact (`quant.product`), so that mode "codes" gives the same bits in every engine and export.
-The codes of W are not kept: the backward pass computes them again from W. On the ramp, rounded operands are made in
-the dtype of the weight; activations that the recipe leaves in 16 bits enter every mode as they are.
+While W stays as it is, over all passes of an optimizer step, its codes can be held (`quant.held`); without them, the
+backward pass makes them again from W. What is made of an input that several layers are given is made once
+(`SharedInput`). On the ramp, rounded operands are made in the dtype of the weight, and the backward pass blends W
+again; activations that the recipe leaves in 16 bits enter every mode as they are.
 
-Under `quant.gather`, ranks send 2-bit codes instead of W. Mode "codes" then reads ``gathered.packed_OJ`` (J = I / 4
-bytes), in the forward and the backward pass, and never the values of W; the results are the same, bit for bit.
+Under `quant.gather`, ranks send 2-bit codes instead of W. Mode "codes" then reads ``held.codes`` (J = I / 4 bytes), in
+the forward and the backward pass, and never the values of W; the results are the same, bit for bit.
 
 Strengths are 0-dim tensors that the layers of a block share, so that a compiled block has one graph for a whole ramp,
 and three at most.
 """
 
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.codes import unpack_rows
+from quant.codes import pack_rows, unpack_rows
 from quant.config import QuantConfig, is_rotated, width_problem
 from quant.hadamard import rotate
-from quant.product import CodeProduct, RoundedWeight, StraightThrough
-from quant.rounding import Scale, learned_scale, quantize_activation, weight_codes, weight_scale
+from quant.product import BlendedProduct, CodeProduct, StraightThrough
+from quant.rounding import LARGEST_CODE, Scale, learned_scale, quantize_activation, weight_codes, weight_scale
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections that are one matrix in fused implementations, in order."""
 
 LEARNED_SCALE = "weight_scale"
 """Name of the parameter that a layer with learned scales has beside its weight."""
+
+
+Made = TypeVar("Made")
 
 
 class QuantLinear(nn.Linear):
@@ -74,9 +87,13 @@ class QuantLinear(nn.Linear):
     sharers: tuple[nn.Linear, ...]
     """Layers whose weights share the scale, in the order of the fused matrix, this one included; () for none."""
     probe: "Callable[[QuantLinear, Tensor], None] | None"
-    """Is called with the layer and its input at every forward pass, if set; under `torch.compiler.disable`."""
-    gathered: "GatheredCodes | None"
-    """If set, the layer computes with these, and ``weight`` stands for a tensor of its shape and dtype alone."""
+    """Is called with the layer and its input at every forward pass, if set; nothing is compiled then."""
+    held: "HeldCodes | None"
+    """Codes of the weight as it is now. Without them each pass makes its own."""
+    holds: bool
+    """Whether the next pass in mode "codes" holds the codes that it makes."""
+    shared_input: "SharedInput"
+    """Of the layers that are given the same input."""
 
     def extra_repr(self) -> str:
         """Shapes, recipe, mode and strengths, for `print`. It waits for the device only on a ramp, once."""
@@ -94,14 +111,21 @@ class QuantLinear(nn.Linear):
         if self.mode == "plain":
             return F.linear(x, self.weight, self.bias)
         config = self.quant_config
-        weight_OI = self.rotated_weight()
-        scale = self.rounding_scale(weight_OI)
+        if self.holds and self.held is None and self.mode == "codes":
+            self.held = self.codes_to_hold()
+        held = self.held
+        needs_weight = held is None or config.learned or config.dead_zone_bias or config.gradient != "identity"
+        weight_OI = self.rotated_weight() if needs_weight else self.weight
+        scale = self.rounding_scale(weight_OI) if held is None or config.learned else held.scale
         if self.mode == "codes":
-            packed_OJ = None if self.gathered is None else self.gathered.packed_OJ
-            y = CodeProduct.apply(self.rounded_input(x), weight_OI, *scale, config, packed_OJ)
+            prepared, *rounded = self.shared_input.of(x, self._input_codes)
+            codes_OI = None if held is None else held.codes
+            y = CodeProduct.apply(x if prepared is None else prepared, *rounded, weight_OI, *scale, codes_OI, config)
             y = y if self.bias is None else y + self.bias
         else:
-            y = F.linear(self._blended_input(x), self._blended_weight(weight_OI, scale), self.bias)
+            blended = x if config.activations == "none" else self.shared_input.of(x, self._blended_input)
+            strength = self.weight_strength
+            y = BlendedProduct.apply(blended, self.weight, *scale, strength, self.bias, config, self.rotated)
         return y + self._dead_zone(weight_OI, scale).to(y.dtype) if config.dead_zone_bias else y
 
     def dead_zone(self) -> Tensor:
@@ -119,8 +143,6 @@ class QuantLinear(nn.Linear):
 
     def rounding_scale(self, weight_OI: Tensor) -> Scale:
         """Scale of the weight to be rounded."""
-        if self.gathered is not None:
-            return self.gathered.scale
         if self.quant_config.learned:
             return learned_scale(getattr(self, LEARNED_SCALE), self.quant_config.levels)
         with torch.no_grad():
@@ -130,12 +152,22 @@ class QuantLinear(nn.Linear):
     @torch.no_grad()
     def weight_codes(self) -> tuple[Tensor, Tensor]:
         """Codes as int8 [O, I], and the fp32 level, [1, 1], [O, 1] or [O, G]."""
-        if self.gathered is not None:
-            assert self.gathered.packed_OJ.untyped_storage().nbytes(), "the layer's block is not gathered"
-            return unpack_rows(self.gathered.packed_OJ, self.in_features), self.gathered.scale.level
+        if self.held is not None:
+            codes = self.held.codes
+            assert codes.untyped_storage().nbytes(), "the layer's block is not gathered"
+            return codes if codes.dtype == torch.int8 else unpack_rows(codes, self.in_features), self.held.scale.level
         weight_OI = self.rotated_weight()
         scale = self.rounding_scale(weight_OI)
         return weight_codes(weight_OI, scale, self.quant_config).to(torch.int8), scale.level
+
+    @torch.no_grad()
+    def codes_to_hold(self, round_: "RoundWeight | None" = None) -> "HeldCodes":
+        """Codes of the weight as it is now; ``round_`` is a compiled `round_weight`."""
+        config, weight_OI = self.quant_config, self.rotated_weight()
+        weights = [layer.rotated_weight() for layer in self.sharers] if self.sharers else [weight_OI]  # type: ignore[operator]
+        alpha_O = getattr(self, LEARNED_SCALE) if config.learned else None
+        level, threshold, codes = (round_ or round_weight)(weight_OI, weights, alpha_O, config)
+        return HeldCodes(Scale(level, threshold), codes)
 
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -145,21 +177,17 @@ class QuantLinear(nn.Linear):
         codes, scale = quantize_activation(self.rounded_input(x), self.quant_config.activations)
         return codes.to(torch.int8), scale
 
-    def _blended_weight(self, weight_OI: Tensor, scale: Scale) -> Tensor:
-        config, strength = self.quant_config, self.weight_strength
-        if config.gradient == "identity" and not config.learned:
-            with torch.no_grad():
-                rounded = RoundedWeight.apply(weight_OI, *scale, config)
-                rounded = rotate(rounded) if self.rotated else rounded
-            return StraightThrough.apply(self.weight, rounded, strength)
-        rounded = RoundedWeight.apply(weight_OI, *scale, config)
-        rounded = rotate(rounded) if self.rotated else rounded
-        return torch.lerp(self.weight, rounded, strength.to(rounded.dtype))
+    def _input_codes(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The prepared input, None if it is the input; its codes, int8, and the scale of each token, or None."""
+        prepared = self.rounded_input(x)
+        if self.quant_config.activations == "none":
+            return None if prepared is x else prepared, None, None
+        with torch.no_grad():
+            codes, scale = quantize_activation(prepared, self.quant_config.activations)
+        return None if prepared is x else prepared, codes.to(torch.int8), scale
 
     def _blended_input(self, x: Tensor) -> Tensor:
         config, strength = self.quant_config, self.activation_strength
-        if config.activations == "none":
-            return x
         if config.layer_norm:
             normalized = F.layer_norm(x, x.shape[-1:])
             rounded = StraightThrough.apply(normalized, self._rounded(normalized), torch.ones_like(strength))
@@ -179,25 +207,65 @@ class QuantLinear(nn.Linear):
         return self.weight_strength * self.quant_config.dead_zone_bias * (weight_OI.float() * is_dead).sum(-1)
 
 
-class GatheredCodes:
-    """Codes that ranks gather in place of a weight, packed; see `quant.gather`.
-
-    Args:
-        out_features: rows of the whole weight.
-    """
+@dataclass(eq=False)
+class HeldCodes:
+    """Codes of a weight, made once for as long as the weight stays as it is."""
 
     scale: Scale
-    """Of the whole weight."""
-    own_rows: Tensor
-    """`pack_rows` of this rank's rows, with rows of padding that make it as long as the first rank's."""
+    codes: Tensor
+    """int8 [O, I], or `pack_rows` of them, uint8 [O, J]."""
 
-    def __init__(self, out_features: int) -> None:
-        self._out_features = out_features
-        self.packed_OJ = torch.empty(0, dtype=torch.uint8)  # the whole weight, while its block is gathered
 
-    def receive(self, rows: Tensor) -> None:
-        """Take the rows of all ranks, of which the last may be padding."""
-        self.packed_OJ = rows[: self._out_features]
+def round_weight(
+    weight_OI: Tensor, weights: Sequence[Tensor], alpha_O: Tensor | None, config: QuantConfig
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Scale and codes of a weight, to be held.
+
+    Args:
+        weight_OI: as it is rounded.
+        weights: those that share its scale, itself included.
+        alpha_O: its learned scales, if it has them.
+        config: how it is rounded.
+
+    Returns:
+        Level and threshold, as in `Scale`, and the codes, as in `HeldCodes`.
+    """
+    scale = weight_scale(weights, config) if alpha_O is None else learned_scale(alpha_O, config.levels)
+    return *scale, storable_codes(weight_codes(weight_OI, scale, config), config)
+
+
+RoundWeight = Callable[[Tensor, Sequence[Tensor], Tensor | None, QuantConfig], tuple[Tensor, Tensor | None, Tensor]]
+
+
+def storable_codes(codes_OI: Tensor, config: QuantConfig) -> Tensor:
+    """Codes as `HeldCodes` has them: packed if they fit 2 bits, else int8."""
+    return pack_rows(codes_OI) if LARGEST_CODE[config.levels] == 1 else codes_OI.to(torch.int8)
+
+
+class SharedInput:
+    """What the layers that are given one input make of it, all the same: codes, or a blend.
+
+    The first of them makes it, and it is forgotten with the input. Compiled, each makes its own, and the compiler sees
+    that they are one.
+    """
+
+    def __init__(self) -> None:
+        self._x: weakref.ref[Tensor] | None = None
+        self._how: tuple[object, bool] | None = None
+        self._made: Any = None
+
+    def of(self, x: Tensor, make: Callable[[Tensor], Made]) -> Made:
+        """``make(x)``, a method of the layer; what it returns must not hold ``x`` itself."""
+        if torch.compiler.is_compiling():
+            return make(x)
+        how = make.__func__, torch.is_grad_enabled()  # type: ignore[attr-defined]
+        if self._x is None or self._x() is not x or self._how != how:
+            self._x, self._how, self._made = weakref.ref(x, self._forget), how, make(x)
+        return cast(Made, self._made)
+
+    def _forget(self, x: weakref.ref[Tensor]) -> None:
+        if self._x is x:
+            self._x = self._made = None
 
 
 def prepared_input(x: Tensor, config: QuantConfig, *, rotated: bool) -> Tensor:
@@ -235,6 +303,7 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
         if config.learned and not hasattr(module, LEARNED_SCALE):
             raise ValueError(f"{name} has no {LEARNED_SCALE}; call add_learned_scales_ before the model is sharded")
     strengths: dict[int, tuple[Tensor, Tensor]] = {}
+    inputs: dict[tuple[nn.Linear, ...], SharedInput] = {}
     for name, module in matches.items():
         module.__class__ = QuantLinear
         assert isinstance(module, QuantLinear)
@@ -243,8 +312,10 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
             strengths[module.depth] = torch.ones((), device=device), torch.ones((), device=device)
         module.weight_strength, module.activation_strength = strengths[module.depth]
         module.quant_config, module.mode, module.probe = config, "codes", None
-        module.gathered = None
-        module.rotated, module.sharers = is_rotated(name, config), sharers(name, matches) if config.fused else ()
+        module.held, module.holds = None, False
+        together = sharers(name, matches)
+        module.shared_input = inputs.setdefault(together, SharedInput())
+        module.rotated, module.sharers = is_rotated(name, config), together if config.fused else ()
     return list(matches)
 
 

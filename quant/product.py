@@ -1,10 +1,10 @@
-"""The product of a quantized layer: integer codes are multiplied exactly; scales are applied afterwards.
+"""The products of a quantized layer: integer codes are multiplied exactly; scales are applied afterwards.
 
 Sums of int8 codes are exact, in int32 as in fp32 as long as they stay below 2**24, so that every engine, device, kernel
 and export has the same integers, bit for bit. The scales are applied once, in fp32. The latent weights and the inputs
 get straight-through gradients by the dequantized operands.
 
-Dimensions: N rows (tokens), O output features, I input features, G groups of a row.
+Dimensions: N rows (tokens), O output features, I input features, G groups of a row, J bytes of a row.
 """
 
 from typing import Any
@@ -15,9 +15,16 @@ from torch import Tensor
 
 from quant.codes import unpack_rows
 from quant.config import QuantConfig
-from quant.rounding import Scale, dequantize, quantize_activation, weight_codes, weight_gradients
+from quant.hadamard import rotate
+from quant.rounding import Scale, dequantize, quantize_rows, weight_codes, weight_gradients
 
 _CPU_HAS_INT8 = torch.cpu._is_vnni_supported()
+
+EXACT_IN_FP32 = 1040
+"""Products of two int8 codes whose sum fp32 surely has: 1040 * 127 * 127 < 2**24."""
+
+EXACT_IN_INT32 = 2**17
+"""Products of two int8 codes whose sum surely fits int32."""
 
 
 def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
@@ -32,6 +39,22 @@ def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
     if not on_cpu and N <= 16:  # cuBLAS takes more rows
         return torch._int_mm(F.pad(codes_NI, (0, 0, 0, 17 - N)), codes_OI.T)[:N].float()
     return torch._int_mm(codes_NI, codes_OI.T).float()
+
+
+def integer_sums(codes_ON: Tensor, codes_NI: Tensor) -> Tensor:
+    """Sums over tokens of products of int8 codes, ``codes_ON @ codes_NI``, rounded once to fp32 [O, I]."""
+    (O, N), I = codes_ON.shape, codes_NI.shape[1]  # noqa: E741
+    on_cpu = codes_NI.device.type == "cpu"
+    has_int8 = _CPU_HAS_INT8 if on_cpu else O % 8 == 0 and I % 8 == 0 and N % 8 == 0
+    longest = EXACT_IN_INT32 if has_int8 else EXACT_IN_FP32
+    pieces = zip(codes_ON.split(longest, 1), codes_NI.split(longest), strict=True)
+    if has_int8:
+        products = [torch._int_mm(left_ON.contiguous(), right_NI) for left_ON, right_NI in pieces]
+    else:
+        products = [left_ON.float() @ right_NI.float() for left_ON, right_NI in pieces]
+    if len(products) == 1:
+        return products[0].float()
+    return torch.stack([product.long() for product in products]).sum(0).float()
 
 
 def unrounded_product(x: Tensor, codes_OI: Tensor, level: Tensor) -> Tensor:
@@ -51,8 +74,119 @@ def grouped_product(codes_NI: Tensor, codes_OI: Tensor, level_OG: Tensor) -> Ten
     return total
 
 
+@torch.library.custom_op("tritrain::late_zero", mutates_args=())
+def _late_zero(grad: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.uint8, device=grad.device)
+
+
+@_late_zero.register_fake
+def _(grad: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.uint8, device=grad.device)
+
+
+def made_again(x: Tensor, grad: Tensor) -> Tensor:
+    """``x``, so that what the backward pass makes of it is made there.
+
+    A compiler finds that the forward pass has made the same, and keeps that instead: whole matrices of every layer. It
+    cannot know that 0 is added, which ``grad`` has to be there for.
+    """
+    return x + _late_zero(grad).to(x.dtype) if torch.compiler.is_compiling() else x
+
+
 class CodeProduct(torch.autograd.Function):
     """``x @ weight.T`` of a quantized layer at full strength, [..., O] in the dtype of ``x``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor | None,
+        scale: Tensor | None,
+        weight_OI: Tensor,
+        level: Tensor,
+        threshold: Tensor | None,
+        held: Tensor | None,
+        config: QuantConfig,
+    ) -> Tensor:
+        """Multiply; keeps 8-bit codes of the input, and the held codes of the weight or what they are made from.
+
+        Args:
+            ctx: of the function.
+            x: [..., I].
+            codes: of the input, int8, of its shape; None to leave it in 16 bits.
+            scale: of each token, fp32, [..., 1].
+            weight_OI: latent. Where codes are held and the gradient is passed on as it is, its values are not read.
+            level: [1, 1], [O, 1] or [O, G], fp32.
+            threshold: of the same shape, see `Scale`.
+            held: the weight's codes, int8 [O, I] or `pack_rows` of them, uint8 [O, J]; None to make them here.
+            config: how both are rounded.
+        """
+        ctx.config, ctx.width = config, weight_OI.shape[1]
+        needs_weight = held is None or config.learned or config.gradient != "identity"
+        codes_OI = _codes(weight_OI, level, threshold, held, ctx)
+        codes = x if codes is None else codes
+        ctx.save_for_backward(codes, scale, weight_OI if needs_weight else None, level, threshold, held)
+        if scale is None:
+            # A view, as below: compiled by torch 2.11, a cast without effect at the end got zeros as its gradient.
+            return unrounded_product(x, codes_OI, level).view(*x.shape[:-1], len(codes_OI))
+        codes_NI, scale_N1 = codes.flatten(0, -2), scale.flatten(0, -2)
+        if level.shape[1] > 1:
+            product = grouped_product(codes_NI, codes_OI, level) * scale_N1
+        else:
+            product = integer_product(codes_NI, codes_OI) * (scale_N1 * level[:, 0])
+        return product.to(x.dtype).view(*x.shape[:-1], len(codes_OI))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients by x, the latent weight and, where it is learned, the level."""
+        codes, scale, weight_OI, level, threshold, held = ctx.saved_tensors
+        config, grad_x, grad_weight, grad_level = ctx.config, None, None, None
+        grad_NO = grad.flatten(0, -2)
+        again = made_again(level, grad) if held is None else level
+        codes_OI = _codes(weight_OI, again, threshold, None if held is None else made_again(held, grad), ctx)
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient(grad_NO, codes_OI, level, config).view(codes.shape)
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            grad_OI = _weight_gradient(grad_NO, codes.flatten(0, -2), scale, config)
+            grad_weight, grad_level = weight_gradients(grad_OI, weight_OI, codes_OI, level, config)
+        return grad_x, None, None, grad_weight, grad_level, None, None, None
+
+
+def _codes(weight_OI: Tensor, level: Tensor, threshold: Tensor | None, held: Tensor | None, ctx: Any) -> Tensor:
+    """Codes of a weight, int8 [O, I]."""
+    if held is None:
+        return weight_codes(weight_OI, Scale(level, threshold), ctx.config).to(torch.int8)
+    return held if held.dtype == torch.int8 else unpack_rows(held, ctx.width)
+
+
+def _input_gradient(grad_NO: Tensor, codes_OI: Tensor, level: Tensor, config: QuantConfig) -> Tensor:
+    """``grad @ (codes * level)`` in the dtype of the gradient."""
+    if level.shape[1] > 1:
+        return grad_NO @ dequantize(codes_OI, level).to(grad_NO.dtype)
+    scaled_NO = grad_NO * level[:, 0]
+    if config.backward == "exact":
+        return scaled_NO.to(grad_NO.dtype) @ codes_OI.to(grad_NO.dtype)
+    codes_NO, scale_N1 = quantize_rows(scaled_NO)
+    return (integer_product(codes_NO, codes_OI.T) * scale_N1).to(grad_NO.dtype)
+
+
+def _weight_gradient(grad_NO: Tensor, codes_NI: Tensor, scale: Tensor | None, config: QuantConfig) -> Tensor:
+    """``grad.T @ (codes * scale)`` in the dtype of the gradient."""
+    if scale is None:
+        return grad_NO.T @ codes_NI
+    scale_N1 = scale.flatten(0, -2)
+    if config.backward != "int8":
+        return grad_NO.T @ (codes_NI * scale_N1).to(grad_NO.dtype)
+    codes_ON, scale_O1 = quantize_rows((grad_NO * scale_N1).T)
+    return (integer_sums(codes_ON, codes_NI) * scale_O1).to(grad_NO.dtype)
+
+
+class BlendedProduct(torch.autograd.Function):
+    """``x @ (weight + strength * (rounded weight - weight)).T`` of a layer on a ramp, in the dtype of ``x``.
+
+    The blended weight, as large as the weight itself and never sharded, is not kept for the backward pass but made
+    again.
+    """
 
     @staticmethod
     def forward(
@@ -61,80 +195,63 @@ class CodeProduct(torch.autograd.Function):
         weight_OI: Tensor,
         level: Tensor,
         threshold: Tensor | None,
+        strength: Tensor,
+        bias: Tensor | None,
         config: QuantConfig,
-        packed_OJ: Tensor | None = None,
+        rotated: bool,
     ) -> Tensor:
-        """Multiply; keeps 8-bit codes of the input and the latent weight, whose codes are computed again.
+        """Multiply.
 
         Args:
             ctx: of the function.
-            x: [..., I].
-            weight_OI: latent.
-            level: [1, 1], [O, 1] or [O, G], fp32.
-            threshold: of the same shape, see `Scale`.
-            config: how both are rounded.
-            packed_OJ: the weight's codes, `pack_rows` of them; only its shape and dtype are then looked at.
+            x: [..., I], blended.
+            weight_OI: latent, not rotated.
+            level: as in `CodeProduct`.
+            threshold: of the same shape.
+            strength: 0-dim.
+            bias: [O].
+            config: how the weight is rounded.
+            rotated: whether it is rotated before.
         """
-        ctx.config, ctx.width = config, None if packed_OJ is None else weight_OI.shape[1]
-        source = weight_OI if packed_OJ is None else packed_OJ
-        codes_OI = _codes(source, level, threshold, ctx)
-        if config.activations == "none":
-            ctx.save_for_backward(x, None, source, level, threshold)
-            # A view, as below: compiled by torch 2.11, a cast without effect at the end got zeros as its gradient.
-            return unrounded_product(x, codes_OI, level).view(*x.shape[:-1], len(weight_OI))
-        codes, scale = quantize_activation(x, config.activations)
-        codes = codes.to(torch.int8)
-        ctx.save_for_backward(codes, scale, source, level, threshold)
-        codes_NI, scale_N1, codes_OI = codes.flatten(0, -2), scale.flatten(0, -2), codes_OI.to(torch.int8)
-        if level.shape[1] > 1:
-            product = grouped_product(codes_NI, codes_OI, level) * scale_N1
-        else:
-            product = integer_product(codes_NI, codes_OI) * (scale_N1 * level[:, 0])
-        return product.to(x.dtype).view(*x.shape[:-1], len(weight_OI))
+        ctx.config, ctx.rotated = config, rotated
+        ctx.save_for_backward(x, weight_OI, level, threshold, strength)
+        blended_OI, _, _ = _blend(weight_OI, level, threshold, strength, ctx)
+        return F.linear(x, blended_OI, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        """Gradients by x, the latent weight and, where it is learned, the level."""
-        codes, scale, source, level, threshold = ctx.saved_tensors
-        codes_OI = _codes(source, level, threshold, ctx)
-        grad_x = grad_weight = grad_level = None
-        if ctx.needs_input_grad[0]:
-            if level.shape[1] > 1:
-                grad_x = grad @ dequantize(codes_OI, level).to(grad.dtype)
-            else:
-                grad_x = (grad * level[:, 0]).to(grad.dtype) @ codes_OI.to(grad.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients by x, the latent weight, the bias and, where it is learned, the level."""
+        x, weight_OI, level, threshold, strength = ctx.saved_tensors
+        blended_OI, rotated_OI, codes_OI = _blend(weight_OI, made_again(level, grad), threshold, strength, ctx)
+        grad_x = grad @ blended_OI if ctx.needs_input_grad[0] else None
+        grad_weight = grad_level = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            x = codes if scale is None else (codes * scale).to(grad.dtype)
             grad_OI = grad.flatten(0, -2).T @ x.flatten(0, -2)
-            grad_weight, grad_level = weight_gradients(grad_OI, source, codes_OI, level, ctx.config)
-        return grad_x, grad_weight, grad_level, None, None, None
+            if ctx.config.gradient == "identity" and not ctx.config.learned:
+                grad_weight = grad_OI
+            else:
+                share = strength.to(grad.dtype)
+                of_rounded = grad_OI * share
+                of_rounded = rotate(of_rounded) if ctx.rotated else of_rounded
+                of_rounded, grad_level = weight_gradients(of_rounded, rotated_OI, codes_OI, level, ctx.config)
+                of_rounded = rotate(of_rounded) if ctx.rotated else of_rounded
+                grad_weight = grad_OI * (1 - share) + of_rounded
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
+        return grad_x, grad_weight, grad_level, None, None, grad_bias, None, None
 
 
-def _codes(source: Tensor, level: Tensor, threshold: Tensor | None, ctx: Any) -> Tensor:
-    """Codes of the latent weight, fp32, or of packed codes, int8."""
-    if ctx.width is None:
-        return weight_codes(source, Scale(level, threshold), ctx.config)
-    return unpack_rows(source, ctx.width)
+def _blend(
+    weight_OI: Tensor, level: Tensor, threshold: Tensor | None, strength: Tensor, ctx: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The blended weight, the latent one as it was rounded, and its codes, all [O, I].
 
-
-class RoundedWeight(torch.autograd.Function):
-    """``codes * level`` in the dtype of the weight, to be blended with it; gradients as in `CodeProduct`."""
-
-    @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, level: Tensor, threshold: Tensor | None, config: QuantConfig) -> Tensor:
-        """The arguments are those of `CodeProduct`."""
-        ctx.config = config
-        ctx.save_for_backward(weight_OI, level, threshold)
-        codes_OI = weight_codes(weight_OI, Scale(level, threshold), config)
-        return dequantize(codes_OI, level).to(weight_OI.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        """Gradients by the latent weight and the level."""
-        weight_OI, level, threshold = ctx.saved_tensors
-        codes_OI = weight_codes(weight_OI, Scale(level, threshold), ctx.config)
-        grad_weight, grad_level = weight_gradients(grad, weight_OI, codes_OI, level, ctx.config)
-        return grad_weight, grad_level, None, None
+    `torch.lerp` is exact at both ends: strength 0 is the latent weight and strength 1 the rounded one, bit for bit.
+    """
+    rotated_OI = rotate(weight_OI) if ctx.rotated else weight_OI
+    codes_OI = weight_codes(rotated_OI, Scale(level, threshold), ctx.config)
+    rounded_OI = dequantize(codes_OI, level).to(weight_OI.dtype)
+    rounded_OI = rotate(rounded_OI) if ctx.rotated else rounded_OI
+    return torch.lerp(weight_OI, rounded_OI, strength.to(weight_OI.dtype)), rotated_OI, codes_OI
 
 
 class StraightThrough(torch.autograd.Function):

@@ -51,26 +51,17 @@ class Scale(NamedTuple):
     """Half of what weights are divided by, where that is not the level: see `twn_scale`."""
 
 
-@torch.library.custom_op("tritrain::bf16_cast", mutates_args=())
-def _opaque_bf16_cast(x: Tensor) -> Tensor:
-    return x.to(torch.bfloat16)
-
-
-@_opaque_bf16_cast.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.bfloat16)
-
-
-def bf16_cast(x: Tensor) -> Tensor:
-    """``x`` in bf16, also where Inductor would keep it in fp32 because the next operation is in fp32 again."""
-    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
-        return _opaque_bf16_cast(x)
-    return x.to(torch.bfloat16)
-
-
 def bf16_values(x: Tensor) -> Tensor:
-    """The bf16 cast of ``x``, as fp32."""
-    return bf16_cast(x).float()
+    """The bf16 cast of ``x``, as fp32.
+
+    Compiled, fp32 is rounded by its bits: Inductor would leave out a cast to bf16 and back, which is no rounding to it.
+    """
+    if not torch.compiler.is_compiling() or x.dtype != torch.float32:
+        return x.to(torch.bfloat16).float()
+    bits = x.view(torch.int32)
+    half = 0x7FFF + ((bits >> 16) & 1)  # half a bf16 step, and a tie to the even one
+    rounded = ((bits + half) & -0x10000).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded)
 
 
 def reciprocal(x: Tensor) -> Tensor:
@@ -183,6 +174,8 @@ def weight_scale(weights: Sequence[Tensor], config: QuantConfig) -> Scale:
         [R, G].
     """
     matrix = bf16_values(weights[0] if len(weights) == 1 else torch.cat(tuple(weights)))
+    if config.weights == "absmedian" and config.granularity == "matrix":
+        return scale_from_counts(magnitude_counts(matrix), config)
     blocks = in_blocks(matrix, config.granularity, config.group_size)
     if config.weights == "twn":
         return twn_scale(blocks)
@@ -374,3 +367,20 @@ def quantize_activation(x: Tensor, activations: Activations = "int8") -> tuple[T
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_SCALE)
     return (x * (reciprocal(largest) * grid.scale_by)).round().clamp(*grid.codes), largest / grid.scale_by
+
+
+# Gradients of products
+
+SMALLEST_GRADIENT = 1e-30
+"""Floor of the largest magnitude of a row of gradients."""
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize rows of gradients to int8, by the largest magnitude of each; what is not finite spoils its whole row.
+
+    Returns:
+        codes as int8, of the shape of ``x``, and the fp32 scale with a last dimension of 1.
+    """
+    x = x.float()
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_GRADIENT)
+    return (x * (reciprocal(largest) * 127)).round().clamp(-127, 127).to(torch.int8), largest / 127

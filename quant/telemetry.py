@@ -127,7 +127,7 @@ class Measurement:
 
 
 class Probe:
-    """Looks at all quantized layers of a model in the first forward pass of a step.
+    """Looks at all quantized layers of a model in a forward pass.
 
     What it remembers lies on the device: for each weight of this rank's ranges the first code seen and a count of flips
     (2 bytes), and between two steps that are compared the code (1 byte).
@@ -172,12 +172,9 @@ class Probe:
         figures, distances, sums, flip_counts = (torch.stack(column) for column in zip(*taken, strict=True))
         return Measurement(figures, distances.sum(0), sums, flip_counts.sum(0), has_flips)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, layer: QuantLinear, x: Tensor) -> None:
-        """Look at one layer, the first time that a step calls it (activation checkpointing calls it again)."""
-        if layer in self._now:
-            return
+        """Look at one layer."""
         config, weight_OI = layer.quant_config, layer.rotated_weight()
         scale = layer.rounding_scale(weight_OI)
         codes_OI = weight_codes(weight_OI, scale, config)

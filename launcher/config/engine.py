@@ -61,9 +61,10 @@ class EngineConfig:
     reduce_gradients: Literal["step", "micro-batch"] = "step"
     """FSDP2: reduce gradients once a `step`, for which each rank sums whole gradients in fp32, or after every
     `micro-batch`, which sends more and holds only a shard."""
-    gather: Literal["weights", "codes"] = "weights"
-    """FSDP2: what ranks gather of ternary layers at full strength: latent `weights` in the compute dtype, or `codes` of
-    2 bits, once a step, which compute the same, bit for bit where nothing is compiled."""
+    gather: Literal["auto", "weights", "codes"] = "auto"
+    """FSDP2: what ranks gather of ternary layers at full strength: latent `weights` in the compute dtype, for every
+    pass, or `codes` of 2 bits, once a step, which compute the same, bit for bit where nothing is compiled; `auto`:
+    codes, where the recipe can do without latent weights and nothing is offloaded."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep in host memory: the `optimizer` state (DeepSpeed), or `all`, parameters too (FSDP2, ZeRO-3)."""
     deepspeed: dict[str, Any] | None = None

@@ -6,11 +6,13 @@ Meta device, quantize, activation checkpointing, compile per block, shard, mater
 
 import functools
 import re
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from launcher.engine.compiling import compile_blocks_
 from launcher.engine.contract import Engine
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
@@ -39,8 +41,8 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
     for block in blocks:
         if config.training.activation_checkpointing:
             checkpoint_activations_(block)
-        if config.training.compile:
-            block.compile()
+    if config.training.compile:
+        compile_blocks_(blocks)
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
     if config.engine.name == "fsdp2":
         from launcher.engine.fsdp import FSDPEngine
@@ -53,6 +55,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
             compute_dtype=compute_dtype,
             device=ranks.device,
             ternary=ternary,
+            compiled=config.training.compile,
         )
     from launcher.engine.zero import ZeroEngine
 
@@ -65,6 +68,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
         micro_batch_sequences=config.training.micro_batch_sequences,
         num_micro_batches=plan.num_micro_batches,
         ternary=ternary,
+        compiled=config.training.compile,
     )
 
 
@@ -86,4 +90,11 @@ def own_rate_parameters(model: nn.Module, plan: Plan) -> set[str]:
 
 def checkpoint_activations_(block: nn.Module) -> None:
     """Make ``block`` save only its inputs for the backward pass; parameter names do not change."""
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    forward = block.forward
+
+    # A function of its own: `checkpoint` called from outside of one is left out of what is compiled, block and all.
+    @functools.wraps(forward)
+    def checkpointed(*inputs: Any, **options: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+    block.forward = checkpointed

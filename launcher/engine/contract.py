@@ -10,6 +10,7 @@ checkpoint format serves both without any rank ever holding a whole model.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,11 @@ class Shard:
     """Whether this rank saves the range; other ranks that hold a copy of it do not."""
 
 
+def _eager() -> AbstractContextManager[None]:
+    """Leave out what is compiled: what is evaluated comes in many shapes, and each would have a graph of its own."""
+    return torch.compiler.set_stance("force_eager")
+
+
 class Engine(ABC):
     """The sharded model and its optimizer. The module's docstring states the contract."""
 
@@ -56,13 +62,15 @@ class Engine(ABC):
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits, [B, T, V], of tokens from any device."""
-        logits_BTV = self.forward(tokens_BT.to(self.device)).logits
+        with _eager():
+            logits_BTV = self.forward(tokens_BT.to(self.device)).logits
         assert logits_BTV is not None
         return logits_BTV
 
     def token_nll(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy of every label, from any device, in nats and in the shape of the labels."""
-        nll_BT = self.forward(tokens_BT.to(self.device), labels_BT.to(self.device), reduction="none").token_nll
+        with _eager():
+            nll_BT = self.forward(tokens_BT.to(self.device), labels_BT.to(self.device), reduction="none").token_nll
         assert nll_BT is not None
         return nll_BT
 

@@ -60,6 +60,7 @@ class FSDPEngine(Engine):
         compute_dtype: dtype of the forward and backward passes; parameters are fp32 (fp64 if it is fp64).
         device: where to compute.
         ternary: names of the parameters that have a learning rate of their own.
+        compiled: whether to compile what rounds the weights.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class FSDPEngine(Engine):
         compute_dtype: torch.dtype,
         device: torch.device,
         ternary: Collection[str] = (),
+        compiled: bool = False,
     ) -> None:
         storage_dtype = torch.promote_types(compute_dtype, torch.float32)
         mixed = compute_dtype != storage_dtype
@@ -101,10 +103,14 @@ class FSDPEngine(Engine):
         self._sharded: list[Any] = list(self.model.parameters())  # DTensors
         self._local = [nn.Parameter(parameter.to_local()) for parameter in self._sharded]
         self._code_gather: CodeGather | None = None
-        if config.gather == "codes":
+        if config.gather != "weights" and config.offload == "none":
             group = self.mesh.get_group(self.mesh.ndim - 1)
             self._code_gather = CodeGather(
-                self.model, blocks, group, reshard_after_forward=config.reshard_after_forward
+                self.model,
+                blocks,
+                group,
+                reshard_after_forward=config.reshard_after_forward,
+                compiled=compiled,
             )
         dimensions = [parameter.ndim for parameter in self._sharded]
         named = zip(self._names, dimensions, self._local, strict=True)

@@ -23,6 +23,7 @@ from launcher.errors import ConfigError
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 from model.transformer import Output
+from quant.held import CodeKeeper
 
 
 def deepspeed_config(
@@ -80,6 +81,7 @@ class ZeroEngine(Engine):
         micro_batch_sequences: sequences of one micro-batch on this rank.
         num_micro_batches: micro-batches of one step.
         ternary: names of the parameters that have a learning rate of their own.
+        compiled: whether to compile what rounds the weights.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class ZeroEngine(Engine):
         micro_batch_sequences: int,
         num_micro_batches: int,
         ternary: Collection[str] = (),
+        compiled: bool = False,
     ) -> None:
         import deepspeed
 
@@ -135,6 +138,7 @@ class ZeroEngine(Engine):
                 state["step"].zero_()
         if self.stage in (1, 2):
             self._outer.check_grad_overflow = True  # in fp32 DeepSpeed would not look for non-finite gradients
+        self._codes = CodeKeeper(self.model, whole=self.stage != 3, compiled=compiled)
         self._limit: Tensor | None = None
         self._norm: Any = math.nan
         if not self.is_plain:
@@ -147,6 +151,7 @@ class ZeroEngine(Engine):
         reduction: str = "mean",
         teacher: Lesson | None = None,
     ) -> Output:
+        self._codes.prepare()
         return self._engine(tokens_BT, labels_BT, reduction=reduction, teacher=teacher)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -183,6 +188,7 @@ class ZeroEngine(Engine):
         *,
         grad_norm_limit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        self._codes.fresh = False
         set_step_sizes(self.inner, sizes)
         self._limit, self._norm = grad_norm_limit, math.nan
         if self.is_plain:
@@ -312,6 +318,7 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
+        self._codes.fresh = False
         outer = self._outer
         if self.is_plain:
             return

@@ -14,7 +14,7 @@ from model.size import (
     num_parameters,
     parameter_shapes,
 )
-from quant.config import QuantConfig
+from quant.config import QuantConfig, gather_problems
 from quant.size import CODES_PER_BYTE
 
 
@@ -51,6 +51,14 @@ def last_quantization(course: Course) -> QuantConfig | None:
     return next((phase.quantization for phase in reversed(course.phases) if phase.quantization), None)
 
 
+def gathers_codes(course: Course) -> bool:
+    """Return whether FSDP2 gathers the layers of the last ternary phase as codes, see `engine.gather`."""
+    engine, quantization = course.config.engine, last_quantization(course)
+    if engine.name != "fsdp2" or engine.gather == "weights" or engine.offload != "none" or quantization is None:
+        return False
+    return not gather_problems(quantization)
+
+
 def coded_layers(course: Course) -> dict[str, tuple[int, ...]]:
     """Shapes, by name, of the weights in blocks that the last ternary phase quantizes: those of `engine.gather`."""
     quantization = last_quantization(course)
@@ -58,6 +66,15 @@ def coded_layers(course: Course) -> dict[str, tuple[int, ...]]:
         return {}
     layers = linear_shapes(course.config.model, quantization.include)
     return {name: shape for name, shape in layers.items() if is_in_block(name)}
+
+
+def held_code_bytes(course: Course) -> float:
+    """Bytes of the codes of all quantized layers, as `quant.held` keeps them."""
+    quantization = last_quantization(course)
+    if quantization is None:
+        return 0
+    coded = num_elements(linear_shapes(course.config.model, quantization.include))
+    return coded / CODES_PER_BYTE if quantization.levels in ("ternary", "binary") else coded
 
 
 def beside_codes(course: Course) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
@@ -81,7 +98,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
 
     ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see `zero3_held_parameters`), 16-bit
     gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments (arXiv
-    1910.02054, section 5). A teacher, taken to be as large as the model, is sharded by FSDP2 in the compute dtype.
+    1910.02054, section 5). It holds the codes of quantized layers whole. A teacher, taken to be as large as the model, is sharded by FSDP2 in the compute dtype.
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)
@@ -91,7 +108,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         {name: shape for name, shape in parameter_shapes(config.model).items() if is_in_block(name)}
     )
     gathered = compute_bytes * (parameters - in_blocks + in_blocks * min(2 / config.model.num_layers, 1))
-    if engine.gather == "codes" and (coded := num_elements(coded_layers(plan))):
+    if gathers_codes(plan) and (coded := num_elements(coded_layers(plan))):
         once, each = map(num_elements, beside_codes(plan))
         in_16_bits = compute_bytes * (once + min(each, 2 * in_blocks / config.model.num_layers))
         gathered = max(gathered, in_16_bits + coded / CODES_PER_BYTE * (1 + 1 / shards))
@@ -108,8 +125,9 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         state_shards = shards if stage >= 1 else 1
         masters = 4 * parameters / state_shards if compute_bytes == 2 or stage else 0
         held = sum(zero3_held_parameters(config)) if stage == 3 else 0
+        codes = held_code_bytes(plan)
         sizes = {
-            "weights": compute_bytes * (parameters / (shards if stage == 3 else 1) + held) + masters,
+            "weights": compute_bytes * (parameters / (shards if stage == 3 else 1) + held) + masters + codes,
             "gradients": (4 if stage else compute_bytes) * parameters / (shards if stage >= 2 else 1),
             "moments": 8 * parameters / state_shards,
         }

@@ -14,7 +14,13 @@ from math import ceil, prod
 from typing import Any, Literal
 
 from launcher.config.sections import Config
-from launcher.plan.memory import beside_codes, coded_layers, last_quantization, zero3_held_parameters
+from launcher.plan.memory import (
+    beside_codes,
+    coded_layers,
+    gathers_codes,
+    last_quantization,
+    zero3_held_parameters,
+)
 from launcher.plan.plan import Plan
 from model.size import is_in_block, num_parameters, parameter_shapes
 from quant.size import CODES_PER_BYTE, NUM_MAGNITUDES
@@ -91,7 +97,7 @@ def bytes_sent(plan: Plan, *, backend: Backend = "nccl", codes: bool = False) ->
 def describe_traffic(plan: Plan) -> dict[str, Any]:
     """The traffic that `tritrain plan` prints, by name with unit; None if it is not modeled."""
     kinds = {"bytes_sent_per_rank_and_step": False}
-    if plan.config.engine.gather == "codes" and coded_layers(plan):
+    if gathers_codes(plan) and coded_layers(plan):
         kinds["bytes_sent_per_rank_and_step_in_codes"] = True
     known = not unmodeled_keys(plan.config)
     return {

@@ -57,6 +57,8 @@ def accumulate_gradients(
         waited_seconds += time.perf_counter() - asked
         tokens_BT = tokens_BT.to(engine.device, non_blocking=True)
         labels_BT = labels_BT.to(engine.device, non_blocking=True)
+        if telemetry is not None and index == 0:
+            telemetry.look(engine, tokens_BT, labels_BT)
         with nullcontext() if teacher is None else teacher.teaching(tokens_BT) as lesson:
             output = engine.forward(tokens_BT, labels_BT, teacher=lesson)
         assert output.loss is not None
@@ -65,8 +67,6 @@ def accumulate_gradients(
             parts_sum += output.parts / num_micro_batches
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
-        if telemetry is not None and index == 0:
-            telemetry.end_of_micro_batch()
     return BatchResult(loss_sum, parts_sum if teacher is not None else None, waited_seconds)
 
 

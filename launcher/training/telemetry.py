@@ -58,14 +58,21 @@ class Telemetry:
         self._first_scales: Tensor | None = None
 
     def begin(self, step: int) -> None:
-        """Attach to the model for the step of this number, counted from 0, if it is to be measured."""
-        measure, compare_next = self._is_measured(step), self._is_measured(step + 1)
+        """Begin the step of this number, counted from 0."""
+        self._measures, self._compares_next = self._is_measured(step), self._is_measured(step + 1)
         self._finished_steps = step + 1
-        if measure or compare_next:
-            self._probe.attach(measure=measure, compare_next=compare_next)
 
-    def end_of_micro_batch(self) -> None:
-        """Detach: one micro-batch is enough, and a compiled model has broken graphs while it is measured."""
+    def look(self, engine: Engine, tokens_BT: Tensor, labels_BT: Tensor) -> None:
+        """Measure a micro-batch, if this step is to be measured, in a forward pass of its own.
+
+        What is trained is then the same with and without telemetry, and a compiled model stays whole.
+        """
+        self._measurement = None
+        if not (self._measures or self._compares_next):
+            return
+        self._probe.attach(measure=self._measures, compare_next=self._compares_next)
+        with torch.no_grad():
+            engine.token_nll(tokens_BT, labels_BT)
         self._measurement = self._probe.detach()
 
     def look_at_gradients(self, engine: Engine) -> None:

@@ -269,10 +269,10 @@ def what_layers_see(num_steps: int) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
 
     def look(layer: Any, inputs: Any) -> None:
-        weight, codes = layer.weight, layer.gathered
+        weight, codes = layer.weight, layer.held
         found = {"weight_bytes": weight.untyped_storage().nbytes(), "shape": tuple(weight.shape), "step": step}
         if codes is not None:
-            found["packed_bytes"] = codes.packed_OJ.numel()
+            found["packed_bytes"] = codes.codes.numel()
             found["codes"] = layer.weight_codes()[0].clone()
         seen.append(found)
 

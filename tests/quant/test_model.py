@@ -15,7 +15,7 @@ from model.transformer import ModelConfig, Transformer
 from quant.codes import pack_rows
 from quant.config import QuantConfig
 from quant.linear import (
-    GatheredCodes,
+    HeldCodes,
     QuantLinear,
     dequantize_,
     quantize_,
@@ -279,10 +279,10 @@ def test_gathered_codes_take_no_second_graph():
     layer, x = build_linear(), build_input()
     quantize_(layer, QuantConfig(include=""))
     expected = forward_backward(layer, x)
-    codes = GatheredCodes(layer.out_features)
+    codes = HeldCodes()
     codes.scale = layer.rounding_scale(layer.weight)
-    codes.receive(pack_rows(layer.weight_codes()[0]))
-    layer.gathered = codes
+    codes.codes = pack_rows(layer.weight_codes()[0])
+    layer.held = codes
     layer.weight = nn.Parameter(torch.zeros(()).expand(layer.weight.shape))  # there is nothing to read from
     found = forward_backward(layer, x)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
