@@ -23,8 +23,8 @@ from launcher.checkpoint.manifest import Manifest, Progress, precision_at
 from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections import Config
-from launcher.engine.build import build_engine
 from launcher.engine import compiling
+from launcher.engine.build import build_engine
 from launcher.engine.contract import Engine, load_weights
 from launcher.engine.learned_scales import initialize_scales_
 from launcher.errors import TrainingError

@@ -11,6 +11,7 @@ Products run in the inputs' dtype; softmax, loss and the sum of the weight's gra
 for float64). Dimensions in names: N rows (tokens), D hidden, V vocabulary, C rows of a chunk.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         chunk_tokens: int,
         z_loss: float,
+        gradient_of_logits: "GradientOfLogits | None" = None,
         teacher: tuple[Tensor, Tensor] | None = None,
         temperature: float = 1.0,
         teacher_weight: float = 0.0,
@@ -48,24 +50,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels_N), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             hidden_CD, share_C = hidden_ND[rows], share_N[rows]
-            logits_CV = (hidden_CD @ weight_VD.t()).to(dtype)
-            log_partition_C, nll_C = _log_partition_and_nll(logits_CV, labels_N[rows])
-            loss += (share_C * (nll_C + z_loss * log_partition_C.square())).sum()
-            kl_grad_CV = None
-            if teacher is not None:
-                teacher_logits_CV = (teacher[0][rows] @ teacher[1].t()).to(dtype)
-                kl_C, kl_grad_CV = _divergence(logits_CV, teacher_logits_CV, temperature)
-                mean_nll += (share_C * nll_C).sum()
-                mean_kl += (share_C * kl_C).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            # d(nll) = softmax - one_hot(label); d(log_partition^2) = 2 * log_partition * softmax
-            factor_C = share_C * (1 + 2 * z_loss * log_partition_C)
-            grad_CV = logits_CV.sub_(log_partition_C[:, None]).exp_().mul_(factor_C[:, None])
-            grad_CV.scatter_add_(1, labels_N[rows, None].clamp(min=0), -share_C[:, None])
-            if kl_grad_CV is not None:
-                grad_CV += kl_grad_CV.mul_((teacher_weight * temperature**2 * share_C)[:, None])
-            grad_CV = grad_CV.to(weight_VD.dtype)
+            logits_CV = hidden_CD @ weight_VD.t()
+            if gradient_of_logits is not None and teacher is None and (needs_hidden or needs_weight):
+                part, grad_CV = gradient_of_logits(logits_CV, labels_N[rows], share_C, z_loss)
+                loss += part
+            else:
+                logits_CV = logits_CV.to(dtype)
+                log_partition_C, nll_C = _log_partition_and_nll(logits_CV, labels_N[rows])
+                loss += (share_C * (nll_C + z_loss * log_partition_C.square())).sum()
+                kl_grad_CV = None
+                if teacher is not None:
+                    teacher_logits_CV = (teacher[0][rows] @ teacher[1].t()).to(dtype)
+                    kl_C, kl_grad_CV = _divergence(logits_CV, teacher_logits_CV, temperature)
+                    mean_nll += (share_C * nll_C).sum()
+                    mean_kl += (share_C * kl_C).sum()
+                if not (needs_hidden or needs_weight):
+                    continue
+                # d(nll) = softmax - one_hot(label); d(log_partition^2) = 2 * log_partition * softmax
+                factor_C = share_C * (1 + 2 * z_loss * log_partition_C)
+                grad_CV = logits_CV.sub_(log_partition_C[:, None]).exp_().mul_(factor_C[:, None])
+                grad_CV.scatter_add_(1, labels_N[rows, None].clamp(min=0), -share_C[:, None])
+                if kl_grad_CV is not None:
+                    grad_CV += kl_grad_CV.mul_((teacher_weight * temperature**2 * share_C)[:, None])
+                grad_CV = grad_CV.to(weight_VD.dtype)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[rows] = grad_CV @ weight_VD
             if grad_weight_VD is not None:
@@ -84,7 +91,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden_ND = (grad_hidden_ND * grad_loss).to(grad_hidden_ND.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden_ND, grad_weight_VD, *(None,) * 6
+        return grad_hidden_ND, grad_weight_VD, *(None,) * 7
+
+
+GradientOfLogits = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def gradient_of_logits(logits_CV: Tensor, labels_C: Tensor, share_C: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """The loss of some rows, and its gradient by their logits, written to be compiled: logits are never widened.
+
+    Args:
+        logits_CV: in the dtype of the product.
+        labels_C: int64, -100 where a row does not count.
+        share_C: of each row in the mean, 0 where it does not count.
+        z_loss: weight of the squared log-partition.
+
+    Returns:
+        0-dim in the dtype of the shares, and the gradient in the dtype of the logits.
+    """
+    wide_CV = logits_CV.to(share_C.dtype)
+    log_partition_C, nll_C = _log_partition_and_nll(wide_CV, labels_C)
+    loss = (share_C * (nll_C + z_loss * log_partition_C.square())).sum()
+    factor_C = share_C * (1 + 2 * z_loss * log_partition_C)
+    is_label_CV = torch.arange(wide_CV.shape[1], device=labels_C.device) == labels_C[:, None]
+    softmax_CV = (wide_CV - log_partition_C[:, None]).exp()
+    grad_CV = softmax_CV * factor_C[:, None] - torch.where(is_label_CV, share_C[:, None], 0)
+    return loss, grad_CV.to(logits_CV.dtype)
 
 
 def _divergence(logits_CV: Tensor, teacher_logits_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -108,18 +140,24 @@ def _log_partition_and_nll(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor,
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int, z_loss: float
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    chunk_tokens: int,
+    z_loss: float,
+    compiled: GradientOfLogits | None = None,
 ) -> Tensor:
     """Mean over the labels other than -100 of `nll + z_loss * log_partition^2`, where logits are hidden @ weight^T.
 
     The result is a scalar in nats, float32 (float64 for float64), differentiable once, by `hidden_ND` and `weight_VD`,
     which share a dtype. Labels are int64; if all are -100, loss and gradients are 0. At most `chunk_tokens` rows of
-    logits exist at once. The squared log-partition keeps logits from drifting.
+    logits exist at once. The squared log-partition keeps logits from drifting. `compiled` is `gradient_of_logits`,
+    compiled; without it, the same is done step by step.
     """
     if not torch.is_grad_enabled():
         # A Function's needs_input_grad says what the inputs want, also where no gradient will be asked for.
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk_tokens, z_loss)[0]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk_tokens, z_loss, compiled)[0]
     return loss
 
 
@@ -164,7 +202,7 @@ def distillation_loss(
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     teacher = teacher_hidden_ND.detach(), teacher_weight_VD.detach()
     losses: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(
-        hidden_ND, weight_VD, labels_N, chunk_tokens, z_loss, teacher, temperature, weight
+        hidden_ND, weight_VD, labels_N, chunk_tokens, z_loss, None, teacher, temperature, weight
     )
     return losses
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from model.cache import KeyValueCache, LayerCache
 from model.config import DistillationConfig, ModelConfig
 from model.distillation import Lesson, relation_loss, watched_projections
-from model.loss import distillation_loss, linear_cross_entropy, token_nll
+from model.loss import GradientOfLogits, distillation_loss, linear_cross_entropy, token_nll
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -218,9 +218,13 @@ class Output(NamedTuple):
 class Transformer(nn.Module):
     """A decoder and its output head."""
 
+    gradient_of_logits: GradientOfLogits | None
+    """`model.loss.gradient_of_logits`, compiled, for the loss of training; None to do without."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_of_logits = None
         self.model = Decoder(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -257,7 +261,9 @@ class Transformer(nn.Module):
             nll_N = token_nll(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens)
             return Output(token_nll=nll_N.view_as(labels_BT))
         chunk_tokens, z_loss = self.config.loss_chunk_tokens, self.config.z_loss
-        return Output(loss=linear_cross_entropy(hidden_ND, head_VD, labels_N, chunk_tokens, z_loss))
+        return Output(
+            loss=linear_cross_entropy(hidden_ND, head_VD, labels_N, chunk_tokens, z_loss, self.gradient_of_logits)
+        )
 
     def new_cache(self, batch_size: int, capacity_tokens: int) -> KeyValueCache:
         """Make an empty cache for `capacity_tokens` tokens of each sequence: 2 * L * B * K * S * E elements."""

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from launcher.engine.compiling import compile_blocks_
+from launcher.engine.compiling import compile_blocks_, compiled_function
 from launcher.engine.contract import Engine
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
+from model.loss import gradient_of_logits
 from model.transformer import Transformer
 from quant.linear import add_learned_scales_, quantize_
 
@@ -43,6 +44,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
             checkpoint_activations_(block)
     if config.training.compile:
         compile_blocks_(blocks)
+        model.gradient_of_logits = compiled_function(gradient_of_logits)
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
     if config.engine.name == "fsdp2":
         from launcher.engine.fsdp import FSDPEngine

@@ -4,6 +4,7 @@
 compiled for too many shapes and modes. So each call of a compiled graph is counted.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,12 @@ def compile_blocks_(blocks: Sequence[nn.Module]) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for block in blocks:
         block.compile(backend=counted, dynamic=False)
+
+
+@functools.cache
+def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors, compiled; its calls are not counted."""
+    return torch.compile(function, backend=BACKEND, dynamic=False)
 
 
 def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

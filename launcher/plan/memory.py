@@ -98,7 +98,8 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
 
     ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see `zero3_held_parameters`), 16-bit
     gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments (arXiv
-    1910.02054, section 5). It holds the codes of quantized layers whole. A teacher, taken to be as large as the model, is sharded by FSDP2 in the compute dtype.
+    1910.02054, section 5). It holds the codes of quantized layers whole. A teacher, taken to be as large as the model,
+    is sharded by FSDP2 in the compute dtype.
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)

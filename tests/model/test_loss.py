@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_examples import NUM_ROWS, VOCAB, Products, example
 
-from model.loss import linear_cross_entropy, token_nll
+from model.loss import gradient_of_logits, linear_cross_entropy, token_nll
 
 
 def oracle(hidden_ND, weight_VD, labels_N, z_loss):
@@ -20,11 +20,12 @@ def oracle(hidden_ND, weight_VD, labels_N, z_loss):
     chunk_tokens=st.integers(1, NUM_ROWS + 5),
     z_loss=st.sampled_from([0.0, 1e-4, 0.3]),
     scale=st.sampled_from([1.0, -2.5, 0.125]),
+    body=st.sampled_from([None, gradient_of_logits]),
 )
-def test_loss_and_gradients_are_those_of_autograd(seed, chunk_tokens, z_loss, scale):
+def test_loss_and_gradients_are_those_of_autograd(seed, chunk_tokens, z_loss, scale, body):
     hidden_ND, weight_VD, labels_N = example(seed=seed)
     expected = oracle(hidden_ND, weight_VD, labels_N, z_loss)
-    actual = linear_cross_entropy(hidden_ND, weight_VD, labels_N, chunk_tokens, z_loss)
+    actual = linear_cross_entropy(hidden_ND, weight_VD, labels_N, chunk_tokens, z_loss, body)
     torch.testing.assert_close(actual, expected)
     expected_gradients = torch.autograd.grad(scale * expected, (hidden_ND, weight_VD))
     torch.testing.assert_close(torch.autograd.grad(scale * actual, (hidden_ND, weight_VD)), expected_gradients)
@@ -54,9 +55,10 @@ def test_tied_weight_collects_both_gradients():
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_bfloat16_loses_no_more_than_bfloat16_logits_do(z_loss):
+@pytest.mark.parametrize("body", [None, gradient_of_logits])
+def test_bfloat16_loses_no_more_than_bfloat16_logits_do(z_loss, body):
     hidden_ND, weight_VD, labels_N = example(torch.bfloat16)
-    loss = linear_cross_entropy(hidden_ND, weight_VD, labels_N, 4, z_loss)
+    loss = linear_cross_entropy(hidden_ND, weight_VD, labels_N, 4, z_loss, body)
     gradients = torch.autograd.grad(loss, (hidden_ND, weight_VD))
     assert loss.dtype == torch.float32
     assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
@@ -148,3 +150,13 @@ def test_several_labels_of_a_row_have_the_losses_that_each_has_alone():
     together_NA = token_nll(hidden_ND, weight_VD, torch.stack(columns, 1), 7)
     alone = [token_nll(hidden_ND, weight_VD, labels_N, 7) for labels_N in columns]
     assert torch.equal(together_NA, torch.stack(alone, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_loss_is_the_one_that_is_done_step_by_step(dtype):
+    tensors = example(dtype)
+    compiled = torch.compile(gradient_of_logits, dynamic=False)
+    for z_loss in (0.0, 0.1):
+        expected, actual = (linear_cross_entropy(*tensors, NUM_ROWS, z_loss, body) for body in (None, compiled))
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(torch.autograd.grad(actual, tensors[:2]), torch.autograd.grad(expected, tensors[:2]))
