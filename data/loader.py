@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader
 
 from data.config import DataConfig, PrepareConfig
 from data.errors import DataError
+from data.light_streaming import import_streaming
 from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
 from data.sources import OpenSource, local_leader_first, one_start_at_a_time, open_sources, private_locks
-from data.torchvision_repair import repair_torchvision
 
 __all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData", "token_bytes", "validation_rows"]
 
@@ -95,7 +95,7 @@ class TrainingData:
         self.epoch_sequences = sum(rows)
         self.fingerprint = _fingerprint(config, sources, rows, global_batch_sequences)
 
-        repair_torchvision()
+        import_streaming()
         from data.rows import RowDataset
 
         rank_sequences = global_batch_sequences // world_size

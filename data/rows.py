@@ -2,7 +2,6 @@
 
 As it is, a failed download ends the epoch early and without an error in the process that meets it, and makes every
 other process of the machine wait for that shard for ever; a download that was damaged on the way stays in the cache.
-Import this module after `repair_torchvision()`.
 """
 
 from collections.abc import Iterator
@@ -10,11 +9,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from streaming import StreamingDataset
-from streaming.base.dataset import _ShardState
-
 from data.errors import DataError
+from data.light_streaming import import_streaming
 from data.urls import redacted
+
+import_streaming()
+
+from streaming import StreamingDataset  # noqa: E402
+from streaming.base.dataset import _ShardState  # noqa: E402
 
 
 class RowDataset(StreamingDataset):

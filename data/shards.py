@@ -23,6 +23,7 @@ import numpy as np
 from data.config import TRAINED_SPEC, PrepareConfig
 from data.encoding import Chunk, counted_bytes, gather_chunks, token_type, tokenize
 from data.errors import DataError
+from data.light_streaming import import_streaming
 from data.new_paths import TakenError, exclusive, folder_being_made
 from data.prepared import (
     COLUMN,
@@ -39,7 +40,6 @@ from data.prepared import (
 )
 from data.readers import Document, read_documents, survey
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from data.torchvision_repair import repair_torchvision
 
 TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
 TRAINING_SCAN_BYTES = 1_000_000_000  # where to stop looking for that sample
@@ -253,7 +253,7 @@ class RowWriter:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int) -> None:
-        repair_torchvision()
+        import_streaming()
         from streaming import MDSWriter
 
         self._folder = folder

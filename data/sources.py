@@ -15,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from data.errors import DataError
+from data.light_streaming import import_streaming
 from data.mixture import Source
 from data.new_paths import file_being_replaced
 from data.prepared import (
@@ -30,7 +31,6 @@ from data.prepared import (
     read_manifest,
 )
 from data.private import locked, users_folder
-from data.torchvision_repair import repair_torchvision
 from data.urls import redacted
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -56,7 +56,7 @@ class OpenSource:
 
     def stream(self, choose: int) -> Any:
         """Return the `streaming.Stream` of the training rows, of which an epoch takes `choose`."""
-        repair_torchvision()
+        import_streaming()
         from streaming import Stream
 
         return Stream(
@@ -69,7 +69,7 @@ class OpenSource:
 
     def read_first_rows(self, split: str, num_rows: int) -> NDArray:
         """Return the first rows of a split, [num_rows, sequence_length + 1], fetching the shards that hold them."""
-        repair_torchvision()
+        import_streaming()
         from streaming.base.format import reader_from_json
 
         rows: list[NDArray] = []

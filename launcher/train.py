@@ -79,8 +79,9 @@ def train(
             if (phase := plan.phase_of(at.step)) is not run.phase:
                 switch(run, phase)
                 timetable.evaluated()
-            if phase.quantization is not None:
-                set_strengths_(engine.model, *plan.strengths_at(at.step))
+            if phase.quantization is not None and (strengths := plan.strengths_at(at.step)) != run.strengths:
+                set_strengths_(engine.model, *strengths)
+                run.strengths = strengths
             result = take_step(run)
             due = timetable.after(at.step, phase, ranks)
             if due.logging:
@@ -135,6 +136,8 @@ class Run:
     """The phase that the model is in; None before the first."""
     teacher: Teacher | None
     telemetry: Telemetry | None
+    strengths: tuple[list[float], list[float]] | None = None
+    """Of weights and of activations, block by block, as the model has them; None if that is not known."""
     compiled: tuple[int, int] | None = None
     """Phase and graph calls of the last step whose calls were reported."""
 
@@ -290,7 +293,7 @@ def switch(run: Run, phase: Phase) -> None:
         run.saver.wait()  # it may be writing the teacher
     run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints)
     factor = enter_phase(run.engine, phase, ranks, upcoming, plan.config.optimizer.max_grad_norm, run.teacher)
-    run.phase, at.phase = phase, phase.index
+    run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
     run.guard.enter_phase()
     if factor is not None:

@@ -55,8 +55,7 @@ def accumulate_gradients(
         asked = time.perf_counter()
         tokens_BT, labels_BT = next(batches)
         waited_seconds += time.perf_counter() - asked
-        tokens_BT = tokens_BT.to(engine.device, non_blocking=True)
-        labels_BT = labels_BT.to(engine.device, non_blocking=True)
+        tokens_BT, labels_BT = to_device(tokens_BT, engine.device), to_device(labels_BT, engine.device)
         if telemetry is not None and index == 0:
             telemetry.look(engine, tokens_BT, labels_BT)
         with nullcontext() if teacher is None else teacher.teaching(tokens_BT) as lesson:
@@ -68,6 +67,11 @@ def accumulate_gradients(
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
     return BatchResult(loss_sum, parts_sum if teacher is not None else None, waited_seconds)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it: CUDA copies pageable memory only when all before is done."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def train_step(
