@@ -7,6 +7,8 @@ get straight-through gradients by the dequantized operands.
 Dimensions: N rows (tokens), O output features, I input features, G groups of a row, J bytes of a row.
 """
 
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from quant.codes import unpack_rows
 from quant.config import QuantConfig
 from quant.hadamard import rotate
 from quant.rounding import Scale, dequantize, quantize_rows, weight_codes, weight_gradients
+
+HAS_TRITON = find_spec("triton") is not None
 
 _CPU_HAS_INT8 = torch.cpu._is_vnni_supported()
 
@@ -39,6 +43,53 @@ def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
     if not on_cpu and N <= 16:  # cuBLAS takes more rows
         return torch._int_mm(F.pad(codes_NI, (0, 0, 0, 17 - N)), codes_OI.T)[:N].float()
     return torch._int_mm(codes_NI, codes_OI.T).float()
+
+
+def scaled_product(
+    codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype: torch.dtype, *, small: bool = True
+) -> Tensor:
+    """``(codes_NI @ codes_OI.T) * (scale_N1 * level.T)``, [N, O].
+
+    Args:
+        codes_NI: int8.
+        codes_OI: int8.
+        scale_N1: fp32.
+        level: fp32, [1, 1] or [O, 1].
+        dtype: of the result.
+        small: whether sums stay below 2**24, as those with ternary codes do.
+    """
+    if codes_NI.device.type == "cuda" and HAS_TRITON:
+        return torch.ops.tritrain.scaled_product(codes_NI, codes_OI, scale_N1, level, dtype, small)
+    return (integer_product(codes_NI, codes_OI) * (scale_N1 * level[:, 0])).to(dtype)
+
+
+@torch.library.custom_op("tritrain::scaled_product", mutates_args=())
+def _scaled_product(
+    codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype: torch.dtype, small: bool
+) -> Tensor:
+    from quant.kernels import products
+    from quant.kernels.fastest import Way, cuda_seconds, fastest
+
+    def by_library(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor) -> Tensor:
+        return (integer_product(codes_NI, codes_OI) * (scale_N1 * level[:, 0])).to(dtype)
+
+    def in_bf16(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor) -> Tensor:
+        left, right = codes_NI.to(torch.bfloat16), codes_OI.T.to(torch.bfloat16)
+        return (torch.mm(left, right, out_dtype=torch.float32) * (scale_N1 * level[:, 0])).to(dtype)
+
+    ways: list[Way] = [("torch's product in int8", by_library)]
+    if small:  # codes and sums are exact in it
+        ways.append(("torch's product in bf16", in_bf16))
+    for tiles in products.TILES:
+        ways.append((f"Triton's product in {tiles}", partial(products.scaled_product, dtype=dtype, tiles=tiles)))
+    operands = codes_NI, codes_OI, scale_N1, level
+    key = (*codes_NI.shape, *codes_NI.stride(), *codes_OI.shape, *codes_OI.stride(), dtype, small, codes_NI.device)
+    return fastest(key, ways, operands, cuda_seconds)
+
+
+@_scaled_product.register_fake
+def _(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype: torch.dtype, small: bool) -> Tensor:
+    return codes_NI.new_empty(len(codes_NI), len(codes_OI), dtype=dtype)
 
 
 def integer_sums(codes_ON: Tensor, codes_NI: Tensor) -> Tensor:
@@ -133,7 +184,7 @@ class CodeProduct(torch.autograd.Function):
         if level.shape[1] > 1:
             product = grouped_product(codes_NI, codes_OI, level) * scale_N1
         else:
-            product = integer_product(codes_NI, codes_OI) * (scale_N1 * level[:, 0])
+            product = scaled_product(codes_NI, codes_OI, scale_N1, level, x.dtype)
         return product.to(x.dtype).view(*x.shape[:-1], len(codes_OI))
 
     @staticmethod
@@ -167,7 +218,8 @@ def _input_gradient(grad_NO: Tensor, codes_OI: Tensor, level: Tensor, config: Qu
     if config.backward == "exact":
         return scaled_NO.to(grad_NO.dtype) @ codes_OI.to(grad_NO.dtype)
     codes_NO, scale_N1 = quantize_rows(scaled_NO)
-    return (integer_product(codes_NO, codes_OI.T) * scale_N1).to(grad_NO.dtype)
+    one = torch.ones(1, 1, device=grad_NO.device)
+    return scaled_product(codes_NO, codes_OI.T, scale_N1, one, grad_NO.dtype)
 
 
 def _weight_gradient(grad_NO: Tensor, codes_NI: Tensor, scale: Tensor | None, config: QuantConfig) -> Tensor:
@@ -178,6 +230,9 @@ def _weight_gradient(grad_NO: Tensor, codes_NI: Tensor, scale: Tensor | None, co
     if config.backward != "int8":
         return grad_NO.T @ (codes_NI * scale_N1).to(grad_NO.dtype)
     codes_ON, scale_O1 = quantize_rows((grad_NO * scale_N1).T)
+    if grad_NO.device.type == "cuda" and HAS_TRITON and len(grad_NO) <= EXACT_IN_INT32:
+        one = torch.ones(1, 1, device=grad_NO.device)
+        return scaled_product(codes_ON, codes_NI.T, scale_O1, one, grad_NO.dtype, small=False)
     return (integer_sums(codes_ON, codes_NI) * scale_O1).to(grad_NO.dtype)
 
 

@@ -1,0 +1,137 @@
+"""Triton's kernels against their twins in PyTorch, bit for bit: on a GPU, or else through Triton's interpreter."""
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+pytest.importorskip("triton")
+
+from quant.codes import pack_rows
+from quant.config import QuantConfig
+from quant.kernels import fastest, products, rounding
+from quant.product import integer_product
+from quant.rounding import (
+    SMALLEST_GRADIENT,
+    SMALLEST_SCALE,
+    SUMMED,
+    bf16_values,
+    quantize_activation,
+    quantize_rows,
+    weight_codes,
+    weight_scale,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(1, 1, 1), (3, 5, 7), (16, 64, 128), (17, 65, 129), (130, 70, 33), (5, 200, 300)]
+if DEVICE.type == "cuda":
+    SHAPES += [(4096, 2048, 8192), (8191, 2047, 5461)]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * size).to(DEVICE, dtype)
+
+
+def codes(*shape: int, largest: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randint(-largest, largest + 1, shape, generator=generator, dtype=torch.int8).to(DEVICE)
+
+
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_exact(M: int, N: int, K: int, dtype: torch.dtype) -> None:
+    a, b = codes(M, K, largest=127), codes(N, K, largest=1)
+    rows, columns = normal(M, 1).abs(), normal(1, 1).abs()
+    expected = (integer_product(a, b) * (rows * columns)).to(dtype)
+    assert torch.equal(products.scaled_product(a, b, rows, columns, dtype), expected)
+
+
+@pytest.mark.parametrize("tiles", products.TILES)
+def test_every_way_to_cut_gives_the_same(tiles: products.Tiles) -> None:
+    a, b = codes(70, 150, largest=127), codes(300, 150, largest=127)
+    rows, columns = normal(70, 1), normal(300)
+    expected = (a.cpu().long() @ b.cpu().long().T).float().to(DEVICE) * (rows * columns)
+    assert torch.equal(products.scaled_product(a, b, rows, columns, torch.float32, tiles), expected)
+
+
+def test_operands_may_be_transposed() -> None:
+    a, b = codes(33, 20, largest=127).T, codes(33, 40, largest=127).T
+    one = torch.ones(1, 1, device=DEVICE)
+    expected = (a.cpu().long() @ b.cpu().long().T).float().to(DEVICE)
+    assert torch.equal(products.scaled_product(a, b, one, one, torch.float32), expected)
+
+
+@pytest.mark.parametrize("width", [1, 2, 31, 64, 1000, 2049])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_rows_are_rounded_as_in_torch(width: int, dtype: torch.dtype, size: float) -> None:
+    x = normal(5, width, dtype=dtype, size=size)
+    x[1] = 0
+    expected, scale = quantize_activation(x)
+    found = rounding.quantize_rows(x, SMALLEST_SCALE)
+    assert torch.equal(found[0], expected.to(torch.int8))
+    assert torch.equal(found[1], scale)
+    for ours, twin in zip(rounding.quantize_rows(x, SMALLEST_GRADIENT), quantize_rows(x), strict=True):
+        assert torch.equal(ours, twin)
+
+
+def test_ties_go_to_the_even_code() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 63.5]], device=DEVICE)
+    assert rounding.quantize_rows(x, SMALLEST_SCALE)[0].tolist() == [[127, 0, 2, 2, 0, -2, -2, 64]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_spoils_its_row(bad: float) -> None:
+    x = normal(3, 40)
+    x[1, 7] = bad
+    codes_NI, scale_N1 = rounding.quantize_rows(x, SMALLEST_SCALE)
+    assert not (codes_NI * scale_N1)[1].isfinite().any()
+    assert (codes_NI * scale_N1)[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (8, 64), (5, 1029), (4, 4100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["absmean", "gaussian"])
+def test_weights_are_packed_as_in_torch(rows: int, width: int, dtype: torch.dtype, weights: str) -> None:
+    config = QuantConfig(weights=weights)
+    weight_OI = normal(rows, width, dtype=dtype, size=0.02)
+    values = bf16_values(weight_OI).double()
+    sums_O = rounding.row_sums(weight_OI, squared=weights == "gaussian")
+    # As on CUDA; CPUs sum pieces in fp32.
+    torch.testing.assert_close(sums_O, SUMMED[weights](values).sum(1), rtol=1e-15, atol=0)
+    for granularity in ("matrix", "row"):
+        scale = weight_scale([weight_OI], QuantConfig(weights=weights, granularity=granularity))
+        expected = pack_rows(weight_codes(weight_OI, scale, config))
+        assert torch.equal(rounding.pack_rows(weight_OI, scale.level), expected)
+
+
+def test_the_fastest_way_with_the_same_bits_is_taken() -> None:
+    calls: list[str] = []
+
+    def way(name: str, result: float) -> fastest.Way:
+        def product(x: Tensor) -> Tensor:
+            calls.append(name)
+            if result < 0:
+                raise RuntimeError("no such instruction")
+            return x * result
+
+        return name, product
+
+    ways = [way("reference", 2.0), way("wrong", 3.0), way("broken", -1.0), way("right", 2.0), way("slow", 2.0)]
+    seconds = {"reference": 2.0, "wrong": 0.1, "broken": 0.1, "right": 1.0, "slow": 3.0}
+    names = {product: name for name, product in ways}
+    for key in ("a", "b"):
+        with pytest.warns(
+            UserWarning, match=r"(wrong gives other bits|broken fails for .*: no such instruction)"
+        ) as said:
+            found = fastest.fastest((key,), ways, (torch.ones(3),), lambda product, _: seconds[names[product]])
+        assert len(said) == 2
+        assert found.tolist() == [2.0] * 3
+        calls.clear()
+        assert fastest.fastest((key,), ways, (torch.ones(3),), lambda *_: 0.0).tolist() == [2.0] * 3
+        assert calls == ["right"]
