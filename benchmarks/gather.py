@@ -65,7 +65,7 @@ def step_of(ranks: Ranks, gather: str, dtype: str, *, ternary: bool) -> Callable
     config = parse_config(tree)
     plan = make_plan(config, ranks.world_size)
     engine = build_engine(plan, plan.phases[0], ranks)
-    load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, 0))
+    load_weights(engine, lambda name, shape, rows: initial_value(name, shape, config.model, 0, rows))
     if ternary:
         quantize_(engine.model, QuantConfig(), ranks.device)
     tokens = torch.arange(LENGTH + 1).expand(1, -1)

@@ -95,7 +95,7 @@ def measure(config: ModelConfig, ranks: Ranks, folder: Path, rounds: int) -> dic
         compute_dtype=torch.float32 if ranks.device.type == "cpu" else torch.bfloat16,
         device=ranks.device,
     )
-    load_weights(engine, lambda name, shape: initial_value(name, shape, config, 0))
+    load_weights(engine, lambda name, shape, rows: initial_value(name, shape, config, 0, rows))
     tokens = torch.randint(0, config.vocab_size, (1, 257), device=ranks.device)
 
     def step() -> float:

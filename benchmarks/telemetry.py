@@ -40,7 +40,7 @@ def main() -> None:
         plan = make_plan(config, ranks.world_size)
         phase = next(phase for phase in plan.phases if phase.quantization is not None)
         engine = build_engine(plan, phase, ranks)
-        load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, config.run.seed))
+        load_weights(engine, lambda name, shape, rows: initial_value(name, shape, config.model, config.run.seed, rows))
         shape = (config.training.micro_batch_sequences, config.data.sequence_length)
         tokens = torch.randint(0, config.model.vocab_size, shape)
         telemetry = Telemetry(engine, phase, plan, interval_steps)

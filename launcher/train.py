@@ -274,7 +274,7 @@ def fill(
         for sentence in source.missing:
             console.line(f"  {sentence}")
     else:
-        load_weights(engine, lambda name, shape: first_value(name, shape, config))
+        load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, config))
         initialize_scales_(engine)
 
 
@@ -390,11 +390,11 @@ def finish(run: Run) -> Outcome:
     return "complete"
 
 
-def first_value(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
-    """The initial value of a whole parameter."""
+def first_value(name: str, shape: tuple[int, ...], rows: range, config: Config) -> Tensor:
+    """The initial value of these rows of a parameter."""
     if is_learned_scale(name):
-        return torch.ones(shape)
-    return initial_value(name, shape, config.model, config.run.seed)
+        return torch.ones(len(rows))
+    return initial_value(name, shape, config.model, config.run.seed, rows)
 
 
 def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:

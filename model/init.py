@@ -1,8 +1,8 @@
 """Starting values of the parameters, each from its own random stream.
 
-A parameter's stream is seeded by the run's seed and the parameter's name. So no value depends on which other parameters
-exist or on the order in which they are drawn: any process may draw any parameter alone, and every number of processes
-starts from the same bits.
+A parameter's stream is seeded by the run's seed and the parameter's name; a large parameter has a stream for each block
+of its rows. So no value depends on which other parameters exist or on the order in which they are drawn: any process
+may draw any part of any parameter alone, and every number of processes starts from the same bits.
 """
 
 import hashlib
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from model.size import PROJECTIONS, parameter_shapes
 from model.transformer import ModelConfig, Transformer
 
+BLOCK_ELEMENTS = 2**24
+"""The most that is drawn from one stream, in whole rows."""
 
-def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
-    """Return the whole starting value of one parameter, float32, on the CPU.
+
+def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int, rows: range | None = None) -> Tensor:
+    """Return the starting value of one parameter, or of these of its rows, float32, on the CPU.
 
     Norms start at 1, those of SubLN at `sub_norm_init`, biases at 0; all else is drawn around 0. With initialization
     "normal" the standard deviation is `init_std`, for the two projections that write to the residual stream (o_proj,
@@ -29,26 +32,40 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
     if expected != tuple(shape):
         has = "no such parameter" if expected is None else f"it in shape {expected}"
         raise ValueError(f"no initial value for {name} of shape {tuple(shape)}: the configured model has {has}")
+    rows = range(expected[0]) if rows is None else rows
+    wanted = (len(rows), *expected[1:])
     if name.endswith(".bias"):
-        return torch.zeros(expected)
+        return torch.zeros(wanted)
     module = name.split(".")[-2]
     if module in ("attn_sub_norm", "ffn_sub_norm"):
-        return torch.full(expected, config.sub_norm_init)
+        return torch.full(wanted, config.sub_norm_init)
     if module not in (*PROJECTIONS, "embed_tokens", "lm_head"):
-        return torch.ones(expected)
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        return torch.ones(wanted)
+    block_rows = max(1, BLOCK_ELEMENTS // expected[1])
+    parts = []
+    for block in range(rows.start // block_rows, -(-rows.stop // block_rows)):
+        first = block * block_rows
+        stream = f"{seed}:{name}" + (f":{block}" if block else "")
+        value = torch.empty(min(block_rows, expected[0] - first), expected[1])
+        _draw_(value, name, config, hashlib.sha256(stream.encode()).digest())
+        parts.append(value[max(rows.start - first, 0) : rows.stop - first])
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(wanted)
+
+
+def _draw_(value: Tensor, name: str, config: ModelConfig, digest: bytes) -> None:
+    """Fill a block of a matrix with its values."""
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    writes_to_residual = module in ("o_proj", "down_proj")
-    value = torch.empty(expected)
+    writes_to_residual = name.split(".")[-2] in ("o_proj", "down_proj")
     if config.initialization == "normal":
         std = config.init_std / (2 * config.num_layers) ** 0.5 if writes_to_residual else config.init_std
-        return nn.init.normal_(value, std=std, generator=generator)
+        nn.init.normal_(value, std=std, generator=generator)
+        return
     variance = 1 / config.hidden_size
     if writes_to_residual:
         layer = int(name.split(".")[2])
-        variance = 1 / (2 * expected[1] * (layer + 1))
+        variance = 1 / (2 * value.shape[1] * (layer + 1))
     std = variance**0.5
-    return nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=generator)
+    nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ alias the live fp32 tensors. FSDP2 shards rows and ZeRO shards flat buffers, and
 checkpoint format serves both without any rank ever holding a whole model.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -117,9 +118,11 @@ class Engine(ABC):
 
 
 @torch.no_grad()
-def load_weights(engine: Engine, value_of: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-    """Fill the weights of ``engine`` from whole tensors, one at a time, by name and shape."""
+def load_weights(engine: Engine, rows_of: Callable[[str, tuple[int, ...], range], Tensor]) -> None:
+    """Fill the weights of ``engine`` from rows of whole tensors, by name, shape and range; a rank asks for its own."""
     for shard in engine.shards():
-        weight = shard.tensors["weight"]
-        weight.copy_(value_of(shard.name, shard.shape).flatten()[shard.start : shard.start + weight.numel()])
+        weight, width = shard.tensors["weight"], math.prod(shard.shape[1:])
+        rows = range(shard.start // width, -(-(shard.start + weight.numel()) // width))
+        before = shard.start - rows.start * width
+        weight.copy_(rows_of(shard.name, shard.shape, rows).flatten()[before : before + weight.numel()])
     engine.refresh_weights()

@@ -115,3 +115,31 @@ def test_the_norms_of_subln_start_small_and_all_others_at_1():
     for name, value in norms.items():
         assert (value == (0.25 if "_sub_norm." in name else 1)).all(), name
     assert ModelConfig.__dataclass_fields__["sub_norm_init"].default == 0.03
+
+
+@pytest.mark.parametrize("initialization", ["normal", "mitchell"])
+def test_rows_are_those_of_the_whole(initialization, monkeypatch):
+    config = replace(TINY, initialization=initialization)
+    monkeypatch.setattr("model.init.BLOCK_ELEMENTS", 32 * 10)
+    for name, shape in parameter_shapes(config).items():
+        whole = initial_value(name, shape, config, 0)
+        for rows in (
+            range(0),
+            range(1),
+            range(7, 24),
+            range(10, 20),
+            range(shape[0] - 1, shape[0]),
+            range(shape[0]),
+        ):
+            if rows.stop <= shape[0]:
+                assert torch.equal(initial_value(name, shape, config, 0, rows), whole[rows.start : rows.stop]), rows
+        if whole.std() > 0 and len(shape) == 2:
+            assert len(whole.unique(dim=0)) == len(whole)  # no block repeats another
+
+
+def test_a_rank_draws_little_more_than_its_own(monkeypatch):
+    monkeypatch.setattr("model.init.BLOCK_ELEMENTS", 32 * 8)
+    drawn = []
+    monkeypatch.setattr("model.init._draw_", lambda value, *_: drawn.append(len(value)))
+    initial_value("model.layers.0.mlp.up_proj.weight", (56, 32), TINY, 0, range(20, 27))
+    assert drawn == [8, 8]

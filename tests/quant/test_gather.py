@@ -227,7 +227,7 @@ def memory_and_references(gathers: list[str]) -> list[Any]:
             size = dist.get_world_size()
             plan = make_plan(config, size)
             engine: Any = build_engine(plan, plan.phases[0], Ranks(dist.get_rank(), size, 0, torch.device("cpu")))
-            load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, 0))  # noqa: B023
+            load_weights(engine, lambda name, shape, rows: initial_value(name, shape, config.model, 0, rows))  # noqa: B023
             tokens = torch.arange(33).expand(2, -1) + dist.get_rank()
             engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss, last=False)
             sums = [
@@ -264,7 +264,7 @@ def what_layers_see(num_steps: int) -> list[dict[str, Any]]:
     )
     plan = make_plan(config, size)
     engine = build_engine(plan, plan.phases[0], Ranks(rank, size, rank, torch.device("cpu")))
-    load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, 0))
+    load_weights(engine, lambda name, shape, rows: initial_value(name, shape, config.model, 0, rows))
     layers = quantized_layers(engine.model)
     seen: list[dict[str, Any]] = []
 

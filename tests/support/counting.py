@@ -69,7 +69,7 @@ def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, 
     config = parse_config(TREE | {"training": batch, "engine": engine_tree})
     plan, ranks = make_plan(config, world_size), Ranks(rank, world_size, rank, torch.device("cpu"))
     engine = build_engine(plan, plan.phases[0], ranks)
-    load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, 0))
+    load_weights(engine, lambda name, shape, rows: initial_value(name, shape, config.model, 0, rows))
     tokens = torch.arange(33).expand(1, -1)
 
     def step() -> None:

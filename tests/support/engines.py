@@ -57,7 +57,7 @@ def shard(model: Transformer, name: str, dtype: torch.dtype, device: torch.devic
             num_micro_batches=NUM_MICRO_BATCHES,
         )
     list(engine.shards())  # looking at the state before the first step must not move Adam to step 1
-    load_weights(engine, lambda name, shape: initial_value(name, shape, MODEL, 0))
+    load_weights(engine, lambda name, shape, rows: initial_value(name, shape, MODEL, 0, rows))
     return engine
 
 

@@ -27,7 +27,7 @@ def make_engine() -> Engine:
     from variants import MODEL
 
     engine = build(f"fsdp2 x{dist.get_world_size()}", quantized=False)
-    load_weights(engine, lambda name, shape: initial_value(name, shape, MODEL, 0))
+    load_weights(engine, lambda name, shape, rows: initial_value(name, shape, MODEL, 0, rows))
     return engine
 
 

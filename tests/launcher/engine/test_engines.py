@@ -242,7 +242,7 @@ def written_weights() -> dict[str, Any]:
             first = engine.forward(tokens, labels).loss.item()
             step_once(engine, 0)
             moved = engine.forward(tokens, labels).loss.item()
-            load_weights(engine, lambda name, shape: initial_value(name, shape, MODEL, 0))
+            load_weights(engine, lambda name, shape, rows: initial_value(name, shape, MODEL, 0, rows))
             results[f"{name}/{dtype}"] = [first, moved, engine.forward(tokens, labels).loss.item()]
     return results
 

@@ -44,7 +44,7 @@ def save(engine: Engine, folder: Path, step: int) -> None:
 def originals(out: str, variant: str, quantized: bool) -> list[float]:
     """Train from the initial weights, saving once on the way; the losses."""
     engine = build(variant, quantized=quantized)
-    load_weights(engine, lambda name, shape: initial_value(name, shape, MODEL, 0))
+    load_weights(engine, lambda name, shape, rows: initial_value(name, shape, MODEL, 0, rows))
     losses = [step_once(engine, step) for step in range(FIRST)]
     save(engine, Path(out, variant), FIRST)
     return losses + [step_once(engine, step) for step in range(FIRST, LAST)]

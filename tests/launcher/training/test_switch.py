@@ -48,7 +48,7 @@ def build_grouped(name: str) -> Engine:
             num_micro_batches=1,
             **common,
         )
-    load_weights(engine, lambda name, shape: initial_value(name, shape, MODEL, 0))
+    load_weights(engine, lambda name, shape, rows: initial_value(name, shape, MODEL, 0, rows))
     return engine
 
 
