@@ -92,7 +92,7 @@ class Attention(nn.Module):
         super().__init__()
         D, E = config.hidden_size, config.head_width
         H, K = config.num_heads, config.kv_heads
-        self.head_dim, self.qk_norm, self.grouped = E, config.qk_norm, K < H
+        self.head_dim, self.qk_norm, self.grouped, self.group_size = E, config.qk_norm, K < H, H // K
         self.q_proj = nn.Linear(D, H * E, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, K * E, bias=config.qkv_bias)
@@ -119,8 +119,13 @@ class Attention(nn.Module):
             k_BKTE, v_BKTE = cache.extend(k_BKTE, v_BKTE)
             if before and len(cos_TE) > 1:
                 mask = torch.ones(len(cos_TE), k_BKTE.shape[2], dtype=torch.bool, device=x_BTD.device).tril(before)
+        grouped = self.grouped
+        if grouped and x_BTD.dtype == torch.float32 and x_BTD.device.type == "cuda":
+            # No fused kernel shares keys in fp32; without one, T x T scores of every head are in memory.
+            k_BKTE, v_BKTE = (x.repeat_interleave(self.group_size, dim=1) for x in (k_BKTE, v_BKTE))
+            grouped = False
         out_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=before == 0, enable_gqa=self.grouped
+            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=before == 0, enable_gqa=grouped
         )
         return self.o_proj(self.attn_sub_norm(out_BHTE.transpose(1, 2).flatten(-2)))
 

@@ -79,7 +79,7 @@ class Saver:
         if self._ranks.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
         if self._asynchronous:
-            shards = [self._copy(shard) for shard in shards]
+            shards = self._copy(shards)
         copied = torch.cuda.Event() if self._ranks.device.type == "cuda" else None
         if copied is not None:
             copied.record()
@@ -117,17 +117,27 @@ class Saver:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _copy(self, shard: Shard) -> Shard:
-        """Copy a shard into host memory that is reused for every checkpoint, and pinned if there is a GPU."""
-        tensors = {}
-        for kind, tensor in shard.tensors.items():
-            key = f"{kind}/{shard.name}"
-            if key not in self._staging:
-                self._staging[key] = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=self._ranks.device.type == "cuda"
-                )
-            tensors[kind] = self._staging[key].copy_(tensor, non_blocking=True)
-        return dataclasses.replace(shard, tensors=tensors, step=shard.step.clone())
+    def _copy(self, shards: list[Shard]) -> list[Shard]:
+        """Copy shards into host memory that is reused for every checkpoint, and pinned if there is a GPU."""
+        if not shards:
+            return []
+        # In one piece: the writer reads each step, and would wait for the device as often.
+        steps = self._staged("steps", torch.stack([shard.step for shard in shards]))
+        return [
+            dataclasses.replace(
+                shard,
+                tensors={kind: self._staged(f"{kind}/{shard.name}", tensor) for kind, tensor in shard.tensors.items()},
+                step=step,
+            )
+            for shard, step in zip(shards, steps, strict=True)
+        ]
+
+    def _staged(self, key: str, tensor: Tensor) -> Tensor:
+        if key not in self._staging:
+            self._staging[key] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=self._ranks.device.type == "cuda"
+            )
+        return self._staging[key].copy_(tensor, non_blocking=True)
 
     def _write(self, shards: list[Shard], rng: dict[str, Tensor], manifest: Manifest, config_text: str) -> None:
         """Write one checkpoint, in step with the other ranks."""
