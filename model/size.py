@@ -116,15 +116,15 @@ def activation_bytes(
     - e * (H + 2 K) * E of rotated queries and keys and of values, 4 * H of softmax denominators;
     - e * H * E of attention's output, e * 3 F of the MLP's gate before and after the activation and of its other half;
     - the inputs of the projections, e * (2 D + F), for one copy serves all that read it, and o_proj reads attention's
-      output; with a norm in front of it, its own input. A quantizer gives every projection its own, 5 D + H * E + F:
-      of e bytes on a `ramp`, of one byte with 4 for each projection's scale where it computes with `codes`;
+      output; with a norm in front of it, its own input, e * H * E. A quantizer always gives it its own: 2 D + H * E + F
+      of e bytes on a `ramp`, of one byte with 4 for the scale of each input where layers compute with `codes`;
     - for every norm of width W, 4 * W of the input in float32 and, if it has a weight, what that multiplies, e * W,
       or 4 * W in the families that round once.
 
     Behind the blocks stay the last norm, e * D of the gradient by the hidden states and 4 * V * D of that by the head
-    (see `model.loss`). On a ramp the dequantized projections are kept as well. With checkpointing a block keeps its
-    input, e * D, and one block at a time has all of the above. The chunk of logits comes and goes before the backward
-    pass: `loss_chunk_tokens * V * (4 + e)` bytes on top, for that moment.
+    (see `model.loss`). With checkpointing a block keeps its input, e * D, and one block at a time has all of the above.
+    The chunk of logits comes and goes before the backward pass: `loss_chunk_tokens * V * (4 + e)` bytes on top,
+    for that moment.
     """
     D, F, e = config.hidden_size, config.intermediate_size, bytes_per_element
     heads, kv_heads = config.num_heads * config.head_width, config.kv_heads * config.head_width
@@ -134,17 +134,15 @@ def activation_bytes(
         norm_width += heads + kv_heads
     if config.sub_norm:
         norm_width += heads + F
-    own_inputs = 5 * D + heads + F
+    own_inputs = 2 * D + heads + F
     inputs = {
         "no": e * (2 * D + F + (heads if config.sub_norm else 0)),
         "ramp": e * own_inputs,
-        "codes": own_inputs + 4 * len(PROJECTIONS),
+        "codes": own_inputs + 4 * 4,
     }
     block_token = norm_element * norm_width + 4 * config.num_heads
     block_token += e * (2 * heads + 2 * kv_heads + 3 * F) + inputs[quantized]
     num_tokens = micro_batch_sequences * sequence_length
     block = num_tokens * block_token
-    if quantized == "ramp":
-        block += e * num_linear_parameters(config) // config.num_layers
     blocks = config.num_layers * num_tokens * e * D + block if checkpointing else config.num_layers * block
     return blocks + num_tokens * (norm_element + e) * D + 4 * config.vocab_size * D

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 from launcher.config.sections import Config
 from launcher.plan.course import Course
@@ -89,6 +90,17 @@ def beside_codes(course: Course) -> tuple[dict[str, tuple[int, ...]], dict[str, 
     return once, {name: shape for name, shape in rest.items() if name not in once}
 
 
+def modes(plan: Plan) -> set[Literal["no", "ramp", "codes"]]:
+    """How layers compute in the course of a run; what they keep for the backward pass depends on it."""
+    found: set[Literal["no", "ramp", "codes"]] = set()
+    for phase in plan.phases:
+        if phase.quantization is None:
+            found.add("no")
+        else:
+            found |= {"ramp", "codes"} if any(ramp.steps for ramp in phase.transition.ramps) else {"codes"}
+    return found
+
+
 def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     """Estimate the bytes that one rank holds on its device, without allocator overhead and temporary buffers.
 
@@ -138,13 +150,15 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         sizes["weights"] = sizes["gradients"] = gathered
     if any(phase.distillation for phase in plan.phases):
         sizes["teacher"] = gathered + (compute_bytes * parameters / shards if engine.offload != "all" else 0)
-    ternary = any(phase.quantization for phase in plan.phases)
-    sizes["activations"] = activation_bytes(
-        config.model,
-        config.training.micro_batch_sequences,
-        config.data.sequence_length,
-        compute_bytes,
-        checkpointing=config.training.activation_checkpointing,
-        quantized="ramp" if any(phase.transition.ramp.steps for phase in plan.phases) else "codes" if ternary else "no",
+    sizes["activations"] = max(
+        activation_bytes(
+            config.model,
+            config.training.micro_batch_sequences,
+            config.data.sequence_length,
+            compute_bytes,
+            checkpointing=config.training.activation_checkpointing,
+            quantized=quantized,
+        )
+        for quantized in modes(plan)
     )
     return sizes

@@ -56,6 +56,7 @@ def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, 
     from launcher.config.file import parse_config
     from launcher.engine.build import build_engine
     from launcher.engine.contract import load_weights
+    from launcher.plan.memory import gathers_codes
     from launcher.plan.plan import make_plan
     from launcher.plan.schedule import StepSizes
     from launcher.plan.traffic import bytes_sent
@@ -94,7 +95,7 @@ def count(rank: int, world_size: int, engine_tree: dict[str, Any]) -> dict[str, 
     dist.barrier()
     quantize_(engine.model, QuantConfig(), torch.device("cpu"))
     set_strength_(engine.model, 1.0)
-    in_codes = config.engine.gather == "codes"
+    in_codes = gathers_codes(plan)
     found["ternary"] = (counted(), sum(bytes_sent(plan, backend="gloo", codes=in_codes).values()))
     dist.barrier()
     return found

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.config.file import load_config
 from launcher.engine.build import build_engine
-from launcher.plan.memory import memory_bytes_per_rank
+from launcher.plan.memory import gathers_codes, memory_bytes_per_rank
 from launcher.plan.plan import make_plan
 from launcher.plan.schedule import StepSizes
 from launcher.plan.traffic import collectives
@@ -86,7 +86,7 @@ def check(name, rank, world_size, join, *overrides):
     replicas = config.engine.replicas
     shards, shard_rank = world_size // replicas, rank % (world_size // replicas)
     for phase in plan.phases[:2]:
-        in_codes = config.engine.gather == "codes" and phase.quantization is not None
+        in_codes = gathers_codes(plan) and phase.quantization is not None
         expected = Counter()
         for collective in collectives(plan, codes=in_codes):
             expected[collective.kind, collective.group_size] += collective.count * collective.payload_bytes

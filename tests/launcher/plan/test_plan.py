@@ -438,10 +438,13 @@ def test_bytes_per_rank_of_zero(world_size):
     def stage(number):
         return sizes("engine.name=deepspeed", f"engine.zero_stage={number}", world_size=N)
 
-    assert stage(0) == {"weights": 2 * P + 4 * P, "gradients": 2 * P, "moments": 8 * P}
-    assert stage(1) == {"weights": 2 * P + 4 * P / N, "gradients": 4 * P, "moments": 8 * P / N}
-    assert stage(2) == {"weights": 2 * P + 4 * P / N, "gradients": 4 * P / N, "moments": 8 * P / N}
-    assert stage(3) == {"weights": 2 * P / N + 4 * P / N + 2 * P, "gradients": 4 * P / N, "moments": 8 * P / N}
+    codes = LINEAR_PARAMETERS / 4
+    assert stage(0) == {"weights": 2 * P + 4 * P + codes, "gradients": 2 * P, "moments": 8 * P}
+    assert stage(1) == {"weights": 2 * P + 4 * P / N + codes, "gradients": 4 * P, "moments": 8 * P / N}
+    assert stage(2) == {"weights": 2 * P + 4 * P / N + codes, "gradients": 4 * P / N, "moments": 8 * P / N}
+    assert stage(3) == {"weights": 2 * P / N + 4 * P / N + 2 * P + codes, "gradients": 4 * P / N, "moments": 8 * P / N}
+    in_int2 = "engine.name=deepspeed", "engine.zero_stage=0", "phases.1.quantization.levels=int2"
+    assert sizes(*in_int2, world_size=N)["weights"] == 2 * P + 4 * P + LINEAR_PARAMETERS
 
 
 def test_the_embedding_stays_gathered_beside_two_blocks():
@@ -460,10 +463,16 @@ def test_activations_are_the_models_and_those_of_the_largest_phase():
         return memory_bytes_per_rank(plan_of(*overrides))["activations"]
 
     config = plan_of().config.model
-    assert held() == activation_bytes(config, 2, 8, 2, checkpointing=False, quantized="codes")
-    assert held("training.activation_checkpointing=true") == activation_bytes(config, 2, 8, 2, True, "codes")
+    modes = ("no", "ramp", "codes")
+    no, ramp, codes = (activation_bytes(config, 2, 8, 2, checkpointing=False, quantized=mode) for mode in modes)
+    assert codes < no < ramp
+    assert held() == no
+    assert held("phases=[{precision: ternary, steps: 9}]") == codes
+    assert held("phases=[{precision: ternary, steps: 9, transition: {activation_ramp: {steps: 2}}}]") == ramp
+    assert held("phases.1.transition.ramp.steps=3") == ramp
+    assert held("training.activation_checkpointing=true") == activation_bytes(config, 2, 8, 2, True, "no")
     assert held("phases=[{precision: 16-bit, steps: 9}]") == activation_bytes(config, 2, 8, 2, False, "no")
-    assert held("training.compute_dtype=fp32") == activation_bytes(config, 2, 8, 4, False, "codes")
+    assert held("training.compute_dtype=fp32") == activation_bytes(config, 2, 8, 4, False, "no")
 
 
 # What is shipped

@@ -104,7 +104,10 @@ def test_a_step_in_codes_gathers_everything_once_by_hand():
     assert sent["scalars"] == bytes_sent(plan)["scalars"] + RING * 8 * rows
     described = describe_traffic(plan)
     assert described["bytes_sent_per_rank_and_step_in_codes"] == {what: round(size) for what, size in sent.items()}
-    assert set(describe_traffic(plan_of())) == {"bytes_sent_per_rank_and_step"}
+    assert describe_traffic(plan_of()) == described  # as engine.gather auto does
+    in_16_bits = {"bytes_sent_per_rank_and_step"}
+    for override in ("engine.gather=weights", "engine.offload=all", "phases.1.quantization.granularity=row"):
+        assert set(describe_traffic(plan_of(override))) == in_16_bits, override
 
 
 def test_blocks_without_codes_are_gathered_for_each_pass():
