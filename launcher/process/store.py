@@ -79,8 +79,8 @@ def listen(address: str, port: int, world_size: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartError(
-                f"{address}:{port} is taken by another process on {socket.gethostname()}; set MASTER_PORT, the same "
-                "for all ranks, to a free port"
+                f"{address}:{port} is taken by another process on {socket.gethostname()}; set MASTER_PORT (with "
+                "`deepspeed`: --master_port), the same for all ranks, to a free port"
             ) from error
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
@@ -99,12 +99,20 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout_seconds: int) ->
     """Wait until all ranks have come; returns what `myself` gives on each.
 
     Raises:
-        StartError: names the ranks that have not come.
+        StartError: names the ranks that have not come, or the process that has come as this rank: two runs meet here.
     """
     store = dist.PrefixStore("start", store)
     keys = [f"here-{other}" for other in range(world_size)]
+    mine = json.dumps(myself(rank))
+    first = store.compare_set(f"first-{rank}", "", mine).decode()
+    if first != mine:
+        raise StartError(
+            f"process {json.loads(first)['pid']} on {json.loads(first)['host']} has come as rank {rank} to "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} before this one, so another run has this port; "
+            "set MASTER_PORT (with `deepspeed`: --master_port), the same for all ranks, to a free port"
+        )
     store.set(f"beat-{rank}", "0")  # which all may read as soon as they have met
-    store.set(keys[rank], json.dumps(myself(rank)))
+    store.set(keys[rank], mine)
     seconds = min(SECONDS_TO_MEET, timeout_seconds)
     try:
         store.wait(keys, timedelta(seconds=seconds))

@@ -22,6 +22,7 @@ from tiny import tiny_tree, write_corpus
 from typer.testing import CliRunner
 
 from launcher.checkpoint.reader import CheckpointReader
+from launcher.process.torchrun import kept_port
 from launcher.run.metrics_log import read_metrics
 
 TRITRAIN = [str(Path(sys.executable).with_name("tritrain"))]
@@ -29,8 +30,8 @@ PRETRAIN = str(ROOT / "launcher" / "pretrain.py")
 STARTS = {
     "tritrain": [*TRITRAIN, "train", "config.yaml", "--ranks", "2"],
     "deepspeed": [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", PRETRAIN, "--config", "config.yaml",
-        "engine.name=deepspeed", "engine.zero_stage=3",
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(kept_port()),
+        PRETRAIN, "--config", "config.yaml", "engine.name=deepspeed", "engine.zero_stage=3",
     ],
     "torchrun": [
         str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", PRETRAIN,
@@ -38,6 +39,8 @@ STARTS = {
     ],
     "python": [sys.executable, PRETRAIN, "--config", "config.yaml"],
 }  # fmt: skip
+BY_DEEPSPEED = ["--with", "deepspeed", "engine.name=deepspeed", "engine.zero_stage=3"]
+SHORT = ["phases.0.steps=2", "phases.1.steps=2", "schedule.warmup_steps=1"]
 
 
 @pytest.fixture
@@ -209,8 +212,7 @@ def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(folder: Path
 
 @pytest.mark.parametrize("launcher", ["tritrain", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_ranks_whose_launcher_is_killed_save_and_end(folder: Path, launcher: str) -> None:
-    by_deepspeed = ["--with", "deepspeed", "engine.name=deepspeed", "engine.zero_stage=3"]
-    process = start(folder, [*STARTS["tritrain"], *(by_deepspeed if launcher == "deepspeed" else [])])
+    process = start(folder, [*STARTS["tritrain"], *(BY_DEEPSPEED if launcher == "deepspeed" else [])])
     wait_for_step(process, 2)
     pids = [int((folder / "run" / "ranks" / f"rank-0000{rank}").read_text().split()[1]) for rank in range(2)]
     process.kill()
@@ -227,11 +229,20 @@ def test_ranks_whose_launcher_is_killed_save_and_end(folder: Path, launcher: str
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python"])
 def test_every_way_to_start_trains(folder: Path, launcher: str) -> None:
-    short = ["phases.0.steps=2", "phases.1.steps=2", "schedule.warmup_steps=1"]
-    code, output = finish(folder, [*STARTS[launcher], *short])
+    code, output = finish(folder, [*STARTS[launcher], *SHORT])
     assert code == 0, output
     assert "ternary step 4/4" in output
     assert (folder / "run" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_by_deepspeed_train_at_once(folder: Path) -> None:
+    command = [*STARTS["tritrain"], *BY_DEEPSPEED, *SHORT]
+    processes = [start(folder, [*command, f"run.folder={folder / name}"]) for name in ("one", "two")]
+    for process in processes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        assert "ternary step 4/4" in output
 
 
 def test_plan_trains_nothing(folder: Path) -> None:

@@ -1,11 +1,13 @@
-"""Where the store of the first rank listens."""
+"""Where the store of the first rank listens, and who meets in it."""
 
+import os
 import socket
 
 import pytest
+import torch.distributed as dist
 
 from launcher.errors import StartError
-from launcher.process.store import listen
+from launcher.process.store import listen, meet
 
 
 @pytest.fixture
@@ -56,3 +58,16 @@ def test_a_port_that_is_taken_is_named() -> None:
         port = other.getsockname()[1]
         with pytest.raises(StartError, match=f"127.0.0.1:{port} is taken .* set MASTER_PORT"):
             listen("127.0.0.1", port, 2)
+
+
+def test_a_rank_that_another_process_is_already_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs at one port: the rank that comes to the wrong store must not be taken for one of its run."""
+    store = dist.HashStore()
+    assert [peer["pid"] for peer in meet(store, 0, 1, 5)] == [os.getpid()]
+    before = store.get("start/here-0")
+    monkeypatch.setattr(os, "getpid", lambda: 12345)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(StartError, match=r"has come as rank 0 to 127.0.0.1:29500 .* set MASTER_PORT"):
+        meet(store, 0, 1, 5)
+    assert store.get("start/here-0") == before
