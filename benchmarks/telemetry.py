@@ -6,13 +6,11 @@ steps, one step in n is looked at and the one before it is noted; that share of 
     python benchmarks/telemetry.py [--config configs/quickstart.yaml] [--repeats 30] [key.sub=value ...]
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from measure import interleaved, report, table
+from measure import interleaved, parser_of, report, table
 
 from launcher.config.file import load_config
 from launcher.engine.build import build_engine
@@ -27,10 +25,8 @@ from model.size import num_parameters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser = parser_of(__doc__, "configs/quickstart.yaml")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     interval_steps = config.logging.quantization_interval_steps
