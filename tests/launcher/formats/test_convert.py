@@ -3,8 +3,6 @@
 import contextlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from command import tritrain
 from exports import ternary_config
 from hf_folders import edit_config, write_variant
 from models import VARIANTS
-from ranks import run_group
+from ranks import CONTEXT, run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
 from tokenizer_files import write_bytes_tokenizer
@@ -25,7 +23,7 @@ from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.source import KINDS
+from launcher.checkpoint.source import KINDS, Source
 from launcher.commands import convert as convert_command
 from launcher.config.file import load_config, to_tree
 from launcher.errors import CheckpointError, ConfigError
@@ -255,35 +253,33 @@ def test_a_folder_that_is_rounded_while_it_computes_is_measured_like_that(shards
     assert not torch.allclose(logits[0], model(torch.arange(9)[None]).logits, atol=0.01)
 
 
-CONVERTS = """
-import sys, time, launcher.checkpoint.source as source
-from launcher.commands import convert
-from launcher.process.console import Console
-from pathlib import Path
-read = source.Source.read_finite
-def slow(*arguments):
-    print("reading", flush=True)
-    time.sleep(0.3)
-    return read(*arguments)
-source.Source.read_finite = slow
-convert.convert_checkpoint(
-    sys.argv[1], Path(sys.argv[2]), None, [], Console(silent=True), into=sys.argv[3],
-    phase=None, optimizer=None, dtype=None, dry_run=False, as_json=False,
-)
-"""
+def convert_when_told(source: str, target: str, into: str, reads: Any, may_read: Any) -> None:
+    """In a process of its own: convert, waiting at the first tensor that is read."""
+    read = Source.read_finite
+
+    def wait_and_read(*arguments: Any) -> Any:
+        reads.set()
+        may_read.wait()
+        return read(*arguments)
+
+    Source.read_finite = wait_and_read  # type: ignore[method-assign]
+    tritrain("convert", source, "--to", target, "--format", into)
 
 
 @pytest.mark.parametrize(("into", "reader"), [("hf", HuggingFaceSource), ("universal", UniversalSource)])
 def test_two_conversions_to_one_target_at_once(runs: Path, tmp_path: Path, into: str, reader: Any) -> None:
     (tmp_path / "to.tmp").write_text("of the user")
-    command = [sys.executable, "-c", CONVERTS, str(runs / "trunk"), str(tmp_path / "to"), into]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "reading\n"
-        with pytest.raises(CheckpointError, match=r"to: process \d+ on .* is writing it; wait for that"):
+    arguments, reads, may_read = (str(runs / "trunk"), str(tmp_path / "to"), into), CONTEXT.Event(), CONTEXT.Event()
+    first = CONTEXT.Process(target=convert_when_told, args=(*arguments, reads, may_read))
+    first.start()
+    try:
+        assert reads.wait(100)
+        with pytest.raises(CheckpointError, match=rf"to: process {first.pid} on .* is writing it; wait for that"):
             tritrain("convert", runs / "trunk", "--to", tmp_path / "to", "--format", into)
-        first.stdout.read()
-        assert first.wait() == 0
+    finally:
+        may_read.set()
+        first.join()
+    assert first.exitcode == 0
     assert len(reader(tmp_path / "to").shapes) == 20
     assert (tmp_path / "to" / "provenance.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["to", "to.tmp"]
