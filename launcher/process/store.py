@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from launcher.errors import StartError
 from launcher.process.companions import myself
+from launcher.process.launchers import began
 from launcher.process.supervisor import LISTENER
 
 SECONDS_TO_MEET = 300
@@ -103,16 +104,16 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout_seconds: int) ->
     """
     store = dist.PrefixStore("start", store)
     keys = [f"here-{other}" for other in range(world_size)]
-    mine = json.dumps(myself(rank))
-    first = store.compare_set(f"first-{rank}", "", mine).decode()
-    if first != mine:
-        raise StartError(
-            f"process {json.loads(first)['pid']} on {json.loads(first)['host']} has come as rank {rank} to "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} before this one, so another run has this port; "
-            "set MASTER_PORT (with `deepspeed`: --master_port), the same for all ranks, to a free port"
-        )
     store.set(f"beat-{rank}", "0")  # which all may read as soon as they have met
-    store.set(keys[rank], mine)
+    mine = myself(rank)
+    first = json.loads(store.compare_set(keys[rank], "", json.dumps(mine)))
+    if first != mine and first["place"] == mine["place"] and began(first["pid"]) == first["began"]:
+        raise StartError(
+            f"process {first['pid']} on {first['host']} has come as rank {rank} to {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} before this one, and lives: another run has this port. Set MASTER_PORT (with "
+            "`deepspeed`: --master_port), the same for all ranks, to a free one"
+        )
+    store.set(keys[rank], json.dumps(mine))
     seconds = min(SECONDS_TO_MEET, timeout_seconds)
     try:
         store.wait(keys, timedelta(seconds=seconds))

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 
 import pytest
 import torch.distributed as dist
@@ -60,14 +61,18 @@ def test_a_port_that_is_taken_is_named() -> None:
             listen("127.0.0.1", port, 2)
 
 
-def test_a_rank_that_another_process_is_already_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs at one port: the rank that comes to the wrong store must not be taken for one of its run."""
+def test_a_rank_that_another_process_is_already_is_refused_while_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs at one port: a rank that comes to the other run's store must not be taken for one of that run."""
     store = dist.HashStore()
-    assert [peer["pid"] for peer in meet(store, 0, 1, 5)] == [os.getpid()]
-    before = store.get("start/here-0")
-    monkeypatch.setattr(os, "getpid", lambda: 12345)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    with pytest.raises(StartError, match=r"has come as rank 0 to 127.0.0.1:29500 .* set MASTER_PORT"):
-        meet(store, 0, 1, 5)
-    assert store.get("start/here-0") == before
+    with subprocess.Popen(["sleep", "600"]) as other:
+        with monkeypatch.context() as of_other:
+            of_other.setattr(os, "getpid", lambda: other.pid)
+            assert [peer["pid"] for peer in meet(store, 0, 1, 5)] == [other.pid]
+        named = rf"process {other.pid} on .* has come as rank 0 to 127.0.0.1:29500 .* Set MASTER_PORT"
+        with pytest.raises(StartError, match=named):
+            meet(store, 0, 1, 5)
+        other.kill()
+    # One that has ended, as in a container that is started again, leaves its place to the next.
+    assert [peer["pid"] for peer in meet(store, 0, 1, 5)] == [os.getpid()]
