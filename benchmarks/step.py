@@ -15,9 +15,11 @@ import torch
 from measure import interleaved, report, table
 from torch import nn
 
+from launcher.config.automatic import made_concrete
 from launcher.config.file import load_config
 from launcher.config.sections import Config
 from launcher.engine.adamw import build_adamw, parameter_groups
+from launcher.run.automatic import device_of
 from model.transformer import Transformer
 from quant.config import QuantConfig
 from quant.linear import quantize_
@@ -61,8 +63,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
-    dtype = options.dtype or config.training.compute_dtype
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = options.dtype or made_concrete(config, device_of(device))[0].training.compute_dtype
     variants = {
         f"{'ternary' if ternary else '16-bit'}, {'compiled' if compiled else 'eager'}": step_of(
             config, dtype, device, ternary=ternary, compiled=compiled
