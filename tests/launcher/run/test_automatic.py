@@ -13,7 +13,9 @@ import yaml
 from ranks import run_group, run_ranks
 from runs import StopAfter
 from tiny import tiny_config, tiny_tree
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from launcher.config.file import parse_config
 from launcher.errors import ConfigError
 from launcher.process.ranks import Ranks
@@ -125,6 +127,42 @@ def test_a_run_whose_configuration_is_lost_takes_the_value_of_its_newest_checkpo
     assert values_of_run(folder) == {KEY: "fp32"}
     (step / "config.yaml").write_text("training: [")
     assert values_of_run(folder) == {}
+
+
+def plan_of(tree: dict[str, Any], folder: Path) -> tuple[dict[str, Any], str]:
+    """What `tritrain plan` prints as JSON and as a table."""
+    file = folder / "planned.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    as_json, table = (
+        CliRunner(env={"COLUMNS": "200"}).invoke(app, ["plan", str(file), "--ranks", "2", *more])
+        for more in (["--json"], [])
+    )
+    assert as_json.exit_code == table.exit_code == 0, as_json.output + table.output
+    told = json.loads(as_json.stdout)
+    del told["plan"]["disk"]["free_bytes"]  # which others change
+    return told, " ".join(table.stdout.replace("│", " ").split())
+
+
+def test_a_plan_says_what_it_counts_auto_as(tmp_path: Path) -> None:
+    tree = auto_tree(Path("shards"), tmp_path / "run")
+    numbers = {}
+    for dtype in ("bf16", "fp32"):
+        told, table = plan_of(tree | {"training": tree["training"] | {"compute_dtype": dtype}}, tmp_path)
+        assert told["plan"].pop("counted_as") == {}
+        assert "counted as" not in table
+        numbers[dtype] = told
+    assert numbers["bf16"]["plan"]["bytes_per_rank"] != numbers["fp32"]["plan"]["bytes_per_rank"]
+
+    told, table = plan_of(tree, tmp_path)
+    assert told["plan"].pop("counted_as") == {KEY: "bf16, which a GPU computes in hardware"}
+    assert f"{KEY}: auto counted as bf16, which a GPU computes in hardware" in table
+    assert told == numbers["bf16"]
+
+    begun(tree, "fp32")
+    told, table = plan_of(tree, tmp_path)
+    assert told["plan"].pop("counted_as") == {KEY: "fp32, as this run began"}
+    assert f"{KEY}: auto counted as fp32, as this run began" in table
+    assert told == numbers["fp32"]
 
 
 def dtypes_measured_in(out: str, shards: str) -> list[str]:
