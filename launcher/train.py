@@ -111,7 +111,7 @@ def train(
         return outcome
     except Exception:
         if run is not None:
-            run.saver.outlast_failure()
+            run.saver.outlast_failure()  # before the error is reported, with the checkpoint to resume from
         raise
     finally:
         console.stop()
