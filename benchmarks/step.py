@@ -13,9 +13,11 @@ import torch
 from measure import interleaved, parser_of, report, table
 from torch import nn
 
+from launcher.config.automatic import made_concrete
 from launcher.config.file import load_config
 from launcher.config.sections import Config
 from launcher.engine.adamw import build_adamw, parameter_groups
+from launcher.run.automatic import device_of
 from model.transformer import Transformer
 from quant.config import QuantConfig
 from quant.linear import quantize_
@@ -63,8 +65,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
-    dtype = options.dtype or config.training.compute_dtype
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = options.dtype or made_concrete(config, device_of(device))[0].training.compute_dtype
     variants = {name: step_of(config, dtype, device, **how) for name, how in VARIANTS.items()}
     seconds = interleaved(variants, options.repeats, device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -18,6 +18,7 @@ from launcher.engine.contract import load_weights
 from launcher.plan.plan import make_plan
 from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import process_group
+from launcher.run.automatic import concrete
 from launcher.training.step import accumulate_gradients
 from launcher.training.telemetry import Telemetry
 from model.init import initial_value
@@ -33,7 +34,7 @@ def main() -> None:
     if interval_steps is None:
         parser.error("logging.quantization_interval_steps is null: there is nothing to measure")
     with process_group(600) as ranks:
-        plan = make_plan(config, ranks.world_size)
+        plan = make_plan(concrete(config, ranks)[0], ranks.world_size)
         phase = next(phase for phase in plan.phases if phase.quantization is not None)
         engine = build_engine(plan, phase, ranks)
         load_weights(engine, lambda name, shape: initial_value(name, shape, config.model, config.run.seed))

@@ -18,7 +18,7 @@ from places import ROOT
 from launcher.config.file import apply_override, json_schema, load_config, parse_config, parse_yaml
 from launcher.config.sections import Config
 from launcher.plan.plan import make_plan
-from launcher.run.folder import MAY_CHANGE
+from launcher.run.changes import MAY_CHANGE
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "configs/quickstart.yaml"

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from data.pointers import pointer_problem
 from data.urls import url_problem
 from launcher.config.aliases import ALIASES
+from launcher.config.automatic import with_former_defaults
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import ScheduleConfig
 from launcher.config.rules import spanning_problems, starting_problems
@@ -207,7 +208,8 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
     Args:
         tree: the mappings.
         stored: whether a run or a checkpoint has left them, and only these are to be understood: what a run may start
-            with (`RULES_TO_START`, no credentials) is not asked of them, since an earlier version may have asked less.
+            with (`RULES_TO_START`, no credentials) is not asked of them, since an earlier version may have asked less,
+            and a missing key that may be `auto` has the default that it had before.
 
     Raises:
         ConfigError: as `load_config`.
@@ -216,7 +218,7 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
     types = typing.get_type_hints(Config)
     problems = {str(key): f"unknown section{_suggestion(str(key), Config)}" for key in tree if key not in sections}
     parts: dict[str, Any] = {}
-    expanded = expand_presets(tree)
+    expanded = expand_presets(with_former_defaults(tree) if stored else tree)
     for name, section in sections.items():
         if name not in tree and section.default_factory is dataclasses.MISSING:
             problems[name] = "the section is missing"

@@ -30,6 +30,7 @@ from launcher.formats.hf_source import CONFIG, dtype_name
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.inference.build import first_token_of, sharded_model
 from launcher.process.ranks import Ranks
+from launcher.run.automatic import concrete
 from model.transformer import ModelConfig
 
 HASHED_AT_ONCE = 64 * 2**20
@@ -96,7 +97,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
             "tokenizer of another model. Name the right one with --tokenizer"
         )
     source = opened.source
-    dtype = compute_dtype_of(opened)
+    dtype = compute_dtype_of(opened, ranks)
     model = sharded_model(source, opened.model, opened.precision, dtype, ranks)
     manifest = source.manifest if isinstance(source, CheckpointReader) else None
     first_token = first_token_of(source, loaded.end_of_document)
@@ -140,10 +141,13 @@ def scorer_of(token_nll: Callable[[Tensor, Tensor], Tensor], config: ModelConfig
     )
 
 
-def compute_dtype_of(opened: Exportable) -> torch.dtype:
-    """The dtype that a model is measured in: its run's, or the one that its folder says."""
+def compute_dtype_of(opened: Exportable, ranks: Ranks) -> torch.dtype:
+    """The dtype that a model is measured in: its run's, or the one that its folder says; a collective.
+
+    A run that was converted and has not trained yet may have none: then it is the one that it would begin with here.
+    """
     if opened.config is not None:
-        return COMPUTE_DTYPES[opened.config.training.compute_dtype]
+        return COMPUTE_DTYPES[concrete(opened.config, ranks)[0].training.compute_dtype]
     return torch.bfloat16 if stored_dtype(Path(opened.source.location)) == "bfloat16" else torch.float32
 
 

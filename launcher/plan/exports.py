@@ -65,7 +65,7 @@ def _exports_of(course: Course) -> Iterator[Export]:
     quantization = course.phases[-1].quantization
     shapes = parameter_shapes(model)
     coded = coded_matrices(model, quantization) if quantization else []
-    element_bytes = 2 if config.training.compute_dtype == "bf16" else 4
+    element_bytes = config.training.compute_bytes
     all_bytes = element_bytes * sum(map(prod, shapes.values()))
     tokenizer = tokenizer_problems(config)
     in_hf = [*hf_problems(model), *tokenizer]
