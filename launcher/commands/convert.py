@@ -146,7 +146,7 @@ def convert_into_format(
         CheckpointError: the source is unknown or damaged, the format cannot hold it, or the folder cannot be written.
     """
     opened = open_source(source)
-    given = load_config(config, overrides, stored=True) if config else None
+    given = load_config(config, overrides, stored=None) if config else None
     notes = [*opened.missing, *not_carried(opened, into)]
     for sentence in notes:
         console.line(f"  {sentence}")

@@ -38,7 +38,7 @@ def explain(name: str, file: Path | None, overrides: list[str], console: Console
     if file is not None:
         console.line()
         console.line(f"In {file}:")
-        for line in values_of(key.path, to_tree(load_config(file, overrides, stored=True))):
+        for line in values_of(key.path, to_tree(load_config(file, overrides, stored=None))):
             console.line(f"  {safe_message(line)}")
 
 

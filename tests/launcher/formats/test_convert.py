@@ -351,6 +351,11 @@ def test_a_run_s_own_configuration_describes_its_model_whatever_a_run_may_start_
     said = tritrain("explain", "evaluation.task_data", "--config", tmp_path / "config.yaml")
     assert "bucket/tasks" in said
     assert "secret" not in said
+    del old["tritrain_version"]  # as a person writes a configuration, to start a run with
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    for refused in ((*command, "--format", "hf"), ("explain", "run.seed", "--config", tmp_path / "config.yaml")):
+        with pytest.raises(ConfigError, match=r"evaluation\.task_data"):
+            tritrain(*refused)
 
 
 def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) -> None:
