@@ -1,11 +1,14 @@
-"""Where the store of the first rank listens."""
+"""Where the store of the first rank listens, and what is read from it."""
 
+import json
 import socket
 
 import pytest
+import torch.distributed as dist
 
 from launcher.errors import StartError
-from launcher.process.store import listen
+from launcher.process.companions import myself
+from launcher.process.store import listen, meet
 
 
 @pytest.fixture
@@ -56,3 +59,15 @@ def test_a_port_that_is_taken_is_named() -> None:
         port = other.getsockname()[1]
         with pytest.raises(StartError, match=f"127.0.0.1:{port} is taken .* set MASTER_PORT"):
             listen("127.0.0.1", port, 2)
+
+
+@pytest.mark.parametrize(
+    "note", ["{", "1", "[]", "{}", '{"rank": 1, "host": "a", "place": ["a"], "pid": "1", "began": "1"}', "[" * 100_000]
+)
+def test_a_note_that_no_rank_writes_is_one_sentence(note: str) -> None:
+    store = dist.HashStore()
+    dist.PrefixStore("start", store).set("here-1", note)
+    with pytest.raises(StartError, match="the note of rank 1 in the store is none that a rank writes"):
+        meet(store, 0, 2, 5)
+    dist.PrefixStore("start", store).set("here-1", json.dumps(myself(1)))
+    assert meet(store, 0, 2, 5) == [myself(0), myself(1)]
