@@ -186,7 +186,7 @@ def windows(tokens: Sequence[int], labels: Sequence[int], window_tokens: int, st
     for begin in range(0, len(tokens) - 1, stride_tokens):
         stop = min(begin + window_tokens, len(tokens) - 1)
         ignored = max(0, done - begin)
-        yield Row(tuple(tokens[begin:stop]), (IGNORED_LABEL,) * ignored + tuple(labels[begin + 1 + ignored : stop + 1]))
+        yield Row.of(tokens[begin:stop], labels[begin + 1 + ignored : stop + 1])
         done = stop
         if stop == len(tokens) - 1:
             return

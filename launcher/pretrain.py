@@ -266,14 +266,17 @@ def run_rank(
         gc.collect()  # engines have reference cycles, and the memory of this one is needed
         plan = plan_of_run(config, folder, ranks, smoke_steps)
     newest = None
-    if ranks.is_first and outcome == "interrupted":
-        # Before any rank leaves: launchers kill who is still there once one has exited with anything but 0.
-        newest = folder.newest_checkpoint()
-        stop.look_again()
-        folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest), job=slurm_job())
-        stop.done()
-    # A rank that leaves breaks connections that others may still be making. All is saved: to break here is no failure.
+    # Before any rank leaves: launchers kill who is still there once one has exited with anything but 0. And a rank that
+    # leaves breaks connections that others may still be making. All is saved: to break here is no failure.
     with contextlib.suppress(RuntimeError):
+        with failing_alike():
+            if ranks.is_first and outcome == "interrupted":
+                newest = folder.newest_checkpoint()
+                stop.look_again()
+                folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest), job=slurm_job())
+                stop.done()
+            elif ranks.is_first:
+                folder.write_state("complete", steps=plan.total_steps)
         dist.barrier()
     watchdog.stop()
     leave_presence(folder.ranks, ranks)
@@ -283,7 +286,6 @@ def run_rank(
         next_time = "resumes from there" if smoke_steps is None else "begins the smoke test again"
         console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command {next_time}.")
         return INTERRUPTED
-    folder.write_state("complete", steps=plan.total_steps)
     if smoke_steps is not None:
         shutil.rmtree(folder.path, ignore_errors=True)
         console.line(

@@ -403,8 +403,9 @@ def finish(run: Run) -> Outcome:
             sample = run.held_out.sample(run.engine)
         except (DataError, NotFiniteError) as error:  # on all ranks alike, and the run is complete
             run.console.line(f"WARNING: no sample is drawn: {error}")
-    if run.ranks.is_first:
-        run.folder.write_summary(summary(run.plan, run.ranks, run.meter, sample))
+    with failing_alike():
+        if run.ranks.is_first:
+            run.folder.write_summary(summary(run.plan, run.ranks, run.meter, sample))
     return "complete"
 
 

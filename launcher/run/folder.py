@@ -28,10 +28,10 @@ from typing import Any
 import yaml
 
 from data.new_paths import replace_file
-from data.private import no_follow
+from data.private import holder_text, is_at, no_follow
 from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
-from launcher.checkpoint.location import reaching, to_location
+from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.config.file import (
     DERIVED_KEYS,
     MAX_YAML_CHARS,
@@ -71,6 +71,8 @@ class RunFolder:
         """What the lock says while this job holds it; the same on all of its ranks."""
         self.state_before: dict[str, Any] = {}
         """The status that the rank that holds the lock found, before it wrote its own."""
+        self.places_to_make: list[Path] = []
+        """The folder of checkpoints and those above it, as far as this start makes them, the deepest first."""
         self._is_new = False
         self._run_id: str | None = None
         self.checkpoints_are_elsewhere = config.checkpoint.folder is not None
@@ -136,22 +138,25 @@ class RunFolder:
         Raises:
             ConfigError: another one does.
         """
-        self._is_new = not self.path.exists() or not any(self.path.iterdir())
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / LOCK, "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
-        try:
-            # A record lock: it ends with the process, however that ends, and file systems of clusters know it.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            raise ConfigError(
-                f"{self.path}: another job trains here ({self._lock.read().strip() or error}); two would overwrite "
-                "each other's checkpoints. Wait for it or stop it, or set run.name to begin another run."
-            ) from error
+        lock, is_held = self.path / LOCK, False
+        while not is_held:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(lock, "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
+            try:
+                # A record lock: it ends with the process, however that ends, and file systems of clusters know it.
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._lock.seek(0)
+                raise ConfigError(
+                    f"{self.path}: another job trains here ({self._lock.read().strip() or error}); two would overwrite "
+                    "each other's checkpoints. Wait for it or stop it, or set run.name to begin another run."
+                ) from error
+            is_held = is_at(self._lock, lock)  # else the start that had it has failed, and removed the folder
+        places = [self.checkpoints, *self.checkpoints.parents] if is_local(self.checkpoints) else []
+        self.places_to_make = [place for place in places if not place.exists()]
+        self._is_new = {path.name for path in self.path.iterdir()} == {LOCK}
         self._lock.truncate(0)
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        job = f", job {slurm_job()}" if slurm_job() else ""
-        self.holder = f"process {os.getpid()} on {socket.gethostname()}, since {now}{job}"
+        self.holder = holder_text() + (f", job {slurm_job()}" if slurm_job() else "")
         self._lock.write(self.holder)
         self._lock.flush()
         os.fsync(self._lock.fileno())  # the other hosts read it

@@ -51,6 +51,43 @@ def test_an_empty_corpus_is_named_once_without_a_traceback(tmp_path: Path) -> No
     assert "Traceback" not in job.output
 
 
+def full_at_the_end(rank: int) -> None:
+    def write_summary(folder: RunFolder, summary: dict[str, object]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    RunFolder.write_summary = write_summary  # type: ignore[method-assign]
+
+
+def full_when_complete(rank: int) -> None:
+    write = RunFolder.write_state
+
+    def write_state(folder: RunFolder, status: str, **details: object) -> None:
+        if status == "complete":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, status, **details)
+
+    RunFolder.write_state = write_state  # type: ignore[method-assign]
+
+
+FULL = {"summary": full_at_the_end, "state": full_when_complete}
+
+
+@pytest.mark.parametrize("file", FULL)
+def test_a_disk_that_is_full_at_the_end_ends_all_ranks_with_one_message(
+    shards: Path, tmp_path: Path, file: str
+) -> None:
+    tree = job_tree(shards, tmp_path / "run", checkpoint={"interval_steps": None})
+    tree["phases"] = [{"precision": "16-bit", "steps": 3}]
+    job = Job(tree, FULL[file])
+    assert job.wait() == [1, 1], job.output
+    assert job.output.count("No space left on device. Make room there. The same command resumes from") == 1
+    assert not any(noise in job.output for noise in ("Traceback", "c10d", "died", "ProcessGroup")), job.output
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json").is_file()
+    again = Job(tree)
+    assert again.wait() == [0, 0], again.output
+    assert RunFolder(parse_config(tree)).is_complete(3)
+
+
 def past(rank: int) -> None:
     os.environ["TRITRAIN_END_TIME"] = "1"
 
@@ -63,7 +100,7 @@ def full(rank: int) -> None:
     RunFolder.note_start = note_start  # type: ignore[method-assign]
 
 
-PLACES = {"checkpoints cannot be written": "file/checkpoints", "disk is full": "elsewhere"}
+PLACES = {"checkpoints cannot be written": "file/checkpoints", "disk is full": "deep/elsewhere"}
 TOLD = {
     "checkpoints are lost": "does not begin anew",
     "checkpoints cannot be written": "NotADirectoryError",
@@ -93,7 +130,7 @@ def test_what_the_first_rank_refuses_ends_all_alike(shards: Path, tmp_path: Path
         assert (folder.path / "metrics.jsonl").read_text() == "rows of a week\n"
     else:
         assert not folder.path.exists()
-        assert list(tmp_path.glob("elsewhere/*")) == []  # no note of it either
+        assert not (tmp_path / "deep").exists()  # nor of the checkpoints
 
 
 @pytest.mark.parametrize(

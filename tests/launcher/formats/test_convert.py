@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS, Source
 from launcher.commands import convert as convert_command
 from launcher.config.file import load_config, to_tree
-from launcher.errors import CheckpointError, ConfigError
+from launcher.errors import CheckpointError, ConfigError, UserError
 from launcher.formats.deepspeed_universal import UniversalSource
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import open_source
@@ -144,6 +145,8 @@ def test_a_tokenizer_that_cannot_be_read_is_not_replaced_by_another(shards: Path
     write_bytes_tokenizer(tmp_path / "hf" / "tokenizer.json", "</s>")
     with pytest.raises(DataError, match=r"hf/tokenizer\.json: any of .* may end a document"):
         tritrain(*command)
+    with pytest.raises(DataError, match=r"hf/tokenizer\.json: any of .* may end a document"):
+        tritrain(*command, "--dry-run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "hf" / "tokenizer.json").unlink()
     tritrain(*command)
@@ -274,7 +277,7 @@ def test_two_conversions_to_one_target_at_once(runs: Path, tmp_path: Path, into:
     first.start()
     try:
         assert reads.wait(100)
-        with pytest.raises(CheckpointError, match=rf"to: process {first.pid} on .* is writing it; wait for that"):
+        with pytest.raises(CheckpointError, match=rf"to: is being written by process {first.pid} on .*; wait, or"):
             tritrain("convert", runs / "trunk", "--to", tmp_path / "to", "--format", into)
     finally:
         may_read.set()
@@ -299,6 +302,56 @@ def test_a_dry_run_says_what_happens_to_each_tensor_and_writes_nothing(
     assert "16-bit" in lines["model.embed_tokens.weight"]
     assert all("first cleared, second kept" in line for line in lines.values())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_what_the_conversion_refuses(runs: Path, shards: Path, tmp_path: Path) -> None:
+    trunk, ternary = runs / "trunk", runs / "keep"
+    (tmp_path / "taken").mkdir()
+    shutil.copytree(trunk / "checkpoints" / "step-00000008", tmp_path / "damaged")
+    shard = next((tmp_path / "damaged").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    other = tiny_tree(shards, tmp_path / "run")
+    other["model"] |= {"norm_eps": 1e-3}
+    config = write_config(tmp_path / "config.yaml", other)
+    for source, to, *options in (
+        (trunk, "taken", "hf"),
+        (trunk, "taken", "universal"),
+        (tmp_path / "damaged", "to", "hf"),
+        (tmp_path / "damaged", "to", "universal"),
+        (ternary, "to", "hf"),
+        (trunk, "to", "hf", "--config", config),
+    ):
+        command = ("convert", source, "--to", tmp_path / to, "--format", *options)
+        said = []
+        for arguments in (command, (*command, "--dry-run")):
+            with pytest.raises(UserError) as caught:
+                tritrain(*arguments)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_run_s_own_configuration_describes_its_model_whatever_a_run_may_start_with_now(
+    runs: Path, tmp_path: Path
+) -> None:
+    old = yaml.safe_load((runs / "trunk" / "config.yaml").read_text())
+    old["evaluation"] |= {"task_data": "s3://me:secret@bucket/tasks"}  # which an earlier version took
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    command = ("convert", runs / "trunk", "--to", tmp_path / "to", "--config", tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"evaluation\.task_data"):
+        tritrain(*command, "--format", "run")
+    tritrain(*command, "--format", "hf", "--dry-run")
+    assert tritrain("explain", "model.hidden_size", "--config", tmp_path / "config.yaml").endswith("hidden_size: 36\n")
+    said = tritrain("explain", "evaluation.task_data", "--config", tmp_path / "config.yaml")
+    assert "bucket/tasks" in said
+    assert "secret" not in said
+    del old["tritrain_version"]  # as a person writes a configuration, to start a run with
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    for refused in ((*command, "--format", "hf"), ("explain", "run.seed", "--config", tmp_path / "config.yaml")):
+        with pytest.raises(ConfigError, match=r"evaluation\.task_data"):
+            tritrain(*refused)
 
 
 def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) -> None:

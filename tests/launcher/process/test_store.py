@@ -1,5 +1,6 @@
-"""Where the store of the first rank listens, and who meets in it."""
+"""Where the store of the first rank listens, who meets in it, and what is read from it."""
 
+import json
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from launcher.errors import StartError
+from launcher.process.companions import myself
 from launcher.process.store import listen, meet
 
 
@@ -76,3 +78,15 @@ def test_a_rank_that_another_process_is_already_is_refused_while_that_lives(monk
         other.kill()
     # One that has ended, as in a container that is started again, leaves its place to the next.
     assert [peer["pid"] for peer in meet(store, 0, 1, 5)] == [os.getpid()]
+
+
+@pytest.mark.parametrize(
+    "note", ["{", "1", "[]", "{}", '{"rank": 1, "host": "a", "place": ["a"], "pid": "1", "began": "1"}', "[" * 100_000]
+)
+def test_a_note_that_no_rank_writes_is_one_sentence(note: str) -> None:
+    store = dist.HashStore()
+    dist.PrefixStore("start", store).set("here-1", note)
+    with pytest.raises(StartError, match="the note of rank 1 in the store is none that a rank writes"):
+        meet(store, 0, 2, 5)
+    dist.PrefixStore("start", store).set("here-1", json.dumps(myself(1)))
+    assert meet(store, 0, 2, 5) == [myself(0), myself(1)]
