@@ -239,8 +239,7 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
 
 def secret_problems(tree: Any) -> dict[str, str]:
     """The values that are URLs with credentials, by path: a run copies its configuration, and logs it."""
-    values = dict(_leaves(tree))
-    return {path: problem for path, text in values.items() if "://" in text[:16] and (problem := url_problem(text))}
+    return {path: problem for path, text in _leaves(tree) if (problem := url_problem(text))}
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
