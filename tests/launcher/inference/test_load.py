@@ -139,7 +139,7 @@ def test_modules_that_a_folder_leaves_out_stay_plain(tmp_path):
     folder = tmp_path / "hf"
     write_variant(folder, "llama")
     left_out = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
-    edit_config(folder, quantization_config=left_out | {"modules_to_not_convert": ["model.layers.1.mlp"]})
+    edit_config(folder, quantization_config=left_out | {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp"]})
     expected = load(folder)
     quantize_(expected, PRESETS["bitnet-b1.58"])
     loaded = load_model(folder, dtype=torch.float32).model
@@ -156,7 +156,7 @@ def test_a_block_without_a_ternary_layer(tmp_path):
     folder = tmp_path / "hf"
     write_variant(folder, "llama")
     online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
-    edit_config(folder, quantization_config=online | {"modules_to_not_convert": ["model.layers.0"]})
+    edit_config(folder, quantization_config=online | {"modules_to_not_convert": ["lm_head", "model.layers.0"]})
     expected, loaded = load(folder), load_model(folder, dtype=torch.float32).model
     quantize_(expected, replace(PRESETS["bitnet-b1.58"], include=r"layers\.1\."))
     with torch.no_grad():
