@@ -93,12 +93,18 @@ def check_input(source: str) -> None:
     if source.startswith(HF_PREFIX):
         _split_hub_name(source)
     elif is_path(source):
-        _find_files(Path(source))
+        _find_files(_path_of(source))
 
 
 def is_path(source: str) -> bool:
     """Return whether an input is a file or folder, not a hub's data set or one that needs no file."""
     return not source.startswith(HF_PREFIX) and source != quickstart_corpus.NAME
+
+
+def _path_of(source: str) -> Path:
+    if not source.strip():  # to `Path` it is the current folder
+        raise DataError("an input is blank; name a file or a folder, . for the current one")
+    return Path(source)
 
 
 def _read_input(source: str) -> Iterator[Document]:
@@ -107,7 +113,7 @@ def _read_input(source: str) -> Iterator[Document]:
     elif source.startswith(HF_PREFIX):
         yield from _read_hugging_face(source)
     else:
-        for path in _find_files(Path(source)).read:
+        for path in _find_files(_path_of(source)).read:
             if problem := pointer_problem(path):
                 raise DataError(f"{path}: {problem}")
             yield from READERS[_suffix(path)](path)
@@ -119,7 +125,7 @@ def survey(inputs: Iterable[str]) -> Survey:
     Raises:
         DataError: as `check_input`.
     """
-    found = [_find_files(Path(source)) for source in inputs if is_path(source)]
+    found = [_find_files(_path_of(source)) for source in inputs if is_path(source)]
     left_out = {path: reason for one in found for path, reason in one.left_out.items()}
     return Survey([path for one in found for path in one.read], left_out)
 
@@ -140,6 +146,8 @@ def _find_files(path: Path) -> Survey:
         )
     if _suffix(path) not in READERS:
         raise DataError(f"{path}: this kind of file is not known; choose one of {kinds}")
+    if not path.is_file():  # opening a pipe waits for whoever writes to it, and text is read twice
+        raise DataError(f"{path}: is neither a file nor a folder; save the text in a file first")
     return Survey([path], {})
 
 

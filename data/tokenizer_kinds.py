@@ -170,7 +170,7 @@ class SentencePieceTokenizer(_InParts):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids."""
-        return self._model.decode(list(ids))
+        return self._model.decode([token for token in ids if token < self.vocab_size])
 
     def name_of(self, token: int) -> str:
         """Return a token as the vocabulary spells it."""

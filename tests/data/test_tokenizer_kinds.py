@@ -152,6 +152,15 @@ def test_any_text_is_given_back_whole_and_in_parts(zoo, name, text):
         assert counted(tokenizer, in_parts) == len(text.encode())
 
 
+@pytest.mark.parametrize("name", [*LOSSLESS, *LOSSY])
+def test_tokens_of_a_padded_model_have_no_text(zoo, name):
+    tokenizer = zoo(name)[0]
+    ids, beyond = tokenizer.encode("the cat sat"), tokenizer.vocab_size + 3
+    text = tokenizer.decode(ids)
+    assert tokenizer.decode([beyond]) == ""
+    assert tokenizer.decode([beyond, *ids]) == tokenizer.decode([*ids, beyond]) == text
+
+
 @pytest.mark.parametrize("name", LOSSY)
 @with_examples
 @given(text=ANY | WORDS)

@@ -230,6 +230,26 @@ def test_an_export_needs_its_tokenizer_for_text_but_not_for_tokens(runs, tmp_pat
         generated(runs / "run", "te", "--tokenizer", tmp_path / "none.model")
 
 
+def test_the_tokenizer_of_another_model_is_noticed(tmp_path):
+    folder = tmp_path / "hf"
+    write_variant(folder)
+    write_bytes_tokenizer(tmp_path / "tokenizer.json")
+    assert load_model(folder).tokenizer is None
+    message = r"tokenizer\.json: has \d+ tokens and the model 96; it is the tokenizer of another model"
+    with pytest.raises(DataError, match=message):
+        load_model(folder, tokenizer=tmp_path / "tokenizer.json")
+    (folder / "tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+    loaded = load_model(folder)
+    assert list(loaded.generate_tokens([1], max_tokens=2))
+    with pytest.raises(DataError, match=message):
+        loaded.generate("a")
+
+
+def test_a_prompt_that_is_no_text_is_named(runs):
+    with pytest.raises(DataError, match=r"the prompt is not text: .*surrogates not allowed; write it in UTF-8"):
+        load_model(runs / "run").generate("a\ud800")
+
+
 def test_a_tokenizer_that_cannot_be_read_is_said_where_it_is_needed(runs, tmp_path):
     write_variant(tmp_path / "hf", "llama")
     write_bytes_tokenizer(tmp_path / "hf" / "tokenizer.json", "</s>")
