@@ -64,7 +64,7 @@ def test_override_without_a_value(override):
     "key", ["run.folder", "checkpoint.folder", "checkpoint.start_from", "data.cache", "evaluation.task_data"]
 )
 def test_blank_texts_are_refused(key):
-    for value in ("''", "' '", "'\\t'"):
+    for value in ("''", "' '", '"\\t"'):
         changed = tree()
         apply_override(changed, f"{key}={value}")
         with pytest.raises(ConfigError, match=rf"(?m)^{key}: is blank; write null, or leave it out, if none is meant"):
