@@ -105,7 +105,7 @@ def check_input(source: str) -> None:
     if source.startswith(HF_PREFIX):
         _split_hub_name(source)
     elif is_path(source):
-        path = Path(source)
+        path = _path_of(source)
         if not (path.is_dir() and any(reason is None for _, reason in _entries(path))):
             _find_files(path)
 
@@ -113,6 +113,12 @@ def check_input(source: str) -> None:
 def is_path(source: str) -> bool:
     """Return whether an input is a file or folder, not a hub's data set or one that needs no file."""
     return not source.startswith(HF_PREFIX) and source != quickstart_corpus.NAME
+
+
+def _path_of(source: str) -> Path:
+    if not source.strip():  # to `Path` it is the current folder
+        raise DataError("an input is blank; name a file or a folder, . for the current one")
+    return Path(source)
 
 
 def _read_input(source: str, found: Survey) -> Iterator[Document]:
@@ -138,7 +144,7 @@ def survey(inputs: Iterable[str]) -> Survey:
         if source.startswith(HF_PREFIX):
             _split_hub_name(source)
         elif is_path(source):
-            found.files[source], left_out = _find_files(Path(source))
+            found.files[source], left_out = _find_files(_path_of(source))
             found.left_out.update(left_out)
     return found
 
@@ -161,6 +167,8 @@ def _find_files(path: Path) -> tuple[list[Path], dict[Path, str]]:
         )
     if _suffix(path) not in READERS:
         raise DataError(f"{path}: this kind of file is not known; choose one of {kinds}")
+    if not path.is_file():  # opening a pipe waits for whoever writes to it, and text is read twice
+        raise DataError(f"{path}: is neither a file nor a folder; save the text in a file first")
     return [path], {}
 
 

@@ -162,6 +162,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     path, separator, value = override.partition("=")
     if not separator or not path:
         raise ConfigError(f"{override!r}: an override is key.sub=value, such as optimizer.learning_rate=3e-4")
+    if not value.strip():  # of a shell's variable that is not set; YAML would read null
+        raise ConfigError(f"{override!r}: has no value; write {path}=null if none is meant")
     *parents, last = path.split(".")
     if len(parents) >= MAX_YAML_DEPTH:
         raise ConfigError(f"{override:.80}...: has {len(parents) + 1} keys, one inside the other; no key is so deep")
@@ -214,7 +216,7 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
         if not found:
             parts[name] = part
     if not stored:
-        problems |= secret_problems(tree) | starting_problems(parts)
+        problems = blank_problems(tree) | problems | secret_problems(tree) | starting_problems(parts)
     if problems:
         problems |= spanning_problems(parts)
     else:
@@ -227,8 +229,13 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
 
 def secret_problems(tree: Any) -> dict[str, str]:
     """The values that are URLs with credentials, by path: a run copies its configuration, and logs it."""
-    values = dict(_leaves(tree))
-    return {path: problem for path, text in values.items() if "://" in text[:16] and (problem := url_problem(text))}
+    return {path: problem for path, text in _leaves(tree) if (problem := url_problem(text))}
+
+
+def blank_problems(tree: Any) -> dict[str, str]:
+    """The texts without a letter, by path: a blank path would be the current folder, or as good as none."""
+    problem = "is blank; write null, or leave it out, if none is meant"
+    return {path: problem for path, text in _leaves(tree) if not text.strip()}
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -227,10 +227,15 @@ def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None
         seen = {"window_tokens": window, "stride_tokens": stride, "apart": asked.apart}
         measured = {"bits_per_byte": loss.bits_per_byte, "perplexity": loss.perplexity}
         print_results("perplexity", [without_nan(about | seen | asdict(loss) | measured)])
+    changed = (
+        f"the tokenizer does not give {loss.num_changed_documents:,} documents back: characters that it loses cost no "
+        "bits, so the results are not comparable with those of another tokenizer"
+    )
     console.aligned(
         [
             ["model", subject.location],
             ["text", f"{loss.num_documents:,} documents, {loss.num_bytes:,} bytes, {loss.num_tokens:,} tokens"],
+            *([["changed", changed]] if loss.num_changed_documents else []),
             ["seen", f"windows of {window:,} tokens, moved by {stride:,}, "
              + ("each document by itself" if asked.apart else "documents as one stream")],
             ["bits per byte", f"{loss.bits_per_byte:.6f}"],

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
 from eval.tasks import digest_of
 from launcher.checkpoint.folders import MANIFEST, checkpoints_under
@@ -28,7 +28,7 @@ from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_native import DeepSpeedSource
 from launcher.formats.hf_source import CONFIG, dtype_name
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import first_token_of, sharded_model
+from launcher.inference.build import first_token_of, fitting_tokenizer, sharded_model
 from launcher.process.ranks import Ranks
 from launcher.run.automatic import concrete
 from model.transformer import ModelConfig
@@ -81,7 +81,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
 
     Raises:
         CheckpointError: it is none of these, or damaged, or its tokenizer is not to be found.
-        DataError: the tokenizer is none.
+        DataError: the tokenizer is none, or of another model.
     """
     opened = open_exportable(text, ternary=False)
     found = tokenizer or opened.tokenizer
@@ -90,12 +90,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
             f"{opened.source.location}: its tokenizer was not found (no tokenizer.model or tokenizer.json); "
             "name it with --tokenizer"
         )
-    loaded = load_tokenizer(found)
-    if loaded.vocab_size > opened.model.vocab_size:
-        raise CheckpointError(
-            f"{loaded.path}: has {loaded.vocab_size} tokens and the model {opened.model.vocab_size}; it is the "
-            "tokenizer of another model. Name the right one with --tokenizer"
-        )
+    loaded = fitting_tokenizer(found, opened.model)
     source = opened.source
     dtype = compute_dtype_of(opened, ranks)
     model = sharded_model(source, opened.model, opened.precision, dtype, ranks)

@@ -272,7 +272,7 @@ def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
     ):
         open_subject(str(tmp_path / "hf"), Ranks(0, 1, 0, torch.device("cpu")))
     large = write_tokenizer(tmp_path / "tokenizer.json", 500)
-    with pytest.raises(CheckpointError, match=r"has 500 tokens and the model \d+; .*another model"):
+    with pytest.raises(DataError, match=r"has 500 tokens and the model \d+; .*another model"):
         open_subject(str(tmp_path / "hf"), Ranks(0, 1, 0, torch.device("cpu")), str(large))
 
 
