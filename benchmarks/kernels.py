@@ -6,16 +6,14 @@ large products reach on this machine, and the bytes of the optimizer at the rate
     python benchmarks/kernels.py [--config configs/llama-1b.yaml] [--dtype bf16] [--top 12] [key.sub=value ...]
 """
 
-import argparse
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from measure import report, seconds_of
-from step import DTYPES, step_of
+from measure import parser_of, report, seconds_of
+from step import DTYPES, VARIANTS, step_of
 from torch.autograd import DeviceType
 
 from launcher.config.file import load_config
@@ -95,35 +93,31 @@ def floors(config: Config, found: dict[str, float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/llama-1b.yaml"))
+    parser = parser_of(__doc__, "configs/llama-1b.yaml")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--top", type=int, default=12)
-    parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     config, device = load_config(options.config, options.overrides), torch.device("cuda")
     kinds: dict[str, dict[str, float]] = {}
     walls, tables = {}, []
-    for compiled in (False, True):
-        for ternary in (False, True):
-            name = f"{'ternary' if ternary else '16-bit'}, {'compiled' if compiled else 'eager'}"
-            step = step_of(config, options.dtype, device, ternary=ternary, compiled=compiled)
-            walls[name] = 1e3 * statistics.median(seconds_of(step, device) for _ in range(7))
-            kernels = kernels_of(step)
-            kinds[name] = defaultdict(float)
-            for kernel, (milliseconds, _) in kernels.items():
-                kinds[name][kind_of(kernel)] += milliseconds
-            longest = sorted(kernels.items(), key=lambda item: -item[1][0])[: options.top]
-            rows = [
-                f"| {ms:.2f} | {calls:.0f} | {kind_of(kernel)} | `{re.sub('[|`]', ' ', kernel)[:110]}` |"
-                for kernel, (ms, calls) in longest
-            ]
-            head = ["", f"{name}:", "", "| ms a step | calls | kind | kernel |", "| --- | --- | --- | --- |"]
-            tables += [*head, *rows]
-            del step
-            torch.cuda.empty_cache()
+    for name, how in VARIANTS.items():
+        step = step_of(config, options.dtype, device, **how)
+        walls[name] = 1e3 * statistics.median(seconds_of(step, device) for _ in range(7))
+        kernels = kernels_of(step)
+        kinds[name] = defaultdict(float)
+        for kernel, (milliseconds, _) in kernels.items():
+            kinds[name][kind_of(kernel)] += milliseconds
+        longest = sorted(kernels.items(), key=lambda item: -item[1][0])[: options.top]
+        rows = [
+            f"| {ms:.2f} | {calls:.0f} | {kind_of(kernel)} | `{re.sub('[|`]', ' ', kernel)[:110]}` |"
+            for kernel, (ms, calls) in longest
+        ]
+        head = ["", f"{name}:", "", "| ms a step | calls | kind | kernel |", "| --- | --- | --- | --- |"]
+        tables += [*head, *rows]
+        del step
+        torch.cuda.empty_cache()
     found = ceilings()
     least = floors(config, found)
     present = [kind for kind in (*KINDS, "other") if any(kinds[name][kind] for name in kinds)]

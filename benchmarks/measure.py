@@ -1,5 +1,6 @@
-"""What the benchmarks here share: interleaved timing, medians, and a file that says what ran where."""
+"""What the benchmarks here share: options, interleaved timing, medians, and a file that says what ran where."""
 
+import argparse
 import importlib.metadata
 import json
 import platform
@@ -15,6 +16,14 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def parser_of(description: str | None, config: str) -> argparse.ArgumentParser:
+    """A parser of --config, with this default, and of overrides; use its `parse_intermixed_args`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path(config))
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    return parser
 
 
 def seconds_of(run: Callable[[], object], device: torch.device | None = None) -> float:

@@ -6,23 +6,29 @@ baseline is the 16-bit phase, eager.
     python benchmarks/step.py [--config configs/quickstart.yaml] [--dtype fp32|bf16] [--repeats 15] [key.sub=value ...]
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from measure import interleaved, report, table
+from measure import interleaved, parser_of, report, table
 from torch import nn
 
+from launcher.config.automatic import made_concrete
 from launcher.config.file import load_config
 from launcher.config.sections import Config
 from launcher.engine.adamw import build_adamw, parameter_groups
+from launcher.run.automatic import device_of
 from model.transformer import Transformer
 from quant.config import QuantConfig
 from quant.linear import quantize_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VARIANTS = {
+    f"{precision}, {mode}": {"ternary": precision == "ternary", "compiled": mode == "compiled"}
+    for mode in ("eager", "compiled")
+    for precision in ("16-bit", "ternary")
+}
+"""By name, how `step_of` makes a step."""
 
 
 def step_of(config: Config, dtype: str, device: torch.device, *, ternary: bool, compiled: bool) -> Callable[[], None]:
@@ -54,22 +60,14 @@ def step_of(config: Config, dtype: str, device: torch.device, *, ternary: bool, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser = parser_of(__doc__, "configs/quickstart.yaml")
     parser.add_argument("--dtype", choices=DTYPES, help="by default the configuration's")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
-    dtype = options.dtype or config.training.compute_dtype
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    variants = {
-        f"{'ternary' if ternary else '16-bit'}, {'compiled' if compiled else 'eager'}": step_of(
-            config, dtype, device, ternary=ternary, compiled=compiled
-        )
-        for compiled in (False, True)
-        for ternary in (False, True)
-    }
+    dtype = options.dtype or made_concrete(config, device_of(device))[0].training.compute_dtype
+    variants = {name: step_of(config, dtype, device, **how) for name, how in VARIANTS.items()}
     seconds = interleaved(variants, options.repeats, device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {

@@ -6,13 +6,11 @@ steps, one step in n is looked at and the one before it is noted; that share of 
     python benchmarks/telemetry.py [--config configs/quickstart.yaml] [--repeats 30] [key.sub=value ...]
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from measure import interleaved, report, table
+from measure import interleaved, parser_of, report, table
 
 from launcher.config.file import load_config
 from launcher.engine.build import build_engine
@@ -20,6 +18,7 @@ from launcher.engine.contract import load_weights
 from launcher.plan.plan import make_plan
 from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import process_group
+from launcher.run.automatic import concrete
 from launcher.training.step import accumulate_gradients
 from launcher.training.telemetry import Telemetry
 from model.init import initial_value
@@ -27,17 +26,15 @@ from model.size import num_parameters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser = parser_of(__doc__, "configs/quickstart.yaml")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     interval_steps = config.logging.quantization_interval_steps
     if interval_steps is None:
         parser.error("logging.quantization_interval_steps is null: there is nothing to measure")
     with process_group(600) as ranks:
-        plan = make_plan(config, ranks.world_size)
+        plan = make_plan(concrete(config, ranks)[0], ranks.world_size)
         phase = next(phase for phase in plan.phases if phase.quantization is not None)
         engine = build_engine(plan, phase, ranks)
         load_weights(engine, lambda name, shape, rows: initial_value(name, shape, config.model, config.run.seed, rows))

@@ -4,8 +4,8 @@ Published tokenizers name it in different places. The first of these that names 
 
 1. the user;
 2. the file itself, if `prepare` has marked the token there;
-3. files in the same folder: `tokenizer_config.json` (`eos_token`), `generation_config.json` and `config.json`
-   (`eos_token_id`), or the manifest of prepared data (`end_of_document`);
+3. files in the same folder: `tokenizer_config.json` and `special_tokens_map.json` (`eos_token`),
+   `generation_config.json` and `config.json` (`eos_token_id`), or the manifest of prepared data (`end_of_document`);
 4. the file itself: the end-of-sentence piece of a SentencePiece model, or the one special token of a `tokenizer.json`
    that has a usual name. If several have one, it is the first of `USUAL_NAMES` in the folder of a run or a checkpoint:
    earlier versions trained with that one and did not mark it.
@@ -28,6 +28,7 @@ USUAL_NAMES = (
 """Names under which published tokenizers keep the token that ends a document, most common first."""
 NAMING_FILES = {
     "tokenizer_config.json": "eos_token",
+    "special_tokens_map.json": "eos_token",
     "generation_config.json": "eos_token_id",
     "config.json": "eos_token_id",
     "manifest.json": "end_of_document",
@@ -94,7 +95,8 @@ def _named(
         if isinstance(value, dict):
             value = value.get("content")
         values = value if isinstance(value, list) else [value]
-        if named := [each for each in values if type(each) in (int, str)]:
+        kind = str if key == "eos_token" else int  # a name that looks like an id may be another token's
+        if named := [each for each in values if type(each) is kind]:
             yield str(file), named
     if own:
         yield str(path), own[:1] if _is_of_a_run(path) else own

@@ -19,13 +19,15 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from data.errors import DataError
-from data.private import HeldError, locked
+from data.private import HeldError, is_at, locked
 
 SUFFIX = ".tritrain-tmp"
 LOCK_SUFFIX = ".tritrain-lock"
+
+MOUNTS = Path("/proc/self/mountinfo")
+"""One mount a line, its place in the fifth field (proc_pid_mountinfo(5))."""
 
 STEM_BYTES = 64
 """A private name keeps this much of a long name, so that it fits into the 255 bytes that file systems allow."""
@@ -124,7 +126,7 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
         OSError: nothing can be written beside it.
     """
     path = Path(os.path.realpath(path))
-    if os.path.ismount(path):
+    if is_mount_point(path):
         raise TakenError(f"{path}: is a mount point; name a new folder in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{_stem(path)}{LOCK_SUFFIX}")
@@ -133,7 +135,7 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
             try:
                 held = stack.enter_context(locked(lock, f"one process at a time makes {path}", wait=wait))
             except HeldError as holder:
-                raise TakenError(f"{path}: {holder} is writing it; wait for that, or choose another name") from None
+                raise TakenError(f"{path}: is being written by {holder}; wait, or choose another name") from None
             except OSError as error:
                 if error.errno not in CANNOT_LOCK:
                     raise
@@ -143,7 +145,7 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
                     f"{path}: its lock {lock} belongs to user {_owner(lock)}, and you may not lock it. If that user "
                     "is not making it, have the lock removed; otherwise choose another name"
                 ) from None
-            if _is_at(held, lock):
+            if is_at(held, lock):
                 break
             stack.close()  # whoever had it has removed the file meanwhile
         try:
@@ -152,18 +154,27 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
             _remove(lock)
 
 
+def is_mount_point(path: Path) -> bool:
+    """Return whether something is mounted on a real path, even if it is of the same file system.
+
+    Linux lists such mounts as it lists all; `os.path.ismount` sees only that another file system begins.
+    """
+    if os.path.ismount(path):
+        return True
+    try:
+        mounts = MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    wanted = re.sub(rb"[ \t\n\\]", lambda found: b"\\%03o" % found[0][0], os.fsencode(path))
+    return any(mount.split()[4:5] == [wanted] for mount in mounts)
+
+
 def _owner(path: Path) -> str:
     uid = path.stat().st_uid
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
-    return False
 
 
 @contextmanager

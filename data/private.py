@@ -96,9 +96,21 @@ def locked(path: Path, purpose: str, *, wait: bool = True) -> Iterator[IO[str]]:
                 time.sleep(SECONDS_BETWEEN_TRIES)
         if lock.writable():
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.write(holder_text())
             lock.flush()
         yield lock
+
+
+def holder_text() -> str:
+    """This process, as a lock names its holder."""
+    return f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def is_at(file: IO[str], path: Path) -> bool:
+    """Return whether an open file is still the one of this name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    return False
 
 
 def _open_lock(path: Path) -> IO[str]:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from data import quickstart_corpus
 from data.errors import DataError
@@ -55,25 +55,35 @@ class Document:
 class Survey:
     """The files of inputs, before they are read."""
 
-    read: list[Path]
-    """Files that are read, in this order."""
+    files: dict[str, list[Path]]
+    """Of each input that is a file or a folder, in the order in which they are read."""
     left_out: dict[Path, str]
     """Files and folders below an input that are not read, and why."""
+
+    @property
+    def read(self) -> list[Path]:
+        """The files of all inputs."""
+        return [path for files in self.files.values() for path in files]
 
     def reasons(self) -> list[str]:
         """How many are left out for each reason, most first."""
         return [f"{count} {reason}" for reason, count in Counter(self.left_out.values()).most_common()]
 
 
-def read_documents(inputs: Sequence[str]) -> Iterator[Document]:
+def read_documents(inputs: Sequence[str], found: Survey | None = None) -> Iterator[Document]:
     """Yield the documents of all inputs, one input after the other; see the top of this file for what an input is.
+
+    Args:
+        inputs: names.
+        found: their `survey`, so that folders are not listed again.
 
     Raises:
         DataError: an input does not exist, is of no known kind, is broken, or they hold no text at all.
     """
+    found = found or survey(inputs)
     is_empty = True
     for source in inputs:
-        for document in _read_input(source):
+        for document in _read_input(source, found):
             if not document.text:
                 continue
             if not document.text.isascii():
@@ -87,13 +97,17 @@ def read_documents(inputs: Sequence[str]) -> Iterator[Document]:
 def check_input(source: str) -> None:
     """Make sure that an input is there and of a known kind, without reading it; a hub's data set is not looked up.
 
+    A folder is searched as far as its first file of a known kind: every rank asks, and there may be many files.
+
     Raises:
         DataError: it is not.
     """
     if source.startswith(HF_PREFIX):
         _split_hub_name(source)
     elif is_path(source):
-        _find_files(Path(source))
+        path = _path_of(source)
+        if not (path.is_dir() and any(reason is None for _, reason in _entries(path))):
+            _find_files(path)
 
 
 def is_path(source: str) -> bool:
@@ -101,13 +115,19 @@ def is_path(source: str) -> bool:
     return not source.startswith(HF_PREFIX) and source != quickstart_corpus.NAME
 
 
-def _read_input(source: str) -> Iterator[Document]:
+def _path_of(source: str) -> Path:
+    if not source.strip():  # to `Path` it is the current folder
+        raise DataError("an input is blank; name a file or a folder, . for the current one")
+    return Path(source)
+
+
+def _read_input(source: str, found: Survey) -> Iterator[Document]:
     if source == quickstart_corpus.NAME:
         yield from (Document(text, f"{source}/{path}") for path, text in quickstart_corpus.read_standard_library())
     elif source.startswith(HF_PREFIX):
         yield from _read_hugging_face(source)
     else:
-        for path in _find_files(Path(source)).read:
+        for path in found.files[source]:
             if problem := pointer_problem(path):
                 raise DataError(f"{path}: {problem}")
             yield from READERS[_suffix(path)](path)
@@ -119,20 +139,27 @@ def survey(inputs: Iterable[str]) -> Survey:
     Raises:
         DataError: as `check_input`.
     """
-    found = [_find_files(Path(source)) for source in inputs if is_path(source)]
-    left_out = {path: reason for one in found for path, reason in one.left_out.items()}
-    return Survey([path for one in found for path in one.read], left_out)
+    found = Survey({}, {})
+    for source in inputs:
+        if source.startswith(HF_PREFIX):
+            _split_hub_name(source)
+        elif is_path(source):
+            found.files[source], left_out = _find_files(_path_of(source))
+            found.left_out.update(left_out)
+    return found
 
 
-def _find_files(path: Path) -> Survey:
-    """Find the path itself, or the readable files below it in a fixed order."""
+def _find_files(path: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Find the path itself, or the readable files below it in a fixed order; and what is left out of it, and why."""
     kinds = " ".join(READERS)
     if path.is_dir():
-        found = _look_into(path)
-        if not found.read:
-            left_out = f"; left out: {', '.join(found.reasons())}" if found.left_out else ""
-            raise DataError(f"{path}: this folder has no file of a known kind; known are {kinds}{left_out}")
-        return found
+        found = list(_entries(path))
+        left_out = dict(sorted((entry, reason) for entry, reason in found if reason))
+        files = sorted(entry for entry, reason in found if not reason)
+        if not files:
+            more = f"; left out: {', '.join(Survey({}, left_out).reasons())}" if left_out else ""
+            raise DataError(f"{path}: this folder has no file of a known kind; known are {kinds}{more}")
+        return files, left_out
     if not path.exists():
         raise DataError(
             f"{path}: no such file or folder; an input is one of these, {HF_PREFIX}NAME[:CONFIG]:SPLIT or "
@@ -140,47 +167,60 @@ def _find_files(path: Path) -> Survey:
         )
     if _suffix(path) not in READERS:
         raise DataError(f"{path}: this kind of file is not known; choose one of {kinds}")
-    return Survey([path], {})
+    if not path.is_file():  # opening a pipe waits for whoever writes to it, and text is read twice
+        raise DataError(f"{path}: is neither a file nor a folder; save the text in a file first")
+    return [path], {}
 
 
-def _look_into(folder: Path) -> Survey:
-    """Walk through a folder. Links to files are followed; those to folders may lead anywhere, even back here."""
-    found = Survey([], {})
+def _entries(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Walk through a folder: its files, each with the reason if it is left out, and the folders that are left out.
 
-    def refuse(error: OSError) -> NoReturn:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    Links to files are followed; those to folders may lead anywhere, even back here. A folder's list says what each
+    entry is, so that nothing but links is looked up one by one.
+    """
+    waiting = [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as listing:
+                entries = list(listing)
+            for entry in entries:
+                if not _is_folder(entry):
+                    yield Path(entry.path), _file_problem(entry)
+                elif reason := _folder_problem(entry):
+                    yield Path(entry.path), reason
+                else:
+                    waiting.append(Path(entry.path))
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        for name in sorted(folders):
-            if reason := _folder_problem(Path(parent, name)):
-                found.left_out[Path(parent, name)] = reason
-                folders.remove(name)
-        for name in files:
-            if reason := _file_problem(Path(parent, name)):
-                found.left_out[Path(parent, name)] = reason
-            else:
-                found.read.append(Path(parent, name))
-    return Survey(sorted(found.read), dict(sorted(found.left_out.items())))
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that cannot be followed
+        return False
 
 
-def _folder_problem(path: Path) -> str | None:
+def _folder_problem(entry: os.DirEntry[str]) -> str | None:
     """Why a folder is left out."""
-    if path.name.startswith("."):
+    if entry.name.startswith("."):
         return HIDDEN
-    if path.name in UNFINISHED_FOLDERS:
+    if entry.name in UNFINISHED_FOLDERS:
         return "unfinished output or log of Spark"
-    return "linked folder (name it as an input)" if path.is_symlink() else None
+    return "linked folder (name it as an input)" if entry.is_symlink() else None
 
 
-def _file_problem(path: Path) -> str | None:
+def _file_problem(entry: os.DirEntry[str]) -> str | None:
     """Why a file is left out; raises DataError if that would be a mistake."""
-    if path.name.startswith("."):
+    if entry.name.startswith("."):
         return HIDDEN
-    if (suffix := _suffix(path)) not in READERS:
+    if (suffix := _suffix(Path(entry.name))) not in READERS:
         return f"of unknown kind {suffix}" if suffix else "without an ending"
-    if path.is_symlink() and not path.exists():
-        raise DataError(f"{path}: is a link to nothing; fetch or restore what it leads to, or remove it")
-    return None if path.is_file() else "neither a file nor a folder"
+    if entry.is_file():
+        return None
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        raise DataError(f"{entry.path}: is a link to nothing; fetch or restore what it leads to, or remove it")
+    return "neither a file nor a folder"
 
 
 def _suffix(path: Path) -> str:

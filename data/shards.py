@@ -38,7 +38,7 @@ from data.prepared import (
     is_yet_to_be_prepared,
     open_prepared,
 )
-from data.readers import Document, read_documents, survey
+from data.readers import Document, Survey, read_documents, survey
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
@@ -50,6 +50,8 @@ SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and o
 class PrepareProgress:
     """The progress of `prepare`."""
 
+    files: Survey
+    """What is read, and what is left out."""
     stage: str
     """`tokenizer` while one is trained, then `tokens`."""
     documents: int
@@ -143,17 +145,18 @@ def _build(
     config: PrepareConfig, sequence_length: int, out: Path, progress: Callable[[PrepareProgress], None]
 ) -> dict[str, Any]:
     files = survey((*config.inputs, *config.validation_inputs))
-    tokenizer = _place_tokenizer(config, out, progress)
+    tokenizer = _place_tokenizer(config, files, out, progress)
     writers = {TRAIN: RowWriter(out / TRAIN, tokenizer, sequence_length)}
     if config.validation_fraction or config.validation_inputs:
         writers[VALIDATION] = RowWriter(out / VALIDATION, tokenizer, sequence_length)
 
     start = time.monotonic()
-    chunks = gather_chunks(_assign_splits(config))
+    chunks = gather_chunks(_assign_splits(config, files))
     for split, chunk in tokenize(chunks, tokenizer, config.workers, lossy=config.lossy_tokenizer):
         writers[split].write(chunk)
         progress(
             PrepareProgress(
+                files=files,
                 stage="tokens",
                 documents=sum(writer.documents for writer in writers.values()),
                 text_bytes=sum(writer.text_bytes for writer in writers.values()),
@@ -190,26 +193,28 @@ def _build(
     return manifest
 
 
-def _place_tokenizer(config: PrepareConfig, out: Path, progress: Callable[[PrepareProgress], None]) -> Tokenizer:
+def _place_tokenizer(
+    config: PrepareConfig, files: Survey, out: Path, progress: Callable[[PrepareProgress], None]
+) -> Tokenizer:
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
         source = load_tokenizer(config.tokenizer, config.end_of_document)
         path = out / f"tokenizer{source.path.suffix}"
         path.write_bytes(source.file_content())
         return load_tokenizer(path)
-    progress(PrepareProgress(stage="tokenizer", documents=0, text_bytes=0, tokens=0, seconds=0.0))
-    texts = (document.text for split, document in _assign_splits(config) if split == TRAIN)
+    progress(PrepareProgress(files=files, stage="tokenizer", documents=0, text_bytes=0, tokens=0, seconds=0.0))
+    texts = (document.text for split, document in _assign_splits(config, files) if split == TRAIN)
     path = out / "tokenizer.model"
     train_tokenizer(sample_texts(texts), config.tokenizer, path)
     return load_tokenizer(path)
 
 
-def _assign_splits(config: PrepareConfig) -> Iterator[tuple[str, Document]]:
+def _assign_splits(config: PrepareConfig, files: Survey) -> Iterator[tuple[str, Document]]:
     """Yield every document with the split that it belongs to."""
-    for document in read_documents(config.inputs):
+    for document in read_documents(config.inputs, files):
         is_held_out = config.validation_fraction and _uniform(document.text) < config.validation_fraction
         yield VALIDATION if is_held_out else TRAIN, document
     if config.validation_inputs:
-        yield from ((VALIDATION, document) for document in read_documents(config.validation_inputs))
+        yield from ((VALIDATION, document) for document in read_documents(config.validation_inputs, files))
 
 
 def _uniform(text: str) -> float:

@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of a sequence of ids."""
+        """Return the text of a sequence of ids; those beyond the vocabulary, of a padded model, have none."""
         ...
 
     def name_of(self, token: int) -> str:

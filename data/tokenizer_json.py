@@ -19,6 +19,7 @@ no text becomes, and `split_special_tokens` makes Transformers read `</s>` in a 
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,14 @@ def bpe_problem(proto: Any) -> str | None:
         return "treats spaces in its own way"
     if others := {piece.type for piece in proto.pieces} - {NORMAL, UNKNOWN, CONTROL, BYTE}:
         return f"has pieces of kinds {sorted(others)}, user-defined or unused"
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
+    if SPACE_MARK not in scores:
+        return "has no piece for a space, so that it loses spaces"
+    merged = [score for name, score in scores.items() if len(name) > 1]
+    if len(set(merged)) < len(merged) or not all(map(math.isfinite, merged)):
+        return "gives two pieces one score, or one that is no number, so that the order of merges is not known"
+    if any(" " in name for name in scores):
+        return f"has a piece with a space that is not written {SPACE_MARK}"
     return None
 
 

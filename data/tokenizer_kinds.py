@@ -10,6 +10,7 @@ Ids are those of SentencePiece and of `tokenizers`, except where these would los
 Texts of more than `SEGMENT_CHARS` are encoded in parts.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so a literal one needs care
 MARK_BYTES = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
 SPACE_FOR_EACH_WORD = {"WordPiece", "BPEDecoder"}
+NEEDS_ALL_CHARACTERS = (
+    "; its vocabulary must have every word or character of the text, or the token that its unk_token names"
+)
 SEGMENT_CHARS = 1 << 20  # longer texts are encoded in parts, or one large file would need many times its size
 
 
@@ -166,7 +170,7 @@ class SentencePieceTokenizer(_InParts):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids."""
-        return self._model.decode(list(ids))
+        return self._model.decode([token for token in ids if token < self.vocab_size])
 
     def name_of(self, token: int) -> str:
         """Return a token as the vocabulary spells it."""
@@ -219,9 +223,16 @@ class HuggingFaceTokenizer(_InParts):
         bare = without_prefix(self.definition)
         self._model = self._load(self.definition)
         self._bare = self._model if bare == self.definition else self._load(bare)
+        theirs = self._model.get_vocab()
+        if moved := next((name for name, token in ids.items() if theirs.get(name, token) != token), None):
+            raise DataError(
+                f"{path}: says that {moved!r} is token {ids[moved]}, but to the `tokenizers` library it is "
+                f"{theirs[moved]}: this library numbers added tokens after the others, without gaps, and keeps the id "
+                "of a token that is there; repair the ids in the file"
+            )
         try:
-            self._prefix = _prefix_of(partial(_ids, self._model), partial(_ids, self._bare))
-        except Exception:  # as in `_encode_parts`; only whole texts are given to it
+            self._prefix = _prefix_of(partial(self._ids, self._model), partial(self._ids, self._bare))
+        except DataError:  # only whole texts are given to it
             self._prefix = None
         self._mark_ids: list[int] | None = None
         self._decodes_prefix = False
@@ -233,26 +244,34 @@ class HuggingFaceTokenizer(_InParts):
     def _load(self, definition: dict[str, Any]) -> Any:
         import tokenizers
 
-        try:
+        with self._naming("not a tokenizer of the `tokenizers` library"):
             model = tokenizers.Tokenizer.from_str(json.dumps(definition))
-        except Exception as error:  # the library raises bare Exceptions
-            raise DataError(f"{self.path}: not a tokenizer of the `tokenizers` library ({error})") from error
         model.encode_special_tokens = True  # a document that spells a special token's name must not get the token
         return model
 
     def _encode_parts(self, parts: list[str]) -> list[list[int]]:
         model = self._model if self._prefix is None else self._bare
-        try:
+        with self._naming("cannot encode a text", NEEDS_ALL_CHARACTERS):
             return [encoding.ids for encoding in model.encode_batch(parts, add_special_tokens=False)]
-        except Exception as error:  # bare ones, as above
-            raise DataError(
-                f"{self.path}: cannot encode a text ({error}); its vocabulary must have every word or character of the "
-                "text, or the token that its unk_token names"
-            ) from error
+
+    def _ids(self, model: Any, text: str) -> list[int]:
+        with self._naming("cannot encode a text", NEEDS_ALL_CHARACTERS):
+            return model.encode(text, add_special_tokens=False).ids
+
+    @contextlib.contextmanager
+    def _naming(self, failed: str, advice: str = "") -> Iterator[None]:
+        """Turn what the library raises into a DataError: bare exceptions, and panics, which are none of Python's."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise DataError(f"{self.path}: {failed} ({error}){advice}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids."""
-        text: str = self._model.decode(list(ids), skip_special_tokens=False)
+        with self._naming("cannot decode tokens"):
+            text: str = self._model.decode(list(ids), skip_special_tokens=False)
         return text.removeprefix(" ") if self._decodes_prefix else text
 
     def name_of(self, token: int) -> str:
@@ -260,7 +279,8 @@ class HuggingFaceTokenizer(_InParts):
         return self._model.id_to_token(token)
 
     def _count_bytes(self) -> "NDArray[np.int32]":
-        sizes = bytes_of_tokens(self._model, self.definition, self.vocab_size)
+        with self._naming("cannot decode tokens"):
+            sizes = bytes_of_tokens(self._model, self.definition, self.vocab_size)
         # Some decoders write a space for each word, but not for a document's first or last.
         kinds = decoder_kinds(self.definition)
         sizes[self.end_of_document] = -(self._prefix != "") - (not kinds or not kinds.isdisjoint(SPACE_FOR_EACH_WORD))
@@ -271,7 +291,3 @@ class HuggingFaceTokenizer(_InParts):
         if self._own_names == [self.name_of(self.end_of_document)]:
             return self.path.read_bytes()
         return json.dumps(self.definition, ensure_ascii=False).encode()
-
-
-def _ids(model: Any, text: str) -> list[int]:
-    return model.encode(text, add_special_tokens=False).ids

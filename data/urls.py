@@ -1,13 +1,21 @@
 """Check URLs of object stores: they end up in configurations, logs and messages, so they may hold no secret.
 
-A text is looked at word by word and each word once, because a message may be long and of a stranger's making.
+A text is looked at word by word and each word once, because a message may be long and of a stranger's making. Quotes
+end a word, unless it is a URL, whose secrets may hold quotes; then only those around it stay.
 """
 
 import re
 
-WORDS = re.compile(r"""[^\s'"]+""")
+WORDS = re.compile(r"\S+")
 
-SCHEME = re.compile(r"\w://")
+BETWEEN_QUOTES = re.compile(r"""[^'"]+""")
+
+CLOSING_QUOTE = re.compile(r"""['"][^\w'"]*$""")
+
+URL = re.compile(r"[\w+.-]*\w:/")
+
+SCHEME = re.compile(r"\w:/{1,2}")
+"""With one slash too: `pathlib` writes URLs like this."""
 
 USER = re.compile(
     r"""[^/:]* : (?!\d+(?:[/?\#]|$))             # user:password, but not host:port
@@ -24,17 +32,25 @@ QUERY_OF_PATH = re.compile(r"\?(?=[\w.%~-]*=)[^<>)]+")
 
 def url_problem(url: str) -> str | None:
     """Say what is wrong with a URL that carries credentials; None if it does not."""
-    if "://" in url and (_without_password(url) != url or "?" in url or re.search(r"#[\w.%~-]*=", url)):
+    if URL.match(url) and (_without_password(url) != url or "?" in url or re.search(r"#[\w.%~-]*=", url)):
         return (
-            f"{redacted(url)}: holds a password or a query, and would carry it into logs; credentials belong into the "
-            "environment or the store's own configuration files"
+            f"{_without_query(_without_password(url))}: holds a password or a query, and would carry it into logs; "
+            "credentials belong into the environment or the store's own configuration files"
         )
     return None
 
 
 def redacted(text: str) -> str:
     """A message of a library, without the secrets of the URLs in it: passwords, and queries and fragments."""
-    return WORDS.sub(lambda word: _without_query(_without_password(word[0])), text)
+    return WORDS.sub(lambda word: _redacted_word(word[0]), text)
+
+
+def _redacted_word(word: str) -> str:
+    if SCHEME.search(word) is None:
+        return BETWEEN_QUOTES.sub(lambda part: QUERY_OF_PATH.sub("?***", part[0]), word)
+    closing = CLOSING_QUOTE.search(word)
+    end = closing.start() if closing else len(word)
+    return _without_query(_without_password(word[:end])) + word[end:]
 
 
 def _without_password(word: str) -> str:
@@ -46,7 +62,7 @@ def _without_password(word: str) -> str:
 
 
 def _without_query(word: str) -> str:
-    if (scheme := SCHEME.search(word)) is None:
-        return QUERY_OF_PATH.sub("?***", word)
+    scheme = SCHEME.search(word)
+    assert scheme is not None
     address, mark, secret = re.split(r"([?#])", word[scheme.end() :] + "?", maxsplit=1)
     return f"{word[: scheme.end()]}{address}?***" if len(secret) > 1 and mark else word

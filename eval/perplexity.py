@@ -83,6 +83,8 @@ class TextLoss:
     num_tokens: int
     num_bytes: int
     num_documents: int
+    num_changed_documents: int
+    """Documents that the tokenizer does not give back: what it lost costs no bits."""
 
     @property
     def perplexity(self) -> float:
@@ -123,7 +125,7 @@ def text_loss(
         NotFiniteError: a log-likelihood is NaN or infinite; names the first such document.
     """
     assert 0 < stride_tokens <= scorer.window_tokens, stride_tokens
-    nats, counted = [], [0, 0, 0]
+    nats, counted = [], [0, 0, 0, 0]
     for rows, origins, numbers in _gathered(scorer, tokenizer, documents, first_token, stride_tokens, apart):
         for found, origin in zip(scorer.log_likelihoods(rows), origins, strict=True):
             if not math.isfinite(found):
@@ -131,10 +133,10 @@ def text_loss(
             nats.append(-found)
         counted = [total + more for total, more in zip(counted, numbers, strict=True)]
         advance(numbers[1])
-    num_tokens, num_bytes, num_documents = counted
+    num_tokens, num_bytes, num_documents, num_changed = counted
     if not num_tokens:
         raise DataError("the documents contain no text")
-    return TextLoss(math.fsum(nats), num_tokens, num_bytes, num_documents)
+    return TextLoss(math.fsum(nats), num_tokens, num_bytes, num_documents, num_changed)
 
 
 def _gathered(
@@ -144,13 +146,13 @@ def _gathered(
     first_token: int,
     stride_tokens: int,
     apart: bool,
-) -> Iterator[tuple[list[Row], list[str], tuple[int, int, int]]]:
-    """Rows of many documents, with the origin of each, and the counts of their tokens, bytes and documents."""
+) -> Iterator[tuple[list[Row], list[str], tuple[int, int, int, int]]]:
+    """Rows of many documents, with the origin of each, and counts: tokens, bytes, documents, changed documents."""
     rows: list[Row] = []
     origins: list[str] = []
     tokens: list[int] = []
     labels: list[int] = []
-    num_tokens = num_bytes = num_documents = 0
+    num_tokens = num_bytes = num_documents = num_changed = 0
 
     def cut(origin: str) -> None:
         new = list(windows(tokens, labels, scorer.window_tokens, stride_tokens))
@@ -163,21 +165,20 @@ def _gathered(
         if not document.text:
             continue
         [text] = tokenizer.encode_batch([document.text])
-        num_tokens, num_bytes, num_documents = (
-            num_tokens + len(text),
-            num_bytes + len(document.text.encode()),
-            num_documents + 1,
-        )
+        num_tokens += len(text)
+        num_bytes += len(document.text.encode())
+        num_documents += 1
+        num_changed += tokenizer.decode(text) != document.text
         tokens += [first_token, *text]
         labels += [IGNORED_LABEL, *text]
         if apart:
             cut(document.origin)
         if num_tokens >= TOKENS_AT_ONCE and apart:
-            yield rows, origins, (num_tokens, num_bytes, num_documents)
-            rows, origins, num_tokens, num_bytes, num_documents = [], [], 0, 0, 0
+            yield rows, origins, (num_tokens, num_bytes, num_documents, num_changed)
+            rows, origins, num_tokens, num_bytes, num_documents, num_changed = [], [], 0, 0, 0, 0
     if tokens:
         cut("the stream of documents")
-    yield rows, origins, (num_tokens, num_bytes, num_documents)
+    yield rows, origins, (num_tokens, num_bytes, num_documents, num_changed)
 
 
 def windows(tokens: Sequence[int], labels: Sequence[int], window_tokens: int, stride_tokens: int) -> Iterator[Row]:
@@ -186,7 +187,7 @@ def windows(tokens: Sequence[int], labels: Sequence[int], window_tokens: int, st
     for begin in range(0, len(tokens) - 1, stride_tokens):
         stop = min(begin + window_tokens, len(tokens) - 1)
         ignored = max(0, done - begin)
-        yield Row(tuple(tokens[begin:stop]), (IGNORED_LABEL,) * ignored + tuple(labels[begin + 1 + ignored : stop + 1]))
+        yield Row.of(tokens[begin:stop], labels[begin + 1 + ignored : stop + 1])
         done = stop
         if stop == len(tokens) - 1:
             return

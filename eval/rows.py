@@ -14,22 +14,49 @@ Dimensions in names: B rows of a batch, T tokens of a row, A labels of a token.
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 BATCH_TOKENS = 4096
 CPU_BATCH_TOKENS = 512
 IGNORED_LABEL = -100
-Tokens = tuple[int, ...]
+Packed = bytes
+"""Token ids, int32, one after the other: a tenth of the memory of a tuple, and as good a key."""
+ID_BYTES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens, and for each the next token, which is to be predicted, or -100 where that does not count."""
+    """Tokens, and the next tokens, which are to be predicted. A run keeps those of its tasks as long as it trains."""
 
-    tokens: Tokens
-    labels: Tokens
+    packed_tokens: Packed
+    packed_labels: Packed
+    """Of the last tokens; those before them predict nothing that counts."""
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], labels: Sequence[int]) -> Self:
+        """Make a row; ``labels`` are those of its last tokens, and -100 does not count."""
+        assert len(labels) <= len(tokens)
+        return cls(np.array(tokens, np.int32).tobytes(), np.array(labels, np.int32).tobytes())
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens."""
+        return unpacked(self.packed_tokens).tolist()
+
+    @property
+    def labels(self) -> list[int]:
+        """For each token the next one, or -100 where that does not count."""
+        labels = unpacked(self.packed_labels).tolist()
+        return [IGNORED_LABEL] * (len(self.packed_tokens) // ID_BYTES - len(labels)) + labels
+
+
+def unpacked(ids: Packed) -> np.ndarray:
+    """Token ids, int32 [T]."""
+    return np.frombuffer(ids, np.int32)
 
 
 def continuation_rows(context: Sequence[int], continuation: Sequence[int], window_tokens: int) -> list[Row]:
@@ -46,10 +73,9 @@ def continuation_rows(context: Sequence[int], continuation: Sequence[int], windo
     size = window_tokens if len(continuation) <= window_tokens else max(1, window_tokens // 2)
     rows = []
     for first in range(0, len(continuation), size):
-        piece = tuple(continuation[first : first + size])
-        tokens = (*context, *continuation[:first], *piece)[-window_tokens - 1 :]
-        ignored = len(tokens) - 1 - len(piece)
-        rows.append(Row(tuple(tokens[:-1]), (IGNORED_LABEL,) * ignored + piece))
+        piece = continuation[first : first + size]
+        tokens = [*context, *continuation[:first], *piece][-window_tokens - 1 :]
+        rows.append(Row.of(tokens[:-1], piece))
     return rows
 
 
@@ -84,9 +110,9 @@ class Scorer:
             rows: no longer than the window.
             advance: called with the rows finished since the last call, over all ranks, as far as this rank knows.
         """
-        alike: dict[Tokens, dict[Tokens, list[int]]] = {}
+        alike: dict[Packed, dict[Packed, list[int]]] = {}
         for number, row in enumerate(rows):
-            alike.setdefault(row.tokens, {}).setdefault(row.labels, []).append(number)
+            alike.setdefault(row.packed_tokens, {}).setdefault(row.packed_labels, []).append(number)
         batches = self._batches(alike)
         results = torch.zeros(len(rows), dtype=torch.float64)
         for first in range(0, len(batches), self.world_size):
@@ -102,27 +128,28 @@ class Scorer:
         self.reduce_sum(results)
         return results.tolist()
 
-    def _batches(self, different: Iterable[Tokens]) -> list[tuple[int, list[Tokens]]]:
+    def _batches(self, different: Iterable[Packed]) -> list[tuple[int, list[Packed]]]:
         """Padded length and tokens of the rows of each batch, longest first."""
-        by_length: dict[int, list[Tokens]] = {}
+        by_length: dict[int, list[Packed]] = {}
         for tokens in different:
-            by_length.setdefault(padded_length(len(tokens), self.window_tokens), []).append(tokens)
+            by_length.setdefault(padded_length(len(tokens) // ID_BYTES, self.window_tokens), []).append(tokens)
         return [
             (length, members[first : first + self._rows_of_batch(length)])
             for length, members in sorted(by_length.items(), reverse=True)
             for first in range(0, len(members), self._rows_of_batch(length))
         ]
 
-    def _run(self, length: int, rows: Mapping[Tokens, Collection[Tokens]]) -> Tensor:
+    def _run(self, length: int, rows: Mapping[Packed, Collection[Packed]]) -> Tensor:
         """Sums over labels, float64 [B, A], on the host, of tokens with all their labels."""
-        tokens_BT = torch.zeros(self._rows_of_batch(length), length, dtype=torch.int64)
+        tokens_BT = np.zeros((self._rows_of_batch(length), length), np.int64)
         most = max(map(len, rows.values()))
-        labels_BTA = torch.full((*tokens_BT.shape, most), IGNORED_LABEL)
+        labels_BTA = np.full((*tokens_BT.shape, most), IGNORED_LABEL)
         for number, (tokens, labels) in enumerate(rows.items()):
-            tokens_BT[number, : len(tokens)] = torch.tensor(tokens)
+            end = len(tokens) // ID_BYTES
+            tokens_BT[number, :end] = unpacked(tokens)
             for place, wanted in enumerate(labels):
-                labels_BTA[number, : len(wanted), place] = torch.tensor(wanted)
-        nll_BTA = self.token_nll(tokens_BT, labels_BTA).double()
+                labels_BTA[number, end - len(wanted) // ID_BYTES : end, place] = unpacked(wanted)
+        nll_BTA = self.token_nll(torch.from_numpy(tokens_BT), torch.from_numpy(labels_BTA)).double()
         # Sums of one shape, in the order of which A has no part.
         sums = [nll_BT.contiguous().sum(1) for nll_BT in nll_BTA.unbind(2)]
         return torch.stack(sums, 1)[: len(rows)].cpu()

@@ -43,6 +43,8 @@ def generate(
             f"max_tokens is {max_tokens}, temperature {temperature}, top_p {top_p}; they must be 1 or more, 0 or more, "
             "and above 0 and at most 1"
         )
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; must be a number of 64 bits")
     context = model.config.max_sequence_length
     if len(prompt) >= context:
         raise ValueError(

@@ -150,14 +150,23 @@ def plan(
     ] = UTILIZATION,
 ) -> None:
     """Show what a run would do and need: sizes, memory, time, disk, exports, missing files. Trains nothing."""
+    from launcher.config.automatic import ANY_GPU, made_concrete, stored_values
     from launcher.config.file import load_config
     from launcher.plan.gpus import gpu_of_this_machine, named_gpu
     from launcher.plan.plan import make_plan
     from launcher.plan.table import show_plan
+    from launcher.run.folder import configuration_of_run
 
-    resolved = make_plan(load_config(config, overrides or ()), ranks or default_ranks())
-    device = named_gpu(gpu) if gpu else gpu_of_this_machine()
-    show_plan(resolved, Console(silent=False), as_json=as_json, gpu=device, utilization=utilization)
+    parsed = load_config(config, overrides or ())
+    parsed, counted_as = made_concrete(parsed, ANY_GPU, stored_values(configuration_of_run(parsed.run.path)))
+    show_plan(
+        make_plan(parsed, ranks or default_ranks()),
+        Console(silent=False),
+        as_json=as_json,
+        gpu=named_gpu(gpu) if gpu else gpu_of_this_machine(),
+        utilization=utilization,
+        counted_as=counted_as,
+    )
 
 
 @app.command()

@@ -37,9 +37,10 @@ from launcher.plan.plan import Plan, make_plan
 from launcher.process.companions import Companions, end_without_launcher, say
 from launcher.process.console import Console
 from launcher.process.exchange import failing_alike, value_of_first
-from launcher.process.ranks import Ranks, emulates_bf16, everyones, process_group, seed_everything
+from launcher.process.ranks import Ranks, everyones, has_bf16, process_group, seed_everything
 from launcher.process.streams import outlive_streams
 from launcher.process.supervisor import SECONDS_TO_SAVE
+from launcher.run.automatic import concrete, values_of_run
 from launcher.run.belonging import check_owner, release_checkpoints
 from launcher.run.folder import RunFolder, check_place, slurm_job
 from launcher.run.rollbacks import read_rollbacks, restore_rollbacks
@@ -240,11 +241,12 @@ def run_rank(
 ) -> int:
     """Train on this rank, all ranks being there."""
     console = Console(silent=not ranks.is_first)
+    config = decide(config, folder, ranks, console)
     plan = plan_of_run(config, folder, ranks, smoke_steps)
     seed_everything(config.run.seed, ranks.rank)
     with failing_alike():
         if ranks.is_first:
-            if config.training.compute_dtype == "bf16" and emulates_bf16(ranks.device):
+            if config.training.compute_dtype == "bf16" and ranks.device.type == "cpu" and has_bf16() is False:
                 console.line(
                     "WARNING: training.compute_dtype is bf16, which this processor only emulates; with fp32 it trains "
                     "several times faster, and loses no digits."
@@ -264,14 +266,17 @@ def run_rank(
         gc.collect()  # engines have reference cycles, and the memory of this one is needed
         plan = plan_of_run(config, folder, ranks, smoke_steps)
     newest = None
-    if ranks.is_first and outcome == "interrupted":
-        # Before any rank leaves: launchers kill who is still there once one has exited with anything but 0.
-        newest = folder.newest_checkpoint()
-        stop.look_again()
-        folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest), job=slurm_job())
-        stop.done()
-    # A rank that leaves breaks connections that others may still be making. All is saved: to break here is no failure.
+    # Before any rank leaves: launchers kill who is still there once one has exited with anything but 0. And a rank that
+    # leaves breaks connections that others may still be making. All is saved: to break here is no failure.
     with contextlib.suppress(RuntimeError):
+        with failing_alike():
+            if ranks.is_first and outcome == "interrupted":
+                newest = folder.newest_checkpoint()
+                stop.look_again()
+                folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest), job=slurm_job())
+                stop.done()
+            elif ranks.is_first:
+                folder.write_state("complete", steps=plan.total_steps)
         dist.barrier()
     watchdog.stop()
     leave_presence(folder.ranks, ranks)
@@ -281,7 +286,6 @@ def run_rank(
         next_time = "resumes from there" if smoke_steps is None else "begins the smoke test again"
         console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command {next_time}.")
         return INTERRUPTED
-    folder.write_state("complete", steps=plan.total_steps)
     if smoke_steps is not None:
         shutil.rmtree(folder.path, ignore_errors=True)
         console.line(
@@ -299,6 +303,22 @@ def run_rank(
         console.line(f"WARNING: the run is complete, but its report could not be written: {error}")
         console.line(f"Write it with: tritrain report {folder.path} --out {folder.path / 'report.html'}")
     return COMPLETE
+
+
+def decide(config: Config, folder: RunFolder, ranks: Ranks, console: Console) -> Config:
+    """The configuration with a value for each key that is `auto`: that of the run or, at first, of the device.
+
+    A collective, after the folder is claimed.
+    """
+    stored = None
+    with failing_alike():
+        if ranks.is_first:
+            stored = values_of_run(folder)
+    config, said = concrete(config, ranks, stored)
+    folder.take(config)
+    for key, text in said.items():
+        console.line(f"{key}: {text}")
+    return config
 
 
 def plan_of_run(config: Config, folder: RunFolder, ranks: Ranks, smoke_steps: int | None = None) -> Plan:

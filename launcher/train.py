@@ -2,9 +2,12 @@
 
 Between logged steps the host never waits for the device: losses, gradient norms and the count of skipped steps stay
 there until a step is logged. (DeepSpeed waits for its own gradient norm, inside its step.)
+
+A step is logged, then saved, and then the model is measured: what fails in a measurement costs no training. A run that
+goes on from such a step does what is missing (`make_up`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -33,7 +36,7 @@ from launcher.formats.start import check_data, first_progress, open_start
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
-from launcher.process.exchange import failing_alike
+from launcher.process.exchange import failing_alike, value_of_first
 from launcher.process.ranks import Ranks
 from launcher.run.belonging import check_checkpoint, check_nothing_lost, check_owner, claim_checkpoints
 from launcher.run.folder import RunFolder
@@ -41,14 +44,14 @@ from launcher.run.metrics_log import MetricsLog
 from launcher.run.rollbacks import Rollback, read_rollbacks
 from launcher.training.guard import SpikeGuard
 from launcher.training.held_out import HeldOut
-from launcher.training.meter import Meter
+from launcher.training.meter import EVALUATED, TRAINED, Meter
 from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
 from launcher.training.step import Batches, StepResult, train_step
 from launcher.training.switch import enter_phase, measures_rescale
-from launcher.training.tasks import TasksInTraining, open_tasks
+from launcher.training.tasks import NUM_SCORED, TasksInTraining, open_tasks
 from launcher.training.teacher import Teacher, check_teacher, open_teacher
 from launcher.training.telemetry import Telemetry, telemetry_of
-from launcher.training.timetable import Timetable
+from launcher.training.timetable import Timetable, measured_after
 from launcher.watch.heartbeat import Pulse
 from launcher.watch.stopping import StopRequest
 from launcher.watch.straggler import Stragglers
@@ -71,6 +74,7 @@ def train(
         CheckpointError, data.errors.DataError: something cannot be read or written, or does not fit the run.
     """
     closing = ExitStack()  # left in order alone: to close may fail or wait, and an error must be reported first
+    run = None
     try:
         run = begin(plan, ranks, folder, console, pulse or Pulse(), closing)
         at, engine = run.at, run.engine
@@ -92,20 +96,25 @@ def train(
                 give_up(folder, run.guard, phase, run.rollbacks, ranks)
                 closing.close()
                 return "rolled back"
-            if due.evaluating:
-                run.pulse.now("evaluate", at.step)
-                run.meter.evaluated(run.held_out.measure(engine), "end of phase" if due.phase_ends else "interval")
-                timetable.evaluated()
-            if due.tasks:
-                do_tasks(run)
             if due.saving:
                 save(run, milestone=due.phase_ends, must=due.phase_ends or due.stopping)
                 timetable.saved()
+            if due.logging and run.telemetry is not None:
+                run.meter.write_rows(run.telemetry.collect())
+            if due.evaluating:
+                evaluate(run)
+                timetable.evaluated()
+            if due.tasks:
+                do_tasks(run)
             if due.stopping and at.step < plan.total_steps:
                 break
         outcome = finish(run)
         closing.close()
         return outcome
+    except Exception:
+        if run is not None:
+            run.saver.outlast_failure()  # before the error is reported, with the checkpoint to resume from
+        raise
     finally:
         console.stop()
 
@@ -226,6 +235,8 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
         telemetry=telemetry,
     )
     closing.callback(lambda: run.data.close())  # another one after a switch that restarts it
+    if reader is not None:
+        make_up(run, value_of_first(sorted(log.keys_of_step) if log else []))
     return run
 
 
@@ -341,8 +352,6 @@ def log_steps(run: Run, result: StepResult) -> None:
         TrainingError: too many steps in a row were skipped.
     """
     at, plan = run.at, run.plan
-    if run.telemetry is not None:
-        run.meter.write_rows(run.telemetry.collect())
     compared, straggler = run.stragglers.look(run.pulse.beats)
     run.meter.logged(result.grad_norm, plan.learning_rate_at(at.step - 1), compared)
     if straggler is not None:
@@ -353,6 +362,32 @@ def log_steps(run: Run, result: StepResult) -> None:
     new_outliers, outliers = run.guard.newly_skipped()
     if new_outliers:
         run.meter.noted({"train/outlier_steps": outliers}, f"{new_outliers} steps were skipped as outliers")
+
+
+def make_up(run: Run, logged: Collection[str]) -> None:
+    """Measure what a failure has prevented after the step that the run goes on from was saved; a collective.
+
+    Args:
+        run: just resumed.
+        logged: the keys in the log's rows of that step. It has none of a step that another run has trained.
+    """
+    if run.phase is None or TRAINED not in logged:
+        return
+    evaluating, tasks = measured_after(run.at.step, run.phase, run.plan.config)
+    if run.phase.quantization is not None:
+        set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1))
+    if evaluating and EVALUATED not in logged:
+        evaluate(run)
+    if tasks and NUM_SCORED not in logged:
+        do_tasks(run)
+
+
+def evaluate(run: Run) -> None:
+    """Measure the held-out loss after a step."""
+    assert run.phase is not None
+    run.pulse.now("evaluate", run.at.step)
+    when = "end of phase" if run.at.step == run.phase.end else "interval"
+    run.meter.evaluated(run.held_out.measure(run.engine), when)
 
 
 def do_tasks(run: Run) -> None:
@@ -385,8 +420,9 @@ def finish(run: Run) -> Outcome:
             sample = run.held_out.sample(run.engine)
         except (DataError, NotFiniteError) as error:  # on all ranks alike, and the run is complete
             run.console.line(f"WARNING: no sample is drawn: {error}")
-    if run.ranks.is_first:
-        run.folder.write_summary(summary(run.plan, run.ranks, run.meter, sample))
+    with failing_alike():
+        if run.ranks.is_first:
+            run.folder.write_summary(summary(run.plan, run.ranks, run.meter, sample))
     return "complete"
 
 

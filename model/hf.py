@@ -79,11 +79,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "attention_dropout": (0, None),
     "clip_qkv": (None,),
+    "compression_config": (None,),
+    "input_bits": (None, 16, 32),
     "mlp_bias": (False, None),
     "no_rope_layers": (None,),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
+    "weight_bits": (None, 16, 32),
 }
 
 

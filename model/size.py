@@ -55,11 +55,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def linear_shapes(config: ModelConfig, include: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of all linear layers whose names match a regular expression, by the parameter's name."""
+    """Shapes of the weights of all blocks' linear layers whose names match a regular expression, by parameter."""
     return {
         name: shape
         for name, shape in parameter_shapes(config).items()
-        if len(shape) == 2 and name != "model.embed_tokens.weight" and re.search(include, name.removesuffix(".weight"))
+        if len(shape) == 2 and is_in_block(name) and re.search(include, name.removesuffix(".weight"))
     }
 
 

@@ -63,7 +63,8 @@ class QuantConfig:
     dead_zone_bias: float = 0.0
     """Add this share of the weights with code 0 to the output, as a bias (Tequila: 1e-3)."""
     include: str = r"layers\.\d+\.(self_attn|mlp)\.\w+_proj$"
-    """Regular expression searched in the dotted names of the linear layers; those that match are quantized."""
+    """Regular expression searched in the dotted names of the linear layers; those that match are quantized.
+    The output head is not one of them."""
 
     def __post_init__(self) -> None:
         problems = {}

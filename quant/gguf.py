@@ -32,6 +32,9 @@ BLOCK_WIDTHS: dict[StoredType, int] = {"tq2_0": 256, "tq1_0": 256, "q8_0": 32, "
 BLOCK_BYTES: dict[StoredType, int] = {"tq2_0": 66, "tq1_0": 54, "q8_0": 34, "f16": 2, "f32": 4}
 """Bytes of a block: its codes and its scale."""
 LARGEST_HALF = 65504.0
+SMALLEST_HALF = 2.0**-14
+"""Smallest number that half precision holds with all its digits; far below it, numbers become 0."""
+Q8_LEVELS = 127
 
 
 def recipe_problem(config: QuantConfig, into: BlockType) -> str | None:
@@ -78,11 +81,13 @@ def to_blocks(values: "Tensor", into: StoredType) -> "NDArray[np.generic]":
         float16 or float32 of the same shape, or uint8 [..., bytes of a row].
 
     Raises:
-        ValueError: a value is no number, or too large for half precision.
+        ValueError: a value is no number, or too large for half precision, or all are too small for it.
     """
     from gguf.quants import quantize
 
     if into != "f32" and not (largest := values.abs().max().item()) <= LARGEST_HALF:
         raise ValueError(f"the largest magnitude is {largest}, but half precision ends at {LARGEST_HALF:.0f}")
+    if into != "f32" and 0 < largest / (Q8_LEVELS if into == "q8_0" else 1) < SMALLEST_HALF / 256:
+        raise ValueError(f"the largest magnitude is {largest}, which half precision rounds to 0, or coarsely")
     blocks: NDArray[np.generic] = quantize(values.float().contiguous().numpy(), ggml_type(into))
     return blocks

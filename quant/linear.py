@@ -387,10 +387,14 @@ def sharers(name: str, layers: Mapping[str, nn.Linear]) -> tuple[nn.Linear, ...]
 def matching_layers(model: nn.Module, config: QuantConfig) -> dict[str, nn.Linear]:
     """The plain linear layers that a configuration is for, by dotted name.
 
+    An output head `lm_head` is none of them: a model uses its weight without calling it as a layer.
+
     Raises:
         ValueError: there is none.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {
+        name: module for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"
+    }
     matches = {name: module for name, module in linears.items() if re.search(config.include, name)}
     if not matches:
         raise ValueError(

@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # the folders of failed tests stay
     folder = tempfile.mkdtemp(prefix="tritrain-tests-")
     os.environ["TMPDIR"] = tempfile.tempdir = folder
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "torchinductor")  # one for ranks and tests
     # multiprocessing removes its own folder in it with priority -100; a lower one comes later.
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-200)
 

@@ -179,16 +179,16 @@ SCRIPT = """
 import signal, sys, tritrain
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background may ignore it
 try:
-    tritrain.train(sys.argv[1], *sys.argv[2:], ranks=2)
+    tritrain.train(sys.argv[1], "phases.0.steps=400", ranks=int(sys.argv[2]))
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
 
 
-def training_at_step_3(config: Path) -> "subprocess.Popen[str]":
+def training_at_step_3(config: Path, ranks: int) -> "subprocess.Popen[str]":
     """A process that trains from Python, and has logged its third step of 404."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", SCRIPT, str(config), "phases.0.steps=400"],
+        [sys.executable, "-u", "-c", SCRIPT, str(config), str(ranks)],
         cwd=config.parent, text=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout is not None
@@ -200,7 +200,7 @@ def training_at_step_3(config: Path) -> "subprocess.Popen[str]":
 
 def test_an_interrupt_saves_and_the_same_call_goes_on(config: Path) -> None:
     """As in a notebook, whose kernel alone gets the signal."""
-    process = training_at_step_3(config)
+    process = training_at_step_3(config, ranks=1)
     os.kill(process.pid, signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
     assert "Stopped and saved" in shown
@@ -212,13 +212,13 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(config: Path) -> None:
     (config.parent / "run" / "stop").touch()
     began = time.time()
     with pytest.raises(tritrain.TrainingError, match=r"was stopped \(stop file\) and has saved") as caught:
-        tritrain.train(config, "phases.0.steps=400", ranks=2)
+        tritrain.train(config, "phases.0.steps=400", ranks=1)
     assert str(tritrain.open_run(config.parent / "run").checkpoints[-1]) in str(caught.value)
     assert (config.parent / "run" / "state.json").stat().st_mtime > began
 
 
 def test_a_second_interrupt_kills_ranks_that_hang(config: Path) -> None:
-    process = training_at_step_3(config)
+    process = training_at_step_3(config, ranks=2)
     folder = config.parent / "run" / "ranks"
     pids = [int((folder / f"rank-{rank:05d}").read_text().split()[1]) for rank in range(2)]
     try:

@@ -24,9 +24,12 @@ def to_location(text: str | Path) -> Path:
     """Turn text into a path; a URL becomes a `launcher.checkpoint.remote_path.RemotePath`, with the same methods.
 
     Raises:
-        CheckpointError: the URL has credentials or no bucket in it, or what is needed to reach the store is missing.
+        CheckpointError: the text is blank, which to a path is the current folder; or the URL has credentials or no
+            bucket in it, or what is needed to reach the store is missing.
     """
     url = str(text)
+    if not url.strip():
+        raise CheckpointError("the name of a folder is blank; write . for the current one")
     scheme, separator, rest = url.partition("://")
     if not separator:
         return Path(text)

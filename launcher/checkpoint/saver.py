@@ -25,6 +25,10 @@ SAVER_GROUP = "saver"
 """Description of the process group of the threads that save, whose collectives go their own pace."""
 
 
+SECONDS_TO_WRITE = 600
+"""How long a run that fails waits for a checkpoint that is being written."""
+
+
 class Saver:
     """Writes a run's checkpoints, one at a time.
 
@@ -116,6 +120,14 @@ class Saver:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+
+    def outlast_failure(self) -> None:
+        """Let a checkpoint that is being written be completed when the run fails, and the process is about to end."""
+        if self._thread is not None and self._thread.is_alive():
+            self._say("The run fails. First the checkpoint that is being written is completed.")
+            self._thread.join(SECONDS_TO_WRITE)
+        if isinstance(self._failure, CheckpointError):
+            self._say(f"WARNING: {self._failure}")
 
     def _copy(self, shards: list[Shard]) -> list[Shard]:
         """Copy shards into host memory that is reused for every checkpoint, and pinned if there is a GPU."""

@@ -11,9 +11,9 @@ from launcher.config.transition import OptimizerChoice
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
 from launcher.formats.choices import ConvertFormat, Dtype
-from launcher.formats.convert import begins_anew, convert_to_hf, convert_to_run, not_carried, preview, starting_phase
-from launcher.formats.deepspeed_universal import write_universal
-from launcher.formats.hf_folder import to_json
+from launcher.formats.convert import begins_anew, check_hf, convert_to_run, not_carried, preview, starting_phase
+from launcher.formats.deepspeed_universal import check_universal, write_universal
+from launcher.formats.hf_folder import to_json, write_hf
 from launcher.formats.open import check_sound, open_source
 from launcher.formats.provenance import source_record
 from launcher.process.console import Console, print_results
@@ -128,7 +128,7 @@ def convert_into_format(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write a folder in another format; with ``dry_run``, list the tensors that it would hold.
+    """Write a folder in another format; with ``dry_run``, check all that is checked, and list the tensors.
 
     Args:
         source: what `launcher.formats.open.open_source` opens.
@@ -143,13 +143,19 @@ def convert_into_format(
 
     Raises:
         ConfigError: the configuration is missing or wrong, or the folder exists.
-        CheckpointError: the source is unknown or damaged, or the folder cannot be written.
+        CheckpointError: the source is unknown or damaged, the format cannot hold it, or the folder cannot be written.
     """
     opened = open_source(source)
-    given = load_config(config, overrides) if config else None
+    given = load_config(config, overrides, stored=None) if config else None
     notes = [*opened.missing, *not_carried(opened, into)]
     for sentence in notes:
         console.line(f"  {sentence}")
+    if to.exists():
+        raise ConfigError(f"{to}: exists already; name a new folder")
+    model, quantization = check_hf(opened, given, to, dtype) if into == "hf" else (None, None)
+    if into == "universal":
+        check_universal(opened)
+    check_sound(opened)
     if dry_run:
         rows = [["tensor", "shape"], *([name, " x ".join(map(str, shape))] for name, shape in opened.shapes.items())]
         if as_json:
@@ -157,13 +163,10 @@ def convert_into_format(
         else:
             console.aligned(rows)
         return
-    if to.exists():
-        raise ConfigError(f"{to}: exists already; name a new folder")
     files = {"provenance.json": to_json(source_record(opened))}
-    if into == "hf":
-        convert_to_hf(opened, given, to, COMPUTE_DTYPES[dtype], files)
+    if model is not None:
+        write_hf(opened, model, to, dtype=COMPUTE_DTYPES[dtype], quantization=quantization, files=files)
     else:
-        check_sound(opened)
         write_universal(opened, to, files=files)
     console.line(f"Written: {to}")
 

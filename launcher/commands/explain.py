@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.messages import safe_message
 from launcher.config.aliases import ALIASES
 from launcher.config.file import flat_lines, load_config, to_tree
 from launcher.config.reference import REQUIRED, Key, configuration_keys
@@ -37,8 +38,8 @@ def explain(name: str, file: Path | None, overrides: list[str], console: Console
     if file is not None:
         console.line()
         console.line(f"In {file}:")
-        for line in values_of(key.path, to_tree(load_config(file, overrides))):
-            console.line(f"  {line}")
+        for line in values_of(key.path, to_tree(load_config(file, overrides, stored=None))):
+            console.line(f"  {safe_message(line)}")
 
 
 def find_key(name: str, keys: list[Key]) -> Key:

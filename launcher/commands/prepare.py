@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from data.prepared import FILES
-from data.readers import Survey, survey
+from data.readers import Survey
 from data.shards import PrepareConfig, PrepareProgress, prepare
 from launcher.process.console import Console, human_count
 
@@ -22,7 +22,7 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
     def show(progress: PrepareProgress) -> None:
         nonlocal shown, files
         if shown is None:
-            files = files_sentence(survey((*config.inputs, *config.validation_inputs)), out)
+            files = files_sentence(progress.files, out)
             console.line(f"Preparing {out} from {', '.join(config.inputs)}")
             if files:
                 console.line(files)

@@ -40,6 +40,23 @@ REFUSED_DEEPSPEED_KEYS: dict[str, tuple[Any, str]] = {
     "zero_optimization.zenflow": (None, "its delayed updates are not in a checkpoint"),
     "zero_optimization.compute_grad_norm": (True, "the gradient norm is needed"),
     "zero_optimization.legacy_stage1": (False, "DeepSpeed has removed it"),
+    "zero_optimization.mics_shard_size": (-1, "weights that are sharded over some of the ranks are not supported"),
+    "sequence_parallel_size": (1, "each rank trains on whole sequences of its own"),
+    **dict.fromkeys(
+        (
+            "amp",
+            "compression_training",
+            "curriculum_learning",
+            "data_efficiency",
+            "elasticity",
+            "expert_parallel",
+            "hybrid_engine",
+            "pipeline",
+            "progressive_layer_drop",
+            "tensor_parallel",
+        ),
+        (None, "it changes the model, its batches or its state in ways that a run does not follow"),
+    ),
 }
 """DeepSpeed keys that may have one value only, and why."""
 

@@ -4,39 +4,25 @@ pydantic reads the dataclasses of `launcher.config.sections` strictly: nothing i
 """
 
 import dataclasses
-import difflib
-import functools
 import json
 import re
 import typing
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from data.pointers import pointer_problem
 from data.urls import url_problem
-from launcher.config.aliases import ALIASES
-from launcher.config.engine import EngineConfig
-from launcher.config.optimizer import ScheduleConfig
+from launcher.config.automatic import with_former_defaults
+from launcher.config.parts import parse_part, suggestion
 from launcher.config.rules import spanning_problems, starting_problems
-from launcher.config.sections import (
-    CheckpointConfig,
-    Config,
-    EvaluationConfig,
-    OutlierConfig,
-    PhaseConfig,
-    TrainingConfig,
-    WatchConfig,
-)
-from launcher.config.transition import TransitionConfig
+from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from model.config import DistillationConfig, ModelConfig
-from quant.config import PRESETS, QuantConfig
-from quant.ramp import RampConfig
+from quant.config import PRESETS
 
 DERIVED_KEYS = ("tritrain_version", "run_id", "phase_steps")
 """Keys of a run's own `config.yaml` that are not part of the configuration."""
@@ -117,18 +103,19 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), *, stored: bool | None = False) -> Config:
     """Read a configuration file, apply ``a.b=value`` overrides, and check everything.
 
     Args:
         path: of the file.
         overrides: of its values.
-        stored: as in `parse_config`.
+        stored: as in `parse_config`; None leaves it to the file, which has a version if a run has written it.
 
     Raises:
         ConfigError: lists every problem, each with the key's path, what is wrong and what would be right.
     """
     tree = read_mapping(path, "sections such as run, model and data")
+    stored = "tritrain_version" in tree if stored is None else stored
     for derived in DERIVED_KEYS:
         tree.pop(derived, None)
     for override in overrides:
@@ -160,7 +147,7 @@ def load_as(kind: type[Part], path: Path, name: str) -> Part:
         ConfigError: lists every problem.
     """
     tree = read_mapping(path, "keys")
-    part, problems = _parse_part(kind, tree, name)
+    part, problems = parse_part(kind, tree, name)
     if problems:
         raise ConfigError("\n".join(f"{path}: {line}" for line in _lines(problems, {name: tree})))
     return cast(Part, part)
@@ -175,6 +162,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     path, separator, value = override.partition("=")
     if not separator or not path:
         raise ConfigError(f"{override!r}: an override is key.sub=value, such as optimizer.learning_rate=3e-4")
+    if not value.strip():  # of a shell's variable that is not set; YAML would read null
+        raise ConfigError(f"{override!r}: has no value; write {path}=null if none is meant")
     *parents, last = path.split(".")
     if len(parents) >= MAX_YAML_DEPTH:
         raise ConfigError(f"{override:.80}...: has {len(parents) + 1} keys, one inside the other; no key is so deep")
@@ -207,26 +196,27 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
     Args:
         tree: the mappings.
         stored: whether a run or a checkpoint has left them, and only these are to be understood: what a run may start
-            with (`RULES_TO_START`, no credentials) is not asked of them, since an earlier version may have asked less.
+            with (`RULES_TO_START`, no credentials) is not asked of them, since an earlier version may have asked less,
+            and a missing key that may be `auto` has the default that it had before.
 
     Raises:
         ConfigError: as `load_config`.
     """
     sections = {part.name: part for part in fields(Config)}
     types = typing.get_type_hints(Config)
-    problems = {str(key): f"unknown section{_suggestion(str(key), Config)}" for key in tree if key not in sections}
+    problems = {str(key): f"unknown section{suggestion(str(key), Config)}" for key in tree if key not in sections}
     parts: dict[str, Any] = {}
-    expanded = expand_presets(tree)
+    expanded = expand_presets(with_former_defaults(tree) if stored else tree)
     for name, section in sections.items():
         if name not in tree and section.default_factory is dataclasses.MISSING:
             problems[name] = "the section is missing"
             continue
-        part, found = _parse_part(types[name], expanded.get(name, {}), name)
+        part, found = parse_part(types[name], expanded.get(name, {}), name)
         problems |= found
         if not found:
             parts[name] = part
     if not stored:
-        problems |= secret_problems(tree) | starting_problems(parts)
+        problems = blank_problems(tree) | problems | secret_problems(tree) | starting_problems(parts)
     if problems:
         problems |= spanning_problems(parts)
     else:
@@ -239,8 +229,13 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
 
 def secret_problems(tree: Any) -> dict[str, str]:
     """The values that are URLs with credentials, by path: a run copies its configuration, and logs it."""
-    values = dict(_leaves(tree))
-    return {path: problem for path, text in values.items() if "://" in text[:16] and (problem := url_problem(text))}
+    return {path: problem for path, text in _leaves(tree) if (problem := url_problem(text))}
+
+
+def blank_problems(tree: Any) -> dict[str, str]:
+    """The texts without a letter, by path: a blank path would be the current folder, or as good as none."""
+    problem = "is blank; write null, or leave it out, if none is meant"
+    return {path: problem for path, text in _leaves(tree) if not text.strip()}
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -278,171 +273,6 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
             phase = phase | {"quantization": dataclasses.asdict(PRESETS[given["preset"]]) | given}
         phases.append(phase)
     return tree | {"phases": phases}
-
-
-_adapter = functools.cache(TypeAdapter)  # building one takes longer than reading with it
-
-
-JUDGED_BY: dict[type, dict[str, tuple[str, ...]]] = {
-    ModelConfig: {"num_heads": ("head_dim",)},
-    TrainingConfig: {"global_batch_sequences": ("global_batch_tokens",)},
-    OutlierConfig: {"window_steps": ("sigmas",)},
-    ScheduleConfig: {"drop_at": ("shape",), "drop_factor": ("shape",)},
-    PhaseConfig: {"steps": ("tokens", "fraction")},
-    QuantConfig: {
-        "weights": ("levels", "preset"),
-        "granularity": ("preset",),
-        "hadamard": ("preset",),
-    },
-    TransitionConfig: {"rescale_factor": ("optimizer",)},
-    RampConfig: {"sharpness": ("shape",), "stairs": ("shape",), "order": ("steps",)},
-    DistillationConfig: {"relation_layer": ("relation_weight",)},
-    EngineConfig: {
-        "zero_stage": ("name",),
-        "deepspeed": ("name",),
-        "offload": ("name", "zero_stage"),
-    },
-    CheckpointConfig: {"start_phase": ("start_from",)},
-    EvaluationConfig: {"tasks_interval_steps": ("tasks",)},
-    WatchConfig: {"lost_seconds": ("beat_seconds",)},
-}
-"""Keys with a value that is right or wrong depending on that of others, where those others have defaults."""
-
-
-def _parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
-    """Read one part; returns it and what is wrong with it, by path. If anything is, the part is of no use.
-
-    A part checks itself as a whole only once every key of it is well-formed. So what is not is left out and the part
-    read again, until nothing new is found. A problem does not count if it depends on a key that was left out, for
-    that key's default may have caused it.
-    """
-    tree = json.loads(json.dumps(tree, default=str))  # a copy, in JSON's types
-    adapter = _adapter(kind)
-    problems: dict[str, str] = {}
-    left_out: set[str] = set()
-    while True:
-        try:
-            return adapter.validate_json(json.dumps(tree)), problems
-        except ValidationError as error:
-            removed: list[str] = []
-            is_mended = False
-            for location, detail in _by_location(error, kind).items():
-                where = ".".join((path, *location))
-                if detail["type"] == "int_type" and _make_whole(tree, location):
-                    is_mended = True
-                    continue
-                for problem, reason, needed in _reasons(detail, kind, location, where):
-                    if left_out.isdisjoint((problem, *needed)):
-                        problems.setdefault(problem, reason)
-                if not detail["type"].startswith("missing") and _remove(tree, location):
-                    removed.append(where)
-            if not removed and not is_mended:
-                return None, problems
-            left_out.update(removed)
-
-
-def _by_location(error: ValidationError, kind: Any) -> dict[tuple[str, ...], Any]:
-    """Each of pydantic's errors by its keys; those of a key that takes several kinds of values are one."""
-    found: dict[tuple[str, ...], Any] = {}
-    for detail in error.errors():
-        location = tuple(str(key) for key in detail["loc"])
-        if location and not location[-1].isdecimal() and not _is_section(kind, location[:-1]):
-            location = location[:-1]  # its last part names the kind that was tried
-        if location in found:
-            detail["msg"] = f"{found[location]['msg']} or {detail['msg'].removeprefix('Input should be ')}"
-        found[location] = detail
-    return found
-
-
-def _is_section(kind: Any, location: Sequence[str]) -> bool:
-    """Return whether a section, not a value, is at ``location`` under the type ``kind``."""
-    try:
-        _owner(kind, location)
-    except StopIteration:
-        return False
-    return True
-
-
-def _reasons(detail: Any, kind: Any, location: tuple[str, ...], where: str) -> Iterator[tuple[str, str, list[str]]]:
-    """The problems in one of pydantic's errors: each its path, what is wrong, and the paths that it depends on too."""
-    if detail["type"] != "value_error":
-        yield where, _explain(detail, kind, location), []
-        return
-    judged_by = JUDGED_BY.get(_owner(kind, location), {})
-    for key, reason in detail["ctx"]["error"].args[0].items():
-        yield f"{where}.{key}", reason, [f"{where}.{other}" for other in judged_by.get(key, ())]
-
-
-def _make_whole(tree: Any, location: tuple[str, ...]) -> bool:
-    """Make a number such as 1e9 the integer that it is; False if it has a fraction."""
-    node = tree
-    for key in location[:-1]:
-        node = node[int(key)] if isinstance(node, list) else node[key]
-    last = int(location[-1]) if isinstance(node, list) else location[-1]
-    if not (isinstance(node[last], float) and node[last].is_integer() and abs(node[last]) < 2**53):
-        return False
-    node[last] = int(node[last])
-    return True
-
-
-def _remove(tree: Any, location: tuple[str, ...]) -> bool:
-    """Remove the value at ``location`` from the tree; False if there is none."""
-    for key in location[:-1]:
-        tree = tree.get(key) if isinstance(tree, dict) else tree[int(key)] if isinstance(tree, list) else None
-    if location and isinstance(tree, dict) and location[-1] in tree:
-        del tree[location[-1]]
-        return True
-    return False
-
-
-def _explain(detail: Any, kind: Any, location: tuple[str, ...]) -> str:
-    match detail["type"]:
-        case "unexpected_keyword_argument":
-            return f"unknown key{_suggestion(location[-1], _owner(kind, location[:-1]))}"
-        case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return "is missing"
-        case "dataclass_type":
-            return f"is {_as_yaml(detail['input'])}; {_section_advice(detail['input'], _owner(kind, location))}"
-        case _:
-            return f"is {detail['input']!r}; {detail['msg'].replace('Input should be', 'must be')}"
-
-
-def _as_yaml(value: Any) -> str:
-    return "null" if value is None else repr(value)
-
-
-def _section_advice(value: Any, section: Any) -> str:
-    """What to write where a section is given as one value: a shape, a preset or nothing."""
-    if value is None:
-        return "leave it out for its defaults, or write a mapping of keys"
-    for name, options in typing.get_type_hints(section).items():
-        if any(value in typing.get_args(option) for option in (options, *typing.get_args(options))):
-            return f"must be a mapping of keys; write {{{name}: {value}}}"
-    return "must be a mapping of keys"
-
-
-def _owner(kind: Any, location: Sequence[str]) -> Any:
-    """The dataclass at ``location`` under the type ``kind``."""
-    for key in location:
-        kind = typing.get_args(kind)[0] if key.isdecimal() else typing.get_type_hints(_dataclass_of(kind))[key]
-    return _dataclass_of(kind)
-
-
-def _dataclass_of(kind: Any) -> Any:
-    return next(option for option in (kind, *typing.get_args(kind)) if is_dataclass(option))
-
-
-def _suggestion(key: str, owner: Any) -> str:
-    names = [part.name for part in fields(owner)]
-    if key not in names and (ours := ALIASES.get(key.lower())) is not None:
-        return f"; did you mean {ours}?"
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]}?"
-    for section, kind in typing.get_type_hints(Config).items():
-        if is_dataclass(kind) and key in (part.name for part in fields(kind)):
-            return f"; did you mean {section}.{key}?"
-    return f"; choose one of {', '.join(names)}"
 
 
 def to_tree(config: Any) -> Any:

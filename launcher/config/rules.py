@@ -7,6 +7,7 @@ them, and its checkpoints can still be opened.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isqrt
 from pathlib import Path
@@ -162,7 +163,10 @@ def fractions_make_the_whole(phases: "Phases") -> Problems:
 
 def deepspeed_takes_the_keys(engine: EngineConfig) -> Problems:
     """Keys that are passed to DeepSpeed are neither derived by Tritrain nor beyond what it supports."""
-    for key, value in _dotted_items(engine.deepspeed or {}):
+    keys = engine.deepspeed or {}
+    if not isinstance(zero := keys.get("zero_optimization", {}), dict):
+        yield "engine.deepspeed.zero_optimization", f"is {zero!r}; must be a mapping of keys"
+    for key, value in _dotted_items(keys):
         for owned, ours in OWNED_DEEPSPEED_KEYS.items():
             if key == owned or key.startswith(owned + "."):
                 yield f"engine.deepspeed.{key}", f"is derived; set {ours} instead"
@@ -216,6 +220,17 @@ def rollback_knows_the_loss_before(phases: "Phases", checkpoint: "CheckpointConf
             yield (
                 f"phases.{index}.transition.rollback",
                 "needs the loss before the switch, but the run begins with this phase; leave it out",
+            )
+
+
+def the_head_stays_in_16_bits(phases: "Phases", model: ModelConfig) -> Problems:
+    """No ternary phase selects the output head, which is not computed as a layer."""
+    for path, quantization in _quantizations(phases):
+        if not model.tie_embeddings and re.search(quantization.include, "lm_head"):
+            yield (
+                f"{path}.include",
+                f"{quantization.include!r} matches the output head lm_head, which always stays in 16 bits; match "
+                "projections of blocks alone, such as layers",
             )
 
 
@@ -336,5 +351,5 @@ RULES: tuple[Rule, ...] = (
 )
 """Rules of every configuration, that of a finished run as well."""
 
-RULES_TO_START: tuple[Rule, ...] = (fractions_make_the_whole, deepspeed_takes_the_keys)
+RULES_TO_START: tuple[Rule, ...] = (fractions_make_the_whole, deepspeed_takes_the_keys, the_head_stays_in_16_bits)
 """Rules of a configuration with which a run is to start."""

@@ -133,8 +133,9 @@ class TrainingConfig:
     """Length of the run, in steps, to which a phase's `fraction` refers; give this or `total_tokens`."""
     total_tokens: int | None = None
     """Length of the run, in tokens, to which a phase's `fraction` refers."""
-    compute_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the forward and backward passes; latent weights, summed gradients and optimizer state are fp32."""
+    compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the forward and backward passes; latent weights, summed gradients and optimizer state are fp32.
+    `auto`, decided at the first start: bf16 on GPUs and on CPUs that have it, fp32 on CPUs that only emulate it."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward pass and recompute the block: less memory, a third more work."""
     compile: bool = False
@@ -155,6 +156,11 @@ class TrainingConfig:
         problems |= _at_least(self, "total_tokens", 1) | _at_least(self, "max_skipped_steps", 1)
         if problems:
             raise ValueError(problems)
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in the forward and backward passes; `auto` counts as on GPUs."""
+        return 4 if self.compute_dtype == "fp32" else 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ from launcher.plan.plan import Plan, make_plan
 from launcher.plan.table import describe
 from launcher.process.exchange import value_of_first
 from launcher.process.ranks import Ranks, process_group
+from launcher.run.automatic import concrete
 from launcher.run.folder import RunFolder
 
 TIMEOUT_SECONDS = 120
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides) if options.config else None
         with process_group(TIMEOUT_SECONDS) as ranks:
             joined = True
-            plan = make_plan(config, ranks.world_size) if config else None
+            plan = make_plan(concrete(config, ranks)[0], ranks.world_size) if config else None
             rank = ranks.rank if ranks.world_size > 1 else None
             verdicts = examine(ranks, plan)
             if ranks.is_first:

@@ -5,14 +5,13 @@ then happens when the run starts, by the same code as inside a run, so that both
 why converting one of our own checkpoints costs nothing: its files are immutable, and the new checkpoint links to them.
 """
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 
 import torch
 
-from data.tokenizer import self_contained
+from data.tokenizer import load_tokenizer, self_contained
 from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import FileRecord, Manifest, precision_at
@@ -21,15 +20,17 @@ from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_
 from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
+from launcher.formats.choices import Dtype
 from launcher.formats.hf_source import HuggingFaceSource
-from launcher.formats.open import check_model, check_sound, computed_precision, model_of
+from launcher.formats.open import check_model, computed_precision, model_of
 from launcher.formats.opened import tokenizer_of
 from launcher.formats.provenance import provenance
 from launcher.formats.start import check_start, first_progress
 from launcher.plan.course import Course, check_whole, make_course
 from launcher.plan.exports import tokenizer_of_data
 from launcher.run.folder import RunFolder
-from model.transformer import Transformer
+from model.hf import config_to_hf
+from model.transformer import ModelConfig, Transformer
 from quant.linear import is_learned_scale, matching_layers
 
 
@@ -59,9 +60,11 @@ def preview(config: Config, source: Source) -> list[list[str]]:
     """For each tensor, what a conversion into this run will do: name, shape, weight, moments.
 
     Raises:
-        ConfigError, CheckpointError: as `convert_to_run`.
+        ConfigError, CheckpointError, DataError: as `convert_to_run`.
     """
     course = course_of_conversion(config, source)
+    if tokenizer := tokenizer_for(config, source):
+        load_tokenizer(tokenizer)
     phase = course.phases[config.checkpoint.start_phase]
     quantization = phase.quantization
     with torch.device("meta"):
@@ -97,6 +100,11 @@ def course_of_conversion(config: Config, source: Source) -> Course:
     return course
 
 
+def tokenizer_for(config: Config, source: Source) -> Path | None:
+    """The tokenizer that a run is given which begins with a source; None if there is none."""
+    return tokenizer_of(source) or tokenizer_of_data(config)
+
+
 def convert_to_run(config: Config, source: Source) -> Path:
     """Make the folder of a run that begins with a checkpoint, ready to be trained.
 
@@ -113,7 +121,7 @@ def convert_to_run(config: Config, source: Source) -> Path:
         DataError: the tokenizer of the source cannot be read.
     """
     course, folder = course_of_conversion(config, source), RunFolder(config)
-    tokenizer = tokenizer_of(source) or tokenizer_of_data(config)
+    tokenizer = tokenizer_for(config, source)
     with self_contained(tokenizer) if tokenizer else nullcontext() as copy:  # other files may name the end of documents
         return _write_run(course, folder, source, copy)
 
@@ -193,10 +201,10 @@ def carried_fingerprint(course: Course, source: Source) -> str | None:
     return None
 
 
-def convert_to_hf(
-    source: Source, config: Config | None, folder: Path, dtype: torch.dtype, files: Mapping[str, bytes] | None = None
-) -> None:
-    """Write a Hugging Face folder with 16-bit weights.
+def check_hf(
+    source: Source, config: Config | None, folder: Path, dtype: Dtype
+) -> tuple[ModelConfig, dict[str, object] | None]:
+    """Check that a Hugging Face folder with 16-bit weights can be made of a source.
 
     Of a ternary model these are the latent weights, with a `quantization_config` that makes Transformers round them
     while it computes (mode `online`), so that the folder computes what its source does.
@@ -204,30 +212,32 @@ def convert_to_hf(
     Args:
         source: what is converted.
         config: whose model it is; None if the source says so itself: a Tritrain checkpoint, a Hugging Face folder.
-        folder: what is made.
+        folder: what is to be made.
         dtype: of the weights.
-        files: what else is put there, by name.
+
+    Returns:
+        The model, and the `quantization_config`, None in 16 bits.
 
     Raises:
-        CheckpointError: the source is of another model or cannot be read, Transformers does not compute what it does,
-            or the folder cannot be written.
+        CheckpointError: the source is of another model, or Transformers does not compute what it does.
         ConfigError: the configuration is needed and not there.
     """
     from launcher.formats.hf_export import online_quantization
-    from launcher.formats.hf_folder import write_hf
+    from launcher.formats.hf_source import naming
 
     model = config.model if config else model_of(source)
     if model is None:
         raise ConfigError(f"{source.location}: does not describe its model; name a configuration with --config")
     check_model(source, model)
-    check_sound(source)
+    with naming(folder):
+        config_to_hf(model)
     quantization = online_quantization(source, model)
-    if quantization is not None and dtype != torch.bfloat16:
+    if quantization is not None and dtype != "bf16":
         raise ConfigError(
             f"--dtype: {source.location} is ternary, and Transformers would round latent weights in fp32 to other "
             "codes than training does, which takes them in bf16; leave it out"
         )
-    write_hf(source, model, folder, dtype=dtype, quantization=quantization, files=files)
+    return model, quantization
 
 
 def not_carried(source: Source, into: str) -> list[str]:

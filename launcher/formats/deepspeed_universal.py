@@ -141,6 +141,27 @@ class UniversalSource(Source):
             raise CheckpointError(f"{file.path} has no step: {error!r}") from error
 
 
+def check_universal(source: Source) -> float:
+    """Check that the format can hold a source; returns its optimizer's step, 0 if it has no moments.
+
+    Raises:
+        CheckpointError: steps differ, for which the format has no place, or a name cannot be that of a folder.
+    """
+    steps = {source.read_step(name) if source.has_moments else 0.0 for name in source.shapes}
+    if len(steps) != 1:
+        raise CheckpointError(
+            f"{source.location} has parameters after {min(steps):g} and after {max(steps):g} steps, and DeepSpeed "
+            "counts the steps of all parameters together"
+        )
+    for name in source.shapes:
+        try:
+            bare_name(name)
+        except ValueError as error:
+            raise CheckpointError(f"{source.location}: a parameter becomes a folder, and it {error}") from error
+    (step,) = steps
+    return step
+
+
 def write_universal(
     source: Source, folder: Path, *, learning_rate: float | None = None, files: Mapping[str, bytes] | None = None
 ) -> Path:
@@ -173,18 +194,7 @@ def write_universal(
     Raises:
         CheckpointError: it is there already, it cannot be written, or steps differ, for which the format has no place.
     """
-    steps = {source.read_step(name) if source.has_moments else 0.0 for name in source.shapes}
-    if len(steps) != 1:
-        raise CheckpointError(
-            f"{source.location} has parameters after {min(steps):g} and after {max(steps):g} steps, and DeepSpeed "
-            "counts the steps of all parameters together"
-        )
-    for name in source.shapes:
-        try:
-            bare_name(name)
-        except ValueError as error:
-            raise CheckpointError(f"{source.location}: a parameter becomes a folder, and it {error}") from error
-    (step,) = steps
+    step = check_universal(source)
     tag = f"global_step{step:.0f}"
     try:
         with new_location(folder) as building:

@@ -133,9 +133,6 @@ def online_quantization(source: Source, model: ModelConfig) -> dict[str, object]
         problems.append(f"fused true: each matrix has a scale of its own; {NO_OTHER_WAY}")
     if precision.strength < 1:
         problems.append(f"it is on a ramp, at strength {precision.strength:.3g}; {NO_OTHER_WAY}")
-    problems += [
-        f"{name} is quantized, and only projections of blocks can be" for name in coded if not is_projection(name)
-    ]
     if problems:
         raise CheckpointError(
             listed(f"{source.location}: Transformers cannot round weights like this; use `tritrain export`", problems)

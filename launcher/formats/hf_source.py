@@ -36,6 +36,10 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 PICKLE = "pytorch_model.bin"
 
 
+ADAPTER = "adapter_config.json"
+"""PEFT's; where it is installed, Transformers adds the adapter to the model that is loaded."""
+
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -97,8 +101,11 @@ class Packing:
 
     def applies_to(self, name: str) -> bool:
         """Return whether the parameter of this name is packed."""
-        module = name.removesuffix(".weight")
-        return is_projection(name) and not any(
+        return is_projection(name) and not self.leaves_out(name.removesuffix(".weight"))
+
+    def leaves_out(self, module: str) -> bool:
+        """Return whether the module of this name is not quantized."""
+        return any(
             re.match(rf"{left_out}(?:(?<=\.)|(?=\.|$))", module) or module.endswith(left_out)
             for left_out in self.left_out
         )
@@ -142,8 +149,9 @@ def read_model(folder: Path) -> FolderModel:
     """
     hf_config = _read_json(folder / CONFIG)
     with naming(folder / CONFIG):
-        packing = _read_packing(hf_config.pop("quantization_config", None))
-        return FolderModel(config_from_hf(hf_config), packing, hf_config.get("bos_token_id"))
+        quantization = hf_config.pop("quantization_config", None)
+        config = config_from_hf(hf_config)
+        return FolderModel(config, _read_packing(quantization, config), hf_config.get("bos_token_id"))
 
 
 class HuggingFaceSource(Source):
@@ -162,6 +170,11 @@ class HuggingFaceSource(Source):
     def __init__(self, folder: Path) -> None:
         self.location = str(folder)
         self.model = read_model(folder)
+        if (folder / ADAPTER).is_file():
+            raise CheckpointError(
+                f"{folder}: holds an adapter ({ADAPTER}), whose weights would be left out; merge it into the model "
+                f"(`merge_and_unload` of PEFT) and save that, or remove {ADAPTER} to take the model without it"
+            )
         self.model_config, packing = self.model.config, self.model.packing
         self._packing = None if packing and packing.online else packing
         self.is_packed = self._packing is not None
@@ -240,7 +253,7 @@ class HuggingFaceSource(Source):
     def _scale(self, name: str) -> Tensor:
         scale_name = f"{name}_scale"
         scale = self._files[scale_name].read(scale_name).float()
-        if not 0 < scale.item() < torch.inf:
+        if not (0 < scale.item() < torch.inf and 1 / scale < torch.inf):
             raise TensorFileError(f"{scale_name} is {scale.item()} and must be positive")
         return scale
 
@@ -293,15 +306,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_packing(quantization: Any) -> Packing | None:
-    """Read `quantization_config`; None where the weights are stored as they are."""
+def _read_packing(quantization: Any, model: ModelConfig) -> Packing | None:
+    """Read `quantization_config` of a model; None where the weights are stored as they are."""
     if quantization is None:
         return None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitnet":
         raise ValueError(f"quantization_config {quantization!r}: only quant_method 'bitnet' is read")
     layer = quantization.get("linear_class", "bitlinear")
     mode = quantization.get("quantization_mode", "offline")
-    left_out = quantization.get("modules_to_not_convert") or []
+    left_out = quantization.get("modules_to_not_convert")
+    if left_out is None:  # Transformers leaves out the head, and the module of the last parameter
+        left_out = ["lm_head", [*parameter_shapes(model)][-1].removesuffix(".weight")]
     problems = []
     if layer not in ("bitlinear", "autobitlinear"):
         problems.append(f"linear_class {layer!r} is not known; only bitlinear and autobitlinear are read")
@@ -316,7 +331,14 @@ def _read_packing(quantization: Any) -> Packing | None:
     if problems:
         raise ValueError(listed("its quantization_config cannot be read", problems))
     online = layer == "autobitlinear" and mode == "online"
-    return Packing(divides=layer == "bitlinear", left_out=tuple(left_out), online=online)
+    packing = Packing(divides=layer == "bitlinear", left_out=tuple(left_out), online=online)
+    if online and not packing.leaves_out("lm_head"):
+        raise ValueError(
+            f"its quantization_config has modules_to_not_convert {left_out!r}, without lm_head, so that Transformers "
+            "rounds the output head as well, which is only computed in 16 bits here; add lm_head to the list if the "
+            "head was trained in 16 bits"
+        )
+    return packing
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -5,9 +5,12 @@ one, shards it over the ranks, each of which reads its own share.
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from data.errors import DataError
+from data.tokenizer import Tokenizer, load_tokenizer
 from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source
@@ -27,6 +30,21 @@ def first_token_of(source: Source, end_of_document: int | None) -> int | None:
     """
     said = source.first_token if isinstance(source, HuggingFaceSource | DeepSpeedSource) else None
     return end_of_document if said is None else said
+
+
+def fitting_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
+    """Load the tokenizer of a model.
+
+    Raises:
+        DataError: it cannot be read, or has tokens that the model does not have.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"{tokenizer.path}: has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; it is the "
+            "tokenizer of another model. Name the right one with --tokenizer"
+        )
+    return tokenizer
 
 
 def unfilled_model(

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import DataError
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from eval.sample import generate, pieces_of_text
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import first_token_of, unfilled_model
+from launcher.inference.build import first_token_of, fitting_tokenizer, unfilled_model
 from model.transformer import ModelConfig, Transformer
 from quant.linear import quantized_layers
 from quant.packed import PackedLinear, freeze_
@@ -46,10 +46,14 @@ class LoadedModel:
 
         Raises:
             CheckpointError: there is no tokenizer.
-            DataError: it cannot be read.
+            DataError: it cannot be read, or the prompt is not text.
         """
         tokenizer = self._tokenizer()
         assert self.first_token is not None, "a tokenizer has an end of document"
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the prompt is not text: {error}; write it in UTF-8") from error
         return [self.first_token, *tokenizer.encode(prompt)]
 
     def generate(self, prompt: str, **choice: Any) -> Iterator[str]:
@@ -103,7 +107,7 @@ def load_model(
 
     Raises:
         CheckpointError: there is no such model, it is damaged, or it cannot be had like this; says why.
-        DataError: the tokenizer that is named is none.
+        DataError: the tokenizer that is named is none, or of another model.
     """
     assert dtype in (torch.bfloat16, torch.float32), dtype
     opened = open_exportable(str(path), ternary=False)
@@ -131,10 +135,10 @@ def load_model(
     _read_(model, "", source, dtype, device)
     loaded, problem = None, None
     if tokenizer is not None:
-        loaded = load_tokenizer(tokenizer)
+        loaded = fitting_tokenizer(tokenizer, opened.model)
     elif opened.tokenizer is not None:
         try:
-            loaded = load_tokenizer(opened.tokenizer)
+            loaded = fitting_tokenizer(opened.tokenizer, opened.model)
         except DataError as error:  # tokens can be computed without it
             problem = str(error)
     first_token = first_token_of(source, None if loaded is None else loaded.end_of_document)

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.new_paths import replace_file
-from data.readers import check_input, read_documents
+from data.new_paths import exclusive, replace_file
+from data.readers import read_documents, survey
 from eval.perplexity import text_loss
 from eval.rows import Scorer
 from eval.score import Score, scores_of
@@ -163,10 +163,16 @@ def score_tasks(
         }
         with failing_alike(), reaching(out):
             if ranks.is_first:
-                replace_file(out.resolve(), json.dumps({"results": [*read_results(out), records[task]]}, indent=2))
+                add_result(out.resolve(), records[task])
                 if subject.step is not None and subject.run is not None and not is_part:
                     write_points(subject.run / "tensorboard" / "evaluation", task, scores, subject.step)
     return [records[task] for task in rows]
+
+
+def add_result(out: Path, record: dict[str, Any]) -> None:
+    """Add a record to a file of results, which other evaluations may be adding to as well."""
+    with exclusive(out, wait=True):
+        replace_file(out, json.dumps({"results": [*read_results(out), record]}, indent=2))
 
 
 def default_results(subject: Subject) -> Path:
@@ -194,8 +200,7 @@ def write_points(folder: Path, task: Task, scores: dict[str, Score], step: int) 
 
 def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None:
     """Measure a model on files of text; a collective."""
-    for text in asked.files:
-        check_input(text)
+    files = survey(asked.files)
     subject = open_subject(asked.model, ranks, asked.tokenizer)
     longest = subject.scorer.window_tokens
     window = asked.window_tokens or longest
@@ -206,12 +211,12 @@ def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None
             f"than the model's {longest} tokens"
         )
     scorer = Scorer(**{**vars(subject.scorer), "window_tokens": window})
-    total = sum(len(document.text.encode()) for document in read_documents(asked.files))
+    total = sum(len(document.text.encode()) for document in read_documents(asked.files, files))
     with console.counting("text", total, "bytes") as advance:
         loss = text_loss(
             scorer,
             subject.tokenizer,
-            read_documents(asked.files),
+            read_documents(asked.files, files),
             first_token=subject.first_token,
             stride_tokens=stride,
             apart=asked.apart,
@@ -222,10 +227,15 @@ def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None
         seen = {"window_tokens": window, "stride_tokens": stride, "apart": asked.apart}
         measured = {"bits_per_byte": loss.bits_per_byte, "perplexity": loss.perplexity}
         print_results("perplexity", [without_nan(about | seen | asdict(loss) | measured)])
+    changed = (
+        f"the tokenizer does not give {loss.num_changed_documents:,} documents back: characters that it loses cost no "
+        "bits, so the results are not comparable with those of another tokenizer"
+    )
     console.aligned(
         [
             ["model", subject.location],
             ["text", f"{loss.num_documents:,} documents, {loss.num_bytes:,} bytes, {loss.num_tokens:,} tokens"],
+            *([["changed", changed]] if loss.num_changed_documents else []),
             ["seen", f"windows of {window:,} tokens, moved by {stride:,}, "
              + ("each document by itself" if asked.apart else "documents as one stream")],
             ["bits per byte", f"{loss.bits_per_byte:.6f}"],

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
 from eval.tasks import digest_of
 from launcher.checkpoint.folders import MANIFEST, checkpoints_under
@@ -28,8 +28,9 @@ from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_native import DeepSpeedSource
 from launcher.formats.hf_source import CONFIG, dtype_name
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import first_token_of, sharded_model
+from launcher.inference.build import first_token_of, fitting_tokenizer, sharded_model
 from launcher.process.ranks import Ranks
+from launcher.run.automatic import concrete
 from model.transformer import ModelConfig
 
 HASHED_AT_ONCE = 64 * 2**20
@@ -80,7 +81,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
 
     Raises:
         CheckpointError: it is none of these, or damaged, or its tokenizer is not to be found.
-        DataError: the tokenizer is none.
+        DataError: the tokenizer is none, or of another model.
     """
     opened = open_exportable(text, ternary=False)
     found = tokenizer or opened.tokenizer
@@ -89,14 +90,9 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
             f"{opened.source.location}: its tokenizer was not found (no tokenizer.model or tokenizer.json); "
             "name it with --tokenizer"
         )
-    loaded = load_tokenizer(found)
-    if loaded.vocab_size > opened.model.vocab_size:
-        raise CheckpointError(
-            f"{loaded.path}: has {loaded.vocab_size} tokens and the model {opened.model.vocab_size}; it is the "
-            "tokenizer of another model. Name the right one with --tokenizer"
-        )
+    loaded = fitting_tokenizer(found, opened.model)
     source = opened.source
-    dtype = compute_dtype_of(opened)
+    dtype = compute_dtype_of(opened, ranks)
     model = sharded_model(source, opened.model, opened.precision, dtype, ranks)
     manifest = source.manifest if isinstance(source, CheckpointReader) else None
     first_token = first_token_of(source, loaded.end_of_document)
@@ -140,10 +136,13 @@ def scorer_of(token_nll: Callable[[Tensor, Tensor], Tensor], config: ModelConfig
     )
 
 
-def compute_dtype_of(opened: Exportable) -> torch.dtype:
-    """The dtype that a model is measured in: its run's, or the one that its folder says."""
+def compute_dtype_of(opened: Exportable, ranks: Ranks) -> torch.dtype:
+    """The dtype that a model is measured in: its run's, or the one that its folder says; a collective.
+
+    A run that was converted and has not trained yet may have none: then it is the one that it would begin with here.
+    """
     if opened.config is not None:
-        return COMPUTE_DTYPES[opened.config.training.compute_dtype]
+        return COMPUTE_DTYPES[concrete(opened.config, ranks)[0].training.compute_dtype]
     return torch.bfloat16 if stored_dtype(Path(opened.source.location)) == "bfloat16" else torch.float32
 
 

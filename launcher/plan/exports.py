@@ -21,7 +21,7 @@ from launcher.plan.course import Course
 from model.config import ModelConfig
 from model.gguf import gguf_architecture
 from model.hf import config_to_hf
-from model.size import is_projection, linear_shapes, parameter_shapes
+from model.size import linear_shapes, parameter_shapes
 from quant.config import QuantConfig
 from quant.gguf import (
     BLOCK_BYTES,
@@ -65,7 +65,7 @@ def _exports_of(course: Course) -> Iterator[Export]:
     quantization = course.phases[-1].quantization
     shapes = parameter_shapes(model)
     coded = coded_matrices(model, quantization) if quantization else []
-    element_bytes = 2 if config.training.compute_dtype == "bf16" else 4
+    element_bytes = config.training.compute_bytes
     all_bytes = element_bytes * sum(map(prod, shapes.values()))
     tokenizer = tokenizer_problems(config)
     in_hf = [*hf_problems(model), *tokenizer]
@@ -153,11 +153,6 @@ def packing_problems(
         f"{name} has {shapes[name][0]} rows, and only a multiple of {CODES_PER_BYTE} can be packed; {AS_WEIGHTS}"
         for name in coded
         if name in shapes and shapes[name][0] % CODES_PER_BYTE
-    ]
-    problems += [
-        f"{name} is quantized, and only the projections of blocks can be packed; {AS_WEIGHTS}"
-        for name in coded
-        if not is_projection(name)
     ]
     if model.qkv_bias and linear_class == "autobitlinear":
         problems.append("qkv_bias true: autobitlinear multiplies the bias by the scale of the weights; take bitlinear")

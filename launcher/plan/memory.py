@@ -115,7 +115,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)
-    compute_bytes = 2 if config.training.compute_dtype == "bf16" else 4
+    compute_bytes = config.training.compute_bytes
     shards = plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
     in_blocks = num_elements(
         {name: shape for name, shape in parameter_shapes(config.model).items() if is_in_block(name)}

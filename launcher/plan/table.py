@@ -1,6 +1,8 @@
 """The output of `tritrain plan`: all numbers for a program, or a table for a person."""
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from launcher.config.file import flat_lines, to_tree
@@ -86,11 +88,26 @@ def describe_surroundings(plan: Plan, gpu: tuple[str, Gpu] | None, utilization: 
 
 
 def show_plan(
-    plan: Plan, console: Console, *, as_json: bool, gpu: tuple[str, Gpu] | None = None, utilization: float = UTILIZATION
+    plan: Plan,
+    console: Console,
+    *,
+    as_json: bool,
+    gpu: tuple[str, Gpu] | None = None,
+    utilization: float = UTILIZATION,
+    counted_as: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Print what a run would do and need, and its resolved configuration; arguments as `describe_surroundings`."""
+    """Print what a run would do and need, and its resolved configuration.
+
+    Args:
+        plan: of the run.
+        console: to print to.
+        as_json: all numbers instead of a table.
+        gpu: as in `describe_surroundings`.
+        utilization: as there.
+        counted_as: the keys that are `auto`, each with the value that the plan counts with and the reason, in words.
+    """
     tree = to_tree(plan.config)
-    numbers = describe(plan) | describe_traffic(plan) | {"events": events(plan)}
+    numbers = describe(plan) | describe_traffic(plan) | {"events": events(plan), "counted_as": dict(counted_as)}
     surroundings = describe_surroundings(plan, gpu, utilization)
     if as_json:
         console.line(json.dumps({"config": tree, "plan": numbers | surroundings}, indent=2))
@@ -155,4 +172,5 @@ def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
         *[[f"sent in codes: {what}", human_bytes(size)] for what, size in (in_codes or {}).items() if size],
         *([] if sent is not None else [["sent per rank and step", "not modeled with these engine.deepspeed keys"]]),
         ["checkpoints", _checkpoints_in_words(numbers)],
+        *[[f"{key}: auto", f"counted as {text}"] for key, text in numbers["counted_as"].items()],
     ]

@@ -112,10 +112,6 @@ def unmodeled_keys(config: Config) -> list[str]:
     return [f"engine.deepspeed.zero_optimization.{key}" for key in given if key not in MODELLED_ZERO_KEYS]
 
 
-def _compute_bytes(config: Config) -> int:
-    return 2 if config.training.compute_dtype == "bf16" else 4
-
-
 def padded_parameters(shapes: Mapping[str, tuple[int, ...]], shards: int) -> int:
     """Elements that FSDP2 gathers: it pads the first dimension to a multiple of the number of shards."""
     return sum(ceil(shape[0] / shards) * shards * prod(shape[1:]) for shape in shapes.values())
@@ -130,7 +126,7 @@ def _of_fsdp2(plan: Plan, *, codes: bool) -> list[Collective]:
     """
     engine = plan.config.engine
     shards = plan.world_size // engine.replicas
-    compute_bytes, passes = _compute_bytes(plan.config), 2 if engine.reshard_after_forward else 1
+    compute_bytes, passes = plan.config.training.compute_bytes, 2 if engine.reshard_after_forward else 1
     shapes = parameter_shapes(plan.config.model)
     elements = padded_parameters(shapes, shards)
     reductions = plan.num_micro_batches if engine.reduce_gradients == "micro-batch" else 1
@@ -171,20 +167,20 @@ def _of_zero(plan: Plan) -> list[Collective]:
     """
     config, ranks, micro_batches = plan.config, plan.world_size, plan.num_micro_batches
     stage = config.engine.zero_stage or 0
-    whole = _compute_bytes(config) * num_parameters(config.model)
+    whole = config.training.compute_bytes * num_parameters(config.model)
     if stage == 3:
         persistent, kept = zero3_held_parameters(config)
         sharded = num_parameters(config.model) - persistent
         gathers = Collective(
             "all-gather",
             "weights",
-            _compute_bytes(config) * sharded,
+            config.training.compute_bytes * sharded,
             ranks,
             micro_batches * (2 - kept / max(sharded, 1)),
         )
         return [
             gathers,
-            Collective("all-gather", "weights", _compute_bytes(config) * persistent, ranks),
+            Collective("all-gather", "weights", config.training.compute_bytes * persistent, ranks),
             Collective("reduce-scatter", "gradients", whole, ranks, micro_batches),
             Collective("all-reduce", "scalars", 8, ranks, 2),  # the gradient norm, and whether it overflowed
         ]
@@ -200,4 +196,6 @@ def _of_teacher(plan: Plan) -> Collective:
     """FSDP2 gathers a teacher, taken to be as large as the model, for the forward pass only."""
     shards = plan.world_size // plan.config.engine.replicas
     elements = padded_parameters(parameter_shapes(plan.config.model), shards)
-    return Collective("all-gather", "teacher", _compute_bytes(plan.config) * elements, shards, plan.num_micro_batches)
+    return Collective(
+        "all-gather", "teacher", plan.config.training.compute_bytes * elements, shards, plan.num_micro_batches
+    )

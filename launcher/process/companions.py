@@ -122,7 +122,8 @@ class Companions:
             self._store.set(f"beat-{self._rank}", str(self._beats))
             beats = self._store.multi_get([f"beat-{rank}" for rank in others])
             if self._store.check(["gone"]):
-                gone |= set(json.loads(self._store.get("gone")))
+                with contextlib.suppress(ValueError, RecursionError):
+                    gone |= ranks_in(json.loads(self._store.get("gone")), len(peers))
         except RuntimeError:  # the store is in the first rank, or in the agent that started it
             return gone or {0}
         for rank, beat in zip(others, beats, strict=True):
@@ -141,6 +142,12 @@ class Companions:
             names = [f"rank {rank} (process {peers[rank]['pid']} on {peers[rank]['host']})" for rank in sorted(gone)]
             say(f"rank {self._rank}: {' and '.join(names)} died while the ranks started; the others cannot continue.")
         os._exit(1)
+
+
+def ranks_in(found: object, world_size: int) -> set[int]:
+    """The ranks in a list that was read from a store, where others may have written anything."""
+    values = found if isinstance(found, list) else []
+    return {value for value in values if type(value) is int and 0 <= value < world_size}
 
 
 def end_without_launcher(message: str) -> None:

@@ -155,12 +155,12 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0] if first else nodelist)
 
 
-def emulates_bf16(device: torch.device, processor: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether a device is a CPU without instructions for bf16; one that tells nothing of itself is not."""
-    if device.type != "cpu" or not processor.exists():
-        return False
+def has_bf16(processor: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Return whether this machine's CPU has instructions for bf16; None if it does not say."""
+    if not processor.exists():
+        return None
     flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", processor.read_text(), re.MULTILINE)
-    return bool(flags) and not {"avx512_bf16", "amx_bf16", "bf16"} & set(flags[0].split())
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags[0].split())) if flags else None
 
 
 def seed_everything(seed: int, rank: int) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from launcher.errors import StartError
 from launcher.process.companions import myself
+from launcher.process.launchers import began
 from launcher.process.supervisor import LISTENER
 
 SECONDS_TO_MEET = 300
@@ -79,8 +80,8 @@ def listen(address: str, port: int, world_size: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartError(
-                f"{address}:{port} is taken by another process on {socket.gethostname()}; set MASTER_PORT, the same "
-                "for all ranks, to a free port"
+                f"{address}:{port} is taken by another process on {socket.gethostname()}; set MASTER_PORT (with "
+                "`deepspeed`: --master_port), the same for all ranks, to a free port"
             ) from error
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
@@ -99,25 +100,56 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout_seconds: int) ->
     """Wait until all ranks have come; returns what `myself` gives on each.
 
     Raises:
-        StartError: names the ranks that have not come.
+        StartError: names the ranks that have not come, one whose note is not a rank's, or the process that has come as
+            this rank: two runs meet here.
     """
     store = dist.PrefixStore("start", store)
     keys = [f"here-{other}" for other in range(world_size)]
     store.set(f"beat-{rank}", "0")  # which all may read as soon as they have met
-    store.set(keys[rank], json.dumps(myself(rank)))
+    mine = myself(rank)
+    store.compare_set(keys[rank], "", json.dumps(mine))
+    first = peer_in(store, rank)
+    if first != mine and first["place"] == mine["place"] and began(first["pid"]) == first["began"]:
+        raise StartError(
+            f"process {first['pid']} on {first['host']} has come as rank {rank} to {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} before this one, and lives: another run has this port. Set MASTER_PORT (with "
+            "`deepspeed`: --master_port), the same for all ranks, to a free one"
+        )
+    store.set(keys[rank], json.dumps(mine))
     seconds = min(SECONDS_TO_MEET, timeout_seconds)
     try:
         store.wait(keys, timedelta(seconds=seconds))
     except dist.DistError as error:
         missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
-        there = sorted({json.loads(store.get(key))["host"] for key in keys if store.check([key])})
+        there = sorted({peer_in(store, other)["host"] for other, key in enumerate(keys) if store.check([key])})
         if rank == 0:
             time.sleep(SECONDS_TO_LOOK)  # the store goes with this process
         raise StartError(
             f"rank {' and '.join(missing)} of {world_size} has not come within {seconds} s; the others are on "
             f"{', '.join(there)}. Start all ranks; the output of the missing ones may say why they failed."
         ) from error
-    return [json.loads(store.get(key)) for key in keys]
+    return [peer_in(store, other) for other in range(world_size)]
+
+
+def peer_in(store: dist.Store, rank: int) -> dict[str, Any]:
+    """What `myself` gave on a rank, read from the store, where others may have written anything.
+
+    Raises:
+        StartError: it is something else.
+    """
+    try:
+        peer = json.loads(store.get(f"here-{rank}"))
+    except (ValueError, RecursionError):
+        peer = None
+    kinds = {"rank": int, "host": str, "place": list, "pid": int, "began": str}
+    if not isinstance(peer, dict) or peer.get("rank") != rank:
+        peer = {}
+    if not all(type(peer.get(key)) is kind for key, kind in kinds.items()):
+        raise StartError(
+            f"the note of rank {rank} in the store is none that a rank writes; another program uses MASTER_PORT. Start "
+            "the ranks again, with another port"
+        )
+    return peer
 
 
 def first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@
 import ctypes
 import os
 import runpy
+import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -53,10 +54,26 @@ def become_run(launcher: Launcher, config: Path, overrides: list[str], num_ranks
     """Become the launcher of a run's ranks."""
     script = pretrain_command(config, overrides)
     if launcher == "deepspeed":
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks), *script]
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks)]
+        command += ["--master_port", str(kept_port()), *script]
         sys.stdout.flush()
         os.execve(command[0], command, with_launcher(os.environ | loopback_alone()))
     become_ranks(num_ranks, script)
+
+
+def kept_port() -> int:
+    """Choose a free port of 127.0.0.1 for the first rank, and keep it while this process, or what it becomes, lives.
+
+    DeepSpeed's launcher hands no open socket to its ranks. The port of a socket that is bound but does not listen is
+    given to nobody who asks for a free one; the first rank can listen there, as both sockets set SO_REUSEADDR.
+    """
+    keeper = socket.socket()
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper.bind(("127.0.0.1", 0))
+    port = int(keeper.getsockname()[1])
+    if sys.platform == "linux":  # other kernels would not let the first rank listen
+        os.set_inheritable(keeper.detach(), True)
+    return port
 
 
 def pretrain_command(config: Path, overrides: Sequence[str]) -> list[str]:

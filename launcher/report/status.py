@@ -28,6 +28,7 @@ from launcher.config.file import parse_yaml
 from launcher.config.sections import SILENT_BEATS
 from launcher.errors import ConfigError, UserError
 from launcher.process.console import human_count, human_time
+from launcher.run.requeue import read_lines
 
 HEARTBEAT_SECONDS = 60
 """A rank whose heartbeat is older than this, and than `SILENT_BEATS` of them, is not heard of."""
@@ -132,8 +133,11 @@ def status_of(run: Path, now: float) -> RunStatus:
             status.step, status.tokens_per_second = int(row["step"]), float(row["throughput/tokens_per_second"])
             status.loss = float(row["train/loss"]) if "train/loss" in row else None  # left out where it is not finite
     with _noting("starts.jsonl", notes):
-        starts = [line for line in (run / "starts.jsonl").read_bytes().splitlines() if line.strip()]
+        lines = [line for line in (run / "starts.jsonl").read_bytes().splitlines() if line.strip()]
+        starts = read_lines(run / "starts.jsonl", "step")
         status.restarts = max(0, len(starts) - 1)
+        if damaged := len(lines) - len(starts):
+            notes.append(f"starts.jsonl has {damaged} damaged line{'s' if damaged > 1 else ''}, not counted")
     with _noting("checkpoints", notes):
         _look_at_checkpoints(status, run, config, now)
     if (run / "state.json").exists():

@@ -7,12 +7,15 @@ the configuration that it was trained with, and the run that goes on from it is 
 may have been changed, lost, or be that of a start that failed.
 """
 
+import contextlib
 import json
 import socket
+from contextlib import nullcontext
 from typing import Any
 
+from data.new_paths import exclusive
 from launcher.checkpoint.folders import CONFIG, complete_checkpoints
-from launcher.checkpoint.location import reaching
+from launcher.checkpoint.location import is_local, reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.file import DERIVED_KEYS, parse_yaml
 from launcher.errors import ConfigError
@@ -56,14 +59,19 @@ def check_owner(folder: RunFolder) -> bool:
 
 def claim_checkpoints(folder: RunFolder) -> None:
     """Note in the folder of checkpoints that it belongs to this run; raises what `check_owner` does."""
-    if not check_owner(folder):
-        owner = {"run_id": folder.run_id, "name": folder.config.run.name, **place_of(folder)}
-        with reaching(folder.checkpoints):
-            (folder.checkpoints / OWNER).write_bytes(json.dumps(owner, indent=2).encode())
+    path = folder.checkpoints / OWNER
+    # Of two runs that begin at once one must see the other's note; stores of objects have no locks.
+    with exclusive(path, wait=True) if is_local(path) else nullcontext():
+        if not check_owner(folder):
+            owner = {"run_id": folder.run_id, "name": folder.config.run.name, **place_of(folder)}
+            with reaching(folder.checkpoints):
+                path.write_bytes(json.dumps(owner, indent=2).encode())
 
 
 def release_checkpoints(folder: RunFolder) -> None:
-    """Take the note of a run that never began out of the folder of checkpoints, and leave another run's there.
+    """Take the note of a run that never began out of the folder of checkpoints, and remove the folder if it made it.
+
+    Another run's note stays.
 
     Raises:
         CheckpointError: the store cannot be reached.
@@ -72,6 +80,9 @@ def release_checkpoints(folder: RunFolder) -> None:
         owner = read_owner(folder)
         if owner is not None and owner["run_id"] == folder.run_id:
             (folder.checkpoints / OWNER).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is something in it, or it was never made
+            for place in folder.places_to_make:
+                place.rmdir()
 
 
 def read_owner(folder: RunFolder) -> dict[str, Any] | None:

@@ -1,10 +1,12 @@
 """What differs between two configurations of one run, and what a person can do about it."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.config.automatic import AUTO, AUTOMATIC
 from launcher.config.file import flat_lines, parse_config, to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
@@ -50,7 +52,8 @@ class Change:
 def changes(before: dict[str, Any], now: Config) -> list[Change]:
     """The keys in which a run's configuration differs from an earlier one, but for those that decide how it runs.
 
-    A key that the earlier one does not have, because it is of a version without it, counts as its default.
+    A key that the earlier one does not have, because it is of a version without it, counts as its default. A key that
+    is `auto` in one of them does not differ: a run takes the value that it began with.
 
     Args:
         before: the earlier one, resolved, as a tree.
@@ -68,8 +71,13 @@ def changes(before: dict[str, Any], now: Config) -> list[Change]:
             any(key == name or key.startswith(f"{name}.") for name in allowed),
         )
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE) and not is_automatic(key, old, new)
     ]
+
+
+def is_automatic(key: str, old: Mapping[str, str], new: Mapping[str, str]) -> bool:
+    """Return whether a key may be `auto`, and is in one of two configurations, given as `flat_lines`."""
+    return key in AUTOMATIC and json.dumps(AUTO) in (old.get(key), new.get(key))
 
 
 def ways_on(refused: Iterable[Change]) -> str:

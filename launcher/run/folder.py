@@ -28,16 +28,14 @@ from typing import Any
 import yaml
 
 from data.new_paths import replace_file
-from data.private import no_follow
+from data.private import holder_text, is_at, no_follow
 from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
-from launcher.checkpoint.location import reaching, to_location
+from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.config.file import (
     DERIVED_KEYS,
     MAX_YAML_CHARS,
     MAX_YAML_VALUES,
-    flat_lines,
-    load_config,
     num_values,
     parse_yaml,
     to_tree,
@@ -45,7 +43,7 @@ from launcher.config.file import (
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.plan.course import make_course
-from launcher.run.changes import MAY_CHANGE, changes, course_of, schedule_note, ways_on
+from launcher.run.changes import changes, course_of, schedule_note, ways_on
 from launcher.run.requeue import append_line, read_lines, read_state
 
 LOCK = "lock"
@@ -66,7 +64,6 @@ class RunFolder:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         self.path = config.run.path
         self.checkpoints = to_location(config.checkpoints)
         self.ranks = self.path / "ranks"
@@ -74,11 +71,17 @@ class RunFolder:
         """What the lock says while this job holds it; the same on all of its ranks."""
         self.state_before: dict[str, Any] = {}
         """The status that the rank that holds the lock found, before it wrote its own."""
+        self.places_to_make: list[Path] = []
+        """The folder of checkpoints and those above it, as far as this start makes them, the deepest first."""
         self._is_new = False
         self._run_id: str | None = None
         self.checkpoints_are_elsewhere = config.checkpoint.folder is not None
         """Whether the checkpoints have a place of their own, outside of the folder."""
-        tree = to_tree(config)
+        self.take(config)
+
+    def take(self, config: Config) -> None:
+        """Take the run's configuration; raises as the constructor does."""
+        self.config, tree = config, to_tree(config)
         self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **tree}, sort_keys=False)
         sizes = num_values(tree), len(self.config_text)
         if sizes[0] > MOST_VALUES or sizes[1] > MOST_CHARS:
@@ -120,10 +123,8 @@ class RunFolder:
             raise ConfigError(
                 f"run.folder: {path} was not written by a run, and would be overwritten; choose another run.folder"
             )
-        if not (self.path / "starts.jsonl").exists() and self.read_state().get("status") != "converted":
+        if (there := configuration_of_run(self.path)) is None:
             return
-        for derived in DERIVED_KEYS:
-            there.pop(derived, None)
         if refused := [change for change in changes(there, self.config) if not change.is_allowed]:
             lines = [f"{self.path} holds a run with another configuration, and a resumed run must keep its own:"]
             lines += [change.line(str(self.path)) for change in refused]
@@ -137,22 +138,25 @@ class RunFolder:
         Raises:
             ConfigError: another one does.
         """
-        self._is_new = not self.path.exists() or not any(self.path.iterdir())
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / LOCK, "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
-        try:
-            # A record lock: it ends with the process, however that ends, and file systems of clusters know it.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            raise ConfigError(
-                f"{self.path}: another job trains here ({self._lock.read().strip() or error}); two would overwrite "
-                "each other's checkpoints. Wait for it or stop it, or set run.name to begin another run."
-            ) from error
+        lock, is_held = self.path / LOCK, False
+        while not is_held:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(lock, "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
+            try:
+                # A record lock: it ends with the process, however that ends, and file systems of clusters know it.
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._lock.seek(0)
+                raise ConfigError(
+                    f"{self.path}: another job trains here ({self._lock.read().strip() or error}); two would overwrite "
+                    "each other's checkpoints. Wait for it or stop it, or set run.name to begin another run."
+                ) from error
+            is_held = is_at(self._lock, lock)  # else the start that had it has failed, and removed the folder
+        places = [self.checkpoints, *self.checkpoints.parents] if is_local(self.checkpoints) else []
+        self.places_to_make = [place for place in places if not place.exists()]
+        self._is_new = {path.name for path in self.path.iterdir()} == {LOCK}
         self._lock.truncate(0)
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        job = f", job {slurm_job()}" if slurm_job() else ""
-        self.holder = f"process {os.getpid()} on {socket.gethostname()}, since {now}{job}"
+        self.holder = holder_text() + (f", job {slurm_job()}" if slurm_job() else "")
         self._lock.write(self.holder)
         self._lock.flush()
         os.fsync(self._lock.fileno())  # the other hosts read it
@@ -284,14 +288,21 @@ def holds_run(folder: Path, config: Config) -> bool:
 
     A relative `run.folder` leads elsewhere from another directory, and perhaps to another run.
     """
-    try:
-        there = load_config(folder / "config.yaml", stored=True)
-    except ConfigError:
-        return False
-    ours, theirs = (
-        {line for line in flat_lines(to_tree(each)) if not line.startswith(MAY_CHANGE)} for each in (config, there)
-    )
-    return ours == theirs
+    there = read_tree(folder / "config.yaml")
+    return there is not None and not changes(without_derived_keys(there), config)
+
+
+def configuration_of_run(folder: Path) -> dict[str, Any] | None:
+    """The configuration in the `config.yaml` of a run, as a tree; None if it has not begun or the file is damaged."""
+    there = read_tree(folder / "config.yaml")
+    if there is None or not ((folder / "starts.jsonl").exists() or read_state(folder).get("status") == "converted"):
+        return None
+    return without_derived_keys(there)
+
+
+def without_derived_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """A run's own `config.yaml` as it was configured."""
+    return {key: value for key, value in tree.items() if key not in DERIVED_KEYS}
 
 
 def slurm_job() -> str | None:

@@ -55,6 +55,8 @@ class MetricsLog:
         kept = [row for row in rows if (row["step"], row["phase"]) <= (step, phase)] if step else []
         replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
+        self.keys_of_step = {key for row in kept if (row["step"], row["phase"]) == (step, phase) for key in row}
+        """The keys of all rows of the step that the run goes on from."""
         self.elapsed_seconds = max((row.get("time/elapsed_seconds", 0.0) for row in kept), default=0.0)
         self.spikes = SpikeWatch()
         for row in kept:

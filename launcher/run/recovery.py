@@ -122,7 +122,8 @@ def measure(
     is_back = Recovery(level.value, to_ternary=precisions[1] == "ternary")
     back = next((index for index, point in enumerate(after) if is_back.add(point)), None)
     counted = after if back is None else after[: back + 1]
-    peak, peak_steps = _peak(_curve(after[: max(len(counted), NUM_LOSSES)], step), beginning, step, noise)
+    later = _curve(after[: max(len(counted), NUM_LOSSES)], step)  # which may be noisier than the old phase was
+    peak, peak_steps = _peak(later, beginning, step, max(noise, noise_of_a_step(later)))
     return Transition(
         to_phase=to_phase,
         step=step,

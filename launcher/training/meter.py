@@ -39,6 +39,9 @@ def peak_memory_gib(device: torch.device) -> float:
 LOSS_PARTS = ("train/cross_entropy", "train/distillation_loss", "train/relation_loss")
 """The keys of `model.transformer.Output.parts`, in its order."""
 
+TRAINED, EVALUATED = "train/learning_rate", "validation/when"
+"""Keys that every row of a training step has, and every row of a held-out loss, whatever is not finite in it."""
+
 
 class Meter:
     """Turns what the loop measures into rows of the log and lines for people."""
@@ -107,7 +110,7 @@ class Meter:
             | {
                 "train/loss": mean_loss,
                 "train/grad_norm": float(grad_norm),
-                "train/learning_rate": learning_rate,
+                TRAINED: learning_rate,
                 "train/skipped_steps": self._at.skipped_steps,
                 "quant/strength": self._plan.strength_at(self._at.step - 1),
                 "throughput/tokens_per_second": tokens_per_second,
@@ -166,7 +169,7 @@ class Meter:
                 | {
                     "validation/loss": result.nats_per_token,
                     "validation/bits_per_byte": result.bits_per_byte,
-                    "validation/when": when,
+                    EVALUATED: when,
                     "time/elapsed_seconds": self.elapsed_seconds,
                 }
             )

@@ -12,6 +12,9 @@ from launcher.inference.sharded import scorer_of
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
 
+NUM_SCORED = "tasks/num_scored"
+"""Key of the number of tasks that have a score; every row of tasks has it."""
+
 
 class TasksInTraining:
     """Scores a run's tasks.
@@ -51,7 +54,7 @@ class TasksInTraining:
         from eval.harness import answer_questions
 
         scorer = scorer_of(engine.token_nll, self._plan.config.model, self._ranks)
-        values: dict[str, float] = {}
+        values: dict[str, float] = {NUM_SCORED: 0}
         words = []
         for task, questions in self._questions.items():
             try:
@@ -60,6 +63,7 @@ class TasksInTraining:
                 words.append(f"no score ({error})")
                 continue
             scores = scores_of(examples, task.definition.metric)
+            values[NUM_SCORED] += 1
             values |= {f"eval/{task.label}/{name}": score.value for name, score in scores.items()}
             words.append(f"{task.label} {100 * scores[task.definition.metric].value:.1f}")
         most = max(map(len, self._questions.values()))

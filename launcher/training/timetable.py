@@ -7,6 +7,7 @@ next logged step: so no step is logged, and no loss averaged, that would not be 
 import time
 from dataclasses import dataclass
 
+from launcher.config.sections import Config
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
@@ -51,8 +52,7 @@ class Timetable:
         )
         phase_ends = step == phase.end
         saving = phase_ends or stopping or asked_to_save or is_due(step, config.checkpoint.interval_steps)
-        evaluating = phase_ends or is_due(step, config.evaluation.interval_steps)
-        tasks = bool(config.evaluation.tasks) and (phase_ends or is_due(step, config.evaluation.tasks_interval_steps))
+        evaluating, tasks = measured_after(step, phase, config)
         deciding = step == self._plan.rollback_step(phase)
         logging = saving or evaluating or tasks or deciding or is_due(step, config.logging.interval_steps)
         saving, evaluating = saving or (logging and save_by_time), evaluating or (logging and evaluate_by_time)
@@ -65,6 +65,13 @@ class Timetable:
     def evaluated(self) -> None:
         """Count `evaluation.interval_minutes` from now; to evaluate may take longer than that."""
         self._evaluated = time.monotonic()
+
+
+def measured_after(step: int, phase: Phase, config: Config) -> tuple[bool, bool]:
+    """Return whether the held-out loss, and whether the tasks are due after this step, whatever the time."""
+    phase_ends, evaluation = step == phase.end, config.evaluation
+    tasks = bool(evaluation.tasks) and (phase_ends or is_due(step, evaluation.tasks_interval_steps))
+    return phase_ends or is_due(step, evaluation.interval_steps), tasks
 
 
 def is_due(step: int, interval: int | None) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch.distributed as dist
 
 from launcher.config.sections import SILENT_BEATS
+from launcher.process.companions import ranks_in
 from launcher.process.exchange import gather_values
 from launcher.process.ranks import Ranks
 
@@ -167,7 +168,7 @@ class Heartbeat:
                     self._exchange(self._client)
                 else:
                     self._gather([self._beat()])
-            except (RuntimeError, OSError):
+            except (RuntimeError, OSError, ValueError, TypeError, LookupError):  # others may have written to the store
                 self._client = None
 
     def _exchange(self, client: dist.Store) -> None:
@@ -178,7 +179,7 @@ class Heartbeat:
             self.contact = time.monotonic()
             self._gather(beats)
         else:
-            self.silent = json.loads(client.get("beat-0"))["silent"]
+            self.silent = sorted(ranks_in(json.loads(client.get("beat-0"))["silent"], self._ranks.world_size))
             self.contact = time.monotonic()
         self.alarmed = client.check(["alarm"])
 

@@ -35,6 +35,17 @@ def make(folder: Path, *special: str, **files: dict) -> Path:
         ({"tokenizer_config": {"eos_token": "</s>"}, "config": {"eos_token_id": 3}}, "</s>"),
         ({"tokenizer_config": {"bos_token": "<s>"}, "generation_config": {"eos_token_id": 4}}, "<|im_end|>"),
         ({"config": {"eos_token_id": [4]}}, "<|im_end|>"),
+        ({"special_tokens_map": {"eos_token": "<|im_end|>"}, "config": {"eos_token_id": 2}}, "<|im_end|>"),
+        ({"special_tokens_map": {"eos_token": "</s>"}, "tokenizer_config": {"eos_token": "<|im_end|>"}}, "<|im_end|>"),
+        (
+            {
+                "tokenizer_config": {"eos_token": 2},
+                "config": {"eos_token_id": "</s>"},
+                "manifest": {"end_of_document": 4},
+            },
+            "<|im_end|>",
+        ),
+        ({"tokenizer_config": {"eos_token": None}, "generation_config": {"eos_token_id": [None, 4]}}, "<|im_end|>"),
         ({"generation_config": {"eos_token_id": [4, 2]}}, "</s>"),  # the only one with a usual name
         ({"manifest": {"end_of_document": 3}}, "<|endoftext|>"),  # data that were prepared by a guess
     ],

@@ -76,7 +76,7 @@ def test_every_global_batch_is_the_same_for_any_number_of_ranks_and_resumes_bitw
     starts = [epoch_steps - 1, epoch_steps, epoch_steps + 3]
     jobs = [(mixed, 0, total, 1)]
     jobs += [(mixed, start, total - start, 1) for start in starts]  # the second and later ones resume once more
-    jobs += [(with_workers, 0, total, 2), (with_workers, 5, total - 5, 1)]
+    jobs += [(with_workers, 5, total - 5, 2)]
     nodes = mixture(folders, canonical_nodes=4, workers=1)
     jobs += [(nodes, 0, 6, 1), (nodes, 3, 3, 1)]
 
@@ -85,7 +85,7 @@ def test_every_global_batch_is_the_same_for_any_number_of_ranks_and_resumes_bitw
 
     for world_size, ranks in results.items():
         for rank, (whole, *others) in enumerate(ranks):
-            for start, resumed in zip([*starts, 0, 5], others, strict=False):
+            for start, resumed in zip([*starts, 5], others, strict=False):
                 assert np.array_equal(resumed, whole[start:]), (world_size, rank, start)
             assert np.array_equal(others[-1], others[-2][3:])
     single = as_sets([rank[0] for rank in results[1]])

@@ -60,6 +60,13 @@ def test_no_control_character_is_left(text: str) -> None:
         (f"https://h/x#access_token={SECRET}", "https://h/x?***"),
         (f"with url: /bucket/key?X-Amz-Signature={SECRET} (Caused", "with url: /bucket/key?*** (Caused"),
         (f"a s3://a:{SECRET}@b c s3://d:{SECRET}@e", "a s3://***@b c s3://***@e"),
+        (f"'https://u:pa'{SECRET}@h/x', then", "'https://***@h/x', then"),
+        (f'"https://u:pa"{SECRET}@h/x"', '"https://***@h/x"'),
+        (f"'https://h/x?q='a'&sig={SECRET}': no", "'https://h/x?***': no"),
+        (f"https:/u:{SECRET}@h/x: no such file", "https:/***@h/x: no such file"),  # as pathlib writes it
+        (f"s3:/b/x?sig={SECRET}", "s3:/b/x?***"),
+        (f"['s3://a:{SECRET}@b','s3://c:{SECRET}@d']", "['s3://***@d']"),
+        (f"url='/b?sig={SECRET}',x='/y'", "url='/b?***',x='/y'"),
         *[
             (text, text)
             for text in (
@@ -86,7 +93,17 @@ def test_long_messages_of_strangers_take_no_time(piece: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", [f"s3://a:{SECRET}@b/c", f"s3://b/c?x={SECRET}", f"sftp://a:x@{SECRET}@b", f"https://{SECRET}@h/x"]
+    "url",
+    [
+        f"azure-datalake://a:{SECRET}@b",
+        f"s3:/a:{SECRET}@b/c",
+        f"https://u:pa ss{SECRET}@h",
+        f"https://u:p'{SECRET}@h",
+        f"s3://a:{SECRET}@b/c",
+        f"s3://b/c?x={SECRET}",
+        f"sftp://a:x@{SECRET}@b",
+        f"https://{SECRET}@h/x",
+    ],
 )
 def test_urls_with_credentials_are_a_problem(url: str) -> None:
     problem = url_problem(url)

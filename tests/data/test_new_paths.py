@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-from data.new_paths import TakenError, exclusive, new_file, new_folder, replace_file
+from data import new_paths
+from data.new_paths import TakenError, exclusive, is_mount_point, new_file, new_folder, replace_file
 
 MAKES_AND_WAITS = """
 import sys, time
@@ -125,7 +127,7 @@ def test_a_link_is_followed(tmp_path, exists):
 @pytest.mark.parametrize("name", ["made", "link"])
 def test_two_at_once_do_not_meet(tmp_path, other, name):
     (tmp_path / "link").symlink_to(tmp_path / "made")
-    with pytest.raises(TakenError, match=r"made: process \d+ on .* is writing it"), new_folder(tmp_path / name):
+    with pytest.raises(TakenError, match=r"made: is being written by process \d+ on "), new_folder(tmp_path / name):
         pytest.fail("work was done")
     with new_folder(tmp_path / "another") as building:
         (building / "a").touch()
@@ -234,6 +236,39 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch, make):
     assert names(tmp_path / "made") == ["new"]
 
 
+def test_a_mount_of_the_same_file_system_is_seen_in_the_list_of_mounts(tmp_path, monkeypatch):
+    """A container's folder may be another one of the disk that it is in; to rename something to it fails."""
+    mounted = tmp_path / "two words"
+    (mounted / "in it").mkdir(parents=True)
+    line = "56 34 0:29 /a{} {}{} rw,relatime shared:1 - ext4 /dev/sda1 rw"
+    place = str(mounted).replace(" ", "\\040")
+    mounts = [line.format("", "/", ""), line.format(" ", place, "/in"), line.format(place, "/elsewhere", "")]
+    (tmp_path / "mountinfo").write_text("\n".join(mounts) + "\n")
+    monkeypatch.setattr(new_paths, "MOUNTS", tmp_path / "mountinfo")
+    assert not is_mount_point(mounted)
+    with (tmp_path / "mountinfo").open("a") as file:
+        file.write(line.format("", place, "") + "\n")
+    assert is_mount_point(mounted)
+    with pytest.raises(TakenError, match="words: is a mount point; name a new folder in it"), new_folder(mounted):
+        pytest.fail("work was done")
+    monkeypatch.setattr(new_paths, "MOUNTS", tmp_path / "none")  # as on macOS
+    assert not is_mount_point(mounted)
+    assert is_mount_point(Path("/"))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to mount")
+def test_a_folder_that_is_mounted_is_one(tmp_path):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "c").mkdir()
+    code = "import pathlib, sys; from data.new_paths import *; print(is_mount_point(pathlib.Path(sys.argv[1])))"
+    script = 'mount --bind c "a b" && cd "$1" && exec "$2" -c "$3" "$0/a b"'
+    command = ["unshare", "--mount", "sh", "-c", script, tmp_path, ROOT, sys.executable, code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    if "denied" in done.stderr or "not permitted" in done.stderr:
+        pytest.skip("may not mount here")
+    assert done.stdout == "True\n", done.stderr
+
+
 @contextmanager
 def in_a_shared_folder(mode: int) -> Iterator[Path]:
     """A folder with a lock of this user's; if that is root, this process is another user's for a while."""
@@ -258,7 +293,7 @@ def test_a_lock_that_another_user_has_left_keeps_nobody_out(mode):
             (folder / ".made.tritrain-lock").chmod(0o444)
         with new_file(folder / "made") as building:
             building.write_text("whole")
-            with pytest.raises(TakenError, match="is writing it"), new_file(folder / "made"):
+            with pytest.raises(TakenError, match="is being written by"), new_file(folder / "made"):
                 pytest.fail("work was done")
         assert (folder / "made").read_text() == "whole"
 

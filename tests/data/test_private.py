@@ -73,5 +73,6 @@ def test_who_waits_says_for_whom_and_a_process_that_dies_lets_go(
     with locked(lock, "jobs start one at a time"):
         pass
     holder.communicate()
-    said = f"Waiting for process {holder.pid} on {os.uname().nodename}, which holds {lock}: jobs start one at a time."
-    assert said in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith(f"Waiting for process {holder.pid} on {os.uname().nodename}, since 20")
+    assert said.endswith(f", which holds {lock}: jobs start one at a time.\n")

@@ -12,7 +12,7 @@ from places import SHARED
 
 from data.errors import DataError
 from data.quickstart_corpus import read_standard_library
-from data.readers import Document, read_documents, survey
+from data.readers import Document, check_input, read_documents, survey
 
 TEXTS = ["first", "zweiter\ntext", "третий", "x" * 300_000]
 REAL_DATA = SHARED / "data" / "pretrain"
@@ -155,6 +155,22 @@ def test_real_compressed_text():
     documents = read(REAL_DATA / "val.jsonl.zst")
     assert len(documents) == 247
     assert sum(len(document.text.encode()) for document in documents) == pytest.approx(2.5e6, rel=0.1)
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_a_blank_input_is_not_the_current_folder(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    assert [document.text for document in read_documents(["."])] == ["a"]
+    for use in (check_input, lambda source: survey([source]), lambda source: list(read_documents([source]))):
+        with pytest.raises(DataError, match=r"an input is blank; name a file or a folder, \. for the current one"):
+            use(source)
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl: is neither a file nor a folder; save the text"):
+        check_input(str(tmp_path / "pipe.jsonl"))
 
 
 def test_what_is_left_out_of_folders_is_listed_with_the_reason(tmp_path):

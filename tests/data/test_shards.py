@@ -183,7 +183,7 @@ PREPARES_FOR_EVER = """
     from data import encoding, shards, tokenizer_kinds
     from data.readers import Document
 
-    def endless(inputs):
+    def endless(inputs, found):
         for number in itertools.count():
             yield Document(f"document {number} " * 100, str(number))
 

@@ -9,6 +9,8 @@ from tiny import write_corpus
 from tokenizer_zoo import LOSSLESS
 
 from data.errors import DataError
+from data.gguf_vocabulary import gguf_vocabulary
+from data.sentencepiece_model import CONTROL, read_model
 from data.tokenizer import SPACE_MARK, load_tokenizer, train_tokenizer
 from data.tokenizer_json import tokenizer_files
 
@@ -54,6 +56,10 @@ def train_bpe(documents, out, **changes):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(documents), model_prefix=str(out.with_suffix("")), **(settings | changes)
     )
+
+
+def space_of(pieces):
+    return next(piece for piece in pieces if piece.piece == SPACE_MARK)
 
 
 def exported(path, folder):
@@ -154,6 +160,21 @@ def test_what_is_not_exact_is_refused(tmp_path, texts):
         train_bpe(documents, path, **changes)
         with pytest.raises(DataError, match=message):
             tokenizer_files(path, vocab_size=1024, max_sequence_length=64)
+    for change, message in (
+        (lambda pieces: setattr(pieces[400], "score", float("nan")), "the order of merges is not known"),
+        (lambda pieces: setattr(pieces[400], "score", pieces[401].score), "the order of merges is not known"),
+        (lambda pieces: setattr(pieces[400], "piece", "a b"), f"a space that is not written {SPACE_MARK}"),
+        (lambda pieces: setattr(space_of(pieces), "type", CONTROL), "no piece for a space, so that it loses spaces"),
+        (lambda pieces: setattr(space_of(pieces), "piece", "\u0b95"), "no piece for a space, so that it loses spaces"),
+    ):
+        train_bpe(documents, path)
+        model = read_model(path)
+        change(model.pieces)
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(DataError, match=message):
+            tokenizer_files(path, vocab_size=1024, max_sequence_length=64)
+        with pytest.raises(DataError, match=message):
+            gguf_vocabulary(path, 1024)
     train_tokenizer(documents, "bpe:600", path)
     with pytest.raises(DataError, match="has 600 tokens, but the model has only 500"):
         tokenizer_files(path, vocab_size=500, max_sequence_length=64)

@@ -1,11 +1,14 @@
 """Tokenizers of all kinds give text back, count its bytes, and encode as their own library does."""
 
+import json
+import re
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from texts import SPECIAL, TEXTS
-from tokenizer_zoo import LOSSLESS, LOSSY, MARK
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizer_zoo import LOSSLESS, LOSSY, MARK, byte_level
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from data import tokenizer_kinds
 from data.config import PrepareConfig
@@ -68,6 +71,57 @@ def test_an_unknown_token_that_the_vocabulary_lacks(tmp_path, model):
         prepare(config, 4, tmp_path / "out")
 
 
+def gaps(definition):
+    vocabulary = definition["model"]["vocab"]
+    vocabulary |= {name: 2 * token for name, token in vocabulary.items()}
+    definition["added_tokens"][-1]["id"] *= 2
+
+
+def cut_off(definition):
+    kept = {name: token for name, token in definition["model"]["vocab"].items() if token < 500}
+    merges = [pair for pair in definition["model"]["merges"] if {*pair, "".join(pair)} <= {*kept}]
+    definition["model"] |= {"vocab": kept, "merges": merges}
+
+
+def two_names(definition):
+    definition["added_tokens"].append(definition["added_tokens"][-1] | {"content": "<extra>", "id": 400})
+
+
+def two_ids(definition):
+    name = next(name for name, token in definition["model"]["vocab"].items() if token == 400)
+    definition["added_tokens"].append(definition["added_tokens"][-1] | {"content": name, "id": 701})
+
+
+def end_is_taken(definition):
+    definition["model"]["vocab"]["the"] = definition["added_tokens"][-1]["id"]
+
+
+@pytest.mark.parametrize("change", [gaps, cut_off, two_names, two_ids, end_is_taken])
+def test_ids_that_the_library_does_not_give_are_refused(tmp_path, change):
+    LOSSLESS["gpt2.json"](tmp_path / "tokenizer.json")
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(definition)
+    said = {token["content"]: token["id"] for token in definition["added_tokens"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    (name,) = [name for name, token in said.items() if library.token_to_id(name) != token]
+    message = (
+        f"says that {name!r} is token {said[name]}, but to the `tokenizers` library it is {library.token_to_id(name)}"
+    )
+    with pytest.raises(DataError, match=re.escape(message)):
+        load_tokenizer(tmp_path)
+
+
+def test_a_library_that_panics_is_an_error(tmp_path):
+    oracle = byte_level(tmp_path / "tokenizer.json", "<|endoftext|>", normalizer=normalizers.Prepend("x"))
+    assert load_tokenizer(tmp_path).encode("a cat") == oracle.encode("a cat")  # which panics only without the prefix
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    definition["normalizer"]["prepend"] = ""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(DataError, match=r"tokenizer\.json: cannot encode a text \(index out of bounds"):
+        load_tokenizer(tmp_path).encode(" a")
+
+
 def counted(tokenizer, ids):
     return int(tokenizer.token_bytes()[[*ids, tokenizer.end_of_document]].sum())
 
@@ -96,6 +150,15 @@ def test_any_text_is_given_back_whole_and_in_parts(zoo, name, text):
     assert tokenizer.decode(in_parts) == text
     if text:
         assert counted(tokenizer, in_parts) == len(text.encode())
+
+
+@pytest.mark.parametrize("name", [*LOSSLESS, *LOSSY])
+def test_tokens_of_a_padded_model_have_no_text(zoo, name):
+    tokenizer = zoo(name)[0]
+    ids, beyond = tokenizer.encode("the cat sat"), tokenizer.vocab_size + 3
+    text = tokenizer.decode(ids)
+    assert tokenizer.decode([beyond]) == ""
+    assert tokenizer.decode([beyond, *ids]) == tokenizer.decode([*ids, beyond]) == text
 
 
 @pytest.mark.parametrize("name", LOSSY)

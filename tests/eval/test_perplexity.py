@@ -24,13 +24,25 @@ class Characters:
     end_of_document = END
 
     def __init__(self, size=1):
-        self.size = size
+        self.size, self.texts = size, {}
 
     def encode_batch(self, texts):
-        return [
+        encoded = [
             [1 + sum(map(ord, text[n : n + self.size])) % 1000 for n in range(0, len(text), self.size)]
             for text in texts
         ]
+        self.texts |= zip(map(tuple, encoded), texts, strict=True)
+        return encoded
+
+    def decode(self, ids):
+        return self.texts[tuple(ids)]
+
+
+class Uncased(Characters):
+    """A tokenizer that loses capitals."""
+
+    def encode_batch(self, texts):
+        return super().encode_batch([text.lower() for text in texts])
 
 
 def text_loss(scorer, tokenizer, texts, *, first_token=END, **options):
@@ -74,6 +86,13 @@ def test_bits_per_byte_and_perplexity_by_hand(stride_tokens, apart):
     assert math.isclose(loss.bits_per_byte, 28 / 29)
     assert math.isclose(loss.perplexity, 2.0)
     assert told == [29]
+    assert loss.num_changed_documents == 0
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_documents_that_a_tokenizer_changes_are_counted(apart):
+    texts = ["abc", "Abc", "", "d", "É"]
+    assert text_loss(constant(1.0), Uncased(), texts, stride_tokens=8, apart=apart).num_changed_documents == 2
 
 
 def test_another_tokenizer_changes_perplexity_but_not_bits_per_byte():

@@ -1,6 +1,7 @@
 """Batches of fixed shapes: no score depends on what else is scored, in what order, or on how many ranks."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -51,10 +52,22 @@ def test_few_lengths_are_there():
     assert sorted(lengths) == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
 
 
+def test_rows_take_little_memory_for_a_run_keeps_those_of_its_tasks():
+    tracemalloc.start()
+    try:
+        rows = [continuation_rows(range(1000, 1400), range(1400 + n, 1420 + n), 1024) for n in range(500)]
+        num_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert num_bytes < 6 * 500 * 419, "four for each token, and something for each row; a tuple takes eight and more"
+    assert rows[7][0].tokens == [*range(1000, 1400), *range(1407, 1426)]
+    assert rows[7][0].labels == [IGNORED_LABEL] * 399 + [*range(1407, 1427)]
+
+
 def test_continuation_counts_and_context_is_cut_from_the_left():
-    assert continuation_rows([1, 2, 3], [4, 5], 10) == [Row((1, 2, 3, 4), (IGNORED_LABEL, IGNORED_LABEL, 4, 5))]
-    assert continuation_rows([1, 2, 3], [4, 5], 3) == [Row((2, 3, 4), (IGNORED_LABEL, 4, 5))]
-    assert continuation_rows([1, 2, 3], [4, 5], 2) == [Row((3, 4), (4, 5))]
+    assert continuation_rows([1, 2, 3], [4, 5], 10) == [Row.of([1, 2, 3, 4], [4, 5])]
+    assert continuation_rows([1, 2, 3], [4, 5], 3) == [Row.of([2, 3, 4], [4, 5])]
+    assert continuation_rows([1, 2, 3], [4, 5], 2) == [Row.of([3, 4], [4, 5])]
     for context, continuation in (([], [1]), ([1], [])):
         with pytest.raises(ValueError, match="nothing to score"):
             continuation_rows(context, continuation, 2)
@@ -69,7 +82,7 @@ def test_every_token_of_a_long_continuation_counts_once_behind_what_is_before_it
     assert counted == text[num_context:]
     for number, row in enumerate(rows):
         assert 0 < len(row.tokens) == len(row.labels) <= window
-        assert row.tokens == tuple(range(row.tokens[0], row.tokens[0] + len(row.tokens)))
+        assert row.tokens == list(range(row.tokens[0], row.tokens[0] + len(row.tokens)))
         last = next(label for label in row.labels if label != IGNORED_LABEL)
         seen = last - row.tokens[0]
         assert seen >= min(last, window - window // 2 if number else 1)
@@ -89,8 +102,8 @@ def test_other_rows_change_no_bit_of_a_score(recipe, dtype):
 def test_rows_of_the_same_tokens_are_run_once_and_change_no_bit():
     """Several labels for the same tokens, and rows that are there twice, among others."""
     model, rows = model_of("bitnet-b1.58", torch.bfloat16), random_rows(40)
-    asked = [replace(row, labels=(*row.labels[:-1], last)) for last in (1, 5, 9) for row in rows[:20:2]]
-    asked += [rows[3], replace(rows[3], labels=(IGNORED_LABEL,) * len(rows[3].labels))]
+    asked = [Row.of(row.tokens, [*row.labels[:-1], last]) for last in (1, 5, 9) for row in rows[:20:2]]
+    asked += [rows[3], Row.of(rows[3].tokens, [IGNORED_LABEL] * len(rows[3].labels))]
     num_tokens = []
 
     def nll(tokens, labels):
@@ -152,8 +165,8 @@ def test_shape_depends_on_the_length_alone():
         shapes.add(tuple(tokens.shape))
         return torch.zeros(labels.shape)
 
-    Scorer(nll, 6000).log_likelihoods([Row((1,) * n, (1,) * n) for n in (1, 16, 17, 5000, 6000)])
+    Scorer(nll, 6000).log_likelihoods([Row.of([1] * n, [1] * n) for n in (1, 16, 17, 5000, 6000)])
     assert shapes == {(256, 16), (128, 32), (1, 6000)}
     shapes.clear()
-    Scorer(nll, 6000, batch_tokens=1024).log_likelihoods([Row((1,) * n, (1,) * n) for n in (1, 65, 6000)])
+    Scorer(nll, 6000, batch_tokens=1024).log_likelihoods([Row.of([1] * n, [1] * n) for n in (1, 65, 6000)])
     assert shapes == {(64, 16), (10, 96), (1, 6000)}

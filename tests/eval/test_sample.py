@@ -52,6 +52,13 @@ def test_it_ends_before_the_end_token_or_where_the_context_is_full():
         generate(model, random_tokens(32).tolist(), max_tokens=1)
 
 
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**30])
+def test_a_seed_beyond_64_bits_is_refused(seed):
+    with pytest.raises(ValueError, match=f"seed is {seed}; must be a number of 64 bits"):
+        generate(build(TINY), [1], seed=seed)
+    assert list(generate(build(TINY), [1], max_tokens=2, seed=2**64 - 1))
+
+
 @pytest.mark.parametrize("choice", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_tokens": 0}])
 def test_a_choice_that_is_none_is_refused(choice):
     with pytest.raises(ValueError, match="they must be 1 or more, 0 or more"):

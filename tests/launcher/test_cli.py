@@ -22,6 +22,7 @@ from tiny import tiny_tree, write_corpus
 from typer.testing import CliRunner
 
 from launcher.checkpoint.reader import CheckpointReader
+from launcher.process.torchrun import kept_port
 from launcher.run.metrics_log import read_metrics
 
 TRITRAIN = [str(Path(sys.executable).with_name("tritrain"))]
@@ -29,8 +30,8 @@ PRETRAIN = str(ROOT / "launcher" / "pretrain.py")
 STARTS = {
     "tritrain": [*TRITRAIN, "train", "config.yaml", "--ranks", "2"],
     "deepspeed": [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", PRETRAIN, "--config", "config.yaml",
-        "engine.name=deepspeed", "engine.zero_stage=3",
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(kept_port()),
+        PRETRAIN, "--config", "config.yaml", "engine.name=deepspeed", "engine.zero_stage=3",
     ],
     "torchrun": [
         str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", PRETRAIN,
@@ -38,19 +39,28 @@ STARTS = {
     ],
     "python": [sys.executable, PRETRAIN, "--config", "config.yaml"],
 }  # fmt: skip
+BY_DEEPSPEED = ["--with", "deepspeed", "engine.name=deepspeed", "engine.zero_stage=3"]
+SHORT = ["phases.0.steps=2", "phases.1.steps=2", "schedule.warmup_steps=1"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a configuration that prepares its own data, as the quickstart's does."""
-    corpus = write_corpus(tmp_path / "corpus.jsonl")
-    tree = tiny_tree(tmp_path / "shards", tmp_path / "run")
-    tree["data"]["prepare"] = {"inputs": [str(corpus)], "tokenizer": "bpe:320", "validation_fraction": 0.1}
+def folder(tmp_path: Path, shards: Path) -> Path:
+    """A folder with a configuration, of data that are prepared."""
+    tree = tiny_tree(shards, tmp_path / "run")
     tree["phases"] = [{"precision": "16-bit", "steps": 30}, {"precision": "ternary", "steps": 30}]
     tree["logging"] = {"interval_steps": 1}
     tree["evaluation"] = {"sample_prompt": "a", "sample_tokens": 5}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
+
+
+def let_it_prepare(folder: Path) -> None:
+    """Have the run prepare its own data, as the quickstart does."""
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    corpus = write_corpus(folder / "corpus.jsonl")
+    tree["data"]["sources"] = [{"path": str(folder / "shards")}]
+    tree["data"]["prepare"] = {"inputs": [str(corpus)], "tokenizer": "bpe:320", "validation_fraction": 0.1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
 
 
 STARTED: list["subprocess.Popen[str]"] = []
@@ -93,10 +103,17 @@ def wait_for_step(process: "subprocess.Popen[str]", step: int) -> str:
     raise AssertionError(seen)
 
 
-def test_a_run_shows_what_it_does_and_says_when_it_is_complete(folder: Path) -> None:
+def test_a_run_is_stopped_goes_on_and_shows_what_it_does_until_it_is_complete(folder: Path) -> None:
+    let_it_prepare(folder)
+    run = folder / "run"
+    process = start(folder, STARTS["tritrain"])
+    wait_for_step(process, 3)
+    process.send_signal(signal.SIGTERM)  # as a scheduler does: to the one it started
+    check_stopped(process, run)
+
     code, output = finish(folder, STARTS["tritrain"])
     assert code == 0, output
-    run = folder / "run"
+    assert "Resuming tiny after step" in output
     assert "step 60/60" in output
     assert "left" in output
     assert "bits per byte of held-out text" in output
@@ -104,7 +121,7 @@ def test_a_run_shows_what_it_does_and_says_when_it_is_complete(folder: Path) -> 
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     assert json.loads((run / "state.json").read_text())["status"] == "complete"
     rows = read_metrics(run / "metrics.jsonl")
-    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 61))
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 61))  # every step once
     numbers = {key for row in rows for key, value in row.items() if "/" in key and isinstance(value, int | float)}
     losses = {"train/loss", "validation/loss", "validation/bits_per_byte"}
     assert {tag for tag in scalars(run / "tensorboard") if tag in numbers} == numbers - losses
@@ -127,6 +144,14 @@ def test_a_run_shows_what_it_does_and_says_when_it_is_complete(folder: Path) -> 
     assert "model.num_layers: 2 in" in output
 
 
+def check_stopped(process: "subprocess.Popen[str]", run: Path) -> None:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 3, output
+    assert "Stopped and saved" in output
+    assert "Traceback" not in output
+    assert json.loads((run / "state.json").read_text())["status"] == "interrupted"
+
+
 def tags(folder: Path) -> dict[str, list[str]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -143,20 +168,12 @@ def texts(folder: Path) -> set[str]:
     return {tag for tag in tags(folder)["tensors"] if tag.endswith("text_summary")}
 
 
-@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
-def test_a_stop_saves_and_the_same_command_goes_on(folder: Path, sent: signal.Signals) -> None:
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
     process = start(folder, STARTS["tritrain"])
     wait_for_step(process, 3)
-    if sent == signal.SIGINT:
-        os.killpg(process.pid, sent)  # as a terminal does: to every process
-    else:
-        process.send_signal(sent)  # as a scheduler does: to the one it started
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 3, output
-    assert "Stopped and saved" in output
-    assert "Traceback" not in output
-    assert json.loads((folder / "run" / "state.json").read_text())["status"] == "interrupted"
-
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+    check_stopped(process, folder / "run")
     code, output = finish(folder, STARTS["tritrain"])
     assert code == 0, output
     assert "Resuming tiny after step" in output
@@ -194,7 +211,8 @@ def test_a_run_whose_terminal_is_closed_saves_and_says_so_in_its_folder(folder: 
     assert CheckpointReader(Path(state["checkpoint"])).manifest.step == read_metrics(run / "metrics.jsonl")[-1]["step"]
 
 
-@pytest.mark.parametrize("launcher", ["tritrain", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_watching.py and test_supervisor.py see the same of the ranks, and of what starts them
+@pytest.mark.parametrize("launcher", ["tritrain", "deepspeed"])
 def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(folder: Path, launcher: str) -> None:
     process = start(folder, STARTS[launcher])
     wait_for_step(process, 2)
@@ -209,8 +227,7 @@ def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(folder: Path
 
 @pytest.mark.parametrize("launcher", ["tritrain", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_ranks_whose_launcher_is_killed_save_and_end(folder: Path, launcher: str) -> None:
-    by_deepspeed = ["--with", "deepspeed", "engine.name=deepspeed", "engine.zero_stage=3"]
-    process = start(folder, [*STARTS["tritrain"], *(by_deepspeed if launcher == "deepspeed" else [])])
+    process = start(folder, [*STARTS["tritrain"], *(BY_DEEPSPEED if launcher == "deepspeed" else [])])
     wait_for_step(process, 2)
     pids = [int((folder / "run" / "ranks" / f"rank-0000{rank}").read_text().split()[1]) for rank in range(2)]
     process.kill()
@@ -225,13 +242,22 @@ def test_ranks_whose_launcher_is_killed_save_and_end(folder: Path, launcher: str
             psutil.Process(pid).wait(30)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow), "python"])
 def test_every_way_to_start_trains(folder: Path, launcher: str) -> None:
-    short = ["phases.0.steps=2", "phases.1.steps=2", "schedule.warmup_steps=1"]
-    code, output = finish(folder, [*STARTS[launcher], *short])
+    code, output = finish(folder, [*STARTS[launcher], *SHORT])
     assert code == 0, output
     assert "ternary step 4/4" in output
     assert (folder / "run" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_by_deepspeed_train_at_once(folder: Path) -> None:
+    command = [*STARTS["tritrain"], *BY_DEEPSPEED, *SHORT]
+    processes = [start(folder, [*command, f"run.folder={folder / name}"]) for name in ("one", "two")]
+    for process in processes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        assert "ternary step 4/4" in output
 
 
 def test_plan_trains_nothing(folder: Path) -> None:
@@ -251,24 +277,29 @@ def test_what_is_wrong_with_a_configuration_comes_without_a_traceback(folder: Pa
     assert "Traceback" not in output
 
 
-def test_an_empty_corpus_comes_without_a_traceback(folder: Path) -> None:
-    (folder / "empty.jsonl").write_text("")
-    code, output = finish(folder, [*STARTS["tritrain"], f"data.prepare.inputs=[{folder}/empty.jsonl]"])
-    assert code != 0
-    assert "empty.jsonl" in output
-    assert "Traceback" not in output
+MEET = """
+from launcher.process.ranks import max_over_ranks, process_group
+with process_group(60) as ranks:
+    assert max_over_ranks([ranks.rank], ranks) == [1]
+"""
 
 
-def test_ranks_meet_on_a_machine_whose_name_leads_nowhere(tmp_path):
+def test_ranks_meet_on_a_machine_whose_name_leads_nowhere(tmp_path: Path) -> None:
     """As in a container without an entry for itself in /etc/hosts."""
     namespace = ["unshare", "--user", "--map-root-user", "--uts"]
     if subprocess.run([*namespace, "hostname", "leads-nowhere"], capture_output=True).returncode:
         pytest.skip("needs `unshare` and the right to give a namespace its own host name")
-    script = tmp_path / "meet.py"
-    script.write_text("from launcher.process.ranks import process_group\nwith process_group(60):\n    pass\n")
-    launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.process.supervisor 2 {script}"
+    (tmp_path / "meet.py").write_text(MEET)
+    launch = f"hostname leads-nowhere; exec {sys.executable} -m launcher.process.supervisor 2 {tmp_path}/meet.py"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([*namespace, "sh", "-c", launch], check=True, timeout=100, env=environment)
+
+
+def test_ranks_that_torchrun_starts_meet(tmp_path: Path) -> None:
+    (tmp_path / "meet.py").write_text(MEET)
+    torchrun = STARTS["torchrun"][: STARTS["torchrun"].index(PRETRAIN)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*torchrun, tmp_path / "meet.py"], check=True, timeout=100, env=environment)
 
 
 def words(text: str) -> str:

@@ -5,13 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from jobs import Job, job_tree
 from ranks import run_ranks
 from tiny import tiny_config
 
 from launcher.config.file import parse_config
-from launcher.process.ranks import emulates_bf16
+from launcher.process.ranks import has_bf16
 from launcher.run.folder import RunFolder
 
 
@@ -42,6 +41,53 @@ def test_a_first_start_that_fails_in_its_ranks_leaves_no_folder(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job.log"]
 
 
+def test_an_empty_corpus_is_named_once_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    tree = job_tree(tmp_path / "out", tmp_path / "run")
+    tree["data"]["prepare"] = {"inputs": [str(tmp_path / "empty.jsonl")], "tokenizer": "bpe:320"}
+    job = Job(tree)
+    assert job.wait() == [1, 1]
+    assert job.output.count("empty.jsonl: contains no text") == 1, job.output
+    assert "Traceback" not in job.output
+
+
+def full_at_the_end(rank: int) -> None:
+    def write_summary(folder: RunFolder, summary: dict[str, object]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    RunFolder.write_summary = write_summary  # type: ignore[method-assign]
+
+
+def full_when_complete(rank: int) -> None:
+    write = RunFolder.write_state
+
+    def write_state(folder: RunFolder, status: str, **details: object) -> None:
+        if status == "complete":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, status, **details)
+
+    RunFolder.write_state = write_state  # type: ignore[method-assign]
+
+
+FULL = {"summary": full_at_the_end, "state": full_when_complete}
+
+
+@pytest.mark.parametrize("file", FULL)
+def test_a_disk_that_is_full_at_the_end_ends_all_ranks_with_one_message(
+    shards: Path, tmp_path: Path, file: str
+) -> None:
+    tree = job_tree(shards, tmp_path / "run", checkpoint={"interval_steps": None})
+    tree["phases"] = [{"precision": "16-bit", "steps": 3}]
+    job = Job(tree, FULL[file])
+    assert job.wait() == [1, 1], job.output
+    assert job.output.count("No space left on device. Make room there. The same command resumes from") == 1
+    assert not any(noise in job.output for noise in ("Traceback", "c10d", "died", "ProcessGroup")), job.output
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json").is_file()
+    again = Job(tree)
+    assert again.wait() == [0, 0], again.output
+    assert RunFolder(parse_config(tree)).is_complete(3)
+
+
 def past(rank: int) -> None:
     os.environ["TRITRAIN_END_TIME"] = "1"
 
@@ -54,7 +100,7 @@ def full(rank: int) -> None:
     RunFolder.note_start = note_start  # type: ignore[method-assign]
 
 
-PLACES = {"checkpoints cannot be written": "file/checkpoints", "disk is full": "elsewhere"}
+PLACES = {"checkpoints cannot be written": "file/checkpoints", "disk is full": "deep/elsewhere"}
 TOLD = {
     "checkpoints are lost": "does not begin anew",
     "checkpoints cannot be written": "NotADirectoryError",
@@ -84,25 +130,24 @@ def test_what_the_first_rank_refuses_ends_all_alike(shards: Path, tmp_path: Path
         assert (folder.path / "metrics.jsonl").read_text() == "rows of a week\n"
     else:
         assert not folder.path.exists()
-        assert list(tmp_path.glob("elsewhere/*")) == []  # no note of it either
+        assert not (tmp_path / "deep").exists()  # nor of the checkpoints
 
 
 @pytest.mark.parametrize(
-    ("lines", "emulates"),
+    ("lines", "has"),
     [
-        ("processor\t: 0\nflags\t\t: fpu avx2 avx512bw\n", True),
-        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n", False),
-        ("processor\t: 0\nflags\t\t: fpu amx_bf16 amx_tile\n", False),
-        ("processor\t: 0\nFeatures\t: fp asimd\n", True),
-        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", False),
-        ("", False),  # which says nothing
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512bw\n", False),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n", True),
+        ("processor\t: 0\nflags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", True),
+        ("", None),  # which says nothing
     ],
 )
-def test_processors_that_only_emulate_bf16_are_known(tmp_path: Path, lines: str, emulates: bool) -> None:
-    assert not emulates_bf16(torch.device("cpu"), tmp_path / "cpuinfo")
+def test_processors_that_only_emulate_bf16_are_known(tmp_path: Path, lines: str, has: bool | None) -> None:
+    assert has_bf16(tmp_path / "cpuinfo") is None
     (tmp_path / "cpuinfo").write_text(lines)
-    assert emulates_bf16(torch.device("cpu"), tmp_path / "cpuinfo") == emulates
-    assert not emulates_bf16(torch.device("cuda"), tmp_path / "cpuinfo")
+    assert has_bf16(tmp_path / "cpuinfo") is has
 
 
 @pytest.mark.parametrize("kept", ["submitted", "hangs"])

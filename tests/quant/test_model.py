@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from model.init import initialize_
+from model.size import linear_shapes
 from model.transformer import ModelConfig, Transformer
 from quant.codes import pack_rows
 from quant.config import QuantConfig
@@ -183,8 +184,15 @@ def test_the_pattern_chooses():
     assert quantize_(model, QuantConfig(include=r"mlp\.down_proj$|lm_head")) == [
         "model.layers.0.mlp.down_proj",
         "model.layers.1.mlp.down_proj",
-        "lm_head",
     ]
+
+
+def test_the_head_stays_plain():
+    model, tokens_BT = build_transformer(tie_embeddings=False), tokens()
+    assert quantize_(model, QuantConfig(include=".")) == PROJECTIONS
+    with torch.no_grad():
+        assert torch.equal(model(tokens_BT).logits, model.lm_head(model.model(tokens_BT)))
+    assert set(linear_shapes(model.config, ".")) == {f"{name}.weight" for name in PROJECTIONS}
 
 
 def test_only_plain_linears_change():

@@ -202,18 +202,18 @@ def test_int8_of_a_zero_token():
 
 def test_compiled_code_rounds_where_eager_code_does():
     """Inductor would leave out a cast to bf16 whose result is cast to fp32 again."""
+
+    def quantized(weight, weight_bf16):  # one graph: each costs a run of the C++ compiler
+        return *quantize_weight(weight), quantize_weight(rotate(weight_bf16))[0]
+
     weight = 0.02 * torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
-    codes, level = torch.compile(quantize_weight, fullgraph=True)(weight)
-    expected, expected_level = quantize_weight(weight)
+    codes, level, rotated_codes = torch.compile(quantized, fullgraph=True)(weight, weight.bfloat16())
+    expected, expected_level, expected_rotated = quantized(weight, weight.bfloat16())
     assert torch.equal(level, expected_level)
     assert torch.equal(codes, expected)
     assert not torch.equal((weight * level.reciprocal()).round().clamp(-1, 1), expected)
-
-    def rotated(weight):
-        return quantize_weight(rotate(weight))[0]
-
-    assert torch.equal(torch.compile(rotated, fullgraph=True)(weight.bfloat16()), rotated(weight.bfloat16()))
+    assert torch.equal(rotated_codes, expected_rotated)
 
 
 # Transformers' layers

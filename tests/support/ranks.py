@@ -27,7 +27,9 @@ IMPORTED_ONCE = (
     *("streaming", "launcher.pretrain", "launcher.engine.zero", "launcher.engine.fsdp", "torch._dynamo"),
     # What deepspeed.initialize imports when it is called.
     *("deepspeed", "deepspeed.compile.backend", "deepspeed.module_inject.auto_ep_layer"),
-    "deepspeed.runtime.zero.muon.muon_optimizer",
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops", "deepspeed.comm.mori"),
+    # What modules of tests import, and runs when they begin.
+    *("pytest", "hypothesis", "runs", "tiny", "pydantic.dataclasses", "rich._emoji_codes", "sentencepiece"),
 )
 
 if IN_FORK_SERVER in os.environ:

@@ -129,3 +129,9 @@ def test_a_mistake_of_ours_is_not_taken_for_one_of_the_network(reachable: Store)
     writer = CheckpointWriter(to_location(f"s3://{BUCKET}/mistake/step-00000001"))
     with pytest.raises(TypeError):
         writer.write_rank(0, None, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+def test_a_blank_name_is_not_the_current_folder(text):
+    with pytest.raises(CheckpointError, match=r"the name of a folder is blank; write \. for the current one"):
+        to_location(text)

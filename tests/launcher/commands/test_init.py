@@ -66,6 +66,12 @@ def test_what_is_not_said_about_the_data_follows_from_them(tmp_path, shards):
     assert command in written
 
 
+def test_gpus_need_no_dtype(tmp_path):
+    config, written = write(tmp_path / "a.yaml", "--size", "10M", "--gpus", 1, "--tokens", "20M", "--data", "none")
+    assert config.training.compute_dtype == "auto"
+    assert "compute_dtype" not in written
+
+
 def test_a_cpu_computes_in_fp32(tmp_path):
     config, written = write(tmp_path / "a.yaml", "--size", "10M", "--gpus", 0, "--tokens", "20M", "--data", "none")
     assert config.training.compute_dtype == "fp32"

@@ -1,12 +1,15 @@
 """`tritrain prepare` says which files it reads and which it leaves out, before the work and at its end."""
 
 import json
+import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from tiny import write_corpus
 
 from data.config import PrepareConfig
+from data.readers import check_input
 from launcher.commands.prepare import prepare_with_progress
 from launcher.process.console import Console
 
@@ -41,3 +44,34 @@ def test_what_is_read_and_left_out_is_said_and_recorded(tmp_path: Path, capsys: 
     held_out.unlink()  # text is of no use once it is tokenized
     prepare_with_progress(config, 16, out, Console(silent=False))
     assert capsys.readouterr().out == ""
+
+
+def test_inputs_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders on a network's file system may hold 100,000 files, each of which takes a while to look up."""
+    folder, asked = tmp_path / "in", Counter()
+    for name in ("a", "b/c"):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            (folder / name / f"{number}.txt").write_text(f"Text {number} of {name}, which is not long. " * 9)
+
+    def counted(name: str) -> None:
+        call = getattr(os, name)
+
+        def counting(path, *args, **kwargs):
+            asked[name] += str(path).startswith(str(folder))
+            return call(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, name, counting)
+
+    for name in ("scandir", "stat", "lstat"):
+        counted(name)
+    config = PrepareConfig(inputs=(str(folder),), tokenizer="bpe:300")
+    prepare_with_progress(config, 16, tmp_path / "out", Console(silent=True))
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["files"] == {"read": 40, "left_out": 0}
+    assert asked["scandir"] == 4  # in, a, b and c
+    # Text is read twice, to train the tokenizer and to use it; before that, a file's size tells what is only a pointer.
+    assert asked["stat"] + asked["lstat"] <= 2 * 40 + 2
+    asked.clear()
+    check_input(str(folder))  # as every rank does
+    assert asked["scandir"] <= 3
+    assert asked["stat"] + asked["lstat"] <= 2

@@ -32,7 +32,6 @@ def value_at(config, path):
         ("run.folder=a=b", "run.folder", "a=b"),
         ("run.folder=.", "run.folder", "."),
         ("phases.1.transition=null", "phases.1.transition", None),
-        ("phases.1.transition=", "phases.1.transition", None),
         ("optimizer.betas=[0.8, 0.9]", "optimizer.betas", (0.8, 0.9)),
         ("optimizer.betas.0=0.8", "optimizer.betas.0", 0.8),
         ("data.sources.0.path=elsewhere", "data.sources.0.path", "elsewhere"),
@@ -52,6 +51,25 @@ def test_override_makes_a_section_that_is_not_there():
     apply_override(changed, "checkpoint.interval_steps=4")
     config = parse_config(changed)
     assert (config.evaluation.interval_steps, config.checkpoint.interval_steps) == (3, 4)
+
+
+@pytest.mark.parametrize("override", ["checkpoint.start_from=", "run.folder= ", "phases.0.steps=\t"])
+def test_override_without_a_value(override):
+    path = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"has no value; write {path}=null if none is meant"):
+        apply_override(tree(), override)
+
+
+@pytest.mark.parametrize(
+    "key", ["run.folder", "checkpoint.folder", "checkpoint.start_from", "data.cache", "evaluation.task_data"]
+)
+def test_blank_texts_are_refused(key):
+    for value in ("''", "' '", '"\\t"'):
+        changed = tree()
+        apply_override(changed, f"{key}={value}")
+        with pytest.raises(ConfigError, match=rf"(?m)^{key}: is blank; write null, or leave it out, if none is meant"):
+            parse_config(changed)
+        parse_config(changed, stored=True)
 
 
 @pytest.mark.parametrize("override", ["", "=", "=1", "optimizer.learning_rate", "--learning-rate"])

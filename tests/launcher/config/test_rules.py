@@ -120,6 +120,16 @@ DEEPSPEED = ["engine.name=deepspeed", "engine.zero_stage=2"]
          "engine.deepspeed.zero_optimization.zenflow.topk_ratio", "its delayed updates are not in a checkpoint"),
         (["engine.deepspeed={zero_optimization: {compute_grad_norm: false}}"],
          "engine.deepspeed.zero_optimization.compute_grad_norm", "the gradient norm is needed"),
+        (["engine.deepspeed={zero_optimization: {mics_shard_size: 2}}"],
+         "engine.deepspeed.zero_optimization.mics_shard_size", "sharded over some of the ranks are not supported"),
+        (["engine.deepspeed={zero_optimization: null}"], "engine.deepspeed.zero_optimization", "must be a mapping"),
+        (["engine.deepspeed={zero_optimization: true}"], "engine.deepspeed.zero_optimization", "must be a mapping"),
+        (["engine.deepspeed={sequence_parallel_size: 2}"], "engine.deepspeed.sequence_parallel_size", "sequences of"),
+        (["engine.deepspeed={tensor_parallel: {autotp_size: 2}}"], "engine.deepspeed.tensor_parallel.autotp_size",
+         "it changes the model, its batches or its state"),
+        (["engine.deepspeed={progressive_layer_drop: {enabled: true}}"],
+         "engine.deepspeed.progressive_layer_drop.enabled", "it changes the model"),
+        (["engine.deepspeed={elasticity: {}}"], "engine.deepspeed.elasticity", "it changes the model, its batches"),
     ],
 )  # fmt: skip
 def test_deepspeed_contradictions_name_our_key(overrides, path, said):
@@ -141,7 +151,9 @@ def test_deepspeed_keys_pass_through():
 @pytest.mark.parametrize(
     ("model", "include", "matches"),
     [
-        ("model.tie_embeddings=false", "lm_head", True),
+        ("model.tie_embeddings=false", "lm_head", False),
+        ("model.tie_embeddings=false", "(_proj|head)$", False),
+        ("model.tie_embeddings=true", "(_proj|head)$", True),
         ("model.tie_embeddings=true", "lm_head", False),
         ("model.tie_embeddings=false", "embed_tokens", False),
         ("model.sub_norm=true", "down_proj", True),

@@ -92,7 +92,7 @@ def test_an_unknown_key_anywhere_is_named_with_its_whole_path(path, key):
         ("model.tie_embeddings=1", "is 1; must be a valid boolean"),
         ("training.compile=on", "is 'on'; must be a valid boolean"),
         ("training.compile=no", "is 'no'; must be a valid boolean"),
-        ("training.compute_dtype=fp16", "is 'fp16'; must be 'bf16' or 'fp32'"),
+        ("training.compute_dtype=fp16", "is 'fp16'; must be 'auto', 'bf16' or 'fp32'"),
         ("optimizer.learning_rate=fast", "is 'fast'; must be a valid number"),
         ("optimizer.learning_rate=.nan", "is nan; must be a finite number"),
         ("optimizer.eps=.inf", "is inf; must be a finite number"),

@@ -3,8 +3,7 @@
 import contextlib
 import json
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from command import tritrain
 from exports import ternary_config
 from hf_folders import edit_config, write_variant
 from models import VARIANTS
-from ranks import run_group
+from ranks import CONTEXT, run_group
 from runs import run
 from tiny import tiny_config, tiny_tree
 from tokenizer_files import write_bytes_tokenizer
@@ -25,10 +24,10 @@ from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.source import KINDS
+from launcher.checkpoint.source import KINDS, Source
 from launcher.commands import convert as convert_command
 from launcher.config.file import load_config, to_tree
-from launcher.errors import CheckpointError, ConfigError
+from launcher.errors import CheckpointError, ConfigError, UserError
 from launcher.formats.deepspeed_universal import UniversalSource
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import open_source
@@ -146,6 +145,8 @@ def test_a_tokenizer_that_cannot_be_read_is_not_replaced_by_another(shards: Path
     write_bytes_tokenizer(tmp_path / "hf" / "tokenizer.json", "</s>")
     with pytest.raises(DataError, match=r"hf/tokenizer\.json: any of .* may end a document"):
         tritrain(*command)
+    with pytest.raises(DataError, match=r"hf/tokenizer\.json: any of .* may end a document"):
+        tritrain(*command, "--dry-run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "hf" / "tokenizer.json").unlink()
     tritrain(*command)
@@ -255,35 +256,33 @@ def test_a_folder_that_is_rounded_while_it_computes_is_measured_like_that(shards
     assert not torch.allclose(logits[0], model(torch.arange(9)[None]).logits, atol=0.01)
 
 
-CONVERTS = """
-import sys, time, launcher.checkpoint.source as source
-from launcher.commands import convert
-from launcher.process.console import Console
-from pathlib import Path
-read = source.Source.read_finite
-def slow(*arguments):
-    print("reading", flush=True)
-    time.sleep(0.3)
-    return read(*arguments)
-source.Source.read_finite = slow
-convert.convert_checkpoint(
-    sys.argv[1], Path(sys.argv[2]), None, [], Console(silent=True), into=sys.argv[3],
-    phase=None, optimizer=None, dtype=None, dry_run=False, as_json=False,
-)
-"""
+def convert_when_told(source: str, target: str, into: str, reads: Any, may_read: Any) -> None:
+    """In a process of its own: convert, waiting at the first tensor that is read."""
+    read = Source.read_finite
+
+    def wait_and_read(*arguments: Any) -> Any:
+        reads.set()
+        may_read.wait()
+        return read(*arguments)
+
+    Source.read_finite = wait_and_read  # type: ignore[method-assign]
+    tritrain("convert", source, "--to", target, "--format", into)
 
 
 @pytest.mark.parametrize(("into", "reader"), [("hf", HuggingFaceSource), ("universal", UniversalSource)])
 def test_two_conversions_to_one_target_at_once(runs: Path, tmp_path: Path, into: str, reader: Any) -> None:
     (tmp_path / "to.tmp").write_text("of the user")
-    command = [sys.executable, "-c", CONVERTS, str(runs / "trunk"), str(tmp_path / "to"), into]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "reading\n"
-        with pytest.raises(CheckpointError, match=r"to: process \d+ on .* is writing it; wait for that"):
+    arguments, reads, may_read = (str(runs / "trunk"), str(tmp_path / "to"), into), CONTEXT.Event(), CONTEXT.Event()
+    first = CONTEXT.Process(target=convert_when_told, args=(*arguments, reads, may_read))
+    first.start()
+    try:
+        assert reads.wait(100)
+        with pytest.raises(CheckpointError, match=rf"to: is being written by process {first.pid} on .*; wait, or"):
             tritrain("convert", runs / "trunk", "--to", tmp_path / "to", "--format", into)
-        first.stdout.read()
-        assert first.wait() == 0
+    finally:
+        may_read.set()
+        first.join()
+    assert first.exitcode == 0
     assert len(reader(tmp_path / "to").shapes) == 20
     assert (tmp_path / "to" / "provenance.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["to", "to.tmp"]
@@ -303,6 +302,56 @@ def test_a_dry_run_says_what_happens_to_each_tensor_and_writes_nothing(
     assert "16-bit" in lines["model.embed_tokens.weight"]
     assert all("first cleared, second kept" in line for line in lines.values())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_what_the_conversion_refuses(runs: Path, shards: Path, tmp_path: Path) -> None:
+    trunk, ternary = runs / "trunk", runs / "keep"
+    (tmp_path / "taken").mkdir()
+    shutil.copytree(trunk / "checkpoints" / "step-00000008", tmp_path / "damaged")
+    shard = next((tmp_path / "damaged").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    other = tiny_tree(shards, tmp_path / "run")
+    other["model"] |= {"norm_eps": 1e-3}
+    config = write_config(tmp_path / "config.yaml", other)
+    for source, to, *options in (
+        (trunk, "taken", "hf"),
+        (trunk, "taken", "universal"),
+        (tmp_path / "damaged", "to", "hf"),
+        (tmp_path / "damaged", "to", "universal"),
+        (ternary, "to", "hf"),
+        (trunk, "to", "hf", "--config", config),
+    ):
+        command = ("convert", source, "--to", tmp_path / to, "--format", *options)
+        said = []
+        for arguments in (command, (*command, "--dry-run")):
+            with pytest.raises(UserError) as caught:
+                tritrain(*arguments)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_run_s_own_configuration_describes_its_model_whatever_a_run_may_start_with_now(
+    runs: Path, tmp_path: Path
+) -> None:
+    old = yaml.safe_load((runs / "trunk" / "config.yaml").read_text())
+    old["evaluation"] |= {"task_data": "s3://me:secret@bucket/tasks"}  # which an earlier version took
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    command = ("convert", runs / "trunk", "--to", tmp_path / "to", "--config", tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"evaluation\.task_data"):
+        tritrain(*command, "--format", "run")
+    tritrain(*command, "--format", "hf", "--dry-run")
+    assert tritrain("explain", "model.hidden_size", "--config", tmp_path / "config.yaml").endswith("hidden_size: 36\n")
+    said = tritrain("explain", "evaluation.task_data", "--config", tmp_path / "config.yaml")
+    assert "bucket/tasks" in said
+    assert "secret" not in said
+    del old["tritrain_version"]  # as a person writes a configuration, to start a run with
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    for refused in ((*command, "--format", "hf"), ("explain", "run.seed", "--config", tmp_path / "config.yaml")):
+        with pytest.raises(ConfigError, match=r"evaluation\.task_data"):
+            tritrain(*refused)
 
 
 def test_what_does_not_fit_is_refused(runs: Path, shards: Path, tmp_path: Path) -> None:

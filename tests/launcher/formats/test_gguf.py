@@ -24,6 +24,7 @@ from launcher.errors import CheckpointError, ConfigError
 from model.gguf import ARCHITECTURES, gguf_architecture, gguf_metadata, gguf_name, gguf_rows
 from model.size import parameter_shapes
 from model.transformer import ModelConfig, Transformer, rotary_tables, rotate
+from quant.gguf import ggml_type, to_blocks
 from quant.linear import add_learned_scales_, quantize_, quantized_layers
 
 gguf = pytest.importorskip("gguf")
@@ -250,6 +251,17 @@ def test_weights_beyond_half_precision_are_refused(checkpoint: Any, shards: Path
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight: the largest magnitude is 1.*half precision ends"):
         export(tmp_path / "run", tmp_path / "model.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
+
+
+@pytest.mark.parametrize(("into", "level"), [("tq2_0", 1e-9), ("tq1_0", 1e-7), ("f16", 1e-8), ("q8_0", 1e-5)])
+def test_weights_that_half_precision_rounds_to_nothing_are_refused(into: Any, level: float) -> None:
+    values = level * torch.randint(-1, 2, (4, 256)).float()
+    with pytest.raises(ValueError, match="which half precision rounds to 0, or coarsely"):
+        to_blocks(values, into)
+    for sound in (0.0, 1e-2, 1e-3):
+        blocks = to_blocks(sound / level * values, into)
+        found = torch.from_numpy(gguf.quants.dequantize(blocks, ggml_type(into))).float()
+        assert (found - sound / level * values).abs().max() <= 1e-2 * sound
 
 
 # The model in llama.cpp's words

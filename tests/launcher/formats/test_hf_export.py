@@ -300,7 +300,6 @@ REFUSED = {
     "row": (QuantConfig(granularity="row"), "granularity row: a packed matrix has one scale"),
     "int2": (QuantConfig(levels="int2", weights="absmax"), "levels int2: only -1, 0 and"),
     "dead-zone": (QuantConfig(dead_zone_bias=1e-3), "dead_zone_bias 0.001"),
-    "head": (QuantConfig(include="proj$|lm_head"), "lm_head.weight is quantized, and only the projections"),
 }
 
 

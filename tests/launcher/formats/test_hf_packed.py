@@ -1,16 +1,18 @@
 """Packed BitNet folders against Transformers' own layers, and ranges of any folder."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from hf_folders import edit_config, load, our_logits, pack_folder, whole, write_variant
+from hf_folders import ModelSource, edit_config, load, our_logits, pack_folder, whole, write_variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import random_tokens
+from models import VARIANTS, build, random_tokens
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import CheckpointError
+from launcher.formats.hf_folder import write_hf
 from launcher.formats.hf_source import HuggingFaceSource, Packing
 from quant.codes import unpack
 from quant.config import QuantConfig
@@ -147,6 +149,36 @@ def test_weights_that_are_quantized_while_computing_are_16_bit(tmp_path):
     assert len(source.missing) == 4
 
 
+ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("variant", ["llama", "olmo", "olmo2", "bitnet", "qwen3"])
+def test_without_a_list_modules_are_left_out_as_transformers_does(transformers, tmp_path, variant, tied):
+    from transformers.quantizers.base import HfQuantizer
+
+    model = build(replace(VARIANTS[variant], tie_embeddings=tied))
+    write_hf(ModelSource(model), model.config, tmp_path / "hf", torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    left_out = {f"{name}.weight" for name in HfQuantizer.get_modules_to_not_convert(theirs)}
+    edit_config(tmp_path / "hf", quantization_config=ONLINE)
+    projections = {name for name, _ in theirs.named_parameters() if name.endswith("_proj.weight")}
+    assert set(HuggingFaceSource(tmp_path / "hf").ternary) == projections - left_out
+
+
+@pytest.mark.parametrize("left_out", [[], ["model"], ["model.layers.0"], ["lm_head.weight"], ["LM_HEAD"]])
+def test_a_head_that_transformers_would_round_is_refused(tmp_path, left_out):
+    write_variant(tmp_path / "hf", "llama")
+    for head in ("lm_head", "head"):
+        edit_config(tmp_path / "hf", quantization_config=ONLINE | {"modules_to_not_convert": [*left_out, head]})
+        HuggingFaceSource(tmp_path / "hf")
+    edit_config(tmp_path / "hf", quantization_config=ONLINE | {"modules_to_not_convert": left_out})
+    with pytest.raises(
+        CheckpointError, match=r"config.json: .*without lm_head, so that Transformers rounds the output"
+    ):
+        HuggingFaceSource(tmp_path / "hf")
+
+
 def transformers_5_converts(name, left_out):
     """`should_convert_module` of Transformers 5.24."""
     boundary = r"(?:(?<=\.)|(?=\.|$))"
@@ -187,6 +219,7 @@ def test_damaged_codes_and_scales(tmp_path):
         ({name: torch.full_like(sound[name], 0xFF)}, "model.safetensors: a packed byte holds a code other"),
         ({f"{name}_scale": torch.zeros(1)}, f"{name}_scale is 0.0 and must be positive"),
         ({f"{name}_scale": torch.full((1,), torch.nan)}, f"{name}_scale is nan"),
+        ({f"{name}_scale": torch.full((1,), 1e-40)}, f"{name}_scale is .*e-4"),  # by which codes become infinite
     ):
         save_file(sound | change, folder / "model.safetensors")
         with pytest.raises(CheckpointError, match=message):

@@ -128,6 +128,23 @@ def test_an_odd_first_token_is_named_when_it_is_needed(tmp_path, token):
 # What is wrong with a folder
 
 
+def test_an_adapter_is_not_left_out(tmp_path):
+    write_variant(tmp_path / "hf")
+    (tmp_path / "hf" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match=r"holds an adapter .*merge it into the model"):
+        HuggingFaceSource(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("weight_bits", 1), ("input_bits", 8), ("compression_config", {"format": "dense"})]
+)
+def test_quantization_by_other_keys_is_refused(tmp_path, key, value):
+    write_variant(tmp_path / "hf")
+    edit_config(tmp_path / "hf", **{key: value})
+    with pytest.raises(CheckpointError, match=f"config.json: .*(?s:.*){key} "):
+        HuggingFaceSource(tmp_path / "hf")
+
+
 def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path):
     folder = tmp_path / "hf"
     write_variant(folder)

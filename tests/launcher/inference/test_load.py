@@ -139,7 +139,7 @@ def test_modules_that_a_folder_leaves_out_stay_plain(tmp_path):
     folder = tmp_path / "hf"
     write_variant(folder, "llama")
     left_out = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
-    edit_config(folder, quantization_config=left_out | {"modules_to_not_convert": ["model.layers.1.mlp"]})
+    edit_config(folder, quantization_config=left_out | {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp"]})
     expected = load(folder)
     quantize_(expected, PRESETS["bitnet-b1.58"])
     loaded = load_model(folder, dtype=torch.float32).model
@@ -156,7 +156,7 @@ def test_a_block_without_a_ternary_layer(tmp_path):
     folder = tmp_path / "hf"
     write_variant(folder, "llama")
     online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
-    edit_config(folder, quantization_config=online | {"modules_to_not_convert": ["model.layers.0"]})
+    edit_config(folder, quantization_config=online | {"modules_to_not_convert": ["lm_head", "model.layers.0"]})
     expected, loaded = load(folder), load_model(folder, dtype=torch.float32).model
     quantize_(expected, replace(PRESETS["bitnet-b1.58"], include=r"layers\.1\."))
     with torch.no_grad():
@@ -228,6 +228,26 @@ def test_an_export_needs_its_tokenizer_for_text_but_not_for_tokens(runs, tmp_pat
     assert generated(runs / "run", "te", "--max-tokens", 2, "--tokenizer", beside.path).exit_code == 0
     with pytest.raises(DataError, match="no such tokenizer file"):
         generated(runs / "run", "te", "--tokenizer", tmp_path / "none.model")
+
+
+def test_the_tokenizer_of_another_model_is_noticed(tmp_path):
+    folder = tmp_path / "hf"
+    write_variant(folder)
+    write_bytes_tokenizer(tmp_path / "tokenizer.json")
+    assert load_model(folder).tokenizer is None
+    message = r"tokenizer\.json: has \d+ tokens and the model 96; it is the tokenizer of another model"
+    with pytest.raises(DataError, match=message):
+        load_model(folder, tokenizer=tmp_path / "tokenizer.json")
+    (folder / "tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+    loaded = load_model(folder)
+    assert list(loaded.generate_tokens([1], max_tokens=2))
+    with pytest.raises(DataError, match=message):
+        loaded.generate("a")
+
+
+def test_a_prompt_that_is_no_text_is_named(runs):
+    with pytest.raises(DataError, match=r"the prompt is not text: .*surrogates not allowed; write it in UTF-8"):
+        load_model(runs / "run").generate("a\ud800")
 
 
 def test_a_tokenizer_that_cannot_be_read_is_said_where_it_is_needed(runs, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,15 @@ from eval.tasks import DEFINITIONS, choose_tasks
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.config.file import parse_config, to_tree
 from launcher.errors import CheckpointError, ConfigError
-from launcher.inference.measure import Evaluation, TextMeasurement, check_tasks, evaluate, measure_text, score_tasks
+from launcher.inference.measure import (
+    Evaluation,
+    TextMeasurement,
+    add_result,
+    check_tasks,
+    evaluate,
+    measure_text,
+    score_tasks,
+)
 from launcher.inference.sharded import locations_of, open_subject
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
@@ -263,7 +272,7 @@ def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
     ):
         open_subject(str(tmp_path / "hf"), Ranks(0, 1, 0, torch.device("cpu")))
     large = write_tokenizer(tmp_path / "tokenizer.json", 500)
-    with pytest.raises(CheckpointError, match=r"has 500 tokens and the model \d+; .*another model"):
+    with pytest.raises(DataError, match=r"has 500 tokens and the model \d+; .*another model"):
         open_subject(str(tmp_path / "hf"), Ranks(0, 1, 0, torch.device("cpu")), str(large))
 
 
@@ -278,6 +287,20 @@ def test_results_that_cannot_be_written_are_known_before_the_work(tmp_path):
             Ranks(0, 1, 0, torch.device("cpu")),
             Console(silent=True),
         )
+
+
+def test_evaluations_that_write_to_one_file_at_once_lose_nothing(tmp_path):
+    out = tmp_path / "scores.json"
+
+    def add(model):
+        for number in range(6):
+            about = {"model": model, "task": f"task-{number}", "num_examples": 1, "metric": "acc", "scores": {}}
+            add_result(out, about)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(add, "abc"))
+    assert len({(record["model"], record["task"]) for record in read_results(out)}) == 18
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 
 
 def test_without_the_harness_there_is_advice(monkeypatch):

@@ -40,7 +40,6 @@ CASES = {
     "groups": (narrow("llama"), {"granularity": "group", "group_size": 128}),
     "int3": (narrow("llama"), {"levels": "int3", "weights": "absmax"}),
     "part": (narrow("llama"), {"include": r"mlp\.\w+_proj$"}),
-    "head too": (narrow("llama", tie_embeddings=False), {"include": r"(_proj|lm_head)$"}),
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from launcher.errors import StartError
 from launcher.process import companions, launchers
@@ -88,3 +89,14 @@ def test_a_name_from_the_store_commands_no_terminal(
     said = capsys.readouterr().err
     assert r"rank 1 (process 2 on \x1b]0;title\x07\x9b2J) died" in said
     assert not {"\x1b", "\x07", "\x9b"} & set(said)
+
+
+@pytest.mark.parametrize("noted", ["[7]", "[-1]", '["1", true, 1.0, null]', "{", "1", "null", "[" * 100_000, "[1, 9]"])
+def test_ranks_that_a_stranger_calls_gone_are_ranks_of_the_job(noted: str) -> None:
+    peers = [myself(rank) for rank in range(2)]
+    store = dist.HashStore()
+    store.set("beat-0", "1")
+    store.set("gone", noted)
+    watching = Companions()
+    watching._store, watching._rank = store, 1
+    assert watching._gone(peers) == ({1} if noted == "[1, 9]" else set())

@@ -1,11 +1,16 @@
-"""Where the store of the first rank listens."""
+"""Where the store of the first rank listens, who meets in it, and what is read from it."""
 
+import json
+import os
 import socket
+import subprocess
 
 import pytest
+import torch.distributed as dist
 
 from launcher.errors import StartError
-from launcher.process.store import listen
+from launcher.process.companions import myself
+from launcher.process.store import listen, meet
 
 
 @pytest.fixture
@@ -56,3 +61,32 @@ def test_a_port_that_is_taken_is_named() -> None:
         port = other.getsockname()[1]
         with pytest.raises(StartError, match=f"127.0.0.1:{port} is taken .* set MASTER_PORT"):
             listen("127.0.0.1", port, 2)
+
+
+def test_a_rank_that_another_process_is_already_is_refused_while_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs at one port: a rank that comes to the other run's store must not be taken for one of that run."""
+    store = dist.HashStore()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with subprocess.Popen(["sleep", "600"]) as other:
+        with monkeypatch.context() as of_other:
+            of_other.setattr(os, "getpid", lambda: other.pid)
+            assert [peer["pid"] for peer in meet(store, 0, 1, 5)] == [other.pid]
+        named = rf"process {other.pid} on .* has come as rank 0 to 127.0.0.1:29500 .* Set MASTER_PORT"
+        with pytest.raises(StartError, match=named):
+            meet(store, 0, 1, 5)
+        other.kill()
+    # One that has ended, as in a container that is started again, leaves its place to the next.
+    assert [peer["pid"] for peer in meet(store, 0, 1, 5)] == [os.getpid()]
+
+
+@pytest.mark.parametrize(
+    "note", ["{", "1", "[]", "{}", '{"rank": 1, "host": "a", "place": ["a"], "pid": "1", "began": "1"}', "[" * 100_000]
+)
+def test_a_note_that_no_rank_writes_is_one_sentence(note: str) -> None:
+    store = dist.HashStore()
+    dist.PrefixStore("start", store).set("here-1", note)
+    with pytest.raises(StartError, match="the note of rank 1 in the store is none that a rank writes"):
+        meet(store, 0, 2, 5)
+    dist.PrefixStore("start", store).set("here-1", json.dumps(myself(1)))
+    assert meet(store, 0, 2, 5) == [myself(0), myself(1)]

@@ -1,9 +1,12 @@
 """A run goes on from checkpoints of its own, trained with its configuration, and never begins anew by itself."""
 
+import contextlib
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from tiny import tiny_config, tiny_tree
 from launcher.config.file import parse_config
 from launcher.errors import ConfigError, UserError
 from launcher.process.console import Console
+from launcher.run import belonging
 from launcher.run.belonging import check_nothing_lost, check_owner, claim_checkpoints, release_checkpoints
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import read_metrics
@@ -279,6 +283,40 @@ def test_a_run_that_has_lost_its_id_keeps_its_checkpoints(tmp_path: Path, loss: 
     another.write_state("running")
     with pytest.raises(ConfigError, match="has the checkpoints of another run"):
         check_owner(another)
+
+
+def test_of_two_runs_that_begin_at_once_one_has_the_folder_of_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shared").mkdir()
+    folders = [
+        RunFolder(tiny_config(Path("shards"), tmp_path / name, checkpoint={"folder": str(tmp_path / "shared")}))
+        for name in ("one", "two")
+    ]
+    for folder in folders:
+        folder.prepare([4, 4])
+        (folder.checkpoints / "step-00000001").mkdir(exist_ok=True)
+        (folder.checkpoints / "step-00000001" / "manifest.json").touch()
+    read_owner, both = belonging.read_owner, threading.Barrier(2, timeout=0.5)
+
+    def slowly(folder: RunFolder) -> Any:
+        found = read_owner(folder)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait()  # for the other, who has read as much
+        return found
+
+    def outcome(folder: RunFolder) -> str:
+        try:
+            claim_checkpoints(folder)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    monkeypatch.setattr(belonging, "read_owner", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        said = sorted(pool.map(outcome, folders))
+    assert said[0] == ""
+    assert "has the checkpoints of another run" in said[1]
 
 
 def test_only_its_own_note_is_taken_from_a_folder_of_checkpoints(tmp_path: Path) -> None:

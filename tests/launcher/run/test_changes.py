@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from tiny import tiny_config
 
 from launcher.config.file import to_tree
+from launcher.config.sections import Config
 from launcher.run.changes import changes
 
 
@@ -23,3 +25,19 @@ def test_a_key_of_an_earlier_version_is_a_change(tmp_path: Path) -> None:
     before["optimizer"]["amsgrad"] = True
     found = [(change.key, change.before, change.now) for change in changes(before, config)]
     assert found == [("optimizer.amsgrad", "true", "not set")]
+
+
+def with_dtype(dtype: str) -> Config:
+    return tiny_config(Path("shards"), Path("run"), training={"compute_dtype": dtype})
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp32"])
+def test_auto_differs_from_nothing(dtype: str) -> None:
+    assert changes(to_tree(with_dtype("auto")), with_dtype(dtype)) == []  # a converted run that has not trained
+    assert changes(to_tree(with_dtype(dtype)), with_dtype("auto")) == []
+
+
+def test_auto_is_a_change_of_a_key_that_cannot_be_auto() -> None:
+    before = to_tree(with_dtype("fp32"))
+    before["optimizer"]["amsgrad"] = "auto"
+    assert [change.key for change in changes(before, with_dtype("fp32"))] == ["optimizer.amsgrad"]

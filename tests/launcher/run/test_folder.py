@@ -14,6 +14,7 @@ from tiny import tiny_config
 from tokenizer_files import write_bytes_tokenizer
 from tokenizer_zoo import sentencepiece_tokenizer
 
+from data.private import no_follow
 from data.tokenizer import load_tokenizer
 from launcher.config.file import load_config, num_values, parse_config, to_tree
 from launcher.config.sections import Config
@@ -34,6 +35,33 @@ def test_a_rank_of_an_earlier_job_leaves_the_state_alone(tmp_path: Path, monkeyp
     assert new.read_state() == {"status": "running"}
     say_failure(new, ALONE, "now it has failed")
     assert new.read_state() == {"status": "failed", "message": "now it has failed"}
+
+
+def test_a_start_knows_whether_it_made_the_folder_once_it_has_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job may have begun to train, or have failed and removed the folder, while this one waited to be first."""
+    folder, opened = RunFolder(tiny_config(Path("shards"), tmp_path / "run")), 0
+
+    def meanwhile(path: str, flags: int) -> int:
+        nonlocal opened
+        opened += 1
+        descriptor = no_follow(path, flags)
+        if opened == 1:
+            shutil.rmtree(tmp_path / "run")
+        else:
+            (tmp_path / "run" / "tokenizer.json").touch()
+        return descriptor
+
+    monkeypatch.setattr("launcher.run.folder.no_follow", meanwhile)
+    folder.claim()
+    assert opened == 2
+    assert folder.is_ours()
+    assert not folder.is_of_first_start()
+    new = RunFolder(tiny_config(Path("shards"), tmp_path / "new"))
+    monkeypatch.setattr("launcher.run.folder.no_follow", no_follow)
+    new.claim()
+    assert new.is_of_first_start()
 
 
 @pytest.mark.parametrize("content", ["", '{"status": "compl'])

@@ -75,6 +75,19 @@ def test_a_spike_of_a_tenth_is_found_with_its_height(curve, noise):
 
 
 @pytest.mark.parametrize("curve", CURVES)
+def test_a_phase_that_is_noisier_has_no_spike_by_that_alone(curve):
+    def noisier(spike, seed):
+        before, _ = losses(curve, noise=0.02, seed=seed)
+        _, after = losses(curve, spike, noise=0.08, seed=seed)
+        return measured(before, after)
+
+    flat, high = ([noisier(spike, seed) for seed in range(40)] for spike in (0.0, 0.1))
+    assert sum(found.is_beyond_noise for found in flat) <= 2
+    assert abs(np.mean([found.spike for found in flat])) < 0.02
+    assert sum(found.is_beyond_noise for found in high) >= 30
+
+
+@pytest.mark.parametrize("curve", CURVES)
 def test_a_spike_that_decays_and_one_at_the_end_of_a_ramp(curve):
     for seed in range(5):
         abrupt = measured(*losses(curve, 0.5, "decaying", noise=0.02, seed=seed))

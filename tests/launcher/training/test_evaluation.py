@@ -50,7 +50,8 @@ def test_a_task_that_is_not_finite_has_no_score_and_the_line_says_so(shards, tmp
         return torch.where(labels_BTA == IGNORED_LABEL, 0.0, value)
 
     values, line = tasks.measure(SimpleNamespace(token_nll=token_nll), lambda: None)
-    assert values.keys() == {"eval/sst2/acc", "eval/sst2/bits_per_byte"}
+    assert values.keys() == {"eval/sst2/acc", "eval/sst2/bits_per_byte", "tasks/num_scored"}
+    assert values["tasks/num_scored"] == 1  # the row shows that both were tried
     assert "no score (copa, example " in line
     assert "log-likelihood of answer 1 is nan" in line
 

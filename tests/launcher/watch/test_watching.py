@@ -6,10 +6,12 @@ import re
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from jobs import Job, has_begun, job_tree, logged_step
 
 from data.loader import TrainingData
@@ -135,6 +137,25 @@ def test_a_rank_alone_beats_without_a_store() -> None:
     assert (beat["rank"], beat["host"], beat["pid"]) == (0, HOST, os.getpid())
     assert (beat["step"], beat["doing"], beat["step_seconds"]) == (12, "evaluate", 0.0)
     assert heartbeat.silence_seconds() == 0.0  # nothing to lose
+
+
+def test_beats_that_a_stranger_writes_stop_no_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that ended would make its rank seem to be gone."""
+    store = dist.HashStore()
+    store.set("beat-0", "{")
+    monkeypatch.setattr(Heartbeat, "connect", lambda heartbeat: store)
+    heartbeat = Heartbeat(ALONE, 0.01, Pulse(), lambda beats: None)
+    heartbeat._ranks, heartbeat.store = replace(ALONE, rank=1, world_size=3), store
+    for beat, silent in (("[]", []), ("null", []), ('{"silent": [2, 7, -1, "0", null]}', [2]), ('{"silent": 1}', [])):
+        store.set("beat-0", beat)
+        contact = heartbeat.contact
+        deadline = time.monotonic() + 20
+        while "silent" in beat and heartbeat.contact == contact and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert heartbeat.silent == silent
+        assert heartbeat._threads[0].is_alive()
+    heartbeat.stop()
 
 
 WATCH = {"beat_seconds": 0.2, "lost_seconds": 3.0, "step_seconds": 600.0, "first_step_seconds": 600.0}

@@ -1,0 +1,46 @@
+"""A run's `auto` keys become values, alike on all ranks; see `launcher.config.automatic`."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from launcher.checkpoint.folders import CONFIG
+from launcher.checkpoint.location import reaching
+from launcher.config.automatic import Device, made_concrete, stored_values
+from launcher.config.file import parse_yaml
+from launcher.config.sections import Config
+from launcher.errors import ConfigError
+from launcher.process.exchange import value_of_first
+from launcher.process.ranks import Ranks, has_bf16
+from launcher.run.folder import RunFolder, configuration_of_run
+
+
+def values_of_run(folder: RunFolder) -> dict[str, Any]:
+    """The values that a run began with; empty for a run that has not begun.
+
+    Its `config.yaml` has them or, where that was lost, its newest checkpoint.
+
+    Raises:
+        CheckpointError: the store of its checkpoints cannot be reached.
+    """
+    tree = configuration_of_run(folder.path)
+    if tree is None and (newest := folder.newest_checkpoint()) is not None:
+        with suppress(ConfigError), reaching(newest):
+            tree = parse_yaml((newest / CONFIG).read_text(), str(newest / CONFIG))
+    return stored_values(tree if isinstance(tree, dict) else None)
+
+
+def concrete(config: Config, ranks: Ranks, stored: Mapping[str, Any] | None = None) -> tuple[Config, dict[str, str]]:
+    """Do `made_concrete` for the device and the ``stored`` values of the first rank; a collective."""
+    facts, stored = value_of_first([asdict(device_of(ranks.device)), stored])
+    return made_concrete(config, Device(**facts), stored)
+
+
+def device_of(device: torch.device) -> Device:
+    """What is known of a device of this machine."""
+    if device.type == "cuda":
+        return Device("cuda", "this GPU")
+    return Device("cpu", "this processor", has_bf16())

@@ -1,0 +1,68 @@
+"""Keys that are `auto` become values: those of the device, or those that the run began with."""
+
+import pytest
+from minimal import tree
+
+from launcher.config.automatic import ANY_GPU, Device, made_concrete, stored_values
+from launcher.config.file import parse_config, to_tree
+
+KEY = "training.compute_dtype"
+
+
+def cpu(has_bf16):
+    return Device("cpu", "this processor", has_bf16)
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        (ANY_GPU, "bf16, which a GPU computes in hardware"),
+        (cpu(True), "bf16, which this processor computes in hardware"),
+        (cpu(False), "fp32, because this processor only emulates bf16"),
+        (cpu(None), "fp32, because this processor does not say whether it computes in bf16"),
+    ],
+)
+def test_the_default_follows_from_the_device(device, said):
+    config, sayings = made_concrete(parse_config(tree()), device)
+    assert sayings == {KEY: said}
+    assert config == parse_config(tree(f"{KEY}={said[:4]}"))
+    assert made_concrete(config, cpu(False)) == (config, {})  # and does not change again
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_run_keeps_the_value_that_it_began_with(dtype):
+    stored = stored_values(to_tree(parse_config(tree(f"{KEY}={dtype}"))))
+    for device in (ANY_GPU, cpu(True), cpu(False)):
+        config, sayings = made_concrete(parse_config(tree()), device, stored)
+        assert sayings == {KEY: f"{dtype}, as this run began"}
+        assert config.training.compute_dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_an_explicit_value_is_never_changed(dtype):
+    config = parse_config(tree(f"{KEY}={dtype}"))
+    for stored in (None, {KEY: "bf16"}, {KEY: "fp32"}):
+        assert made_concrete(config, cpu(False), stored) == (config, {})
+
+
+@pytest.mark.parametrize(
+    ("stored", "values"),
+    [
+        (None, {}),
+        ({}, {}),
+        ({"training": "fast"}, {}),
+        ({"training": {"compute_dtype": "auto"}}, {}),  # of a run that was converted and has not trained yet
+        ({"training": {"compute_dtype": "fp16"}}, {}),
+        ({"training": {"compute_dtype": ["fp32"]}}, {}),
+        ({"training": {"compute_dtype": "fp32"}}, {KEY: "fp32"}),
+        ({"training": {}}, {KEY: "bf16"}),  # of a version without the key
+    ],
+)
+def test_values_are_read_from_what_a_run_has_stored(stored, values):
+    assert stored_values(stored) == values
+
+
+def test_a_stored_configuration_without_the_key_had_the_former_default():
+    assert parse_config(tree()).training.compute_dtype == "auto"
+    assert parse_config(tree(), stored=True).training.compute_dtype == "bf16"
+    assert parse_config(tree(f"{KEY}=auto"), stored=True).training.compute_dtype == "auto"
