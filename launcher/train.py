@@ -327,7 +327,7 @@ def take_step(run: Run) -> StepResult:
     result = train_step(
         run.engine, run.batches, run.plan, at.step, run.guard, teacher=run.teacher, telemetry=run.telemetry
     )
-    if run.plan.config.training.compile:
+    if run.plan.config.training.compile is True:
         report_compiled(run, compiling.num_calls - calls_before)
     at.step = run.plan.steps_after(at.step)
     run.longest_skip[0].add_(1).mul_(result.skipped)

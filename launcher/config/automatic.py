@@ -23,13 +23,15 @@ class Device:
     """The device in a sentence, such as `this processor`."""
     has_bf16: bool | None = None
     """Whether a CPU has instructions for bf16; None if it does not say."""
+    run_flops: float = 0.0
+    """What the whole run computes on it; 0 if that is not known."""
 
 
 ANY_GPU = Device("cuda", "a GPU")
 """The device that a plan counts with where no run has begun, since most are planned for machines with GPUs."""
 
 
-def compute_dtype_for(device: Device) -> tuple[str, str]:
+def compute_dtype_for(config: "Config", device: Device) -> tuple[str, str]:
     """The value of `training.compute_dtype` on a device, and a clause that gives the reason."""
     if device.type == "cuda" or device.has_bf16:
         return "bf16", f"which {device.name} computes in hardware"
@@ -38,10 +40,28 @@ def compute_dtype_for(device: Device) -> tuple[str, str]:
     return "fp32", f"because {device.name} only emulates bf16"
 
 
+LONG_ON_CPU = 2e14
+"""FLOPs of a process above which compiling pays on a CPU. A core computes 1e11 a second, compiling a run's graphs takes
+it one to two minutes, and a compiled step takes a tenth to a fourth less."""
+
+
+def compile_for(config: "Config", device: Device) -> tuple[bool, str]:
+    """The value of `training.compile` on a device, and a clause that gives the reason."""
+    if config.engine.zero_stage == 3:
+        return False, "because the hooks of engine.zero_stage 3 break every graph"
+    if any(phase.distillation and phase.distillation.relation_weight for phase in config.phases):
+        return False, "because a teacher looks inside of blocks"
+    if device.type == "cuda":
+        return True, f"which pays on {device.name}"
+    if device.run_flops > LONG_ON_CPU:
+        return True, "which pays in a run of this length"
+    return False, f"because the run is too short for it to pay on {device.name}"
+
+
 class Automatic(NamedTuple):
     """A key that may be `auto`."""
 
-    choose: Callable[[Device], tuple[Any, str]]
+    choose: Callable[["Config", Device], tuple[Any, str]]
     """The value on a device, and the reason."""
     values: tuple[Any, ...]
     """Those besides `auto`."""
@@ -49,7 +69,10 @@ class Automatic(NamedTuple):
     """The default in versions without `auto`: the value in a stored configuration that does not have the key."""
 
 
-AUTOMATIC: Mapping[str, Automatic] = {"training.compute_dtype": Automatic(compute_dtype_for, ("bf16", "fp32"), "bf16")}
+AUTOMATIC: Mapping[str, Automatic] = {
+    "training.compute_dtype": Automatic(compute_dtype_for, ("bf16", "fp32"), "bf16"),
+    "training.compile": Automatic(compile_for, (True, False), False),
+}
 
 
 def made_concrete(
@@ -71,9 +94,11 @@ def made_concrete(
         part = getattr(config, section)
         if getattr(part, name) != AUTO:
             continue
-        value, reason = (stored[key], "as this run began") if stored and key in stored else automatic.choose(device)
+        value, reason = (
+            (stored[key], "as this run began") if stored and key in stored else automatic.choose(config, device)
+        )
         config = replace(config, **{section: replace(part, **{name: value})})
-        said[key] = f"{value}, {reason}"
+        said[key] = f"{str(value).lower() if isinstance(value, bool) else value}, {reason}"
     return config, said
 
 

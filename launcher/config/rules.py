@@ -120,7 +120,7 @@ def micro_batches_fill_the_batch(training: "TrainingConfig") -> Problems:
 
 def compiled_blocks_stay_whole(training: "TrainingConfig", engine: EngineConfig) -> Problems:
     """ZeRO-3 gathers weights inside of what would be compiled."""
-    if training.compile and engine.zero_stage == 3:
+    if training.compile is True and engine.zero_stage == 3:
         yield (
             "training.compile",
             "is true, but the hooks of engine.zero_stage 3 break every graph at each layer; "
@@ -291,7 +291,7 @@ def relations_are_of_a_block(phases: "Phases", model: ModelConfig) -> Problems:
 def relations_can_be_seen(phases: "Phases", training: "TrainingConfig") -> Problems:
     """Attention inside a compiled block cannot be compared."""
     for _, path, distillation in _distillations(phases):
-        if training.compile and distillation.relation_weight:
+        if training.compile is True and distillation.relation_weight:
             yield (
                 f"{path}.relation_weight",
                 f"is {distillation.relation_weight}, but training.compile hides what is inside a block; turn one off",

@@ -138,8 +138,8 @@ class TrainingConfig:
     `auto`, decided at the first start: bf16 on GPUs and on CPUs that have it, fp32 on CPUs that only emulate it."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward pass and recompute the block: less memory, a third more work."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the blocks and the loss with torch.compile; `auto`: on GPUs, and on CPUs in runs that are long enough."""
     max_skipped_steps: int = 5
     """Stop after this many steps in a row without a finite gradient; each of them is skipped."""
     skip_outliers: OutlierConfig | None = None

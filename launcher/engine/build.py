@@ -42,7 +42,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
     for block in blocks:
         if config.training.activation_checkpointing:
             checkpoint_activations_(block)
-    if config.training.compile:
+    if config.training.compile is True:
         compile_blocks_(blocks)
         model.gradient_of_logits = compiled_function(gradient_of_logits)
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
@@ -57,7 +57,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
             compute_dtype=compute_dtype,
             device=ranks.device,
             ternary=ternary,
-            compiled=config.training.compile,
+            compiled=config.training.compile is True,
         )
     from launcher.engine.zero import ZeroEngine
 
@@ -70,7 +70,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
         micro_batch_sequences=config.training.micro_batch_sequences,
         num_micro_batches=plan.num_micro_batches,
         ternary=ternary,
-        compiled=config.training.compile,
+        compiled=config.training.compile is True,
     )
 
 

@@ -33,10 +33,12 @@ def values_of_run(folder: RunFolder) -> dict[str, Any]:
     return stored_values(tree if isinstance(tree, dict) else None)
 
 
-def concrete(config: Config, ranks: Ranks, stored: Mapping[str, Any] | None = None) -> tuple[Config, dict[str, str]]:
+def concrete(
+    config: Config, ranks: Ranks, stored: Mapping[str, Any] | None = None, run_flops: float = 0.0
+) -> tuple[Config, dict[str, str]]:
     """Do `made_concrete` for the device and the ``stored`` values of the first rank; a collective."""
     facts, stored = value_of_first([asdict(device_of(ranks.device)), stored])
-    return made_concrete(config, Device(**facts), stored)
+    return made_concrete(config, Device(**facts | {"run_flops": run_flops}), stored)
 
 
 def device_of(device: torch.device) -> Device:

@@ -138,7 +138,7 @@ def shard_teacher(source: Source, config: ModelConfig, plan: Plan, ranks: Ranks)
         Precision.in_16_bits(config.num_layers),
         COMPUTE_DTYPES[training.compute_dtype],
         ranks,
-        compile_blocks=training.compile,
+        compile_blocks=training.compile is True,
         replicas=engine.replicas,
         offload=engine.offload == "all",
     )

@@ -23,9 +23,9 @@ def cpu(has_bf16):
     ],
 )
 def test_the_default_follows_from_the_device(device, said):
-    config, sayings = made_concrete(parse_config(tree()), device)
+    config, sayings = made_concrete(parse_config(tree("training.compile=false")), device)
     assert sayings == {KEY: said}
-    assert config == parse_config(tree(f"{KEY}={said[:4]}"))
+    assert config == parse_config(tree("training.compile=false", f"{KEY}={said[:4]}"))
     assert made_concrete(config, cpu(False)) == (config, {})  # and does not change again
 
 
@@ -34,13 +34,13 @@ def test_a_run_keeps_the_value_that_it_began_with(dtype):
     stored = stored_values(to_tree(parse_config(tree(f"{KEY}={dtype}"))))
     for device in (ANY_GPU, cpu(True), cpu(False)):
         config, sayings = made_concrete(parse_config(tree()), device, stored)
-        assert sayings == {KEY: f"{dtype}, as this run began"}
+        assert sayings[KEY] == f"{dtype}, as this run began"
         assert config.training.compute_dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_an_explicit_value_is_never_changed(dtype):
-    config = parse_config(tree(f"{KEY}={dtype}"))
+    config = parse_config(tree(f"{KEY}={dtype}", "training.compile=true"))
     for stored in (None, {KEY: "bf16"}, {KEY: "fp32"}):
         assert made_concrete(config, cpu(False), stored) == (config, {})
 
@@ -56,13 +56,37 @@ def test_an_explicit_value_is_never_changed(dtype):
         ({"training": {"compute_dtype": ["fp32"]}}, {}),
         ({"training": {"compute_dtype": "fp32"}}, {KEY: "fp32"}),
         ({"training": {}}, {KEY: "bf16"}),  # of a version without the key
+        ({"training": {"compute_dtype": "bf16", "compile": True}}, {KEY: "bf16", "training.compile": True}),
     ],
 )
 def test_values_are_read_from_what_a_run_has_stored(stored, values):
-    assert stored_values(stored) == values
+    without_the_key = {"training.compile": False} if isinstance((stored or {}).get("training"), dict) else {}
+    assert stored_values(stored) == without_the_key | values
 
 
 def test_a_stored_configuration_without_the_key_had_the_former_default():
     assert parse_config(tree()).training.compute_dtype == "auto"
     assert parse_config(tree(), stored=True).training.compute_dtype == "bf16"
     assert parse_config(tree(f"{KEY}=auto"), stored=True).training.compute_dtype == "auto"
+
+
+RELATIONS = "phases.1.distillation={teacher: there, relation_weight: 1.0}"
+
+
+@pytest.mark.parametrize(
+    ("device", "overrides", "said"),
+    [
+        (ANY_GPU, (), "true, which pays on a GPU"),
+        (Device("cpu", "this processor", True, 1e15), (), "true, which pays in a run of this length"),
+        (Device("cpu", "this processor", True, 1e13), (), "false, because the run is too short"),
+        (cpu(True), (), "false, because the run is too short"),
+        (ANY_GPU, ("engine={name: deepspeed, zero_stage: 3}",), "false, because the hooks of engine.zero_stage 3"),
+        (ANY_GPU, ("engine={name: deepspeed, zero_stage: 2}",), "true, which pays"),
+        (ANY_GPU, (RELATIONS,), "false, because a teacher looks inside of blocks"),
+    ],
+)
+def test_a_run_is_compiled_where_that_pays(device, overrides, said):
+    config, sayings = made_concrete(parse_config(tree(*overrides)), device)
+    assert sayings["training.compile"].startswith(said)
+    assert config.training.compile is said.startswith("true")
+    parse_config(to_tree(config))  # what was chosen breaks no rule
