@@ -23,6 +23,8 @@ class Device:
     """The device in a sentence, such as `this processor`."""
     has_bf16: bool | None = None
     """Whether a CPU has instructions for bf16; None if it does not say."""
+    can_compile: bool = True
+    """Whether there is what torch.compile needs: a C++ compiler, and Python's headers."""
     run_flops: float = 0.0
     """What the whole run computes on it; 0 if that is not known."""
 
@@ -51,6 +53,8 @@ def compile_for(config: "Config", device: Device) -> tuple[bool, str]:
         return False, "because the hooks of engine.zero_stage 3 break every graph"
     if any(phase.distillation and phase.distillation.relation_weight for phase in config.phases):
         return False, "because a teacher looks inside of blocks"
+    if not device.can_compile:
+        return False, "because there is no C++ compiler, or Python's headers (Debian: g++ python3-dev) are missing"
     if device.type == "cuda":
         return True, f"which pays on {device.name}"
     if device.run_flops > LONG_ON_CPU:

@@ -1,8 +1,12 @@
 """A run's `auto` keys become values, alike on all ranks; see `launcher.config.automatic`."""
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,5 +48,11 @@ def concrete(
 def device_of(device: torch.device) -> Device:
     """What is known of a device of this machine."""
     if device.type == "cuda":
-        return Device("cuda", "this GPU")
-    return Device("cpu", "this processor", has_bf16())
+        return Device("cuda", "this GPU", can_compile=can_compile())
+    return Device("cpu", "this processor", has_bf16(), can_compile())
+
+
+def can_compile() -> bool:
+    """Return whether this machine has a C++ compiler and Python's headers, which torch.compile needs."""
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()

@@ -1,5 +1,7 @@
 """Keys that are `auto` become values: those of the device, or those that the run began with."""
 
+from dataclasses import replace
+
 import pytest
 from minimal import tree
 
@@ -77,9 +79,11 @@ RELATIONS = "phases.1.distillation={teacher: there, relation_weight: 1.0}"
     ("device", "overrides", "said"),
     [
         (ANY_GPU, (), "true, which pays on a GPU"),
-        (Device("cpu", "this processor", True, 1e15), (), "true, which pays in a run of this length"),
-        (Device("cpu", "this processor", True, 1e13), (), "false, because the run is too short"),
+        (Device("cpu", "this processor", True, True, 1e15), (), "true, which pays in a run of this length"),
+        (Device("cpu", "this processor", True, True, 1e13), (), "false, because the run is too short"),
         (cpu(True), (), "false, because the run is too short"),
+        (replace(ANY_GPU, can_compile=False), (), "false, because there is no C++ compiler"),
+        (Device("cpu", "this processor", True, False, 1e15), (), "false, because there is no C++ compiler"),
         (ANY_GPU, ("engine={name: deepspeed, zero_stage: 3}",), "false, because the hooks of engine.zero_stage 3"),
         (ANY_GPU, ("engine={name: deepspeed, zero_stage: 2}",), "true, which pays"),
         (ANY_GPU, (RELATIONS,), "false, because a teacher looks inside of blocks"),

@@ -33,6 +33,7 @@ def auto_tree(shards: Path, run: Path) -> dict[str, Any]:
     """Of a run whose compute dtype is left to its default; two steps of each of two phases."""
     tree = tiny_tree(shards, run)
     del tree["training"]["compute_dtype"]
+    tree["training"]["compile"] = False
     tree["phases"] = [{"precision": "16-bit", "steps": 2}, {"precision": "ternary", "steps": 2}]
     return tree
 
