@@ -105,7 +105,7 @@ def test_auto_is_no_change_and_another_value_is_one(tmp_path: Path, stored: str 
     folder, config = begun(tree, stored), parse_config(tree)
     RunFolder(config).check_configuration()
     assert holds_run(folder.path, config)
-    assert values_of_run(folder) == {KEY: stored or "bf16"}
+    assert values_of_run(folder)[KEY] == (stored or "bf16")
     changed = parse_config(tree | {"training": tree["training"] | {"compute_dtype": other}})
     assert not holds_run(folder.path, changed)
     with pytest.raises(ConfigError, match=rf"{KEY}: \"{stored or 'bf16'}\" in .*, \"{other}\" now"):
@@ -125,7 +125,7 @@ def test_a_run_whose_configuration_is_lost_takes_the_value_of_its_newest_checkpo
     (step / "manifest.json").write_text(json.dumps({}))
     (step / "config.yaml").write_text(folder.config_text)
     (folder.path / "config.yaml").unlink()
-    assert values_of_run(folder) == {KEY: "fp32"}
+    assert values_of_run(folder)[KEY] == ("fp32")
     (step / "config.yaml").write_text("training: [")
     assert values_of_run(folder) == {}
 
