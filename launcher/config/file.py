@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data.pointers import pointer_problem
 from data.urls import url_problem
-from launcher.config.aliases import ALIASES
+from launcher.config.aliases import ALIASES, ALIASES_IN_SECTION, SECTION_ALIASES
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import ScheduleConfig
 from launcher.config.rules import spanning_problems, starting_problems
@@ -214,7 +214,11 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
     """
     sections = {part.name: part for part in fields(Config)}
     types = typing.get_type_hints(Config)
-    problems = {str(key): f"unknown section{_suggestion(str(key), Config)}" for key in tree if key not in sections}
+    problems = {
+        str(key): f"unknown section{_suggestion(str(key), (), Config, is_section=isinstance(value, dict))}"
+        for key, value in tree.items()
+        if key not in sections
+    }
     parts: dict[str, Any] = {}
     expanded = expand_presets(tree)
     for name, section in sections.items():
@@ -331,7 +335,7 @@ def _parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
                 if detail["type"] == "int_type" and _make_whole(tree, location):
                     is_mended = True
                     continue
-                for problem, reason, needed in _reasons(detail, kind, location, where):
+                for problem, reason, needed in _reasons(detail, kind, location, path):
                     if left_out.isdisjoint((problem, *needed)):
                         problems.setdefault(problem, reason)
                 if not detail["type"].startswith("missing") and _remove(tree, location):
@@ -363,10 +367,18 @@ def _is_section(kind: Any, location: Sequence[str]) -> bool:
     return True
 
 
-def _reasons(detail: Any, kind: Any, location: tuple[str, ...], where: str) -> Iterator[tuple[str, str, list[str]]]:
-    """The problems in one of pydantic's errors: each its path, what is wrong, and the paths that it depends on too."""
+def _reasons(detail: Any, kind: Any, location: tuple[str, ...], path: str) -> Iterator[tuple[str, str, list[str]]]:
+    """The problems in one of pydantic's errors: each its path, what is wrong, and the paths that it depends on too.
+
+    Args:
+        detail: the error.
+        kind: type of the part that it is in.
+        location: its keys below that part.
+        path: of the part.
+    """
+    where = ".".join((path, *location))
     if detail["type"] != "value_error":
-        yield where, _explain(detail, kind, location), []
+        yield where, _explain(detail, kind, location, path), []
         return
     judged_by = JUDGED_BY.get(_owner(kind, location), {})
     for key, reason in detail["ctx"]["error"].args[0].items():
@@ -395,14 +407,22 @@ def _remove(tree: Any, location: tuple[str, ...]) -> bool:
     return False
 
 
-def _explain(detail: Any, kind: Any, location: tuple[str, ...]) -> str:
+def _explain(detail: Any, kind: Any, location: tuple[str, ...], path: str) -> str:
     match detail["type"]:
         case "unexpected_keyword_argument":
-            return f"unknown key{_suggestion(location[-1], _owner(kind, location[:-1]))}"
+            return f"unknown key{_suggestion(location[-1], (path, *location[:-1]), _owner(kind, location[:-1]))}"
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return "is missing"
         case "dataclass_type":
             return f"is {_as_yaml(detail['input'])}; {_section_advice(detail['input'], _owner(kind, location))}"
+        case "tuple_type":
+            value = detail["input"]
+            write = f"; write [{value}]" if isinstance(value, str | int | float) else ""
+            return f"is {_as_yaml(value)}; must be a list{write}"
+        case "too_long":
+            return f"is {detail['input']!r}; must be a list of {detail['ctx']['max_length']}"
+        case "dict_type":
+            return f"is {_as_yaml(detail['input'])}; must be a mapping of keys"
         case _:
             return f"is {detail['input']!r}; {detail['msg'].replace('Input should be', 'must be')}"
 
@@ -412,12 +432,20 @@ def _as_yaml(value: Any) -> str:
 
 
 def _section_advice(value: Any, section: Any) -> str:
-    """What to write where a section is given as one value: a shape, a preset or nothing."""
+    """What to write where a section is given as one value: a shape, a preset, a path or nothing."""
+    required = [part for part in fields(section) if part.default is dataclasses.MISSING]
     if value is None:
-        return "leave it out for its defaults, or write a mapping of keys"
-    for name, options in typing.get_type_hints(section).items():
-        if any(value in typing.get_args(option) for option in (options, *typing.get_args(options))):
-            return f"must be a mapping of keys; write {{{name}: {value}}}"
+        return "must be a mapping of keys" if required else "leave it out for its defaults, or write a mapping of keys"
+    if not isinstance(value, str):
+        return "must be a mapping of keys"
+    kinds = typing.get_type_hints(section)
+    for name, kind in kinds.items():
+        options = [choice for option in (kind, *typing.get_args(kind)) for choice in typing.get_args(option)]
+        for choice in options:
+            if isinstance(choice, str) and choice.startswith(value.lower()):
+                return f"must be a mapping of keys; write {{{name}: {choice}}}"
+    if required and kinds[required[0].name] is str:
+        return f"must be a mapping of keys; write {{{required[0].name}: {value}}}"
     return "must be a mapping of keys"
 
 
@@ -432,17 +460,27 @@ def _dataclass_of(kind: Any) -> Any:
     return next(option for option in (kind, *typing.get_args(kind)) if is_dataclass(option))
 
 
-def _suggestion(key: str, owner: Any) -> str:
+def _suggestion(key: str, place: Sequence[str], owner: Any, *, is_section: bool = False) -> str:
+    """What may have been meant by an unknown key.
+
+    Args:
+        key: the key.
+        place: the keys that lead to it.
+        owner: the dataclass that does not have it.
+        is_section: whether it was given as a mapping.
+    """
     names = [part.name for part in fields(owner)]
-    if key not in names and (ours := ALIASES.get(key.lower())) is not None:
-        return f"; did you mean {ours}?"
+    if is_section and (section := SECTION_ALIASES.get(key.lower())):
+        return f"; did you mean {section}?"
+    section = ".".join("N" if part.isdecimal() else part for part in place)
+    meant = ALIASES_IN_SECTION.get((section, key.lower())) or ALIASES.get(key.lower())
+    if meant is not None:
+        return f"; did you mean {meant.replace('N', place[1]) if len(place) > 1 else meant}?"
+    for other, kind in typing.get_type_hints(Config).items():
+        if key != "name" and is_dataclass(kind) and key in (part.name for part in fields(kind)):
+            return f"; did you mean {other}.{key}?"
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]}?"
-    for section, kind in typing.get_type_hints(Config).items():
-        if is_dataclass(kind) and key in (part.name for part in fields(kind)):
-            return f"; did you mean {section}.{key}?"
-    return f"; choose one of {', '.join(names)}"
+    return f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(names)}"
 
 
 def to_tree(config: Any) -> Any:

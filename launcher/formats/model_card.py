@@ -13,7 +13,7 @@ from launcher.config.sections import Config
 from launcher.formats.opened import Exportable
 from launcher.plan.course import make_course
 from launcher.process.console import human_count
-from launcher.run.metrics_log import read_metrics
+from launcher.run.metrics_log import sound_rows
 from launcher.run.scores import RESULTS, TASK_COLUMNS, results_of, table_of
 from model.size import num_linear_parameters, num_parameters
 
@@ -108,7 +108,7 @@ def _measured(exportable: Exportable) -> list[str]:
     if exportable.run is None:
         return []
     step = exportable.source.manifest.step
-    rows = [row for row in read_metrics(exportable.run / "metrics.jsonl") if row["step"] <= step]
+    rows = [row for row in sound_rows(exportable.run / "metrics.jsonl")[0] if row["step"] <= step]
     found = [
         [unit, f"{last[key]:.4f}", f"{last['step']:,}"]
         for key, unit in LAST.items()

@@ -154,3 +154,27 @@ def test_a_runs_own_configuration_leads_to_it_or_is_refused(tmp_path: Path) -> N
     elsewhere = tmp_path / "config.yaml"
     moved.rename(elsewhere)
     check_place(elsewhere, [], config)
+
+
+OF_OTHERS = {
+    "manifest.json": "is the folder of a checkpoint or prepared data",
+    "owner.json": "is the folder of checkpoints",
+    "config.json": "is the folder of a model",
+    "tokenizer.json": "has files that no run wrote and that a run would replace: tokenizer.json",
+    "metrics.jsonl": "has files that no run wrote and that a run would replace: metrics.jsonl",
+    "report.html": "has files that no run wrote and that a run would replace: report.html",
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_a_run_begins_in_no_folder_of_others(tmp_path: Path, name: str) -> None:
+    folder = RunFolder(tiny_config(Path("shards"), tmp_path))
+    folder.check_configuration()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "job-17.out").touch()
+    folder.check_configuration()
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=OF_OTHERS[name]):
+        folder.check_configuration()
+    folder.write_state("failed")  # a run has been here
+    folder.check_configuration()
