@@ -116,6 +116,11 @@ class RunConfig:
         """The run's folder."""
         return Path(self.folder) if self.folder else Path("runs") / self.name
 
+    @property
+    def key_of_path(self) -> str:
+        """The key to change for another run, in another folder."""
+        return "run.folder" if self.folder else "run.name"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:

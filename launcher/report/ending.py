@@ -94,6 +94,7 @@ def show_next(folder: RunFolder, console: Console) -> None:
     console.line(f"    tritrain report {run} OTHER_RUN --out compared.html")
     console.line("  look at every curve:")
     console.line(f"    tensorboard --logdir {run}")
-    console.line("  begin another run with its weights:")
-    start_from = shlex.quote(f"checkpoint.start_from={folder.newest_checkpoint()}")
-    console.line(f"    tritrain train CONFIG run.name=NEW {start_from}")
+    if (newest := folder.newest_checkpoint()) is not None:
+        console.line("  begin another run with its weights:")
+        start_from = shlex.quote(f"checkpoint.start_from={newest}")
+        console.line(f"    tritrain train CONFIG {folder.config.run.key_of_path}=NEW {start_from}")

@@ -116,6 +116,8 @@ class RunFolder:
         Raises:
             ConfigError: it would.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"run.folder: {self.path} is a file, not a folder; choose another run.folder")
         if self.has_traces():
             return
         there = [name for name in OF_OTHERS if (self.path / name).exists()]
@@ -171,7 +173,7 @@ class RunFolder:
             lines += [change.line(str(self.path)) for change in refused]
             if (before := course_of(there)) is not None:
                 lines += schedule_note(before, make_course(self.config), self.last_saved_step() or 0)
-            raise ConfigError("\n".join([*lines, ways_on(refused)]))
+            raise ConfigError("\n".join([*lines, ways_on(refused, self.config)]))
 
     def claim(self) -> None:
         """Lock the folder for the life of this process, so that no other one trains in it.
@@ -179,7 +181,6 @@ class RunFolder:
         Raises:
             ConfigError: another one does.
         """
-        self._is_new = not self.path.exists() or not any(self.path.iterdir())
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / LOCK, "a+", errors="replace", opener=no_follow)  # noqa: SIM115, held for life
         try:
@@ -189,8 +190,10 @@ class RunFolder:
             self._lock.seek(0)
             raise ConfigError(
                 f"{self.path}: another job trains here ({self._lock.read().strip() or error}); two would overwrite "
-                "each other's checkpoints. Wait for it or stop it, or set run.name to begin another run."
+                f"each other's checkpoints. Wait for it or stop it, or set {self.config.run.key_of_path} to begin "
+                "another run."
             ) from error
+        self._is_new = [path.name for path in self.path.iterdir()] == [LOCK]
         self._lock.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         job = f", job {slurm_job()}" if slurm_job() else ""
