@@ -121,8 +121,9 @@ def convert_to_run(config: Config, source: Source) -> Path:
 
 
 def _write_run(course: Course, folder: RunFolder, source: Source, tokenizer: Path | None) -> Path:
-    folder.claim()
     try:
+        with reaching(folder.path):
+            folder.claim()
         return _write_claimed(course, folder, source, tokenizer)
     except BaseException:
         if folder.is_of_first_start():

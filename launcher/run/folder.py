@@ -118,7 +118,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run.folder: {self.path} is a file, not a folder; choose another run.folder")
-        if self.has_traces():
+        if self.has_traces() or complete_checkpoints(self.path / "checkpoints"):
             return
         there = [name for name in OF_OTHERS if (self.path / name).exists()]
         if there:

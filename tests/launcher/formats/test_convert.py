@@ -242,11 +242,12 @@ def test_a_conversion_that_fails_leaves_no_folder(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(CheckpointWriter, "finish", full)
-        with pytest.raises(CheckpointError, match="No space left"):
-            tritrain(*command)
-    assert not (tmp_path / "run").exists()
+    for part, name in ((CheckpointWriter, "finish"), (os, "fsync")):  # the latter of the lock
+        with monkeypatch.context() as patched:
+            patched.setattr(part, name, full)
+            with pytest.raises(CheckpointError, match=r"run.*No space left"):
+                tritrain(*command)
+        assert not (tmp_path / "run").exists()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # as a killed conversion leaves it
     for name in ("lock", "config.yaml"):
         (tmp_path / "run" / name).write_text("" if name == "lock" else "tritrain_version: 0.1.0\n")

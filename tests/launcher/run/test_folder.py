@@ -201,6 +201,10 @@ def test_a_run_begins_in_no_folder_of_others(tmp_path: Path, name: str) -> None:
         folder.check_configuration()
     folder.write_state("failed")  # a run has been here
     folder.check_configuration()
+    (tmp_path / "state.json").unlink()
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000004" / "manifest.json").touch()
+    folder.check_configuration()  # one that has lost all but its checkpoints
 
 
 @pytest.mark.parametrize("there", [[], ["lock"], ["config.yaml", "lock"]])
