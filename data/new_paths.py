@@ -36,6 +36,10 @@ CANNOT_LOCK = (errno.EACCES, errno.EPERM, errno.EBADF)
 """Errors of a file that may not be opened, or, on NFS, not be locked because it may only be read."""
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of writing, whose system call names no file."""
+
+
 class TakenError(DataError):
     """A new file or folder cannot have its name; says why."""
 
@@ -128,7 +132,10 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
     path = Path(os.path.realpath(path))
     if is_mount_point(path):
         raise TakenError(f"{path}: is a mount point; name a new folder in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise TakenError(f"{path}: {error.filename} is a file, not a folder; choose another name") from None
     lock = path.with_name(f".{_stem(path)}{LOCK_SUFFIX}")
     with contextlib.ExitStack() as stack:
         while True:
@@ -138,7 +145,7 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
                 raise TakenError(f"{path}: is being written by {holder}; wait, or choose another name") from None
             except OSError as error:
                 if error.errno not in CANNOT_LOCK:
-                    raise
+                    raise OSError(error.errno, error.strerror, str(path)) from error
                 if not os.path.exists(lock):
                     raise PermissionError(error.errno, error.strerror, str(path)) from None
                 raise TakenError(
@@ -205,9 +212,25 @@ def _renamed(path: Path, *, durable: bool = True, check: Callable[[], None] = la
             raise
         if durable:
             flush(path.parent)
-    except BaseException:
+    except BaseException as error:
+        named = _named(error, building, path)
         _remove(building)
+        if named is not None:
+            raise named from error
         raise
+
+
+def _named(error: BaseException, building: Path, path: Path) -> OSError | None:
+    """An error with the name that the user gave, for one with a private name or none; None if it is to stay as it is.
+
+    Libraries report that a write was cut short, but not that the disk is full; so that is looked up.
+    """
+    code, name = (error.errno, str(error.filename or "")) if isinstance(error, OSError) else (None, "")
+    if type(error) in (OSError, RuntimeError) and code is None and os.statvfs(path.parent).f_bavail == 0:
+        code = errno.ENOSPC
+    if code is None or not (name.startswith(str(building)) or (not name and code in NO_ROOM)):
+        return None
+    return OSError(code, os.strerror(code), f"{path}{name.removeprefix(str(building))}")
 
 
 def _private_prefix(path: Path) -> str:

@@ -95,9 +95,9 @@ def locked(path: Path, purpose: str, *, wait: bool = True) -> Iterator[IO[str]]:
                     has_told = True
                 time.sleep(SECONDS_BETWEEN_TRIES)
         if lock.writable():
-            lock.truncate(0)
-            lock.write(holder_text())
-            lock.flush()
+            os.ftruncate(lock.fileno(), 0)
+            with contextlib.suppress(OSError):  # of a full disk; the lock holds all the same
+                os.write(lock.fileno(), os.fsencode(holder_text()))
         yield lock
 
 

@@ -252,11 +252,19 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
 
 
 def _read_jsonl_gz(path: Path) -> Iterator[Document]:
+    _check_has_bytes(path)
     with gzip.open(path, "rb") as file:
         yield from _parse_lines(file, path)
 
 
+def _check_has_bytes(path: Path) -> None:
+    """A compressed file of nothing still has a header; decompressors take one without as the end of another."""
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: has 0 bytes, which no compressed file has; fetch it again, or remove it")
+
+
 def _read_jsonl_zst(path: Path) -> Iterator[Document]:
+    _check_has_bytes(path)
     with path.open("rb") as file:
         yield from _parse_lines(_split_lines(_decompress_zstd(file)), path)
 

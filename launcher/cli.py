@@ -252,11 +252,11 @@ def local_target(text: str, option: str) -> Path:
     """The path that a command writes to.
 
     Raises:
-        ConfigError: the path would be a folder named `s3:` or `~`, which nobody means.
+        ConfigError: the path would be the working directory or a folder named `s3:` or `~`, which nobody means.
     """
     from launcher.config.rules import local_problem
 
-    if problem := local_problem(text):
+    if problem := local_problem(text) if text else "is empty; name what is to be written":
         raise ConfigError(f"{option}: {problem}")
     return Path(text)
 
@@ -344,7 +344,7 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     folder = str(task_data) if task_data else None
     check_tasks(names, folder)
-    results = str(local_target(out, "--out")) if out else None
+    results = None if out is None else str(local_target(out, "--out"))
     models = locations_of(model, every=every)
     measure(Evaluation(models, names, folder, limit, results, tokenizer, as_json), ranks)
 
@@ -417,7 +417,7 @@ def report(
         list[Path], typer.Argument(help="Runs, or folders that contain runs; several are compared.", show_default=False)
     ],
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="File: .html; .png or .pdf, of loss curves; or .csv. Default: report.html in the folder."),
     ] = None,
 ) -> None:
@@ -425,7 +425,8 @@ def report(
     from launcher.report.output import report as write_report
 
     console = Console(silent=False)
-    console.line(f"Written: {write_report(runs, out, console.line)}")
+    target = None if out is None else local_target(out, "--out")
+    console.line(f"Written: {write_report(runs, target, console.line)}")
 
 
 @app.command()
@@ -460,7 +461,7 @@ def doctor(
 
 @app.command()
 def init(
-    to: Annotated[Path, typer.Argument(help="YAML file to write; must not exist.", show_default=False)],
+    to: Annotated[str, typer.Argument(help="YAML file to write; must not exist.", show_default=False)],
     size: Annotated[str | None, typer.Option(help="Parameters, such as 350M.")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="Number of GPUs; 0 trains on the CPU.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Kind of GPU, such as H100; by default this machine's.")] = None,
@@ -472,7 +473,7 @@ def init(
     from launcher.commands.init import InitOptions, write_configuration
 
     options = InitOptions(size=size, tokens=tokens, gpus=gpus, gpu=gpu, data=data, engine=engine)
-    write_configuration(to, options, Console(silent=False))
+    write_configuration(local_target(to, "TO"), options, Console(silent=False))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,10 @@ def write_configuration(to: Path, options: InitOptions, console: Console) -> Non
     with new_file(to) as building:
         building.write_text(text)
     console.line(f"Written: {to}, a model of {human_count(num_parameters(config.model))} parameters. Next:")
-    console.line(f"  tritrain plan {to} --ranks {wish.num_ranks}")
+    written = shlex.quote(str(to))
+    console.line(f"  tritrain plan {written} --ranks {wish.num_ranks}")
     starter = " --with deepspeed" if answers.engine == "deepspeed" else ""
-    console.line(f"  tritrain train {to} --ranks {wish.num_ranks}{starter}")
+    console.line(f"  tritrain train {written} --ranks {wish.num_ranks}{starter}")
 
 
 def answered(options: InitOptions) -> Answers:

@@ -17,8 +17,9 @@ from pydantic import TypeAdapter
 
 from data.pointers import pointer_problem
 from data.urls import url_problem
+from launcher.config.advice import suggestion
 from launcher.config.automatic import with_former_defaults
-from launcher.config.parts import parse_part, suggestion
+from launcher.config.parts import parse_part
 from launcher.config.rules import spanning_problems, starting_problems
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
@@ -204,7 +205,11 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
     """
     sections = {part.name: part for part in fields(Config)}
     types = typing.get_type_hints(Config)
-    problems = {str(key): f"unknown section{suggestion(str(key), Config)}" for key in tree if key not in sections}
+    problems = {
+        str(key): f"unknown section{suggestion(str(key), (), Config, is_section=isinstance(value, dict))}"
+        for key, value in tree.items()
+        if key not in sections
+    }
     parts: dict[str, Any] = {}
     expanded = expand_presets(with_former_defaults(tree) if stored else tree)
     for name, section in sections.items():

@@ -4,22 +4,18 @@ pydantic reads the dataclasses and reports each value that does not fit. What it
 what was given, and what would be right.
 """
 
-import difflib
 import functools
 import json
-import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from launcher.config.aliases import ALIASES
+from launcher.config.advice import explain, owner_at
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import ScheduleConfig
 from launcher.config.sections import (
     CheckpointConfig,
-    Config,
     EvaluationConfig,
     OutlierConfig,
     PhaseConfig,
@@ -82,7 +78,7 @@ def parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
                 if detail["type"] == "int_type" and _make_whole(tree, location):
                     is_mended = True
                     continue
-                for problem, reason, needed in _reasons(detail, kind, location, where):
+                for problem, reason, needed in _reasons(detail, kind, location, path):
                     if left_out.isdisjoint((problem, *needed)):
                         problems.setdefault(problem, reason)
                 if not detail["type"].startswith("missing") and _remove(tree, location):
@@ -108,18 +104,26 @@ def _by_location(error: ValidationError, kind: Any) -> dict[tuple[str, ...], Any
 def _is_section(kind: Any, location: Sequence[str]) -> bool:
     """Return whether a section, not a value, is at ``location`` under the type ``kind``."""
     try:
-        _owner(kind, location)
+        owner_at(kind, location)
     except StopIteration:
         return False
     return True
 
 
-def _reasons(detail: Any, kind: Any, location: tuple[str, ...], where: str) -> Iterator[tuple[str, str, list[str]]]:
-    """The problems in one of pydantic's errors: each its path, what is wrong, and the paths that it depends on too."""
+def _reasons(detail: Any, kind: Any, location: tuple[str, ...], path: str) -> Iterator[tuple[str, str, list[str]]]:
+    """The problems in one of pydantic's errors: each its path, what is wrong, and the paths that it depends on too.
+
+    Args:
+        detail: the error.
+        kind: type of the part that it is in.
+        location: its keys below that part.
+        path: of the part.
+    """
+    where = ".".join((path, *location))
     if detail["type"] != "value_error":
-        yield where, _explain(detail, kind, location), []
+        yield where, explain(detail, kind, location, path), []
         return
-    judged_by = JUDGED_BY.get(_owner(kind, location), {})
+    judged_by = JUDGED_BY.get(owner_at(kind, location), {})
     for key, reason in detail["ctx"]["error"].args[0].items():
         yield f"{where}.{key}", reason, [f"{where}.{other}" for other in judged_by.get(key, ())]
 
@@ -144,54 +148,3 @@ def _remove(tree: Any, location: tuple[str, ...]) -> bool:
         del tree[location[-1]]
         return True
     return False
-
-
-def _explain(detail: Any, kind: Any, location: tuple[str, ...]) -> str:
-    match detail["type"]:
-        case "unexpected_keyword_argument":
-            return f"unknown key{suggestion(location[-1], _owner(kind, location[:-1]))}"
-        case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return "is missing"
-        case "dataclass_type":
-            return f"is {_as_yaml(detail['input'])}; {_section_advice(detail['input'], _owner(kind, location))}"
-        case _:
-            return f"is {detail['input']!r}; {detail['msg'].replace('Input should be', 'must be')}"
-
-
-def _as_yaml(value: Any) -> str:
-    return "null" if value is None else repr(value)
-
-
-def _section_advice(value: Any, section: Any) -> str:
-    """What to write where a section is given as one value: a shape, a preset or nothing."""
-    if value is None:
-        return "leave it out for its defaults, or write a mapping of keys"
-    for name, options in typing.get_type_hints(section).items():
-        if any(value in typing.get_args(option) for option in (options, *typing.get_args(options))):
-            return f"must be a mapping of keys; write {{{name}: {value}}}"
-    return "must be a mapping of keys"
-
-
-def _owner(kind: Any, location: Sequence[str]) -> Any:
-    """The dataclass at ``location`` under the type ``kind``."""
-    for key in location:
-        kind = typing.get_args(kind)[0] if key.isdecimal() else typing.get_type_hints(_dataclass_of(kind))[key]
-    return _dataclass_of(kind)
-
-
-def _dataclass_of(kind: Any) -> Any:
-    return next(option for option in (kind, *typing.get_args(kind)) if is_dataclass(option))
-
-
-def suggestion(key: str, owner: Any) -> str:
-    """What an unknown key of a dataclass may have been meant for, to follow a message that it is unknown."""
-    names = [part.name for part in fields(owner)]
-    if key not in names and (ours := ALIASES.get(key.lower())) is not None:
-        return f"; did you mean {ours}?"
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]}?"
-    for section, kind in typing.get_type_hints(Config).items():
-        if is_dataclass(kind) and key in (part.name for part in fields(kind)):
-            return f"; did you mean {section}.{key}?"
-    return f"; choose one of {', '.join(names)}"

@@ -41,13 +41,18 @@ def local_problem(text: str) -> str | None:
     """Say what is wrong with a path that must be on this machine's file systems; None if nothing is."""
     if "://" in text:
         return f"{text!r} is a URL; give a folder on this machine's file systems"
-    return home_problem(text)
+    return mistaken_path(text)
 
 
-def home_problem(text: str) -> str | None:
-    """Say what is wrong with a path that begins with `~`, which the shell replaces only at the beginning of a word."""
+def mistaken_path(text: str) -> str | None:
+    """Say what is wrong with a path that is meant as another; None if nothing is.
+
+    It begins with `~`, which the shell replaces only at the beginning of a word, or is a URL that lacks a slash.
+    """
     if text.startswith("~/"):
         return f"{text!r} would be a folder named '~'; write {str(Path.home() / text[2:])!r}"
+    if scheme := re.match(r"([a-z][a-z0-9]+):/(?!/)", text):
+        return f"{text!r} would be a folder named '{scheme[1]}:'; a URL begins with '{scheme[1]}://'"
     return None
 
 
@@ -91,10 +96,10 @@ def sequences_fit_the_model(model: ModelConfig, data: DataConfig) -> Problems:
 
 def data_paths_name_no_home(data: DataConfig) -> Problems:
     """No shell replaces a `~` in the paths of the data."""
-    if problem := home_problem(data.cache or ""):
+    if problem := mistaken_path(data.cache or ""):
         yield "data.cache", problem
     for index, source in enumerate(data.sources):
-        if problem := home_problem(source.path):
+        if problem := mistaken_path(source.path):
             yield f"data.sources.{index}.path", problem
 
 

@@ -16,7 +16,7 @@ from data.urls import url_problem
 from eval.tasks import choose_tasks
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
-from launcher.config.rules import home_problem, local_problem, spanning_problems
+from launcher.config.rules import local_problem, mistaken_path, spanning_problems
 from launcher.config.strict import STRICT
 from launcher.config.transition import TransitionConfig
 from model.config import DistillationConfig, ModelConfig
@@ -115,6 +115,11 @@ class RunConfig:
     def path(self) -> Path:
         """The run's folder."""
         return Path(self.folder) if self.folder else Path("runs") / self.name
+
+    @property
+    def key_of_path(self) -> str:
+        """The key to change for another run, in another folder."""
+        return "run.folder" if self.folder else "run.name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +240,7 @@ class CheckpointConfig:
         if self.keep_last < 0 or self.keep_last == 1:
             problems["keep_last"] = f"is {self.keep_last}; 0 (keep all) or at least 2, so that one is always complete"
         for name in ("folder", "start_from"):
-            if problem := url_problem(getattr(self, name) or "") or home_problem(getattr(self, name) or ""):
+            if problem := url_problem(getattr(self, name) or "") or mistaken_path(getattr(self, name) or ""):
                 problems[name] = problem
         problems |= _at_least(self, "start_phase", 0)
         if self.start_phase and self.start_from is None:

@@ -5,6 +5,7 @@ then happens when the run starts, by the same code as inside a run, so that both
 why converting one of our own checkpoints costs nothing: its files are immutable, and the new checkpoint links to them.
 """
 
+import shutil
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
@@ -95,6 +96,7 @@ def course_of_conversion(config: Config, source: Source) -> Course:
     with reaching(folder.checkpoints):
         if complete_checkpoints(folder.checkpoints):
             raise ConfigError(f"{folder.checkpoints}: already holds checkpoints; convert to another folder")
+    folder.check_new()
     folder.check_configuration()
     check_start(source, course)
     return course
@@ -127,7 +129,17 @@ def convert_to_run(config: Config, source: Source) -> Path:
 
 
 def _write_run(course: Course, folder: RunFolder, source: Source, tokenizer: Path | None) -> Path:
-    folder.claim()
+    try:
+        with reaching(folder.path):
+            folder.claim()
+        return _write_claimed(course, folder, source, tokenizer)
+    except BaseException:
+        if folder.is_of_first_start():
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
+def _write_claimed(course: Course, folder: RunFolder, source: Source, tokenizer: Path | None) -> Path:
     course_of_conversion(course.config, source)  # another process may have converted into it meanwhile
     folder.prepare([phase.end - phase.start for phase in course.phases])
     at = first_progress(course)

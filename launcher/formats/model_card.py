@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from launcher.config.sections import Config
 from launcher.formats.opened import Exportable
 from launcher.plan.course import make_course
 from launcher.process.console import human_count
-from launcher.run.metrics_log import read_metrics
+from launcher.run.requeue import read_lines
 from launcher.run.scores import RESULTS, TASK_COLUMNS, results_of, table_of
 from model.size import num_linear_parameters, num_parameters
 
@@ -103,21 +104,22 @@ def _prepared(path: str) -> list[str]:
 
 
 def _measured(exportable: Exportable) -> list[str]:
-    """The last measurements up to the checkpoint, and its scores in tasks."""
+    """The last measurements up to the checkpoint, and its scores in tasks; damaged files and lines are left out."""
     assert isinstance(exportable.source, CheckpointReader)
     if exportable.run is None:
         return []
     step = exportable.source.manifest.step
-    rows = [row for row in read_metrics(exportable.run / "metrics.jsonl") if row["step"] <= step]
+    rows = [row for row in read_lines(exportable.run / "metrics.jsonl", "step") if row["step"] <= step]
     found = [
         [unit, f"{last[key]:.4f}", f"{last['step']:,}"]
         for key, unit in LAST.items()
-        if (last := next((row for row in reversed(rows) if row.get(key) is not None), None))
+        if (last := next((row for row in reversed(rows) if isinstance(row.get(key), int | float)), None))
     ]
     lines = ["Last measured:", "", *_table(["", "", "after step"], found)] if found else []
     digest = exportable.source.manifest.digest
-    if scores := results_of(exportable.run / RESULTS, digest):
-        lines += ["Tasks, by `tritrain eval`:", "", *_table(TASK_COLUMNS, table_of(scores))]
+    with suppress(DataError):
+        if scores := results_of(exportable.run / RESULTS, digest):
+            lines += ["Tasks, by `tritrain eval`:", "", *_table(TASK_COLUMNS, table_of(scores))]
     return lines
 
 

@@ -1,5 +1,7 @@
 """Show the results at the end of a run: a short table, a sample, and the next commands."""
 
+import shlex
+
 from launcher.process.console import Console, human_count
 from launcher.report.page import write_report
 from launcher.report.summary import (
@@ -88,8 +90,11 @@ def show_next(folder: RunFolder, console: Console) -> None:
     """Say what can be done with a complete run."""
     console.line("Next:")
     console.line("  compare it with another run:")
-    console.line(f"    tritrain report {folder.path} OTHER_RUN --out compared.html")
+    run = shlex.quote(str(folder.path))
+    console.line(f"    tritrain report {run} OTHER_RUN --out compared.html")
     console.line("  look at every curve:")
-    console.line(f"    tensorboard --logdir {folder.path}")
-    console.line("  begin another run with its weights:")
-    console.line(f"    tritrain train CONFIG run.name=NEW checkpoint.start_from={folder.newest_checkpoint()}")
+    console.line(f"    tensorboard --logdir {run}")
+    if (newest := folder.newest_checkpoint()) is not None:
+        console.line("  begin another run with its weights:")
+        start_from = shlex.quote(f"checkpoint.start_from={newest}")
+        console.line(f"    tritrain train CONFIG {folder.config.run.key_of_path}=NEW {start_from}")

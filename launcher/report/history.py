@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 
 from launcher.errors import LogError
 from launcher.run.level import curve_of, level_at, middles, noise_of_a_step
-from launcher.run.metrics_log import numbered_rows
+from launcher.run.metrics_log import ROW, numbered_rows
 from launcher.run.recovery import NUM_LOSSES, LoggedLoss, Transition, measure
 
 LOSS, BITS_PER_BYTE = "train/loss", "validation/bits_per_byte"
+
+MOST = 2**1000
+"""Integers of JSON beyond it are no measurements, and no float can hold them."""
 
 NUM_LEVELS = 150
 """Most places of a phase at which a curve's level is drawn."""
@@ -112,10 +115,15 @@ def read_history(path: Path, name: str) -> History:
     begins: dict[int, tuple[int, int]] = {}  # phase -> step, tokens
     looks: list[tuple[int, int, int, dict[str, Any]]] = []  # step, tokens, phase, figures by layer
     for line_number, row in numbered_rows(path):
-        try:
-            step, seen, phase, precision = (row.pop(key) for key in ("step", "tokens", "phase", "precision"))
-        except KeyError as error:
-            raise LogError(f"{path}:{line_number}: the row lacks {error}") from None
+        for key, kind in ROW.items():
+            if key not in row:
+                raise LogError(f"{path}:{line_number}: the row lacks {key!r}")
+            if type(row[key]) is not kind or (kind is int and not 0 <= row[key] < 2**63):
+                raise LogError(f"{path}:{line_number}: {key} is {str(row[key])[:40]!r}, which no run writes")
+        layers = row.get("quant/layers", {})
+        if not (isinstance(layers, dict) and all(isinstance(figures, list) for figures in layers.values())):
+            raise LogError(f"{path}:{line_number}: quant/layers is {str(layers)[:40]!r}, which no run writes")
+        step, seen, phase, precision = (row.pop(key) for key in ROW)
         if steps and (step, phase) < (steps[-1], phases[-1]):
             first = next(n for n in range(len(steps)) if (steps[n], phases[n]) >= (step, phase))
             for rows, values in columns.values():
@@ -133,7 +141,7 @@ def read_history(path: Path, name: str) -> History:
         if "quant/layers" in row:
             looks.append((step, seen, phase, row["quant/layers"]))
         for key, value in row.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST):
                 rows, values = columns.setdefault(key, (array("q"), array("d")))
                 rows.append(len(steps) - 1)
                 values.append(value)

@@ -8,11 +8,12 @@
 
 import csv
 import io
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.new_paths import replace_file
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, LogError
 from launcher.report.page import page_of, picture_of
 from launcher.report.status import find_runs
 from launcher.report.summary import RunSummary, summarize
@@ -40,7 +41,7 @@ def report(folders: Sequence[Path], out: Path | None, say: Callable[[str], None]
     for run in runs:
         try:
             summaries.append(summarize(run))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, LogError) as error:
             if run in folders:
                 raise ConfigError(str(error)) from None
             say(f"Left out: {error}")
@@ -52,7 +53,7 @@ def report(folders: Sequence[Path], out: Path | None, say: Callable[[str], None]
         content = table_of(summaries).encode(errors="replace")
     else:
         content = picture_of(summaries, out.suffix)
-    replace_file(out.resolve(), content)
+    replace_file(Path(os.path.realpath(out)), content)
     return out
 
 

@@ -4,6 +4,7 @@ The report puts one or several runs on a single page that loads nothing from any
 curves. Both work on a run that is still going or was interrupted. The numbers are those of `launcher.report.summary`.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from itertools import zip_longest
@@ -43,7 +44,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         LogError, OSError: a run cannot be read.
     """
     check_target(out)
-    replace_file(out.resolve(), page_of([summarize(run) for run in runs]).encode(errors="replace"))
+    replace_file(Path(os.path.realpath(out)), page_of([summarize(run) for run in runs]).encode(errors="replace"))
 
 
 def write_picture(run: Path, out: Path) -> None:
@@ -53,7 +54,7 @@ def write_picture(run: Path, out: Path) -> None:
         ConfigError, LogError, OSError: as `write_report`.
     """
     check_target(out)
-    replace_file(out.resolve(), picture_of([summarize(run)], out.suffix))
+    replace_file(Path(os.path.realpath(out)), picture_of([summarize(run)], out.suffix))
 
 
 def picture_of(summaries: Sequence[RunSummary], suffix: str) -> bytes:

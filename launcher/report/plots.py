@@ -10,10 +10,11 @@ the page that contains it choose light or dark.
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,26 +123,30 @@ def styled() -> Iterator[None]:
     """Matplotlib's settings while a figure is built and while it is written, for it makes ticks and texts in both."""
     from matplotlib import rc_context
 
-    with rc_context(
-        {
-            "font.family": "sans-serif",
-            "font.sans-serif": ["DejaVu Sans"],
-            "font.size": 9,
-            "axes.edgecolor": LINE,
-            "axes.grid": True,
-            "axes.labelcolor": INK,
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "grid.color": LINE,
-            "grid.linewidth": 0.6,
-            "svg.fonttype": "none",
-            "svg.hashsalt": "tritrain",  # the same figure gives the same bytes
-            "text.color": INK,
-            "text.parse_math": False,  # a run's name may contain dollars
-            "xtick.color": INK,
-            "ytick.color": INK,
-        }
+    with (
+        warnings.catch_warnings(),
+        rc_context(
+            {
+                "font.family": "sans-serif",
+                "font.sans-serif": ["DejaVu Sans"],
+                "font.size": 9,
+                "axes.edgecolor": LINE,
+                "axes.grid": True,
+                "axes.labelcolor": INK,
+                "axes.spines.right": False,
+                "axes.spines.top": False,
+                "grid.color": LINE,
+                "grid.linewidth": 0.6,
+                "svg.fonttype": "none",
+                "svg.hashsalt": "tritrain",  # the same figure gives the same bytes
+                "text.color": INK,
+                "text.parse_math": False,  # a run's name may contain dollars
+                "xtick.color": INK,
+                "ytick.color": INK,
+            }
+        ),
     ):
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in another script
         yield
 
 
@@ -343,6 +348,7 @@ def _mark_phases(axes: "Axes", histories: Sequence[History], with_labels: bool =
     """Shade ternary phases and draw a line at every switch, once if all runs agree, else in each run's color."""
     is_shared = len({tuple(phase.first_tokens for phase in history.phases) for history in histories}) == 1
     end = max(history.phases[-1].last_tokens for history in histories)
+    rows = count()
     for index, history in enumerate(histories[:1] if is_shared else histories):
         color = INK if is_shared else RUN_COLOURS[index % len(RUN_COLOURS)]
         for phase in history.phases:
@@ -360,7 +366,7 @@ def _mark_phases(axes: "Axes", histories: Sequence[History], with_labels: bool =
                 is_left = phase.first_tokens > 0.6 * end
                 axes.annotate(
                     f"{'' if is_shared else f'{index + 1}: '}to {phase.precision} at step {phase.first_step:,}",
-                    xy=(phase.first_tokens, 0.98 - (0 if is_shared else 0.06 * index)),
+                    xy=(phase.first_tokens, 0.98 - 0.06 * next(rows)),
                     xycoords=("data", "axes fraction"),
                     xytext=(-4 if is_left else 4, 0),
                     textcoords="offset points",

@@ -27,6 +27,20 @@ from launcher.run.requeue import read_lines
 
 THROUGHPUT = "throughput/tokens_per_second"
 
+CONFIG_KINDS: Mapping[str, Any] = {"": dict, "run": dict, "engine": dict, "phase_steps": list, "phase_steps.*": int}
+
+SUMMARY_KINDS: Mapping[str, Any] = {
+    "": dict,
+    "elapsed_seconds": int | float,
+    "num_ranks": int,
+    "num_parameters": int,
+    "num_ternary_parameters": int,
+    "sample": dict,
+    "sample.prompt": str,
+    "sample.completion": str,
+}
+"""The types of what is read, by key; `null` may be anywhere but at the top."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSummary:
@@ -98,30 +112,33 @@ def summarize(run: Path) -> RunSummary:
     for path, what in ((config_path, "it is not a run's folder"), (metrics_path, "the run has logged nothing yet")):
         if not path.is_file():
             raise FileNotFoundError(f"{run} has no {path.name}: {what}")
-    config_text = config_path.read_text(encoding="utf-8")
     try:
+        config_text = config_path.read_text(encoding="utf-8")
         config = parse_yaml(config_text, str(config_path))
     except ConfigError as error:
         raise LogError(str(error)) from None
+    except UnicodeDecodeError as error:
+        raise LogError(f"{config_path}: is not UTF-8 text: {error}") from None
     summary: Any = {}
     if summary_path.is_file():
         try:
             summary = json.loads(summary_path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise LogError(f"{summary_path}: not JSON: {error}") from None
-    for content, path in ((config, config_path), (summary, summary_path)):
-        if not isinstance(content, dict):
-            raise LogError(f"{path}: must hold a mapping of keys, not {str(content)[:40]!r}")
-    name, engine = str(config.get("run", {}).get("name", run.name)), config.get("engine", {})
+    _check(config_path, config, CONFIG_KINDS)
+    _check(summary_path, summary, SUMMARY_KINDS)
+    of_run, engine, planned = (
+        config.get(key, empty) for key, empty in (("run", {}), ("engine", {}), ("phase_steps", []))
+    )
+    name = str(of_run.get("name", run.name))
     history = read_history(metrics_path, name)
-    planned = config.get("phase_steps", [])
     elapsed, skipped = (_last(history, key) for key in ("time/elapsed_seconds", "train/skipped_steps"))
     sample = summary.get("sample") or {}
     starts = _starts(run / "starts.jsonl") or [(0, {"world_size": summary.get("num_ranks")})]
     return RunSummary(
         folder=run,
         name=name,
-        seed=config.get("run", {}).get("seed"),
+        seed=of_run.get("seed"),
         tritrain_version=config.get("tritrain_version"),
         engine=_by_start([(step, _engine_text(start.get("engine") or engine)) for step, start in starts]),
         num_ranks=_by_start([(step, _count_text(start.get("world_size"))) for step, start in starts]),
@@ -140,6 +157,26 @@ def summarize(run: Path) -> RunSummary:
         config_text=config_text,
         history=history,
     )
+
+
+def _check(path: Path, content: Any, kinds: Mapping[str, Any]) -> None:
+    """Raise LogError if a part of a file is of another type than runs write."""
+    for key, kind in kinds.items():
+        found = [content]
+        for part in key.split(".") if key else ():
+            found = [each.get(part) for each in found if each is not None] if part != "*" else [*(found[0] or ())]
+        for value in found:
+            if not isinstance(value, kind) and (value is not None or not key):
+                what = (
+                    "a mapping of keys"
+                    if kind is dict
+                    else "a list"
+                    if kind is list
+                    else "text"
+                    if kind is str
+                    else "a number"
+                )
+                raise LogError(f"{path}: {key and f'{key} '}must hold {what}, not {str(value)[:40]!r}")
 
 
 def verdict(summary: RunSummary) -> str:

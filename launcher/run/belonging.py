@@ -119,8 +119,8 @@ def check_nothing_lost(folder: RunFolder, first_step: int) -> None:
     raise ConfigError(
         f"checkpoint.folder: {folder.checkpoints} has no checkpoint, but {folder.path} is a run that {done}"
         f"{'' if saved is None else f' step {saved}'}; it does not begin anew by itself. Put the checkpoints back, "
-        "or set checkpoint.folder to where they are. To train from the beginning, set run.name to begin another run, "
-        f"or remove {folder.path}."
+        "or set checkpoint.folder to where they are. To train from the beginning, set "
+        f"{folder.config.run.key_of_path} to begin another run, or remove {folder.path}."
     )
 
 
@@ -144,7 +144,7 @@ def check_checkpoint(reader: CheckpointReader, folder: RunFolder, plan: Plan) ->
     if refused:
         lines = [f"{reader.folder} was trained with another configuration than that of {folder.path}:"]
         lines += [change.line(reader.folder.name) for change in refused]
-        raise ConfigError("\n".join([*lines, *note, ways_on(refused)]))
+        raise ConfigError("\n".join([*lines, *note, ways_on(refused, folder.config)]))
     check_position(reader, earlier, plan)
     return [change.line(reader.folder.name) for change in differing] + note if differing else []
 

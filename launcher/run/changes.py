@@ -80,10 +80,13 @@ def is_automatic(key: str, old: Mapping[str, str], new: Mapping[str, str]) -> bo
     return key in AUTOMATIC and json.dumps(AUTO) in (old.get(key), new.get(key))
 
 
-def ways_on(refused: Iterable[Change]) -> str:
+def ways_on(refused: Iterable[Change], now: Config) -> str:
     """Say what a person can do whose run would resume with another configuration."""
     keys = [change.key for change in refused]
-    ways = "Set run.name to begin another run; with checkpoint.start_from=CHECKPOINT it begins with this one's weights."
+    ways = (
+        f"Set {now.run.key_of_path} to begin another run; with checkpoint.start_from=CHECKPOINT it begins with this "
+        "one's weights."
+    )
     if "run.name" not in keys:
         ways += f" To go on in this run with the new values, add 'run.allow_changes=[{', '.join(keys)}]'."
     return ways

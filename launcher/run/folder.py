@@ -49,6 +49,14 @@ from launcher.run.requeue import append_line, read_lines, read_state
 LOCK = "lock"
 
 
+OF_OTHERS = {"manifest.json": "a checkpoint or prepared data", "owner.json": "checkpoints", "config.json": "a model"}
+"""Files that no run has in its folder, and what has them."""
+
+
+REPLACED = (*TOKENIZERS, "metrics.jsonl", "rollbacks.json", "summary.json", "scores.json", "report.html")
+"""Files that a new run replaces or removes."""
+
+
 MOST_VALUES, MOST_CHARS = MAX_YAML_VALUES * 9 // 10, MAX_YAML_CHARS * 9 // 10
 """The largest configuration of a run, which adds an id and the steps of its phases and reads all of it again."""
 
@@ -105,14 +113,50 @@ class RunFolder:
         """Return whether a run has written here, whatever has become of its `config.yaml`."""
         return any((self.path / name).exists() for name in ("state.json", "starts.jsonl", "saves.jsonl"))
 
+    def check_not_of_others(self) -> None:
+        """Check that a run which begins here replaces nothing that is not a run's.
+
+        Raises:
+            ConfigError: it would.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"run.folder: {self.path} is a file, not a folder; choose another run.folder")
+        if self.has_traces() or complete_checkpoints(self.path / "checkpoints"):
+            return
+        there = [name for name in OF_OTHERS if (self.path / name).exists()]
+        if there:
+            raise ConfigError(
+                f"run.folder: {self.path} is the folder of {OF_OTHERS[there[0]]} (it has {there[0]}), not of a run; "
+                "choose another run.folder"
+            )
+        there = [name for name in REPLACED if (self.path / name).exists()]
+        if there and read_tree(self.path / "config.yaml") is None:
+            raise ConfigError(
+                f"run.folder: {self.path} has files that no run wrote and that a run would replace: "
+                f"{', '.join(there)}; choose another run.folder"
+            )
+
+    def check_new(self) -> None:
+        """Check that the folder is one to be made: an unfinished conversion may have left something, and nobody else.
+
+        Raises:
+            ConfigError: it holds something else.
+        """
+        unfinished = (LOCK, "config.yaml", "checkpoints")
+        others = sorted(path.name for path in self.path.glob("*") if path.name not in unfinished)
+        if others and not self.has_traces():
+            more = ", ..." if len(others) > 3 else ""
+            raise ConfigError(f"{self.path}: holds other files ({', '.join(others[:3])}{more}); name a new folder")
+
     def check_configuration(self) -> None:
         """Check that the folder's content belongs to this configuration.
 
         A start that ended before its first step, because a path was wrong, say, has left nothing to go on with.
 
         Raises:
-            ConfigError: lists the keys that differ; or a person wrote the `config.yaml` there.
+            ConfigError: lists the keys that differ; or the folder, or the `config.yaml` there, is not a run's.
         """
+        self.check_not_of_others()
         path = self.path / "config.yaml"
         if not path.exists():
             return
@@ -130,7 +174,7 @@ class RunFolder:
             lines += [change.line(str(self.path)) for change in refused]
             if (before := course_of(there)) is not None:
                 lines += schedule_note(before, make_course(self.config), self.last_saved_step() or 0)
-            raise ConfigError("\n".join([*lines, ways_on(refused)]))
+            raise ConfigError("\n".join([*lines, ways_on(refused, self.config)]))
 
     def claim(self) -> None:
         """Lock the folder for the life of this process, so that no other one trains in it.
@@ -149,7 +193,8 @@ class RunFolder:
                 self._lock.seek(0)
                 raise ConfigError(
                     f"{self.path}: another job trains here ({self._lock.read().strip() or error}); two would overwrite "
-                    "each other's checkpoints. Wait for it or stop it, or set run.name to begin another run."
+                    f"each other's checkpoints. Wait for it or stop it, or set {self.config.run.key_of_path} to begin "
+                    "another run."
                 ) from error
             is_held = is_at(self._lock, lock)  # else the start that had it has failed, and removed the folder
         places = [self.checkpoints, *self.checkpoints.parents] if is_local(self.checkpoints) else []

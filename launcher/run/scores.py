@@ -26,6 +26,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     problem = f"{path}: holds no results of evaluations; name another file with --out"
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise DataError(problem)
     try:
         records = list(json.loads(path.read_bytes())["results"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:

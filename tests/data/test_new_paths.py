@@ -1,7 +1,9 @@
 """New files and folders: complete under their name or not there, whatever happens, and nothing else is touched."""
 
+import errno
 import fcntl
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -368,3 +370,51 @@ def test_a_file_that_need_not_be_durable_waits_for_no_disk(tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waited"))
     replace_file(tmp_path / "beats", "{}", durable=False)
     assert names(tmp_path) == ["beats"]
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+def test_errors_name_what_the_user_named(tmp_path, make):
+    def fail(number: int, name: str) -> None:
+        with make(tmp_path / "made") as building:
+            raise OSError(number, os.strerror(number), *([name.replace("PRIVATE", str(building))] if name else []))
+
+    made = str(tmp_path / "made")
+    for number, name, shown in (
+        (errno.ENOSPC, "", made),
+        (errno.EIO, "PRIVATE/part", f"{made}/part"),
+        (errno.EIO, "/a/source", "/a/source"),
+        (errno.EIO, "", None),  # of reading something, perhaps
+    ):
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+            fail(number, name)
+        assert caught.value.filename == shown
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos 768 vs 662"), OSError("20 requested and 11 written")])
+def test_a_full_disk_is_named_where_a_library_hides_it(tmp_path, monkeypatch, error):
+    """As torch and NumPy do."""
+    with pytest.raises(type(error), match=str(error)), new_file(tmp_path / "made"):
+        raise error
+    room = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result([*room[:4], 0, *room[5:10]]))
+    with pytest.raises(OSError, match="No space left on device") as caught, new_file(tmp_path / "made"):
+        raise error
+    assert caught.value.filename == str(tmp_path / "made")
+    assert names(tmp_path) == []
+
+
+def test_a_lock_on_a_full_disk_is_removed(tmp_path, monkeypatch):
+    def full(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with new_folder(tmp_path / "made"):
+        pass
+    assert names(tmp_path) == ["made"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(TakenError, match="file is a file, not a folder"), new_file(tmp_path / "file" / "made"):
+        pytest.fail("work was done")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -298,3 +299,11 @@ def test_a_data_set_of_a_hub_that_breaks_is_named_with_its_row(tmp_path, monkeyp
     (tmp_path / "hfd" / "b.jsonl").write_bytes(b'{"text": "one", "id": 1}\n{"text": broken\n')
     with pytest.raises(DataError, match=r"hfd:train:\d: `datasets` cannot read this row"):
         read(f"hf:{tmp_path}/hfd:train")
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_compressed_file_of_no_bytes_is_a_failed_download(kind, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / f"b.{kind}").touch()
+    with pytest.raises(DataError, match=re.escape(f"b.{kind}: ")):
+        list(read_documents([str(tmp_path)]))

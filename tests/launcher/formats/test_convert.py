@@ -1,7 +1,9 @@
 """A conversion and a switch inside a run continue with the same bits; and nothing is converted that does not fit."""
 
 import contextlib
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -25,6 +27,7 @@ from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS, Source
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.commands import convert as convert_command
 from launcher.config.file import load_config, to_tree
 from launcher.errors import CheckpointError, ConfigError, UserError
@@ -199,6 +202,57 @@ def test_a_target_is_the_folder_that_was_meant(runs: Path, tmp_path: Path, folde
             with pytest.raises(ConfigError, match="is a URL" if "://" in folder else "would be a folder named '~'"):
                 tritrain(*command)
         assert not list(tmp_path.iterdir())
+
+
+def test_every_command_wants_a_name_for_what_it_writes(runs: Path, tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path):
+        for command in (
+            ("convert", runs / "trunk", "--format", "hf", "--to"),
+            ("export", runs / "trunk", "--format", "hf", "--to"),
+            ("prepare", "python-stdlib", "--tokenizer", "bpe:300", "--out"),
+            ("report", runs / "trunk", "--out"),
+            ("init", "--size", "1M", "--gpus", "0", "--tokens", "1M", "--data", "data"),
+        ):
+            for name, problem in (("", "is empty"), ("~/made", "named '~'"), ("s3:/bucket/made", "named 's3:'")):
+                with pytest.raises(ConfigError, match=problem):
+                    tritrain(*command, name)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_new_run_takes_no_folder_with_other_files(runs: Path, shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path / "unused"))
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(runs / "trunk" / "checkpoints" / "step-00000004", checkpoint)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for folder in ("checkpoint", "mine", "."):
+        with pytest.raises(ConfigError, match=r"holds other files \(.*\); name a new folder"):
+            tritrain("convert", checkpoint, "--to", tmp_path / folder, "--config", config)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_conversion_that_fails_leaves_no_folder(
+    runs: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path / "unused"))
+    source = runs / "trunk" / "checkpoints" / "step-00000004"
+    command = ("convert", source, "--to", tmp_path / "run", "--config", config)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for part, name in ((CheckpointWriter, "finish"), (os, "fsync")):  # the latter of the lock
+        with monkeypatch.context() as patched:
+            patched.setattr(part, name, full)
+            with pytest.raises(CheckpointError, match=r"run.*No space left"):
+                tritrain(*command)
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # as a killed conversion leaves it
+    for name in ("lock", "config.yaml"):
+        (tmp_path / "run" / name).write_text("" if name == "lock" else "tritrain_version: 0.1.0\n")
+    tritrain(*command)
+    assert complete_checkpoints(tmp_path / "run" / "checkpoints")
 
 
 def test_a_ternary_run_returns_to_16_bits(runs: Path, shards: Path, tmp_path: Path) -> None:

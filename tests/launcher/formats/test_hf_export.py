@@ -240,6 +240,20 @@ def test_a_run_becomes_a_folder_that_writes_the_same_text(transformers, run, sha
     assert HuggingFaceSource(tmp_path / "hf").is_packed
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\n", b"[1]\n", b'{"a": 1}\n', b'{"step": 8, "train/loss": "x"}\n', b"[" * 10**5]
+)
+def test_damaged_measurements_stop_no_export(run, tmp_path, content):
+    folder, _ = run()
+    for name in ("metrics.jsonl", "scores.json"):
+        (folder / name).write_bytes(content)
+    tritrain("export", folder, "--to", tmp_path / "hf", "--format", "hf-ternary")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "# tiny" in card
+    assert "Last measured" not in card
+    assert "Tasks, by" not in card
+
+
 def test_16_bit_exports(transformers, run, tmp_path):
     folder, model = run(quantization={"hadamard": "all", "granularity": "row"})
     checkpoint = folder / "checkpoints" / "step-00000008"

@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -114,3 +115,18 @@ def test_a_link_is_followed_and_permissions_are_kept(run, tmp_path):
         assert (tmp_path / f"link.{suffix}").is_symlink()
         assert (tmp_path / f"new.{suffix}").stat().st_size
         assert stat.S_IMODE((tmp_path / f"new.{suffix}").stat().st_mode) == 0o640
+
+
+def test_a_damaged_run_of_a_folder_is_left_out_by_name(run, tmp_path):
+    shutil.copytree(run, tmp_path / "runs" / "damaged")
+    (tmp_path / "runs" / "damaged" / "metrics.jsonl").write_text("[1]\n")
+    _, said = written([tmp_path / "runs"], tmp_path / "r.csv")
+    assert [line for line in said if "damaged" in line and line.startswith("Left out: ")]
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:1: a row must be a JSON object"):
+        written([tmp_path / "runs" / "damaged"], tmp_path / "r.csv")
+
+
+def test_a_link_to_itself_is_named(run, tmp_path):
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    written([run], tmp_path / "loop.csv")
+    assert (tmp_path / "loop.csv").is_file()

@@ -199,6 +199,31 @@ def test_a_page_fits_a_phone(tmp_path):
     assert {"loss-narrow-raw-0", "loss-raw-0"} <= set(page.ids)
 
 
+def test_numbers_break_at_spaces_alone_on_a_phone(tmp_path):
+    """Beside a long name a value would else be one letter wide; a word that does not fit a line still breaks."""
+    write_report([make_run(tmp_path / "a", phase_steps=(20, 20))], tmp_path / "report.html")
+    phone = (tmp_path / "report.html").read_text().partition("@media screen and (max-width: 40rem)")[2]
+    rules = dict(re.findall(r"^  ([^{]+) \{ (.*) \}$", phone.partition("\n}")[0], re.MULTILINE))
+    assert "overflow-wrap: break-word" in rules["th, td"]
+    assert [rule for rule, text in rules.items() if "anywhere" in text] == ["td[data-column]::before"]
+
+
+def test_marks_of_switches_that_are_close_do_not_cover_each_other(tmp_path):
+    run = summarize(make_run(tmp_path / "a", phase_steps=(20, 2, 20)))
+    figure = loss_figure([run.history])
+    heights = [text.xy[1] for text in figure.axes[0].texts]
+    assert len(heights) == 2
+    assert abs(heights[0] - heights[1]) > 0.05
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_in_any_script_is_drawn_without_a_warning(tmp_path):
+    run = make_run(tmp_path / "a", name="\u8a9e-\u0440\u0443\u0441", phase_steps=(4, 4))
+    write_report([run], tmp_path / "report.html")
+    write_picture(run, tmp_path / "picture.png")
+    assert "\u8a9e-\u0440\u0443\u0441" in (tmp_path / "report.html").read_text()
+
+
 def test_the_picture_is_a_png(tmp_path):
     write_picture(make_run(tmp_path / "run", name="$1 & <2>"), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

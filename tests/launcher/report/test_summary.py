@@ -158,3 +158,28 @@ def test_a_file_of_a_run_that_holds_no_mapping_is_named(tmp_path, name):
     (run / name).write_text("[1, 2]\n")
     with pytest.raises(LogError, match=re.escape(f"{run / name}: must hold a mapping")):
         summarize(run)
+
+
+WRONG = {
+    "config.yaml": ["\xff", "run: 5", "engine: [a]", "phase_steps: x", "phase_steps: [4, x]", "run: [", "5"],
+    "summary.json": ['{"sample": 5}', '{"sample": {"prompt": 5}}', '{"elapsed_seconds": "x"}', '{"num_ranks": "x"}'],
+    "metrics.jsonl": [
+        f'{{"step": 1, "tokens": 1, "phase": 0, "precision": "16-bit"{more}}}\n'
+        for more in (', "step": "x"', ', "step": 1e400', ', "tokens": null', f', "phase": {10**30}', ', "phase": -1',
+                     ', "precision": 5', ', "quant/layers": 5', ', "quant/layers": {"flips": 5}')
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_files_with_values_of_other_types_are_named(tmp_path, name):
+    run = make_run(tmp_path / "run", phase_steps=(4, 4))
+    for content in WRONG[name]:
+        (run / name).write_bytes(content.encode("latin-1"))
+        with pytest.raises(LogError, match=re.escape(str(run / name))):
+            summarize(run)
+
+
+def test_a_number_that_no_float_holds_is_no_measurement(tmp_path):
+    rows = [{"step": step, "train/loss": 10**400 if step == 2 else 1.0} for step in (1, 2, 3)]
+    assert read_history(rows_of(tmp_path / "metrics.jsonl", *rows), "x").series["train/loss"].steps.tolist() == [1, 3]

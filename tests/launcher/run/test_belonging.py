@@ -96,7 +96,7 @@ def test_a_run_keeps_the_configuration_of_its_checkpoint(refused: tuple[Path, di
     told = refused[1][spoil]
     assert told.startswith("ConfigError: "), told
     assert "  optimizer.learning_rate: 0.003 in step-00000003, 0.0001 now\n" in told
-    assert "Set run.name to begin another run" in told
+    assert "Set run.folder to begin another run" in told
     assert told.endswith("add 'run.allow_changes=[optimizer.learning_rate]'.")
     assert list(losses(refused[0] / spoil)) == [1, 2, 3]
 

@@ -182,3 +182,64 @@ def test_a_runs_own_configuration_leads_to_it_or_is_refused(tmp_path: Path) -> N
     elsewhere = tmp_path / "config.yaml"
     moved.rename(elsewhere)
     check_place(elsewhere, [], config)
+
+
+OF_OTHERS = {
+    "manifest.json": "is the folder of a checkpoint or prepared data",
+    "owner.json": "is the folder of checkpoints",
+    "config.json": "is the folder of a model",
+    "tokenizer.json": "has files that no run wrote and that a run would replace: tokenizer.json",
+    "metrics.jsonl": "has files that no run wrote and that a run would replace: metrics.jsonl",
+    "report.html": "has files that no run wrote and that a run would replace: report.html",
+}
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"^run.folder: .*corpus\.jsonl is a file, not a folder"):
+        RunFolder(tiny_config(Path("shards"), tmp_path / "corpus.jsonl")).check_configuration()
+
+
+@pytest.mark.parametrize("key", ["run.folder", "run.name"])
+def test_the_way_to_another_run_is_one_that_leads_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree = to_tree(tiny_config(Path("shards"), Path("run")))
+    tree["run"]["folder"] = "run" if key == "run.folder" else None
+    folder = RunFolder(parse_config(tree))
+    folder.prepare([4, 4])
+    folder.note_start(0, 1)
+    tree["optimizer"]["learning_rate"] = 1e-3
+    with pytest.raises(ConfigError, match=f"Set {key} to begin another run"):
+        RunFolder(parse_config(tree)).check_configuration()
+    tree["run"][key.partition(".")[2]] = "another"
+    RunFolder(parse_config(tree)).check_configuration()
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_a_run_begins_in_no_folder_of_others(tmp_path: Path, name: str) -> None:
+    folder = RunFolder(tiny_config(Path("shards"), tmp_path))
+    folder.check_configuration()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "job-17.out").touch()
+    folder.check_configuration()
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=OF_OTHERS[name]):
+        folder.check_configuration()
+    folder.write_state("failed")  # a run has been here
+    folder.check_configuration()
+    (tmp_path / "state.json").unlink()
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000004" / "manifest.json").touch()
+    folder.check_configuration()  # one that has lost all but its checkpoints
+
+
+@pytest.mark.parametrize("there", [[], ["lock"], ["config.yaml", "lock"]])
+def test_a_folder_is_new_if_it_holds_no_more_than_a_lock_once_that_is_held(tmp_path: Path, there: list[str]) -> None:
+    """Looked at before, it might be filled by another process in between, and then be removed."""
+    for name in there:
+        (tmp_path / name).touch()
+    folder = RunFolder(tiny_config(Path("shards"), tmp_path))
+    folder.claim()
+    assert folder.is_of_first_start() == ("config.yaml" not in there)

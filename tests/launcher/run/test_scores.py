@@ -1,9 +1,13 @@
 """Results of tasks, as they are shown."""
 
 import json
+import os
 from pathlib import Path
 
-from launcher.run.scores import results_of, table_of
+import pytest
+
+from data.errors import DataError
+from launcher.run.scores import read_results, results_of, table_of
 
 
 def record(
@@ -30,3 +34,11 @@ def test_a_single_example_has_no_error() -> None:
         ["copa", "1", "acc", "100.0", "1.000"],
         ["cb", "56", "acc", "25.0 ± 1.0", "0.250 ± 0.010"],
     ]
+
+
+def test_results_are_read_from_files_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # to read it would wait for a writer
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(DataError, match=f"{name}: holds no results of evaluations"):
+            read_results(tmp_path / name)

@@ -1,0 +1,95 @@
+"""Say what would be right in place of a wrong key or value: a key that may be meant, or a value to write."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from launcher.config.aliases import ALIASES, ALIASES_IN_SECTION, SECTION_ALIASES
+from launcher.config.sections import Config
+
+
+def explain(detail: Any, kind: Any, location: tuple[str, ...], path: str) -> str:
+    """What is wrong with a value, and what would be right.
+
+    Args:
+        detail: one of pydantic's errors.
+        kind: type of the part that it is in.
+        location: its keys below that part.
+        path: of the part.
+    """
+    match detail["type"]:
+        case "unexpected_keyword_argument":
+            return f"unknown key{suggestion(location[-1], (path, *location[:-1]), owner_at(kind, location[:-1]))}"
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+            return "is missing"
+        case "dataclass_type":
+            return f"is {_as_yaml(detail['input'])}; {_section_advice(detail['input'], owner_at(kind, location))}"
+        case "tuple_type":
+            value = detail["input"]
+            write = f"; write [{value}]" if isinstance(value, str | int | float) else ""
+            return f"is {_as_yaml(value)}; must be a list{write}"
+        case "too_long":
+            return f"is {detail['input']!r}; must be a list of {detail['ctx']['max_length']}"
+        case "dict_type":
+            return f"is {_as_yaml(detail['input'])}; must be a mapping of keys"
+        case _:
+            return f"is {detail['input']!r}; {detail['msg'].replace('Input should be', 'must be')}"
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _section_advice(value: Any, section: Any) -> str:
+    """What to write where a section is given as one value: a shape, a preset, a path or nothing."""
+    required = [part for part in fields(section) if part.default is dataclasses.MISSING]
+    if value is None:
+        return "must be a mapping of keys" if required else "leave it out for its defaults, or write a mapping of keys"
+    if not isinstance(value, str):
+        return "must be a mapping of keys"
+    kinds = typing.get_type_hints(section)
+    for name, kind in kinds.items():
+        options = [choice for option in (kind, *typing.get_args(kind)) for choice in typing.get_args(option)]
+        for choice in options:
+            if isinstance(choice, str) and choice.startswith(value.lower()):
+                return f"must be a mapping of keys; write {{{name}: {choice}}}"
+    if required and kinds[required[0].name] is str:
+        return f"must be a mapping of keys; write {{{required[0].name}: {value}}}"
+    return "must be a mapping of keys"
+
+
+def owner_at(kind: Any, location: Sequence[str]) -> Any:
+    """The dataclass at ``location`` under the type ``kind``."""
+    for key in location:
+        kind = typing.get_args(kind)[0] if key.isdecimal() else typing.get_type_hints(_dataclass_of(kind))[key]
+    return _dataclass_of(kind)
+
+
+def _dataclass_of(kind: Any) -> Any:
+    return next(option for option in (kind, *typing.get_args(kind)) if is_dataclass(option))
+
+
+def suggestion(key: str, place: Sequence[str], owner: Any, *, is_section: bool = False) -> str:
+    """What may have been meant by an unknown key.
+
+    Args:
+        key: the key.
+        place: the keys that lead to it.
+        owner: the dataclass that does not have it.
+        is_section: whether it was given as a mapping.
+    """
+    names = [part.name for part in fields(owner)]
+    if is_section and (section := SECTION_ALIASES.get(key.lower())):
+        return f"; did you mean {section}?"
+    section = ".".join("N" if part.isdecimal() else part for part in place)
+    meant = ALIASES_IN_SECTION.get((section, key.lower())) or ALIASES.get(key.lower())
+    if meant is not None:
+        return f"; did you mean {meant.replace('N', place[1]) if len(place) > 1 else meant}?"
+    for other, kind in typing.get_type_hints(Config).items():
+        if key != "name" and is_dataclass(kind) and key in (part.name for part in fields(kind)):
+            return f"; did you mean {other}.{key}?"
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(names)}"
