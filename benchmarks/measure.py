@@ -37,14 +37,28 @@ def seconds_of(run: Callable[[], object], device: torch.device | None = None) ->
     return time.perf_counter() - start
 
 
+def processor_seconds_of(run: Callable[[], object]) -> float:
+    """Seconds of this process's threads in one call."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def interleaved(
-    variants: dict[str, Callable[[], object]], repeats: int, device: torch.device | None = None
+    variants: dict[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device | None = None,
+    *,
+    of_process: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of every variant, taken in turns, so that a slow moment of the machine falls on all of them."""
+    """Seconds of every variant, taken in turns, so that a slow moment of the machine falls on all of them.
+
+    With ``of_process`` they are seconds of this process's threads, which other programs on the machine do not lengthen.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
-            seconds[name].append(seconds_of(run, device))
+            seconds[name].append(processor_seconds_of(run) if of_process else seconds_of(run, device))
     return seconds
 
 

@@ -4,9 +4,9 @@ A small model is trained on real English in 16 bits. From its checkpoint each re
 full strength from the first, with the same learning rates, once for each seed; a seed is an order of the data. The loss
 is that of held-out text at the end.
 
-    python benchmarks/quantizers.py --data FOLDER [--out docs/images/quantizers.png] [--steps 150] [--seeds 3]
+    python benchmarks/quantizers.py --data FOLDER [--compare quantizers|backward] [--steps 150] [--seeds 3]
 
-FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a "text" in every line.
+`backward` compares the backward passes of one recipe. FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a "text" in every line.
 """
 
 import argparse
@@ -58,6 +58,15 @@ RECIPES: dict[str, dict[str, Any] | None] = {
     "2 bits, gaussian": {"levels": "int2", "weights": "gaussian"},
     "4 bits, gaussian": {"levels": "int4", "weights": "gaussian"},
 }
+COMPARED: dict[str, dict[str, dict[str, Any] | None]] = {
+    "quantizers": RECIPES,
+    "backward": {
+        BASELINE: None,
+        "exact": {},
+        "int8-input": {"backward": "int8-input"},
+        "int8": {"backward": "int8"},
+    },
+}
 MODEL = {"vocab_size": 1024, "hidden_size": 128, "num_layers": 3, "num_heads": 4, "intermediate_size": 384}
 TRUNK_STEPS = 1000
 
@@ -65,7 +74,7 @@ TRUNK_STEPS = 1000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("docs/images/quantizers.png"))
+    parser.add_argument("--compare", choices=COMPARED, default="quantizers")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -76,7 +85,8 @@ def main() -> None:
         held_out, continued = run(trunk)
         dist.destroy_process_group()
         source = str(folder_of(RunFolder(trunk).checkpoints, TRUNK_STEPS))
-        losses: dict[str, list[float]] = {name: [] for name in RECIPES}
+        recipes = COMPARED[options.compare]
+        losses: dict[str, list[float]] = {name: [] for name in recipes}
         # A process for each seed: `streaming` keeps the shared memory of every data set open.
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             tasks = [(options, folder, source, seed) for seed in range(options.seeds)]
@@ -84,7 +94,7 @@ def main() -> None:
                 for name, loss in found.items():
                     losses[name].append(loss)
         losses[BASELINE].insert(0, continued)
-        errors = {name: on_weights(source, keys) for name, keys in RECIPES.items() if keys is not None}
+        errors = {name: on_weights(source, keys) for name, keys in recipes.items() if keys is not None}
     numbers = {
         name: {
             "loss": round(statistics.mean(values), 4),
@@ -111,15 +121,15 @@ def main() -> None:
         "| recipe | squared error at the switch, relative | zeros at the switch | held-out loss, mean | range |\n"
         "| --- | --- | --- | --- | --- |\n" + "\n".join(rows)
     )
-    report("quantizers", text, numbers)
-    draw(losses, options.out)
+    report(options.compare, text, numbers)
+    draw(losses, Path(f"docs/images/{options.compare}.png"))
 
 
 def losses_of_seed(options: argparse.Namespace, folder: Path, source: str, seed: int) -> dict[str, float]:
     """The loss of each recipe; the trunk itself goes on in 16 bits with seed 0."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     losses = {}
-    for number, (name, quantization) in enumerate(RECIPES.items()):
+    for number, (name, quantization) in enumerate(COMPARED[options.compare].items()):
         if name != BASELINE or seed:
             config = config_of(options, folder, f"{number}-{seed}", quantization, seed, source)
             losses[name] = run(config)[-1]
@@ -213,9 +223,9 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     order = sorted(losses, key=lambda name: -statistics.mean(losses[name]))
-    figure, axes = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.22 * len(order)), layout="constrained")
     for height, name in enumerate(order):
-        color = "#57606a" if "bits" in name or "binary" in name else "#0072b2"
+        color = "#57606a" if name == BASELINE or "bits" in name or "binary" in name else "#0072b2"
         axes.plot(losses[name], [height] * len(losses[name]), "o", color=color, alpha=0.55, markersize=5)
         axes.plot([statistics.mean(losses[name])], [height], "|", color=color, markersize=16, markeredgewidth=2)
     axes.set_yticks(range(len(order)), order)
