@@ -6,7 +6,8 @@ is that of held-out text at the end.
 
     python benchmarks/quantizers.py --data FOLDER [--compare quantizers|backward] [--steps 150] [--seeds 3]
 
-`backward` compares the backward passes of one recipe. FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a "text" in every line.
+`backward` compares the backward passes of one recipe. FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a
+"text" in every line.
 """
 
 import argparse
