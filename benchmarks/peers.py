@@ -152,7 +152,8 @@ def step_of(name: str, shape: ModelConfig, num_tokens: int, dtype: torch.dtype, 
     run()
     before = compiling.num_calls
     run()
-    return Step(run, saved_bytes(block, forward, x), compiling.num_calls - before)
+    graph_calls = compiling.num_calls - before
+    return Step(run, saved_bytes(block, forward, x), graph_calls)
 
 
 def saved_bytes(block: nn.Module, forward: Callable[[], Tensor], x: Tensor) -> int:

@@ -47,14 +47,14 @@ class _Remembered(NamedTuple):
 
 
 class GatheredCodes(HeldCodes):
-    """Packed codes of a whole weight, of which each rank has made its own rows.
+    """Codes of a whole weight, of which each rank has made its own rows.
 
     Args:
         out_features: rows of the whole weight.
     """
 
     own_rows: Tensor
-    """`pack_rows` of this rank's rows, with rows of padding that make it as long as the first rank's."""
+    """Of this rank's rows, with rows of padding that make it as long as the first rank's."""
 
     def __init__(self, out_features: int) -> None:
         self._out_features = out_features
@@ -91,7 +91,8 @@ class CodeGather:
         self._group = group
         self._reshard_after_forward = reshard_after_forward
         self._sum = torch.compile(scale_sums, dynamic=False) if compiled else scale_sums
-        self._pack = torch.compile(packed_codes, dynamic=False) if compiled else packed_codes
+        self._round_rows = torch.compile(rounded_rows, dynamic=False) if compiled else rounded_rows
+        self._is_alone = dist.get_world_size(group) == 1
         self._params: dict[nn.Module, Any] = {}
         self._block_of: dict[nn.Module, Any] = {}
         for block in self._blocks:
@@ -167,8 +168,9 @@ class CodeGather:
         locals_RI = [self._params[layer]._sharded_local_tensor for layer in self._coded]
         scales = self._scales(locals_RI)
         for layer, scale, local_RI in zip(self._coded, scales, locals_RI, strict=True):
-            packed_RJ = self._pack(local_RI, scale, layer.quant_config)
-            own_rows = F.pad(packed_RJ, (0, 0, 0, self._padded_rows(layer) - len(packed_RJ)))
+            packs = not self._is_alone or local_RI.device.type != "cpu"  # as `storable_codes`, where nothing is sent
+            rows = self._round_rows(local_RI, scale, layer.quant_config, packs)
+            own_rows = F.pad(rows, (0, 0, 0, self._padded_rows(layer) - len(rows)))
             layer.held = self._codes[layer]
             layer.held.scale, layer.held.own_rows = scale, own_rows
 
@@ -199,9 +201,10 @@ class CodeGather:
         return math.ceil(layer.out_features / dist.get_world_size(self._group))
 
 
-def packed_codes(weight_RI: Tensor, scale: Scale, config: QuantConfig) -> Tensor:
-    """Codes of some rows of a weight, in 2 bits."""
-    return pack_rows(weight_codes(weight_RI, scale, config))
+def rounded_rows(weight_RI: Tensor, scale: Scale, config: QuantConfig, packs: bool) -> Tensor:
+    """Codes of some rows of a weight, packed in 2 bits or as int8."""
+    codes_RI = weight_codes(weight_RI, scale, config)
+    return pack_rows(codes_RI) if packs else codes_RI.to(torch.int8)
 
 
 def _computes_with_codes(layer: nn.Module) -> bool:

@@ -238,8 +238,9 @@ RoundWeight = Callable[[Tensor, Sequence[Tensor], Tensor | None, QuantConfig], t
 
 
 def storable_codes(codes_OI: Tensor, config: QuantConfig) -> Tensor:
-    """Codes as `HeldCodes` has them: packed if they fit 2 bits, else int8."""
-    return pack_rows(codes_OI) if LARGEST_CODE[config.levels] == 1 else codes_OI.to(torch.int8)
+    """Codes as `HeldCodes` has them: packed on GPUs, whose memory is scarce, if they fit 2 bits; else int8."""
+    fit = LARGEST_CODE[config.levels] == 1
+    return pack_rows(codes_OI) if fit and codes_OI.device.type != "cpu" else codes_OI.to(torch.int8)
 
 
 class SharedInput:

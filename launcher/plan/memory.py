@@ -70,7 +70,7 @@ def coded_layers(course: Course) -> dict[str, tuple[int, ...]]:
 
 
 def held_code_bytes(course: Course) -> float:
-    """Bytes of the codes of all quantized layers, as `quant.held` keeps them."""
+    """Bytes of the codes of all quantized layers, as `quant.held` keeps them on a GPU."""
     quantization = last_quantization(course)
     if quantization is None:
         return 0
