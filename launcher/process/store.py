@@ -4,12 +4,15 @@ torch's own `env://` listens on all addresses of the host. Nothing in a store is
 who writes there can disturb a run.
 """
 
+import contextlib
 import errno
 import ipaddress
 import json
 import os
 import socket
+import threading
 import time
+import uuid
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +25,9 @@ from launcher.process.supervisor import LISTENER
 
 SECONDS_TO_MEET = 300
 """How long ranks wait for each other when they start; loading Python from a busy disk may take minutes."""
+
+
+SECONDS_BETWEEN_ANSWERS = 0.1
 
 
 SECONDS_TO_LOOK = 2
@@ -58,8 +64,55 @@ def open_store(rank: int, world_size: int, timeout_seconds: int) -> dist.Store:
             f"MASTER_PORT). Rank 0 must be started, and this host must reach its address. ({first_line(error)})"
         ) from error
     store.set_timeout(timedelta(seconds=timeout_seconds))
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store of torchrun's agent outlives ranks
-    return dist.PrefixStore(f"attempt-{attempt}", store)
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    if rank == 0:
+        asked = dist.TCPStore(address, port, world_size, is_master=False, wait_for_workers=False)
+        return dist.PrefixStore(open_round(asked, world_size), store)
+    try:
+        return dist.PrefixStore(join_round(store, rank, min(SECONDS_TO_MEET, timeout_seconds)), store)
+    except dist.DistError as error:
+        raise StartError(
+            f"rank {rank} on {socket.gethostname()} has no answer from rank 0 in the store of torchrun's agent at "
+            f"{address}:{port}. The output of rank 0 may say why it has not started. ({first_line(error)})"
+        ) from error
+
+
+def open_round(store: dist.Store, world_size: int) -> str:
+    """Begin a round of ranks in the store of torchrun's agent, which outlives them; returns its name.
+
+    After a restart, what the ranks of before have written is still there. Agents do not share a number of the round:
+    each counts the restarts that its own ranks have caused. So the first rank makes a name, and tells it to all that
+    ask, from a thread of its own and over a ``store`` of its own, until each of them has joined.
+    """
+    name = f"round-{uuid.uuid4().hex}"
+    others = range(1, world_size)
+
+    def answer() -> None:
+        deadline = time.monotonic() + SECONDS_TO_MEET
+        with contextlib.suppress(dist.DistError):  # the agent has ended
+            while time.monotonic() < deadline and not store.check([f"{name}/joined-{other}" for other in others]):
+                for other in others:
+                    if store.check([f"asks-{other}"]):
+                        store.set(f"answer-{store.get(f'asks-{other}').decode(errors='replace')}", name)
+                time.sleep(SECONDS_BETWEEN_ANSWERS)
+
+    threading.Thread(target=answer, name="round", daemon=True).start()
+    return name
+
+
+def join_round(store: dist.Store, rank: int, seconds: float) -> str:
+    """Ask the first rank for the name of this round, in the store of torchrun's agent.
+
+    Raises:
+        torch.distributed.DistError: it has not answered in time.
+    """
+    mark = uuid.uuid4().hex
+    store.set(f"asks-{rank}", mark)
+    store.wait([f"answer-{mark}"], timedelta(seconds=seconds))
+    name = store.get(f"answer-{mark}").decode(errors="replace")
+    store.set(f"{name}/joined-{rank}", "")
+    return name
 
 
 def listen(address: str, port: int, world_size: int) -> socket.socket:

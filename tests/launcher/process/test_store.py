@@ -4,13 +4,15 @@ import json
 import os
 import socket
 import subprocess
+import threading
+import time
 
 import pytest
 import torch.distributed as dist
 
 from launcher.errors import StartError
 from launcher.process.companions import myself
-from launcher.process.store import listen, meet
+from launcher.process.store import join_round, listen, meet, open_round
 
 
 @pytest.fixture
@@ -90,3 +92,35 @@ def test_a_note_that_no_rank_writes_is_one_sentence(note: str) -> None:
         meet(store, 0, 2, 5)
     dist.PrefixStore("start", store).set("here-1", json.dumps(myself(1)))
     assert meet(store, 0, 2, 5) == [myself(0), myself(1)]
+
+
+def test_ranks_of_a_round_find_each_other_in_a_store_that_has_seen_others() -> None:
+    """As after a restart by torchrun: the ranks before have left all that they wrote, and nobody counts alike."""
+    store = dist.HashStore()
+    first = open_round(store, 3)
+    assert {join_round(store, rank, 5) for rank in (1, 2)} == {first}
+    second = open_round(store, 2)
+    assert second != first
+    assert join_round(store, 1, 5) == second
+    store.set("asks-1", "of a rank that has ended")
+    third = open_round(store, 2)
+    assert join_round(store, 1, 5) == third
+
+
+def test_a_rank_that_is_early_waits_for_the_round_of_the_first() -> None:
+    store = dist.HashStore()
+    before = open_round(store, 2)
+    assert join_round(store, 1, 5) == before
+    found: list[str] = []
+    early = threading.Thread(target=lambda: found.append(join_round(store, 1, 10)))
+    early.start()
+    time.sleep(0.5)
+    assert found == []
+    now = open_round(store, 2)
+    early.join()
+    assert found == [now]
+
+
+def test_a_round_that_nobody_opens_ends_in_an_error() -> None:
+    with pytest.raises(dist.DistError):
+        join_round(dist.HashStore(), 1, 0.2)
