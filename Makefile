@@ -1,5 +1,5 @@
 # What a developer does in a day. Needs `pip install -e '.[test]'` and its environment active.
-.PHONY: check test test-all test-gpu quickstart golden image image-lock format clean
+.PHONY: check test test-all test-gpu bench-gpu quickstart golden image image-lock format clean
 
 check:
 	ruff check .
@@ -16,6 +16,12 @@ test-all: test
 
 test-gpu:
 	pytest -n 0 -m gpu
+
+# Results go to benchmarks/results/.
+bench-gpu:
+	python benchmarks/step.py --peers --width 2048 --tokens 8192 --dtype bf16 --repeats 9
+	python benchmarks/step.py --config configs/llama-1b.yaml --repeats 9
+	python benchmarks/kernels.py --config configs/llama-1b.yaml
 
 quickstart:
 	tritrain train configs/quickstart.yaml --ranks 2

@@ -157,6 +157,20 @@ def test_outputs_and_gradients_are_near_those_of_the_cpu(config, dtype, strength
 
 
 @every_dtype
+@pytest.mark.parametrize("granularity", ["matrix", "row"])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_an_8_bit_backward_pass_has_the_bits_of_the_cpu(size, granularity, dtype):
+    """Gradients are rounded row by row, and the sums are of integers."""
+    config = QuantConfig(include="", granularity=granularity, backward="int8")
+    results = []
+    for device in (CPU, GPU):
+        model = layer_on(device, config, dtype, *size, bias=False)
+        results.append(outputs_and_gradients(model, inputs(dtype, size[0]).to(device)))
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name].cpu(), expected), name
+
+
+@every_dtype
 @pytest.mark.parametrize("name", [None, *PRESETS])
 def test_strength_0_is_the_16_bit_model_bit_for_bit(name, dtype):
     model = build(replace(TINY, num_kv_heads=2, sub_norm=True)).to(GPU, dtype)

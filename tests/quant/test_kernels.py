@@ -27,6 +27,9 @@ from quant.rounding import (
     weight_scale,
 )
 
+if torch.cuda.is_available():
+    pytestmark = pytest.mark.gpu
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(1, 1, 1), (3, 5, 7), (16, 64, 128), (17, 65, 129), (130, 70, 33), (5, 200, 300)]
 if DEVICE.type == "cuda":
