@@ -394,7 +394,10 @@ def generate(
         float, typer.Option(max=1.0, help="Sample from the likeliest tokens of this total probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="dtype of weights that are not ternary.")] = "bf16",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="dtype of what is not ternary; default: bf16 where the device computes it, else fp32."),
+    ] = None,
     packed: Annotated[
         bool | None,
         typer.Option("--packed/--latent", help="Packed codes, or latent weights; default: packed if ternary."),
@@ -402,13 +405,12 @@ def generate(
     tokenizer: TokenizerOption = None,
 ) -> None:
     """Continue a text, on the GPU if there is one. The text is printed as it is generated."""
-    from launcher.engine.build import COMPUTE_DTYPES
     from launcher.inference.generate import write_text
 
     if top_p <= 0:
         raise ConfigError(f"--top-p: is {top_p}; must be above 0")
     choice = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    write_text(model, prompt, dtype=COMPUTE_DTYPES[dtype], packed=packed, tokenizer=tokenizer, **choice)
+    write_text(model, prompt, dtype=dtype, packed=packed, tokenizer=tokenizer, **choice)
 
 
 @app.command()
