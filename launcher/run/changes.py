@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.config.advice import known_part
 from launcher.config.automatic import AUTO, AUTOMATIC
 from launcher.config.file import flat_lines, parse_config, to_tree
 from launcher.config.sections import Config
@@ -82,7 +83,7 @@ def is_automatic(key: str, old: Mapping[str, str], new: Mapping[str, str]) -> bo
 
 def ways_on(refused: Iterable[Change], now: Config) -> str:
     """Say what a person can do whose run would resume with another configuration."""
-    keys = [change.key for change in refused]
+    keys = list(dict.fromkeys(known_part(change.key) or change.key for change in refused))
     ways = (
         f"Set {now.run.key_of_path} to begin another run; with checkpoint.start_from=CHECKPOINT it begins with this "
         "one's weights."
