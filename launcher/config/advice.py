@@ -69,6 +69,16 @@ def owner_at(kind: Any, location: Sequence[str]) -> Any:
     return _dataclass_of(kind)
 
 
+def key_named(name: str) -> str | None:
+    """The key that a name without its section means, in Tritrain or in other programs; None if none is known."""
+    if (key := ALIASES.get(name.lower()) or name) and known_part(key) == key and "." in key:
+        return key
+    for section, kind in typing.get_type_hints(Config).items():
+        if is_dataclass(kind) and name in (part.name for part in fields(kind)):
+            return f"{section}.{name}"
+    return None
+
+
 def known_part(key: str) -> str:
     """The longest beginning of a dotted key that a configuration has; empty if it has none."""
     return ".".join(_known(key)[0])
