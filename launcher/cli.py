@@ -37,11 +37,57 @@ app = typer.Typer(
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-ConfigPath = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
+def path(text: str) -> Path:
+    """The path that a command reads.
+
+    Raises:
+        ConfigError: it is blank, which would be the current folder, or an option that there is not.
+    """
+    if not text.strip():
+        raise ConfigError("the name of a file or folder is blank; write . for the current folder")
+    if text.startswith("--"):
+        refuse_option(text, None)
+    return Path(text)
+
+
+def no_options(overrides: list[str] | None) -> list[str] | None:
+    """The overrides, if none of them is an option of another program."""
+    for text, following in zip(overrides or [], [*(overrides or [])[1:], None], strict=False):
+        if text.startswith("-"):
+            refuse_option(text, following)
+    return overrides
+
+
+def refuse_option(text: str, following: str | None) -> NoReturn:
+    """Say what to write for an option that there is not.
+
+    Args:
+        text: the option, perhaps with its value.
+        following: the argument after it, which may be its value.
+    """
+    from launcher.config.advice import key_named
+
+    option, _, value = text.partition("=")
+    name = option.lstrip("-").replace("-", "_")
+    if name.startswith(("resume", "continue")):
+        raise ConfigError(f"{option}: no such option; a run is resumed by the same command that began it")
+    if not value and following and "=" not in following and not following.startswith("-"):
+        value = following
+    key = key_named(name)
+    advice = f"write {key}={value or 'VALUE'}, without dashes" if key else "--help lists the options"
+    raise ConfigError(f"{option}: no such option; {advice}")
+
+
+ConfigPath = Annotated[Path, typer.Argument(parser=path, help="Configuration file (YAML).", show_default=False)]
+
+
+OVERRIDABLE = {"ignore_unknown_options": True}
+"""Unknown options come to `no_options`, which knows the keys for them."""
 
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Override keys of the configuration: key.sub=value.", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Override keys of the configuration: key.sub=value.", show_default=False, callback=no_options),
 ]
 
 
@@ -76,7 +122,7 @@ def main() -> None:
         sys.exit(report_error(error))
 
 
-@app.command()
+@app.command(context_settings=OVERRIDABLE)
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -103,7 +149,7 @@ def train(
     become_run(launcher, config, [*smoke, *(overrides or [])], num_ranks)
 
 
-@app.command()
+@app.command(context_settings=OVERRIDABLE)
 def submit(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -112,7 +158,9 @@ def submit(
     ranks_per_node: Annotated[
         int | None, typer.Option(min=1, help="Processes of a node; default: one per GPU, or one.")
     ] = None,
-    site: Annotated[Path | None, typer.Option(help="Settings of your cluster (YAML); default: $TRITRAIN_SITE.")] = None,
+    site: Annotated[
+        Path | None, typer.Option(parser=path, help="Settings of your cluster (YAML); default: $TRITRAIN_SITE.")
+    ] = None,
     launcher: Annotated[JobLauncher, typer.Option("--with", help="Program that starts the processes.")] = "torchrun",
     time: Annotated[str | None, typer.Option(help="Time limit of the job; default: the site's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script and submit nothing.")] = False,
@@ -138,7 +186,7 @@ def submit(
     console.line(f"To save and stop it: touch {parsed.run.path}/stop")
 
 
-@app.command()
+@app.command(context_settings=OVERRIDABLE)
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -213,7 +261,9 @@ def convert(
     source: Annotated[str, typer.Argument(help="Tritrain checkpoint or run, DeepSpeed or Hugging Face folder.")],
     to: Annotated[str, typer.Option(help="Folder to create.")],
     overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option(help="Configuration of the run, or of the model alone.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(parser=path, help="Configuration of the run, or of the model alone.")
+    ] = None,
     into: Annotated[
         ConvertFormat,
         typer.Option("--format", help="Tritrain run, DeepSpeed universal checkpoint, or Hugging Face folder."),
@@ -287,7 +337,7 @@ def export(
         EmbeddingType | None,
         typer.Option(help="gguf: type of embedding and head; default: f16 with --type f16, else q8_0."),
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer file; default: the run's.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(parser=path, help="Tokenizer file; default: the run's.")] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
 ) -> None:
     """Export a model for Transformers or llama.cpp. Needs no GPU."""
@@ -328,7 +378,7 @@ def evaluate(
     model: ModelPath,
     tasks: Annotated[str, typer.Option(help="Comma-separated: paper11, paper11-harness, or single tasks.")] = "paper11",
     task_data: Annotated[
-        Path | None, typer.Option(help="Folder of JSON lines; default: data sets from the hub.")
+        Path | None, typer.Option(parser=path, help="Folder of JSON lines; default: data sets from the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N examples of each task.")] = None,
     out: Annotated[str | None, typer.Option(help="File of results; default: scores.json in the run.")] = None,
@@ -394,7 +444,10 @@ def generate(
         float, typer.Option(max=1.0, help="Sample from the likeliest tokens of this total probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="dtype of weights that are not ternary.")] = "bf16",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="dtype of what is not ternary; default: bf16 where the device computes it, else fp32."),
+    ] = None,
     packed: Annotated[
         bool | None,
         typer.Option("--packed/--latent", help="Packed codes, or latent weights; default: packed if ternary."),
@@ -402,19 +455,21 @@ def generate(
     tokenizer: TokenizerOption = None,
 ) -> None:
     """Continue a text, on the GPU if there is one. The text is printed as it is generated."""
-    from launcher.engine.build import COMPUTE_DTYPES
     from launcher.inference.generate import write_text
 
     if top_p <= 0:
         raise ConfigError(f"--top-p: is {top_p}; must be above 0")
     choice = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    write_text(model, prompt, dtype=COMPUTE_DTYPES[dtype], packed=packed, tokenizer=tokenizer, **choice)
+    write_text(model, prompt, dtype=dtype, packed=packed, tokenizer=tokenizer, **choice)
 
 
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Runs, or folders that contain runs; several are compared.", show_default=False)
+        list[Path],
+        typer.Argument(
+            parser=path, help="Runs, or folders that contain runs; several are compared.", show_default=False
+        ),
     ],
     out: Annotated[
         str | None,
@@ -431,7 +486,7 @@ def report(
 
 @app.command()
 def status(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that contain runs.")],
+    runs: Annotated[list[Path], typer.Argument(parser=path, help="Folders of runs, or folders that contain runs.")],
     as_json: JsonOption = False,
     watch: Annotated[float | None, typer.Option(min=0.1, help="Refresh every N seconds.")] = None,
 ) -> None:
@@ -444,7 +499,7 @@ def status(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="Configuration to check for (YAML).", show_default=False)
+        Path | None, typer.Argument(parser=path, help="Configuration to check for (YAML).", show_default=False)
     ] = None,
     overrides: Overrides = None,
     ranks: RanksOption = None,
@@ -480,7 +535,9 @@ def init(
 def explain(
     key: Annotated[str, typer.Argument(help="A key such as schedule.warmup_steps, or a section.", show_default=False)],
     overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option(help="Also print the value in this configuration.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(parser=path, help="Also print the value in this configuration.")
+    ] = None,
 ) -> None:
     """Explain a key of the configuration: its type, its default and its meaning."""
     from launcher.commands.explain import explain as explain_key

@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from data.loader import TrainingData
 from eval.errors import NotFiniteError
 from launcher.checkpoint.load import load_state, restore_rng
 from launcher.checkpoint.location import check_writable
-from launcher.checkpoint.manifest import Manifest, Progress, precision_at
+from launcher.checkpoint.manifest import Progress
 from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections import Config
@@ -38,15 +37,16 @@ from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.exchange import failing_alike, value_of_first
 from launcher.process.ranks import Ranks
-from launcher.run.belonging import check_checkpoint, check_nothing_lost, check_owner, claim_checkpoints
+from launcher.run.belonging import check_owner, claim_checkpoints
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import MetricsLog
 from launcher.run.rollbacks import Rollback, read_rollbacks
 from launcher.training.guard import SpikeGuard
 from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED, Meter
+from launcher.training.record import check_resumed, manifest_of, skip_advice, summary
 from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
-from launcher.training.step import Batches, StepResult, train_step
+from launcher.training.step import Batches, StepResult, open_data, train_step
 from launcher.training.switch import enter_phase, measures_rescale
 from launcher.training.tasks import NUM_SCORED, TasksInTraining, open_tasks
 from launcher.training.teacher import Teacher, check_teacher, open_teacher
@@ -56,7 +56,6 @@ from launcher.watch.heartbeat import Pulse
 from launcher.watch.stopping import StopRequest
 from launcher.watch.straggler import Stragglers
 from model.init import initial_value
-from model.size import num_linear_parameters, num_parameters
 from quant.linear import is_learned_scale, set_strengths_
 
 Outcome = Literal["complete", "interrupted", "rolled back"]
@@ -120,7 +119,7 @@ def train(
 
 
 @dataclass
-class Run:
+class LoopState:
     """The state of the loop."""
 
     plan: Plan
@@ -151,7 +150,7 @@ class Run:
     """Phase and graph calls of the last step whose calls were reported."""
 
 
-def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: Pulse, closing: ExitStack) -> Run:
+def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: Pulse, closing: ExitStack) -> LoopState:
     """Resume a run from its newest sound checkpoint, or begin it; ``closing`` closes what this opens; a collective."""
     config = plan.config
     with failing_alike():
@@ -212,7 +211,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     telemetry = telemetry_of(plan, phase, engine)
     if at.step == 0 and phase is not None:
         meter.evaluated(held_out.measure(engine), "start of phase")
-    run = Run(
+    run = LoopState(
         plan=plan,
         ranks=ranks,
         folder=folder,
@@ -238,26 +237,6 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     if reader is not None:
         make_up(run, value_of_first(sorted(log.keys_of_step) if log else []))
     return run
-
-
-def check_resumed(reader: CheckpointReader | None, folder: RunFolder, plan: Plan, console: Console) -> None:
-    """Check that a run goes on from a checkpoint of its own, and begins only if it has none.
-
-    Raises:
-        ConfigError: the checkpoint was trained with another configuration.
-        CheckpointError: the run has saved, and its checkpoints are gone.
-    """
-    if reader is None:
-        check_nothing_lost(folder, first_progress(plan).step)
-        return
-    if changed := check_checkpoint(reader, folder, plan):
-        console.line("\n".join(["WARNING: the run goes on with another configuration (run.allow_changes):", *changed]))
-    saved = folder.last_saved_step()
-    if saved is not None and saved > reader.manifest.step:
-        console.line(
-            f"WARNING: the run had saved step {saved}, and the newest sound checkpoint is of step "
-            f"{reader.manifest.step}; the steps after it are trained again."
-        )
 
 
 def fill(
@@ -289,7 +268,7 @@ def fill(
         initialize_scales_(engine)
 
 
-def switch(run: Run, phase: Phase) -> None:
+def switch(run: LoopState, phase: Phase) -> None:
     """Enter a phase: data, teacher, model and optimizer cross the transition; a collective."""
     plan, ranks, at = run.plan, run.ranks, run.at
     run.pulse.now("switch", at.step)
@@ -317,7 +296,7 @@ def switch(run: Run, phase: Phase) -> None:
     run.meter.evaluated(run.held_out.measure(run.engine), "start of phase")
 
 
-def take_step(run: Run) -> StepResult:
+def take_step(run: LoopState) -> StepResult:
     """Train on one global batch."""
     at = run.at
     run.pulse.now("train", at.step)
@@ -337,7 +316,7 @@ def take_step(run: Run) -> StepResult:
     return result
 
 
-def report_compiled(run: Run, calls: int) -> None:
+def report_compiled(run: LoopState, calls: int) -> None:
     """Say what is compiled, in the first step of each phase and when it changes within one."""
     if (compiled := (run.at.phase, calls)) != run.compiled:
         run.compiled = compiled
@@ -345,7 +324,7 @@ def report_compiled(run: Run, calls: int) -> None:
         run.console.line(compiling.compile_report(run.at.step + 1, calls, expected))
 
 
-def log_steps(run: Run, result: StepResult) -> None:
+def log_steps(run: LoopState, result: StepResult) -> None:
     """Log the steps since the last time; the host waits for the device here.
 
     Raises:
@@ -364,7 +343,7 @@ def log_steps(run: Run, result: StepResult) -> None:
         run.meter.noted({"train/outlier_steps": outliers}, f"{new_outliers} steps were skipped as outliers")
 
 
-def make_up(run: Run, logged: Collection[str]) -> None:
+def make_up(run: LoopState, logged: Collection[str]) -> None:
     """Measure what a failure has prevented after the step that the run goes on from was saved; a collective.
 
     Args:
@@ -382,7 +361,7 @@ def make_up(run: Run, logged: Collection[str]) -> None:
         do_tasks(run)
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: LoopState) -> None:
     """Measure the held-out loss after a step."""
     assert run.phase is not None
     run.pulse.now("evaluate", run.at.step)
@@ -390,7 +369,7 @@ def evaluate(run: Run) -> None:
     run.meter.evaluated(run.held_out.measure(run.engine), when)
 
 
-def do_tasks(run: Run) -> None:
+def do_tasks(run: LoopState) -> None:
     """Score the model on the run's tasks."""
     assert run.tasks is not None
     run.pulse.now("tasks", run.at.step)
@@ -398,7 +377,7 @@ def do_tasks(run: Run) -> None:
     run.meter.restart_clock()
 
 
-def save(run: Run, *, milestone: bool, must: bool) -> None:
+def save(run: LoopState, *, milestone: bool, must: bool) -> None:
     """Write a checkpoint, in the background if the configuration says so."""
     run.pulse.now("save", run.at.step)
     manifest = manifest_of(
@@ -408,7 +387,7 @@ def save(run: Run, *, milestone: bool, must: bool) -> None:
     run.meter.saved(run.saver.stalled_seconds)
 
 
-def finish(run: Run) -> Outcome:
+def finish(run: LoopState) -> Outcome:
     """Wait until everything is written, and write the summary of a complete run."""
     run.pulse.now("end", run.at.step)
     run.saver.wait()
@@ -431,68 +410,3 @@ def first_value(name: str, shape: tuple[int, ...], rows: range, config: Config) 
     if is_learned_scale(name):
         return torch.ones(len(rows))
     return initial_value(name, shape, config.model, config.run.seed, rows)
-
-
-def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
-    """Open the training stream at the position where the step of this number begins."""
-    return TrainingData(
-        plan.config.data,
-        vocab_size=plan.config.model.vocab_size,
-        global_batch_sequences=plan.global_batch_sequences,
-        micro_batch_sequences=plan.config.training.micro_batch_sequences,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        first_sequence=plan.first_sequence_at(step),
-    )
-
-
-def manifest_of(
-    plan: Plan,
-    ranks: Ranks,
-    at: Progress,
-    data_fingerprint: str,
-    guard: SpikeGuard,
-    teacher: Teacher | None,
-    *,
-    milestone: bool,
-) -> Manifest:
-    """Describe the run at this moment, for a checkpoint."""
-    return Manifest(
-        milestone=milestone,
-        has_moments=True,
-        step=at.step,
-        tokens=at.step * plan.tokens_per_step,
-        progress=replace(at),
-        precision=precision_at(plan, at),
-        data_fingerprint=data_fingerprint,
-        spikes=guard.state(),
-        teacher=teacher.identity if teacher else None,
-        world_size=ranks.world_size,
-        engine=plan.config.engine.name,
-        zero_stage=plan.config.engine.zero_stage,
-        provenance=None,
-    )
-
-
-def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) -> str:
-    """The message when gradients stay non-finite, with what to try."""
-    return (
-        f"{in_a_row} steps in a row, up to step {at.step}, had a loss or gradient that is not finite; they were "
-        f"skipped and nothing was saved since. Learning rate: {plan.learning_rate_at(at.step - 1):.3g}. Try a lower "
-        "optimizer.learning_rate, a longer schedule.warmup_steps, a smaller optimizer.max_grad_norm or a model.z_loss "
-        f"of 1e-5. The newest good checkpoint: {newest or 'none yet'}."
-    )
-
-
-def summary(plan: Plan, ranks: Ranks, meter: Meter, sample: dict[str, str] | None) -> dict[str, Any]:
-    """The content of `RUN/summary.json`."""
-    ternary = any(phase.quantization for phase in plan.phases)
-    return {
-        "status": "complete",
-        "num_ranks": ranks.world_size,
-        "num_parameters": num_parameters(plan.config.model),
-        "num_ternary_parameters": num_linear_parameters(plan.config.model) if ternary else 0,
-        "tokens": plan.total_steps * plan.tokens_per_step,
-        "elapsed_seconds": meter.elapsed_seconds,
-        "sample": sample,
-    }

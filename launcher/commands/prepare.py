@@ -17,14 +17,12 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
     """Prepare a folder, with a line every few seconds and the result; silent if the folder already exists."""
     started = time.perf_counter()
     shown: float | None = None
-    files = ""
 
     def show(progress: PrepareProgress) -> None:
-        nonlocal shown, files
+        nonlocal shown
         if shown is None:
-            files = files_sentence(progress.files, out)
             console.line(f"Preparing {out} from {', '.join(config.inputs)}")
-            if files:
+            if files := files_sentence(progress.files, out):
                 console.line(files)
         elif time.perf_counter() - shown < SECONDS_BETWEEN_LINES:
             return
@@ -52,8 +50,6 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
         console.line(
             f"{out}/{name}: {split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"
         )
-    if files:
-        console.line(files)
     console.line(f"Prepared in {time.perf_counter() - started:.1f} s")
 
 

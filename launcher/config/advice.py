@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -66,6 +67,61 @@ def owner_at(kind: Any, location: Sequence[str]) -> Any:
     for key in location:
         kind = typing.get_args(kind)[0] if key.isdecimal() else typing.get_type_hints(_dataclass_of(kind))[key]
     return _dataclass_of(kind)
+
+
+def key_named(name: str) -> str | None:
+    """The key that a name without its section means, in Tritrain or in other programs; None if none is known."""
+    if (key := ALIASES.get(name.lower()) or name) and known_part(key) == key and "." in key:
+        return key
+    for section, kind in typing.get_type_hints(Config).items():
+        if is_dataclass(kind) and name in (part.name for part in fields(kind)):
+            return f"{section}.{name}"
+    return None
+
+
+def known_part(key: str) -> str:
+    """The longest beginning of a dotted key that a configuration has; empty if it has none."""
+    return ".".join(_known(key)[0])
+
+
+def no_such_key(key: str) -> str | None:
+    """Say that a configuration has no such key or section, and which may be meant; None if it has it."""
+    (place, kind), names = _known(key), key.split(".")
+    if place == names:
+        return None
+    owner = next((option for option in _options(kind) if is_dataclass(option)), None)
+    meant = suggestion(names[len(place)], place, owner) if owner else ""
+    return f"{key!r} is no key or section of the configuration{meant}"
+
+
+def _known(key: str) -> tuple[list[str], Any]:
+    """The keys at the beginning of a dotted one that a configuration has, and the type of what they lead to."""
+    kind: Any = Config
+    known: list[str] = []
+    for name in key.split("."):
+        if (below := _below(kind, name)) is None:
+            break
+        kind = below
+        known.append(name)
+    return known, kind
+
+
+def _below(kind: Any, name: str) -> Any:
+    """The type of what is under a key or an index in a value of a type; None if nothing can be."""
+    for option in _options(kind):
+        if is_dataclass(option) and name in (part.name for part in fields(option)):
+            return typing.get_type_hints(option)[name]
+        if typing.get_origin(option) is tuple and name.isdecimal():
+            return typing.get_args(option)[0]
+        if typing.get_origin(option) is dict or option is Any:  # another program's keys
+            return Any
+    return None
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if is_union else (kind,)
 
 
 def _dataclass_of(kind: Any) -> Any:

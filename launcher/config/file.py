@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from data.pointers import pointer_problem
 from data.urls import url_problem
-from launcher.config.advice import suggestion
+from launcher.config.advice import no_such_key, suggestion
 from launcher.config.automatic import with_former_defaults
 from launcher.config.parts import parse_part
 from launcher.config.rules import spanning_problems, starting_problems
@@ -221,7 +221,8 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
         if not found:
             parts[name] = part
     if not stored:
-        problems = blank_problems(tree) | problems | secret_problems(tree) | starting_problems(parts)
+        starting = starting_problems(parts) | allowance_problems(parts)
+        problems = starting | blank_problems(tree) | problems | secret_problems(tree)
     if problems:
         problems |= spanning_problems(parts)
     else:
@@ -241,6 +242,12 @@ def blank_problems(tree: Any) -> dict[str, str]:
     """The texts without a letter, by path: a blank path would be the current folder, or as good as none."""
     problem = "is blank; write null, or leave it out, if none is meant"
     return {path: problem for path, text in _leaves(tree) if not text.strip()}
+
+
+def allowance_problems(parts: dict[str, Any]) -> dict[str, str]:
+    """What `run.allow_changes` names and no configuration has; it would allow nothing."""
+    named = enumerate(parts["run"].allow_changes if "run" in parts else ())
+    return {f"run.allow_changes.{index}": problem for index, key in named if (problem := no_such_key(key))}
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

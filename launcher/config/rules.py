@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig
 from data.urls import url_problem
+from launcher.config.effects import EFFECTS, LENGTHS
 from launcher.config.engine import OWNED_DEEPSPEED_KEYS, REFUSED_DEEPSPEED_KEYS, EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.transition import TransitionConfig
@@ -356,5 +357,11 @@ RULES: tuple[Rule, ...] = (
 )
 """Rules of every configuration, that of a finished run as well."""
 
-RULES_TO_START: tuple[Rule, ...] = (fractions_make_the_whole, deepspeed_takes_the_keys, the_head_stays_in_16_bits)
+RULES_TO_START: tuple[Rule, ...] = (
+    fractions_make_the_whole,
+    deepspeed_takes_the_keys,
+    the_head_stays_in_16_bits,
+    *EFFECTS,
+    *LENGTHS,
+)
 """Rules of a configuration with which a run is to start."""

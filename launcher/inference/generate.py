@@ -10,14 +10,24 @@ import torch
 
 from data.messages import printable
 from eval.sample import pieces_of_text
+from launcher.config.automatic import compute_dtype_for
+from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
+from launcher.formats.choices import Dtype
 from launcher.inference.load import load_model
 from launcher.process.console import human_bytes
+from launcher.run.automatic import device_of
 from quant.packed import memory_bytes
 
 
 def write_text(
-    path: str, prompt: str, *, dtype: torch.dtype, packed: bool | None, tokenizer: str | Path | None, **choice: Any
+    path: str,
+    prompt: str,
+    *,
+    dtype: Dtype | None,
+    packed: bool | None,
+    tokenizer: str | Path | None,
+    **choice: Any,
 ) -> None:
     """Continue a prompt: write the text to stdout, and its speed to stderr.
 
@@ -26,7 +36,7 @@ def write_text(
     Args:
         path: see `launcher.inference.load.load_model`, as for the next three.
         prompt: the text to continue; it is written first.
-        dtype: of what is not ternary.
+        dtype: of what is not ternary; None: chosen by the device, which is said on stderr.
         packed: whether ternary layers are codes in 2 bits.
         tokenizer: its file.
         choice: see `eval.sample.generate`.
@@ -35,10 +45,13 @@ def write_text(
         CheckpointError: the model cannot be loaded.
         ConfigError: the prompt fills the context.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(path, dtype=dtype, device=device, packed=packed, tokenizer=tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, reason = compute_dtype_for(device_of(device))
+    loaded = load_model(path, dtype=COMPUTE_DTYPES[dtype or chosen], device=device, packed=packed, tokenizer=tokenizer)
     prompt_tokens = loaded.prompt_tokens(prompt)
     assert loaded.tokenizer is not None
+    if dtype is None:
+        sys.stderr.write(f"dtype: {chosen}, {reason}; --dtype chooses another\n")
     try:
         tokens = loaded.generate_tokens(prompt_tokens, **choice)
     except ValueError as error:

@@ -18,10 +18,13 @@ from data.tokenizer import Tokenizer
 from eval.sample import generate, pieces_of_text
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source, in_pieces
+from launcher.config.automatic import compute_dtype_for
+from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.inference.build import first_token_of, fitting_tokenizer, unfilled_model
+from launcher.run.automatic import device_of
 from model.transformer import ModelConfig, Transformer
 from quant.linear import quantized_layers
 from quant.packed import PackedLinear, freeze_
@@ -90,7 +93,7 @@ class LoadedModel:
 def load_model(
     path: str | Path,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     packed: bool | None = None,
     tokenizer: str | Path | None = None,
@@ -99,7 +102,8 @@ def load_model(
 
     Args:
         path: a Tritrain checkpoint, or a run, of which the newest is taken; or a Hugging Face folder, packed or not.
-        dtype: of everything but the codes and their scales: bfloat16 or float32.
+        dtype: of everything but the codes and their scales: bfloat16 or float32. None: bfloat16 where the device
+            computes it in hardware, else float32, as `training.compute_dtype: auto`.
         device: where it computes.
         packed: True: ternary layers as codes in 2 bits. False: as in training, latent weights that are rounded at every
             call, which computes the same with 8 to 16 times the memory. None: packed where the model is ternary.
@@ -109,9 +113,10 @@ def load_model(
         CheckpointError: there is no such model, it is damaged, or it cannot be had like this; says why.
         DataError: the tokenizer that is named is none, or of another model.
     """
-    assert dtype in (torch.bfloat16, torch.float32), dtype
+    assert dtype in (None, torch.bfloat16, torch.float32), dtype
     opened = open_exportable(str(path), ternary=False)
     source, device = opened.source, torch.device(device)
+    dtype = dtype or COMPUTE_DTYPES[compute_dtype_for(device_of(device))[0]]
     is_packed = isinstance(source, HuggingFaceSource) and source.is_packed
     precision = _precision(opened)
     if packed and precision.quantization is None and not is_packed:

@@ -163,7 +163,7 @@ def score_tasks(
         }
         with failing_alike(), reaching(out):
             if ranks.is_first:
-                add_result(out.resolve(), records[task])
+                add_result(Path(os.path.realpath(out)), records[task])
                 if subject.step is not None and subject.run is not None and not is_part:
                     write_points(subject.run / "tensorboard" / "evaluation", task, scores, subject.step)
     return [records[task] for task in rows]

@@ -21,7 +21,7 @@ from launcher.config.file import DERIVED_KEYS, parse_yaml
 from launcher.errors import ConfigError
 from launcher.plan.course import Course
 from launcher.plan.plan import Plan
-from launcher.run.changes import changes, course_of, schedule_note, ways_on
+from launcher.run.changes import changes, course_of, schedule_note, too_short, ways_on
 from launcher.run.folder import RunFolder
 
 OWNER = "owner.json"
@@ -144,7 +144,8 @@ def check_checkpoint(reader: CheckpointReader, folder: RunFolder, plan: Plan) ->
     if refused:
         lines = [f"{reader.folder} was trained with another configuration than that of {folder.path}:"]
         lines += [change.line(reader.folder.name) for change in refused]
-        raise ConfigError("\n".join([*lines, *note, ways_on(refused, folder.config)]))
+        ways = too_short(plan.total_steps, reader.manifest.step, folder.config) or ways_on(refused, folder.config)
+        raise ConfigError("\n".join([*lines, *note, ways]))
     check_position(reader, earlier, plan)
     return [change.line(reader.folder.name) for change in differing] + note if differing else []
 
@@ -167,6 +168,8 @@ def check_position(reader: CheckpointReader, before: Course | None, plan: Plan) 
             f"training: {reader.folder} has {manifest.tokens} tokens in {manifest.step} steps, which would be {tokens} "
             "with this global batch; keep the batch, or begin another run with checkpoint.start_from"
         )
+    if problem := too_short(plan.total_steps, at.step, plan.config):
+        raise ConfigError(f"phases: {problem}")
     if at.phase < 0:  # before the first
         return
     phase = plan.phases[at.phase] if at.phase < len(plan.phases) else None

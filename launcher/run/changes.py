@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.config.advice import known_part
 from launcher.config.automatic import AUTO, AUTOMATIC
 from launcher.config.file import flat_lines, parse_config, to_tree
 from launcher.config.sections import Config
@@ -80,9 +81,20 @@ def is_automatic(key: str, old: Mapping[str, str], new: Mapping[str, str]) -> bo
     return key in AUTOMATIC and json.dumps(AUTO) in (old.get(key), new.get(key))
 
 
+def too_short(total_steps: int, trained_steps: int, now: Config) -> str | None:
+    """Say what a person can do whose run has trained beyond its new end; None if it has not."""
+    if total_steps >= trained_steps:
+        return None
+    return (
+        f"The run has saved step {trained_steps}, and would have {total_steps} steps now. What is trained cannot be "
+        f"taken back: keep at least {trained_steps} steps, or set {now.run.key_of_path} to begin another run. With "
+        "checkpoint.start_from=CHECKPOINT that begins with the weights of any checkpoint of this one."
+    )
+
+
 def ways_on(refused: Iterable[Change], now: Config) -> str:
     """Say what a person can do whose run would resume with another configuration."""
-    keys = [change.key for change in refused]
+    keys = list(dict.fromkeys(known_part(change.key) or change.key for change in refused))
     ways = (
         f"Set {now.run.key_of_path} to begin another run; with checkpoint.start_from=CHECKPOINT it begins with this "
         "one's weights."

@@ -1,6 +1,8 @@
 """`scores.json`: results of tasks."""
 
+import errno
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,16 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: it is another file.
     """
-    if not path.exists():
-        return []
     problem = f"{path}: holds no results of evaluations; name another file with --out"
-    if not path.is_file():  # reading a pipe would wait for ever
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DataError(f"{path}: is a link that leads to itself; name another file with --out") from None
+        raise
+    if not is_file:  # reading a pipe would wait for ever
         raise DataError(problem)
     try:
         records = list(json.loads(path.read_bytes())["results"])

@@ -58,9 +58,15 @@ def submit(config: Config, site: SiteConfig, request: Request) -> tuple[str, Pat
     Raises:
         ConfigError: the job cannot be as it was asked for, or Slurm refuses it.
     """
-    folder = next_submission(config)
-    script = render(config, site, request, folder)
-    folder.mkdir(parents=True)
+    while True:
+        folder = next_submission(config)
+        script = render(config, site, request, folder)
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # another submission took the name meanwhile
+            if not folder.is_dir():
+                raise
     snapshot(config, folder)
     (folder / "job.sbatch").write_text(script)
     try:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.loader import TrainingData
 from launcher.engine.contract import Engine
 from launcher.plan.plan import Plan
+from launcher.process.ranks import Ranks
 from launcher.training.guard import SpikeGuard
 from launcher.training.teacher import Teacher
 from launcher.training.telemetry import Telemetry
@@ -72,6 +74,19 @@ def accumulate_gradients(
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting for it: CUDA copies pageable memory only when all before is done."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
+    """Open the training stream at the position where the step of this number begins."""
+    return TrainingData(
+        plan.config.data,
+        vocab_size=plan.config.model.vocab_size,
+        global_batch_sequences=plan.global_batch_sequences,
+        micro_batch_sequences=plan.config.training.micro_batch_sequences,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        first_sequence=plan.first_sequence_at(step),
+    )
 
 
 def train_step(

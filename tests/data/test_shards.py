@@ -241,7 +241,7 @@ def test_a_failed_prepare_leaves_nothing(tokenizer_path, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(corpus, tokenizer_path, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file: File exists"):
+    with pytest.raises(DataError, match="file is a file, not a folder; choose another name"):
         prepare(PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path)), 32, tmp_path / "file" / "out")
 
 

@@ -81,7 +81,7 @@ def write_text(_: Path) -> None:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "load_model", lambda *_, **__: model)
-        generate.write_text("model", HOSTILE, dtype=torch.float32, packed=None, tokenizer=None)
+        generate.write_text("model", HOSTILE, dtype="fp32", packed=None, tokenizer=None)
 
 
 def configuration_error(folder: Path) -> None:

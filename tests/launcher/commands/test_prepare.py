@@ -1,4 +1,4 @@
-"""`tritrain prepare` says which files it reads and which it leaves out, before the work and at its end."""
+"""`tritrain prepare` says which files it reads and which it leaves out, before the work."""
 
 import json
 import os
@@ -30,7 +30,8 @@ def test_what_is_read_and_left_out_is_said_and_recorded(tmp_path: Path, capsys: 
         f"(name it as an input). All are listed in {out}/files.json"
     )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == lines[-2] == said
+    assert lines[1] == said
+    assert lines.count(said) == 1
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["files"] == {"read": 2, "left_out": 5}  # each rank reads the manifest at each start
     files = json.loads((out / "files.json").read_text())

@@ -7,7 +7,7 @@ from typing import get_type_hints
 import pytest
 from minimal import only_problem, problems, tree
 
-from launcher.config import rules
+from launcher.config import effects, rules
 from launcher.config.file import parse_config, parse_yaml, to_tree
 from launcher.config.rules import RULES, RULES_TO_START
 from launcher.config.sections import Config
@@ -284,7 +284,7 @@ def test_a_rule_needs_sections_and_says_what_for():
         assert rule.__doc__
     assert names == {
         name
-        for name, function in vars(rules).items()
+        for name, function in (vars(rules) | vars(effects)).items()
         if inspect.isgeneratorfunction(function) and not name.startswith("_")
     }
 

@@ -17,6 +17,7 @@ from tokenizer_files import write_bytes_tokenizer
 from torch import nn
 from typer.testing import CliRunner
 
+import launcher.inference.generate
 import launcher.inference.load
 from data.errors import DataError
 from data.messages import printable
@@ -26,9 +27,11 @@ from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.hf_folder import write_hf
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import config_of
+from launcher.inference.generate import write_text
 from launcher.inference.load import load_model
 from launcher.inference.sharded import open_subject
 from launcher.process.ranks import ALONE
+from launcher.run import automatic
 from model.transformer import Transformer
 from quant.config import PRESETS, QuantConfig
 from quant.linear import QuantLinear, add_learned_scales_, quantize_
@@ -82,6 +85,29 @@ def test_a_checkpoint_computes_the_bits_of_training(runs, name, dtype):
     assert sum(isinstance(layer, QuantLinear) for layer in latent.model.modules()) == 14
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize(("has_bf16", "name"), [(True, "bf16"), (False, "fp32"), (None, "fp32")])
+def test_the_default_dtype_is_what_the_device_computes_in_hardware(runs, has_bf16, name, monkeypatch, capsys):
+    monkeypatch.setattr(automatic, "has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    assert load_model(step(runs, 2)).model.model.norm.weight.dtype == expected[name]
+
+    taken = []
+    real = launcher.inference.generate.load_model
+    monkeypatch.setattr(
+        launcher.inference.generate,
+        "load_model",
+        lambda path, dtype, **choice: taken.append(dtype) or real(path, dtype=dtype, **choice),
+    )
+    write_text(str(runs / "run"), "te", dtype=None, packed=None, tokenizer=None, max_tokens=1)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith(f"dtype: {name}, ")
+    for chosen in ("bf16", "fp32"):
+        write_text(str(runs / "run"), "te", dtype=chosen, packed=None, tokenizer=None, max_tokens=1)
+        assert "dtype" not in capsys.readouterr().err
+    assert taken == [expected[name], torch.bfloat16, torch.float32]
 
 
 def test_a_16_bit_checkpoint_is_a_plain_model(runs):

@@ -165,6 +165,8 @@ def extended(shards: str, out: str) -> list[str]:
     told = [outcome_of(shards, out, **changes)]
     shorter: list[Any] = [{"precision": "16-bit", "steps": 3}, {"precision": "ternary", "steps": 9}]
     told += [outcome_of(shards, out, phases=shorter, allow=["phases"])]
+    cut: list[Any] = [{"precision": "16-bit", "steps": 4}, {"precision": "ternary", "steps": 2}]
+    told += [outcome_of(shards, out, phases=cut), outcome_of(shards, out, phases=cut, allow=["phases"])]
     batch = {"training": {"global_batch_sequences": 4, "micro_batch_sequences": 2, "compute_dtype": "fp32"}}
     told += [outcome_of(shards, out, **batch, allow=["training"])]
     return [*told, outcome_of(shards, out, **changes, allow=["phases"])]
@@ -172,7 +174,7 @@ def extended(shards: str, out: str) -> list[str]:
 
 def test_a_finished_run_is_extended_knowingly(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    [[refused, moved, batch, outcome]] = run_group(1, extended, str(shards), str(out))
+    [[refused, moved, cut, cut_allowed, batch, outcome]] = run_group(1, extended, str(shards), str(out))
     assert "  phases.1.steps: 4 in" in refused
     assert "phases.1.steps" in refused.splitlines()[-1]
     # A cosine from 3e-3 to a tenth, after 2 steps of warm-up: 5/6 and 6/10 of the way down.
@@ -180,6 +182,10 @@ def test_a_finished_run_is_extended_knowingly(shards: Path, tmp_path: Path) -> N
     assert f"was {rates[0]:.3g} in step 8 and is {rates[1]:.3g} in step 9. That is a jump up." in refused
     assert "set schedule.horizon_steps=8" in refused
     assert "is at step 8, in phase 1, and that phase now has steps 3 to 12" in moved
+    for told in (cut, cut_allowed):  # what run.allow_changes cannot help with does not advise it
+        assert "has saved step 8, and would have 6 steps now. What is trained cannot be taken back: keep at le" in told
+        assert "begin another run. With checkpoint.start_from=CHECKPOINT" in told
+        assert "allow_changes" not in told
     assert batch.startswith("ConfigError: training: ")  # and none of them has changed the run's own configuration
     assert outcome == "complete"
     assert sorted(losses(out)) == list(range(1, 13))

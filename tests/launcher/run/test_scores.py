@@ -42,3 +42,14 @@ def test_results_are_read_from_files_alone(tmp_path: Path) -> None:
     for name in ("pipe", "folder"):
         with pytest.raises(DataError, match=f"{name}: holds no results of evaluations"):
             read_results(tmp_path / name)
+
+
+def test_a_link_to_itself_holds_no_results(tmp_path: Path) -> None:
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "other.json").symlink_to("loop.json")
+    for name in ("loop.json", "other.json"):
+        with pytest.raises(DataError, match=f"{name}: is a link that leads to itself; name another file with --out"):
+            read_results(tmp_path / name)
+    (tmp_path / "none.json").symlink_to("not-yet.json")
+    assert read_results(tmp_path / "none.json") == []
+    assert read_results(tmp_path / "none.json" / "below") == []

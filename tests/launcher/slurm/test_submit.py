@@ -266,6 +266,28 @@ def test_submitting_keeps_code_and_configuration_and_no_secret(
     assert not any(value.encode() in written for value in secrets.values())
 
 
+def test_two_submissions_at_once_have_folders_of_their_own(
+    config: Config, programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one makes its folder after this one has found the name free."""
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    taken: list[Path] = []
+
+    def rendered(*arguments: Any) -> str:
+        folder = arguments[-1]
+        if not taken:
+            taken.append(folder)
+            folder.mkdir(parents=True)
+        return render(*arguments)
+
+    monkeypatch.setattr(launcher.slurm.submit, "render", rendered)
+    _, folder = submit(config, SiteConfig(), REQUEST)
+    assert folder.parent == taken[0].parent
+    assert folder != taken[0]
+    assert list(taken[0].iterdir()) == []
+    assert str(folder) in (folder / "job.sbatch").read_text()
+
+
 def test_a_job_that_slurm_refuses_leaves_nothing(
     config: Config, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,125 @@
+"""Rules about keys that have no effect, or a length so small that nobody can mean it.
+
+They hold for a run that is to start. A key without effect is one that differs from its default and is never read beside
+what the others say: whoever set it believes in something that does not happen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from data.config import DataConfig
+from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
+from launcher.config.transition import TransitionConfig
+from model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from launcher.config.sections import CheckpointConfig, EvaluationConfig, PhaseConfig, WatchConfig
+
+Problems = Iterator[tuple[str, str]]
+"""Each as the path of a key and what is wrong there."""
+
+LEAST_INTERVAL_MINUTES = 0.01
+LEAST_SECONDS = {"beat_seconds": 0.1, "step_seconds": 1.0, "first_step_seconds": 1.0}
+LEAST_SHARE = 1e-4
+"""Of a run: a shorter part of most would be no step at all."""
+
+
+def model_keys_have_an_effect(model: ModelConfig) -> Problems:
+    """Initial values are of something that the model has."""
+    if not model.sub_norm:
+        yield from _idle(model, "model", "sub_norm_init", "model.sub_norm is false")
+    if model.initialization == "mitchell":
+        yield from _idle(model, "model", "init_std", "model.initialization is mitchell")
+
+
+def data_keys_have_an_effect(data: DataConfig) -> Problems:
+    """Blocks need shuffling, a cache needs a remote source, and a weight another source."""
+    if not data.shuffle:
+        yield from _idle(data, "data", "shuffle_block_rows", "data.shuffle is false")
+    if not any(source.is_remote for source in data.sources):
+        yield from _idle(data, "data", "cache", "no source is remote")
+    if len(data.sources) == 1:
+        yield from _idle(data.sources[0], "data.sources.0", "weight", "there is no other source")
+
+
+def optimizer_keys_have_an_effect(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> Problems:
+    """The schedule has a decay, and the weights have one, where something is said of it."""
+    if schedule.shape != "wsd":
+        yield from _idle(schedule, "schedule", "decay_fraction", f"schedule.shape is {schedule.shape}, not wsd")
+    if schedule.shape == "constant":
+        for name in ("final_fraction", "horizon_steps"):
+            yield from _idle(schedule, "schedule", name, "schedule.shape is constant")
+    if not optimizer.weight_decay:
+        yield from _idle(optimizer, "optimizer", "decay_embeddings", "optimizer.weight_decay is 0")
+
+
+def phase_keys_have_an_effect(phases: "tuple[PhaseConfig, ...]") -> Problems:
+    """Weights have groups, and a ramp has steps, where something is said of them."""
+    for index, phase in enumerate(phases):
+        path, quantization = f"phases.{index}", phase.quantization
+        if quantization and quantization.granularity != "group":
+            reason = f"granularity is {quantization.granularity}; for groups, set granularity: group"
+            yield from _idle(quantization, f"{path}.quantization", "group_size", reason)
+        transition = phase.transition or TransitionConfig()
+        for name in ("ramp", "activation_ramp"):
+            ramp = getattr(transition, name)
+            if ramp and not ramp.steps and not transition.rollback:  # which may lengthen it
+                for key in ("shape", "sharpness", "stairs"):
+                    yield from _idle(ramp, f"{path}.transition.{name}", key, "steps is 0, which switches at once")
+
+
+def evaluation_keys_have_an_effect(evaluation: "EvaluationConfig") -> Problems:
+    """A sample has a prompt, and tasks are named."""
+    if evaluation.sample_prompt is None:
+        yield from _idle(evaluation, "evaluation", "sample_tokens", "evaluation.sample_prompt is null")
+    if not evaluation.tasks:
+        for name in ("task_data", "tasks_limit"):
+            yield from _idle(evaluation, "evaluation", name, "evaluation.tasks is empty")
+
+
+def intervals_are_long_enough(
+    watch: "WatchConfig", checkpoint: "CheckpointConfig", evaluation: "EvaluationConfig"
+) -> Problems:
+    """No interval is so short that a run would do nothing else, and no limit so short that none could keep it."""
+    for name, least in LEAST_SECONDS.items():
+        yield from _too_short(watch, "watch", name, least)
+    for path, part in (("checkpoint", checkpoint), ("evaluation", evaluation)):
+        yield from _too_short(part, path, "interval_minutes", LEAST_INTERVAL_MINUTES)
+
+
+def shares_are_long_enough(
+    phases: "tuple[PhaseConfig, ...]", schedule: ScheduleConfig, optimizer: OptimizerConfig
+) -> Problems:
+    """No part of a run is so short that it would be no step."""
+    for index, phase in enumerate(phases):
+        if phase.fraction != "rest":
+            yield from _too_short(phase, f"phases.{index}", "fraction", LEAST_SHARE)
+    yield from _too_short(schedule, "schedule", "decay_fraction", LEAST_SHARE)
+    yield from _too_short(schedule, "schedule", "drop_at", LEAST_SHARE)
+    yield from _too_short(optimizer, "optimizer", "weight_decay_until", LEAST_SHARE)
+
+
+def _idle(part: Any, path: str, name: str, reason: str) -> Problems:
+    value, default = getattr(part, name), next(field.default for field in fields(part) if field.name == name)
+    if value != default:
+        advice = "" if ";" in reason else "; leave it out"
+        yield f"{path}.{name}", f"is {value}, but has no effect, because {reason}{advice}"
+
+
+def _too_short(part: Any, path: str, name: str, least: float) -> Problems:
+    value = getattr(part, name)
+    if value is not None and value < least:
+        default = next(field.default for field in fields(part) if field.name == name)
+        suggestion = "" if default is None else f"; the default is {default:g}"
+        yield f"{path}.{name}", f"is {value:g}; must be {least:g} or more{suggestion}"
+
+
+EFFECTS = (
+    model_keys_have_an_effect,
+    data_keys_have_an_effect,
+    optimizer_keys_have_an_effect,
+    phase_keys_have_an_effect,
+    evaluation_keys_have_an_effect,
+)
+LENGTHS = (intervals_are_long_enough, shares_are_long_enough)
