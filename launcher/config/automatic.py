@@ -33,7 +33,7 @@ ANY_GPU = Device("cuda", "a GPU")
 """The device that a plan counts with where no run has begun, since most are planned for machines with GPUs."""
 
 
-def compute_dtype_for(config: "Config", device: Device) -> tuple[str, str]:
+def compute_dtype_for(device: Device) -> tuple[str, str]:
     """The value of `training.compute_dtype` on a device, and a clause that gives the reason."""
     if device.type == "cuda" or device.has_bf16:
         return "bf16", f"which {device.name} computes in hardware"
@@ -74,7 +74,7 @@ class Automatic(NamedTuple):
 
 
 AUTOMATIC: Mapping[str, Automatic] = {
-    "training.compute_dtype": Automatic(compute_dtype_for, ("bf16", "fp32"), "bf16"),
+    "training.compute_dtype": Automatic(lambda _, device: compute_dtype_for(device), ("bf16", "fp32"), "bf16"),
     "training.compile": Automatic(compile_for, (True, False), False),
 }
 
