@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -336,3 +337,8 @@ def test_commit_hooks_are_the_checks_of_make_and_fetch_nothing() -> None:
     assert {hook["name"] for hook in hooks[0]["hooks"]} == {
         " ".join(re.findall(r"^[\w-]+(?: (?:check|format)\b)?", check)) for check in checks
     }
+
+
+def test_the_table_of_steps_is_made_from_the_results():
+    made = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    assert made["BEGIN"] + made["table"]() + made["END"] in (ROOT / "README.md").read_text(), "run benchmarks/readme.py"
