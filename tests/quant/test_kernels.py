@@ -1,14 +1,10 @@
 """Triton's kernels against their twins in PyTorch, bit for bit: on a GPU, or else through Triton's interpreter."""
 
 import math
-import os
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 pytest.importorskip("triton")
 

@@ -287,10 +287,7 @@ def test_gathered_codes_take_no_second_graph():
     layer, x = build_linear(), build_input()
     quantize_(layer, QuantConfig(include=""))
     expected = forward_backward(layer, x)
-    codes = HeldCodes()
-    codes.scale = layer.rounding_scale(layer.weight)
-    codes.codes = pack_rows(layer.weight_codes()[0])
-    layer.held = codes
+    layer.held = HeldCodes(layer.rounding_scale(layer.weight), pack_rows(layer.weight_codes()[0]))
     layer.weight = nn.Parameter(torch.zeros(()).expand(layer.weight.shape))  # there is nothing to read from
     found = forward_backward(layer, x)
     assert all(torch.equal(expected[name], found[name]) for name in expected)

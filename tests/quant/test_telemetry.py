@@ -131,7 +131,6 @@ def probed_linear(weights: list[Tensor], first: int, length: int) -> list[Measur
             model[0].weight.copy_(weight)
         probe.attach(measure=True, compare_next=index < len(weights) - 2)
         model(torch.ones(3, 4))
-        model(torch.full((9, 4), torch.nan))  # a second call in the step: activation checkpointing
         found.append(probe.detach())
         assert probe.detach() is None
         assert layers["0"].probe is None

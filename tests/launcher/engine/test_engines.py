@@ -34,7 +34,7 @@ from launcher.engine.contract import load_weights
 from model.init import initial_value, initialize_
 from model.transformer import Transformer
 from quant.config import QuantConfig
-from quant.linear import quantize_, quantized_layers
+from quant.linear import QuantLinear, quantize_, quantized_layers
 from quant.rounding import quantize_weight
 
 
@@ -50,7 +50,7 @@ def plain_run(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter *= 1 + 1e-7 * torch.randn(parameter.shape, generator=generator)
-    codes = watch_codes(model) if quantized else {}
+    codes = watch_codes(model, lambda layer: quantize_weight(layer.weight.detach())) if quantized else {}
     groups = parameter_groups(((name, p.ndim, p) for name, p in model.named_parameters()), OPTIMIZER)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
     curve, first_moments = [], {}
@@ -66,16 +66,16 @@ def plain_run(
     return {"curve": curve, "first_moments": first_moments, "codes": codes}
 
 
-def watch_codes(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Quantize, and note the codes and the scale that each layer sees in its first forward pass."""
+def watch_codes(model: nn.Module, codes_of: Callable[[Any], tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Quantize, and note the codes and the scale that each layer has in its first forward pass."""
     quantize_(model, QuantConfig(), CPU)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Linear, _: Any) -> None:
             if name not in seen:
-                codes, scale = quantize_weight(module.weight.detach())
-                seen[name] = (codes.to(torch.int8), scale)
+                codes, scale = codes_of(module)
+                seen[name] = (codes.to(torch.int8), scale.clone())
 
         return hook
 
@@ -87,7 +87,7 @@ def watch_codes(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 def engine_run(name: str, dtype: torch.dtype, *, quantized: bool, num_steps: int = NUM_STEPS) -> dict[str, Any]:
     with torch.device("meta"):
         model = Transformer(MODEL)
-    codes = watch_codes(model) if quantized else {}
+    codes = watch_codes(model, QuantLinear.weight_codes) if quantized else {}
     engine = shard(model, name, dtype)
     curve, first_moments = [], {}
     for step in range(num_steps):

@@ -1,5 +1,6 @@
 """What time decides is decided by the first rank's clock, happens at logged steps, and changes no loss."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,11 @@ def test_all_ranks_follow_the_clock_of_the_first() -> None:
 
 def with_and_without(shards: str, out: str) -> None:
     for name, minutes in (("always", 1e-9), ("never", None)):
-        interval: dict[str, Any] = {"interval_minutes": minutes}
-        config = tiny_config(
-            Path(shards),
-            Path(out) / name,
-            checkpoint=interval | {"keep_last": 0},
-            evaluation=interval,
-            logging={"interval_steps": 3},
+        config = tiny_config(Path(shards), Path(out) / name, checkpoint={"keep_last": 0}, logging={"interval_steps": 3})
+        config = replace(  # a configuration would refuse an interval as short as that
+            config,
+            checkpoint=replace(config.checkpoint, interval_minutes=minutes),
+            evaluation=replace(config.evaluation, interval_minutes=minutes),
         )
         assert run(config) == "complete"
 
