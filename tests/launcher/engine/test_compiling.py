@@ -1,5 +1,6 @@
 """That what is compiled is what runs: graph calls of every training step, whatever else a run does."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def count_calls(shards: str, out: str, expected: int) -> None:
+def count_calls(shards: str, out: str, names: list[str], expected: int) -> None:
     """Train each variant, with graphs that are run as they are, and compare the calls of each step."""
     compiling.BACKEND = "eager"
     taken = launcher.train.train_step
@@ -51,7 +52,8 @@ def count_calls(shards: str, out: str, expected: int) -> None:
         return result
 
     launcher.train.train_step = counted_step
-    for name, sections in VARIANTS.items():
+    for name in names:
+        sections = VARIANTS[name]
         torch._dynamo.reset()
         calls: list[int] = []
         own = {key: keys for key, keys in sections.items() if key not in ("training", "logging")}
@@ -72,8 +74,11 @@ def count_calls(shards: str, out: str, expected: int) -> None:
         assert calls == [expected] * STEPS, (name, calls)
 
 
-def test_every_step_is_compiled_whatever_else_a_run_does(shards: Path, tmp_path: Path) -> None:
-    run_group(1, count_calls, str(shards), str(tmp_path), BLOCKS * MICRO_BATCHES)
+@pytest.mark.parametrize(
+    "names", [["all"], pytest.param([*VARIANTS][:-1], marks=pytest.mark.slow)], ids=["all", "each"]
+)
+def test_every_step_is_compiled_whatever_else_a_run_does(shards: Path, tmp_path: Path, names: list[str]) -> None:
+    run_group(1, count_calls, str(shards), str(tmp_path), names, BLOCKS * MICRO_BATCHES)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +90,4 @@ def test_every_step_is_compiled_whatever_else_a_run_does(shards: Path, tmp_path:
     ],
 )
 def test_what_runs_eager_is_said(calls: int, expected: str) -> None:
-    import re
-
     assert re.match(expected, compile_report(3, calls, 4))
