@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from launcher.config.automatic import ANY_GPU, made_concrete
 from launcher.config.file import load_config
 from launcher.engine.build import build_engine
 from launcher.plan.memory import gathers_codes, memory_bytes_per_rank
@@ -81,6 +82,7 @@ def fake_ranks(monkeypatch):
 def check(name, rank, world_size, join, *overrides):
     engine_overrides = ON_FSDP2 if name == "bitnet-2b" else ()
     config = load_config(CONFIGS / f"{name}.yaml", ["training.compile=false", *engine_overrides, *overrides])
+    config, _ = made_concrete(config, ANY_GPU)
     plan = make_plan(config, world_size)
     ranks, mode = join(rank, world_size)
     replicas = config.engine.replicas
