@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from launcher.checkpoint.folders import CONFIG
+from launcher.checkpoint.folders import CONFIG, complete_checkpoints
 from launcher.checkpoint.location import reaching
 from launcher.config.automatic import Device, made_concrete, stored_values
 from launcher.config.file import parse_yaml
 from launcher.config.sections import Config
-from launcher.errors import ConfigError
+from launcher.errors import CheckpointError, ConfigError
 from launcher.process.exchange import value_of_first
 from launcher.process.ranks import Ranks, has_bf16
 from launcher.run.folder import RunFolder, configuration_of_run
@@ -25,16 +25,23 @@ from launcher.run.folder import RunFolder, configuration_of_run
 def values_of_run(folder: RunFolder) -> dict[str, Any]:
     """The values that a run began with; empty for a run that has not begun.
 
-    Its `config.yaml` has them or, where that was lost, its newest checkpoint.
+    Its `config.yaml` has them or, where that was lost, the newest checkpoint that still has one.
 
     Raises:
         CheckpointError: the store of its checkpoints cannot be reached.
     """
     tree = configuration_of_run(folder.path)
-    if tree is None and (newest := folder.newest_checkpoint()) is not None:
-        with suppress(ConfigError), reaching(newest):
-            tree = parse_yaml((newest / CONFIG).read_text(), str(newest / CONFIG))
-    return stored_values(tree if isinstance(tree, dict) else None)
+    if tree is None:
+        with reaching(folder.checkpoints):
+            checkpoints = complete_checkpoints(folder.checkpoints)
+        for checkpoint in reversed(checkpoints):
+            # A damaged one is no reason to stop; UnicodeDecodeError is a ValueError.
+            with suppress(ConfigError, CheckpointError, ValueError), reaching(checkpoint):
+                found = parse_yaml((checkpoint / CONFIG).read_text(), str(checkpoint / CONFIG))
+                if isinstance(found, dict):
+                    tree = found
+                    break
+    return stored_values(tree)
 
 
 def concrete(

@@ -125,7 +125,16 @@ def test_a_run_whose_configuration_is_lost_takes_the_value_of_its_newest_checkpo
     (step / "manifest.json").write_text(json.dumps({}))
     (step / "config.yaml").write_text(folder.config_text)
     (folder.path / "config.yaml").unlink()
-    assert values_of_run(folder)[KEY] == ("fp32")
+    assert values_of_run(folder)[KEY] == "fp32"
+    copied = folder.path / "checkpoints" / "step-00000003"  # whose copying was broken off
+    copied.mkdir()
+    (copied / "manifest.json").write_text(json.dumps({}))
+    assert values_of_run(folder)[KEY] == "fp32"
+    for damage in ("training: [", "3", "\0"):
+        (copied / "config.yaml").write_text(damage)
+        assert values_of_run(folder)[KEY] == "fp32"
+    (copied / "config.yaml").write_bytes(b"\xff\xfe")
+    assert values_of_run(folder)[KEY] == "fp32"
     (step / "config.yaml").write_text("training: [")
     assert values_of_run(folder) == {}
 
