@@ -74,7 +74,7 @@ def stopped_and_moved(rank: int, world_size: int, shards: str, out: str) -> list
 
 
 def test_a_run_goes_on_in_the_dtype_that_the_first_device_chose(shards: Path, tmp_path: Path) -> None:
-    """Against a run that is told fp32 and is never stopped."""
+    """Against a run that is given fp32 and is never stopped."""
     [(results)] = run_ranks(1, stopped_and_moved, str(shards), str(tmp_path))
     (whole_code, whole), (smoke_code, smoke), (first_code, first), between, (last_code, last) = results
     assert [whole_code, smoke_code, first_code, last_code] == [0, 0, 3, 0]
