@@ -33,17 +33,17 @@ def bf16_value(x):
 
 
 @triton.jit
-def _quantize_rows(x_ptr, codes_ptr, scale_ptr, I, x_stride, smallest, highest, scale_by, WIDTH: tl.constexpr):  # noqa: E741
+def _quantize_rows(x_ptr, codes_ptr, scale_ptr, I, x_stride, smallest, highest, WIDTH: tl.constexpr):  # noqa: E741
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)
     x = tl.load(x_ptr + row * x_stride + i, mask=i < I, other=0.0).to(tl.float32)
     magnitudes = tl.abs(x)
     largest = tl.max(magnitudes)
     largest = tl.where(tl.sum((magnitudes != magnitudes).to(tl.int32)) > 0, float("nan"), tl.maximum(largest, smallest))
-    codes = _nearest(x * (tl.div_rn(1.0, largest) * scale_by))
+    codes = _nearest(x * (tl.div_rn(1.0, largest) * highest))
     codes = tl.minimum(tl.maximum(codes, -highest), highest)
     tl.store(codes_ptr + row * I + i, codes.to(tl.int8), mask=i < I)
-    tl.store(scale_ptr + row, tl.div_rn(largest, scale_by))
+    tl.store(scale_ptr + row, tl.div_rn(largest, highest))
 
 
 def quantize_rows(x_NI: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,6 @@ def quantize_rows(x_NI: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
         I,
         x_NI.stride(0),
         smallest,
-        127.0,
         127.0,
         WIDTH=width,
         num_warps=min(max(width // 512, 1), 32),
