@@ -60,6 +60,10 @@ def scaled_product(
     """
     if codes_NI.device.type == "cuda" and HAS_TRITON:
         return torch.ops.tritrain.scaled_product(codes_NI, codes_OI, scale_N1, level, dtype, small)
+    return _by_library(codes_NI, codes_OI, scale_N1, level, dtype)
+
+
+def _by_library(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype: torch.dtype) -> Tensor:
     return (integer_product(codes_NI, codes_OI) * (scale_N1 * level[:, 0])).to(dtype)
 
 
@@ -70,14 +74,11 @@ def _scaled_product(
     from quant.kernels import products
     from quant.kernels.fastest import Way, cuda_seconds, fastest
 
-    def by_library(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor) -> Tensor:
-        return (integer_product(codes_NI, codes_OI) * (scale_N1 * level[:, 0])).to(dtype)
-
     def in_bf16(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor) -> Tensor:
         left, right = codes_NI.to(torch.bfloat16), codes_OI.T.to(torch.bfloat16)
         return (torch.mm(left, right, out_dtype=torch.float32) * (scale_N1 * level[:, 0])).to(dtype)
 
-    ways: list[Way] = [("torch's product in int8", by_library)]
+    ways: list[Way] = [("torch's product in int8", partial(_by_library, dtype=dtype))]
     if small:  # codes and sums are exact in it
         ways.append(("torch's product in bf16", in_bf16))
     for tiles in products.TILES:
