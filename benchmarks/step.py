@@ -12,6 +12,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import peers
 import torch
@@ -22,23 +23,31 @@ from launcher.config.automatic import made_concrete
 from launcher.config.file import load_config
 from launcher.config.sections import Config
 from launcher.engine.adamw import build_adamw, parameter_groups
+from launcher.engine.compiling import compile_blocks_, compiled_function
 from launcher.run.automatic import device_of
 from model.config import ModelConfig
+from model.loss import gradient_of_logits
 from model.transformer import Transformer
 from quant.config import QuantConfig
+from quant.held import CodeKeeper
 from quant.linear import quantize_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VARIANTS = {
-    f"{precision}, {mode}": {"ternary": precision == "ternary", "compiled": mode == "compiled"}
-    for mode in ("eager", "compiled")
-    for precision in ("16-bit", "ternary")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "16-bit, eager": {"backward": None, "compiled": False},
+    "ternary, eager": {"backward": "exact", "compiled": False},
+    "16-bit, compiled": {"backward": None, "compiled": True},
+    "ternary, compiled": {"backward": "exact", "compiled": True},
+    "ternary int8-input, compiled": {"backward": "int8-input", "compiled": True},
+    "ternary int8, compiled": {"backward": "int8", "compiled": True},
 }
 """By name, how `step_of` makes a step."""
 
 
-def step_of(config: Config, dtype: str, device: torch.device, *, ternary: bool, compiled: bool) -> Callable[[], None]:
-    """A training step of a model of its own, which has run three times."""
+def step_of(
+    config: Config, dtype: str, device: torch.device, *, backward: str | None, compiled: bool
+) -> Callable[[], None]:
+    """A training step of a model of its own, which has run three times; in 16 bits without a ``backward``."""
     shape = config.training.micro_batch_sequences, config.data.sequence_length
     tokens = torch.randint(0, config.model.vocab_size, shape, device=device)
     labels = tokens.roll(-1, 1)
@@ -47,15 +56,20 @@ def step_of(config: Config, dtype: str, device: torch.device, *, ternary: bool, 
     for parameter in model.parameters():  # on the device: `initialize_` takes a minute for a billion
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)
-    if ternary:
-        quantize_(model, QuantConfig())
+    keeper = None
+    if backward is not None:
+        quantize_(model, QuantConfig(backward=backward))
+        keeper = CodeKeeper(model, whole=True, compiled=compiled)
     if compiled:
-        for block in model.model.layers:
-            block.compile()
+        compile_blocks_(list(model.model.layers))
+        model.gradient_of_logits = compiled_function(gradient_of_logits)
     named = ((name, parameter.ndim, parameter) for name, parameter in model.named_parameters())
     optimizer = build_adamw(parameter_groups(named, config.optimizer), config.optimizer, fused=True)
 
     def step() -> None:
+        if keeper is not None:
+            keeper.fresh = False
+            keeper.prepare()
         model(tokens, labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -135,13 +149,17 @@ def main() -> None:
     seconds = interleaved(variants, options.repeats, device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {
-        mode: round(medians[f"ternary, {mode}"] / medians[f"16-bit, {mode}"], 3) for mode in ("eager", "compiled")
+        name: round(medians[name] / medians["16-bit, " + name.rpartition(", ")[2]], 3)
+        for name, how in VARIANTS.items()
+        if how["backward"]
     }
     text = (
         f"One step of {config.run.name}'s model on {config.training.micro_batch_sequences} x "
         f"{config.data.sequence_length} tokens in {dtype}, {options.repeats} rounds.\n\n"
         + table(seconds, "16-bit, eager")
-        + f"\n\nTernary over 16-bit: {ratios['eager']:.2f} eager, {ratios['compiled']:.2f} compiled."
+        + "\n\nOver 16-bit in the same mode: "
+        + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        + "."
     )
     numbers = {"median_seconds": medians, "ternary_over_16_bit": ratios}
     report(f"step-{config.run.name}-{device.type}-{dtype}", text, numbers)

@@ -76,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden_ND is not None:
                 grad_hidden_ND[rows] = grad_CV @ weight_VD
             if grad_weight_VD is not None:
-                grad_weight_VD += grad_CV.t() @ hidden_CD
+                _add_product(grad_weight_VD, grad_CV.t(), hidden_CD)
 
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
@@ -92,6 +92,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
         return grad_hidden_ND, grad_weight_VD, *(None,) * 7
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``; on a GPU in one pass over the sum, which is as large as the head in fp32."""
+    if total.device.type == "cuda" and total.dtype != left.dtype:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 GradientOfLogits = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]

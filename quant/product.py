@@ -59,6 +59,8 @@ def scaled_product(
         small: whether sums stay below 2**24, as those with ternary codes do.
     """
     if codes_NI.device.type == "cuda" and HAS_TRITON:
+        # Here, where a compiler makes them in one piece; what reads integers reads no other layout.
+        codes_NI, codes_OI = codes_NI.contiguous(), codes_OI.contiguous()
         return torch.ops.tritrain.scaled_product(codes_NI, codes_OI, scale_N1, level, dtype, small)
     return _by_library(codes_NI, codes_OI, scale_N1, level, dtype)
 
@@ -78,14 +80,16 @@ def _scaled_product(
         left, right = codes_NI.to(torch.bfloat16), codes_OI.T.to(torch.bfloat16)
         return (torch.mm(left, right, out_dtype=torch.float32) * (scale_N1 * level[:, 0])).to(dtype)
 
-    ways: list[Way] = [("torch's product in int8", partial(_by_library, dtype=dtype))]
-    if small:  # codes and sums are exact in it
-        ways.append(("torch's product in bf16", in_bf16))
-    for tiles in products.TILES:
-        ways.append((f"Triton's product in {tiles}", partial(products.scaled_product, dtype=dtype, tiles=tiles)))
-    operands = codes_NI, codes_OI, scale_N1, level
-    key = (*codes_NI.shape, *codes_NI.stride(), *codes_OI.shape, *codes_OI.stride(), dtype, small, codes_NI.device)
-    return fastest(key, ways, operands, cuda_seconds)
+    def ways() -> dict[str, Way]:
+        found: dict[str, Way] = {"torch's product in int8": partial(_by_library, dtype=dtype)}
+        if small:  # codes and sums are exact in it
+            found["torch's product in bf16"] = in_bf16
+        for way in products.WAYS:
+            found[f"Triton's product by {way}"] = partial(products.scaled_product, dtype=dtype, way=way)
+        return found
+
+    key = *codes_NI.shape, len(codes_OI), dtype, small, codes_NI.device
+    return fastest(key, ways, (codes_NI, codes_OI, scale_N1, level), cuda_seconds)
 
 
 @_scaled_product.register_fake

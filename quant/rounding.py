@@ -71,6 +71,11 @@ def reciprocal(x: Tensor) -> Tensor:
     return x.reciprocal()
 
 
+def quotient(x: Tensor, divisor: int) -> Tensor:
+    """``x / divisor`` in fp32, rounded to nearest. A GPU multiplies by ``1 / divisor`` instead, rounded before."""
+    return x / divisor if x.device.type == "cpu" else (x.double() / divisor).float()
+
+
 def in_blocks(weight_OI: Tensor, granularity: Granularity, group_size: int) -> Tensor:
     """View a matrix as [R, G, N, K]: what shares a scale is N rows of K elements.
 
@@ -184,7 +189,7 @@ def weight_scale(weights: Sequence[Tensor], config: QuantConfig) -> Scale:
 
 def _scale_from(statistic: Tensor, config: QuantConfig) -> Scale:
     outermost = statistic * GAUSSIAN_CLIP[config.levels] if config.weights == "gaussian" else statistic
-    return Scale((outermost / LARGEST_CODE[config.levels]).clamp(min=SMALLEST_SCALE))
+    return Scale(quotient(outermost, LARGEST_CODE[config.levels]).clamp(min=SMALLEST_SCALE))
 
 
 SUMMED: dict[WeightScale, Callable[[Tensor], Tensor]] = {"absmean": torch.abs, "gaussian": torch.square}
@@ -366,7 +371,8 @@ def quantize_activation(x: Tensor, activations: Activations = "int8") -> tuple[T
     grid = ACTIVATION_GRIDS[activations]
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_SCALE)
-    return (x * (reciprocal(largest) * grid.scale_by)).round().clamp(*grid.codes), largest / grid.scale_by
+    codes = (x * (reciprocal(largest) * grid.scale_by)).round().clamp(*grid.codes)
+    return codes, quotient(largest, grid.scale_by)
 
 
 # Gradients of products
@@ -383,4 +389,5 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_GRADIENT)
-    return (x * (reciprocal(largest) * 127)).round().clamp(-127, 127).to(torch.int8), largest / 127
+    codes = (x * (reciprocal(largest) * 127)).round().clamp(-127, 127).to(torch.int8)
+    return codes, quotient(largest, 127)

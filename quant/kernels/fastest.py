@@ -4,34 +4,42 @@ No way is fastest everywhere: there are cards on which int8 is slow, and shapes 
 whose result differs from the first one's in a single bit, is left out and named.
 """
 
+import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-Way = tuple[str, Callable[..., Tensor]]
-"""A name, and a function of the operands."""
+Way = Callable[..., Tensor]
+"""A function of the operands."""
 
-ROUNDS = 5
+ROUNDS = 7
 
-_chosen: dict[tuple[object, ...], Callable[..., Tensor]] = {}
+HEAD_START = 2_000_000
+"""Cycles that the device is kept busy, so that calls are waiting for it and not it for them: about a millisecond."""
+
+_chosen: dict[Hashable, Way] = {}
 
 
 def fastest(
-    key: tuple[object, ...], ways: Sequence[Way], operands: tuple[Tensor, ...], seconds: Callable[..., float]
+    key: Hashable,
+    ways: Callable[[], Mapping[str, Way]],
+    operands: tuple[Tensor, ...],
+    seconds: Callable[[Way, tuple[Tensor, ...]], float],
 ) -> Tensor:
     """The product, by the way that was fastest for this key the first time.
 
     Args:
-        key: of what decides: shapes, strides, dtype, device.
-        ways: the first is the reference, and must not fail.
+        key: of what decides: shapes, dtype, device.
+        ways: makes them, by name; the first is the reference, and must not fail.
         operands: of the product.
         seconds: measures a call.
     """
-    if key in _chosen:
-        return _chosen[key](*operands)
-    (_, reference), *others = ways
+    if (way := _chosen.get(key)) is not None:
+        return way(*operands)
+    (_, reference), *others = ways().items()
     expected = reference(*operands)
     times = {reference: seconds(reference, operands)}
     for name, way in others:
@@ -41,20 +49,21 @@ def fastest(
                 warnings.warn(f"{name} gives other bits for {key}, and is not used", stacklevel=2)
                 continue
             times[way] = seconds(way, operands)
+        except OutOfResources:  # of a smaller device
+            continue
         except Exception as error:  # whatever a compiler or a driver raises
             warnings.warn(f"{name} fails for {key}, and is not used: {error}", stacklevel=2)
     _chosen[key] = min(times, key=lambda way: times[way])
     return expected
 
 
-def cuda_seconds(way: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> float:
-    """Seconds of a call that has been made before, on the device; the least of some."""
-    times = []
-    for _ in range(ROUNDS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+def cuda_seconds(way: Way, operands: tuple[Tensor, ...]) -> float:
+    """Seconds of a call that has been made before, on the device; the median of some."""
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(ROUNDS)]
+    torch.cuda._sleep(HEAD_START)
+    for begin, end in events:
         begin.record()
         way(*operands)
         end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return min(times) / 1e3
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3

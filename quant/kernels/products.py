@@ -1,11 +1,13 @@
 """Products of int8 codes with the scales in the epilogue: sums never leave the chip as int32.
 
 The twin is `quant.product.integer_product` times the scales. Sums are exact and scales are multiplied in the same
-order, so that the bits are the same.
+order, so that the bits are the same, whatever way is taken. Both operands have the terms of a sum in one piece: tensor
+cores for int8 read no other layout, and to turn tiles around in each product takes five times as long as it does.
 
 Dimensions: M rows and N columns of the result, K terms of a sum.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,31 +15,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.kernels.rounding import bf16_value
+from quant.kernels.rounding import to_bf16
 
 
-class Tiles(NamedTuple):
-    """How a product is cut into pieces."""
+class Way(NamedTuple):
+    """How a product is cut into tiles."""
 
     m: int
     n: int
     k: int
     num_warps: int
     num_stages: int
+    stays: bool = False
+    """Whether each processor has one program, which reads the next tile while it writes the last."""
 
 
-TILES = (
-    Tiles(128, 256, 128, 8, 3),
-    Tiles(128, 128, 128, 8, 4),
-    Tiles(128, 128, 64, 4, 4),
-    Tiles(64, 256, 128, 4, 4),
-    Tiles(64, 64, 128, 4, 4),
-    Tiles(16, 64, 128, 4, 5),
+WAYS = (
+    Way(128, 128, 128, 4, 4),
+    Way(128, 256, 128, 8, 3),
+    Way(128, 256, 128, 8, 3, stays=True),
+    Way(128, 128, 128, 4, 4, stays=True),
+    Way(64, 64, 128, 4, 4),
+    Way(16, 64, 128, 4, 5),
 )
 """What is worth a try; which is fastest depends on the shape and the device."""
 
-BAND = 8
+BAND = 16
 """Rows of tiles that are computed together, so that what they read stays in the L2 cache."""
+
+
+@triton.jit
+def _place(tile, M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.constexpr):
+    """First row and first column of a tile."""
+    tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
+    per_band = BAND * tiles_n
+    first = tile // per_band * BAND
+    height = tl.minimum(tiles_m - first, BAND)
+    return (first + tile % per_band % height) * TILE_M, tile % per_band // height * TILE_N
 
 
 @triton.jit
@@ -50,82 +64,88 @@ def _scaled_product(
     M,
     N,
     K,
-    a_stride_m,
-    a_stride_k,
-    b_stride_n,
-    b_stride_k,
-    row_stride,
-    column_stride,
+    NUM_PROGRAMS: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     BAND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STAYS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
-    per_band = BAND * tiles_n
-    first_m = program // per_band * BAND
-    height = tl.minimum(tiles_m - first_m, BAND)
-    tile_m = first_m + program % per_band % height
-    tile_n = program % per_band // height
+    num_tiles = tl.cdiv(M, TILE_M) * tl.cdiv(N, TILE_N)
+    last = num_tiles if STAYS else tl.program_id(0) + 1
+    k = tl.arange(0, TILE_K)
+    for tile in tl.range(tl.program_id(0), last, NUM_PROGRAMS, flatten=STAYS):
+        first_m, first_n = _place(tile, M, N, TILE_M, TILE_N, BAND)
+        m, n = first_m + tl.arange(0, TILE_M), first_n + tl.arange(0, TILE_N)
+        # Rows beyond the last are read as the first ones again, and not written.
+        a_ptrs = a_ptr + (m % M).to(tl.int64)[:, None] * K + k[None, :]
+        b_ptrs = b_ptr + (n % N).to(tl.int64)[None, :] * K + k[:, None]
+        sums = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
+        for start in range(0, K, TILE_K):
+            if EVEN_K:
+                a, b = tl.load(a_ptrs + start), tl.load(b_ptrs + start)
+            else:
+                a = tl.load(a_ptrs + start, mask=(k < K - start)[None, :], other=0)
+                b = tl.load(b_ptrs + start, mask=(k < K - start)[:, None], other=0)
+            sums = tl.dot(a, b, acc=sums, out_dtype=tl.int32)
+        rows = tl.load(row_scale_ptr + m * ROW_STRIDE, mask=m < M, other=0.0)
+        columns = tl.load(column_scale_ptr + n * COLUMN_STRIDE, mask=n < N, other=0.0)
+        c = sums.to(tl.float32) * (rows[:, None] * columns[None, :])
+        c = to_bf16(c) if c_ptr.dtype.element_ty == tl.bfloat16 else c.to(c_ptr.dtype.element_ty)
+        c_ptrs = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(c_ptrs, c, mask=(m < M)[:, None] & (n < N)[None, :])
 
-    m = (tile_m * TILE_M + tl.arange(0, TILE_M)).to(tl.int64)
-    n = (tile_n * TILE_N + tl.arange(0, TILE_N)).to(tl.int64)
-    k = tl.arange(0, TILE_K).to(tl.int64)
-    a_ptrs = a_ptr + m[:, None] * a_stride_m + k[None, :] * a_stride_k
-    b_ptrs = b_ptr + n[None, :] * b_stride_n + k[:, None] * b_stride_k
-    sums = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
-    for start in range(0, K, TILE_K):
-        inside = k < K - start
-        a = tl.load(a_ptrs, mask=(m < M)[:, None] & inside[None, :], other=0)
-        b = tl.load(b_ptrs, mask=(n < N)[None, :] & inside[:, None], other=0)
-        sums = tl.dot(a, b, acc=sums, out_dtype=tl.int32)
-        a_ptrs += TILE_K * a_stride_k
-        b_ptrs += TILE_K * b_stride_k
-    row_scale = tl.load(row_scale_ptr + m * row_stride, mask=m < M, other=0.0)
-    column_scale = tl.load(column_scale_ptr + n * column_stride, mask=n < N, other=0.0)
-    c = sums.to(tl.float32) * (row_scale[:, None] * column_scale[None, :])
-    if c_ptr.dtype.element_ty == tl.bfloat16:
-        c = bf16_value(c)
-    c_ptrs = c_ptr + m[:, None] * N + n[None, :]
-    tl.store(c_ptrs, c.to(c_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+_properties = functools.cache(torch.cuda.get_device_properties)
 
 
 def scaled_product(
-    a_MK: Tensor, b_NK: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype, tiles: Tiles = TILES[2]
+    a_MK: Tensor, b_NK: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype, way: Way = WAYS[0]
 ) -> Tensor:
     """``(a @ b.T) * row_scale[:, None] * column_scale`` of int8 codes, [M, N].
 
     Args:
-        a_MK: int8, with any strides.
-        b_NK: int8, with any strides.
+        a_MK: int8, in one piece.
+        b_NK: int8, in one piece.
         row_scale: fp32, of M elements, or one.
         column_scale: fp32, of N elements, or one.
         dtype: of the result.
-        tiles: how it is computed, which does not change the result.
+        way: how it is computed, which does not change the result.
+
+    Raises:
+        ValueError: an operand is not in one piece.
     """
+    if not (a_MK.is_contiguous() and b_NK.is_contiguous()):
+        raise ValueError(f"operands with strides {a_MK.stride()} and {b_NK.stride()}; must be in one piece")
     (M, K), N = a_MK.shape, len(b_NK)
     c_MN = torch.empty(M, N, dtype=dtype, device=a_MK.device)
-    rows, columns = row_scale.reshape(-1), column_scale.reshape(-1)
-    _scaled_product[(triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n),)](
+    num_programs = triton.cdiv(M, way.m) * triton.cdiv(N, way.n)
+    if way.stays:
+        processors = _properties(a_MK.device).multi_processor_count if a_MK.device.type == "cuda" else 2
+        num_programs = min(processors, num_programs)
+    _scaled_product[(num_programs,)](
         a_MK,
         b_NK,
-        rows,
-        columns,
+        row_scale,
+        column_scale,
         c_MN,
         M,
         N,
         K,
-        *a_MK.stride(),
-        *b_NK.stride(),
-        int(len(rows) > 1),
-        int(len(columns) > 1),
-        TILE_M=tiles.m,
-        TILE_N=tiles.n,
-        TILE_K=tiles.k,
+        NUM_PROGRAMS=num_programs if way.stays else 1,
+        ROW_STRIDE=int(row_scale.numel() > 1),
+        COLUMN_STRIDE=int(column_scale.numel() > 1),
+        TILE_M=way.m,
+        TILE_N=way.n,
+        TILE_K=way.k,
         BAND=BAND,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        EVEN_K=K % way.k == 0,
+        STAYS=way.stays,
+        num_warps=way.num_warps,
+        num_stages=way.num_stages,
         enable_fp_fusion=False,
     )
     return c_MN

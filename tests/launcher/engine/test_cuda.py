@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from engines import LEARNING_RATE, MODEL, OPTIMIZER, batch, shard, state_of, step_once
+from engines import LEARNING_RATE, MODEL, NUM_MICRO_BATCHES, OPTIMIZER, batch, shard, state_of, step_once
 from torch import Tensor, nn
 
 from launcher.engine.adamw import parameter_groups
 from launcher.engine.build import checkpoint_activations_
 from launcher.engine.contract import Engine
+from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks
 from model.init import initialize_
 from model.transformer import Transformer
@@ -169,3 +170,33 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float, gpu_ranks: Ran
     assert not torch.tensor(norm).isfinite()
     assert_same_state(state_of(engine), before)
     assert step_once(engine, 1)[2] == 0
+
+
+@pytest.mark.parametrize("strength", [None, 0.5, 1.0], ids=["16-bit", "ramp", "ternary"])
+@pytest.mark.parametrize("how", ["", "checkpointed", "compiled"])
+def test_the_host_does_not_wait_for_the_device(how: str, strength: float | None, gpu_ranks: Ranks) -> None:
+    pytest.importorskip("streaming")
+    from launcher.config.sections import OutlierConfig
+    from launcher.training.guard import SpikeGuard
+    from launcher.training.step import accumulate_gradients
+
+    torch._dynamo.reset()
+    engine = build("fsdp2", torch.bfloat16, gpu_ranks.device, how=how)
+    switch_(engine.model, strength, gpu_ranks.device)
+    guard = SpikeGuard(OutlierConfig(), smooths=True, ranks=gpu_ranks)
+
+    def step(number: int) -> None:
+        tokens, labels = batch(number)
+        halves = zip(tokens.chunk(NUM_MICRO_BATCHES), labels.chunk(NUM_MICRO_BATCHES), strict=True)
+        found = accumulate_gradients(engine, halves, NUM_MICRO_BATCHES)
+        norm, skipped = engine.step(StepSizes(LEARNING_RATE), grad_norm_limit=guard.limit(found.loss))
+        guard.add(norm, skipped)
+
+    for number in range(3):
+        step(number)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3, 6):
+            step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
