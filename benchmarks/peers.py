@@ -17,7 +17,7 @@ from launcher.engine.compiling import compile_blocks_
 from model.config import ModelConfig
 from model.transformer import Block, rotary_tables
 from quant.config import PRESETS
-from quant.held import CodeKeeper
+from quant.keeper import CodeKeeper
 from quant.linear import quantize_, set_strength_
 
 BITNET = PRESETS["bitnet-b1.58"]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.config import IN_2_BITS, Levels
 from quant.size import CODES_PER_BYTE
 
 
@@ -63,16 +64,30 @@ def unpack_block(packed: Tensor, block: int) -> Tensor:
 
 
 def pack_rows(codes_OI: Tensor) -> Tensor:
-    """Pack the codes -1, 0 and +1 of any dtype row by row; uint8 [O, J]. It does not look for other values."""
+    """Pack the codes -1, 0 and +1 of any dtype row by row; uint8 [O, J]. It does not look for other values.
+
+    Bits are put together in fp32, exactly. Compiled for a CPU, that is faster than shifts of bytes.
+    """
     width = -(-codes_OI.shape[1] // CODES_PER_BYTE)
-    padded = F.pad(codes_OI + 1, (0, CODES_PER_BYTE * width - codes_OI.shape[1])).to(torch.uint8)
-    packed_OJ = padded[:, :width].clone()
-    for column, bits_OJ in enumerate(padded.split(width, 1)[1:], start=1):
-        packed_OJ |= bits_OJ << 2 * column
-    return packed_OJ
+    padded = F.pad(codes_OI.float() + 1, (0, CODES_PER_BYTE * width - codes_OI.shape[1]))
+    packed_OJ, *others = padded.split(width, 1)
+    for column, bits_OJ in enumerate(others, start=1):
+        packed_OJ = packed_OJ.add(bits_OJ, alpha=4**column)
+    return packed_OJ.to(torch.uint8)
 
 
 def unpack_rows(packed_OJ: Tensor, width: int) -> Tensor:
     """Undo `pack_rows`; int8 [O, width]."""
-    bits = torch.stack([packed_OJ >> 2 * column for column in range(CODES_PER_BYTE)], 1)
+    shifts = 2 * torch.arange(CODES_PER_BYTE, dtype=torch.uint8, device=packed_OJ.device)
+    bits = packed_OJ[:, None] >> shifts[:, None]
     return bits.bitwise_and_(3).view(torch.int8).sub_(1).flatten(1)[:, :width]
+
+
+def to_held(codes_OI: Tensor, levels: Levels) -> Tensor:
+    """Codes of a weight as they are held and sent: `pack_rows` of them if they fit 2 bits, else int8."""
+    return pack_rows(codes_OI) if levels in IN_2_BITS else codes_OI.to(torch.int8)
+
+
+def from_held(held: Tensor, width: int) -> Tensor:
+    """Undo `to_held`; int8 [O, width]."""
+    return held if held.dtype == torch.int8 else unpack_rows(held, width)

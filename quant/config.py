@@ -22,6 +22,9 @@ SCALES_OF_LEVELS: dict[Levels, tuple[WeightScale, ...]] = {
 }
 """The scales that are defined for a set of levels."""
 
+IN_2_BITS: tuple[Levels, ...] = ("ternary", "binary")
+"""Levels whose codes fit 2 bits: -1, 0 and +1."""
+
 OUTPUTS = ("o_proj", "down_proj")
 """Projections back to the residual stream, whose inputs have the outliers."""
 
@@ -161,7 +164,7 @@ def gather_problems(config: QuantConfig) -> dict[str, str]:
     occurs in it, and neither the output nor the gradient may need the latent weights.
     """
     needed: dict[str, tuple[Any, ...]] = {
-        "levels": ("ternary", "binary"),
+        "levels": IN_2_BITS,
         "weights": ("absmean", "gaussian", "absmedian"),
         "granularity": ("matrix",),
         "gradient": ("identity",),

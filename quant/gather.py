@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param import ExtensionsData
 
-from quant.codes import pack_rows
+from quant.codes import to_held
 from quant.config import QuantConfig, gather_problems
-from quant.linear import HeldCodes, QuantLinear
+from quant.held import HeldCodes
+from quant.linear import QuantLinear
 from quant.rounding import (
     Scale,
     magnitude_counts,
@@ -92,7 +93,6 @@ class CodeGather:
         self._reshard_after_forward = reshard_after_forward
         self._sum = torch.compile(scale_sums, dynamic=False) if compiled else scale_sums
         self._round_rows = torch.compile(rounded_rows, dynamic=False) if compiled else rounded_rows
-        self._is_alone = dist.get_world_size(group) == 1
         self._params: dict[nn.Module, Any] = {}
         self._block_of: dict[nn.Module, Any] = {}
         for block in self._blocks:
@@ -168,8 +168,7 @@ class CodeGather:
         locals_RI = [self._params[layer]._sharded_local_tensor for layer in self._coded]
         scales = self._scales(locals_RI)
         for layer, scale, local_RI in zip(self._coded, scales, locals_RI, strict=True):
-            packs = not self._is_alone or local_RI.device.type != "cpu"  # as `storable_codes`, where nothing is sent
-            rows = self._round_rows(local_RI, scale, layer.quant_config, packs)
+            rows = self._round_rows(local_RI, scale, layer.quant_config)
             own_rows = F.pad(rows, (0, 0, 0, self._padded_rows(layer) - len(rows)))
             layer.held = self._codes[layer]
             layer.held.scale, layer.held.own_rows = scale, own_rows
@@ -201,10 +200,9 @@ class CodeGather:
         return math.ceil(layer.out_features / dist.get_world_size(self._group))
 
 
-def rounded_rows(weight_RI: Tensor, scale: Scale, config: QuantConfig, packs: bool) -> Tensor:
-    """Codes of some rows of a weight, packed in 2 bits or as int8."""
-    codes_RI = weight_codes(weight_RI, scale, config)
-    return pack_rows(codes_RI) if packs else codes_RI.to(torch.int8)
+def rounded_rows(weight_RI: Tensor, scale: Scale, config: QuantConfig) -> Tensor:
+    """Codes of some rows of a weight, as they are sent."""
+    return to_held(weight_codes(weight_RI, scale, config), config.levels)
 
 
 def _computes_with_codes(layer: nn.Module) -> bool:

@@ -11,7 +11,7 @@ than 0, so codes times their level are kept, while latent weights would be round
 
 from typing import TYPE_CHECKING, Literal
 
-from quant.config import QuantConfig
+from quant.config import IN_2_BITS, QuantConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +47,7 @@ def recipe_problem(config: QuantConfig, into: BlockType) -> str | None:
         return f"dead_zone_bias {config.dead_zone_bias}: llama.cpp's graphs have no place for it"
     if into not in TERNARY_TYPES:
         return None
-    if config.levels not in ("ternary", "binary"):
+    if config.levels not in IN_2_BITS:
         return f"levels {config.levels}: {into} holds the codes -1, 0 and +1; f16 and q8_0 hold any"
     width = BLOCK_WIDTHS[into]
     if config.granularity == "group" and config.group_size % width:

@@ -1,41 +1,74 @@
-"""Codes of whole weights, made once for as long as these stay as they are: once an optimizer step.
+"""Things that are made once and held: the codes of a weight, and the codes or the blend of an input.
 
-Without them, each pass of each micro-batch rounds the latent weights anew, the backward pass too, and one that
-recomputes activations once more. `quant.gather` does the same where a layer's rows lie on several ranks.
+Dimensions: O output features, I input features, J = I / 4 bytes of a row.
 """
 
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
 import torch
-from torch import nn
+from torch import Tensor
 
-from quant.linear import quantized_layers, round_weight
+from quant.codes import to_held
+from quant.config import QuantConfig
+from quant.rounding import Scale, learned_scale, weight_codes, weight_scale
+
+Made = TypeVar("Made")
 
 
-class CodeKeeper:
-    """Holds the codes of a model's layers between two changes of its weights.
+@dataclass(eq=False)
+class HeldCodes:
+    """Codes of a weight, made once for as long as the weight stays as it is."""
+
+    scale: Scale
+    codes: Tensor
+    """`quant.codes.to_held` of them: uint8 [O, J], or int8 [O, I]."""
+
+
+def round_weight(
+    weight_OI: Tensor, weights: Sequence[Tensor], alpha_O: Tensor | None, config: QuantConfig
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Scale and codes of a weight, to be held.
 
     Args:
-        model: the root module.
-        whole: whether each layer always has its whole weight. Else a layer's first pass makes the codes, when its
-            weight has been gathered.
-        compiled: whether to compile what makes them.
+        weight_OI: as it is rounded.
+        weights: those that share its scale, itself included.
+        alpha_O: its learned scales, if it has them.
+        config: how it is rounded.
+
+    Returns:
+        Level and threshold, as in `Scale`, and the codes, as in `HeldCodes`.
+    """
+    scale = weight_scale(weights, config) if alpha_O is None else learned_scale(alpha_O, config.levels)
+    return *scale, to_held(weight_codes(weight_OI, scale, config), config.levels)
+
+
+RoundWeight = Callable[[Tensor, Sequence[Tensor], Tensor | None, QuantConfig], tuple[Tensor, Tensor | None, Tensor]]
+
+
+class SharedInput:
+    """What the layers that are given one input make of it, all the same: codes, or a blend.
+
+    The first of them makes it, and it is forgotten with the input. Compiled, each makes its own, and the compiler sees
+    that they are one.
     """
 
-    def __init__(self, model: nn.Module, *, whole: bool, compiled: bool) -> None:
-        self.fresh = False
-        """Whether the codes are those of the weights; to be unset by whoever changes weights."""
-        self._model = model
-        self._whole = whole
-        self._compiled = torch.compile(round_weight, dynamic=False) if compiled else round_weight
+    def __init__(self) -> None:
+        self._x: weakref.ref[Tensor] | None = None
+        self._how: tuple[object, bool] | None = None
+        self._made: Any = None
 
-    @torch.no_grad()
-    def prepare(self) -> None:
-        """Make the codes again if weights have changed. To be called before each forward pass."""
-        if self.fresh:
-            return
-        for layer in quantized_layers(self._model).values():
-            layer.held, layer.holds = None, not self._whole
-            if layer.mode == "codes" and self._whole:
-                # A median counts magnitudes, which compiled code does slowly.
-                is_median = layer.quant_config.weights == "absmedian"
-                layer.held = layer.codes_to_hold(round_weight if is_median else self._compiled)
-        self.fresh = True
+    def of(self, x: Tensor, make: Callable[[Tensor], Made]) -> Made:
+        """``make(x)``, a method of the layer; what it returns must not hold ``x`` itself."""
+        if torch.compiler.is_compiling():
+            return make(x)
+        how = make.__func__, torch.is_grad_enabled()  # type: ignore[attr-defined]
+        if self._x is None or self._x() is not x or self._how != how:
+            self._x, self._how, self._made = weakref.ref(x, self._forget), how, make(x)
+        return cast(Made, self._made)
+
+    def _forget(self, x: weakref.ref[Tensor]) -> None:
+        if self._x is x:
+            self._x = self._made = None

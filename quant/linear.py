@@ -36,7 +36,7 @@ The product itself is differentiated at its rounded operands. ``gradient: clippe
 weight's gradient, and learned scales get one of their own (`quant.rounding.weight_gradients`).
 
 Sums of integer codes are exact (`quant.product`), so that mode "codes" gives the same bits in every engine and export.
-While W stays as it is, over all passes of an optimizer step, its codes can be held (`quant.held`); without them, the
+While W stays as it is, over all passes of an optimizer step, its codes can be held (`quant.keeper`); without them, the
 backward pass makes them again from W. What is made of an input that several layers are given is made once
 (`SharedInput`). On the ramp, rounded operands are made in the dtype of the weight, and the backward pass blends W
 again; activations that the recipe leaves in 16 bits enter every mode as they are.
@@ -49,29 +49,25 @@ and three at most.
 """
 
 import re
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.codes import pack_rows, unpack_rows
+from quant.codes import from_held
 from quant.config import QuantConfig, is_rotated, width_problem
 from quant.hadamard import rotate
+from quant.held import HeldCodes, RoundWeight, SharedInput, round_weight
 from quant.product import BlendedProduct, CodeProduct, StraightThrough
-from quant.rounding import LARGEST_CODE, Scale, learned_scale, quantize_activation, weight_codes, weight_scale
+from quant.rounding import Scale, learned_scale, quantize_activation, weight_codes, weight_scale
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections that are one matrix in fused implementations, in order."""
 
 LEARNED_SCALE = "weight_scale"
 """Name of the parameter that a layer with learned scales has beside its weight."""
-
-
-Made = TypeVar("Made")
 
 
 class QuantLinear(nn.Linear):
@@ -88,11 +84,11 @@ class QuantLinear(nn.Linear):
     """Layers whose weights share the scale, in the order of the fused matrix, this one included; () for none."""
     probe: "Callable[[QuantLinear, Tensor], None] | None"
     """Is called with the layer and its input at every forward pass, if set; nothing is compiled then."""
-    held: "HeldCodes | None"
+    held: HeldCodes | None
     """Codes of the weight as it is now. Without them each pass makes its own."""
     holds: bool
     """Whether the next pass in mode "codes" holds the codes that it makes."""
-    shared_input: "SharedInput"
+    shared_input: SharedInput
     """Of the layers that are given the same input."""
 
     def extra_repr(self) -> str:
@@ -155,13 +151,13 @@ class QuantLinear(nn.Linear):
         if self.held is not None:
             codes = self.held.codes
             assert codes.untyped_storage().nbytes(), "the layer's block is not gathered"
-            return codes if codes.dtype == torch.int8 else unpack_rows(codes, self.in_features), self.held.scale.level
+            return from_held(codes, self.in_features), self.held.scale.level
         weight_OI = self.rotated_weight()
         scale = self.rounding_scale(weight_OI)
         return weight_codes(weight_OI, scale, self.quant_config).to(torch.int8), scale.level
 
     @torch.no_grad()
-    def codes_to_hold(self, round_: "RoundWeight | None" = None) -> "HeldCodes":
+    def codes_to_hold(self, round_: RoundWeight | None = None) -> HeldCodes:
         """Codes of the weight as it is now; ``round_`` is a compiled `round_weight`."""
         config, weight_OI = self.quant_config, self.rotated_weight()
         weights = [layer.rotated_weight() for layer in self.sharers] if self.sharers else [weight_OI]  # type: ignore[operator]
@@ -205,68 +201,6 @@ class QuantLinear(nn.Linear):
         with torch.no_grad():
             is_dead = weight_codes(weight_OI, scale, self.quant_config) == 0
         return self.weight_strength * self.quant_config.dead_zone_bias * (weight_OI.float() * is_dead).sum(-1)
-
-
-@dataclass(eq=False)
-class HeldCodes:
-    """Codes of a weight, made once for as long as the weight stays as it is."""
-
-    scale: Scale
-    codes: Tensor
-    """int8 [O, I], or `pack_rows` of them, uint8 [O, J]."""
-
-
-def round_weight(
-    weight_OI: Tensor, weights: Sequence[Tensor], alpha_O: Tensor | None, config: QuantConfig
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Scale and codes of a weight, to be held.
-
-    Args:
-        weight_OI: as it is rounded.
-        weights: those that share its scale, itself included.
-        alpha_O: its learned scales, if it has them.
-        config: how it is rounded.
-
-    Returns:
-        Level and threshold, as in `Scale`, and the codes, as in `HeldCodes`.
-    """
-    scale = weight_scale(weights, config) if alpha_O is None else learned_scale(alpha_O, config.levels)
-    return *scale, storable_codes(weight_codes(weight_OI, scale, config), config)
-
-
-RoundWeight = Callable[[Tensor, Sequence[Tensor], Tensor | None, QuantConfig], tuple[Tensor, Tensor | None, Tensor]]
-
-
-def storable_codes(codes_OI: Tensor, config: QuantConfig) -> Tensor:
-    """Codes as `HeldCodes` has them: packed on GPUs, whose memory is scarce, if they fit 2 bits; else int8."""
-    fit = LARGEST_CODE[config.levels] == 1
-    return pack_rows(codes_OI) if fit and codes_OI.device.type != "cpu" else codes_OI.to(torch.int8)
-
-
-class SharedInput:
-    """What the layers that are given one input make of it, all the same: codes, or a blend.
-
-    The first of them makes it, and it is forgotten with the input. Compiled, each makes its own, and the compiler sees
-    that they are one.
-    """
-
-    def __init__(self) -> None:
-        self._x: weakref.ref[Tensor] | None = None
-        self._how: tuple[object, bool] | None = None
-        self._made: Any = None
-
-    def of(self, x: Tensor, make: Callable[[Tensor], Made]) -> Made:
-        """``make(x)``, a method of the layer; what it returns must not hold ``x`` itself."""
-        if torch.compiler.is_compiling():
-            return make(x)
-        how = make.__func__, torch.is_grad_enabled()  # type: ignore[attr-defined]
-        if self._x is None or self._x() is not x or self._how != how:
-            self._x, self._how, self._made = weakref.ref(x, self._forget), how, make(x)
-        return cast(Made, self._made)
-
-    def _forget(self, x: weakref.ref[Tensor]) -> None:
-        if self._x is x:
-            self._x = self._made = None
 
 
 def prepared_input(x: Tensor, config: QuantConfig, *, rotated: bool) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.codes import CODES_PER_BYTE, pack, unpack
-from quant.config import BITNET, QuantConfig
+from quant.config import BITNET, IN_2_BITS, QuantConfig
 from quant.linear import prepared_input, quantized_layers
 from quant.product import grouped_product, integer_product, unrounded_product
 from quant.rounding import quantize_activation
@@ -139,7 +139,7 @@ def freeze_(model: nn.Module) -> list[str]:
     if not layers:
         raise ValueError("the model has no quantized layer, so there is nothing to freeze")
     for name, layer in layers.items():
-        if layer.quant_config.levels not in ("ternary", "binary"):
+        if layer.quant_config.levels not in IN_2_BITS:
             raise ValueError(f"{name} has {layer.quant_config.levels} weights; only ternary and binary ones are packed")
         if layer.mode != "codes":
             strengths = f"{layer.weight_strength.item():.3g} and {layer.activation_strength.item():.3g}"

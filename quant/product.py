@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.codes import unpack_rows
+from quant.codes import from_held
 from quant.config import QuantConfig
 from quant.hadamard import rotate
 from quant.rounding import Scale, dequantize, quantize_rows, weight_codes, weight_gradients
@@ -212,7 +212,7 @@ def _codes(weight_OI: Tensor, level: Tensor, threshold: Tensor | None, held: Ten
     """Codes of a weight, int8 [O, I]."""
     if held is None:
         return weight_codes(weight_OI, Scale(level, threshold), ctx.config).to(torch.int8)
-    return held if held.dtype == torch.int8 else unpack_rows(held, ctx.width)
+    return from_held(held, ctx.width)
 
 
 def _input_gradient(grad_NO: Tensor, codes_OI: Tensor, level: Tensor, config: QuantConfig) -> Tensor:

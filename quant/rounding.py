@@ -60,8 +60,8 @@ def bf16_values(x: Tensor) -> Tensor:
         return x.to(torch.bfloat16).float()
     bits = x.view(torch.int32)
     half = 0x7FFF + ((bits >> 16) & 1)  # half a bf16 step, and a tie to the even one
-    rounded = ((bits + half) & -0x10000).view(torch.float32)
-    return torch.where(x.isnan(), x, rounded)
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000  # `isnan` takes several times as long, element by element
+    return torch.where(is_nan, bits, (bits + half) & -0x10000).view(torch.float32)
 
 
 def reciprocal(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from launcher.errors import ConfigError
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 from model.transformer import Output
-from quant.held import CodeKeeper
+from quant.keeper import CodeKeeper
 
 
 def deepspeed_config(

@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.gguf import gguf_architecture
 from model.hf import config_to_hf
 from model.size import linear_shapes, parameter_shapes
-from quant.config import QuantConfig
+from quant.config import IN_2_BITS, QuantConfig
 from quant.gguf import (
     BLOCK_BYTES,
     BLOCK_TYPES,
@@ -126,7 +126,7 @@ def recipe_problems(config: QuantConfig, *, packed: bool) -> list[str]:
     if config.granularity != "matrix":
         kind = "learned scales" if config.learned else f"granularity {config.granularity}"
         problems.append(f"{kind}: a packed matrix has one scale; {AS_WEIGHTS}")
-    if config.levels not in ("ternary", "binary"):
+    if config.levels not in IN_2_BITS:
         problems.append(f"levels {config.levels}: only -1, 0 and +1 are packed; {AS_WEIGHTS}")
     if config.activations != "int8":
         problems.append(f"activations {config.activations}: packed layers round inputs to int8; {AS_WEIGHTS}")

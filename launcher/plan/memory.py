@@ -15,7 +15,7 @@ from model.size import (
     num_parameters,
     parameter_shapes,
 )
-from quant.config import QuantConfig, gather_problems
+from quant.config import IN_2_BITS, QuantConfig, gather_problems
 from quant.size import CODES_PER_BYTE
 
 
@@ -70,12 +70,12 @@ def coded_layers(course: Course) -> dict[str, tuple[int, ...]]:
 
 
 def held_code_bytes(course: Course) -> float:
-    """Bytes of the codes of all quantized layers, as `quant.held` keeps them on a GPU."""
+    """Bytes of the codes of all quantized layers, as they are held."""
     quantization = last_quantization(course)
     if quantization is None:
         return 0
     coded = num_elements(linear_shapes(course.config.model, quantization.include))
-    return coded / CODES_PER_BYTE if quantization.levels in ("ternary", "binary") else coded
+    return coded / CODES_PER_BYTE if quantization.levels in IN_2_BITS else coded
 
 
 def beside_codes(course: Course) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:

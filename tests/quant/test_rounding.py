@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.torchvision_repair import repair_torchvision
+from quant.codes import pack_rows, unpack_rows
 from quant.config import QuantConfig
 from quant.hadamard import rotate
 from quant.rounding import (
@@ -14,6 +15,7 @@ from quant.rounding import (
     Scale,
     absmean_scale,
     absmedian_scale,
+    bf16_values,
     quantize_activation,
     quantize_weight,
     weight_codes,
@@ -203,17 +205,29 @@ def test_int8_of_a_zero_token():
 def test_compiled_code_rounds_where_eager_code_does():
     """Inductor would leave out a cast to bf16 whose result is cast to fp32 again."""
 
-    def quantized(weight, weight_bf16):  # one graph: each costs a run of the C++ compiler
-        return *quantize_weight(weight), quantize_weight(rotate(weight_bf16))[0]
+    def quantized(weight, weight_bf16, unusual):  # one graph: each costs a run of the C++ compiler
+        codes, level = quantize_weight(weight)
+        packed = pack_rows(codes[:, :509])
+        rotated_codes = quantize_weight(rotate(weight_bf16))[0]
+        return codes, level, packed, unpack_rows(packed, 509), rotated_codes, bf16_values(unusual)
 
     weight = 0.02 * torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    # Ties, both zeros, the largest numbers and infinities; NaN in several ways; one of each is in a vector's rest.
+    numbers = [0x3F808000, 0x3F818000, 0x3F808001, 0, 1, 0x8000, 0x7F7FFFFF, 0x7F7F7FFF, 0x7F800000]
+    bits = torch.tensor([*numbers, 0x7F800001, 0x7FC00000, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF])
+    unusual = torch.cat([bits, bits | 1 << 31]).to(torch.uint32).view(torch.float32)
     torch._dynamo.reset()
-    codes, level, rotated_codes = torch.compile(quantized, fullgraph=True)(weight, weight.bfloat16())
-    expected, expected_level, expected_rotated = quantized(weight, weight.bfloat16())
+    operands = weight, weight.bfloat16(), torch.cat([unusual, unusual[:1]])
+    codes, level, packed, unpacked, rotated_codes, rounded = torch.compile(quantized, fullgraph=True)(*operands)
+    expected, expected_level, expected_packed, _, expected_rotated, expected_rounded = quantized(*operands)
     assert torch.equal(level, expected_level)
     assert torch.equal(codes, expected)
     assert not torch.equal((weight * level.reciprocal()).round().clamp(-1, 1), expected)
+    assert torch.equal(packed, expected_packed)
+    assert torch.equal(unpacked, expected[:, :509].to(torch.int8))
     assert torch.equal(rotated_codes, expected_rotated)
+    torch.testing.assert_close(rounded, expected_rounded, rtol=0, atol=0, equal_nan=True)
+    assert rounded.isnan().sum() == 10
 
 
 # Transformers' layers

@@ -1,0 +1,42 @@
+"""Codes of whole weights, made once for as long as these stay as they are: once an optimizer step.
+
+Without them, each pass of each micro-batch rounds the latent weights anew, the backward pass too, and one that
+recomputes activations once more. `quant.gather` does the same where a layer's rows lie on several ranks.
+"""
+
+import torch
+from torch import nn
+
+from quant.held import round_weight
+from quant.linear import quantized_layers
+
+
+class CodeKeeper:
+    """Holds the codes of a model's layers between two changes of its weights.
+
+    Args:
+        model: the root module.
+        whole: whether each layer always has its whole weight. Else a layer's first pass makes the codes, when its
+            weight has been gathered.
+        compiled: whether to compile what makes them.
+    """
+
+    def __init__(self, model: nn.Module, *, whole: bool, compiled: bool) -> None:
+        self.fresh = False
+        """Whether the codes are those of the weights; to be unset by whoever changes weights."""
+        self._model = model
+        self._whole = whole
+        self._compiled = torch.compile(round_weight, dynamic=False) if compiled else round_weight
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make the codes again if weights have changed. To be called before each forward pass."""
+        if self.fresh:
+            return
+        for layer in quantized_layers(self._model).values():
+            layer.held, layer.holds = None, not self._whole
+            if layer.mode == "codes" and self._whole:
+                # A median counts magnitudes, which compiled code does slowly.
+                is_median = layer.quant_config.weights == "absmedian"
+                layer.held = layer.codes_to_hold(round_weight if is_median else self._compiled)
+        self.fresh = True
