@@ -18,6 +18,7 @@ Dimensions: O output features, I input features, J = I / 4 bytes of a row.
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -91,8 +92,10 @@ class CodeGather:
         self._blocks: Sequence[Any] = blocks
         self._group = group
         self._reshard_after_forward = reshard_after_forward
-        self._sum = torch.compile(scale_sums, dynamic=False) if compiled else scale_sums
-        self._round_rows = torch.compile(rounded_rows, dynamic=False) if compiled else rounded_rows
+        # Of the layers of a block at once: to call what is compiled takes longer than what a GPU does for one layer.
+        self._sums = torch.compile(sums_of_rows, dynamic=False) if compiled else sums_of_rows
+        self._scales_of_sums = torch.compile(scales_of_sums, dynamic=False) if compiled else scales_of_sums
+        self._rounded_rows = torch.compile(rounded_rows, dynamic=False) if compiled else rounded_rows
         self._params: dict[nn.Module, Any] = {}
         self._block_of: dict[nn.Module, Any] = {}
         for block in self._blocks:
@@ -165,44 +168,66 @@ class CodeGather:
 
     def _round(self) -> None:
         """Round this rank's rows of the layers that are gathered as codes. A collective."""
-        locals_RI = [self._params[layer]._sharded_local_tensor for layer in self._coded]
-        scales = self._scales(locals_RI)
-        for layer, scale, local_RI in zip(self._coded, scales, locals_RI, strict=True):
-            rows = self._round_rows(local_RI, scale, layer.quant_config)
-            own_rows = F.pad(rows, (0, 0, 0, self._padded_rows(layer) - len(rows)))
-            layer.held = self._codes[layer]
-            layer.held.scale, layer.held.own_rows = scale, own_rows
+        blocks = [list(layers) for _, layers in groupby(self._coded, self._block_of.__getitem__)]
+        scales = self._scales(blocks)
+        for layers in blocks:
+            locals_RI, of_block = [self._local(layer) for layer in layers], [scales[layer] for layer in layers]
+            codes = self._rounded_rows(locals_RI, of_block, layers[0].quant_config)
+            for layer, scale, rows in zip(layers, of_block, codes, strict=True):
+                padding = self._padded_rows(layer) - len(rows)
+                layer.held = self._codes[layer]
+                layer.held.scale, layer.held.own_rows = scale, F.pad(rows, (0, 0, 0, padding)) if padding else rows
 
-    def _scales(self, locals_RI: Sequence[Tensor]) -> list[Scale]:
+    def _scales(self, blocks: Sequence[Sequence[QuantLinear]]) -> dict[nn.Module, Scale]:
         """The scale of each layer that is gathered as codes, from the rows of all ranks. A collective."""
         config = self._coded[0].quant_config
         parts: dict[nn.Module, Tensor] = {}  # what each layer's scale is made from, of the whole matrix
         if config.weights == "absmedian":
-            counts = torch.stack([magnitude_counts(local_RI) for local_RI in locals_RI])
+            counts = torch.stack([magnitude_counts(self._local(layer)) for layer in self._coded])
             dist.all_reduce(counts, group=self._group)
             parts.update(zip(self._coded, counts, strict=True))
             together = [torch.stack([parts[sharer] for sharer in _sharers(layer)]) for layer in self._coded]
-            return [scale_from_counts(counts.sum(0), config) for counts in together]
+            found = [scale_from_counts(counts.sum(0), config) for counts in together]
+            return dict(zip(self._coded, found, strict=True))
         padded_rows = [self._padded_rows(layer) for layer in self._coded]
-        own = torch.zeros(sum(padded_rows), dtype=torch.float64, device=locals_RI[0].device)
-        for local_RI, sums_R in zip(locals_RI, own.split(padded_rows), strict=True):
-            sums_R[: len(local_RI)] = self._sum(local_RI, config)
+        sums = [sums_R for layers in blocks for sums_R in self._sums([self._local(layer) for layer in layers], config)]
+        own = torch.zeros(sum(padded_rows), dtype=torch.float64, device=sums[0].device)
+        rows = [part[: len(sums_R)] for part, sums_R in zip(own.split(padded_rows), sums, strict=True)]
+        torch._foreach_copy_(rows, sums)
         everyones = own.new_empty(dist.get_world_size(self._group), len(own))
         dist.all_gather([*everyones], own, group=self._group)
         for layer, columns in zip(self._coded, everyones.split(padded_rows, 1), strict=True):
             parts[layer] = columns.flatten()[: layer.out_features]  # rank after rank; the last have the padding
-        rows = [torch.cat([parts[sharer] for sharer in _sharers(layer)]) for layer in self._coded]
-        return [
-            scale_from_sums(sums_O, layer.in_features, config) for layer, sums_O in zip(self._coded, rows, strict=True)
-        ]
+        scales: dict[nn.Module, Scale] = {}
+        for layers in blocks:
+            whole = [[parts[sharer] for sharer in _sharers(layer)] for layer in layers]
+            found = self._scales_of_sums(whole, [layer.in_features for layer in layers], config)
+            scales.update(zip(layers, found, strict=True))
+        return scales
+
+    def _local(self, layer: nn.Module) -> Tensor:
+        """This rank's rows of the layer's weight."""
+        local_RI: Tensor = self._params[layer]._sharded_local_tensor
+        return local_RI
 
     def _padded_rows(self, layer: nn.Linear) -> int:
         return math.ceil(layer.out_features / dist.get_world_size(self._group))
 
 
-def rounded_rows(weight_RI: Tensor, scale: Scale, config: QuantConfig) -> Tensor:
-    """Codes of some rows of a weight, as they are sent."""
-    return to_held(weight_codes(weight_RI, scale, config), config.levels)
+def sums_of_rows(weights_RI: Sequence[Tensor], config: QuantConfig) -> list[Tensor]:
+    """`scale_sums` of the rows that a rank has of each weight."""
+    return [scale_sums(weight_RI, config) for weight_RI in weights_RI]
+
+
+def scales_of_sums(sums: Sequence[Sequence[Tensor]], widths: Sequence[int], config: QuantConfig) -> list[Scale]:
+    """The scale of each weight, from the sums of all rows that share it."""
+    return [scale_from_sums(torch.cat([*parts]), width, config) for parts, width in zip(sums, widths, strict=True)]
+
+
+def rounded_rows(weights_RI: Sequence[Tensor], scales: Sequence[Scale], config: QuantConfig) -> list[Tensor]:
+    """Codes of some rows of each weight, as they are sent."""
+    pairs = zip(weights_RI, scales, strict=True)
+    return [to_held(weight_codes(weight_RI, scale, config), config.levels) for weight_RI, scale in pairs]
 
 
 def _computes_with_codes(layer: nn.Module) -> bool:

@@ -6,7 +6,7 @@ Dimensions: O output features, I input features, J = I / 4 bytes of a row.
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,25 +27,25 @@ class HeldCodes:
     """`quant.codes.to_held` of them: uint8 [O, J], or int8 [O, I]."""
 
 
-def round_weight(
-    weight_OI: Tensor, weights: Sequence[Tensor], alpha_O: Tensor | None, config: QuantConfig
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Scale and codes of a weight, to be held.
+class Unrounded(NamedTuple):
+    """A weight whose codes are to be held."""
 
-    Args:
-        weight_OI: as it is rounded.
-        weights: those that share its scale, itself included.
-        alpha_O: its learned scales, if it has them.
-        config: how it is rounded.
-
-    Returns:
-        Level and threshold, as in `Scale`, and the codes, as in `HeldCodes`.
-    """
-    scale = weight_scale(weights, config) if alpha_O is None else learned_scale(alpha_O, config.levels)
-    return *scale, to_held(weight_codes(weight_OI, scale, config), config.levels)
+    weight: Tensor
+    """As it is rounded, [O, I]."""
+    together: tuple[Tensor, ...]
+    """The weights that share its scale, itself included."""
+    alpha: Tensor | None
+    """Its learned scales, [O], if it has them."""
+    config: QuantConfig
 
 
-RoundWeight = Callable[[Tensor, Sequence[Tensor], Tensor | None, QuantConfig], tuple[Tensor, Tensor | None, Tensor]]
+def round_weights(weights: Sequence[Unrounded]) -> list[tuple[Scale, Tensor]]:
+    """Scale and codes of each weight, as `HeldCodes` has them."""
+    rounded = []
+    for weight_OI, together, alpha_O, config in weights:
+        scale = weight_scale(together, config) if alpha_O is None else learned_scale(alpha_O, config.levels)
+        rounded.append((scale, to_held(weight_codes(weight_OI, scale, config), config.levels)))
+    return rounded
 
 
 class SharedInput:

@@ -4,10 +4,12 @@ Without them, each pass of each micro-batch rounds the latent weights anew, the 
 recomputes activations once more. `quant.gather` does the same where a layer's rows lie on several ranks.
 """
 
+from itertools import groupby
+
 import torch
 from torch import nn
 
-from quant.held import round_weight
+from quant.held import HeldCodes, round_weights
 from quant.linear import quantized_layers
 
 
@@ -26,17 +28,23 @@ class CodeKeeper:
         """Whether the codes are those of the weights; to be unset by whoever changes weights."""
         self._model = model
         self._whole = whole
-        self._compiled = torch.compile(round_weight, dynamic=False) if compiled else round_weight
+        self._compiled = torch.compile(round_weights, dynamic=False) if compiled else round_weights
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Make the codes again if weights have changed. To be called before each forward pass."""
         if self.fresh:
             return
-        for layer in quantized_layers(self._model).values():
+        layers = quantized_layers(self._model).values()
+        for layer in layers:
             layer.held, layer.holds = None, not self._whole
-            if layer.mode == "codes" and self._whole:
+        # Block by block: to call what is compiled takes longer than what a GPU does in it for one layer.
+        for _, together in groupby(layers if self._whole else (), lambda layer: layer.depth):
+            coded = [layer for layer in together if layer.mode == "codes"]
+            if coded:
                 # A median counts magnitudes, which compiled code does slowly.
-                is_median = layer.quant_config.weights == "absmedian"
-                layer.held = layer.codes_to_hold(round_weight if is_median else self._compiled)
+                is_median = coded[0].quant_config.weights == "absmedian"
+                round_ = round_weights if is_median else self._compiled
+                for layer, made in zip(coded, round_([layer.unrounded() for layer in coded]), strict=True):
+                    layer.held = HeldCodes(*made)
         self.fresh = True

@@ -59,7 +59,7 @@ from torch import Tensor, nn
 from quant.codes import from_held
 from quant.config import QuantConfig, is_rotated, width_problem
 from quant.hadamard import rotate
-from quant.held import HeldCodes, RoundWeight, SharedInput, round_weight
+from quant.held import HeldCodes, SharedInput, Unrounded, round_weights
 from quant.product import BlendedProduct, CodeProduct, StraightThrough
 from quant.rounding import Scale, learned_scale, quantize_activation, weight_codes, weight_scale
 
@@ -108,7 +108,8 @@ class QuantLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         config = self.quant_config
         if self.holds and self.held is None and self.mode == "codes":
-            self.held = self.codes_to_hold()
+            with torch.no_grad():
+                self.held = HeldCodes(*round_weights([self.unrounded()])[0])
         held = self.held
         needs_weight = held is None or config.learned or config.dead_zone_bias or config.gradient != "identity"
         weight_OI = self.rotated_weight() if needs_weight else self.weight
@@ -157,13 +158,11 @@ class QuantLinear(nn.Linear):
         return weight_codes(weight_OI, scale, self.quant_config).to(torch.int8), scale.level
 
     @torch.no_grad()
-    def codes_to_hold(self, round_: RoundWeight | None = None) -> HeldCodes:
-        """Codes of the weight as it is now; ``round_`` is a compiled `round_weight`."""
+    def unrounded(self) -> Unrounded:
+        """The weight as it is now, with what decides its codes."""
         config, weight_OI = self.quant_config, self.rotated_weight()
-        weights = [layer.rotated_weight() for layer in self.sharers] if self.sharers else [weight_OI]  # type: ignore[operator]
-        alpha_O = getattr(self, LEARNED_SCALE) if config.learned else None
-        level, threshold, codes = (round_ or round_weight)(weight_OI, weights, alpha_O, config)
-        return HeldCodes(Scale(level, threshold), codes)
+        weights = tuple(layer.rotated_weight() for layer in self.sharers) if self.sharers else (weight_OI,)  # type: ignore[operator]
+        return Unrounded(weight_OI, weights, getattr(self, LEARNED_SCALE) if config.learned else None, config)
 
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from quant.codes import from_held
 from quant.config import QuantConfig
 from quant.hadamard import rotate
-from quant.rounding import Scale, dequantize, quantize_rows, weight_codes, weight_gradients
+from quant.rounding import SMALLEST_GRADIENT, Scale, dequantize, quantize_rows, weight_codes, weight_gradients
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -69,7 +69,19 @@ def _by_library(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Ten
     return (integer_product(codes_NI, codes_OI) * (scale_N1 * level[:, 0])).to(dtype)
 
 
-@torch.library.custom_op("tritrain::scaled_product", mutates_args=())
+_OPERATORS = torch.library.Library("tritrain", "DEF")
+"""Defined by hand: called some hundred times a step, those of `torch.library.custom_op` keep a GPU waiting."""
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_OPERATORS.define(
+    "scaled_product(Tensor codes_NI, Tensor codes_OI, Tensor scale_N1, Tensor level, ScalarType dtype, bool small) "
+    "-> Tensor",
+    tags=_TAGS,
+)
+_OPERATORS.define("quantize_columns(Tensor x_NO, Tensor scale_N1) -> (Tensor, Tensor)", tags=_TAGS)
+_OPERATORS.define("late_zero(Tensor grad) -> Tensor", tags=_TAGS)
+
+
+@torch.library.impl(_OPERATORS, "scaled_product", "CUDA")
 def _scaled_product(
     codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype: torch.dtype, small: bool
 ) -> Tensor:
@@ -92,9 +104,22 @@ def _scaled_product(
     return fastest(key, ways, (codes_NI, codes_OI, scale_N1, level), cuda_seconds)
 
 
-@_scaled_product.register_fake
+@torch.library.register_fake("tritrain::scaled_product", lib=_OPERATORS)
 def _(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype: torch.dtype, small: bool) -> Tensor:
     return codes_NI.new_empty(len(codes_NI), len(codes_OI), dtype=dtype)
+
+
+@torch.library.impl(_OPERATORS, "quantize_columns", "CUDA")
+def _quantize_columns(x_NO: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
+    from quant.kernels.rounding import quantize_columns
+
+    return quantize_columns(x_NO, scale_N1, SMALLEST_GRADIENT)
+
+
+@torch.library.register_fake("tritrain::quantize_columns", lib=_OPERATORS)
+def _(x_NO: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
+    N, O = x_NO.shape  # noqa: E741
+    return x_NO.new_empty(O, N, dtype=torch.int8), x_NO.new_empty(O, 1, dtype=torch.float32)
 
 
 def integer_sums(codes_ON: Tensor, codes_NI: Tensor) -> Tensor:
@@ -130,13 +155,9 @@ def grouped_product(codes_NI: Tensor, codes_OI: Tensor, level_OG: Tensor) -> Ten
     return total
 
 
-@torch.library.custom_op("tritrain::late_zero", mutates_args=())
+@torch.library.impl(_OPERATORS, "late_zero", "CompositeExplicitAutograd")
+@torch.library.register_fake("tritrain::late_zero", lib=_OPERATORS)
 def _late_zero(grad: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.uint8, device=grad.device)
-
-
-@_late_zero.register_fake
-def _(grad: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.uint8, device=grad.device)
 
 
@@ -146,7 +167,7 @@ def made_again(x: Tensor, grad: Tensor) -> Tensor:
     A compiler finds that the forward pass has made the same, and keeps that instead: whole matrices of every layer. It
     cannot know that 0 is added, which ``grad`` has to be there for.
     """
-    return x + _late_zero(grad).to(x.dtype) if torch.compiler.is_compiling() else x
+    return x + torch.ops.tritrain.late_zero(grad).to(x.dtype) if torch.compiler.is_compiling() else x
 
 
 class CodeProduct(torch.autograd.Function):
@@ -234,10 +255,11 @@ def _weight_gradient(grad_NO: Tensor, codes_NI: Tensor, scale: Tensor | None, co
     scale_N1 = scale.flatten(0, -2)
     if config.backward != "int8":
         return grad_NO.T @ (codes_NI * scale_N1).to(grad_NO.dtype)
-    codes_ON, scale_O1 = quantize_rows((grad_NO * scale_N1).T)
     if grad_NO.device.type == "cuda" and HAS_TRITON and len(grad_NO) <= EXACT_IN_INT32:
+        codes_ON, scale_O1 = torch.ops.tritrain.quantize_columns(grad_NO.contiguous(), scale_N1)
         one = torch.ones(1, 1, device=grad_NO.device)
         return scaled_product(codes_ON, codes_NI.T, scale_O1, one, grad_NO.dtype, small=False)
+    codes_ON, scale_O1 = quantize_rows((grad_NO * scale_N1).T)
     return (integer_sums(codes_ON, codes_NI) * scale_O1).to(grad_NO.dtype)
 
 

@@ -64,16 +64,23 @@ def bf16_values(x: Tensor) -> Tensor:
     return torch.where(is_nan, bits, (bits + half) & -0x10000).view(torch.float32)
 
 
+def _to_nearest(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)`` of fp32, rounded to nearest.
+
+    On GPUs a compiled reciprocal or root is not, and a quotient by a number is a product with its reciprocal. In fp64,
+    which is more than twice as long, it is computed as if it were rounded once.
+    """
+    return function(x) if x.device.type == "cpu" else function(x.double()).float()
+
+
 def reciprocal(x: Tensor) -> Tensor:
-    """``1 / x`` in fp32, rounded to nearest. In kernels that Inductor makes for a GPU a plain one is not."""
-    if torch.compiler.is_compiling() and x.device.type == "cuda":
-        return x.double().reciprocal().float()
-    return x.reciprocal()
+    """``1 / x`` in fp32, rounded to nearest."""
+    return _to_nearest(torch.reciprocal, x)
 
 
-def quotient(x: Tensor, divisor: int) -> Tensor:
-    """``x / divisor`` in fp32, rounded to nearest. A GPU multiplies by ``1 / divisor`` instead, rounded before."""
-    return x / divisor if x.device.type == "cpu" else (x.double() / divisor).float()
+def quotient(x: Tensor, divisor: float) -> Tensor:
+    """``x / divisor`` in fp32, rounded to nearest."""
+    return _to_nearest(lambda x: x / divisor, x)
 
 
 def in_blocks(weight_OI: Tensor, granularity: Granularity, group_size: int) -> Tensor:
@@ -145,7 +152,7 @@ def absmax_scale(blocks: Tensor) -> Tensor:
 
 def rms_scale(blocks: Tensor) -> Tensor:
     """Root mean square, which is the standard deviation that QuEST takes its levels from (arXiv 2502.05003, 3.1)."""
-    return _mean(blocks.square()).sqrt()
+    return _to_nearest(torch.sqrt, _mean(blocks.square()))
 
 
 def twn_scale(blocks: Tensor) -> Scale:
@@ -223,7 +230,7 @@ def scale_from_counts(counts: Tensor, config: QuantConfig) -> Scale:
 def scale_from_sums(sums_O: Tensor, width: int, config: QuantConfig) -> Scale:
     """`weight_scale` of a matrix with rows of ``width`` weights, bit for bit, from the `scale_sums` of all its rows."""
     mean = _mean_of_rows(sums_O[None, None], width)
-    return _scale_from(mean.sqrt() if config.weights == "gaussian" else mean, config)
+    return _scale_from(_to_nearest(torch.sqrt, mean) if config.weights == "gaussian" else mean, config)
 
 
 def weight_codes(weight_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor:

@@ -1,7 +1,7 @@
 """Rounding to codes: rows of inputs or gradients to int8, and weights to packed ternary codes.
 
-The twins are `quant.rounding.quantize_activation` and `quantize_rows` (of a transposed product for columns), `quant.rounding.row_sums`, and
-`quant.codes.pack_rows` of `quant.rounding.weight_codes`; the bits are the same. So divisions are rounded to nearest,
+The twins are `quant.rounding.quantize_activation` and `quantize_rows` (of a transposed product for columns),
+`quant.rounding.row_sums`, and `quant.codes.pack_rows` of `quant.rounding.weight_codes`; the bits are the same. So divisions
 and products are not fused with the sums that follow.
 
 Dimensions: N rows, I or O elements of a row, J = I / 4 bytes of a packed row, rounded up.
@@ -85,7 +85,7 @@ def quantize_rows(x_NI: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _column_peaks(x_ptr, scale_ptr, peaks_ptr, N, O, LENGTH: tl.constexpr, TILE_N: tl.constexpr, TILE_O: tl.constexpr):
+def _column_peaks(x_ptr, scale_ptr, peaks_ptr, N, O, LENGTH: tl.constexpr, TILE_N: tl.constexpr, TILE_O: tl.constexpr):  # noqa: E741
     o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     peaks = tl.zeros((TILE_N, TILE_O), dtype=tl.int32)
     for start in range(0, LENGTH, TILE_N):
@@ -105,7 +105,7 @@ def _quantize_columns(
     codes_ptr,
     largest_ptr,
     N,
-    O,
+    O,  # noqa: E741
     smallest,
     highest,
     TILE_N: tl.constexpr,
