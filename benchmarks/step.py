@@ -29,7 +29,7 @@ from model.config import ModelConfig
 from model.loss import gradient_of_logits
 from model.transformer import Transformer
 from quant.config import QuantConfig
-from quant.held import CodeKeeper
+from quant.keeper import CodeKeeper
 from quant.linear import quantize_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
