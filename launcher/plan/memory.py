@@ -105,8 +105,9 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     """Estimate the bytes that one rank holds on its device, without allocator overhead and temporary buffers.
 
     FSDP2 keeps fp32 weights, gradients and moments, each sharded, and has what is outside of blocks gathered during a
-    pass, with two blocks, or with 2-bit codes of all blocks. With several micro-batches a step it sums whole gradients
-    in fp32 before it reduces them, but for `engine.reduce_gradients: micro-batch`.
+    pass, with two blocks, or with 2-bit codes of all blocks; a rank alone in fp32 gathers nothing but codes. With
+    several micro-batches a step it sums whole gradients in fp32 before it reduces them, but for
+    `engine.reduce_gradients: micro-batch`.
 
     ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see `zero3_held_parameters`), 16-bit
     gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments (arXiv
@@ -121,12 +122,14 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         {name: shape for name, shape in parameter_shapes(config.model).items() if is_in_block(name)}
     )
     gathered = compute_bytes * (parameters - in_blocks + in_blocks * min(2 / config.model.num_layers, 1))
+    codes = 0.0
     if gathers_codes(plan) and (coded := num_elements(coded_layers(plan))):
         once, each = map(num_elements, beside_codes(plan))
         in_16_bits = compute_bytes * (once + min(each, 2 * in_blocks / config.model.num_layers))
-        gathered = max(gathered, in_16_bits + coded / CODES_PER_BYTE * (1 + 1 / shards))
+        codes = coded / CODES_PER_BYTE * (1 + 1 / shards)
+        gathered = max(gathered, in_16_bits + codes)
     if engine.name == "fsdp2":
-        copies = gathered if shards > 1 or compute_bytes == 2 else 0
+        copies = gathered if shards > 1 or compute_bytes == 2 else codes
         sums_whole = plan.num_micro_batches > 1 and engine.reduce_gradients == "step"
         sizes = {
             "weights": 4 * parameters / shards + copies,

@@ -421,9 +421,10 @@ def test_bytes_per_rank_in_codes():
 
 
 def test_bytes_per_rank_of_fsdp2_in_fp32():
-    """One rank gathers nothing; several gather in fp32."""
+    """One rank gathers nothing but codes, twice; several gather in fp32."""
     fp32 = "training.compute_dtype=fp32"
-    assert sizes(fp32, world_size=1)["weights"] == 4 * PARAMETERS
+    assert sizes(fp32, world_size=1)["weights"] == 4 * PARAMETERS + 2 * LINEAR_PARAMETERS / 4
+    assert sizes(fp32, "engine.gather=weights", world_size=1)["weights"] == 4 * PARAMETERS
     assert sizes(fp32, world_size=2)["weights"] == 2 * PARAMETERS + 4 * PARAMETERS
 
 
