@@ -78,6 +78,7 @@ _OPERATORS.define(
     tags=_TAGS,
 )
 _OPERATORS.define("quantize_columns(Tensor x_NO, Tensor scale_N1) -> (Tensor, Tensor)", tags=_TAGS)
+_OPERATORS.define("transposed(Tensor codes_NI) -> Tensor", tags=_TAGS)
 _OPERATORS.define("late_zero(Tensor grad) -> Tensor", tags=_TAGS)
 
 
@@ -97,10 +98,12 @@ def _scaled_product(
         if small:  # codes and sums are exact in it
             found["torch's product in bf16"] = in_bf16
         for way in products.WAYS:
-            found[f"Triton's product by {way}"] = partial(products.scaled_product, dtype=dtype, way=way)
+            if streamed or not way.streamed:
+                found[f"Triton's product by {way}"] = partial(products.scaled_product, dtype=dtype, way=way)
         return found
 
-    key = *codes_NI.shape, len(codes_OI), dtype, small, codes_NI.device
+    streamed = products.can_stream(codes_NI, codes_OI, dtype)
+    key = *codes_NI.shape, len(codes_OI), dtype, small, streamed, codes_NI.device
     return fastest(key, ways, (codes_NI, codes_OI, scale_N1, level), cuda_seconds)
 
 
@@ -153,6 +156,18 @@ def grouped_product(codes_NI: Tensor, codes_OI: Tensor, level_OG: Tensor) -> Ten
     for codes_NK, codes_OK, level_O in parts:
         total += integer_product(codes_NK.contiguous(), codes_OK.contiguous()) * level_O
     return total
+
+
+@torch.library.impl(_OPERATORS, "transposed", "CUDA")
+def _transposed(codes_NI: Tensor) -> Tensor:
+    from quant.kernels.rounding import transposed
+
+    return transposed(codes_NI)
+
+
+@torch.library.register_fake("tritrain::transposed", lib=_OPERATORS)
+def _(codes_NI: Tensor) -> Tensor:
+    return codes_NI.new_empty(codes_NI.shape[1], codes_NI.shape[0])
 
 
 @torch.library.impl(_OPERATORS, "late_zero", "CompositeExplicitAutograd")
@@ -258,7 +273,9 @@ def _weight_gradient(grad_NO: Tensor, codes_NI: Tensor, scale: Tensor | None, co
     if grad_NO.device.type == "cuda" and HAS_TRITON and len(grad_NO) <= EXACT_IN_INT32:
         codes_ON, scale_O1 = torch.ops.tritrain.quantize_columns(grad_NO.contiguous(), scale_N1)
         one = torch.ones(1, 1, device=grad_NO.device)
-        return scaled_product(codes_ON, codes_NI.T, scale_O1, one, grad_NO.dtype, small=False)
+        # Compilers put a copy that turns a matrix around into other kernels, which then write it element by element.
+        codes_IN = torch.ops.tritrain.transposed(codes_NI)
+        return scaled_product(codes_ON, codes_IN, scale_O1, one, grad_NO.dtype, small=False)
     codes_ON, scale_O1 = quantize_rows((grad_NO * scale_N1).T)
     return (integer_sums(codes_ON, codes_NI) * scale_O1).to(grad_NO.dtype)
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quant.kernels.rounding import to_bf16
 
@@ -26,17 +27,18 @@ class Way(NamedTuple):
     k: int
     num_warps: int
     num_stages: int
-    stays: bool = False
-    """Whether each processor has one program, which reads the next tile while it writes the last."""
+    streamed: bool = False
+    """Whether the tensor memory unit of Hopper and later copies the tiles, for programs that stay for all of theirs and
+    read the next tile while they write the last."""
 
 
 WAYS = (
     Way(128, 128, 128, 4, 4),
     Way(128, 256, 128, 8, 3),
-    Way(128, 256, 128, 8, 3, stays=True),
-    Way(128, 128, 128, 4, 4, stays=True),
     Way(64, 64, 128, 4, 4),
     Way(16, 64, 128, 4, 5),
+    Way(128, 256, 128, 8, 3, streamed=True),
+    Way(128, 128, 128, 4, 4, streamed=True),
 )
 """What is worth a try; which is fastest depends on the shape and the device."""
 
@@ -55,12 +57,56 @@ def _place(tile, M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.cons
 
 
 @triton.jit
-def _scaled_product(
+def _scaled(sums, m, n, row_scale_ptr, column_scale_ptr, M, N, ROW_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr):
+    rows = tl.load(row_scale_ptr + m * ROW_STRIDE, mask=m < M, other=0.0)
+    columns = tl.load(column_scale_ptr + n * COLUMN_STRIDE, mask=n < N, other=0.0)
+    return sums.to(tl.float32) * (rows[:, None] * columns[None, :])
+
+
+@triton.jit
+def _by_pointers(
     a_ptr,
     b_ptr,
     row_scale_ptr,
     column_scale_ptr,
     c_ptr,
+    M,
+    N,
+    K,
+    ROW_STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    BAND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    first_m, first_n = _place(tl.program_id(0), M, N, TILE_M, TILE_N, BAND)
+    m, n, k = first_m + tl.arange(0, TILE_M), first_n + tl.arange(0, TILE_N), tl.arange(0, TILE_K)
+    # Rows beyond the last are read as the first ones again, and not written.
+    a_ptrs = a_ptr + (m % M).to(tl.int64)[:, None] * K + k[None, :]
+    b_ptrs = b_ptr + (n % N).to(tl.int64)[None, :] * K + k[:, None]
+    sums = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
+    for start in range(0, K, TILE_K):
+        if EVEN_K:
+            a, b = tl.load(a_ptrs + start), tl.load(b_ptrs + start)
+        else:
+            a = tl.load(a_ptrs + start, mask=(k < K - start)[None, :], other=0)
+            b = tl.load(b_ptrs + start, mask=(k < K - start)[:, None], other=0)
+        sums = tl.dot(a, b, acc=sums, out_dtype=tl.int32)
+    c = _scaled(sums, m, n, row_scale_ptr, column_scale_ptr, M, N, ROW_STRIDE, COLUMN_STRIDE)
+    c = to_bf16(c) if c_ptr.dtype.element_ty == tl.bfloat16 else c.to(c_ptr.dtype.element_ty)
+    c_ptrs = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(c_ptrs, c, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _streamed(
+    a_tiles,
+    b_tiles,
+    row_scale_ptr,
+    column_scale_ptr,
+    c_tiles,
     M,
     N,
     K,
@@ -71,35 +117,28 @@ def _scaled_product(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     BAND: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    STAYS: tl.constexpr,
 ):
     num_tiles = tl.cdiv(M, TILE_M) * tl.cdiv(N, TILE_N)
-    last = num_tiles if STAYS else tl.program_id(0) + 1
-    k = tl.arange(0, TILE_K)
-    for tile in tl.range(tl.program_id(0), last, NUM_PROGRAMS, flatten=STAYS):
+    for tile in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS, flatten=True):
         first_m, first_n = _place(tile, M, N, TILE_M, TILE_N, BAND)
-        m, n = first_m + tl.arange(0, TILE_M), first_n + tl.arange(0, TILE_N)
-        # Rows beyond the last are read as the first ones again, and not written.
-        a_ptrs = a_ptr + (m % M).to(tl.int64)[:, None] * K + k[None, :]
-        b_ptrs = b_ptr + (n % N).to(tl.int64)[None, :] * K + k[:, None]
         sums = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
         for start in range(0, K, TILE_K):
-            if EVEN_K:
-                a, b = tl.load(a_ptrs + start), tl.load(b_ptrs + start)
-            else:
-                a = tl.load(a_ptrs + start, mask=(k < K - start)[None, :], other=0)
-                b = tl.load(b_ptrs + start, mask=(k < K - start)[:, None], other=0)
-            sums = tl.dot(a, b, acc=sums, out_dtype=tl.int32)
-        rows = tl.load(row_scale_ptr + m * ROW_STRIDE, mask=m < M, other=0.0)
-        columns = tl.load(column_scale_ptr + n * COLUMN_STRIDE, mask=n < N, other=0.0)
-        c = sums.to(tl.float32) * (rows[:, None] * columns[None, :])
-        c = to_bf16(c) if c_ptr.dtype.element_ty == tl.bfloat16 else c.to(c_ptr.dtype.element_ty)
-        c_ptrs = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(c_ptrs, c, mask=(m < M)[:, None] & (n < N)[None, :])
+            a, b = a_tiles.load([first_m, start]), b_tiles.load([first_n, start])
+            sums = tl.dot(a, b.T, acc=sums, out_dtype=tl.int32)
+        m, n = first_m + tl.arange(0, TILE_M), first_n + tl.arange(0, TILE_N)
+        c = _scaled(sums, m, n, row_scale_ptr, column_scale_ptr, M, N, ROW_STRIDE, COLUMN_STRIDE)
+        c_tiles.store([first_m, first_n], to_bf16(c) if c_tiles.dtype == tl.bfloat16 else c.to(c_tiles.dtype))
 
 
 _properties = functools.cache(torch.cuda.get_device_properties)
+
+
+def can_stream(a_MK: Tensor, b_NK: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the tensor memory unit can copy tiles of these: it is there, and rows begin at multiples of 16 bytes."""
+    if a_MK.device.type == "cuda" and _properties(a_MK.device).major < 9:
+        return False
+    aligned = a_MK.data_ptr() % 16 == b_NK.data_ptr() % 16 == 0
+    return aligned and a_MK.shape[1] % 16 == 0 and len(b_NK) * dtype.itemsize % 16 == 0
 
 
 def scaled_product(
@@ -116,36 +155,32 @@ def scaled_product(
         way: how it is computed, which does not change the result.
 
     Raises:
-        ValueError: an operand is not in one piece.
+        ValueError: an operand is not in one piece, or the way is not for operands like these, see `can_stream`.
     """
     if not (a_MK.is_contiguous() and b_NK.is_contiguous()):
         raise ValueError(f"operands with strides {a_MK.stride()} and {b_NK.stride()}; must be in one piece")
     (M, K), N = a_MK.shape, len(b_NK)
     c_MN = torch.empty(M, N, dtype=dtype, device=a_MK.device)
-    num_programs = triton.cdiv(M, way.m) * triton.cdiv(N, way.n)
-    if way.stays:
-        processors = _properties(a_MK.device).multi_processor_count if a_MK.device.type == "cuda" else 2
-        num_programs = min(processors, num_programs)
-    _scaled_product[(num_programs,)](
-        a_MK,
-        b_NK,
+    num_tiles = triton.cdiv(M, way.m) * triton.cdiv(N, way.n)
+    strides = {"ROW_STRIDE": int(row_scale.numel() > 1), "COLUMN_STRIDE": int(column_scale.numel() > 1)}
+    how = {"TILE_M": way.m, "TILE_N": way.n, "TILE_K": way.k, "BAND": BAND, **strides}
+    how |= {"num_warps": way.num_warps, "num_stages": way.num_stages, "enable_fp_fusion": False}
+    if not way.streamed:
+        _by_pointers[(num_tiles,)](a_MK, b_NK, row_scale, column_scale, c_MN, M, N, K, EVEN_K=K % way.k == 0, **how)
+        return c_MN
+    if not can_stream(a_MK, b_NK, dtype):
+        raise ValueError("rows must begin at multiples of 16 bytes, on a GPU like Hopper or later")
+    processors = _properties(a_MK.device).multi_processor_count if a_MK.device.type == "cuda" else 2
+    _streamed[(min(processors, num_tiles),)](
+        TensorDescriptor.from_tensor(a_MK, [way.m, way.k]),
+        TensorDescriptor.from_tensor(b_NK, [way.n, way.k]),
         row_scale,
         column_scale,
-        c_MN,
+        TensorDescriptor.from_tensor(c_MN, [way.m, way.n]),
         M,
         N,
         K,
-        NUM_PROGRAMS=num_programs if way.stays else 1,
-        ROW_STRIDE=int(row_scale.numel() > 1),
-        COLUMN_STRIDE=int(column_scale.numel() > 1),
-        TILE_M=way.m,
-        TILE_N=way.n,
-        TILE_K=way.k,
-        BAND=BAND,
-        EVEN_K=K % way.k == 0,
-        STAYS=way.stays,
-        num_warps=way.num_warps,
-        num_stages=way.num_stages,
-        enable_fp_fusion=False,
+        NUM_PROGRAMS=processors,
+        **how,
     )
     return c_MN

@@ -1,8 +1,8 @@
 """Rounding to codes: rows of inputs or gradients to int8, and weights to packed ternary codes.
 
 The twins are `quant.rounding.quantize_activation` and `quantize_rows` (of a transposed product for columns),
-`quant.rounding.row_sums`, and `quant.codes.pack_rows` of `quant.rounding.weight_codes`; the bits are the same. So divisions
-and products are not fused with the sums that follow.
+`quant.rounding.row_sums`, and `quant.codes.pack_rows` of `quant.rounding.weight_codes`; the bits are the same. So
+divisions are rounded to nearest, and products are not fused with the sums that follow.
 
 Dimensions: N rows, I or O elements of a row, J = I / 4 bytes of a packed row, rounded up.
 """
@@ -141,13 +141,28 @@ def quantize_columns(x_NO: Tensor, scale_N1: Tensor, smallest: float) -> tuple[T
     scale_O1 = torch.empty(O, 1, dtype=torch.float32, device=x_NO.device)
     length = 512
     _column_peaks[(triton.cdiv(O, 128), triton.cdiv(N, length))](
-        x_NO, scale_N1, peaks_O, N, O, LENGTH=length, TILE_N=16, TILE_O=128, enable_fp_fusion=False
+        x_NO, scale_N1, peaks_O, N, O, LENGTH=length, TILE_N=64, TILE_O=128, num_warps=8, enable_fp_fusion=False
     )
     _quantize_columns[(triton.cdiv(N, 128), triton.cdiv(O, 64))](
         x_NO, scale_N1, peaks_O, codes_ON, scale_O1, N, O, smallest, 127.0, TILE_N=128, TILE_O=64,
         enable_fp_fusion=False,
     )  # fmt: skip
     return codes_ON, scale_O1
+
+
+@triton.jit
+def _transposed(x_ptr, y_ptr, N, I, TILE_N: tl.constexpr, TILE_I: tl.constexpr):  # noqa: E741
+    n, i = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N), tl.program_id(1) * TILE_I + tl.arange(0, TILE_I)
+    x = tl.load(x_ptr + n.to(tl.int64)[:, None] * I + i[None, :], mask=(n < N)[:, None] & (i < I)[None, :], other=0)
+    tl.store(y_ptr + i.to(tl.int64)[:, None] * N + n[None, :], tl.trans(x), mask=(i < I)[:, None] & (n < N)[None, :])
+
+
+def transposed(codes_NI: Tensor) -> Tensor:
+    """``codes.T`` in one piece, int8 [I, N]."""
+    N, I = codes_NI.shape  # noqa: E741
+    codes_IN = torch.empty(I, N, dtype=codes_NI.dtype, device=codes_NI.device)
+    _transposed[(triton.cdiv(N, 128), triton.cdiv(I, 128))](codes_NI, codes_IN, N, I, TILE_N=128, TILE_I=128)
+    return codes_IN
 
 
 @triton.jit

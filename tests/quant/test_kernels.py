@@ -72,6 +72,22 @@ def test_operands_that_are_not_in_one_piece_are_refused() -> None:
         products.scaled_product(a, b, one, one, torch.float32)
 
 
+@pytest.mark.parametrize(("K", "N", "dtype"), [(24, 64, torch.float32), (32, 12, torch.bfloat16)])
+def test_what_cannot_be_streamed_is_refused(K: int, N: int, dtype: torch.dtype) -> None:
+    a, b, one = codes(8, K, largest=127), codes(N, K, largest=127), torch.ones(1, 1, device=DEVICE)
+    assert not products.can_stream(a, b, dtype)
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        products.scaled_product(a, b, one, one, dtype, products.WAYS[-1])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 200), (129, 64), (130, 127)])
+def test_codes_are_turned_around(rows: int, width: int) -> None:
+    x = codes(rows, width, largest=127)
+    found = rounding.transposed(x)
+    assert found.is_contiguous()
+    assert torch.equal(found, x.T)
+
+
 @pytest.mark.parametrize("width", [1, 2, 31, 64, 1000, 2049])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
