@@ -22,7 +22,8 @@ from model.size import num_linear_parameters, num_parameters
 
 KINDS = {
     "attention": r"flash|fmha|attention|sdpa",
-    "products of integers": r"i8|s8|int8|imma|igemm",
+    "products of integers": r"i8|s8|int8|imma|igemm|_streamed|_by_pointers",
+    "rounding by our own kernels": r"_column_peaks|_quantize_|_transposed|_pack_rows|_row_sums",
     "products in 16 bits": r"gemm|nvjet|cutlass|xmma|cublas",
     "optimizer": r"multi_tensor|adam",
     "fused by Inductor": r"triton_",

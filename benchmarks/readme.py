@@ -10,8 +10,9 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "README.md"
+LINK = "benchmarks/results/"
 BEGIN, END = "<!-- made by benchmarks/readme.py -->\n", "<!-- end -->"
-COLUMNS = {"CPU, fp32": "peers-1024-cpu-fp32", "GPU, bf16": "peers-2048-cuda-bf16"}
+PEERS, PHASES = "peers-1024-cpu-fp32", "phases-llama-1b-cuda-bf16"
 ROWS = {
     "16-bit, compiled": "16 bits",
     "naive fake quantization": "fake quantization in plain PyTorch",
@@ -24,22 +25,22 @@ ROWS = {
 
 
 def table() -> str:
-    """Markdown: time of a step and bytes kept for its backward pass, relative to the 16-bit step."""
-    results = {column: numbers(name) for column, name in COLUMNS.items()}
+    """Markdown: time and bytes kept of a block's step, and time of a whole one, relative to 16 bits."""
+    peers, phases = numbers(PEERS), numbers(PHASES)
     heads = [
-        f"[{column}](benchmarks/results/{COLUMNS[column]}.md)" if found else column for column, found in results.items()
+        f"[a block's step, CPU, fp32]({LINK}{PEERS}.md)",
+        "kept for backward",
+        f"[a whole step, 1.2 B, H200, bf16]({LINK}{PHASES}.md)",
     ]
-    lines = ["| a block's step, compiled | " + " | ".join(f"time, {head} | kept" for head in heads) + " |"]
-    lines.append("| --- |" + " ---: | ---: |" * len(heads))
+    lines = [f"| compiled | {' | '.join(heads)} |", "| --- | ---: | ---: | ---: |"]
     for variant, shown in ROWS.items():
-        cells = []
-        for found in results.values():
-            measured = found.get(variant)
-            if measured is None:
-                cells += ["not measured", ""]
-            else:
-                kept = measured["saved_bytes"] / found["16-bit, compiled"]["saved_bytes"]
-                cells += [f"{measured['ratio']:.2f}", f"{kept:.2f}"]
+        cells = ["not measured", "", "not measured"]
+        if (found := peers.get(variant)) is not None:
+            base = peers["16-bit, compiled"]
+            cells[:2] = [f"{found['ratio']:.2f}", f"{found['saved_bytes'] / base['saved_bytes']:.2f}"]
+        times = phases.get("median_seconds", {})
+        if (seconds := times.get(variant.removesuffix(", compiled"))) is not None:
+            cells[2] = f"{seconds / times['16-bit']:.2f}"
         lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

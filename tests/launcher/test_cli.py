@@ -185,6 +185,7 @@ def start_in_terminal(folder: Path, command: list[str]) -> tuple[int, int]:
     """Start a command as the leader of a terminal's session; returns its process and the terminal."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where tests run under nohup, it is ignored
         os.chdir(folder)
         os.execvpe(command[0], command, os.environ | {"OMP_NUM_THREADS": "1"})
     return pid, terminal
