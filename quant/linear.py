@@ -35,7 +35,7 @@ straight through it (arXiv 1308.3432): the gradient of the rounded operand is ta
 The product itself is differentiated at its rounded operands. ``gradient: clipped`` and ``trust`` zero some of the
 weight's gradient, and learned scales get one of their own (`quant.rounding.weight_gradients`).
 
-Sums of integer codes are exact (`quant.product`), so that mode "codes" gives the same bits in every engine and export.
+Sums of integer codes are exact (`quant.integers`), so that mode "codes" gives the same bits in every engine and export.
 While W stays as it is, over all passes of an optimizer step, its codes can be held (`quant.keeper`); without them, the
 backward pass makes them again from W. What is made of an input that several layers are given is made once
 (`SharedInput`). On the ramp, rounded operands are made in the dtype of the weight, and the backward pass blends W
@@ -60,6 +60,7 @@ from quant.codes import from_held
 from quant.config import QuantConfig, is_rotated, width_problem
 from quant.hadamard import rotate
 from quant.held import HeldCodes, SharedInput, Unrounded, round_weights
+from quant.integers import activation_codes
 from quant.product import BlendedProduct, CodeProduct, StraightThrough
 from quant.rounding import Scale, learned_scale, quantize_activation, weight_codes, weight_scale
 
@@ -169,8 +170,7 @@ class QuantLinear(nn.Linear):
         """Codes of an input as int8, and the fp32 scale of each token; None where activations stay in 16 bits."""
         if self.quant_config.activations == "none":
             return None
-        codes, scale = quantize_activation(self.rounded_input(x), self.quant_config.activations)
-        return codes.to(torch.int8), scale
+        return activation_codes(self.rounded_input(x), self.quant_config.activations)
 
     def _input_codes(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The prepared input, None if it is the input; its codes, int8, and the scale of each token, or None."""
@@ -178,8 +178,8 @@ class QuantLinear(nn.Linear):
         if self.quant_config.activations == "none":
             return None if prepared is x else prepared, None, None
         with torch.no_grad():
-            codes, scale = quantize_activation(prepared, self.quant_config.activations)
-        return None if prepared is x else prepared, codes.to(torch.int8), scale
+            codes, scale = activation_codes(prepared, self.quant_config.activations)
+        return None if prepared is x else prepared, codes, scale
 
     def _blended_input(self, x: Tensor) -> Tensor:
         config, strength = self.quant_config, self.activation_strength

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from quant.codes import CODES_PER_BYTE, pack, unpack
 from quant.config import BITNET, IN_2_BITS, QuantConfig
+from quant.integers import activation_codes, integer_product
 from quant.linear import prepared_input, quantized_layers
-from quant.product import grouped_product, integer_product, unrounded_product
-from quant.rounding import quantize_activation
+from quant.product import grouped_product, unrounded_product
 
 BLOCK_BYTES = 2**18
 """Packed bytes that are taken apart at once: the codes of a block stay in a core's cache until they are multiplied."""
@@ -71,8 +71,8 @@ class PackedLinear(nn.Module):
         if config.activations == "none":
             y = unrounded_product(x, self.codes(), level)
         else:
-            codes, scale = quantize_activation(x, config.activations)
-            codes_NI, scale_N1 = codes.to(torch.int8).flatten(0, -2), scale.flatten(0, -2)
+            codes, scale = activation_codes(x, config.activations)
+            codes_NI, scale_N1 = codes.flatten(0, -2), scale.flatten(0, -2)
             if level.shape[1] > 1:
                 product = grouped_product(codes_NI, self.codes(), level) * scale_N1
             else:

@@ -1,14 +1,10 @@
 """The products of a quantized layer: integer codes are multiplied exactly; scales are applied afterwards.
 
-Sums of int8 codes are exact, in int32 as in fp32 as long as they stay below 2**24, so that every engine, device, kernel
-and export has the same integers, bit for bit. The scales are applied once, in fp32. The latent weights and the inputs
-get straight-through gradients by the dequantized operands.
+The latent weights and the inputs get straight-through gradients by the dequantized operands.
 
 Dimensions: N rows (tokens), O output features, I input features, G groups of a row, J bytes of a row.
 """
 
-from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,127 +14,8 @@ from torch import Tensor
 from quant.codes import from_held
 from quant.config import QuantConfig
 from quant.hadamard import rotate
-from quant.rounding import SMALLEST_GRADIENT, Scale, dequantize, quantize_rows, weight_codes, weight_gradients
-
-HAS_TRITON = find_spec("triton") is not None
-
-_CPU_HAS_INT8 = torch.cpu._is_vnni_supported()
-
-EXACT_IN_FP32 = 1040
-"""Products of two int8 codes whose sum fp32 surely has: 1040 * 127 * 127 < 2**24."""
-
-EXACT_IN_INT32 = 2**17
-"""Products of two int8 codes whose sum surely fits int32."""
-
-
-def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
-    """Sums of products of int8 codes, ``codes_NI @ codes_OI.T``, as fp32 [N, O].
-
-    Exact while sums stay below 2**24: with 8-bit activations and ternary weights, up to 132,104 input features.
-    """
-    N, (O, I) = len(codes_NI), codes_OI.shape  # noqa: E741
-    on_cpu = codes_NI.device.type == "cpu"
-    if not (_CPU_HAS_INT8 if on_cpu else O % 8 == 0 and I % 8 == 0):
-        return F.linear(codes_NI.float(), codes_OI.float())
-    if not on_cpu and N <= 16:  # cuBLAS takes more rows
-        return torch._int_mm(F.pad(codes_NI, (0, 0, 0, 17 - N)), codes_OI.T)[:N].float()
-    return torch._int_mm(codes_NI, codes_OI.T).float()
-
-
-def scaled_product(
-    codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype: torch.dtype, *, small: bool = True
-) -> Tensor:
-    """``(codes_NI @ codes_OI.T) * (scale_N1 * level.T)``, [N, O].
-
-    Args:
-        codes_NI: int8.
-        codes_OI: int8.
-        scale_N1: fp32.
-        level: fp32, [1, 1] or [O, 1].
-        dtype: of the result.
-        small: whether sums stay below 2**24, as those with ternary codes do.
-    """
-    if codes_NI.device.type == "cuda" and HAS_TRITON:
-        # Here, where a compiler makes them in one piece; what reads integers reads no other layout.
-        codes_NI, codes_OI = codes_NI.contiguous(), codes_OI.contiguous()
-        return torch.ops.tritrain.scaled_product(codes_NI, codes_OI, scale_N1, level, dtype, small)
-    return _by_library(codes_NI, codes_OI, scale_N1, level, dtype)
-
-
-def _by_library(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype: torch.dtype) -> Tensor:
-    return (integer_product(codes_NI, codes_OI) * (scale_N1 * level[:, 0])).to(dtype)
-
-
-_OPERATORS = torch.library.Library("tritrain", "DEF")
-"""Defined by hand: called some hundred times a step, those of `torch.library.custom_op` keep a GPU waiting."""
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_OPERATORS.define(
-    "scaled_product(Tensor codes_NI, Tensor codes_OI, Tensor scale_N1, Tensor level, ScalarType dtype, bool small) "
-    "-> Tensor",
-    tags=_TAGS,
-)
-_OPERATORS.define("quantize_columns(Tensor x_NO, Tensor scale_N1) -> (Tensor, Tensor)", tags=_TAGS)
-_OPERATORS.define("transposed(Tensor codes_NI) -> Tensor", tags=_TAGS)
-_OPERATORS.define("late_zero(Tensor grad) -> Tensor", tags=_TAGS)
-
-
-@torch.library.impl(_OPERATORS, "scaled_product", "CUDA")
-def _scaled_product(
-    codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype: torch.dtype, small: bool
-) -> Tensor:
-    from quant.kernels import products
-    from quant.kernels.fastest import Way, cuda_seconds, fastest
-
-    def in_bf16(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor) -> Tensor:
-        left, right = codes_NI.to(torch.bfloat16), codes_OI.T.to(torch.bfloat16)
-        return (torch.mm(left, right, out_dtype=torch.float32) * (scale_N1 * level[:, 0])).to(dtype)
-
-    def ways() -> dict[str, Way]:
-        found: dict[str, Way] = {"torch's product in int8": partial(_by_library, dtype=dtype)}
-        if small:  # codes and sums are exact in it
-            found["torch's product in bf16"] = in_bf16
-        for way in products.WAYS:
-            if streamed or not way.streamed:
-                found[f"Triton's product by {way}"] = partial(products.scaled_product, dtype=dtype, way=way)
-        return found
-
-    streamed = products.can_stream(codes_NI, codes_OI, dtype)
-    key = *codes_NI.shape, len(codes_OI), dtype, small, streamed, codes_NI.device
-    return fastest(key, ways, (codes_NI, codes_OI, scale_N1, level), cuda_seconds)
-
-
-@torch.library.register_fake("tritrain::scaled_product", lib=_OPERATORS)
-def _(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype: torch.dtype, small: bool) -> Tensor:
-    return codes_NI.new_empty(len(codes_NI), len(codes_OI), dtype=dtype)
-
-
-@torch.library.impl(_OPERATORS, "quantize_columns", "CUDA")
-def _quantize_columns(x_NO: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
-    from quant.kernels.rounding import quantize_columns
-
-    return quantize_columns(x_NO, scale_N1, SMALLEST_GRADIENT)
-
-
-@torch.library.register_fake("tritrain::quantize_columns", lib=_OPERATORS)
-def _(x_NO: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
-    N, O = x_NO.shape  # noqa: E741
-    return x_NO.new_empty(O, N, dtype=torch.int8), x_NO.new_empty(O, 1, dtype=torch.float32)
-
-
-def integer_sums(codes_ON: Tensor, codes_NI: Tensor) -> Tensor:
-    """Sums over tokens of products of int8 codes, ``codes_ON @ codes_NI``, rounded once to fp32 [O, I]."""
-    (O, N), I = codes_ON.shape, codes_NI.shape[1]  # noqa: E741
-    on_cpu = codes_NI.device.type == "cpu"
-    has_int8 = _CPU_HAS_INT8 if on_cpu else O % 8 == 0 and I % 8 == 0 and N % 8 == 0
-    longest = EXACT_IN_INT32 if has_int8 else EXACT_IN_FP32
-    pieces = zip(codes_ON.split(longest, 1), codes_NI.split(longest), strict=True)
-    if has_int8:
-        products = [torch._int_mm(left_ON.contiguous(), right_NI) for left_ON, right_NI in pieces]
-    else:
-        products = [left_ON.float() @ right_NI.float() for left_ON, right_NI in pieces]
-    if len(products) == 1:
-        return products[0].float()
-    return torch.stack([product.long() for product in products]).sum(0).float()
+from quant.integers import integer_product, rounded_product, scaled_product, summed_product
+from quant.rounding import Scale, dequantize, weight_codes, weight_gradients
 
 
 def unrounded_product(x: Tensor, codes_OI: Tensor, level: Tensor) -> Tensor:
@@ -158,16 +35,8 @@ def grouped_product(codes_NI: Tensor, codes_OI: Tensor, level_OG: Tensor) -> Ten
     return total
 
 
-@torch.library.impl(_OPERATORS, "transposed", "CUDA")
-def _transposed(codes_NI: Tensor) -> Tensor:
-    from quant.kernels.rounding import transposed
-
-    return transposed(codes_NI)
-
-
-@torch.library.register_fake("tritrain::transposed", lib=_OPERATORS)
-def _(codes_NI: Tensor) -> Tensor:
-    return codes_NI.new_empty(codes_NI.shape[1], codes_NI.shape[0])
+_OPERATORS = torch.library.Library("tritrain", "FRAGMENT")
+_OPERATORS.define("late_zero(Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.impl(_OPERATORS, "late_zero", "CompositeExplicitAutograd")
@@ -258,9 +127,7 @@ def _input_gradient(grad_NO: Tensor, codes_OI: Tensor, level: Tensor, config: Qu
     scaled_NO = grad_NO * level[:, 0]
     if config.backward == "exact":
         return scaled_NO.to(grad_NO.dtype) @ codes_OI.to(grad_NO.dtype)
-    codes_NO, scale_N1 = quantize_rows(scaled_NO)
-    one = torch.ones(1, 1, device=grad_NO.device)
-    return scaled_product(codes_NO, codes_OI.T, scale_N1, one, grad_NO.dtype)
+    return rounded_product(scaled_NO, codes_OI).to(grad_NO.dtype)
 
 
 def _weight_gradient(grad_NO: Tensor, codes_NI: Tensor, scale: Tensor | None, config: QuantConfig) -> Tensor:
@@ -270,14 +137,7 @@ def _weight_gradient(grad_NO: Tensor, codes_NI: Tensor, scale: Tensor | None, co
     scale_N1 = scale.flatten(0, -2)
     if config.backward != "int8":
         return grad_NO.T @ (codes_NI * scale_N1).to(grad_NO.dtype)
-    if grad_NO.device.type == "cuda" and HAS_TRITON and len(grad_NO) <= EXACT_IN_INT32:
-        codes_ON, scale_O1 = torch.ops.tritrain.quantize_columns(grad_NO.contiguous(), scale_N1)
-        one = torch.ones(1, 1, device=grad_NO.device)
-        # Compilers put a copy that turns a matrix around into other kernels, which then write it element by element.
-        codes_IN = torch.ops.tritrain.transposed(codes_NI)
-        return scaled_product(codes_ON, codes_IN, scale_O1, one, grad_NO.dtype, small=False)
-    codes_ON, scale_O1 = quantize_rows((grad_NO * scale_N1).T)
-    return (integer_sums(codes_ON, codes_NI) * scale_O1).to(grad_NO.dtype)
+    return summed_product(grad_NO, codes_NI, scale_N1)
 
 
 class BlendedProduct(torch.autograd.Function):

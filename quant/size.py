@@ -5,3 +5,6 @@ CODES_PER_BYTE = 4
 
 NUM_MAGNITUDES = 2**15
 """Magnitudes that bf16 has."""
+
+LONGEST_ROW = 2**15
+"""Elements of a row that a kernel of `quant.kernels.rounding` holds at once."""

@@ -1,6 +1,6 @@
 """Products of int8 codes with the scales in the epilogue: sums never leave the chip as int32.
 
-The twin is `quant.product.integer_product` times the scales. Sums are exact and scales are multiplied in the same
+The twin is `quant.integers.integer_product` times the scales. Sums are exact and scales are multiplied in the same
 order, so that the bits are the same, whatever way is taken. Both operands have the terms of a sum in one piece: tensor
 cores for int8 read no other layout, and to turn tiles around in each product takes five times as long as it does.
 

@@ -1,10 +1,10 @@
-"""Rounding to codes: rows of inputs or gradients to int8, and weights to packed ternary codes.
+"""Rounding rows and columns to int8 codes, and turning codes around.
 
-The twins are `quant.rounding.quantize_activation` and `quantize_rows` (of a transposed product for columns),
-`quant.rounding.row_sums`, and `quant.codes.pack_rows` of `quant.rounding.weight_codes`; the bits are the same. So
-divisions are rounded to nearest, and products are not fused with the sums that follow.
+The twins are `quant.rounding.quantize_activation` and `quantize_rows`, for columns of a transposed product; the bits
+are the same. So divisions are rounded to nearest. Weights are rounded by compiled code, which needs about twice the
+time that their bytes take, once a step.
 
-Dimensions: N rows, I or O elements of a row, J = I / 4 bytes of a packed row, rounded up.
+Dimensions: N rows, I or O elements of a row.
 """
 
 import torch
@@ -14,9 +14,6 @@ from torch import Tensor
 
 ROUND_TO_EVEN = tl.constexpr(12582912.0)
 """1.5 * 2**23. Added to a small fp32 number and taken away, it leaves the nearest integer, of two the even one."""
-
-LONGEST_ROW = 2**15
-"""Elements of a row that one program holds."""
 
 
 @triton.jit
@@ -59,7 +56,7 @@ def quantize_rows(x_NI: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
     """Quantize rows to -127 to 127 by the largest magnitude of each.
 
     Args:
-        x_NI: fp32 or bf16, with rows in one piece and at most `LONGEST_ROW` wide.
+        x_NI: fp32 or bf16, with rows in one piece and at most `quant.size.LONGEST_ROW` wide.
         smallest: floor of the largest magnitude.
 
     Returns:
@@ -163,55 +160,3 @@ def transposed(codes_NI: Tensor) -> Tensor:
     codes_IN = torch.empty(I, N, dtype=codes_NI.dtype, device=codes_NI.device)
     _transposed[(triton.cdiv(N, 128), triton.cdiv(I, 128))](codes_NI, codes_IN, N, I, TILE_N=128, TILE_I=128)
     return codes_IN
-
-
-@triton.jit
-def _row_sums(w_ptr, sums_ptr, I, SQUARED: tl.constexpr, WIDTH: tl.constexpr):  # noqa: E741
-    row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((WIDTH,), dtype=tl.float64)
-    for start in range(0, I, WIDTH):
-        i = start + tl.arange(0, WIDTH)
-        w = tl.load(w_ptr + row * I + i, mask=i < I, other=0.0).to(tl.float32)
-        w = bf16_value(w)
-        total += (w * w if SQUARED else tl.abs(w)).to(tl.float64)
-    tl.store(sums_ptr + row, tl.sum(total))
-
-
-def row_sums(weight_OI: Tensor, *, squared: bool) -> Tensor:
-    """Sums of each row's magnitudes, or squares, of the bf16 cast of a weight; fp64 [O]."""
-    O, I = weight_OI.shape  # noqa: E741
-    sums_O = torch.empty(O, dtype=torch.float64, device=weight_OI.device)
-    _row_sums[(O,)](weight_OI, sums_O, I, SQUARED=squared, WIDTH=min(1024, triton.next_power_of_2(I)))
-    return sums_O
-
-
-@triton.jit
-def _pack_rows(w_ptr, packed_ptr, level_ptr, I, J, level_stride, WIDTH: tl.constexpr):  # noqa: E741
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inverse = tl.div_rn(1.0, tl.load(level_ptr + row * level_stride))
-    packed = tl.zeros((WIDTH,), dtype=tl.int32)
-    for part in tl.static_range(4):
-        i = part * J + j
-        w = tl.load(w_ptr + row * I + i, mask=(j < J) & (i < I), other=0.0).to(tl.float32)
-        w = bf16_value(w)
-        code = tl.minimum(tl.maximum(_nearest(tl.minimum(tl.maximum(w * inverse, -2.0), 2.0)), -1.0), 1.0)
-        packed |= tl.where(i < I, code.to(tl.int32) + 1, 0) << 2 * part
-    tl.store(packed_ptr + row * J + j, packed.to(tl.uint8), mask=j < J)
-
-
-def pack_rows(weight_OI: Tensor, level: Tensor) -> Tensor:
-    """Packed ternary codes of a weight, uint8 [O, J].
-
-    Args:
-        weight_OI: fp32 or bf16, in one piece.
-        level: fp32, [1, 1] or [O, 1].
-    """
-    O, I = weight_OI.shape  # noqa: E741
-    J = -(-I // 4)
-    packed_OJ = torch.empty(O, J, dtype=torch.uint8, device=weight_OI.device)
-    width = min(1024, triton.next_power_of_2(J))
-    _pack_rows[(O, triton.cdiv(J, width))](
-        weight_OI, packed_OJ, level, I, J, int(len(level) > 1), WIDTH=width, enable_fp_fusion=False
-    )
-    return packed_OJ

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from layers import EVERYTHING, build_input, build_linear, every_dtype, forward_backward
 from torch import Tensor, nn
 
-import quant.product
+import quant.integers
 from quant.config import QuantConfig
+from quant.integers import integer_sums
 from quant.linear import quantize_
-from quant.product import integer_sums
 from quant.rounding import quantize_activation, quantize_rows, quantize_weight
 
 ULPS = {torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float64: 2**-22}
@@ -49,8 +49,8 @@ def test_rows_of_zeros_stay_zeros() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 8, 1039, 1040, 1041, 5000])
 def test_sums_over_tokens_are_exact_on_every_path(num_tokens: int, has_int8: bool, monkeypatch) -> None:
     """Also where one sum would not fit fp32, or, in pieces, int32."""
-    monkeypatch.setattr(quant.product, "_CPU_HAS_INT8", has_int8)
-    monkeypatch.setattr(quant.product, "EXACT_IN_INT32", 2048)
+    monkeypatch.setattr(quant.integers, "_CPU_HAS_INT8", has_int8)
+    monkeypatch.setattr(quant.integers, "EXACT_IN_INT32", 2048)
     generator = torch.Generator().manual_seed(0)
     left = torch.randint(120, 128, (24, num_tokens), generator=generator, dtype=torch.int8)
     right = torch.randint(120, 128, (num_tokens, 16), generator=generator, dtype=torch.int8)

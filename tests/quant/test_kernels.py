@@ -10,19 +10,15 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from quant.codes import pack_rows
 from quant.config import QuantConfig
+from quant.integers import integer_product
 from quant.kernels import fastest, products, rounding
-from quant.product import integer_product
+from quant.linear import quantize_
 from quant.rounding import (
     SMALLEST_GRADIENT,
     SMALLEST_SCALE,
-    SUMMED,
-    bf16_values,
     quantize_activation,
     quantize_rows,
-    weight_codes,
-    weight_scale,
 )
 
 if torch.cuda.is_available():
@@ -138,20 +134,26 @@ def test_what_is_not_finite_spoils_its_row(bad: float) -> None:
     assert (codes_NI * scale_N1)[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (8, 64), (5, 1029), (4, 4100)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weights", ["absmean", "gaussian"])
-def test_weights_are_packed_as_in_torch(rows: int, width: int, dtype: torch.dtype, weights: str) -> None:
-    config = QuantConfig(weights=weights)
-    weight_OI = normal(rows, width, dtype=dtype, size=0.02)
-    values = bf16_values(weight_OI).double()
-    sums_O = rounding.row_sums(weight_OI, squared=weights == "gaussian")
-    # As on CUDA; CPUs sum pieces in fp32.
-    torch.testing.assert_close(sums_O, SUMMED[weights](values).sum(1), rtol=1e-15, atol=0)
-    for granularity in ("matrix", "row"):
-        scale = weight_scale([weight_OI], QuantConfig(weights=weights, granularity=granularity))
-        expected = pack_rows(weight_codes(weight_OI, scale, config))
-        assert torch.equal(rounding.pack_rows(weight_OI, scale.level), expected)
+def test_layers_that_are_not_compiled_round_with_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.ModuleDict({"down_proj": torch.nn.Linear(48, 24)}).to(DEVICE, dtype)
+    quantize_(model, QuantConfig(include="", backward="int8-input"))
+    x, grad = normal(3, 7, 48, dtype=dtype), normal(3, 7, 24, dtype=dtype)
+
+    def results() -> list[Tensor]:
+        inputs = x.clone().requires_grad_()
+        y = model["down_proj"](inputs)
+        y.backward(grad)
+        return [y.detach(), inputs.grad]
+
+    monkeypatch.setattr("quant.integers._in_one_kernel", lambda x: False)
+    expected = results()
+    calls, theirs = [], rounding.quantize_rows
+    monkeypatch.setattr(rounding, "quantize_rows", lambda *operands: calls.append(1) or theirs(*operands))
+    monkeypatch.setattr("quant.integers._in_one_kernel", lambda x: True)
+    found = results()
+    assert len(calls) == 2
+    assert all(torch.equal(ours, twin) for ours, twin in zip(found, expected, strict=True))
 
 
 def test_the_fastest_way_with_the_same_bits_is_taken() -> None:

@@ -11,8 +11,9 @@ from layers import EVERYTHING, assert_same_bits, build_input, build_linear, dequ
 from torch import nn
 
 from quant.config import PRESETS, QuantConfig
+from quant.integers import integer_product
 from quant.linear import quantize_, set_strength_, set_strengths_
-from quant.product import StraightThrough, integer_product
+from quant.product import StraightThrough
 from quant.rounding import quantize_activation, quantize_weight
 
 LOOSE = {
@@ -88,7 +89,7 @@ def test_integer_products_are_exact_on_every_path(num_tokens, monkeypatch):
     weight = torch.randint(-1, 2, (24, 4096), generator=generator, dtype=torch.int8)
     expected = (x.long() @ weight.long().T).float()
     for has_int8 in (True, False):
-        monkeypatch.setattr("quant.product._CPU_HAS_INT8", has_int8)
+        monkeypatch.setattr("quant.integers._CPU_HAS_INT8", has_int8)
         assert torch.equal(integer_product(x, weight), expected)
 
 

@@ -9,9 +9,9 @@ from models import TINY, build, random_tokens
 from torch import nn
 
 from quant.config import BITNET, PRESETS, QuantConfig
+from quant.integers import integer_product
 from quant.linear import add_learned_scales_, quantize_, quantized_layers, set_strength_
 from quant.packed import PackedLinear, freeze_, memory_bytes
-from quant.product import integer_product
 
 RECIPES = {
     **PRESETS,
@@ -73,7 +73,7 @@ def test_without_integer_products_it_is_the_same(monkeypatch):
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     expected = layer(x)
     freeze_(layer)
-    monkeypatch.setattr("quant.product._CPU_HAS_INT8", False)
+    monkeypatch.setattr("quant.integers._CPU_HAS_INT8", False)
     assert torch.equal(layer(x), expected)
 
 

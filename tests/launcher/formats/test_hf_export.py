@@ -32,8 +32,8 @@ from launcher.inference.load import load_model
 from model.transformer import ModelConfig, Transformer
 from quant.codes import unpack
 from quant.config import PRESETS, QuantConfig
+from quant.integers import integer_product
 from quant.linear import quantize_, quantized_layers
-from quant.product import integer_product
 
 CLASSES = ("bitlinear", "autobitlinear")
 MODEL = replace(TINY, vocab_size=320, num_kv_heads=2, sub_norm=True, activation="relu2", max_sequence_length=128)
