@@ -14,12 +14,15 @@ test:
 test-all: test
 	pytest -n 0 -m "slow and not gpu"
 
+# In several processes on one GPU: most of the time is compilation, on the CPU.
 test-gpu:
-	pytest -n 0 -m gpu
+	pytest -n 8 -m gpu
 
 # Results go to benchmarks/results/.
 bench-gpu:
 	python benchmarks/step.py --peers --width 2048 --tokens 8192 --dtype bf16 --repeats 9
+	python benchmarks/phases.py --config configs/llama-1b.yaml --repeats 4 training.micro_batch_sequences=4 \
+		training.global_batch_sequences=8
 	python benchmarks/step.py --config configs/llama-1b.yaml --repeats 9
 	python benchmarks/kernels.py --config configs/llama-1b.yaml
 
