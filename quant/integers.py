@@ -36,11 +36,16 @@ def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
     """
     N, (O, I) = len(codes_NI), codes_OI.shape  # noqa: E741
     on_cpu = codes_NI.device.type == "cpu"
-    if not (_CPU_HAS_INT8 if on_cpu else O % 8 == 0 and I % 8 == 0):
+    if not (_CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I)):
         return F.linear(codes_NI.float(), codes_OI.float())
     if not on_cpu and N <= 16:  # cuBLAS takes more rows
         return torch._int_mm(F.pad(codes_NI, (0, 0, 0, 17 - N)), codes_OI.T)[:N].float()
     return torch._int_mm(codes_NI, codes_OI.T).float()
+
+
+def _gpu_has_int8(*sizes: int) -> bool:
+    """Whether cuBLAS multiplies int8 matrices of these sizes."""
+    return all(size % 8 == 0 for size in sizes)
 
 
 def scaled_product(
@@ -71,7 +76,7 @@ def integer_sums(codes_ON: Tensor, codes_NI: Tensor) -> Tensor:
     """Sums over tokens of products of int8 codes, ``codes_ON @ codes_NI``, rounded once to fp32 [O, I]."""
     (O, N), I = codes_ON.shape, codes_NI.shape[1]  # noqa: E741
     on_cpu = codes_NI.device.type == "cpu"
-    has_int8 = _CPU_HAS_INT8 if on_cpu else O % 8 == 0 and I % 8 == 0 and N % 8 == 0
+    has_int8 = _CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I, N)
     longest = EXACT_IN_INT32 if has_int8 else EXACT_IN_FP32
     pieces = zip(codes_ON.split(longest, 1), codes_NI.split(longest), strict=True)
     if has_int8:
@@ -107,10 +112,10 @@ def summed_product(grad_NO: Tensor, codes_NI: Tensor, scale_N1: Tensor) -> Tenso
     return (integer_sums(codes_ON, codes_NI) * scale_O1).to(grad_NO.dtype)
 
 
-def rounded_product(grad_NO: Tensor, codes_OI: Tensor) -> Tensor:
-    """``grad @ codes`` of gradients whose rows are rounded to int8, [N, I] in the gradients' dtype."""
+def rounded_product(grad_NO: Tensor, codes_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad @ codes`` of gradients whose rows are rounded to int8, [N, I]."""
     codes_NO, scale_N1 = gradient_codes(grad_NO)
-    return scaled_product(codes_NO, codes_OI.T, scale_N1, _one(grad_NO), grad_NO.dtype)
+    return scaled_product(codes_NO, codes_OI.T, scale_N1, _one(grad_NO), dtype)
 
 
 def _one(like: Tensor) -> Tensor:
@@ -158,7 +163,9 @@ def _scaled_product(
         return (torch.mm(left, right, out_dtype=torch.float32) * (scale_N1 * level[:, 0])).to(dtype)
 
     def ways() -> dict[str, Way]:
-        found: dict[str, Way] = {"torch's product in int8": partial(_by_library, dtype=dtype)}
+        found: dict[str, Way] = {}
+        if small or _gpu_has_int8(*codes_OI.shape):  # else it adds up in fp32
+            found["torch's product in int8"] = partial(_by_library, dtype=dtype)
         if small:  # codes and sums are exact in it
             found["torch's product in bf16"] = in_bf16
         for way in products.WAYS:

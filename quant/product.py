@@ -127,7 +127,7 @@ def _input_gradient(grad_NO: Tensor, codes_OI: Tensor, level: Tensor, config: Qu
     scaled_NO = grad_NO * level[:, 0]
     if config.backward == "exact":
         return scaled_NO.to(grad_NO.dtype) @ codes_OI.to(grad_NO.dtype)
-    return rounded_product(scaled_NO, codes_OI).to(grad_NO.dtype)
+    return rounded_product(scaled_NO, codes_OI, grad_NO.dtype)
 
 
 def _weight_gradient(grad_NO: Tensor, codes_NI: Tensor, scale: Tensor | None, config: QuantConfig) -> Tensor:

@@ -33,14 +33,14 @@ class Way(NamedTuple):
 
 
 WAYS = (
-    Way(128, 128, 128, 4, 4),
-    Way(128, 256, 128, 8, 3),
     Way(64, 64, 128, 4, 4),
     Way(16, 64, 128, 4, 5),
+    Way(128, 128, 128, 4, 4),
+    Way(128, 256, 128, 8, 3),
     Way(128, 256, 128, 8, 3, streamed=True),
     Way(128, 128, 128, 4, 4, streamed=True),
 )
-"""What is worth a try; which is fastest depends on the shape and the device."""
+"""What is worth a try; which is fastest depends on the shape and the device. The first fits any."""
 
 BAND = 16
 """Rows of tiles that are computed together, so that what they read stays in the L2 cache."""
