@@ -18,6 +18,7 @@ from quant.rounding import (
     first_alpha,
     magnitude_counts,
     quantize_activation,
+    quantize_rows,
     scale_from_counts,
     scale_from_sums,
     scale_sums,
@@ -169,6 +170,22 @@ def test_an_8_bit_backward_pass_has_the_bits_of_the_cpu(size, granularity, dtype
         results.append(outputs_and_gradients(model, inputs(dtype, size[0]).to(device)))
     for name, expected in results[0].items():
         assert torch.equal(results[1][name].cpu(), expected), name
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(2047, (264, 102)), (2048, (264, 104))])
+def test_sums_over_many_tokens_are_exact(tokens, size):
+    """They are larger than fp32 holds: a product in fp32 would give other bits."""
+    model = layer_on(GPU, QuantConfig(include="", backward="int8"), torch.float32, *size, bias=False)
+    layer = model["down_proj"]
+    x = torch.ones(tokens, size[0], device=GPU).requires_grad_()
+    grad = torch.ones(tokens, size[1], device=GPU)
+    grad[::2] = 0.501  # codes of 127 and 64: each sum is odd or not a multiple of what fp32 steps by
+    layer(x).backward(grad)
+    codes, scale = layer.input_codes(x.detach())
+    columns, column_scale = (part.cpu() for part in quantize_rows((grad * scale).T))
+    sums = columns.long() @ codes.cpu().long()
+    assert sums.max() > 2**24
+    assert torch.equal(layer.weight.grad.cpu(), sums.float() * column_scale)
 
 
 @every_dtype
