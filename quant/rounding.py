@@ -71,6 +71,13 @@ def reciprocal(x: Tensor) -> Tensor:
     return x.reciprocal()
 
 
+def quotient(x: Tensor, divisor: Tensor) -> Tensor:
+    """``x / divisor`` in fp32, rounded to nearest; see `reciprocal`."""
+    if torch.compiler.is_compiling() and x.device.type == "cuda":
+        return (x.double() / divisor.double()).float()
+    return x / divisor
+
+
 def in_blocks(weight_OI: Tensor, granularity: Granularity, group_size: int) -> Tensor:
     """View a matrix as [R, G, N, K]: what shares a scale is N rows of K elements.
 
@@ -344,17 +351,21 @@ def weight_gradients(
 class ActivationGrid(NamedTuple):
     """The largest magnitude of a token becomes ``scale_by`` codes, and codes are clamped to ``codes``."""
 
-    scale_by: int
+    scale_by: float
     codes: tuple[int, int]
+    divides: bool = False
+    """Whether inputs are divided by the scale, not multiplied by its reciprocal. The largest magnitude is halfway
+    between two codes where ``scale_by`` is, and the last bit decides."""
 
 
 ACTIVATION_GRIDS: dict[Activations, ActivationGrid] = {
     "int8": ActivationGrid(127, (-127, 127)),
+    "int8-127.5": ActivationGrid(127.5, (-128, 127), divides=True),
     "int8-128": ActivationGrid(128, (-128, 127)),
     "int4": ActivationGrid(7, (-7, 7)),
 }
-"""BitNet b1.58 (arXiv 2402.17764, section 2: absmax, symmetric, no zero point); the `bitlinear` package 2.4; and
-BitNet a4.8 (arXiv 2411.04965, eq. 4) on a symmetric grid."""
+"""BitNet b1.58 (arXiv 2402.17764, section 2: absmax, symmetric, no zero point); the `compressed-tensors` package 0.20,
+which Transformers runs; the `bitlinear` package 2.4; and BitNet a4.8 (arXiv 2411.04965, eq. 4) on a symmetric grid."""
 
 
 def quantize_activation(x: Tensor, activations: Activations = "int8") -> tuple[Tensor, Tensor]:
@@ -366,7 +377,9 @@ def quantize_activation(x: Tensor, activations: Activations = "int8") -> tuple[T
     grid = ACTIVATION_GRIDS[activations]
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_SCALE)
-    return (x * (reciprocal(largest) * grid.scale_by)).round().clamp(*grid.codes), largest / grid.scale_by
+    scale = largest / grid.scale_by
+    scaled = quotient(x, scale) if grid.divides else x * (reciprocal(largest) * grid.scale_by)
+    return scaled.round().clamp(*grid.codes), scale
 
 
 # Gradients of products

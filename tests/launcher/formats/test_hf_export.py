@@ -13,8 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command import tritrain
-from exports import ternary_config, write_checkpoint
-from hf_folders import ModelSource
+from exports import exportable, ternary, ternary_config, write_checkpoint
 from models import FAMILIES, TINY, build, random_tokens
 from places import ROOT
 from safetensors.torch import load_file
@@ -22,17 +21,15 @@ from safetensors.torch import load_file
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
-from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.hf_export import export_hf
 from launcher.formats.hf_source import HuggingFaceSource
-from launcher.formats.opened import Exportable
 from launcher.inference.load import load_model
 from model.transformer import ModelConfig, Transformer
 from quant.codes import unpack
 from quant.config import PRESETS, QuantConfig
-from quant.linear import quantize_, quantized_layers
+from quant.linear import quantized_layers
 from quant.product import integer_product
 
 CLASSES = ("bitlinear", "autobitlinear")
@@ -56,19 +53,6 @@ def transformers():
     yield pytest.importorskip("transformers")
     torch._dynamo.config.disable = False
     del os.environ["TORCHDYNAMO_DISABLE"]
-
-
-def exportable(model: Transformer, quantization: QuantConfig | None = None) -> Exportable:
-    precision = Precision.full(quantization or QuantConfig(), model.config.num_layers)
-    return Exportable(ModelSource(model), model.config, precision, None, None, None)
-
-
-def ternary(model: Transformer, quantization: QuantConfig | None = None) -> Transformer:
-    """A copy of a model that computes with codes."""
-    copy = Transformer(model.config)
-    copy.load_state_dict(model.state_dict())
-    quantize_(copy, quantization or QuantConfig())
-    return copy.eval()
 
 
 def loaded(transformers: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
