@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "pack-quantized"
+CODES_PER_WORD = 16
 
 InputBits = Literal["int8", "none"]
 """What is done to the inputs of a layer: rounded to 8 bits, absmax per token, or left in 16 bits."""
@@ -26,6 +27,13 @@ the second."""
 def default_inputs(config: QuantConfig) -> InputBits:
     """What Transformers should do to inputs, to compute as training did where it can."""
     return "int8" if config.activations == "int8-127.5" else "none"
+
+
+def compressed_bytes(shape: tuple[int, ...], config: QuantConfig) -> int:
+    """Bytes of a matrix: its words and its scales in fp32."""
+    O, I = shape  # noqa: E741
+    groups = I // config.group_size if config.granularity == "group" else 1
+    return 4 * O * (-(-I // CODES_PER_WORD) + groups)
 
 
 def scheme(config: QuantConfig, inputs: InputBits) -> dict[str, Any]:

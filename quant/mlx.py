@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = 2
+CODES_PER_WORD = 16
 GROUP_SIZES = (128, 64, 32)
 """Weights in a group, the largest first: it takes the least memory."""
 
@@ -30,6 +31,12 @@ def group_size_for(widths: Iterable[int], config: QuantConfig) -> int | None:
     """
     units = {*widths} | ({config.group_size} if config.granularity == "group" else set())
     return next((size for size in GROUP_SIZES if not any(unit % size for unit in units)), None)
+
+
+def mlx_bytes(shape: tuple[int, ...], group_size: int, element_bytes: int) -> int:
+    """Bytes of a matrix: its words, and the scales and biases of its groups."""
+    O, I = shape  # noqa: E741
+    return 4 * O * (I // CODES_PER_WORD) + 2 * element_bytes * O * (I // group_size)
 
 
 def to_groups(codes_OI: "Tensor", level: "Tensor", group_size: int) -> tuple["Tensor", "Tensor"]:

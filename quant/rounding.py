@@ -377,9 +377,10 @@ def quantize_activation(x: Tensor, activations: Activations = "int8") -> tuple[T
     grid = ACTIVATION_GRIDS[activations]
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_SCALE)
-    scale = largest / grid.scale_by
-    scaled = quotient(x, scale) if grid.divides else x * (reciprocal(largest) * grid.scale_by)
-    return scaled.round().clamp(*grid.codes), scale
+    if grid.divides:
+        scale = quotient(largest, torch.full_like(largest, grid.scale_by))  # a GPU divides by a number inexactly
+        return quotient(x, scale).round().clamp(*grid.codes), scale
+    return (x * (reciprocal(largest) * grid.scale_by)).round().clamp(*grid.codes), largest / grid.scale_by
 
 
 # Gradients of products

@@ -8,11 +8,8 @@ from torch import Tensor
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.hf_folder import Stored
 from model.size import is_projection
-from quant.compressed_tensors import FORMAT, InputBits, scheme, to_words
+from quant.compressed_tensors import CODES_PER_WORD, FORMAT, InputBits, scheme, to_words
 from quant.config import QuantConfig
-from quant.size import CODES_PER_BYTE
-
-CODES_PER_WORD = 4 * CODES_PER_BYTE
 
 
 def compressed_config(

@@ -7,10 +7,7 @@ from torch import Tensor
 
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.hf_folder import Stored
-from quant.mlx import BITS, to_groups
-from quant.size import CODES_PER_BYTE
-
-CODES_PER_WORD = 4 * CODES_PER_BYTE
+from quant.mlx import BITS, CODES_PER_WORD, to_groups
 
 
 def mlx_config(group_size: int) -> dict[str, object]:

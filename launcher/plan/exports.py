@@ -23,7 +23,7 @@ from model.gguf import gguf_architecture
 from model.hf import config_to_hf
 from model.mlx import mlx_problems
 from model.size import linear_shapes, parameter_shapes
-from quant.compressed_tensors import ROUNDED, InputBits, default_inputs
+from quant.compressed_tensors import ROUNDED, InputBits, compressed_bytes, default_inputs
 from quant.config import QuantConfig
 from quant.gguf import (
     BLOCK_BYTES,
@@ -36,7 +36,7 @@ from quant.gguf import (
     block_width_problem,
     recipe_problem,
 )
-from quant.mlx import GROUP_SIZES, group_size_for
+from quant.mlx import GROUP_SIZES, group_size_for, mlx_bytes
 from quant.size import CODES_PER_BYTE
 
 EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
@@ -83,17 +83,17 @@ def _exports_of(course: Course) -> Iterator[Export]:
     packed = sum(prod(shapes[name]) for name in coded)
     without_packed = all_bytes - element_bytes * packed
     yield Export("hf-ternary", packing, without_packed + ceil(packed / CODES_PER_BYTE))
-    problems, scales_bytes = [*in_hf, *without_codes], 0
+    problems, num_bytes = [*in_hf, *without_codes], all_bytes
     if quantization is not None:
         problems += compressed_problems(quantization, default_inputs(quantization))
-        scales_bytes = sum(4 * prod(shapes[name]) // _span(quantization, shapes[name][1]) for name in coded)
-    yield Export("compressed-tensors", problems, without_packed + ceil(packed / CODES_PER_BYTE) + scales_bytes)
-    problems, scales_bytes = [*tokenizer, *mlx_problems(model), *without_codes], 0
+        num_bytes = without_packed + sum(compressed_bytes(shapes[name], quantization) for name in coded)
+    yield Export("compressed-tensors", problems, num_bytes)
+    problems, num_bytes = [*tokenizer, *mlx_problems(model), *without_codes], all_bytes
     if quantization is not None:
         problems += mlx_recipe_problems(quantization, coded, shapes)
         size = group_size_for((shapes[name][1] for name in coded), quantization) or GROUP_SIZES[-1]
-        scales_bytes = 2 * element_bytes * packed // size
-    yield Export("mlx", problems, without_packed + ceil(packed / CODES_PER_BYTE) + scales_bytes)
+        num_bytes = without_packed + sum(mlx_bytes(shapes[name], size, element_bytes) for name in coded)
+    yield Export("mlx", problems, num_bytes)
     for into in BLOCK_TYPES:
         types = gguf_types(shapes, coded, into, default_embeddings(into))
         problems = [*gguf_problems(model, types), *tokenizer, *gguf_tokenizer_problems(config)]
@@ -146,11 +146,6 @@ def recipe_problems(config: QuantConfig, *, packed: bool) -> list[str]:
     if config.activations != "int8":
         problems.append(f"activations {config.activations}: packed layers round inputs to int8; {AS_CODES}")
     return problems
-
-
-def _span(config: QuantConfig, width: int) -> int:
-    """Weights of a row that share a scale where rows have scales of their own."""
-    return config.group_size if config.granularity == "group" else width
 
 
 def codes_times_level_problems(config: QuantConfig) -> list[str]:

@@ -95,6 +95,19 @@ def read_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     return tensors, fields
 
 
+def values_of(tensor: StoredTensor) -> np.ndarray:
+    """The weights that a tensor stands for, fp32 [rows, weights of a row]."""
+    if tensor.type_number != 42:
+        import gguf
+
+        stored = tensor.data.view({0: np.float32, 1: np.float16}.get(tensor.type_number, np.uint8))
+        return gguf.quants.dequantize(stored, gguf.GGMLQuantizationType(tensor.type_number)).astype(np.float32)
+    blocks = tensor.data.reshape(len(tensor.data), -1, 18)
+    codes = (blocks[..., 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).astype(np.float32) - 1
+    scale = blocks[..., :2].copy().view(np.float16).astype(np.float32)
+    return (codes.reshape(*blocks.shape[:2], 64) * scale).reshape(len(tensor.data), -1)
+
+
 def changed(path: Path, section: str, **values: Any) -> Path:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 

@@ -203,7 +203,7 @@ def test_recipes_that_are_no_product_of_codes_are_refused(checkpoint: Any, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--dtype", "bf16"), "--dtype bf16: belongs to --format hf and hf-ternary"),
+        (("--dtype", "bf16"), "--dtype bf16: belongs to --format hf, hf-ternary, compressed-tensors and mlx"),
         (("--no-tokenizer",), "--no-tokenizer: a GGUF file always holds a tokenizer"),
     ],
 )

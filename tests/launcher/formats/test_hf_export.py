@@ -212,14 +212,15 @@ def test_a_run_becomes_a_folder_that_writes_the_same_text(transformers, run, sha
         assert torch.equal(found[len(tokens) :], logits_TV.argmax(-1)), prompt
     card = (tmp_path / "hf" / "README.md").read_text()
     for line in (
-        "# tiny", "8 steps of 256 tokens, 2,048 (2.05 k)", "| 1 | ternary | 4 | 8 |", f"`{shards}`", "corpus.jsonl",
+        "# tiny", "8 steps of 256 tokens, 2,048 (2.05 k)", "| 1 | ternary | 4 | 8 |", "| `shards` | 1 | corpus.jsonl |",
         "| `weights` | `gaussian` |", "| training loss, nats per token | 3.2500 | 7 |",
         "| held-out loss, bits per byte of text | 1.7500 | 8 |", "source_digest", "AutoTokenizer", "(bitlinear)",
     ):  # fmt: skip
         assert line in card, line
     assert "| sciq | 40 | acc | 62.5 ± 1.0 | 0.625 ± 0.010 |" in card
     assert "copa" not in card
-    assert json.loads((tmp_path / "hf" / "provenance.json").read_text())["source"].endswith("step-00000008")
+    record = json.loads((tmp_path / "hf" / "provenance.json").read_text())
+    assert (record["source"], record["step"]) == ("tiny", 8)
     assert not list(tmp_path.glob("*.tmp"))
     assert HuggingFaceSource(tmp_path / "hf").is_packed
 
