@@ -46,7 +46,7 @@ def scheme(config: QuantConfig, inputs: InputBits) -> dict[str, Any]:
         "group_size": config.group_size if grouped else None,
         "dynamic": False,
     }
-    rounded = integers | {"num_bits": 8, "strategy": "token", "dynamic": True}
+    rounded = integers | {"num_bits": 8, "strategy": "token", "group_size": None, "dynamic": True}
     group = {
         "targets": ["Linear"],
         "weights": weights,

@@ -129,9 +129,9 @@ def export_checkpoint(checkpoint: str, to: Path, options: ExportOptions, console
         )
         if options.into == "compressed-tensors":
             console.line(inputs_sentence(opened, options.inputs))
-    if options.license_name is None:
-        console.line("The model's license is not in it; --license NAME, such as apache-2.0, writes it.")
     console.line(f"Written: {to}")
+    if options.license_name is None:
+        console.line("No license is named in it; --license NAME does that: apache-2.0, mit, ...")
 
 
 def inputs_sentence(opened: Exportable, inputs: InputBits | None) -> str:

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from documented import export_bounds
 from exports import exportable, ternary
 from gguf_files import narrow, random_model, read_tensors, values_of
 from models import FAMILIES, build, random_tokens
@@ -31,6 +32,8 @@ from model.transformer import Transformer
 from quant.config import PRESETS, QuantConfig
 from quant.gguf import TERNARY_TYPES
 from quant.linear import quantized_layers
+
+BOUNDS = export_bounds()
 
 Array = np.ndarray[Any, Any]
 
@@ -293,7 +296,8 @@ def test_compressed_tensors_compute_codes_times_level_bit_for_bit(
         with torch.no_grad():
             expected = reference(model, recipe, rounds=activations != "none")(tokens).logits
             trained = ternary(model, recipe)(tokens).logits
-        assert torch.equal(found, expected), name
+        written = "compressed-tensors" + (" --activations int8" if activations != "none" else "")
+        assert (found - expected).abs().max() <= BOUNDS[f"{written}, fp32"] * expected.std(), name
         assert (found - trained).std() < (1e-5 if activations == "none" else 0.02) * trained.std()
 
 
@@ -319,7 +323,14 @@ def test_inputs_are_rounded_in_the_file_as_in_training_or_by_choice(tmp_path: Pa
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
         return config["config_groups"]["group_0"]["input_activations"]
 
-    rounded = {"type": "int", "symmetric": True, "num_bits": 8, "strategy": "token", "dynamic": True}
+    rounded = {
+        "type": "int",
+        "symmetric": True,
+        "num_bits": 8,
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+    }
     assert inputs("int8-127.5") == rounded
     assert inputs("int8-127.5", inputs="none") is None
     assert inputs("int8") is None
@@ -383,4 +394,5 @@ def test_mlx_computes_codes_times_level(tmp_path: Path) -> None:
             assert np.array_equal(answer[f"{folder}:{name}"], codes * in_columns(level, layer.in_features)), folder
         with torch.no_grad():
             logits = ours(tokens).logits
-        assert (torch.from_numpy(answer[str(folder)]) - logits).abs().max() < 1e-5 * logits.std(), folder
+        difference = torch.from_numpy(answer[str(folder)]) - logits
+        assert difference.abs().max() <= BOUNDS["mlx, fp32"] * logits.std(), folder
