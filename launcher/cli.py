@@ -319,14 +319,16 @@ def export(
     to: Annotated[str, typer.Option(help="Folder or file to create.")],
     into: Annotated[
         ExportFormat,
-        typer.Option("--format", help="Folder for Transformers in 16 bits, or with codes; for mlx-lm; or a GGUF file."),
+        typer.Option(
+            "--format", help="Folder in 16 bits, or with codes for Transformers, MLX or ONNX; or a GGUF file."
+        ),
     ],
     weights: Annotated[
         ExportWeights | None,
         typer.Option(help="hf, from a ternary phase: latent weights (to train on) or dequantized ones (to run)."),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="All but gguf: dtype of what is not codes; default: the run's.")
+        Dtype | None, typer.Option(help="All but onnx, gguf: dtype of what is not codes; default: the run's.")
     ] = None,
     linear_class: Annotated[
         LinearClass | None,
@@ -334,7 +336,7 @@ def export(
     ] = None,
     activations: Annotated[
         InputBits | None,
-        typer.Option(help="compressed-tensors: round inputs to int8, or not; default: int8 after int8-127.5."),
+        typer.Option(help="compressed-tensors, onnx: whether layers round their inputs to int8; default: by training."),
     ] = None,
     block_type: Annotated[
         BlockType | None,
@@ -353,7 +355,7 @@ def export(
         str | None, typer.Option("--license", help="License of the weights, for the model card: apache-2.0, mit, ...")
     ] = None,
 ) -> None:
-    """Export a model for Transformers, vLLM, SGLang, MLX or llama.cpp. Needs no GPU."""
+    """Export a model for Transformers, vLLM, SGLang, MLX, ONNX Runtime or llama.cpp. Needs no GPU."""
     from launcher.commands.export import ExportOptions, export_checkpoint
 
     options = ExportOptions(

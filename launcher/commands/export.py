@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
@@ -19,12 +18,13 @@ from launcher.formats.choices import (
 )
 from launcher.formats.gguf_export import export_gguf
 from launcher.formats.hf_export import HfWeights, export_hf
+from launcher.formats.onnx_export import export_onnx
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.process.console import Console
 from quant.compressed_tensors import default_inputs
 from quant.gguf import TERNARY_TYPES, TYPES_OF_DEVICES
 
-FOLDERS: tuple[ExportFormat, ...] = tuple(each for each in get_args(ExportFormat) if each != "gguf")
+OF_A_DTYPE: tuple[ExportFormat, ...] = ("hf", "hf-ternary", "compressed-tensors", "mlx")
 
 WEIGHTS: dict[ExportFormat, HfWeights] = {
     "hf-ternary": "packed",
@@ -50,7 +50,7 @@ class ExportOptions:
     linear_class: LinearClass | None
     """`hf-ternary`: what computes the packed weights."""
     inputs: InputBits | None = None
-    """`compressed-tensors`: what is done to the inputs of quantized layers."""
+    """`compressed-tensors` and `onnx`: what is done to the inputs of quantized layers."""
     block_type: BlockType | None
     """`gguf`: of the projections."""
     device: Device | None = None
@@ -63,10 +63,10 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         for option, value, formats in (
-            ("--dtype", self.dtype, FOLDERS),
+            ("--dtype", self.dtype, OF_A_DTYPE),
             ("--weights", self.weights, ("hf",)),
             ("--linear-class", self.linear_class, ("hf-ternary",)),
-            ("--activations", self.inputs, ("compressed-tensors",)),
+            ("--activations", self.inputs, ("compressed-tensors", "onnx")),
             ("--type", self.block_type, ("gguf",)),
             ("--for", self.device, ("gguf",)),
             ("--embeddings", self.embeddings, ("gguf",)),
@@ -98,7 +98,7 @@ def export_checkpoint(checkpoint: str, to: Path, options: ExportOptions, console
     if to.exists():
         raise ConfigError(f"{to}: exists already; name a new path")
     block_type = TYPES_OF_DEVICES[options.device] if options.device else options.block_type or "tq2_0"
-    in_codes = options.into in WEIGHTS or options.weights == "dequantized"
+    in_codes = options.into in (*WEIGHTS, "onnx") or options.weights == "dequantized"
     opened = open_exportable(checkpoint, ternary=block_type in TERNARY_TYPES if options.into == "gguf" else in_codes)
     weights = WEIGHTS.get(options.into, options.weights)
     if options.into == "hf" and weights is None:
@@ -115,6 +115,8 @@ def export_checkpoint(checkpoint: str, to: Path, options: ExportOptions, console
             license_name=options.license_name,
         )
         console.line(sentence)
+    elif options.into == "onnx":
+        export_onnx(opened, to, inputs=options.inputs, tokenizer=tokenizer, license_name=options.license_name)
     else:
         assert weights is not None
         export_hf(

@@ -23,9 +23,9 @@ Dtype = Literal["bf16", "fp32"]
 ConvertFormat = Literal["run", "universal", "hf"]
 """What `tritrain convert` makes: a run, a universal checkpoint of DeepSpeed, or a Hugging Face folder in 16 bits."""
 
-ExportFormat = Literal["hf", "hf-ternary", "compressed-tensors", "mlx", "gguf"]
+ExportFormat = Literal["hf", "hf-ternary", "compressed-tensors", "mlx", "onnx", "gguf"]
 """What `tritrain export` makes: a Hugging Face folder in 16 bits, with codes for Transformers' BitNet layers, or with
-codes in the format of compressed-tensors; a folder for mlx-lm; or a GGUF file."""
+codes in the format of compressed-tensors; a folder for mlx-lm or ONNX Runtime; or a GGUF file."""
 
 ExportWeights = Literal["latent", "dequantized"]
 """Of a ternary phase, in 16 bits: those that it trains, or those that it computes with."""

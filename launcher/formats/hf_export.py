@@ -114,13 +114,8 @@ def export_hf(
     if dtype is None:
         config = exportable.config
         dtype = torch.float32 if config and config.training.compute_dtype == "fp32" else torch.bfloat16
-    files, end = {}, None
-    if tokenizer is not None:
-        files = tokenizer_files(tokenizer, vocab_size=model.vocab_size, max_sequence_length=model.max_sequence_length)
-        end = load_tokenizer(tokenizer).end_of_document
-    with naming(folder):
-        hf_config = {**config_to_hf(model, bos_token_id=end, eos_token_id=end), "torch_dtype": dtype_name(dtype)}
     tensors = stored_weights(source, model, dtype)
+    quantized: dict[str, object] = {}
     if weights != "latent":
         assert quantization is not None
         matrices = CodedMatrices(source, model, quantization)
@@ -130,26 +125,60 @@ def export_hf(
         names = [tensor.name for tensor in tensors]
         written: Callable[[Stored], list[Stored]]
         if weights == "packed":
-            hf_config["quantization_config"] = quantization_config(matrices.names, names, linear_class, mode="offline")
+            quantized["quantization_config"] = quantization_config(matrices.names, names, linear_class, mode="offline")
             written = partial(packed, matrices=matrices, linear_class=linear_class)
         elif weights == "compressed-tensors":
-            hf_config["quantization_config"] = compressed_config(quantization, matrices.names, names, inputs)
+            quantized["quantization_config"] = compressed_config(quantization, matrices.names, names, inputs)
             written = partial(compressed, matrices=matrices)
         elif weights == "mlx":
             group_size = group_size_for((source.shapes[name][1] for name in matrices.names), quantization)
             assert group_size is not None, "checked above"
-            hf_config["quantization"] = mlx_config(group_size)
+            quantized["quantization"] = mlx_config(group_size)
             written = partial(grouped, matrices=matrices, group_size=group_size)
         else:
             written = partial(dequantized, matrices=matrices)
         tensors = [each for tensor in tensors for each in (written(tensor) if tensor.name in matrices else [tensor])]
-    record = source_record(source)
     holds = HOLDS[weights].format(linear_class=linear_class, inputs=INPUTS[inputs or "none"])
-    card = model_card(
-        exportable, record, holds, READERS[weights], has_tokenizer=tokenizer is not None, license_name=license_name
+    hf_config, files = common_files(
+        exportable, folder, dtype, holds, READERS[weights], tokenizer=tokenizer, license_name=license_name
     )
-    files |= {"README.md": card.encode(), "provenance.json": to_json(record)}
-    write_folder(folder, hf_config, tensors, files)
+    write_folder(folder, hf_config | quantized, tensors, files)
+
+
+def common_files(
+    exportable: Exportable,
+    folder: Path,
+    dtype: torch.dtype,
+    holds: str,
+    reader: Reader,
+    *,
+    tokenizer: Path | None,
+    license_name: str | None,
+) -> tuple[dict[str, object], dict[str, bytes]]:
+    """What every folder has beside the weights: the content of `config.json`, and the other files by name.
+
+    Args:
+        exportable: the model.
+        folder: for messages.
+        dtype: of what is not codes.
+        holds: what the weights are, for the model card.
+        reader: the program that the folder is for.
+        tokenizer: its file; None leaves it out.
+        license_name: of the weights.
+
+    Raises:
+        CheckpointError: no family of Hugging Face has this configuration.
+        DataError: the tokenizer cannot be expressed exactly, or is of another model.
+    """
+    model, files, end = exportable.model, {}, None
+    if tokenizer is not None:
+        files = tokenizer_files(tokenizer, vocab_size=model.vocab_size, max_sequence_length=model.max_sequence_length)
+        end = load_tokenizer(tokenizer).end_of_document
+    with naming(folder):
+        hf_config = {**config_to_hf(model, bos_token_id=end, eos_token_id=end), "torch_dtype": dtype_name(dtype)}
+    record = source_record(exportable.source)
+    card = model_card(exportable, record, holds, reader, has_tokenizer=tokenizer is not None, license_name=license_name)
+    return hf_config, files | {"README.md": card.encode(), "provenance.json": to_json(record)}
 
 
 def _problems(

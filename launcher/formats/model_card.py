@@ -26,7 +26,7 @@ LAST = {
 """The measurements that a card quotes, and their units."""
 
 
-Reader = Literal["Transformers", "mlx-lm"]
+Reader = Literal["Transformers", "mlx-lm", "ONNX Runtime"]
 """A program that a folder is written for."""
 
 
@@ -45,10 +45,17 @@ from mlx_lm import load
 model, tokenizer = load(FOLDER)
 ```
 """,
+    "ONNX Runtime": """
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+```
+""",
 }
 
 
-LIBRARIES: dict[Reader, str] = {"Transformers": "transformers", "mlx-lm": "mlx"}
+LIBRARIES: dict[Reader, str] = {"Transformers": "transformers", "mlx-lm": "mlx", "ONNX Runtime": "onnx"}
 
 
 def model_card(

@@ -37,6 +37,7 @@ from quant.gguf import (
     recipe_problem,
 )
 from quant.mlx import GROUP_SIZES, group_size_for, mlx_bytes
+from quant.onnx import BLOCK_SIZES, onnx_bytes
 from quant.size import CODES_PER_BYTE
 
 EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
@@ -94,6 +95,12 @@ def _exports_of(course: Course) -> Iterator[Export]:
         size = group_size_for((shapes[name][1] for name in coded), quantization) or GROUP_SIZES[-1]
         num_bytes = without_packed + sum(mlx_bytes(shapes[name], size, element_bytes) for name in coded)
     yield Export("mlx", problems, num_bytes)
+    problems, num_bytes = [*in_hf, *without_codes], all_bytes
+    if quantization is not None:
+        problems += onnx_problems(quantization)
+        others = 4 * sum(prod(shape) for name, shape in shapes.items() if name not in coded)
+        num_bytes = others + sum(onnx_bytes(shapes[name], quantization) for name in coded)
+    yield Export("onnx", problems, num_bytes)
     for into in BLOCK_TYPES:
         types = gguf_types(shapes, coded, into, default_embeddings(into))
         problems = [*gguf_problems(model, types), *tokenizer, *gguf_tokenizer_problems(config)]
@@ -188,6 +195,17 @@ def mlx_recipe_problems(config: QuantConfig, coded: Iterable[str], shapes: Mappi
             for name in coded
             if (width := shapes[name][1]) % smallest
         ]
+    return problems
+
+
+def onnx_problems(config: QuantConfig) -> list[str]:
+    """Why ONNX Runtime's product with 2-bit weights is not what a recipe trains."""
+    problems = codes_times_level_problems(config)
+    if config.granularity == "group" and config.group_size % BLOCK_SIZES[-1]:
+        problems.append(
+            f"group_size {config.group_size}: ONNX Runtime has blocks of 16 and its doubles, which must divide it; "
+            f"{AS_WEIGHTS}"
+        )
     return problems
 
 

@@ -315,7 +315,7 @@ def words(text: str) -> str:
         ("convert S --to R", "--format", "run universal hf"),
         ("convert S --to R", "--optimizer", "keep reset keep-variance rescale"),
         ("convert S --to R", "--dtype", "bf16 fp32"),
-        ("export C --to P --format hf", "--format", "hf hf-ternary compressed-tensors mlx gguf"),
+        ("export C --to P --format hf", "--format", "hf hf-ternary compressed-tensors mlx onnx gguf"),
         ("export C --to P --format hf", "--weights", "latent dequantized"),
         ("export C --to P --format hf", "--dtype", "bf16 fp32"),
         ("export C --to P --format hf", "--linear-class", "bitlinear autobitlinear"),

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from documented import export_bounds
 from exports import exportable, ternary
 from gguf_files import narrow, random_model, read_tensors, values_of
 from models import FAMILIES, build, random_tokens
+from onnx_session import onnx_logits
 from places import SUPPORT
 from safetensors.numpy import load_file
 
@@ -27,6 +29,7 @@ from data.torchvision_repair import repair_torchvision
 from launcher.errors import CheckpointError
 from launcher.formats.gguf_export import export_gguf
 from launcher.formats.hf_export import export_hf
+from launcher.formats.onnx_export import export_onnx
 from model.gguf import gguf_name, gguf_rows
 from model.transformer import Transformer
 from quant.config import PRESETS, QuantConfig
@@ -85,11 +88,38 @@ def mlx_codes(tensors: dict[str, Array], name: str, width: int) -> tuple[Array, 
     return words_of(tensors[f"{name}.weight"]) - 1, scales
 
 
+def onnx_codes(tensors: dict[str, Array], name: str, width: int) -> tuple[Array, Array]:
+    packed = tensors[f"{name}.weight"]
+    bits = (packed[..., None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(len(packed), -1).astype(np.int64)
+    assert not bits[:, width:].any()
+    return bits[:, :width] - 2, tensors[f"{name}.weight_scale"]
+
+
 READERS: dict[str, Callable[[dict[str, Array], str, int], tuple[Array, Array]]] = {
     "packed": bitnet_codes,
     "compressed-tensors": compressed_codes,
     "mlx": mlx_codes,
+    "onnx": onnx_codes,
 }
+
+
+def write(model: Transformer, recipe: QuantConfig, folder: Path, weights: Any) -> None:
+    """Export in fp32, without a tokenizer."""
+    if weights == "onnx":
+        pytest.importorskip("onnx", reason="pip install onnx")
+        export_onnx(exportable(model, recipe), folder, tokenizer=None)
+    else:
+        export_hf(exportable(model, recipe), folder, weights=weights, dtype=torch.float32, tokenizer=None)
+
+
+def tensors_of(folder: Path) -> dict[str, Array]:
+    if (folder / "model.safetensors").exists():
+        return load_file(folder / "model.safetensors")
+    import onnx
+
+    onnx.checker.check_model(folder / "model.onnx")
+    graph = onnx.load(folder / "model.onnx").graph
+    return {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
 
 
 def lacking(format_name: str, architecture: str, granularity: str) -> str | None:
@@ -121,14 +151,13 @@ def test_codes_and_levels_in_folders_are_those_of_training(
     tmp_path: Path, weights: Any, architecture: str, granularity: str
 ) -> None:
     model, recipe = model_of(architecture), GRANULARITIES[granularity]
-    write = {"weights": weights, "dtype": torch.float32, "tokenizer": None}
     if message := lacking(weights, architecture, granularity):
         with pytest.raises(CheckpointError, match=message):
-            export_hf(exportable(model, recipe), tmp_path / "out", **write)
+            write(model, recipe, tmp_path / "out", weights)
         assert not list(tmp_path.iterdir())
         return
-    export_hf(exportable(model, recipe), tmp_path / "out", **write)
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    write(model, recipe, tmp_path / "out", weights)
+    tensors = tensors_of(tmp_path / "out")
     layers = quantized_layers(ternary(model, recipe))
     for name, layer in layers.items():
         codes, level = READERS[weights](tensors, name, layer.in_features)
@@ -207,14 +236,14 @@ REFUSED: dict[str, tuple[QuantConfig, str]] = {
 }
 
 
-@pytest.mark.parametrize("weights", ["compressed-tensors", "mlx"])
+@pytest.mark.parametrize("weights", ["compressed-tensors", "mlx", "onnx"])
 @pytest.mark.parametrize("reason", REFUSED)
 def test_recipes_that_no_product_of_codes_and_levels_computes_are_refused(
     tmp_path: Path, weights: Any, reason: str
 ) -> None:
     recipe, message = REFUSED[reason]
     with pytest.raises(CheckpointError, match=message):
-        export_hf(exportable(model_of("llama"), recipe), tmp_path / "out", weights=weights, tokenizer=None)
+        write(model_of("llama"), recipe, tmp_path / "out", weights)
     assert not list(tmp_path.iterdir())
 
 
@@ -396,3 +425,38 @@ def test_mlx_computes_codes_times_level(tmp_path: Path) -> None:
             logits = ours(tokens).logits
         difference = torch.from_numpy(answer[str(folder)]) - logits
         assert difference.abs().max() <= BOUNDS["mlx, fp32"] * logits.std(), folder
+
+
+ONNX: dict[str, dict[str, Any]] = COMPRESSED | {"group": {"granularity": "group", "group_size": 16}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnx_runtime_computes_codes_times_level(tmp_path: Path, family: str) -> None:
+    """At once, in two parts, and behind padding, which changes nothing."""
+    pytest.importorskip("onnx", reason="pip install onnx")
+    model, tokens = build(replace(FAMILIES[family], intermediate_size=48)), random_tokens(3, 17)
+    for name, keys in ONNX.items():
+        recipe = QuantConfig(activations="none", **keys)
+        write(model, recipe, tmp_path / name, "onnx")
+        with torch.no_grad():
+            expected, after_padding = (ternary(model, recipe)(each).logits for each in (tokens, tokens[:, 5:]))
+        bound = BOUNDS["onnx --activations none"] * expected.std()
+        for cut in (None, 9, 16):
+            found = onnx_logits(tmp_path / name, model.config, tokens, cut)
+            assert (found - expected).abs().max() <= bound, (name, cut)
+        found = onnx_logits(tmp_path / name, model.config, tokens, cut=11, padding=5)[:, 5:]
+        assert (found - after_padding).abs().max() <= bound, name
+
+
+def test_onnx_runtime_rounds_inputs_by_blocks(tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="pip install onnx")
+    model, recipe = random_model(narrow(num_layers=2)), QuantConfig()
+    tokens = torch.randint(384, (8, 64), generator=torch.Generator().manual_seed(0))
+    write(model, recipe, tmp_path / "out", "onnx")
+    with torch.no_grad():
+        expected = ternary(model, recipe)(tokens).logits.log_softmax(-1)
+    found = onnx_logits(tmp_path / "out", model.config, tokens).log_softmax(-1)
+    assert 0 < (expected.exp() * (expected - found)).sum(-1).mean() < BOUNDS["onnx"]
+    groups = QuantConfig(granularity="group", group_size=8)
+    with pytest.raises(CheckpointError, match="group_size 8: ONNX Runtime has blocks of 16 and its doubles"):
+        write(model, groups, tmp_path / "other", "onnx")

@@ -11,6 +11,7 @@ import torch
 from exports import ternary_config, write_checkpoint
 from gguf_files import narrow, random_model, read_tensors, values_of
 from hf_folders import ModelSource, edit_config, pack_folder
+from onnx_session import onnx_logits
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
@@ -41,12 +42,13 @@ TARGETS: dict[str, dict[str, Any]] = {
     "tq2_0": {"into": "gguf", "block_type": "tq2_0"},
     "q2_0": {"into": "gguf", "block_type": "q2_0"},
     "compressed": {"into": "compressed-tensors"},
+    "onnx": {"into": "onnx", "inputs": "none"},
     "mlx": {"into": "mlx"},  # of the model of SubLN, no source has it
     "convert-hf": {},
     "universal": {},
 }
 IN_16_BITS = {"hf", "latent", "f16", "q8_0", "convert-hf", "universal"}
-ANY_SCALE = {"dequantized", "compressed", "f16", "q8_0", "tq1_0", "tq2_0", "q2_0"}
+ANY_SCALE = {"dequantized", "compressed", "onnx", "f16", "q8_0", "tq1_0", "tq2_0", "q2_0"}
 AS_CODES = {*ANY_SCALE, "bitlinear", "autobitlinear"}
 
 BITNET = {"preset": "bitnet-b1.58"}
@@ -175,7 +177,7 @@ def write(target: str, source: Path, to: Path, shards: Path) -> None:
         return
     options: dict[str, Any] = dict.fromkeys(("weights", "linear_class", "block_type", "embeddings", "dtype"))
     options |= TARGETS[target] | {"tokenizer": shards / "tokenizer.model", "no_tokenizer": False}
-    if options["into"] != "gguf":
+    if options["into"] not in ("gguf", "onnx"):
         options["dtype"] = "fp32"
     export_checkpoint(str(source), to, ExportOptions(**options), Console(silent=True))
 
@@ -215,6 +217,14 @@ def check_gguf(target: str, source: Path, to: Path) -> None:
         assert (found.view(expected.shape) - expected).abs().max() <= coarse * expected.abs().max(), name
 
 
+def check_onnx(source: Path, to: Path, tokens: Tensor) -> None:
+    expected = computing_model(source, rounds_inputs=False)
+    with torch.no_grad():
+        ours = expected(tokens).logits
+    theirs = onnx_logits(to, MODEL, tokens)
+    assert (ours - theirs).square().mean().sqrt() < 1e-5 * ours.std()
+
+
 def check_universal(name: str, to: Path, source: Path) -> None:
     found = UniversalSource(to)
     if name.startswith("packed"):
@@ -244,6 +254,8 @@ def test_a_source_into_every_target(
         write(target, source, to, shards)
         if options.get("into") == "gguf":
             check_gguf(target, source, to)
+        elif target == "onnx":
+            check_onnx(source, to, tokens)
         elif target == "universal":
             check_universal(name, to, source)
         else:

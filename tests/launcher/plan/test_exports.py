@@ -55,7 +55,7 @@ def stored_bytes(path):
     """Bytes of all tensors in a GGUF file or a folder of safetensors."""
     if path.is_file():
         return sum(tensor.data.size for tensor in read_tensors(path)[0].values())
-    total = 0
+    total = sum(file.stat().st_size for file in path.glob("*.onnx.data"))
     for file in path.glob("*.safetensors"):
         content = file.read_bytes()
         header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
