@@ -1,6 +1,7 @@
-"""Every format holds the codes of training and their levels, bit for bit, and its program computes codes times level.
+"""Every format holds the codes of training and their levels, bit for bit.
 
-Files are taken apart here with numpy, by what the formats' own documentation says, not with the code that wrote them.
+What programs compute from them is in `test_programs_of_formats.py`. Files are taken apart here with numpy, by what the
+formats' own documentation says, not with the code that wrote them.
 """
 
 import json
