@@ -152,7 +152,7 @@ def recipe_problems(config: QuantConfig, *, packed: bool) -> list[str]:
         kind = "learned scales" if config.learned else f"granularity {config.granularity}"
         problems.append(f"{kind}: a packed matrix has one scale; {AS_CODES}")
     if config.activations != "int8":
-        problems.append(f"activations {config.activations}: packed layers round inputs to int8; {AS_CODES}")
+        problems.append(f"activations {config.activations}: packed layers round inputs as int8 does; {AS_CODES}")
     return problems
 
 
