@@ -316,11 +316,13 @@ def words(text: str) -> str:
         ("convert S --to R", "--format", "run universal hf"),
         ("convert S --to R", "--optimizer", "keep reset keep-variance rescale"),
         ("convert S --to R", "--dtype", "bf16 fp32"),
-        ("export C --to P --format hf", "--format", "hf hf-ternary gguf"),
+        ("export C --to P --format hf", "--format", "hf hf-ternary compressed-tensors mlx onnx gguf"),
         ("export C --to P --format hf", "--weights", "latent dequantized"),
         ("export C --to P --format hf", "--dtype", "bf16 fp32"),
         ("export C --to P --format hf", "--linear-class", "bitlinear autobitlinear"),
-        ("export C --to P --format hf", "--type", "tq2_0 tq1_0 q8_0 f16"),
+        ("export C --to P --format hf", "--for", "gpu x86 phone"),
+        ("export C --to P --format hf", "--activations", "int8 none"),
+        ("export C --to P --format hf", "--type", "tq2_0 q2_0 tq1_0 q8_0 f16"),
         ("export C --to P --format hf", "--embeddings", "q8_0 f16"),
         ("generate M P", "--dtype", "bf16 fp32"),
     ],
@@ -329,7 +331,7 @@ def test_choices_are_listed_in_the_help_and_others_refused(command: str, option:
     from launcher.cli import app
 
     name, *arguments = command.split()
-    environment = {"COLUMNS": "120", "NO_COLOR": "1"}
+    environment = {"COLUMNS": "160", "NO_COLOR": "1"}
     shown = CliRunner().invoke(app, [name, "--help"], env=environment).output
     assert "|".join(choices.split()) in next(line for line in shown.splitlines() if f" {option} " in line)
     refused = CliRunner().invoke(app, [name, *arguments, option, "nothing"], env=environment)
