@@ -23,6 +23,8 @@ os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::UserWarning"  # of
 # Tensors are tiny here, and several processes share the cores: a second thread costs more than it gains.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+for helper in (Path(__file__).parent / "support").glob("*.py"):
+    pytest.register_assert_rewrite(helper.stem)  # so that its asserts show what differs, as those of tests do
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("suite")
 
