@@ -16,10 +16,12 @@ from launcher.errors import ConfigError, report_error
 from launcher.formats.choices import (
     BlockType,
     ConvertFormat,
+    Device,
     Dtype,
     EmbeddingType,
     ExportFormat,
     ExportWeights,
+    InputBits,
     LinearClass,
 )
 from launcher.plan.gpus import UTILIZATION
@@ -316,22 +318,32 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint, or run (its newest checkpoint).")],
     to: Annotated[str, typer.Option(help="Folder or file to create.")],
     into: Annotated[
-        ExportFormat, typer.Option("--format", help="Hugging Face in 16 bits, or with packed codes; or a GGUF file.")
+        ExportFormat,
+        typer.Option(
+            "--format", help="Folder in 16 bits, or with codes for Transformers, MLX or ONNX; or a GGUF file."
+        ),
     ],
     weights: Annotated[
         ExportWeights | None,
         typer.Option(help="hf, from a ternary phase: latent weights (to train on) or dequantized ones (to run)."),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="hf, hf-ternary: dtype of the weights; default: the run's.")
+        Dtype | None, typer.Option(help="All but onnx, gguf: dtype of what is not codes; default: the run's.")
     ] = None,
     linear_class: Annotated[
         LinearClass | None,
         typer.Option(help="hf-ternary: bitlinear (default) multiplies integers; autobitlinear is faster and larger."),
     ] = None,
+    activations: Annotated[
+        InputBits | None,
+        typer.Option(help="compressed-tensors, onnx: whether layers round their inputs to int8; default: by training."),
+    ] = None,
     block_type: Annotated[
         BlockType | None,
-        typer.Option("--type", help="gguf: type of the projections; tq2_0 (default), or tq1_0: smaller, slower."),
+        typer.Option("--type", help="gguf: type of the projections; tq2_0 (default), q2_0, or tq1_0: smaller, slower."),
+    ] = None,
+    device: Annotated[
+        Device | None, typer.Option("--for", help="gguf: choose the ternary type that is fastest there.")
     ] = None,
     embeddings: Annotated[
         EmbeddingType | None,
@@ -339,8 +351,11 @@ def export(
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(parser=path, help="Tokenizer file; default: the run's.")] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
+    license_name: Annotated[
+        str | None, typer.Option("--license", help="License of the weights, for the model card: apache-2.0, mit, ...")
+    ] = None,
 ) -> None:
-    """Export a model for Transformers or llama.cpp. Needs no GPU."""
+    """Export a model for Transformers, vLLM, SGLang, MLX, ONNX Runtime or llama.cpp. Needs no GPU."""
     from launcher.commands.export import ExportOptions, export_checkpoint
 
     options = ExportOptions(
@@ -348,10 +363,13 @@ def export(
         weights=weights,
         dtype=dtype,
         linear_class=linear_class,
+        inputs=activations,
         block_type=block_type,
+        device=device,
         embeddings=embeddings,
         tokenizer=tokenizer,
         no_tokenizer=no_tokenizer,
+        license_name=license_name,
     )
     export_checkpoint(checkpoint, local_target(to, "--to"), options, Console(silent=False))
 

@@ -8,6 +8,8 @@ two bits of all bytes.
 
 `pack_rows`: of four columns, likewise, so that rows stay rows, and any number of them can be packed and sent alone.
 
+`pack_neighbors`: of four neighbors in a row, as other programs' formats have them.
+
 Dimensions: O output features, I input features, R rows of bytes, J = I / 4 columns of bytes, rounded up.
 """
 
@@ -27,8 +29,7 @@ def pack(codes_OI: Tensor) -> Tensor:
     """
     if len(codes_OI) % CODES_PER_BYTE:
         raise ValueError(f"{len(codes_OI)} rows cannot be packed; the number must be a multiple of {CODES_PER_BYTE}")
-    if not torch.isin(codes_OI, torch.tensor([-1, 0, 1], dtype=codes_OI.dtype, device=codes_OI.device)).all():
-        raise ValueError("codes must be -1, 0 or +1")
+    _check_ternary(codes_OI)
     packed_RI, *others = (codes_OI + 1).to(torch.uint8).chunk(CODES_PER_BYTE)
     for block, bits_RI in enumerate(others, start=1):
         packed_RI = packed_RI | bits_RI << 2 * block
@@ -91,3 +92,31 @@ def to_held(codes_OI: Tensor, levels: Levels) -> Tensor:
 def from_held(held: Tensor, width: int) -> Tensor:
     """Undo `to_held`; int8 [O, width]."""
     return held if held.dtype == torch.int8 else unpack_rows(held, width)
+
+
+def pack_neighbors(codes_OI: Tensor, *, zero: int, bytes_of_word: int = 1) -> Tensor:
+    """Pack the codes -1, 0 and +1 of neighbors in a row; uint8 [O, bytes of a row], whole words.
+
+    Bytes are in the order of the codes, so on a little-endian machine, words of several bytes have them from the low
+    bits up as well.
+
+    Args:
+        codes_OI: of any dtype.
+        zero: the bits that stand for 0; 1 or 2.
+        bytes_of_word: a row takes a multiple of it. What is left over has no bits set.
+
+    Raises:
+        ValueError: there is another code.
+    """
+    _check_ternary(codes_OI)
+    padding = -codes_OI.shape[1] % (CODES_PER_BYTE * bytes_of_word)
+    bits_OJ4 = F.pad((codes_OI + zero).to(torch.uint8), (0, padding)).unflatten(1, (-1, CODES_PER_BYTE))
+    packed_OJ = bits_OJ4[..., 0].clone()
+    for place in range(1, CODES_PER_BYTE):
+        packed_OJ |= bits_OJ4[..., place] << 2 * place
+    return packed_OJ
+
+
+def _check_ternary(codes: Tensor) -> None:
+    if not torch.isin(codes, torch.tensor([-1, 0, 1], dtype=codes.dtype, device=codes.device)).all():
+        raise ValueError("codes must be -1, 0 or +1")

@@ -9,7 +9,7 @@ from quant.strict import STRICT
 WeightScale = Literal["absmean", "absmedian", "twn", "gaussian", "absmax", "learned"]
 Levels = Literal["binary", "ternary", "int2", "int3", "int4"]
 Granularity = Literal["matrix", "row", "group"]
-Activations = Literal["int8", "int8-128", "int4", "none"]
+Activations = Literal["int8", "int8-127.5", "int8-128", "int4", "none"]
 Gradient = Literal["identity", "clipped", "trust"]
 Backward = Literal["exact", "int8-input", "int8"]
 
@@ -50,8 +50,9 @@ class QuantConfig:
     fused: bool = False
     """Use one scale for queries, keys and values, and one for gate and up, as if each were one matrix."""
     activations: Activations = "int8"
-    """Quantization of the layers' inputs, absmax per token: `int8`, `int4`, `int8-128` (127 and 128 of the paper's
-    code: the largest positive value is clipped), or `none` (left in 16 bits)."""
+    """Quantization of the layers' inputs, absmax per token: `int8`, `int4`, `int8-127.5` (as Transformers rounds the
+    inputs of compressed-tensors models), `int8-128` (127 and 128 of the paper's code: the largest positive value is
+    clipped), or `none` (left in 16 bits)."""
     gradient: Gradient = "identity"
     """Gradient through the rounding of weights: `identity` (straight through), `clipped` (none beyond the outermost
     levels) or `trust` (none where rounding moves a weight by more than half a step, QuEST)."""

@@ -78,7 +78,7 @@ def reciprocal(x: Tensor) -> Tensor:
     return _to_nearest(torch.reciprocal, x)
 
 
-def quotient(x: Tensor, divisor: float) -> Tensor:
+def quotient(x: Tensor, divisor: Tensor | float) -> Tensor:
     """``x / divisor`` in fp32, rounded to nearest."""
     return _to_nearest(lambda x: x / divisor, x)
 
@@ -356,17 +356,21 @@ def weight_gradients(
 class ActivationGrid(NamedTuple):
     """The largest magnitude of a token becomes ``scale_by`` codes, and codes are clamped to ``codes``."""
 
-    scale_by: int
+    scale_by: float
     codes: tuple[int, int]
+    divides: bool = False
+    """Whether inputs are divided by the scale, not multiplied by its reciprocal. The largest magnitude is halfway
+    between two codes where ``scale_by`` is, and the last bit decides."""
 
 
 ACTIVATION_GRIDS: dict[Activations, ActivationGrid] = {
     "int8": ActivationGrid(127, (-127, 127)),
+    "int8-127.5": ActivationGrid(127.5, (-128, 127), divides=True),
     "int8-128": ActivationGrid(128, (-128, 127)),
     "int4": ActivationGrid(7, (-7, 7)),
 }
-"""BitNet b1.58 (arXiv 2402.17764, section 2: absmax, symmetric, no zero point); the `bitlinear` package 2.4; and
-BitNet a4.8 (arXiv 2411.04965, eq. 4) on a symmetric grid."""
+"""BitNet b1.58 (arXiv 2402.17764, section 2: absmax, symmetric, no zero point); the `compressed-tensors` package 0.20,
+which Transformers runs; the `bitlinear` package 2.4; and BitNet a4.8 (arXiv 2411.04965, eq. 4) on a symmetric grid."""
 
 
 def quantize_activation(x: Tensor, activations: Activations = "int8") -> tuple[Tensor, Tensor]:
@@ -378,6 +382,9 @@ def quantize_activation(x: Tensor, activations: Activations = "int8") -> tuple[T
     grid = ACTIVATION_GRIDS[activations]
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_SCALE)
+    if grid.divides:
+        scale = quotient(largest, grid.scale_by)
+        return quotient(x, scale).round().clamp(*grid.codes), scale
     codes = (x * (reciprocal(largest) * grid.scale_by)).round().clamp(*grid.codes)
     return codes, quotient(largest, grid.scale_by)
 

@@ -1,16 +1,37 @@
 """`tritrain export`: checks which options belong together, then writes the folder or file."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
-from launcher.formats.choices import BlockType, Dtype, EmbeddingType, ExportFormat, ExportWeights, LinearClass
+from launcher.formats.choices import (
+    BlockType,
+    Device,
+    Dtype,
+    EmbeddingType,
+    ExportFormat,
+    ExportWeights,
+    InputBits,
+    LinearClass,
+)
 from launcher.formats.gguf_export import export_gguf
 from launcher.formats.hf_export import HfWeights, export_hf
+from launcher.formats.onnx_export import export_onnx
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.process.console import Console
-from quant.gguf import TERNARY_TYPES
+from quant.compressed_tensors import default_inputs
+from quant.gguf import TERNARY_TYPES, TYPES_OF_DEVICES
+
+OF_A_DTYPE: tuple[ExportFormat, ...] = ("hf", "hf-ternary", "compressed-tensors", "mlx")
+
+WEIGHTS: dict[ExportFormat, HfWeights] = {
+    "hf-ternary": "packed",
+    "compressed-tensors": "compressed-tensors",
+    "mlx": "mlx",
+}
+"""The kind of weights of each format that has only one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,23 +49,38 @@ class ExportOptions:
     dtype: Dtype | None
     linear_class: LinearClass | None
     """`hf-ternary`: what computes the packed weights."""
+    inputs: InputBits | None = None
+    """`compressed-tensors` and `onnx`: what is done to the inputs of quantized layers."""
     block_type: BlockType | None
     """`gguf`: of the projections."""
+    device: Device | None = None
+    """`gguf`: what the file is to run on, which chooses the type."""
     embeddings: EmbeddingType | None
     """`gguf`: of the embedding and the head."""
     tokenizer: Path | None
     no_tokenizer: bool
+    license_name: str | None = None
 
     def __post_init__(self) -> None:
         for option, value, formats in (
-            ("--dtype", self.dtype, ("hf", "hf-ternary")),
+            ("--dtype", self.dtype, OF_A_DTYPE),
             ("--weights", self.weights, ("hf",)),
             ("--linear-class", self.linear_class, ("hf-ternary",)),
+            ("--activations", self.inputs, ("compressed-tensors", "onnx")),
             ("--type", self.block_type, ("gguf",)),
+            ("--for", self.device, ("gguf",)),
             ("--embeddings", self.embeddings, ("gguf",)),
         ):
             if value is not None and self.into not in formats:
-                raise ConfigError(f"{option} {value}: belongs to --format {' and '.join(formats)}")
+                *others, last = formats
+                named = f"{', '.join(others)} and {last}" if others else last
+                raise ConfigError(f"{option} {value}: belongs to --format {named}")
+        if self.block_type and self.device:
+            raise ConfigError("--type and --for exclude each other")
+        if self.license_name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", self.license_name):
+            raise ConfigError(
+                f"--license {self.license_name!r}: must be an identifier of a license, such as apache-2.0, mit or other"
+            )
         if self.no_tokenizer and self.into == "gguf":
             raise ConfigError("--no-tokenizer: a GGUF file always holds a tokenizer")
         if self.tokenizer and self.no_tokenizer:
@@ -61,16 +97,26 @@ def export_checkpoint(checkpoint: str, to: Path, options: ExportOptions, console
     """
     if to.exists():
         raise ConfigError(f"{to}: exists already; name a new path")
-    block_type: BlockType = options.block_type or "tq2_0"
-    wants_codes = {"hf": options.weights == "dequantized", "hf-ternary": True, "gguf": block_type in TERNARY_TYPES}
-    opened = open_exportable(checkpoint, ternary=wants_codes[options.into])
-    weights: HfWeights | None = "packed" if options.into == "hf-ternary" else options.weights
+    block_type = TYPES_OF_DEVICES[options.device] if options.device else options.block_type or "tq2_0"
+    in_codes = options.into in (*WEIGHTS, "onnx") or options.weights == "dequantized"
+    opened = open_exportable(checkpoint, ternary=block_type in TERNARY_TYPES if options.into == "gguf" else in_codes)
+    weights = WEIGHTS.get(options.into, options.weights)
     if options.into == "hf" and weights is None:
         weights = weights_of_16_bits(opened)
     tokenizer = tokenizer_of(opened, options)
     if options.into == "gguf":
         assert tokenizer is not None
-        console.line(export_gguf(opened, to, into=block_type, embeddings=options.embeddings, tokenizer=tokenizer))
+        sentence = export_gguf(
+            opened,
+            to,
+            into=block_type,
+            embeddings=options.embeddings,
+            tokenizer=tokenizer,
+            license_name=options.license_name,
+        )
+        console.line(sentence)
+    elif options.into == "onnx":
+        export_onnx(opened, to, inputs=options.inputs, tokenizer=tokenizer, license_name=options.license_name)
     else:
         assert weights is not None
         export_hf(
@@ -79,9 +125,30 @@ def export_checkpoint(checkpoint: str, to: Path, options: ExportOptions, console
             weights=weights,
             dtype=COMPUTE_DTYPES[options.dtype] if options.dtype else None,
             linear_class=options.linear_class or "bitlinear",
+            inputs=options.inputs,
             tokenizer=tokenizer,
+            license_name=options.license_name,
         )
+        if options.into == "compressed-tensors":
+            console.line(inputs_sentence(opened, options.inputs))
     console.line(f"Written: {to}")
+    if options.license_name is None:
+        console.line("No license is named in it; --license NAME does that: apache-2.0, mit, ...")
+
+
+def inputs_sentence(opened: Exportable, inputs: InputBits | None) -> str:
+    """What programs do to the inputs of the layers, compared with training."""
+    quantization = opened.quantization
+    assert quantization is not None
+    trained, inputs = quantization.activations, inputs or default_inputs(quantization)
+    if inputs == "none":
+        end = "." if trained == "none" else f"; {trained} in training."
+        return f"Inputs of the layers stay in 16 bits{end}"
+    if trained == "int8-127.5":
+        same, other = "Transformers", "Humming (vLLM, SGLang) divides by absmax / 127"
+    else:
+        same, other = "Humming (vLLM, SGLang)", "Transformers divides by absmax / 127.5"
+    return f"Inputs of the layers are rounded to 8 bits: by {same} as in training; {other}."
 
 
 def weights_of_16_bits(opened: Exportable) -> HfWeights:

@@ -25,7 +25,7 @@ class CodedMatrices:
     """
 
     def __init__(self, source: Source, model: ModelConfig, quantization: QuantConfig) -> None:
-        self._source, self._config = source, quantization
+        self._source, self.config = source, quantization
         with torch.device("meta"):
             layers = matching_layers(Transformer(model), quantization)
         names = {module: name for name, module in layers.items()}
@@ -51,7 +51,7 @@ class CodedMatrices:
         if isinstance(self._source, HuggingFaceSource) and self._source.is_packed:
             packed_RI, level = self._source.packed(name)
             return unpack(packed_RI), level
-        config, layer = self._config, name.removesuffix(".weight")
+        config, layer = self.config, name.removesuffix(".weight")
         weight_OI = self._rotated(layer)
         if config.learned:
             (rows,) = self._source.shapes[f"{layer}.{LEARNED_SCALE}"]
@@ -66,10 +66,10 @@ class CodedMatrices:
     def dequantized(self, name: str) -> Tensor:
         """Codes times their level, fp32 [O, I], for inputs that are not rotated."""
         weight_OI = dequantize(*self.codes(name))
-        return rotate(weight_OI) if is_rotated(name.removesuffix(".weight"), self._config) else weight_OI
+        return rotate(weight_OI) if is_rotated(name.removesuffix(".weight"), self.config) else weight_OI
 
     def _rotated(self, layer: str) -> Tensor:
         name = f"{layer}.weight"
         shape = self._source.shapes[name]
         weight_OI = self._source.read_finite("weight", name, 0, prod(shape)).view(shape)
-        return rotate(weight_OI) if is_rotated(layer, self._config) else weight_OI
+        return rotate(weight_OI) if is_rotated(layer, self.config) else weight_OI

@@ -25,6 +25,7 @@ from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.choices import EmbeddingType
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.opened import Exportable
+from launcher.formats.provenance import name_of
 from launcher.plan.exports import EMBEDDINGS, default_embeddings, gguf_problems, gguf_types
 from model.gguf import gguf_architecture, gguf_metadata, gguf_name, gguf_rows
 from model.size import parameter_shapes
@@ -34,6 +35,7 @@ from quant.gguf import (
     TERNARY_TYPES,
     BlockType,
     StoredType,
+    file_type,
     ggml_type,
     recipe_problem,
     to_blocks,
@@ -63,6 +65,7 @@ def export_gguf(
     into: BlockType = "tq2_0",
     embeddings: EmbeddingType | None = None,
     tokenizer: Path,
+    license_name: str | None = None,
 ) -> str:
     """Write a GGUF file; it has its name when it is complete, see `data.new_paths`.
 
@@ -72,6 +75,7 @@ def export_gguf(
         into: type of the projections. f16 and q8_0 take codes times their level of a ternary phase, else the weights.
         embeddings: type of the embedding and the head; by default f16 beside f16, else q8_0.
         tokenizer: its file.
+        license_name: of the weights.
 
     Returns:
         A sentence about what was written.
@@ -86,8 +90,9 @@ def export_gguf(
     embeddings = embeddings or default_embeddings(into)
     coded = _coded(opened, into)
     tensors = _tensors(opened, coded, into, embeddings)
-    name = opened.config.run.name if opened.config else Path(opened.source.location).name
-    general = {"name": name, "file_type": _file_type(into), "quantization_version": 2}
+    general = {"name": name_of(opened.source), "file_type": file_type(into), "quantization_version": 2}
+    if license_name:
+        general["license"] = license_name
     metadata: dict[str, object] = {f"general.{key}": value for key, value in general.items()}
     metadata |= gguf_metadata(opened.model)
     vocabulary = gguf_vocabulary(tokenizer, opened.model.vocab_size)
@@ -165,12 +170,6 @@ def _values(opened: Exportable, coded: CodedMatrices | None, tensor: GGUFTensor)
 def _read(source: Source, name: str) -> Tensor:
     shape = source.shapes[name]
     return source.read_finite("weight", name, 0, prod(shape)).view(shape)
-
-
-def _file_type(into: BlockType) -> int:
-    from gguf import LlamaFileType
-
-    return int(LlamaFileType[f"MOSTLY_{into.upper()}"])
 
 
 def _write(

@@ -1,6 +1,7 @@
-"""Exports to Hugging Face Transformers: 16-bit weights, or packed ternary ones (`quantization_config` of BitNet).
+"""Exports of folders: 16-bit weights for Hugging Face Transformers, or ternary codes in one of three formats.
 
-Transformers computes a packed layer with one of two classes, which take opposite scales:
+Those of compressed-tensors and of MLX are in files of their own; BitNet's is here. Transformers computes its layers
+with one of two classes, which take opposite scales:
 
 - `bitlinear`: the codes of the input times those of the weights, divided by both scales; the file has 1 / level. In
   fp32 the products of codes are those of training, bit for bit, and the weights stay packed in memory.
@@ -10,7 +11,8 @@ Transformers computes a packed layer with one of two classes, which take opposit
 The wrong scale loads without a word and computes nonsense, so what is written depends on the class alone.
 """
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,27 +25,56 @@ from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.choices import ExportWeights, LinearClass
 from launcher.formats.codes import CodedMatrices
+from launcher.formats.compressed_tensors import compressed, compressed_config
 from launcher.formats.hf_folder import Stored, stored_weights, to_json, write_folder
 from launcher.formats.hf_source import HuggingFaceSource, dtype_name, listed, naming
-from launcher.formats.model_card import model_card
+from launcher.formats.mlx import grouped, mlx_config
+from launcher.formats.model_card import Reader, model_card
 from launcher.formats.open import computed_precision
 from launcher.formats.opened import Exportable
 from launcher.formats.provenance import source_record
-from launcher.plan.exports import AS_WEIGHTS, NO_OTHER_WAY, coded_matrices, packing_problems, recipe_problems
+from launcher.plan.exports import (
+    AS_WEIGHTS,
+    NO_OTHER_WAY,
+    coded_matrices,
+    compressed_problems,
+    mlx_recipe_problems,
+    packing_problems,
+    recipe_problems,
+)
 from model.hf import config_to_hf
+from model.mlx import mlx_problems
 from model.size import is_projection, parameter_shapes
 from model.transformer import ModelConfig
 from quant.codes import CODES_PER_BYTE, pack
+from quant.compressed_tensors import InputBits, default_inputs
+from quant.mlx import group_size_for
 
-HfWeights = ExportWeights | Literal["packed"]
+HfWeights = ExportWeights | Literal["packed", "compressed-tensors", "mlx"]
 
 
 HOLDS: dict[HfWeights, str] = {
     "latent": "the 16-bit weights, of a ternary phase the latent ones, which are rounded to codes while it trains",
     "dequantized": "the ternary codes times their level as 16-bit weights; inputs of the layers are not quantized",
-    "packed": "ternary codes in 2 bits, with the inputs of the layers rounded to 8 bits ({})",
+    "packed": "ternary codes in 2 bits, with the inputs of the layers rounded to 8 bits ({linear_class})",
+    "compressed-tensors": "ternary codes in 2 bits, in the format of compressed-tensors; {inputs}",
+    "mlx": "ternary codes in 2 bits, in the format of MLX; inputs of the layers are not quantized",
 }
 """The descriptions of the weights in the model card."""
+
+READERS: dict[HfWeights, Reader] = {
+    "latent": "Transformers",
+    "dequantized": "Transformers",
+    "packed": "Transformers",
+    "compressed-tensors": "Transformers",
+    "mlx": "mlx-lm",
+}
+"""The program that each is written for."""
+
+INPUTS: dict[InputBits, str] = {
+    "int8": "inputs of the layers are rounded to 8 bits",
+    "none": "inputs of the layers are not quantized",
+}
 
 
 def export_hf(
@@ -53,19 +84,24 @@ def export_hf(
     weights: HfWeights,
     dtype: torch.dtype | None = None,
     linear_class: LinearClass = "bitlinear",
+    inputs: InputBits | None = None,
     tokenizer: Path | None,
+    license_name: str | None = None,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens without any of Tritrain's code.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained`, or mlx-lm, opens without any of Tritrain's code.
 
     Args:
         exportable: opened with ``ternary`` for all but latent weights.
         folder: to be written; must not be there.
         weights: `latent`, to go on training; `dequantized`, codes times their level as plain weights, to run with
-            inputs that are not quantized; or `packed`, 2-bit codes.
+            inputs that are not quantized; or 2-bit codes: `packed` for Transformers' BitNet layers,
+            `compressed-tensors`, or `mlx`.
         dtype: of what is not packed, and what Transformers computes in by default. By default the one that the run
             computes in, which loses nothing; latent weights are in fp32 while they train, which loses bits in bf16.
-        linear_class: what computes packed weights.
+        linear_class: what computes `packed` weights.
+        inputs: what `compressed-tensors` has done to the inputs of layers; None: `quant.compressed_tensors`' default.
         tokenizer: its file; None leaves it out.
+        license_name: of the weights, for the model card.
 
     Raises:
         CheckpointError: Transformers cannot express the model or its recipe (all reasons are listed), or the folder is
@@ -78,39 +114,86 @@ def export_hf(
     if dtype is None:
         config = exportable.config
         dtype = torch.float32 if config and config.training.compute_dtype == "fp32" else torch.bfloat16
-    files, end = {}, None
+    tensors = stored_weights(source, model, dtype)
+    quantized: dict[str, object] = {}
+    if weights != "latent":
+        assert quantization is not None
+        matrices = CodedMatrices(source, model, quantization)
+        inputs = inputs or default_inputs(quantization)
+        if problems := _problems(exportable, matrices, weights, linear_class, inputs):
+            raise CheckpointError(listed(f"{source.location}: {READERS[weights]} cannot compute this", problems))
+        names = [tensor.name for tensor in tensors]
+        written: Callable[[Stored], list[Stored]]
+        if weights == "packed":
+            quantized["quantization_config"] = quantization_config(matrices.names, names, linear_class, mode="offline")
+            written = partial(packed, matrices=matrices, linear_class=linear_class)
+        elif weights == "compressed-tensors":
+            quantized["quantization_config"] = compressed_config(quantization, matrices.names, names, inputs)
+            written = partial(compressed, matrices=matrices)
+        elif weights == "mlx":
+            group_size = group_size_for((source.shapes[name][1] for name in matrices.names), quantization)
+            assert group_size is not None, "checked above"
+            quantized["quantization"] = mlx_config(group_size)
+            written = partial(grouped, matrices=matrices, group_size=group_size)
+        else:
+            written = partial(dequantized, matrices=matrices)
+        tensors = [each for tensor in tensors for each in (written(tensor) if tensor.name in matrices else [tensor])]
+    holds = HOLDS[weights].format(linear_class=linear_class, inputs=INPUTS[inputs or "none"])
+    hf_config, files = common_files(
+        exportable, folder, dtype, holds, READERS[weights], tokenizer=tokenizer, license_name=license_name
+    )
+    write_folder(folder, hf_config | quantized, tensors, files)
+
+
+def common_files(
+    exportable: Exportable,
+    folder: Path,
+    dtype: torch.dtype,
+    holds: str,
+    reader: Reader,
+    *,
+    tokenizer: Path | None,
+    license_name: str | None,
+) -> tuple[dict[str, object], dict[str, bytes]]:
+    """What every folder has beside the weights: the content of `config.json`, and the other files by name.
+
+    Args:
+        exportable: the model.
+        folder: for messages.
+        dtype: of what is not codes.
+        holds: what the weights are, for the model card.
+        reader: the program that the folder is for.
+        tokenizer: its file; None leaves it out.
+        license_name: of the weights.
+
+    Raises:
+        CheckpointError: no family of Hugging Face has this configuration.
+        DataError: the tokenizer cannot be expressed exactly, or is of another model.
+    """
+    model, files, end = exportable.model, {}, None
     if tokenizer is not None:
         files = tokenizer_files(tokenizer, vocab_size=model.vocab_size, max_sequence_length=model.max_sequence_length)
         end = load_tokenizer(tokenizer).end_of_document
     with naming(folder):
         hf_config = {**config_to_hf(model, bos_token_id=end, eos_token_id=end), "torch_dtype": dtype_name(dtype)}
-    tensors = stored_weights(exportable.source, model, dtype)
-    if weights != "latent":
-        assert quantization is not None
-        matrices = CodedMatrices(exportable.source, model, quantization)
-        problems = recipe_problems(quantization, packed=weights == "packed")
-        if weights == "packed":
-            problems += packing_problems(model, matrices.names, exportable.source.shapes, linear_class)
-            hf_config["quantization_config"] = quantization_config(
-                matrices.names, [tensor.name for tensor in tensors], linear_class, mode="offline"
-            )
-        if problems:
-            raise CheckpointError(listed(f"{exportable.source.location}: Transformers cannot compute this", problems))
-        tensors = [
-            each
-            for tensor in tensors
-            for each in (
-                [tensor]
-                if tensor.name not in matrices
-                else packed(tensor, matrices, linear_class)
-                if weights == "packed"
-                else [tensor._replace(pieces=dequantized(tensor, matrices))]
-            )
-        ]
     record = source_record(exportable.source)
-    card = model_card(exportable, record, HOLDS[weights].format(linear_class), has_tokenizer=tokenizer is not None)
-    files |= {"README.md": card.encode(), "provenance.json": to_json(record)}
-    write_folder(folder, hf_config, tensors, files)
+    card = model_card(exportable, record, holds, reader, has_tokenizer=tokenizer is not None, license_name=license_name)
+    return hf_config, files | {"README.md": card.encode(), "provenance.json": to_json(record)}
+
+
+def _problems(
+    exportable: Exportable, matrices: CodedMatrices, weights: HfWeights, linear_class: LinearClass, inputs: InputBits
+) -> list[str]:
+    """Why a format cannot hold the codes of a model, or their product with the level."""
+    model, quantization, shapes = exportable.model, matrices.config, exportable.source.shapes
+    if weights == "packed":
+        problems = packing_problems(model, matrices.names, shapes, linear_class)
+        return recipe_problems(quantization, packed=True) + problems
+    if weights == "compressed-tensors":
+        return compressed_problems(quantization, inputs)
+    if weights == "mlx":
+        return mlx_problems(model) + mlx_recipe_problems(quantization, matrices.names, shapes)
+    return recipe_problems(quantization, packed=False)
 
 
 def online_quantization(source: Source, model: ModelConfig) -> dict[str, object] | None:
@@ -170,6 +253,10 @@ def packed(tensor: Stored, matrices: CodedMatrices, linear_class: LinearClass) -
     ]
 
 
-def dequantized(tensor: Stored, matrices: CodedMatrices) -> Iterator[Tensor]:
+def dequantized(tensor: Stored, matrices: CodedMatrices) -> list[Stored]:
     """A matrix as its codes times their level."""
-    yield matrices.dequantized(tensor.name).to(tensor.dtype)
+
+    def weights() -> Iterator[Tensor]:
+        yield matrices.dequantized(tensor.name).to(tensor.dtype)
+
+    return [tensor._replace(pieces=weights())]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.errors import DataError
 from data.prepared import TRAIN, read_manifest
@@ -26,40 +26,73 @@ LAST = {
 """The measurements that a card quotes, and their units."""
 
 
-LOADING = """
+Reader = Literal["Transformers", "mlx-lm", "ONNX Runtime"]
+"""A program that a folder is written for."""
+
+
+LOADING: dict[Reader, str] = {
+    "Transformers": """
 ```python
 from transformers import AutoModelForCausalLM{tokenizer_import}
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
 {tokenizer_line}```
-"""
+""",
+    "mlx-lm": """
+```python
+from mlx_lm import load
+
+model, tokenizer = load(FOLDER)
+```
+""",
+    "ONNX Runtime": """
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+```
+""",
+}
 
 
-def model_card(exportable: Exportable, record: Mapping[str, Any], holds: str, *, has_tokenizer: bool) -> str:
-    """Markdown, with the metadata that model hubs read on top.
+LIBRARIES: dict[Reader, str] = {"Transformers": "transformers", "mlx-lm": "mlx", "ONNX Runtime": "onnx"}
+
+
+def model_card(
+    exportable: Exportable,
+    record: Mapping[str, Any],
+    holds: str,
+    reader: Reader,
+    *,
+    has_tokenizer: bool,
+    license_name: str | None,
+) -> str:
+    """Markdown, with the metadata that model hubs read on top, and without any path of this machine.
 
     Args:
         exportable: whose run is described; of a checkpoint from elsewhere there is little to say.
         record: where it comes from, see `launcher.formats.provenance.source_record`.
         holds: what the weights are.
+        reader: that the folder is written for.
         has_tokenizer: whether the folder has one.
+        license_name: of the weights; None leaves it out.
     """
     config, model = exportable.config, exportable.model
-    name = config.run.name if config else Path(str(record["source"])).name
     lines = [
         "---",
-        "library_name: transformers",
+        *([f"license: {license_name}"] if license_name else []),
+        f"library_name: {LIBRARIES[reader]}",
         "pipeline_tag: text-generation",
         *(["tags: [bitnet, ternary]"] if exportable.quantization else []),
         "---",
         "",
-        f"# {name}",
+        f"# {record['source']}",
         "",
         f"A language model with {num_parameters(model):,} parameters, {num_linear_parameters(model):,} of them in the "
         f"linear layers of its blocks. This folder holds {holds}.",
         "",
         "## Loading",
-        LOADING.format(
+        LOADING[reader].format(
             tokenizer_import=", AutoTokenizer" if has_tokenizer else "",
             tokenizer_line="tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n" if has_tokenizer else "",
         ),
@@ -86,7 +119,9 @@ def _training(exportable: Exportable, config: Config, manifest: Manifest) -> lis
         "",
         *_table(["phase", "precision", "from step", "to step"], phases),
     ]
-    sources = [[f"`{source.path}`", f"{source.weight:g}", *_prepared(source.path)] for source in config.data.sources]
+    sources = [
+        [f"`{_public(source.path)}`", f"{source.weight:g}", *_prepared(source.path)] for source in config.data.sources
+    ]
     lines += ["Data:", "", *_table(["source", "weight", "made from", "documents"], sources)]
     if exportable.quantization is not None:
         recipe = [[f"`{key}`", f"`{value}`"] for key, value in dataclasses.asdict(exportable.quantization).items()]
@@ -100,7 +135,15 @@ def _prepared(path: str) -> list[str]:
         manifest = read_manifest(Path(path))
     except DataError:
         return ["", ""]
-    return [", ".join(map(str, manifest["options"]["inputs"])), f"{manifest['splits'][TRAIN]['documents']:,}"]
+    inputs = ", ".join(_public(str(name)) for name in manifest["options"]["inputs"])
+    return [inputs, f"{manifest['splits'][TRAIN]['documents']:,}"]
+
+
+def _public(location: str) -> str:
+    """The last part of a path or URL; names of data sets on the hub are as they are."""
+    kind, colon, name = location.rpartition("hf:") if location.startswith("hf:") else ("", "", location)
+    on_hub = colon and not name.startswith(("/", ".", "~"))
+    return location if on_hub else kind + colon + (Path(name).name or name)
 
 
 def _measured(exportable: Exportable) -> list[str]:
@@ -124,4 +167,5 @@ def _measured(exportable: Exportable) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [*("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)), ""]
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
+    return [*("| " + " | ".join(row) + " |" for row in cells), ""]

@@ -4,6 +4,7 @@ import dataclasses
 import time
 import zipfile
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -11,6 +12,7 @@ import xxhash
 from launcher.checkpoint.location import to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
+from launcher.formats.open import config_of
 from launcher.plan.course import Course
 
 
@@ -54,10 +56,18 @@ def source_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
+def name_of(source: Source) -> str:
+    """The name of a source that others may read: of its run, or of its folder."""
+    if isinstance(source, CheckpointReader):
+        return config_of(source).run.name
+    return Path(source.location).name or Path(source.location).resolve().name
+
+
 def source_record(source: Source) -> dict[str, Any]:
-    """The provenance of files that were made from a source."""
+    """The provenance of files that were made from a source, for others to read: names and digests, no path."""
     return {
-        "source": source.location,
+        "source": name_of(source),
+        "step": source.manifest.step if isinstance(source, CheckpointReader) else None,
         "source_digest": source_digest(source),
         "tritrain_version": version("tritrain"),
     }

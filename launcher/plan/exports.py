@@ -21,7 +21,9 @@ from launcher.plan.course import Course
 from model.config import ModelConfig
 from model.gguf import gguf_architecture
 from model.hf import config_to_hf
+from model.mlx import mlx_problems
 from model.size import linear_shapes, parameter_shapes
+from quant.compressed_tensors import ROUNDED, InputBits, compressed_bytes, default_inputs
 from quant.config import IN_2_BITS, QuantConfig
 from quant.gguf import (
     BLOCK_BYTES,
@@ -34,6 +36,8 @@ from quant.gguf import (
     block_width_problem,
     recipe_problem,
 )
+from quant.mlx import GROUP_SIZES, group_size_for, mlx_bytes
+from quant.onnx import BLOCK_SIZES, onnx_bytes
 from quant.size import CODES_PER_BYTE
 
 EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
@@ -41,6 +45,7 @@ EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
 
 NO_OTHER_WAY = "export the latent weights (--format hf --weights latent)"
 AS_WEIGHTS = "export their weights (--format hf --weights dequantized)"
+AS_CODES = "--format compressed-tensors holds the codes; or " + AS_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,25 @@ def _exports_of(course: Course) -> Iterator[Export]:
         yield Export("hf --weights dequantized", [*in_hf, *without_codes, *dequantizing], all_bytes)
         packing += recipe_problems(quantization, packed=True) + packing_problems(model, coded, shapes, "bitlinear")
     packed = sum(prod(shapes[name]) for name in coded)
-    yield Export("hf-ternary", packing, all_bytes - element_bytes * packed + ceil(packed / CODES_PER_BYTE))
+    without_packed = all_bytes - element_bytes * packed
+    yield Export("hf-ternary", packing, without_packed + ceil(packed / CODES_PER_BYTE))
+    problems, num_bytes = [*in_hf, *without_codes], all_bytes
+    if quantization is not None:
+        problems += compressed_problems(quantization, default_inputs(quantization))
+        num_bytes = without_packed + sum(compressed_bytes(shapes[name], quantization) for name in coded)
+    yield Export("compressed-tensors", problems, num_bytes)
+    problems, num_bytes = [*tokenizer, *mlx_problems(model), *without_codes], all_bytes
+    if quantization is not None:
+        problems += mlx_recipe_problems(quantization, coded, shapes)
+        size = group_size_for((shapes[name][1] for name in coded), quantization) or GROUP_SIZES[-1]
+        num_bytes = without_packed + sum(mlx_bytes(shapes[name], size, element_bytes) for name in coded)
+    yield Export("mlx", problems, num_bytes)
+    problems, num_bytes = [*in_hf, *without_codes], all_bytes
+    if quantization is not None:
+        problems += onnx_problems(quantization)
+        others = 4 * sum(prod(shape) for name, shape in shapes.items() if name not in coded)
+        num_bytes = others + sum(onnx_bytes(shapes[name], quantization) for name in coded)
+    yield Export("onnx", problems, num_bytes)
     for into in BLOCK_TYPES:
         types = gguf_types(shapes, coded, into, default_embeddings(into))
         problems = [*gguf_problems(model, types), *tokenizer, *gguf_tokenizer_problems(config)]
@@ -123,15 +146,66 @@ def recipe_problems(config: QuantConfig, *, packed: bool) -> list[str]:
         problems.append(f"dead_zone_bias {config.dead_zone_bias}: its layers have no such bias; {NO_OTHER_WAY}")
     if not packed:
         return problems
+    problems = codes_times_level_problems(config)
     if config.granularity != "matrix":
         kind = "learned scales" if config.learned else f"granularity {config.granularity}"
-        problems.append(f"{kind}: a packed matrix has one scale; {AS_WEIGHTS}")
+        problems.append(f"{kind}: a packed matrix has one scale; {AS_CODES}")
+    if config.activations != "int8":
+        problems.append(f"activations {config.activations}: packed layers round inputs to int8; {AS_CODES}")
+    return problems
+
+
+def codes_times_level_problems(config: QuantConfig) -> list[str]:
+    """Why layers are no plain product of ternary codes with a level, each with what would be exportable."""
+    problems = recipe_problems(config, packed=False)
     if config.levels not in IN_2_BITS:
         problems.append(f"levels {config.levels}: only -1, 0 and +1 are packed; {AS_WEIGHTS}")
-    if config.activations != "int8":
-        problems.append(f"activations {config.activations}: packed layers round inputs to int8; {AS_WEIGHTS}")
     if config.hadamard != "none":
         problems.append(f"hadamard {config.hadamard}: packed layers do not rotate their inputs; {AS_WEIGHTS}")
+    return problems
+
+
+def compressed_problems(config: QuantConfig, inputs: InputBits) -> list[str]:
+    """Why the format of compressed-tensors cannot hold what a recipe trains."""
+    problems = codes_times_level_problems(config)
+    if inputs == "int8" and config.activations not in ROUNDED:
+        problems.append(
+            f"activations {config.activations}: programs round inputs to 8 bits by their absmax / 127.5 or 127, which "
+            f"was trained with {' or '.join(ROUNDED)} alone; leave them in 16 bits with --activations none"
+        )
+    return problems
+
+
+def mlx_recipe_problems(config: QuantConfig, coded: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Why MLX cannot hold what a recipe trains.
+
+    Args:
+        config: the recipe.
+        coded: names of the matrices that are quantized.
+        shapes: of all parameters.
+    """
+    problems = codes_times_level_problems(config)
+    if group_size_for((shapes[name][1] for name in coded), config) is None:
+        *larger, smallest = GROUP_SIZES
+        if config.granularity == "group" and config.group_size % smallest:
+            sizes = f"{', '.join(map(str, larger))} and {smallest}"
+            problems.append(f"group_size {config.group_size}: MLX has groups of {sizes}; {AS_WEIGHTS}")
+        problems += [
+            f"{name} has rows of {width} weights, and MLX's groups of {smallest} must divide them; {AS_WEIGHTS}"
+            for name in coded
+            if (width := shapes[name][1]) % smallest
+        ]
+    return problems
+
+
+def onnx_problems(config: QuantConfig) -> list[str]:
+    """Why ONNX Runtime's product with 2-bit weights is not what a recipe trains."""
+    problems = codes_times_level_problems(config)
+    if config.granularity == "group" and config.group_size % BLOCK_SIZES[-1]:
+        problems.append(
+            f"group_size {config.group_size}: ONNX Runtime has blocks of 16 and its doubles, which must divide it; "
+            f"{AS_WEIGHTS}"
+        )
     return problems
 
 

@@ -38,6 +38,7 @@ RECIPES = {
     "int2": QuantConfig(include="", levels="int2", weights="absmax"),
     "int4": QuantConfig(include="", levels="int4"),
     "dead-zone": QuantConfig(include="", dead_zone_bias=1e-3),
+    "127.5": QuantConfig(include="", activations="int8-127.5"),
 }
 every_recipe = pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

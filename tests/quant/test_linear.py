@@ -23,6 +23,7 @@ LOOSE = {
 CODE_CONFIGS = [
     {"weights": "absmean"},
     {"weights": "absmedian", "activations": "int8-128"},
+    {"weights": "absmean", "activations": "int8-127.5"},
     {"weights": "twn"},
     {"weights": "gaussian", "granularity": "row"},
     {"weights": "absmean", "granularity": "group"},

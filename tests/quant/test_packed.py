@@ -19,6 +19,7 @@ RECIPES = {
     "group": replace(BITNET, granularity="group", group_size=4),
     "group-16-bit-inputs": replace(BITNET, granularity="group", group_size=4, activations="none"),
     "twn": replace(BITNET, weights="twn"),
+    "127.5": replace(BITNET, activations="int8-127.5"),
     "binary": replace(BITNET, levels="binary"),
     "dead-zone": replace(BITNET, dead_zone_bias=1e-3),
     "hadamard-all": replace(BITNET, hadamard="all", activations="int4"),

@@ -193,6 +193,12 @@ def test_int8_ties_go_to_even():
     assert quantize_activation(x)[0].tolist() == [[127, 0, 2, 2, 0, -2]]
 
 
+def test_the_largest_magnitude_is_a_tie_of_127_5_and_128_is_clipped_where_it_is_positive():
+    codes, scale = quantize_activation(torch.tensor([[-255.0, 2.0, 1.0, 3.0], [255.0, -1.0, 0.0, 253.0]]), "int8-127.5")
+    assert scale.tolist() == [[2.0], [2.0]]
+    assert codes.tolist() == [[-128, 1, 0, 2], [127, 0, 0, 126]]
+
+
 def test_int8_of_a_zero_token():
     codes, scale = quantize_activation(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
     assert codes.tolist() == [[0, 0], [64, -127]]

@@ -11,13 +11,16 @@ from hf_folders import ModelSource
 from tiny import tiny_config
 
 from launcher.checkpoint.folders import MANIFEST, TOKENIZERS, folder_of
-from launcher.checkpoint.manifest import Manifest, Progress, manifest_digest, precision_at
+from launcher.checkpoint.manifest import Manifest, Precision, Progress, manifest_digest, precision_at
 from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.file import to_tree
 from launcher.config.sections import Config
 from launcher.formats.convert import write_streamed
+from launcher.formats.opened import Exportable
 from launcher.plan.course import make_course
-from model.transformer import ModelConfig
+from model.transformer import ModelConfig, Transformer
+from quant.config import QuantConfig
+from quant.linear import quantize_
 
 
 def write_checkpoint(
@@ -63,6 +66,20 @@ def write_checkpoint(
     writer.finish(files, text, tokenizer, manifest)
     (run / "config.yaml").write_text(text)
     return writer.final
+
+
+def exportable(model: Transformer, quantization: QuantConfig | None = None) -> Exportable:
+    """A model as if it were a checkpoint of a run that has ended."""
+    precision = Precision.full(quantization or QuantConfig(), model.config.num_layers)
+    return Exportable(ModelSource(model), model.config, precision, None, None, None)
+
+
+def ternary(model: Transformer, quantization: QuantConfig | None = None) -> Transformer:
+    """A copy of a model that computes with codes."""
+    copy = Transformer(model.config)
+    copy.load_state_dict(model.state_dict())
+    quantize_(copy, quantization or QuantConfig())
+    return copy.eval()
 
 
 def make_older(checkpoint: Path, *lacking: str) -> None:

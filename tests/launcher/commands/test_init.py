@@ -42,7 +42,7 @@ def test_every_size_on_every_number_of_gpus_is_a_plan_that_fits(tmp_path, size):
         assert plan.total_steps * plan.tokens_per_step >= 20 * SIZES[size]
         assert plan.phases[0].end >= config.schedule.warmup_steps, "the switch falls into the warm-up"
         assert config.checkpoint.interval_steps < plan.total_steps
-        assert [each.problems for each in exports_of(plan)] == [[]] * 7
+        assert [each.name for each in exports_of(plan) if each.problems] == ["mlx"]  # it has no SubLN
     with torch.device("meta"):
         built = Transformer(config.model)
     assert sum(each.numel() for each in built.parameters()) == pytest.approx(SIZES[size], rel=0.05)

@@ -5,11 +5,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from exports import ternary_config, write_checkpoint
-from gguf_files import narrow, random_model
+from gguf_files import narrow, random_model, read_tensors, values_of
 from hf_folders import ModelSource, edit_config, pack_folder
+from onnx_session import onnx_logits
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from launcher.commands.convert import convert_checkpoint
@@ -20,7 +23,7 @@ from launcher.formats.hf_folder import write_hf
 from launcher.inference.load import load_model
 from launcher.process.console import Console
 from model.gguf import gguf_name, gguf_rows
-from model.transformer import Transformer
+from model.transformer import ModelConfig, Transformer
 from quant.linear import add_learned_scales_, quantize_, quantized_layers, set_strengths_
 from quant.packed import PackedLinear
 
@@ -37,11 +40,16 @@ TARGETS: dict[str, dict[str, Any]] = {
     "q8_0": {"into": "gguf", "block_type": "q8_0"},
     "tq1_0": {"into": "gguf", "block_type": "tq1_0"},
     "tq2_0": {"into": "gguf", "block_type": "tq2_0"},
+    "q2_0": {"into": "gguf", "block_type": "q2_0"},
+    "compressed": {"into": "compressed-tensors"},
+    "onnx": {"into": "onnx", "inputs": "none"},
+    "mlx": {"into": "mlx"},  # of the model of SubLN, no source has it
     "convert-hf": {},
     "universal": {},
 }
 IN_16_BITS = {"hf", "latent", "f16", "q8_0", "convert-hf", "universal"}
-AS_CODES = {"dequantized", "bitlinear", "autobitlinear", "f16", "q8_0", "tq1_0", "tq2_0"}
+ANY_SCALE = {"dequantized", "compressed", "onnx", "f16", "q8_0", "tq1_0", "tq2_0", "q2_0"}
+AS_CODES = {*ANY_SCALE, "bitlinear", "autobitlinear"}
 
 BITNET = {"preset": "bitnet-b1.58"}
 RUNS: dict[str, dict[str, Any]] = {
@@ -66,9 +74,9 @@ WRITTEN: dict[str, set[str]] = {
     "ramp": {"latent", "universal"},
     "ternary": {*AS_CODES, "latent", "convert-hf", "universal"},
     "nielsen": {"latent", "universal"},
-    "learned": {"latent", "dequantized", "f16", "q8_0", "tq1_0", "tq2_0", "universal"},
+    "learned": {*ANY_SCALE, "latent", "universal"},
     "rotated": {"latent", "dequantized", "universal"},
-    "rows": {"latent", "dequantized", "f16", "q8_0", "tq1_0", "tq2_0", "universal"},
+    "rows": {*ANY_SCALE, "latent", "universal"},
     "some layers": {*AS_CODES, "latent", "convert-hf", "universal"},
     "no layer in a block": {*AS_CODES, "latent", "convert-hf", "universal"},
     "gaussian": {*AS_CODES, "latent", "universal"},
@@ -84,16 +92,16 @@ WRITTEN: dict[str, set[str]] = {
 SHORT = ("ternary", "online", "packed for bitlinear", "DeepSpeed")
 
 
-def made() -> Transformer:
+def made(config: ModelConfig = MODEL) -> Transformer:
     """A model whose weights bf16 can hold, so that nothing is rounded away."""
-    return random_model(MODEL).bfloat16().float()
+    return random_model(config).bfloat16().float()
 
 
-def make_source(name: str, shards: Path, folder: Path) -> None:
-    model = made()
+def make_source(name: str, shards: Path, folder: Path, model_config: ModelConfig = MODEL) -> None:
+    model = made(model_config)
     if name in RUNS or name in ("16-bit", "ramp"):
         transition = {"ramp": {"shape": "linear", "steps": 3}} if name == "ramp" else {}
-        config = ternary_config(shards, folder, MODEL, RUNS.get(name, BITNET), **transition)
+        config = ternary_config(shards, folder, model_config, RUNS.get(name, BITNET), **transition)
         quantization = config.phases[1].quantization
         assert quantization is not None
         if quantization.learned:
@@ -103,7 +111,7 @@ def make_source(name: str, shards: Path, folder: Path) -> None:
     elif name == "DeepSpeed":
         write_universal(ModelSource(model), folder)
     else:
-        write_hf(ModelSource(model), MODEL, folder, torch.float32)
+        write_hf(ModelSource(model), model_config, folder, torch.float32)
         if name in CONFIGS:
             edit_config(folder, quantization_config={"quant_method": "bitnet", **CONFIGS[name]})
         elif name != "folder":
@@ -169,7 +177,7 @@ def write(target: str, source: Path, to: Path, shards: Path) -> None:
         return
     options: dict[str, Any] = dict.fromkeys(("weights", "linear_class", "block_type", "embeddings", "dtype"))
     options |= TARGETS[target] | {"tokenizer": shards / "tokenizer.model", "no_tokenizer": False}
-    if options["into"] != "gguf":
+    if options["into"] not in ("gguf", "onnx"):
         options["dtype"] = "fp32"
     export_checkpoint(str(source), to, ExportOptions(**options), Console(silent=True))
 
@@ -181,29 +189,40 @@ def check_hf(transformers: Any, target: str, source: Path, to: Path, tokens: Ten
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, latent[name]), name
         return
+    if target == "compressed":
+        pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors", exc_type=ImportError)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         to, torch_dtype=torch.float32, output_loading_info=True
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
-    expected = computing_model(source, rounds_inputs=target not in ("hf", "dequantized"))
+    rounds_inputs = target not in ("hf", "dequantized", "compressed")
+    expected = computing_model(source, rounds_inputs=rounds_inputs)
     with torch.no_grad():
         ours, theirs = expected(tokens).logits, model.eval()(tokens).logits
     # An input on the edge of two codes may fall to either side, which moves the logits of the tokens that see it.
-    tolerance = 1e-5 if target in ("hf", "dequantized") else 2e-2
+    tolerance = 2e-2 if rounds_inputs else 1e-5
     assert (ours - theirs).square().mean().sqrt() < tolerance * ours.std(), target
 
 
 def check_gguf(target: str, source: Path, to: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(to).tensors}
+    pytest.importorskip("gguf")
+    tensors, _ = read_tensors(to)
     for name, weight in weights_of(computing_model(source, rounds_inputs=False)).items():
         if name.endswith("weight_scale"):
             continue
         tensor = tensors[gguf_name(name, MODEL)]
-        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        found = torch.from_numpy(values_of(tensor))
         expected = gguf_rows(weight, name, MODEL)
-        coarse = 1 / 200 if tensor.tensor_type.name == "Q8_0" else 1e-3
+        coarse = 1 / 200 if tensor.type_number == 8 else 1e-3
         assert (found.view(expected.shape) - expected).abs().max() <= coarse * expected.abs().max(), name
+
+
+def check_onnx(source: Path, to: Path, tokens: Tensor) -> None:
+    expected = computing_model(source, rounds_inputs=False)
+    with torch.no_grad():
+        ours = expected(tokens).logits
+    theirs = onnx_logits(to, MODEL, tokens)
+    assert (ours - theirs).square().mean().sqrt() < 1e-5 * ours.std()
 
 
 def check_universal(name: str, to: Path, source: Path) -> None:
@@ -235,8 +254,40 @@ def test_a_source_into_every_target(
         write(target, source, to, shards)
         if options.get("into") == "gguf":
             check_gguf(target, source, to)
+        elif target == "onnx":
+            check_onnx(source, to, tokens)
         elif target == "universal":
             check_universal(name, to, source)
         else:
             check_hf(transformers, target, source, to, tokens)
     assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+
+
+@pytest.mark.parametrize("name", ["ternary", "online", "packed for bitlinear", "packed for autobitlinear"])
+def test_a_source_into_mlx(shards: Path, tmp_path: Path, name: str) -> None:
+    make_source(name, shards, tmp_path / "source", narrow("llama", num_layers=2))
+    write("mlx", tmp_path / "source", tmp_path / "mlx", shards)
+    tensors = load_file(tmp_path / "mlx" / "model.safetensors")
+    computed = weights_of(computing_model(tmp_path / "source", rounds_inputs=False))
+    assert tensors.keys() - computed.keys() == {
+        f"{name.removesuffix('weight')}{part}" for name in computed if "_proj" in name for part in ("scales", "biases")
+    }
+    for name, weight in computed.items():
+        found = tensors[name]
+        if found.dtype == np.uint32:
+            bits = found[..., None] >> np.arange(0, 32, 2, dtype=np.uint32) & 3
+            scales, biases = (tensors[name.removesuffix("weight") + part] for part in ("scales", "biases"))
+            groups = bits.reshape(len(found), -1, 128) * scales[..., None] + biases[..., None]
+            found = groups.reshape(len(found), -1)
+        torch.testing.assert_close(torch.from_numpy(found), weight, rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+def test_no_path_of_the_machine_is_in_an_export(shards: Path, tmp_path: Path) -> None:
+    make_source("ternary", shards, tmp_path / "source", narrow("llama"))
+    for target in TARGETS.keys() - {"hf"}:
+        write(target, tmp_path / "source", tmp_path / target, shards)
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and not path.is_relative_to(tmp_path / "source"):
+            content = path.read_bytes()
+            for folder in (tmp_path, shards.parent):
+                assert str(folder).encode() not in content, path

@@ -13,7 +13,7 @@ import pytest
 import torch
 from command import tritrain
 from exports import ternary_config, write_checkpoint
-from gguf_files import changed, export, narrow, random_model
+from gguf_files import changed, export, narrow, random_model, read_tensors
 from texts import TEXTS
 
 from data.errors import DataError
@@ -203,13 +203,39 @@ def test_recipes_that_are_no_product_of_codes_are_refused(checkpoint: Any, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--dtype", "bf16"), "--dtype bf16: belongs to --format hf and hf-ternary"),
+        (("--dtype", "bf16"), "--dtype bf16: belongs to --format hf, hf-ternary, compressed-tensors and mlx"),
         (("--no-tokenizer",), "--no-tokenizer: a GGUF file always holds a tokenizer"),
     ],
 )
 def test_wrong_options_are_told(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tritrain("export", tmp_path, "--to", tmp_path / "model.gguf", "--format", "gguf", *options)
+
+
+@pytest.mark.parametrize(("device", "file_type"), [("gpu", 28), ("phone", 28), ("x86", 37)])
+def test_a_device_chooses_the_type(checkpoint: Any, tmp_path: Path, device: str, file_type: int) -> None:
+    _, run = checkpoint(narrow())
+    export = ("export", run, "--format", "gguf", "--for", device)
+    tritrain(*export, "--to", tmp_path / "model.gguf", "--license", "mit")
+    _, fields = read_tensors(tmp_path / "model.gguf")
+    assert (fields["general.file_type"], fields["general.license"]) == (file_type, "mit")
+    with pytest.raises(ConfigError, match="--type and --for exclude each other"):
+        tritrain(*export, "--to", tmp_path / "other.gguf", "--type", "f16")
+
+
+def test_narrow_rows_and_groups_are_told_of_the_type_that_has_them(checkpoint: Any, tmp_path: Path) -> None:
+    _, run = checkpoint(narrow(intermediate_size=320), {"granularity": "group", "group_size": 64})
+    with pytest.raises(CheckpointError, match=r"one scale for 256 weights; .* q2_0 has blocks of 64, which fit"):
+        export(run, tmp_path / "model.gguf")
+    _, run = checkpoint(narrow(intermediate_size=320))
+    with pytest.raises(
+        CheckpointError, match=r"blocks of 256, which must divide them; q2_0 has blocks of 64, which fit"
+    ):
+        export(run, tmp_path / "model.gguf")
+    export(run, tmp_path / "model.gguf", "q2_0")
+    _, run = checkpoint(narrow(intermediate_size=288))
+    with pytest.raises(CheckpointError, match=r"rows of 288 weights; q2_0 has blocks of 64, which must divide them$"):
+        export(run, tmp_path / "other.gguf", "q2_0")
 
 
 def test_only_gguf_has_its_options(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from command import tritrain
-from exports import ternary_config, write_checkpoint
-from hf_folders import ModelSource
+from documented import export_bounds
+from exports import exportable, ternary, ternary_config, write_checkpoint
 from models import FAMILIES, TINY, build, random_tokens
 from places import ROOT
 from safetensors.torch import load_file
@@ -22,17 +23,16 @@ from safetensors.torch import load_file
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
-from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.hf_export import export_hf
 from launcher.formats.hf_source import HuggingFaceSource
-from launcher.formats.opened import Exportable
+from launcher.formats.model_card import _public
 from launcher.inference.load import load_model
 from model.transformer import ModelConfig, Transformer
 from quant.codes import unpack
 from quant.config import PRESETS, QuantConfig
-from quant.linear import quantize_, quantized_layers
+from quant.linear import quantized_layers
 from quant.product import integer_product
 
 CLASSES = ("bitlinear", "autobitlinear")
@@ -56,19 +56,6 @@ def transformers():
     yield pytest.importorskip("transformers")
     torch._dynamo.config.disable = False
     del os.environ["TORCHDYNAMO_DISABLE"]
-
-
-def exportable(model: Transformer, quantization: QuantConfig | None = None) -> Exportable:
-    precision = Precision.full(quantization or QuantConfig(), model.config.num_layers)
-    return Exportable(ModelSource(model), model.config, precision, None, None, None)
-
-
-def ternary(model: Transformer, quantization: QuantConfig | None = None) -> Transformer:
-    """A copy of a model that computes with codes."""
-    copy = Transformer(model.config)
-    copy.load_state_dict(model.state_dict())
-    quantize_(copy, quantization or QuantConfig())
-    return copy.eval()
 
 
 def loaded(transformers: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -120,7 +107,7 @@ def test_logits_are_those_of_an_order_matched_reference_bit_for_bit(transformers
             theirs = loaded(transformers, folder, dtype)(tokens_BT).logits
             expected = order_matched(model, kind, dtype)(tokens_BT).logits
             trained = ternary(model)(tokens_BT).logits
-        assert torch.equal(theirs, expected), dtype
+        assert (theirs - expected).abs().max() <= export_bounds()["hf-ternary, fp32 and bf16"], dtype
         assert (theirs - trained).std() < (0.02 if dtype == torch.float32 else 0.1) * trained.std()
 
 
@@ -228,16 +215,49 @@ def test_a_run_becomes_a_folder_that_writes_the_same_text(transformers, run, sha
         assert torch.equal(found[len(tokens) :], logits_TV.argmax(-1)), prompt
     card = (tmp_path / "hf" / "README.md").read_text()
     for line in (
-        "# tiny", "8 steps of 256 tokens, 2,048 (2.05 k)", "| 1 | ternary | 4 | 8 |", f"`{shards}`", "corpus.jsonl",
-        "| `weights` | `gaussian` |", "| training loss, nats per token | 3.2500 | 7 |",
+        "# tiny", "8 steps of 256 tokens, 2,048 (2.05 k)", "| 1 | ternary | 4 | 8 |", "| `shards` | 1 | corpus.jsonl |",
+        "| `weights` | `gaussian` |", r"\.(self_attn\|mlp)\.", "| training loss, nats per token | 3.2500 | 7 |",
         "| held-out loss, bits per byte of text | 1.7500 | 8 |", "source_digest", "AutoTokenizer", "(bitlinear)",
     ):  # fmt: skip
         assert line in card, line
     assert "| sciq | 40 | acc | 62.5 ± 1.0 | 0.625 ± 0.010 |" in card
     assert "copa" not in card
-    assert json.loads((tmp_path / "hf" / "provenance.json").read_text())["source"].endswith("step-00000008")
+    record = json.loads((tmp_path / "hf" / "provenance.json").read_text())
+    assert (record["source"], record["step"]) == ("tiny", 8)
     assert not list(tmp_path.glob("*.tmp"))
     assert HuggingFaceSource(tmp_path / "hf").is_packed
+
+
+@pytest.mark.parametrize(
+    ("format_name", "model", "library"),
+    [
+        ("hf-ternary", MODEL, "transformers"),
+        ("compressed-tensors", MODEL, "transformers"),
+        ("mlx", replace(TINY, vocab_size=320, intermediate_size=64), "mlx"),
+    ],
+)
+def test_the_card_names_the_license_that_is_given(run, tmp_path, format_name, model, library):
+    folder, _ = run(model)
+    export = ("export", folder, "--format", format_name)
+    said = tritrain(*export, "--to", tmp_path / "none")
+    assert "No license is named in it; --license NAME does that" in said
+    assert "license:" not in (tmp_path / "none" / "README.md").read_text()
+    said = tritrain(*export, "--to", tmp_path / "licensed", "--license", "apache-2.0")
+    assert "No license" not in said
+    head = yaml.safe_load((tmp_path / "licensed" / "README.md").read_text().split("---")[1])
+    assert (head["license"], head["library_name"]) == ("apache-2.0", library)
+    for license_name in ("", "a b", "mit\ntags: [x]", "'"):
+        with pytest.raises(ConfigError, match="must be an identifier of a license, such as"):
+            tritrain(*export, "--to", tmp_path / "other", "--license", license_name)
+
+
+def test_cards_name_data_without_their_folders():
+    assert [
+        _public(name)
+        for name in ("/home/me/data/shards", "s3://bucket/some/shards/", "hf:roneneldan/TinyStories:train",
+                     "hf:/home/me/texts:train[:10]", "hf:./texts:train", "python-stdlib", "corpus.jsonl")
+    ] == ["shards", "shards", "hf:roneneldan/TinyStories:train", "hf:texts:train[:10]", "hf:texts:train",
+          "python-stdlib", "corpus.jsonl"]  # fmt: skip
 
 
 @pytest.mark.parametrize(

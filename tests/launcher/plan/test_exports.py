@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 from exports import ternary_config, write_checkpoint
-from gguf import GGUFReader
 from gguf.constants import GGML_QUANT_SIZES
-from gguf_files import narrow, random_model
+from gguf_files import narrow, random_model, read_tensors
 from places import ROOT
 from tiny import tiny_config
 
@@ -55,8 +54,8 @@ def options_of(name):
 def stored_bytes(path):
     """Bytes of all tensors in a GGUF file or a folder of safetensors."""
     if path.is_file():
-        return sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
-    total = 0
+        return sum(tensor.data.size for tensor in read_tensors(path)[0].values())
+    total = sum(file.stat().st_size for file in path.glob("*.onnx.data"))
     for file in path.glob("*.safetensors"):
         content = file.read_bytes()
         header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
@@ -85,14 +84,14 @@ def test_the_plan_says_of_every_export_what_the_export_does(shards, tmp_path, ca
             assert stored_bytes(to) == pytest.approx(export.num_bytes, rel=1e-3), export.name
 
 
-def test_the_quickstart_has_every_export():
+def test_the_quickstart_has_every_export_but_one_that_has_no_subln():
     course = make_course(load_config(ROOT / "configs" / "quickstart.yaml"))
-    assert {export.name: export.problems for export in exports_of(course) if export.problems} == {}
+    assert [export.name for export in exports_of(course) if export.problems] == ["mlx"]
 
 
 def test_blocks_are_as_large_as_ggml_has_them():
-    for kind, width in BLOCK_WIDTHS.items():
-        assert GGML_QUANT_SIZES[ggml_type(kind)] == (width, BLOCK_BYTES[kind])
+    for kind in BLOCK_WIDTHS.keys() - {"q2_0"}:  # which the package does not know
+        assert GGML_QUANT_SIZES[ggml_type(kind)] == (BLOCK_WIDTHS[kind], BLOCK_BYTES[kind])
 
 
 def test_a_run_that_ends_in_16_bits_or_on_its_ramp_has_no_codes(shards, tmp_path):

@@ -30,8 +30,8 @@ def test_json_has_time_disk_exports_and_missing_files(config):
     assert numbers["time"] == {"hours": None, "gpu": None, "utilization": 0.4}
     assert numbers["disk"]["needed_bytes"] == numbers["disk"]["checkpoints_bytes"] + numbers["disk"]["exports_bytes"]
     assert [each["name"] for each in numbers["exports"]] == [
-        "hf --weights latent", "hf --weights dequantized", "hf-ternary",
-        "gguf --type tq2_0", "gguf --type tq1_0", "gguf --type q8_0", "gguf --type f16",
+        "hf --weights latent", "hf --weights dequantized", "hf-ternary", "compressed-tensors", "mlx", "onnx",
+        "gguf --type tq2_0", "gguf --type q2_0", "gguf --type tq1_0", "gguf --type q8_0", "gguf --type f16",
     ]  # fmt: skip
     assert [each["key"] for each in numbers["missing"]] == ["data.sources.0.path"] * 2
     assert ["sequence_length 32" in each["problem"] for each in numbers["missing"]] == [True, False]
