@@ -150,6 +150,8 @@ def read_model(folder: Path) -> FolderModel:
     hf_config = _read_json(folder / CONFIG)
     with naming(folder / CONFIG):
         quantization = hf_config.pop("quantization_config", None)
+        if quantization is None and "quantization" in hf_config:
+            raise ValueError("quantization: is of a folder of MLX, which is not read")
         config = config_from_hf(hf_config)
         return FolderModel(config, _read_packing(quantization, config), hf_config.get("bos_token_id"))
 
@@ -310,8 +312,9 @@ def _read_packing(quantization: Any, model: ModelConfig) -> Packing | None:
     """Read `quantization_config` of a model; None where the weights are stored as they are."""
     if quantization is None:
         return None
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitnet":
-        raise ValueError(f"quantization_config {quantization!r}: only quant_method 'bitnet' is read")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if not isinstance(quantization, dict) or method != "bitnet":
+        raise ValueError(f"quantization_config of {method!r}: only quant_method 'bitnet' is read")
     layer = quantization.get("linear_class", "bitlinear")
     mode = quantization.get("quantization_mode", "offline")
     left_out = quantization.get("modules_to_not_convert")

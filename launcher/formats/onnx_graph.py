@@ -105,6 +105,8 @@ def decoder(config: ModelConfig, project: Project, vector: Vector) -> tuple[Grap
         graph.weight(name, torch.float32, (config.max_sequence_length, half), [table[:, :half].contiguous()])
         for name, table in (("rotary.cos", cos_TE), ("rotary.sin", sin_TE))
     ]
+    if config.norm != "rmsnorm":  # the operator wants weights
+        graph.weight("ones", torch.float32, (config.hidden_size,), [torch.ones(config.hidden_size)])
     embedding = vector(graph, "model.embed_tokens.weight")
     x_BTD = graph.op("Gather", embedding, "input_ids")
     mask_B1TS = _mask(graph)
@@ -221,6 +223,4 @@ def _attention(
 def _norm(graph: Graph, config: ModelConfig, name: str, x: str, vector: Vector) -> str:
     if config.norm == "rmsnorm":
         return str(graph.op("RMSNormalization", x, vector(graph, f"{name}.weight"), epsilon=config.norm_eps))
-    ones = f"{name}.ones"
-    graph.weight(ones, torch.float32, (config.hidden_size,), [torch.ones(config.hidden_size)])
-    return str(graph.op("LayerNormalization", x, ones, epsilon=config.norm_eps))
+    return str(graph.op("LayerNormalization", x, "ones", epsilon=config.norm_eps))

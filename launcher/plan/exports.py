@@ -99,6 +99,7 @@ def _exports_of(course: Course) -> Iterator[Export]:
     if quantization is not None:
         problems += onnx_problems(quantization)
         others = 4 * sum(prod(shape) for name, shape in shapes.items() if name not in coded)
+        others += 4 * model.max_sequence_length * model.head_width  # sines and cosines
         num_bytes = others + sum(onnx_bytes(shapes[name], quantization) for name in coded)
     yield Export("onnx", problems, num_bytes)
     for into in BLOCK_TYPES:

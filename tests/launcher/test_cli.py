@@ -331,7 +331,7 @@ def test_choices_are_listed_in_the_help_and_others_refused(command: str, option:
     from launcher.cli import app
 
     name, *arguments = command.split()
-    environment = {"COLUMNS": "120", "NO_COLOR": "1"}
+    environment = {"COLUMNS": "160", "NO_COLOR": "1"}
     shown = CliRunner().invoke(app, [name, "--help"], env=environment).output
     assert "|".join(choices.split()) in next(line for line in shown.splitlines() if f" {option} " in line)
     refused = CliRunner().invoke(app, [name, *arguments, option, "nothing"], env=environment)

@@ -244,6 +244,13 @@ def test_quantizations_that_are_not_read(tmp_path, quantization, message):
         HuggingFaceSource(tmp_path / "hf")
 
 
+def test_folders_of_mlx_are_not_read(tmp_path):
+    write_variant(tmp_path / "hf")
+    edit_config(tmp_path / "hf", quantization={"group_size": 64, "bits": 2, "mode": "affine"})
+    with pytest.raises(CheckpointError, match=r"config.json: quantization: is of a folder of MLX, which is not read"):
+        HuggingFaceSource(tmp_path / "hf")
+
+
 def test_a_bias_that_is_scaled_with_the_weights_is_refused_where_codes_are_multiplied(tmp_path):
     write_variant(tmp_path / "hf", "qwen2")
     pack_folder(tmp_path / "hf", "autobitlinear")
