@@ -374,21 +374,25 @@ def export(
     export_checkpoint(checkpoint, local_target(to, "--to"), options, Console(silent=False))
 
 
+TokenizerOption = Annotated[str | None, typer.Option(help="Tokenizer file, if the model has none.")]
+
+
 @app.command()
 def verify(
-    checkpoints: Annotated[list[str], typer.Argument(help="Folders or URLs of Tritrain checkpoints or runs.")],
+    places: Annotated[
+        list[str], typer.Argument(help="Tritrain checkpoints or runs; exported folders or GGUF files, of anyone.")
+    ],
+    text: Annotated[str | None, typer.Option(help="exports: file of text to measure the perplexity on.")] = None,
+    tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every byte of checkpoints and report damaged tensors. Exits with 1 if there are any."""
-    from launcher.commands.verify import show_damage
+    """Read checkpoints and exports and report what is damaged or wrong. Exits with 1 if anything is."""
+    from launcher.commands.verify import verify as verify_places
 
-    sys.exit(show_damage(checkpoints, Console(silent=False), as_json=as_json))
+    sys.exit(verify_places(places, Console(silent=False), as_json=as_json, text=text, tokenizer=tokenizer))
 
 
 ModelPath = Annotated[str, typer.Argument(help="Tritrain checkpoint or run, or Hugging Face folder.")]
-
-
-TokenizerOption = Annotated[str | None, typer.Option(help="Tokenizer file, if the model has none.")]
 
 
 @app.command("eval")
