@@ -354,6 +354,9 @@ def export(
     license_name: Annotated[
         str | None, typer.Option("--license", help="License of the weights, for the model card: apache-2.0, mit, ...")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Upload it to OWNER/NAME on the Hugging Face hub, if verify finds it sound.")
+    ] = None,
 ) -> None:
     """Export a model for Transformers, vLLM, SGLang, MLX, ONNX Runtime or llama.cpp. Needs no GPU."""
     from launcher.commands.export import ExportOptions, export_checkpoint
@@ -370,6 +373,7 @@ def export(
         tokenizer=tokenizer,
         no_tokenizer=no_tokenizer,
         license_name=license_name,
+        push=push,
     )
     export_checkpoint(checkpoint, local_target(to, "--to"), options, Console(silent=False))
 

@@ -1,5 +1,6 @@
 """Ternary models that predict a text, without training: their heads know which token follows which."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,6 +32,6 @@ def speaking(tokenizer: Path, family: str = "llama") -> Transformer:
     loaded = load_tokenizer(tokenizer)
     tokens = [loaded.end_of_document, *loaded.encode(SAMPLE)]
     head_VD.zero_()
-    for before, after in zip(tokens, tokens[1:], strict=False):
+    for before, after in pairwise(tokens):
         head_VD[after] += 8 * embedding_VD[before] / embedding_VD[before].square().sum() / tokens.count(before)
     return model
