@@ -92,6 +92,9 @@ def test_a_mistake_is_found_before_the_export(run: Path, tmp_path: Path, hub: Hu
     code, output = export(run, tmp_path / "out", "--format", "hf-ternary", "--push", "model")
     assert code == 2
     assert "--push 'model': must be OWNER/NAME" in output
+    code, output = export(run, tmp_path / "out", "--format", "onnx", "--push", "me/model")
+    assert code == 2
+    assert "--push: only what `tritrain verify` reads is uploaded" in output
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     code, output = export(run, tmp_path / "out", "--format", "hf-ternary", "--push", "me/model")

@@ -310,7 +310,7 @@ def test_what_is_printed(made: Path, copy: Any) -> None:
     result = CliRunner().invoke(app, ["verify", str(made / "packed"), "--text", str(made / "text.txt")])
     lines = result.output.splitlines()
     assert result.exit_code == 0
-    assert lines[0].endswith("weights are codes divided by scale, 1,378,048 parameters")
+    assert lines[0].endswith("weights are codes / scale, 1,378,048 parameters")
     assert lines[1].split() == ["layer", "-1", "0", "+1"]
     assert lines[2].split()[0] == "0"
     assert lines[5] == "scales: as declared"
