@@ -7,6 +7,7 @@ and knows neither Q2_0 nor damaged files; here every number is checked against t
 import math
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ MAX_DIMENSIONS, MAX_DEPTH, MAX_ALIGNMENT = 4, 4, 2**20
 READ_BYTES = 2**20
 FORK_BLOCK_BYTES, FORK_BLOCK_WIDTH = 34, 128
 """A block of the type that a fork of llama.cpp calls Q2_0: a scale for 128 weights."""
+FORK_PROBLEM = (
+    "its tensors of type Q2_0 are a fork's, with blocks of 128 weights; llama.cpp has blocks of 64 under the same "
+    "number and would read other weights. Convert the model with llama.cpp, or use the fork"
+)
 I2_S = 36
 """bitnet.cpp's own type."""
 
@@ -93,16 +98,19 @@ class GGUFFile:
                 continue
             if shape[-1] % block[0]:
                 raise TensorFileError(f"{name} has rows of {shape[-1]}, which blocks of {block[0]} do not divide")
-            self.entries[name] = entry = GGUFEntry(number, shape, base + offset, *block)
+            self.entries[name] = GGUFEntry(number, shape, base + offset, *block)
+        if self._is_of_fork():
+            raise TensorFileError(FORK_PROBLEM)
+        for name, entry in self.entries.items():
             if entry.start + entry.num_bytes > self._size:
                 raise TensorFileError(
                     f"is cut off: {name} ends at byte {entry.start + entry.num_bytes}, and the file has {self._size}"
                 )
 
-    def is_of_fork(self) -> bool:
+    def _is_of_fork(self) -> bool:
         """Return whether its tensors of type Q2_0 have just the room that a fork's blocks of 128 take."""
         starts = sorted(entry.start for entry in self.entries.values())
-        ends = dict(zip(starts, [*starts[1:], self._size], strict=True))
+        ends = dict(pairwise([*starts, self._size]))
         return any(
             ends[entry.start] - entry.start < entry.num_bytes
             and ends[entry.start] - entry.start >= math.prod(entry.shape) // FORK_BLOCK_WIDTH * FORK_BLOCK_BYTES

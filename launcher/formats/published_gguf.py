@@ -55,11 +55,6 @@ class PublishedGGUF(Published):
         self._check_vocabulary(file)
 
     def _check_types(self, file: GGUFFile) -> None:
-        if file.is_of_fork():
-            self.problems.append(
-                "its tensors of type Q2_0 are a fork's, with blocks of 128 weights; llama.cpp has blocks of 64 under "
-                "the same number and would read other weights. Convert the model with llama.cpp, or use the fork"
-            )
         for number in sorted(set(file.unknown_types.values())):
             names = [name for name, theirs in file.unknown_types.items() if theirs == number]
             whose = "bitnet.cpp's I2_S, which llama.cpp does not read" if number == I2_S else "which is not known"

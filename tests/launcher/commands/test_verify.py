@@ -316,3 +316,24 @@ def test_what_is_printed(made: Path, copy: Any) -> None:
     assert lines[5] == "scales: as declared"
     assert lines[6].startswith("perplexity ")
     assert lines[-1] == f"{made / 'packed'}: sound"
+
+
+@pytest.mark.parametrize(
+    ("number", "num_bytes", "message"),
+    [
+        (42, 34 * 64, "a fork's, with blocks of 128 weights"),
+        (36, 64 + 32, "1 tensor of type 36, bitnet.cpp's I2_S, which llama.cpp does not read"),
+    ],
+)
+def test_types_of_other_programs(tmp_path: Path, number: int, num_bytes: int, message: str) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
+    kind: Any = number
+    writer.add_tensor_info("blk.0.ffn_up.weight", (64, 128), np.dtype(np.float32), num_bytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_tensor_data(np.zeros(num_bytes, np.uint8))
+    writer.close()
+    assert any(message in each for each in verify(tmp_path / "other.gguf")[1]["problems"])
