@@ -354,6 +354,9 @@ def export(
     license_name: Annotated[
         str | None, typer.Option("--license", help="License of the weights, for the model card: apache-2.0, mit, ...")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Upload it to OWNER/NAME on the Hugging Face hub, if verify finds it sound.")
+    ] = None,
 ) -> None:
     """Export a model for Transformers, vLLM, SGLang, MLX, ONNX Runtime or llama.cpp. Needs no GPU."""
     from launcher.commands.export import ExportOptions, export_checkpoint
@@ -370,25 +373,30 @@ def export(
         tokenizer=tokenizer,
         no_tokenizer=no_tokenizer,
         license_name=license_name,
+        push=push,
     )
     export_checkpoint(checkpoint, local_target(to, "--to"), options, Console(silent=False))
 
 
+TokenizerOption = Annotated[str | None, typer.Option(help="Tokenizer file, if the model has none.")]
+
+
 @app.command()
 def verify(
-    checkpoints: Annotated[list[str], typer.Argument(help="Folders or URLs of Tritrain checkpoints or runs.")],
+    places: Annotated[
+        list[str], typer.Argument(help="Tritrain checkpoints or runs; exported folders or GGUF files, of anyone.")
+    ],
+    text: Annotated[str | None, typer.Option(help="exports: file of text to measure the perplexity on.")] = None,
+    tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every byte of checkpoints and report damaged tensors. Exits with 1 if there are any."""
-    from launcher.commands.verify import show_damage
+    """Read checkpoints and exports and report what is damaged or wrong. Exits with 1 if anything is."""
+    from launcher.commands.verify import verify as verify_places
 
-    sys.exit(show_damage(checkpoints, Console(silent=False), as_json=as_json))
+    sys.exit(verify_places(places, Console(silent=False), as_json=as_json, text=text, tokenizer=tokenizer))
 
 
 ModelPath = Annotated[str, typer.Argument(help="Tritrain checkpoint or run, or Hugging Face folder.")]
-
-
-TokenizerOption = Annotated[str | None, typer.Option(help="Tokenizer file, if the model has none.")]
 
 
 @app.command("eval")

@@ -6,7 +6,8 @@ activation stops nothing, so what a graph computes differently is refused here. 
 needed for that: neither llama.cpp nor the `gguf` package.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig
 from model.hf import FAMILIES, TRAITS
@@ -118,3 +119,66 @@ def gguf_rows(values: "Tensor", name: str, config: ModelConfig) -> "Tensor":
         return values
     halves = values.unflatten(0, (-1, 2, config.head_width // 2))
     return halves.transpose(1, 2).reshape(values.shape)
+
+
+def halves_of_rows(values: "Tensor", name: str, config: ModelConfig, architecture: str) -> "Tensor":
+    """Undo `gguf_rows`, for a graph of this name."""
+    if architecture not in ROTATES_NEIGHBOURS or not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return values
+    if len(values) % config.head_width:
+        return values  # of another shape than the model's
+    return values.unflatten(0, (-1, config.head_width // 2, 2)).transpose(1, 2).reshape(values.shape)
+
+
+def config_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    """The model that a GGUF file describes, undoing `gguf_metadata`.
+
+    Args:
+        fields: its keys and values.
+        shapes: of its tensors, rows first.
+
+    Raises:
+        ValueError: none of `ARCHITECTURES`, or one that computes what the model does not; says why.
+    """
+    name = fields.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture {name!r} is not known; {', '.join(ARCHITECTURES)} are")
+    embedding = shapes.get("token_embd.weight")
+    if embedding is None or len(embedding) != 2:
+        raise ValueError("token_embd.weight is missing, or is no matrix")
+
+    def field(key: str, kinds: tuple[type, ...], default: Any = None) -> Any:
+        value = fields.get(f"{name}.{key}", default)
+        if value is not None and type(value) not in kinds:
+            raise ValueError(f"{name}.{key} {value!r:.40}: is no {kinds[0].__name__}")
+        return value
+
+    if field("rope.scaling.type", (str,), "none") != "none" or field("expert_count", (int,), 0):
+        raise ValueError("it scales rotary positions, or has experts, which is not computed here")
+    traits = dict(zip(TRAITS, FAMILIES[name], strict=True))
+    eps = "layer_norm_epsilon" if traits["norm"] == "layernorm-nonparametric" else "layer_norm_rms_epsilon"
+    heads = field("attention.head_count", (int,))
+    config: dict[str, Any] = {
+        "vocab_size": embedding[0],
+        "max_sequence_length": field("context_length", (int,)),
+        "hidden_size": field("embedding_length", (int,)),
+        "num_layers": field("block_count", (int,)),
+        "intermediate_size": field("feed_forward_length", (int,)),
+        "num_heads": heads,
+        "num_kv_heads": field("attention.head_count_kv", (int,), heads),
+        "norm_eps": field(f"attention.{eps}", (float, int), 1e-5),
+    }
+    if missing := [key for key, value in config.items() if value is None]:
+        raise ValueError(f"keys for {', '.join(missing)} are missing")
+    config |= {
+        "head_dim": field("attention.key_length", (int,)),
+        "rope_theta": field("rope.freq_base", (float, int), 10_000.0),
+        "tie_embeddings": "output.weight" not in shapes,
+    }
+    try:
+        model = ModelConfig(**config | traits)
+    except ValueError as error:
+        raise ValueError(f"its keys describe no model: {error}") from error
+    if field("rope.dimension_count", (int,), model.head_width) != model.head_width:
+        raise ValueError("it rotates a part of each head, which is not computed here")
+    return model

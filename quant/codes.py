@@ -117,6 +117,17 @@ def pack_neighbors(codes_OI: Tensor, *, zero: int, bytes_of_word: int = 1) -> Te
     return packed_OJ
 
 
+def unpack_neighbors(packed_OJ: Tensor, bits: int = 2) -> Tensor:
+    """Unsigned integers of a few bits that are in bytes from the low bits up; uint8 [O, J * 8 / bits].
+
+    Args:
+        packed_OJ: uint8.
+        bits: of each; 2, 4 or 8.
+    """
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed_OJ.device)
+    return (packed_OJ[..., None] >> shifts).bitwise_and_(2**bits - 1).flatten(-2)
+
+
 def _check_ternary(codes: Tensor) -> None:
     if not torch.isin(codes, torch.tensor([-1, 0, 1], dtype=codes.dtype, device=codes.device)).all():
         raise ValueError("codes must be -1, 0 or +1")

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.commands.push import check_push, push
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
 from launcher.formats.choices import (
@@ -60,6 +61,8 @@ class ExportOptions:
     tokenizer: Path | None
     no_tokenizer: bool
     license_name: str | None = None
+    push: str | None = None
+    """OWNER/NAME on the Hugging Face hub."""
 
     def __post_init__(self) -> None:
         for option, value, formats in (
@@ -83,6 +86,8 @@ class ExportOptions:
             )
         if self.no_tokenizer and self.into == "gguf":
             raise ConfigError("--no-tokenizer: a GGUF file always holds a tokenizer")
+        if self.push is not None and self.into == "onnx":
+            raise ConfigError("--push: only what `tritrain verify` reads is uploaded, and it does not read ONNX")
         if self.tokenizer and self.no_tokenizer:
             raise ConfigError("--tokenizer and --no-tokenizer exclude each other")
 
@@ -97,6 +102,8 @@ def export_checkpoint(checkpoint: str, to: Path, options: ExportOptions, console
     """
     if to.exists():
         raise ConfigError(f"{to}: exists already; name a new path")
+    if options.push is not None:
+        check_push(options.push)
     block_type = TYPES_OF_DEVICES[options.device] if options.device else options.block_type or "tq2_0"
     in_codes = options.into in (*WEIGHTS, "onnx") or options.weights == "dequantized"
     opened = open_exportable(checkpoint, ternary=block_type in TERNARY_TYPES if options.into == "gguf" else in_codes)
@@ -134,6 +141,8 @@ def export_checkpoint(checkpoint: str, to: Path, options: ExportOptions, console
     console.line(f"Written: {to}")
     if options.license_name is None:
         console.line("No license is named in it; --license NAME does that: apache-2.0, mit, ...")
+    if options.push is not None:
+        push(to, options.push, console)
 
 
 def inputs_sentence(opened: Exportable, inputs: InputBits | None) -> str:

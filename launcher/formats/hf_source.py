@@ -147,13 +147,13 @@ def read_model(folder: Path) -> FolderModel:
     Raises:
         CheckpointError: it is missing or damaged, or describes what this model does not compute.
     """
-    hf_config = _read_json(folder / CONFIG)
+    hf_config = read_json(folder / CONFIG)
     with naming(folder / CONFIG):
         quantization = hf_config.pop("quantization_config", None)
         if quantization is None and "quantization" in hf_config:
             raise ValueError("quantization: is of a folder of MLX, which is not read")
         config = config_from_hf(hf_config)
-        return FolderModel(config, _read_packing(quantization, config), hf_config.get("bos_token_id"))
+        return FolderModel(config, read_packing(quantization, config), hf_config.get("bos_token_id"))
 
 
 class HuggingFaceSource(Source):
@@ -182,7 +182,7 @@ class HuggingFaceSource(Source):
         self.is_packed = self._packing is not None
         self._files: dict[str, TensorFile] = {}
         self._paths: dict[str, Path] = {}
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             with naming(path):
                 file = TensorFile(path)
             for name in file.entries:
@@ -293,7 +293,12 @@ def naming(path: Path) -> Iterator[None]:
             raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        CheckpointError: it is missing, or is none.
+    """
     with naming(path):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; a Hugging Face folder must have it")
@@ -308,7 +313,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_packing(quantization: Any, model: ModelConfig) -> Packing | None:
+def read_packing(quantization: Any, model: ModelConfig) -> Packing | None:
     """Read `quantization_config` of a model; None where the weights are stored as they are."""
     if quantization is None:
         return None
@@ -344,7 +349,7 @@ def _read_packing(quantization: Any, model: ModelConfig) -> Packing | None:
     return packing
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files to read, which all exist; a single file takes precedence over an index, as in Transformers."""
     with naming(folder):
         if (folder / WEIGHTS).is_file():
@@ -353,7 +358,7 @@ def _weight_files(folder: Path) -> list[Path]:
             pickled = (folder / PICKLE).is_file()
             advice = f"; {PICKLE} is a pickle, which is never opened: save the model as safetensors" if pickled else ""
             raise ValueError(f"has neither {WEIGHTS} nor {INDEX}{advice}")
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     with naming(folder / INDEX):
         if not weight_map or not isinstance(weight_map, dict) or any(type(v) is not str for v in weight_map.values()):
             raise ValueError("must have a weight_map from names of tensors to names of files")
