@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import quant.integers
 import quant.linear
+import quant.rounding
 from model.config import ModelConfig
 from model.transformer import Block, rotary_tables
 from quant.config import QuantConfig
@@ -119,10 +121,11 @@ def test_an_input_is_rounded_once_for_all_that_are_given_it(
     strength: float, recording: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounded: list[tuple[int, ...]] = []
-    theirs = quant.linear.quantize_activation
-    monkeypatch.setattr(
-        quant.linear, "quantize_activation", lambda x, activations: rounded.append(x.shape) or theirs(x, activations)
-    )
+    theirs = quant.rounding.quantize_activation
+    for module in (quant.linear, quant.integers):
+        monkeypatch.setattr(
+            module, "quantize_activation", lambda x, activations: rounded.append(x.shape) or theirs(x, activations)
+        )
     block, x, tables = build(QuantConfig(include="_proj"), strength)
     with torch.set_grad_enabled(recording):
         block(x, *tables)
