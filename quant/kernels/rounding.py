@@ -23,7 +23,7 @@ def _nearest(x):
 
 @triton.jit
 def bf16_value(x):
-    """The bf16 cast of fp32, as fp32, by its bits: compilers may leave out a cast to bf16 and back."""
+    """The bf16 cast of fp32, as fp32, by its bits."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000).to(tl.float32, bitcast=True)
     return tl.where(x != x, x, rounded)
