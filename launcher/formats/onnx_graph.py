@@ -7,11 +7,12 @@ Dimensions: B sequences, T tokens, P tokens before, S = P + T, D hidden, H query
 """
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from launcher.formats.hf_folder import Stored
 from model.config import ModelConfig
 from model.transformer import rotary_tables
 
@@ -23,27 +24,12 @@ DATA = "model.onnx.data"
 CONTRIBUTED = "com.microsoft"
 
 
-class GraphWeight(NamedTuple):
-    """A tensor in the file beside the graph."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    pieces: Iterable[Tensor]
-    """Its bytes, one after the other; made when they are written."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in the file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
 class Graph:
     """Operators and weights, in the order in which they were added."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
-        self.weights: list[GraphWeight] = []
+        self.weights: list[Stored] = []
         self._constants: dict[str, Any] = {}
 
     def op(self, kind: str, *inputs: str, outputs: int | list[str] = 1, domain: str = "", **attributes: Any) -> Any:
@@ -56,7 +42,7 @@ class Graph:
 
     def weight(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], pieces: Iterable[Tensor]) -> str:
         """Add a tensor."""
-        self.weights.append(GraphWeight(name, dtype, shape, pieces))
+        self.weights.append(Stored(name, dtype, shape, pieces))
         return name
 
     def integers(self, *values: int, scalar: bool = False) -> str:
