@@ -112,16 +112,7 @@ class TrainingData:
                 sampling_method="balanced",
                 batching_method="random",
             )
-        if first_sequence:
-            epoch, sample_in_epoch = divmod(first_sequence, self.epoch_sequences)
-            dataset.load_state_dict(
-                {
-                    "epoch": epoch,
-                    "sample_in_epoch": sample_in_epoch,
-                    "num_canonical_nodes": config.canonical_nodes,
-                    "shuffle_seed": config.shuffle_seed,
-                }
-            )
+        dataset.position = divmod(first_sequence, self.epoch_sequences)
         is_apart = config.workers > 0
         self._loader: DataLoader = DataLoader(
             dataset,

@@ -1,7 +1,8 @@
 """Read rows with `streaming.StreamingDataset`, and fail loudly.
 
 As it is, a failed download ends the epoch early and without an error in the process that meets it, and makes every
-other process of the machine wait for that shard for ever; a download that was damaged on the way stays in the cache.
+other process of the machine wait for that shard for ever; a download that was damaged on the way stays in the cache. The
+position to resume from is looked up in shared memory, under a number where another job's may be found.
 """
 
 from collections.abc import Iterator
@@ -17,11 +18,14 @@ import_streaming()
 
 from streaming import StreamingDataset  # noqa: E402
 from streaming.base.dataset import _ShardState  # noqa: E402
+from streaming.base.world import World  # noqa: E402
 
 
 class RowDataset(StreamingDataset):
     """A `StreamingDataset` that gives all of its rows or raises DataError, in every process that reads."""
 
+    position: tuple[int, int] = (0, 0)
+    """Epoch, and samples of it that all ranks have consumed, where the reading begins; to be set before it does."""
     _failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -36,6 +40,10 @@ class RowDataset(StreamingDataset):
             raise self._error(self._failure or error) from error
         if self._failure is not None:
             raise self._error(self._failure) from self._failure
+
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        """Return the epoch that comes next, if ``epoch`` is what follows those read, and where in it to begin."""
+        return max(self.position, (epoch, 0))
 
     def on_exception(self, future: Future) -> None:
         """Note why a thread that reads ahead has ended; the base class then makes the others end."""

@@ -247,6 +247,26 @@ def test_a_killed_run_starts_again_in_the_same_folder_and_ends_quietly(folders):
         path.unlink()
 
 
+def test_a_position_that_another_job_has_left_in_shared_memory_is_not_read(folders, monkeypatch):
+    from streaming.base.shared import prefix
+
+    # `streaming` takes the first number that is free for each kind of segment, and the largest of these. While a job
+    # starts that has no position there, a number of which only the position is left counts as free.
+    numbers = range(300_000 + os.getpid(), 2**31)
+    monkeypatch.setattr(prefix, "_each_prefix_int", lambda: iter(numbers))
+    starting = open_data(mixture(folders), micro=GLOBAL)
+    Path(f"/dev/shm/{numbers[0]}_resume").unlink(missing_ok=True)
+    left = Path(f"/dev/shm/{numbers[1]}_resume")
+    position = {"epoch": 0, "sample_in_epoch": 2 * GLOBAL, "num_canonical_nodes": 1, "shuffle_seed": 1}
+    left.write_bytes(json.dumps(position).encode().ljust(4096, b"\0"))
+    try:
+        data = open_data(mixture(folders), micro=GLOBAL)
+        assert data._loader.dataset._shm_prefix_int == numbers[1]
+        assert np.array_equal(read_steps(data, 3, 1), read_steps(starting, 3, 1))
+    finally:
+        left.unlink(missing_ok=True)
+
+
 def start_with_another_temporary_folder(connection, folder: str) -> None:
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     connection.send("starting")
