@@ -1,8 +1,8 @@
 """Read rows with `streaming.StreamingDataset`, and fail loudly.
 
 As it is, a failed download ends the epoch early and without an error in the process that meets it, and makes every
-other process of the machine wait for that shard for ever; a download that was damaged on the way stays in the cache. The
-position to resume from is looked up in shared memory, under a number where another job's may be found.
+other process of the machine wait for that shard for ever; a download that was damaged on the way stays in the cache.
+The position to resume from is looked up in shared memory, under a number where another job's may be found.
 """
 
 from collections.abc import Iterator
