@@ -15,6 +15,7 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from data.light_streaming import import_streaming
 from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
-from data.sources import OpenSource, local_leader_first, one_start_at_a_time, open_sources, private_locks
+from data.shared_memory import numbered
+from data.sources import OpenSource, local_leader_first, open_sources
 
 __all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData", "token_bytes", "validation_rows"]
 
@@ -99,7 +101,8 @@ class TrainingData:
         from data.rows import RowDataset
 
         rank_sequences = global_batch_sequences // world_size
-        with one_start_at_a_time(rank, world_size), private_locks():
+        number = ExitStack()
+        with numbered(rank, number):
             dataset = RowDataset(
                 streams=[source.stream(choose) for source, choose in zip(sources, rows, strict=True)],
                 batch_size=rank_sequences,
@@ -126,7 +129,7 @@ class TrainingData:
             prefetch_factor=PREFETCHED_BATCHES if is_apart else None,
         )
         self._batches = _endless(self._loader, micro_batch_sequences)
-        self._finalizer = weakref.finalize(self, _close, self._loader)
+        self._finalizer = weakref.finalize(self, _close, self._loader, number)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the only iterator; asking again continues at its position."""
@@ -219,7 +222,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def _close(loader: Any) -> None:
+def _close(loader: Any, number: ExitStack) -> None:
     dataset = loader.dataset
     if loader.num_workers and loader._iterator is not None:
         loader._iterator._shutdown_workers()
@@ -229,6 +232,7 @@ def _close(loader: Any) -> None:
         dataset._iterator.exit()
     for lock in (dataset._shared_barrier.filelock_path, dataset._cache_filelock_path):
         Path(lock).unlink(missing_ok=True)  # `streaming` leaves them for ever, and takes them for signs of a live run
+    number.close()
 
 
 def _check_launch(config: DataConfig, rank: int, world_size: int) -> None:

@@ -3,9 +3,7 @@
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,8 @@ from data.prepared import (
     read_index,
     read_manifest,
 )
-from data.private import locked, users_folder
+from data.shared_memory import is_local_leader
 from data.urls import redacted
-
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -87,11 +83,6 @@ class OpenSource:
         return np.stack(rows)
 
 
-def is_local_leader(rank: int) -> bool:
-    """Return whether this is the first rank of its node."""
-    return rank % int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 0
-
-
 @contextlib.contextmanager
 def local_leader_first(rank: int) -> Iterator[None]:
     """Let the first rank of each node do what the body does, such as to download, before the others of the node."""
@@ -102,38 +93,6 @@ def local_leader_first(rank: int) -> Iterator[None]:
     finally:
         if dist.is_initialized() and is_local_leader(rank):
             dist.barrier()
-
-
-@contextlib.contextmanager
-def one_start_at_a_time(rank: int, world_size: int) -> Iterator[None]:
-    """Keep jobs of one node from running the body, which makes a `StreamingDataset`, at the same time.
-
-    A `StreamingDataset` names its shared memory by the first number that is free, and two that start together find the
-    same one. Jobs over several nodes go ahead without: two, each waiting on the other's node, would never start.
-    """
-    if world_size != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        yield
-        return
-    # Beside the segments, not in the temporary folder: schedulers give each job one of its own.
-    lock = users_folder(SHARED_MEMORY) / "start.lock"
-    with locked(lock, "jobs of one machine open their data one at a time") if is_local_leader(rank) else nullcontext():
-        if dist.is_initialized():
-            dist.barrier()
-        yield
-
-
-@contextlib.contextmanager
-def private_locks() -> Iterator[None]:
-    """Have the lock files of a `StreamingDataset` that the body makes in this user's own folder.
-
-    `streaming` names them by a number, in the temporary folder of all users, and opens them through links.
-    """
-    before = tempfile.tempdir
-    tempfile.tempdir = str(users_folder(Path(tempfile.gettempdir())))
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
 
 
 def open_sources(

@@ -210,7 +210,10 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
 
     telemetry = telemetry_of(plan, phase, engine)
     if at.step == 0 and phase is not None:
-        meter.evaluated(held_out.measure(engine), "start of phase")
+        if reader is None:
+            meter.evaluated(held_out.estimate_untrained(engine), "start of phase", "held-out text, by its first rows")
+        else:
+            meter.evaluated(held_out.measure(engine), "start of phase")
     run = LoopState(
         plan=plan,
         ranks=ranks,

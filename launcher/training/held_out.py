@@ -1,10 +1,14 @@
 """Held-out loss and samples of a run, on the live, sharded model, without a second copy."""
 
+import math
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data.errors import DataError
-from data.loader import TrainingData, token_bytes, validation_rows
+from data.loader import IGNORED_LABEL, TrainingData, token_bytes, validation_rows
 from data.tokenizer import load_tokenizer
 from eval.perplexity import HeldOutLoss, held_out_loss
 from eval.sample import pieces_of_text, sample_tokens
@@ -13,6 +17,8 @@ from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks, everyones
 
 SAMPLE_WINDOW_TOKENS = 256
+UNTRAINED_ROWS = 16
+"""Held-out rows that an untrained model computes."""
 
 
 class HeldOut:
@@ -37,13 +43,28 @@ class HeldOut:
         """Return the held-out loss of the current model; None if no rows are held out."""
         if not self._plan.config.data.validation_rows:
             return None
+        return self._loss(engine.token_nll, self._batches)
+
+    def estimate_untrained(self, engine: Engine) -> HeldOutLoss | None:
+        """As `measure`, from the loss of the first rows: an untrained model predicts all tokens equally badly."""
+        if not self._plan.config.data.validation_rows:
+            return None
+        nats_per_token = self._loss(engine.token_nll, self._first_batches(UNTRAINED_ROWS)).nats_per_token
+        return self._loss(lambda _, labels_BT: nats_per_token * (labels_BT != IGNORED_LABEL).double(), self._batches)
+
+    def _loss(
+        self, token_nll: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+    ) -> HeldOutLoss:
         with torch.no_grad():
-            return held_out_loss(
-                engine.token_nll,
-                self._batches,
-                self._token_bytes_V,
-                dist.all_reduce,
-            )
+            return held_out_loss(token_nll, batches, self._token_bytes_V, dist.all_reduce)
+
+    def _first_batches(self, num_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of the first rows, as many on every rank; no other rows in them count."""
+        micro, world_size = self._plan.config.training.micro_batch_sequences, self._ranks.world_size
+        for index, (tokens_BT, labels_BT) in enumerate(self._batches[: math.ceil(num_rows / (micro * world_size))]):
+            first_row = (index * world_size + self._ranks.rank) * micro
+            counts_B1 = torch.arange(first_row, first_row + micro)[:, None] < num_rows
+            yield tokens_BT, labels_BT.where(counts_B1, IGNORED_LABEL)
 
     def sample(self, engine: Engine) -> dict[str, str]:
         """Return the configured prompt and its continuation by the model.

@@ -161,8 +161,8 @@ class Meter:
             self._log.write(self._row() | values | {"time/elapsed_seconds": self.elapsed_seconds})
         self._console.line(f"Step {self._at.step}: {line}")
 
-    def evaluated(self, result: HeldOutLoss | None, when: str) -> None:
-        """Log a held-out loss."""
+    def evaluated(self, result: HeldOutLoss | None, when: str, text: str = "held-out text") -> None:
+        """Log the held-out loss of ``text``."""
         if result is not None and self._log is not None:
             self._log.write(
                 self._row()
@@ -175,6 +175,6 @@ class Meter:
             )
             self._console.line(
                 f"{self._row()['precision']}, step {self._at.step}, {when}: {result.bits_per_byte:.4f} bits per byte "
-                f"of held-out text ({result.nats_per_token:.4f} nats per token)"
+                f"of {text} ({result.nats_per_token:.4f} nats per token)"
             )
         self.restart_clock()

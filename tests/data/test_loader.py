@@ -28,7 +28,6 @@ from data.loader import (
     validation_rows,
 )
 from data.private import users_folder
-from data.sources import one_start_at_a_time
 
 
 def read_steps(data: TrainingData, num_steps: int, num_micro_batches: int) -> np.ndarray:
@@ -42,15 +41,6 @@ def read_steps(data: TrainingData, num_steps: int, num_micro_batches: int) -> np
             assert torch.equal(tokens_BT[:, 1:], labels_BT[:, :-1])
         steps.append(torch.cat(rows).numpy())
     return np.stack(steps)
-
-
-def rank_of_node_reads(rank: int, world_size: int, jobs: list) -> list[np.ndarray]:
-    """`rank_reads` on two nodes of two ranks, which here share one machine's shared memory and must not meet there."""
-    from streaming.base.shared import prefix
-
-    first_free = 100_000 * (1 + rank // 2)
-    prefix._each_prefix_int = lambda: itertools.count(first_free)
-    return rank_reads(rank, world_size, jobs)
 
 
 def rank_reads(rank: int, world_size: int, jobs: list[tuple[DataConfig, int, int, int]]) -> list[np.ndarray]:
@@ -81,7 +71,7 @@ def test_every_global_batch_is_the_same_for_any_number_of_ranks_and_resumes_bitw
     jobs += [(nodes, 0, 6, 1), (nodes, 3, 3, 1)]
 
     results = {1: run_ranks(1, rank_reads, jobs), 2: run_ranks(2, rank_reads, jobs), 4: run_ranks(4, rank_reads, jobs)}
-    results["two nodes"] = run_ranks(4, rank_of_node_reads, jobs, ranks_per_node=2)
+    results["two nodes"] = run_ranks(4, rank_reads, jobs, ranks_per_node=2)
 
     for world_size, ranks in results.items():
         for rank, (whole, *others) in enumerate(ranks):
@@ -247,42 +237,16 @@ def test_a_killed_run_starts_again_in_the_same_folder_and_ends_quietly(folders):
         path.unlink()
 
 
-def test_a_position_that_another_job_has_left_in_shared_memory_is_not_read(folders, monkeypatch):
-    from streaming.base.shared import prefix
-
-    # `streaming` takes the first number that is free for each kind of segment, and the largest of these. While a job
-    # starts that has no position there, a number of which only the position is left counts as free.
-    numbers = range(300_000 + os.getpid(), 2**31)
-    monkeypatch.setattr(prefix, "_each_prefix_int", lambda: iter(numbers))
-    starting = open_data(mixture(folders), micro=GLOBAL)
-    Path(f"/dev/shm/{numbers[0]}_resume").unlink(missing_ok=True)
-    left = Path(f"/dev/shm/{numbers[1]}_resume")
+def test_a_position_in_shared_memory_is_not_read(folders):
+    """`streaming` looks for one there, by a number that another program may use as well."""
+    data, other = (open_data(mixture(folders), micro=GLOBAL) for _ in range(2))
     position = {"epoch": 0, "sample_in_epoch": 2 * GLOBAL, "num_canonical_nodes": 1, "shuffle_seed": 1}
-    left.write_bytes(json.dumps(position).encode().ljust(4096, b"\0"))
+    segment = Path(f"/dev/shm/{data._loader.dataset._shm_prefix_int:06}_resume")
+    segment.write_bytes(json.dumps(position).encode().ljust(4096, b"\0"))
     try:
-        data = open_data(mixture(folders), micro=GLOBAL)
-        assert data._loader.dataset._shm_prefix_int == numbers[1]
-        assert np.array_equal(read_steps(data, 3, 1), read_steps(starting, 3, 1))
+        assert np.array_equal(read_steps(data, 3, 1), read_steps(other, 3, 1))
     finally:
-        left.unlink(missing_ok=True)
-
-
-def start_with_another_temporary_folder(connection, folder: str) -> None:
-    os.environ["TMPDIR"] = tempfile.tempdir = folder
-    connection.send("starting")
-    with one_start_at_a_time(rank=0, world_size=1):
-        connection.send("started")
-
-
-def test_jobs_with_different_temporary_folders_start_one_at_a_time(tmp_path):
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=start_with_another_temporary_folder, args=(sender, str(tmp_path)))
-    with one_start_at_a_time(rank=0, world_size=1):
-        process.start()
-        assert receiver.recv() == "starting"
-        assert not receiver.poll(0.5)
-    assert receiver.recv() == "started"
-    process.join()
+        segment.unlink(missing_ok=True)
 
 
 def register_file_urls() -> None:

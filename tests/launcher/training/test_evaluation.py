@@ -13,10 +13,11 @@ from tiny import tiny_config
 from tiny_tasks import EXAMPLES, write_tasks
 
 from data.errors import DataError
-from eval.rows import IGNORED_LABEL
+from data.loader import IGNORED_LABEL, token_bytes, validation_rows
 from launcher.errors import USER_ERRORS
 from launcher.plan.plan import make_plan
 from launcher.process.ranks import ALONE, Ranks
+from launcher.training import held_out as held_out_module
 from launcher.training.held_out import HeldOut
 from launcher.training.tasks import TasksInTraining
 
@@ -62,6 +63,40 @@ def test_examples_are_checked_when_the_run_starts(shards, tmp_path):
     (tmp_path / "tasks" / "sst2_validation.jsonl").write_text(json.dumps(blank))
     with pytest.raises(DataError, match=r"sst2_validation\.jsonl:1: .*an answer must not be blank"):
         with_tasks(shards, tmp_path)
+
+
+def untrained_loss(rank, world_size, shards, out):
+    """Loss of a model whose loss in each position is the label, by three rows, and the rows that it computed."""
+    held_out_module.UNTRAINED_ROWS = 3
+    plan = plan_of(Path(shards), Path(out))
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    held_out = HeldOut(plan, ranks, SimpleNamespace(tokenizer_path=Path(shards) / "tokenizer.model"))
+    computed = []
+
+    def token_nll(tokens_BT, labels_BT):
+        computed.append(len(tokens_BT))
+        return labels_BT.where(labels_BT != IGNORED_LABEL, 0).double()
+
+    return held_out.estimate_untrained(SimpleNamespace(token_nll=token_nll)), sum(computed)
+
+
+@pytest.mark.usefixtures("group")
+def test_an_untrained_model_is_measured_by_the_first_rows_the_same_on_any_number_of_ranks(
+    shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(held_out_module, "UNTRAINED_ROWS", 3)
+    config = plan_of(shards, tmp_path).config
+    [(_, labels_BT)] = validation_rows(config.data, vocab_size=320, micro_batch_sequences=8, rank=0, world_size=1)
+    mean = float(labels_BT[:3].double().mean())
+    sizes = token_bytes(config.data, 320)[labels_BT]
+    bits_per_byte = mean * int((sizes > 0).sum()) / math.log(2) / float(sizes.sum())
+    alone = untrained_loss(0, 1, shards, tmp_path)
+    both = run_ranks(2, untrained_loss, str(shards), str(tmp_path))
+    assert (alone[1], both[0][1], both[1][1]) == (4, 2, 2)  # micro-batches of two rows
+    for loss, _ in (alone, *both):
+        assert loss.nats_per_token == pytest.approx(mean, rel=1e-12)
+        assert loss.bits_per_byte == pytest.approx(bits_per_byte, rel=1e-12)
+        assert loss.num_tokens == labels_BT.numel()
 
 
 def test_a_sample_that_cannot_be_drawn_is_an_error_that_training_reports(shards, tmp_path):
