@@ -81,3 +81,35 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(
         assert tensors.keys() == found[name].keys()
         assert all(torch.equal(found[name][key], tensor) for key, tensor in tensors.items()), name
     assert rows(run) == whole
+
+
+def test_a_run_takes_no_more_memory_than_the_plan_says(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    for package in ("streaming", "pydantic"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    from launcher.config.file import parse_config
+    from launcher.plan.memory import memory_bytes_per_rank
+    from launcher.plan.plan import make_plan
+
+    tree = tiny_tree(request.getfixturevalue("shards"), tmp_path / "run") | {
+        "engine": {"name": "fsdp2"},
+        "phases": [
+            {"precision": "16-bit", "steps": 2},
+            {"precision": "ternary", "steps": 4, "transition": {"ramp": {"shape": "linear", "steps": 2}}},
+        ],
+    }
+    tree["model"] |= {
+        "hidden_size": 1024,
+        "num_layers": 8,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "intermediate_size": 2816,
+    }
+    tree["training"] = {"global_batch_sequences": 256, "micro_batch_sequences": 128, "compute_dtype": "bf16"}
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(tree))
+    estimate = sum(memory_bytes_per_rank(make_plan(parse_config(tree), 1)).values())
+    start(config)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    peak = max(row["memory/peak_gib"] for row in map(json.loads, lines) if "memory/peak_gib" in row) * 2**30
+    assert 0.6 * estimate < peak <= estimate
