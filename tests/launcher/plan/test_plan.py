@@ -370,7 +370,7 @@ def test_the_numbers_of_a_plan_by_hand():
         {"precision": "16-bit", "first_step": 0, "steps": 4, "tokens": 768},
         {"precision": "ternary", "first_step": 4, "steps": 6, "tokens": 1152},
     ]
-    assert numbers["checkpoint_bytes"] == checkpoint_bytes(plan_of().config) == 12 * 5456
+    assert numbers["checkpoint_bytes"] == checkpoint_bytes(plan_of()) == 12 * 5456
     assert numbers["total_bytes_per_rank"] == pytest.approx(sum(numbers["bytes_per_rank"].values()), abs=2)
 
 
