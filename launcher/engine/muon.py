@@ -155,8 +155,10 @@ class MuonAdamW(torch.optim.AdamW):
         self.muon = config.muon_or_default
         self.is_on = False
         """Whether matrices are updated by Muon at present."""
+        self.matrices: set[str] = set()
+        """Those that Muon updates while it is on."""
         self.updated: set[str] = set()
-        """The matrices that Muon has updated."""
+        """Those that it has updated."""
         self._rate_factor = (self.muon.learning_rate or config.learning_rate) / config.learning_rate
         self._device = device
         self._pieces: dict[int, Sequence[Piece]] = {}
@@ -170,6 +172,7 @@ class MuonAdamW(torch.optim.AdamW):
             group: the ranks that hold a matrix together; None if each holds all.
         """
         self._tensors = list(pieces)
+        self.matrices = {piece.name for held in pieces.values() for piece in held}
         self._pieces = {id(tensor): held for tensor, held in pieces.items()}
         self._exchange = Exchange([piece for held in pieces.values() for piece in held], group)
 

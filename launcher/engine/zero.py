@@ -102,7 +102,10 @@ class ZeroEngine(Engine):
         muon: bool | None = None,
     ) -> None:
         import deepspeed
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+        if MuonAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # else DeepSpeed warns that it does not know it
+            ZERO_SUPPORTED_OPTIMIZERS.append(MuonAdamW)
         deepspeed.utils.logger.setLevel(logging.WARNING)
         if device.type == "cpu":
             # Else the first init compiles a shared-memory op for minutes, and a killed build hangs every later run.
