@@ -319,7 +319,7 @@ def test_events_tell_what_happens_when():
     )
     assert [f"{event['step']} {event['what']}" for event in events(plan)] == [
         "4 the learning rate begins to decay, until step 10",
-        "4 Adam's moments are rescaled by a measured factor",
+        "4 the optimizer's moments are rescaled by a measured factor",
         "4 quantization of the weights ramps up: linear, front-to-back, full strength from step 8",
         "4 quantized layers have 2 times the learning rate, until step 10",
         "4 the learning rate is multiplied by 0.5, until step 5",
