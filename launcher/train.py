@@ -292,7 +292,7 @@ def switch(run: LoopState, phase: Phase) -> None:
     if factor is not None:
         run.meter.noted(
             {"transition/rescale_factor": factor},
-            f"Adam's moments are rescaled to gradients {factor:.4g} times as large",
+            f"the optimizer's moments are rescaled to gradients {factor:.4g} times as large",
         )
     if (given_up := run.rollbacks.get(phase.index)) is not None:
         run.meter.noted(*rollback_note(given_up))

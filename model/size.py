@@ -73,6 +73,11 @@ def is_in_block(name: str) -> bool:
     return name.startswith("model.layers.")
 
 
+def is_matrix(name: str, num_dimensions: int) -> bool:
+    """Return whether a parameter is a matrix of a block, of those that Muon updates."""
+    return num_dimensions == 2 and is_in_block(name)
+
+
 def block_of(name: str) -> int:
     """Index of the block that a parameter belongs to, which must be in one."""
     return int(name.split(".")[2])

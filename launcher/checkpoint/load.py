@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 
 from launcher.checkpoint.reader import CheckpointReader, DamageError
-from launcher.checkpoint.source import KINDS, Source
+from launcher.checkpoint.source import Source
 from launcher.engine.contract import Engine
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks
@@ -14,7 +14,7 @@ from quant.linear import is_learned_scale, quantized_layers
 
 @torch.no_grad()
 def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
-    """Write a source's weights, and Adam's state if asked for, into this rank's shards.
+    """Write a source's weights, and the optimizer's state if asked for, into this rank's shards.
 
     Raises:
         CheckpointError: lists every parameter that only one side has, or that has another shape; or the source has
@@ -23,22 +23,36 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
     shards = list(engine.shards())
     names = {name for name, _ in engine.model.named_parameters()}
     check_fits(source, {shard.name: shard.shape for shard in shards}, names)
-    if with_optimizer and not source.has_moments:
-        raise CheckpointError(
-            f"{source.location} has no optimizer moments to keep; set the transition's optimizer to reset"
-        )
     lacking = [shard.name for shard in shards if shard.name not in source.shapes]
     if lacking and any(layer.quant_config.learned for layer in quantized_layers(engine.model).values()):
         raise CheckpointError(f"{source.location} is of a phase without learned scales; it lacks {lacking[0]}")
     shards = [shard for shard in shards if shard.name in source.shapes]
-    kinds = KINDS if with_optimizer else ("weight",)
+    if with_optimizer:
+        check_moments(source, {shard.name: shard.tensors.keys() for shard in shards})
     for shard in shards:
-        for kind in kinds:
-            tensor = shard.tensors[kind]
+        for kind, tensor in shard.tensors.items() if with_optimizer else [("weight", shard.tensors["weight"])]:
             tensor.copy_(source.read_finite(kind, shard.name, shard.start, len(tensor)))
         if with_optimizer:
             shard.step.fill_(source.read_step(shard.name))
     engine.refresh_weights()
+
+
+def check_moments(source: Source, needed: Mapping[str, Collection[str]]) -> None:
+    """Check that a source has the moments, by parameter, that an optimizer goes on with.
+
+    Raises:
+        CheckpointError: it has none, or was trained with Muon and AdamW is to go on.
+    """
+    if not source.has_moments:
+        raise CheckpointError(
+            f"{source.location} has no optimizer moments to keep; set the transition's optimizer to reset"
+        )
+    lacking = [name for name, kinds in needed.items() if not set(kinds) <= set(source.kinds(name))]
+    if lacking:
+        raise CheckpointError(
+            f"{source.location} was trained with Muon, which has no second moments of {len(lacking)} matrices, such as "
+            f"{lacking[0]}; set optimizer.name to muon, or the transition's optimizer to reset"
+        )
 
 
 def check_fits(

@@ -21,6 +21,8 @@ class Parameter:
     """The number of updates that the moments have seen."""
     ranges: list[tuple[int, int, str]]
     """First element, the one after the last, and the file, in ascending order and without a gap."""
+    kinds: tuple[str, ...]
+    """Of the tensors, see `launcher.checkpoint.source.Source.kinds`."""
 
 
 def parameters_of(files: Mapping[str, TensorFile], *, has_moments: bool) -> dict[str, Parameter]:
@@ -33,7 +35,7 @@ def parameters_of(files: Mapping[str, TensorFile], *, has_moments: bool) -> dict
     parameters: dict[str, Parameter] = {}
     for file_name, file in files.items():
         try:
-            _add_ranges(parameters, file_name, file, KINDS if has_moments else KINDS[:1])
+            _add_ranges(parameters, file_name, file, has_moments=has_moments)
         except TensorFileError as error:
             raise TensorFileError(f"{file_name} {error}") from error
     for name, parameter in parameters.items():
@@ -50,32 +52,33 @@ def parameters_of(files: Mapping[str, TensorFile], *, has_moments: bool) -> dict
     return parameters
 
 
-def _add_ranges(parameters: dict[str, Parameter], file_name: str, file: TensorFile, kinds: tuple[str, ...]) -> None:
+def _add_ranges(parameters: dict[str, Parameter], file_name: str, file: TensorFile, *, has_moments: bool) -> None:
     try:
         ranges = json.loads(file.metadata["ranges"])
     except (KeyError, ValueError, RecursionError) as error:
         raise TensorFileError("does not say in its header which ranges it holds") from error
     if not isinstance(ranges, dict):
         raise TensorFileError("does not say in its header which ranges it holds")
-    expected = {f"{kind}/{name}" for name in ranges for kind in kinds}
+    places = {name: _checked_range(name, about, has_moments=has_moments) for name, about in ranges.items()}
+    expected = {f"{kind}/{name}" for name, (*_, kinds) in places.items() for kind in kinds}
     others = {name for name in file.entries if not name.startswith("rng/")} - {DIGESTS}
     if wrong := sorted(expected ^ others):
         raise TensorFileError(f"has tensors without a range, or ranges without a tensor: {', '.join(wrong[:5])}")
     if any(entry.dtype != torch.uint8 for name, entry in file.entries.items() if name.startswith("rng/")):
         raise TensorFileError("holds the state of a random generator that is not bytes")
-    for name, about in ranges.items():
-        shape, start, step = _checked_range(name, about)
+    for name, (shape, start, step, kinds) in places.items():
         lengths = {file.entries[f"{kind}/{name}"].num_elements for kind in kinds}
         dtypes = {file.entries[f"{kind}/{name}"].dtype for kind in kinds}
         if len(lengths) != 1 or dtypes != {torch.float32}:
             raise TensorFileError(f"holds tensors of {name} that are not fp32, or not of one length")
-        parameter = parameters.setdefault(name, Parameter(shape, step, []))
-        if (parameter.shape, parameter.step) != (shape, step):
-            raise TensorFileError(f"has another shape or number of updates for {name} than another file")
+        parameter = parameters.setdefault(name, Parameter(shape, step, [], kinds))
+        if (parameter.shape, parameter.step, parameter.kinds) != (shape, step, kinds):
+            raise TensorFileError(f"has another shape, number of updates or moments for {name} than another file")
         parameter.ranges.append((start, start + lengths.pop(), file_name))
 
 
-def _checked_range(name: str, about: Any) -> tuple[tuple[int, ...], int, float]:
+def _checked_range(name: str, about: Any, *, has_moments: bool) -> tuple[tuple[int, ...], int, float, tuple[str, ...]]:
+    """The shape, the first element, the number of updates, and the kinds of tensors."""
     sound = (
         isinstance(about, dict)
         and isinstance(about.get("shape"), list)
@@ -84,7 +87,9 @@ def _checked_range(name: str, about: Any) -> tuple[tuple[int, ...], int, float]:
         and is_count(about.get("start"))
         and type(about.get("step")) in (int, float)
         and 0 <= about["step"] < 2**63  # not so of a NaN either
+        and type(about.get("variance", True)) is bool
     )
     if not sound:
         raise TensorFileError(f"does not say which range of {name} it holds")
-    return tuple(about["shape"]), about["start"], float(about["step"])
+    kinds = KINDS[: 1 + has_moments * (1 + about.get("variance", True))]
+    return tuple(about["shape"]), about["start"], float(about["step"]), kinds

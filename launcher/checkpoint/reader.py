@@ -89,6 +89,9 @@ class CheckpointReader(Source):
             raise CheckpointError(f"{self.folder}: holds only {len(values)} of {length} elements of {kind}/{name}")
         return values
 
+    def kinds(self, name: str) -> tuple[str, ...]:
+        return self._parameters[name].kinds
+
     def read_step(self, name: str) -> float:
         return self._parameters[name].step
 

@@ -12,10 +12,8 @@ from math import prod
 
 from torch import Tensor
 
+from launcher.engine.contract import MOMENTS
 from launcher.errors import CheckpointError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 KINDS = ("weight", *MOMENTS)
 
@@ -25,16 +23,20 @@ PIECE_ELEMENTS = 4 * 2**20
 
 
 class Source(ABC):
-    """Weights by name, and Adam's state if it is stored."""
+    """Weights by name, and the optimizer's state if it is stored."""
 
     location: str
     """Where it is, for messages."""
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of every parameter, by Hugging Face name."""
     has_moments: bool
-    """Whether `exp_avg`, `exp_avg_sq` and the step are stored for every parameter."""
+    """Whether moments and the step are stored for every parameter, see `kinds`."""
     missing: tuple[str, ...] = ()
     """One sentence for each thing a run has that this format does not carry."""
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """What is stored of a parameter: of a matrix that Muon has updated there is no `exp_avg_sq`."""
+        return KINDS if self.has_moments else KINDS[:1]
 
     @abstractmethod
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:

@@ -6,8 +6,9 @@
                               manifest.json            counters, and every file with size and digest; written last
 
 A tensor is stored as the contiguous ranges that ranks hold of it, flattened: `weight/NAME`, `exp_avg/NAME` and
-`exp_avg_sq/NAME`. The header of each file says which range of which shape it has, and how many updates are in the
-moments, so that any number of ranks of any engine can read just what it needs.
+`exp_avg_sq/NAME`, which matrices that Muon updates lack (`"variance": false`). The header of each file says which range
+of which shape it has, and how many updates are in the moments, so that any number of ranks of any engine can read just
+what it needs.
 
 Digests form a tree: the manifest has one over itself and one for each file, which for tensors is the root that
 `launcher.checkpoint.tensor_file` describes, and that leads to every tensor's. So every byte is covered, and damage
@@ -19,7 +20,7 @@ rename gets the manifest last. Nothing here is pickled.
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class CheckpointWriter:
             rng: states of generators, by name.
         """
         held = [shard for shard in shards if shard.primary and len(shard.tensors["weight"])]
-        ranges = {shard.name: {"shape": shard.shape, "start": shard.start, "step": float(shard.step)} for shard in held}
+        ranges = {shard.name: range_of(shard.shape, shard.start, float(shard.step), shard.tensors) for shard in held}
         tensors = {f"{kind}/{shard.name}": tensor for shard in held for kind, tensor in shard.tensors.items()}
         tensors |= {f"rng/{name}": state for name, state in rng.items()}
         return self.write_tensors(
@@ -132,6 +133,12 @@ class CheckpointWriter:
     def abandon(self) -> None:
         """Remove what has been written."""
         remove_folder(self._building)
+
+
+def range_of(shape: tuple[int, ...], start: int, step: float, kinds: Collection[str]) -> dict[str, Any]:
+    """The entry of a range in the header of a file of tensors."""
+    about = {"shape": shape, "start": start, "step": step}
+    return about | ({"variance": False} if "exp_avg" in kinds and "exp_avg_sq" not in kinds else {})
 
 
 def prune_checkpoints(checkpoints: Path, keep_last: int) -> None:

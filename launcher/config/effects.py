@@ -54,6 +54,13 @@ def optimizer_keys_have_an_effect(optimizer: OptimizerConfig, schedule: Schedule
         yield from _idle(optimizer, "optimizer", "decay_embeddings", "optimizer.weight_decay is 0")
 
 
+def muon_has_an_effect(optimizer: OptimizerConfig, phases: "tuple[PhaseConfig, ...]") -> Problems:
+    """A phase has Muon where something is said of it."""
+    names = {optimizer.name, *(phase.transition.optimizer_name for phase in phases if phase.transition)}
+    if phases and "muon" not in names:
+        yield from _idle(optimizer, "optimizer", "muon", "optimizer.name is adamw")
+
+
 def phase_keys_have_an_effect(phases: "tuple[PhaseConfig, ...]") -> Problems:
     """Weights have groups, and a ramp has steps, where something is said of them."""
     for index, phase in enumerate(phases):
@@ -119,6 +126,7 @@ EFFECTS = (
     model_keys_have_an_effect,
     data_keys_have_an_effect,
     optimizer_keys_have_an_effect,
+    muon_has_an_effect,
     phase_keys_have_an_effect,
     evaluation_keys_have_an_effect,
 )

@@ -56,12 +56,50 @@ class ScheduleConfig:
             raise ValueError(problems)
 
 
+OptimizerName = Literal["adamw", "muon"]
+
+
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with decoupled weight decay (arXiv 1711.05101)."""
+class MuonConfig:
+    """Muon: momentum, made orthogonal (https://kellerjordan.github.io/posts/muon/)."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
+    learning_rate: float | None = None
+    """Peak learning rate of the matrices; null: `optimizer.learning_rate`."""
+    scale: Literal["match-adamw", "shape"] = "match-adamw"
+    """Size of an update: `match-adamw` has a root mean square of about 0.2, as AdamW's, so that its learning rate and
+    weight decay fit (arXiv 2502.16982); `shape` has singular values of about sqrt(max(1, rows / columns))."""
+    momentum: float = 0.95
+    """Decay rate of the momentum."""
+    nesterov: bool = True
+    """Whether the current gradient counts once more (Nesterov)."""
+    newton_schulz_steps: int = 5
+    """Steps of the iteration that makes an update orthogonal."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            problems["learning_rate"] = f"is {self.learning_rate}; must be above 0, or null"
+        if not 0 <= self.momentum < 1:
+            problems["momentum"] = f"is {self.momentum}; must be 0 or more and below 1, such as 0.95"
+        if not 1 <= self.newton_schulz_steps <= 20:
+            problems["newton_schulz_steps"] = f"is {self.newton_schulz_steps}; must be between 1 and 20, such as 5"
+        if problems:
+            raise ValueError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer: AdamW with decoupled weight decay (arXiv 1711.05101), alone or with Muon for matrices."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: OptimizerName = "adamw"
+    """`adamw` for all parameters, or `muon` for the matrices of blocks, and AdamW for embeddings, head, norms and
+    learned scales. A transition can change it."""
+    muon: MuonConfig | None = None
+    """Settings of Muon; null: the defaults."""
     learning_rate: float
     """Peak learning rate; the schedule scales it."""
     weight_decay: float = 0.1
@@ -78,6 +116,11 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     max_grad_norm: float = 1.0
     """Gradients with a larger global L2 norm are scaled down to it."""
+
+    @property
+    def muon_or_default(self) -> MuonConfig:
+        """Settings of Muon."""
+        return self.muon or MuonConfig()
 
     def __post_init__(self) -> None:
         problems = {}

@@ -207,6 +207,22 @@ def factor_is_for_one_selection(phases: "Phases", optimizer: OptimizerConfig) ->
         )
 
 
+def optimizer_can_change(phases: "Phases", optimizer: OptimizerConfig) -> Problems:
+    """A transition names another optimizer than the one before, which has what it goes on with."""
+    name = optimizer.name
+    for index, phase in enumerate(phases):
+        path, transition = f"phases.{index}.transition", phase.transition or TransitionConfig()
+        if transition.optimizer_name == name:
+            yield f"{path}.optimizer_name", f"is {name}, as before; leave it out"
+        elif transition.optimizer_name == "adamw" and transition.optimizer != "reset":
+            yield (
+                f"{path}.optimizer",
+                f"is {transition.optimizer}, but Muon has no second moments with which AdamW could go on; set it to "
+                "reset",
+            )
+        name = transition.optimizer_name or name
+
+
 def decay_begins_with_a_phase(phases: "Phases", schedule: ScheduleConfig) -> Problems:
     """The decay begins in one of the phases, once."""
     if not phases or schedule.decay_from_phase is None:
@@ -346,6 +362,7 @@ RULES: tuple[Rule, ...] = (
     start_phase_exists,
     first_phase_keeps_nothing,
     factor_is_for_one_selection,
+    optimizer_can_change,
     decay_begins_with_a_phase,
     rollback_knows_the_loss_before,
     quantized_layers_exist,

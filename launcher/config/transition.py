@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+from launcher.config.optimizer import OptimizerName
 from launcher.config.strict import STRICT
 from quant.ramp import RampConfig
 
@@ -66,8 +67,11 @@ class TransitionConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     optimizer: OptimizerChoice = "keep"
-    """Adam's state: `keep` it, `reset` it (moments and step), `keep-variance` (first moment 0, the rest kept), or
-    `rescale` the moments to the gradients after the switch."""
+    """The optimizer's state: `keep` it, `reset` it (moments and step), `keep-variance` (first moment 0, the rest kept),
+    or `rescale` the moments to the gradients after the switch. Muon's momentum is a first moment."""
+    optimizer_name: OptimizerName | None = None
+    """Optimizer from this phase on; null: as before. Muon takes AdamW's first moments over; AdamW after Muon needs
+    `optimizer: reset`."""
     rescale_factor: float | None = None
     """Factor by which gradients grow at the switch, for `rescale`; null: measured there."""
     schedule: Literal["continue", "restart"] = "continue"

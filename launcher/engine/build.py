@@ -46,6 +46,9 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
         compile_blocks_(blocks)
         model.gradient_of_logits = compiled_function(gradient_of_logits)
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+    muon = None
+    if plan.has_muon:
+        muon = (phase or plan.phases[config.checkpoint.start_phase]).optimizer == "muon"
     if config.engine.name == "fsdp2":
         from launcher.engine.fsdp import FSDPEngine
 
@@ -58,6 +61,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
             device=ranks.device,
             ternary=ternary,
             compiled=config.training.compile is True,
+            muon=muon,
         )
     from launcher.engine.zero import ZeroEngine
 
@@ -71,6 +75,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
         num_micro_batches=plan.num_micro_batches,
         ternary=ternary,
         compiled=config.training.compile is True,
+        muon=muon,
     )
 
 

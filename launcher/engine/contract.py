@@ -17,9 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from launcher.engine.muon import MuonAdamW
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
+from model.size import is_matrix
 from model.transformer import Output
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""The first and the second moment of gradients."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Shard:
     start: int
     """First element of the range in the flattened parameter."""
     tensors: dict[str, Tensor]
-    """`weight`, `exp_avg` and `exp_avg_sq`: flat tensors of one length that alias the state; writing changes it."""
+    """`weight`, `exp_avg` and, but for matrices that Muon updates, `exp_avg_sq`: flat tensors of one length that alias
+    the state; writing changes it."""
     step: Tensor
     """Number of updates that the moments contain, a 0-dim tensor; parameters may share it."""
     primary: bool
@@ -50,6 +56,12 @@ class Engine(ABC):
 
     model: nn.Module
     device: torch.device
+    muon: MuonAdamW | None = None
+    """The optimizer, if Muon updates matrices in any phase of the run."""
+
+    def has_variance(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether the optimizer has a second moment of a parameter now."""
+        return self.muon is None or not self.muon.is_on or not is_matrix(name, len(shape))
 
     @abstractmethod
     def forward(

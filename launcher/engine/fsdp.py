@@ -18,10 +18,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
-from launcher.engine.adamw import build_adamw, create_adam_state, parameter_groups, set_step_sizes
-from launcher.engine.contract import Engine, Shard
+from launcher.engine.adamw import create_state, parameter_groups, set_step_sizes
+from launcher.engine.contract import MOMENTS, Engine, Shard
+from launcher.engine.muon import MuonAdamW, Piece, build_optimizer
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
+from model.size import is_matrix
 from model.transformer import Output
 from quant.gather import CodeGather
 
@@ -55,12 +57,13 @@ class FSDPEngine(Engine):
         model: on the meta device, with no value yet; what applies to its blocks (quantization, activation
             checkpointing, compilation) is applied already. Write the weights through `shards`.
         blocks: the modules that are gathered one at a time, in the order of the forward pass.
-        optimizer: configuration of AdamW.
+        optimizer: configuration of the optimizer.
         config: configuration of the engine.
         compute_dtype: dtype of the forward and backward passes; parameters are fp32 (fp64 if it is fp64).
         device: where to compute.
         ternary: names of the parameters that have a learning rate of their own.
         compiled: whether to compile what rounds the weights.
+        muon: whether Muon updates matrices now; None if it does in no phase of the run.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class FSDPEngine(Engine):
         device: torch.device,
         ternary: Collection[str] = (),
         compiled: bool = False,
+        muon: bool | None = None,
     ) -> None:
         storage_dtype = torch.promote_types(compute_dtype, torch.float32)
         mixed = compute_dtype != storage_dtype
@@ -114,7 +118,21 @@ class FSDPEngine(Engine):
             )
         dimensions = [parameter.ndim for parameter in self._sharded]
         named = zip(self._names, dimensions, self._local, strict=True)
-        self.optimizer = build_adamw(parameter_groups(named, optimizer, ternary), optimizer, fused=True)
+        groups = parameter_groups(named, optimizer, ternary, with_muon=muon is not None)
+        self.optimizer = build_optimizer(groups, optimizer, fused=True, muon=muon, device=device)
+        if isinstance(self.optimizer, MuonAdamW):
+            self.muon = self.optimizer
+            group = self.mesh.get_group(self.mesh.ndim - 1)
+            self.muon.find_matrices(self._matrices(), group if group.size() > 1 else None)
+            self.muon.turn(on=bool(muon))
+
+    def _matrices(self) -> dict[Tensor, list[Piece]]:
+        """The matrices that Muon can update, as the optimizer has them."""
+        return {
+            local: [Piece(name, tuple(sharded.shape), first_element(sharded, self.mesh), local.numel(), 0)]
+            for name, sharded, local in zip(self._names, self._sharded, self._local, strict=True)
+            if is_matrix(name, sharded.ndim)
+        }
 
     def forward(
         self,
@@ -175,16 +193,14 @@ class FSDPEngine(Engine):
         self._follow_shards()
         primary = self.mesh.ndim == 1 or self.mesh.get_local_rank(0) == 0
         for name, sharded, local in zip(self._names, self._sharded, self._local, strict=True):
-            state = create_adam_state(self.optimizer, local)
+            shape = tuple(sharded.shape)
+            state = create_state(self.optimizer, local, variance=self.has_variance(name, shape))
             yield Shard(
                 name=name,
-                shape=tuple(sharded.shape),
+                shape=shape,
                 start=first_element(sharded, self.mesh),
-                tensors={
-                    "weight": local.detach().view(-1),
-                    "exp_avg": state["exp_avg"].view(-1),
-                    "exp_avg_sq": state["exp_avg_sq"].view(-1),
-                },
+                tensors={"weight": local.detach().view(-1)}
+                | {kind: state[kind].view(-1) for kind in MOMENTS if kind in state},
                 step=state["step"],
                 primary=primary,
             )

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from launcher.engine.contract import Engine
+from launcher.engine.contract import MOMENTS, Engine
 from quant.linear import LEARNED_SCALE, is_learned_scale, quantized_layers
 from quant.rounding import bf16_values, first_alpha
 
@@ -43,7 +43,7 @@ def initialize_scales_(engine: Engine) -> None:
         if is_learned_scale(shard.name) and (name := shard.name.removesuffix(f".{LEARNED_SCALE}")) in levels:
             end = shard.start + len(shard.tensors["weight"])
             shard.tensors["weight"].copy_(first_alpha(largest[name], levels[name])[shard.start : end])
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in MOMENTS:
                 shard.tensors[moment].zero_()
             shard.step.zero_()
     engine.refresh_weights()

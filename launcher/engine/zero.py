@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
-from launcher.engine.adamw import build_adamw, create_adam_state, parameter_groups, set_step_sizes
-from launcher.engine.contract import Engine, Shard
+from launcher.engine.adamw import create_state, parameter_groups, set_step_sizes
+from launcher.engine.contract import MOMENTS, Engine, Shard
+from launcher.engine.muon import MuonAdamW, Piece, build_optimizer
 from launcher.errors import ConfigError
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
+from model.size import is_matrix
 from model.transformer import Output
 from quant.keeper import CodeKeeper
 
@@ -74,7 +76,7 @@ class ZeroEngine(Engine):
 
     Args:
         model: on the meta device, as for `launcher.engine.fsdp.FSDPEngine`.
-        optimizer: configuration of AdamW.
+        optimizer: configuration of the optimizer.
         config: configuration of the engine.
         compute_dtype: bf16 (with fp32 masters) or fp32.
         device: where to compute.
@@ -82,6 +84,7 @@ class ZeroEngine(Engine):
         num_micro_batches: micro-batches of one step.
         ternary: names of the parameters that have a learning rate of their own.
         compiled: whether to compile what rounds the weights.
+        muon: whether Muon updates matrices now; None if it does in no phase of the run.
     """
 
     def __init__(
@@ -96,9 +99,13 @@ class ZeroEngine(Engine):
         num_micro_batches: int,
         ternary: Collection[str] = (),
         compiled: bool = False,
+        muon: bool | None = None,
     ) -> None:
         import deepspeed
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+        if MuonAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # else DeepSpeed warns that it does not know it
+            ZERO_SUPPORTED_OPTIMIZERS.append(MuonAdamW)
         deepspeed.utils.logger.setLevel(logging.WARNING)
         if device.type == "cpu":
             # Else the first init compiles a shared-memory op for minutes, and a killed build hangs every later run.
@@ -127,8 +134,9 @@ class ZeroEngine(Engine):
             ((name, len(self._shapes[name]), parameter) for name, parameter in model.named_parameters()),
             optimizer,
             ternary,
+            with_muon=muon is not None,
         )
-        self.inner = build_adamw(groups, optimizer, fused=True)
+        self.inner = build_optimizer(groups, optimizer, fused=True, muon=muon, device=device)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use, whatever its log level
             self._engine, self._outer, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=settings)
         self.model = self._engine.module
@@ -136,6 +144,11 @@ class ZeroEngine(Engine):
             # Its constructor runs a step on zeros, which leaves Adam one step ahead.
             for state in self.inner.state.values():
                 state["step"].zero_()
+        if isinstance(self.inner, MuonAdamW):
+            self.muon = self.inner
+            shared = self.stage and dist.get_world_size() > 1
+            self.muon.find_matrices(self._matrices(), dist.group.WORLD if shared else None)
+            self.muon.turn(on=bool(muon))
         if self.stage in (1, 2):
             self._outer.check_grad_overflow = True  # in fp32 DeepSpeed would not look for non-finite gradients
         self._codes = CodeKeeper(self.model, whole=self.stage != 3, compiled=compiled)
@@ -271,16 +284,14 @@ class ZeroEngine(Engine):
             if located is None:
                 continue
             master, offset, start, length = located
-            state = create_adam_state(self.inner, master)
+            shape = self._shapes[name]
+            state = create_state(self.inner, master, variance=self.has_variance(name, shape))
+            held = {"weight": master.detach()} | {kind: state[kind] for kind in MOMENTS if kind in state}
             yield Shard(
                 name=name,
-                shape=self._shapes[name],
+                shape=shape,
                 start=start,
-                tensors={
-                    "weight": master.detach().view(-1)[offset : offset + length],
-                    "exp_avg": state["exp_avg"].view(-1)[offset : offset + length],
-                    "exp_avg_sq": state["exp_avg_sq"].view(-1)[offset : offset + length],
-                },
+                tensors={kind: tensor.view(-1)[offset : offset + length] for kind, tensor in held.items()},
                 step=state["step"],
                 primary=self.stage != 0 or dist.get_rank() == 0,
             )
@@ -304,9 +315,33 @@ class ZeroEngine(Engine):
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        masters = getattr(outer, "single_partition_of_fp32_groups", None) or outer.fp32_groups_flat_partition
         address, part = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
-        return masters[mapping.param_group_index], address.start, part.start, part.numel
+        return self._masters[mapping.param_group_index], address.start, part.start, part.numel
+
+    def _matrices(self) -> dict[Tensor, list[Piece]]:
+        """The matrices that Muon can update, by the tensor of the optimizer that this rank's parts of them lie in."""
+        pieces: dict[Tensor, list[Piece]] = {}
+        for name, parameter in self.model.named_parameters():
+            if is_matrix(name, len(shape := self._shapes[name])):
+                located = self._locate(parameter) or (self._master_of_others(parameter), 0, 0, 0)
+                master, offset, start, length = located
+                pieces.setdefault(master, []).append(Piece(name, shape, start, length, offset))
+        return pieces
+
+    def _master_of_others(self, parameter: Any) -> Tensor:
+        """The flat fp32 tensor of the group of a parameter, of which this rank has no part."""
+        outer = self._outer
+        if self.stage == 3:
+            group = outer.grad_position[outer.get_param_id(parameter)][0]
+            return outer.fp32_partitioned_groups_flat[group]
+        groups = getattr(outer, "bit16_groups", None) or outer.bf16_groups
+        return self._masters[next(i for i, group in enumerate(groups) if any(each is parameter for each in group))]
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        """The flat fp32 tensor of each group, in stages 1 and 2."""
+        outer = self._outer
+        return getattr(outer, "single_partition_of_fp32_groups", None) or outer.fp32_groups_flat_partition
 
     @property
     def _stage0_masters(self) -> dict[int, Tensor]:

@@ -17,9 +17,10 @@ from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import FileRecord, Manifest, precision_at
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.source import KINDS, MOMENTS, Source, in_pieces, start_checking
-from launcher.checkpoint.writer import CheckpointWriter
+from launcher.checkpoint.source import KINDS, Source, in_pieces, start_checking
+from launcher.checkpoint.writer import CheckpointWriter, range_of
 from launcher.config.sections import Config
+from launcher.engine.contract import MOMENTS
 from launcher.errors import ConfigError
 from launcher.formats.choices import Dtype
 from launcher.formats.hf_source import HuggingFaceSource
@@ -192,16 +193,14 @@ def manifest_of_conversion(course: Course, source: Source) -> Manifest:
 
 def write_streamed(writer: CheckpointWriter, source: Source) -> dict[str, FileRecord]:
     """Write all of a source into one file, a piece of a tensor at a time; returns its record."""
-    kinds = KINDS if source.has_moments else ("weight",)
-    entries = [
-        (f"{kind}/{name}", torch.float32, (prod(shape),)) for name, shape in source.shapes.items() for kind in kinds
-    ]
-    values = (in_pieces(source, kind, name) for name in source.shapes for kind in kinds)
+    stored = [(kind, name) for name in source.shapes for kind in source.kinds(name)]
+    entries = [(f"{kind}/{name}", torch.float32, (prod(source.shapes[name]),)) for kind, name in stored]
+    values = (in_pieces(source, kind, name) for kind, name in stored)
     ranges = {
-        name: {"shape": shape, "start": 0, "step": source.read_step(name) if source.has_moments else 0.0}
+        name: range_of(shape, 0, source.read_step(name) if source.has_moments else 0.0, source.kinds(name))
         for name, shape in source.shapes.items()
     }
-    start_checking(source, kinds)
+    start_checking(source, KINDS if source.has_moments else KINDS[:1])
     return writer.write_tensors("rank-00000.safetensors", entries, values, ranges)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from launcher.checkpoint.source import MOMENTS
+from launcher.engine.contract import MOMENTS
 from launcher.errors import CheckpointError
 from launcher.formats.pickled import PickledFile
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from data.names import bare_name
 from launcher.checkpoint.location import new_location
-from launcher.checkpoint.source import MOMENTS, Source
+from launcher.checkpoint.source import KINDS, Source
+from launcher.engine.contract import MOMENTS
 from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_native import MISSING, Computed, naming_content, tag_folder, unwrapped
 from launcher.formats.pickled import PickledFile
@@ -147,6 +148,10 @@ def check_universal(source: Source) -> float:
     Raises:
         CheckpointError: steps differ, for which the format has no place, or a name cannot be that of a folder.
     """
+    if source.has_moments and any(source.kinds(name) != KINDS for name in source.shapes):
+        raise CheckpointError(
+            f"{source.location} was trained with Muon, and the format is for AdamW: matrices have no second moments"
+        )
     steps = {source.read_step(name) if source.has_moments else 0.0 for name in source.shapes}
     if len(steps) != 1:
         raise CheckpointError(

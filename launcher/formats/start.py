@@ -5,9 +5,10 @@
 conversion are one code path.
 """
 
+from launcher.checkpoint.load import check_moments
 from launcher.checkpoint.manifest import Progress
 from launcher.checkpoint.reader import CheckpointReader
-from launcher.checkpoint.source import Source
+from launcher.checkpoint.source import KINDS, Source
 from launcher.errors import CheckpointError
 from launcher.formats.open import check_model, open_source
 from launcher.plan.course import Course
@@ -60,6 +61,8 @@ def check_start(source: Source, course: Course, data_fingerprint: str | None = N
             f"{source.location} has no optimizer moments, and phases.{phase.index}.transition.optimizer is "
             f"{phase.transition.optimizer}; set it to reset"
         )
+    if phase.transition.optimizer != "reset" and phase.optimizer == "adamw":
+        check_moments(source, dict.fromkeys(source.shapes, KINDS))
     if isinstance(source, CheckpointReader) and phase.index:
         manifest = source.manifest
         if (manifest.step, manifest.tokens) != (phase.start, phase.start * course.tokens_per_step):

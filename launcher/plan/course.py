@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from launcher.config.optimizer import OptimizerName
 from launcher.config.sections import Config
 from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
@@ -32,6 +33,7 @@ class Phase:
     quantization: QuantConfig | None
     transition: TransitionConfig
     distillation: DistillationConfig | None = None
+    optimizer: OptimizerName = "adamw"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,11 @@ class Course:
     """How often the run has gone back to the beginning of a phase, by the phase's index."""
     smoke_steps: int | None = None
     """Steps of each phase in a smoke test, half of them its first and half its last; None: all."""
+
+    @property
+    def has_muon(self) -> bool:
+        """Whether Muon updates matrices in any phase."""
+        return any(phase.optimizer == "muon" for phase in self.phases)
 
     @property
     def total_steps(self) -> int:
@@ -242,6 +249,7 @@ def _steps_of_phases(config: Config, tokens_per_step: int) -> list[int]:
 
 def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int, int]) -> tuple[Phase, ...]:
     phases: list[Phase] = []
+    optimizer = config.optimizer.name
     for index, (phase, steps) in enumerate(zip(config.phases, _steps_of_phases(config, tokens_per_step), strict=True)):
         start = phases[-1].end if phases else 0
         quantization = (phase.quantization or QuantConfig()) if phase.precision == "ternary" else None
@@ -263,5 +271,8 @@ def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int
                 )
             transition = transition.stretched(rollbacks.get(index, 0), after_steps)
         end = start + steps
-        phases.append(Phase(index, phase.precision, start, end, quantization, transition, phase.distillation))
+        optimizer = transition.optimizer_name or optimizer
+        phases.append(
+            Phase(index, phase.precision, start, end, quantization, transition, phase.distillation, optimizer)
+        )
     return tuple(phases)

@@ -5,24 +5,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.config.sections import Config
+from launcher.plan.course import Course
 from launcher.plan.exports import Export
 from launcher.plan.memory import checkpoint_bytes
 
 
-def disk_of(config: Config, checkpoints_kept: int, exports: Sequence[Export]) -> dict[str, Any]:
+def disk_of(course: Course, checkpoints_kept: int, exports: Sequence[Export]) -> dict[str, Any]:
     """Bytes for checkpoints (those kept, and one that is being written) and for one of each export, and bytes free.
 
     Args:
-        config: of the run.
+        course: of the run.
         checkpoints_kept: at the end.
         exports: that are asked about; those that cannot be made need no space.
 
     Returns:
         Numbers by name with unit. `free_bytes` is of the checkpoints' disk, None for a store.
     """
-    place = config.checkpoints
-    checkpoints = (checkpoints_kept + 1) * checkpoint_bytes(config)
+    place = course.config.checkpoints
+    checkpoints = (checkpoints_kept + 1) * checkpoint_bytes(course)
     exported = sum(export.num_bytes for export in exports if not export.problems)
     free = None if "://" in place else shutil.disk_usage(existing_part(Path(place))).free
     return {

@@ -7,11 +7,16 @@ from launcher.plan.course import Course, Phase
 from launcher.plan.schedule import drop_step
 from quant.ramp import RampConfig
 
+OPTIMIZERS = {"muon": "Muon updates the matrices of blocks", "adamw": "AdamW updates all parameters"}
+
 
 def events(course: Course) -> list[dict[str, Any]]:
     """List the events of a run in order, each with the `step` before which it happens and `what` happens."""
-    found = [*_schedule_events(course)]
+    found, before = [*_schedule_events(course)], "adamw"
     for phase in course.phases:
+        if phase.optimizer != before:
+            found.append((phase.start, OPTIMIZERS[phase.optimizer]))
+            before = phase.optimizer
         found += _switch_events(course, phase)
     return [{"step": step, "what": what} for step, what in sorted(found, key=lambda event: event[0])]
 
@@ -33,9 +38,9 @@ def _switch_events(course: Course, phase: Phase) -> Iterator[tuple[int, str]]:
     if start and transition.optimizer != "keep":
         rescale = "a measured factor" if transition.rescale_factor is None else f"{transition.rescale_factor:g}"
         choices = {
-            "reset": "Adam is reset",
-            "keep-variance": "Adam's first moment is cleared",
-            "rescale": f"Adam's moments are rescaled by {rescale}",
+            "reset": "the optimizer is reset",
+            "keep-variance": "the first moments are cleared",
+            "rescale": f"the optimizer's moments are rescaled by {rescale}",
         }
         yield start, choices[transition.optimizer]
     if phase.quantization is not None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from launcher.config.sections import Config
 from launcher.plan.course import Course
+from launcher.plan.muon import spared_elements
 from launcher.plan.plan import Plan
 from model.size import (
     activation_bytes,
@@ -24,9 +25,9 @@ def num_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
-def checkpoint_bytes(config: Config) -> int:
-    """Size of a checkpoint: fp32 weights and both moments."""
-    return 12 * num_parameters(config.model)
+def checkpoint_bytes(course: Course) -> int:
+    """Size of a checkpoint: fp32 weights and moments, with both of every parameter that has both in any phase."""
+    return 4 * (3 * num_parameters(course.config.model) - spared_elements(course))
 
 
 def zero3_held_parameters(config: Config) -> tuple[int, int]:
@@ -116,6 +117,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)
+    moments = 4 * (2 * parameters - spared_elements(plan))
     compute_bytes = config.training.compute_bytes
     shards = plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
     in_blocks = num_elements(
@@ -134,7 +136,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         sizes = {
             "weights": 4 * parameters / shards + copies,
             "gradients": 4 * parameters * (1 / shards + (sums_whole and shards > 1)),
-            "moments": 8 * parameters / shards,
+            "moments": moments / shards,
         }
     else:
         stage = engine.zero_stage or 0
@@ -145,7 +147,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         sizes = {
             "weights": compute_bytes * (parameters / (shards if stage == 3 else 1) + held) + masters + codes,
             "gradients": (4 if stage else compute_bytes) * parameters / (shards if stage >= 2 else 1),
-            "moments": 8 * parameters / state_shards,
+            "moments": moments / state_shards,
         }
     if engine.offload != "none":
         sizes["moments"] = 0

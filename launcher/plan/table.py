@@ -12,6 +12,7 @@ from launcher.plan.exports import exports_of
 from launcher.plan.gpus import UTILIZATION, Gpu
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
+from launcher.plan.muon import muon_flops
 from launcher.plan.plan import Plan
 from launcher.plan.traffic import describe_traffic
 from launcher.process.console import Console, human_bytes, human_count, human_time
@@ -39,6 +40,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "parameters": num_parameters(config.model),
         "ternary_parameters": num_linear_parameters(config.model),
         "flops_per_token": flops,
+        "muon_flops_per_step": muon_flops(plan),
         "total_flops": sum(
             plan.flops_per_token_at(phase.start) * plan.tokens_per_step * (phase.end - phase.start)
             for phase in plan.phases
@@ -63,7 +65,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "checkpoints_written": num_saves,
         "checkpoint_interval_minutes": config.checkpoint.interval_minutes,
         "checkpoints_kept": kept,
-        "checkpoint_bytes": checkpoint_bytes(config),
+        "checkpoint_bytes": checkpoint_bytes(plan),
     }
 
 
@@ -81,7 +83,7 @@ def describe_surroundings(plan: Plan, gpu: tuple[str, Gpu] | None, utilization: 
         hours = numbers["total_flops"] / (utilization * gpu[1].peak_flops_per_second * plan.world_size) / 3600
     return {
         "time": {"hours": hours, "gpu": gpu and gpu[0], "utilization": utilization},
-        "disk": disk_of(plan.config, numbers["checkpoints_kept"], exports),
+        "disk": disk_of(plan, numbers["checkpoints_kept"], exports),
         "exports": [{"name": each.name, "problems": each.problems, "bytes": each.num_bytes} for each in exports],
         "missing": [{"key": key, "problem": problem} for key, problem in missing_inputs(plan.config)],
     }
@@ -154,10 +156,13 @@ def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
     """The rows of the table."""
     memory, sent = numbers["bytes_per_rank"], numbers["bytes_sent_per_rank_and_step"]
     in_codes = numbers.get("bytes_sent_per_rank_and_step_in_codes")
+    muon = numbers["muon_flops_per_step"]
+    share = muon / (numbers["flops_per_token"] * numbers["tokens_per_step"])
     return [
         ["parameters", f"{numbers['parameters']:,} ({numbers['ternary_parameters']:,} in layers that become ternary)"],
         ["FLOPs per token", f"{human_count(numbers['flops_per_token'])} (forward and backward)"],
         ["FLOPs of the run", human_count(numbers["total_flops"])],
+        *([["FLOPs of Muon", f"{human_count(muon)} a step, {share:.1%} of forward and backward"]] if muon else []),
         ["ranks", str(numbers["ranks"])],
         ["tokens per step", f"{numbers['tokens_per_step']:,} ({numbers['sequences_per_step']} sequences)"],
         ["micro-batches per step", str(numbers["micro_batches_per_step"])],

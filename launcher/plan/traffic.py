@@ -21,6 +21,7 @@ from launcher.plan.memory import (
     last_quantization,
     zero3_held_parameters,
 )
+from launcher.plan.muon import matrix_shapes
 from launcher.plan.plan import Plan
 from model.size import is_in_block, num_parameters, parameter_shapes
 from quant.size import CODES_PER_BYTE, NUM_MAGNITUDES
@@ -50,10 +51,11 @@ MODELLED_ZERO_KEYS = frozenset(
 class Collective:
     """Collectives of one kind and payload in an optimizer step."""
 
-    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
-    what: Literal["weights", "gradients", "teacher", "scalars"]
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
+    what: Literal["weights", "gradients", "updates", "teacher", "scalars"]
     payload_bytes: float
-    """Size of the whole tensors: what every rank has after an all-gather, and contributes to the other two."""
+    """Size of the whole tensors: what every rank has after an all-gather, and contributes to the reductions; what all
+    ranks together have before an all-to-all, and send on evenly."""
     group_size: int
     """Ranks that take part in each."""
     count: float = 1
@@ -61,6 +63,8 @@ class Collective:
 
     def bytes_sent(self, backend: Backend = "nccl") -> float:
         """Bytes that a rank of the group sends in a step. Gloo does an all-reduce to reduce-scatter."""
+        if self.kind == "all-to-all":
+            return self.count * (self.group_size - 1) / self.group_size * self.payload_bytes / self.group_size
         passes = 2 if self.kind == "all-reduce" or (self.kind == "reduce-scatter" and backend == "gloo") else 1
         return self.count * passes * (self.group_size - 1) / self.group_size * self.payload_bytes
 
@@ -82,6 +86,7 @@ def collectives(plan: Plan, *, codes: bool = False) -> list[Collective]:
     found = _of_fsdp2(plan, codes=codes) if plan.config.engine.name == "fsdp2" else _of_zero(plan)
     if any(phase.distillation for phase in plan.phases):
         found.append(_of_teacher(plan))
+    found += _of_muon(plan)
     found.append(Collective("all-reduce", "scalars", 8, plan.world_size))  # whether to stop, and whether to save
     return found
 
@@ -190,6 +195,15 @@ def _of_zero(plan: Plan) -> list[Collective]:
     if stage == 2 or (stage == 1 and (config.training.compute_dtype == "fp32" or config.engine.offload != "none")):
         found.append(Collective("all-reduce", "scalars", 9, ranks))  # norm, overflow and a flag
     return found
+
+
+def _of_muon(plan: Plan) -> list[Collective]:
+    """Matrices go to their owners in bf16, and their updates back; in stage 0 each rank has them all."""
+    engine, elements = plan.config.engine, sum(map(prod, matrix_shapes(plan).values()))
+    if not elements or engine.zero_stage == 0:
+        return []
+    ranks = plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
+    return [Collective("all-to-all", "updates", 2 * elements, ranks, 2)]
 
 
 def _of_teacher(plan: Plan) -> Collective:

@@ -7,6 +7,7 @@ from typing import Any
 from launcher.checkpoint.manifest import Manifest, Progress, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.formats.start import first_progress
+from launcher.plan.muon import matrix_shapes
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
@@ -77,13 +78,14 @@ def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) ->
 
 
 def summary(plan: Plan, ranks: Ranks, meter: Meter, sample: dict[str, str] | None) -> dict[str, Any]:
-    """The content of `RUN/summary.json`."""
+    """The content of `RUN/summary.json`; that Muon updates its matrices, each of its steps has checked."""
     ternary = any(phase.quantization for phase in plan.phases)
     return {
         "status": "complete",
         "num_ranks": ranks.world_size,
         "num_parameters": num_parameters(plan.config.model),
         "num_ternary_parameters": num_linear_parameters(plan.config.model) if ternary else 0,
+        "num_matrices_updated_by_muon": len(matrix_shapes(plan)),
         "tokens": plan.total_steps * plan.tokens_per_step,
         "elapsed_seconds": meter.elapsed_seconds,
         "sample": sample,

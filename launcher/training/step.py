@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.loader import TrainingData
 from launcher.engine.contract import Engine
+from launcher.engine.muon import MuonAdamW
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
 from launcher.training.guard import SpikeGuard
@@ -106,4 +107,18 @@ def train_step(
     # With a teacher, the first part is the loss as it was before, and is compared with it.
     compared = batch.loss if batch.parts is None else batch.parts[0]
     grad_norm, skipped = engine.step(plan.sizes_at(step), grad_norm_limit=guard.limit(compared))
+    if engine.muon is not None and engine.muon.is_on:
+        check_muon(engine.muon, skipped)
     return StepResult(**vars(batch), grad_norm=grad_norm, skipped=guard.add(grad_norm, skipped))
+
+
+def check_muon(muon: MuonAdamW, skipped: Tensor) -> None:
+    """Make sure, after a step, that Muon updates every matrix: an engine that leaves some out would not say so.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    if not muon.updated and bool(skipped):  # only DeepSpeed leaves the optimizer out of a step
+        return
+    if left_out := muon.matrices - muon.updated:
+        raise RuntimeError(f"Muon has not updated {len(left_out)} matrices, such as {min(left_out)}")

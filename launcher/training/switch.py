@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from launcher.config.transition import OptimizerChoice
-from launcher.engine.contract import Engine
+from launcher.engine.contract import MOMENTS, Engine
 from launcher.engine.learned_scales import initialize_scales_
 from launcher.errors import TrainingError
 from launcher.plan.course import Phase
@@ -20,7 +20,7 @@ from quant.linear import dequantize_, quantize_, quantized_layers
 
 @torch.no_grad()
 def carry_optimizer_(engine: Engine, choice: OptimizerChoice, factor: float = 1.0) -> None:
-    """Carry Adam's state over a transition, in place.
+    """Carry the optimizer's state over a transition, in place.
 
     ``reset`` starts as a new optimizer does: moments and step 0. ``keep-variance`` clears only the first moment: the
     step stays, because it belongs to the second moment's bias correction, so that the first updates are small and grow
@@ -29,18 +29,20 @@ def carry_optimizer_(engine: Engine, choice: OptimizerChoice, factor: float = 1.
     moments contain as many gradients as before. The kept moments alone would give the same update, since
     Adam's is a ratio of the two, but what is added to them now weighs in by its size: without rescaling, larger
     gradients swamp the first moment before the slower second one has followed, and updates are too large for a while.
+
+    Of a matrix that Muon updates there is a first moment alone, its momentum.
     """
     if choice == "keep":
         return
     for shard in engine.shards():
-        first, second = shard.tensors["exp_avg"], shard.tensors["exp_avg_sq"]
+        moments = [shard.tensors[kind] for kind in MOMENTS if kind in shard.tensors]
         if choice == "rescale":
-            first.mul_(factor)
-            second.mul_(factor**2)
+            for power, moment in enumerate(moments, start=1):
+                moment.mul_(factor**power)
             continue
-        first.zero_()
+        for moment in moments if choice == "reset" else moments[:1]:
+            moment.zero_()
         if choice == "reset":
-            second.zero_()
             shard.step.zero_()
 
 
@@ -96,4 +98,6 @@ def enter_phase(
                 f"{after} after the switch; set transition.rescale_factor, or choose another optimizer transition"
             )
     carry_optimizer_(engine, transition.optimizer, factor or 1.0)
+    if engine.muon is not None and engine.muon.is_on != (phase.optimizer == "muon"):
+        engine.muon.turn(on=phase.optimizer == "muon")
     return factor

@@ -34,17 +34,31 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def build(name: str, dtype: torch.dtype) -> Engine:
+def build(name: str, dtype: torch.dtype, **keys: Any) -> Engine:
     with torch.device("meta"):
         model = Transformer(MODEL)
-    return shard(model, name, dtype)
+    return shard(model, name, dtype, **keys)
 
 
-def shard(model: Transformer, name: str, dtype: torch.dtype, device: torch.device = CPU, **keys: Any) -> Engine:
+def shard(
+    model: Transformer,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    *,
+    muon: bool | None = None,
+    **keys: Any,
+) -> Engine:
     if name == "fsdp2":
         blocks = list(model.model.layers)
         engine: Engine = FSDPEngine(
-            model, blocks, optimizer=OPTIMIZER, config=EngineConfig(**keys), compute_dtype=dtype, device=device
+            model,
+            blocks,
+            optimizer=OPTIMIZER,
+            config=EngineConfig(**keys),
+            compute_dtype=dtype,
+            device=device,
+            muon=muon,
         )
     else:
         engine = ZeroEngine(
@@ -55,6 +69,7 @@ def shard(model: Transformer, name: str, dtype: torch.dtype, device: torch.devic
             device=device,
             micro_batch_sequences=NUM_SEQUENCES // dist.get_world_size() // NUM_MICRO_BATCHES,
             num_micro_batches=NUM_MICRO_BATCHES,
+            muon=muon,
         )
     list(engine.shards())  # looking at the state before the first step must not move Adam to step 1
     load_weights(engine, lambda name, shape, rows: initial_value(name, shape, MODEL, 0, rows))
@@ -78,7 +93,8 @@ def step_once(engine: Engine, step: int, poison: float = 1.0) -> tuple[float, fl
 
 def gathered(engine: Engine, kind: str) -> dict[str, Tensor]:
     """Whole tensors from all ranks' shards, on every rank."""
-    mine = [(s.name, s.shape, s.start, s.tensors[kind].clone()) for s in engine.shards() if s.primary]
+    shards = [shard for shard in engine.shards() if shard.primary and kind in shard.tensors]
+    mine = [(shard.name, shard.shape, shard.start, shard.tensors[kind].clone()) for shard in shards]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     whole: dict[str, Tensor] = {}

@@ -305,10 +305,10 @@ def test_headers_that_lie(trial: Trial, examples: int) -> None:
     ("change", "complaint"),
     [
         ({"start": 1}, "holds model.norm.weight from element 1, where 0 is the next"),
-        ({"shape": [72]}, "another shape or number of updates"),
-        ({"step": 2.0}, "another shape or number of updates"),
+        ({"shape": [72]}, "another shape, number of updates"),
+        ({"step": 2.0}, "another shape, number of updates"),
         ({"step": float("nan")}, "does not say which range of model.norm.weight it holds"),
-        ({"shape": [2**62, 2**62]}, "another shape or number of updates"),
+        ({"shape": [2**62, 2**62]}, "another shape, number of updates"),
     ],
 )
 def test_what_a_range_that_lies_is_told(trial: Trial, change: dict[str, Any], complaint: str) -> None:

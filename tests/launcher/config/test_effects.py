@@ -81,7 +81,7 @@ def test_a_share_that_is_no_step_is_refused():
         ("phases.1.quantisation", "; did you mean quantization?"),
         ("phases.one", ""),
         ("optimizer.learning_rate.peak", ""),
-        ("optimizer.", "; choose one of learning_rate, "),
+        ("optimizer.", "; choose one of name, "),
     ],
 )
 def test_an_allowance_for_a_key_that_does_not_exist_is_refused(key, meant):

@@ -19,6 +19,7 @@ from data.errors import DataError
 from data.shards import PrepareConfig, prepare
 from data.sources import Source, open_sources
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
+from launcher.plan.course import make_course
 from launcher.plan.disk import disk_of
 from launcher.plan.inputs import check_inputs, missing_inputs, needed_paths
 
@@ -260,10 +261,10 @@ def test_ranks_refuse_before_they_prepare_data(tmp_path):
 def test_disk_space_is_for_checkpoints_and_possible_exports(shards, tmp_path):
     config = tiny_config(shards, tmp_path / "run" / "deep")
     exports = [SimpleNamespace(problems=[], num_bytes=7), SimpleNamespace(problems=["no"], num_bytes=100)]
-    found = disk_of(config, 3, exports)
+    found = disk_of(make_course(config), 3, exports)
     parameters = 320 * 36 + 2 * (2 * 36 * 36 + 2 * 12 * 36 + 3 * 36 * 51 + 2 * 36) + 36
     assert found["checkpoints_bytes"] == 4 * 12 * parameters
     assert found["needed_bytes"] == found["checkpoints_bytes"] + 7
     assert abs(found["free_bytes"] - shutil.disk_usage(tmp_path).free) < 2**30
     remote = tiny_config(shards, tmp_path / "run", checkpoint={"folder": "s3://bucket/run"})
-    assert disk_of(remote, 3, exports)["free_bytes"] is None
+    assert disk_of(make_course(remote), 3, exports)["free_bytes"] is None
