@@ -46,7 +46,8 @@ def data_keys_have_an_effect(data: DataConfig) -> Problems:
 def optimizer_keys_have_an_effect(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> Problems:
     """The schedule has a decay, and the weights have one, where something is said of it."""
     if schedule.shape != "wsd":
-        yield from _idle(schedule, "schedule", "decay_fraction", f"schedule.shape is {schedule.shape}, not wsd")
+        for name in ("decay_fraction", "decay"):
+            yield from _idle(schedule, "schedule", name, f"schedule.shape is {schedule.shape}, not wsd")
     if schedule.shape == "constant":
         for name in ("final_fraction", "horizon_steps"):
             yield from _idle(schedule, "schedule", name, "schedule.shape is constant")
@@ -54,11 +55,13 @@ def optimizer_keys_have_an_effect(optimizer: OptimizerConfig, schedule: Schedule
         yield from _idle(optimizer, "optimizer", "decay_embeddings", "optimizer.weight_decay is 0")
 
 
-def muon_has_an_effect(optimizer: OptimizerConfig, phases: "tuple[PhaseConfig, ...]") -> Problems:
-    """A phase has Muon where something is said of it."""
+def phases_have_what_the_optimizer_says(optimizer: OptimizerConfig, phases: "tuple[PhaseConfig, ...]") -> Problems:
+    """A phase has Muon, or is ternary, where something is said of that."""
     names = {optimizer.name, *(phase.transition.optimizer_name for phase in phases if phase.transition)}
     if phases and "muon" not in names:
         yield from _idle(optimizer, "optimizer", "muon", "optimizer.name is adamw")
+    if optimizer.weight_decay_until == "ternary" and not any(phase.precision == "ternary" for phase in phases):
+        yield from _idle(optimizer, "optimizer", "weight_decay_until", "no phase is ternary")
 
 
 def phase_keys_have_an_effect(phases: "tuple[PhaseConfig, ...]") -> Problems:
@@ -104,7 +107,8 @@ def shares_are_long_enough(
             yield from _too_short(phase, f"phases.{index}", "fraction", LEAST_SHARE)
     yield from _too_short(schedule, "schedule", "decay_fraction", LEAST_SHARE)
     yield from _too_short(schedule, "schedule", "drop_at", LEAST_SHARE)
-    yield from _too_short(optimizer, "optimizer", "weight_decay_until", LEAST_SHARE)
+    if optimizer.weight_decay_until != "ternary":
+        yield from _too_short(optimizer, "optimizer", "weight_decay_until", LEAST_SHARE)
 
 
 def _idle(part: Any, path: str, name: str, reason: str) -> Problems:
@@ -126,7 +130,7 @@ EFFECTS = (
     model_keys_have_an_effect,
     data_keys_have_an_effect,
     optimizer_keys_have_an_effect,
-    muon_has_an_effect,
+    phases_have_what_the_optimizer_says,
     phase_keys_have_an_effect,
     evaluation_keys_have_an_effect,
 )

@@ -21,6 +21,8 @@ class ScheduleConfig:
     """Learning rate at the end, as a factor of the peak."""
     decay_fraction: float = 0.2
     """Share of the run in which `wsd` decays."""
+    decay: Literal["linear", "1-sqrt"] = "linear"
+    """How `wsd` decays: `linear`, or `1-sqrt`, which falls faster at first (arXiv 2405.18392)."""
     drop_at: float | None = None
     """Share of the run after which `two-stage` drops; null: 0.5."""
     drop_factor: float | None = None
@@ -104,8 +106,9 @@ class OptimizerConfig:
     """Peak learning rate; the schedule scales it."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices; norms are not decayed."""
-    weight_decay_until: float | None = None
-    """Share of the run after which weight decay is 0 (BitNet: 0.5); null: never."""
+    weight_decay_until: float | Literal["ternary"] | None = None
+    """Share of the run after which weight decay is 0 (BitNet: 0.5), or `ternary`: 0 from the first ternary phase on;
+    null: never."""
     ternary_learning_rate_factor: float | None = None
     """Factor on the learning rate of the quantized layers in ternary phases; null: none."""
     decay_embeddings: bool = True
@@ -129,9 +132,10 @@ class OptimizerConfig:
                 problems[name] = f"is {getattr(self, name)}; must be above 0"
         if self.weight_decay < 0:
             problems["weight_decay"] = f"is {self.weight_decay}; must be 0 or more"
-        if self.weight_decay_until is not None:
-            if not 0 < self.weight_decay_until < 1:
-                problems["weight_decay_until"] = f"is {self.weight_decay_until}; must be between 0 and 1, or null"
+        until = self.weight_decay_until
+        if until is not None:
+            if until != "ternary" and not 0 < until < 1:
+                problems["weight_decay_until"] = f"is {until}; must be between 0 and 1, ternary, or null"
             elif not self.weight_decay:
                 problems["weight_decay_until"] = "has no effect, because weight_decay is 0"
         factor = self.ternary_learning_rate_factor

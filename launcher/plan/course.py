@@ -111,6 +111,8 @@ class Course:
     def weight_decay_end(self) -> int | None:
         """The first step without weight decay; None if it never ends."""
         until = self.config.optimizer.weight_decay_until
+        if until == "ternary":
+            return next((phase.start for phase in self.phases if phase.quantization), None)
         return None if until is None else round(until * self.total_steps)
 
     def decay_factor_at(self, step: int) -> float:

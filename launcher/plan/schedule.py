@@ -42,7 +42,11 @@ def learning_rate_factor(step: int, horizon_steps: int, config: ScheduleConfig, 
     if step < decay_start:
         return 1.0
     progress = min(1.0, (step - decay_start) / max(1, horizon_steps - decay_start))
-    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.shape == "cosine" else 1 - progress
+    remaining = 1 - progress
+    if config.shape == "cosine":
+        remaining = 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.shape == "wsd" and config.decay == "1-sqrt":
+        remaining = 1 - math.sqrt(progress)
     if config.shape == "two-stage" and step >= drop_step(horizon_steps, config):
         remaining *= config.drop_factor or 2 / 3
     return config.final_fraction + (1 - config.final_fraction) * remaining

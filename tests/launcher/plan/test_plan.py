@@ -245,12 +245,15 @@ def test_weight_decay_ends_and_ternary_layers_have_their_own_rate():
     plan = plan_of("optimizer.weight_decay_until=0.25", "optimizer.ternary_learning_rate_factor=1.5")
     assert [plan.decay_factor_at(step) for step in range(10)] == [1, 1] + [0] * 8
     assert [plan.ternary_factor_at(step) for step in range(10)] == [1] * 4 + [1.5] * 6
+    in_16_bits = plan_of("optimizer.weight_decay_until=ternary")
+    assert [in_16_bits.decay_factor_at(step) for step in range(10)] == [1] * 4 + [0] * 6
     assert {plan_of().decay_factor_at(step) for step in range(10)} == {plan_of().ternary_factor_at(9)} == {1}
     both = "phases.0={precision: ternary, steps: 4, quantization: {include: mlp}}"
     assert "must be the same in each; there are 2 different ones" in refusal(
         "optimizer.ternary_learning_rate_factor=2", both
     )
     none = "phases.1.precision=16-bit"
+    assert "no phase is ternary" in refusal("optimizer.weight_decay_until=ternary", none)
     assert "no phase is ternary" in refusal("optimizer.ternary_learning_rate_factor=2", none)
 
 

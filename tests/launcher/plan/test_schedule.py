@@ -23,6 +23,7 @@ def schedules(draw):
         warmup_steps=warmup_steps,
         final_fraction=draw(st.floats(0, 1)),
         decay_fraction=draw(st.floats(0, 1, exclude_min=True)),
+        decay=draw(st.sampled_from(("linear", "1-sqrt"))),
     )
     return config, warmup_steps + draw(st.integers(1, 200))
 
@@ -61,7 +62,7 @@ def test_after_the_warmup_it_never_rises_and_ends_at_the_final_fraction(schedule
 def test_it_is_continuous(schedule):
     """No step changes it by more than the steepest part of its shape does."""
     config, horizon = schedule
-    assume(config.shape != "two-stage")
+    assume(config.shape != "two-stage" and config.decay != "1-sqrt")  # a root is steep where it begins
     values = curve(config, horizon)
     decay_steps = horizon - config.warmup_steps
     if config.shape == "wsd":
@@ -94,6 +95,12 @@ def test_linear_by_hand():
 def test_wsd_by_hand():
     config = ScheduleConfig(shape="wsd", warmup_steps=2, final_fraction=0.0, decay_fraction=0.4)
     assert curve(config, 10) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_wsd_with_a_root_by_hand():
+    config = ScheduleConfig(shape="wsd", warmup_steps=2, final_fraction=0.1, decay_fraction=0.4, decay="1-sqrt")
+    roots = [0.1 + 0.9 * (1 - root) for root in (0, 0.5, 0.7071067811865476, 0.8660254037844386, 1)]
+    assert curve(config, 10) == pytest.approx([0.5, 1, 1, 1, 1, 1, *roots])
 
 
 def test_wsd_whose_decay_is_all_of_it_is_linear():
