@@ -134,12 +134,16 @@ def train(
         int | None,
         typer.Option(min=1, help="Smoke test: only N steps of each phase, in a folder that is removed afterwards."),
     ] = None,
+    profile: Annotated[
+        int | None, typer.Option(min=1, help="Trace N steps of each phase: logging.profile_steps.", metavar="N")
+    ] = None,
 ) -> None:
     """Train on this machine; start a run or resume it."""
     from launcher.commands.train import check_start
 
     num_ranks = ranks or default_ranks()
-    folder, plan = check_start(config, overrides or (), num_ranks, is_smoke=stop_after_steps is not None)
+    overrides = [*(overrides or ()), *([] if profile is None else [f"logging.profile_steps={profile}"])]
+    folder, plan = check_start(config, overrides, num_ranks, is_smoke=stop_after_steps is not None)
     if folder.is_complete(plan.total_steps):
         console = Console(silent=False)
         console.line(f"The run {plan.config.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
@@ -148,7 +152,7 @@ def train(
         show_next(folder, console)
         return
     smoke = [] if stop_after_steps is None else [f"--stop-after-steps={stop_after_steps}"]
-    become_run(launcher, config, [*smoke, *(overrides or [])], num_ranks)
+    become_run(launcher, config, [*smoke, *overrides], num_ranks)
 
 
 @app.command(context_settings=OVERRIDABLE)

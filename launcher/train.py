@@ -52,6 +52,7 @@ from launcher.training.tasks import NUM_SCORED, TasksInTraining, open_tasks
 from launcher.training.teacher import Teacher, check_teacher, open_teacher
 from launcher.training.telemetry import Telemetry, telemetry_of
 from launcher.training.timetable import Timetable, measured_after
+from launcher.training.tracing import Tracer
 from launcher.watch.heartbeat import Pulse
 from launcher.watch.stopping import StopRequest
 from launcher.watch.straggler import Stragglers
@@ -138,6 +139,7 @@ class LoopState:
     meter: Meter
     saver: Saver
     stragglers: Stragglers
+    tracer: Tracer
     longest_skip: Tensor
     """Skipped steps in a row: now, and at most since this was last read; on the device."""
     phase: Phase | None
@@ -231,6 +233,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
         meter=meter,
         saver=saver,
         stragglers=stragglers,
+        tracer=Tracer(folder.path / "profile", ranks, config.logging.profile_steps, console),
         longest_skip=torch.zeros(2, device=engine.device),
         phase=phase,
         teacher=teacher,
@@ -306,9 +309,11 @@ def take_step(run: LoopState) -> StepResult:
     if run.telemetry is not None:
         run.telemetry.begin(at.step)
     calls_before = compiling.num_calls
-    result = train_step(
-        run.engine, run.batches, run.plan, at.step, run.guard, teacher=run.teacher, telemetry=run.telemetry
-    )
+    assert run.phase is not None
+    with run.tracer.around(run.phase, at.step):
+        result = train_step(
+            run.engine, run.batches, run.plan, at.step, run.guard, teacher=run.teacher, telemetry=run.telemetry
+        )
     if run.plan.config.training.compile is True:
         report_compiled(run, compiling.num_calls - calls_before)
     at.step = run.plan.steps_after(at.step)

@@ -265,9 +265,12 @@ class LoggingConfig:
     """Write RUN/tensorboard beside RUN/metrics.jsonl."""
     quantization_interval_steps: int | None = 100
     """In ternary phases, measure codes, scales, flips and errors of every layer every N steps; null: never."""
+    profile_steps: int = 0
+    """Trace N steps of each phase on the first rank, after its first two, into RUN/profile; 0: none."""
 
     def __post_init__(self) -> None:
-        if problems := _at_least(self, "interval_steps", 1) | _at_least(self, "quantization_interval_steps", 1):
+        problems = _at_least(self, "interval_steps", 1) | _at_least(self, "quantization_interval_steps", 1)
+        if problems := problems | _at_least(self, "profile_steps", 0):
             raise ValueError(problems)
 
 
