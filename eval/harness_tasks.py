@@ -64,10 +64,8 @@ def load_tasks(names: Sequence[str], folder: Path | None, num_fewshot: int | Non
                 raise DataError(f"{error}; evaluate these in two commands") from error
             raise
     for task in found["tasks"].values():
-        if num_fewshot is not None and task.get_config("num_fewshot") != 0:
-            task.set_config(key="num_fewshot", value=num_fewshot)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        shots = shots_of(num_fewshot, task.get_config("num_fewshot"), task.OUTPUT_TYPE)
+        task.set_config(key="num_fewshot", value=shots)
     return Loaded(dict(found["tasks"]), dict(found.get("groups", {})))
 
 
@@ -99,10 +97,8 @@ class Factory(TaskFactory):
 
     def _built(self, config: dict[str, Any]) -> Any:
         base = config.get("class", ConfigurableTask)
-        shots = config.get("num_fewshot")
-        if self._num_fewshot is not None and shots != 0:
-            shots = self._num_fewshot
-        about = {"name": config["task"], "folder": self._folder, "num_fewshot": shots or 0}
+        shots = shots_of(self._num_fewshot, config.get("num_fewshot"), config.get("output_type"))
+        about = {"name": config["task"], "folder": self._folder, "num_fewshot": shots}
         source = FromHub if self._folder is None else FromFolder
         kind = type(base.__name__, (source, base), about)
         task = kind(config=config) if _ctor_accepts_config(kind) else kind()
@@ -122,6 +118,13 @@ class Factory(TaskFactory):
                 registry[name] = Entry(name=name, kind=Kind.TASK, yaml_path=None, cfg=member)
             members.append(member)
         return super()._build_group_members(members, group_name, overrides, registry)
+
+
+def shots_of(asked: int | None, defined: int | None, output_type: str | None) -> int:
+    """The number of examples in a prompt: a text whose own log-likelihood is asked for has no prompt."""
+    if output_type == "loglikelihood_rolling" or defined == 0:
+        return 0
+    return (defined or 0) if asked is None else asked
 
 
 def problem_of(config: dict[str, Any]) -> str | None:

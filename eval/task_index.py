@@ -47,8 +47,8 @@ def split_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
             near = get_close_matches(name, own | known_names(), n=3, cutoff=0.6)
             advice = f"did you mean {' or '.join(near)}? " if near else ""
             raise ValueError(
-                f"task {name!r} is not known; {advice}choose {GROUP}, a single task of it such as piqa or piqa{HARNESS}, "
-                "or any task, group or tag of lm-evaluation-harness (`lm-eval ls tasks` lists them)"
+                f"task {name!r} is not known; {advice}choose {GROUP}, {GROUP}{HARNESS}, single tasks of these (piqa, "
+                f"piqa{HARNESS}), or any task, group or tag of lm-evaluation-harness (`lm-eval ls tasks` lists them)"
             )
         theirs[bare] = None
     return list(ours), list(theirs)
