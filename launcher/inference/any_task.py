@@ -222,7 +222,10 @@ def transformers_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, use_fast=True)
+        # Texts may be of any length here: windows are laid over them, without a warning.
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, use_fast=True, model_max_length=10**30
+        )
     except Exception as error:  # of Transformers and of `tokenizers`, of many kinds
         raise DataError(f"{folder}: Transformers cannot load the tokenizer: {error}") from error
     if tokenizer.eos_token_id is None:

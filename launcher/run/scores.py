@@ -99,9 +99,12 @@ def table_of(records: list[dict[str, Any]]) -> list[list[str]]:
 def harness_table_of(records: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each metric of each task or group of lm-evaluation-harness."""
 
-    def shown(score: dict[str, float | None]) -> str:
-        value, error = score["value"], score["standard_error"]
-        return ("nan" if value is None else f"{value:.4f}") + ("" if error is None else f" ± {error:.4f}")
+    def shown(value: float | None) -> str:
+        return "nan" if value is None else f"{value:.4f}" if abs(value) < 10_000 else f"{value:.4g}"
+
+    def with_error(score: dict[str, float | None]) -> str:
+        error = score["standard_error"]
+        return shown(score["value"]) + ("" if error is None else f" ± {shown(error)}")
 
     return [
         [
@@ -110,7 +113,7 @@ def harness_table_of(records: list[dict[str, Any]]) -> list[list[str]]:
             "" if record["num_fewshot"] is None else str(record["num_fewshot"]),
             f"{record['num_examples']:,}",
             metric,
-            shown(score),
+            with_error(score),
         ]
         for record in records
         for metric, score in record["scores"].items()

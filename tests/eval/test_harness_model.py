@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness_examples import LONG, write_examples
+from harness_examples import write_examples
 from hf_folders import ModelSource
 from tokenizer_files import write_bytes_tokenizer
 
@@ -152,3 +152,98 @@ def test_answers_equal_those_of_the_harness_s_own_hf_model(folder, tmp_path, nam
         shutil.copy(data / "triviaqa_validation.jsonl", data / "triviaqa_train.jsonl")
     ours, theirs = models_of(folder)
     assert_equal(answers(ours, names, data, **asked), answers(theirs, names, data, **asked))
+
+
+@pytest.mark.parametrize("add_bos_token", [False, True])
+def test_a_first_token_may_be_chosen(folder, tmp_path, add_bos_token):
+    """Also of a chat that begins with it already, and of a text that spells it."""
+    names = ["arc_challenge", "wikitext", "lambada_openai"]
+    data = write_examples(tmp_path / "data")
+    ours, theirs = models_of(folder, add_bos_token)
+    assert_equal(answers(ours, names, data), answers(theirs, names, data))
+    for text in ("a", "<s>a", "", "<|endoftext|> b <s>"):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+        assert ours.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, add_special_tokens=False)
+
+
+def test_pairs_and_windows_equal_those_of_the_hf_model(folder):
+    """Empty contexts, spaces at the end of one, windows of every length around the context's."""
+    from lm_eval.api.instance import Instance
+
+    ours, theirs = models_of(folder)
+    pairs = [("", "abc"), ("", " abc"), ("a ", "b"), ("a\n\n", " b"), ("x" * 2 * WINDOW, " end")]
+    pairs += [("x" * (WINDOW + n), "yz") for n in (-3, -2, -1, 0, 1)] + [("x", "y" * (WINDOW - 1))]
+    requests = [Instance("loglikelihood", {}, pair, n, ("task", n, 1)) for n, pair in enumerate(pairs)]
+    for found, expected in zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True):
+        assert found == (pytest.approx(expected[0], rel=2e-6), expected[1])
+    texts = ["", "a", *("xy" * (WINDOW // 2 * n) + "z" * m for n in (1, 2, 3) for m in (0, 1, 2))]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), n, ("task", n, 1)) for n, text in enumerate(texts)]
+    found = ours.loglikelihood_rolling(requests)
+    assert found == pytest.approx(theirs.loglikelihood_rolling(requests), rel=2e-6)
+
+
+def test_greedy_answers_are_recognized():
+    """A continuation that the model itself would write is greedy, with any other token it is not."""
+    from lm_eval.api.instance import Instance
+
+    config, model = make_model()
+    ours = ours_of(model, Letters())
+    prompt = [5, 9, 7]
+    written = list(generate(model, prompt, max_tokens=4, temperature=0.0))
+    other = [*written[:-1], (written[-1] + 1) % config.vocab_size]
+    requests = [
+        Instance("loglikelihood", {}, (Letters.text(prompt), Letters.text(tokens)), n, ("task", n, 1))
+        for n, tokens in enumerate((written, other))
+    ]
+    assert [is_greedy for _, is_greedy in ours.loglikelihood(requests)] == [True, False]
+
+
+class Letters:
+    """A tokenizer of one character for each token."""
+
+    eos_token_id, bos_token_id, bos_token = 319, None, None
+
+    @staticmethod
+    def text(tokens):
+        return "".join(chr(0x4E00 + token) for token in tokens)
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(character) - 0x4E00 for character in text]
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return self.text([tokens] if isinstance(tokens, int) else tokens)
+
+    def batch_decode(self, rows):
+        return [self.text(row) for row in rows.tolist()]
+
+
+def instance(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return Instance(kind, {}, arguments, 0, ("task", 6, 1))
+
+
+def test_what_cannot_be_asked_is_one_clear_error():
+    model = make_model()[1]
+    ours = ours_of(model, Letters())
+    with pytest.raises(DataError, match="task, example 7: the continuation '' has no token"):
+        ours.loglikelihood([instance("loglikelihood", Letters.text([1]), "")])
+    with pytest.raises(DataError, match=rf"task, example 7: may generate {WINDOW} tokens, .*context of {WINDOW}"):
+        ours.generate_until([instance("generate_until", Letters.text([1]), {"until": [], "max_gen_toks": WINDOW})])
+    with pytest.raises(DataError, match="generates with num_beams, which is not supported"):
+        ours.generate_until([instance("generate_until", Letters.text([1]), {"until": [], "num_beams": 2})])
+    broken = ours_of(model, Letters(), nll=lambda tokens, labels: (labels * torch.nan, labels * 0.0))
+    with pytest.raises(NotFiniteError, match="task, example 7: the log-likelihood is nan"):
+        broken.loglikelihood([instance("loglikelihood", Letters.text([1]), Letters.text([2]))])
+
+
+def test_samples_are_drawn_from_a_seed_of_their_own_and_within_top_p():
+    ours = ours_of(make_model()[1], Letters())
+    given = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    requests = [instance("generate_until", Letters.text([1, 2]), given) for _ in range(4)]
+    found = ours.generate_until(requests)
+    assert len(set(found)) == 4
+    assert ours.generate_until(requests) == found
+    greedy = ours.generate_until([instance("generate_until", Letters.text([1, 2]), {"until": [], "max_gen_toks": 8})])
+    sure = ours.generate_until([instance("generate_until", Letters.text([1, 2]), given | {"top_p": 1e-6})])
+    assert sure == greedy

@@ -1,26 +1,21 @@
 """`tritrain eval` with tasks of lm-evaluation-harness, on a run and on its export."""
 
-import json
-import re
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 from exports import write_checkpoint
-from harness_examples import EXAMPLES, write_examples
+from harness_examples import write_examples
 from ranks import run_group
 from tiny import tiny_config
 
 from data.torchvision_repair import repair_torchvision
-from launcher.errors import ConfigError
 from launcher.formats.hf_export import export_hf
 from launcher.formats.opened import open_exportable
 from launcher.inference.any_task import Prompting
-from launcher.inference.measure import Evaluation, check_tasks, evaluate
+from launcher.inference.measure import Evaluation, evaluate
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
-from launcher.run.scores import RESULTS, read_results
+from launcher.run.scores import read_results
 from model.transformer import Transformer
 
 pytest.importorskip("lm_eval")
