@@ -18,6 +18,8 @@ from typing import Any
 from data.errors import DataError
 from eval.tasks import rows_of_file
 
+NO_CODE = "is code on the Hugging Face hub, which Tritrain does not run"
+
 
 class Splits(dict[str, Any]):
     """The splits of a task's data set in a folder, each read when it is asked for.
@@ -152,7 +154,7 @@ def no_code_from_hub() -> Iterator[None]:
     """
 
     def load(name: str, *arguments: Any, **keywords: Any) -> None:
-        raise DataError(f"the metric {name!r} is code on the Hugging Face hub, which Tritrain does not run")
+        raise DataError(f"the metric {name!r} {NO_CODE}")
 
     refusing = ModuleType("evaluate")
     refusing.load = load  # type: ignore[attr-defined]

@@ -16,9 +16,10 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory, _ctor_accepts_config
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from data.errors import DataError
-from eval.harness_data import FromFolder, FromHub, no_code_from_hub
+from eval.harness_data import NO_CODE, FromFolder, FromHub, no_code_from_hub
 from eval.task_index import definitions
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -58,7 +59,7 @@ def load_tasks(names: Sequence[str], folder: Path | None, num_fewshot: int | Non
     manager._factory = Factory(folder, num_fewshot)
     with no_code_from_hub():
         try:
-            found = manager.load(list(names))
+            found = manager.load([_registered(name, manager.task_index) for name in names])
         except ValueError as error:
             if str(error).startswith("Duplicate task"):
                 raise DataError(f"{error}; evaluate these in two commands") from error
@@ -67,6 +68,19 @@ def load_tasks(names: Sequence[str], folder: Path | None, num_fewshot: int | Non
         shots = shots_of(num_fewshot, task.get_config("num_fewshot"), task.OUTPUT_TYPE)
         task.set_config(key="num_fewshot", value=shots)
     return Loaded(dict(found["tasks"]), dict(found.get("groups", {})))
+
+
+def _registered(name: str, index: dict[str, Entry]) -> str:
+    """The name of a task or group, which a YAML file may define."""
+    if name in index:
+        return name
+    path = Path(name).resolve()
+    try:
+        defined = load_yaml(path, resolve_func=False)
+        TaskIndex.process_cfg(defined, path, index)
+    except Exception as error:  # of PyYAML and of what it reads
+        raise DataError(f"{name}: does not define a task or group of lm-evaluation-harness: {error}") from error
+    return str(defined["task"] if "group" not in defined else defined["group"])
 
 
 class Factory(TaskFactory):
@@ -89,6 +103,8 @@ class Factory(TaskFactory):
             text = str(error)
             raise DataError(text if text.startswith(f"{name}:") or ".jsonl" in text else f"{name}: {text}") from error
         except Exception as error:  # of templates, of functions of the task and of packages that these import
+            if NO_CODE in str(error):
+                raise DataError(f"{name}: needs a metric that {NO_CODE}") from error
             where = "the hub" if self._folder is None else f"the files in {self._folder}"
             raise DataError(
                 f"{name}: cannot be made from {where} ({type(error).__name__}: {error}); each example must have the "
@@ -138,5 +154,5 @@ def problem_of(config: dict[str, Any]) -> str | None:
     for metric in config.get("metric_list") or []:
         name = metric["metric"]
         if isinstance(name, str) and (metric.get("hf_evaluate") or name not in metric_registry):
-            return f"the metric {name!r} is code on the Hugging Face hub, which Tritrain does not run"
+            return f"the metric {name!r} {NO_CODE}"
     return None
