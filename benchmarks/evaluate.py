@@ -120,7 +120,7 @@ def one(folder: str, task_data: str, limit: int | None, batch_size: int) -> None
     from data.torchvision_repair import repair_torchvision
 
     repair_torchvision()
-    from eval.harness import Encoding, HarnessModel, ask
+    from eval.harness import Encoding, answer_questions, ask, open_questions
     from eval.score import scores_of
     from eval.tasks import harness_task
     from launcher.inference.sharded import open_subject
@@ -136,12 +136,16 @@ def one(folder: str, task_data: str, limit: int | None, batch_size: int) -> None
             model: Any = HFLM(pretrained=folder, add_bos_token=False, **options)  # our exports say: one in front
         else:
             subject = open_subject(folder, ranks)
-            model = HarnessModel(subject.scorer, Encoding(subject.tokenizer, subject.first_token))
+            encoding = Encoding(subject.tokenizer, subject.first_token)
         found["load_seconds"] = time.perf_counter() - began
         for name, definition in DEFINITIONS.items():
             rows = load_rows(Task(name, True), Path(task_data))[:limit]
             began = time.perf_counter()
-            answered = ask(harness_task(name, rows), model)
+            if batch_size:
+                answered = ask(harness_task(name, rows), model)
+            else:
+                questions = open_questions(name, rows, encoding, subject.scorer.window_tokens)
+                answered = answer_questions(name, questions, subject.scorer)
             found["score"][name] = scores_of(answered, definition.metric)[definition.metric].value
             found["seconds"][name] = time.perf_counter() - began
             found["examples"][name] = len(rows)

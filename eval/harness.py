@@ -1,9 +1,8 @@
-"""Connect models to lm-evaluation-harness (pinned: 0.4.13), and its tasks to Tritrain's scorer.
+"""Connect the eleven tasks of `eval.tasks`, as lm-evaluation-harness (pinned: 0.4.13) has them, to Tritrain's scorer.
 
 `open_questions` turns the examples of a task into rows of tokens, and checks all of them before a model runs;
-`answer_questions` scores a model on them. `HarnessModel` is what lm-evaluation-harness calls a model: any of its tasks
-that compares log-likelihoods runs on one. None of these needs more of the model than `eval.rows.Scorer` has. To
-lm-evaluation-harness every rank seems to be alone; ranks share the work below it, so that each of them has all answers.
+`answer_questions` scores a model on them. Neither needs more of the model than `eval.rows.Scorer` has. All other tasks
+of lm-evaluation-harness: `eval.harness_tasks` and `eval.harness_model`.
 """
 
 import logging
@@ -74,52 +73,6 @@ class Question:
     """Index of the right answer."""
     rows: tuple[tuple[Row, ...], ...]
     """Of each answer; see `eval.rows.continuation_rows`."""
-
-
-class HarnessModel(TemplateLM):
-    """A model with its tokenizer.
-
-    Args:
-        scorer: the model.
-        encoding: how it is asked.
-    """
-
-    def __init__(self, scorer: Scorer, encoding: Encoding) -> None:
-        super().__init__()
-        self._scorer, self._encoding = scorer, encoding
-
-    @property
-    def eot_token_id(self) -> int:
-        """The token that ends a document."""
-        return self._encoding.tokenizer.end_of_document
-
-    @property
-    def prefix_token_id(self) -> int:
-        """The token that precedes a continuation without a context."""
-        return self._encoding.first_token
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; special tokens are never added."""
-        return self._encoding.tokenizer.encode(string)
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, Any]]:
-        """Log-likelihoods of continuations; a collective."""
-        pairs = [request.args for request in requests]
-        return self._loglikelihood_tokens([(pair, *self._encoding.pair(*pair)) for pair in pairs])
-
-    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, Any]]:
-        """Log-likelihoods; whether a continuation is the likeliest of all is not looked at, and None stands for it."""
-        window_tokens = self._scorer.window_tokens
-        rows = [continuation_rows(context, continuation, window_tokens) for _, context, continuation in requests]
-        return [(found, None) for found in _sums(self._scorer, rows, lambda num_rows: None)]
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Not supported: `eval.perplexity` measures texts."""
-        raise NotImplementedError("perplexity of texts is measured by `tritrain perplexity`")
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Not supported."""
-        raise NotImplementedError("tasks with generated answers are not supported; choose multiple-choice tasks")
 
 
 def ask(task: Any, model: TemplateLM) -> list[Answered]:

@@ -9,7 +9,7 @@ of it sees.
 
 Rows with the same tokens, of which only labels differ, are run once: answers of one token after one question.
 
-Dimensions in names: B rows of a batch, T tokens of a row, A labels of a token.
+Dimensions in names: B rows of a batch, T tokens of a row, A labels of a token, R rows in all, Q quantities.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -99,8 +99,9 @@ class Scorer:
     """Sums a tensor over all ranks in place."""
     batch_tokens: int = BATCH_TOKENS
     """Approximate tokens of a batch; the same for all scores that are to be compared to the last bit."""
+    token_nll_and_misses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """As `token_nll`, and beside it 1 where a label is not the likeliest token; None where nobody asks for it."""
 
-    @torch.no_grad()
     def log_likelihoods(
         self, rows: Sequence[Row], advance: Callable[[int], None] = lambda num_rows: None
     ) -> list[float]:
@@ -110,23 +111,44 @@ class Scorer:
             rows: no longer than the window.
             advance: called with the rows finished since the last call, over all ranks, as far as this rank knows.
         """
+        [found_R] = self._sums(rows, advance, lambda tokens_BT, labels_BTA: (self.token_nll(tokens_BT, labels_BTA),))
+        return found_R.tolist()
+
+    def greedy_log_likelihoods(
+        self, rows: Sequence[Row], advance: Callable[[int], None] = lambda num_rows: None
+    ) -> list[tuple[float, bool]]:
+        """As `log_likelihoods`, each with whether greedy decoding would write exactly the labels; a collective."""
+        assert self.token_nll_and_misses is not None
+        found_R, misses_R = self._sums(rows, advance, self.token_nll_and_misses, 2)
+        return list(zip(found_R.tolist(), (misses_R == 0).tolist(), strict=True))
+
+    @torch.no_grad()
+    def _sums(
+        self,
+        rows: Sequence[Row],
+        advance: Callable[[int], None],
+        quantities: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        num_quantities: int = 1,
+    ) -> Tensor:
+        """The negative sums of quantities over the labels of each row, float64 `[Q, R]`, on the host."""
         alike: dict[Packed, dict[Packed, list[int]]] = {}
         for number, row in enumerate(rows):
             alike.setdefault(row.packed_tokens, {}).setdefault(row.packed_labels, []).append(number)
         batches = self._batches(alike)
-        results = torch.zeros(len(rows), dtype=torch.float64)
+        results = torch.zeros(num_quantities * len(rows), dtype=torch.float64)
+        results_QR = results.view(num_quantities, len(rows))
         for first in range(0, len(batches), self.world_size):
             # Every rank runs the model equally often, as sharded models must: where batches run out, the last again.
             length, members = batches[min(first + self.rank, len(batches) - 1)]
-            sums_BA = -self._run(length, {tokens: alike[tokens] for tokens in members})
+            sums_BQA = -self._run(length, {tokens: alike[tokens] for tokens in members}, quantities)
             if first + self.rank < len(batches):
-                for tokens, sums_A in zip(members, sums_BA, strict=True):
+                for tokens, sums_QA in zip(members, sums_BQA, strict=True):
                     for place, numbers in enumerate(alike[tokens].values()):
-                        results[numbers] = sums_A[place]
+                        results_QR[:, numbers] = sums_QA[:, place, None]
             done = (tokens for _, members in batches[first : first + self.world_size] for tokens in members)
             advance(sum(len(numbers) for tokens in done for numbers in alike[tokens].values()))
         self.reduce_sum(results)
-        return results.tolist()
+        return results_QR
 
     def _batches(self, different: Iterable[Packed]) -> list[tuple[int, list[Packed]]]:
         """Padded length and tokens of the rows of each batch, longest first."""
@@ -139,8 +161,13 @@ class Scorer:
             for first in range(0, len(members), self._rows_of_batch(length))
         ]
 
-    def _run(self, length: int, rows: Mapping[Packed, Collection[Packed]]) -> Tensor:
-        """Sums over labels, float64 [B, A], on the host, of tokens with all their labels."""
+    def _run(
+        self,
+        length: int,
+        rows: Mapping[Packed, Collection[Packed]],
+        quantities: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    ) -> Tensor:
+        """Sums over labels, float64 [B, Q, A], on the host, of tokens with all their labels."""
         tokens_BT = np.zeros((self._rows_of_batch(length), length), np.int64)
         most = max(map(len, rows.values()))
         labels_BTA = np.full((*tokens_BT.shape, most), IGNORED_LABEL)
@@ -149,10 +176,10 @@ class Scorer:
             tokens_BT[number, :end] = unpacked(tokens)
             for place, wanted in enumerate(labels):
                 labels_BTA[number, end - len(wanted) // ID_BYTES : end, place] = unpacked(wanted)
-        nll_BTA = self.token_nll(torch.from_numpy(tokens_BT), torch.from_numpy(labels_BTA)).double()
+        found = quantities(torch.from_numpy(tokens_BT), torch.from_numpy(labels_BTA))
         # Sums of one shape, in the order of which A has no part.
-        sums = [nll_BT.contiguous().sum(1) for nll_BT in nll_BTA.unbind(2)]
-        return torch.stack(sums, 1)[: len(rows)].cpu()
+        sums = [[x_BT.contiguous().sum(1) for x_BT in x_BTA.double().unbind(2)] for x_BTA in found]
+        return torch.stack([torch.stack(sums_of_labels, 1) for sums_of_labels in sums], 1)[: len(rows)].cpu()
 
     def _rows_of_batch(self, length: int) -> int:
         """How many rows of this padded length are a batch."""

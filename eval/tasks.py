@@ -24,6 +24,7 @@ from data.pointers import pointer_problem
 from eval.score import POSITIVE
 
 GROUP = "paper11"
+NOT_INSTALLED = "lm-evaluation-harness is not installed: `pip install -e '.[eval]'` brings it"
 HARNESS = "-harness"
 VERSION = 2
 """Of the prompts and of the scores; a finished task's result is of use as long as it stays. Raise it with any change
@@ -162,7 +163,7 @@ def task_problems(tasks: Sequence[str], folder: str | None) -> Iterator[tuple[st
         folder: of local copies of their data; None loads these from the hub.
     """
     if find_spec("lm_eval") is None:
-        yield "tasks", "lm-evaluation-harness is not installed: `pip install -e '.[eval]'` brings it"
+        yield "tasks", NOT_INSTALLED
     try:
         chosen = choose_tasks(tasks)
     except ValueError as error:

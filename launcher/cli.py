@@ -406,27 +406,46 @@ ModelPath = Annotated[str, typer.Argument(help="Tritrain checkpoint or run, or H
 @app.command("eval")
 def evaluate(
     model: ModelPath,
-    tasks: Annotated[str, typer.Option(help="Comma-separated: paper11, paper11-harness, or single tasks.")] = "paper11",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: paper11, paper11-harness, single tasks of these, or any task or group of "
+            "lm-evaluation-harness."
+        ),
+    ] = "paper11",
     task_data: Annotated[
-        Path | None, typer.Option(parser=path, help="Folder of JSON lines; default: data sets from the hub.")
+        Path | None,
+        typer.Option(parser=path, help="Folder of JSON lines, TASK_SPLIT.jsonl; default: data sets from the hub."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N examples of each task.")] = None,
     out: Annotated[str | None, typer.Option(help="File of results; default: scores.json in the run.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Score all checkpoints of a run, not just the newest.")] = False,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="harness: examples in each prompt; default: what the task says.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="harness: ask with the chat template of the tokenizer.")
+    ] = False,
+    system_instruction: Annotated[str | None, typer.Option(help="harness: text in front of each prompt.")] = None,
+    add_bos_token: Annotated[
+        bool | None, typer.Option(help="harness: begin each text with the first token; default: as the tokenizer does.")
+    ] = None,
     tokenizer: TokenizerOption = None,
     ranks: RanksOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model on multiple-choice benchmarks."""
+    """Score a model on benchmarks: any task of lm-evaluation-harness, and Tritrain's own eleven."""
+    from launcher.inference.any_task import Prompting
     from launcher.inference.measure import Evaluation, check_tasks
     from launcher.inference.sharded import locations_of
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     folder = str(task_data) if task_data else None
-    check_tasks(names, folder)
+    prompting = Prompting(num_fewshot, chat_template, system_instruction, add_bos_token)
+    check_tasks(names, folder, prompting)
     results = None if out is None else str(local_target(out, "--out"))
     models = locations_of(model, every=every)
-    measure(Evaluation(models, names, folder, limit, results, tokenizer, as_json), ranks)
+    measure(Evaluation(models, names, folder, limit, results, tokenizer, as_json, prompting), ranks)
 
 
 @app.command()

@@ -232,9 +232,29 @@ def token_nll(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_toke
     Returns:
         The shape of the labels.
     """
+    return token_nll_and_misses(hidden_ND, weight_VD, labels_N, chunk_tokens, misses=False)[0]
+
+
+@torch.no_grad()
+def token_nll_and_misses(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int, *, misses: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`token_nll`, and whether greedy decoding would choose another token than the label: 1 if so, 0 if not or at -100.
+
+    Args:
+        hidden_ND: these and the next three are those of `token_nll`.
+        weight_VD: the head.
+        labels_N: the labels.
+        chunk_tokens: rows of logits that exist at once.
+        misses: whether to look for these; zeros otherwise.
+
+    Returns:
+        Both in the shape and dtype of the result of `token_nll`, whose bits are the same.
+    """
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     labels_NA = labels_N if labels_N.dim() == 2 else labels_N[:, None]
     nll_NA = torch.zeros(labels_NA.shape, dtype=dtype, device=hidden_ND.device)
+    misses_NA = torch.zeros_like(nll_NA)
     counted = (labels_NA != IGNORED_LABEL).any(1).nonzero().squeeze(1)
     size = min(chunk_tokens, -(-len(labels_NA) // 8))
     for start in range(0, len(counted), size):
@@ -243,4 +263,7 @@ def token_nll(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_toke
         logits_CV = (hidden_ND[filled_C] @ weight_VD.t()).to(dtype)
         label_logits_CA = logits_CV.gather(1, labels_NA[filled_C].clamp(min=0))
         nll_NA[rows_C] = (logits_CV.logsumexp(-1)[:, None] - label_logits_CA)[: len(rows_C)]
-    return nll_NA.masked_fill_(labels_NA == IGNORED_LABEL, 0).view_as(labels_N)
+        if misses:
+            misses_NA[rows_C] = (logits_CV.argmax(-1)[: len(rows_C), None] != labels_NA[rows_C]).to(dtype)
+    ignored_NA = labels_NA == IGNORED_LABEL
+    return nll_NA.masked_fill_(ignored_NA, 0).view_as(labels_N), misses_NA.masked_fill_(ignored_NA, 0).view_as(labels_N)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from model.cache import KeyValueCache, LayerCache
 from model.config import DistillationConfig, ModelConfig
 from model.distillation import Lesson, relation_loss, watched_projections
-from model.loss import GradientOfLogits, distillation_loss, linear_cross_entropy, token_nll
+from model.loss import GradientOfLogits, distillation_loss, linear_cross_entropy, token_nll_and_misses
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -215,6 +215,8 @@ class Output(NamedTuple):
     also the weighted divergences."""
     token_nll: Tensor | None = None
     """Cross-entropy of every label, in the shape of the labels, 0 at -100; without z-loss and without gradient."""
+    token_misses: Tensor | None = None
+    """Beside `token_nll`, if asked for: 1 where a label is not the likeliest token, else 0."""
     parts: Tensor | None = None
     """With a teacher, `[3]`, without gradient and unweighted, in this order: cross-entropy, divergence from the
     teacher's predictions, and from its attention relations."""
@@ -243,7 +245,7 @@ class Transformer(nn.Module):
         self,
         tokens_BT: Tensor,
         labels_BT: Tensor | None = None,
-        reduction: Literal["mean", "none"] = "mean",
+        reduction: Literal["mean", "none", "greedy"] = "mean",
         teacher: Lesson | None = None,
     ) -> Output:
         """Compute logits, the training loss, or the loss of every token.
@@ -253,7 +255,7 @@ class Transformer(nn.Module):
             labels_BT: `labels_BT[b, t]` is the token that follows `tokens_BT[b, :t + 1]`, so the caller shifts; -100 is
                 left out. Without labels the output has `logits`.
             reduction: with "mean" the output has `loss`, with "none" it has `token_nll`; labels may then be
-                `[B, T, A]`, A for each place.
+                `[B, T, A]`, A for each place. "greedy" is "none" with `token_misses` too.
             teacher: a lesson on the same tokens, for reduction "mean"; the output then has `parts` too.
         """
         if teacher is not None and labels_BT is not None:
@@ -262,10 +264,12 @@ class Transformer(nn.Module):
         if labels_BT is None:
             return Output(logits=F.linear(hidden_BTD, head_VD))
         hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten(0, 1)
-        if reduction == "none":
-            nll_N = token_nll(hidden_ND, head_VD, labels_N, self.config.loss_chunk_tokens)
-            return Output(token_nll=nll_N.view_as(labels_BT))
         chunk_tokens, z_loss = self.config.loss_chunk_tokens, self.config.z_loss
+        if reduction != "mean":
+            greedy = reduction == "greedy"
+            nll_N, misses_N = token_nll_and_misses(hidden_ND, head_VD, labels_N, chunk_tokens, misses=greedy)
+            misses = misses_N.view_as(labels_BT) if greedy else None
+            return Output(token_nll=nll_N.view_as(labels_BT), token_misses=misses)
         return Output(
             loss=linear_cross_entropy(hidden_ND, head_VD, labels_N, chunk_tokens, z_loss, self.gradient_of_logits)
         )
@@ -273,8 +277,12 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, capacity_tokens: int) -> KeyValueCache:
         """Make an empty cache for `capacity_tokens` tokens of each sequence: 2 * L * B * K * S * E elements."""
         shape = (batch_size, self.config.kv_heads, capacity_tokens, self.config.head_width)
-        like = self.head
-        return KeyValueCache([LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in self.model.layers])
+        like = self.head  # of a sharded model a DTensor, whose `new_empty` would be another one
+
+        def empty() -> Tensor:
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+        return KeyValueCache([LayerCache(empty(), empty()) for _ in self.model.layers])
 
     @torch.no_grad()
     def next_logits(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:

@@ -15,7 +15,15 @@ from launcher.formats.opened import Exportable
 from launcher.plan.course import make_course
 from launcher.process.console import human_count
 from launcher.run.requeue import read_lines
-from launcher.run.scores import RESULTS, TASK_COLUMNS, results_of, table_of
+from launcher.run.scores import (
+    HARNESS_COLUMNS,
+    RESULTS,
+    TASK_COLUMNS,
+    harness_table_of,
+    is_of_harness,
+    results_of,
+    table_of,
+)
 from model.size import num_linear_parameters, num_parameters
 
 LAST = {
@@ -161,8 +169,12 @@ def _measured(exportable: Exportable) -> list[str]:
     lines = ["Last measured:", "", *_table(["", "", "after step"], found)] if found else []
     digest = exportable.source.manifest.digest
     with suppress(DataError):
-        if scores := results_of(exportable.run / RESULTS, digest):
-            lines += ["Tasks, by `tritrain eval`:", "", *_table(TASK_COLUMNS, table_of(scores))]
+        scores = results_of(exportable.run / RESULTS, digest)
+        if own := [record for record in scores if not is_of_harness(record)]:
+            lines += ["Tasks, by `tritrain eval`:", "", *_table(TASK_COLUMNS, table_of(own))]
+        if theirs := [record for record in scores if is_of_harness(record)]:
+            lines += ["Tasks of lm-evaluation-harness, by `tritrain eval`:", ""]
+            lines += _table(HARNESS_COLUMNS, harness_table_of(theirs))
     return lines
 
 

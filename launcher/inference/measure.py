@@ -9,24 +9,28 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data.new_paths import exclusive, replace_file
 from data.readers import read_documents, survey
 from eval.perplexity import text_loss
 from eval.rows import Scorer
-from eval.score import Score, scores_of
-from eval.tasks import VERSION, Task, choose_tasks, digest_of, load_rows, task_problems
-from launcher.checkpoint.location import check_writable, is_local, reaching, to_location
+from eval.score import scores_of
+from eval.task_index import THEIRS, split_names
+from eval.tasks import NOT_INSTALLED, VERSION, Task, choose_tasks, digest_of, load_rows, task_problems
+from launcher.checkpoint.location import check_writable, reaching
 from launcher.errors import ConfigError, report_error
+from launcher.inference.any_task import Prompting, score_loaded
+from launcher.inference.results import add_result, default_results, write_points
 from launcher.inference.sharded import Subject, open_subject
 from launcher.process.console import Console, print_results, without_nan
 from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks, process_group
-from launcher.run.scores import RESULTS, TASK_COLUMNS, read_results, table_of
+from launcher.run.scores import HARNESS_COLUMNS, TASK_COLUMNS, harness_table_of, read_results, table_of
 
 TIMEOUT_SECONDS = 1800
+DEFAULT = Prompting()
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Evaluation:
     out: str | None
     tokenizer: str | None
     as_json: bool = False
+    prompting: Prompting = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -59,33 +64,69 @@ class TextMeasurement:
     as_json: bool = False
 
 
-def check_tasks(tasks: list[str], task_data: str | None) -> list[Task]:
-    """The tasks of these names; their local data are checked.
+def check_tasks(
+    tasks: list[str], task_data: str | None, prompting: Prompting = DEFAULT
+) -> tuple[list[Task], list[str]]:
+    """The tasks of these names, Tritrain's own and names of lm-evaluation-harness's.
+
+    Args:
+        tasks: names.
+        task_data: folder of local copies of their data; None loads these from the hub.
+        prompting: how lm-evaluation-harness's are asked; Tritrain's own are asked in one way.
 
     Raises:
         ConfigError: no task is named, or an unknown one, data are missing, or nothing can run tasks; lists all.
     """
-    if problems := list(task_problems(tasks, task_data)):
+    problems: list[tuple[str, str]] = []
+    ours, theirs = tasks, list[str]()
+    try:
+        ours, theirs = split_names(tasks)
+    except ValueError as error:
+        problems.append(("tasks", str(error)))
+    else:
+        if ours and prompting != DEFAULT:
+            problems.append(
+                (
+                    "tasks",
+                    f"{', '.join(ours)}: Tritrain's own tasks have no examples, chat template, system instruction or "
+                    f"choice of a first token; {THEIRS}{choose_tasks(ours)[0].name} is lm-evaluation-harness's",
+                )
+            )
+        if ours or not theirs:
+            problems += task_problems(ours, task_data)
+        elif find_spec("lm_eval") is None:
+            problems.append(("tasks", NOT_INSTALLED))
+        if task_data is not None and not Path(task_data).is_dir():
+            problems.append(("task_data", f"{task_data}: is not a folder"))
+    if problems:
         raise ConfigError("\n".join(f"--{key.replace('_', '-')}: {problem}" for key, problem in problems))
-    return choose_tasks(tasks)
+    return choose_tasks(ours), theirs
 
 
 def evaluate(asked: Evaluation, ranks: Ranks, console: Console) -> None:
     """Score models on tasks, one after the other, without those already in the results; a collective."""
-    tasks = check_tasks(asked.tasks, asked.task_data)
+    tasks, names = check_tasks(asked.tasks, asked.task_data, asked.prompting)
     folder = Path(asked.task_data) if asked.task_data else None
     rows = {task: load_rows(task, folder)[: asked.limit] for task in tasks}
+    loaded = None
+    if names:
+        from eval.harness_tasks import load_tasks
+
+        loaded = load_tasks(names, folder, asked.prompting.num_fewshot)
     answered = []
     for text in asked.models:
         subject = open_subject(text, ranks, asked.tokenizer)
         out = Path(asked.out) if asked.out else default_results(subject)
-        records = score_tasks(rows, subject, out, ranks, console, is_part=bool(asked.limit or asked.tokenizer))
-        answered += records
-        console.table(
-            f"{subject.location}{f', step {subject.step:,}' if subject.step is not None else ''}",
-            TASK_COLUMNS,
-            table_of(records),
-        )
+        is_part = bool(asked.limit or asked.tokenizer)
+        title = f"{subject.location}{f', step {subject.step:,}' if subject.step is not None else ''}"
+        if rows:
+            records = score_tasks(rows, subject, out, ranks, console, is_part=is_part)
+            answered += records
+            console.table(title, TASK_COLUMNS, table_of(records))
+        if loaded is not None:
+            records = score_loaded(loaded, subject, out, console, asked.prompting, asked.limit, is_part=is_part)
+            answered += records
+            console.table(title, HARNESS_COLUMNS, harness_table_of(records))
         console.line(f"Written: {out}")
     if asked.as_json and ranks.is_first:
         print_results("eval", answered)
@@ -165,37 +206,9 @@ def score_tasks(
             if ranks.is_first:
                 add_result(Path(os.path.realpath(out)), records[task])
                 if subject.step is not None and subject.run is not None and not is_part:
-                    write_points(subject.run / "tensorboard" / "evaluation", task, scores, subject.step)
+                    values = {name: score.value for name, score in scores.items()}
+                    write_points(subject.run / "tensorboard" / "evaluation", task.label, values, subject.step)
     return [records[task] for task in rows]
-
-
-def add_result(out: Path, record: dict[str, Any]) -> None:
-    """Add a record to a file of results, which other evaluations may be adding to as well."""
-    with exclusive(out, wait=True):
-        replace_file(out, json.dumps({"results": [*read_results(out), record]}, indent=2))
-
-
-def default_results(subject: Subject) -> Path:
-    """The default file of results: in the run's folder, or beside an export's.
-
-    Raises:
-        ConfigError: the model is in a store of objects, and its run is not here.
-    """
-    if subject.run is not None:
-        return subject.run / RESULTS
-    location = to_location(subject.location)
-    if not is_local(location):
-        raise ConfigError(f"--out: is missing; the run of {location} was not found, so name a file for the results")
-    return location.with_name(f"{location.name}.{RESULTS}")
-
-
-def write_points(folder: Path, task: Task, scores: dict[str, Score], step: int) -> None:
-    """Write scores beside a run's TensorBoard, as a curve of their own, at the step of the checkpoint."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for name, score in scores.items():
-            writer.add_scalar(f"eval/{task.label}/{name}", score.value, step)
 
 
 def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None:
@@ -265,7 +278,9 @@ def main(text: str) -> int:
     """Measure what the JSON asks for; returns an exit code."""
     asked = json.loads(text)
     try:
-        return run(Evaluation(**asked) if "tasks" in asked else TextMeasurement(**asked))
+        if "tasks" not in asked:
+            return run(TextMeasurement(**asked))
+        return run(Evaluation(**asked | {"prompting": Prompting(**asked["prompting"])}))
     except Exception as error:
         return report_error(error)
 

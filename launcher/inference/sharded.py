@@ -6,8 +6,9 @@ Hugging Face computes in bf16, or in fp32 where it says so; a packed one with th
 """
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from data.tokenizer import Tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
@@ -31,7 +33,7 @@ from launcher.formats.opened import Exportable, open_exportable
 from launcher.inference.build import first_token_of, fitting_tokenizer, sharded_model
 from launcher.process.ranks import Ranks
 from launcher.run.automatic import concrete
-from model.transformer import ModelConfig
+from model.transformer import ModelConfig, Transformer
 
 HASHED_AT_ONCE = 64 * 2**20
 
@@ -53,6 +55,9 @@ class Subject:
     computation: dict[str, Any]
     """How its results are computed, beside its files: `key_of` in `launcher.inference.measure`."""
     scorer: Scorer
+    model: Transformer
+    """Sharded over all ranks."""
+    ranks: Ranks
 
 
 def locations_of(text: str, *, every: bool) -> list[str]:
@@ -94,6 +99,11 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
     source = opened.source
     dtype = compute_dtype_of(opened, ranks)
     model = sharded_model(source, opened.model, opened.precision, dtype, ranks)
+
+    def nll_and_misses(tokens_BT: Tensor, labels_BTA: Tensor) -> tuple[Tensor, Tensor]:
+        found = model(tokens_BT.to(ranks.device), labels_BTA.to(ranks.device), reduction="greedy")
+        return found.token_nll, found.token_misses
+
     manifest = source.manifest if isinstance(source, CheckpointReader) else None
     first_token = first_token_of(source, loaded.end_of_document)
     assert first_token is not None
@@ -120,8 +130,27 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
             "dtype": dtype_name(dtype),
             "device": ranks.device.type,
         },
-        scorer=scorer,
+        scorer=replace(scorer, token_nll_and_misses=nll_and_misses),
+        model=model,
+        ranks=ranks,
     )
+
+
+@contextmanager
+def gathered(subject: Subject) -> Iterator[None]:
+    """Hold all of a model on every rank, so that each can run it by itself; a collective at both ends."""
+    model, device = subject.model, subject.ranks.device
+    register_fsdp_forward_method(model, "next_logits")
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_forward(False)
+    model.next_logits(torch.zeros(1, 1, dtype=torch.int64, device=device), model.new_cache(1, 1))
+    try:
+        yield
+    finally:
+        for block in model.model.layers:
+            assert isinstance(block, FSDPModule)
+            block.set_reshard_after_forward(True)
+            block.reshard()
 
 
 def scorer_of(token_nll: Callable[[Tensor, Tensor], Tensor], config: ModelConfig, ranks: Ranks) -> Scorer:

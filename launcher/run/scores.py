@@ -17,6 +17,9 @@ KEYS = {"model", "task", "num_examples", "metric", "scores"}
 
 
 TASK_COLUMNS = ["task", "examples", "metric", "score", "bits per byte"]
+"""Of Tritrain's own tasks; scores are in percent."""
+HARNESS_COLUMNS = ["task", "version", "shots", "examples", "metric", "score"]
+"""Of lm-evaluation-harness's tasks and groups; scores are in its units."""
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -46,7 +49,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def results_of(path: Path, model: str) -> list[dict[str, Any]]:
-    """The records of a model: of each task the one with the most examples, and of equals the newest.
+    """The records of a model: of each task, asked in one way, that with the most examples, and of equals the newest.
 
     Args:
         path: file of results.
@@ -55,9 +58,9 @@ def results_of(path: Path, model: str) -> list[dict[str, Any]]:
     Raises:
         DataError: it is another file.
     """
-    best: dict[str, dict[str, Any]] = {}
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in read_results(path):
-        task = record["task"]
+        task = tuple(record.get(key) for key in ("task", "num_fewshot", "chat_template", "system_instruction"))
         if record["model"] == model and record["num_examples"] >= best.get(task, {"num_examples": 0})["num_examples"]:
             best[task] = record
     return list(best.values())
@@ -91,3 +94,32 @@ def table_of(records: list[dict[str, Any]]) -> list[list[str]]:
             ]
             table.append([f"{GROUP}{suffix}", "", "mean", f"{100 * means[0]:.1f}", f"{means[1]:.3f}"])
     return table
+
+
+def harness_table_of(records: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each metric of each task or group of lm-evaluation-harness."""
+
+    def shown(value: float | None) -> str:
+        return "nan" if value is None else f"{value:.4f}" if abs(value) < 10_000 else f"{value:.4g}"
+
+    def with_error(score: dict[str, float | None]) -> str:
+        error = score["standard_error"]
+        return shown(score["value"]) + ("" if error is None else f" ± {shown(error)}")
+
+    return [
+        [
+            record["task"],
+            record["version"],
+            "" if record["num_fewshot"] is None else str(record["num_fewshot"]),
+            f"{record['num_examples']:,}",
+            metric,
+            with_error(score),
+        ]
+        for record in records
+        for metric, score in record["scores"].items()
+    ]
+
+
+def is_of_harness(record: dict[str, Any]) -> bool:
+    """Whether a record is of a task of lm-evaluation-harness, and not of Tritrain's own."""
+    return "version" in record

@@ -21,7 +21,7 @@ from launcher.formats.hf_folder import write_hf
 from model.transformer import ModelConfig, Transformer
 
 pytest.importorskip("lm_eval")
-from eval.harness import Encoding, HarnessModel, answer_questions, ask, open_questions
+from eval.harness import Encoding, answer_questions, ask, open_questions
 
 END, BEGIN = 0, 1
 
@@ -178,14 +178,6 @@ def test_equal_answers_tie_and_the_first_is_chosen():
     assert [example.chosen_by_length for example in answers] == [0, 0]
 
 
-def test_what_it_does_not_do_it_refuses():
-    model = HarnessModel(FIXED, Encoding(Characters(), END))
-    with pytest.raises(NotImplementedError, match="tritrain perplexity"):
-        model.loglikelihood_rolling([])
-    with pytest.raises(NotImplementedError, match="generated answers are not supported"):
-        model.generate_until([])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, shards):
     """A random llama, written for Transformers with a tokenizer that agrees with ours."""
@@ -219,9 +211,11 @@ def test_scores_equal_those_of_the_harness_s_own_hf_model(folder, tmp_path):
     scorer = Scorer(lambda tokens, labels: model(tokens, labels, reduction="none").token_nll, 256)
     mirror = write_tasks(tmp_path / "tasks")
     for name, definition in DEFINITIONS.items():
-        task = harness_task(name, load_rows(Task(name, True), mirror))
+        rows = load_rows(Task(name, True), mirror)
+        task = harness_task(name, rows)
         expected = ask(task, theirs)
-        found = ask(task, HarnessModel(scorer, Encoding(tokenizer, tokenizer.end_of_document)))
+        questions = open_questions(name, rows, Encoding(tokenizer, tokenizer.end_of_document), 256)
+        found = answer_questions(name, questions, scorer)
         assert [(e.answers, e.gold, e.chosen) for e in found] == [(e.answers, e.gold, e.chosen) for e in expected]
         for ours, reference in zip(found, expected, strict=True):
             assert ours.log_likelihoods == pytest.approx(reference.log_likelihoods, rel=2e-6)
@@ -258,8 +252,8 @@ def test_contexts_begin_as_the_harness_s_own_hf_model_begins_them(folder, tmp_pa
     files[1].write_text(json.dumps(json.loads(files[1].read_text()) | {"bos_token": "<s>"}))
     theirs = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=2)
     scorer = Scorer(lambda tokens, labels: model(tokens, labels, reduction="none").token_nll, 256)
-    ours = HarnessModel(scorer, Encoding(load_tokenizer(tmp_path / "hf"), begin))
     rows = [asked(["ab", "abc"], 0), {"query": "", "choices": ["x", "yes no"], "gold": 1}, asked(["é"] * 2, 0)]
     task = harness_task("task", rows)
-    for found, expected in zip(ask(task, ours), ask(task, theirs), strict=True):
+    questions = open_questions("task", rows, Encoding(load_tokenizer(tmp_path / "hf"), begin), 256)
+    for found, expected in zip(answer_questions("task", questions, scorer), ask(task, theirs), strict=True):
         assert found.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=2e-6)

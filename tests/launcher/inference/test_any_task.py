@@ -1,0 +1,110 @@
+"""`tritrain eval` with tasks of lm-evaluation-harness, on a run and on its export."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from exports import write_checkpoint
+from harness_examples import write_examples
+from ranks import run_group
+from tiny import tiny_config
+
+from data.torchvision_repair import repair_torchvision
+from launcher.formats.hf_export import export_hf
+from launcher.formats.opened import open_exportable
+from launcher.inference.any_task import Prompting
+from launcher.inference.measure import Evaluation, evaluate
+from launcher.process.console import Console
+from launcher.process.ranks import Ranks
+from launcher.run.scores import read_results
+from model.transformer import Transformer
+
+pytest.importorskip("lm_eval")
+
+TASKS = ["arc_challenge", "lambada_openai", "wikitext", "gsm8k", "wmdp"]
+
+
+def this_rank() -> Ranks:
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+
+
+def evaluate_here(model, tasks, data, out, asked):
+    evaluation = Evaluation([model], tasks, data, None, out, None, prompting=Prompting(**asked))
+    evaluate(evaluation, this_rank(), Console(silent=False))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "DISABLE_MULTIPROC"):
+            patch.setenv(name, "1")
+        yield
+
+
+@pytest.fixture
+def alone():
+    """This process as the only rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_examples(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    """A run with one checkpoint, in 16 bits, that computes in fp32."""
+    config = tiny_config(
+        shards,
+        tmp_path_factory.mktemp("run") / "run",
+        model={"max_sequence_length": 288},
+        training={"compute_dtype": "fp32"},
+        phases=[{"precision": "16-bit", "steps": 4}],
+    )
+    torch.manual_seed(0)
+    model = Transformer(config.model)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1)
+    write_checkpoint(config, model, step=4, phase=0, tokenizer=shards / "tokenizer.model")
+    return config.run.path
+
+
+def test_scores_of_a_run_equal_those_of_the_hf_model_on_its_export(run, data, tmp_path, alone):
+    """With its tokenizer as exported, which begins each text with a token, on one rank as on two."""
+    pytest.importorskip("accelerate")
+    repair_torchvision()
+    from lm_eval.evaluator import evaluate as their_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from eval.harness_tasks import FEWSHOT_SEED, load_tasks
+
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    asked = str(run), TASKS, str(data)
+    evaluate_here(*asked, str(files[0]), {"num_fewshot": 1})
+    run_group(2, evaluate_here, *asked, str(files[1]), {"num_fewshot": 1})
+    one, two = (read_results(out) for out in files)
+    assert one == two
+    opened = open_exportable(str(run), ternary=False)
+    export_hf(opened, tmp_path / "hf", weights="latent", tokenizer=opened.tokenizer)
+    theirs = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=1)
+    assert theirs.tok_encode("a")[0] == theirs.prefix_token_id
+    loaded = load_tasks(TASKS, data, 1)
+    for task in loaded.tasks.values():
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    expected = their_evaluate(theirs, vars(loaded), log_samples=False, fewshot_as_multiturn=True)
+    found = {record["task"]: record for record in one}
+    assert found.keys() == expected["results"].keys()
+    for name, results in expected["results"].items():
+        assert found[name]["num_examples"] == results["sample_len"]
+        scores = {key: value for key, value in results.items() if "," in key and "_stderr" not in key}
+        assert len(scores) == len(found[name]["scores"])
+        for key, value in scores.items():
+            score = found[name]["scores"][key.removesuffix(",none")]
+            assert score["value"] == pytest.approx(value, rel=1e-5)
+            error = results[key.replace(",", "_stderr,")]
+            assert score["standard_error"] == (None if error == "N/A" else pytest.approx(error, rel=1e-5))
+    assert found["gsm8k"]["num_fewshot"] == found["arc_challenge"]["num_fewshot"] == 1
+    assert found["arc_challenge"]["version"] == "1.0"
+    assert found["wmdp"]["tasks"] == ["wmdp_bio", "wmdp_chem", "wmdp_cyber"]
