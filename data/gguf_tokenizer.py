@@ -36,6 +36,8 @@ def gguf_tokenizer_file(fields: Mapping[str, Any], folder: Path) -> Path:
         raise DataError("scores and token_type must be numbers")
     if not all(type(each) is int and 0 <= each < len(tokens) for each in (unknown, end)):
         raise DataError("unknown_token_id or eos_token_id is no token of the vocabulary")
+    if unknown == end:
+        raise DataError(f"unknown_token_id and eos_token_id are both {end}, so no token ends a text")
     size = len(tokens)  # without rows of the embedding that are no tokens; unused tokens come of no text, as controls
     while size > max(unknown, end) + 1 and tokens[size - 1] == unused_name(size - 1):
         size -= 1

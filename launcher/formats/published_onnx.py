@@ -86,6 +86,10 @@ class PublishedONNX(Published):
         if model.producer_name != PRODUCER:
             raise TensorFileError(f"was made by {model.producer_name!r:.40}; only graphs that Tritrain wrote are read")
         self._weights = {each.name: each for each in model.graph.initializer}
+        places = [place for each in model.graph.initializer for place in each.external_data]
+        texts = [*self._weights, *(text for place in places for text in (place.key, place.value))]
+        if not all(isinstance(text, str) for text in texts):  # protobuf gives the bytes of what is not UTF-8
+            raise TensorFileError("is damaged: it has names that are no text")
         for node in model.graph.node:
             if node.op_type == "MatMulNBits" and node.domain == CONTRIBUTED and len(node.input) > 1:
                 self._products[node.input[1]] = {each.name: each.i for each in node.attribute}

@@ -7,6 +7,7 @@ follows from the scales themselves.
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.errors import DataError
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
@@ -61,8 +63,10 @@ class PublishedSource(Source):
         return self._published.first_token
 
     def tokenizer_file(self) -> Path | None:
-        """The tokenizer's file on this machine; None if there is none."""
-        return self._published.tokenizer_file()
+        """The tokenizer's file on this machine; None if there is none, or none that is read."""
+        with suppress(DataError):
+            return self._published.tokenizer_file()
+        return None
 
     def _level(self, name: str) -> Tensor | None:
         """The level of a matrix with as few numbers as say it; None if it is not stored as ternary codes."""

@@ -211,11 +211,11 @@ def test_the_commands_take_exports(tmp_path: Path) -> None:
     export_hf(exportable(model), tmp_path / "mlx", weights="mlx", dtype=torch.float32, tokenizer=tokenizer)
     export_onnx(exportable(model), tmp_path / "onnx", tokenizer=tokenizer)
     export_gguf(exportable(model), tmp_path / "q2_0.gguf", into="q2_0", tokenizer=tokenizer)
-    said = {}
+    perplexities = []
     for name in ("mlx", "onnx", "q2_0.gguf"):
-        text = tritrain("generate", tmp_path / name, SAMPLE[:200], "--max-tokens", 8, "--temperature", 0)
+        said = tritrain("generate", tmp_path / name, SAMPLE[:200], "--max-tokens", 8, "--temperature", 0)
+        assert said.startswith(SAMPLE[:200])
+        assert "8 tokens" in said
         measured = json.loads(tritrain("perplexity", tmp_path / name, tmp_path / "text.txt", "--json"))
-        said[name] = text.splitlines()[0], measured["results"][0]["perplexity"]
-    texts, perplexities = zip(*said.values(), strict=True)
-    assert len(set(texts)) == 1
+        perplexities.append(measured["results"][0]["perplexity"])
     assert max(perplexities) < 1.01 * min(perplexities)
