@@ -175,6 +175,17 @@ def test_a_vocabulary_whose_unknown_token_ends_texts(gguf_file: Path, tmp_path: 
     assert load_model(place).tokenizer is None
 
 
+def test_an_empty_tensor_of_many_rows(gguf_file: Path, tmp_path: Path) -> None:
+    content = bytearray(gguf_file.read_bytes())
+    name = b"blk.0.ffn_up.weight"
+    at = content.index(name) + len(name) + 4
+    content[at : at + 16] = struct.pack("<QQ", 0, 2**63)
+    place = tmp_path / "mutant.gguf"
+    place.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"'blk.0.ffn_up.weight' has shape \(9223372036854775808, 0\)"):
+        open_source(str(place))
+
+
 FILES = {
     "compressed-tensors": ("model.safetensors", "config.json"),
     "mlx": ("model.safetensors", "config.json"),
