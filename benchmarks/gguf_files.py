@@ -36,7 +36,7 @@ SIZES = {
         vocab_size=32_000, hidden_size=2048, num_layers=16, num_heads=32, num_kv_heads=8, intermediate_size=8192
     ),
 }
-TYPES: tuple[BlockType, ...] = ("f16", "q8_0", "tq2_0", "tq1_0")
+TYPES: tuple[BlockType, ...] = ("f16", "q8_0", "tq2_0", "q2_0", "tq1_0")
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 
 

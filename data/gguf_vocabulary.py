@@ -54,7 +54,7 @@ def gguf_vocabulary(path: Path, num_rows: int) -> dict[str, str | int | bool | l
     return {
         "model": "llama",
         "pre": "default",
-        "tokens": [piece.piece for piece in model.pieces] + [f"[UNUSED{row}]" for row in missing],
+        "tokens": [piece.piece for piece in model.pieces] + [unused_name(row) for row in missing],
         "scores": [piece.score for piece in model.pieces] + [-1e6] * len(missing),
         "token_type": types + [UNUSED] * len(missing),
         "bos_token_id": tokenizer.end_of_document,
@@ -64,6 +64,11 @@ def gguf_vocabulary(path: Path, num_rows: int) -> dict[str, str | int | bool | l
         "add_eos_token": False,
         "add_space_prefix": model.normalizer_spec.add_dummy_prefix,
     }
+
+
+def unused_name(row: int) -> str:
+    """The name of a row of the embedding beyond the tokenizer's vocabulary."""
+    return f"[UNUSED{row}]"
 
 
 def _merged_into_special(model: Any) -> str | None:

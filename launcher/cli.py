@@ -264,7 +264,7 @@ def prepare(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Tritrain checkpoint or run, DeepSpeed or Hugging Face folder.")],
+    source: Annotated[str, typer.Argument(help="Tritrain checkpoint or run, DeepSpeed folder, or an export.")],
     to: Annotated[str, typer.Option(help="Folder to create.")],
     overrides: Overrides = None,
     config: Annotated[
@@ -400,7 +400,7 @@ def verify(
     sys.exit(verify_places(places, Console(silent=False), as_json=as_json, text=text, tokenizer=tokenizer))
 
 
-ModelPath = Annotated[str, typer.Argument(help="Tritrain checkpoint or run, or Hugging Face folder.")]
+ModelPath = Annotated[str, typer.Argument(help="Tritrain checkpoint or run, or an export.")]
 
 
 @app.command("eval")

@@ -6,6 +6,7 @@ activation stops nothing, so what a graph computes differently is refused here. 
 needed for that: neither llama.cpp nor the `gguf` package.
 """
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ ARCHITECTURES = ("llama", "bitnet", "qwen2", "qwen3", "olmo", "olmo2")
 
 ROTATES_NEIGHBOURS = ("llama", "olmo")
 """Graphs whose rotary positions turn the pairs (2 i, 2 i + 1) of a head; the others (i, i + E / 2), as the model."""
+
+ROTATED = re.compile(r"\.[qk]_proj\.(weight|bias)$")
+"""Parameters whose rows become those of heads that are rotated."""
 
 HEADS_AS_WIDE_AS_HIDDEN = ("bitnet", "qwen2", "olmo", "olmo2")
 """Graphs without a head width of their own."""
@@ -115,7 +119,7 @@ def gguf_rows(values: "Tensor", name: str, config: ModelConfig) -> "Tensor":
         name: of the parameter.
         config: of the model.
     """
-    if gguf_architecture(config) not in ROTATES_NEIGHBOURS or not name.endswith(("q_proj.weight", "k_proj.weight")):
+    if gguf_architecture(config) not in ROTATES_NEIGHBOURS or not ROTATED.search(name):
         return values
     halves = values.unflatten(0, (-1, 2, config.head_width // 2))
     return halves.transpose(1, 2).reshape(values.shape)
@@ -123,7 +127,7 @@ def gguf_rows(values: "Tensor", name: str, config: ModelConfig) -> "Tensor":
 
 def halves_of_rows(values: "Tensor", name: str, config: ModelConfig, architecture: str) -> "Tensor":
     """Undo `gguf_rows`, for a graph of this name."""
-    if architecture not in ROTATES_NEIGHBOURS or not name.endswith(("q_proj.weight", "k_proj.weight")):
+    if architecture not in ROTATES_NEIGHBOURS or not ROTATED.search(name):
         return values
     if len(values) % config.head_width:
         return values  # of another shape than the model's

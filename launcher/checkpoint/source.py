@@ -33,6 +33,13 @@ class Source(ABC):
     """Whether moments and the step are stored for every parameter, see `kinds`."""
     missing: tuple[str, ...] = ()
     """One sentence for each thing a run has that this format does not carry."""
+    is_packed: bool = False
+    """Whether quantized matrices are stored as codes and their levels, and not as weights."""
+
+    @property
+    def first_token(self) -> int | None:
+        """The token that a text begins with; None if the source does not say it."""
+        return None
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """What is stored of a parameter: of a matrix that Muon has updated there is no `exp_avg_sq`."""
@@ -70,6 +77,20 @@ class Source(ABC):
     @abstractmethod
     def read_step(self, name: str) -> float:
         """The number of updates that a parameter's moments have seen."""
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """The codes of a matrix of a packed source, as `quant.codes.pack` has them, and their level.
+
+        Args:
+            name: of the parameter.
+
+        Returns:
+            uint8 [R, I], with rows of zeros up to a multiple of 4; fp32 [1, 1], [O, 1] or [O, groups].
+
+        Raises:
+            CheckpointError: a code or the level is none that may be there.
+        """
+        raise NotImplementedError
 
     def check_ahead(self, kinds: Sequence[str]) -> None:  # noqa: B027 (most have nothing to check ahead)
         """Verify checksums ahead of reading; sources without checksums do nothing.

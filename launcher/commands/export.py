@@ -86,8 +86,6 @@ class ExportOptions:
             )
         if self.no_tokenizer and self.into == "gguf":
             raise ConfigError("--no-tokenizer: a GGUF file always holds a tokenizer")
-        if self.push is not None and self.into == "onnx":
-            raise ConfigError("--push: only what `tritrain verify` reads is uploaded, and it does not read ONNX")
         if self.tokenizer and self.no_tokenizer:
             raise ConfigError("--tokenizer and --no-tokenizer exclude each other")
 

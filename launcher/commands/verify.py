@@ -10,11 +10,11 @@ from launcher.checkpoint.folders import MANIFEST, checkpoints_under
 from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import CheckpointError, ConfigError
-from launcher.formats.gguf_file import MAGIC
 from launcher.formats.hf_source import CONFIG, is_hf
 from launcher.formats.published import Published
 from launcher.formats.published_folder import PublishedFolder
-from launcher.formats.published_gguf import PublishedGGUF
+from launcher.formats.published_gguf import PublishedGGUF, is_gguf
+from launcher.formats.published_onnx import PublishedONNX, is_onnx
 from launcher.inference.verdict import MOST_TOKENS, Verdict, judge
 from launcher.process.console import Console, print_results
 
@@ -106,13 +106,13 @@ def published_in(location: Path) -> list[Published]:
     """
     with reaching(location):
         if location.is_file():
-            with location.open("rb") as file:
-                is_gguf = file.read(len(MAGIC)) == MAGIC
-            if is_gguf or location.suffix == ".gguf":
+            if is_gguf(location):
                 return [PublishedGGUF(location)]
             raise CheckpointError(
                 f"{location}: is a file and no GGUF; name the folder that has {CONFIG} and the weights"
             )
+        if is_onnx(location):
+            return [PublishedONNX(location)]
         if is_hf(location):
             return [PublishedFolder(location)]
         return [PublishedGGUF(path) for path in sorted(location.glob("*.gguf"))]

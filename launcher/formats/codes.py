@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from launcher.checkpoint.source import Source
-from launcher.formats.hf_source import HuggingFaceSource
 from model.transformer import ModelConfig, Transformer
 from quant.codes import unpack
 from quant.config import QuantConfig, is_rotated
@@ -19,7 +18,7 @@ class CodedMatrices:
     """The matrices of a source that are quantized.
 
     Args:
-        source: of the latent weights, and of learned scales; or a packed folder, whose codes are taken as they are.
+        source: of the latent weights, and of learned scales; or a packed one, whose codes are taken as they are.
         model: of the source.
         quantization: that it computes with.
     """
@@ -48,9 +47,9 @@ class CodedMatrices:
 
         With a rotation, these are of the rotated matrix.
         """
-        if isinstance(self._source, HuggingFaceSource) and self._source.is_packed:
+        if self._source.is_packed:
             packed_RI, level = self._source.packed(name)
-            return unpack(packed_RI), level
+            return unpack(packed_RI)[: self._source.shapes[name][0]], level
         config, layer = self.config, name.removesuffix(".weight")
         weight_OI = self._rotated(layer)
         if config.learned:

@@ -23,7 +23,6 @@ from launcher.config.sections import Config
 from launcher.engine.contract import MOMENTS
 from launcher.errors import ConfigError
 from launcher.formats.choices import Dtype
-from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import check_model, computed_precision, model_of
 from launcher.formats.opened import tokenizer_of
 from launcher.formats.provenance import provenance
@@ -171,8 +170,7 @@ def manifest_of_conversion(course: Course, source: Source) -> Manifest:
     at = first_progress(course)
     precision = computed_precision(source)
     is_ternary = precision is not None and precision.quantization is not None
-    is_packed = isinstance(source, HuggingFaceSource) and source.is_packed
-    if precision is None or is_packed or not (is_ternary or isinstance(source, CheckpointReader)):
+    if precision is None or source.is_packed or not (is_ternary or isinstance(source, CheckpointReader)):
         precision = precision_at(course, at)
     return Manifest(
         milestone=True,

@@ -174,7 +174,7 @@ class GGUFFile:
             raise TensorFileError(f"is damaged: {name!r:.80} has {dimensions} dimensions")
         shape = tuple(reversed([self._number("u8") for _ in range(dimensions)]))
         number, offset = self._number("u4"), self._number("u8")
-        if max(math.prod(shape), offset) >= 2**60:
+        if min(shape) < 1 or max(math.prod(shape), offset) >= 2**60:
             raise TensorFileError(f"is damaged: {name!r:.80} has shape {shape} at {offset}")
         return name, number, shape, offset
 

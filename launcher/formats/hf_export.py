@@ -27,7 +27,7 @@ from launcher.formats.choices import ExportWeights, LinearClass
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.compressed_tensors import compressed, compressed_config
 from launcher.formats.hf_folder import Stored, stored_weights, to_json, write_folder
-from launcher.formats.hf_source import HuggingFaceSource, dtype_name, listed, naming
+from launcher.formats.hf_source import dtype_name, listed, naming
 from launcher.formats.mlx import grouped, mlx_config
 from launcher.formats.model_card import Reader, model_card
 from launcher.formats.open import computed_precision
@@ -109,7 +109,7 @@ def export_hf(
         DataError: the tokenizer cannot be expressed exactly, or is of another model.
     """
     model, quantization, source = exportable.model, exportable.quantization, exportable.source
-    if weights == "latent" and isinstance(source, HuggingFaceSource) and source.is_packed:
+    if weights == "latent" and source.is_packed:
         raise CheckpointError(f"{source.location} holds packed codes, and no latent weights; {AS_WEIGHTS}")
     if dtype is None:
         config = exportable.config
@@ -208,7 +208,7 @@ def online_quantization(source: Source, model: ModelConfig) -> dict[str, object]
     quantization = precision.quantization
     problems = recipe_problems(quantization, packed=True)
     coded = coded_matrices(model, quantization)
-    if isinstance(source, HuggingFaceSource) and source.is_packed:
+    if source.is_packed:
         problems.append("the folder holds packed codes, and no latent weights")
     elif quantization.levels != "ternary" or quantization.weights != "absmean":
         problems.append(f"weights {quantization.weights}: weights are rounded by their absmean; {NO_OTHER_WAY}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 OPSET = 23
 DATA = "model.onnx.data"
 CONTRIBUTED = "com.microsoft"
+PRODUCER = "tritrain"
 
 
 class Graph:
@@ -70,7 +71,7 @@ class Graph:
             offset += weight.num_bytes
         graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, tensors)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIBUTED, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=11, producer_name="tritrain")
+        return helper.make_model(graph, opset_imports=opsets, ir_version=11, producer_name=PRODUCER)
 
 
 Project = Callable[[Graph, str, str], str]

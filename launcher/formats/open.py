@@ -33,19 +33,25 @@ def open_source(text: str) -> Source:
     """Open a checkpoint; its kind follows from the files in the folder.
 
     Args:
-        text: a folder or URL: one of our checkpoints, or a run with some, of which the newest is taken; a folder
-            of DeepSpeed (ZeRO or universal); a folder of Hugging Face. Of a folder that holds both, as Transformers'
-            Trainer saves them, DeepSpeed's part is taken, unless the folder that its pointer names was removed.
+        text: a folder or URL: one of our checkpoints, or a run with some, of which the newest is taken; a folder of
+            DeepSpeed (ZeRO or universal); a folder of Hugging Face, compressed-tensors, MLX or ONNX; or a GGUF file. Of
+            a folder that holds both DeepSpeed's files and Hugging Face's, as Transformers' Trainer saves them,
+            DeepSpeed's are taken, unless the folder that its pointer names was removed.
 
     Raises:
         CheckpointError: it is none of these, or not complete, or damaged.
     """
+    from launcher.formats.published_kinds import published_at
+    from launcher.formats.published_source import PublishedSource
+
     folder = to_location(text)
     with reaching(folder):
         if (folder / MANIFEST).is_file():
             return CheckpointReader(folder)
         if found := checkpoints_under(folder):
             return CheckpointReader(found[-1])
+        if published := published_at(folder):
+            return PublishedSource(published)
         if not folder.is_dir():
             there = "is a file, and checkpoints are folders" if folder.exists() else "there is no such folder"
             raise CheckpointError(f"{text}: {there}")
@@ -121,6 +127,10 @@ def check_model(source: Source, model: ModelConfig) -> None:
 
 def model_of(source: Source) -> ModelConfig | None:
     """The model that a source describes; None for DeepSpeed's without a `config.json`, which describe none."""
+    from launcher.formats.published_source import PublishedSource
+
+    if isinstance(source, PublishedSource):
+        return source.model_config
     if described := described_model(source):
         return described.config
     return config_of(source).model if isinstance(source, CheckpointReader) else None
@@ -140,6 +150,10 @@ def computed_precision(source: Source) -> Precision | None:
     Raises:
         CheckpointError: as `precision_of`.
     """
+    from launcher.formats.published_source import PublishedSource
+
+    if isinstance(source, PublishedSource):
+        return source.precision
     if described := described_model(source):
         return precision_of_folder(described)
     return precision_of(source) if isinstance(source, CheckpointReader) else None

@@ -26,6 +26,7 @@ from launcher.formats.open import (
     open_source,
     run_of,
 )
+from launcher.formats.published_source import PublishedSource
 from launcher.plan.exports import tokenizer_of_data
 from model.transformer import ModelConfig
 from quant.config import QuantConfig
@@ -103,6 +104,8 @@ def tokenizer_of(source: Source) -> Path | None:
     Checkpoints of version 1 have none. For them it is the one in the run's folder, or in its first folder of data,
     where that was when the run was started.
     """
+    if isinstance(source, PublishedSource):
+        return source.tokenizer_file()
     if described_model(source):
         return file_in(local_folder(to_location(source.location), (*TOKENIZERS, *NAMING_FILES)))
     if not isinstance(source, CheckpointReader):

@@ -41,7 +41,8 @@ def source_digest(source: Source) -> str:
         return source.manifest.digest
     digest = xxhash.xxh3_128()
     folder = to_location(source.location)
-    for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=str):
+    paths = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(paths, key=str):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         with path.open("rb") as file:
             if zipfile.is_zipfile(file):  # as `.pt` files are, which hold a checksum of each record

@@ -6,12 +6,13 @@ wants to know all of it. Nothing of a file runs, and one parameter is in memory 
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig
 from model.hf import FAMILIES
 from model.size import parameter_shapes
@@ -73,13 +74,26 @@ class Published(ABC):
             CheckpointError: it cannot be read, or is not what belongs there.
         """
 
+    def is_coded(self, name: str) -> bool:
+        """Return whether the format has codes for a parameter, of 2 bits or more."""
+        return False
+
     @abstractmethod
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer's file on this machine; None if there is none.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer; None if there is none.
 
         Raises:
             DataError: it cannot be read.
         """
+        file = self.tokenizer_file()
+        return None if file is None else load_tokenizer(file)
 
     def compare_names(self, shown: Mapping[str, str] | None = None, ignored: Collection[str] = ()) -> None:
         """Note parameters of the architecture that are missing, and others that it does not have.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.end_of_document import NAMING_FILES
-from data.tokenizer import Tokenizer, file_in, load_tokenizer
+from data.tokenizer import file_in
 from launcher.checkpoint.folders import TOKENIZERS
 from launcher.checkpoint.location import local_folder
 from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
@@ -192,9 +192,11 @@ class PublishedFolder(Published):
                             f"{self.config.vocab_size - 1}"
                         )
 
-    def tokenizer(self) -> Tokenizer | None:
-        file = file_in(local_folder(self._folder, (*TOKENIZERS, *NAMING_FILES)))
-        return None if file is None else load_tokenizer(file)
+    def tokenizer_file(self) -> Path | None:
+        return file_in(local_folder(self._folder, (*TOKENIZERS, *NAMING_FILES)))
+
+    def is_coded(self, name: str) -> bool:
+        return bool({"packed", "scales", "scale"} & self._parts[name].keys())
 
     def read(self, name: str) -> Tensor | Coded:
         parts = self._parts[name]

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.gguf_tokenizer import gguf_tokenizer
-from data.tokenizer import Tokenizer
+from data.gguf_tokenizer import gguf_tokenizer_file
 from launcher.checkpoint.tensor_file import TensorFileError
 from launcher.errors import CheckpointError
-from launcher.formats.gguf_file import I2_S, GGUFFile
+from launcher.formats.gguf_file import I2_S, MAGIC, GGUFFile
 from launcher.formats.hf_source import naming
 from launcher.formats.published import Coded, Published, codes_of_values, counted, named
 from model.config import ModelConfig
@@ -26,6 +25,14 @@ NOT_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 """Tensors that change the rotary positions."""
 
 
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is meant to be a GGUF file; it may still be damaged."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC or path.suffix == ".gguf"
+
+
 class PublishedGGUF(Published):
     """A GGUF file.
 
@@ -37,6 +44,7 @@ class PublishedGGUF(Published):
         super().__init__(str(path))
         self.form = "GGUF file"
         self._path, self._file, self._names = path, None, {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         try:
             with naming(path):
                 self._file = GGUFFile(path)
@@ -102,11 +110,14 @@ class PublishedGGUF(Published):
         if file.fields.get("tokenizer.ggml.add_bos_token", True):
             self.first_token = file.fields.get("tokenizer.ggml.bos_token_id")
 
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer_file(self) -> Path | None:
         if self._file is None or self.vocabulary_size is None:
             return None
-        with tempfile.TemporaryDirectory() as folder:
-            return gguf_tokenizer(self._file.fields, Path(folder))
+        self._folder = self._folder or tempfile.TemporaryDirectory()  # as long as the model is open
+        return gguf_tokenizer_file(self._file.fields, Path(self._folder.name))
+
+    def is_coded(self, name: str) -> bool:
+        return self._file is not None and self._file.entries[self._names[name]].type_number in WIDTHS_OF_TYPES
 
     def read(self, name: str) -> Tensor | Coded:
         file: Any = self._file

@@ -15,8 +15,6 @@ from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source
 from launcher.engine.frozen import shard_frozen_
-from launcher.formats.deepspeed_native import DeepSpeedSource
-from launcher.formats.hf_source import HuggingFaceSource
 from launcher.process.ranks import Ranks
 from model.transformer import ModelConfig, Transformer
 from quant.linear import QuantLinear, add_learned_scales_, quantize_, quantized_layers, set_strengths_
@@ -26,10 +24,9 @@ from quant.rounding import Scale
 def first_token_of(source: Source, end_of_document: int | None) -> int | None:
     """The token that a text begins with, in generation, perplexity and tasks alike.
 
-    A Hugging Face folder may name it. In training a document comes after the end of another.
+    A folder or file of other programs may name it. In training a document comes after the end of another.
     """
-    said = source.first_token if isinstance(source, HuggingFaceSource | DeepSpeedSource) else None
-    return end_of_document if said is None else said
+    return end_of_document if source.first_token is None else source.first_token
 
 
 def fitting_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
@@ -87,7 +84,7 @@ def sharded_model(
 ) -> Transformer:
     """A frozen model, sharded over all ranks, of which this rank has read its share; a collective.
 
-    Layers that are packed in a folder of Hugging Face compute with the scales that are stored with their codes.
+    Layers that are stored as codes compute with the scales that are stored with these.
 
     Args:
         source: of the weights, as the next three for `unfilled_model`.
@@ -103,7 +100,7 @@ def sharded_model(
         CheckpointError: the source does not fit, or cannot be read.
     """
     model = unfilled_model(source, config, precision, dtype, ranks.device)
-    if isinstance(source, HuggingFaceSource) and source.is_packed:
+    if source.is_packed:
         for name, layer in quantized_layers(model).items():
             layer.__class__ = CodesLinear
             assert isinstance(layer, CodesLinear)

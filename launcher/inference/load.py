@@ -4,6 +4,7 @@ Ternary layers become packed ones (`quant.packed`) block by block while they are
 than the packed model and one block of the unpacked one.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,11 +22,11 @@ from launcher.checkpoint.source import Source, in_pieces
 from launcher.config.automatic import compute_dtype_for
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
-from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.inference.build import first_token_of, fitting_tokenizer, unfilled_model
 from launcher.run.automatic import device_of
 from model.transformer import ModelConfig, Transformer
+from quant.config import QuantConfig
 from quant.linear import quantized_layers
 from quant.packed import PackedLinear, freeze_
 
@@ -101,7 +102,8 @@ def load_model(
     """Load a model to compute with.
 
     Args:
-        path: a Tritrain checkpoint, or a run, of which the newest is taken; or a Hugging Face folder, packed or not.
+        path: a Tritrain checkpoint, or a run, of which the newest is taken; or a folder or GGUF file of another
+            program, as `launcher.formats.open.open_source` takes them.
         dtype: of everything but the codes and their scales: bfloat16 or float32. None: bfloat16 where the device
             computes it in hardware, else float32, as `training.compute_dtype: auto`.
         device: where it computes.
@@ -117,20 +119,19 @@ def load_model(
     opened = open_exportable(str(path), ternary=False)
     source, device = opened.source, torch.device(device)
     dtype = dtype or COMPUTE_DTYPES[compute_dtype_for(device_of(device))[0]]
-    is_packed = isinstance(source, HuggingFaceSource) and source.is_packed
     precision = _precision(opened)
-    if packed and precision.quantization is None and not is_packed:
+    if packed and precision.quantization is None and not source.is_packed:
         raise CheckpointError(
             f"{source.location} is a 16-bit model, without codes to pack; packed=None loads it unchanged"
         )
-    if packed is False and is_packed:
+    if packed is False and source.is_packed:
         raise CheckpointError(f"{source.location} holds packed codes, and no latent weights to load with packed=False")
     model = unfilled_model(source, opened.model, precision, dtype, device)
     for depth, block in enumerate(model.model.layers):
         prefix = f"model.layers.{depth}."
-        if is_packed:
-            assert isinstance(source, HuggingFaceSource)
-            _take_codes_(block, prefix, source, dtype, device)
+        if source.is_packed:
+            assert opened.quantization is not None
+            _take_codes_(block, prefix, source, opened.quantization, dtype, device)
         _read_(block, prefix, source, dtype, device)
         if packed is not False and quantized_layers(block):
             try:
@@ -157,7 +158,7 @@ def _precision(opened: Exportable) -> Precision:
         CheckpointError: it is on a ramp.
     """
     source = opened.source
-    if isinstance(source, HuggingFaceSource) and source.is_packed:
+    if source.is_packed:
         return Precision.in_16_bits(opened.model.num_layers)
     if opened.quantization is not None and opened.strength < 1:
         raise CheckpointError(
@@ -168,15 +169,15 @@ def _precision(opened: Exportable) -> Precision:
 
 
 def _take_codes_(
-    block: nn.Module, prefix: str, source: HuggingFaceSource, dtype: torch.dtype, device: torch.device
+    block: nn.Module, prefix: str, source: Source, config: QuantConfig, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put the packed layers of a folder into a block on the meta device."""
+    """Put the packed layers of a source into a block on the meta device."""
     for name, layer in [(name, layer) for name, layer in block.named_modules() if isinstance(layer, nn.Linear)]:
-        if f"{prefix}{name}.weight" in source.ternary:
+        if re.search(config.include, f"{prefix}{name}"):
             packed_RI, level = source.packed(f"{prefix}{name}.weight")
             bias = None if layer.bias is None else _whole(source, f"{prefix}{name}.bias", dtype, device)
             parent, _, last = name.rpartition(".")
-            frozen = PackedLinear(packed_RI.to(device), level.to(device), layer.out_features, bias=bias)
+            frozen = PackedLinear(packed_RI.to(device), level.to(device), layer.out_features, bias=bias, config=config)
             setattr(block.get_submodule(parent), last, frozen)
 
 

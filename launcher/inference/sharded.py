@@ -29,7 +29,10 @@ from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_native import DeepSpeedSource
 from launcher.formats.hf_source import CONFIG, dtype_name
+from launcher.formats.onnx_export import GRAPH
+from launcher.formats.onnx_graph import DATA
 from launcher.formats.opened import Exportable, open_exportable
+from launcher.formats.published_onnx import is_onnx
 from launcher.inference.build import first_token_of, fitting_tokenizer, sharded_model
 from launcher.process.ranks import Ranks
 from launcher.run.automatic import concrete
@@ -80,7 +83,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
     """Open a model and shard it over all ranks; a collective.
 
     Args:
-        text: a Tritrain checkpoint, or a run, of which the newest is taken; or a folder of Hugging Face.
+        text: a Tritrain checkpoint, or a run, of which the newest is taken; or an export.
         ranks: this rank among all.
         tokenizer: file or folder; None takes the one that the model was trained with or exported with.
 
@@ -175,15 +178,21 @@ def compute_dtype_of(opened: Exportable, ranks: Ranks) -> torch.dtype:
     return torch.bfloat16 if stored_dtype(Path(opened.source.location)) == "bfloat16" else torch.float32
 
 
-def stored_dtype(folder: Path) -> str:
-    """The dtype that a folder of Hugging Face says it is to compute in."""
-    told = json.loads((folder / CONFIG).read_bytes())
+def stored_dtype(place: Path) -> str:
+    """The dtype that a folder says it is to compute in; a GGUF file, whose programs add in fp32, says none."""
+    if place.is_file():
+        return "float32"
+    told = json.loads((place / CONFIG).read_bytes())
     return str(told.get("dtype") or told.get("torch_dtype") or "float32")
 
 
 def files_of(source: Source) -> list[Path]:
-    """The files of a model in a folder of Hugging Face, or in one that DeepSpeed wrote beside a `config.json`."""
+    """The files of a model: a GGUF file, or `config.json` and weights, which DeepSpeed may have written beside it."""
     folder = Path(source.location)
+    if folder.is_file():
+        return [folder]
+    if is_onnx(folder):
+        return [folder / CONFIG, folder / GRAPH, folder / DATA]
     weights = source.folder.glob("*.pt") if isinstance(source, DeepSpeedSource) else folder.glob("*.safetensors")
     return [folder / CONFIG, *weights]
 

@@ -18,12 +18,13 @@ Array = np.ndarray[Any, Any]
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"num_kv_heads": 2},
-    "llama with its own head": {"num_kv_heads": 2, "tie_embeddings": False, "head_dim": 128},
+    "llama with a head": {"num_kv_heads": 2, "tie_embeddings": False, "head_dim": 128},
     "qwen2": {},
     "qwen3": {"num_kv_heads": 1, "head_dim": 128},
     "olmo2": {"tie_embeddings": False},
     "olmo": {},
     "bitnet": {},
+    "bitnet with squared ReLU": {"activation": "relu2"},
 }
 
 
@@ -51,7 +52,7 @@ def lacking(format_name: str, architecture: str, granularity: str) -> str | None
         return "a packed matrix has one scale; --format compressed-tensors holds the codes"
     if format_name == "mlx" and architecture == "olmo":
         return "mlx-lm has other names for the parameters of olmo"
-    if format_name == "mlx" and architecture == "bitnet":
+    if format_name == "mlx" and architecture.startswith("bitnet"):
         return "mlx-lm's bitnet computes squared ReLU"
     if format_name.startswith("tq") and granularity == "group":
         return "group_size 64: tq._0 has one scale for 256 weights; f16 and q8_0 hold any; q2_0 has blocks of 64"

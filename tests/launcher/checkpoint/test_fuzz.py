@@ -1,10 +1,8 @@
 """Checkpoints that were damaged, or that lie, end in one clear error or load as if nothing had happened."""
 
 import json
-import resource
 import struct
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import limited
 from ranks import run_group
 from runs import run
 from tiny import tiny_config
@@ -29,8 +28,6 @@ from launcher.errors import CheckpointError
 Files = dict[str, bytes]
 RANK_FILES = ("rank-00000.safetensors", "rank-00001.safetensors")
 MANIFEST = "manifest.json"
-MORE_MEMORY_BYTES = 6 * 2**30  # of addresses, most of which threads reserve
-SECONDS = 20
 
 NASTY_VALUES = [
     None, True, False, 0, 1, -1, 3, 2**31, 2**62, 2**63, 2**200, -(2**63), 0.0, 1.5, -0.5, 1e308, "", "0", "F32", "I32",
@@ -92,20 +89,6 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         equal = torch.equal(ours[key], theirs[key]) if isinstance(ours[key], torch.Tensor) else ours[key] == theirs[key]
         keys += [] if equal else [key]
     return keys
-
-
-@contextmanager
-def limited() -> Iterator[None]:
-    """Let nothing allocate gigabytes or take long."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MORE_MEMORY_BYTES, hard))
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert time.monotonic() - began < SECONDS
 
 
 class Trial:

@@ -49,7 +49,9 @@ def export(run: Path, to: Path, *options: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize("options", [("--format", "hf-ternary"), ("--format", "gguf", "--type", "q2_0")], ids=str)
+@pytest.mark.parametrize(
+    "options", [("--format", "hf-ternary"), ("--format", "onnx"), ("--format", "gguf", "--type", "q2_0")], ids=str
+)
 def test_what_is_exported_is_in_the_repository(run: Path, tmp_path: Path, hub: Hub, options: tuple[str, ...]) -> None:
     to = tmp_path / ("out.gguf" if "gguf" in options else "out")
     code, output = export(run, to, *options, "--push", "me/model")
@@ -92,9 +94,6 @@ def test_a_mistake_is_found_before_the_export(run: Path, tmp_path: Path, hub: Hu
     code, output = export(run, tmp_path / "out", "--format", "hf-ternary", "--push", "model")
     assert code == 2
     assert "--push 'model': must be OWNER/NAME" in output
-    code, output = export(run, tmp_path / "out", "--format", "onnx", "--push", "me/model")
-    assert code == 2
-    assert "--push: only what `tritrain verify` reads is uploaded" in output
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     code, output = export(run, tmp_path / "out", "--format", "hf-ternary", "--push", "me/model")

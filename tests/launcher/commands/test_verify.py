@@ -21,11 +21,13 @@ from launcher.cli import app
 from launcher.errors import report_error
 from launcher.formats.gguf_export import export_gguf
 from launcher.formats.hf_export import export_hf
+from launcher.formats.onnx_export import export_onnx
 from launcher.inference.verdict import SAMPLE
 from quant.config import QuantConfig
 from quant.linear import quantize_, quantized_layers
 
 FOLDERS = ("packed", "compressed-tensors", "mlx", "dequantized", "latent")
+EXPORTS = (*FOLDERS, "onnx")
 FILES = ("tq2_0", "q2_0", "tq1_0", "f16", "q8_0")
 UP = "model.layers.1.mlp.up_proj.weight"
 CODES = {"packed": UP, "compressed-tensors": UP + "_packed", "mlx": UP, "dequantized": UP}
@@ -41,6 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for weights in FOLDERS:
         options: Any = {"weights": weights, "dtype": torch.float32, "tokenizer": tokenizer}
         export_hf(exportable(model, QuantConfig()), folder / weights, **options)
+    export_onnx(exportable(model, QuantConfig()), folder / "onnx", tokenizer=tokenizer)
     for into in FILES:
         export_gguf(exportable(model, QuantConfig()), folder / f"{into}.gguf", into=into, tokenizer=tokenizer)
     (folder / "text.txt").write_text(SAMPLE)
@@ -83,7 +86,7 @@ def change(folder: Path, change_: Callable[[dict[str, torch.Tensor]], Any]) -> P
     return folder
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, *(f"{into}.gguf" for into in FILES)])
+@pytest.mark.parametrize("name", [*EXPORTS, *(f"{into}.gguf" for into in FILES)])
 def test_sound_exports(made: Path, name: str) -> None:
     code, found = verify(made / name, "--text", made / "text.txt")
     assert code == 0, found

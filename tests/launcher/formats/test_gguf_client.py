@@ -1,14 +1,6 @@
-"""llama.cpp itself runs our GGUF files, and computes what training computes.
+"""llama.cpp itself runs our GGUF files, and computes what training computes."""
 
-It is built from the source distribution of `llama-cpp-python`, in an environment of its own: some ten minutes the first
-time. `TRITRAIN_LLAMA_ENVIRONMENT` names the environment's folder; the user's cache has it by default.
-"""
-
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +11,6 @@ import torch.nn.functional as F
 from documented import export_bounds
 from exports import ternary_config, write_checkpoint
 from gguf_files import changed, export, narrow, random_model
-from places import SUPPORT
 from texts import SPECIAL, TEXTS
 
 import launcher.formats.gguf_export
@@ -35,43 +26,6 @@ from quant.linear import dequantize_, quantize_
 BOUND = export_bounds()["gguf"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-
-LLAMA = "llama-cpp-python==0.3.36"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tritrain"
-NO_INDEX = ("No matching distribution", "Temporary failure in name resolution", "Connection", "timed out")
-
-
-@pytest.fixture(scope="session")
-def llama_python() -> Path:
-    """The Python of an environment that has llama.cpp."""
-    folder = Path(os.environ.get("TRITRAIN_LLAMA_ENVIRONMENT", CACHE / LLAMA.replace("==", "-")))
-    python = folder / "bin" / "python"
-    if python.exists() and not subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
-        return python
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [python, "-m", "pip", "install", "--no-binary", "llama-cpp-python", LLAMA]
-    installed = subprocess.run(pip, capture_output=True, text=True)
-    if installed.returncode:
-        if any(sign in installed.stderr for sign in NO_INDEX):
-            pytest.skip(f"{LLAMA} cannot be had here: {installed.stderr.strip().splitlines()[-1]}")
-        pytest.fail(f"{LLAMA} could not be built:\n{installed.stdout[-3000:]}\n{installed.stderr[-3000:]}")
-    return python
-
-
-@pytest.fixture
-def ask(llama_python: Path, tmp_path: Path) -> Any:
-    """Ask llama.cpp about a file; see `llama_client.py`."""
-
-    def client(path: Path, **request: Any) -> dict[str, np.ndarray]:
-        (tmp_path / "request.json").write_text(json.dumps(request))
-        script = SUPPORT / "llama_client.py"
-        arguments = [path, tmp_path / "request.json", tmp_path / "answer.npz"]
-        done = subprocess.run([llama_python, script, *arguments], capture_output=True, text=True)
-        assert not done.returncode, done.stderr[-3000:]
-        return dict(np.load(tmp_path / "answer.npz"))
-
-    return client
-
 
 NUM_TOKENS = 128
 """Of a sequence: as many as the models of `ternary_config` may see."""

@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from command import tritrain
 from documented import export_bounds
 from exports import exportable, ternary, ternary_config, write_checkpoint
 from models import FAMILIES, TINY, build, random_tokens
 from places import ROOT
+from program_order import loaded, order_matched
 from safetensors.torch import load_file
 
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
-from data.torchvision_repair import repair_torchvision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.hf_export import export_hf
@@ -46,50 +45,6 @@ PACKED = {
     "gaussian": QuantConfig(weights="gaussian", gradient="trust"),
     "binary": QuantConfig(levels="binary"),
 }
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # its layers are compiled at their first call, which takes minutes
-    torch._dynamo.config.disable = True
-    repair_torchvision()
-    yield pytest.importorskip("transformers")
-    torch._dynamo.config.disable = False
-    del os.environ["TORCHDYNAMO_DISABLE"]
-
-
-def loaded(transformers: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Transformers' model, which must have taken every tensor of the folder and lacked none."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
-    return model.eval()
-
-
-class OrderMatched(torch.nn.Module):
-    """A quantized layer of ours, with Transformers' operations in their order."""
-
-    def __init__(self, codes_OI: torch.Tensor, level: torch.Tensor, bias: torch.Tensor | None, kind: str) -> None:
-        super().__init__()
-        self.codes_OI, self.level, self.bias, self.kind = codes_OI, level.reshape(1), bias, kind
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x if self.kind == "bitlinear" else x.float()
-        scale = 127 / wide.abs().max(dim=-1, keepdim=True).values.clamp(min=1e-5)
-        codes = (wide * scale).round().clamp(-128, 127)
-        weight_OI = self.codes_OI.to(x.dtype)
-        if self.kind == "bitlinear":
-            y = F.linear(codes, weight_OI) / (self.level.reciprocal().to(x.dtype) * scale)
-        else:
-            y = F.linear((codes / scale).to(x.dtype), weight_OI) * self.level.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
-
-def order_matched(model: Transformer, kind: str, dtype: torch.dtype) -> Transformer:
-    """Our model, its own operations and weights, with order-matched layers."""
-    copy = ternary(model)
-    for name, layer in quantized_layers(copy).items():
-        copy.set_submodule(name, OrderMatched(*layer.weight_codes(), layer.bias, kind))
-    return copy.to(dtype)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

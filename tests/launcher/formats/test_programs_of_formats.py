@@ -1,10 +1,8 @@
 """The programs that formats are for compute codes times level, within the bounds that `docs/exporting.md` states."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from coded_folders import ARCHITECTURES, in_columns, lacking, model_of, write
 from documented import export_bounds
 from exports import exportable, ternary
@@ -21,55 +18,14 @@ from gguf_files import narrow, random_model
 from models import FAMILIES, build, random_tokens
 from onnx_session import onnx_logits
 from places import SUPPORT
+from program_order import codes_times_level, compressed_logits
 
-from data.torchvision_repair import repair_torchvision
 from launcher.errors import CheckpointError
 from launcher.formats.hf_export import export_hf
-from model.transformer import Transformer
 from quant.config import QuantConfig
 from quant.linear import quantized_layers
 
 BOUNDS = export_bounds()
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Iterator[Any]:
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    repair_torchvision()
-    yield pytest.importorskip("transformers")
-    del os.environ["TORCHDYNAMO_DISABLE"]
-
-
-class CodesTimesLevel(torch.nn.Module):
-    """A quantized layer in Transformers' order: dequantized weights, and inputs as compressed-tensors rounds them."""
-
-    def __init__(self, weight_OI: torch.Tensor, bias: torch.Tensor | None, *, rounds: bool) -> None:
-        super().__init__()
-        self.weight_OI, self.bias, self.rounds = weight_OI, bias, rounds
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.rounds:
-            scale = x.abs().amax(-1, keepdim=True) / (255 / 2)
-            x = (x / scale).clamp(-128, 127).round() * scale
-        return F.linear(x, self.weight_OI, self.bias)
-
-
-def reference(model: Transformer, recipe: QuantConfig, *, rounds: bool) -> Transformer:
-    copy = ternary(model, recipe)
-    for name, layer in quantized_layers(copy).items():
-        codes, level = layer.weight_codes()
-        weight = codes * torch.from_numpy(in_columns(level.numpy(), layer.in_features))
-        copy.set_submodule(name, CodesTimesLevel(weight, layer.bias, rounds=rounds))
-    return copy
-
-
-def compressed_logits(transformers: Any, folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors", exc_type=ImportError)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
-    with torch.no_grad():
-        logits: torch.Tensor = model.eval()(tokens).logits
-    return logits
 
 
 COMPRESSED: dict[str, dict[str, Any]] = {
@@ -92,7 +48,7 @@ def test_compressed_tensors_compute_codes_times_level_bit_for_bit(
         export_hf(exportable(model, recipe), tmp_path / name, **write)
         found = compressed_logits(transformers, tmp_path / name, tokens, torch.float32)
         with torch.no_grad():
-            expected = reference(model, recipe, rounds=activations != "none")(tokens).logits
+            expected = codes_times_level(model, recipe, rounds=activations != "none")(tokens).logits
             trained = ternary(model, recipe)(tokens).logits
         written = "compressed-tensors" + (" --activations int8" if activations != "none" else "")
         assert (found - expected).abs().max() <= BOUNDS[f"{written}, fp32"] * expected.std(), name
