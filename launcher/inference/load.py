@@ -26,6 +26,7 @@ from launcher.formats.opened import Exportable, open_exportable
 from launcher.inference.build import first_token_of, fitting_tokenizer, unfilled_model
 from launcher.run.automatic import device_of
 from model.transformer import ModelConfig, Transformer
+from quant.held import SharedInput
 from quant.linear import quantized_layers
 from quant.packed import PackedLinear, freeze_
 
@@ -171,12 +172,14 @@ def _take_codes_(
     block: nn.Module, prefix: str, source: HuggingFaceSource, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Put the packed layers of a folder into a block on the meta device."""
+    shared = SharedInput()
     for name, layer in [(name, layer) for name, layer in block.named_modules() if isinstance(layer, nn.Linear)]:
         if f"{prefix}{name}.weight" in source.ternary:
             packed_RI, level = source.packed(f"{prefix}{name}.weight")
             bias = None if layer.bias is None else _whole(source, f"{prefix}{name}.bias", dtype, device)
             parent, _, last = name.rpartition(".")
-            frozen = PackedLinear(packed_RI.to(device), level.to(device), layer.out_features, bias=bias)
+            packed_RI, level = packed_RI.to(device), level.to(device)
+            frozen = PackedLinear(packed_RI, level, layer.out_features, bias=bias, shared_input=shared)
             setattr(block.get_submodule(parent), last, frozen)
 
 
