@@ -5,7 +5,6 @@ time. `TRITRAIN_LLAMA_ENVIRONMENT` names the environment's folder; the user's ca
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from documented import export_bounds
 from exports import ternary_config, write_checkpoint
 from gguf_files import changed, export, narrow, random_model
-from places import SUPPORT
+from places import LLAMA, LLAMA_ENVIRONMENT, SUPPORT
 from texts import SPECIAL, TEXTS
 
 import launcher.formats.gguf_export
@@ -36,19 +35,16 @@ BOUND = export_bounds()["gguf"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-LLAMA = "llama-cpp-python==0.3.36"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tritrain"
 NO_INDEX = ("No matching distribution", "Temporary failure in name resolution", "Connection", "timed out")
 
 
 @pytest.fixture(scope="session")
 def llama_python() -> Path:
     """The Python of an environment that has llama.cpp."""
-    folder = Path(os.environ.get("TRITRAIN_LLAMA_ENVIRONMENT", CACHE / LLAMA.replace("==", "-")))
-    python = folder / "bin" / "python"
+    python = LLAMA_ENVIRONMENT / "bin" / "python"
     if python.exists() and not subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
         return python
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([sys.executable, "-m", "venv", LLAMA_ENVIRONMENT], check=True)
     pip = [python, "-m", "pip", "install", "--no-binary", "llama-cpp-python", LLAMA]
     installed = subprocess.run(pip, capture_output=True, text=True)
     if installed.returncode:
