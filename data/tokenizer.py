@@ -45,6 +45,10 @@ class Tokenizer(Protocol):
         """Return what `encode` gives for each text."""
         ...
 
+    def encode_special(self, text: str) -> list[int]:
+        """Return the ids of a text in which the name of a special token is this token, as in chat templates."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids; those beyond the vocabulary, of a padded model, have none."""
         ...

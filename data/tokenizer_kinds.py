@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -168,6 +169,23 @@ class SentencePieceTokenizer(_InParts):
         model = self._model if self._prefix is None else self._bare
         return model.encode(parts, num_threads=1)
 
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        model = self._model
+        return {self.name_of(token): token for token in range(self.vocab_size) if model.is_control(token)}
+
+    def encode_special(self, text: str) -> list[int]:
+        """Return the ids of a text with special tokens; see `data.tokenizer.Tokenizer`."""
+        names = sorted(map(re.escape, self._special), key=len, reverse=True)
+        parts = re.split(f"({'|'.join(names)})", text) if names else [text]
+        ids: list[int] = []
+        for place, part in enumerate(parts):
+            if place % 2:
+                ids.append(self._special[part])
+            elif part:
+                ids += self._bare.encode(part) if ids else self.encode(part)
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids."""
         return self._model.decode([token for token in ids if token < self.vocab_size])
@@ -253,6 +271,16 @@ class HuggingFaceTokenizer(_InParts):
         model = self._model if self._prefix is None else self._bare
         with self._naming("cannot encode a text", NEEDS_ALL_CHARACTERS):
             return [encoding.ids for encoding in model.encode_batch(parts, add_special_tokens=False)]
+
+    @cached_property
+    def _with_special(self) -> Any:
+        model = self._load(self.definition)
+        model.encode_special_tokens = False
+        return model
+
+    def encode_special(self, text: str) -> list[int]:
+        """Return the ids of a text with special tokens; see `data.tokenizer.Tokenizer`."""
+        return self._ids(self._with_special, text)
 
     def _ids(self, model: Any, text: str) -> list[int]:
         with self._naming("cannot encode a text", NEEDS_ALL_CHARACTERS):

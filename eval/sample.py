@@ -1,42 +1,71 @@
 """Generate text: with a key-value cache or, if several ranks share the model, without one."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from eval.errors import NotFiniteError
+from model.cache import KeyValueCache
 from model.transformer import Transformer
 
 
-def generate(
-    model: Transformer,
-    prompt: Sequence[int],
-    *,
-    max_tokens: int = 256,
-    end_token: int | None = None,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Iterator[int]:
+def generate(model: Transformer, prompt: Sequence[int], *, max_tokens: int = 256, **choice: Any) -> Iterator[int]:
     """Continue a prompt, token by token.
-
-    It ends before the end token, after ``max_tokens``, or where the context is full.
 
     Args:
         model: on any device, the whole of it.
         prompt: at least one token.
         max_tokens: how many to add at most.
-        end_token: None to continue after every token.
+        choice: ``end_tokens``, ``temperature``, ``top_p`` and ``seed``, see `continuation`.
+
+    Raises:
+        ValueError: the prompt fills the model's context; or a number is out of its range.
+        NotFiniteError: the model's logits are NaN or infinite; raised when the token is due.
+    """
+    context_tokens, device = model.config.max_sequence_length, model.head.device
+    cache: KeyValueCache | None = None
+
+    def next_logits(tokens: Sequence[int]) -> Tensor:
+        nonlocal cache
+        cache = cache or model.new_cache(1, min(context_tokens, len(prompt) + max_tokens))
+        new = tokens[cache.num_tokens :]
+        return model.next_logits(torch.tensor([new], device=device), cache)[0]
+
+    return continuation(next_logits, prompt, context_tokens, max_tokens=max_tokens, **choice)
+
+
+def continuation(
+    next_logits: Callable[[Sequence[int]], Tensor],
+    prompt: Sequence[int],
+    context_tokens: int,
+    *,
+    max_tokens: int = 256,
+    end_tokens: Collection[int] = (),
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Continue a prompt on whatever computes logits.
+
+    It ends before an end token, after ``max_tokens``, or where the context is full.
+
+    Args:
+        next_logits: gives the logits [V] of the token that follows all tokens so far.
+        prompt: at least one token.
+        context_tokens: length of the context, including the continuation.
+        max_tokens: how many to add at most.
+        end_tokens: none to continue after every token.
         temperature: see `choose`.
         top_p: see `choose`.
         seed: of the choice.
 
     Raises:
-        ValueError: the prompt fills the model's context; or a number is out of its range.
-        NotFiniteError: the model's logits are NaN or infinite; raised when the token is due.
+        ValueError: the prompt fills the context; or a number is out of its range.
+        NotFiniteError: logits are NaN or infinite; raised when the token is due.
     """
     if max_tokens < 1 or not 0 <= temperature < torch.inf or not 0 < top_p <= 1:
         raise ValueError(
@@ -45,20 +74,13 @@ def generate(
         )
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed}; must be a number of 64 bits")
-    context = model.config.max_sequence_length
-    if len(prompt) >= context:
+    if len(prompt) >= context_tokens:
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens, but the model's context is {context}, including its answer"
+            f"the prompt has {len(prompt)} tokens, but the model's context is {context_tokens}, including its answer"
         )
-    max_tokens = min(max_tokens, context - len(prompt))
-    cache, device = model.new_cache(1, len(prompt) + max_tokens), model.head.device
-
-    def next_logits(tokens: Sequence[int]) -> Tensor:
-        new = tokens[cache.num_tokens :]
-        return model.next_logits(torch.tensor([new], device=device), cache)[0]
-
+    max_tokens = min(max_tokens, context_tokens - len(prompt))
     tokens = _continuation(next_logits, prompt, max_tokens, temperature, top_p, seed)
-    return takewhile(lambda token: token != end_token, tokens)
+    return takewhile(lambda token: token not in end_tokens, tokens)
 
 
 def sample_tokens(

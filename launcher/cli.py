@@ -23,6 +23,7 @@ from launcher.formats.choices import (
     ExportWeights,
     InputBits,
     LinearClass,
+    Runtime,
 )
 from launcher.plan.gpus import UTILIZATION
 from launcher.process.console import Console
@@ -481,35 +482,77 @@ def measure(asked: Any, ranks: int | None) -> NoReturn:
     become_ranks(num_ranks, ["-m", "launcher.inference.measure", json.dumps(asdict(asked))])
 
 
+MaxTokensOption = Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")]
+TemperatureOption = Annotated[
+    float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
+]
+TopPOption = Annotated[float, typer.Option(max=1.0, help="Sample from the likeliest tokens of this total probability.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
+RuntimeOption = Annotated[
+    Runtime, typer.Option("--with", help="Program that computes; llama.cpp is faster on CPUs, and rounds otherwise.")
+]
+ComputeDtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(help="dtype of what is not ternary; default: bf16 where the device computes it, else fp32."),
+]
+PackedOption = Annotated[
+    bool | None,
+    typer.Option("--packed/--latent", help="Packed codes, or latent weights; default: packed if ternary."),
+]
+
+
+def sampling(max_tokens: int, temperature: float, top_p: float, seed: int) -> dict[str, Any]:
+    """The options that choose tokens."""
+    if top_p <= 0:
+        raise ConfigError(f"--top-p: is {top_p}; must be above 0")
+    return {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+
+
 @app.command()
 def generate(
     model: ModelPath,
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
-    ] = 0.7,
-    top_p: Annotated[
-        float, typer.Option(max=1.0, help="Sample from the likeliest tokens of this total probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="dtype of what is not ternary; default: bf16 where the device computes it, else fp32."),
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue.", show_default=False)] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(parser=path, help="File of prompts: one a line, or .jsonl with prompt in each line.")
     ] = None,
-    packed: Annotated[
-        bool | None,
-        typer.Option("--packed/--latent", help="Packed codes, or latent weights; default: packed if ternary."),
-    ] = None,
+    max_tokens: MaxTokensOption = 256,
+    temperature: TemperatureOption = 0.7,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    runtime: RuntimeOption = "tritrain",
+    dtype: ComputeDtypeOption = None,
+    packed: PackedOption = None,
     tokenizer: TokenizerOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each prompt.")] = False,
 ) -> None:
     """Continue a text, on the GPU if there is one. The text is printed as it is generated."""
-    from launcher.inference.generate import write_text
+    from launcher.inference.generate import open_model, texts_to_continue, write_texts
 
-    if top_p <= 0:
-        raise ConfigError(f"--top-p: is {top_p}; must be above 0")
-    choice = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    write_text(model, prompt, dtype=dtype, packed=packed, tokenizer=tokenizer, **choice)
+    choice = sampling(max_tokens, temperature, top_p, seed)
+    texts = texts_to_continue(prompt, prompts)
+    loaded = open_model(model, runtime=runtime, dtype=dtype, packed=packed, tokenizer=tokenizer)
+    write_texts(loaded, texts, as_json=as_json, **choice)
+
+
+@app.command()
+def chat(
+    model: ModelPath,
+    system: Annotated[str | None, typer.Option(help="System message, before the first question.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = 1024,
+    temperature: TemperatureOption = 0.7,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    runtime: RuntimeOption = "tritrain",
+    dtype: ComputeDtypeOption = None,
+    packed: PackedOption = None,
+    tokenizer: TokenizerOption = None,
+) -> None:
+    """Talk to a model that has a chat template, line by line."""
+    from launcher.inference.chat import chat as talk
+    from launcher.inference.generate import open_model
+
+    choice = sampling(max_tokens, temperature, top_p, seed)
+    talk(open_model(model, runtime=runtime, dtype=dtype, packed=packed, tokenizer=tokenizer), system=system, **choice)
 
 
 @app.command()

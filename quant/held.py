@@ -51,20 +51,21 @@ def round_weights(weights: Sequence[Unrounded]) -> list[tuple[Scale, Tensor]]:
 class SharedInput:
     """What the layers that are given one input make of it, all the same: codes, or a blend.
 
-    The first of them makes it, and it is forgotten with the input. Compiled, each makes its own, and the compiler sees
-    that they are one.
+    The first of them makes it. It is forgotten with the input, and made again if the input has been written to.
+    Compiled, each makes its own, and the compiler sees that they are one. In inference mode, where torch counts no
+    writes, each makes its own as well.
     """
 
     def __init__(self) -> None:
         self._x: weakref.ref[Tensor] | None = None
-        self._how: tuple[object, bool] | None = None
+        self._how: tuple[object, bool, int] | None = None
         self._made: Any = None
 
     def of(self, x: Tensor, make: Callable[[Tensor], Made]) -> Made:
         """``make(x)``, a method of the layer; what it returns must not hold ``x`` itself."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or x.is_inference():
             return make(x)
-        how = make.__func__, torch.is_grad_enabled()  # type: ignore[attr-defined]
+        how = make.__func__, torch.is_grad_enabled(), x._version  # type: ignore[attr-defined]
         if self._x is None or self._x() is not x or self._how != how:
             self._x, self._how, self._made = weakref.ref(x, self._forget), how, make(x)
         return cast(Made, self._made)

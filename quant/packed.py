@@ -7,6 +7,7 @@ Dimensions: N rows (tokens), O output features, I input features, R rows of byte
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 
 from quant.codes import CODES_PER_BYTE, pack, unpack
 from quant.config import BITNET, IN_2_BITS, QuantConfig
+from quant.held import SharedInput
 from quant.integers import activation_codes, integer_product
 from quant.linear import prepared_input, quantized_layers
 from quant.product import grouped_product, unrounded_product
 
-BLOCK_BYTES = 2**18
+BLOCK_BYTES = 2**19
 """Packed bytes that are taken apart at once: the codes of a block stay in a core's cache until they are multiplied."""
+
+SIGN = 128
+"""The highest bit of a byte."""
 
 
 class PackedLinear(nn.Module):
@@ -37,6 +42,7 @@ class PackedLinear(nn.Module):
         config: how the input is rounded.
         rotated: whether the input is rotated first.
         dead_zone: fp32 [O], what the layer adds for its weights with code 0, see `QuantConfig.dead_zone_bias`.
+        shared_input: of the layers that are given the same input and round it in the same way; None for this one alone.
     """
 
     packed: Tensor
@@ -54,11 +60,13 @@ class PackedLinear(nn.Module):
         config: QuantConfig = BITNET,
         rotated: bool = False,
         dead_zone: Tensor | None = None,
+        shared_input: SharedInput | None = None,
     ) -> None:
         super().__init__()
+        self.shared_input = shared_input or SharedInput()
         self.in_features, self.out_features = packed_RI.shape[1], out_features
         self.quant_config, self.rotated = config, rotated
-        self.register_buffer("packed", packed_RI)
+        self.register_buffer("packed", packed_RI ^ SIGN)
         self.register_buffer("level", level)
         self.register_buffer("bias", bias)
         self.register_buffer("dead_zone", dead_zone)
@@ -66,12 +74,11 @@ class PackedLinear(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is [..., I], the result [..., O], both in the same dtype; without gradient."""
-        config, level = self.quant_config, self.level
-        x = prepared_input(x, config, rotated=self.rotated)
-        if config.activations == "none":
-            y = unrounded_product(x, self.codes(), level)
+        level = self.level
+        if self.quant_config.activations == "none":
+            y = unrounded_product(self._prepared(x), self.codes(), level)
         else:
-            codes, scale = activation_codes(x, config.activations)
+            codes, scale = self.shared_input.of(x, self._input_codes)
             codes_NI, scale_N1 = codes.flatten(0, -2), scale.flatten(0, -2)
             if level.shape[1] > 1:
                 product = grouped_product(codes_NI, self.codes(), level) * scale_N1
@@ -81,9 +88,15 @@ class PackedLinear(nn.Module):
         y = y if self.bias is None else y + self.bias
         return y if self.dead_zone is None else y + self.dead_zone.to(y.dtype)
 
+    def _prepared(self, x: Tensor) -> Tensor:
+        return prepared_input(x, self.quant_config, rotated=self.rotated)
+
+    def _input_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return activation_codes(self._prepared(x), self.quant_config.activations)
+
     def codes(self) -> Tensor:
         """All codes, int8 [O, I]."""
-        return unpack(self.packed)[: self.out_features]
+        return unpack(self.packed ^ SIGN)[: self.out_features]
 
     def extra_repr(self) -> str:
         """The layer's shape, for `print`."""
@@ -101,25 +114,33 @@ class PackedLinear(nn.Module):
 def packed_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
     """`integer_product` with packed codes, fp32 [N, 4 * R].
 
-    Under a mask, the two bits of a row in a byte are (code + 1) * 4**b, an int8, so one operation takes a fourth of the
-    rows apart. The power of two and the sum of the inputs are taken off the result. All of this is exact; in fp32, on
-    machines without products of integers, up to 65,536 input features.
+    Under a mask, the two bits of a row in a byte are (code + 1) * 4**b, an int8, so one operation takes all four rows
+    apart. In the highest bits the sign is flipped, so that they are (code - 1) * 4**3. The powers of two and the sum of
+    the inputs are taken off the result. All of this is exact; in fp32, on machines without products of integers, up to
+    65,536 input features.
+
+    Args:
+        codes_NI: int8.
+        packed_RI: of `quant.codes.pack`, with `SIGN` flipped.
     """
+    masks_411, factors_41, signs_41 = _of_rows(packed_RI.device)
+    products = []
+    for block_RI in packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1])):
+        bits = torch.bitwise_and(block_RI, masks_411)
+        product = integer_product(codes_NI, bits.view(torch.int8).flatten(0, 1))
+        products.append(product.unflatten(1, (CODES_PER_BYTE, -1)))
+    product = products[0] if len(products) == 1 else torch.cat(products, 2)
     sum_N11 = codes_NI.sum(1, dtype=torch.int32).float()[:, None, None]
-    blocks = packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1]))
-    return (torch.cat([_block_product(codes_NI, block) for block in blocks], 2) - sum_N11).flatten(1)
+    return (product * factors_41).addcmul_(sum_N11, signs_41).flatten(1)
 
 
-def _block_product(codes_NI: Tensor, block_RI: Tensor) -> Tensor:
-    """Products with the codes plus 1 of a block, [N, 4, R]."""
-    bits = block_RI.new_empty(CODES_PER_BYTE, *block_RI.shape)
-    for fourth in range(CODES_PER_BYTE - 1):
-        torch.bitwise_and(block_RI, 3 << 2 * fourth, out=bits[fourth])
-    torch.bitwise_right_shift(block_RI, 6, out=bits[3])
-    product = integer_product(codes_NI, bits.flatten(0, 1).view(torch.int8)).unflatten(1, (CODES_PER_BYTE, -1))
-    product[:, 1] /= 4
-    product[:, 2] /= 16
-    return product
+@cache
+def _of_rows(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For the four rows in a byte: masks, factors of the products with what is under them, and signs of the sum."""
+    masks = torch.tensor([3 << 2 * row for row in range(CODES_PER_BYTE)], dtype=torch.uint8, device=device)
+    factors = torch.tensor([4.0**-row for row in range(CODES_PER_BYTE)], device=device)
+    signs = torch.tensor([-1.0, -1.0, -1.0, 1.0], device=device)
+    return masks[:, None, None], factors[:, None], signs[:, None]
 
 
 @torch.no_grad()
@@ -155,6 +176,7 @@ def freeze_(model: nn.Module) -> list[str]:
             config=layer.quant_config,
             rotated=layer.rotated,
             dead_zone=layer.dead_zone() if layer.quant_config.dead_zone_bias else None,
+            shared_input=layer.shared_input,
         )
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, packed)

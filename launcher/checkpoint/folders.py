@@ -13,6 +13,10 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """Names that the tokenizer's file may have in a checkpoint and in a run's folder."""
 
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""File in a Hugging Face folder that says how a conversation is written."""
+
+
 def folder_of(checkpoints: Path, step: int) -> Path:
     """The folder of the checkpoint after ``step`` steps."""
     return checkpoints / f"step-{step:08d}"

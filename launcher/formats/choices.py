@@ -15,6 +15,7 @@ __all__ = [
     "ExportWeights",
     "InputBits",
     "LinearClass",
+    "Runtime",
 ]
 
 Dtype = Literal["bf16", "fp32"]
@@ -32,3 +33,6 @@ ExportWeights = Literal["latent", "dequantized"]
 
 LinearClass = Literal["bitlinear", "autobitlinear"]
 """What computes with packed codes in Transformers."""
+
+Runtime = Literal["tritrain", "llama.cpp"]
+"""What computes the logits of generated text."""

@@ -64,7 +64,7 @@ def export_gguf(
     *,
     into: BlockType = "tq2_0",
     embeddings: EmbeddingType | None = None,
-    tokenizer: Path,
+    tokenizer: Path | None,
     license_name: str | None = None,
 ) -> str:
     """Write a GGUF file; it has its name when it is complete, see `data.new_paths`.
@@ -74,7 +74,7 @@ def export_gguf(
         to: the file.
         into: type of the projections. f16 and q8_0 take codes times their level of a ternary phase, else the weights.
         embeddings: type of the embedding and the head; by default f16 beside f16, else q8_0.
-        tokenizer: its file.
+        tokenizer: its file; None for a program that gives tokens to llama.cpp.
         license_name: of the weights.
 
     Returns:
@@ -95,7 +95,7 @@ def export_gguf(
         general["license"] = license_name
     metadata: dict[str, object] = {f"general.{key}": value for key, value in general.items()}
     metadata |= gguf_metadata(opened.model)
-    vocabulary = gguf_vocabulary(tokenizer, opened.model.vocab_size)
+    vocabulary = {"model": "none"} if tokenizer is None else gguf_vocabulary(tokenizer, opened.model.vocab_size)
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
     if isinstance(opened.source, CheckpointReader):
         metadata |= {

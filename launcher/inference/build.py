@@ -15,6 +15,7 @@ from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source
 from launcher.engine.frozen import shard_frozen_
+from launcher.formats.opened import Exportable
 from launcher.process.ranks import Ranks
 from model.transformer import ModelConfig, Transformer
 from quant.linear import QuantLinear, add_learned_scales_, quantize_, quantized_layers, set_strengths_
@@ -42,6 +43,29 @@ def fitting_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
             "tokenizer of another model. Name the right one with --tokenizer"
         )
     return tokenizer
+
+
+def tokenizer_for(opened: Exportable, path: str | Path | None) -> tuple[Tokenizer | None, int | None, str | None]:
+    """The tokenizer of a model, the token that a text begins with, and why its own tokenizer cannot be read.
+
+    Tokens can be computed without a tokenizer, so only one that is named has to be readable.
+
+    Args:
+        opened: the model.
+        path: a file or folder; None for the model's own.
+
+    Raises:
+        DataError: the tokenizer that is named is none, or of another model.
+    """
+    loaded, problem = None, None
+    if path is not None:
+        loaded = fitting_tokenizer(path, opened.model)
+    elif opened.tokenizer is not None:
+        try:
+            loaded = fitting_tokenizer(opened.tokenizer, opened.model)
+        except DataError as error:
+            problem = str(error)
+    return loaded, first_token_of(opened.source, None if loaded is None else loaded.end_of_document), problem
 
 
 def unfilled_model(

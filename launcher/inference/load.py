@@ -14,81 +14,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.errors import DataError
 from data.tokenizer import Tokenizer
-from eval.sample import generate, pieces_of_text
+from eval.sample import generate
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source, in_pieces
 from launcher.config.automatic import compute_dtype_for
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
 from launcher.formats.opened import Exportable, open_exportable
-from launcher.inference.build import first_token_of, fitting_tokenizer, unfilled_model
+from launcher.inference.build import tokenizer_for, unfilled_model
+from launcher.inference.text_model import TextModel
 from launcher.run.automatic import device_of
 from model.transformer import ModelConfig, Transformer
 from quant.config import QuantConfig
+from quant.held import SharedInput
 from quant.linear import quantized_layers
-from quant.packed import PackedLinear, freeze_
+from quant.packed import PackedLinear, freeze_, memory_bytes
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(TextModel):
     """A model and its tokenizer, ready to use."""
 
     model: Transformer
     """In evaluation mode, without gradients."""
     config: ModelConfig
     tokenizer: Tokenizer | None
-    """None where there is none, or none that can be read."""
     first_token: int | None
-    """The token that a text begins with; None where neither the model nor a tokenizer says."""
     tokenizer_problem: str | None = None
-    """Why the model's own tokenizer cannot be read, if it was found."""
 
-    def prompt_tokens(self, prompt: str) -> list[int]:
-        """The tokens of a text that the model shall continue.
-
-        Raises:
-            CheckpointError: there is no tokenizer.
-            DataError: it cannot be read, or the prompt is not text.
-        """
-        tokenizer = self._tokenizer()
-        assert self.first_token is not None, "a tokenizer has an end of document"
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"the prompt is not text: {error}; write it in UTF-8") from error
-        return [self.first_token, *tokenizer.encode(prompt)]
-
-    def generate(self, prompt: str, **choice: Any) -> Iterator[str]:
-        """Continue a text; yields pieces as they come.
-
-        It ends where the model ends the document, after ``max_tokens``, or where the context is full.
-
-        Args:
-            prompt: the text.
-            choice: ``max_tokens``, ``temperature``, ``top_p`` and ``seed``, as for `eval.sample.generate`.
-
-        Raises:
-            CheckpointError: there is no tokenizer.
-            DataError: it cannot be read.
-            ValueError: the prompt fills the context.
-            NotFiniteError: the model's logits are NaN or infinite; raised when the piece is due.
-        """
-        prompt_tokens = self.prompt_tokens(prompt)
-        return pieces_of_text(self._tokenizer(), self.generate_tokens(prompt_tokens, **choice), prompt_tokens)
+    @property
+    def weights_bytes(self) -> int:
+        """Memory of all parameters and codes."""
+        return memory_bytes(self.model)
 
     def generate_tokens(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
-        """Continue tokens; see `generate`. Without a tokenizer the model does not end the document."""
-        end_token = None if self.tokenizer is None else self.tokenizer.end_of_document
-        return generate(self.model, prompt_tokens, end_token=end_token, **choice)
-
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer_problem is not None:
-            raise DataError(self.tokenizer_problem)
-        if self.tokenizer is None:
-            raise CheckpointError("the model's tokenizer was not found; name its file (--tokenizer, tokenizer=)")
-        return self.tokenizer
+        """Continue tokens; see `TextModel`."""
+        return generate(self.model, prompt_tokens, **self.end_tokens(choice))
 
 
 def load_model(
@@ -139,15 +101,7 @@ def load_model(
             except ValueError as error:
                 raise CheckpointError(f"{source.location}: {error}; packed=False loads it") from error
     _read_(model, "", source, dtype, device)
-    loaded, problem = None, None
-    if tokenizer is not None:
-        loaded = fitting_tokenizer(tokenizer, opened.model)
-    elif opened.tokenizer is not None:
-        try:
-            loaded = fitting_tokenizer(opened.tokenizer, opened.model)
-        except DataError as error:  # tokens can be computed without it
-            problem = str(error)
-    first_token = first_token_of(source, None if loaded is None else loaded.end_of_document)
+    loaded, first_token, problem = tokenizer_for(opened, tokenizer)
     return LoadedModel(model.requires_grad_(False).eval(), opened.model, loaded, first_token, problem)
 
 
@@ -172,12 +126,14 @@ def _take_codes_(
     block: nn.Module, prefix: str, source: Source, config: QuantConfig, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Put the packed layers of a source into a block on the meta device."""
+    shared = SharedInput()
     for name, layer in [(name, layer) for name, layer in block.named_modules() if isinstance(layer, nn.Linear)]:
         if re.search(config.include, f"{prefix}{name}"):
             packed_RI, level = source.packed(f"{prefix}{name}.weight")
             bias = None if layer.bias is None else _whole(source, f"{prefix}{name}.bias", dtype, device)
             parent, _, last = name.rpartition(".")
-            frozen = PackedLinear(packed_RI.to(device), level.to(device), layer.out_features, bias=bias, config=config)
+            packed_RI, level = packed_RI.to(device), level.to(device)
+            frozen = PackedLinear(packed_RI, level, layer.out_features, bias=bias, config=config, shared_input=shared)
             setattr(block.get_submodule(parent), last, frozen)
 
 

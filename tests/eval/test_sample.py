@@ -47,7 +47,7 @@ def test_it_ends_before_the_end_token_or_where_the_context_is_full():
     tokens = list(generate(model, prompt, max_tokens=100, seed=2))
     assert len(tokens) == TINY.max_sequence_length - 3
     end = tokens[5]
-    assert list(generate(model, prompt, max_tokens=100, seed=2, end_token=end)) == tokens[: tokens.index(end)]
+    assert list(generate(model, prompt, max_tokens=100, seed=2, end_tokens=[end])) == tokens[: tokens.index(end)]
     with pytest.raises(ValueError, match="the prompt has 32 tokens, but the model's context is 32"):
         generate(model, random_tokens(32).tolist(), max_tokens=1)
 

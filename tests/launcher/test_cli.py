@@ -325,6 +325,8 @@ def words(text: str) -> str:
         ("export C --to P --format hf", "--type", "tq2_0 q2_0 tq1_0 q8_0 f16"),
         ("export C --to P --format hf", "--embeddings", "q8_0 f16"),
         ("generate M P", "--dtype", "bf16 fp32"),
+        ("generate M P", "--with", "tritrain llama.cpp"),
+        ("chat M", "--with", "tritrain llama.cpp"),
     ],
 )
 def test_choices_are_listed_in_the_help_and_others_refused(command: str, option: str, choices: str) -> None:

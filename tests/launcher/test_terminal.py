@@ -6,10 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
-import torch
 import yaml
 from made_runs import make_run
 from rich.console import Console as RichConsole
@@ -21,6 +20,7 @@ from launcher.doctor import doctor
 from launcher.doctor.checks import Verdict
 from launcher.errors import ConfigError, report_error
 from launcher.inference import generate
+from launcher.inference.text_model import TextModel
 from launcher.process.console import Console
 from launcher.process.ranks import ALONE
 from launcher.report import status
@@ -73,15 +73,14 @@ def write_text(_: Path) -> None:
     """A model that has learned to command terminals."""
     tokenizer = SimpleNamespace(decode=lambda tokens: "".join(map(chr, tokens)))
     model = SimpleNamespace(
-        tokenizer=tokenizer,
-        model=torch.nn.Linear(2, 2),
+        required_tokenizer=lambda: tokenizer,
+        weights_bytes=1,
         config=SimpleNamespace(max_sequence_length=1000),
         prompt_tokens=lambda prompt: list(map(ord, prompt)),
         generate_tokens=lambda prompt, **_: map(ord, HOSTILE),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "load_model", lambda *_, **__: model)
-        generate.write_text("model", HOSTILE, dtype="fp32", packed=None, tokenizer=None)
+    generate.write_texts(cast(TextModel, model), [HOSTILE])
+    generate.write_texts(cast(TextModel, model), [HOSTILE], as_json=True)
 
 
 def configuration_error(folder: Path) -> None:

@@ -9,7 +9,7 @@ from models import TINY, build, random_tokens
 from torch import nn
 
 from quant.config import BITNET, PRESETS, QuantConfig
-from quant.integers import integer_product
+from quant.integers import activation_codes, integer_product
 from quant.linear import add_learned_scales_, quantize_, quantized_layers, set_strength_
 from quant.packed import PackedLinear, freeze_, memory_bytes
 
@@ -76,6 +76,26 @@ def test_without_integer_products_it_is_the_same(monkeypatch):
     freeze_(layer)
     monkeypatch.setattr("quant.integers._CPU_HAS_INT8", False)
     assert torch.equal(layer(x), expected)
+
+
+def test_what_several_layers_are_given_is_rounded_once(monkeypatch):
+    """Once for queries, keys and values, and once for gate and up; but again after it has been written to."""
+    model = build(TINY)
+    quantize_(model, BITNET)
+    freeze_(model)
+    rounded = []
+    monkeypatch.setattr("quant.packed.activation_codes", lambda x, how: rounded.append(x) or activation_codes(x, how))
+    model(random_tokens(1, 5))
+    assert len(rounded) == 4 * TINY.num_layers
+
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    expected, _ = layer(-2 * x), layer(x)
+    assert torch.equal(layer(x.mul_(-2)), expected)
+    with torch.inference_mode():
+        y = x.clone()
+        layer(y)
+        assert torch.equal(layer(y.mul_(-2)), layer(-2 * x))
 
 
 def test_casting_leaves_the_scales_alone():

@@ -15,23 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import SUPPORT
+from places import LLAMA, LLAMA_ENVIRONMENT, SUPPORT
 
 from data.torchvision_repair import repair_torchvision
 
-LLAMA = "llama-cpp-python==0.3.36"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tritrain"
 NO_INDEX = ("No matching distribution", "Temporary failure in name resolution", "Connection", "timed out")
 
 
 @pytest.fixture(scope="session")
 def llama_python() -> Path:
     """The Python of an environment that has llama.cpp."""
-    folder = Path(os.environ.get("TRITRAIN_LLAMA_ENVIRONMENT", CACHE / LLAMA.replace("==", "-")))
-    python = folder / "bin" / "python"
+    python = LLAMA_ENVIRONMENT / "bin" / "python"
     if python.exists() and not subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
         return python
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([sys.executable, "-m", "venv", LLAMA_ENVIRONMENT], check=True)
     pip = [python, "-m", "pip", "install", "--no-binary", "llama-cpp-python", LLAMA]
     installed = subprocess.run(pip, capture_output=True, text=True)
     if installed.returncode:

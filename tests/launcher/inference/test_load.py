@@ -27,7 +27,7 @@ from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.hf_folder import write_hf
 from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.open import config_of
-from launcher.inference.generate import write_text
+from launcher.inference.generate import open_model
 from launcher.inference.load import load_model
 from launcher.inference.sharded import open_subject
 from launcher.process.ranks import ALONE
@@ -101,11 +101,11 @@ def test_the_default_dtype_is_what_the_device_computes_in_hardware(runs, has_bf1
         "load_model",
         lambda path, dtype, **choice: taken.append(dtype) or real(path, dtype=dtype, **choice),
     )
-    write_text(str(runs / "run"), "te", dtype=None, packed=None, tokenizer=None, max_tokens=1)
+    open_model(str(runs / "run"))
     said = capsys.readouterr().err.splitlines()[0]
     assert said.startswith(f"dtype: {name}, ")
     for chosen in ("bf16", "fp32"):
-        write_text(str(runs / "run"), "te", dtype=chosen, packed=None, tokenizer=None, max_tokens=1)
+        open_model(str(runs / "run"), dtype=chosen)
         assert "dtype" not in capsys.readouterr().err
     assert taken == [expected[name], torch.bfloat16, torch.float32]
 
