@@ -1,7 +1,7 @@
 """llama.cpp, built from the source distribution of `llama-cpp-python` in an environment of its own.
 
-That takes some ten minutes the first time. `TRITRAIN_LLAMA_ENVIRONMENT` names the environment's folder; by default it is in
-the user's cache.
+That takes some ten minutes the first time. `TRITRAIN_LLAMA_ENVIRONMENT` names the environment's folder; by default it
+is in the user's cache.
 """
 
 import os
