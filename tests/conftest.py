@@ -1,5 +1,7 @@
+import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.util import Finalize
@@ -103,6 +105,41 @@ def transformers() -> Any:
 
     repair_torchvision()
     return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def uncompiled_transformers(transformers: Any) -> Iterator[Any]:
+    """The package; its packed layers are not compiled, which would take minutes at their first call."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch._dynamo.config.disable = True
+    yield transformers
+    torch._dynamo.config.disable = False
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
+
+
+@pytest.fixture(scope="session")
+def llama_python() -> Path:
+    """The Python of an environment that has llama.cpp."""
+    from llama_environment import python_with_llama
+
+    return python_with_llama()
+
+
+@pytest.fixture
+def ask(llama_python: Path, tmp_path: Path) -> Any:
+    """Ask llama.cpp about a file; see `llama_client.py`."""
+    import numpy as np
+    from places import SUPPORT
+
+    def client(path: Path, **request: Any) -> dict[str, Any]:
+        (tmp_path / "request.json").write_text(json.dumps(request))
+        script = SUPPORT / "llama_client.py"
+        arguments = [path, tmp_path / "request.json", tmp_path / "answer.npz"]
+        done = subprocess.run([llama_python, script, *arguments], capture_output=True, text=True)
+        assert not done.returncode, done.stderr[-3000:]
+        return dict(np.load(tmp_path / "answer.npz"))
+
+    return client
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,11 @@ PACKED = {
 }
 
 
+@pytest.fixture(scope="module")
+def transformers(uncompiled_transformers: Any) -> Any:
+    return uncompiled_transformers
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_an_order_matched_reference_bit_for_bit(transformers, tmp_path, family, kind):

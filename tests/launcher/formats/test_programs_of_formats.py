@@ -28,6 +28,11 @@ from quant.linear import quantized_layers
 BOUNDS = export_bounds()
 
 
+@pytest.fixture(scope="module")
+def transformers(uncompiled_transformers: Any) -> Any:
+    return uncompiled_transformers
+
+
 COMPRESSED: dict[str, dict[str, Any]] = {
     "matrix": {},
     "row": {"granularity": "row"},

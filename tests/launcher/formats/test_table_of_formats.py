@@ -163,11 +163,11 @@ def fill(written: str, folder: Path, tokenizer: Path, compute: Logits) -> None:
 
 
 @pytest.mark.parametrize("written", [name for name in OPTIONS if name[1:].startswith(("hf", "compressed"))])
-def test_golden_table_in_transformers(transformers: Any, shards: Path, tmp_path: Path, written: str) -> None:
+def test_golden_table_in_transformers(uncompiled_transformers: Any, shards: Path, tmp_path: Path, written: str) -> None:
     run = compressed_logits if OPTIONS[written][0] == "compressed-tensors" else packed_logits
 
     def compute(folders: list[Path]) -> list[torch.Tensor]:
-        return [run(transformers, folder, TOKENS, torch.float32) for folder in folders]
+        return [run(uncompiled_transformers, folder, TOKENS, torch.float32) for folder in folders]
 
     fill(written, tmp_path, shards / "tokenizer.model", compute)
 

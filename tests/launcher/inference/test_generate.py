@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf_files import narrow, random_model
 from hf_folders import ModelSource, edit_config, write_variant
-from places import LLAMA_ENVIRONMENT
+from llama_environment import LLAMA_ENVIRONMENT
 from tokenizer_files import write_bytes_tokenizer
 from typer.testing import CliRunner
 
