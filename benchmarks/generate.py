@@ -2,7 +2,8 @@
 
 A model with random weights is written once. Each variant is loaded in a process of its own, for its peak memory; then
 all are timed in one process, in turns: tokens at batch 1 with a key-value cache, and a prompt. llama.cpp takes part if
-`--llama-python ENVIRONMENT/bin/python` names an environment that has `llama-cpp-python`.
+`--llama-python ENVIRONMENT/bin/python` names an environment that has `llama-cpp-python`. On a machine that is busy with
+other programs, `--threads 1 --of-process` counts the seconds of this process alone.
 
     python benchmarks/generate.py [--size 100m] [--tokens 16] [--prompt 128] [--repeats 5] [--threads 2] [--device cpu]
 """
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--llama-python", type=Path)
+    parser.add_argument("--of-process", action="store_true")
     parser.add_argument("--peak", nargs=3, metavar=("FOLDER", "KIND", "DTYPE"), help="used by the script itself")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -159,8 +161,8 @@ def main() -> None:
     readers = {name: reader(model, prompt_BT) for name, model in models.items()}
     for run in (*decoders.values(), *readers.values()):
         run()
-    decoding = interleaved(decoders, options.repeats, device)
-    reading = interleaved(readers, options.repeats, device)
+    decoding = interleaved(decoders, options.repeats, device, of_process=options.of_process)
+    reading = interleaved(readers, options.repeats, device, of_process=options.of_process)
     rows = [
         "| | weights | peak while loading | tokens/s, batch 1 | prompt tokens/s |",
         "| --- | --- | --- | --- | --- |",
@@ -174,7 +176,8 @@ def main() -> None:
     about = (
         f"{num_parameters(config):,} parameters, prompt of {options.prompt} tokens, {options.tokens} tokens after it, "
     )
-    about += f"{options.threads} threads; medians of {options.repeats}, taken in turns."
+    about += f"{options.threads} threads; medians of {options.repeats}, taken in turns"
+    about += ", in seconds of this process's threads." if options.of_process else "."
     report(f"generate-{options.size}-{options.device}", "\n".join([about, "", *rows]), numbers)
 
 

@@ -1,5 +1,6 @@
 """`tritrain chat`: a conversation with a model in the terminal."""
 
+import io
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -88,6 +89,8 @@ def _lines() -> Iterator[str]:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         import readline  # noqa: F401 - `input` uses it
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not text is a message's mistake, not the end
     while True:
         try:
             line = input("> ") if is_terminal else sys.stdin.readline()

@@ -200,7 +200,9 @@ def test_a_message_that_cannot_be_is_said_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     model = Parrot(tokenizer_in(tmp_path, CHATML), ["One."])
-    out, err = talked(monkeypatch, capsys, model, "\ud800\nb\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nb\n"), encoding="utf-8"))
+    chat(model, system=None)
+    out, err = capsys.readouterr()
     assert out == "One.\n"
     assert "the message is not text" in err
     assert model.asked == [turns("b")]

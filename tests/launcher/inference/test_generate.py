@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import narrow, random_model
+from gguf_files import narrow, random_model, read_tensors
 from hf_folders import ModelSource, edit_config, write_variant
 from llama_environment import LLAMA_ENVIRONMENT
 from tokenizer_files import write_bytes_tokenizer
@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from data.errors import DataError
 from launcher.cli import app
 from launcher.errors import ConfigError
+from launcher.formats.gguf_export import export_gguf
 from launcher.formats.hf_folder import write_hf
+from launcher.formats.opened import open_exportable
 from launcher.inference.load import load_model
 
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
@@ -123,6 +125,16 @@ def folder_of(tmp_path: Path, kind: str, width: int = 256) -> Path:
         edit_config(tmp_path / "hf", quantization_config=ONLINE)
     write_bytes_tokenizer(tmp_path / "hf" / "tokenizer.json")
     return tmp_path / "hf"
+
+
+def test_the_file_for_llama_cpp_has_no_vocabulary(tmp_path: Path) -> None:
+    opened = open_exportable(str(folder_of(tmp_path, "ternary")), ternary=True)
+    export_gguf(opened, tmp_path / "model.gguf", tokenizer=None)
+    fields = read_tensors(tmp_path / "model.gguf")[1]
+    assert {name: value for name, value in fields.items() if name.startswith("tokenizer.")} == {
+        "tokenizer.ggml.model": "none"
+    }
+    assert fields["llama.vocab_size"] == 260
 
 
 @pytest.mark.usefixtures("llama")
