@@ -161,7 +161,7 @@ def test_tasks_that_a_group_defines_for_itself_read_files_too(tmp_path):
     (tmp_path / "pair::own_test.jsonl").write_text('{"a": "x", "b": " y"}\n')
     ours, theirs = split_names([str(folder / "pair.yaml")])
     loaded = load_tasks(theirs, tmp_path, None)
-    [request] = [*loaded.tasks.values()][0].test_docs()
+    [request] = next(iter(loaded.tasks.values())).test_docs()
     assert request == {"a": "x", "b": " y"}
     assert (ours, list(loaded.tasks), list(loaded.groups)) == ([], ["pair::own"], ["pair"])
 
