@@ -44,7 +44,7 @@ def split_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
         bare = name.removeprefix(THEIRS)
         is_file = bare.endswith((".yaml", ".yml")) and Path(bare).is_file()
         if not is_file and bare not in known_names():
-            near = get_close_matches(name, own | known_names(), n=3, cutoff=0.6)
+            near = get_close_matches(name, own, n=1) + get_close_matches(name, known_names() - own, n=2)
             advice = f"did you mean {' or '.join(near)}? " if near else ""
             raise ValueError(
                 f"task {name!r} is not known; {advice}choose {GROUP}, {GROUP}{HARNESS}, single tasks of these (piqa, "

@@ -1,5 +1,7 @@
 """`tritrain eval` with tasks of lm-evaluation-harness, on a run and on its export."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,13 +11,14 @@ from ranks import run_group
 from tiny import tiny_config
 
 from data.torchvision_repair import repair_torchvision
+from launcher.errors import ConfigError
 from launcher.formats.hf_export import export_hf
 from launcher.formats.opened import open_exportable
-from launcher.inference.any_task import Prompting
-from launcher.inference.measure import Evaluation, evaluate
+from launcher.inference.any_task import Prompting, as_found, curve_of, label_of, record_of
+from launcher.inference.measure import Evaluation, check_tasks, evaluate
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
-from launcher.run.scores import read_results
+from launcher.run.scores import harness_table_of, read_results
 from model.transformer import Transformer
 
 pytest.importorskip("lm_eval")
@@ -108,3 +111,37 @@ def test_scores_of_a_run_equal_those_of_the_hf_model_on_its_export(run, data, tm
     assert found["gsm8k"]["num_fewshot"] == found["arc_challenge"]["num_fewshot"] == 1
     assert found["arc_challenge"]["version"] == "1.0"
     assert found["wmdp"]["tasks"] == ["wmdp_bio", "wmdp_chem", "wmdp_cyber"]
+
+
+def test_records_hold_what_groups_are_made_of():
+    found = {
+        "alias": "a",
+        "sample_len": 3,
+        "acc,none": 0.5,
+        "acc_stderr,none": "N/A",
+        "em,strict": 1,
+        "em_stderr,strict": 0.25,
+    }
+    subject = SimpleNamespace(location="run", step=4)
+    record = record_of(found, 2.0, subject)
+    assert record["scores"]["acc"] == {"value": 0.5, "standard_error": None}
+    assert record["scores"]["em,strict"] == {"value": 1.0, "standard_error": 0.25}
+    assert (record["metric"], record["version"], record["num_examples"]) == ("acc", "2.0", 3)
+    assert as_found(record) == {key: value for key, value in found.items() if key != "alias"}
+    rows = harness_table_of([record | {"task": "t", "num_fewshot": 5}])
+    assert rows == [["t", "2.0", "5", "3", "acc", "0.5000"], ["t", "2.0", "5", "3", "em,strict", "1.0000 ± 0.2500"]]
+
+
+def test_other_ways_of_asking_have_other_names():
+    assert (label_of("piqa"), label_of("arc_challenge")) == ("harness:piqa", "arc_challenge")
+    record = {"task": "gsm8k", "num_fewshot": 5, "chat_template": True}
+    assert curve_of(record) == "gsm8k-5-shot-chat"
+    assert curve_of(record | {"num_fewshot": 0, "chat_template": False}) == "gsm8k"
+
+
+def test_own_tasks_are_asked_in_one_way(data):
+    with pytest.raises(ConfigError, match=r"--tasks: piqa: .*harness:piqa is lm-evaluation-harness's"):
+        check_tasks(["piqa", "wikitext"], None, Prompting(num_fewshot=2))
+    with pytest.raises(ConfigError, match=r"--task-data: .*absent: is not a folder"):
+        check_tasks(["wikitext"], str(data / "absent"))
+    assert check_tasks(["wikitext", "harness:piqa"], str(data)) == ([], ["wikitext", "piqa"])
