@@ -74,6 +74,7 @@ def run(shards, tmp_path_factory):
     return config.run.path
 
 
+@pytest.mark.slow
 def test_scores_of_a_run_equal_those_of_the_hf_model_on_its_export(run, data, tmp_path, alone):
     """With its tokenizer as exported, which begins each text with a token, on one rank as on two."""
     pytest.importorskip("accelerate")
