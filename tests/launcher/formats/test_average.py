@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from command import tritrain
-from exports import model_tree, write_checkpoint
+from exports import make_older, model_tree, write_checkpoint
 from hf_folders import ModelSource, whole, write_variant
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +26,7 @@ from runs import run as train
 from tiny import tiny_config
 
 from launcher.checkpoint.folders import folder_of
+from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError, ConfigError
@@ -181,13 +182,25 @@ def test_the_manifest_names_sources_and_has_the_place_of_the_newest(make: Any, t
     assert tritrain("verify", tmp_path / "out").endswith("out: sound\n")
 
 
+def test_checkpoints_of_version_1_are_averaged_too(make: Any, tmp_path: Path, shards: Path) -> None:
+    sources = [make(step, tokenizer=shards / "tokenizer.model") for step in (6, 8)]
+    make_older(sources[0])
+    tritrain("average", *sources, "--out", tmp_path / "out")
+    make_older(sources[1])
+    tritrain("average", *sources, "--out", tmp_path / "older")
+    first, second = (CheckpointReader(tmp_path / name).manifest for name in ("out", "older"))
+    assert first.precision == second.precision == Precision.in_16_bits(LLAMA.num_layers)
+    assert first.files["tokenizer.model"] == second.files["tokenizer.model"]  # which the run's data have
+    assert first.files["rank-00000.safetensors"] == second.files["rank-00000.safetensors"]
+
+
 def test_last_takes_the_newest_of_the_last_16_bit_phase(make: Any, tmp_path: Path) -> None:
     for step, phase in ((2, 0), (6, 0), (8, 0), (12, 1), (16, 1)):
         make(step, phase)
     run = tmp_path / "run"
     said = tritrain("average", run, "--last", "2", "--out", tmp_path / "out")
     assert [Path(line.split()[0]).name for line in said.splitlines()[1:3]] == ["step-00000006", "step-00000008"]
-    few = r"--last 4: .*checkpoints has only 3 of phase 0, at steps 2, 6, 8; lower it, or keep more .* checkpoint.keep_last"
+    few = r"--last 4: .*checkpoints has only 3 of phase 0, at steps 2, 6, 8; lower it, or keep more .*\.keep_last"
     with pytest.raises(ConfigError, match=few):
         tritrain("average", run / "checkpoints", "--last", "4", "--out", tmp_path / "more")
     make(20, 2)
