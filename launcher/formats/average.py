@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from launcher.checkpoint.folders import CONFIG, complete_checkpoints
+from launcher.checkpoint.folders import CONFIG, NAME, complete_checkpoints
 from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import new_location, reaching
 from launcher.checkpoint.manifest import Manifest
@@ -217,6 +217,18 @@ def manifest_of_average(source: AverageSource) -> Manifest:
     )
 
 
+def check_name(to: Path) -> None:
+    """Check that no run would resume from a folder as from a checkpoint of its own.
+
+    Raises:
+        CheckpointError: it would.
+    """
+    with reaching(to.parent):
+        is_of_run = bool(complete_checkpoints(to.parent)) or (to.parent / OWNER).exists()
+    if is_of_run and NAME.fullmatch(to.name):
+        raise CheckpointError(f"{to}: a run would take it for a checkpoint of its own; give it another name")
+
+
 def write_average(source: AverageSource, to: Path) -> None:
     """Write an average as a checkpoint, a piece of a tensor at a time; it has its name when it is complete.
 
@@ -227,9 +239,7 @@ def write_average(source: AverageSource, to: Path) -> None:
     Raises:
         CheckpointError: a checkpoint is damaged, the folder is taken, or something cannot be read or written.
     """
-    with reaching(to.parent):
-        if complete_checkpoints(to.parent) or (to.parent / OWNER).exists():
-            raise CheckpointError(f"{to}: is in a run's folder of checkpoints, which only the run fills; name another")
+    check_name(to)
     for reader in source.readers:
         check_sound(reader)
     newest = source.readers[-1]

@@ -32,6 +32,7 @@ from launcher.config.sections import Config
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.average import AverageSource
 from launcher.formats.hf_folder import write_hf
+from launcher.formats.open import open_source
 from launcher.formats.opened import open_exportable
 from launcher.formats.start import open_start
 from launcher.inference.load import load_model
@@ -290,15 +291,16 @@ def test_an_average_takes_no_other_s_place(make: Any, tmp_path: Path) -> None:
     source = make(4)
     building = source.parent / "step-00000005.tmp"  # what the run is writing
     building.mkdir()
-    with pytest.raises(CheckpointError, match="is in a run's folder of checkpoints, which only the run fills"):
+    with pytest.raises(CheckpointError, match="step-00000005: a run would take it for a checkpoint of its own"):
         tritrain("average", source, "--out", folder_of(source.parent, 5))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     with pytest.raises(CheckpointError, match="full: already exists; choose another name, or remove it"):
         tritrain("average", source, "--out", tmp_path / "full")
-    tritrain("average", source, "--out", tmp_path / "run" / "average")
+    tritrain("average", source, "--out", source.parent / "average")
+    assert open_source(str(tmp_path / "run")).location == str(source)
     assert building.is_dir()
-    assert not [path for path in (tmp_path / "run").iterdir() if "tritrain-" in path.name]
+    assert not [path for path in source.parent.iterdir() if "tritrain-" in path.name]
 
 
 KILLED = """
