@@ -305,6 +305,31 @@ def convert(
     )
 
 
+@app.command()
+def average(
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints of a 16-bit phase; with --last, a run.")],
+    out: Annotated[str, typer.Option(help="Folder to create.")],
+    last: Annotated[
+        int | None,
+        typer.Option(min=1, help="Take the run's last N checkpoints of a 16-bit phase.", metavar="N"),
+    ] = None,
+    decay: Annotated[
+        float | None,
+        typer.Option(help="Exponential average: each checkpoint weighs D times the one after it.", metavar="D"),
+    ] = None,
+    across_ternary: Annotated[
+        bool, typer.Option("--across-ternary", help="Accept ternary phases; the result is for measurement only.")
+    ] = False,
+) -> None:
+    """Average checkpoints of a 16-bit phase into one, to see what a decay would gain. Needs no GPU."""
+    from launcher.commands.average import average_checkpoints
+
+    target = local_target(out, "--out")
+    average_checkpoints(
+        checkpoints, target, Console(silent=False), last=last, decay=decay, across_ternary=across_ternary
+    )
+
+
 def local_target(text: str, option: str) -> Path:
     """The path that a command writes to.
 

@@ -17,6 +17,10 @@ CHAT_TEMPLATE = "chat_template.jinja"
 """File in a Hugging Face folder that says how a conversation is written."""
 
 
+NAME = re.compile(r"step-\d{8}")
+"""Names of the checkpoints of a run."""
+
+
 def folder_of(checkpoints: Path, step: int) -> Path:
     """The folder of the checkpoint after ``step`` steps."""
     return checkpoints / f"step-{step:08d}"
@@ -25,7 +29,7 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """All folders with a manifest, oldest first."""
     folders = checkpoints.glob("step-*") if checkpoints.is_dir() else []
-    named = (folder for folder in folders if re.fullmatch(r"step-\d{8}", folder.name))
+    named = (folder for folder in folders if NAME.fullmatch(folder.name))
     return sorted((folder for folder in named if (folder / MANIFEST).is_file()), key=lambda folder: folder.name)
 
 

@@ -160,7 +160,7 @@ class Manifest:
     zero_stage: int | None
     """Of DeepSpeed; None for a conversion."""
     provenance: dict[str, Any] | None
-    """What a conversion was made from (`launcher.formats.provenance`); None for a checkpoint of training."""
+    """What a conversion or an average was made from (`launcher.formats`); None for a checkpoint of training."""
     files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
     """All files but the manifest, by name; filled in when the checkpoint is complete."""
     digest: str = ""
@@ -177,6 +177,12 @@ class Manifest:
         for name in self.files:
             if name not in (CONFIG, *TOKENIZERS) and not TENSOR_FILE.fullmatch(name):
                 raise ValueError(f"its 'files' names {reprlib.repr(name)}, which is not a file of a checkpoint")
+
+    @property
+    def average(self) -> dict[str, Any] | None:
+        """What the weights are the average of (`launcher.formats.average`); None if they are none."""
+        found = (self.provenance or {}).get("average")
+        return found if isinstance(found, dict) else None
 
     def sealed(self, files: dict[str, FileRecord]) -> str:
         """The text of `manifest.json` for a checkpoint of these files."""

@@ -40,11 +40,12 @@ class CheckpointWriter:
 
     Args:
         final: the folder of the complete checkpoint.
+        in_place: whether it is an empty folder that the caller has made and will rename; `begin` is not for these.
     """
 
-    def __init__(self, final: Path) -> None:
+    def __init__(self, final: Path, *, in_place: bool = False) -> None:
         self.final = final
-        self._building = final.with_name(final.name + ".tmp") if is_local(final) else final
+        self._building = final.with_name(final.name + ".tmp") if is_local(final) and not in_place else final
 
     def begin(self) -> None:
         """Remove an earlier version of this checkpoint, and others that were never finished."""

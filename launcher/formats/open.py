@@ -193,7 +193,12 @@ def precision_of(reader: CheckpointReader) -> Precision:
 
 
 def run_of(reader: CheckpointReader, config: Config) -> Path | None:
-    """The folder of the run that wrote a checkpoint: the one around it, or the one in its configuration."""
+    """The folder of the run that wrote a checkpoint: the one around it, or the one in its configuration.
+
+    No run wrote an average: what its run measured at that step was measured on other weights.
+    """
+    if reader.manifest.average is not None:
+        return None
     around = reader.folder.parent.parent if is_local(reader.folder) else config.run.path
     return next((path for path in (around, config.run.path) if holds_run(path, config)), None)
 

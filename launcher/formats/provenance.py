@@ -66,9 +66,11 @@ def name_of(source: Source) -> str:
 
 def source_record(source: Source) -> dict[str, Any]:
     """The provenance of files that were made from a source, for others to read: names and digests, no path."""
+    manifest = source.manifest if isinstance(source, CheckpointReader) else None
     return {
         "source": name_of(source),
-        "step": source.manifest.step if isinstance(source, CheckpointReader) else None,
+        "step": manifest.step if manifest else None,
         "source_digest": source_digest(source),
+        **({"average": manifest.average.get("of")} if manifest and manifest.average else {}),
         "tritrain_version": version("tritrain"),
     }

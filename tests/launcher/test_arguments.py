@@ -21,6 +21,7 @@ def refusal(*arguments: str) -> str:
         ["status", ""], ["status", ".", ""], ["report", ""], ["doctor", ""], ["explain", "run", "--config", ""],
         ["convert", "x", "--to", "y", "--config", ""], ["eval", "x", "--task-data", ""],
         ["export", "x", "--to", "y", "--format", "hf", "--tokenizer", ""],
+        ["average", "", "--out", "y"], ["average", " ", "--last", "2", "--out", "y"],
     ],
 )  # fmt: skip
 def test_a_blank_path_is_not_the_current_folder(
