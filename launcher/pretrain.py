@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from launcher.config.sections import Config
 from launcher.errors import USER_ERRORS, CheckpointError, ConfigError, FirstRankError, report_error
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.plan import Plan, make_plan
-from launcher.process.companions import Companions, end_without_launcher, say
+from launcher.process.companions import TICK_SECONDS, Companions, end_without_launcher, say
 from launcher.process.console import Console
 from launcher.process.exchange import failing_alike, value_of_first
 from launcher.process.ranks import Ranks, everyones, has_bf16, process_group, seed_everything
@@ -136,6 +137,8 @@ def stop_without_launcher(message: str, stop: StopRequest, pulse: Pulse) -> None
         end_without_launcher(message)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"{message}; its ranks save and end.")
+    else:
+        time.sleep(2 * TICK_SECONDS)  # the first rank of the host finds it too, and is to say so before the run ends
     stop.launcher_is_lost()
     late = f"{message}, and its ranks have not saved within {SECONDS_TO_SAVE} s"
     timer = threading.Timer(SECONDS_TO_SAVE, end_without_launcher, [late])
