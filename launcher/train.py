@@ -196,7 +196,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
                 step=at.step,
                 phase=at.phase,
                 tensorboard=config.logging.tensorboard,
-                feeds=open_feeds(config, folder.run_id, plan.total_steps, console.line),
+                feeds=open_feeds(plan, folder.run_id, console.line),
             )
             closing.callback(log.close)
             if log.num_damaged:

@@ -17,7 +17,7 @@ from data.messages import safe_message
 from launcher.run.trackers.contract import TrackedRow, TrackedRun, Tracker
 from launcher.run.trackers.sent import Sent
 
-CLOSE_SECONDS = 10
+CLOSE_SECONDS = 15
 """How long a tracker may take to close; longer, and its process is ended."""
 
 SAID_WHY = 3
@@ -55,8 +55,8 @@ def serve(name: str, next_line: Callable[[], str], say: Callable[[str], None]) -
         row = TrackedRow(**json.loads(line))
         step = row.step
         if (row := sent.new(row)).values:
-            if row.phase > sent.phase:
-                tracker.enter_phase(row)
+            for index in range(sent.phase + 1, row.phase + 1):
+                tracker.enter_phase(index, *run.phases[index])
             tracker.write(row)
             sent.add(row)
     tracker.close(complete=step == run.total_steps)

@@ -20,6 +20,8 @@ class TrackedRun:
     """The run's folder, absolute; what a client writes to a disk goes there."""
     config: dict[str, Any]
     """The resolved configuration, without secrets of URLs."""
+    phases: list[tuple[str, int]]
+    """Of each phase: its precision, and the step after which it begins."""
     total_steps: int
 
 
@@ -41,8 +43,8 @@ class Tracker(Protocol):
     where: str
     """A sentence that says where the rows go."""
 
-    def enter_phase(self, row: TrackedRow) -> None:
-        """Show that a phase begins, with the first row of it; before that row is written."""
+    def enter_phase(self, index: int, precision: str, start_step: int) -> None:
+        """Show that a phase begins after ``start_step``; called once in a run, before its first row is written."""
 
     def write(self, row: TrackedRow) -> None:
         """Write one row at its step."""

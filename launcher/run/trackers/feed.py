@@ -19,7 +19,7 @@ from typing import Any
 
 from data.urls import redacted
 from launcher.config.file import to_tree
-from launcher.config.sections import Config
+from launcher.plan.plan import Plan
 from launcher.run.trackers.client import CLOSE_SECONDS, SAID_WHY
 from launcher.run.trackers.contract import TrackedRow, TrackedRun
 
@@ -99,22 +99,23 @@ class Feed:
         self._is_off = True
 
 
-def open_feeds(config: Config, run_id: str | None, total_steps: int, say: Callable[[str], None]) -> list[Feed]:
-    """Start the trackers of a configuration.
+def open_feeds(plan: Plan, run_id: str | None, say: Callable[[str], None]) -> list[Feed]:
+    """Start the trackers that a run names.
 
     Args:
-        config: of the run; each tracker gets it without the secrets of URLs.
+        plan: of the run; each tracker gets its configuration, without the secrets of URLs.
         run_id: the run's id, which stays the same when it resumes.
-        total_steps: steps of the whole run.
         say: prints a line.
     """
+    config = plan.config
     run = TrackedRun(
         run_id=str(run_id),
         name=config.run.name,
         project=config.logging.project,
         folder=str(Path(config.run.path).absolute()),
         config=without_secrets(to_tree(config)),
-        total_steps=total_steps,
+        phases=[(phase.precision, phase.start) for phase in plan.phases],
+        total_steps=plan.total_steps,
     )
     feeds = []
     for name in config.logging.trackers:

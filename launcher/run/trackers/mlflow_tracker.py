@@ -37,16 +37,16 @@ class MlflowTracker:
             except Exception as error:
                 shown = f"{safe_message(server)} cannot be reached ({type(error).__name__}); {shown}"
         local.parent.mkdir(parents=True, exist_ok=True)
-        self._open(f"sqlite:///{local}", run)
+        self._open(f"sqlite:///{local}", run, artifacts=(local.parent / "artifacts").as_uri())
         self.where = f"in {local}; {shown}"
 
-    def _open(self, uri: str, run: TrackedRun) -> None:
+    def _open(self, uri: str, run: TrackedRun, artifacts: str | None = None) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
         self._client = client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(run.project)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(run.project)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(run.project, artifacts)
         known = client.search_runs([experiment_id], f"tags.`{ID_TAG}` = '{run.run_id}'", max_results=1)
         mine = known[0] if known else client.create_run(experiment_id, run_name=run.name, tags={ID_TAG: run.run_id})
         self._id = mine.info.run_id
@@ -60,10 +60,10 @@ class MlflowTracker:
             if mine.data.params.get(key, value) != value:
                 client.set_tag(self._id, f"changed.{key}", value)
 
-    def enter_phase(self, row: TrackedRow) -> None:
+    def enter_phase(self, index: int, precision: str, start_step: int) -> None:
         """Set tags."""
-        self._client.set_tag(self._id, "precision", row.precision)
-        self._client.set_tag(self._id, f"phase.{row.phase}", f"{row.precision}, after step {row.step}")
+        self._client.set_tag(self._id, "precision", precision)
+        self._client.set_tag(self._id, f"phase.{index}", f"{precision}, after step {start_step}")
 
     def write(self, row: TrackedRow) -> None:
         """Log the row at its step, in one request."""

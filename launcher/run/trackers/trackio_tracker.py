@@ -30,12 +30,12 @@ class TrackioTracker:
         shown = f"`TRACKIO_DIR={folder} trackio show --project {run.project}` shows it"
         self.where = f"in the Space {space}" if space else f"{problem}in {folder}; {shown}"
 
-    def enter_phase(self, row: TrackedRow) -> None:
+    def enter_phase(self, index: int, precision: str, start_step: int) -> None:
         """Write a note, which Trackio calls an alert."""
         import trackio
 
-        title = f"phase {row.phase}: {row.precision}"
-        self._run.alert(title, f"begins after step {row.step}", level=trackio.AlertLevel.INFO)
+        text = f"begins after step {start_step}"
+        self._run.alert(f"phase {index}: {precision}", text, level=trackio.AlertLevel.INFO)
 
     def write(self, row: TrackedRow) -> None:
         """Log the row at its step."""

@@ -26,6 +26,7 @@ class WandbTracker:
             "name": run.name,
             "dir": folder,
             "config": run.config,
+            "tags": sorted({precision for precision, _ in run.phases}),
             "resume": "allow",
             # The address of a Git remote may hold a token, and the client's own output says nothing about the run.
             "settings": wandb.Settings(
@@ -43,11 +44,9 @@ class WandbTracker:
         else:
             self.where = f"at {self._run.url}"
 
-    def enter_phase(self, row: TrackedRow) -> None:
-        """Tag the run with the precision, and keep the step in its summary."""
-        if row.precision not in (self._run.tags or ()):
-            self._run.tags = (*(self._run.tags or ()), row.precision)
-        self._run.summary[f"phases/{row.phase}/{row.precision}/after_step"] = row.step
+    def enter_phase(self, index: int, precision: str, start_step: int) -> None:
+        """Keep the step in the summary; `phase` and `precision` are in each row."""
+        self._run.summary[f"phases/{index}/{precision}/after_step"] = start_step
 
     def write(self, row: TrackedRow) -> None:
         """Append the row to the history."""
