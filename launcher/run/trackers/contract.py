@@ -34,7 +34,7 @@ class TrackedRow:
     phase: int
     precision: str
     values: dict[str, float]
-    """By key, such as `train/loss`."""
+    """By key, such as `train/loss`; `tokens` and `phase` too, unless an earlier row of this step had them."""
 
 
 class Tracker(Protocol):

@@ -139,7 +139,7 @@ def tracked(row: dict[str, Any]) -> TrackedRow:
     """The figures of a row of `metrics.jsonl`, which TensorBoard shows as well."""
     own = {key: row[key] for key in ("step", "tokens", "phase", "precision")}
     values = {key: value for key, value in row.items() if "/" in key and isinstance(value, int | float)}
-    return TrackedRow(**own, values=values)
+    return TrackedRow(**own, values={"tokens": row["tokens"], "phase": row["phase"]} | values)
 
 
 def without_secrets(tree: Any) -> Any:

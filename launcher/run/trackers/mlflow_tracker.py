@@ -69,8 +69,9 @@ class MlflowTracker:
         """Log the row at its step, in one request."""
         from mlflow.entities import Metric
 
-        now, values = int(time.time() * 1000), {"tokens": row.tokens, "phase": row.phase} | row.values
-        self._client.log_batch(self._id, metrics=[Metric(key, value, now, row.step) for key, value in values.items()])
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, value, now, row.step) for key, value in row.values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
 
     def close(self, *, complete: bool) -> None:
         """Set the status."""

@@ -9,14 +9,15 @@ from typing import Any
 
 from launcher.run.trackers.contract import TrackedRow, TrackedRun
 
-INIT_SECONDS = 30.0
-"""A server that has not answered by then counts as unreachable."""
+INIT_SECONDS = "30"
+"""A server that has not answered by then counts as unreachable, unless `WANDB_INIT_TIMEOUT` says otherwise."""
 
 
 class WandbTracker:
     """A run of Weights & Biases, with the run's id."""
 
     def __init__(self, run: TrackedRun) -> None:
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", INIT_SECONDS)
         import wandb
 
         folder = os.environ.get("WANDB_DIR", run.folder)
@@ -29,13 +30,12 @@ class WandbTracker:
             "tags": sorted({precision for precision, _ in run.phases}),
             "resume": "allow",
             # The address of a Git remote may hold a token, and the client's own output says nothing about the run.
-            "settings": wandb.Settings(
-                console="off", disable_code=True, disable_git=True, allow_val_change=True, init_timeout=INIT_SECONDS
-            ),
+            "settings": wandb.Settings(console="off", disable_code=True, disable_git=True, allow_val_change=True),
         }
         try:
             self._run = wandb.init(**options)
         except wandb.Error:
+            wandb.teardown()  # the client's own process, which holds the run's id
             self._run = wandb.init(**options, mode="offline")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

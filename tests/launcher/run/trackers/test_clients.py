@@ -86,6 +86,20 @@ def test_wandb_writes_offline(tmp_path: Path) -> None:
     assert ["preempting" in of_start for of_start in kinds] == [True, False]
 
 
+@needs("wandb")
+def test_wandb_writes_offline_when_its_server_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wandb_records import history
+
+    for name, value in (("API_KEY", "0" * 40), ("BASE_URL", "http://127.0.0.1:9"), ("INIT_TIMEOUT", "1")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    [said] = track("wandb", tmp_path, range(1, 3))
+    assert "wandb: offline, in " in said
+    [path] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert [row["train/loss"] for row in history(path)] == [LOSSES[1], LOSSES[2]]
+
+
 @needs("trackio")
 def test_trackio_writes_a_local_database(tmp_path: Path) -> None:
     [said] = track_twice("trackio", tmp_path)

@@ -168,3 +168,17 @@ def test_secrets_of_urls_are_left_out_of_the_configuration() -> None:
         "data": {"sources": [{"path": "s3://***@host/bucket"}], "workers": 2},
         "name": "a",
     }
+
+
+def test_figures_are_sent_and_lists_and_texts_are_not() -> None:
+    row = {
+        "step": 4,
+        "tokens": 32,
+        "phase": 1,
+        "precision": "ternary",
+        "train/loss": 2.5,
+        "validation/when": "interval",
+    }
+    sent = feed.tracked(row | {"quant/layers": {"names": ["a"]}, "quant/flips": [0.5, 0.5]})
+    assert sent.values == {"tokens": 32, "phase": 1, "train/loss": 2.5}
+    assert (sent.step, sent.tokens, sent.phase, sent.precision) == (4, 32, 1, "ternary")
