@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ranks import run_group
 from runs import run
 from tiny import tiny_config
@@ -36,7 +38,10 @@ def at(place):
 class Run:
     offline, url, summary = False, "https://tracker", {}
     def define_metric(self, *names, **options): pass
-    def log(self, values): at("log")
+    def log(self, values):
+        at("log")
+        with open(os.environ["PID_FILE"] + "-rows", "a") as file:
+            file.write(json.dumps(values) + "\\n")
     def mark_preempting(self): pass
     def finish(self, exit_code): at("finish")
 def init(**options):
@@ -58,7 +63,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "pid"
 
 
-BEHAVIORS = ("raises at init", "raises at log", "hangs at log", "hangs at finish")
+BEHAVIORS = ("raises at log", "hangs at log")
 
 
 def run_with_trackers(shards: str, out: str) -> dict[str, Any]:
@@ -76,6 +81,14 @@ def run_with_trackers(shards: str, out: str) -> dict[str, Any]:
             assert run(config) == "complete"
         assert "wandb" not in sys.modules
         seen[behavior] = [[line for line in lines if "wandb" in line], time.monotonic() - started]
+    os.environ["CLIENT"] = "works"
+    resumed = tiny_config(
+        Path(shards), Path(out) / "resumed", logging={"interval_steps": 1, "trackers": ["wandb"]},
+        checkpoint={"interval_steps": 2},
+    )  # fmt: skip
+    assert run(resumed, steps=3) == "interrupted"
+    shutil.rmtree(Path(out) / "resumed" / "checkpoints" / "step-00000003")  # as if the run had been killed
+    assert run(resumed) == "complete"
     return seen
 
 
@@ -96,6 +109,26 @@ def test_what_fails_or_hangs_is_said_once_and_changes_no_bit(shards: Path, tmp_p
         assert seen[behavior][1] < seen["none"][1] + 10, behavior
     options = client.with_name("pid-options").read_text()
     assert "'precision': 'ternary'" in options  # the configuration
+    assert f"'id': '{yaml.safe_load((tmp_path / 'resumed' / 'config.yaml').read_text())['run_id']}'" in options
+    shown = [json.loads(line) for line in client.with_name("pid-rows").read_text().splitlines()]
+    shown = [row for row in shown if "train/loss" in row][-8:]
+    assert [(row["step"], row["train/loss"]) for row in shown] == list(enumerate(losses["none"], start=1))
+    assert [row["precision"] for row in shown] == ["16-bit"] * 4 + ["ternary"] * 4
+
+
+@pytest.mark.parametrize("behavior", ["raises at init", "raises at finish", "hangs at finish"])
+def test_one_line_says_why_a_tracker_has_ended(
+    tmp_path: Path, client: Path, monkeypatch: pytest.MonkeyPatch, behavior: str
+) -> None:
+    monkeypatch.setenv("CLIENT", behavior)
+    monkeypatch.setattr(feed, "CLOSE_SECONDS", 3 if behavior.startswith("hangs") else 60)
+    lines: list[str] = []
+    failing, started = feed.Feed("wandb", tracked_run(tmp_path), lines.append), time.monotonic()
+    failing.write(tracked_row(1))
+    feed.close_feeds([failing])
+    assert time.monotonic() - started < 30
+    reason = "it has not closed" if behavior.startswith("hangs") else "RuntimeError: https://***@host/ said no"
+    assert [reason in line for line in lines if line.startswith("WARNING: wandb: ")] == [True], lines
 
 
 def test_a_tracker_that_takes_no_rows_is_given_up(
