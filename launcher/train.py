@@ -41,6 +41,7 @@ from launcher.run.belonging import check_owner, claim_checkpoints
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import MetricsLog
 from launcher.run.rollbacks import Rollback, read_rollbacks
+from launcher.run.trackers.feed import open_feeds
 from launcher.training.guard import SpikeGuard
 from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED, Meter
@@ -190,7 +191,13 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
             claim_checkpoints(folder)
             folder.note_start(at.step, ranks.world_size)
             tokenizer = folder.keep_tokenizer(data.tokenizer_path)
-            log = MetricsLog(folder.path, step=at.step, phase=at.phase, tensorboard=config.logging.tensorboard)
+            log = MetricsLog(
+                folder.path,
+                step=at.step,
+                phase=at.phase,
+                tensorboard=config.logging.tensorboard,
+                feeds=open_feeds(plan, folder.run_id, console.line),
+            )
             closing.callback(log.close)
             if log.num_damaged:
                 console.line(

@@ -54,7 +54,9 @@ _NAMES = {
     "checkpoint.start_from": "init_from pretrained load_checkpoint resume_from_checkpoint resume_from",
     "checkpoint.asynchronous": "async_save async_mode",
     "logging.interval_steps": "logging_steps log_interval log_every log_every_n_steps",
-    "logging.tensorboard": "wandb report_to use_wandb wandb_project wandb_log enable_wandb enable_tensorboard",
+    "logging.tensorboard": "enable_tensorboard use_tensorboard",
+    "logging.trackers": "wandb report_to use_wandb wandb_log enable_wandb trackio mlflow use_mlflow",
+    "logging.project": "wandb_project experiment_name",
     "evaluation.interval_steps": "eval_steps eval_interval eval_every val_check_interval",
 }
 

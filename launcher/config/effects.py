@@ -14,7 +14,7 @@ from launcher.config.transition import TransitionConfig
 from model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from launcher.config.sections import CheckpointConfig, EvaluationConfig, PhaseConfig, WatchConfig
+    from launcher.config.sections import CheckpointConfig, EvaluationConfig, LoggingConfig, PhaseConfig, WatchConfig
 
 Problems = Iterator[tuple[str, str]]
 """Each as the path of a key and what is wrong there."""
@@ -88,6 +88,12 @@ def evaluation_keys_have_an_effect(evaluation: "EvaluationConfig") -> Problems:
             yield from _idle(evaluation, "evaluation", name, "evaluation.tasks is empty")
 
 
+def logging_keys_have_an_effect(logging: "LoggingConfig") -> Problems:
+    """A project is one of a tracker."""
+    if not logging.trackers:
+        yield from _idle(logging, "logging", "project", "logging.trackers is empty")
+
+
 def intervals_are_long_enough(
     watch: "WatchConfig", checkpoint: "CheckpointConfig", evaluation: "EvaluationConfig"
 ) -> Problems:
@@ -133,5 +139,6 @@ EFFECTS = (
     phases_have_what_the_optimizer_says,
     phase_keys_have_an_effect,
     evaluation_keys_have_an_effect,
+    logging_keys_have_an_effect,
 )
 LENGTHS = (intervals_are_long_enough, shares_are_long_enough)

@@ -23,6 +23,9 @@ from model.config import DistillationConfig, ModelConfig
 from quant.config import QuantConfig
 from quant.ramp import RampConfig
 
+TrackerName = Literal["wandb", "trackio", "mlflow"]
+"""As its package and Tritrain's extra are named."""
+
 SILENT_BEATS = 3
 """A rank that misses this many beats is silent; it is gone if other signs confirm it."""
 
@@ -263,6 +266,10 @@ class LoggingConfig:
     """Log every N steps; only then does the host wait for the device."""
     tensorboard: bool = True
     """Write RUN/tensorboard beside RUN/metrics.jsonl."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Also log to these, by their own clients, which must be installed."""
+    project: str = "tritrain"
+    """Project that the run belongs to in trackers; MLflow calls it an experiment."""
     quantization_interval_steps: int | None = 100
     """In ternary phases, measure codes, scales, flips and errors of every layer every N steps; null: never."""
     profile_steps: int = 0
@@ -270,7 +277,10 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1) | _at_least(self, "quantization_interval_steps", 1)
-        if problems := problems | _at_least(self, "profile_steps", 0):
+        problems |= _at_least(self, "profile_steps", 0)
+        if len(set(self.trackers)) < len(self.trackers):
+            problems["trackers"] = f"is {', '.join(self.trackers)}; name each tracker once"
+        if problems:
             raise ValueError(problems)
 
 

@@ -8,6 +8,7 @@ and small manifests are read here; URLs and data sets of a hub are left to the l
 import json
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from data.config import PrepareConfig
@@ -42,6 +43,7 @@ def missing_inputs(config: Config) -> list[tuple[str, str]]:
         *_text_problems(config),
         *_checkpoint_problems(config),
         *_task_problems(config),
+        *_tracker_problems(config),
     ]
 
 
@@ -175,3 +177,12 @@ def _task_problems(config: Config) -> Iterator[tuple[str, str]]:
     tasks = config.evaluation
     if tasks.tasks:
         yield from ((f"evaluation.{key}", problem) for key, problem in task_problems(tasks.tasks, tasks.task_data))
+
+
+def _tracker_problems(config: Config) -> Iterator[tuple[str, str]]:
+    for index, name in enumerate(config.logging.trackers):
+        if find_spec(name) is None:
+            yield (
+                f"logging.trackers.{index}",
+                f"is {name}, which is not installed: `pip install -e '.[{name}]'` brings it",
+            )

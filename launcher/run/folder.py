@@ -12,6 +12,7 @@ RUN/heartbeats.json  what each rank was at when it was last heard of
 RUN/hangs/TIME/      stacks and collectives of each rank when a job hung; only where one has
 RUN/lock             held by the process that trains here; a second one is refused
 RUN/profile/          traces of steps (`logging.profile_steps`)
+RUN/trackers/         what each tracker has (`logging.trackers`); RUN/wandb/, RUN/trackio/, RUN/mlflow/: their own files
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/report.html
 """
 

@@ -1,8 +1,8 @@
-"""`metrics.jsonl` and TensorBoard: rows in, rows out."""
+"""`metrics.jsonl`, TensorBoard and trackers: rows in, rows out."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from data.new_paths import replace_file
 from launcher.errors import LogError
 from launcher.run.folder import set_aside
 from launcher.run.recovery import SpikeWatch
+from launcher.run.trackers.feed import Feed, close_feeds, tracked
 from quant.telemetry import DISTANCE_EDGES, MOST_FLIPS
 
 HISTOGRAM_EDGES = {
@@ -36,16 +37,17 @@ TAGS_SEEN_BYTES = 2**20
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl` and TensorBoard.
+    """Appends rows to `metrics.jsonl`, TensorBoard and trackers.
 
     Args:
         folder: the run's folder.
         step: where the run goes on; what was logged beyond it is dropped.
         phase: index of the phase that ``step`` steps end in; rows of a later phase at ``step`` are dropped too.
         tensorboard: whether to write TensorBoard's files.
+        feeds: of trackers.
     """
 
-    def __init__(self, folder: Path, *, step: int, phase: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, step: int, phase: int, tensorboard: bool, feeds: Sequence[Feed] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         rows, self.num_damaged = sound_rows(path)
@@ -62,6 +64,7 @@ class MetricsLog:
         for row in kept:
             if "train/learning_rate" in row:
                 self.spikes.add(row)
+        self._feeds = feeds
         self._tensorboard = None
         self._tags = {} if has_old_tags(folder / "tensorboard") else TENSORBOARD_TAGS
         if tensorboard:
@@ -82,12 +85,15 @@ class MetricsLog:
                     self._tensorboard.add_scalar(self._tags.get(key, key), value, row["step"])
             if "quant/layers" in row:
                 write_histograms(self._tensorboard, row)
+        for feed in self._feeds:
+            feed.write(tracked(row))
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all; trackers, which may hang, last."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        close_feeds(self._feeds)
 
 
 def has_old_tags(folder: Path) -> bool:

@@ -13,12 +13,16 @@ MARK = "smoke"
 
 
 def smoke_config(config: Config) -> Config:
-    """The configuration of a run's smoke test: a run of its own, beside the other, with checkpoints in its folder."""
+    """The configuration of a run's smoke test: a run of its own, beside the other, with checkpoints in its folder.
+
+    Trackers would keep it after its folder was removed, so it has none.
+    """
     path = config.run.path.with_name(f"{config.run.path.name}-smoke")
     return replace(
         config,
         run=replace(config.run, name=f"{config.run.name}-smoke", folder=str(path)),
         checkpoint=replace(config.checkpoint, folder=None),
+        logging=replace(config.logging, trackers=()),
     )
 
 

@@ -191,7 +191,7 @@ def test_numbers_with_an_exponent_are_taken_as_the_integers_that_they_are():
         ("training.batch_size=4", "training.global_batch_sequences"),
         ("batch_size=4", "training.global_batch_sequences"),
         ("training.grad_accum=4", "training.global_batch_sequences"),
-        ("wandb=true", "logging.tensorboard"),
+        ("wandb=true", "logging.trackers"),
         ("model.num_hidden_layers=4", "model.num_layers"),
         ("training.max_steps=4", "training.total_steps"),
         ("schedule.min_lr=0.1", "schedule.final_fraction"),

@@ -45,8 +45,11 @@ def test_a_smoke_test_takes_the_first_and_last_steps_of_each_phase(smoke_steps: 
 
 
 def test_it_has_a_folder_of_its_own_and_removes_no_other(tmp_path: Path) -> None:
-    config = parse_config(tree(f"run.folder={tmp_path}/run", "checkpoint.folder=s3://bucket/run"))
+    config = parse_config(
+        tree(f"run.folder={tmp_path}/run", "checkpoint.folder=s3://bucket/run", "logging.trackers=[wandb]")
+    )
     smoke = smoke_config(config)
+    assert (config.logging.trackers, smoke.logging.trackers) == (("wandb",), ())
     assert (smoke.run.path, smoke.checkpoints) == (tmp_path / "run-smoke", f"{tmp_path}/run-smoke/checkpoints")
     (tmp_path / "run-smoke").mkdir()
     (tmp_path / "run-smoke" / "thesis.tex").touch()
