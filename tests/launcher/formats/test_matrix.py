@@ -30,7 +30,7 @@ from quant.rounding import quantize_weight
 FIRST, SECOND, LAST = 3, 6, 23
 ENVELOPE = 0.09
 
-A_FEW = ("fsdp2 x2", "zero-1 x3", "zero-3 x2")
+A_FEW = ("fsdp2 x1", "zero-3 x2")
 
 
 def save(engine: Engine, folder: Path, step: int) -> None:

@@ -69,6 +69,7 @@ BEHAVIORS = ("raises at log", "hangs at log")
 def run_with_trackers(shards: str, out: str) -> dict[str, Any]:
     """Lines of the console and the seconds of a run without a tracker, and of one for each behavior."""
     seen: dict[str, Any] = {}
+    os.environ["PID_FILE"] = str(Path(out, "pid"))  # a rank has the environment of the fork server
     for behavior in ("none", *BEHAVIORS):
         os.environ["CLIENT"] = behavior
         feed.CLOSE_SECONDS = 2 if behavior.startswith("hangs") else 60
