@@ -107,6 +107,7 @@ def test_wrong_data_are_one_clear_error(tmp_path, content, message):
         load_tasks(["wikitext"], tmp_path, None)
 
 
+@pytest.mark.slow
 def test_without_a_network_the_hub_s_data_are_asked_for_as_files():
     message = (
         r"arc_challenge: its data set allenai/ai2_arc ARC-Challenge cannot be loaded from the Hugging Face hub .*"

@@ -243,7 +243,9 @@ def test_ranks_whose_launcher_is_killed_save_and_end(folder: Path, launcher: str
             psutil.Process(pid).wait(30)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow), "python"])
+@pytest.mark.parametrize(
+    "launcher", ["deepspeed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchrun", "python"))]
+)
 def test_every_way_to_start_trains(folder: Path, launcher: str) -> None:
     code, output = finish(folder, [*STARTS[launcher], *SHORT])
     assert code == 0, output
