@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from measure import report
-from quantizers import run
+from quantizers import MODEL, model_and_data, run
 
 from launcher.config.file import load_config
 from launcher.config.sections import Config
@@ -32,7 +32,6 @@ OPTIMIZERS = {
         "phases.1.transition.optimizer=reset",
     ],
 }
-MODEL = {"vocab_size": 1024, "hidden_size": 128, "num_layers": 3, "num_heads": 4, "intermediate_size": 384}
 
 
 def main() -> None:
@@ -80,16 +79,7 @@ def config_of(options: argparse.Namespace, folder: Path, name: str, rate: float,
     overrides = [
         f"run.folder={folder / f'{name}-{rate}-{seed}'.replace(' ', '-').replace(',', '')}",
         f"run.seed={seed}",
-        f"data.sources.0.path={folder / 'shards'}",
-        f"data.prepare.inputs=[{options.data / 'train-00-of-08.jsonl.zst'}]",
-        f"data.prepare.validation_inputs=[{options.data / 'val.jsonl.zst'}]",
-        "data.workers=0",
-        "data.validation_rows=64",
-        "data.prepare.tokenizer=bpe:1024",
-        "data.sequence_length=128",
-        "training.global_batch_sequences=8",
-        f"data.shuffle_seed={seed}",
-        *(f"model.{key}={value}" for key, value in MODEL.items()),
+        *model_and_data(options.data, folder, seed),
         f"optimizer.learning_rate={rate}",
         f"phases.0.steps={options.steps // 2}",
         f"phases.1.steps={options.steps - options.steps // 2}",

@@ -7,19 +7,19 @@ stand the FLOPs of Muon's iterations as `tritrain plan` counts them, as a share 
 """
 
 import statistics
+from functools import partial
 
 import torch
 from measure import interleaved, parser_of, report
+from phases import take_step
 
 from launcher.config.file import load_config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import load_weights
 from launcher.plan.muon import muon_flops
 from launcher.plan.plan import make_plan
-from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import process_group
 from launcher.run.automatic import concrete
-from launcher.training.step import accumulate_gradients
 from model.init import initial_value
 from model.size import num_parameters
 
@@ -36,12 +36,7 @@ def main() -> None:
         assert engine.muon is not None
         shape = config.training.micro_batch_sequences, config.data.sequence_length
         tokens = torch.randint(0, config.model.vocab_size, shape)
-
-        def step() -> None:
-            batches = ((tokens, tokens.roll(-1, 1)) for _ in range(plan.num_micro_batches))
-            accumulate_gradients(engine, batches, plan.num_micro_batches)
-            engine.step(StepSizes(1e-5))
-
+        step = partial(take_step, engine, tokens, plan.num_micro_batches)
         seconds: dict[str, list[float]] = {"AdamW": [], "Muon": []}
         state_bytes = {}
         on_processor = ranks.device.type == "cpu"

@@ -9,6 +9,7 @@ weights. On a GPU the peak of allocated memory stands beside what `tritrain plan
 
 import statistics
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,13 @@ def first_value(name: str, shape: tuple[int, ...], rows: range, device: torch.de
     return nn.init.normal_(torch.empty(len(rows), *shape[1:], device=device), std=0.02)
 
 
+def take_step(engine: Engine, tokens: torch.Tensor, num_micro_batches: int) -> None:
+    """An optimizer step on as many micro-batches of the same tokens, [B, T]."""
+    batches = ((tokens, tokens.roll(-1, 1)) for _ in range(num_micro_batches))
+    accumulate_gradients(engine, batches, num_micro_batches)
+    engine.step(StepSizes(1e-5))
+
+
 def main() -> None:
     parser = parser_of(__doc__, "configs/quickstart.yaml")
     parser.add_argument("--repeats", type=int, default=9)
@@ -72,12 +80,7 @@ def main() -> None:
         load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, ranks.device, **how))
         shape = config.training.micro_batch_sequences, config.data.sequence_length
         tokens = torch.randint(0, config.model.vocab_size, shape)
-
-        def step() -> None:
-            batches = ((tokens, tokens.roll(-1, 1)) for _ in range(plan.num_micro_batches))
-            accumulate_gradients(engine, batches, plan.num_micro_batches)
-            engine.step(StepSizes(1e-5))
-
+        step = partial(take_step, engine, tokens, plan.num_micro_batches)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         peaks = dict.fromkeys(names, 0)
         on_gpu = ranks.device.type == "cuda"

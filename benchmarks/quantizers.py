@@ -139,6 +139,22 @@ def losses_of_seed(options: argparse.Namespace, folder: Path, source: str, seed:
     return losses
 
 
+def model_and_data(data: Path, folder: Path, seed: int) -> list[str]:
+    """Overrides for the small model, and for real English, prepared in a folder and read in the order of a seed."""
+    return [
+        f"data.sources.0.path={folder / 'shards'}",
+        f"data.prepare.inputs=[{data / 'train-00-of-08.jsonl.zst'}]",
+        f"data.prepare.validation_inputs=[{data / 'val.jsonl.zst'}]",
+        "data.workers=0",
+        "data.validation_rows=64",
+        "data.prepare.tokenizer=bpe:1024",
+        "data.sequence_length=128",
+        "training.global_batch_sequences=8",
+        f"data.shuffle_seed={seed}",
+        *(f"model.{key}={value}" for key, value in MODEL.items()),
+    ]
+
+
 def config_of(
     options: argparse.Namespace,
     folder: Path,
@@ -150,16 +166,7 @@ def config_of(
     """The run of one recipe and seed; without a source, from the beginning."""
     overrides = [
         f"run.folder={folder / name}",
-        f"data.sources.0.path={folder / 'shards'}",
-        f"data.prepare.inputs=[{options.data / 'train-00-of-08.jsonl.zst'}]",
-        f"data.prepare.validation_inputs=[{options.data / 'val.jsonl.zst'}]",
-        "data.workers=0",
-        "data.validation_rows=64",
-        "data.prepare.tokenizer=bpe:1024",
-        "data.sequence_length=128",
-        "training.global_batch_sequences=8",
-        f"data.shuffle_seed={seed}",
-        *(f"model.{key}={value}" for key, value in MODEL.items()),
+        *model_and_data(options.data, folder, seed),
         f"phases.0.steps={TRUNK_STEPS}",
         f"phases.1.steps={options.steps}",
         f"phases.1.precision={'16-bit' if quantization is None else 'ternary'}",

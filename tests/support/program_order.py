@@ -1,4 +1,4 @@
-"""Models of ours that compute in the order of operations of other programs, and those programs."""
+"""Tritrain's models, computing in the order of operations of other programs, and those programs."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def loaded(transformers: Any, folder: Path, dtype: torch.dtype = torch.float32) 
 
 
 class OrderMatched(torch.nn.Module):
-    """A quantized layer of ours, with Transformers' operations in their order."""
+    """Tritrain's quantized layer, with Transformers' operations in their order."""
 
     def __init__(self, codes_OI: torch.Tensor, level: torch.Tensor, bias: torch.Tensor | None, kind: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A run as trackers are told of it."""
+"""A made description of a run for trackers."""
 
 from pathlib import Path
 

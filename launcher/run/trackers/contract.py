@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """The run as trackers are told of it, of JSON's types."""
+    """What a tracker gets to know about a run; all values are of JSON's types."""
 
     run_id: str
     """The same at every start of the run."""

@@ -24,7 +24,7 @@ from launcher.run.trackers.client import CLOSE_SECONDS, SAID_WHY
 from launcher.run.trackers.contract import TrackedRow, TrackedRun
 
 MOST_ROWS = 10_000
-"""Rows that wait for a tracker; one that has taken none of so many hangs."""
+"""The most rows that may wait for a tracker; when this many wait, it counts as hung."""
 
 
 class Feed:
