@@ -2,9 +2,9 @@
 
 A small model is trained on real English from the beginning, once for each optimizer, learning rate and seed; a seed is
 one of first weights and of the order of the data. The switch is abrupt, in the middle of the run, and the learning rate
-falls linearly in the last fifth.
+falls linearly in the last fifth. By default there are about 12 tokens for each ternary weight.
 
-    python benchmarks/muon.py --data FOLDER [--steps 1400] [--seeds 3] [--rates 1e-3 2e-3 4e-3]
+    python benchmarks/muon.py --data FOLDER [--steps 2400] [--seeds 3] [--rates 2e-3 4e-3 8e-3]
 
 FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a "text" in every line.
 """
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 from measure import report
-from quantizers import MODEL, model_and_data, run
+from quantizers import model_and_data, run
 
 from launcher.config.file import load_config
 from launcher.config.sections import Config
 
+MODEL = {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "intermediate_size": 172}
 OPTIMIZERS = {
     "AdamW": [],
     "Muon": ["optimizer.name=muon"],
@@ -37,9 +38,10 @@ OPTIMIZERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["AdamW", "Muon"])
     options = parser.parse_args()
     found: dict[tuple[str, float], list[tuple[float, float]]] = {}
     with (
@@ -48,7 +50,7 @@ def main() -> None:
     ):
         for seed in range(options.seeds):
             for rate in options.rates:
-                for name in OPTIMIZERS:
+                for name in options.optimizers:
                     losses = pool.apply(losses_of, (options, Path(folder), name, rate, seed))
                     found.setdefault((name, rate), []).append(losses)
                     print(f"{name}, {rate:g}, seed {seed}: {losses[0]:.4f}, {losses[1]:.4f}", flush=True)
@@ -80,6 +82,7 @@ def config_of(options: argparse.Namespace, folder: Path, name: str, rate: float,
         f"run.folder={folder / f'{name}-{rate}-{seed}'.replace(' ', '-').replace(',', '')}",
         f"run.seed={seed}",
         *model_and_data(options.data, folder, seed),
+        *(f"model.{key}={value}" for key, value in MODEL.items()),
         f"optimizer.learning_rate={rate}",
         f"phases.0.steps={options.steps // 2}",
         f"phases.1.steps={options.steps - options.steps // 2}",
