@@ -148,6 +148,11 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     return shards
 
 
+def stored_file(shard: dict[str, Any]) -> dict[str, Any]:
+    """The file of a shard as an index describes it: name, bytes and digests."""
+    return shard["zip_data"] or shard["raw_data"]
+
+
 def _check_shard(shard: Any) -> None:
     """Raise a ValueError, KeyError or TypeError if a shard is none of `prepare`'s.
 

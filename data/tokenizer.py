@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from data.config import TRAINED_SPEC
 from data.errors import DataError
+from data.fast_encoding import FastEncoder
 from data.pointers import pointer_problem
 from data.tokenizer_definition import read_definition, vocabulary
 from data.tokenizer_kinds import SPACE_MARK, HuggingFaceTokenizer, SentencePieceTokenizer, sentencepiece_model
@@ -36,6 +37,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_of_document: int
     """Id of the token that follows each document."""
+    fast: FastEncoder | None
+    """What encodes texts instead of the tokenizer's own library, with the same ids; see `data.fast_encoding`."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without adding any special token; the name of one in the text is just text."""
@@ -43,6 +46,35 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return what `encode` gives for each text."""
+        ...
+
+    def parts(self, blocks: Iterable[str]) -> Iterator[str]:
+        """Cut a text, given in blocks of any size, into the parts that are encoded by themselves, at least one.
+
+        They have about a million characters, whatever the length of the text, if the tokenizer's tokens do not depend
+        on the whole of it.
+        """
+        ...
+
+    def encode_parts(self, parts: Sequence[str], begins: Sequence[bool]) -> list[list[int]]:
+        """Return the ids of each part; those of all parts of a text, one after the other, are what `encode` gives.
+
+        Args:
+            parts: of texts.
+            begins: whether each is the first of its text.
+        """
+        ...
+
+    def encode_pieces(self, pieces: list[str]) -> list[list[int]]:
+        """Return the ids that the tokenizer's own library gives, without what is put in front of a document."""
+        ...
+
+    def definition_of_pieces(self) -> dict[str, Any] | None:
+        """Return a `tokenizer.json` that encodes as `encode_pieces`; None if there is none.
+
+        Raises:
+            DataError: there is none; says why.
+        """
         ...
 
     def encode_special(self, text: str) -> list[int]:

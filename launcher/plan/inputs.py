@@ -14,7 +14,7 @@ from pathlib import Path
 from data.config import PrepareConfig
 from data.errors import DataError
 from data.prepared import fit_problems, is_yet_to_be_prepared, read_manifest
-from data.readers import check_input, is_path
+from data.survey import check_input, is_path
 from data.tokenizer import TRAINED_SPEC, load_tokenizer
 from eval.tasks import task_problems
 from launcher.config.sections import Config
