@@ -12,6 +12,7 @@ TRAINED_SPEC = re.compile(r"(bpe|unigram):([1-9][0-9]*)")
 
 
 Packing = Literal["stream", "best-fit"]
+Compression = Literal["none", "zstd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class PrepareConfig:
     packing: Packing = "stream"
     """`stream`: rows are cut from the stream of all documents, and most begin in the middle of one; or `best-fit`:
     documents that fit into a row stay whole, and the rest of a row is padding."""
+
+    compression: Compression = "none"
+    """`zstd` makes shards smaller, and verifies their SHA-256 at each reading; training then needs `data.cache`."""
 
     workers: int = 1
     """Processes that tokenize. The result is the same for any number."""

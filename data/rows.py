@@ -5,6 +5,7 @@ other process of the machine wait for that shard for ever; a download that was d
 The position to resume from is looked up in shared memory, under a number where another job's may be found.
 """
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -58,8 +59,9 @@ class RowDataset(StreamingDataset):
         except Exception as error:
             stream = self.streams[self.stream_per_shard[shard_id]]
             if stream.remote not in (None, stream.local):
-                for info, _ in self.shards[shard_id].file_pairs:
-                    Path(stream.local, stream.split, info.basename).unlink(missing_ok=True)
+                for info in itertools.chain(*self.shards[shard_id].file_pairs):
+                    if info is not None:
+                        Path(stream.local, stream.split, info.basename).unlink(missing_ok=True)
             # Those that wait go on, miss the file, and fetch it again.
             self._shard_states[shard_id] = _ShardState.LOCAL
             raise DataError(f"{stream.remote or stream.local}: {type(error).__name__}: {error}") from error

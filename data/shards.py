@@ -133,6 +133,7 @@ def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
         "validation_inputs": list(config.validation_inputs),
         "sequence_length": sequence_length,
         "packing": config.packing,
+        "compression": config.compression,
     }
 
 
@@ -146,6 +147,7 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
     before = {
         "lossy_tokenizer": False,
         "packing": "stream",
+        "compression": "none",
         "end_of_document": manifest["end_of_document"],
     }  # of older versions
     there, wanted = before | manifest["options"], _options(config, sequence_length)
@@ -210,7 +212,7 @@ def _open_writers(task: _Task, tokenizer: Tokenizer, out: Path, begun: Progress 
     make = PackedWriter if task.config.packing == "best-fit" else RowWriter
     states = begun.writers if begun else {}
     return {
-        split: make(out / split, tokenizer, task.sequence_length, states.get(split))
+        split: make(out / split, tokenizer, task.sequence_length, task.config.compression, states.get(split))
         for split in ([TRAIN, VALIDATION] if has_validation else [TRAIN])
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.config import Compression
 from data.encoding import Chunk, token_type
 from data.errors import DataError
 from data.light_streaming import import_streaming
@@ -30,10 +31,18 @@ class RowWriter:
         folder: where to write.
         tokenizer: what made the tokens.
         sequence_length: a row has one more token, shared with the next row.
+        compression: of the shards.
         state: of an earlier one that wrote in the same folder, to go on from.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int, state: State | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        compression: Compression = "none",
+        state: State | None = None,
+    ) -> None:
         import_streaming()
         from streaming import MDSWriter
 
@@ -44,6 +53,7 @@ class RowWriter:
         self._writer = MDSWriter(
             out=str(new),
             columns={COLUMN: f"ndarray:{self._dtype.__name__}:{sequence_length + 1}"},
+            compression=None if compression == "none" else compression,
             hashes=[SHARD_HASH],
             size_limit=SHARD_BYTES,
         )
@@ -130,10 +140,17 @@ class RowWriter:
 class PackedWriter(RowWriter):
     """Puts the documents of one split into rows by `data.packing`."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int, state: State | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        compression: Compression = "none",
+        state: State | None = None,
+    ) -> None:
         self._end = tokenizer.end_of_document
         self._packer = Packer(self._end, sequence_length)
-        super().__init__(folder, tokenizer, sequence_length, state)
+        super().__init__(folder, tokenizer, sequence_length, compression, state)
 
     def state(self) -> State:
         """As of `RowWriter`, with the rows that are open."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from data.config import Packing
+from data.config import Compression, Packing
 from launcher.config.engine import EngineName
 from launcher.config.transition import OptimizerChoice
 from launcher.errors import ConfigError, report_error
@@ -240,6 +240,7 @@ def prepare(
     packing: Annotated[
         Packing, typer.Option(help="Cut rows from the stream of documents, or keep documents whole.")
     ] = "stream",
+    compression: Annotated[Compression, typer.Option(help="Compression of the shards.")] = "none",
     validation_fraction: Annotated[float, typer.Option(help="Fraction of the documents to hold out.")] = 0.0,
     validation_input: Annotated[
         list[str] | None, typer.Option(help="Hold out this whole input; may be repeated.")
@@ -257,6 +258,7 @@ def prepare(
             end_of_document=end_of_document,
             lossy_tokenizer=lossy_tokenizer,
             packing=packing,
+            compression=compression,
             validation_fraction=validation_fraction,
             validation_inputs=tuple(validation_input or ()),
             workers=workers,
@@ -266,6 +268,19 @@ def prepare(
     console = Console(silent=False)
     prepare_with_progress(config, sequence_length, local_target(out, "--out"), console)
     console.line(f"{out} is ready. List it in data.sources, with data.sequence_length: {sequence_length}")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="Prepared folder, or the URL of one.", show_default=False)],
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each split to read, the first ones.")] = 4096,
+    samples: Annotated[int, typer.Option(min=0, help="Rows to decode.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a prepared folder holds: counts, lengths of documents, padding, use of the vocabulary, text."""
+    from launcher.commands.inspection import inspect as inspect_folder
+
+    inspect_folder(folder, Console(silent=False), num_rows=rows, num_samples=samples, as_json=as_json)
 
 
 @app.command()

@@ -81,6 +81,7 @@ def test_of_long_texts_the_beginning_is_compared(tmp_path, monkeypatch):
     encoder = fast_encoder(tokenizer)
     compared = []
     monkeypatch.setattr(encoder, "_exact", lambda texts: compared.append(texts) or tokenizer.encode_pieces(texts))
-    monkeypatch.setattr(fast_encoding, "COMPARED_CHARS", 10)
+    monkeypatch.setattr(fast_encoding, "COMPARED_CHARS", 3)
+    monkeypatch.setattr(fast_encoding, "COMPARED_TEXTS", 2)
     encoder.encode_compared(["the cat", "sat on the mat", "and slept"])
-    assert compared == [["the cat", "sat"]]
+    assert compared == [["the", "sat"]]
