@@ -25,7 +25,8 @@ class PrepareConfig:
     """Files, folders, `hf:NAME[:CONFIG]:SPLIT` or `python-stdlib`."""
 
     tokenizer: str
-    """A SentencePiece `.model`, a `tokenizer.json`, or `bpe:VOCAB` / `unigram:VOCAB` to train one on the inputs."""
+    """A SentencePiece `.model`, a `tokenizer.json`, `hf:NAME` for that of a model on the Hugging Face hub, or
+    `bpe:VOCAB` / `unigram:VOCAB` to train one on the inputs."""
 
     end_of_document: str | None = None
     """Token that ends a document, such as `<|endoftext|>`; by default the one that the tokenizer's files name, and

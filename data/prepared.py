@@ -100,9 +100,16 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     counts = {key: manifest[key] for key in ("sequence_length", "vocab_size", "end_of_document")}
     for split, facts in manifest["splits"].items():
         counts |= {f"splits.{split}.rows": facts["rows"]}
+        if "largest_token" in facts:  # older versions did not record it
+            counts |= {f"splits.{split}.largest_token": facts["largest_token"]}
     for key, value in counts.items():
         if type(value) is not int or not 0 <= value < 2**63:
             raise ValueError(f"its {key} is {value!r:.80}, which is not a count")
+    for split, facts in manifest["splits"].items():
+        if (largest := facts.get("largest_token", 0)) >= manifest["vocab_size"]:
+            raise ValueError(
+                f"its {split} split holds token {largest}, but the vocabulary has {manifest['vocab_size']} tokens"
+            )
     texts = [manifest["tokenizer"]["fingerprint"], *(facts["fingerprint"] for facts in manifest["splits"].values())]
     if not all(isinstance(text, str) for text in texts) or not isinstance(manifest["options"], dict):
         raise ValueError("its fingerprints are not text, or its options not a mapping")

@@ -13,6 +13,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.light_streaming import import_streaming
+from data.prepared import COLUMN
 from data.urls import redacted
 
 import_streaming()
@@ -25,6 +26,8 @@ from streaming.base.world import World  # noqa: E402
 class RowDataset(StreamingDataset):
     """A `StreamingDataset` that gives all of its rows or raises DataError, in every process that reads."""
 
+    vocab_size: int | None = None
+    """Tokens that the model has, to be set before the reading begins; a row with others is an error."""
     position: tuple[int, int] = (0, 0)
     """Epoch, and samples of it that all ranks have consumed, where the reading begins; to be set before it does."""
     _failure: BaseException | None = None
@@ -45,6 +48,23 @@ class RowDataset(StreamingDataset):
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
         """Return the epoch that comes next, if ``epoch`` is what follows those read, and where in it to begin."""
         return max(self.position, (epoch, 0))
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """Return a row.
+
+        Raises:
+            DataError: it holds a token that the model does not have, on which a GPU would stop without a reason.
+        """
+        row: dict[str, Any] = super().get_item(sample_id, retry)
+        if self.vocab_size is not None and (largest := int(row[COLUMN].max())) >= self.vocab_size:
+            number, _ = self.spanner[sample_id]
+            stream, shard = self.streams[self.stream_per_shard[number]], self.shards[number]
+            path = Path(stream.local, stream.split, shard.file_pairs[0][0].basename)
+            raise DataError(
+                f"{path}: holds token {largest}, but the model has {self.vocab_size} tokens; copy or prepare the "
+                "folder again"
+            )
+        return row
 
     def on_exception(self, future: Future) -> None:
         """Note why a thread that reads ahead has ended; the base class then makes the others end."""

@@ -84,6 +84,11 @@ class OpenSource:
             except (ValueError, IndexError) as error:
                 path = self.folder / split / shard["raw_data"]["basename"]
                 raise DataError(f"{path}: damaged: a row cannot be read ({error}); copy the folder again") from error
+        if rows and (largest := int(max(row.max() for row in rows))) >= self.manifest["vocab_size"]:
+            raise DataError(
+                f"{self.folder / split}: holds token {largest}, but its tokenizer has {self.manifest['vocab_size']} "
+                "tokens; copy or prepare the folder again"
+            )
         return np.stack(rows)
 
     def _fetch_shard(self, split: str, shard: dict[str, Any]) -> None:

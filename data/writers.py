@@ -21,7 +21,10 @@ State = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 """What JSON can hold, and arrays."""
 SHARD_BYTES = 1 << 26
 """A shard has at most this many."""
-COUNTS = ("rows", "tokens", "documents", "text_bytes", "token_bytes", "compared_documents", "changed_documents")
+COUNTS = (
+    *("rows", "tokens", "documents", "text_bytes", "token_bytes", "compared_documents", "changed_documents"),
+    "largest_token",
+)
 
 
 class RowWriter:
@@ -66,6 +69,7 @@ class RowWriter:
         self._flushed_shards = 0
         self.rows = self.tokens = self.documents = self.text_bytes = 0
         self.token_bytes = self.compared_documents = self.changed_documents = 0
+        self.largest_token = tokenizer.end_of_document
         if state is not None:
             self._restore(*state)
 
@@ -94,6 +98,7 @@ class RowWriter:
         """Append the tokens of some documents."""
         self._write_rows(self._rows_of(chunk.tokens))
         self.tokens += len(chunk.tokens)
+        self.largest_token = max(self.largest_token, int(chunk.tokens.max(initial=0)))
         self.documents += chunk.documents
         self.text_bytes += chunk.text_bytes
         self.token_bytes += chunk.token_bytes
@@ -133,6 +138,7 @@ class RowWriter:
             "dropped_tokens": len(self._rest) - 1,
             "documents": self.documents,
             "text_bytes": self.text_bytes,
+            "largest_token": self.largest_token,
             "fingerprint": hashlib.sha256((self._folder / INDEX).read_bytes()).hexdigest(),
         }
 

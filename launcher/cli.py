@@ -229,7 +229,7 @@ def plan(
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
     out: Annotated[str, typer.Option(help="Folder to create.")],
-    tokenizer: Annotated[str, typer.Option(help="Tokenizer file; bpe:VOCAB or unigram:VOCAB trains one.")],
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer file or hf:NAME; bpe:VOCAB or unigram:VOCAB trains one.")],
     end_of_document: Annotated[
         str | None, typer.Option(help="Token that ends a document; default: the one that the tokenizer's files name.")
     ] = None,
