@@ -2,11 +2,15 @@
 
 import codecs
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 BLOCK_CHARS = 1 << 20
 READ_BYTES = 1 << 18
@@ -16,8 +20,8 @@ READ_BYTES = 1 << 18
 class Document:
     """One text, and where it came from."""
 
-    content: str | Path
-    """The text, or a file of UTF-8 that is read in blocks."""
+    content: "str | Path | NDArray[Any]"
+    """The text, a file of UTF-8 that is read in blocks, or tokens."""
     origin: str
     """`FILE`, `FILE:LINE` or `INPUT:ROW`, for messages."""
 
@@ -30,12 +34,24 @@ class Document:
         """
         return self.content if isinstance(self.content, str) else "".join(self.blocks())
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing in it; a file is taken to hold something."""
+        return not isinstance(self.content, Path) and len(self.content) == 0
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is not tokens already."""
+        return isinstance(self.content, str | Path)
+
     def blocks(self) -> Iterator[str]:
         """Yield the text in parts of about a million characters, one for an empty text.
 
         Raises:
-            DataError: its file is not UTF-8.
+            DataError: its file is not UTF-8, or it is tokens.
         """
+        if not isinstance(self.content, str | Path):
+            raise DataError(f"{self.origin}: is tokens, not text")
         if isinstance(self.content, Path):
             yield from _decoded(self.content)
         else:
@@ -44,14 +60,16 @@ class Document:
 
     def uniform(self) -> float:
         """Return a number in [0, 1) that depends on the text alone and is spread evenly over texts."""
-        return uniform(self.blocks())
+        if isinstance(self.content, str | Path):
+            return uniform(block.encode() for block in self.blocks())
+        return uniform([self.content.tobytes()])
 
 
-def uniform(blocks: Iterator[str]) -> float:
-    """As `Document.uniform`, of a text in parts."""
+def uniform(blocks: Iterable[bytes]) -> float:
+    """As `Document.uniform`, of a text's bytes in parts."""
     digest = hashlib.blake2b(digest_size=6)
     for block in blocks:
-        digest.update(block.encode())
+        digest.update(block)
     return int.from_bytes(digest.digest(), "big") / 2**48
 
 

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from data.errors import DataError
 from data.fast_encoding import fast_encoder
 from data.proof import ChangedTextError, changed, check_given_back, compared
 from data.readers import Place
+from data.token_files import checked_tokens
 from data.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_CHARS = 1 << 20  # what a worker gets at a time
@@ -40,6 +42,18 @@ class Piece:
     """The document's `Place`, and the number of the part in it."""
     ends: bool
     """Whether it is the document's last part."""
+    tokens: NDArray[Any] | None = None
+    """What the text would become, of a document that is tokens already and has no text."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is yet to be tokenized."""
+        return self.tokens is None
+
+    @property
+    def size(self) -> int:
+        """Its share of the work, in characters."""
+        return len(self.text) if self.tokens is None else len(self.tokens)
 
     @property
     def begins(self) -> bool:
@@ -78,6 +92,12 @@ class Chunk:
 def cut_documents(assigned: Iterable[tuple[str, Place, Document]], tokenizer: Tokenizer) -> Iterator[tuple[str, Piece]]:
     """Cut documents into pieces, so that long ones need no more memory, and are tokenized by all workers."""
     for split, place, document in assigned:
+        if not document.is_text:
+            tokens = checked_tokens(document, tokenizer.vocab_size, tokenizer.end_of_document)
+            for number, begin in enumerate(range(0, max(len(tokens), 1), CHUNK_CHARS)):
+                part, ends = tokens[begin : begin + CHUNK_CHARS], begin + CHUNK_CHARS >= len(tokens)
+                yield split, Piece("", document.origin, (*place, number), ends, np.array(part))
+            continue
         waiting: Piece | None = None
         for number, text in enumerate(tokenizer.parts(document.blocks())):
             if waiting is not None:
@@ -98,11 +118,11 @@ def gather_work(
         waiting: pieces of each split that come before these; see `Work`.
     """
     gathered = {split: list(each) for split, each in waiting.items()}
-    chars = {split: sum(len(piece.text) for piece in each) for split, each in gathered.items()}
+    chars = {split: sum(piece.size for piece in each) for split, each in gathered.items()}
     for split, piece in pieces:
         read = piece.place
         gathered.setdefault(split, []).append(piece)
-        chars[split] = chars.get(split, 0) + len(piece.text)
+        chars[split] = chars.get(split, 0) + piece.size
         if chars[split] >= CHUNK_CHARS:
             full, gathered[split], chars[split] = gathered[split], [], 0
             yield Work(split, full, read, {split: list(each) for split, each in gathered.items()})
@@ -128,8 +148,10 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece], *, lossy: bool 
         ChangedTextError: it changes one, and must not.
     """
     end = tokenizer.end_of_document
-    encoded = tokenizer.encode_parts([piece.text for piece in pieces], [piece.begins for piece in pieces])
-    encoded = [[*ids, end] if piece.ends else ids for piece, ids in zip(pieces, encoded, strict=True)]
+    texts = [piece for piece in pieces if piece.is_text]
+    from_text = iter(tokenizer.encode_parts([piece.text for piece in texts], [piece.begins for piece in texts]))
+    bare = [next(from_text) if piece.tokens is None else piece.tokens.tolist() for piece in pieces]
+    encoded = [[*ids, end] if piece.ends else ids for piece, ids in zip(pieces, bare, strict=True)]
     tokens = np.array([token for ids in encoded for token in ids], token_type(tokenizer.vocab_size))
     sizes = counted_bytes(tokenizer, lossy=lossy)
     before = np.cumsum(np.concatenate([[0], sizes[tokens]]), dtype=np.int64)
@@ -139,9 +161,12 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece], *, lossy: bool 
     return Chunk(
         tokens=tokens,
         documents=sum(piece.begins for piece in pieces),
-        text_bytes=sum(len(piece.text.encode()) for piece in pieces),
+        text_bytes=sum(
+            len(piece.text.encode()) if piece.is_text else int(size)
+            for piece, size in zip(pieces, num_bytes, strict=True)
+        ),
         token_bytes=int(num_bytes.sum()),
-        compared_documents=sum(piece.begins for piece in pieces[: compared(pieces)]),
+        compared_documents=sum(piece.begins and piece.is_text for piece in pieces[: compared(pieces)]),
         changed_documents=sum(pieces[index].begins for index in changed(tokenizer, pieces, encoded)) if lossy else 0,
     )
 

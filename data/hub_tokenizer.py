@@ -37,14 +37,13 @@ def fetch_tokenizer(spec: str) -> Path:
     if matched is None:
         raise DataError(f"{spec}: write a tokenizer on the hub as {HF_PREFIX}NAME, or {HF_PREFIX}NAME@REVISION")
     try:
-        endpoint = huggingface_hub.constants.ENDPOINT
-        folder = huggingface_hub.snapshot_download(
-            matched[1], revision=matched[2], allow_patterns=list(FILES), endpoint=endpoint
-        )
+        folder = huggingface_hub.snapshot_download(matched[1], revision=matched[2], allow_patterns=list(FILES))
     except Exception as error:  # the hub, the network and the cache each have their own kinds
         lines = redacted(str(error)).strip().splitlines() or [""]
         raise DataError(
             f"{spec}: cannot be fetched ({type(error).__name__}: {lines[0]}); check the name and the network, and "
             "HF_TOKEN for a private or gated model"
         ) from error
+    if not Path(folder).is_dir():  # none of the files is in the repository
+        raise DataError(f"{spec}: has no tokenizer.model and no tokenizer.json")
     return Path(folder)

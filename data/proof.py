@@ -43,6 +43,10 @@ class Part(Protocol):
         """The part."""
 
     @property
+    def is_text(self) -> bool:
+        """Whether there is a text to compare."""
+
+    @property
     def begins(self) -> bool:
         """Whether it is the first of its text."""
 
@@ -59,7 +63,11 @@ def compared(parts: Sequence[Part]) -> int:
 def changed(tokenizer: Tokenizer, parts: Sequence[Part], encoded: Sequence[list[int]]) -> list[int]:
     """The parts, of those that are compared, that decoding does not give back."""
     pairs = zip(parts[: compared(parts)], encoded, strict=False)
-    return [index for index, (part, ids) in enumerate(pairs) if _given_back(tokenizer, part, ids) != part.text]
+    return [
+        index
+        for index, (part, ids) in enumerate(pairs)
+        if part.is_text and _given_back(tokenizer, part, ids) != part.text
+    ]
 
 
 def _given_back(tokenizer: Tokenizer, part: Part, ids: list[int]) -> str:
@@ -92,7 +100,10 @@ def check_given_back(
                 "data.prepare.end_of_document (--end-of-document)",
             )
     added = -int(tokenizer.token_bytes()[end])  # to the first part; the end takes it back
-    expected = [len(part.text.encode()) + added * (part.begins - part.ends) for part in parts]
+    expected = [
+        len(part.text.encode()) + added * (part.begins - part.ends) if part.is_text else int(size)
+        for part, size in zip(parts, num_bytes, strict=True)
+    ]
     wrong = np.flatnonzero(num_bytes != expected).tolist()
     for index in [*changed(tokenizer, parts, encoded), *wrong]:
         text, decoded = parts[index].text, _given_back(tokenizer, parts[index], encoded[index])

@@ -7,6 +7,8 @@ An input is one of:
 | `FILE.txt`, `.md`, `.rst`, `.py` | the whole file |
 | `FILE.jsonl`, `.jsonl.zst`, `.jsonl.gz` | the value of `text` of each line |
 | `FILE.parquet` | the column `text`, row by row |
+| `FILE.idx` | the documents of Megatron's `FILE.bin`, which are tokens |
+| `FILE.ds` | the documents of datatrove's token file |
 | `FOLDER` | every file of these kinds in it, recursively, in the order of their paths; `survey` lists the others |
 | `hf:NAME[:CONFIG]:SPLIT` | the column `text` of a data set that `datasets` can stream |
 | `hf:NAME[:CONFIG]:SPLIT[:N]` | its first N rows: the brackets are written, as in `hf:NAME:train[:1000]` |
@@ -28,6 +30,7 @@ from data.documents import READ_BYTES, Document
 from data.errors import DataError
 from data.pointers import pointer_problem
 from data.survey import Survey, split_hub_name, suffix_of, survey
+from data.token_files import read_datatrove, read_megatron
 
 TEXT_KEY = "text"
 MAX_ZSTD_WINDOW_BYTES = 2**31  # files written with `zstd --long` need more than the decoder's default of 128 MiB
@@ -70,7 +73,7 @@ def placed_documents(
             continue
         skipped = start[1] if number == start[0] else 0
         for row, document in enumerate(islice(_read_unit(source, path), skipped, None), start=skipped):
-            if not document.content:
+            if document.is_empty:
                 continue
             if isinstance(document.content, str) and not document.content.isascii():
                 _check_encodable(document.content, document.origin)
@@ -266,5 +269,7 @@ READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".jsonl.zst": _read_jsonl_zst,
     ".jsonl.gz": _read_jsonl_gz,
     ".parquet": _read_parquet,
+    ".idx": read_megatron,
+    ".ds": read_datatrove,
 }
 """What reads a file, by the end of its name."""

@@ -11,7 +11,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,13 +92,18 @@ def record(folder: Path, made_by: dict[str, Any], progress: Progress) -> None:
         "tokenizer": progress.tokenizer,
         "fingerprint": progress.fingerprint,
         "read": progress.read,
-        "waiting": {split: [astuple(piece) for piece in pieces] for split, pieces in progress.waiting.items()},
+        "waiting": {split: [_listed(piece) for piece in pieces] for split, pieces in progress.waiting.items()},
         "writers": {split: facts for split, (facts, _) in progress.writers.items()},
     }
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
     content = file.getvalue()
     replace_file(folder / RECORD, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def _listed(piece: Piece) -> list[Any]:
+    tokens = None if piece.tokens is None else piece.tokens.tolist()
+    return [piece.text, piece.origin, piece.place, piece.ends, tokens]
 
 
 def read_record(folder: Path, made_by: dict[str, Any]) -> Progress | str:
@@ -127,7 +132,10 @@ def read_record(folder: Path, made_by: dict[str, Any]) -> Progress | str:
         fingerprint=facts["fingerprint"],
         read=tuple(facts["read"]),
         waiting={
-            split: [Piece(text, origin, tuple(place), ends) for text, origin, place, ends in pieces]
+            split: [
+                Piece(text, origin, tuple(place), ends, None if tokens is None else np.array(tokens))
+                for text, origin, place, ends, tokens in pieces
+            ]
             for split, pieces in facts["waiting"].items()
         },
         writers={split: (of_split, parts[split]) for split, of_split in facts["writers"].items()},

@@ -39,7 +39,7 @@ from data.prepared import (
 )
 from data.readers import Place, placed_documents, units
 from data.resume import NOTHING_READ, RECORD, SECONDS_BETWEEN_RECORDS, Progress, identity, read_record, record
-from data.survey import Survey, survey
+from data.survey import TOKEN_KINDS, Survey, suffix_of, survey
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.writers import PackedWriter, RowWriter
 
@@ -280,6 +280,8 @@ def _place_tokenizer(config: PrepareConfig, files: Survey, out: Path) -> Tokeniz
         path = out / f"tokenizer{source.path.suffix}"
         path.write_bytes(source.file_content())
     else:
+        if tokens := [path for path in files.read if suffix_of(path) in TOKEN_KINDS]:
+            raise DataError(f"{tokens[0]}: holds tokens, not text to train a tokenizer on; name the one that made it")
         texts = (
             block
             for split, _, document in _assign_splits(config, files)
@@ -319,7 +321,7 @@ def sample_texts(texts: Iterable[str]) -> list[str]:
             piece = text[begin : begin + SAMPLE_PIECE_CHARS]
             num_bytes = len(piece.encode())
             scanned_bytes += num_bytes
-            if (key := uniform(iter([piece]))) < limit:
+            if (key := uniform([piece.encode()])) < limit:
                 heapq.heappush(kept, (-key, piece))
                 kept_bytes += num_bytes
             while kept_bytes > TRAINING_SAMPLE_BYTES:

@@ -11,7 +11,9 @@ from data import quickstart_corpus
 from data.errors import DataError
 
 HF_PREFIX = "hf:"
-KINDS = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
+TOKEN_KINDS = (".idx", ".ds")
+"""Ends of the names of files of tokens; see `data.token_files`."""
+KINDS = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", *TOKEN_KINDS)
 """Ends of the names of files that can be read."""
 UNFINISHED_FOLDERS = frozenset({"_temporary", "_delta_log", "_spark_metadata"})
 """What Spark keeps beside its output: parts of attempts, which would be read twice, and logs."""

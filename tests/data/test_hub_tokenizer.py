@@ -21,6 +21,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with a model `someone/model`, whose configuration says which of two usual tokens ends documents."""
     with hub_of("hf_token") as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         LOSSLESS["gpt2.json"](tmp_path / "tokenizer.json")
         end = load_tokenizer(tmp_path / "tokenizer.json").end_of_document
@@ -65,7 +67,7 @@ def test_the_cache_serves_when_the_hub_is_gone(hub, monkeypatch):
         ("hf:", "write a tokenizer on the hub as hf:NAME"),
         ("hf:../../etc", "write a tokenizer on the hub as hf:NAME|cannot be fetched"),
         ("hf:a b", "write a tokenizer on the hub as hf:NAME"),
-        ("hf:someone/empty", "hf:someone/empty: has neither tokenizer.model nor tokenizer.json"),
+        ("hf:someone/empty", "hf:someone/empty: has no tokenizer.model and no tokenizer.json"),
     ],
 )
 def test_what_cannot_be_fetched_is_named(hub, spec, message):

@@ -45,10 +45,13 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, content: Any, status: int = 200) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound" if "Entry" in content["error"] else "RepoNotFound")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
