@@ -42,6 +42,7 @@ from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import MetricsLog
 from launcher.run.rollbacks import Rollback, read_rollbacks
 from launcher.run.trackers.feed import open_feeds
+from launcher.training.averaging import average_note, begin_average, carry_average
 from launcher.training.guard import SpikeGuard
 from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED, Meter
@@ -171,6 +172,8 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     phase = plan.phases[at.phase] if at.phase >= 0 else None
     data = open_data(plan, ranks, at.step)
     engine = build_engine(plan, phase, ranks)
+    upcoming = plan.phases[config.checkpoint.start_phase]
+    begin_average(engine, plan, phase if phase and reader else upcoming)
     guards_switch = any(phase.transition.rollback for phase in plan.phases)
     guard = SpikeGuard(config.training.skip_outliers, smooths=guards_switch, ranks=ranks)
     fill(engine, plan, ranks, reader, data, guard, console)
@@ -269,12 +272,14 @@ def fill(
         check_data(reader, data.fingerprint)
         load_state(reader, engine, with_optimizer=reader.has_moments)
         restore_rng(reader, ranks)
+        for sentence in average_note(engine, reader):
+            console.line(sentence)
     elif config.checkpoint.start_from:
         source, with_optimizer = open_start(plan, data.fingerprint)
         check_sound(source, ranks)
         load_state(source, engine, with_optimizer=with_optimizer)
         console.line(f"Beginning {config.run.name} with {source.location}")
-        for sentence in source.missing:
+        for sentence in [*source.missing, *average_note(engine, source)]:
             console.line(f"  {sentence}")
     else:
         load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, config))
@@ -296,6 +301,7 @@ def switch(run: LoopState, phase: Phase) -> None:
         run.saver.wait()  # it may be writing the teacher
     run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints)
     factor = enter_phase(run.engine, phase, ranks, upcoming, plan.config.optimizer.max_grad_norm, run.teacher)
+    carry_average(run.engine, plan, phase)
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
     run.guard.enter_phase()
@@ -306,7 +312,7 @@ def switch(run: LoopState, phase: Phase) -> None:
         )
     if (given_up := run.rollbacks.get(phase.index)) is not None:
         run.meter.noted(*rollback_note(given_up))
-    run.meter.evaluated(run.held_out.measure(run.engine), "start of phase")
+    measure(run, "start of phase")
 
 
 def take_step(run: LoopState) -> StepResult:
@@ -381,7 +387,14 @@ def evaluate(run: LoopState) -> None:
     assert run.phase is not None
     run.pulse.now("evaluate", run.at.step)
     when = "end of phase" if run.at.step == run.phase.end else "interval"
-    run.meter.evaluated(run.held_out.measure(run.engine), when)
+    measure(run, when)
+
+
+def measure(run: LoopState, when: str) -> None:
+    """Log the held-out loss of the weights and of their average."""
+    live = run.held_out.measure(run.engine)
+    run.pulse.got_on()
+    run.meter.evaluated(live, when, averaged=run.held_out.measure_averaged(run.engine))
 
 
 def do_tasks(run: LoopState) -> None:

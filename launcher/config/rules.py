@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig
 from data.urls import url_problem
+from launcher.config.averaging import averaged_weights_are_there, averages_are_of_16_bit_phases
 from launcher.config.effects import EFFECTS, LENGTHS
 from launcher.config.engine import OWNED_DEEPSPEED_KEYS, REFUSED_DEEPSPEED_KEYS, EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
@@ -363,6 +364,8 @@ RULES: tuple[Rule, ...] = (
     first_phase_keeps_nothing,
     factor_is_for_one_selection,
     optimizer_can_change,
+    averages_are_of_16_bit_phases,
+    averaged_weights_are_there,
     decay_begins_with_a_phase,
     rollback_knows_the_loss_before,
     quantized_layers_exist,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from data.config import DataConfig
 from data.urls import url_problem
 from eval.tasks import choose_tasks
+from launcher.config.averaging import AveragingConfig
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.rules import local_problem, mistaken_path, spanning_problems
@@ -344,6 +345,7 @@ class Config:
     training: TrainingConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     phases: tuple[PhaseConfig, ...]
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

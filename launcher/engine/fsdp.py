@@ -189,7 +189,7 @@ class FSDPEngine(Engine):
             local.grad = sharded.grad = None
         return grad_norm.float(), skipped
 
-    def shards(self) -> Iterator[Shard]:
+    def own_shards(self) -> Iterator[Shard]:
         self._follow_shards()
         primary = self.mesh.ndim == 1 or self.mesh.get_local_rank(0) == 0
         for name, sharded, local in zip(self._names, self._sharded, self._local, strict=True):

@@ -278,7 +278,7 @@ class ZeroEngine(Engine):
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32, device=self.device)
 
-    def shards(self) -> Iterator[Shard]:
+    def own_shards(self) -> Iterator[Shard]:
         for name, parameter in self.model.named_parameters():
             located = self._locate(parameter)
             if located is None:

@@ -53,6 +53,11 @@ class Course:
         """Whether Muon updates matrices in any phase."""
         return any(phase.optimizer == "muon" for phase in self.phases)
 
+    def averages(self, phase: Phase) -> bool:
+        """Whether weights are averaged in a phase."""
+        averaging = self.config.averaging
+        return averaging.half_life_tokens is not None and (phase.quantization is None or averaging.across_ternary)
+
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""

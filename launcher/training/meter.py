@@ -161,20 +161,35 @@ class Meter:
             self._log.write(self._row() | values | {"time/elapsed_seconds": self.elapsed_seconds})
         self._console.line(f"Step {self._at.step}: {line}")
 
-    def evaluated(self, result: HeldOutLoss | None, when: str, text: str = "held-out text") -> None:
-        """Log the held-out loss of ``text``."""
+    def evaluated(
+        self,
+        result: HeldOutLoss | None,
+        when: str,
+        text: str = "held-out text",
+        *,
+        averaged: HeldOutLoss | None = None,
+    ) -> None:
+        """Log the held-out loss of ``text``, and that of the averaged weights."""
         if result is not None and self._log is not None:
+            of_average = {}
+            if averaged is not None:
+                of_average = {
+                    "validation/loss_averaged": averaged.nats_per_token,
+                    "validation/bits_per_byte_averaged": averaged.bits_per_byte,
+                }
             self._log.write(
                 self._row()
                 | {
                     "validation/loss": result.nats_per_token,
                     "validation/bits_per_byte": result.bits_per_byte,
                     EVALUATED: when,
+                    **of_average,
                     "time/elapsed_seconds": self.elapsed_seconds,
                 }
             )
             self._console.line(
                 f"{self._row()['precision']}, step {self._at.step}, {when}: {result.bits_per_byte:.4f} bits per byte "
                 f"of {text} ({result.nats_per_token:.4f} nats per token)"
+                + (f"; averaged weights: {averaged.bits_per_byte:.4f}" if averaged else "")
             )
         self.restart_clock()

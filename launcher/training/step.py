@@ -109,6 +109,8 @@ def train_step(
     grad_norm, skipped = engine.step(plan.sizes_at(step), grad_norm_limit=guard.limit(compared))
     if engine.muon is not None and engine.muon.is_on:
         check_muon(engine.muon, skipped)
+    if engine.average is not None:
+        engine.average.update_(engine.weights(), plan.tokens_per_step, skipped)
     return StepResult(**vars(batch), grad_norm=grad_norm, skipped=guard.add(grad_norm, skipped))
 
 
