@@ -154,10 +154,13 @@ class FSDPEngine(Engine):
         loss.backward()
 
     def gradient_squares(self) -> dict[str, Tensor]:
-        norms = torch._foreach_norm([parameter.grad.to_local() for parameter in self._sharded])
+        # Learned scales have no gradient while the strength is 0.
+        named = zip(self._names, self._sharded, strict=True)
+        gradients = {name: sharded.grad.to_local() for name, sharded in named if sharded.grad is not None}
+        norms = torch._foreach_norm(list(gradients.values()))
         replicas = self.mesh.size(0) if self.mesh.ndim == 2 else 1
         squares = (norm.square().to(self.device) / replicas for norm in norms)
-        return dict(zip(self._names, squares, strict=True))
+        return dict(zip(gradients, squares, strict=True))
 
     @torch.no_grad()
     def step(

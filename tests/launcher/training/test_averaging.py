@@ -16,9 +16,10 @@ from launcher.checkpoint.folders import folder_of
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError, ConfigError, TrainingError
+from launcher.formats import open as opening
 from launcher.formats.average import average_of
 from launcher.formats.convert import convert_to_run, not_carried
-from launcher.formats.open import open_source, run_of
+from launcher.formats.open import open_source
 from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
 from launcher.plan.plan import make_plan
 from launcher.report.summary import summarize
@@ -209,9 +210,9 @@ def test_averaged_weights_are_read_as_a_checkpoint_of_no_run(trunk: Path) -> Non
     assert source.manifest.average is not None
     assert source.manifest.average["of"] == "exponential average of the weights over 1024 tokens, up to step 4"
     assert source.manifest.average["sources"][0]["source_digest"] == live.manifest.digest
-    config = config_of("", Path("elsewhere"))
-    assert run_of(live, config) == trunk
-    assert run_of(source, config) is None
+    config = opening.config_of(live)
+    assert opening.run_of(live, config) == trunk
+    assert opening.run_of(source, config) is None
     [sentence] = [text for text in not_carried(live, "hf") if "averaged" in text]
     assert sentence == f"The averaged weights are not carried; convert {checkpoint}@averaged to have them."
     assert not [text for text in not_carried(source, "hf") if "averaged" in text]
@@ -264,7 +265,7 @@ def test_the_summary_has_the_averaged_loss(trunk: Path) -> None:
 
 def across(shards: str, out: str) -> None:
     averaging = AVERAGING | {"across_ternary": True}
-    phases = [*PHASES[:1], PHASES[1] | {"quantization": {"weights": "learned"}}]
+    phases = [*PHASES[:1], PHASES[1] | {"quantization": {"preset": "paretoq"}}]
     assert run(config_of(shards, Path(out), averaging=averaging, phases=phases)) == "complete"
 
 
@@ -283,7 +284,7 @@ def with_no_average_yet(shards: str, out: str) -> list[str]:
     """Runs that begin to average where a checkpoint has nothing of it; the weights' average after that, and errors."""
     problems = []
     assert run(config_of(shards, Path(out, "late"), averaging={}), 2) == "interrupted"
-    allowed = {"name": "late", "folder": str(Path(out, "late")), "allow_changes": ["averaging", "phases"]}
+    allowed = {"folder": str(Path(out, "late")), "allow_changes": ["averaging", "phases"]}
     assert run(config_of(shards, Path(out, "late"), run=allowed), 2) == "interrupted"
     assert run(config_of(shards, Path(out, "at-the-switch"), averaging={}), 4) == "interrupted"
     allowed |= {"folder": str(Path(out, "at-the-switch"))}
