@@ -48,9 +48,9 @@ def open_source(text: str) -> Source:
     from launcher.formats.published_source import PublishedSource
 
     folder = to_location(text)
-    if text.endswith(AVERAGED) and not folder.exists():
-        return _averaged(text)
     with reaching(folder):
+        if text.endswith(AVERAGED) and not folder.exists():
+            return _averaged(text)
         if (folder / MANIFEST).is_file():
             return CheckpointReader(folder)
         if found := checkpoints_under(folder):

@@ -14,6 +14,7 @@ from torch import Tensor
 from launcher.checkpoint.averaged import AveragedReader
 from launcher.checkpoint.folders import folder_of
 from launcher.checkpoint.reader import CheckpointReader
+from launcher.commands.verify import verify
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError, ConfigError, TrainingError
 from launcher.formats import open as opening
@@ -22,6 +23,7 @@ from launcher.formats.convert import convert_to_run, not_carried
 from launcher.formats.open import open_source
 from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
 from launcher.plan.plan import make_plan
+from launcher.process.console import Console
 from launcher.report.summary import summarize
 from launcher.run.metrics_log import read_metrics
 
@@ -216,6 +218,7 @@ def test_averaged_weights_are_read_as_a_checkpoint_of_no_run(trunk: Path) -> Non
     [sentence] = [text for text in not_carried(live, "hf") if "averaged" in text]
     assert sentence == f"The averaged weights are not carried; convert {checkpoint}@averaged to have them."
     assert not [text for text in not_carried(source, "hf") if "averaged" in text]
+    assert verify([source.location], Console(silent=True), as_json=False) == 0
     mean = average_of([source, live])
     assert mean.weights == [1.0, 1.0]
 
