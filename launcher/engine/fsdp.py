@@ -208,6 +208,10 @@ class FSDPEngine(Engine):
                 primary=primary,
             )
 
+    def weights(self) -> dict[str, Tensor]:
+        self._follow_shards()
+        return {name: local.detach().view(-1) for name, local in zip(self._names, self._local, strict=True)}
+
     def refresh_weights(self) -> None:
         """Free gathered weights and codes: some stay gathered between passes, and codes are made once a step."""
         for module in (self.model, *self._blocks):

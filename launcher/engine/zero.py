@@ -9,6 +9,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -343,7 +344,7 @@ class ZeroEngine(Engine):
         outer = self._outer
         return getattr(outer, "single_partition_of_fp32_groups", None) or outer.fp32_groups_flat_partition
 
-    @property
+    @cached_property
     def _stage0_masters(self) -> dict[int, Tensor]:
         return {
             id(low): high
