@@ -21,6 +21,7 @@ from launcher.formats import open as opening
 from launcher.formats.average import average_of
 from launcher.formats.convert import convert_to_run, not_carried
 from launcher.formats.open import open_source
+from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
 from launcher.plan.plan import make_plan
 from launcher.process.console import Console
@@ -241,6 +242,14 @@ def test_where_there_are_no_averaged_weights_is_said(trunk: Path, tmp_path: Path
     named.mkdir()
     with pytest.raises(CheckpointError, match="not a checkpoint of a known kind"):
         open_source(str(named))
+
+
+def test_the_folder_of_averaged_weights_is_looked_for(shards: Path, trunk: Path, tmp_path: Path) -> None:
+    for place, found in ((trunk, []), (tmp_path / "nowhere", ["no such folder"])):
+        config = config_of(shards, tmp_path / "run", checkpoint={"start_from": f"{place}@averaged"})
+        problems = missing_inputs(config)
+        assert [key for key, _ in problems] == ["checkpoint.start_from"] * len(found)
+        assert all(problem.startswith(f"{place}: {what}") for (_, problem), what in zip(problems, found, strict=True))
 
 
 def test_a_damaged_average_is_named(trunk: Path, tmp_path: Path) -> None:
