@@ -36,7 +36,7 @@ def main() -> None:
         assert engine.muon is not None
         shape = config.training.micro_batch_sequences, config.data.sequence_length
         tokens = torch.randint(0, config.model.vocab_size, shape)
-        step = partial(take_step, engine, tokens, plan.num_micro_batches)
+        step = partial(take_step, engine, tokens, plan.most_micro_batches)
         seconds: dict[str, list[float]] = {"AdamW": [], "Muon": []}
         state_bytes = {}
         on_processor = ranks.device.type == "cpu"
@@ -52,7 +52,7 @@ def main() -> None:
                     for kind, tensor in shard.tensors.items()
                     if kind != "weight"
                 )
-    flops = plan.flops_per_token_at(0) * plan.tokens_per_step
+    flops = plan.flops_per_token_at(0) * plan.tokens_at(0)
     base = statistics.median(seconds["AdamW"])
     lines = ["| | median ms | fastest to slowest | x | state MiB |", "| --- | ---: | --- | ---: | ---: |"]
     for name, values in seconds.items():
@@ -63,7 +63,7 @@ def main() -> None:
         )
     text = (
         f"One 16-bit step of {config.run.name}'s model ({num_parameters(config.model) / 1e6:.1f} M parameters) on "
-        f"{plan.num_micro_batches} x {shape[0]} x {shape[1]} tokens, {options.repeats} rounds in turns"
+        f"{plan.most_micro_batches} x {shape[0]} x {shape[1]} tokens, {options.repeats} rounds in turns"
         f"{', in seconds of the process' if on_processor else ''}. Muon's iterations have "
         f"{muon_flops(plan) / flops:.1%} of the FLOPs of forward and backward.\n\n" + "\n".join(lines)
     )
