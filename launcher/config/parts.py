@@ -93,8 +93,8 @@ def _by_location(error: ValidationError, kind: Any) -> dict[tuple[str, ...], Any
     """Each of pydantic's errors by its keys; those of a key that takes several kinds of values are one."""
     found: dict[tuple[str, ...], Any] = {}
     for detail in error.errors():
-        location, is_plain = _without_kind(tuple(str(key) for key in detail["loc"]), kind, detail["type"])
-        if is_plain and isinstance(detail["input"], dict):
+        location, is_alternative = _without_kind(tuple(str(key) for key in detail["loc"]), kind, detail["type"])
+        if is_alternative and isinstance(detail["input"], dict):
             continue  # the kind that is meant is the section
         if location in found and detail["type"] == "dataclass_type":
             found[location]["msg"] += " or a mapping of keys"
@@ -106,7 +106,7 @@ def _by_location(error: ValidationError, kind: Any) -> dict[tuple[str, ...], Any
 
 
 def _without_kind(location: tuple[str, ...], kind: Any, problem: str) -> tuple[tuple[str, ...], bool]:
-    """The keys of a location without the name of the kind that was tried, and whether that was a plain value.
+    """The keys of a location without the name of the kind that was tried, and whether it was a section's alternative.
 
     pydantic puts such a name after a key that takes several kinds: of plain values, or a section as well.
     """
@@ -116,9 +116,10 @@ def _without_kind(location: tuple[str, ...], kind: Any, problem: str) -> tuple[t
     if not location or location[-1].isdecimal() or problem == "unexpected_keyword_argument":
         return location, False
     parent = location[:-1]
-    if _is_section(kind, parent) and location[-1] in (part.name for part in fields(owner_at(kind, parent))):
+    has_section = _is_section(kind, parent)
+    if has_section and location[-1] in (part.name for part in fields(owner_at(kind, parent))):
         return location, False
-    return parent, True
+    return parent, has_section
 
 
 def _is_section(kind: Any, location: Sequence[str]) -> bool:
