@@ -33,7 +33,8 @@ from launcher.formats.onnx_export import GRAPH
 from launcher.formats.onnx_graph import DATA
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.formats.published_onnx import is_onnx
-from launcher.inference.build import first_token_of, fitting_tokenizer, sharded_model
+from launcher.formats.tokens import first_token_of, fitting_tokenizer
+from launcher.inference.build import sharded_model
 from launcher.process.ranks import Ranks
 from launcher.run.automatic import concrete
 from model.transformer import ModelConfig, Transformer
@@ -102,6 +103,8 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
     source = opened.source
     dtype = compute_dtype_of(opened, ranks)
     model = sharded_model(source, opened.model, opened.precision, dtype, ranks)
+    if opened.config is not None and opened.config.data.documents == "masked":
+        model.model.first_token = loaded.end_of_document
 
     def nll_and_misses(tokens_BT: Tensor, labels_BTA: Tensor) -> tuple[Tensor, Tensor]:
         found = model(tokens_BT.to(ranks.device), labels_BTA.to(ranks.device), reduction="greedy")
