@@ -120,10 +120,13 @@ class RateCurve:
         if problems:
             raise ValueError(problems)
 
+    def num_steps(self, phase_steps: int) -> int:
+        """Steps until the end is reached, in a phase of this many steps."""
+        return self.steps or max(1, round((self.fraction or 1.0) * phase_steps))
+
     def at(self, step: int, phase_steps: int) -> float:
         """Factor in a step, counted from 0, of a phase of this many steps."""
-        steps = self.steps or max(1, round((self.fraction or 1.0) * phase_steps))
-        progress = min(1.0, step / steps)
+        progress = min(1.0, step / self.num_steps(phase_steps))
         return (1 - progress) * self.start + progress * self.end
 
 

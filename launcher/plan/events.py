@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from launcher.config.optimizer import RateCurve
 from launcher.plan.course import Course, Phase
 from launcher.plan.schedule import drop_step
 from quant.ramp import RampConfig
@@ -60,10 +61,13 @@ def _switch_events(course: Course, phase: Phase) -> Iterator[tuple[int, str]]:
         else:
             yield from _ramp_events(start, weights, "quantization of the weights")
             yield from _ramp_events(start, activations, "quantization of the activations")
-        factor, last = course.ternary_factor_at(start), course.ternary_factor_at(phase.end - 1)
-        if (factor, last) != (1, 1):
-            change = "" if factor == last else f", which becomes {last:g}"
-            yield start, f"quantized layers have {factor:g} times the learning rate{change}, until step {phase.end:,}"
+        curve, factor = course.config.optimizer.ternary_learning_rate_factor, course.ternary_factor_at(start)
+        what = f"quantized layers have {factor:g} times the learning rate"
+        if isinstance(curve, RateCurve):
+            end = start + curve.num_steps(phase.end - start)
+            yield start, f"{what}, linearly to {curve.end:g} at step {end:,}"
+        elif factor != 1:
+            yield start, f"{what}, until step {phase.end:,}"
     if (drop := transition.learning_rate_drop) is not None:
         end = min(phase.end, start + course.steps_of(drop.tokens, start))
         yield start, f"the learning rate is multiplied by {drop.factor:g}, until step {end:,}"

@@ -73,7 +73,7 @@ class Pulse:
 
     def changes_size(self) -> None:
         """Say that steps take another time from the next one on, which may compile."""
-        self.steps.clear()
+        self.steps = deque(maxlen=RECENT_STEPS)
         self.at = self.at._replace(steady=False)
 
     def usual_step_seconds(self) -> float:

@@ -330,7 +330,7 @@ def test_the_factor_of_ternary_layers_is_a_curve_over_each_ternary_phase():
     )
     plan = plan_of("optimizer.ternary_learning_rate_factor={start: 2, end: 1, steps: 2}", *phases(*two))
     whats = [event["what"] for event in events(plan)]
-    assert "quantized layers have 2 times the learning rate, which becomes 1, until step 8" in whats
+    assert "quantized layers have 2 times the learning rate, linearly to 1 at step 6" in whats
 
 
 @pytest.mark.parametrize(

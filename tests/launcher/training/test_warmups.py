@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 from torch import Tensor
 
+from data.loader import IGNORED_LABEL
 from launcher.config.sections import Config
 from launcher.engine.adamw import is_decayed
 from launcher.engine.compiling import compile_report
 from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.convert import starting_phase
+from launcher.formats.open import open_source
 from launcher.plan.plan import make_plan
 from launcher.plan.schedule import StepSizes
 from launcher.process.console import Console
@@ -36,9 +39,16 @@ ROWS_AT_ONCE = 2
 ON_TWO_RANKS = ["fsdp2", "zero-0", "zero-1", "zero-2", "zero-3"]
 
 
+PADDED = (1, 3)
+"""Steps of which some labels do not count, as of rows that are filled up."""
+
+
 def rows_of(step: int, num_rows: int) -> tuple[Tensor, Tensor]:
     rows = torch.randint(0, 257, (num_rows, 33), generator=torch.Generator().manual_seed(step))
-    return rows[:, :-1], rows[:, 1:]
+    labels = rows[:, 1:].clone()
+    if step in PADDED:
+        labels[0, 20:] = labels[-1, 9:] = IGNORED_LABEL
+    return rows[:, :-1], labels
 
 
 def by_engines(names: list[str]) -> dict[str, Any]:
@@ -52,7 +62,7 @@ def by_engines(names: list[str]) -> dict[str, Any]:
         for step, (sequences, length) in enumerate(STEPS):
             own = (part.chunk(dist.get_world_size())[dist.get_rank()] for part in rows_of(step, sequences))
             batches = list(zip(*(part.split(ROWS_AT_ONCE) for part in own), strict=True))
-            batch = accumulate_gradients(engine, in_pieces(batches, length), len(batches))
+            batch = accumulate_gradients(engine, in_pieces(batches, length), len(batches), uneven=step in PADDED)
             loss = batch.loss.clone()
             dist.all_reduce(loss)
             assert batch.num_tokens * dist.get_world_size() == sequences * 32
@@ -186,6 +196,8 @@ def compare(out: Path, engines: list[str]) -> list[list[float]]:
             for ours, theirs in zip(*(sorted(each.glob("*.safetensors")) for each in folders), strict=True):
                 state, again = load_file(ours), load_file(theirs)
                 assert all(torch.equal(state[key], again[key]) for key in state | again), name
+        half = open_source(str(whole / "checkpoints" / "step-00000005"))
+        assert starting_phase(warming_config(Path("shards"), whole), half) == 1
         assert json.loads((whole / "summary.json").read_text())["tokens"] == 2688
     return [[row["train/loss"] for row in steps_of(out / name / "whole")] for name in engines]
 
