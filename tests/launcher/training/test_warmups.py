@@ -258,6 +258,20 @@ def test_the_batch_of_steps_to_come_may_change_and_of_no_others(shards: Path, tm
     assert [row["tokens"] for row in steps_of(tmp_path / "run")] == TOKENS[:5]
 
 
+def raised_batch(shards: str, out: str) -> list[str]:
+    def resume(steps: int, **training: Any) -> str:
+        keys = {"name": "tiny", "folder": out, "allow_changes": ["training"]}
+        return run(tiny_config(Path(shards), Path(out), run=keys, training=training), steps)
+
+    stages = [{"sequences": 8, "until_tokens": 1000}]
+    return [resume(3), resume(2, global_batch_sequences=16, batch_warmup=stages)]
+
+
+def test_the_batch_of_a_run_is_raised_on_the_way(shards: Path, tmp_path: Path) -> None:
+    assert run_group(1, raised_batch, str(shards), str(tmp_path / "run")) == [["interrupted", "interrupted"]]
+    assert [row["tokens"] for row in steps_of(tmp_path / "run")] == [256, 512, 768, 1024, 1536]
+
+
 def test_a_larger_step_is_no_hang() -> None:
     pulse = Pulse()
     pulse.now("train", 0)
