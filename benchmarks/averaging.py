@@ -124,7 +124,7 @@ def losses_of(options: argparse.Namespace, folder: Path, seed: int) -> dict[int,
     prepare_with_progress(config.data.prepare, config.data.sequence_length, shards, Console(silent=True))
     engine = build_engine(constant, None, RANKS)
     load_weights(engine, lambda name, shape, rows: initial_value(name, shape, config.model, seed, rows))
-    averages = Averages(engine, constant.tokens_per_step)
+    averages = Averages(engine, constant.tokens_at(0))
     data = open_data(constant, RANKS, 0)
     held_out = HeldOut(constant, RANKS, data)
     data.close()

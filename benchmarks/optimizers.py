@@ -38,13 +38,13 @@ def main() -> None:
         assert engine.muon is not None
         shape = config.training.micro_batch_sequences, config.data.sequence_length
         tokens = torch.randint(0, config.model.vocab_size, shape)
-        step = partial(take_step, engine, tokens, plan.num_micro_batches)
+        step = partial(take_step, engine, tokens, plan.most_micro_batches)
         skipped = torch.zeros((), device=ranks.device)
 
         def averaged_step() -> None:
             step()
             assert engine.average is not None
-            engine.average.update_(engine.weights(), plan.tokens_per_step, skipped)
+            engine.average.update_(engine.weights(), plan.tokens_at(0), skipped)
 
         steps = {"AdamW": step, "AdamW, averaged": averaged_step, "Muon": step}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -55,7 +55,7 @@ def main() -> None:
                 engine.muon.turn(on=name == "Muon")
                 engine.average = None
                 if name == "AdamW, averaged":
-                    engine.average = Average(engine.weights(), 100 * plan.tokens_per_step, engine.device)
+                    engine.average = Average(engine.weights(), 100 * plan.tokens_at(0), engine.device)
                 steps[name]()
                 if turn:
                     seconds[name] += interleaved({name: steps[name]}, 1, ranks.device, of_process=on_processor)[name]
@@ -65,7 +65,7 @@ def main() -> None:
                     for kind, tensor in shard.tensors.items()
                     if kind != "weight"
                 )
-    flops = plan.flops_per_token_at(0) * plan.tokens_per_step
+    flops = plan.flops_per_token_at(0) * plan.tokens_at(0)
     base = statistics.median(seconds["AdamW"])
     lines = ["| | median ms | fastest to slowest | x | state MiB |", "| --- | ---: | --- | ---: | ---: |"]
     for name, values in seconds.items():
@@ -76,7 +76,7 @@ def main() -> None:
         )
     text = (
         f"One 16-bit step of {config.run.name}'s model ({num_parameters(config.model) / 1e6:.1f} M parameters) on "
-        f"{plan.num_micro_batches} x {shape[0]} x {shape[1]} tokens, {options.repeats} rounds in turns"
+        f"{plan.most_micro_batches} x {shape[0]} x {shape[1]} tokens, {options.repeats} rounds in turns"
         f"{', in seconds of the process' if on_processor else ''}. Muon's iterations have "
         f"{muon_flops(plan) / flops:.1%} of the FLOPs of forward and backward.\n\n" + "\n".join(lines)
     )

@@ -48,7 +48,7 @@ from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED, Meter
 from launcher.training.record import check_resumed, manifest_of, skip_advice, summary
 from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
-from launcher.training.step import Batches, StepResult, open_data, train_step
+from launcher.training.step import Batches, StepResult, in_pieces, open_data, train_step
 from launcher.training.switch import enter_phase, measures_rescale
 from launcher.training.tasks import NUM_SCORED, TasksInTraining, open_tasks
 from launcher.training.teacher import Teacher, check_teacher, open_teacher
@@ -150,8 +150,8 @@ class LoopState:
     telemetry: Telemetry | None
     strengths: tuple[list[float], list[float]] | None = None
     """Of weights and of activations, block by block, as the model has them; None if that is not known."""
-    compiled: tuple[int, int] | None = None
-    """Phase and graph calls of the last step whose calls were reported."""
+    compiled: tuple[int, int, int] | None = None
+    """Phase, graph calls and sequence length of the last step whose calls were reported."""
 
 
 def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: Pulse, closing: ExitStack) -> LoopState:
@@ -295,7 +295,8 @@ def switch(run: LoopState, phase: Phase) -> None:
         run.data.close()
         run.data = open_data(plan, ranks, at.step)
         run.batches = iter(run.data)
-    upcoming = list(islice(run.batches, plan.num_micro_batches)) if measures_rescale(phase) else []
+    num_micro_batches = plan.micro_batches_at(at.step) if measures_rescale(phase) else 0
+    upcoming = list(in_pieces(islice(run.batches, num_micro_batches), plan.length_at(at.step)))
     run.batches = chain(upcoming, run.batches)
     run.teacher = None  # the last phase's makes room for the next
     if phase.distillation is not None:
@@ -320,6 +321,8 @@ def switch(run: LoopState, phase: Phase) -> None:
 def take_step(run: LoopState) -> StepResult:
     """Train on one global batch."""
     at = run.at
+    if run.plan.changes_size_at(at.step):
+        run.pulse.changes_size()
     run.pulse.now("train", at.step)
     if run.telemetry is not None:
         run.telemetry.begin(at.step)
@@ -348,9 +351,9 @@ def take_step(run: LoopState) -> StepResult:
 
 def report_compiled(run: LoopState, calls: int) -> None:
     """Say what is compiled, in the first step of each phase and when it changes within one."""
-    if (compiled := (run.at.phase, calls)) != run.compiled:
+    if (compiled := (run.at.phase, calls, run.plan.length_at(run.at.step))) != run.compiled:
         run.compiled = compiled
-        expected = run.plan.config.model.num_layers * run.plan.num_micro_batches
+        expected = run.plan.config.model.num_layers * run.plan.micro_batches_at(run.at.step)
         run.console.line(compiling.compile_report(run.at.step + 1, calls, expected))
 
 

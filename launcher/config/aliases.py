@@ -28,6 +28,8 @@ _NAMES = {
     "grad_accumulation_steps gradient_accumulation gradient_accumulation_steps accumulate_grad_batches",
     "training.micro_batch_sequences": "micro_batch_size micro_batch device_batch_size per_device_train_batch_size "
     "train_micro_batch_size_per_gpu local_batch_size",
+    "training.batch_warmup": "rampup_batch_size batch_size_warmup batch_size_schedule batch_size_scheduler",
+    "training.sequence_warmup": "seqlen_warmup sequence_length_warmup sequence_length_schedule curriculum",
     "training.total_steps": "max_steps num_steps train_steps training_steps num_train_steps max_iters num_iterations "
     "train_iters num_iters iterations",
     "training.total_tokens": "max_tokens num_tokens train_tokens epochs num_epochs num_train_epochs max_epochs",

@@ -43,7 +43,7 @@ def starting_phase(config: Config, source: Source) -> int:
     if isinstance(source, CheckpointReader):
         at = (source.manifest.step, source.manifest.tokens)
         for phase in course.phases[1:]:
-            if at == (phase.start, phase.start * course.tokens_per_step):
+            if at == (phase.start, course.tokens_before(phase.start)):
                 return phase.index
     return 0
 
@@ -178,7 +178,7 @@ def manifest_of_conversion(course: Course, source: Source) -> Manifest:
         milestone=True,
         has_moments=source.has_moments,
         step=at.step,
-        tokens=at.step * course.tokens_per_step,
+        tokens=course.tokens_before(at.step),
         progress=at,
         precision=precision,
         data_fingerprint=carried_fingerprint(course, source),

@@ -134,7 +134,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         gathered = max(gathered, in_16_bits + codes)
     if engine.name == "fsdp2":
         copies = gathered if shards > 1 or compute_bytes == 2 else codes
-        sums_whole = plan.num_micro_batches > 1 and engine.reduce_gradients == "step"
+        sums_whole = plan.most_micro_batches > 1 and engine.reduce_gradients == "step"
         sizes = {
             "weights": 4 * parameters / shards + copies,
             "gradients": 4 * parameters * (1 / shards + (sums_whole and shards > 1)),

@@ -62,6 +62,7 @@ class Meter:
     def restart_clock(self) -> None:
         """Start a new interval, excluding what happened between steps."""
         self._since_seconds, self._steps, self._waited_seconds = time.perf_counter(), 0, 0.0
+        self._tokens = 0
         self._loss_sum = torch.zeros((), device=self._ranks.device)
         self._parts_sum: Tensor | None = None
         self._skipped_before = self._skipped.clone()
@@ -74,6 +75,7 @@ class Meter:
     def add(self, result: StepResult) -> None:
         """Count one step; nothing here waits for the device."""
         self._steps += 1
+        self._tokens += result.num_tokens * self._ranks.world_size
         self._waited_seconds += result.waited_seconds
         self._loss_sum += torch.where(result.skipped > 0, 0.0, result.loss)
         if result.parts is not None:
@@ -85,7 +87,7 @@ class Meter:
         at = self._at
         return {
             "step": at.step,
-            "tokens": at.step * self._plan.tokens_per_step,
+            "tokens": self._plan.tokens_before(at.step),
             "phase": at.phase,
             "precision": self._plan.phases[at.phase].precision,
         }
@@ -100,7 +102,7 @@ class Meter:
         taken = self._steps - skipped_steps
         mean_loss = float(self._loss_sum) / self._ranks.world_size / taken if taken else math.nan
         seconds = time.perf_counter() - self._since_seconds
-        tokens_per_second = self._steps * self._plan.tokens_per_step / seconds
+        tokens_per_second = self._tokens / seconds
         stalled_seconds = self._stalled_seconds - self._stalled_seconds_logged
         self._stalled_seconds_logged = self._stalled_seconds
         self._at.skipped_steps = int(self._skipped)
@@ -123,6 +125,10 @@ class Meter:
         transition = self._plan.phases[self._at.phase].transition
         if transition.activation_ramp is not None:
             row["quant/activation_strength"] = self._plan.activation_strength_at(self._at.step - 1)
+        if len(self._plan.batch.stages) > 1:
+            row["train/sequences_per_step"] = self._plan.sequences_at(self._at.step - 1)
+        if len(self._plan.lengths) > 1:
+            row["train/sequence_length"] = self._plan.length_at(self._at.step - 1)
         if self._parts_sum is not None:
             dist.all_reduce(self._parts_sum)
             means = (self._parts_sum / self._ranks.world_size / taken).tolist() if taken else [math.nan] * 3
@@ -145,7 +151,7 @@ class Meter:
             phase=row["precision"],
             loss=mean_loss,
             tokens_per_second=tokens_per_second,
-            remaining=(self._plan.total_steps - self._at.step) * seconds / self._steps,
+            remaining=(self._plan.total_tokens - row["tokens"]) / tokens_per_second,
         )
         self.restart_clock()
 
