@@ -8,6 +8,7 @@ work is encoded by both, and a difference is an error.
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from itertools import pairwise
@@ -54,12 +55,17 @@ class FastEncoder:
 
         self._model = fastokens.Tokenizer.from_json_str(json.dumps(definition))
         self._exact = exact
+        self._spelled = _names_no_text_becomes(definition)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text; the name of a special token in it is just text."""
-        content, ends = self._model.encode_batch_flat(list(texts), split_special_tokens=True)
+        spelling = {place for place, text in enumerate(texts) if self._spelled and self._spelled.search(text)}
+        others = [text for place, text in enumerate(texts) if place not in spelling]
+        content, ends = self._model.encode_batch_flat(others, split_special_tokens=True)
         ids, places = np.frombuffer(content, np.uint32).tolist(), np.frombuffer(ends, np.uint64).tolist()
-        return [ids[begin:end] for begin, end in pairwise(places)]
+        fast = iter([ids[begin:end] for begin, end in pairwise(places)])
+        exact = iter(self._exact([texts[place] for place in sorted(spelling)]) if spelling else [])
+        return [next(exact if place in spelling else fast) for place in range(len(texts))]
 
     def encode_compared(self, texts: list[str]) -> list[list[int]]:
         """As `encode`, and compare the beginning of the texts.
@@ -76,6 +82,19 @@ class FastEncoder:
                     f"{at} of {text[:60]!r}...); uninstall {NAME} and prepare the text again"
                 )
         return self.encode(texts)
+
+
+def _names_no_text_becomes(definition: dict[str, Any]) -> re.Pattern[str] | None:
+    """A pattern of the names of tokens that no merges make, such as `<0x0A>`.
+
+    `fastokens` takes them in a text for these tokens, so texts with one are left to the other library.
+    """
+    model = definition["model"]
+    if model.get("type") != "BPE" or model.get("ignore_merges"):
+        return None
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    names = {name for name in model["vocab"] if len(name) > 1} - {left + right for left, right in merges}
+    return re.compile("|".join(map(re.escape, sorted(names)))) if names else None
 
 
 def fast_encoder(tokenizer: Definable) -> FastEncoder | None:

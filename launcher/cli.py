@@ -228,7 +228,7 @@ def plan(
 @app.command()
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
-    out: Annotated[str, typer.Option(help="Folder to create.")],
+    out: Annotated[str, typer.Option(help="Folder to create, or the URL of one in a store.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer file or hf:NAME; bpe:VOCAB or unigram:VOCAB trains one.")],
     end_of_document: Annotated[
         str | None, typer.Option(help="Token that ends a document; default: the one that the tokenizer's files name.")
@@ -246,10 +246,12 @@ def prepare(
         list[str] | None, typer.Option(help="Hold out this whole input; may be repeated.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of tokenizing processes.")] = 1,
+    scratch: Annotated[str | None, typer.Option(help="For a URL: local folder to make the files in.")] = None,
 ) -> None:
     """Tokenize text into shards for training."""
     from data.shards import PrepareConfig
     from launcher.commands.prepare import prepare_with_progress
+    from launcher.commands.upload import is_url, prepare_in_store
 
     try:
         config = PrepareConfig(
@@ -266,7 +268,11 @@ def prepare(
     except ValueError as error:
         raise ConfigError("\n".join(f"{key}: {problem}" for key, problem in error.args[0].items())) from error
     console = Console(silent=False)
-    prepare_with_progress(config, sequence_length, local_target(out, "--out"), console)
+    if is_url(out):
+        folder = None if scratch is None else local_target(scratch, "--scratch")
+        prepare_in_store(config, sequence_length, out, folder, console)
+    else:
+        prepare_with_progress(config, sequence_length, local_target(out, "--out"), console)
     console.line(f"{out} is ready. List it in data.sources, with data.sequence_length: {sequence_length}")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.file_download
 import pytest
 from hub import Hub, hub_of
 from tokenizer_zoo import LOSSLESS
@@ -22,7 +23,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with hub_of("hf_token") as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in (huggingface_hub.constants, huggingface_hub.file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         LOSSLESS["gpt2.json"](tmp_path / "tokenizer.json")
         end = load_tokenizer(tmp_path / "tokenizer.json").end_of_document
