@@ -47,6 +47,7 @@ from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED, Meter
 from launcher.training.record import check_resumed, manifest_of, skip_advice, summary
 from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
+from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
 from launcher.training.step import Batches, StepResult, open_data, train_step
 from launcher.training.switch import enter_phase, measures_rescale
 from launcher.training.tasks import NUM_SCORED, TasksInTraining, open_tasks
@@ -84,7 +85,10 @@ def train(
             if (phase := plan.phase_of(at.step)) is not run.phase:
                 switch(run, phase)
                 timetable.evaluated()
-            if phase.quantization is not None and (strengths := plan.strengths_at(at.step)) != run.strengths:
+            if (
+                phase.quantization is not None
+                and (strengths := plan.strengths_at(at.step, at.block_order)) != run.strengths
+            ):
                 set_strengths_(engine.model, *strengths)
                 run.strengths = strengths
             result = take_step(run)
@@ -289,13 +293,17 @@ def switch(run: LoopState, phase: Phase) -> None:
         run.data.close()
         run.data = open_data(plan, ranks, at.step)
         run.batches = iter(run.data)
-    upcoming = list(islice(run.batches, plan.num_micro_batches)) if measures_rescale(phase) else []
+    measures_order = phase.transition.measures_order
+    reads_ahead = measures_rescale(phase) or measures_order
+    upcoming = list(islice(run.batches, plan.num_micro_batches)) if reads_ahead else []
     run.batches = chain(upcoming, run.batches)
     run.teacher = None  # the last phase's makes room for the next
     if phase.distillation is not None:
         run.saver.wait()  # it may be writing the teacher
     run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints)
     factor = enter_phase(run.engine, phase, ranks, upcoming, plan.config.optimizer.max_grad_norm, run.teacher)
+    rises = measure_sensitivity(run.engine, upcoming, plan.config.model.num_layers) if measures_order else None
+    at.block_order = None if rises is None else order_of(rises)
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
     run.guard.enter_phase()
@@ -304,6 +312,8 @@ def switch(run: LoopState, phase: Phase) -> None:
             {"transition/rescale_factor": factor},
             f"the optimizer's moments are rescaled to gradients {factor:.4g} times as large",
         )
+    if rises is not None:
+        run.meter.noted(*sensitivity_note(rises))
     if (given_up := run.rollbacks.get(phase.index)) is not None:
         run.meter.noted(*rollback_note(given_up))
     run.meter.evaluated(run.held_out.measure(run.engine), "start of phase")
@@ -369,7 +379,7 @@ def make_up(run: LoopState, logged: Collection[str]) -> None:
         return
     evaluating, tasks = measured_after(run.at.step, run.phase, run.plan.config)
     if run.phase.quantization is not None:
-        set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1))
+        set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1, run.at.block_order))
     if evaluating and EVALUATED not in logged:
         evaluate(run)
     if tasks and NUM_SCORED not in logged:

@@ -192,6 +192,12 @@ def first_phase_keeps_nothing(phases: "Phases", checkpoint: "CheckpointConfig") 
     given = phases[0].transition if phases and not checkpoint.start_from else None
     if given and given != TransitionConfig(ramp=given.ramp, activation_ramp=given.activation_ramp):
         yield "phases.0.transition", "has nothing to carry over in the first phase; it needs checkpoint.start_from"
+    if given and given.measures_order:
+        yield (
+            "phases.0.transition",
+            "measures the sensitivity of a model that is not trained yet; order sensitivity needs a phase before, or "
+            "checkpoint.start_from",
+        )
 
 
 def factor_is_for_one_selection(phases: "Phases", optimizer: OptimizerConfig) -> Problems:

@@ -65,5 +65,6 @@ def _ramp_events(start: int, ramp: RampConfig, what: str) -> Iterator[tuple[int,
         yield start, f"{what} at full strength at once"
         return
     order = "" if ramp.order == "all" else f", {ramp.order}"
-    shape = f"{ramp.shape}{order}, " if ramp.steps else ""
+    rounding = "" if ramp.rounding == "blend" else f", {ramp.rounding}"
+    shape = f"{ramp.shape}{order}{rounding}, " if ramp.steps else ""
     yield start + ramp.delay_steps, f"{what} ramps up: {shape}full strength from step {start + ramp.end_steps:,}"

@@ -1,0 +1,196 @@
+"""Switches side by side: the loss above that of 16 bits on the way, and the held-out loss after the same steps.
+
+A small model is trained on real English in 16 bits. From its checkpoint each switch to ternary trains the same number
+of steps with the same learning rates, once for each seed; a seed is an order of the data, the same for all switches.
+The losses of training are compared step by step with those of the model that goes on in 16 bits on the same data.
+
+    python benchmarks/switches.py --data FOLDER [--trunk 2400] [--steps 400] [--seeds 3]
+
+FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a "text" in every line.
+"""
+
+import argparse
+import multiprocessing
+import shutil
+import statistics
+import tempfile
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from measure import report
+from muon import MODEL
+from quantizers import model_and_data, run
+
+from launcher.checkpoint.folders import folder_of
+from launcher.config.file import load_config
+from launcher.config.sections import Config
+from launcher.run.folder import RunFolder
+from launcher.run.metrics_log import read_metrics
+
+BASELINE = "16 bits, continued"
+SWITCHES: dict[str, dict[str, Any] | None] = {
+    BASELINE: None,
+    "abrupt": {"steps": 0},
+    "linear 20": {"steps": 20},
+    "linear 60": {"steps": 60},
+    "linear 200": {"steps": 200},
+    "cosine 60": {"steps": 60, "shape": "cosine"},
+    "cosine 200": {"steps": 200, "shape": "cosine"},
+    "exponential 60": {"steps": 60, "shape": "exponential"},
+    "exponential 200": {"steps": 200, "shape": "exponential"},
+    "front to back 200": {"steps": 200, "order": "front-to-back"},
+    "back to front 200": {"steps": 200, "order": "back-to-front"},
+    "sensitivity 200": {"steps": 200, "order": "sensitivity"},
+    "softmax 60": {"steps": 60, "rounding": "softmax"},
+    "softmax 200": {"steps": 200, "rounding": "softmax"},
+}
+DRAWN = (BASELINE, "abrupt", "linear 60", "linear 200", "sensitivity 200", "softmax 60", "softmax 200")
+SMOOTHED_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """One switch with one seed."""
+
+    losses: list[float]
+    """Of training, by step."""
+    held_out: float
+    """At the end, nats per token."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--trunk", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--switches", nargs="+", choices=[*SWITCHES][1:], default=[*SWITCHES][1:])
+    options = parser.parse_args()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        trunk = config_of(options, folder, "trunk", None, 0)
+        before, _ = run(trunk)
+        dist.destroy_process_group()
+        source = str(folder_of(RunFolder(trunk).checkpoints, options.trunk))
+        # A process for each seed: `streaming` keeps the shared memory of every data set open.
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            tasks = [(options, folder, source, seed) for seed in range(options.seeds)]
+            by_seed = pool.starmap(of_seed, tasks, chunksize=1)
+    found = {name: [seed[name] for seed in by_seed] for name in [BASELINE, *options.switches]}
+    numbers = {name: measures(runs, found[BASELINE]) for name, runs in found.items()}
+    lines = ["| switch | area, nats x steps: mean | range | peak, nats: mean | range | held-out loss: mean | range |"]
+    lines.append("| --- | ---: | --- | ---: | --- | ---: | --- |")
+    for name, columns in sorted(numbers.items(), key=lambda item: statistics.mean(item[1]["held_out"])):
+        cells = [name]
+        for key, digits in (("area", 1), ("peak", 3), ("held_out", 4)):
+            values = columns[key]
+            cells += [f"{statistics.mean(values):.{digits}f}", f"{min(values):.{digits}f} to {max(values):.{digits}f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    text = (
+        f"A model of {MODEL['num_layers']} blocks of width {MODEL['hidden_size']}, {options.trunk} steps of 8 x 128 "
+        f"tokens in 16 bits (held-out loss {before:.4f} nats per token), then {options.steps} steps with each switch, "
+        f"{options.seeds} seeds. The number in a name is the ramp's steps. Area and peak are of the training loss "
+        f"above that of 16 bits on the same batches; the peak is of means over {SMOOTHED_STEPS} steps.\n\n"
+        + "\n".join(lines)
+    )
+    report("switches", text, numbers)
+    draw(found, Path("docs/images/switches.png"))
+
+
+def of_seed(options: argparse.Namespace, folder: Path, source: str, seed: int) -> dict[str, Found]:
+    """All switches with one order of the data."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found = {}
+    for number, name in enumerate([BASELINE, *options.switches]):
+        config = config_of(options, folder, f"{number}-{seed}", SWITCHES[name], seed, source)
+        held_out = run(config)[-1]
+        rows = read_metrics(config.run.path / "metrics.jsonl")
+        found[name] = Found([row["train/loss"] for row in rows if "train/loss" in row], held_out)
+        assert len(found[name].losses) == options.steps
+        shutil.rmtree(config.run.path)
+        print(f"{name}, seed {seed}: {held_out:.4f} nats per token", flush=True)
+    return found
+
+
+def config_of(
+    options: argparse.Namespace, folder: Path, name: str, ramp: dict[str, Any] | None, seed: int, source: str = ""
+) -> Config:
+    """The run of one switch and seed; without a source, from the beginning."""
+    overrides = [
+        f"run.folder={folder / name}",
+        *model_and_data(options.data, folder, seed),
+        *(f"model.{key}={value}" for key, value in MODEL.items()),
+        "data.validation_rows=256",
+        "optimizer.learning_rate=4e-3",
+        f"phases.0.steps={options.trunk}",
+        f"phases.1.steps={options.steps if source else 1}",
+        f"phases.1.precision={'16-bit' if ramp is None else 'ternary'}",
+        "phases.1.transition={data: restart, ramp: {steps: 0}}",
+        f"schedule.horizon_steps={options.trunk + options.steps}",
+        f"schedule.decay_fraction={options.steps / (options.trunk + options.steps)}",
+        "checkpoint.interval_steps=null",
+        "evaluation={}",
+        "logging.tensorboard=false",
+        "logging.interval_steps=1",
+        *(f"phases.1.transition.ramp.{key}={value}" for key, value in (ramp or {}).items()),
+    ]
+    if source:
+        overrides += [f"checkpoint.start_from={source}", "checkpoint.start_phase=1"]
+    return load_config(Path("configs/english-4m.yaml"), overrides)
+
+
+def measures(runs: list[Found], baseline: list[Found]) -> dict[str, list[float]]:
+    """Area and peak above 16 bits, and the held-out loss, for each seed."""
+    above = [
+        [loss - other for loss, other in zip(run.losses, same.losses, strict=True)]
+        for run, same in zip(runs, baseline, strict=True)
+    ]
+    return {
+        "area": [sum(values) for values in above],
+        "peak": [max(smoothed(values)) for values in above],
+        "held_out": [run.held_out for run in runs],
+    }
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Means over `SMOOTHED_STEPS`."""
+    sums = [0.0, *accumulate(values)]
+    return [(end - begin) / SMOOTHED_STEPS for begin, end in zip(sums, sums[SMOOTHED_STEPS:], strict=False)]
+
+
+def draw(found: dict[str, list[Found]], path: Path) -> None:
+    """The loss above 16 bits, mean over seeds, and the held-out loss with a dot for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for name in [name for name in DRAWN if name in found and name != BASELINE]:
+        pairs = zip(found[name], found[BASELINE], strict=True)
+        above = [smoothed([a - b for a, b in zip(run.losses, same.losses, strict=True)]) for run, same in pairs]
+        left.plot([statistics.mean(values) for values in zip(*above, strict=True)], label=name, linewidth=1.4)
+    left.set_xlabel(f"steps after the switch (means over {SMOOTHED_STEPS} steps)")
+    left.set_ylabel("training loss above 16 bits, nats per token")
+    left.legend(frameon=False)
+    order = sorted(found, key=lambda name: -statistics.mean(run.held_out for run in found[name]))
+    for height, name in enumerate(order):
+        losses = [run.held_out for run in found[name]]
+        color = "#57606a" if name == BASELINE else "#0072b2"
+        right.plot(losses, [height] * len(losses), "o", color=color, alpha=0.55, markersize=5)
+        right.plot([statistics.mean(losses)], [height], "|", color=color, markersize=16, markeredgewidth=2)
+    right.set_yticks(range(len(order)), order)
+    right.set_xlabel("held-out loss at the end, nats per token (a dot for each seed)")
+    right.grid(axis="x", color="#d1d9e0", linewidth=0.6)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
