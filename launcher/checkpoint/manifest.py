@@ -184,7 +184,8 @@ class Manifest:
             raise ValueError(f"its 'step' is {self.step}, and in 'progress' {self.progress.step}")
         order, precision = self.progress.block_order, self.precision
         if order is not None and (precision is None or len(order) != len(precision.weight_strengths)):
-            raise ValueError("its 'progress' has an order of blocks that are not those of its 'precision'")
+            num = len(order)
+            raise ValueError(f"its 'progress' has an order of {num} blocks, and its 'precision' is not of {num}")
         if self.spikes is not None:
             check_guard_state(self.spikes)
         for name in self.files:

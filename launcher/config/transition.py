@@ -99,9 +99,8 @@ class TransitionConfig:
             elif self.rescale_factor <= 0:
                 problems["rescale_factor"] = f"is {self.rescale_factor}; must be above 0"
         if self.activation_ramp is not None and self.activation_ramp.rounding != "blend":
-            problems["activation_ramp"] = (
-                f"has rounding {self.activation_ramp.rounding}, which is for weights; give it to ramp, and leave it "
-                "out here"
+            problems["activation_ramp.rounding"] = (
+                f"is {self.activation_ramp.rounding}, which is for weights; set ramp.rounding instead"
             )
         if problems:
             raise ValueError(problems)

@@ -39,7 +39,8 @@ from launcher.watch.heartbeat import Pulse
 
 pytest.importorskip("lm_eval")
 
-QUANTIZATION = {"precision": "ternary", "steps": 4, "transition": {"ramp": {"shape": "linear", "steps": 3}}}
+RAMP = {"shape": "linear", "steps": 3, "order": "sensitivity", "rounding": "softmax"}
+QUANTIZATION = {"precision": "ternary", "steps": 4, "transition": {"ramp": RAMP}}
 
 
 def this_rank() -> Ranks:
