@@ -6,7 +6,8 @@ The losses of training are compared step by step with those of the model that go
 
     python benchmarks/switches.py --data FOLDER [--trunk 2400] [--steps 300] [--seeds 3] [--source CHECKPOINT]
 
-CHECKPOINT is the one before the switch from an earlier run, which is trained first if it is not named. FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a "text" in every line.
+FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a "text" in every line. CHECKPOINT is that before the switch,
+from an earlier run; it is trained first if it is not named.
 """
 
 import argparse
