@@ -339,6 +339,10 @@ def test_events_tell_what_happens_when():
         "5 weight decay ends (0.1 before)",
         "6 quantization of the activations ramps up: full strength from step 6",
     ]
+    [soft] = events(plan_of("phases.1.transition.ramp={steps: 4, order: sensitivity, rounding: softmax}"))
+    assert soft["what"] == (
+        "quantization ramps up: linear, by sensitivity, softmax rounding, full strength from step 8"
+    )
     assert events(plan_of("schedule.shape=two-stage"))[-1]["what"] == "the learning rate drops to its second stage"
     assert [event["step"] for event in events(plan_of("phases.1.steps=20", ROLLBACK))] == [4, 6]
 

@@ -23,6 +23,7 @@ from launcher.training.sensitivity import measure_sensitivity, order_of, sensiti
 from launcher.training.step import open_data
 from model.transformer import Transformer
 from quant.config import QuantConfig
+from quant.linear import quantize_, quantized_layers
 from quant.rounding import dequantize, quantize_weight
 
 LAYERS, SWITCH, STEPS = 3, 4, 11
@@ -74,8 +75,7 @@ def whole_and_in_pieces(shards: str, out: str, engines: list[str], sections: dic
 @pytest.mark.parametrize(
     ("engines", "sections"),
     [
-        (["fsdp2"], {}),
-        (["zero-2"], {}),
+        (["fsdp2", "zero-2"], {}),
         pytest.param(["zero-0", "zero-1", "zero-3"], {}, marks=pytest.mark.slow),
         pytest.param(["hsdp", "fsdp2-offload", "fsdp2-keep-gathered"], {}, marks=pytest.mark.slow),
         pytest.param(
@@ -107,25 +107,32 @@ def test_a_run_that_stops_on_a_soft_ramp_goes_on_bitwise(
         assert manifest(whole, STEPS)["precision"]["weight_strengths"] == [1] * LAYERS
 
 
-def stop_on_the_ramp(shards: str, out: str) -> None:
-    assert run(soft_config(shards, Path(out)), SWITCH + 3) == "interrupted"
+def strengths_of_steps(shards: str, out: str, steps: int, measured: list[float] | None) -> list[list[float]]:
+    """Run some steps; the weights' strengths in the ternary ones as the model has them.
 
+    Instead of a measurement the sensitivity is what is given, or it must not be measured.
+    """
+    taken, found = launcher.train.train_step, []
 
-def go_on_without_measuring(shards: str, out: str) -> None:
-    def measured_again(*_: Any) -> Any:
-        raise AssertionError("the order is in the checkpoint")
+    def observed_step(engine: Any, *arguments: Any, **options: Any) -> Any:
+        layers = quantized_layers(engine.model).values()
+        found.append([float(layer.weight_strength) for layer in {layer.depth: layer for layer in layers}.values()])
+        return taken(engine, *arguments, **options)
 
-    launcher.train.measure_sensitivity = measured_again
-    assert run(soft_config(shards, Path(out)), 2) == "interrupted"
+    def given(*_: Any) -> list[float]:
+        assert measured is not None, "the order is in the checkpoint"
+        return measured
+
+    launcher.train.train_step, launcher.train.measure_sensitivity = observed_step, given
+    assert run(soft_config(shards, Path(out)), steps) == "interrupted"
+    return [strengths for strengths in found if strengths]
 
 
 def test_other_ranks_go_on_in_the_order_that_was_measured(shards: Path, tmp_path: Path) -> None:
-    run_group(2, stop_on_the_ramp, str(shards), str(tmp_path))
-    run_group(1, go_on_without_measuring, str(shards), str(tmp_path))
-    before, after = manifest(tmp_path, SWITCH + 3), manifest(tmp_path, SWITCH + 5)
-    assert after["progress"]["block_order"] == before["progress"]["block_order"]
-    order = after["progress"]["block_order"]
-    assert [after["precision"]["weight_strengths"][depth] for depth in order] == [1, 1, 0]
+    first, also = run_group(2, strengths_of_steps, str(shards), str(tmp_path), SWITCH + 3, [0.2, 0.3, 0.1])
+    [then] = run_group(1, strengths_of_steps, str(shards), str(tmp_path), 3, None)
+    assert first == also == [[0, 0, 0], [0, 0, 0.5], [0, 0, 1]]
+    assert then == [[0.5, 0, 1], [1, 0, 1], [1, 0.5, 1]]
 
 
 def run_a_few(shards: str, out: str) -> list[float]:
@@ -213,8 +220,6 @@ class Broken:
 
 
 def measure_what_is_broken() -> str:
-    from quant.linear import quantize_
-
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4)})])})
     quantize_(model, QuantConfig(include="proj"))
     ones: Any = torch.ones(1, 2, dtype=torch.int64)
