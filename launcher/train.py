@@ -302,7 +302,9 @@ def switch(run: LoopState, phase: Phase) -> None:
         run.saver.wait()  # it may be writing the teacher
     run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints)
     factor = enter_phase(run.engine, phase, ranks, upcoming, plan.config.optimizer.max_grad_norm, run.teacher)
-    rises = measure_sensitivity(run.engine, upcoming, plan.config.model.num_layers) if measures_order else None
+    rises = None
+    if measures_order:
+        rises = measure_sensitivity(run.engine, upcoming, plan.config.model.num_layers, run.pulse.got_on)
     at.block_order = None if rises is None else order_of(rises)
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)

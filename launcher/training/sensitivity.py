@@ -1,7 +1,7 @@
 """The order in which blocks become ternary: first the one whose rounding alone raises the loss least."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,12 @@ from quant.linear import set_strength_, set_strengths_
 
 
 @torch.no_grad()
-def measure_sensitivity(engine: Engine, batches: Sequence[tuple[Tensor, Tensor]], num_blocks: int) -> list[float]:
+def measure_sensitivity(
+    engine: Engine,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    num_blocks: int,
+    got_on: Callable[[], None] = lambda: None,
+) -> list[float]:
     """By how much the loss rises if one block alone is rounded, weights and inputs; a collective.
 
     Every rank gets the same numbers. The model is at strength 1 afterwards.
@@ -24,6 +29,7 @@ def measure_sensitivity(engine: Engine, batches: Sequence[tuple[Tensor, Tensor]]
         engine: of a model that has just been quantized.
         batches: tokens and labels, int64 [B, T], as many on every rank.
         num_blocks: of the model.
+        got_on: is called after every batch.
 
     Returns:
         The rise for each block, in nats per token.
@@ -39,6 +45,7 @@ def measure_sensitivity(engine: Engine, batches: Sequence[tuple[Tensor, Tensor]]
             counted_BT = labels_BT.to(engine.device) != IGNORED_LABEL
             nll_BT = engine.token_nll(tokens_BT, labels_BT).double()
             sums += torch.stack([(nll_BT * counted_BT).sum(), counted_BT.sum()])
+            got_on()
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])
 
