@@ -58,6 +58,8 @@ def enter_phase(
     upcoming: Sequence[tuple[Tensor, Tensor]],
     max_grad_norm: float,
     teacher: Teacher | None,
+    *,
+    uneven: bool = False,
 ) -> float | None:
     """Carry the model and the optimizer over the transition into ``phase``, in place.
 
@@ -76,7 +78,7 @@ def enter_phase(
     measures = measures_rescale(phase)
 
     def clipped_norm(teacher: Teacher | None) -> float:
-        accumulate_gradients(engine, iter(upcoming), len(upcoming), teacher=teacher)
+        accumulate_gradients(engine, iter(upcoming), len(upcoming), uneven=uneven, teacher=teacher)
         grad_norm, _ = engine.step(StepSizes(0.0), grad_norm_limit=torch.tensor(-1.0, device=engine.device))
         return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
 
