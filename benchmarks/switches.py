@@ -211,7 +211,7 @@ def draw(found: dict[str, list[Found]], path: Path) -> None:
         right.plot(numbers[name], [height] * len(numbers[name]), "o", color="#0072b2", alpha=0.55, markersize=5)
         right.plot([statistics.mean(numbers[name])], [height], "|", color="#0072b2", markersize=16, markeredgewidth=2)
     right.set_yticks(range(len(order)), order)
-    right.set_xlabel("held-out loss at the end above 16 bits, nats per token (a dot for each seed)")
+    right.set_xlabel("held-out loss at the end above 16 bits (a dot for each seed)")
     right.grid(axis="x", color="#d1d9e0", linewidth=0.6)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
