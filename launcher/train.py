@@ -48,6 +48,7 @@ from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED, Meter
 from launcher.training.record import check_resumed, manifest_of, skip_advice, summary
 from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
+from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
 from launcher.training.step import Batches, StepResult, in_pieces, open_data, train_step
 from launcher.training.switch import enter_phase, measures_rescale
 from launcher.training.tasks import NUM_SCORED, TasksInTraining, open_tasks
@@ -85,7 +86,10 @@ def train(
             if (phase := plan.phase_of(at.step)) is not run.phase:
                 switch(run, phase)
                 timetable.evaluated()
-            if phase.quantization is not None and (strengths := plan.strengths_at(at.step)) != run.strengths:
+            if (
+                phase.quantization is not None
+                and (strengths := plan.strengths_at(at.step, at.block_order)) != run.strengths
+            ):
                 set_strengths_(engine.model, *strengths)
                 run.strengths = strengths
             result = take_step(run)
@@ -295,7 +299,9 @@ def switch(run: LoopState, phase: Phase) -> None:
         run.data.close()
         run.data = open_data(plan, ranks, at.step)
         run.batches = iter(run.data)
-    num_micro_batches = plan.micro_batches_at(at.step) if measures_rescale(phase) else 0
+    measures_order = phase.transition.measures_order
+    reads_ahead = measures_rescale(phase) or measures_order
+    num_micro_batches = plan.micro_batches_at(at.step) if reads_ahead else 0
     upcoming = list(in_pieces(islice(run.batches, num_micro_batches), plan.length_at(at.step)))
     run.batches = chain(upcoming, run.batches)
     run.teacher = None  # the last phase's makes room for the next
@@ -304,6 +310,10 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints, run.data.first_token)
     limit = plan.config.optimizer.max_grad_norm
     factor = enter_phase(run.engine, phase, ranks, upcoming, limit, run.teacher, uneven=run.data.has_padding)
+    rises = None
+    if measures_order:
+        rises = measure_sensitivity(run.engine, upcoming, plan.config.model.num_layers, run.pulse.got_on)
+    at.block_order = None if rises is None else order_of(rises)
     carry_average(run.engine, plan, phase)
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
@@ -313,6 +323,8 @@ def switch(run: LoopState, phase: Phase) -> None:
             {"transition/rescale_factor": factor},
             f"the optimizer's moments are rescaled to gradients {factor:.4g} times as large",
         )
+    if rises is not None:
+        run.meter.noted(*sensitivity_note(rises))
     if (given_up := run.rollbacks.get(phase.index)) is not None:
         run.meter.noted(*rollback_note(given_up))
     measure(run, "start of phase")
@@ -387,7 +399,7 @@ def make_up(run: LoopState, logged: Collection[str]) -> None:
         return
     evaluating, tasks = measured_after(run.at.step, run.phase, run.plan.config)
     if run.phase.quantization is not None:
-        set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1))
+        set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1, run.at.block_order))
     if evaluating and EVALUATED not in logged:
         evaluate(run)
     if tasks and NUM_SCORED not in logged:

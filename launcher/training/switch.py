@@ -90,7 +90,7 @@ def enter_phase(
     if quantized_layers(engine.model):
         dequantize_(engine.model)
     if phase.quantization is not None:
-        quantize_(engine.model, phase.quantization, ranks.device)
+        quantize_(engine.model, phase.quantization, ranks.device, rounding=transition.ramp.rounding)
     if not had_scales:
         initialize_scales_(engine)
     factor = transition.rescale_factor
