@@ -48,7 +48,7 @@ from launcher.training.meter import EVALUATED, TRAINED, Meter
 from launcher.training.record import check_resumed, manifest_of, skip_advice, summary
 from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
 from launcher.training.step import Batches, StepResult, open_data, train_step
-from launcher.training.switch import enter_phase, measures_rescale
+from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.tasks import NUM_SCORED, TasksInTraining, open_tasks
 from launcher.training.teacher import Teacher, check_teacher, open_teacher
 from launcher.training.telemetry import Telemetry, telemetry_of
@@ -289,20 +289,22 @@ def switch(run: LoopState, phase: Phase) -> None:
         run.data.close()
         run.data = open_data(plan, ranks, at.step)
         run.batches = iter(run.data)
-    upcoming = list(islice(run.batches, plan.num_micro_batches)) if measures_rescale(phase) else []
+    upcoming = list(islice(run.batches, batches_needed(phase, plan)))
     run.batches = chain(upcoming, run.batches)
     run.teacher = None  # the last phase's makes room for the next
     if phase.distillation is not None:
         run.saver.wait()  # it may be writing the teacher
     run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints)
-    factor = enter_phase(run.engine, phase, ranks, upcoming, plan.config.optimizer.max_grad_norm, run.teacher)
+    crossing = enter_phase(run.engine, phase, plan, ranks, upcoming, run.teacher, lambda line: run.pulse.got_on())
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
     run.guard.enter_phase()
-    if factor is not None:
+    if crossing.calibrated is not None:
+        run.meter.noted(crossing.calibrated.figures(), crossing.calibrated.sentence())
+    if crossing.factor is not None:
         run.meter.noted(
-            {"transition/rescale_factor": factor},
-            f"the optimizer's moments are rescaled to gradients {factor:.4g} times as large",
+            {"transition/rescale_factor": crossing.factor},
+            f"the optimizer's moments are rescaled to gradients {crossing.factor:.4g} times as large",
         )
     if (given_up := run.rollbacks.get(phase.index)) is not None:
         run.meter.noted(*rollback_note(given_up))
