@@ -81,7 +81,8 @@ def calibrate(
         calibration: the method.
         rotated: whether the layer rotates its weight before it rounds it.
     """
-    weight_OI = rotate(weight_OI.float()) if rotated else weight_OI.float()
+    stored_OI = weight_OI.float()
+    weight_OI = rotate(stored_OI) if rotated else stored_OI
     exact_OI, by_row = weight_OI.double(), config.granularity != "matrix"
 
     def errors(codes_OI: Tensor, level: Tensor) -> Tensor:
@@ -101,19 +102,18 @@ def calibrate(
         best_O, is_new_O = torch.minimum(found_O, best_O), is_new_O | better_O
     latent_OI = latent_of(exact_OI, codes_OI.double(), level, config).float()
     fitted_alpha_O = (level[:, 0] / LEARNED[config.levels].unit).float() if config.learned else None
-    stored_OI = rotate(latent_OI) if rotated else latent_OI
+    latent_OI = rotate(latent_OI) if rotated else latent_OI
     # As in bf16, where rotating back brings errors.
-    rounded_OI = rotate(stored_OI.bfloat16()) if rotated else stored_OI
+    rounded_OI = rotate(latent_OI.bfloat16()) if rotated else latent_OI
     new_codes_OI, new_level = rounded(rounded_OI, fitted_alpha_O, config)
     assert torch.equal(new_codes_OI[is_new_O], codes_OI[is_new_O].to(new_codes_OI)), "a latent weight has other codes"
     new_O = errors(new_codes_OI, new_level)
     is_new_O = is_new_O & (new_O < plain_O)
-    kept_OI = rotate(weight_OI) if rotated else weight_OI
     if alpha_O is not None and fitted_alpha_O is not None:
         alpha_O = torch.where(is_new_O, fitted_alpha_O, alpha_O)
     after_O = torch.where(is_new_O, new_O, plain_O)
     sums = [each[: len(level)].sum() for each in (plain_O, after_O, errors(torch.zeros_like(codes_OI), level))]
-    return Fit(torch.where(is_new_O[:, None], stored_OI, kept_OI), alpha_O, torch.stack(sums))
+    return Fit(torch.where(is_new_O[:, None], latent_OI, stored_OI), alpha_O, torch.stack(sums))
 
 
 def rounded(weight_OI: Tensor, alpha_O: Tensor | None, config: QuantConfig) -> tuple[Tensor, Tensor]:
