@@ -1,0 +1,176 @@
+"""Post-training ternary, and ternary training from a calibrated start, from one 16-bit checkpoint.
+
+A small model is trained on real English in 16 bits, at a learning rate that has not fallen yet. From its checkpoint a
+ternary phase begins with each recipe, from the weights as they are and from calibrated ones, once for each seed; a seed
+is an order of the data, and so of the sequences that are calibrated on. The loss is that of held-out text: right after
+the switch, without a step, and after some. The learning rate falls linearly to the end of the longest phase.
+
+    python benchmarks/calibration.py --data FOLDER [--trunk 2400] [--steps 600] [--seeds 3] [--sequences 64]
+
+FOLDER holds `train-*.jsonl.zst` and `val.jsonl.zst`, with a "text" in every line.
+"""
+
+import argparse
+import multiprocessing
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+from measure import report
+from muon import MODEL
+from quantizers import model_and_data, run
+
+from launcher.checkpoint.folders import folder_of
+from launcher.config.file import load_config
+from launcher.config.sections import Config
+from launcher.run.folder import RunFolder
+from launcher.run.metrics_log import read_metrics
+
+RECIPES = {
+    "absmean": ["weights=absmean"],
+    "gaussian": ["weights=gaussian"],
+    "gaussian by row": ["weights=gaussian", "granularity=row"],
+}
+LOOKS = (50, 200)
+"""Steps after which the loss is measured, besides the last."""
+
+
+class Start(NamedTuple):
+    """How a ternary phase begins."""
+
+    method: str | None
+    ramp_steps: int = 0
+    optimizer: str = "keep"
+
+    def __str__(self) -> str:
+        parts = [self.method or "plain"]
+        parts += [f"ramp of {self.ramp_steps}"] if self.ramp_steps else []
+        parts += [f"moments {self.optimizer}"] if self.optimizer != "keep" else []
+        return ", ".join(parts)
+
+
+PLAIN, CALIBRATED = Start(None), Start("error-feedback")
+CASES = [
+    *((recipe, start, True) for recipe in RECIPES for start in (PLAIN, CALIBRATED)),
+    *(
+        ("gaussian", start._replace(**change), False)
+        for change in ({"ramp_steps": 20}, {"optimizer": "reset"})
+        for start in (PLAIN, CALIBRATED)
+    ),
+]
+"""Recipe, start, and whether the phase is trained to its end or to the last of `LOOKS`."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--trunk", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=64)
+    options = parser.parse_args()
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    with (
+        tempfile.TemporaryDirectory() as text,
+        multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
+    ):
+        folder = Path(text)
+        in_16_bits, continued, source = pool.apply(train_trunk, (options, folder))
+        print(f"16 bits: {in_16_bits:.4f}, continued {continued:.4f}", flush=True)
+        for seed in range(options.seeds):
+            for key, losses in pool.apply(losses_of_seed, (options, folder, source, seed)):
+                found.setdefault(key, []).append(losses)
+    report("calibration", table(options, in_16_bits, continued, found), {" | ".join(key): found[key] for key in found})
+
+
+def table(
+    options: argparse.Namespace, in_16_bits: float, continued: float, found: dict[tuple[str, str], list[list[float]]]
+) -> str:
+    """Means, and ranges over seeds, of the losses of each recipe and start."""
+    steps = ["right after the switch", *(f"{step} steps" for step in (*LOOKS, options.steps))]
+    lines = [f"| recipe | start | {' | '.join(steps)} |", "| --- | --- |" + " --- |" * len(steps)]
+    for (recipe, start), losses in found.items():
+        cells = []
+        for values in zip(*losses, strict=True):
+            spread = f"{min(values):.4f} to {max(values):.4f}" if min(values) < max(values) else "equal"
+            cells.append(f"{statistics.mean(values):.4f} ({spread})")
+        lines.append(f"| {recipe} | {start} | {' | '.join(cells + [''] * (len(steps) - len(cells)))} |")
+    return (
+        f"A model of {MODEL['num_layers']} blocks of width {MODEL['hidden_size']}, {options.trunk} steps of 8 x 128 "
+        f"tokens in 16 bits: {in_16_bits:.4f} nats per token of held-out text; {continued:.4f} after {options.steps} "
+        f"more in 16 bits. Calibrated on {options.sequences} sequences; {options.seeds} seeds, means and ranges.\n\n"
+        + "\n".join(lines)
+    )
+
+
+def train_trunk(options: argparse.Namespace, folder: Path) -> tuple[float, float, str]:
+    """The held-out losses of both phases of a 16-bit run, and the checkpoint between them."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    in_16_bits = ["phases.1.precision=16-bit", "phases.1.transition.data=continue"]
+    config = config_of(options, folder, "trunk", 0, in_16_bits, options.steps)
+    before, continued = run(config)
+    return before, continued, str(folder_of(RunFolder(config).checkpoints, options.trunk))
+
+
+def losses_of_seed(
+    options: argparse.Namespace, folder: Path, source: str, seed: int
+) -> list[tuple[tuple[str, str], list[float]]]:
+    """The held-out losses of each recipe and start: after the switch, and after the steps that are looked at."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found = []
+    cases = [*CASES, *((recipe, Start("scales"), None) for recipe in RECIPES)]
+    for number, (recipe, start, to_end) in enumerate(cases):
+        steps = 1 if to_end is None else options.steps if to_end else LOOKS[-1]
+        overrides = [f"phases.1.quantization.{key}" for key in RECIPES[recipe]]
+        overrides += [
+            f"checkpoint.start_from={source}",
+            "checkpoint.start_phase=1",
+            f"phases.1.transition.ramp.steps={start.ramp_steps}",
+            f"phases.1.transition.optimizer={start.optimizer}",
+        ]
+        if start.method is not None:
+            calibration = f"{{sequences: {options.sequences}, method: {start.method}}}"
+            overrides.append(f"phases.1.transition.calibration={calibration}")
+        config = config_of(options, folder, f"{number}-{seed}", seed, overrides, steps)
+        run(config)
+        rows = read_metrics(config.run.path / "metrics.jsonl")
+        first, *losses = [row["validation/loss"] for row in rows if "validation/loss" in row]
+        looks = [losses[step // LOOKS[0] - 1] for step in (*LOOKS, options.steps) if LOOKS[0] <= step <= steps]
+        found.append(((recipe, str(start)), [first, *looks]))
+        shutil.rmtree(config.run.path)
+        print(f"{recipe}, {start}, seed {seed}: {', '.join(f'{loss:.4f}' for loss in found[-1][1])}", flush=True)
+    return found
+
+
+def config_of(
+    options: argparse.Namespace, folder: Path, name: str, seed: int, overrides: list[str], steps: int
+) -> Config:
+    """A run of a 16-bit phase and another one of some steps."""
+    decay = options.steps / (options.trunk + options.steps)
+    return load_config(
+        Path("configs/english-4m.yaml"),
+        [
+            f"run.folder={folder / name}",
+            *model_and_data(options.data, folder, seed),
+            *(f"model.{key}={value}" for key, value in MODEL.items()),
+            "optimizer.learning_rate=4e-3",
+            f"phases.0.steps={options.trunk}",
+            f"phases.1.steps={steps}",
+            "phases.1.transition={ramp: {steps: 0}, data: restart}",
+            f"schedule.horizon_steps={options.trunk + options.steps}",
+            f"schedule.decay_fraction={decay}",
+            "checkpoint.interval_steps=null",
+            f"evaluation={{interval_steps: {LOOKS[0]}}}",
+            "logging.tensorboard=false",
+            "logging.quantization_interval_steps=null",
+            "logging.interval_steps=50",
+            *overrides,
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
