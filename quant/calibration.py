@@ -96,7 +96,7 @@ def calibrate(
     is_new_O = torch.zeros_like(best_O, dtype=torch.bool)
     for candidate_OI, candidate_level in candidates(exact_OI, moment_II, config, calibration):
         found_O = errors(candidate_OI, candidate_level)
-        better_O = found_O < best_O
+        better_O = (found_O < best_O) & has_codes(candidate_OI, config)
         codes_OI = torch.where(better_O[:, None], candidate_OI, codes_OI)
         level = torch.where(better_O[: len(level), None], candidate_level, level)
         best_O, is_new_O = torch.minimum(found_O, best_O), is_new_O | better_O
@@ -120,6 +120,11 @@ def rounded(weight_OI: Tensor, alpha_O: Tensor | None, config: QuantConfig) -> t
     """Codes and level of a weight as a layer makes them."""
     scale = weight_scale((weight_OI,), config) if alpha_O is None else learned_scale(alpha_O, config.levels)
     return weight_codes(weight_OI, scale, config), scale.level
+
+
+def has_codes(codes_OI: Tensor, config: QuantConfig) -> Tensor:
+    """Whether each block of a row, or the matrix, has a code other than 0, [O] or [1]: else it can have no level."""
+    return in_blocks(codes_OI, config.granularity, config.group_size).any(-1).any(-1).all(-1)
 
 
 def output_errors(change_OI: Tensor, moment_II: Tensor) -> Tensor:
@@ -234,7 +239,7 @@ def latent_of(weight_OI: Tensor, codes_OI: Tensor, level: Tensor, config: QuantC
 
     Args:
         weight_OI: fp64.
-        codes_OI: -1, 0 or 1. Blocks without a code other than 0 have no such weight; theirs are arbitrary.
+        codes_OI: -1, 0 or 1. A block that has no code but 0 has no such weight; it gets an arbitrary one.
         level: [R, G].
         config: whose statistic it is.
     """
