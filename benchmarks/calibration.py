@@ -35,7 +35,7 @@ RECIPES = {
     "gaussian by row": ["weights=gaussian", "granularity=row"],
 }
 LOOKS = (50, 200)
-"""Steps after which the loss is measured, besides the last."""
+"""Steps after which the loss is measured, besides the last of the default recipe."""
 
 
 class Start(NamedTuple):
@@ -52,16 +52,16 @@ class Start(NamedTuple):
         return ", ".join(parts)
 
 
-PLAIN, CALIBRATED = Start(None), Start("error-feedback")
-CASES = [
-    *((recipe, start, True) for recipe in RECIPES for start in (PLAIN, CALIBRATED)),
-    *(
-        ("gaussian", start._replace(**change), False)
-        for change in ({"ramp_steps": 20}, {"optimizer": "reset"})
-        for start in (PLAIN, CALIBRATED)
-    ),
+STARTS = [
+    *(Start(method, ramp_steps) for ramp_steps in (0, 20) for method in (None, "error-feedback")),
+    *(Start(method, optimizer="reset") for method in (None, "error-feedback")),
 ]
-"""Recipe, start, and whether the phase is trained to its end or to the last of `LOOKS`."""
+CASES = [
+    *(("gaussian", start) for start in STARTS),
+    *((recipe, start) for recipe in RECIPES if recipe != "gaussian" for start in STARTS[:2]),
+    *((recipe, Start("scales")) for recipe in RECIPES),
+]
+"""Recipe and start."""
 
 
 def main() -> None:
@@ -78,17 +78,15 @@ def main() -> None:
         multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
     ):
         folder = Path(text)
-        in_16_bits, continued, source = pool.apply(train_trunk, (options, folder))
-        print(f"16 bits: {in_16_bits:.4f}, continued {continued:.4f}", flush=True)
+        in_16_bits, source = pool.apply(train_trunk, (options, folder))
+        print(f"16 bits: {in_16_bits:.4f}", flush=True)
         for seed in range(options.seeds):
             for key, losses in pool.apply(losses_of_seed, (options, folder, source, seed)):
                 found.setdefault(key, []).append(losses)
-    report("calibration", table(options, in_16_bits, continued, found), {" | ".join(key): found[key] for key in found})
+    report("calibration", table(options, in_16_bits, found), {" | ".join(key): found[key] for key in found})
 
 
-def table(
-    options: argparse.Namespace, in_16_bits: float, continued: float, found: dict[tuple[str, str], list[list[float]]]
-) -> str:
+def table(options: argparse.Namespace, in_16_bits: float, found: dict[tuple[str, str], list[list[float]]]) -> str:
     """Means, and ranges over seeds, of the losses of each recipe and start."""
     steps = ["right after the switch", *(f"{step} steps" for step in (*LOOKS, options.steps))]
     lines = [f"| recipe | start | {' | '.join(steps)} |", "| --- | --- |" + " --- |" * len(steps)]
@@ -100,19 +98,17 @@ def table(
         lines.append(f"| {recipe} | {start} | {' | '.join(cells + [''] * (len(steps) - len(cells)))} |")
     return (
         f"A model of {MODEL['num_layers']} blocks of width {MODEL['hidden_size']}, {options.trunk} steps of 8 x 128 "
-        f"tokens in 16 bits: {in_16_bits:.4f} nats per token of held-out text; {continued:.4f} after {options.steps} "
-        f"more in 16 bits. Calibrated on {options.sequences} sequences; {options.seeds} seeds, means and ranges.\n\n"
-        + "\n".join(lines)
+        f"tokens in 16 bits: {in_16_bits:.4f} nats per token of held-out text. Calibrated on {options.sequences} "
+        f"sequences; {options.seeds} seeds, means and ranges.\n\n" + "\n".join(lines)
     )
 
 
-def train_trunk(options: argparse.Namespace, folder: Path) -> tuple[float, float, str]:
-    """The held-out losses of both phases of a 16-bit run, and the checkpoint between them."""
+def train_trunk(options: argparse.Namespace, folder: Path) -> tuple[float, str]:
+    """The held-out loss of the 16-bit phase, and the checkpoint at its end."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    in_16_bits = ["phases.1.precision=16-bit", "phases.1.transition.data=continue"]
-    config = config_of(options, folder, "trunk", 0, in_16_bits, options.steps)
-    before, continued = run(config)
-    return before, continued, str(folder_of(RunFolder(config).checkpoints, options.trunk))
+    config = config_of(options, folder, "trunk", 0, ["evaluation={}"], 1)
+    in_16_bits, _ = run(config)
+    return in_16_bits, str(folder_of(RunFolder(config).checkpoints, options.trunk))
 
 
 def losses_of_seed(
@@ -121,9 +117,10 @@ def losses_of_seed(
     """The held-out losses of each recipe and start: after the switch, and after the steps that are looked at."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     found = []
-    cases = [*CASES, *((recipe, Start("scales"), None) for recipe in RECIPES)]
-    for number, (recipe, start, to_end) in enumerate(cases):
-        steps = 1 if to_end is None else options.steps if to_end else LOOKS[-1]
+    for number, (recipe, start) in enumerate(CASES):
+        steps = LOOKS[1] if start in STARTS[:4] else LOOKS[0] if start in STARTS else 1
+        if recipe == "gaussian" and start in STARTS[:2]:
+            steps = options.steps
         overrides = [f"phases.1.quantization.{key}" for key in RECIPES[recipe]]
         overrides += [
             f"checkpoint.start_from={source}",
@@ -138,7 +135,7 @@ def losses_of_seed(
         run(config)
         rows = read_metrics(config.run.path / "metrics.jsonl")
         first, *losses = [row["validation/loss"] for row in rows if "validation/loss" in row]
-        looks = [losses[step // LOOKS[0] - 1] for step in (*LOOKS, options.steps) if LOOKS[0] <= step <= steps]
+        looks = [losses[step // LOOKS[0] - 1] for step in (*LOOKS, options.steps) if step <= steps]
         found.append(((recipe, str(start)), [first, *looks]))
         shutil.rmtree(config.run.path)
         print(f"{recipe}, {start}, seed {seed}: {', '.join(f'{loss:.4f}' for loss in found[-1][1])}", flush=True)
