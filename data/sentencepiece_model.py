@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of pieces, as numbered in SentencePiece's `sentencepiece_model.proto`."""
 BPE = 2
 """Its model type, likewise."""

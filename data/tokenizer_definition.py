@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ def read_definition(path: Path) -> dict[str, Any]:
     return dict(definition)
 
 
-def vocabulary(definition: dict[str, Any]) -> dict[str, int]:
+def vocabulary(definition: Mapping[str, Any]) -> dict[str, int]:
     """The id of each token, added ones included."""
     vocab = definition["model"]["vocab"]  # by name or, for unigram models, a list with scores
     ids = dict(vocab) if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
@@ -65,7 +65,7 @@ def special_token_(definition: dict[str, Any], token: int) -> dict[str, Any]:
 def without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer, but one that puts no space in front of a text."""
     changed: dict[str, Any] = json.loads(json.dumps(definition))
-    for step in [*_steps(changed, "normalizer"), *_steps(changed, "pre_tokenizer")]:
+    for step in [*steps_of(changed, "normalizer"), *steps_of(changed, "pre_tokenizer")]:
         if step["type"] == "Prepend":
             step["prepend"] = ""
         if "add_prefix_space" in step:
@@ -77,15 +77,17 @@ def without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
 
 def decoder_kinds(definition: dict[str, Any]) -> set[str]:
     """Types of all steps of the decoder; empty if it has none, and tokens are joined with spaces."""
-    return {step["type"] for step in _steps(definition, "decoder")}
+    return {step["type"] for step in steps_of(definition, "decoder")}
 
 
-def _steps(definition: dict[str, Any], part: str) -> Iterator[dict[str, Any]]:
+def steps_of(definition: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]]:
+    """The steps of a part, those inside of sequences one after the other."""
     waiting = [definition.get(part)]
     while waiting:
         if step := waiting.pop(0):
             yield step
-            waiting += [each for key in ("normalizers", "pretokenizers", "decoders") for each in step.get(key, ())]
+            inside = ("normalizers", "pretokenizers", "processors", "decoders")
+            waiting += [each for key in inside for each in step.get(key, ())]
 
 
 def bytes_of_tokens(model: "Tokenizer", definition: dict[str, Any], vocab_size: int) -> "NDArray[np.int32]":

@@ -32,13 +32,16 @@ UNIGRAM = "is a unigram model, whose choices other libraries do not make exactly
 ADVICE = "; leave the tokenizer out (--no-tokenizer) and encode with SentencePiece"
 
 
-def tokenizer_files(path: Path, *, vocab_size: int, max_sequence_length: int) -> dict[str, bytes]:
+def tokenizer_files(
+    path: Path, *, vocab_size: int, max_sequence_length: int, first_token: int | None = None
+) -> dict[str, bytes]:
     """The tokenizer's files in an exported folder, by name; its own file is among them.
 
     Args:
         path: a SentencePiece model or a `tokenizer.json`.
         vocab_size: the model's; the tokenizer's must fit in.
         max_sequence_length: the model's, in tokens.
+        first_token: what texts begin with; None: the token that ends a document.
 
     Raises:
         DataError: the file cannot be read, its vocabulary is larger than the model's, or `tokenizer.json` cannot
@@ -50,27 +53,29 @@ def tokenizer_files(path: Path, *, vocab_size: int, max_sequence_length: int) ->
             f"{path}: has {tokenizer.vocab_size} tokens, but the model has only {vocab_size}; pass its tokenizer"
         )
     path, end = tokenizer.path, tokenizer.end_of_document
+    begin = end if first_token is None else first_token
     if path.suffix == ".model":
         definition, copy = _from_sentencepiece(path), {"tokenizer.model": tokenizer.file_content()}
     else:
         definition, copy = read_definition(path), {}
-    end_name = tokenizer.name_of(end)
-    special_token_(definition, end)
-    for token in definition["added_tokens"]:
-        token.pop(ENDS_DOCUMENTS, None)
+    end_name, begin_name = tokenizer.name_of(end), tokenizer.name_of(begin)
+    for token in {begin, end}:
+        special_token_(definition, token)
+    for added in definition["added_tokens"]:
+        added.pop(ENDS_DOCUMENTS, None)
     text = {"Sequence": {"id": "A", "type_id": 0}}
-    first = {"SpecialToken": {"id": end_name, "type_id": 0}}
+    first = {"SpecialToken": {"id": begin_name, "type_id": 0}}
     definition |= {
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [first, text],
             "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {end_name: {"id": end_name, "ids": [end], "tokens": [end_name]}},
+            "special_tokens": {begin_name: {"id": begin_name, "ids": [begin], "tokens": [begin_name]}},
         },
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end_name,
+        "bos_token": begin_name,
         "eos_token": end_name,
         "pad_token": end_name,
         "unk_token": definition["model"].get("unk_token"),
@@ -79,7 +84,7 @@ def tokenizer_files(path: Path, *, vocab_size: int, max_sequence_length: int) ->
         "split_special_tokens": True,  # in training the name of a special token in a text is just text
         "model_max_length": max_sequence_length,
     }
-    generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    generation = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
     return copy | {
         "tokenizer.json": json.dumps(definition, ensure_ascii=False).encode(),
         "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode(),

@@ -13,10 +13,6 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """Names that the tokenizer's file may have in a checkpoint and in a run's folder."""
 
 
-CHAT_TEMPLATE = "chat_template.jinja"
-"""File in a Hugging Face folder that says how a conversation is written."""
-
-
 NAME = re.compile(r"step-\d{8}")
 """Names of the checkpoints of a run."""
 

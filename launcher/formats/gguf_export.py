@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.gguf_vocabulary import gguf_vocabulary
 from data.new_paths import TakenError, new_file
 from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import reaching
@@ -26,6 +25,7 @@ from launcher.formats.choices import EmbeddingType
 from launcher.formats.codes import CodedMatrices
 from launcher.formats.opened import Exportable
 from launcher.formats.provenance import name_of
+from launcher.formats.tokens import gguf_tokens
 from launcher.plan.exports import EMBEDDINGS, default_embeddings, gguf_problems, gguf_types
 from model.gguf import gguf_architecture, gguf_metadata, gguf_name, gguf_rows
 from model.size import parameter_shapes
@@ -95,8 +95,7 @@ def export_gguf(
         general["license"] = license_name
     metadata: dict[str, object] = {f"general.{key}": value for key, value in general.items()}
     metadata |= gguf_metadata(opened.model)
-    vocabulary = {"model": "none"} if tokenizer is None else gguf_vocabulary(tokenizer, opened.model.vocab_size)
-    metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+    metadata |= {"tokenizer.ggml.model": "none"} if tokenizer is None else gguf_tokens(opened, tokenizer)
     if isinstance(opened.source, CheckpointReader):
         metadata |= {
             "tritrain.step": opened.source.manifest.step,

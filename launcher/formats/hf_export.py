@@ -19,8 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.tokenizer import load_tokenizer
-from data.tokenizer_json import tokenizer_files
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.choices import ExportWeights, LinearClass
@@ -33,6 +31,7 @@ from launcher.formats.model_card import Reader, model_card
 from launcher.formats.open import computed_precision
 from launcher.formats.opened import Exportable
 from launcher.formats.provenance import source_record
+from launcher.formats.tokens import folder_tokens
 from launcher.plan.exports import (
     AS_WEIGHTS,
     NO_OTHER_WAY,
@@ -170,12 +169,9 @@ def common_files(
         CheckpointError: no family of Hugging Face has this configuration.
         DataError: the tokenizer cannot be expressed exactly, or is of another model.
     """
-    model, files, end = exportable.model, {}, None
-    if tokenizer is not None:
-        files = tokenizer_files(tokenizer, vocab_size=model.vocab_size, max_sequence_length=model.max_sequence_length)
-        end = load_tokenizer(tokenizer).end_of_document
+    named, files = folder_tokens(exportable, tokenizer)
     with naming(folder):
-        hf_config = {**config_to_hf(model, bos_token_id=end, eos_token_id=end), "torch_dtype": dtype_name(dtype)}
+        hf_config = config_to_hf(exportable.model) | named | {"torch_dtype": dtype_name(dtype)}
     record = source_record(exportable.source)
     card = model_card(exportable, record, holds, reader, has_tokenizer=tokenizer is not None, license_name=license_name)
     return hf_config, files | {"README.md": card.encode(), "provenance.json": to_json(record)}

@@ -8,9 +8,9 @@ last step did, so a model that is still on a ramp, or in 16 bits, is refused; of
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.end_of_document import NAMING_FILES
 from data.tokenizer import file_in
-from launcher.checkpoint.folders import CHAT_TEMPLATE, CONFIG, TOKENIZERS
+from data.transformers_files import TOKENIZER_FILES
+from launcher.checkpoint.folders import CONFIG, TOKENIZERS
 from launcher.checkpoint.location import local_folder, to_location
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
@@ -107,7 +107,7 @@ def tokenizer_of(source: Source) -> Path | None:
     if isinstance(source, PublishedSource):
         return source.tokenizer_file()
     if described_model(source):
-        return file_in(local_folder(to_location(source.location), (*TOKENIZERS, *NAMING_FILES, CHAT_TEMPLATE)))
+        return file_in(local_folder(to_location(source.location), (*TOKENIZER_FILES, "config.json")))
     if not isinstance(source, CheckpointReader):
         return None
     for name in TOKENIZERS:

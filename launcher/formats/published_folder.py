@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.end_of_document import NAMING_FILES
 from data.tokenizer import file_in
-from launcher.checkpoint.folders import TOKENIZERS
+from data.transformers_files import TOKENIZER_FILES
 from launcher.checkpoint.location import local_folder
 from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
 from launcher.errors import CheckpointError
@@ -193,7 +192,7 @@ class PublishedFolder(Published):
                         )
 
     def tokenizer_file(self) -> Path | None:
-        return file_in(local_folder(self._folder, (*TOKENIZERS, *NAMING_FILES)))
+        return file_in(local_folder(self._folder, (*TOKENIZER_FILES, CONFIG)))
 
     def is_coded(self, name: str) -> bool:
         return bool({"packed", "scales", "scale"} & self._parts[name].keys())

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.end_of_document import NAMING_FILES
 from data.tokenizer import file_in
-from launcher.checkpoint.folders import TOKENIZERS
+from data.transformers_files import TOKENIZER_FILES
 from launcher.checkpoint.location import local_folder
 from launcher.checkpoint.tensor_file import TensorFileError, range_reader
 from launcher.errors import CheckpointError, ConfigError
@@ -97,7 +96,7 @@ class PublishedONNX(Published):
             self.inputs = "int8"
 
     def tokenizer_file(self) -> Path | None:
-        return file_in(local_folder(self._folder, (*TOKENIZERS, *NAMING_FILES)))
+        return file_in(local_folder(self._folder, (*TOKENIZER_FILES, CONFIG)))
 
     def is_coded(self, name: str) -> bool:
         return name in self._products

@@ -10,39 +10,17 @@ from pathlib import Path
 import torch
 
 from data.errors import DataError
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source
 from launcher.engine.frozen import shard_frozen_
 from launcher.formats.opened import Exportable
+from launcher.formats.tokens import first_token_of, fitting_tokenizer
 from launcher.process.ranks import Ranks
 from model.transformer import ModelConfig, Transformer
 from quant.linear import QuantLinear, add_learned_scales_, quantize_, quantized_layers, set_strengths_
 from quant.rounding import Scale
-
-
-def first_token_of(source: Source, end_of_document: int | None) -> int | None:
-    """The token that a text begins with, in generation, perplexity and tasks alike.
-
-    A folder or file of other programs may name it. In training a document comes after the end of another.
-    """
-    return end_of_document if source.first_token is None else source.first_token
-
-
-def fitting_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
-    """Load the tokenizer of a model.
-
-    Raises:
-        DataError: it cannot be read, or has tokens that the model does not have.
-    """
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise DataError(
-            f"{tokenizer.path}: has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; it is the "
-            "tokenizer of another model. Name the right one with --tokenizer"
-        )
-    return tokenizer
 
 
 def tokenizer_for(opened: Exportable, path: str | Path | None) -> tuple[Tokenizer | None, int | None, str | None]:

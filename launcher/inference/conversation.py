@@ -15,12 +15,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.errors import DataError
 from data.tokenizer import Tokenizer
-from launcher.checkpoint.folders import CHAT_TEMPLATE
+from data.transformers_files import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
+    chat_template,
+    json_object,
+)
 
 Message = dict[str, str]
 """With `role` (system, user or assistant) and `content`."""
-
-CONFIG, SPECIAL, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 
 
 class _Generation(Extension):
@@ -53,20 +58,12 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.folder = tokenizer, tokenizer.path.parent
-        config = self._read(CONFIG)
-        file = self.folder / CHAT_TEMPLATE
-        named = config.get("chat_template")
-        if isinstance(named, list):  # several, of which one is for conversations
-            named = {each.get("name"): each.get("template") for each in named if isinstance(each, dict)}.get("default")
-        try:
-            text = file.read_text(encoding="utf-8") if file.is_file() else named
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from error
-        if not isinstance(text, str):
+        text = chat_template(self.folder)
+        if text is None:
             raise DataError(
                 f"{self.folder}: there is no chat template beside the tokenizer, neither {CHAT_TEMPLATE} nor "
-                f"chat_template in {CONFIG}. `tritrain generate` continues a text with any model; --tokenizer FOLDER "
-                "names a tokenizer with a template"
+                f"chat_template in {TOKENIZER_CONFIG}. `tritrain generate` continues a text with any model; "
+                "--tokenizer FOLDER names a tokenizer with a template"
             )
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
@@ -79,20 +76,10 @@ class ChatTemplate:
             raise DataError(f"{self.folder}: the chat template is no Jinja template: {error}") from error
         self._tokens = {
             key: value.get("content") if isinstance(value, dict) else value
-            for key, value in (self._read(SPECIAL) | config).items()
+            for name in (SPECIAL_TOKENS, TOKENIZER_CONFIG)
+            for key, value in json_object(self.folder / name).items()
             if key.endswith("_token")
         }
-
-    def _read(self, name: str) -> dict[str, Any]:
-        """A JSON object in the folder; empty if there is no such file."""
-        file = self.folder / name
-        if not file.is_file():
-            return {}
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from error
-        return content if isinstance(content, dict) else {}
 
     def text(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """A conversation as text.
@@ -129,7 +116,7 @@ class ChatTemplate:
         They are the special token that the template writes after one, those of `generation_config.json`, and the one
         that ends documents.
         """
-        named = self._read(GENERATION).get("eos_token_id")
+        named = json_object(self.folder / GENERATION_CONFIG).get("eos_token_id")
         ends = {token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)}
         answer = "An answer."
         written = self.text([{"role": "user", "content": "A question."}, _assistant(answer)], to_answer=False)

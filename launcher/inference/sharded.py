@@ -33,7 +33,8 @@ from launcher.formats.onnx_export import GRAPH
 from launcher.formats.onnx_graph import DATA
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.formats.published_onnx import is_onnx
-from launcher.inference.build import first_token_of, fitting_tokenizer, sharded_model
+from launcher.formats.tokens import first_token_of, fitting_tokenizer
+from launcher.inference.build import sharded_model
 from launcher.process.ranks import Ranks
 from launcher.run.automatic import concrete
 from model.transformer import ModelConfig, Transformer

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from data.errors import DataError
-from data.gguf_vocabulary import ONLY_SENTENCEPIECE
+from data.gguf_byte_level import byte_level_vocabulary
 from data.prepared import read_manifest
 from data.tokenizer import TRAINED_SPEC
+from data.tokenizer_definition import read_definition
 from data.tokenizer_json import UNIGRAM, sentencepiece_problem
 from launcher.config.sections import Config
 from launcher.plan.course import Course
@@ -319,6 +320,13 @@ def tokenizer_problems(config: Config) -> list[str]:
 def gguf_tokenizer_problems(config: Config) -> list[str]:
     """Why a GGUF file cannot hold the tokenizer."""
     path = tokenizer_file(config)
-    if path is not None and path.suffix != ".model":
-        return [f"{path}: {ONLY_SENTENCEPIECE}"]
+    if path is None or path.suffix == ".model":
+        return []
+    try:
+        definition = read_definition(path)
+        byte_level_vocabulary(definition)
+    except DataError as error:
+        return [str(error)]
+    except ValueError as error:
+        return [f"the tokenizer {path} {error}"]
     return []

@@ -94,6 +94,21 @@ def byte_level(path: Path, end: str, *before: Any, prefix: bool = False, regex: 
     )  # fmt: skip
 
 
+def byte_level_family(path: Path, family: str) -> Oracle:
+    """Byte-level BPE that divides texts as a family of published models does, by llama.cpp's name for it."""
+    digits, nfc = pre_tokenizers.Digits(individual_digits=True), normalizers.NFC()
+    match family:
+        case "gpt-2":
+            return byte_level(path, "<|endoftext|>")
+        case "smollm":
+            return byte_level(path, "<|endoftext|>", digits)
+        case "qwen2":
+            one_digit = LLAMA3.replace("{1,3}", "")
+            return byte_level(path, "<|endoftext|>", split(one_digit), regex=False, normalizer=nfc)
+    whole = family == "llama-bpe"
+    return byte_level(path, "<|end_of_text|>", split(LLAMA3), regex=False, ignore_merges=whole)
+
+
 def byte_fallback(path: Path, end: str, *decoder: Any, **parts: Any) -> Oracle:
     """BPE that spells spaces U+2581 and falls back to bytes."""
     steps = [decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *decoder]

@@ -351,7 +351,7 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> 
     library = Tokenizer(models.BPE())
     library.add_special_tokens(["</s>"])
     library.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match=r"tokenizer\.json: a GGUF file needs a SentencePiece"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: divides texts into words in a way of its own; .*llama\.cpp"):
         gguf_vocabulary(tmp_path / "tokenizer.json", 400)
 
 

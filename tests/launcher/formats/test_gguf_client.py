@@ -1,5 +1,6 @@
 """llama.cpp itself runs our GGUF files, and computes what training computes."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from command import tritrain
 from documented import export_bounds
 from exports import ternary_config, write_checkpoint
-from gguf_files import changed, export, narrow, random_model
+from gguf_files import changed, export, narrow, random_model, read_tensors
+from hf_folders import edit_config, write_variant
 from texts import SPECIAL, TEXTS
+from tokenizer_zoo import byte_level_family
 
 import launcher.formats.gguf_export
+from data.gguf_byte_level import PRE_TOKENIZERS
 from data.tokenizer import SPACE_MARK, load_tokenizer, train_tokenizer
 from launcher.formats.gguf_export import export_gguf
 from launcher.formats.opened import open_exportable
@@ -214,3 +219,29 @@ def test_text_is_tokenized_as_by_sentencepiece(ask: Any, shards: Path, tmp_path:
         different = [text for text, a, b in zip(texts, got, expected, strict=True) if a.tolist() != b]
         assert different == []
     assert answer["bos_eos"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("family", [name for name, _ in PRE_TOKENIZERS])
+def test_byte_level_tokenizers_divide_texts_there_as_here(ask: Any, tmp_path: Path, family: str) -> None:
+    folder = tmp_path / "model"
+    write_variant(folder, "llama", vocab_size=704)
+    byte_level_family(folder / "tokenizer.json", family)
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.name_of(tokenizer.end_of_document)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end, "chat_template": "{{ eos_token }}"}))
+    edit_config(folder, bos_token_id=None)
+    tritrain("export", folder, "--to", tmp_path / "model.gguf", "--format", "gguf", "--type", "f16")
+    draw = random.Random(0)
+    corpus = "".join(TEXTS)
+    cuts = [(draw.randrange(len(corpus)), draw.randrange(1, 200)) for _ in range(1500)]
+    alphabet = " \t\n\rabéß日😀'sLL19.,!?\u00a0\u3000_-<|"
+    texts = [corpus[start : start + length] for start, length in cuts]
+    texts += ["".join(draw.choices(alphabet, k=draw.randrange(40))) for _ in range(1500)]
+    texts += [text for text in SPECIAL if text] + ["12345 67", "I'LL can't we've", "  \n\n \n x", "e\u0301"[:1]]
+    answer = ask(tmp_path / "model.gguf", texts=texts)
+    got = np.split(answer["text_tokens"], answer["text_lengths"].cumsum()[:-1])
+    different = [text for text, tokens in zip(texts, got, strict=True) if tokens.tolist() != tokenizer.encode(text)]
+    assert different == []
+    (special,) = np.split(ask(tmp_path / "model.gguf", texts=[f"a{end}b"], special=True)["text_tokens"], 1)
+    assert special.tolist() == [*tokenizer.encode("a"), tokenizer.end_of_document, *tokenizer.encode("b")]
+    assert read_tensors(tmp_path / "model.gguf")[1]["tokenizer.chat_template"] == "{{ eos_token }}"

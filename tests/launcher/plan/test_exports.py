@@ -11,6 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf_files import narrow, random_model, read_tensors
 from places import ROOT
 from tiny import tiny_config
+from tokenizer_zoo import LOSSLESS
 
 from data.errors import DataError
 from data.tokenizer import train_tokenizer
@@ -120,10 +121,14 @@ def test_tokenizers_that_other_programs_do_not_read_alike(shards, tmp_path):
         return tokenizer_problems(config), gguf_tokenizer_problems(config)
 
     train_tokenizer(["some words, some more words"] * 9, "unigram:269", tmp_path / "unigram.model")
-    (tmp_path / "tokenizer.json").write_text("{}")
+    LOSSLESS["gpt2-prefix.json"](tmp_path / "tokenizer.json")
     assert problems("bpe:320") == ([], [])
     assert "is a unigram model" in problems("unigram:320")[0][0]
     assert "is a unigram model" in problems(str(tmp_path / "unigram.model"))[0][0]
     assert problems(str(tmp_path / "tokenizer.json"))[0] == []
-    assert "a GGUF file needs a SentencePiece tokenizer" in problems(str(tmp_path / "tokenizer.json"))[1][0]
+    assert "divides texts into words in a way of its own" in problems(str(tmp_path / "tokenizer.json"))[1][0]
+    LOSSLESS["gpt2.json"](tmp_path / "tokenizer.json")
+    assert problems(str(tmp_path / "tokenizer.json")) == ([], [])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "not a tokenizer of the `tokenizers` library" in problems(str(tmp_path / "tokenizer.json"))[1][0]
     assert tokenizer_problems(tiny_config(shards, tmp_path)) == []

@@ -1,0 +1,91 @@
+"""The files that Transformers reads a tokenizer from, in the folder of a model that another program has trained.
+
+Such a model knows more special tokens than the end of a document: the one that texts begin with, and those of its chat
+template. An export has these files as they are.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.tokenizer_definition import read_definition, steps_of
+
+TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+CHAT_TEMPLATE, GENERATION_CONFIG = "chat_template.jinja", "generation_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json", "vocab.json"),
+    *("merges.txt", CHAT_TEMPLATE, GENERATION_CONFIG),
+)
+"""Their names, and that of the file that says where generation ends."""
+
+
+def own_files(folder: Path) -> dict[str, bytes]:
+    """The files as they are, by name, but without the name of code that would have to be trusted.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    files: dict[str, bytes] = {}
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            try:
+                files[name] = (folder / name).read_bytes()
+            except OSError as error:
+                raise DataError(f"{folder / name}: cannot be read: {error}") from error
+    config = json_object(folder / TOKENIZER_CONFIG)
+    if config.pop("auto_map", None) is not None:
+        files[TOKENIZER_CONFIG] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    return files
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a tokenizer, a program in Jinja; None if it has none.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    file = folder / CHAT_TEMPLATE
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: cannot be read: {error}") from error
+    named = json_object(folder / TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(named, list):  # several, of which one is for conversations
+        named = {each.get("name"): each.get("template") for each in named if isinstance(each, dict)}.get("default")
+    return named if isinstance(named, str) else None
+
+
+def puts_first_token(folder: Path) -> bool:
+    """Return whether Transformers puts the token that begins texts in front of each.
+
+    `add_bos_token` says so, or what the `tokenizer.json` does after a text is divided; a SentencePiece model alone does
+    it, as Llama's class for these does.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    said = json_object(folder / TOKENIZER_CONFIG).get("add_bos_token")
+    if isinstance(said, bool):
+        return said
+    if not (folder / "tokenizer.json").is_file():
+        return True
+    steps = steps_of(read_definition(folder / "tokenizer.json"), "post_processor")
+    templates = [step.get("single") or [] for step in steps if step.get("type") == "TemplateProcessing"]
+    return any("SpecialToken" in template[0] for template in templates if template)
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """A JSON object in a file; empty if there is no such file, or it holds something else.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,103 @@
+"""The tokens of an exported model: as in training, or as the program that has trained the model makes them.
+
+Tritrain trains on texts after the end of a document, and knows no other special token. A model of another program may
+begin texts with another token, or with none, and has those of its chat template.
+"""
+
+from pathlib import Path
+
+from data.errors import DataError
+from data.gguf_vocabulary import gguf_vocabulary
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer_json import tokenizer_files
+from data.transformers_files import TOKENIZER_CONFIG, chat_template, own_files, puts_first_token
+from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.source import Source
+from launcher.formats.hf_source import CONFIG, read_json
+from launcher.formats.opened import Exportable
+from model.config import ModelConfig
+
+NAMED = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of `config.json` that name tokens."""
+
+
+def first_token_of(source: Source, end_of_document: int | None) -> int | None:
+    """The token that a text begins with, in generation, perplexity and tasks alike.
+
+    A folder or file of other programs may name it. In training a document comes after the end of another.
+    """
+    return end_of_document if source.first_token is None else source.first_token
+
+
+def fitting_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
+    """Load the tokenizer of a model.
+
+    Raises:
+        DataError: it cannot be read, or has tokens that the model does not have.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"{tokenizer.path}: has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; it is the "
+            "tokenizer of another model. Name the right one with --tokenizer"
+        )
+    return tokenizer
+
+
+def foreign_folder(exportable: Exportable, tokenizer: Path) -> Path | None:
+    """The folder of Hugging Face with the tokenizer of a model that Tritrain has not trained; None for any other."""
+    if isinstance(exportable.source, CheckpointReader):
+        return None
+    folder = tokenizer.parent
+    return folder if any((folder / name).is_file() for name in (TOKENIZER_CONFIG, CONFIG)) else None
+
+
+def folder_tokens(exportable: Exportable, tokenizer: Path | None) -> tuple[dict[str, object], dict[str, bytes]]:
+    """The keys of `config.json` that name tokens, and the tokenizer's files by name.
+
+    Args:
+        exportable: the model.
+        tokenizer: the tokenizer's file; None leaves it out.
+
+    Raises:
+        CheckpointError: `config.json` beside the tokenizer is damaged.
+        DataError: the tokenizer cannot be expressed exactly, or is of another model.
+    """
+    if tokenizer is None:
+        return {}, {}
+    model = exportable.model
+    end = fitting_tokenizer(tokenizer, model).end_of_document
+    first = first_token_of(exportable.source, end)
+    named: dict[str, object] = {"bos_token_id": first, "eos_token_id": end}
+    folder = foreign_folder(exportable, tokenizer)
+    if folder is None:
+        length = model.max_sequence_length
+        files = tokenizer_files(tokenizer, vocab_size=model.vocab_size, max_sequence_length=length, first_token=first)
+        return named, files
+    if (folder / CONFIG).is_file():
+        config = read_json(folder / CONFIG)
+        named |= {key: config[key] for key in NAMED if key in config}
+    return named, own_files(folder)
+
+
+def gguf_tokens(exportable: Exportable, tokenizer: Path) -> dict[str, object]:
+    """The keys `tokenizer.*` of a GGUF file.
+
+    Args:
+        exportable: the model.
+        tokenizer: the tokenizer's file.
+
+    Raises:
+        DataError: llama.cpp would tokenize differently.
+    """
+    folder = foreign_folder(exportable, tokenizer)
+    vocabulary = gguf_vocabulary(
+        tokenizer,
+        exportable.model.vocab_size,
+        first_token=exportable.source.first_token,
+        puts_first_token=folder is None or puts_first_token(folder),
+        has_special=folder is not None,
+    )
+    template = None if isinstance(exportable.source, CheckpointReader) else chat_template(tokenizer.parent)
+    keys: dict[str, object] = {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+    return keys if template is None else keys | {"tokenizer.chat_template": template}

@@ -1,0 +1,120 @@
+"""Exports of other programs' models keep the tokens that these were trained on; Transformers is the oracle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import tritrain
+from gguf_files import read_tensors
+from hf_folders import edit_config, write_variant
+from tokenizer_files import write_bytes_tokenizer
+
+from data.tokenizer import load_tokenizer
+from data.torchvision_repair import repair_torchvision
+from data.transformers_files import puts_first_token
+from launcher.errors import CheckpointError
+from launcher.formats.opened import open_exportable
+from launcher.inference.conversation import ChatTemplate
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONVERSATION = [{"role": "user", "content": "Hello <there>."}]
+BEGIN, START, END, LAST = 256, 257, 258, 259
+SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": "<|im_end|>",
+    "chat_template": TEMPLATE,
+}
+
+
+@pytest.fixture
+def chat_model(tmp_path: Path) -> Path:
+    """A folder of Hugging Face: texts begin with <s>, and answers end with <|im_end|>."""
+    folder = tmp_path / "chat-model"
+    write_variant(folder, "llama", vocab_size=320)
+    write_bytes_tokenizer(folder / "tokenizer.json", "<s>", "<|im_start|>", "<|im_end|>")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [BEGIN], "tokens": ["<s>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, LAST], "temperature": 0.5}))
+    edit_config(folder, bos_token_id=BEGIN, eos_token_id=[END, LAST])
+    return folder
+
+
+def test_folders_keep_the_tokenizer_of_the_model(chat_model: Path, tmp_path: Path) -> None:
+    repair_torchvision()
+    transformers = pytest.importorskip("transformers")
+    (chat_model / "tokenizer_config.json").write_text(json.dumps(SETTINGS | {"auto_map": {"AutoTokenizer": "code.X"}}))
+    tritrain("export", chat_model, "--to", tmp_path / "out", "--format", "hf")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == SETTINGS
+    ours, theirs = (
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        for folder in (tmp_path / "out", chat_model)
+    )
+    assert ours("a text <|im_end|>").input_ids == theirs("a text <|im_end|>").input_ids
+    assert ours("a").input_ids[0] == BEGIN
+    asked = ours.apply_chat_template(CONVERSATION, add_generation_prompt=True)
+    assert asked == theirs.apply_chat_template(CONVERSATION, add_generation_prompt=True)
+    assert START in asked
+    written, source = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", chat_model))
+    assert {key: written[key] for key in ("bos_token_id", "eos_token_id")} == {
+        "bos_token_id": BEGIN,
+        "eos_token_id": [END, LAST],
+    }
+    assert written["eos_token_id"] == source["eos_token_id"]
+    generation = "generation_config.json"
+    assert (tmp_path / "out" / generation).read_bytes() == (chat_model / generation).read_bytes()
+
+
+@pytest.mark.parametrize("adds", [None, False])
+def test_gguf_files_begin_texts_as_the_model_does_and_have_its_template(
+    chat_model: Path, tmp_path: Path, adds: bool | None
+) -> None:
+    if adds is not None:
+        (chat_model / "tokenizer_config.json").write_text(json.dumps(SETTINGS | {"add_bos_token": adds}))
+    tritrain("export", chat_model, "--to", tmp_path / "model.gguf", "--format", "gguf", "--type", "f16")
+    _, fields = read_tensors(tmp_path / "model.gguf")
+    keys = ("bos_token_id", "eos_token_id", "add_bos_token")
+    assert [fields[f"tokenizer.ggml.{key}"] for key in keys] == [BEGIN, END, adds is None]
+    assert fields["tokenizer.ggml.token_type"][BEGIN : LAST + 1] == [3, 3, 3, 3]
+    opened = open_exportable(str(tmp_path / "model.gguf"), ternary=False)
+    assert opened.tokenizer is not None
+    assert opened.source.first_token == (BEGIN if adds is None else None)
+    read = ChatTemplate(load_tokenizer(opened.tokenizer))
+    assert START in read.prompt_tokens(CONVERSATION)
+    if adds is None:  # a file has the beginning of texts; a folder that is made of it has it too
+        tritrain("export", tmp_path / "model.gguf", "--to", tmp_path / "again", "--format", "hf")
+        config = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (BEGIN, END)
+        assert puts_first_token(tmp_path / "again")
+
+
+def test_the_tokenizer_of_another_model_is_refused(chat_model: Path, tmp_path: Path) -> None:
+    edit_config(chat_model, bos_token_id="<s>")
+    with pytest.raises(CheckpointError, match="bos_token_id '<s>' must be one token"):
+        tritrain("export", chat_model, "--to", tmp_path / "out", "--format", "hf")
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "expected"),
+    [
+        ({"add_bos_token": False}, (), False),
+        ({}, (), True),
+        ({}, ("tokenizer.json",), False),
+    ],
+)
+def test_what_puts_the_first_token(tmp_path: Path, settings: Any, files: tuple[str, ...], expected: bool) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in files:
+        write_bytes_tokenizer(tmp_path / name)
+    assert puts_first_token(tmp_path) is expected
