@@ -93,14 +93,15 @@ def calibrate(
     codes_OI, level = rounded(weight_OI, alpha_O, config)
     level = level.double()
     plain_O = best_O = errors(codes_OI, level)
-    is_new_O = torch.zeros_like(best_O, dtype=torch.bool)
-    for candidate_OI, candidate_level in candidates(exact_OI, moment_II, config, calibration):
+    is_new_O, values_OI = torch.zeros_like(best_O, dtype=torch.bool), exact_OI
+    for candidate_OI, candidate_level, unrounded_OI in candidates(exact_OI, moment_II, config, calibration):
         found_O = errors(candidate_OI, candidate_level)
         better_O = (found_O < best_O) & has_codes(candidate_OI, config)
         codes_OI = torch.where(better_O[:, None], candidate_OI, codes_OI)
+        values_OI = torch.where(better_O[:, None], unrounded_OI, values_OI)
         level = torch.where(better_O[: len(level), None], candidate_level, level)
         best_O, is_new_O = torch.minimum(found_O, best_O), is_new_O | better_O
-    latent_OI = latent_of(exact_OI, codes_OI.double(), level, config).float()
+    latent_OI = latent_of(values_OI, codes_OI.double(), level, config).float()
     fitted_alpha_O = (level[:, 0] / LEARNED[config.levels].unit).float() if config.learned else None
     latent_OI = rotate(latent_OI) if rotated else latent_OI
     # As in bf16, where rotating back brings errors.
@@ -134,8 +135,8 @@ def output_errors(change_OI: Tensor, moment_II: Tensor) -> Tensor:
 
 def candidates(
     weight_OI: Tensor, moment_II: Tensor, config: QuantConfig, calibration: CalibrationConfig
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield codes, [O, I], and their levels, [R, G], one fit after another; none if all inputs are 0."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield codes, their levels and what was rounded, [O, I], [R, G], [O, I]; nothing if all inputs are 0."""
     if not moment_II.any():
         return
     blocks = in_blocks(weight_OI, config.granularity, config.group_size)
@@ -143,15 +144,16 @@ def candidates(
     if calibration.method == "scales":
         for threshold in THRESHOLDS:
             codes_OI = round_at(weight_OI, over_blocks(threshold * normal, weight_OI.shape))
-            yield codes_OI, fit_level(weight_OI, codes_OI, normal, moment_II)
+            yield codes_OI, fit_level(weight_OI, codes_OI, normal, moment_II), weight_OI
         return
     order = moment_II.diagonal().argsort(descending=True)
     factor_II, level = feedback_factor(moment_II[order][:, order], calibration.damping), normal
     for _ in range(ROUNDS):
         level_OI = over_blocks(level, weight_OI.shape).expand_as(weight_OI)
-        codes_OI = error_feedback(weight_OI[:, order], level_OI[:, order], factor_II)[:, order.argsort()]
+        found = error_feedback(weight_OI[:, order], level_OI[:, order], factor_II)
+        codes_OI, values_OI = (each[:, order.argsort()] for each in found)
         level = fit_level(weight_OI, codes_OI, level, moment_II)
-        yield codes_OI, level
+        yield codes_OI, level, values_OI
 
 
 def round_at(weight: Tensor, level: Tensor) -> Tensor:
@@ -178,8 +180,8 @@ def feedback_factor(moment_II: Tensor, damping: float) -> Tensor:
         damped = damped * 10
 
 
-def error_feedback(weight_OI: Tensor, level_OI: Tensor, factor_II: Tensor) -> Tensor:
-    """Round columns from first to last, each with the errors of those before it made up for; returns codes, [O, I].
+def error_feedback(weight_OI: Tensor, level_OI: Tensor, factor_II: Tensor) -> tuple[Tensor, Tensor]:
+    """Round columns from first to last, each with the errors of those before it made up for.
 
     This is GPTQ's algorithm 1: the error of column i, divided by element (i, i) of the factor, times the factor's row i
     is what the later columns change by.
@@ -188,6 +190,9 @@ def error_feedback(weight_OI: Tensor, level_OI: Tensor, factor_II: Tensor) -> Te
         weight_OI: to be rounded.
         level_OI: of each weight.
         factor_II: of `feedback_factor`.
+
+    Returns:
+        Codes, and the weights as they were when they were rounded, [O, I].
     """
     rest_IO, level_IO = weight_OI.T.contiguous(), level_OI.T
     codes_IO = torch.empty_like(rest_IO)
@@ -199,7 +204,7 @@ def error_feedback(weight_OI: Tensor, level_OI: Tensor, factor_II: Tensor) -> Te
             error_O = errors_KO[i - start] = (rest_IO[i] - codes_IO[i] * level_IO[i]) / factor_II[i, i]
             rest_IO[i + 1 : end].addr_(factor_II[i, i + 1 : end], error_O, alpha=-1)
         rest_IO[end:].addmm_(factor_II[start:end, end:].T, errors_KO, alpha=-1)
-    return codes_IO.T
+    return codes_IO.T, rest_IO.T
 
 
 def fit_level(weight_OI: Tensor, codes_OI: Tensor, level: Tensor, moment_II: Tensor) -> Tensor:

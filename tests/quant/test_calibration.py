@@ -76,9 +76,10 @@ def test_error_feedback_is_gptq() -> None:
     weight, x = layer_and_inputs(0, rows=7, columns=300, count=900)  # more than two blocks of columns
     moment, level = moment_of(x), 0.03
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(300)
-    found = error_feedback(weight.double(), torch.full((7, 300), level).double(), feedback_factor(moment, 0.01))
+    found, values = error_feedback(weight.double(), torch.full((7, 300), level).double(), feedback_factor(moment, 0.01))
     expected = gptq_column_by_column(weight, level, damped)
     assert np.array_equal(found.numpy(), expected)
+    assert torch.equal(found, round_at(values, torch.tensor(level)))
     assert (expected != np.clip(np.round(weight.double().numpy() / level), -1, 1)).mean() > 0.1
 
 
