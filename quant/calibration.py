@@ -7,8 +7,8 @@ error of tr((W - Q) H (W - Q)T), over all inputs together. Two ways to make it s
   follow (GPTQ, arXiv 2210.17323, algorithm 1; OBQ, 2208.11580). Levels and codes are fitted in turns.
 - ``scales``: the weights are rounded as they are, at the best of some thresholds.
 
-In both, the level is that of least squares for the codes. It is never taken for granted: a row (a matrix, if it has one
-scale) changes only if its error falls below that of plain rounding.
+In both, the level is that of least squares for the codes. A row (a matrix, if it has one scale) changes only if its
+error falls below that of plain rounding.
 
 A layer takes its codes from its latent weight, by the statistic of its recipe, in every step. So what is fitted is
 written into the latent weight: `latent_of` makes one that has the level as its statistic and rounds to the codes.

@@ -287,6 +287,28 @@ def test_a_conversion_that_calibrates_is_the_switch_of_a_run(switched: Path, sha
     assert losses[0] == losses[1]
 
 
+def weights_of(checkpoint: Path) -> dict[str, Tensor]:
+    source = CheckpointReader(checkpoint)
+    return {name: source.read("weight", name, 0, torch.Size(shape).numel()) for name, shape in source.shapes.items()}
+
+
+def test_other_programs_checkpoints_are_calibrated_alike(switched: Path, shards: Path, tmp_path: Path) -> None:
+    source = switched / "checkpoints" / "step-00000004"
+    config = config_file(shards, tmp_path / "given", {"optimizer": "reset"})
+    tritrain("convert", source, "--to", tmp_path / "hf", "--format", "hf", "--dtype", "fp32")
+    tritrain("convert", source, "--to", tmp_path / "universal", "--format", "universal")
+    made = {}
+    for kind, given in {"ours": source, "hf": tmp_path / "hf", "universal": tmp_path / "universal"}.items():
+        options = ["--config", config, "--phase", 1, "--calibrate", 8]
+        tritrain("convert", given, "--to", tmp_path / f"{kind}-made", *options)
+        made[kind] = weights_of(tmp_path / f"{kind}-made" / "checkpoints" / "step-00000004")
+    before = weights_of(source)
+    for name, weight in made["ours"].items():
+        assert torch.equal(made["hf"][name], weight)
+        assert torch.equal(made["universal"][name], weight)
+        assert torch.equal(weight, before[name]) != name.endswith("_proj.weight")
+
+
 def test_what_cannot_be_calibrated_is_refused(switched: Path, shards: Path, tmp_path: Path) -> None:
     ternary = switched / "checkpoints" / "step-00000007"
     config = config_file(shards, tmp_path / "given", {"optimizer": "reset"})
