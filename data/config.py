@@ -2,13 +2,16 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from data.mixture import Source
 from data.strict import STRICT
 
 TRAINED_SPEC = re.compile(r"(bpe|unigram):([1-9][0-9]*)")
 """A tokenizer that is yet to be trained: its algorithm and the size of its vocabulary."""
+
+
+Packing = Literal["stream", "best-fit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,10 @@ class PrepareConfig:
 
     validation_inputs: tuple[str, ...] = ()
     """Inputs that are held out as a whole, instead of a fraction."""
+
+    packing: Packing = "stream"
+    """`stream`: rows are cut from the stream of all documents, and most begin in the middle of one; or `best-fit`:
+    documents that fit into a row stay whole, and the rest of a row is padding."""
 
     workers: int = 1
     """Processes that tokenize. The result is the same for any number."""
@@ -74,6 +81,10 @@ class DataConfig:
 
     prepare: PrepareConfig | None = None
     """How to make the folder of the only source if it does not exist yet."""
+
+    documents: Literal["joined", "masked"] = "joined"
+    """Documents that share a row: `joined`, each token sees all before it; or `masked`, it sees its own document alone,
+    and positions begin anew with each."""
 
     validation_rows: int = 256
     """At most this many held-out sequences are read in one evaluation, the same ones each time."""

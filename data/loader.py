@@ -71,6 +71,10 @@ class TrainingData:
     """The tokenizer that made the tokens."""
     epoch_sequences: int
     """Sequences of one epoch over all ranks."""
+    first_token: int | None
+    """The token with which documents begin, if they are to be kept apart."""
+    has_padding: bool
+    """Whether the number of labels that count differs between rows."""
 
     def __init__(
         self,
@@ -88,6 +92,9 @@ class TrainingData:
         _check_launch(config, rank, world_size)
         sources = _open(config, vocab_size, rank)
         self.tokenizer_path = sources[0].tokenizer_path
+        self.first_token = sources[0].manifest["end_of_document"] if config.documents == "masked" else None
+        padding = _padding(sources)
+        self.has_padding = padding is not None
         rows = rows_per_epoch(
             [source.num_rows(TRAIN) for source in sources],
             [source.source.weight for source in sources],
@@ -128,7 +135,7 @@ class TrainingData:
             persistent_workers=is_apart,
             prefetch_factor=PREFETCHED_BATCHES if is_apart else None,
         )
-        self._batches = _endless(self._loader, micro_batch_sequences)
+        self._batches = _endless(self._loader, micro_batch_sequences, padding)
         self._finalizer = weakref.finalize(self, _close, self._loader, number)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -174,7 +181,7 @@ def validation_rows(
         micro = rows[begin : begin + micro_batch_sequences]
         tokens_BT = torch.zeros(micro_batch_sequences, config.sequence_length, dtype=torch.int64)
         labels_BT = torch.full_like(tokens_BT, IGNORED_LABEL)
-        tokens_BT[: len(micro)], labels_BT[: len(micro)] = _inputs_and_labels(micro)
+        tokens_BT[: len(micro)], labels_BT[: len(micro)] = _inputs_and_labels(micro, _padding(sources))
         batches.append((tokens_BT, labels_BT))
     return batches
 
@@ -197,18 +204,28 @@ def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
     return sizes
 
 
-def _endless(loader: DataLoader, micro_batch_sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(loader: DataLoader, micro_batch_sequences: int, padding: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         try:
             for rows in loader:  # once around is one epoch
                 for micro in rows.split(micro_batch_sequences):
-                    yield _inputs_and_labels(micro)
+                    yield _inputs_and_labels(micro, padding)
         except DataError as error:  # a worker's comes with its traceback in the message
             raise DataError(str(error).strip().rpartition(f"{DataError.__module__}.DataError: ")[2]) from error
 
 
-def _inputs_and_labels(rows: Tensor) -> tuple[Tensor, Tensor]:
-    return rows[:, :-1].long(), rows[:, 1:].long()
+def _padding(sources: list[OpenSource]) -> int | None:
+    """The token that a row is filled up with, if a source has such rows."""
+    packed = [source for source in sources if source.manifest["options"].get("packing") == "best-fit"]
+    return packed[0].manifest["end_of_document"] if packed else None
+
+
+def _inputs_and_labels(rows: Tensor, padding: int | None) -> tuple[Tensor, Tensor]:
+    """What a model sees of rows, and what it predicts; a label that is padding is `IGNORED_LABEL`."""
+    tokens_BT, labels_BT = rows[:, :-1].long(), rows[:, 1:].long()
+    if padding is not None:  # after the end of a row's last document
+        labels_BT = labels_BT.masked_fill((tokens_BT == padding) & (labels_BT == padding), IGNORED_LABEL)
+    return tokens_BT, labels_BT
 
 
 def _stack_rows(samples: list[dict[str, np.ndarray]]) -> Tensor:

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.config import TRAINED_SPEC, PrepareConfig
 from data.encoding import Chunk, counted_bytes, gather_chunks, token_type, tokenize
 from data.errors import DataError
 from data.light_streaming import import_streaming
 from data.new_paths import TakenError, exclusive, folder_being_made
+from data.packing import Packer
 from data.prepared import (
     COLUMN,
     FILES,
@@ -121,6 +123,7 @@ def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
         "validation_fraction": config.validation_fraction,
         "validation_inputs": list(config.validation_inputs),
         "sequence_length": sequence_length,
+        "packing": config.packing,
     }
 
 
@@ -131,7 +134,11 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
     if not (out / MANIFEST).is_file():
         raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")
     manifest = open_prepared(out)
-    before = {"lossy_tokenizer": False, "end_of_document": manifest["end_of_document"]}  # of older versions
+    before = {
+        "lossy_tokenizer": False,
+        "packing": "stream",
+        "end_of_document": manifest["end_of_document"],
+    }  # of older versions
     there, wanted = before | manifest["options"], _options(config, sequence_length)
     differing = [
         f"{key} (there {there.get(key)!r}, wanted {wanted[key]!r})" for key in wanted if there.get(key) != wanted[key]
@@ -146,9 +153,9 @@ def _build(
 ) -> dict[str, Any]:
     files = survey((*config.inputs, *config.validation_inputs))
     tokenizer = _place_tokenizer(config, files, out, progress)
-    writers = {TRAIN: RowWriter(out / TRAIN, tokenizer, sequence_length)}
-    if config.validation_fraction or config.validation_inputs:
-        writers[VALIDATION] = RowWriter(out / VALIDATION, tokenizer, sequence_length)
+    splits = [TRAIN, *([VALIDATION] if config.validation_fraction or config.validation_inputs else [])]
+    make = PackedWriter if config.packing == "best-fit" else RowWriter
+    writers = {split: make(out / split, tokenizer, sequence_length) for split in splits}
 
     start = time.monotonic()
     chunks = gather_chunks(_assign_splits(config, files))
@@ -249,7 +256,7 @@ def sample_texts(texts: Iterable[str]) -> list[str]:
 
 
 class RowWriter:
-    """Cuts the token stream of one split into rows and writes them as MDS shards.
+    """Cuts the stream of documents of one split into rows and writes them as MDS shards.
 
     Args:
         folder: where to write.
@@ -275,19 +282,27 @@ class RowWriter:
 
     def write(self, chunk: Chunk) -> None:
         """Append the tokens of some documents."""
-        length = self._sequence_length
-        stream = np.concatenate([self._rest, chunk.tokens])
-        num_rows = (len(stream) - 1) // length
-        for row in range(num_rows):
-            self._writer.write({COLUMN: stream[row * length : (row + 1) * length + 1]})
-        self._rest = stream[num_rows * length :]
-        self.rows += num_rows
+        self._write_rows(self._rows_of(chunk.tokens))
         self.tokens += len(chunk.tokens)
         self.documents += chunk.documents
         self.text_bytes += chunk.text_bytes
         self.token_bytes += chunk.token_bytes
         self.compared_documents += chunk.compared_documents
         self.changed_documents += chunk.changed_documents
+
+    def _rows_of(self, tokens: NDArray[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
+        """The rows that are complete with these tokens."""
+        length = self._sequence_length
+        stream = np.concatenate([self._rest, tokens])
+        num_rows = (len(stream) - 1) // length
+        for row in range(num_rows):
+            yield stream[row * length : (row + 1) * length + 1]
+        self._rest = stream[num_rows * length :]
+
+    def _write_rows(self, rows: Iterable[NDArray[np.unsignedinteger]]) -> None:
+        for row in rows:
+            self._writer.write({COLUMN: row})
+            self.rows += 1
 
     def finish(self) -> dict[str, Any]:
         """Write what is left and the index, and return the manifest's facts about this split.
@@ -310,3 +325,23 @@ class RowWriter:
             "text_bytes": self.text_bytes,
             "fingerprint": hashlib.sha256((self._folder / INDEX).read_bytes()).hexdigest(),
         }
+
+
+class PackedWriter(RowWriter):
+    """Puts the documents of one split into rows by `data.packing`."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int) -> None:
+        super().__init__(folder, tokenizer, sequence_length)
+        self._end = tokenizer.end_of_document
+        self._packer = Packer(self._end, sequence_length)
+
+    def _rows_of(self, tokens: NDArray[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
+        begin = 0
+        for end in np.flatnonzero(tokens == self._end):
+            yield from self._packer.add(tokens[begin:end])
+            begin = end + 1
+
+    def finish(self) -> dict[str, Any]:
+        """Write the rows that are still open, and the rest as `RowWriter` does."""
+        self._write_rows(self._packer.finish())
+        return super().finish() | {"padding_tokens": self._packer.padding_tokens}

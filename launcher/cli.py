@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from data.config import Packing
 from launcher.config.engine import EngineName
 from launcher.config.transition import OptimizerChoice
 from launcher.errors import ConfigError, report_error
@@ -236,6 +237,9 @@ def prepare(
         bool, typer.Option("--lossy-tokenizer", help="Accept a tokenizer that does not give the text back.")
     ] = False,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
+    packing: Annotated[
+        Packing, typer.Option(help="Cut rows from the stream of documents, or keep documents whole.")
+    ] = "stream",
     validation_fraction: Annotated[float, typer.Option(help="Fraction of the documents to hold out.")] = 0.0,
     validation_input: Annotated[
         list[str] | None, typer.Option(help="Hold out this whole input; may be repeated.")
@@ -252,6 +256,7 @@ def prepare(
             tokenizer=tokenizer,
             end_of_document=end_of_document,
             lossy_tokenizer=lossy_tokenizer,
+            packing=packing,
             validation_fraction=validation_fraction,
             validation_inputs=tuple(validation_input or ()),
             workers=workers,

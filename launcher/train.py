@@ -171,6 +171,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     phase = plan.phases[at.phase] if at.phase >= 0 else None
     data = open_data(plan, ranks, at.step)
     engine = build_engine(plan, phase, ranks)
+    engine.keep_apart(data.first_token)
     guards_switch = any(phase.transition.rollback for phase in plan.phases)
     guard = SpikeGuard(config.training.skip_outliers, smooths=guards_switch, ranks=ranks)
     fill(engine, plan, ranks, reader, data, guard, console)
@@ -179,7 +180,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
 
     teacher = None
     if phase is not None and at.step < phase.end:
-        teacher = open_teacher(plan, phase, ranks, folder.checkpoints)
+        teacher = open_teacher(plan, phase, ranks, folder.checkpoints, data.first_token)
     if reader is not None and teacher is not None:
         check_teacher(reader, teacher)
 
@@ -294,8 +295,17 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.teacher = None  # the last phase's makes room for the next
     if phase.distillation is not None:
         run.saver.wait()  # it may be writing the teacher
-    run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints)
-    crossing = enter_phase(run.engine, phase, plan, ranks, upcoming, run.teacher, lambda line: run.pulse.got_on())
+    run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints, run.data.first_token)
+    crossing = enter_phase(
+        run.engine,
+        phase,
+        plan,
+        ranks,
+        upcoming,
+        run.teacher,
+        uneven=run.data.has_padding,
+        got_on=lambda line: run.pulse.got_on(),
+    )
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
     run.guard.enter_phase()
@@ -321,7 +331,14 @@ def take_step(run: LoopState) -> StepResult:
     assert run.phase is not None
     with run.tracer.around(run.phase, at.step):
         result = train_step(
-            run.engine, run.batches, run.plan, at.step, run.guard, teacher=run.teacher, telemetry=run.telemetry
+            run.engine,
+            run.batches,
+            run.plan,
+            at.step,
+            run.guard,
+            uneven=run.data.has_padding,
+            teacher=run.teacher,
+            telemetry=run.telemetry,
         )
     if run.plan.config.training.compile is True:
         report_compiled(run, compiling.num_calls - calls_before)

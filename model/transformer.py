@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from model.cache import KeyValueCache, LayerCache
 from model.config import DistillationConfig, ModelConfig
 from model.distillation import Lesson, relation_loss, watched_projections
+from model.documents import documents_of
 from model.loss import GradientOfLogits, distillation_loss, linear_cross_entropy, token_nll_and_misses
 
 
@@ -80,7 +81,10 @@ def rotary_tables(config: ModelConfig, num_tokens: int, device: torch.device, fi
 
 
 def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Turn each pair (i, i + E/2), Hugging Face's convention, by its position's angle; keeps the input's dtype."""
+    """Turn each pair (i, i + E/2), Hugging Face's convention, by its position's angle; keeps the input's dtype.
+
+    The tables are `[T, E]`, or `[B, 1, T, E]` where rows differ in their positions.
+    """
     first, second = x_BHTE.chunk(2, dim=-1)
     return (x_BHTE * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE).to(x_BHTE.dtype)
 
@@ -103,8 +107,19 @@ class Attention(nn.Module):
             self.k_norm = norm(E if config.qk_norm == "head" else K * E, config)
         self.attn_sub_norm = norm(H * E, config) if config.sub_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Return what attention adds to the residual stream, `[B, T, D]`; the tokens follow those in the cache."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_TE: Tensor,
+        sin_TE: Tensor,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return what attention adds to the residual stream, `[B, T, D]`.
+
+        The tokens follow those in the cache. Without one, a mask may say what each sees: `[B, 1, T, T]`, added to the
+        scores.
+        """
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -113,7 +128,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q, k, v))
         q_BHTE, k_BKTE = rotate(q_BHTE, cos_TE, sin_TE), rotate(k_BKTE, cos_TE, sin_TE)
-        before, mask = 0, None
+        before = 0
         if cache is not None:
             before = cache.num_tokens
             k_BKTE, v_BKTE = cache.extend(k_BKTE, v_BKTE)
@@ -125,7 +140,7 @@ class Attention(nn.Module):
             k_BKTE, v_BKTE = (x.repeat_interleave(self.group_size, dim=1) for x in (k_BKTE, v_BKTE))
             grouped = False
         out_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=before == 0, enable_gqa=grouped
+            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=mask is None and before == 0, enable_gqa=grouped
         )
         return self.o_proj(self.attn_sub_norm(out_BHTE.transpose(1, 2).flatten(-2)))
 
@@ -166,22 +181,34 @@ class Block(nn.Module):
         if config.norm_position == "post":
             self.post_feedforward_layernorm = norm(config.hidden_size, config)
 
-    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Return the residual stream after this block, `[B, T, D]`."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_TE: Tensor,
+        sin_TE: Tensor,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the residual stream after this block, `[B, T, D]`; the arguments are those of `Attention`."""
         if self.norm_position == "pre":
-            x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE, cache)
+            x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE, cache, mask)
             # Hugging Face's name for it; before the MLP is where it stands.
             return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-        x_BTD = x_BTD + self.post_attention_layernorm(self.self_attn(x_BTD, cos_TE, sin_TE, cache))
+        x_BTD = x_BTD + self.post_attention_layernorm(self.self_attn(x_BTD, cos_TE, sin_TE, cache, mask))
         return x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD))
 
 
 class Decoder(nn.Module):
     """Embedding, blocks and the last norm."""
 
+    first_token: int | None
+    """The token with which documents begin, if those of a row are to be kept apart; see `model.documents`. With a cache
+    all tokens are of one document."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.first_token = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = NORMS[config.norm](config.hidden_size, config)
@@ -197,8 +224,19 @@ class Decoder(nn.Module):
         cos_TE, sin_TE = rotary_tables(self.config, num_tokens, tokens_BT.device, before)
         if not self.config.rounds_once:
             cos_TE, sin_TE = cos_TE.to(x_BTD.dtype), sin_TE.to(x_BTD.dtype)
-        for depth, block in enumerate(self.layers):
-            x_BTD = block(x_BTD, cos_TE, sin_TE, *(() if cache is None else (cache.layers[depth],)))
+        if cache is not None:
+            for block, layer in zip(self.layers, cache.layers, strict=True):
+                x_BTD = block(x_BTD, cos_TE, sin_TE, layer)
+            return self.norm(x_BTD)
+        given: tuple[Tensor | None, ...] = (cos_TE, sin_TE)
+        if self.first_token is not None:
+            positions_BT, mask_B1TT = documents_of(tokens_BT, self.first_token)
+            # Added to scores: of a mask of true and false every layer would make, and keep, such a tensor of its own.
+            bias_B1TT = torch.zeros(mask_B1TT.shape, dtype=x_BTD.dtype, device=x_BTD.device)
+            bias_B1TT.masked_fill_(~mask_B1TT, -torch.inf)
+            given = (cos_TE[positions_BT][:, None], sin_TE[positions_BT][:, None], None, bias_B1TT)
+        for block in self.layers:
+            x_BTD = block(x_BTD, *given)
         return self.norm(x_BTD)
 
 

@@ -47,9 +47,10 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
             f"The tokenizer gives text back: {compared:,} documents were decoded and compared, and all bytes add up"
         )
     for name, split in manifest["splits"].items():
-        console.line(
-            f"{out}/{name}: {split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"
-        )
+        rows = f"{split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"
+        if "padding_tokens" in split:
+            rows += f", {split['padding_tokens'] / (split['rows'] * sequence_length):.2%} of them padding"
+        console.line(f"{out}/{name}: {rows}")
     console.line(f"Prepared in {time.perf_counter() - started:.1f} s")
 
 

@@ -334,6 +334,17 @@ def relations_can_be_seen(phases: "Phases", training: "TrainingConfig") -> Probl
             )
 
 
+def relations_are_within_documents(phases: "Phases", data: DataConfig) -> Problems:
+    """Attention relations are compared between all tokens of a row."""
+    for _, path, distillation in _distillations(phases):
+        if data.documents == "masked" and distillation.relation_weight:
+            yield (
+                f"{path}.relation_weight",
+                f"is {distillation.relation_weight}, but attention is compared between all tokens of a row, and "
+                "data.documents is masked; turn one off",
+            )
+
+
 def _share(phases: "Phases") -> float:
     """The sum of all fractions that are numbers."""
     return sum(phase.fraction for phase in phases if isinstance(phase.fraction, float | int))
@@ -386,6 +397,7 @@ RULES: tuple[Rule, ...] = (
     teacher_is_in_16_bits,
     relations_are_of_a_block,
     relations_can_be_seen,
+    relations_are_within_documents,
 )
 """Rules of every configuration, that of a finished run as well."""
 

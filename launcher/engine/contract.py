@@ -22,7 +22,7 @@ from launcher.engine.muon import MuonAdamW
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 from model.size import is_matrix
-from model.transformer import Output
+from model.transformer import Decoder, Output
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The first and the second moment of gradients."""
@@ -75,6 +75,12 @@ class Engine(ABC):
         teacher: Lesson | None = None,
     ) -> Output:
         """Run the model; the arguments are those of `model.transformer.Transformer.forward`."""
+
+    def keep_apart(self, first_token: int | None) -> None:
+        """Keep the documents of a row apart that begin with this token; with None they see one another."""
+        decoder = self.model.model
+        assert isinstance(decoder, Decoder)
+        decoder.first_token = first_token
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits, [B, T, V], of tokens from any device."""

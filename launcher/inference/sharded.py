@@ -103,6 +103,8 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
     source = opened.source
     dtype = compute_dtype_of(opened, ranks)
     model = sharded_model(source, opened.model, opened.precision, dtype, ranks)
+    if opened.config is not None and opened.config.data.documents == "masked":
+        model.model.first_token = loaded.end_of_document
 
     def nll_and_misses(tokens_BT: Tensor, labels_BTA: Tensor) -> tuple[Tensor, Tensor]:
         found = model(tokens_BT.to(ranks.device), labels_BTA.to(ranks.device), reduction="greedy")

@@ -48,15 +48,16 @@ def calibrating(console: Console) -> Contents:
             check_sound(source, ranks)
             data = open_data(plan, ranks, at.step)
             engine = build_engine(plan, plan.phases[at.phase] if at.phase >= 0 else None, ranks)
+            engine.keep_apart(data.first_token)
             load_state(source, engine, with_optimizer=phase.transition.optimizer != "reset")
             upcoming = list(islice(data, batches_needed(phase, plan)))
-            teacher = open_teacher(plan, phase, ranks, folder.checkpoints)
+            teacher = open_teacher(plan, phase, ranks, folder.checkpoints, data.first_token)
 
             def say(line: str | None) -> None:
                 if line is not None:
                     console.line(line)
 
-            crossing = enter_phase(engine, phase, plan, ranks, upcoming, teacher, say)
+            crossing = enter_phase(engine, phase, plan, ranks, upcoming, teacher, uneven=data.has_padding, got_on=say)
             assert crossing.calibrated is not None
             console.line(f"The model is {crossing.calibrated.sentence()}")
             if (loss := HeldOut(plan, ranks, data).measure(engine)) is not None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.loader import IGNORED_LABEL
 from launcher.engine.contract import Engine
 from launcher.engine.matrices import Exchange, Piece
 from launcher.errors import TrainingError
@@ -119,17 +120,22 @@ def moment_of(
     batches: Sequence[tuple[Tensor, Tensor]],
     got_on: Callable[[str | None], None],
 ) -> Tensor:
-    """Sum of x xT over all ranks' inputs of a layer as it multiplies them, fp64 [I, I]; a forward pass."""
+    """Sum of x xT over all ranks' inputs of a layer as it multiplies them, fp64 [I, I]; a forward pass.
+
+    Inputs where nothing is to be predicted, such as padding, are left out.
+    """
     moment_II = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=engine.device)
+    counts_N1 = torch.empty(0)
 
     def add(layer: QuantLinear, x: Tensor) -> None:
         codes = layer.input_codes(x)
-        x_NI = (layer.rounded_input(x) if codes is None else codes[0] * codes[1]).float().flatten(0, -2)
+        x_NI = (layer.rounded_input(x) if codes is None else codes[0] * codes[1]).float().flatten(0, -2) * counts_N1
         moment_II.add_(x_NI.T @ x_NI)
 
     layer.probe = add
     try:
         for tokens_BT, labels_BT in batches:
+            counts_N1 = (labels_BT != IGNORED_LABEL).view(-1, 1).to(engine.device)
             engine.token_nll(tokens_BT, labels_BT)
             got_on(None)
     finally:

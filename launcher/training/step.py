@@ -1,14 +1,16 @@
 """One optimizer step: the gradients of a global batch, micro-batch by micro-batch, and the update."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from data.loader import TrainingData
+from data.loader import IGNORED_LABEL, TrainingData
 from launcher.engine.contract import Engine
 from launcher.engine.muon import MuonAdamW
 from launcher.plan.plan import Plan
@@ -48,11 +50,30 @@ def accumulate_gradients(
     batches: Batches,
     num_micro_batches: int,
     *,
+    uneven: bool = False,
     teacher: Teacher | None = None,
     telemetry: Telemetry | None = None,
 ) -> BatchResult:
-    """Run one global batch forward and backward, observed by ``telemetry``."""
+    """Run one global batch forward and backward, observed by ``telemetry``.
+
+    The loss is the mean over all labels of the global batch that count. Without padding each micro-batch has as many,
+    so that it is the mean of their means.
+
+    Args:
+        engine: to be run.
+        batches: at the first micro-batch.
+        num_micro_batches: of this rank.
+        uneven: whether micro-batches differ in how many labels count.
+        teacher: to learn from.
+        telemetry: to observe.
+    """
     loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
+    weights: Sequence[float] | Tensor = [1.0] * num_micro_batches
+    if uneven:
+        asked = time.perf_counter()
+        ahead = list(islice(batches, num_micro_batches))
+        waited_seconds += time.perf_counter() - asked
+        batches, weights = iter(ahead), label_weights([labels_BT for _, labels_BT in ahead], engine.device)
     parts_sum = torch.zeros(3, device=engine.device)
     for index in range(num_micro_batches):
         asked = time.perf_counter()
@@ -64,12 +85,29 @@ def accumulate_gradients(
         with nullcontext() if teacher is None else teacher.teaching(tokens_BT) as lesson:
             output = engine.forward(tokens_BT, labels_BT, teacher=lesson)
         assert output.loss is not None
-        loss = output.loss / num_micro_batches
+        loss = output.loss * weights[index] / num_micro_batches
         if output.parts is not None:
-            parts_sum += output.parts / num_micro_batches
+            parts_sum += output.parts * weights[index] / num_micro_batches
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
     return BatchResult(loss_sum, parts_sum if teacher is not None else None, waited_seconds)
+
+
+def label_weights(labels: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Weights of the means of this rank's micro-batches in the mean over the global batch; a collective.
+
+    Args:
+        labels: of each micro-batch, in the memory of the host.
+        device: of the result.
+
+    Returns:
+        The labels of each that count, over the mean of all micro-batches of all ranks; fp32, without a wait for the
+        device.
+    """
+    counts = to_device(torch.stack([(each != IGNORED_LABEL).sum() for each in labels]), device).double()
+    total = counts.sum()
+    dist.all_reduce(total)
+    return (counts * (len(labels) * dist.get_world_size()) / total.clamp(min=1)).float()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -97,11 +135,14 @@ def train_step(
     step: int,
     guard: SpikeGuard,
     *,
+    uneven: bool = False,
     teacher: Teacher | None = None,
     telemetry: Telemetry | None = None,
 ) -> StepResult:
-    """Take the optimizer step of this number, counted from 0."""
-    batch = accumulate_gradients(engine, batches, plan.num_micro_batches, teacher=teacher, telemetry=telemetry)
+    """Take the optimizer step of this number, counted from 0; see `accumulate_gradients`."""
+    batch = accumulate_gradients(
+        engine, batches, plan.num_micro_batches, uneven=uneven, teacher=teacher, telemetry=telemetry
+    )
     if telemetry is not None:
         telemetry.look_at_gradients(engine)
     # With a teacher, the first part is the loss as it was before, and is compared with it.

@@ -76,6 +76,8 @@ def enter_phase(
     ranks: Ranks,
     upcoming: Sequence[tuple[Tensor, Tensor]],
     teacher: Teacher | None,
+    *,
+    uneven: bool = False,
     got_on: Callable[[str | None], None] = lambda line: None,
 ) -> Crossing:
     """Carry the model and the optimizer over the transition into ``phase``, in place; a collective.
@@ -92,6 +94,7 @@ def enter_phase(
         ranks: this rank among all.
         upcoming: micro-batches that come next, `batches_needed`.
         teacher: of the phase.
+        uneven: as of `accumulate_gradients`.
         got_on: as of `calibrate_`.
 
     Raises:
@@ -101,7 +104,7 @@ def enter_phase(
     measures = measures_rescale(phase)
 
     def clipped_norm(teacher: Teacher | None) -> float:
-        accumulate_gradients(engine, iter(upcoming), plan.num_micro_batches, teacher=teacher)
+        accumulate_gradients(engine, iter(upcoming), plan.num_micro_batches, uneven=uneven, teacher=teacher)
         grad_norm, _ = engine.step(StepSizes(0.0), grad_norm_limit=torch.tensor(-1.0, device=engine.device))
         return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
 

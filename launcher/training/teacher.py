@@ -55,8 +55,15 @@ class Teacher:
         self._model.reshard()
 
 
-def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path) -> Teacher | None:
+def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path, first_token: int | None) -> Teacher | None:
     """Build the teacher of a phase and read its weights; a collective. None where the phase does not distill.
+
+    Args:
+        plan: of the run.
+        phase: whose teacher it is.
+        ranks: this rank among all.
+        checkpoints: of the run.
+        first_token: the token with which documents begin, if they are to be kept apart.
 
     Raises:
         CheckpointError: it is gone, damaged, not in 16 bits, or cannot teach this model.
@@ -70,9 +77,9 @@ def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path) -> T
     except CheckpointError as error:
         raise CheckpointError(f"phases.{phase.index}.distillation: no such teacher can be had. {error}") from error
     identity = source.manifest.digest if isinstance(source, CheckpointReader) else source.location
-    return Teacher(
-        shard_teacher(source, model, plan, ranks), phase.distillation, plan.config.model.num_layers, identity
-    )
+    sharded = shard_teacher(source, model, plan, ranks)
+    sharded.model.first_token = first_token
+    return Teacher(sharded, phase.distillation, plan.config.model.num_layers, identity)
 
 
 def check_teacher(reader: CheckpointReader, teacher: Teacher) -> None:

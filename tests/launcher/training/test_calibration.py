@@ -22,7 +22,7 @@ from launcher.engine.learned_scales import initialize_scales_
 from launcher.errors import TrainingError
 from launcher.inference.load import load_model
 from launcher.run.metrics_log import read_metrics
-from launcher.training.calibration import calibrate_
+from launcher.training.calibration import calibrate_, moment_of
 from model.init import initialize_
 from model.transformer import Transformer
 from quant.calibration import calibrate
@@ -165,6 +165,21 @@ def poisoned() -> str:
 def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer() -> None:
     for said in run_group(2, poisoned):
         assert said.startswith("the calibration finds inputs of model.layers.1.mlp.down_proj that are not finite")
+
+
+def moments_with_and_without_padding() -> list[Tensor]:
+    engine = build("fsdp2", torch.float32)
+    quantize_(engine.model, QuantConfig(), engine.device)
+    layer = quantized_layers(engine.model)["model.layers.1.mlp.down_proj"]
+    tokens, labels = (part[:2].clone() for part in batch(0))
+    labels[0, 20:], labels[1] = -100, -100
+    shorter = tokens[:1, :20], labels[:1, :20]
+    return [moment_of(engine, layer, [each], lambda line: None) for each in ((tokens, labels), shorter)]
+
+
+def test_inputs_where_nothing_is_predicted_do_not_count() -> None:
+    [[padded, shorter]] = run_group(1, moments_with_and_without_padding)
+    torch.testing.assert_close(padded, shorter, rtol=1e-4, atol=1e-6)
 
 
 # Runs
