@@ -8,8 +8,10 @@ import torch.distributed as dist
 from exports import write_checkpoint
 from harness_examples import write_examples
 from ranks import run_group
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config
 
+import launcher.inference.any_task
 from data.torchvision_repair import repair_torchvision
 from launcher.errors import ConfigError
 from launcher.formats.hf_export import export_hf
@@ -112,6 +114,41 @@ def test_scores_of_a_run_equal_those_of_the_hf_model_on_its_export(run, data, tm
     assert found["gsm8k"]["num_fewshot"] == found["arc_challenge"]["num_fewshot"] == 1
     assert found["arc_challenge"]["version"] == "1.0"
     assert found["wmdp"]["tasks"] == ["wmdp_bio", "wmdp_chem", "wmdp_cyber"]
+
+
+@pytest.mark.slow
+def test_a_stopped_evaluation_goes_on_and_a_finished_one_is_kept(run, data, tmp_path, alone, monkeypatch):
+    answered = []
+
+    def answer_of_two(task, *given, **named):
+        answered.append(task.task_name)
+        if len(answered) == 2:
+            raise RuntimeError("stopped")
+        return answer(task, *given, **named)
+
+    answer = launcher.inference.any_task.answer
+    monkeypatch.setattr(launcher.inference.any_task, "answer", answer_of_two)
+    asked = str(run), ["arc_challenge", "wmdp_bio"], str(data), str(tmp_path / "scores.json")
+    with pytest.raises(RuntimeError, match="stopped"):
+        evaluate_here(*asked, {})
+    assert [record["task"] for record in read_results(tmp_path / "scores.json")] == answered[:1]
+    evaluate_here(*asked, {})
+    assert answered[2:] == answered[1:2]  # the one that was stopped
+    evaluate_here(*asked, {})
+    assert len(answered) == 3
+    evaluate_here(*asked, {"num_fewshot": 1})
+    assert answered[3:] == ["arc_challenge"]  # asked in another way; the other task keeps the 0 that it says
+    assert len(read_results(tmp_path / "scores.json")) == 3
+    points = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for events in [EventAccumulator(str(run / "tensorboard" / "evaluation")).Reload()]
+        for tag in events.Tags()["scalars"]
+    }
+    for record in read_results(tmp_path / "scores.json"):
+        for metric, score in record["scores"].items():
+            found = points[f"eval/{curve_of(record)}/{metric}"]
+            assert [step for step, _ in found] == [4]
+            assert found[0][1] == pytest.approx(score["value"])
 
 
 def test_records_hold_what_groups_are_made_of():

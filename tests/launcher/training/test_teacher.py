@@ -255,7 +255,7 @@ def held_by_a_teacher(shards: str, out: str) -> list[Any]:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     run(config)
     plan = make_plan(config, ranks.world_size)
-    teacher = open_teacher(plan, plan.phases[1], ranks, Path(out) / "checkpoints")
+    teacher = open_teacher(plan, plan.phases[1], ranks, Path(out) / "checkpoints", None)
     assert teacher is not None
     parameters = list(teacher._model.parameters())
     with teacher.teaching(torch.zeros(2, 8, dtype=torch.int64)):
