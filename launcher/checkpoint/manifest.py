@@ -161,6 +161,8 @@ class Manifest:
     """Of DeepSpeed; None for a conversion."""
     provenance: dict[str, Any] | None
     """What a conversion or an average was made from (`launcher.formats`); None for a checkpoint of training."""
+    averaged_tokens: int | None = None
+    """Tokens of the steps in the averaged weights; None if it has none. Filled in when the checkpoint is written."""
     files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
     """All files but the manifest, by name; filled in when the checkpoint is complete."""
     digest: str = ""
@@ -170,6 +172,8 @@ class Manifest:
         for key in ("step", "tokens"):
             if not is_count(getattr(self, key)):
                 raise ValueError(f"its {key!r} is not a count")
+        if self.averaged_tokens is not None and not is_count(self.averaged_tokens):
+            raise ValueError("its 'averaged_tokens' is not a count")
         if self.progress.step != self.step:
             raise ValueError(f"its 'step' is {self.step}, and in 'progress' {self.progress.step}")
         if self.spikes is not None:

@@ -63,7 +63,7 @@ class RollbackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TransitionConfig:
-    """The transition into a phase. Weights always carry over."""
+    """The transition into a phase. Weights always carry over, the live or the averaged ones."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -73,6 +73,9 @@ class TransitionConfig:
     optimizer_name: OptimizerName | None = None
     """Optimizer from this phase on; null: as before. Muon takes AdamW's first moments over; AdamW after Muon needs
     `optimizer: reset`."""
+    weights: Literal["live", "averaged"] = "live"
+    """Begin the phase with the `live` weights, or with the `averaged` ones of the 16-bit phase before (see
+    `averaging`)."""
     rescale_factor: float | None = None
     """Factor by which gradients grow at the switch, for `rescale`; null: measured there."""
     schedule: Literal["continue", "restart"] = "continue"

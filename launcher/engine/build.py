@@ -72,7 +72,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
         compute_dtype=compute_dtype,
         device=ranks.device,
         micro_batch_sequences=config.training.micro_batch_sequences,
-        num_micro_batches=plan.num_micro_batches,
+        num_micro_batches=plan.most_micro_batches,
         ternary=ternary,
         compiled=config.training.compile is True,
         muon=muon,

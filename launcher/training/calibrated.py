@@ -24,8 +24,9 @@ from launcher.process.console import Console
 from launcher.process.ranks import process_group
 from launcher.run.automatic import concrete
 from launcher.run.folder import RunFolder
+from launcher.training.averaging import begin_average, carry_average
 from launcher.training.held_out import HeldOut
-from launcher.training.step import open_data
+from launcher.training.step import in_pieces, open_data
 from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.teacher import open_teacher
 
@@ -49,8 +50,9 @@ def calibrating(console: Console) -> Contents:
             data = open_data(plan, ranks, at.step)
             engine = build_engine(plan, plan.phases[at.phase] if at.phase >= 0 else None, ranks)
             engine.keep_apart(data.first_token)
+            begin_average(engine, plan, phase)
             load_state(source, engine, with_optimizer=phase.transition.optimizer != "reset")
-            upcoming = list(islice(data, batches_needed(phase, plan)))
+            upcoming = list(in_pieces(islice(data, batches_needed(phase, plan)), plan.length_at(at.step)))
             teacher = open_teacher(plan, phase, ranks, folder.checkpoints, data.first_token)
 
             def say(line: str | None) -> None:
@@ -58,6 +60,7 @@ def calibrating(console: Console) -> Contents:
                     console.line(line)
 
             crossing = enter_phase(engine, phase, plan, ranks, upcoming, teacher, uneven=data.has_padding, got_on=say)
+            carry_average(engine, plan, phase)
             assert crossing.calibrated is not None
             console.line(f"The model is {crossing.calibrated.sentence()}")
             if (loss := HeldOut(plan, ranks, data).measure(engine)) is not None:
@@ -65,6 +68,7 @@ def calibrating(console: Console) -> Contents:
                     f"Held-out text: {loss.bits_per_byte:.4f} bits per byte ({loss.nats_per_token:.4f} nats per token)"
                 )
             data.close()
+            averaged_tokens = None if engine.average is None else int(engine.average.tokens)
             files = writer.write_rank(0, engine.shards(), {})
         manifest = replace(
             manifest_of_conversion(course, source),
@@ -73,6 +77,7 @@ def calibrating(console: Console) -> Contents:
             precision=Precision.full(phase.quantization, course.config.model.num_layers),
             data_fingerprint=data.fingerprint,
             teacher=teacher.identity if teacher else None,
+            averaged_tokens=averaged_tokens,
         )
         return files, manifest
 

@@ -54,7 +54,7 @@ def manifest_of(
         milestone=milestone,
         has_moments=True,
         step=at.step,
-        tokens=at.step * plan.tokens_per_step,
+        tokens=plan.tokens_before(at.step),
         progress=replace(at),
         precision=precision_at(plan, at),
         data_fingerprint=data_fingerprint,
@@ -86,7 +86,7 @@ def summary(plan: Plan, ranks: Ranks, meter: Meter, sample: dict[str, str] | Non
         "num_parameters": num_parameters(plan.config.model),
         "num_ternary_parameters": num_linear_parameters(plan.config.model) if ternary else 0,
         "num_matrices_updated_by_muon": len(matrix_shapes(plan)),
-        "tokens": plan.total_steps * plan.tokens_per_step,
+        "tokens": plan.total_tokens,
         "elapsed_seconds": meter.elapsed_seconds,
         "sample": sample,
     }

@@ -15,6 +15,7 @@ from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks
+from launcher.training.averaging import take_averaged_
 from launcher.training.calibration import Calibrated, calibrate_
 from launcher.training.step import accumulate_gradients
 from launcher.training.teacher import Teacher
@@ -62,11 +63,18 @@ class Crossing(NamedTuple):
     calibrated: Calibrated | None
 
 
+def calibration_batches(phase: Phase, plan: Plan) -> int:
+    """Micro-batches of this rank that ``phase`` is calibrated on: whole batches of the data's order, over all ranks."""
+    if (calibration := phase.transition.calibration) is None:
+        return 0
+    at_once = plan.config.training.micro_batch_sequences * plan.world_size
+    return math.ceil(calibration.sequences / plan.batch.unit) * (plan.batch.unit // at_once)
+
+
 def batches_needed(phase: Phase, plan: Plan) -> int:
     """Upcoming micro-batches of this rank that the transition into ``phase`` looks at."""
-    calibration = phase.transition.calibration
-    calibrating = math.ceil(calibration.sequences / plan.global_batch_sequences) if calibration else 0
-    return max(calibrating, int(measures_rescale(phase))) * plan.num_micro_batches
+    measured = plan.micro_batches_at(phase.start) if measures_rescale(phase) else 0
+    return max(calibration_batches(phase, plan), measured)
 
 
 def enter_phase(
@@ -104,11 +112,13 @@ def enter_phase(
     measures = measures_rescale(phase)
 
     def clipped_norm(teacher: Teacher | None) -> float:
-        accumulate_gradients(engine, iter(upcoming), plan.num_micro_batches, uneven=uneven, teacher=teacher)
+        accumulate_gradients(engine, iter(upcoming), plan.micro_batches_at(phase.start), uneven=uneven, teacher=teacher)
         grad_norm, _ = engine.step(StepSizes(0.0), grad_norm_limit=torch.tensor(-1.0, device=engine.device))
         return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
 
     before = clipped_norm(None) if measures else 1.0
+    if transition.weights == "averaged":
+        take_averaged_(engine)
     had_scales = any(layer.quant_config.learned for layer in quantized_layers(engine.model).values())
     if quantized_layers(engine.model):
         dequantize_(engine.model)
@@ -118,7 +128,7 @@ def enter_phase(
         initialize_scales_(engine)
     calibrated = None
     if transition.calibration is not None:
-        calibrated = calibrate_(engine, transition.calibration, upcoming, got_on)
+        calibrated = calibrate_(engine, transition.calibration, upcoming[: calibration_batches(phase, plan)], got_on)
     factor = transition.rescale_factor
     if measures:
         after = clipped_norm(teacher)

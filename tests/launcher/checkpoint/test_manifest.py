@@ -41,6 +41,7 @@ def tree_of(manifest: Manifest) -> dict[str, Any]:
     "written",
     [
         manifest(3, milestone=True),
+        replace(manifest(3), averaged_tokens=768),
         replace(manifest(3), precision=ON_A_RAMP, spikes=GUARD, teacher="a" * 32, data_fingerprint="b"),
         replace(manifest(0), world_size=None, engine=None, zero_stage=None, provenance={"source": {"nested": [1]}}),
     ],
@@ -54,11 +55,13 @@ def test_what_is_written_is_read(written: Manifest) -> None:
 
 def test_nothing_may_be_left_out() -> None:
     tree = tree_of(manifest(3))
-    filled_in = {"format_version", "files", "digest"}
+    filled_in = {"format_version", "files", "digest", "averaged_tokens"}
     assert len(tree.keys() - filled_in) == 13
     for key in tree.keys() - filled_in:
         with pytest.raises(ValueError, match=rf"its '{key}': .*"):
             manifest_of({other: value for other, value in tree.items() if other != key})
+    earlier = {key: value for key, value in tree.items() if key != "averaged_tokens"}
+    assert manifest_of(earlier) == manifest_of(tree), "weights were not averaged"
     with pytest.raises(ValueError, match=r"its 'files' lacks config\.yaml"):
         manifest_of({key: value for key, value in tree.items() if key != "files"})
     with pytest.raises(ValueError, match="or files of tensors"):
@@ -70,6 +73,8 @@ def test_nothing_may_be_left_out() -> None:
     [
         ({"step": 2}, "its 'step' is 2, and in 'progress' 3"),
         ({"tokens": -1}, "its 'tokens' is not a count"),
+        ({"averaged_tokens": -1}, "its 'averaged_tokens' is not a count"),
+        ({"averaged_tokens": "all"}, "its 'averaged_tokens': Input should be a valid integer"),
         ({"tokens": 1.0}, "its 'tokens': Input should be a valid integer"),
         ({"milestone": 1}, "its 'milestone': Input should be a valid boolean"),
         ({"progress": {"step": 3, "phase": -2, "skipped_steps": 0}}, "its 'progress': is not a count of steps, the"),
