@@ -21,8 +21,10 @@ from launcher.config.file import load_config
 from launcher.engine.learned_scales import initialize_scales_
 from launcher.errors import TrainingError
 from launcher.inference.load import load_model
+from launcher.plan.plan import make_plan
 from launcher.run.metrics_log import read_metrics
 from launcher.training.calibration import calibrate_, moment_of
+from launcher.training.switch import batches_needed, calibration_batches
 from model.init import initialize_
 from model.transformer import Transformer
 from quant.calibration import calibrate
@@ -203,6 +205,22 @@ def assert_same_end(one: Path, other: Path) -> None:
     for ours, theirs in zip(final_state(one), final_state(other), strict=True):
         assert ours.keys() == theirs.keys()
         assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == [], f"{one} and {other}"
+
+
+@pytest.mark.parametrize(("sequences", "rows"), [(1, 4), (4, 4), (5, 8), (12, 12)])
+def test_the_rows_are_whole_batches_of_the_order_on_any_number_of_ranks(
+    tmp_path: Path, sequences: int, rows: int
+) -> None:
+    training = {"batch_warmup": [{"sequences": 4, "until_tokens": 256}]}  # and then 8
+    config = tiny_config(
+        tmp_path, tmp_path / "run", training={"micro_batch_sequences": 2, "global_batch_sequences": 8, **training},
+        phases=phases(calibration={"sequences": sequences}, optimizer="rescale"),
+    )  # fmt: skip
+    for world_size in (1, 2):
+        plan = make_plan(config, world_size)
+        assert calibration_batches(plan.phases[1], plan) * 2 * world_size == rows
+        assert batches_needed(plan.phases[1], plan) * 2 * world_size == max(rows, 8)
+        assert batches_needed(plan.phases[0], plan) == 0
 
 
 def whole_and_in_pieces(shards: str, out: str, engines: list[str]) -> None:
