@@ -54,7 +54,7 @@ class Start(NamedTuple):
 
 PLAIN, CALIBRATED = Start(None), Start("error-feedback")
 CASES: list[tuple[str, Start, int, int | None]] = [
-    *(("gaussian", start, 3, 2) for start in (PLAIN, CALIBRATED)),
+    *(("gaussian", start, 3, 3) for start in (PLAIN, CALIBRATED)),
     *(("gaussian", start._replace(ramp_steps=20), 2, None) for start in (PLAIN, CALIBRATED)),
     *(("gaussian", start._replace(optimizer="reset"), 1, None) for start in (PLAIN, CALIBRATED)),
     *(("absmean", start, 2, 2) for start in (PLAIN, CALIBRATED)),
@@ -95,8 +95,9 @@ def table(options: argparse.Namespace, in_16_bits: float, found: dict[tuple[str,
         cells = []
         for at in range(len(steps)):
             values = [each[at] for each in losses if at < len(each)]
-            spread = f"{min(values):.4f} to {max(values):.4f}" if len(set(values)) > 1 else f"of {len(values)}"
-            cells.append(f"{statistics.mean(values):.4f} ({spread})" if values else "")
+            spread = f" ({min(values):.4f} to {max(values):.4f})" if len(set(values)) > 1 else ""
+            count = f", of {len(values)}" if len(values) < options.seeds else ""
+            cells.append(f"{statistics.mean(values):.4f}{spread}{count}" if values else "")
         lines.append(f"| {recipe} | {start} | {' | '.join(cells)} |")
     return (
         f"A model of {MODEL['num_layers']} blocks of width {MODEL['hidden_size']}, {options.trunk} steps of 8 x 128 "
