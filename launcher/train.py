@@ -48,6 +48,7 @@ from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED, Meter
 from launcher.training.record import check_resumed, manifest_of, skip_advice, summary
 from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
+from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
 from launcher.training.step import Batches, StepResult, in_pieces, open_data, train_step
 from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.tasks import NUM_SCORED, TasksInTraining, open_tasks
@@ -85,7 +86,10 @@ def train(
             if (phase := plan.phase_of(at.step)) is not run.phase:
                 switch(run, phase)
                 timetable.evaluated()
-            if phase.quantization is not None and (strengths := plan.strengths_at(at.step)) != run.strengths:
+            if (
+                phase.quantization is not None
+                and (strengths := plan.strengths_at(at.step, at.block_order)) != run.strengths
+            ):
                 set_strengths_(engine.model, *strengths)
                 run.strengths = strengths
             result = take_step(run)
@@ -312,6 +316,11 @@ def switch(run: LoopState, phase: Phase) -> None:
         uneven=run.data.has_padding,
         got_on=lambda line: run.pulse.got_on(),
     )
+    rises = None
+    if phase.transition.measures_order:
+        ahead = upcoming[: plan.micro_batches_at(at.step)]
+        rises = measure_sensitivity(run.engine, ahead, plan.config.model.num_layers, run.pulse.got_on)
+    at.block_order = None if rises is None else order_of(rises)
     carry_average(run.engine, plan, phase)
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
@@ -323,6 +332,8 @@ def switch(run: LoopState, phase: Phase) -> None:
             {"transition/rescale_factor": crossing.factor},
             f"the optimizer's moments are rescaled to gradients {crossing.factor:.4g} times as large",
         )
+    if rises is not None:
+        run.meter.noted(*sensitivity_note(rises))
     if (given_up := run.rollbacks.get(phase.index)) is not None:
         run.meter.noted(*rollback_note(given_up))
     measure(run, "start of phase")
@@ -397,7 +408,7 @@ def make_up(run: LoopState, logged: Collection[str]) -> None:
         return
     evaluating, tasks = measured_after(run.at.step, run.phase, run.plan.config)
     if run.phase.quantization is not None:
-        set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1))
+        set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1, run.at.block_order))
     if evaluating and EVALUATED not in logged:
         evaluate(run)
     if tasks and NUM_SCORED not in logged:

@@ -43,7 +43,7 @@ JUDGED_BY: dict[type, dict[str, tuple[str, ...]]] = {
         "hadamard": ("preset",),
     },
     TransitionConfig: {"rescale_factor": ("optimizer",)},
-    RampConfig: {"sharpness": ("shape",), "stairs": ("shape",), "order": ("steps",)},
+    RampConfig: {"sharpness": ("shape",), "stairs": ("shape",), "order": ("steps",), "rounding": ("steps",)},
     DistillationConfig: {"relation_layer": ("relation_weight",)},
     EngineConfig: {
         "zero_stage": ("name",),

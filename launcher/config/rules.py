@@ -194,6 +194,14 @@ def first_phase_keeps_nothing(phases: "Phases", checkpoint: "CheckpointConfig") 
     given = phases[0].transition if phases and not checkpoint.start_from else None
     if given and given != TransitionConfig(ramp=given.ramp, activation_ramp=given.activation_ramp):
         yield "phases.0.transition", "has nothing to carry over in the first phase; it needs checkpoint.start_from"
+    for key in ("ramp", "activation_ramp"):
+        ramp = getattr(given, key, None)
+        if ramp and ramp.order == "sensitivity":
+            yield (
+                f"phases.0.transition.{key}.order",
+                "is sensitivity, but there is no trained model to measure; it needs a phase before, or "
+                "checkpoint.start_from",
+            )
 
 
 def factor_is_for_one_selection(phases: "Phases", optimizer: OptimizerConfig) -> Problems:

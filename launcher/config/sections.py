@@ -22,7 +22,7 @@ from launcher.config.strict import STRICT
 from launcher.config.transition import TransitionConfig
 from launcher.config.warmups import BatchStage, LengthStage, order_problems
 from model.config import DistillationConfig, ModelConfig
-from quant.config import QuantConfig
+from quant.config import QuantConfig, soft_problem
 from quant.ramp import RampConfig
 
 TrackerName = Literal["wandb", "trackio", "mlflow"]
@@ -223,6 +223,8 @@ class PhaseConfig:
                 problems["transition.calibration"] = "is given for a 16-bit phase; only ternary phases have codes"
         elif transition.activation_ramp and self.quantization and self.quantization.activations == "none":
             problems["transition.activation_ramp"] = "has no effect, because quantization.activations is none"
+        if transition.ramp.rounding == "softmax" and (problem := soft_problem(self.quantization or QuantConfig())):
+            problems["transition.ramp.rounding"] = problem
         if problems:
             raise ValueError(problems)
 

@@ -104,6 +104,10 @@ class TransitionConfig:
                 problems["rescale_factor"] = f"has no effect with optimizer: {self.optimizer}; only rescale uses it"
             elif self.rescale_factor <= 0:
                 problems["rescale_factor"] = f"is {self.rescale_factor}; must be above 0"
+        if self.activation_ramp is not None and self.activation_ramp.rounding != "blend":
+            problems["activation_ramp.rounding"] = (
+                f"is {self.activation_ramp.rounding}, which is for weights; set ramp.rounding instead"
+            )
         if problems:
             raise ValueError(problems)
 
@@ -111,6 +115,11 @@ class TransitionConfig:
     def ramps(self) -> tuple[RampConfig, RampConfig]:
         """The ramps of the weights and of the activations."""
         return self.ramp, self.activation_ramp or self.ramp
+
+    @property
+    def measures_order(self) -> bool:
+        """Return whether blocks take turns in an order that is measured at the switch."""
+        return any(ramp.order == "sensitivity" for ramp in self.ramps)
 
     def stretched(self, attempt: int, after_steps: int) -> "TransitionConfig":
         """The transition after ``attempt`` rollbacks: gentler.

@@ -37,7 +37,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
             add_learned_scales_(model, other.quantization)
     ternary = own_rate_parameters(model, plan)
     if phase is not None and phase.quantization is not None:
-        quantize_(model, phase.quantization, ranks.device)
+        quantize_(model, phase.quantization, ranks.device, rounding=phase.transition.ramp.rounding)
     blocks = list(model.model.layers)
     for block in blocks:
         if config.training.activation_checkpointing:

@@ -5,7 +5,7 @@ number of ranks, for a conversion, an export or a report; `launcher.plan.plan` d
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -159,16 +159,21 @@ class Course:
         ramp_end = phase.start + ramp_steps
         return ramp_end + self.steps_of(transition.rollback.after_tokens, ramp_end)
 
-    def strengths_at(self, step: int) -> tuple[list[float], list[float]]:
+    def strengths_at(self, step: int, block_order: Sequence[int] | None = None) -> tuple[list[float], list[float]]:
         """Strengths of quantization in the step of this number: of each block's weights, and of its activations.
 
         All are 0 in a 16-bit phase.
+
+        Args:
+            step: counted from 0.
+            block_order: blocks in the order that was measured at the switch, for ramps in the order ``sensitivity``.
+                Without it they go from front to back, which changes no mean over blocks.
         """
         phase, num_layers = self.phase_of(step), self.config.model.num_layers
         if phase.quantization is None:
             return [0.0] * num_layers, [0.0] * num_layers
         weights, activations = (
-            [strength_at(step - phase.start, ramp, depth, num_layers) for depth in range(num_layers)]
+            [strength_at(step - phase.start, ramp, depth, num_layers, block_order) for depth in range(num_layers)]
             for ramp in phase.transition.ramps
         )
         return weights, activations

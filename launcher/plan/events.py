@@ -81,6 +81,8 @@ def _ramp_events(start: int, ramp: RampConfig, what: str) -> Iterator[tuple[int,
     if not ramp.end_steps:
         yield start, f"{what} at full strength at once"
         return
-    order = "" if ramp.order == "all" else f", {ramp.order}"
-    shape = f"{ramp.shape}{order}, " if ramp.steps else ""
+    shape = ""
+    if ramp.steps:
+        order = {"all": "", "sensitivity": "by sensitivity, "}.get(ramp.order, f"{ramp.order}, ")
+        shape = f"{ramp.shape}, {order}" + ("softmax rounding, " if ramp.rounding == "softmax" else "")
     yield start + ramp.delay_steps, f"{what} ramps up: {shape}full strength from step {start + ramp.end_steps:,}"

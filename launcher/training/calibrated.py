@@ -26,6 +26,7 @@ from launcher.run.automatic import concrete
 from launcher.run.folder import RunFolder
 from launcher.training.averaging import begin_average, carry_average
 from launcher.training.held_out import HeldOut
+from launcher.training.sensitivity import measure_sensitivity, order_of
 from launcher.training.step import in_pieces, open_data
 from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.teacher import open_teacher
@@ -60,6 +61,10 @@ def calibrating(console: Console) -> Contents:
                     console.line(line)
 
             crossing = enter_phase(engine, phase, plan, ranks, upcoming, teacher, uneven=data.has_padding, got_on=say)
+            order = None
+            if phase.transition.measures_order:
+                ahead = upcoming[: plan.micro_batches_at(at.step)]
+                order = order_of(measure_sensitivity(engine, ahead, plan.config.model.num_layers, lambda: None))
             carry_average(engine, plan, phase)
             assert crossing.calibrated is not None
             console.line(f"The model is {crossing.calibrated.sentence()}")
@@ -73,7 +78,7 @@ def calibrating(console: Console) -> Contents:
         manifest = replace(
             manifest_of_conversion(course, source),
             has_moments=True,
-            progress=Progress(step=at.step, phase=phase.index, skipped_steps=0),
+            progress=Progress(step=at.step, phase=phase.index, skipped_steps=0, block_order=order),
             precision=Precision.full(phase.quantization, course.config.model.num_layers),
             data_fingerprint=data.fingerprint,
             teacher=teacher.identity if teacher else None,

@@ -73,7 +73,8 @@ def calibration_batches(phase: Phase, plan: Plan) -> int:
 
 def batches_needed(phase: Phase, plan: Plan) -> int:
     """Upcoming micro-batches of this rank that the transition into ``phase`` looks at."""
-    measured = plan.micro_batches_at(phase.start) if measures_rescale(phase) else 0
+    measures = measures_rescale(phase) or phase.transition.measures_order
+    measured = plan.micro_batches_at(phase.start) if measures else 0
     return max(calibration_batches(phase, plan), measured)
 
 
@@ -123,7 +124,7 @@ def enter_phase(
     if quantized_layers(engine.model):
         dequantize_(engine.model)
     if phase.quantization is not None:
-        quantize_(engine.model, phase.quantization, ranks.device)
+        quantize_(engine.model, phase.quantization, ranks.device, rounding=transition.ramp.rounding)
     if not had_scales:
         initialize_scales_(engine)
     calibrated = None

@@ -240,6 +240,16 @@ def test_strengths_of_blocks_and_of_activations():
     assert all(weights == activations for weights, activations in map(together.strengths_at, range(10)))
 
 
+def test_strengths_in_a_measured_order():
+    ramps = "phases.1.transition={ramp: {steps: 4, order: sensitivity}, activation_ramp: {steps: 2}}"
+    plan = plan_of(ramps)
+    assert [plan.strengths_at(step, (1, 0))[0] for step in range(4, 9)] == [[0, 0], [0, 0.5], [0, 1], [0.5, 1], [1, 1]]
+    assert [plan.strengths_at(step, (1, 0))[1] for step in range(4, 7)] == [[0, 0], [0.5, 0.5], [1, 1]]
+    assert [plan.strength_at(step) for step in range(4, 9)] == [0, 0.25, 0.5, 0.75, 1]
+    assert plan.phases[1].transition.measures_order
+    assert not plan_of("phases.1.transition.ramp.steps=4").phases[1].transition.measures_order
+
+
 def test_the_mean_strength_of_equal_blocks_is_theirs_exactly():
     plan = plan_of("model.num_layers=3", "phases.1.transition.ramp={shape: tanh, steps: 6}")
     assert all({plan.strength_at(step)} == set(plan.strengths_at(step)[0]) for step in range(10))
@@ -297,6 +307,10 @@ def test_events_tell_what_happens_when():
         "5 weight decay ends (0.1 before)",
         "6 quantization of the activations ramps up: full strength from step 6",
     ]
+    [soft] = events(plan_of("phases.1.transition.ramp={steps: 4, order: sensitivity, rounding: softmax}"))
+    assert soft["what"] == (
+        "quantization ramps up: linear, by sensitivity, softmax rounding, full strength from step 8"
+    )
     assert events(plan_of("schedule.shape=two-stage"))[-1]["what"] == "the learning rate drops to its second stage"
     assert [event["step"] for event in events(plan_of("phases.1.steps=20", ROLLBACK))] == [4, 6]
 
