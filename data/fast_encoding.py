@@ -14,8 +14,6 @@ from importlib.metadata import version
 from itertools import pairwise
 from typing import Any, Protocol
 
-import numpy as np
-
 from data.errors import DataError
 
 NAME = "fastokens"
@@ -59,6 +57,8 @@ class FastEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text; the name of a special token in it is just text."""
+        import numpy as np
+
         spelling = {place for place, text in enumerate(texts) if self._spelled and self._spelled.search(text)}
         others = [text for place, text in enumerate(texts) if place not in spelling]
         content, ends = self._model.encode_batch_flat(others, split_special_tokens=True)

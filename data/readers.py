@@ -30,7 +30,6 @@ from data.documents import READ_BYTES, Document
 from data.errors import DataError
 from data.pointers import pointer_problem
 from data.survey import Survey, split_hub_name, suffix_of, survey
-from data.token_files import read_datatrove, read_megatron
 
 TEXT_KEY = "text"
 MAX_ZSTD_WINDOW_BYTES = 2**31  # files written with `zstd --long` need more than the decoder's default of 128 MiB
@@ -240,6 +239,12 @@ def _read_parquet(path: Path) -> Iterator[Document]:
                 yield Document(_text_of({TEXT_KEY: text}, origin), origin)
 
 
+def _read_tokens(path: Path) -> Iterator[Document]:
+    from data.token_files import read_datatrove, read_megatron
+
+    return read_megatron(path) if suffix_of(path) == ".idx" else read_datatrove(path)
+
+
 def _read_hugging_face(source: str) -> Iterator[Document]:
     """Stream `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`; NAME may be a folder of data files."""
     (name, *config, split), num_rows = split_hub_name(source)
@@ -269,7 +274,7 @@ READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".jsonl.zst": _read_jsonl_zst,
     ".jsonl.gz": _read_jsonl_gz,
     ".parquet": _read_parquet,
-    ".idx": read_megatron,
-    ".ds": read_datatrove,
+    ".idx": _read_tokens,
+    ".ds": _read_tokens,
 }
 """What reads a file, by the end of its name."""
