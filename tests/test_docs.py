@@ -109,7 +109,7 @@ def test_pretrain_command_parses(words: list[str], monkeypatch: pytest.MonkeyPat
 
     started: list[Config] = []
 
-    def run(config: Config) -> int:
+    def run(config: Config, **options: Any) -> int:
         started.append(config)
         return 0
 
