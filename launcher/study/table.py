@@ -73,11 +73,10 @@ def show_totals(arms: Sequence[Arm], sharing: Sharing, console: Console) -> None
     if len(tokens) > 1:
         given = f"{human_count(tokens[0])} to {human_count(tokens[-1])}"
         console.line(f"WARNING: the arms have {given} tokens; losses at different numbers of tokens do not compare.")
-    least = min(arms, key=_tokens_per_parameter)
-    if (ratio := _tokens_per_parameter(least)) < ENOUGH_TOKENS:
+    if (ratio := min(map(_tokens_per_parameter, arms))) < ENOUGH_TOKENS:
         console.line(
-            f"WARNING: {least.name} has {ratio:.1f} tokens per ternary parameter. Below {ENOUGH_TOKENS} a 16-bit model "
-            "is not trained enough, and rounding it costs little."
+            f"WARNING: {ratio:.1f} tokens per ternary parameter. Below {ENOUGH_TOKENS} a 16-bit model is not trained "
+            "enough, and rounding it costs little."
         )
 
 
