@@ -37,11 +37,17 @@ class Sweep:
     rates: tuple[float, ...]
     """Values of optimizer.learning_rate."""
     only: tuple[Selector, ...] = ()
-    """The arms that are swept; empty: all."""
+    """The arms that are swept, with all of their seeds; empty: all."""
 
     def __post_init__(self) -> None:
+        problems = {}
         if len(set(self.rates)) < 2:
-            raise ValueError({"rates": "needs two different learning rates or more; leave sweep out for one"})
+            problems["rates"] = "needs two different learning rates or more; leave sweep out for one"
+        for index, selector in enumerate(self.only):
+            for axis in {"seed", "rate"} & selector.keys():
+                problems[f"only.{index}.{axis}"] = "selects no arms to sweep; an arm is swept with all of its seeds"
+        if problems:
+            raise ValueError(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,7 @@ class Study:
     def labels(self) -> Mapping[str, tuple[str, ...]]:
         """The values that a selector may name, by axis."""
         own = {"switch": tuple(map(share_label, self.switch))} if self.switch else {}
-        rates = {"rate": tuple(f"{rate:g}" for rate in self.sweep.rates)} if self.sweep else {}
+        rates = {"rate": tuple(map(repr, self.sweep.rates))} if self.sweep else {}
         axes = {name: tuple(values) for name, values in self.axes.items()}
         baselines = (NO_BASELINE, *self.baselines)
         return own | axes | rates | {"seed": tuple(map(str, self.seeds)), "baseline": baselines}

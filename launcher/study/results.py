@@ -72,7 +72,7 @@ def twin_of(arm: Arm, arms: Sequence[Arm], sharing: Sharing) -> Arm | None:
     for other in arms:
         is_longer = other.plan.total_steps > step
         if is_longer and not any(phase.quantization for phase in other.plan.phases):
-            begin = first_step(arm)
+            begin = first_step(arm.plan)
             if settings_of(other.plan) == settings and step == parting(
                 arm.plan, other.plan, sizes[arm.name], sizes[other.name], begin, step
             ):

@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any
 
 from launcher.config.file import to_tree
-from launcher.formats.start import first_progress
 from launcher.plan.course import Course, Phase
 from launcher.plan.schedule import StepSizes
 from launcher.study.arms import Arm
@@ -73,12 +72,13 @@ class Sharing:
         """Steps that are finished where an arm's own training begins."""
         parent = self.parents[arm.name]
         trunk = next((trunk for trunk in self.trunks if trunk.name == parent), None)
-        return first_step(arm) if trunk is None else trunk.end
+        return first_step(arm.plan) if trunk is None else trunk.end
 
 
-def first_step(arm: Arm) -> int:
-    """Steps that count as finished before an arm trains."""
-    return first_progress(arm.plan).step
+def first_step(course: Course) -> int:
+    """Steps that count as finished before a run trains, as in `launcher.formats.start`."""
+    checkpoint = course.config.checkpoint
+    return 0 if checkpoint.start_from is None else course.phases[checkpoint.start_phase].start
 
 
 def share(arms: Sequence[Arm]) -> Sharing:
@@ -88,7 +88,7 @@ def share(arms: Sequence[Arm]) -> Sharing:
     for arm in arms:
         groups.setdefault(settings_of(arm.plan), []).append(arm)
     for group in groups.values():
-        found.divide(group, at=first_step(group[0]), parent=None, begin=first_step(group[0]))
+        found.divide(group, at=(begin := first_step(group[0].plan)), parent=None, begin=begin)
     sizes = {arm.name: found.sizes_of(arm) for arm in arms}
     return Sharing(trunks=tuple(found.trunks), parents=found.parents, partings=tuple(found.partings), sizes=sizes)
 
@@ -161,7 +161,7 @@ def settings_of(course: Course) -> str:
     )
     tree["of the whole run"] = {
         "sequences": course.global_batch_sequences,
-        "first step": first_progress(course).step,
+        "first step": first_step(course),
         # The engine has parameters, groups of them and a guard from the first step for what comes later.
         "muon": [config.optimizer.learning_rate] if course.has_muon else None,
         "own rate": sorted({phase.quantization.include for phase in ternary if phase.quantization})

@@ -16,7 +16,6 @@ from launcher.study.arms import Arm, make_arms, raise_problems
 from launcher.study.config import base_of, load_study
 from launcher.study.dispatch import INTERRUPTED, Outcome, Queue
 from launcher.study.jobs import Job, jobs_of, needed
-from launcher.study.results import results_of, table_of, write_results
 from launcher.study.sharing import share
 from launcher.study.table import show_arms, show_needs, show_totals
 from launcher.study.worker import Place
@@ -71,6 +70,8 @@ def study(path: Path, out: Path, options: Options, console: Console) -> int:
             utilization=options.utilization,
         )
         return COMPLETE
+    from launcher.study.results import results_of, table_of, write_results  # which need torch
+
     check_arms(arms)
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "study.yaml", path.read_text())

@@ -33,7 +33,7 @@ SECONDS_TO_MEASURE = 300.0
 
 def steps_of_study(arms: Sequence[Arm], sharing: Sharing) -> tuple[int, int]:
     """Steps of all arms, each by itself; and with shared trunks."""
-    alone = sum(arm.plan.total_steps - first_step(arm) for arm in arms)
+    alone = sum(arm.plan.total_steps - first_step(arm.plan) for arm in arms)
     trunks = sum(trunk.end - trunk.begin for trunk in sharing.trunks)
     return alone, trunks + sum(arm.plan.total_steps - sharing.begin_of(arm) for arm in arms)
 
@@ -157,8 +157,8 @@ def measured_seconds(jobs: Sequence[Job], place: Place) -> tuple[float | None, s
     rate = {name: value / flops for name, value in per_step.items()}
     slowest = max(rate.values())
     seconds = sum(flops_of(job, name) * rate.get(name, slowest) for job in jobs for name in ("16-bit", "ternary"))
-    measured = " and ".join(f"{1000 * value:.3g} ms in {name}" for name, value in sorted(per_step.items()))
-    return seconds / place.num_ranks, f"by steps measured here: {measured}, without starts and evaluation"
+    measured = " and ".join(f"{value:.3g} s in {name}" for name, value in sorted(per_step.items()))
+    return seconds / place.num_ranks, f"by steps measured here: a step takes {measured}; without starts and evaluation"
 
 
 def send_seconds_apart(plan: Plan, threads: int, answer: Connection) -> None:

@@ -152,6 +152,7 @@ def test_arms_have_folders_of_their_own(tmp_path):
         ({"exclude": [{"seed": 5}]}, "exclude.0.seed: names 5; the values are 0"),
         ({"sweep": {"rates": [1e-3]}}, "sweep.rates: needs two different learning rates or more"),
         ({"sweep": {"rates": [1e-3, 2e-3], "only": [{"x": 1}]}}, "sweep.only.0.x: is no axis of this study"),
+        ({"sweep": {"rates": [1e-3, 2e-3], "only": [{"seed": 0}]}}, "sweep.only.0.seed: selects no arms to sweep"),
         ({"keep": "some"}, "keep: is 'some'; must be 'ends', 'all' or 'none'"),
         ({"base": "nowhere"}, "base: "),
         ({"only": [{"seed": 0, "baseline": "none"}], "exclude": [{"seed": 0}]}, "only, exclude: leave no arm"),
