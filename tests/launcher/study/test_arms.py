@@ -1,20 +1,25 @@
 """The grid of a study: its arms, their names, and what is wrong with them."""
 
+import re
 from pathlib import Path
 
 import pytest
 from studies import write_study
 
 from launcher.errors import ConfigError
+from launcher.process.console import Console
 from launcher.study.arms import Arm, make_arms
 from launcher.study.config import base_of, load_study
-from launcher.study.study import SHIPPED
+from launcher.study.sharing import share
+from launcher.study.study import SHIPPED, Options, study
+
+OPTIONS = Options(jobs=2, num_ranks=1, dry_run=True, gpu="H100", utilization=0.4)
 
 
 def arms_of(folder, sections=None, **keys) -> list[Arm]:
     path = write_study(folder, Path("shards"), sections, **keys)
-    study = load_study(path)
-    return make_arms(study, base_of(study, path, SHIPPED), folder / "out", 1)
+    loaded = load_study(path)
+    return make_arms(loaded, base_of(loaded, path, SHIPPED), folder / "out", 1)
 
 
 def problem_of(folder, sections=None, **keys) -> str:
@@ -173,6 +178,32 @@ def test_a_switch_of_a_run_in_tokens(tmp_path):
     phases = [{"precision": "16-bit", "tokens": 1024}, {"precision": "ternary", "tokens": 1024}]
     (arm,) = arms_of(tmp_path, {"phases": phases}, switch=[0.75], baselines=[])
     assert [phase.end for phase in arm.plan.phases] == [6, 8]
+
+
+SHIPPED_STUDIES = sorted((SHIPPED / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED_STUDIES, ids=lambda path: path.stem)
+def test_a_shipped_study_is_worth_its_hours(path, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert study(path, out, OPTIONS, Console(silent=False)) == 0
+    said = capfd.readouterr().out
+    assert re.search(r"arms and \d+ trunks: [\d,]+ steps instead of [\d,]+ .* sharing saves [2-9]\d%", said)
+    assert "WARNING" not in said
+    assert not out.exists()
+    text = path.read_text()
+    assert f"tritrain study configs/studies/{path.name} --out runs/{path.stem} --dry-run" in text
+
+
+def test_the_study_of_switch_points_has_its_trunks(tmp_path):
+    path = SHIPPED / "studies" / "switch-point.yaml"
+    loaded = load_study(path)
+    arms = make_arms(loaded, base_of(loaded, path, SHIPPED), tmp_path, 1)
+    assert len(arms) == 48
+    assert {arm.plan.total_steps * arm.plan.tokens_per_step for arm in arms} == {4_096_000}
+    sharing = share(arms)
+    assert sharing.partings == ()
+    assert [trunk.end for trunk in sharing.trunks] == [200, 500, 700, 800, 900] * 3
 
 
 def test_a_shipped_configuration_is_found_by_its_name(tmp_path):

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from tiny import tiny_tree
 
 from launcher.config.file import apply_override, parse_config
+from launcher.formats.start import first_progress
 from launcher.plan.plan import make_plan
 from launcher.study.arms import Arm
 from launcher.study.jobs import jobs_of
 from launcher.study.results import twin_of
-from launcher.study.sharing import share
+from launcher.study.sharing import first_step, share
 from launcher.study.table import steps_of_study
 
 WSD = "schedule={shape: wsd, warmup_steps: 2, decay_fraction: 0.25}"
@@ -198,3 +199,11 @@ def test_jobs_come_after_the_trunks_that_they_need(tmp_path: Path) -> None:
     ]
     for index, job in enumerate(jobs):
         assert job.needs is None or job.needs in [earlier.name for earlier in jobs[:index]]
+
+
+def test_a_run_that_starts_from_a_checkpoint_begins_where_training_would() -> None:
+    tree = tiny_tree(Path("shards"), Path("run"))
+    tree["checkpoint"] = {"start_from": "source", "start_phase": 1}
+    plan = make_plan(parse_config(tree), 1)
+    assert first_step(plan) == first_progress(plan).step == 4
+    assert first_step(arm("a").plan) == first_progress(arm("a").plan).step == 0
