@@ -185,7 +185,7 @@ def test_a_study_that_was_ended_goes_on_with_the_same_command(
 ) -> None:
     keys = {"switch": [0.5, 0.75], "axes": {"state": STATE}, "seeds": [0, 1]}
     sections = {
-        "phases": [{"precision": "16-bit", "steps": 20}, {"precision": "ternary", "steps": 20}],
+        "phases": [{"precision": "16-bit", "steps": 8}, {"precision": "ternary", "steps": 8}],
         "checkpoint": {"interval_steps": 1},
     }
     path = write_study(tmp_path, shards, sections, **keys)
