@@ -42,8 +42,8 @@ def main() -> None:
         def step_of(first_token: int | None) -> Callable[[], None]:
             def step() -> None:
                 engine.keep_apart(first_token)
-                batches = ((tokens, tokens.roll(-1, 1)) for _ in range(plan.num_micro_batches))
-                accumulate_gradients(engine, batches, plan.num_micro_batches)
+                batches = ((tokens, tokens.roll(-1, 1)) for _ in range(plan.most_micro_batches))
+                accumulate_gradients(engine, batches, plan.most_micro_batches)
                 engine.step(StepSizes(1e-4))
 
             for _ in range(3):
@@ -55,7 +55,7 @@ def main() -> None:
         seconds = interleaved(steps, options.repeats, ranks.device, of_process=on_processor)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     text = (
-        f"One step of {config.run.name} on {plan.num_micro_batches} x {shape[0]} x {shape[1]} tokens, a document in "
+        f"One step of {config.run.name} on {plan.most_micro_batches} x {shape[0]} x {shape[1]} tokens, a document in "
         f"{options.tokens_per_document}; {options.repeats} rounds"
         f"{', seconds of the processor' if on_processor else ''}.\n\n" + table(seconds, "joined")
     )

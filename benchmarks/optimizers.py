@@ -1,7 +1,8 @@
 """A whole optimizer step with AdamW and with Muon, through the engine: time, and the optimizer's state.
 
-One engine on one model takes turns: Muon goes on with AdamW's first moments, and AdamW starts anew. Beside the times
-stand the FLOPs of Muon's iterations as `tritrain plan` counts them, as a share of the step's forward and backward.
+One engine on one model takes turns: Muon goes on with AdamW's first moments, and AdamW starts anew. Once more AdamW
+steps with weights that are averaged. Beside the times stand the FLOPs of Muon's iterations as `tritrain plan` counts
+them, as a share of the step's forward and backward.
 
     python benchmarks/optimizers.py [--config configs/quickstart.yaml] [--repeats 9] [key.sub=value ...]
 """
@@ -14,6 +15,7 @@ from measure import interleaved, parser_of, report
 from phases import take_step
 
 from launcher.config.file import load_config
+from launcher.engine.averaging import Average
 from launcher.engine.build import build_engine
 from launcher.engine.contract import load_weights
 from launcher.plan.muon import muon_flops
@@ -36,23 +38,34 @@ def main() -> None:
         assert engine.muon is not None
         shape = config.training.micro_batch_sequences, config.data.sequence_length
         tokens = torch.randint(0, config.model.vocab_size, shape)
-        step = partial(take_step, engine, tokens, plan.num_micro_batches)
-        seconds: dict[str, list[float]] = {"AdamW": [], "Muon": []}
+        step = partial(take_step, engine, tokens, plan.most_micro_batches)
+        skipped = torch.zeros((), device=ranks.device)
+
+        def averaged_step() -> None:
+            step()
+            assert engine.average is not None
+            engine.average.update_(engine.weights(), plan.tokens_at(0), skipped)
+
+        steps = {"AdamW": step, "AdamW, averaged": averaged_step, "Muon": step}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
         state_bytes = {}
         on_processor = ranks.device.type == "cpu"
         for turn in range(options.repeats + 1):
             for name in seconds:
                 engine.muon.turn(on=name == "Muon")
-                step()
+                engine.average = None
+                if name == "AdamW, averaged":
+                    engine.average = Average(engine.weights(), 100 * plan.tokens_at(0), engine.device)
+                steps[name]()
                 if turn:
-                    seconds[name] += interleaved({name: step}, 1, ranks.device, of_process=on_processor)[name]
+                    seconds[name] += interleaved({name: steps[name]}, 1, ranks.device, of_process=on_processor)[name]
                 state_bytes[name] = sum(
                     tensor.numel() * tensor.element_size()
                     for shard in engine.shards()
                     for kind, tensor in shard.tensors.items()
                     if kind != "weight"
                 )
-    flops = plan.flops_per_token_at(0) * plan.tokens_per_step
+    flops = plan.flops_per_token_at(0) * plan.tokens_at(0)
     base = statistics.median(seconds["AdamW"])
     lines = ["| | median ms | fastest to slowest | x | state MiB |", "| --- | ---: | --- | ---: | ---: |"]
     for name, values in seconds.items():
@@ -63,7 +76,7 @@ def main() -> None:
         )
     text = (
         f"One 16-bit step of {config.run.name}'s model ({num_parameters(config.model) / 1e6:.1f} M parameters) on "
-        f"{plan.num_micro_batches} x {shape[0]} x {shape[1]} tokens, {options.repeats} rounds in turns"
+        f"{plan.most_micro_batches} x {shape[0]} x {shape[1]} tokens, {options.repeats} rounds in turns"
         f"{', in seconds of the process' if on_processor else ''}. Muon's iterations have "
         f"{muon_flops(plan) / flops:.1%} of the FLOPs of forward and backward.\n\n" + "\n".join(lines)
     )

@@ -80,7 +80,7 @@ def main() -> None:
         load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, ranks.device, **how))
         shape = config.training.micro_batch_sequences, config.data.sequence_length
         tokens = torch.randint(0, config.model.vocab_size, shape)
-        step = partial(take_step, engine, tokens, plan.num_micro_batches)
+        step = partial(take_step, engine, tokens, plan.most_micro_batches)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         peaks = dict.fromkeys(names, 0)
         on_gpu = ranks.device.type == "cuda"
@@ -96,7 +96,7 @@ def main() -> None:
                 if on_gpu:
                     peaks[name] = torch.cuda.max_memory_allocated()
     estimate = sum(memory_bytes_per_rank(plan).values())
-    num_tokens = plan.num_micro_batches * tokens.numel()
+    num_tokens = plan.most_micro_batches * tokens.numel()
     peak_flops = peak_flops_per_second(ranks.device)
     base = statistics.median(seconds[names[0]])
     lines = ["| | median ms | fastest to slowest | x | tokens/s | MFU | peak GiB |"]
@@ -111,7 +111,7 @@ def main() -> None:
     concrete_training = plan.config.training
     text = (
         f"One optimizer step of {config.run.name}'s model ({num_parameters(config.model) / 1e6:.0f} M parameters) on "
-        f"{plan.num_micro_batches} x {shape[0]} x {shape[1]} tokens in {concrete_training.compute_dtype} with "
+        f"{plan.most_micro_batches} x {shape[0]} x {shape[1]} tokens in {concrete_training.compute_dtype} with "
         f"{config.engine.name}, {'compiled' if concrete_training.compile else 'eager'}, {options.repeats} rounds in "
         f"turns.\n\n" + "\n".join(lines)
     )

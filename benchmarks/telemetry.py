@@ -49,8 +49,8 @@ def main() -> None:
                 watch = telemetry if with_telemetry else None
                 if watch is not None:
                     watch.begin(number)
-                batches = ((tokens, tokens.roll(-1, 1)) for _ in range(plan.num_micro_batches))
-                accumulate_gradients(engine, batches, plan.num_micro_batches, telemetry=watch)
+                batches = ((tokens, tokens.roll(-1, 1)) for _ in range(plan.most_micro_batches))
+                accumulate_gradients(engine, batches, plan.most_micro_batches, telemetry=watch)
                 if watch is not None:
                     watch.look_at_gradients(engine)
                 engine.step(StepSizes(1e-4))
@@ -75,7 +75,7 @@ def main() -> None:
     share = extra / interval_steps / medians["without"]
     text = (
         f"One step of {config.run.name}'s model ({num_parameters(config.model) / 1e6:.1f} M parameters) on "
-        f"{plan.num_micro_batches} x {shape[0]} x {shape[1]} tokens, {options.repeats} rounds.\n\n"
+        f"{plan.most_micro_batches} x {shape[0]} x {shape[1]} tokens, {options.repeats} rounds.\n\n"
         + table(seconds, "without")
         + f"\n\nAt an interval of {interval_steps} steps telemetry takes {share:.2%} of the step time."
     )

@@ -55,7 +55,8 @@ class TrainingData:
     Args:
         config: what to read.
         vocab_size: the model's; the tokenizer's must fit in.
-        global_batch_sequences: sequences of one optimizer step over all ranks.
+        global_batch_sequences: the stretch of the order that ranks share: sequences of one optimizer step over all
+            ranks or, if steps differ, the greatest common divisor of theirs.
         micro_batch_sequences: B. The order of a rank's sequences does not depend on it.
         rank: this process.
         world_size: number of processes.

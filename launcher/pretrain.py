@@ -336,8 +336,7 @@ def decide(config: Config, folder: RunFolder, ranks: Ranks, console: Console) ->
         if ranks.is_first:
             stored = values_of_run(folder)
     plan = make_plan(config, ranks.world_size)
-    tokens = plan.total_steps * plan.tokens_per_step
-    config, said = concrete(config, ranks, stored, tokens * plan.flops_per_token_at(0) / ranks.world_size)
+    config, said = concrete(config, ranks, stored, plan.total_flops / ranks.world_size)
     folder.take(config)
     for key, text in said.items():
         console.line(f"{key}: {text}")

@@ -42,12 +42,14 @@ from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import MetricsLog
 from launcher.run.rollbacks import Rollback, read_rollbacks
 from launcher.run.trackers.feed import open_feeds
+from launcher.training.averaging import average_note, begin_average, carry_average
 from launcher.training.guard import SpikeGuard
 from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED, Meter
 from launcher.training.record import check_resumed, manifest_of, skip_advice, summary
 from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
-from launcher.training.step import Batches, StepResult, open_data, train_step
+from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
+from launcher.training.step import Batches, StepResult, in_pieces, open_data, train_step
 from launcher.training.switch import enter_phase, measures_rescale
 from launcher.training.tasks import NUM_SCORED, TasksInTraining, open_tasks
 from launcher.training.teacher import Teacher, check_teacher, open_teacher
@@ -84,7 +86,10 @@ def train(
             if (phase := plan.phase_of(at.step)) is not run.phase:
                 switch(run, phase)
                 timetable.evaluated()
-            if phase.quantization is not None and (strengths := plan.strengths_at(at.step)) != run.strengths:
+            if (
+                phase.quantization is not None
+                and (strengths := plan.strengths_at(at.step, at.block_order)) != run.strengths
+            ):
                 set_strengths_(engine.model, *strengths)
                 run.strengths = strengths
             result = take_step(run)
@@ -149,8 +154,8 @@ class LoopState:
     telemetry: Telemetry | None
     strengths: tuple[list[float], list[float]] | None = None
     """Of weights and of activations, block by block, as the model has them; None if that is not known."""
-    compiled: tuple[int, int] | None = None
-    """Phase and graph calls of the last step whose calls were reported."""
+    compiled: tuple[int, int, int] | None = None
+    """Phase, graph calls and sequence length of the last step whose calls were reported."""
 
 
 def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: Pulse, closing: ExitStack) -> LoopState:
@@ -172,6 +177,8 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     data = open_data(plan, ranks, at.step)
     engine = build_engine(plan, phase, ranks)
     engine.keep_apart(data.first_token)
+    upcoming = plan.phases[config.checkpoint.start_phase]
+    begin_average(engine, plan, phase if phase and reader else upcoming)
     guards_switch = any(phase.transition.rollback for phase in plan.phases)
     guard = SpikeGuard(config.training.skip_outliers, smooths=guards_switch, ranks=ranks)
     fill(engine, plan, ranks, reader, data, guard, console)
@@ -270,12 +277,14 @@ def fill(
         check_data(reader, data.fingerprint)
         load_state(reader, engine, with_optimizer=reader.has_moments)
         restore_rng(reader, ranks)
+        for sentence in average_note(engine, reader):
+            console.line(sentence)
     elif config.checkpoint.start_from:
         source, with_optimizer = open_start(plan, data.fingerprint)
         check_sound(source, ranks)
         load_state(source, engine, with_optimizer=with_optimizer)
         console.line(f"Beginning {config.run.name} with {source.location}")
-        for sentence in source.missing:
+        for sentence in [*source.missing, *average_note(engine, source)]:
             console.line(f"  {sentence}")
     else:
         load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, config))
@@ -290,7 +299,10 @@ def switch(run: LoopState, phase: Phase) -> None:
         run.data.close()
         run.data = open_data(plan, ranks, at.step)
         run.batches = iter(run.data)
-    upcoming = list(islice(run.batches, plan.num_micro_batches)) if measures_rescale(phase) else []
+    measures_order = phase.transition.measures_order
+    reads_ahead = measures_rescale(phase) or measures_order
+    num_micro_batches = plan.micro_batches_at(at.step) if reads_ahead else 0
+    upcoming = list(in_pieces(islice(run.batches, num_micro_batches), plan.length_at(at.step)))
     run.batches = chain(upcoming, run.batches)
     run.teacher = None  # the last phase's makes room for the next
     if phase.distillation is not None:
@@ -298,6 +310,11 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints, run.data.first_token)
     limit = plan.config.optimizer.max_grad_norm
     factor = enter_phase(run.engine, phase, ranks, upcoming, limit, run.teacher, uneven=run.data.has_padding)
+    rises = None
+    if measures_order:
+        rises = measure_sensitivity(run.engine, upcoming, plan.config.model.num_layers, run.pulse.got_on)
+    at.block_order = None if rises is None else order_of(rises)
+    carry_average(run.engine, plan, phase)
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
     run.guard.enter_phase()
@@ -306,14 +323,18 @@ def switch(run: LoopState, phase: Phase) -> None:
             {"transition/rescale_factor": factor},
             f"the optimizer's moments are rescaled to gradients {factor:.4g} times as large",
         )
+    if rises is not None:
+        run.meter.noted(*sensitivity_note(rises))
     if (given_up := run.rollbacks.get(phase.index)) is not None:
         run.meter.noted(*rollback_note(given_up))
-    run.meter.evaluated(run.held_out.measure(run.engine), "start of phase")
+    measure(run, "start of phase")
 
 
 def take_step(run: LoopState) -> StepResult:
     """Train on one global batch."""
     at = run.at
+    if run.plan.changes_size_at(at.step):
+        run.pulse.changes_size()
     run.pulse.now("train", at.step)
     if run.telemetry is not None:
         run.telemetry.begin(at.step)
@@ -342,9 +363,9 @@ def take_step(run: LoopState) -> StepResult:
 
 def report_compiled(run: LoopState, calls: int) -> None:
     """Say what is compiled, in the first step of each phase and when it changes within one."""
-    if (compiled := (run.at.phase, calls)) != run.compiled:
+    if (compiled := (run.at.phase, calls, run.plan.length_at(run.at.step))) != run.compiled:
         run.compiled = compiled
-        expected = run.plan.config.model.num_layers * run.plan.num_micro_batches
+        expected = run.plan.config.model.num_layers * run.plan.micro_batches_at(run.at.step)
         run.console.line(compiling.compile_report(run.at.step + 1, calls, expected))
 
 
@@ -378,7 +399,7 @@ def make_up(run: LoopState, logged: Collection[str]) -> None:
         return
     evaluating, tasks = measured_after(run.at.step, run.phase, run.plan.config)
     if run.phase.quantization is not None:
-        set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1))
+        set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1, run.at.block_order))
     if evaluating and EVALUATED not in logged:
         evaluate(run)
     if tasks and NUM_SCORED not in logged:
@@ -390,7 +411,14 @@ def evaluate(run: LoopState) -> None:
     assert run.phase is not None
     run.pulse.now("evaluate", run.at.step)
     when = "end of phase" if run.at.step == run.phase.end else "interval"
-    run.meter.evaluated(run.held_out.measure(run.engine), when)
+    measure(run, when)
+
+
+def measure(run: LoopState, when: str) -> None:
+    """Log the held-out loss of the weights and of their average."""
+    live = run.held_out.measure(run.engine)
+    run.pulse.got_on()
+    run.meter.evaluated(live, when, averaged=run.held_out.measure_averaged(run.engine))
 
 
 def do_tasks(run: LoopState) -> None:

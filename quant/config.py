@@ -158,6 +158,15 @@ def width_problem(name: str, width: int, config: QuantConfig) -> str | None:
     return None
 
 
+def soft_problem(config: QuantConfig) -> str | None:
+    """Say why weights cannot be rounded softly (`quant.soft`) with this recipe; None if they can."""
+    if config.levels != "ternary":
+        return f"is softmax, which is for levels ternary, not {config.levels}; choose blend"
+    if config.learned:
+        return "is softmax, but learned scales get no gradient from it; choose blend, or weights other than learned"
+    return None
+
+
 def gather_problems(config: QuantConfig) -> dict[str, str]:
     """Why layers that are quantized like this cannot be gathered as codes, by key of the configuration; {} if they can.
 

@@ -9,7 +9,8 @@ O output features, G groups of a row::
     mode    strengths   forward                                             saved for the backward pass
     plain   both 0      y = x_NI @ W_OI.T, at the cost of the 16-bit model  x, W
     ramp    between     x' = x + strength * (round(x) - x)                  x', W
-                        W' = W + strength * (round(W) - W)
+                        W' = W + strength * (round(W) - W), or as in
+                        `quant.soft` with rounding softmax
                         y  = x' @ W'.T
     codes   both 1      y = (int8 codes of x @ codes of W.T) * both scales  int8 codes and fp32 scale of x; held codes
                                                                             of W, or W
@@ -62,6 +63,7 @@ from quant.hadamard import rotate
 from quant.held import HeldCodes, SharedInput, Unrounded, round_weights
 from quant.integers import activation_codes
 from quant.product import BlendedProduct, CodeProduct, StraightThrough
+from quant.ramp import Rounding
 from quant.rounding import Scale, learned_scale, quantize_activation, weight_codes, weight_scale
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -80,6 +82,8 @@ class QuantLinear(nn.Linear):
     mode: Literal["plain", "ramp", "codes"]
     weight_strength: Tensor
     activation_strength: Tensor
+    rounding: Rounding
+    """Of the weights in mode "ramp"."""
     rotated: bool
     sharers: tuple[nn.Linear, ...]
     """Layers whose weights share the scale, in the order of the fused matrix, this one included; () for none."""
@@ -122,8 +126,8 @@ class QuantLinear(nn.Linear):
             y = y if self.bias is None else y + self.bias
         else:
             blended = x if config.activations == "none" else self.shared_input.of(x, self._blended_input)
-            strength = self.weight_strength
-            y = BlendedProduct.apply(blended, self.weight, *scale, strength, self.bias, config, self.rotated)
+            how = config, self.rotated, self.rounding
+            y = BlendedProduct.apply(blended, self.weight, *scale, self.weight_strength, self.bias, *how)
         return y + self._dead_zone(weight_OI, scale).to(y.dtype) if config.dead_zone_bias else y
 
     def dead_zone(self) -> Tensor:
@@ -209,7 +213,9 @@ def prepared_input(x: Tensor, config: QuantConfig, *, rotated: bool) -> Tensor:
     return rotate(x) if rotated else x
 
 
-def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None = None) -> list[str]:
+def quantize_(
+    model: nn.Module, config: QuantConfig, device: torch.device | None = None, *, rounding: Rounding = "blend"
+) -> list[str]:
     """Turn every matching ``nn.Linear`` of ``model`` into a `QuantLinear` in place, at strength 1.
 
     Args:
@@ -217,6 +223,7 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
             `add_learned_scales_`.
         config: which layers, and how.
         device: where the strengths live; by default where the parameters do, which must be given on the meta device.
+        rounding: of the weights between strengths 0 and 1; see `RampConfig.rounding`.
 
     Returns:
         The dotted names of the layers that were changed.
@@ -246,7 +253,7 @@ def quantize_(model: nn.Module, config: QuantConfig, device: torch.device | None
             strengths[module.depth] = torch.ones((), device=device), torch.ones((), device=device)
         module.weight_strength, module.activation_strength = strengths[module.depth]
         module.quant_config, module.mode, module.probe = config, "codes", None
-        module.held, module.holds = None, False
+        module.held, module.holds, module.rounding = None, False, rounding
         together = sharers(name, matches)
         module.shared_input = inputs.setdefault(together, SharedInput())
         module.rotated, module.sharers = is_rotated(name, config), together if config.fused else ()

@@ -5,7 +5,7 @@ The latent weights and the inputs get straight-through gradients by the dequanti
 Dimensions: N rows (tokens), O output features, I input features, G groups of a row, J bytes of a row.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ from quant.codes import from_held
 from quant.config import QuantConfig
 from quant.hadamard import rotate
 from quant.integers import integer_product, rounded_product, scaled_product, summed_product
-from quant.rounding import Scale, dequantize, weight_codes, weight_gradients
+from quant.ramp import Rounding
+from quant.rounding import Scale, dequantize, over_blocks, weight_codes, weight_gradients, weight_in_codes
+from quant.soft import soft_codes, soft_share, temperature
 
 
 def unrounded_product(x: Tensor, codes_OI: Tensor, level: Tensor) -> Tensor:
@@ -141,10 +143,10 @@ def _weight_gradient(grad_NO: Tensor, codes_NI: Tensor, scale: Tensor | None, co
 
 
 class BlendedProduct(torch.autograd.Function):
-    """``x @ (weight + strength * (rounded weight - weight)).T`` of a layer on a ramp, in the dtype of ``x``.
+    """``x @ (weight + share * (rounded weight - weight)).T`` of a layer on a ramp, in the dtype of ``x``.
 
-    The blended weight, as large as the weight itself and never sharded, is not kept for the backward pass but made
-    again.
+    The share is the strength, or what `quant.soft` makes of it with ``rounding`` softmax. The blended weight, as large
+    as the weight itself and never sharded, is not kept for the backward pass but made again.
     """
 
     @staticmethod
@@ -158,6 +160,7 @@ class BlendedProduct(torch.autograd.Function):
         bias: Tensor | None,
         config: QuantConfig,
         rotated: bool,
+        rounding: Rounding,
     ) -> Tensor:
         """Multiply.
 
@@ -171,46 +174,69 @@ class BlendedProduct(torch.autograd.Function):
             bias: [O].
             config: how the weight is rounded.
             rotated: whether it is rotated before.
+            rounding: between strengths 0 and 1.
         """
-        ctx.config, ctx.rotated = config, rotated
+        ctx.config, ctx.rotated, ctx.rounding = config, rotated, rounding
         ctx.save_for_backward(x, weight_OI, level, threshold, strength)
-        blended_OI, _, _ = _blend(weight_OI, level, threshold, strength, ctx)
-        return F.linear(x, blended_OI, bias)
+        return F.linear(x, _blend(weight_OI, level, threshold, strength, ctx).weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients by x, the latent weight, the bias and, where it is learned, the level."""
         x, weight_OI, level, threshold, strength = ctx.saved_tensors
-        blended_OI, rotated_OI, codes_OI = _blend(weight_OI, made_again(level, grad), threshold, strength, ctx)
-        grad_x = grad @ blended_OI if ctx.needs_input_grad[0] else None
+        blend = _blend(weight_OI, made_again(level, grad), threshold, strength, ctx)
+        grad_x = grad @ blend.weight if ctx.needs_input_grad[0] else None
         grad_weight = grad_level = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_OI = grad.flatten(0, -2).T @ x.flatten(0, -2)
-            if ctx.config.gradient == "identity" and not ctx.config.learned:
+            if blend.slope is None and ctx.config.gradient == "identity" and not ctx.config.learned:
                 grad_weight = grad_OI
             else:
-                share = strength.to(grad.dtype)
+                share = blend.share.to(grad.dtype)
                 of_rounded = grad_OI * share
                 of_rounded = rotate(of_rounded) if ctx.rotated else of_rounded
-                of_rounded, grad_level = weight_gradients(of_rounded, rotated_OI, codes_OI, level, ctx.config)
+                of_rounded, grad_level = weight_gradients(of_rounded, blend.rotated, blend.codes, level, ctx.config)
+                of_rounded = of_rounded if blend.slope is None else of_rounded * blend.slope.to(grad.dtype)
                 of_rounded = rotate(of_rounded) if ctx.rotated else of_rounded
                 grad_weight = grad_OI * (1 - share) + of_rounded
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
-        return grad_x, grad_weight, grad_level, None, None, grad_bias, None, None
+        return grad_x, grad_weight, grad_level, None, None, grad_bias, None, None, None
 
 
-def _blend(
-    weight_OI: Tensor, level: Tensor, threshold: Tensor | None, strength: Tensor, ctx: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The blended weight, the latent one as it was rounded, and its codes, all [O, I].
+class _Blend(NamedTuple):
+    """A weight that is rounded in part; but for the share, all are [O, I]."""
+
+    weight: Tensor
+    """As the layer computes with it."""
+    rotated: Tensor
+    """The latent one, as it was rounded."""
+    codes: Tensor
+    """Its codes, all the way rounded."""
+    share: Tensor
+    """Of what is rounded, soft or not, in the weight; 0-dim."""
+    slope: Tensor | None
+    """Derivative of what is rounded by the latent weight; None where that is straight through."""
+
+
+def _blend(weight_OI: Tensor, level: Tensor, threshold: Tensor | None, strength: Tensor, ctx: Any) -> _Blend:
+    """Round a weight in part.
 
     `torch.lerp` is exact at both ends: strength 0 is the latent weight and strength 1 the rounded one, bit for bit.
     """
+    scale = Scale(level, threshold)
     rotated_OI = rotate(weight_OI) if ctx.rotated else weight_OI
-    codes_OI = weight_codes(rotated_OI, Scale(level, threshold), ctx.config)
-    rounded_OI = dequantize(codes_OI, level).to(weight_OI.dtype)
+    codes_OI = values_OI = weight_codes(rotated_OI, scale, ctx.config)
+    share, slope_OI = strength, None
+    if ctx.rounding == "softmax":
+        share, is_soft = soft_share(strength), strength < 1
+        soft_OI, slope_OI = soft_codes(weight_in_codes(rotated_OI, scale), temperature(strength))
+        if threshold is not None:
+            slope_OI = slope_OI * over_blocks(level / scale.divisor, weight_OI.shape)
+        values_OI, slope_OI = torch.where(is_soft, soft_OI, codes_OI), torch.where(is_soft, slope_OI, 1.0)
+    rounded_OI = dequantize(values_OI, level).to(weight_OI.dtype)
     rounded_OI = rotate(rounded_OI) if ctx.rotated else rounded_OI
-    return torch.lerp(weight_OI, rounded_OI, strength.to(weight_OI.dtype)), rotated_OI, codes_OI
+    blended_OI = torch.lerp(weight_OI, rounded_OI, share.to(weight_OI.dtype))
+    return _Blend(blended_OI, rotated_OI, codes_OI, share, slope_OI)
 
 
 class StraightThrough(torch.autograd.Function):

@@ -15,10 +15,13 @@ are those that Hugging Face compared when it turned Llama 3 into 1.58 bits, wher
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from quant.strict import STRICT
+
+Rounding = Literal["blend", "softmax"]
 
 SHARPNESS = {"sigmoid": 15.0, "exponential": 4.0}
 """k of the shapes that have one, where none is given: the gentlest that Hugging Face tried."""
@@ -37,8 +40,12 @@ class RampConfig:
     """Steps from strength 0 to strength 1; 0 switches at once."""
     delay_steps: int = 0
     """Steps at strength 0 before that."""
-    order: Literal["all", "front-to-back", "back-to-front"] = "all"
-    """`all` blocks of the model at once, or one after the other, each with an equal share of the steps."""
+    order: Literal["all", "front-to-back", "back-to-front", "sensitivity"] = "all"
+    """`all` blocks of the model at once, or one after the other, each with an equal share of the steps. `sensitivity`:
+    first the block whose rounding alone raises the loss least, measured at the switch."""
+    rounding: Rounding = "blend"
+    """How weights are rounded in part: `blend` the 16-bit weights with the rounded ones by the strength, or `softmax`:
+    codes are expected values under a softmax that hardens (Hestia, arXiv 2601.20745)."""
     sharpness: float | None = None
     """k of `sigmoid` (null: 15) and `exponential` (null: 4); the higher, the steeper."""
     stairs: int | None = None
@@ -60,8 +67,9 @@ class RampConfig:
             problems["stairs"] = f"is {self.stairs}; a staircase needs 1 or more"
         if self.shape != "staircase" and self.stairs is not None:
             problems["stairs"] = f"has no effect for {self.shape}; only staircase has stairs"
-        if self.order != "all" and not self.steps:
-            problems["order"] = f"is {self.order}, which needs steps above 0"
+        for key, simplest in (("order", "all"), ("rounding", "blend")):
+            if getattr(self, key) != simplest and not self.steps:
+                problems[key] = f"is {getattr(self, key)}, which needs steps above 0"
         if problems:
             raise ValueError(problems)
 
@@ -71,7 +79,9 @@ class RampConfig:
         return self.delay_steps + self.steps
 
 
-def strength_at(step: int, ramp: RampConfig, depth: int = 0, num_layers: int = 1) -> float:
+def strength_at(
+    step: int, ramp: RampConfig, depth: int = 0, num_layers: int = 1, measured: Sequence[int] | None = None
+) -> float:
     """Strength in [0, 1] of one block of the model in one step.
 
     Args:
@@ -79,12 +89,15 @@ def strength_at(step: int, ramp: RampConfig, depth: int = 0, num_layers: int = 1
         ramp: how it rises.
         depth: of the block, counted from 0 at the front.
         num_layers: blocks of the model. In an `order`, the k-th of L blocks has the k-th L-th of the steps as its ramp.
+        measured: depths of the blocks in the order ``sensitivity``.
     """
     if step < ramp.delay_steps:
         return 0.0
     elapsed = step - ramp.delay_steps
     if ramp.order != "all":
-        turn = depth if ramp.order == "front-to-back" else num_layers - 1 - depth
+        turn = num_layers - 1 - depth if ramp.order == "back-to-front" else depth
+        if ramp.order == "sensitivity" and measured is not None:
+            turn = measured.index(depth)
         elapsed = elapsed * num_layers - turn * ramp.steps  # in L-ths of a step, so that it stays whole
     if elapsed >= ramp.steps:
         return 1.0

@@ -50,6 +50,11 @@ class Scale(NamedTuple):
     threshold: Tensor | None = None
     """Half of what weights are divided by, where that is not the level: see `twn_scale`."""
 
+    @property
+    def divisor(self) -> Tensor:
+        """What weights are divided by before rounding."""
+        return self.level if self.threshold is None else 2 * self.threshold
+
 
 def bf16_values(x: Tensor) -> Tensor:
     """The bf16 cast of ``x``, as fp32.
@@ -233,6 +238,11 @@ def scale_from_sums(sums_O: Tensor, width: int, config: QuantConfig) -> Scale:
     return _scale_from(_to_nearest(torch.sqrt, mean) if config.weights == "gaussian" else mean, config)
 
 
+def weight_in_codes(weight_OI: Tensor, scale: Scale) -> Tensor:
+    """A matrix, or whole rows of it, divided by its scale, before it is rounded; fp32 of the weight's shape."""
+    return bf16_values(weight_OI) * over_blocks(reciprocal(scale.divisor), weight_OI.shape)
+
+
 def weight_codes(weight_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor:
     """Round a matrix, or whole rows of it, to codes; fp32 of the weight's shape.
 
@@ -244,8 +254,7 @@ def weight_codes(weight_OI: Tensor, scale: Scale, config: QuantConfig) -> Tensor
         scale: of its blocks.
         config: for its levels.
     """
-    divisor = scale.level if scale.threshold is None else 2 * scale.threshold
-    scaled = bf16_values(weight_OI) * over_blocks(reciprocal(divisor), weight_OI.shape)
+    scaled = weight_in_codes(weight_OI, scale)
     highest = LARGEST_CODE[config.levels]
     lowest, highest = LEARNED[config.levels].codes if config.learned else (-highest, highest)
     return (scaled.round() if by_ones(config) else 2 * (scaled / 2 - 0.5).round() + 1).clamp(lowest, highest)

@@ -89,10 +89,9 @@ def threshold_distance(weight_OI: Tensor, codes_OI: Tensor, scale: Scale, config
     Thresholds lie half-way between neighboring codes. The largest and the smallest code have one on one side only, so
     that the distance of a weight beyond them has no bound.
     """
-    divisor = scale.level if scale.threshold is None else 2 * scale.threshold
     half_step = 0.5 if by_ones(config) else 1.0
     smallest, largest = code_range(config)
-    beyond_OI = weight_OI / over_blocks(divisor, weight_OI.shape) - codes_OI
+    beyond_OI = weight_OI / over_blocks(scale.divisor, weight_OI.shape) - codes_OI
     towards_OI = torch.where(codes_OI == largest, -beyond_OI, beyond_OI.abs())
     towards_OI = torch.where(codes_OI == smallest, beyond_OI, towards_OI)
     return (half_step - towards_OI).clamp(min=0)  # below 0 only by rounding

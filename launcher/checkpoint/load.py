@@ -6,7 +6,7 @@ import torch
 
 from launcher.checkpoint.reader import CheckpointReader, DamageError
 from launcher.checkpoint.source import Source
-from launcher.engine.contract import Engine
+from launcher.engine.contract import AVERAGE, Engine
 from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks
 from quant.linear import is_learned_scale, quantized_layers
@@ -15,6 +15,8 @@ from quant.linear import is_learned_scale, quantized_layers
 @torch.no_grad()
 def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
     """Write a source's weights, and the optimizer's state if asked for, into this rank's shards.
+
+    Averaged weights go on with the source's, if the engine has an average and the source one as well.
 
     Raises:
         CheckpointError: lists every parameter that only one side has, or that has another shape; or the source has
@@ -28,12 +30,16 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
         raise CheckpointError(f"{source.location} is of a phase without learned scales; it lacks {lacking[0]}")
     shards = [shard for shard in shards if shard.name in source.shapes]
     if with_optimizer:
-        check_moments(source, {shard.name: shard.tensors.keys() for shard in shards})
+        check_moments(source, {shard.name: shard.tensors.keys() - {AVERAGE} for shard in shards})
+    with_average = engine.average is not None and source.averaged_tokens is not None
     for shard in shards:
-        for kind, tensor in shard.tensors.items() if with_optimizer else [("weight", shard.tensors["weight"])]:
-            tensor.copy_(source.read_finite(kind, shard.name, shard.start, len(tensor)))
+        for kind, tensor in shard.tensors.items():
+            if kind == "weight" or (with_average if kind == AVERAGE else with_optimizer):
+                tensor.copy_(source.read_finite(kind, shard.name, shard.start, len(tensor)))
         if with_optimizer:
             shard.step.fill_(source.read_step(shard.name))
+    if engine.average is not None and source.averaged_tokens is not None:
+        engine.average.tokens.fill_(source.averaged_tokens)
     engine.refresh_weights()
 
 

@@ -20,6 +20,7 @@ from launcher.checkpoint.tensor_file import is_count
 from launcher.config.strict import STRICT
 from launcher.plan.course import Course
 from quant.config import QuantConfig
+from quant.ramp import Rounding
 
 FORMAT_VERSION = 2
 
@@ -52,10 +53,14 @@ class Progress:
     """Index of the phase that the model is in; -1 before the first."""
     skipped_steps: int
     """Steps so far that had no finite gradient."""
+    block_order: tuple[int, ...] | None = None
+    """Blocks in the order of their turns on the phase's ramp; None where it was not measured."""
 
     def __post_init__(self) -> None:
         if not (is_count(self.step) and is_count(self.phase + 1) and is_count(self.skipped_steps)):
             raise ValueError("is not a count of steps, the index of a phase and a count of skipped steps")
+        if self.block_order is not None and sorted(self.block_order) != list(range(len(self.block_order))):
+            raise ValueError("has an order of blocks that does not name each of them once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,8 @@ class Precision:
     """How much of the weights' quantization is on in each block, 0 to 1; 0 in 16 bits."""
     activation_strengths: tuple[float, ...]
     """The same of the activations' quantization."""
+    rounding: Rounding = "blend"
+    """Of weights between strengths 0 and 1."""
 
     def __post_init__(self) -> None:
         strengths = (*self.weight_strengths, *self.activation_strengths)
@@ -101,12 +108,15 @@ class Precision:
 
 def precision_at(course: Course, at: Progress) -> Precision:
     """The precision of a run's last finished step."""
-    quantization = course.phases[at.phase].quantization if at.phase >= 0 else None
-    if quantization is None or not at.step:
+    phase = course.phases[at.phase] if at.phase >= 0 else None
+    if phase is None or phase.quantization is None or not at.step:
         return Precision.in_16_bits(course.config.model.num_layers)
-    weights, activations = course.strengths_at(at.step - 1)
+    weights, activations = course.strengths_at(at.step - 1, at.block_order)
     return Precision(
-        quantization=quantization, weight_strengths=tuple(weights), activation_strengths=tuple(activations)
+        quantization=phase.quantization,
+        weight_strengths=tuple(weights),
+        activation_strengths=tuple(activations),
+        rounding=phase.transition.ramp.rounding,
     )
 
 
@@ -161,6 +171,8 @@ class Manifest:
     """Of DeepSpeed; None for a conversion."""
     provenance: dict[str, Any] | None
     """What a conversion or an average was made from (`launcher.formats`); None for a checkpoint of training."""
+    averaged_tokens: int | None = None
+    """Tokens of the steps in the averaged weights; None if it has none. Filled in when the checkpoint is written."""
     files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
     """All files but the manifest, by name; filled in when the checkpoint is complete."""
     digest: str = ""
@@ -170,8 +182,14 @@ class Manifest:
         for key in ("step", "tokens"):
             if not is_count(getattr(self, key)):
                 raise ValueError(f"its {key!r} is not a count")
+        if self.averaged_tokens is not None and not is_count(self.averaged_tokens):
+            raise ValueError("its 'averaged_tokens' is not a count")
         if self.progress.step != self.step:
             raise ValueError(f"its 'step' is {self.step}, and in 'progress' {self.progress.step}")
+        order, precision = self.progress.block_order, self.precision
+        if order is not None and (precision is None or len(order) != len(precision.weight_strengths)):
+            num = len(order)
+            raise ValueError(f"its 'progress' has an order of {num} blocks, and its 'precision' is not of {num}")
         if self.spikes is not None:
             check_guard_state(self.spikes)
         for name in self.files:

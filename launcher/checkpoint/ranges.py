@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from launcher.checkpoint.source import KINDS
+from launcher.checkpoint.source import stored_kinds
 from launcher.checkpoint.tensor_file import DIGESTS, MAX_DIMENSIONS, TensorFile, TensorFileError, is_count
 
 
@@ -25,7 +25,9 @@ class Parameter:
     """Of the tensors, see `launcher.checkpoint.source.Source.kinds`."""
 
 
-def parameters_of(files: Mapping[str, TensorFile], *, has_moments: bool) -> dict[str, Parameter]:
+def parameters_of(
+    files: Mapping[str, TensorFile], *, has_moments: bool, has_average: bool = False
+) -> dict[str, Parameter]:
     """Combine the ranges that the files' headers list.
 
     Raises:
@@ -35,7 +37,7 @@ def parameters_of(files: Mapping[str, TensorFile], *, has_moments: bool) -> dict
     parameters: dict[str, Parameter] = {}
     for file_name, file in files.items():
         try:
-            _add_ranges(parameters, file_name, file, has_moments=has_moments)
+            _add_ranges(parameters, file_name, file, has_moments=has_moments, has_average=has_average)
         except TensorFileError as error:
             raise TensorFileError(f"{file_name} {error}") from error
     for name, parameter in parameters.items():
@@ -52,14 +54,19 @@ def parameters_of(files: Mapping[str, TensorFile], *, has_moments: bool) -> dict
     return parameters
 
 
-def _add_ranges(parameters: dict[str, Parameter], file_name: str, file: TensorFile, *, has_moments: bool) -> None:
+def _add_ranges(
+    parameters: dict[str, Parameter], file_name: str, file: TensorFile, *, has_moments: bool, has_average: bool
+) -> None:
     try:
         ranges = json.loads(file.metadata["ranges"])
     except (KeyError, ValueError, RecursionError) as error:
         raise TensorFileError("does not say in its header which ranges it holds") from error
     if not isinstance(ranges, dict):
         raise TensorFileError("does not say in its header which ranges it holds")
-    places = {name: _checked_range(name, about, has_moments=has_moments) for name, about in ranges.items()}
+    places = {
+        name: _checked_range(name, about, has_moments=has_moments, has_average=has_average)
+        for name, about in ranges.items()
+    }
     expected = {f"{kind}/{name}" for name, (*_, kinds) in places.items() for kind in kinds}
     others = {name for name in file.entries if not name.startswith("rng/")} - {DIGESTS}
     if wrong := sorted(expected ^ others):
@@ -77,7 +84,9 @@ def _add_ranges(parameters: dict[str, Parameter], file_name: str, file: TensorFi
         parameter.ranges.append((start, start + lengths.pop(), file_name))
 
 
-def _checked_range(name: str, about: Any, *, has_moments: bool) -> tuple[tuple[int, ...], int, float, tuple[str, ...]]:
+def _checked_range(
+    name: str, about: Any, *, has_moments: bool, has_average: bool
+) -> tuple[tuple[int, ...], int, float, tuple[str, ...]]:
     """The shape, the first element, the number of updates, and the kinds of tensors."""
     sound = (
         isinstance(about, dict)
@@ -91,5 +100,5 @@ def _checked_range(name: str, about: Any, *, has_moments: bool) -> tuple[tuple[i
     )
     if not sound:
         raise TensorFileError(f"does not say which range of {name} it holds")
-    kinds = KINDS[: 1 + has_moments * (1 + about.get("variance", True))]
+    kinds = stored_kinds(has_moments=has_moments, has_variance=about.get("variance", True), has_average=has_average)
     return tuple(about["shape"]), about["start"], float(about["step"]), kinds

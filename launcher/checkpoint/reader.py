@@ -50,9 +50,10 @@ class CheckpointReader(Source):
             names = [name for name in self.manifest.files if name.endswith(".safetensors")]
             with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
                 self._files = dict(zip(names, pool.map(self._open, names), strict=True))
-        self.has_moments = self.manifest.has_moments
+        self.has_moments, self.averaged_tokens = self.manifest.has_moments, self.manifest.averaged_tokens
+        has_average = self.averaged_tokens is not None
         try:
-            self._parameters = parameters_of(self._files, has_moments=self.has_moments)
+            self._parameters = parameters_of(self._files, has_moments=self.has_moments, has_average=has_average)
         except TensorFileError as error:
             raise DamageError(f"{folder}/{error}. {self._way_out()}") from error
         self.shapes = {name: parameter.shape for name, parameter in self._parameters.items()}

@@ -69,7 +69,7 @@ class Saver:
 
         Args:
             engine: whose state is written, as it is now.
-            manifest: of the checkpoint; the files are filled in.
+            manifest: of the checkpoint; the files and the tokens of the average are filled in.
             config_text: the resolved configuration, as YAML.
             must: whether a failure is an error, raised by the next `save` or `wait`; otherwise it is only reported.
 
@@ -82,6 +82,8 @@ class Saver:
         rng = {"cpu": torch.get_rng_state()}
         if self._ranks.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
+        if engine.average is not None:
+            manifest = dataclasses.replace(manifest, averaged_tokens=int(engine.average.tokens))
         if self._asynchronous:
             shards = self._copy(shards)
         copied = torch.cuda.Event() if self._ranks.device.type == "cuda" else None
@@ -133,6 +135,8 @@ class Saver:
         """Copy shards into host memory that is reused for every checkpoint, and pinned if there is a GPU."""
         if not shards:
             return []
+        held = {"steps", *(f"{kind}/{shard.name}" for shard in shards for kind in shard.tensors)}
+        self._staging = {key: tensor for key, tensor in self._staging.items() if key in held}
         # In one piece: the writer reads each step, and would wait for the device as often.
         steps = self._staged("steps", torch.stack([shard.step for shard in shards]))
         return [

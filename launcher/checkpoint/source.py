@@ -12,7 +12,7 @@ from math import prod
 
 from torch import Tensor
 
-from launcher.engine.contract import MOMENTS
+from launcher.engine.contract import AVERAGE, MOMENTS
 from launcher.errors import CheckpointError
 
 KINDS = ("weight", *MOMENTS)
@@ -31,6 +31,8 @@ class Source(ABC):
     """Shape of every parameter, by Hugging Face name."""
     has_moments: bool
     """Whether moments and the step are stored for every parameter, see `kinds`."""
+    averaged_tokens: int | None = None
+    """Tokens of the steps in the averaged weights; None if there are none."""
     missing: tuple[str, ...] = ()
     """One sentence for each thing a run has that this format does not carry."""
     is_packed: bool = False
@@ -43,14 +45,14 @@ class Source(ABC):
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """What is stored of a parameter: of a matrix that Muon has updated there is no `exp_avg_sq`."""
-        return KINDS if self.has_moments else KINDS[:1]
+        return stored_kinds(has_moments=self.has_moments, has_average=self.averaged_tokens is not None)
 
     @abstractmethod
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Elements ``start`` up to ``start + length`` of a flattened tensor, as fp32 of its own memory.
 
         Args:
-            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+            kind: `weight`, `exp_avg`, `exp_avg_sq` or `average`.
             name: of the parameter.
             start: first element.
             length: number of elements.
@@ -97,6 +99,11 @@ class Source(ABC):
 
         It runs in a thread of its own. `read` raises the same errors again.
         """
+
+
+def stored_kinds(*, has_moments: bool, has_variance: bool = True, has_average: bool = False) -> tuple[str, ...]:
+    """What is stored of a parameter."""
+    return (*KINDS[: 1 + has_moments * (1 + has_variance)], *((AVERAGE,) if has_average else ()))
 
 
 def start_checking(source: Source, kinds: Sequence[str]) -> None:

@@ -6,9 +6,9 @@
                               manifest.json            counters, and every file with size and digest; written last
 
 A tensor is stored as the contiguous ranges that ranks hold of it, flattened: `weight/NAME`, `exp_avg/NAME` and
-`exp_avg_sq/NAME`, which matrices that Muon updates lack (`"variance": false`). The header of each file says which range
-of which shape it has, and how many updates are in the moments, so that any number of ranks of any engine can read just
-what it needs.
+`exp_avg_sq/NAME`, which matrices that Muon updates lack (`"variance": false`), and `average/NAME` if weights are
+averaged (`averaged_tokens` in the manifest). The header of each file says which range of which shape it has, and how
+many updates are in the moments, so that any number of ranks of any engine can read just what it needs.
 
 Digests form a tree: the manifest has one over itself and one for each file, which for tensors is the root that
 `launcher.checkpoint.tensor_file` describes, and that leads to every tensor's. So every byte is covered, and damage

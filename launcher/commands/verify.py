@@ -9,6 +9,7 @@ from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import MANIFEST, checkpoints_under
 from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
+from launcher.config.averaging import AVERAGED, without_averaged
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.hf_source import CONFIG, is_hf
 from launcher.formats.published import Published
@@ -49,6 +50,8 @@ def verify(
     for place in texts:
         location = to_location(place)
         with reaching(location):
+            if place.endswith(AVERAGED) and not location.exists():  # the whole checkpoint is verified
+                location = to_location(without_averaged(place))
             if is_local(location) and not location.exists():
                 raise CheckpointError(f"{place}: there is no such folder")
             inside = checkpoints_under(location)

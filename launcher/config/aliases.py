@@ -28,6 +28,8 @@ _NAMES = {
     "grad_accumulation_steps gradient_accumulation gradient_accumulation_steps accumulate_grad_batches",
     "training.micro_batch_sequences": "micro_batch_size micro_batch device_batch_size per_device_train_batch_size "
     "train_micro_batch_size_per_gpu local_batch_size",
+    "training.batch_warmup": "rampup_batch_size batch_size_warmup batch_size_schedule batch_size_scheduler",
+    "training.sequence_warmup": "seqlen_warmup sequence_length_warmup sequence_length_schedule curriculum",
     "training.total_steps": "max_steps num_steps train_steps training_steps num_train_steps max_iters num_iterations "
     "train_iters num_iters iterations",
     "training.total_tokens": "max_tokens num_tokens train_tokens epochs num_epochs num_train_epochs max_epochs",
@@ -45,6 +47,7 @@ _NAMES = {
     "schedule.final_fraction": "min_lr min_lr_ratio final_lr eta_min min_lr_factor",
     "schedule.decay_fraction": "decay_ratio decay_steps wsd_decay_steps",
     "schedule.horizon_steps": "lr_decay_iters lr_decay_steps",
+    "averaging.half_life_tokens": "ema_decay ema ema_half_life use_ema ema_beta swa",
     "engine.name": "strategy backend fsdp",
     "engine.zero_stage": "zero stage",
     "engine.deepspeed": "zero_optimization deepspeed_config ds_config",
@@ -67,6 +70,7 @@ _NAMES_IN_SECTION = {
     "model.max_sequence_length": "max_seq_len max_seq_length seq_len seq_length block_size context n_ctx",
     "data.sources": "path paths name",
     "schedule.shape": "type name decay_type",
+    "averaging.half_life_tokens": "decay beta half_life half_life_steps tokens momentum",
     "engine.name": "type",
     "checkpoint.interval_steps": "every interval steps frequency",
     "logging.interval_steps": "every interval steps frequency log_freq",
@@ -92,6 +96,7 @@ _SECTIONS = {
     "training": "train trainer",
     "optimizer": "optim",
     "schedule": "lr_scheduler scheduler lr_schedule",
+    "averaging": "ema average averages model_averaging",
     "engine": "parallelism distributed fsdp deepspeed",
     "checkpoint": "ckpt checkpointing",
     "logging": "log logger metrics tracking",

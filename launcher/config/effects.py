@@ -9,12 +9,20 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig
+from launcher.config.averaging import AveragingConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.transition import TransitionConfig
 from model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from launcher.config.sections import CheckpointConfig, EvaluationConfig, LoggingConfig, PhaseConfig, WatchConfig
+    from launcher.config.sections import (
+        CheckpointConfig,
+        EvaluationConfig,
+        LoggingConfig,
+        PhaseConfig,
+        TrainingConfig,
+        WatchConfig,
+    )
 
 Problems = Iterator[tuple[str, str]]
 """Each as the path of a key and what is wrong there."""
@@ -64,6 +72,14 @@ def phases_have_what_the_optimizer_says(optimizer: OptimizerConfig, phases: "tup
         yield from _idle(optimizer, "optimizer", "weight_decay_until", "no phase is ternary")
 
 
+def averaging_keys_have_an_effect(averaging: AveragingConfig, phases: "tuple[PhaseConfig, ...]") -> Problems:
+    """There are an average and a ternary phase, where something is said of both."""
+    if averaging.half_life_tokens is None:
+        yield from _idle(averaging, "averaging", "across_ternary", "averaging.half_life_tokens is null")
+    elif phases and all(phase.precision == "16-bit" for phase in phases):
+        yield from _idle(averaging, "averaging", "across_ternary", "no phase is ternary")
+
+
 def phase_keys_have_an_effect(phases: "tuple[PhaseConfig, ...]") -> Problems:
     """Weights have groups, and a ramp has steps, where something is said of them."""
     for index, phase in enumerate(phases):
@@ -104,6 +120,17 @@ def intervals_are_long_enough(
         yield from _too_short(part, path, "interval_minutes", LEAST_INTERVAL_MINUTES)
 
 
+def averages_are_long_enough(averaging: AveragingConfig, training: "TrainingConfig", data: DataConfig) -> Problems:
+    """An average is of several steps: a half-life in tokens that is shorter than a step was meant in steps."""
+    step_tokens = training.global_batch_tokens or (training.global_batch_sequences or 0) * data.sequence_length
+    if averaging.half_life_tokens is not None and averaging.half_life_tokens < step_tokens:
+        yield (
+            "averaging.half_life_tokens",
+            f"is {averaging.half_life_tokens}, less than the {step_tokens} tokens of a step; it counts tokens, so 100 "
+            f"steps are {100 * step_tokens}",
+        )
+
+
 def shares_are_long_enough(
     phases: "tuple[PhaseConfig, ...]", schedule: ScheduleConfig, optimizer: OptimizerConfig
 ) -> Problems:
@@ -137,8 +164,9 @@ EFFECTS = (
     data_keys_have_an_effect,
     optimizer_keys_have_an_effect,
     phases_have_what_the_optimizer_says,
+    averaging_keys_have_an_effect,
     phase_keys_have_an_effect,
     evaluation_keys_have_an_effect,
     logging_keys_have_an_effect,
 )
-LENGTHS = (intervals_are_long_enough, shares_are_long_enough)
+LENGTHS = (intervals_are_long_enough, averages_are_long_enough, shares_are_long_enough)

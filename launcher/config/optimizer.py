@@ -92,6 +92,45 @@ class MuonConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RateCurve:
+    """A factor that changes linearly from the beginning of each ternary phase on, and then stays."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    start: float
+    """Factor in the first step of the phase."""
+    end: float
+    """Factor that it reaches."""
+    steps: int | None = None
+    """Steps until it does; give at most one of this and `fraction`, and none for the whole phase."""
+    fraction: float | None = None
+    """Share of the phase's steps until it does."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        for name in ("start", "end"):
+            if getattr(self, name) <= 0:
+                problems[name] = f"is {getattr(self, name)}; must be above 0"
+        if self.steps is not None and self.fraction is not None:
+            problems["steps"] = "give at most one of steps and fraction"
+        elif self.steps is not None and self.steps < 1:
+            problems["steps"] = f"is {self.steps}; must be 1 or more"
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            problems["fraction"] = f"is {self.fraction}; must be above 0 and at most 1"
+        if problems:
+            raise ValueError(problems)
+
+    def num_steps(self, phase_steps: int) -> int:
+        """Steps until the end is reached, in a phase of this many steps."""
+        return self.steps or max(1, round((self.fraction or 1.0) * phase_steps))
+
+    def at(self, step: int, phase_steps: int) -> float:
+        """Factor in a step, counted from 0, of a phase of this many steps."""
+        progress = min(1.0, step / self.num_steps(phase_steps))
+        return (1 - progress) * self.start + progress * self.end
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer: AdamW with decoupled weight decay (arXiv 1711.05101), alone or with Muon for matrices."""
 
@@ -109,8 +148,9 @@ class OptimizerConfig:
     weight_decay_until: float | Literal["ternary"] | None = None
     """Share of the run after which weight decay is 0 (BitNet: 0.5), or `ternary`: 0 from the first ternary phase on;
     null: never."""
-    ternary_learning_rate_factor: float | None = None
-    """Factor on the learning rate of the quantized layers in ternary phases; null: none."""
+    ternary_learning_rate_factor: float | RateCurve | None = None
+    """Factor on the learning rate of the quantized layers in ternary phases: a number, or a curve over each phase,
+    such as `{start: 2.0, end: 1.0}`; null: none."""
     decay_embeddings: bool = True
     """Whether weight decay applies to the embedding (and an untied head)."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -139,7 +179,7 @@ class OptimizerConfig:
             elif not self.weight_decay:
                 problems["weight_decay_until"] = "has no effect, because weight_decay is 0"
         factor = self.ternary_learning_rate_factor
-        if factor is not None and factor <= 0:
+        if isinstance(factor, float | int) and factor <= 0:
             problems["ternary_learning_rate_factor"] = f"is {factor}; must be above 0"
         if not all(0 <= beta < 1 for beta in self.betas):
             problems["betas"] = f"is {list(self.betas)}; both must be 0 or more and below 1, such as [0.9, 0.95]"

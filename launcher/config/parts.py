@@ -7,6 +7,7 @@ what was given, and what would be right.
 import functools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -42,7 +43,7 @@ JUDGED_BY: dict[type, dict[str, tuple[str, ...]]] = {
         "hadamard": ("preset",),
     },
     TransitionConfig: {"rescale_factor": ("optimizer",)},
-    RampConfig: {"sharpness": ("shape",), "stairs": ("shape",), "order": ("steps",)},
+    RampConfig: {"sharpness": ("shape",), "stairs": ("shape",), "order": ("steps",), "rounding": ("steps",)},
     DistillationConfig: {"relation_layer": ("relation_weight",)},
     EngineConfig: {
         "zero_stage": ("name",),
@@ -92,13 +93,33 @@ def _by_location(error: ValidationError, kind: Any) -> dict[tuple[str, ...], Any
     """Each of pydantic's errors by its keys; those of a key that takes several kinds of values are one."""
     found: dict[tuple[str, ...], Any] = {}
     for detail in error.errors():
-        location = tuple(str(key) for key in detail["loc"])
-        if location and not location[-1].isdecimal() and not _is_section(kind, location[:-1]):
-            location = location[:-1]  # its last part names the kind that was tried
+        location, is_alternative = _without_kind(tuple(str(key) for key in detail["loc"]), kind, detail["type"])
+        if is_alternative and isinstance(detail["input"], dict):
+            continue  # the kind that is meant is the section
+        if location in found and detail["type"] == "dataclass_type":
+            found[location]["msg"] += " or a mapping of keys"
+            continue
         if location in found:
             detail["msg"] = f"{found[location]['msg']} or {detail['msg'].removeprefix('Input should be ')}"
         found[location] = detail
     return found
+
+
+def _without_kind(location: tuple[str, ...], kind: Any, problem: str) -> tuple[tuple[str, ...], bool]:
+    """The keys of a location without the name of the kind that was tried, and whether it was a section's alternative.
+
+    pydantic puts such a name after a key that takes several kinds: of plain values, or a section as well.
+    """
+    for index in range(1, len(location)):
+        if _is_section(kind, location[:index]) and location[index] == owner_at(kind, location[:index]).__name__:
+            return (*location[:index], *location[index + 1 :]), False
+    if not location or location[-1].isdecimal() or problem == "unexpected_keyword_argument":
+        return location, False
+    parent = location[:-1]
+    has_section = _is_section(kind, parent)
+    if has_section and location[-1] in (part.name for part in fields(owner_at(kind, parent))):
+        return location, False
+    return parent, has_section
 
 
 def _is_section(kind: Any, location: Sequence[str]) -> bool:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig
 from data.urls import url_problem
+from launcher.config.averaging import averaged_weights_are_there, averages_are_of_16_bit_phases
 from launcher.config.effects import EFFECTS, LENGTHS
 from launcher.config.engine import OWNED_DEEPSPEED_KEYS, REFUSED_DEEPSPEED_KEYS, EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.transition import TransitionConfig
+from launcher.config.warmups import batch_stages_lead_to_the_batch, length_stages_divide_the_length
 from model.config import DistillationConfig, ModelConfig
 from model.size import linear_shapes
 from quant.config import QuantConfig, gather_problems, width_problem
@@ -192,6 +194,14 @@ def first_phase_keeps_nothing(phases: "Phases", checkpoint: "CheckpointConfig") 
     given = phases[0].transition if phases and not checkpoint.start_from else None
     if given and given != TransitionConfig(ramp=given.ramp, activation_ramp=given.activation_ramp):
         yield "phases.0.transition", "has nothing to carry over in the first phase; it needs checkpoint.start_from"
+    for key in ("ramp", "activation_ramp"):
+        ramp = getattr(given, key, None)
+        if ramp and ramp.order == "sensitivity":
+            yield (
+                f"phases.0.transition.{key}.order",
+                "is sensitivity, but there is no trained model to measure; it needs a phase before, or "
+                "checkpoint.start_from",
+            )
 
 
 def factor_is_for_one_selection(phases: "Phases", optimizer: OptimizerConfig) -> Problems:
@@ -367,6 +377,8 @@ RULES: tuple[Rule, ...] = (
     data_paths_name_no_home,
     batch_is_whole_sequences,
     micro_batches_fill_the_batch,
+    batch_stages_lead_to_the_batch,
+    length_stages_divide_the_length,
     compiled_blocks_stay_whole,
     a_phase_is_listed,
     fractions_are_of_one_run,
@@ -374,6 +386,8 @@ RULES: tuple[Rule, ...] = (
     first_phase_keeps_nothing,
     factor_is_for_one_selection,
     optimizer_can_change,
+    averages_are_of_16_bit_phases,
+    averaged_weights_are_there,
     decay_begins_with_a_phase,
     rollback_knows_the_loss_before,
     quantized_layers_exist,

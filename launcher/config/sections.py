@@ -14,13 +14,15 @@ from typing import Any, ClassVar, Literal
 from data.config import DataConfig
 from data.urls import url_problem
 from eval.tasks import choose_tasks
+from launcher.config.averaging import AveragingConfig
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.rules import local_problem, mistaken_path, spanning_problems
 from launcher.config.strict import STRICT
 from launcher.config.transition import TransitionConfig
+from launcher.config.warmups import BatchStage, LengthStage, order_problems
 from model.config import DistillationConfig, ModelConfig
-from quant.config import QuantConfig
+from quant.config import QuantConfig, soft_problem
 from quant.ramp import RampConfig
 
 TrackerName = Literal["wandb", "trackio", "mlflow"]
@@ -137,6 +139,12 @@ class TrainingConfig:
     """Tokens of one step, over all ranks; a multiple of data.sequence_length."""
     micro_batch_sequences: int
     """Sequences that one rank runs at once; the number of micro-batches follows."""
+    batch_warmup: tuple[BatchStage, ...] = ()
+    """Smaller global batches at the beginning of the run, such as `[{sequences: 64, until_tokens: 1e9}]`; the full one
+    follows. Micro-batches and learning rate stay the same."""
+    sequence_warmup: tuple[LengthStage, ...] = ()
+    """Shorter sequences at the beginning of the run, such as `[{length: 256, until_tokens: 1e9}]`; the full length
+    follows. Data and tokens of a step stay the same."""
     total_steps: int | None = None
     """Length of the run, in steps, to which a phase's `fraction` refers; give this or `total_tokens`."""
     total_tokens: int | None = None
@@ -162,6 +170,8 @@ class TrainingConfig:
         for name in ("global_batch_sequences", "global_batch_tokens", "micro_batch_sequences", "total_steps"):
             problems |= _at_least(self, name, 1)
         problems |= _at_least(self, "total_tokens", 1) | _at_least(self, "max_skipped_steps", 1)
+        problems |= order_problems("batch_warmup", self.batch_warmup, "sequences")
+        problems |= order_problems("sequence_warmup", self.sequence_warmup, "length")
         if problems:
             raise ValueError(problems)
 
@@ -211,6 +221,8 @@ class PhaseConfig:
                     problems[f"transition.{name}"] = "is given for a 16-bit phase; only ternary phases have a strength"
         elif transition.activation_ramp and self.quantization and self.quantization.activations == "none":
             problems["transition.activation_ramp"] = "has no effect, because quantization.activations is none"
+        if transition.ramp.rounding == "softmax" and (problem := soft_problem(self.quantization or QuantConfig())):
+            problems["transition.ramp.rounding"] = problem
         if problems:
             raise ValueError(problems)
 
@@ -344,6 +356,7 @@ class Config:
     training: TrainingConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     phases: tuple[PhaseConfig, ...]
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -62,7 +62,7 @@ class RollbackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TransitionConfig:
-    """The transition into a phase. Weights always carry over."""
+    """The transition into a phase. Weights always carry over, the live or the averaged ones."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -72,6 +72,9 @@ class TransitionConfig:
     optimizer_name: OptimizerName | None = None
     """Optimizer from this phase on; null: as before. Muon takes AdamW's first moments over; AdamW after Muon needs
     `optimizer: reset`."""
+    weights: Literal["live", "averaged"] = "live"
+    """Begin the phase with the `live` weights, or with the `averaged` ones of the 16-bit phase before (see
+    `averaging`)."""
     rescale_factor: float | None = None
     """Factor by which gradients grow at the switch, for `rescale`; null: measured there."""
     schedule: Literal["continue", "restart"] = "continue"
@@ -98,6 +101,10 @@ class TransitionConfig:
                 problems["rescale_factor"] = f"has no effect with optimizer: {self.optimizer}; only rescale uses it"
             elif self.rescale_factor <= 0:
                 problems["rescale_factor"] = f"is {self.rescale_factor}; must be above 0"
+        if self.activation_ramp is not None and self.activation_ramp.rounding != "blend":
+            problems["activation_ramp.rounding"] = (
+                f"is {self.activation_ramp.rounding}, which is for weights; set ramp.rounding instead"
+            )
         if problems:
             raise ValueError(problems)
 
@@ -105,6 +112,11 @@ class TransitionConfig:
     def ramps(self) -> tuple[RampConfig, RampConfig]:
         """The ramps of the weights and of the activations."""
         return self.ramp, self.activation_ramp or self.ramp
+
+    @property
+    def measures_order(self) -> bool:
+        """Return whether blocks take turns in an order that is measured at the switch."""
+        return any(ramp.order == "sensitivity" for ramp in self.ramps)
 
     def stretched(self, attempt: int, after_steps: int) -> "TransitionConfig":
         """The transition after ``attempt`` rollbacks: gentler.

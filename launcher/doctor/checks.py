@@ -338,7 +338,7 @@ def shared_memory_needed(ranks_beside: int, num_gpus: int, plan: Plan | None) ->
     """
     batches = 0.0
     if plan is not None and plan.config.data.workers:
-        rank_tokens = plan.tokens_per_step / plan.world_size
+        rank_tokens = plan.batch.full * plan.config.data.sequence_length / plan.world_size
         batches = 4 * rank_tokens * 3 * plan.config.data.workers * ranks_beside
     return LEAST_SHARED_MEMORY_BYTES + num_gpus * NCCL_SHARED_MEMORY_BYTES + batches
 

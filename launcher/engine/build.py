@@ -37,7 +37,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
             add_learned_scales_(model, other.quantization)
     ternary = own_rate_parameters(model, plan)
     if phase is not None and phase.quantization is not None:
-        quantize_(model, phase.quantization, ranks.device)
+        quantize_(model, phase.quantization, ranks.device, rounding=phase.transition.ramp.rounding)
     blocks = list(model.model.layers)
     for block in blocks:
         if config.training.activation_checkpointing:
@@ -72,7 +72,7 @@ def build_engine(plan: Plan, phase: Phase | None, ranks: Ranks) -> Engine:
         compute_dtype=compute_dtype,
         device=ranks.device,
         micro_batch_sequences=config.training.micro_batch_sequences,
-        num_micro_batches=plan.num_micro_batches,
+        num_micro_batches=plan.most_micro_batches,
         ternary=ternary,
         compiled=config.training.compile is True,
         muon=muon,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from launcher.engine.averaging import Average
 from launcher.engine.muon import MuonAdamW
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
@@ -25,6 +26,9 @@ from model.transformer import Decoder, Output
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The first and the second moment of gradients."""
+
+AVERAGE = "average"
+"""The exponential moving average of the weights."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Shard:
     start: int
     """First element of the range in the flattened parameter."""
     tensors: dict[str, Tensor]
-    """`weight`, `exp_avg` and, but for matrices that Muon updates, `exp_avg_sq`: flat tensors of one length that alias
-    the state; writing changes it."""
+    """`weight`, `exp_avg` and, but for matrices that Muon updates, `exp_avg_sq`, and `average` while weights are
+    averaged: flat tensors of one length that alias the state; writing changes it."""
     step: Tensor
     """Number of updates that the moments contain, a 0-dim tensor; parameters may share it."""
     primary: bool
@@ -58,6 +62,8 @@ class Engine(ABC):
     device: torch.device
     muon: MuonAdamW | None = None
     """The optimizer, if Muon updates matrices in any phase of the run."""
+    average: Average | None = None
+    """The averaged weights, while there are any."""
 
     def has_variance(self, name: str, shape: tuple[int, ...]) -> bool:
         """Return whether the optimizer has a second moment of a parameter now."""
@@ -126,9 +132,20 @@ class Engine(ABC):
             fp32 tensors on the device, equal on all ranks.
         """
 
-    @abstractmethod
     def shards(self) -> Iterator[Shard]:
         """Yield this rank's part of the state, parameter by parameter in the model's order."""
+        for shard in self.own_shards():
+            if self.average is not None:
+                shard.tensors[AVERAGE] = self.average.tensors[shard.name]
+            yield shard
+
+    @abstractmethod
+    def own_shards(self) -> Iterator[Shard]:
+        """Yield the shards without an average."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's part of the weights, by name, as `shards` has it."""
+        return {shard.name: shard.tensors["weight"] for shard in self.own_shards()}
 
     @abstractmethod
     def refresh_weights(self) -> None:

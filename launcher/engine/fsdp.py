@@ -154,10 +154,13 @@ class FSDPEngine(Engine):
         loss.backward()
 
     def gradient_squares(self) -> dict[str, Tensor]:
-        norms = torch._foreach_norm([parameter.grad.to_local() for parameter in self._sharded])
+        # Learned scales have no gradient while the strength is 0.
+        named = zip(self._names, self._sharded, strict=True)
+        gradients = {name: sharded.grad.to_local() for name, sharded in named if sharded.grad is not None}
+        norms = torch._foreach_norm(list(gradients.values()))
         replicas = self.mesh.size(0) if self.mesh.ndim == 2 else 1
         squares = (norm.square().to(self.device) / replicas for norm in norms)
-        return dict(zip(self._names, squares, strict=True))
+        return dict(zip(gradients, squares, strict=True))
 
     @torch.no_grad()
     def step(
@@ -189,7 +192,7 @@ class FSDPEngine(Engine):
             local.grad = sharded.grad = None
         return grad_norm.float(), skipped
 
-    def shards(self) -> Iterator[Shard]:
+    def own_shards(self) -> Iterator[Shard]:
         self._follow_shards()
         primary = self.mesh.ndim == 1 or self.mesh.get_local_rank(0) == 0
         for name, sharded, local in zip(self._names, self._sharded, self._local, strict=True):
@@ -204,6 +207,10 @@ class FSDPEngine(Engine):
                 step=state["step"],
                 primary=primary,
             )
+
+    def weights(self) -> dict[str, Tensor]:
+        self._follow_shards()
+        return {name: local.detach().view(-1) for name, local in zip(self._names, self._local, strict=True)}
 
     def refresh_weights(self) -> None:
         """Free gathered weights and codes: some stay gathered between passes, and codes are made once a step."""

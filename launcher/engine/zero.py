@@ -9,6 +9,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ class ZeroEngine(Engine):
         compute_dtype: bf16 (with fp32 masters) or fp32.
         device: where to compute.
         micro_batch_sequences: sequences of one micro-batch on this rank.
-        num_micro_batches: micro-batches of one step.
+        num_micro_batches: micro-batches of one step, at most. DeepSpeed is told, but never divides by it or counts to
+            it: `backward` says which micro-batch is the last.
         ternary: names of the parameters that have a learning rate of their own.
         compiled: whether to compile what rounds the weights.
         muon: whether Muon updates matrices now; None if it does in no phase of the run.
@@ -278,7 +280,7 @@ class ZeroEngine(Engine):
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32, device=self.device)
 
-    def shards(self) -> Iterator[Shard]:
+    def own_shards(self) -> Iterator[Shard]:
         for name, parameter in self.model.named_parameters():
             located = self._locate(parameter)
             if located is None:
@@ -343,7 +345,7 @@ class ZeroEngine(Engine):
         outer = self._outer
         return getattr(outer, "single_partition_of_fp32_groups", None) or outer.fp32_groups_flat_partition
 
-    @property
+    @cached_property
     def _stage0_masters(self) -> dict[int, Tensor]:
         return {
             id(low): high

@@ -29,6 +29,7 @@ from launcher.checkpoint.manifest import Manifest
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.checkpoint.writer import CheckpointWriter
+from launcher.config.averaging import OTHER_CODES
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.convert import write_streamed
 from launcher.formats.open import TRAITS, check_sound, config_of, precision_of
@@ -36,10 +37,7 @@ from launcher.formats.opened import tokenizer_of
 from launcher.run.belonging import OWNER
 from quant.linear import is_learned_scale
 
-REASON = (
-    "the mean of latent weights rounds to other codes than any of the averaged models has, so it is another model; "
-    "--across-ternary writes it all the same, to be measured"
-)
+REASON = f"{OTHER_CODES}; --across-ternary writes it all the same, to be measured"
 
 
 class AverageSource(Source):

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import load_tokenizer, self_contained
+from launcher.checkpoint.averaged import AveragedReader
 from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import FileRecord, Manifest, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS, Source, in_pieces, start_checking
 from launcher.checkpoint.writer import CheckpointWriter, range_of
+from launcher.config.averaging import AVERAGED
 from launcher.config.sections import Config
 from launcher.engine.contract import MOMENTS
 from launcher.errors import ConfigError
@@ -41,7 +43,7 @@ def starting_phase(config: Config, source: Source) -> int:
     if isinstance(source, CheckpointReader):
         at = (source.manifest.step, source.manifest.tokens)
         for phase in course.phases[1:]:
-            if at == (phase.start, phase.start * course.tokens_per_step):
+            if at == (phase.start, course.tokens_before(phase.start)):
                 return phase.index
     return 0
 
@@ -147,7 +149,7 @@ def _write_claimed(course: Course, folder: RunFolder, source: Source, tokenizer:
     with reaching(writer.final):
         writer.begin()
         try:
-            if isinstance(source, CheckpointReader):
+            if isinstance(source, CheckpointReader) and not isinstance(source, AveragedReader):
                 files = {n: record for n, record in source.manifest.files.items() if n.endswith(".safetensors")}
                 for name in files:
                     writer.link(source.folder / name)
@@ -176,7 +178,7 @@ def manifest_of_conversion(course: Course, source: Source) -> Manifest:
         milestone=True,
         has_moments=source.has_moments,
         step=at.step,
-        tokens=at.step * course.tokens_per_step,
+        tokens=course.tokens_before(at.step),
         progress=at,
         precision=precision,
         data_fingerprint=carried_fingerprint(course, source),
@@ -186,6 +188,7 @@ def manifest_of_conversion(course: Course, source: Source) -> Manifest:
         engine=None,
         zero_stage=None,
         provenance=provenance(source, course),
+        averaged_tokens=source.averaged_tokens,
     )
 
 
@@ -258,6 +261,8 @@ def not_carried(source: Source, into: str) -> list[str]:
         sentences.append(
             f"Adam's moments ({', '.join(MOMENTS)}) and steps are not carried: the format has no place for them."
         )
+    if source.averaged_tokens:
+        sentences.append(f"The averaged weights are not carried; convert {source.location}{AVERAGED} to have them.")
     if into == "hf" and any(map(is_learned_scale, source.shapes)):
         sentences.append("Learned scales are not carried: the format has latent weights alone.")
     if isinstance(source, CheckpointReader):

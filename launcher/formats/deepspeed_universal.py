@@ -148,7 +148,7 @@ def check_universal(source: Source) -> float:
     Raises:
         CheckpointError: steps differ, for which the format has no place, or a name cannot be that of a folder.
     """
-    if source.has_moments and any(source.kinds(name) != KINDS for name in source.shapes):
+    if source.has_moments and any(not set(KINDS) <= set(source.kinds(name)) for name in source.shapes):
         raise CheckpointError(
             f"{source.location} was trained with Muon, and the format is for AdamW: matrices have no second moments"
         )

@@ -118,11 +118,12 @@ def _training(exportable: Exportable, config: Config, manifest: Manifest) -> lis
         for phase in course.phases
         if phase.start < manifest.step
     ]
-    tokens = manifest.tokens
+    tokens, largest = manifest.tokens, course.tokens_at(max(0, manifest.step - 1))
+    up_to = "up to " if course.tokens_at(0) != largest else ""
     lines = [
         "## Training",
         "",
-        f"{manifest.step:,} steps of {course.tokens_per_step:,} tokens, {tokens:,} ({human_count(tokens)}) in all, "
+        f"{manifest.step:,} steps of {up_to}{largest:,} tokens, {tokens:,} ({human_count(tokens)}) in all, "
         f"in sequences of {config.data.sequence_length:,}.",
         "",
         *_table(["phase", "precision", "from step", "to step"], phases),

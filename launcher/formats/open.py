@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.checkpoint.averaged import AveragedReader
 from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under
 from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.checkpoint.manifest import Precision, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
+from launcher.config.averaging import AVERAGED, without_averaged
 from launcher.config.file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
@@ -36,7 +38,8 @@ def open_source(text: str) -> Source:
         text: a folder or URL: one of our checkpoints, or a run with some, of which the newest is taken; a folder of
             DeepSpeed (ZeRO or universal); a folder of Hugging Face, compressed-tensors, MLX or ONNX; or a GGUF file. Of
             a folder that holds both DeepSpeed's files and Hugging Face's, as Transformers' Trainer saves them,
-            DeepSpeed's are taken, unless the folder that its pointer names was removed.
+            DeepSpeed's are taken, unless the folder that its pointer names was removed. With `@averaged` after one of
+            our checkpoints, or a run, the averaged weights of the checkpoint.
 
     Raises:
         CheckpointError: it is none of these, or not complete, or damaged.
@@ -46,6 +49,8 @@ def open_source(text: str) -> Source:
 
     folder = to_location(text)
     with reaching(folder):
+        if text.endswith(AVERAGED) and not folder.exists():
+            return _averaged(text)
         if (folder / MANIFEST).is_file():
             return CheckpointReader(folder)
         if found := checkpoints_under(folder):
@@ -65,6 +70,14 @@ def open_source(text: str) -> Source:
         f"{text}: not a checkpoint of a known kind. Tritrain's have {MANIFEST}, a Hugging Face folder config.json, "
         "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ as well; DeepSpeed's must be local"
     )
+
+
+def _averaged(text: str) -> AveragedReader:
+    """The averaged weights of a checkpoint, or of the newest of a run."""
+    live = open_source(without_averaged(text))
+    if not isinstance(live, CheckpointReader):
+        raise CheckpointError(f"{text}: only checkpoints of Tritrain have averaged weights; leave out {AVERAGED}")
+    return AveragedReader(live.folder)
 
 
 def _deepspeed_source(folder: Path) -> Source | None:

@@ -65,10 +65,11 @@ def check_start(source: Source, course: Course, data_fingerprint: str | None = N
         check_moments(source, dict.fromkeys(source.shapes, KINDS))
     if isinstance(source, CheckpointReader) and phase.index:
         manifest = source.manifest
-        if (manifest.step, manifest.tokens) != (phase.start, phase.start * course.tokens_per_step):
+        tokens = course.tokens_before(phase.start)
+        if (manifest.step, manifest.tokens) != (phase.start, tokens):
             raise CheckpointError(
                 f"{source.location} is at step {manifest.step} with {manifest.tokens} tokens, but phase "
-                f"{phase.index} begins at step {phase.start} with {phase.start * course.tokens_per_step}; change the "
+                f"{phase.index} begins at step {phase.start} with {tokens}; change the "
                 "lengths of the phases before it, take another checkpoint, or set checkpoint.start_phase to 0"
             )
         if data_fingerprint is not None and phase.transition.data == "continue":

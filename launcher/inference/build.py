@@ -68,7 +68,7 @@ def unfilled_model(
         add_learned_scales_(model, quantization)
     check_fits(source, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     if quantization is not None:
-        quantize_(model, quantization, device)
+        quantize_(model, quantization, device, rounding=precision.rounding)
         set_strengths_(model, precision.weight_strengths, precision.activation_strengths)
     return model
 

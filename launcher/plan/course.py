@@ -4,15 +4,16 @@ A `Course` depends only on the configuration and on how often the run went back 
 number of ranks, for a conversion, an export or a report; `launcher.plan.plan` distributes it over ranks.
 """
 
-import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from launcher.config.optimizer import OptimizerName
+from launcher.config.optimizer import OptimizerName, RateCurve
 from launcher.config.sections import Config
 from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
+from launcher.plan.batches import GlobalBatch, ceil_div, length_stages
 from launcher.plan.schedule import StepSizes, learning_rate_factor
 from model.config import DistillationConfig
 from model.size import (
@@ -41,7 +42,9 @@ class Course:
     """Every step of a run, as the configuration describes it."""
 
     config: Config
-    global_batch_sequences: int
+    batch: GlobalBatch
+    lengths: tuple[tuple[int, int], ...]
+    """First step and sequence length of each stage of `training.sequence_warmup`, and of what follows it."""
     phases: tuple[Phase, ...]
     rollbacks: Mapping[int, int] = field(default_factory=dict)
     """How often the run has gone back to the beginning of a phase, by the phase's index."""
@@ -53,15 +56,41 @@ class Course:
         """Whether Muon updates matrices in any phase."""
         return any(phase.optimizer == "muon" for phase in self.phases)
 
+    def averages(self, phase: Phase) -> bool:
+        """Whether weights are averaged in a phase."""
+        averaging = self.config.averaging
+        return averaging.half_life_tokens is not None and (phase.quantization is None or averaging.across_ternary)
+
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.phases[-1].end
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens that all ranks together train on in a step."""
-        return self.global_batch_sequences * self.config.data.sequence_length
+    def total_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.tokens_before(self.total_steps)
+
+    def sequences_at(self, step: int) -> int:
+        """The global batch of the step of this number, counted from 0: rows of the data, over all ranks."""
+        return self.batch.stage_at(step).sequences
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens that all ranks together train on in the step of this number."""
+        return self.sequences_at(step) * self.config.data.sequence_length
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of all steps before the one of this number."""
+        return self.batch.before(step) * self.config.data.sequence_length
+
+    def length_at(self, step: int) -> int:
+        """Tokens of a sequence in the step of this number: a row of the data, or a piece of one."""
+        return next(length for start, length in reversed(self.lengths) if start <= step)
+
+    def changes_size_at(self, step: int) -> bool:
+        """Return whether the global batch or the sequence length is another one than in the step before."""
+        starts = {stage.start for stage in self.batch.stages} | {start for start, _ in self.lengths}
+        return step > 0 and step in starts
 
     def phase_of(self, step: int) -> Phase:
         """The phase that the step of this number, counted from 0, belongs to."""
@@ -86,17 +115,17 @@ class Course:
         decay_start = 0 if config.decay_from_phase is None else self.phases[config.decay_from_phase].start
         factor = learning_rate_factor(step - origin, horizon - origin, config, decay_start)
         phase = self.phase_of(step)
-        rewarm_steps = self.steps_of(phase.transition.rewarm_tokens)
+        rewarm_steps = self.steps_of(phase.transition.rewarm_tokens, phase.start)
         if step - phase.start < rewarm_steps:
             factor *= (step - phase.start + 1) / rewarm_steps
         drop = phase.transition.learning_rate_drop
-        if drop is not None and step - phase.start < self.steps_of(drop.tokens):
+        if drop is not None and step - phase.start < self.steps_of(drop.tokens, phase.start):
             factor *= drop.factor
         return factor * self.config.optimizer.learning_rate
 
-    def steps_of(self, tokens: int) -> int:
-        """Steps that train on at least this many tokens."""
-        return math.ceil(tokens / self.tokens_per_step)
+    def steps_of(self, tokens: int, start: int) -> int:
+        """Steps from the one of this number on that train on at least this many tokens."""
+        return _steps_of(self.batch, tokens, start, self.config.data.sequence_length)
 
     def sizes_at(self, step: int) -> StepSizes:
         """The rates of the step of this number, counted from 0."""
@@ -104,8 +133,10 @@ class Course:
 
     def ternary_factor_at(self, step: int) -> float:
         """Factor on the learning rate of the quantized layers in the step of this number."""
-        factor = self.config.optimizer.ternary_learning_rate_factor
-        return 1.0 if factor is None or self.phase_of(step).quantization is None else factor
+        factor, phase = self.config.optimizer.ternary_learning_rate_factor, self.phase_of(step)
+        if factor is None or phase.quantization is None:
+            return 1.0
+        return factor.at(step - phase.start, phase.end - phase.start) if isinstance(factor, RateCurve) else factor
 
     @property
     def weight_decay_end(self) -> int | None:
@@ -125,18 +156,24 @@ class Course:
         if transition.rollback is None:
             return None
         ramp_steps = max(ramp.end_steps for ramp in transition.ramps)
-        return phase.start + ramp_steps + self.steps_of(transition.rollback.after_tokens)
+        ramp_end = phase.start + ramp_steps
+        return ramp_end + self.steps_of(transition.rollback.after_tokens, ramp_end)
 
-    def strengths_at(self, step: int) -> tuple[list[float], list[float]]:
+    def strengths_at(self, step: int, block_order: Sequence[int] | None = None) -> tuple[list[float], list[float]]:
         """Strengths of quantization in the step of this number: of each block's weights, and of its activations.
 
         All are 0 in a 16-bit phase.
+
+        Args:
+            step: counted from 0.
+            block_order: blocks in the order that was measured at the switch, for ramps in the order ``sensitivity``.
+                Without it they go from front to back, which changes no mean over blocks.
         """
         phase, num_layers = self.phase_of(step), self.config.model.num_layers
         if phase.quantization is None:
             return [0.0] * num_layers, [0.0] * num_layers
         weights, activations = (
-            [strength_at(step - phase.start, ramp, depth, num_layers) for depth in range(num_layers)]
+            [strength_at(step - phase.start, ramp, depth, num_layers, block_order) for depth in range(num_layers)]
             for ramp in phase.transition.ramps
         )
         return weights, activations
@@ -154,8 +191,17 @@ class Course:
 
         A teacher counts as a model of the same size.
         """
-        flops = flops_per_token(self.config.model, self.config.data.sequence_length)
+        flops = flops_per_token(self.config.model, self.length_at(step))
         return flops + (flops // 3 if self.phase_of(step).distillation else 0)
+
+    @property
+    def total_flops(self) -> int:
+        """Model FLOPs of the whole run."""
+        starts = {start for start, _ in self.lengths} | {phase.start for phase in self.phases}
+        return sum(
+            self.flops_per_token_at(start) * (self.tokens_before(end) - self.tokens_before(start))
+            for start, end in pairwise([*sorted(starts), self.total_steps])
+        )
 
     def first_sequence_at(self, step: int) -> int:
         """Position in the data stream, in sequences, at which the step of this number begins."""
@@ -163,7 +209,7 @@ class Course:
         for phase in self.phases:
             if phase.start <= step and phase.transition.data == "restart":
                 origin = phase.start
-        return (step - origin) * self.global_batch_sequences
+        return self.batch.before(step) - self.batch.before(origin)
 
 
 def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> Course:
@@ -174,11 +220,24 @@ def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> C
         rollbacks: of the `Course`.
 
     Raises:
-        ConfigError: a warm-up, a ramp or a schedule does not fit into its phase.
+        ConfigError: a warm-up, a ramp or a schedule does not fit into its phase, or a warm-up into the run.
     """
     training, length = config.training, config.data.sequence_length
-    sequences = training.global_batch_sequences or (training.global_batch_tokens or 0) // length
-    phases = _resolve_phases(config, sequences * length, rollbacks or {})
+    batch = GlobalBatch.of(
+        training.global_batch_sequences or (training.global_batch_tokens or 0) // length,
+        [(stage.sequences, stage.until_tokens) for stage in training.batch_warmup],
+        length,
+    )
+    lengths = length_stages(batch, length, [(stage.length, stage.until_tokens) for stage in training.sequence_warmup])
+    phases = _resolve_phases(config, batch, rollbacks or {})
+    total_steps = phases[-1].end
+    for key, last_start in (("batch_warmup", batch.stages[-1].start), ("sequence_warmup", lengths[-1][0])):
+        if last_start >= total_steps:
+            last = len(getattr(training, key)) - 1
+            raise ConfigError(
+                f"training.{key}.{last}.until_tokens: is {getattr(training, key)[last].until_tokens}, and the run has "
+                f"{batch.before(total_steps) * length} tokens; a warm-up must leave at least a step"
+            )
     warmup_steps, horizon = config.schedule.warmup_steps, config.schedule.horizon_steps or phases[-1].end
     for phase in phases:
         remaining = horizon - phase.start
@@ -199,7 +258,7 @@ def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> C
             f"schedule.decay_from_phase: is {decay_from}, which begins at step {phases[decay_from].start}; must lie "
             f"after the warm-up's {warmup_steps} steps and before the end at {horizon}"
         )
-    return Course(config=config, global_batch_sequences=sequences, phases=phases, rollbacks=rollbacks or {})
+    return Course(config=config, batch=batch, lengths=lengths, phases=phases, rollbacks=rollbacks or {})
 
 
 def check_whole(course: Course) -> None:
@@ -210,7 +269,7 @@ def check_whole(course: Course) -> None:
     Raises:
         ConfigError: they do not.
     """
-    total_steps, whole = _whole(course.config, course.tokens_per_step)
+    total_steps, whole = _whole(course.config, course.batch)
     if any(phase.fraction for phase in course.config.phases) and course.total_steps != total_steps:
         raise ConfigError(
             f"phases: have {course.total_steps} steps together, which are not {whole}; change a length, or write "
@@ -218,43 +277,71 @@ def check_whole(course: Course) -> None:
         )
 
 
-def _whole(config: Config, tokens_per_step: int) -> tuple[int, str]:
+def _steps_of(batch: GlobalBatch, tokens: int, start: int, sequence_length: int) -> int:
+    return batch.steps_with(batch.before(start) + ceil_div(tokens, sequence_length)) - start
+
+
+def _whole(config: Config, batch: GlobalBatch) -> tuple[int, str]:
     """The steps that fractions are of, and their name in messages."""
     training = config.training
-    steps = training.total_steps or math.ceil((training.total_tokens or 0) / tokens_per_step)
+    sequences = ceil_div(training.total_tokens or 0, config.data.sequence_length)
+    steps = training.total_steps or batch.steps_with(sequences)
     return steps, f"the {steps} steps of training.{'total_steps' if training.total_steps else 'total_tokens'}"
 
 
-def _steps_of_phases(config: Config, tokens_per_step: int) -> list[int]:
-    """The length of each phase."""
-    total_steps, whole = _whole(config, tokens_per_step)
-    lengths: list[int] = []
+def _ends_of_phases(config: Config, batch: GlobalBatch) -> list[int]:
+    """The step that each phase ends before.
+
+    A length in tokens, and a fraction of `training.total_tokens`, are so many sequences, whose steps depend on where
+    the phase begins. So phases are laid out from the beginning of the run on, and those after the `rest` from its end.
+    """
+    total_steps, whole = _whole(config, batch)
+    lengths: list[tuple[int, int] | None] = []  # each in steps or, if these are 0, in sequences
     share = 0.0
     for index, phase in enumerate(config.phases):
-        steps = phase.steps or math.ceil((phase.tokens or 0) / tokens_per_step)
-        if isinstance(phase.fraction, float | int):  # rounds where the phase ends: fractions of 1 make total_steps
-            steps = round((share + phase.fraction) * total_steps) - round(share * total_steps)
-            share += phase.fraction
-        if not steps and phase.fraction != "rest":
+        steps, sequences = phase.steps or 0, ceil_div(phase.tokens or 0, config.data.sequence_length)
+        if isinstance(phase.fraction, float | int):  # rounds where the phase ends: fractions of 1 make the whole
+            shares = (share, share + phase.fraction)
+            if config.training.total_steps:
+                steps = round(shares[1] * total_steps) - round(shares[0] * total_steps)
+            else:
+                start, end = (batch.before(batch.steps_near(each, total_steps)) for each in shares)
+                sequences = end - start
+            share = shares[1]
+        if not (steps or sequences) and phase.fraction != "rest":
             raise ConfigError(f"phases.{index}.fraction: {phase.fraction} of {total_steps} steps is less than a step")
-        lengths.append(steps)
-    left, fractions = total_steps - sum(lengths), [phase.fraction for phase in config.phases]
-    if "rest" in fractions:
-        if left < 1:
-            raise ConfigError(
-                f"phases.{fractions.index('rest')}.fraction: is rest, but the {sum(lengths)} steps of the other phases "
-                f"leave none of {whole}"
-            )
-        lengths[fractions.index("rest")] = left
-    return lengths
+        lengths.append(None if phase.fraction == "rest" else (steps, sequences))
+    rest = lengths.index(None) if None in lengths else len(lengths)
+    ends, at = [], 0
+    for steps, sequences in filter(None, lengths[:rest]):
+        at = at + steps if steps else batch.steps_with(batch.before(at) + sequences)
+        ends.append(at)
+    if rest == len(lengths):
+        return ends
+    from_end = [total_steps]
+    for steps, sequences in filter(None, reversed(lengths[rest:])):
+        end = from_end[-1]
+        from_end.append(end - steps if steps else batch.steps_within(batch.before(end) - sequences))
+    if (left := from_end[-1] - at) < 1:
+        raise ConfigError(
+            f"phases.{rest}.fraction: is rest, but the {total_steps - left} steps of the other phases leave none of "
+            f"{whole}"
+        )
+    return ends + from_end[::-1]
 
 
-def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int, int]) -> tuple[Phase, ...]:
+def _resolve_phases(config: Config, batch: GlobalBatch, rollbacks: Mapping[int, int]) -> tuple[Phase, ...]:
     phases: list[Phase] = []
-    optimizer = config.optimizer.name
-    for index, (phase, steps) in enumerate(zip(config.phases, _steps_of_phases(config, tokens_per_step), strict=True)):
+    optimizer, factor = config.optimizer.name, config.optimizer.ternary_learning_rate_factor
+    for index, (phase, end) in enumerate(zip(config.phases, _ends_of_phases(config, batch), strict=True)):
         start = phases[-1].end if phases else 0
+        steps = end - start
         quantization = (phase.quantization or QuantConfig()) if phase.precision == "ternary" else None
+        if quantization is not None and isinstance(factor, RateCurve) and (factor.steps or 0) > steps:
+            raise ConfigError(
+                f"optimizer.ternary_learning_rate_factor.steps: is {factor.steps}, longer than the {steps} steps of "
+                f"phase {index}"
+            )
         transition = phase.transition or TransitionConfig()
         for key, ramp in zip(("ramp", "activation_ramp"), transition.ramps, strict=True):
             if ramp.end_steps > steps:
@@ -263,16 +350,17 @@ def _resolve_phases(config: Config, tokens_per_step: int, rollbacks: Mapping[int
                     f"phases.{index}.transition.{key}.steps: is {ramp.steps}{delay}, longer than the phase's {steps}"
                 )
         if transition.rollback is not None:
-            after_steps = math.ceil(transition.rollback.after_tokens / tokens_per_step)
+            after_tokens, length = transition.rollback.after_tokens, config.data.sequence_length
+            after_steps = _steps_of(batch, after_tokens, start, length)
             last = transition.stretched(transition.rollback.max_attempts, after_steps)
-            needed = max(ramp.end_steps for ramp in last.ramps) + after_steps
+            ramp_steps = max(ramp.end_steps for ramp in last.ramps)
+            needed = ramp_steps + _steps_of(batch, after_tokens, start + ramp_steps, length)
             if needed > steps:
                 raise ConfigError(
                     f"phases.{index}.transition.rollback: the ramp of its last attempt and after_tokens come to "
                     f"{needed} steps, longer than the phase's {steps}"
                 )
             transition = transition.stretched(rollbacks.get(index, 0), after_steps)
-        end = start + steps
         optimizer = transition.optimizer_name or optimizer
         phases.append(
             Phase(index, phase.precision, start, end, quantization, transition, phase.distillation, optimizer)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from launcher.config.optimizer import RateCurve
 from launcher.plan.course import Course, Phase
 from launcher.plan.schedule import drop_step
 from quant.ramp import RampConfig
@@ -12,13 +13,23 @@ OPTIMIZERS = {"muon": "Muon updates the matrices of blocks", "adamw": "AdamW upd
 
 def events(course: Course) -> list[dict[str, Any]]:
     """List the events of a run in order, each with the `step` before which it happens and `what` happens."""
-    found, before = [*_schedule_events(course)], "adamw"
+    found, before = [*_size_events(course), *_schedule_events(course)], "adamw"
     for phase in course.phases:
         if phase.optimizer != before:
             found.append((phase.start, OPTIMIZERS[phase.optimizer]))
             before = phase.optimizer
         found += _switch_events(course, phase)
     return [{"step": step, "what": what} for step, what in sorted(found, key=lambda event: event[0])]
+
+
+def _size_events(course: Course) -> Iterator[tuple[int, str]]:
+    if len(course.batch.stages) > 1:
+        for stage in course.batch.stages:
+            tokens = stage.sequences * course.config.data.sequence_length
+            yield stage.start, f"the global batch is {stage.sequences:,} sequences, {tokens:,} tokens"
+    if len(course.lengths) > 1:
+        for start, length in course.lengths:
+            yield start, f"sequences have {length:,} tokens"
 
 
 def _schedule_events(course: Course) -> Iterator[tuple[int, str]]:
@@ -50,11 +61,15 @@ def _switch_events(course: Course, phase: Phase) -> Iterator[tuple[int, str]]:
         else:
             yield from _ramp_events(start, weights, "quantization of the weights")
             yield from _ramp_events(start, activations, "quantization of the activations")
-        factor = course.ternary_factor_at(start)
-        if factor != 1:
-            yield start, f"quantized layers have {factor:g} times the learning rate, until step {phase.end:,}"
+        curve, factor = course.config.optimizer.ternary_learning_rate_factor, course.ternary_factor_at(start)
+        what = f"quantized layers have {factor:g} times the learning rate"
+        if isinstance(curve, RateCurve):
+            end = start + curve.num_steps(phase.end - start)
+            yield start, f"{what}, linearly to {curve.end:g} at step {end:,}"
+        elif factor != 1:
+            yield start, f"{what}, until step {phase.end:,}"
     if (drop := transition.learning_rate_drop) is not None:
-        end = min(phase.end, start + course.steps_of(drop.tokens))
+        end = min(phase.end, start + course.steps_of(drop.tokens, start))
         yield start, f"the learning rate is multiplied by {drop.factor:g}, until step {end:,}"
     if (decides := course.rollback_step(phase)) is not None:
         yield decides, f"back to step {start:,}, if the loss has not recovered by now"
@@ -64,6 +79,8 @@ def _ramp_events(start: int, ramp: RampConfig, what: str) -> Iterator[tuple[int,
     if not ramp.end_steps:
         yield start, f"{what} at full strength at once"
         return
-    order = "" if ramp.order == "all" else f", {ramp.order}"
-    shape = f"{ramp.shape}{order}, " if ramp.steps else ""
+    shape = ""
+    if ramp.steps:
+        order = {"all": "", "sensitivity": "by sensitivity, "}.get(ramp.order, f"{ramp.order}, ")
+        shape = f"{ramp.shape}, {order}" + ("softmax rounding, " if ramp.rounding == "softmax" else "")
     yield start + ramp.delay_steps, f"{what} ramps up: {shape}full strength from step {start + ramp.end_steps:,}"

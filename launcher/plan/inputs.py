@@ -17,6 +17,7 @@ from data.prepared import fit_problems, is_yet_to_be_prepared, read_manifest
 from data.readers import check_input, is_path
 from data.tokenizer import TRAINED_SPEC, load_tokenizer
 from eval.tasks import task_problems
+from launcher.config.averaging import without_averaged
 from launcher.config.sections import Config
 from launcher.plan.course import make_course
 
@@ -155,7 +156,9 @@ def _checkpoints(config: Config) -> Iterator[tuple[str, str]]:
     for phase in to_do:
         if phase.distillation and phase.distillation.teacher is not None:
             named.append((f"phases.{phase.index}.distillation.teacher", phase.distillation.teacher))
-    yield from ((key, path) for key, path in named if "://" not in path)
+    yield from (
+        (key, path if Path(path).exists() else without_averaged(path)) for key, path in named if "://" not in path
+    )
 
 
 def _checkpoint_problems(config: Config) -> Iterator[tuple[str, str]]:

@@ -26,8 +26,9 @@ def num_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def checkpoint_bytes(course: Course) -> int:
-    """Size of a checkpoint: fp32 weights and moments, with both of every parameter that has both in any phase."""
-    return 4 * (3 * num_parameters(course.config.model) - spared_elements(course))
+    """Size of the largest checkpoint: fp32 weights and average, and both moments of what has both in any phase."""
+    copies = 3 + any(map(course.averages, course.phases))
+    return 4 * (copies * num_parameters(course.config.model) - spared_elements(course))
 
 
 def zero3_held_parameters(config: Config) -> tuple[int, int]:
@@ -113,11 +114,12 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see `zero3_held_parameters`), 16-bit
     gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments (arXiv
     1910.02054, section 5). It holds the codes of quantized layers whole. A teacher, taken to be as large as the model,
-    is sharded by FSDP2 in the compute dtype.
+    is sharded by FSDP2 in the compute dtype. Averaged weights lie beside the fp32 weights.
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)
     moments = 4 * (2 * parameters - spared_elements(plan))
+    average = 4 * parameters * any(map(plan.averages, plan.phases))
     compute_bytes = config.training.compute_bytes
     shards = plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
     in_blocks = num_elements(
@@ -132,11 +134,12 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         gathered = max(gathered, in_16_bits + codes)
     if engine.name == "fsdp2":
         copies = gathered if shards > 1 or compute_bytes == 2 else codes
-        sums_whole = plan.num_micro_batches > 1 and engine.reduce_gradients == "step"
+        sums_whole = plan.most_micro_batches > 1 and engine.reduce_gradients == "step"
         sizes = {
             "weights": 4 * parameters / shards + copies,
             "gradients": 4 * parameters * (1 / shards + (sums_whole and shards > 1)),
             "moments": moments / shards,
+            "average": average / shards,
         }
     else:
         stage = engine.zero_stage or 0
@@ -148,9 +151,12 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
             "weights": compute_bytes * (parameters / (shards if stage == 3 else 1) + held) + masters + codes,
             "gradients": (4 if stage else compute_bytes) * parameters / (shards if stage >= 2 else 1),
             "moments": moments / state_shards,
+            "average": average / state_shards,
         }
     if engine.offload != "none":
-        sizes["moments"] = 0
+        sizes["moments"] = sizes["average"] = 0
+    if not average:
+        del sizes["average"]
     if engine.offload == "all":
         sizes["weights"] = sizes["gradients"] = gathered
     if any(phase.distillation for phase in plan.phases):

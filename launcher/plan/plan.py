@@ -15,8 +15,18 @@ class Plan(Course):
     """The course of a run on ``world_size`` ranks."""
 
     world_size: int
-    num_micro_batches: int
-    """Micro-batches of each rank in a step."""
+
+    def micro_batches_at(self, step: int) -> int:
+        """Micro-batches of each rank in the step of this number, counted from 0."""
+        return self._micro_batches_of(self.sequences_at(step))
+
+    @property
+    def most_micro_batches(self) -> int:
+        """Micro-batches of each rank in a step with the full global batch."""
+        return self._micro_batches_of(self.batch.full)
+
+    def _micro_batches_of(self, sequences: int) -> int:
+        return sequences // (self.config.training.micro_batch_sequences * self.world_size)
 
 
 def make_plan(config: Config, world_size: int, rollbacks: Mapping[int, int] | None = None) -> Plan:
@@ -35,17 +45,20 @@ def make_plan(config: Config, world_size: int, rollbacks: Mapping[int, int] | No
     check_whole(course)
     if world_size % replicas:
         raise ConfigError(f"engine.replicas: {replicas} does not divide {world_size} ranks; {divisors(world_size)} do")
-    sequences = course.global_batch_sequences
-    at_once = training.micro_batch_sequences * world_size
-    if sequences % at_once:
-        key = "global_batch_sequences" if training.global_batch_sequences else "global_batch_tokens"
-        raise ConfigError(
-            f"training.{key}: {sequences} sequences do not divide into micro-batches of "
-            f"{training.micro_batch_sequences} on {world_size} ranks; "
-            + (
-                f"training.micro_batch_sequences of {divisors(sequences // world_size)} would"
-                if sequences % world_size == 0
-                else f"a multiple of {at_once} sequences would, such as {math.ceil(sequences / at_once) * at_once}"
+    micro, unit = training.micro_batch_sequences, course.batch.unit
+    at_once = micro * world_size
+    for index, stage in enumerate(course.batch.stages):
+        if stage.sequences % at_once:
+            full = "global_batch_sequences" if training.global_batch_sequences else "global_batch_tokens"
+            key = full if stage is course.batch.stages[-1] else f"batch_warmup.{index}.sequences"
+            raise ConfigError(
+                f"training.{key}: {stage.sequences} sequences do not divide into micro-batches of {micro} on "
+                f"{world_size} ranks; "
+                + (
+                    f"training.micro_batch_sequences of {divisors(unit // world_size)} would"
+                    if unit % world_size == 0
+                    else f"a multiple of {at_once} sequences would, such as "
+                    f"{math.ceil(stage.sequences / at_once) * at_once}"
+                )
             )
-        )
-    return Plan(**vars(course), world_size=world_size, num_micro_batches=sequences // at_once)
+    return Plan(**vars(course), world_size=world_size)

@@ -41,25 +41,22 @@ def describe(plan: Plan) -> dict[str, Any]:
         "ternary_parameters": num_linear_parameters(config.model),
         "flops_per_token": flops,
         "muon_flops_per_step": muon_flops(plan),
-        "total_flops": sum(
-            plan.flops_per_token_at(phase.start) * plan.tokens_per_step * (phase.end - phase.start)
-            for phase in plan.phases
-        ),
+        "total_flops": plan.total_flops,
         "ranks": plan.world_size,
-        "micro_batches_per_step": plan.num_micro_batches,
-        "sequences_per_step": plan.global_batch_sequences,
-        "tokens_per_step": plan.tokens_per_step,
+        "micro_batches_per_step": plan.most_micro_batches,
+        "sequences_per_step": plan.batch.full,
+        "tokens_per_step": plan.batch.full * config.data.sequence_length,
         "phases": [
             {
                 "precision": phase.precision,
                 "first_step": phase.start,
                 "steps": phase.end - phase.start,
-                "tokens": (phase.end - phase.start) * plan.tokens_per_step,
+                "tokens": plan.tokens_before(phase.end) - plan.tokens_before(phase.start),
             }
             for phase in plan.phases
         ],
         "total_steps": plan.total_steps,
-        "total_tokens": plan.total_steps * plan.tokens_per_step,
+        "total_tokens": plan.total_tokens,
         "bytes_per_rank": {name: round(size) for name, size in memory.items()},
         "total_bytes_per_rank": round(sum(memory.values())),
         "checkpoints_written": num_saves,

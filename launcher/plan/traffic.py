@@ -134,7 +134,7 @@ def _of_fsdp2(plan: Plan, *, codes: bool) -> list[Collective]:
     compute_bytes, passes = plan.config.training.compute_bytes, 2 if engine.reshard_after_forward else 1
     shapes = parameter_shapes(plan.config.model)
     elements = padded_parameters(shapes, shards)
-    reductions = plan.num_micro_batches if engine.reduce_gradients == "micro-batch" else 1
+    reductions = plan.most_micro_batches if engine.reduce_gradients == "micro-batch" else 1
     found = [
         Collective("reduce-scatter", "gradients", 4 * elements, shards, reductions),
         Collective("all-reduce", "scalars", 4, shards),  # the gradient norm
@@ -149,7 +149,7 @@ def _of_fsdp2(plan: Plan, *, codes: bool) -> list[Collective]:
         coded = coded_layers(plan)
         once, each = beside_codes(plan)
         gather(once, 1)
-        gather(each, passes * plan.num_micro_batches)
+        gather(each, passes * plan.most_micro_batches)
         packed = {name: (shape[0], ceil(shape[1] / CODES_PER_BYTE)) for name, shape in coded.items()}
         found.append(Collective("all-gather", "weights", padded_parameters(packed, shards), shards))
         quantization = last_quantization(plan)
@@ -159,8 +159,8 @@ def _of_fsdp2(plan: Plan, *, codes: bool) -> list[Collective]:
             sums = padded_parameters({name: shape[:1] for name, shape in coded.items()}, shards)
             found.append(Collective("all-gather", "scalars", 8 * sums, shards))
         return found
-    gather({name: shape for name, shape in shapes.items() if is_in_block(name)}, passes * plan.num_micro_batches)
-    gather({name: shape for name, shape in shapes.items() if not is_in_block(name)}, plan.num_micro_batches)
+    gather({name: shape for name, shape in shapes.items() if is_in_block(name)}, passes * plan.most_micro_batches)
+    gather({name: shape for name, shape in shapes.items() if not is_in_block(name)}, plan.most_micro_batches)
     return found
 
 
@@ -170,7 +170,7 @@ def _of_zero(plan: Plan) -> list[Collective]:
     Stages 1 and 2 reduce by all-reduce, of which a rank keeps its part, and gather the updated weights once. Stage 3
     gathers weights for the forward pass and, but for those that it keeps in between, for the backward pass.
     """
-    config, ranks, micro_batches = plan.config, plan.world_size, plan.num_micro_batches
+    config, ranks, micro_batches = plan.config, plan.world_size, plan.most_micro_batches
     stage = config.engine.zero_stage or 0
     whole = config.training.compute_bytes * num_parameters(config.model)
     if stage == 3:
@@ -211,5 +211,5 @@ def _of_teacher(plan: Plan) -> Collective:
     shards = plan.world_size // plan.config.engine.replicas
     elements = padded_parameters(parameter_shapes(plan.config.model), shards)
     return Collective(
-        "all-gather", "teacher", plan.config.training.compute_bytes * elements, shards, plan.num_micro_batches
+        "all-gather", "teacher", plan.config.training.compute_bytes * elements, shards, plan.most_micro_batches
     )

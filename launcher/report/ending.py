@@ -54,6 +54,9 @@ def add_to_tensorboard(folder: RunFolder, summary: RunSummary) -> None:
 def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table of phases."""
     columns = ["phase", "steps", "tokens", "train loss", "held-out bits per byte", "tokens/s"]
+    has_average = any(phase.averaged_bits_per_byte is not None for phase in summary.phases)
+    if has_average:
+        columns.insert(-1, "of averaged weights")
     rows = [
         [
             phase.precision,
@@ -61,6 +64,7 @@ def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
             human_count(phase.tokens),
             number(phase.train_loss),
             f"{number(phase.validation_bits_per_byte_at_start)} to {number(phase.validation_bits_per_byte)}",
+            *([number(phase.averaged_bits_per_byte)] if has_average else []),
             human_count(phase.tokens_per_second or 0),
         ]
         for phase in summary.phases

@@ -22,6 +22,8 @@ from launcher.run.metrics_log import ROW, numbered_rows
 from launcher.run.recovery import NUM_LOSSES, LoggedLoss, Transition, measure
 
 LOSS, BITS_PER_BYTE = "train/loss", "validation/bits_per_byte"
+AVERAGED = "validation/bits_per_byte_averaged"
+"""Held-out loss of the averaged weights."""
 
 MOST = 2**1000
 """Integers of JSON beyond it are no measurements, and no float can hold them."""

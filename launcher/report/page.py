@@ -15,7 +15,7 @@ from data.messages import printable
 from data.new_paths import replace_file
 from data.urls import redacted
 from launcher.process.console import human_count
-from launcher.report.history import History
+from launcher.report.history import AVERAGED, History
 from launcher.report.plots import PANELS, THEME, Panel, loss_figure, panel_figure, to_picture, to_svg, transition_figure
 from launcher.report.quant_plots import HEAT_MAP_NOTE, HEAT_MAPS, QUANT_PANELS, heat_map_figure
 from launcher.report.summary import (
@@ -85,7 +85,7 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
     yield "<h2>In numbers</h2>"
     yield _table(("", *labels), _fact_rows(summaries))
     yield "<h2>Phases</h2>"
-    yield _table(_PHASE_COLUMNS, _phase_rows(summaries))
+    yield _table(*_phases(summaries))
     if any(len(summary.phases) > 1 for summary in summaries):
         yield f'<p class="note">{COMPARED}</p>'
     yield "<h2>Loss</h2>"
@@ -94,6 +94,8 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
         "phase. The axis fits what comes after the first 2 % of the tokens. Shaded: ternary phases. Points: "
         "validation; at a switch, before it, and right after it at full strength."
     )
+    if any(AVERAGED in history.series for history in histories):
+        caption += " Dotted, with crosses: validation of the averaged weights."
     alternatives = [
         f'<div class="{width}">{to_svg(figure, name, "training and validation loss over tokens")}</div>'
         for width, name, figure in (
@@ -214,6 +216,16 @@ _PHASE_COLUMNS = (
     "Tokens/s, median",
     "MFU, median",
 )
+
+
+def _phases(summaries: Sequence[RunSummary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the table of phases, with a column of averaged weights if any run has them."""
+    averaged = [phase.averaged_bits_per_byte for summary in summaries for phase in summary.phases]
+    rows = list(_phase_rows(summaries))
+    if not any(averaged):
+        return _PHASE_COLUMNS, rows
+    added = [(*row[:5], _decimal(value), *row[5:]) for row, value in zip(rows, averaged, strict=True)]
+    return (*_PHASE_COLUMNS[:5], "Of averaged weights, bits/byte", *_PHASE_COLUMNS[5:]), added
 
 
 def _phase_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.process.console import human_count
-from launcher.report.history import LOSS, History, Series, curves
+from launcher.report.history import AVERAGED, BITS_PER_BYTE, LOSS, History, Series, curves
 from launcher.report.target import MADE_BY
 from launcher.run.recovery import Transition
 
@@ -153,7 +153,7 @@ def styled() -> Iterator[None]:
 @styled()
 def loss_figure(histories: Sequence[History], title: str = "", *, width_inches: float = 9) -> "Figure":
     """Draw the training loss, logged and its level, over tokens; below it the validation points, in bits per byte."""
-    validations = [history.series.get("validation/bits_per_byte") for history in histories]
+    validations, averages = ([history.series.get(key) for history in histories] for key in (BITS_PER_BYTE, AVERAGED))
     figure = figure_of(width_inches, 5.8 if any(validations) else 4.2)
     figure.suptitle(title, fontweight="bold")
     rows = (2.2, 1) if any(validations) else (1,)
@@ -174,9 +174,13 @@ def loss_figure(histories: Sequence[History], title: str = "", *, width_inches: 
         if series is not None:
             style = _line_style(index) | {"lw": 1, "marker": RUN_MARKERS[index % len(RUN_MARKERS)], "ms": 4}
             _plot(axes[1], series.tokens, series.values, 300, f"validation-{index}", **style)
+    for index, series in enumerate(averages):
+        if series is not None:
+            style = _line_style(index) | {"lw": 1, "ls": ":", "marker": "x", "ms": 4}
+            _plot(axes[1], series.tokens, series.values, 300, f"validation-averaged-{index}", **style)
     if any(validations):
         axes[1].set_ylabel("validation, bits/byte")
-        _fit(axes[1], validations)
+        _fit(axes[1], [*validations, *averages])
         _mark_phases(axes[1], histories, mark="validation-")
     _token_axis(axes[-1])
     return figure

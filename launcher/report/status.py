@@ -27,6 +27,7 @@ from launcher.checkpoint.location import is_local, to_location
 from launcher.config.file import parse_yaml
 from launcher.config.sections import SILENT_BEATS
 from launcher.errors import ConfigError, UserError
+from launcher.plan.batches import GlobalBatch
 from launcher.process.console import human_count, human_time
 from launcher.run.requeue import read_lines
 
@@ -157,13 +158,21 @@ def status_of(run: Path, now: float) -> RunStatus:
             at = next((index for index, end in enumerate(ends) if (status.step or 0) < end), len(ends) - 1)
             status.total_steps, status.phase = ends[-1], config["phases"][at]["precision"]
     if status.step and status.total_steps and row and status.state != "complete":
-        with _noting("metrics.jsonl", notes):
-            tokens_per_step = row["tokens"] / row["step"]
-            remaining_steps = status.total_steps - status.step
-            status.remaining_seconds = remaining_steps * tokens_per_step / row["throughput/tokens_per_second"]
+        with _noting("config.yaml", notes):
+            remaining_tokens = tokens_between(config, status.step, status.total_steps)
+            status.remaining_seconds = remaining_tokens / row["throughput/tokens_per_second"]
     status.message = None if status.message is None else safe_message(status.message)
     status.notes = [safe_message(note) for note in notes]
     return status
+
+
+def tokens_between(config: dict[str, Any], step: int, end: int) -> int:
+    """Tokens of the steps of a run from one number of finished steps to another; its configuration is not checked."""
+    training, length = _mapping(config["training"]), _mapping(config["data"])["sequence_length"]
+    full = training.get("global_batch_sequences") or training["global_batch_tokens"] // length
+    warmup = [(stage["sequences"], stage["until_tokens"]) for stage in training.get("batch_warmup") or ()]
+    batch = GlobalBatch.of(full, warmup, length)
+    return int((batch.before(end) - batch.before(step)) * length)
 
 
 @contextmanager

@@ -21,7 +21,16 @@ import numpy as np
 from launcher.config.file import parse_yaml
 from launcher.errors import ConfigError, LogError
 from launcher.process.console import human_count
-from launcher.report.history import BITS_PER_BYTE, LOSS, History, PhaseSpan, Series, find_transitions, read_history
+from launcher.report.history import (
+    AVERAGED,
+    BITS_PER_BYTE,
+    LOSS,
+    History,
+    PhaseSpan,
+    Series,
+    find_transitions,
+    read_history,
+)
 from launcher.run.recovery import Transition
 from launcher.run.requeue import read_lines
 
@@ -56,6 +65,8 @@ class PhaseSummary:
     validation_bits_per_byte_at_start: float | None
     validation_bits_per_byte: float | None
     """Last evaluation after the phase's first step."""
+    averaged_bits_per_byte: float | None
+    """The same of the averaged weights."""
     tokens_per_second: float | None
     """Median over the logged steps, all ranks together."""
     model_flops_utilization: float | None
@@ -271,6 +282,7 @@ def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[i
         train_loss=loss.last_level(span.first_step) if loss and len(loss.values) else None,
         validation_bits_per_byte_at_start=at_start,
         validation_bits_per_byte=at_end,
+        averaged_bits_per_byte=_last_of(parts.get(AVERAGED)),
         tokens_per_second=_median(parts.get(THROUGHPUT)),
         model_flops_utilization=_median(parts.get("throughput/model_flops_utilization")),
     )
@@ -281,7 +293,11 @@ def _median(series: Series | None) -> float | None:
 
 
 def _last(history: History, key: str) -> float | None:
-    return float(history.series[key].values[-1]) if key in history.series else None
+    return _last_of(history.series.get(key))
+
+
+def _last_of(series: Series | None) -> float | None:
+    return float(series.values[-1]) if series and len(series.values) else None
 
 
 def _starts(path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -162,11 +162,12 @@ def check_position(reader: CheckpointReader, before: Course | None, plan: Plan) 
         ConfigError: they are not.
     """
     manifest, at = reader.manifest, reader.manifest.progress
-    tokens = manifest.step * plan.tokens_per_step
+    tokens = plan.tokens_before(manifest.step)
     if manifest.tokens != tokens:
         raise ConfigError(
             f"training: {reader.folder} has {manifest.tokens} tokens in {manifest.step} steps, which would be {tokens} "
-            "with this global batch; keep the batch, or begin another run with checkpoint.start_from"
+            "with this global batch; keep the batch of the steps that are trained, or begin another run with "
+            "checkpoint.start_from"
         )
     if problem := too_short(plan.total_steps, at.step, plan.config):
         raise ConfigError(f"phases: {problem}")

@@ -26,6 +26,8 @@ TENSORBOARD_TAGS = {
     "train/loss": "1-loss/train",
     "validation/loss": "1-loss/validation",
     "validation/bits_per_byte": "1-loss/validation_bits_per_byte",
+    "validation/loss_averaged": "1-loss/validation_averaged",
+    "validation/bits_per_byte_averaged": "1-loss/validation_bits_per_byte_averaged",
 }
 """Tags that are not the key of the row: TensorBoard sorts groups by name, and so opens on the losses."""
 

@@ -15,6 +15,7 @@ from eval.sample import pieces_of_text, sample_tokens
 from launcher.engine.contract import Engine
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks, everyones
+from launcher.training.averaging import averaged_weights
 
 SAMPLE_WINDOW_TOKENS = 256
 UNTRAINED_ROWS = 16
@@ -44,6 +45,13 @@ class HeldOut:
         if not self._plan.config.data.validation_rows:
             return None
         return self._loss(engine.token_nll, self._batches)
+
+    def measure_averaged(self, engine: Engine) -> HeldOutLoss | None:
+        """Return the held-out loss of the averaged weights; None if no step is averaged, or no rows are held out."""
+        if engine.average is None or not int(engine.average.tokens):
+            return None
+        with averaged_weights(engine):
+            return self.measure(engine)
 
     def estimate_untrained(self, engine: Engine) -> HeldOutLoss | None:
         """As `measure`, from the loss of the first rows: an untrained model predicts all tokens equally badly."""

@@ -62,6 +62,7 @@ class Meter:
     def restart_clock(self) -> None:
         """Start a new interval, excluding what happened between steps."""
         self._since_seconds, self._steps, self._waited_seconds = time.perf_counter(), 0, 0.0
+        self._tokens = 0
         self._loss_sum = torch.zeros((), device=self._ranks.device)
         self._parts_sum: Tensor | None = None
         self._skipped_before = self._skipped.clone()
@@ -74,6 +75,7 @@ class Meter:
     def add(self, result: StepResult) -> None:
         """Count one step; nothing here waits for the device."""
         self._steps += 1
+        self._tokens += result.num_tokens * self._ranks.world_size
         self._waited_seconds += result.waited_seconds
         self._loss_sum += torch.where(result.skipped > 0, 0.0, result.loss)
         if result.parts is not None:
@@ -85,7 +87,7 @@ class Meter:
         at = self._at
         return {
             "step": at.step,
-            "tokens": at.step * self._plan.tokens_per_step,
+            "tokens": self._plan.tokens_before(at.step),
             "phase": at.phase,
             "precision": self._plan.phases[at.phase].precision,
         }
@@ -100,7 +102,7 @@ class Meter:
         taken = self._steps - skipped_steps
         mean_loss = float(self._loss_sum) / self._ranks.world_size / taken if taken else math.nan
         seconds = time.perf_counter() - self._since_seconds
-        tokens_per_second = self._steps * self._plan.tokens_per_step / seconds
+        tokens_per_second = self._tokens / seconds
         stalled_seconds = self._stalled_seconds - self._stalled_seconds_logged
         self._stalled_seconds_logged = self._stalled_seconds
         self._at.skipped_steps = int(self._skipped)
@@ -123,6 +125,10 @@ class Meter:
         transition = self._plan.phases[self._at.phase].transition
         if transition.activation_ramp is not None:
             row["quant/activation_strength"] = self._plan.activation_strength_at(self._at.step - 1)
+        if len(self._plan.batch.stages) > 1:
+            row["train/sequences_per_step"] = self._plan.sequences_at(self._at.step - 1)
+        if len(self._plan.lengths) > 1:
+            row["train/sequence_length"] = self._plan.length_at(self._at.step - 1)
         if self._parts_sum is not None:
             dist.all_reduce(self._parts_sum)
             means = (self._parts_sum / self._ranks.world_size / taken).tolist() if taken else [math.nan] * 3
@@ -145,7 +151,7 @@ class Meter:
             phase=row["precision"],
             loss=mean_loss,
             tokens_per_second=tokens_per_second,
-            remaining=(self._plan.total_steps - self._at.step) * seconds / self._steps,
+            remaining=(self._plan.total_tokens - row["tokens"]) / tokens_per_second,
         )
         self.restart_clock()
 
@@ -161,20 +167,35 @@ class Meter:
             self._log.write(self._row() | values | {"time/elapsed_seconds": self.elapsed_seconds})
         self._console.line(f"Step {self._at.step}: {line}")
 
-    def evaluated(self, result: HeldOutLoss | None, when: str, text: str = "held-out text") -> None:
-        """Log the held-out loss of ``text``."""
+    def evaluated(
+        self,
+        result: HeldOutLoss | None,
+        when: str,
+        text: str = "held-out text",
+        *,
+        averaged: HeldOutLoss | None = None,
+    ) -> None:
+        """Log the held-out loss of ``text``, and that of the averaged weights."""
         if result is not None and self._log is not None:
+            of_average = {}
+            if averaged is not None:
+                of_average = {
+                    "validation/loss_averaged": averaged.nats_per_token,
+                    "validation/bits_per_byte_averaged": averaged.bits_per_byte,
+                }
             self._log.write(
                 self._row()
                 | {
                     "validation/loss": result.nats_per_token,
                     "validation/bits_per_byte": result.bits_per_byte,
                     EVALUATED: when,
+                    **of_average,
                     "time/elapsed_seconds": self.elapsed_seconds,
                 }
             )
             self._console.line(
                 f"{self._row()['precision']}, step {self._at.step}, {when}: {result.bits_per_byte:.4f} bits per byte "
                 f"of {text} ({result.nats_per_token:.4f} nats per token)"
+                + (f"; averaged weights: {averaged.bits_per_byte:.4f}" if averaged else "")
             )
         self.restart_clock()

@@ -6,6 +6,7 @@ from typing import Any
 
 from launcher.checkpoint.manifest import Manifest, Progress, precision_at
 from launcher.checkpoint.reader import CheckpointReader
+from launcher.errors import ConfigError
 from launcher.formats.start import first_progress
 from launcher.plan.muon import matrix_shapes
 from launcher.plan.plan import Plan
@@ -29,6 +30,7 @@ def check_resumed(reader: CheckpointReader | None, folder: RunFolder, plan: Plan
     if reader is None:
         check_nothing_lost(folder, first_progress(plan).step)
         return
+    check_block_order(reader, plan)
     if changed := check_checkpoint(reader, folder, plan):
         console.line("\n".join(["WARNING: the run goes on with another configuration (run.allow_changes):", *changed]))
     saved = folder.last_saved_step()
@@ -36,6 +38,21 @@ def check_resumed(reader: CheckpointReader | None, folder: RunFolder, plan: Plan
         console.line(
             f"WARNING: the run had saved step {saved}, and the newest sound checkpoint is of step "
             f"{reader.manifest.step}; the steps after it are trained again."
+        )
+
+
+def check_block_order(reader: CheckpointReader, plan: Plan) -> None:
+    """Check that a checkpoint has the order of blocks that the run's ramp goes by.
+
+    Raises:
+        ConfigError: it was trained past the switch in another order.
+    """
+    at = reader.manifest.progress
+    if at.phase >= 0 and plan.phases[at.phase].transition.measures_order and at.block_order is None:
+        raise ConfigError(
+            f"phases.{at.phase}.transition.ramp.order: is sensitivity, which is measured at the switch, but "
+            f"{reader.folder} is of a later step and was trained in another order; restore the order, or begin a new "
+            "run at the switch with checkpoint.start_from"
         )
 
 
@@ -54,7 +71,7 @@ def manifest_of(
         milestone=milestone,
         has_moments=True,
         step=at.step,
-        tokens=at.step * plan.tokens_per_step,
+        tokens=plan.tokens_before(at.step),
         progress=replace(at),
         precision=precision_at(plan, at),
         data_fingerprint=data_fingerprint,
@@ -86,7 +103,7 @@ def summary(plan: Plan, ranks: Ranks, meter: Meter, sample: dict[str, str] | Non
         "num_parameters": num_parameters(plan.config.model),
         "num_ternary_parameters": num_linear_parameters(plan.config.model) if ternary else 0,
         "num_matrices_updated_by_muon": len(matrix_shapes(plan)),
-        "tokens": plan.total_steps * plan.tokens_per_step,
+        "tokens": plan.total_tokens,
         "elapsed_seconds": meter.elapsed_seconds,
         "sample": sample,
     }

@@ -1,7 +1,7 @@
 """One optimizer step: the gradients of a global batch, micro-batch by micro-batch, and the update."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -31,6 +31,8 @@ class BatchResult:
     """Mean of the micro-batches' losses; 0-dim, on the device."""
     parts: Tensor | None
     """With a teacher, the means of the micro-batches' `model.transformer.Output.parts`."""
+    num_tokens: int
+    """Tokens of this rank."""
     waited_seconds: float
     """Time spent waiting for data."""
 
@@ -67,7 +69,7 @@ def accumulate_gradients(
         teacher: to learn from.
         telemetry: to observe.
     """
-    loss_sum, waited_seconds = torch.zeros((), device=engine.device), 0.0
+    loss_sum, num_tokens, waited_seconds = torch.zeros((), device=engine.device), 0, 0.0
     weights: Sequence[float] | Tensor = [1.0] * num_micro_batches
     if uneven:
         asked = time.perf_counter()
@@ -79,6 +81,7 @@ def accumulate_gradients(
         asked = time.perf_counter()
         tokens_BT, labels_BT = next(batches)
         waited_seconds += time.perf_counter() - asked
+        num_tokens += tokens_BT.numel()
         tokens_BT, labels_BT = to_device(tokens_BT, engine.device), to_device(labels_BT, engine.device)
         if telemetry is not None and index == 0:
             telemetry.look(engine, tokens_BT, labels_BT)
@@ -90,7 +93,16 @@ def accumulate_gradients(
             parts_sum += output.parts * weights[index] / num_micro_batches
         engine.backward(loss, last=index == num_micro_batches - 1)
         loss_sum += loss.detach()
-    return BatchResult(loss_sum, parts_sum if teacher is not None else None, waited_seconds)
+    return BatchResult(loss_sum, parts_sum if teacher is not None else None, num_tokens, waited_seconds)
+
+
+def in_pieces(batches: Iterable[tuple[Tensor, Tensor]], length: int) -> Batches:
+    """Cut the rows of micro-batches into pieces of this many tokens, each a sequence of its own.
+
+    The label of a piece's last token is the first token of the next piece, as in the row.
+    """
+    for tokens_BT, labels_BT in batches:
+        yield tokens_BT.reshape(-1, length), labels_BT.reshape(-1, length)
 
 
 def label_weights(labels: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -120,7 +132,7 @@ def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
     return TrainingData(
         plan.config.data,
         vocab_size=plan.config.model.vocab_size,
-        global_batch_sequences=plan.global_batch_sequences,
+        global_batch_sequences=plan.batch.unit,
         micro_batch_sequences=plan.config.training.micro_batch_sequences,
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -141,7 +153,12 @@ def train_step(
 ) -> StepResult:
     """Take the optimizer step of this number, counted from 0; see `accumulate_gradients`."""
     batch = accumulate_gradients(
-        engine, batches, plan.num_micro_batches, uneven=uneven, teacher=teacher, telemetry=telemetry
+        engine,
+        in_pieces(batches, plan.length_at(step)),
+        plan.micro_batches_at(step),
+        uneven=uneven,
+        teacher=teacher,
+        telemetry=telemetry,
     )
     if telemetry is not None:
         telemetry.look_at_gradients(engine)
@@ -150,6 +167,8 @@ def train_step(
     grad_norm, skipped = engine.step(plan.sizes_at(step), grad_norm_limit=guard.limit(compared))
     if engine.muon is not None and engine.muon.is_on:
         check_muon(engine.muon, skipped)
+    if engine.average is not None:
+        engine.average.update_(engine.weights(), plan.tokens_at(step), skipped)
     return StepResult(**vars(batch), grad_norm=grad_norm, skipped=guard.add(grad_norm, skipped))
 
 

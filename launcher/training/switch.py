@@ -13,6 +13,7 @@ from launcher.errors import TrainingError
 from launcher.plan.course import Phase
 from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks
+from launcher.training.averaging import take_averaged_
 from launcher.training.step import accumulate_gradients
 from launcher.training.teacher import Teacher
 from quant.linear import dequantize_, quantize_, quantized_layers
@@ -83,11 +84,13 @@ def enter_phase(
         return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
 
     before = clipped_norm(None) if measures else 1.0
+    if transition.weights == "averaged":
+        take_averaged_(engine)
     had_scales = any(layer.quant_config.learned for layer in quantized_layers(engine.model).values())
     if quantized_layers(engine.model):
         dequantize_(engine.model)
     if phase.quantization is not None:
-        quantize_(engine.model, phase.quantization, ranks.device)
+        quantize_(engine.model, phase.quantization, ranks.device, rounding=transition.ramp.rounding)
     if not had_scales:
         initialize_scales_(engine)
     factor = transition.rescale_factor

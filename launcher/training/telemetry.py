@@ -103,7 +103,7 @@ class Telemetry:
             rows.append(
                 {
                     "step": step,
-                    "tokens": step * self._course.tokens_per_step,
+                    "tokens": self._course.tokens_before(step),
                     "phase": self._phase.index,
                     "precision": self._phase.precision,
                     **totals,

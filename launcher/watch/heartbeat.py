@@ -71,6 +71,11 @@ class Pulse:
         self.steps.append((ended - self.at.since, waited_seconds, time.process_time() - self._work_began))
         self.at = At(step, "train", ended, steady=True)
 
+    def changes_size(self) -> None:
+        """Say that steps take another time from the next one on, which may compile."""
+        self.steps = deque(maxlen=RECENT_STEPS)
+        self.at = self.at._replace(steady=False)
+
     def usual_step_seconds(self) -> float:
         """Median of the last steps; 0 before the first."""
         return median(seconds for seconds, _, _ in steps) if (steps := tuple(self.steps)) else 0.0

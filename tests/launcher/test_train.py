@@ -78,6 +78,7 @@ def reads_between_steps(shards: str, out: str) -> list[int]:
         Path(shards),
         Path(out),
         logging={"interval_steps": 4},
+        averaging={"half_life_tokens": 1000, "across_ternary": True},
         training={"skip_outliers": {"window_steps": 3, "sigmas": 1.0}},
         optimizer={"learning_rate": 3e-3, "ternary_learning_rate_factor": 0.5, "weight_decay_until": 0.5},
         phases=[{"precision": "ternary", "steps": 8, "transition": {"ramp": {"order": "front-to-back", "steps": 6}}}],

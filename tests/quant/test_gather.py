@@ -127,7 +127,7 @@ PHASES = [
         "precision": "ternary",
         "steps": 6,
         "quantization": {"fused": True},
-        "transition": {"ramp": {"steps": 2, "order": "front-to-back"}},
+        "transition": {"ramp": {"steps": 2, "order": "sensitivity", "rounding": "softmax"}},
     },
     {"precision": "ternary", "steps": 2, "quantization": {"preset": "nielsen-2025"}},
     {"precision": "16-bit", "steps": 2},

@@ -87,6 +87,16 @@ def test_blocks_take_turns():
     assert [[strength_at(step, backward, depth, 2) for depth in (1, 0)] for step in range(6)] == by_step
 
 
+def test_blocks_take_turns_in_a_measured_order():
+    ramp = RampConfig(steps=6, order="sensitivity")
+    by_step = [[strength_at(step, ramp, depth, 3, (2, 0, 1)) for depth in range(3)] for step in range(7)]
+    assert by_step == [[0, 0, 0], [0, 0, 0.5], [0, 0, 1], [0.5, 0, 1], [1, 0, 1], [1, 0.5, 1], [1, 1, 1]]
+    # Not measured yet, they go from front to back, and the mean is the same.
+    unknown = [[strength_at(step, ramp, depth, 3) for depth in range(3)] for step in range(7)]
+    assert [sorted(strengths) for strengths in unknown] == [sorted(strengths) for strengths in by_step]
+    assert unknown[1] == [0.5, 0, 0]
+
+
 def test_turns_that_steps_do_not_divide_into_begin_between_steps():
     ramp = RampConfig(steps=4, order="front-to-back")  # 4/3 steps for each of 3 blocks
     by_step = [[strength_at(step, ramp, depth, 3) for depth in range(3)] for step in range(5)]
@@ -131,6 +141,7 @@ def test_the_order_only_delays(ramp, num_layers):
         ({"shape": "staircase", "stairs": 0}, {"stairs"}),
         ({"stairs": 2}, {"stairs"}),
         ({"order": "front-to-back"}, {"order"}),
+        ({"order": "sensitivity", "rounding": "softmax"}, {"order", "rounding"}),
     ],
 )
 def test_problems_are_named(keys, named):

@@ -41,7 +41,13 @@ def tree_of(manifest: Manifest) -> dict[str, Any]:
     "written",
     [
         manifest(3, milestone=True),
+        replace(manifest(3), averaged_tokens=768),
         replace(manifest(3), precision=ON_A_RAMP, spikes=GUARD, teacher="a" * 32, data_fingerprint="b"),
+        replace(
+            manifest(3),
+            precision=replace(ON_A_RAMP, rounding="softmax"),
+            progress=replace(manifest(3).progress, block_order=(1, 0)),
+        ),
         replace(manifest(0), world_size=None, engine=None, zero_stage=None, provenance={"source": {"nested": [1]}}),
     ],
 )
@@ -54,11 +60,13 @@ def test_what_is_written_is_read(written: Manifest) -> None:
 
 def test_nothing_may_be_left_out() -> None:
     tree = tree_of(manifest(3))
-    filled_in = {"format_version", "files", "digest"}
+    filled_in = {"format_version", "files", "digest", "averaged_tokens"}
     assert len(tree.keys() - filled_in) == 13
     for key in tree.keys() - filled_in:
         with pytest.raises(ValueError, match=rf"its '{key}': .*"):
             manifest_of({other: value for other, value in tree.items() if other != key})
+    earlier = {key: value for key, value in tree.items() if key != "averaged_tokens"}
+    assert manifest_of(earlier) == manifest_of(tree), "weights were not averaged"
     with pytest.raises(ValueError, match=r"its 'files' lacks config\.yaml"):
         manifest_of({key: value for key, value in tree.items() if key != "files"})
     with pytest.raises(ValueError, match="or files of tensors"):
@@ -70,10 +78,20 @@ def test_nothing_may_be_left_out() -> None:
     [
         ({"step": 2}, "its 'step' is 2, and in 'progress' 3"),
         ({"tokens": -1}, "its 'tokens' is not a count"),
+        ({"averaged_tokens": -1}, "its 'averaged_tokens' is not a count"),
+        ({"averaged_tokens": "all"}, "its 'averaged_tokens': Input should be a valid integer"),
         ({"tokens": 1.0}, "its 'tokens': Input should be a valid integer"),
         ({"milestone": 1}, "its 'milestone': Input should be a valid boolean"),
         ({"progress": {"step": 3, "phase": -2, "skipped_steps": 0}}, "its 'progress': is not a count of steps, the"),
         ({"progress": {"step": 3, "phase": 0}}, "its 'progress.skipped_steps': Field required"),
+        (
+            {"progress": {"step": 3, "phase": 0, "skipped_steps": 0, "block_order": [0, 0]}},
+            "its 'progress': has an order of blocks that does not name each of them once",
+        ),
+        (
+            {"progress": {"step": 3, "phase": 0, "skipped_steps": 0, "block_order": [2, 1, 0]}},
+            "its 'progress' has an order of 3 blocks, and its 'precision' is not of 3",
+        ),
         ({"spikes": {"skipped": 1}}, "its 'spikes' is not the state of the guards"),
         ({"files": {"../a": {"size": 1, "digest": "0" * 32}}}, "its 'files' names '../a', which is not a file"),
         ({"files": {"config.yaml": {"size": 1, "digest": "x"}}}, "'files.config.yaml': is not the size and the digest"),
@@ -91,6 +109,7 @@ def test_what_is_wrong_is_named(change: dict[str, Any], complaint: str) -> None:
         ({"weight_strengths": []}, "'precision': does not have a strength"),
         ({"weight_strengths": [0.5, 1.5]}, "'precision': has a strength outside of 0 to 1"),
         ({"weight_strengths": [0.5, float("nan")]}, "weight_strengths.1': Input should be a finite number"),
+        ({"rounding": "stochastic"}, "rounding': Input should be 'blend' or 'softmax'"),
         ({"quantization": None}, "'precision': has strengths without a quantization"),
         ({"quantization": {"levels": "quaternary"}}, "quantization.levels': Input should be 'binary', 'ternary'"),
         (
@@ -105,6 +124,13 @@ def test_a_precision_that_cannot_be_is_refused(change: dict[str, Any], complaint
     tree["precision"] |= change
     with pytest.raises(ValueError, match=complaint):
         manifest_of(tree)
+
+
+def test_a_manifest_without_rounding_and_order_is_of_a_blend() -> None:
+    tree = tree_of(replace(manifest(3), precision=ON_A_RAMP))
+    del tree["precision"]["rounding"], tree["progress"]["block_order"]
+    assert manifest_of(tree).precision == ON_A_RAMP
+    assert manifest_of(tree).progress.block_order is None
 
 
 def test_the_strength_is_that_of_the_least_quantized_block_and_operand() -> None:

@@ -39,7 +39,7 @@ def test_every_size_on_every_number_of_gpus_is_a_plan_that_fits(tmp_path, size):
         plan = make_plan(config, num_gpus)
         assert sum(memory_bytes_per_rank(plan).values()) < 0.9 * 2**30 * GPUS["NVIDIA A100"].memory_gib
         assert config.engine.name == engine
-        assert plan.total_steps * plan.tokens_per_step >= 20 * SIZES[size]
+        assert plan.total_steps * plan.tokens_at(0) >= 20 * SIZES[size]
         assert plan.phases[0].end >= config.schedule.warmup_steps, "the switch falls into the warm-up"
         assert config.checkpoint.interval_steps < plan.total_steps
         assert [each.name for each in exports_of(plan) if each.problems] == ["mlx"]  # it has no SubLN
@@ -76,7 +76,7 @@ def test_a_cpu_computes_in_fp32(tmp_path):
     config, written = write(tmp_path / "a.yaml", "--size", "10M", "--gpus", 0, "--tokens", "20M", "--data", "none")
     assert config.training.compute_dtype == "fp32"
     assert written.startswith("# 10M parameters, 20M tokens, on a CPU. Written by `tritrain init`.\n")
-    assert make_plan(config, 1).num_micro_batches
+    assert make_plan(config, 1).most_micro_batches
 
 
 def test_every_choice_has_a_reason(tmp_path):

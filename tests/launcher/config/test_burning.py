@@ -113,6 +113,8 @@ def test_overrides_that_lead_nowhere(override: str) -> None:
 
 NUMBERS = (10**9, 10**15, 10**18, 999_999_999_989, 2**63 - 1)
 TREE = tiny_tree(Path("/shards"), Path("/run"))
+TREE["training"]["batch_warmup"] = [{"sequences": 4, "until_tokens": 300}]
+TREE["training"]["sequence_warmup"] = [{"length": 8, "until_tokens": 300}]
 TREE["phases"][1]["transition"] = {"ramp": {"steps": 2, "shape": "staircase", "stairs": 2}}
 KEYS = [
     *(key for key, _, value in (line.partition(": ") for line in flat_lines(TREE)) if value.strip("-").isdigit()),

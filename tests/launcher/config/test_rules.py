@@ -220,6 +220,42 @@ def test_first_phase_may_have_a_ramp_or_a_start():
     assert only_problem(*first, "phases.0.transition.schedule=restart")[0] == "phases.0.transition"
 
 
+@pytest.mark.parametrize("key", ["ramp", "activation_ramp"])
+def test_sensitivity_needs_a_model_to_measure(key):
+    ramps = f"phases.0={{precision: ternary, steps: 4, transition: {{{key}: {{steps: 2, order: sensitivity}}}}}}"
+    path, said = only_problem(ramps)
+    assert path == f"phases.0.transition.{key}.order"
+    assert said.startswith("is sensitivity, but there is no trained model to measure")
+    parse_config(tree(ramps, "checkpoint.start_from=x"))
+
+
+SOFT = "phases.1.transition.ramp={steps: 2, rounding: softmax}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "said"),
+    [
+        (
+            ["phases.1.quantization={levels: binary}"],
+            "ramp.rounding",
+            "is softmax, which is for levels ternary, not bi",
+        ),
+        (["phases.1.quantization={levels: int2}"], "ramp.rounding", "is softmax, which is for levels ternary, not int"),
+        (["phases.1.quantization={preset: paretoq}"], "ramp.rounding", "is softmax, but learned scales get no gradie"),
+        (
+            ["phases.1.transition.activation_ramp={steps: 1, rounding: softmax}"],
+            "activation_ramp.rounding",
+            "is softmax, which is for weights; set ramp.rounding instead",
+        ),
+    ],
+)
+def test_soft_rounding_is_for_ternary_weights_with_their_own_scale(overrides, path, said):
+    parse_config(tree(SOFT))
+    found, problem = only_problem(SOFT, *overrides)
+    assert found == f"phases.1.transition.{path}"
+    assert problem.startswith(said)
+
+
 # All at once
 
 

@@ -20,7 +20,10 @@ PHASES = [
     {
         "precision": "ternary",
         "steps": 6,
-        "transition": {"ramp": {"steps": 3, "order": "back-to-front"}, "activation_ramp": {"steps": 2}},
+        "transition": {
+            "ramp": {"steps": 3, "order": "sensitivity", "rounding": "softmax"},
+            "activation_ramp": {"steps": 2},
+        },
     },
     {"precision": "ternary", "steps": 2, "quantization": {"preset": "nielsen-2025"}},
 ]

@@ -105,9 +105,9 @@ def check(name, rank, world_size, join, *overrides):
             if phase.quantization is not None:
                 set_strengths_(engine.model, *plan.strengths_at(phase.end - 1))
             tokens = torch.zeros(config.training.micro_batch_sequences, config.data.sequence_length, dtype=torch.long)
-            for index in range(plan.num_micro_batches):
-                last = index == plan.num_micro_batches - 1
-                engine.backward(engine.forward(tokens, tokens).loss / plan.num_micro_batches, last=last)
+            for index in range(plan.most_micro_batches):
+                last = index == plan.most_micro_batches - 1
+                engine.backward(engine.forward(tokens, tokens).loss / plan.most_micro_batches, last=last)
             engine.step(StepSizes(1e-3))
         assert {key: size for key, size in recorder.payload_bytes.items() if key[1] > 1} == +expected
 

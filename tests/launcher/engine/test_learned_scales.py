@@ -13,6 +13,7 @@ from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import CheckpointError
 from launcher.formats.convert import not_carried
 from launcher.formats.open import open_source
+from launcher.run.metrics_log import read_metrics
 from quant.linear import is_learned_scale
 from quant.rounding import bf16_values
 
@@ -95,3 +96,16 @@ def test_a_checkpoint_without_scales_is_refused_within_their_phase(shards: Path,
     run_group(1, train_on, str(shards), str(tmp_path), ["fsdp2"], {"phases": [PLAIN, PLAIN]}, [5])
     with pytest.raises(CheckpointError, match="is of a phase without learned scales"):
         run_group(1, train_on, str(shards), str(tmp_path), ["fsdp2"], {"run": {"allow_changes": ["phases.1"]}}, [])
+
+
+@pytest.mark.parametrize(
+    "engines", [["fsdp2"], pytest.param(["zero-0", "zero-1", "zero-2", "zero-3"], marks=pytest.mark.slow)]
+)
+def test_a_ramp_is_looked_at_while_scales_have_no_gradient(shards: Path, tmp_path: Path, engines: list[str]) -> None:
+    ramped = PARETOQ | {"transition": {"ramp": {"shape": "linear", "steps": 2}}}
+    run_group(1, train_on, str(shards), str(tmp_path), engines, {"phases": [PLAIN, ramped]}, [])
+    for name in engines:
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        norms = [row["quant/grad_norm"] for row in rows if "quant/grad_norm" in row]
+        assert norms
+        assert min(norms) > 0

@@ -39,7 +39,8 @@ from launcher.watch.heartbeat import Pulse
 
 pytest.importorskip("lm_eval")
 
-QUANTIZATION = {"precision": "ternary", "steps": 4, "transition": {"ramp": {"shape": "linear", "steps": 3}}}
+RAMP = {"shape": "linear", "steps": 3, "order": "sensitivity", "rounding": "softmax"}
+QUANTIZATION = {"precision": "ternary", "steps": 4, "transition": {"ramp": RAMP}}
 
 
 def this_rank() -> Ranks:
@@ -63,8 +64,9 @@ def train_with_and_without_tasks(shards, folder, mirror):
             else {},
         )
         train_run(config)
-    assert set(got_on) == {"tasks"}
-    assert len(got_on) >= 3 * 12  # after 3 and 6 steps and at the ends of phases; each batch of each task
+    assert set(got_on) == {"switch", "tasks"}
+    assert got_on.count("switch") == 2 * 2 * (1 + 2)  # in both runs 2 batches, in 16 bits and with one block rounded
+    assert got_on.count("tasks") >= 3 * 12  # after 3 and 6 steps and at the ends of phases; each batch of each task
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What a configuration resolves to on a number of ranks."""
 
-import copy
 import math
 import re
 
@@ -8,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from places import ROOT
+from plans import phases, plan_of, refusal, steps_of
 
-from launcher.config.file import apply_override, load_config, parse_config
+from launcher.config.file import load_config
 from launcher.errors import ConfigError
 from launcher.plan.events import events
 from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
@@ -20,40 +20,8 @@ from quant.config import QuantConfig
 
 CONFIGS = ROOT / "configs"
 
-TREE = {
-    "run": {"name": "plan"},
-    "model": {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24},
-    "data": {"sources": [{"path": "shards"}], "sequence_length": 8},
-    "training": {"global_batch_sequences": 24, "micro_batch_sequences": 2},
-    "optimizer": {"learning_rate": 1e-2},
-    "schedule": {"shape": "linear", "warmup_steps": 2, "final_fraction": 0.0},
-    "phases": [{"precision": "16-bit", "steps": 4}, {"precision": "ternary", "steps": 6}],
-}
 PARAMETERS = 64 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 24 + 2 * 16) + 16  # embedding, blocks with their norms, last norm
 LINEAR_PARAMETERS = 2 * (4 * 16 * 16 + 3 * 16 * 24)
-
-
-def plan_of(*overrides, world_size=1):
-    tree = copy.deepcopy(TREE)
-    for override in overrides:
-        apply_override(tree, override)
-    return make_plan(parse_config(tree), world_size)
-
-
-def refusal(*overrides, world_size=1):
-    with pytest.raises(ConfigError) as caught:
-        plan_of(*overrides, world_size=world_size)
-    return str(caught.value)
-
-
-def phases(*lengths):
-    """Overrides for a 16-bit and a ternary phase of these lengths, each a `steps: 4` or the like."""
-    precisions = ("16-bit", "ternary", "16-bit")
-    return ["phases=[" + ", ".join(f"{{precision: {p}, {x}}}" for p, x in zip(precisions, lengths, strict=False)) + "]"]
-
-
-def steps_of(plan):
-    return [phase.end - phase.start for phase in plan.phases]
 
 
 # Batches
@@ -61,9 +29,9 @@ def steps_of(plan):
 
 def test_batches_resolve():
     plan = plan_of(world_size=4)
-    assert (plan.global_batch_sequences, plan.num_micro_batches, plan.tokens_per_step) == (24, 3, 192)
+    assert (plan.batch.full, plan.most_micro_batches, plan.tokens_at(0)) == (24, 3, 192)
     in_tokens = plan_of("training.global_batch_sequences=null", "training.global_batch_tokens=192", world_size=4)
-    assert (in_tokens.global_batch_sequences, in_tokens.num_micro_batches, in_tokens.tokens_per_step) == (24, 3, 192)
+    assert (in_tokens.batch.full, in_tokens.most_micro_batches, in_tokens.tokens_at(0)) == (24, 3, 192)
 
 
 def test_what_does_not_divide_lists_what_would():
@@ -90,16 +58,16 @@ def test_every_batch_resolves_or_names_values_that_do(sequences, micro, world_si
     except ConfigError as error:
         told = str(error)
     else:
-        assert resolved.num_micro_batches * micro * world_size == sequences
+        assert resolved.most_micro_batches * micro * world_size == sequences
         return
     assert sequences % (micro * world_size)
     if fitting := re.search(r"micro_batch_sequences of ([\d, ]+) would$", told):
         listed = [int(number) for number in fitting[1].split(", ")]
         assert listed == [n for n in range(1, sequences + 1) if sequences % (n * world_size) == 0]
-        assert all(plan(sequences, n).num_micro_batches for n in listed)
+        assert all(plan(sequences, n).most_micro_batches for n in listed)
     else:
         assert sequences % world_size
-        assert plan(int(re.search(r"such as (\d+)$", told)[1]), micro).num_micro_batches
+        assert plan(int(re.search(r"such as (\d+)$", told)[1]), micro).most_micro_batches
 
 
 def test_replicas_must_divide_the_ranks():
@@ -272,6 +240,16 @@ def test_strengths_of_blocks_and_of_activations():
     assert all(weights == activations for weights, activations in map(together.strengths_at, range(10)))
 
 
+def test_strengths_in_a_measured_order():
+    ramps = "phases.1.transition={ramp: {steps: 4, order: sensitivity}, activation_ramp: {steps: 2}}"
+    plan = plan_of(ramps)
+    assert [plan.strengths_at(step, (1, 0))[0] for step in range(4, 9)] == [[0, 0], [0, 0.5], [0, 1], [0.5, 1], [1, 1]]
+    assert [plan.strengths_at(step, (1, 0))[1] for step in range(4, 7)] == [[0, 0], [0.5, 0.5], [1, 1]]
+    assert [plan.strength_at(step) for step in range(4, 9)] == [0, 0.25, 0.5, 0.75, 1]
+    assert plan.phases[1].transition.measures_order
+    assert not plan_of("phases.1.transition.ramp.steps=4").phases[1].transition.measures_order
+
+
 def test_the_mean_strength_of_equal_blocks_is_theirs_exactly():
     plan = plan_of("model.num_layers=3", "phases.1.transition.ramp={shape: tanh, steps: 6}")
     assert all({plan.strength_at(step)} == set(plan.strengths_at(step)[0]) for step in range(10))
@@ -329,6 +307,10 @@ def test_events_tell_what_happens_when():
         "5 weight decay ends (0.1 before)",
         "6 quantization of the activations ramps up: full strength from step 6",
     ]
+    [soft] = events(plan_of("phases.1.transition.ramp={steps: 4, order: sensitivity, rounding: softmax}"))
+    assert soft["what"] == (
+        "quantization ramps up: linear, by sensitivity, softmax rounding, full strength from step 8"
+    )
     assert events(plan_of("schedule.shape=two-stage"))[-1]["what"] == "the learning rate drops to its second stage"
     assert [event["step"] for event in events(plan_of("phases.1.steps=20", ROLLBACK))] == [4, 6]
 

@@ -1,5 +1,6 @@
 """The report of runs: what it reads, what it computes, what stands on the page."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -91,6 +92,27 @@ def test_the_page_of_one_run_has_everything_in_order(tmp_path):
     ):
         assert mark in page.ids
     assert "throughput-model-flops-utilization-run-0" not in page.ids
+
+
+def test_averaged_weights_have_a_line_and_a_column_where_there_are_some(tmp_path):
+    plain, averaged = (make_run(tmp_path / name, name=name) for name in ("plain", "averaged"))
+    metrics = averaged / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for row in rows:
+        if row["precision"] == "16-bit" and row.get("validation/when") in ("interval", "end of phase"):
+            row["validation/bits_per_byte_averaged"] = 0.777 + row["validation/bits_per_byte"]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    at_end = next(row for row in rows if row.get("validation/when") == "end of phase")
+    assert summarize(averaged).phases[0].averaged_bits_per_byte == at_end["validation/bits_per_byte_averaged"]
+    write_report([plain, averaged], tmp_path / "report.html")
+    page = parse(tmp_path / "report.html")
+    assert "loss-validation-averaged-1" in page.ids
+    assert "loss-validation-averaged-0" not in page.ids
+    assert "Dotted, with crosses: validation of the averaged weights." in page.text
+    text = page.text[page.text.index("Of averaged weights, bits/byte") :]
+    assert f"{at_end['validation/bits_per_byte_averaged']:.3f}" in text
+    write_report([plain], tmp_path / "plain.html")
+    assert "averaged weights" not in parse(tmp_path / "plain.html").text
 
 
 def test_the_page_loads_nothing_and_its_ids_are_unique(tmp_path):

@@ -97,6 +97,17 @@ def test_a_running_run(tmp_path: Path) -> None:
     assert " ".join(line.split()[1:]) == "running ternary 6 of 8 64 0:00:08 4, 1 min 2 4.5000"
 
 
+def test_what_is_left_counts_the_tokens_of_the_steps_to_come(tmp_path: Path) -> None:
+    stages = [{"sequences": 2, "until_tokens": 200}, {"sequences": 4, "until_tokens": 400}]
+    folder = RunFolder(tiny_config(Path("/shards"), tmp_path / "run", training={"batch_warmup": stages}))
+    folder.prepare([4, 4])  # of 64, 64, 64, 64, 128, 128, and 256 tokens
+    folder.write_state("running")
+    log = MetricsLog(folder.path, step=0, phase=0, tensorboard=False)
+    log.write(row(5, tokens=384))
+    log.close()
+    assert status_of(folder.path, NOW).remaining_seconds == (128 + 256 + 256) / 64
+
+
 @pytest.mark.parametrize("state", ["interrupted", "complete"])
 def test_a_run_that_has_ended(tmp_path: Path, state: str) -> None:
     run = write_run(tmp_path / "run", state)

@@ -327,7 +327,7 @@ def test_the_plan_counts_the_teacher() -> None:
     flops = plain.flops_per_token_at(3)
     assert taught.flops_per_token_at(2) == flops
     assert taught.flops_per_token_at(3) == flops * 4 // 3  # forward is a third of forward and backward
-    tokens = plain.tokens_per_step
+    tokens = plain.tokens_at(0)
     assert describe(taught)["total_flops"] - describe(plain)["total_flops"] == flops // 3 * tokens * 4
     sizes = memory_bytes_per_rank(taught)
     teacher = sizes.pop("teacher")
