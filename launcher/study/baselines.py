@@ -6,6 +6,7 @@ A baseline has the architecture, data, optimizer, schedule and number of tokens 
 from dataclasses import replace
 from typing import Any
 
+from launcher.config.averaging import AveragingConfig
 from launcher.config.file import parse_config, to_tree
 from launcher.config.sections import Config, PhaseConfig
 from launcher.config.transition import TransitionConfig
@@ -62,7 +63,12 @@ def baseline_of(config: Config, baseline: Baseline) -> Config:
         optimizer = replace(optimizer, ternary_learning_rate_factor=None)
     if optimizer.weight_decay_until == "ternary":
         optimizer = replace(optimizer, weight_decay_until=None)
-    tree = to_tree(config) | {"phases": [to_tree(phase) for phase in phases], "optimizer": to_tree(optimizer)}
+    averaging = config.averaging
+    if precision == "ternary" and not averaging.across_ternary:
+        averaging = AveragingConfig()
+    changed = {"phases": [to_tree(phase) for phase in phases]}
+    changed |= {"optimizer": to_tree(optimizer), "averaging": to_tree(averaging)}
+    tree = to_tree(config) | changed
     return parse_config(tree)
 
 
@@ -74,6 +80,7 @@ def _without_ramps(transition: TransitionConfig | None) -> TransitionConfig:
         optimizer="keep",
         optimizer_name=None,
         rescale_factor=None,
+        weights="live",
         ramp=RampConfig(),
         activation_ramp=None,
         rollback=None,

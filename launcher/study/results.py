@@ -40,7 +40,7 @@ def results_of(arms: Sequence[Arm], sharing: Sharing, jobs: Sequence[Job], faile
         job = by_name[f"arms/{arm.name}"]
         status = "complete" if job.is_done else "failed" if job.name in failed else "not complete"
         about = {"arm": arm.name, "status": status, **arm.point, "baseline": arm.baseline, "steps": job.step}
-        row = about | {"tokens": job.step * arm.plan.tokens_per_step} | held_out_of(logs[arm.name], arm.plan)
+        row = about | {"tokens": arm.plan.tokens_before(job.step)} | held_out_of(logs[arm.name], arm.plan)
         if (twin := twin_of(arm, arms, sharing)) is not None:
             row |= {"twin": twin.name} | excess(logs[arm.name], logs[twin.name], arm.plan)
             end = held_out_of(logs[twin.name], twin.plan)["held_out_loss"]
@@ -92,11 +92,12 @@ def excess(log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], 
     assert step is not None
     ours, theirs = _by_steps(log), _by_steps(twin)
     common = sorted(key for key in ours.keys() & theirs.keys() if key[0] >= step)
-    differences = [(ours[key] - theirs[key], key[1] - key[0]) for key in common]
+    differences = {key: ours[key] - theirs[key] for key in common}
     if not differences:
         return {"excess_peak": None, "excess_area": None}
-    area = sum(value * steps for value, steps in differences) * course.tokens_per_step
-    return {"excess_peak": max(value for value, _ in differences), "excess_area": area}
+    tokens = {key: course.tokens_before(key[1]) - course.tokens_before(key[0]) for key in common}
+    area = sum(difference * tokens[key] for key, difference in differences.items())
+    return {"excess_peak": max(differences.values()), "excess_area": area}
 
 
 def _by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:

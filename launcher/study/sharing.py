@@ -132,7 +132,7 @@ class _Search:
         config, phases = arm.config, arm.plan.phases
         about = [replace(phase, quantization=None, distillation=None) for phase in phases]
         ternary = [phase.quantization is not None for phase in phases]
-        key = repr((config.schedule, config.optimizer, about, ternary, arm.plan.tokens_per_step))
+        key = repr((config.schedule, config.optimizer, about, ternary, arm.plan.batch))
         if key not in self._sizes:
             self._sizes[key] = [arm.plan.sizes_at(step) for step in range(arm.plan.total_steps)]
         return self._sizes[key]
@@ -160,7 +160,6 @@ def settings_of(course: Course) -> str:
         {repr(phase.quantization) for phase in ternary if phase.quantization and phase.quantization.learned}
     )
     tree["of the whole run"] = {
-        "sequences": course.global_batch_sequences,
         "first step": first_step(course),
         # The engine has parameters, groups of them and a guard from the first step for what comes later.
         "muon": [config.optimizer.learning_rate] if course.has_muon else None,

@@ -4,14 +4,14 @@ import multiprocessing
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import pairwise
 from multiprocessing.connection import Connection
 
 from launcher.plan.disk import existing_part
 from launcher.plan.gpus import named_gpu
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import checkpoint_bytes
-from launcher.plan.plan import Plan
+from launcher.plan.plan import Plan, make_plan
 from launcher.process.console import Console, human_bytes, human_count, human_time
 from launcher.process.torchrun import num_gpus
 from launcher.study.arms import Arm
@@ -20,7 +20,7 @@ from launcher.study.dispatch import start_fork_server
 from launcher.study.jobs import Job
 from launcher.study.sharing import Sharing, first_step
 from launcher.study.worker import Place
-from model.size import num_linear_parameters
+from model.size import flops_per_token, num_linear_parameters
 
 ENOUGH_TOKENS = 15
 """Tokens per ternary parameter below which a 16-bit model is not trained enough to tell what a switch costs."""
@@ -30,12 +30,25 @@ MOST_FLOPS = 2e12
 
 SECONDS_TO_MEASURE = 300.0
 
+Stretch = tuple[Plan, int, int]
+"""A plan, and the steps that are finished where a part of it begins and ends."""
 
-def steps_of_study(arms: Sequence[Arm], sharing: Sharing) -> tuple[int, int]:
-    """Steps of all arms, each by itself; and with shared trunks."""
-    alone = sum(arm.plan.total_steps - first_step(arm.plan) for arm in arms)
-    trunks = sum(trunk.end - trunk.begin for trunk in sharing.trunks)
-    return alone, trunks + sum(arm.plan.total_steps - sharing.begin_of(arm) for arm in arms)
+
+def stretches(arms: Sequence[Arm], sharing: Sharing) -> tuple[list[Stretch], list[Stretch]]:
+    """What is trained: all arms, each by itself; and trunks, each once, with what follows them of each arm."""
+    alone = [(arm.plan, first_step(arm.plan), arm.plan.total_steps) for arm in arms]
+    trunks = [(trunk.arm.plan, trunk.begin, trunk.end) for trunk in sharing.trunks]
+    return alone, trunks + [(arm.plan, sharing.begin_of(arm), arm.plan.total_steps) for arm in arms]
+
+
+def num_steps(trained: Sequence[Stretch]) -> int:
+    """Steps of all stretches."""
+    return sum(end - begin for _, begin, end in trained)
+
+
+def num_tokens(trained: Sequence[Stretch]) -> int:
+    """Tokens of all stretches."""
+    return sum(plan.tokens_before(end) - plan.tokens_before(begin) for plan, begin, end in trained)
 
 
 def show_arms(arms: Sequence[Arm], sharing: Sharing, console: Console) -> None:
@@ -62,14 +75,14 @@ def show_arms(arms: Sequence[Arm], sharing: Sharing, console: Console) -> None:
 
 def show_totals(arms: Sequence[Arm], sharing: Sharing, console: Console) -> None:
     """Print what sharing saves, and warnings about tokens."""
-    alone, shared = steps_of_study(arms, sharing)
-    per_step = arms[0].plan.tokens_per_step
+    alone, shared = stretches(arms, sharing)
+    steps, tokens_of = (num_steps(alone), num_steps(shared)), (num_tokens(alone), num_tokens(shared))
     console.line(
-        f"{len(arms)} arms and {len(sharing.trunks)} trunks: {shared:,} steps instead of {alone:,} "
-        f"({human_count(shared * per_step)} tokens instead of {human_count(alone * per_step)}); sharing saves "
-        f"{1 - shared / alone:.0%}."
+        f"{len(arms)} arms and {len(sharing.trunks)} trunks: {steps[1]:,} steps instead of {steps[0]:,} "
+        f"({human_count(tokens_of[1])} tokens instead of {human_count(tokens_of[0])}); sharing saves "
+        f"{1 - tokens_of[1] / tokens_of[0]:.0%}."
     )
-    tokens = sorted({arm.plan.total_steps * arm.plan.tokens_per_step for arm in arms})
+    tokens = sorted({arm.plan.total_tokens for arm in arms})
     if len(tokens) > 1:
         given = f"{human_count(tokens[0])} to {human_count(tokens[-1])}"
         console.line(f"WARNING: the arms have {given} tokens; losses at different numbers of tokens do not compare.")
@@ -81,7 +94,7 @@ def show_totals(arms: Sequence[Arm], sharing: Sharing, console: Console) -> None
 
 
 def _tokens_per_parameter(arm: Arm) -> float:
-    return arm.plan.total_steps * arm.plan.tokens_per_step / num_linear_parameters(arm.config.model)
+    return arm.plan.total_tokens / num_linear_parameters(arm.config.model)
 
 
 def show_needs(
@@ -122,12 +135,12 @@ def show_needs(
 def flops_of(job: Job, precision: str | None = None) -> float:
     """FLOPs of a job's steps, or of those in one precision."""
     plan = job.plan
+    starts = {phase.start for phase in plan.phases} | {start for start, _ in plan.lengths}
+    inside = [step for step in starts if job.begin < step < job.end]
     return sum(
-        plan.flops_per_token_at(phase.start)
-        * plan.tokens_per_step
-        * max(0, min(job.end, phase.end) - max(job.begin, phase.start))
-        for phase in plan.phases
-        if precision in (None, phase.precision)
+        plan.flops_per_token_at(begin) * (plan.tokens_before(end) - plan.tokens_before(begin))
+        for begin, end in pairwise(sorted({job.begin, *inside, job.end}))
+        if precision in (None, plan.phase_of(begin).precision)
     )
 
 
@@ -138,12 +151,14 @@ def measured_seconds(jobs: Sequence[Job], place: Place) -> tuple[float | None, s
     """
     job = max(jobs, key=lambda job: len({phase.precision for phase in job.plan.phases}))
     plan = job.plan
-    flops = plan.flops_per_token_at(0) * plan.tokens_per_step
+    last = plan.total_steps - 1
+    flops = flops_per_token(plan.config.model, plan.length_at(last)) * plan.tokens_at(last)
     if num_gpus() == 0 and flops > MOST_FLOPS:
         return None, f"because a step has {human_count(flops)} FLOPs; name a GPU with --gpu"
     parent, child = multiprocessing.Pipe(duplex=False)
-    alone = replace(plan, world_size=1, num_micro_batches=plan.num_micro_batches * plan.world_size)
-    process = start_fork_server().Process(target=send_seconds_apart, args=(alone, place.threads, child))
+    process = start_fork_server().Process(
+        target=send_seconds_apart, args=(make_plan(plan.config, 1), place.threads, child)
+    )
     process.start()
     child.close()
     try:

@@ -71,7 +71,8 @@ def test_a_baseline_keeps_a_decay_that_begins_with_a_phase(tmp_path):
 
 def test_a_baseline_has_no_rates_of_its_own_for_what_it_lacks(tmp_path):
     base = {"optimizer": {"learning_rate": 1e-3, "ternary_learning_rate_factor": 2.0, "weight_decay_until": "ternary"}}
-    twin, scratch, _ = arms_of(tmp_path, base)
+    twin, scratch, _ = arms_of(tmp_path, base | {"averaging": {"half_life_tokens": 1024}})
+    assert [each.config.averaging.half_life_tokens for each in (twin, scratch)] == [1024, None]
     assert twin.config.optimizer.ternary_learning_rate_factor is None
     assert scratch.config.optimizer.ternary_learning_rate_factor == 2.0
     assert [each.plan.decay_factor_at(7) for each in (twin, scratch)] == [1.0, 1.0]
@@ -200,7 +201,7 @@ def test_the_study_of_switch_points_has_its_trunks(tmp_path):
     loaded = load_study(path)
     arms = make_arms(loaded, base_of(loaded, path, SHIPPED), tmp_path, 1)
     assert len(arms) == 48
-    assert {arm.plan.total_steps * arm.plan.tokens_per_step for arm in arms} == {4_096_000}
+    assert {arm.plan.total_tokens for arm in arms} == {4_096_000}
     sharing = share(arms)
     assert sharing.partings == ()
     assert [trunk.end for trunk in sharing.trunks] == [200, 500, 700, 800, 900] * 3

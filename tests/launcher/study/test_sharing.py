@@ -14,7 +14,7 @@ from launcher.study.arms import Arm
 from launcher.study.jobs import jobs_of
 from launcher.study.results import twin_of
 from launcher.study.sharing import first_step, share
-from launcher.study.table import steps_of_study
+from launcher.study.table import num_steps, stretches
 
 WSD = "schedule={shape: wsd, warmup_steps: 2, decay_fraction: 0.25}"
 COSINE = "schedule={shape: cosine, warmup_steps: 2}"
@@ -81,6 +81,9 @@ def test_a_decay_inside_the_16_bit_phase_is_shared_only_by_those_that_have_it() 
         "data.sequence_length=16",
         "engine={name: deepspeed, zero_stage: 1}",
         "training.skip_outliers={}",
+        "training.batch_warmup=[{sequences: 4, until_tokens: 1024}]",
+        "training.sequence_warmup=[{length: 16, until_tokens: 1024}]",
+        "averaging.half_life_tokens=1024",
         "phases.1.transition.rollback={after_tokens: 256}",
         "phases.1.transition.optimizer_name=muon",
         "phases.1.quantization={weights: learned, granularity: row}",
@@ -172,7 +175,7 @@ def test_arms_are_their_trunks_and_then_themselves(choices: list[dict[str, objec
             at, name = trunk.begin, trunk.parent
         assert at == 0
         assert sorted(covered) == list(range(sharing.begin_of(each)))
-    alone, together = steps_of_study(arms, sharing)
+    alone, together = map(num_steps, stretches(arms, sharing))
     assert alone == STEPS * len(arms)
     # No step that two arms have in common, with all before it, is trained twice: as many as there are prefixes.
     prefixes = set()
