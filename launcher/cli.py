@@ -313,6 +313,9 @@ def convert(
         OptimizerChoice | None, typer.Option(help="run: what happens to Adam's state; default: as configured.")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="hf: dtype of the weights; default: bf16.")] = None,
+    calibrate: Annotated[
+        int | None, typer.Option(help="run: fit the ternary phase's codes to this many training sequences.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would happen to each tensor; write nothing.")
     ] = False,
@@ -321,16 +324,23 @@ def convert(
     """Convert a checkpoint into a new run or another format. Needs no GPU."""
     from launcher.commands.convert import convert_checkpoint
 
+    console, calibrated = Console(silent=as_json), None
+    if calibrate is not None:
+        from launcher.training.calibrated import calibrating
+
+        calibrated = calibrating(console)
     convert_checkpoint(
         source,
         local_target(to, "--to"),
         config,
         overrides or [],
-        Console(silent=as_json),
+        console,
         into=into,
         phase=phase,
         optimizer=optimizer,
         dtype=dtype,
+        calibrate=calibrate,
+        calibrated=calibrated,
         dry_run=dry_run,
         as_json=as_json,
     )

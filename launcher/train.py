@@ -50,7 +50,7 @@ from launcher.training.record import check_resumed, manifest_of, skip_advice, su
 from launcher.training.rollback import discard_given_up, give_up, has_not_recovered, rollback_note
 from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
 from launcher.training.step import Batches, StepResult, in_pieces, open_data, train_step
-from launcher.training.switch import enter_phase, measures_rescale
+from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.tasks import NUM_SCORED, TasksInTraining, open_tasks
 from launcher.training.teacher import Teacher, check_teacher, open_teacher
 from launcher.training.telemetry import Telemetry, telemetry_of
@@ -299,29 +299,38 @@ def switch(run: LoopState, phase: Phase) -> None:
         run.data.close()
         run.data = open_data(plan, ranks, at.step)
         run.batches = iter(run.data)
-    measures_order = phase.transition.measures_order
-    reads_ahead = measures_rescale(phase) or measures_order
-    num_micro_batches = plan.micro_batches_at(at.step) if reads_ahead else 0
-    upcoming = list(in_pieces(islice(run.batches, num_micro_batches), plan.length_at(at.step)))
+    needed = islice(run.batches, batches_needed(phase, plan))
+    upcoming = list(in_pieces(needed, plan.length_at(at.step)))
     run.batches = chain(upcoming, run.batches)
     run.teacher = None  # the last phase's makes room for the next
     if phase.distillation is not None:
         run.saver.wait()  # it may be writing the teacher
     run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints, run.data.first_token)
-    limit = plan.config.optimizer.max_grad_norm
-    factor = enter_phase(run.engine, phase, ranks, upcoming, limit, run.teacher, uneven=run.data.has_padding)
+    crossing = enter_phase(
+        run.engine,
+        phase,
+        plan,
+        ranks,
+        upcoming,
+        run.teacher,
+        uneven=run.data.has_padding,
+        got_on=lambda line: run.pulse.got_on(),
+    )
     rises = None
-    if measures_order:
-        rises = measure_sensitivity(run.engine, upcoming, plan.config.model.num_layers, run.pulse.got_on)
+    if phase.transition.measures_order:
+        ahead = upcoming[: plan.micro_batches_at(at.step)]
+        rises = measure_sensitivity(run.engine, ahead, plan.config.model.num_layers, run.pulse.got_on)
     at.block_order = None if rises is None else order_of(rises)
     carry_average(run.engine, plan, phase)
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
     run.guard.enter_phase()
-    if factor is not None:
+    if crossing.calibrated is not None:
+        run.meter.noted(crossing.calibrated.figures(), crossing.calibrated.sentence())
+    if crossing.factor is not None:
         run.meter.noted(
-            {"transition/rescale_factor": factor},
-            f"the optimizer's moments are rescaled to gradients {factor:.4g} times as large",
+            {"transition/rescale_factor": crossing.factor},
+            f"the optimizer's moments are rescaled to gradients {crossing.factor:.4g} times as large",
         )
     if rises is not None:
         run.meter.noted(*sensitivity_note(rises))

@@ -139,6 +139,30 @@ PRESETS: dict[str, QuantConfig] = {
 """Published recipes by name."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """A fit of the codes and levels of a ternary phase to training data, at the switch."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    sequences: int
+    """Sequences of training data to fit to, the next ones, rounded up to whole batches. They are trained on as well."""
+    method: Literal["error-feedback", "scales"] = "error-feedback"
+    """`error-feedback`: round column after column, and let the later ones make up for the errors (GPTQ); `scales`: fit
+    thresholds and levels alone."""
+    damping: float = 0.01
+    """Added to the second moments of inputs, in means of their diagonal, for `error-feedback`."""
+
+    def __post_init__(self) -> None:
+        problems = {}
+        if self.sequences < 1:
+            problems["sequences"] = f"is {self.sequences}; must be 1 or more"
+        if self.damping <= 0:
+            problems["damping"] = f"is {self.damping}; must be above 0"
+        if problems:
+            raise ValueError(problems)
+
+
 def is_rotated(name: str, config: QuantConfig) -> bool:
     """Return whether inputs and weights of the layer of this name are rotated before they are rounded."""
     return config.hadamard == "all" or (config.hadamard == "outputs" and name.endswith(OUTPUTS))
@@ -184,5 +208,26 @@ def gather_problems(config: QuantConfig) -> dict[str, str]:
     return {
         key: f"is {getattr(config, key)}; engine.gather codes needs {' or '.join(map(str, fitting))}"
         for key, fitting in needed.items()
+        if getattr(config, key) not in fitting
+    }
+
+
+def calibration_problems(config: QuantConfig) -> dict[str, str]:
+    """Why layers that are quantized like this cannot be calibrated, by key of the configuration; {} if they can.
+
+    Latent weights must be able to have any level, and the output must be that of the codes alone.
+    """
+    needed: dict[str, tuple[tuple[Any, ...], str]] = {
+        "levels": (("ternary",), "codes are fitted as -1, 0 and 1"),
+        "weights": (
+            ("absmean", "gaussian", "twn", "learned"),
+            "a median is the level only while fewer than half of the codes are 0",
+        ),
+        "fused": ((False,), "each matrix has a level of its own"),
+        "dead_zone_bias": ((0.0,), "the codes are fitted without it"),
+    }
+    return {
+        key: f"is {getattr(config, key)}; a calibration needs {' or '.join(map(str, fitting))}, because {reason}"
+        for key, (fitting, reason) in needed.items()
         if getattr(config, key) not in fitting
     }

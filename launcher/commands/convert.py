@@ -11,7 +11,16 @@ from launcher.config.transition import OptimizerChoice
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
 from launcher.formats.choices import ConvertFormat, Dtype
-from launcher.formats.convert import begins_anew, check_hf, convert_to_run, not_carried, preview, starting_phase
+from launcher.formats.convert import (
+    Contents,
+    begins_anew,
+    check_hf,
+    convert_to_run,
+    not_carried,
+    preview,
+    starting_phase,
+    unchanged,
+)
 from launcher.formats.deepspeed_universal import check_universal, write_universal
 from launcher.formats.hf_folder import to_json, write_hf
 from launcher.formats.open import check_sound, open_source
@@ -30,6 +39,8 @@ def convert_checkpoint(
     phase: int | None,
     optimizer: OptimizerChoice | None,
     dtype: Dtype | None,
+    calibrate: int | None,
+    calibrated: Contents | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -41,6 +52,7 @@ def convert_checkpoint(
     for option, value, wanted in (
         ("--phase", phase, "run"),
         ("--optimizer", optimizer, "run"),
+        ("--calibrate", calibrate, "run"),
         ("--dtype", dtype, "hf"),
     ):
         if value is not None and into != wanted:
@@ -51,7 +63,15 @@ def convert_checkpoint(
         raise ConfigError(f"{overrides[0]}: there is no configuration to override; give one with --config")
     asked = (source, to, config, overrides, console)
     if into == "run":
-        convert_into_run(*asked, phase=phase, optimizer=optimizer, dry_run=dry_run, as_json=as_json)
+        convert_into_run(
+            *asked,
+            phase=phase,
+            optimizer=optimizer,
+            calibrate=calibrate,
+            contents=calibrated or unchanged,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
     else:
         convert_into_format(*asked, into=into, dtype=dtype or "bf16", dry_run=dry_run, as_json=as_json)
 
@@ -65,6 +85,8 @@ def convert_into_run(
     *,
     phase: int | None,
     optimizer: OptimizerChoice | None,
+    calibrate: int | None,
+    contents: Contents,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -79,6 +101,8 @@ def convert_into_run(
         phase: to begin in; None takes ``checkpoint.start_phase``, or the phase that begins at the step of a Tritrain
             checkpoint, or else the first.
         optimizer: what happens to Adam's state; None leaves it to the configuration.
+        calibrate: sequences that the ternary phase is calibrated on; None leaves it to the run.
+        contents: of the checkpoint.
         dry_run: whether to write nothing.
         as_json: of a dry run, print JSON.
 
@@ -100,8 +124,11 @@ def convert_into_run(
     changes.append(f"checkpoint.start_phase={begins}")
     if optimizer is not None:
         changes.append(f"phases.{begins}.transition.optimizer={optimizer}")
+    if calibrate is not None:
+        changes.append(f"phases.{begins}.transition.calibration.sequences={calibrate}")
     parsed = load_config(config, changes)
-    console.line(f"{opened.location} to {to}, before phase {begins} ({parsed.phases[begins].precision})")
+    place = "before" if calibrate is None else "at the beginning of"
+    console.line(f"{opened.location} to {to}, {place} phase {begins} ({parsed.phases[begins].precision})")
     notes = [*begins_anew(parsed, opened), *opened.missing]
     for sentence in notes:
         console.line(f"  {sentence}")
@@ -112,7 +139,7 @@ def convert_into_run(
         else:
             console.aligned(rows)
         return
-    made = convert_to_run(parsed, opened)
+    made = convert_to_run(parsed, opened, contents)
     console.line(f"Written: {made}. Train it: tritrain train {shlex.quote(str(to / 'config.yaml'))}")
 
 

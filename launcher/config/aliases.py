@@ -81,6 +81,8 @@ _NAMES_IN_SECTION = {
     "phases.N.precision": "bits name type",
     "phases.N.quantization": "quant method preset recipe",
     "phases.N.transition": "ramp optimizer schedule",
+    "phases.N.transition.calibration": "gptq ptq calibrate",
+    "phases.N.transition.calibration.sequences": "samples num_samples nsamples",
     "phases.N.transition.ramp": "ramp_steps warmup warmup_steps",
     "phases.N.transition.ramp.shape": "type name",
     "phases.N.transition.ramp.steps": "length num_steps duration",

@@ -23,7 +23,7 @@ from launcher.config.transition import TransitionConfig
 from launcher.config.warmups import batch_stages_lead_to_the_batch, length_stages_divide_the_length
 from model.config import DistillationConfig, ModelConfig
 from model.size import linear_shapes
-from quant.config import QuantConfig, gather_problems, width_problem
+from quant.config import QuantConfig, calibration_problems, gather_problems, width_problem
 
 if TYPE_CHECKING:
     from launcher.config.sections import CheckpointConfig, PhaseConfig, TrainingConfig
@@ -299,6 +299,20 @@ def codes_can_be_gathered(phases: "Phases", engine: EngineConfig) -> Problems:
                 yield f"{path}.{key}", problem
 
 
+def calibration_has_16_bit_weights(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
+    """A phase that is calibrated comes after 16 bits, and has a recipe whose codes can be fitted."""
+    for index, phase in enumerate(phases):
+        if phase.transition is not None and phase.transition.calibration is not None:
+            starts_here = bool(checkpoint.start_from) and index == checkpoint.start_phase
+            if index and phases[index - 1].precision == "ternary" and not starts_here:
+                yield (
+                    f"phases.{index}.transition.calibration",
+                    "fits codes to 16-bit weights, but the phase before is ternary; leave it out",
+                )
+            for key, problem in calibration_problems(phase.quantization or QuantConfig()).items():
+                yield f"phases.{index}.quantization.{key}", problem
+
+
 def teacher_is_in_16_bits(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
     """A teacher is named, or is the model at the end of the 16-bit phase before."""
     for index, path, distillation in _distillations(phases):
@@ -393,6 +407,7 @@ RULES: tuple[Rule, ...] = (
     quantized_layers_exist,
     fused_layers_are_gathered_together,
     codes_can_be_gathered,
+    calibration_has_16_bit_weights,
     teacher_is_in_16_bits,
     relations_are_of_a_block,
     relations_can_be_seen,

@@ -219,6 +219,8 @@ class PhaseConfig:
             for name in ("ramp", "activation_ramp", "rollback"):
                 if getattr(transition, name) not in (RampConfig(), None):
                     problems[f"transition.{name}"] = "is given for a 16-bit phase; only ternary phases have a strength"
+            if transition.calibration is not None:
+                problems["transition.calibration"] = "is given for a 16-bit phase; only ternary phases have codes"
         elif transition.activation_ramp and self.quantization and self.quantization.activations == "none":
             problems["transition.activation_ramp"] = "has no effect, because quantization.activations is none"
         if transition.ramp.rounding == "softmax" and (problem := soft_problem(self.quantization or QuantConfig())):

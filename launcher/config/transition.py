@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from launcher.config.optimizer import OptimizerName
 from launcher.config.strict import STRICT
+from quant.config import CalibrationConfig
 from quant.ramp import RampConfig
 
 OptimizerChoice = Literal["keep", "reset", "keep-variance", "rescale"]
@@ -85,6 +86,8 @@ class TransitionConfig:
     """Lower the learning rate for a while; null: do not."""
     data: Literal["continue", "restart"] = "continue"
     """`continue` with the next unseen sequence, or `restart` the stream from its first."""
+    calibration: CalibrationConfig | None = None
+    """Fit the codes and levels of a ternary phase to training data; null: round the weights as they are."""
     ramp: RampConfig = field(default_factory=RampConfig)
     """How the quantization strength rises to 1."""
     activation_ramp: RampConfig | None = None

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from launcher.engine.averaging import Average
@@ -60,6 +61,8 @@ class Engine(ABC):
 
     model: nn.Module
     device: torch.device
+    group: dist.ProcessGroup | None
+    """The ranks that hold the model together; None if each holds all of it."""
     muon: MuonAdamW | None = None
     """The optimizer, if Muon updates matrices in any phase of the run."""
     average: Average | None = None

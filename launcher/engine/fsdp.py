@@ -20,7 +20,8 @@ from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.adamw import create_state, parameter_groups, set_step_sizes
 from launcher.engine.contract import MOMENTS, Engine, Shard
-from launcher.engine.muon import MuonAdamW, Piece, build_optimizer
+from launcher.engine.matrices import Piece
+from launcher.engine.muon import MuonAdamW, build_optimizer
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
 from model.size import is_matrix
@@ -100,6 +101,8 @@ class FSDPEngine(Engine):
         fully_shard(model, reshard_after_forward=False, **options)
         self.model = model.to_empty(device=torch.device("cpu") if config.offload == "all" else device)
         self.device = device
+        group = self.mesh.get_group(self.mesh.ndim - 1)
+        self.group = group if group.size() > 1 else None
         self.max_grad_norm = optimizer.max_grad_norm
         self._blocks: list[Any] = blocks  # fully_shard changed their class to one with its methods
         self._reduces_each = config.reduce_gradients == "micro-batch"
@@ -108,7 +111,6 @@ class FSDPEngine(Engine):
         self._local = [nn.Parameter(parameter.to_local()) for parameter in self._sharded]
         self._code_gather: CodeGather | None = None
         if config.gather != "weights" and config.offload == "none":
-            group = self.mesh.get_group(self.mesh.ndim - 1)
             self._code_gather = CodeGather(
                 self.model,
                 blocks,
@@ -122,8 +124,7 @@ class FSDPEngine(Engine):
         self.optimizer = build_optimizer(groups, optimizer, fused=True, muon=muon, device=device)
         if isinstance(self.optimizer, MuonAdamW):
             self.muon = self.optimizer
-            group = self.mesh.get_group(self.mesh.ndim - 1)
-            self.muon.find_matrices(self._matrices(), group if group.size() > 1 else None)
+            self.muon.find_matrices(self._matrices(), self.group)
             self.muon.turn(on=bool(muon))
 
     def _matrices(self) -> dict[Tensor, list[Piece]]:

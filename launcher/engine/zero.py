@@ -20,7 +20,8 @@ from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.adamw import create_state, parameter_groups, set_step_sizes
 from launcher.engine.contract import MOMENTS, Engine, Shard
-from launcher.engine.muon import MuonAdamW, Piece, build_optimizer
+from launcher.engine.matrices import Piece
+from launcher.engine.muon import MuonAdamW, build_optimizer
 from launcher.errors import ConfigError
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
@@ -122,6 +123,7 @@ class ZeroEngine(Engine):
         )
         self.device = device
         self.stage = config.zero_stage
+        self.group = dist.group.WORLD if self.stage and dist.get_world_size() > 1 else None
         self.is_plain = _is_plain(config, compute_dtype)
         self.max_grad_norm = optimizer.max_grad_norm
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -148,8 +150,7 @@ class ZeroEngine(Engine):
                 state["step"].zero_()
         if isinstance(self.inner, MuonAdamW):
             self.muon = self.inner
-            shared = self.stage and dist.get_world_size() > 1
-            self.muon.find_matrices(self._matrices(), dist.group.WORLD if shared else None)
+            self.muon.find_matrices(self._matrices(), self.group)
             self.muon.turn(on=bool(muon))
         if self.stage in (1, 2):
             self._outer.check_grad_overflow = True  # in fp32 DeepSpeed would not look for non-finite gradients

@@ -6,6 +6,7 @@ why converting one of our own checkpoints costs nothing: its files are immutable
 """
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
@@ -35,6 +36,9 @@ from launcher.run.folder import RunFolder
 from model.hf import config_to_hf
 from model.transformer import ModelConfig, Transformer
 from quant.linear import is_learned_scale, matching_layers
+
+Contents = Callable[[Course, RunFolder, Source, CheckpointWriter], tuple[dict[str, FileRecord], Manifest]]
+"""Writes the tensors of a converted checkpoint; returns the files' records and the manifest."""
 
 
 def starting_phase(config: Config, source: Source) -> int:
@@ -109,12 +113,26 @@ def tokenizer_for(config: Config, source: Source) -> Path | None:
     return tokenizer_of(source) or tokenizer_of_data(config)
 
 
-def convert_to_run(config: Config, source: Source) -> Path:
+def unchanged(
+    course: Course, folder: RunFolder, source: Source, writer: CheckpointWriter
+) -> tuple[dict[str, FileRecord], Manifest]:
+    """The `Contents` that are the source's; the transition is left to the run."""
+    if isinstance(source, CheckpointReader) and not isinstance(source, AveragedReader):
+        files = {n: record for n, record in source.manifest.files.items() if n.endswith(".safetensors")}
+        for name in files:
+            writer.link(source.folder / name)
+    else:
+        files = write_streamed(writer, source)
+    return files, manifest_of_conversion(course, source)
+
+
+def convert_to_run(config: Config, source: Source, contents: Contents = unchanged) -> Path:
     """Make the folder of a run that begins with a checkpoint, ready to be trained.
 
     Args:
         config: of the run, with ``checkpoint.start_from`` and ``start_phase``.
         source: that checkpoint, opened.
+        contents: of the new checkpoint.
 
     Returns:
         The checkpoint.
@@ -127,21 +145,23 @@ def convert_to_run(config: Config, source: Source) -> Path:
     course, folder = course_of_conversion(config, source), RunFolder(config)
     tokenizer = tokenizer_for(config, source)
     with self_contained(tokenizer) if tokenizer else nullcontext() as copy:  # other files may name the end of documents
-        return _write_run(course, folder, source, copy)
+        return _write_run(course, folder, source, copy, contents)
 
 
-def _write_run(course: Course, folder: RunFolder, source: Source, tokenizer: Path | None) -> Path:
+def _write_run(course: Course, folder: RunFolder, source: Source, tokenizer: Path | None, contents: Contents) -> Path:
     try:
         with reaching(folder.path):
             folder.claim()
-        return _write_claimed(course, folder, source, tokenizer)
+        return _write_claimed(course, folder, source, tokenizer, contents)
     except BaseException:
         if folder.is_of_first_start():
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
 
 
-def _write_claimed(course: Course, folder: RunFolder, source: Source, tokenizer: Path | None) -> Path:
+def _write_claimed(
+    course: Course, folder: RunFolder, source: Source, tokenizer: Path | None, contents: Contents
+) -> Path:
     course_of_conversion(course.config, source)  # another process may have converted into it meanwhile
     folder.prepare([phase.end - phase.start for phase in course.phases])
     at = first_progress(course)
@@ -149,13 +169,8 @@ def _write_claimed(course: Course, folder: RunFolder, source: Source, tokenizer:
     with reaching(writer.final):
         writer.begin()
         try:
-            if isinstance(source, CheckpointReader) and not isinstance(source, AveragedReader):
-                files = {n: record for n, record in source.manifest.files.items() if n.endswith(".safetensors")}
-                for name in files:
-                    writer.link(source.folder / name)
-            else:
-                files = write_streamed(writer, source)
-            writer.finish(files, folder.config_text, tokenizer, manifest_of_conversion(course, source))
+            files, manifest = contents(course, folder, source, writer)
+            writer.finish(files, folder.config_text, tokenizer, manifest)
         except BaseException:
             writer.abandon()
             raise

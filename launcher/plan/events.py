@@ -55,6 +55,8 @@ def _switch_events(course: Course, phase: Phase) -> Iterator[tuple[int, str]]:
         }
         yield start, choices[transition.optimizer]
     if phase.quantization is not None:
+        if transition.calibration is not None:
+            yield start, f"codes are fitted to the next {transition.calibration.sequences:,} sequences"
         weights, activations = transition.ramps
         if weights == activations:
             yield from _ramp_events(start, weights, "quantization")

@@ -81,6 +81,7 @@ def _without_ramps(transition: TransitionConfig | None) -> TransitionConfig:
         optimizer_name=None,
         rescale_factor=None,
         weights="live",
+        calibration=None,
         ramp=RampConfig(),
         activation_ramp=None,
         rollback=None,

@@ -97,8 +97,8 @@ class Study:
             )
         if "post-training" in self.baselines:
             problems["baselines"] = (
-                "names post-training, which this version does not have yet; leave it out, and round the ends of the "
-                "16-bit arms with tritrain export"
+                "names post-training, which this version does not have yet; leave it out, and convert the ends of the "
+                "16-bit arms with tritrain convert --calibrate"
             )
         problems |= self._unknown_names("only", self.only) | self._unknown_names("exclude", self.exclude)
         problems |= self._unknown_names("sweep.only", self.sweep.only if self.sweep else ())

@@ -1,7 +1,8 @@
 """Entering a phase within a run: the model, its learned scales and the optimizer cross the transition."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from launcher.engine.contract import MOMENTS, Engine
 from launcher.engine.learned_scales import initialize_scales_
 from launcher.errors import TrainingError
 from launcher.plan.course import Phase
+from launcher.plan.plan import Plan
 from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks
 from launcher.training.averaging import take_averaged_
+from launcher.training.calibration import Calibrated, calibrate_
 from launcher.training.step import accumulate_gradients
 from launcher.training.teacher import Teacher
 from quant.linear import dequantize_, quantize_, quantized_layers
@@ -52,34 +55,65 @@ def measures_rescale(phase: Phase) -> bool:
     return phase.transition.optimizer == "rescale" and phase.transition.rescale_factor is None
 
 
+class Crossing(NamedTuple):
+    """The findings at a switch."""
+
+    factor: float | None
+    """Of `rescale`, if moments are rescaled."""
+    calibrated: Calibrated | None
+
+
+def calibration_batches(phase: Phase, plan: Plan) -> int:
+    """Micro-batches of this rank that ``phase`` is calibrated on: whole batches of the data's order, over all ranks."""
+    if (calibration := phase.transition.calibration) is None:
+        return 0
+    at_once = plan.config.training.micro_batch_sequences * plan.world_size
+    return math.ceil(calibration.sequences / plan.batch.unit) * (plan.batch.unit // at_once)
+
+
+def batches_needed(phase: Phase, plan: Plan) -> int:
+    """Upcoming micro-batches of this rank that the transition into ``phase`` looks at."""
+    measures = measures_rescale(phase) or phase.transition.measures_order
+    measured = plan.micro_batches_at(phase.start) if measures else 0
+    return max(calibration_batches(phase, plan), measured)
+
+
 def enter_phase(
     engine: Engine,
     phase: Phase,
+    plan: Plan,
     ranks: Ranks,
     upcoming: Sequence[tuple[Tensor, Tensor]],
-    max_grad_norm: float,
     teacher: Teacher | None,
     *,
     uneven: bool = False,
-) -> float | None:
-    """Carry the model and the optimizer over the transition into ``phase``, in place.
+    got_on: Callable[[str | None], None] = lambda line: None,
+) -> Crossing:
+    """Carry the model and the optimizer over the transition into ``phase``, in place; a collective.
 
     The factor that ``optimizer: rescale`` measures is the ratio of the gradient norms, as clipped, of the batch that
     comes next: of the model after the switch at full strength, and of the one before it. Adam's moments are of
     clipped gradients. Full strength, because these are the gradients that the phase goes on with; those of a ramp's
     first steps are the old ones, and over a ramp longer than the moments' memory the moments follow by themselves.
 
-    Returns:
-        The factor, if one is taken.
+    Args:
+        engine: with the model as it is before the switch.
+        phase: to be entered.
+        plan: of the run.
+        ranks: this rank among all.
+        upcoming: micro-batches that come next, `batches_needed`.
+        teacher: of the phase.
+        uneven: as of `accumulate_gradients`.
+        got_on: as of `calibrate_`.
 
     Raises:
-        TrainingError: a gradient norm that is to be measured is not finite, or 0.
+        TrainingError: a gradient norm that is to be measured is not finite, or 0; or an input of a layer is not finite.
     """
-    transition = phase.transition
+    transition, max_grad_norm = phase.transition, plan.config.optimizer.max_grad_norm
     measures = measures_rescale(phase)
 
     def clipped_norm(teacher: Teacher | None) -> float:
-        accumulate_gradients(engine, iter(upcoming), len(upcoming), uneven=uneven, teacher=teacher)
+        accumulate_gradients(engine, iter(upcoming), plan.micro_batches_at(phase.start), uneven=uneven, teacher=teacher)
         grad_norm, _ = engine.step(StepSizes(0.0), grad_norm_limit=torch.tensor(-1.0, device=engine.device))
         return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
 
@@ -93,6 +127,9 @@ def enter_phase(
         quantize_(engine.model, phase.quantization, ranks.device, rounding=transition.ramp.rounding)
     if not had_scales:
         initialize_scales_(engine)
+    calibrated = None
+    if transition.calibration is not None:
+        calibrated = calibrate_(engine, transition.calibration, upcoming[: calibration_batches(phase, plan)], got_on)
     factor = transition.rescale_factor
     if measures:
         after = clipped_norm(teacher)
@@ -105,4 +142,4 @@ def enter_phase(
     carry_optimizer_(engine, transition.optimizer, factor or 1.0)
     if engine.muon is not None and engine.muon.is_on != (phase.optimizer == "muon"):
         engine.muon.turn(on=phase.optimizer == "muon")
-    return factor
+    return Crossing(factor, calibrated)

@@ -35,6 +35,16 @@ from launcher.errors import ConfigError
         (["phases.0.steps=null", "phases.0.fraction=0.0", "training.total_steps=9"], "phases.0.fraction", "is 0.0;"),
         (["phases.0.quantization={}"], "phases.0.quantization", "is given for a 16-bit phase"),
         (["phases.0.transition.ramp.steps=2"], "phases.0.transition.ramp", "is given for a 16-bit phase"),
+        (
+            ["phases.0.transition.calibration.sequences=4"],
+            "phases.0.transition.calibration",
+            "is given for a 16-bit phase; only ternary phases have codes",
+        ),
+        (
+            ["phases.0.precision=ternary", "phases.1.transition.calibration.sequences=4"],
+            "phases.1.transition.calibration",
+            "fits codes to 16-bit weights, but the phase before is ternary; leave it out",
+        ),
         (["phases.1.transition.ramp.steps=-1"], "phases.1.transition.ramp.steps", "is -1; 0 (switch at once) or more"),
         (["phases.1.transition.rewarm_tokens=-1"], "phases.1.transition.rewarm_tokens", "is -1; must be 0 or more"),
         (["phases.1.quantization.include=(("], "phases.1.quantization.include", "'((' is not a regular expression"),

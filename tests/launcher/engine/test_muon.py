@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from launcher.config.optimizer import MuonConfig, OptimizerConfig
 from launcher.engine.adamw import parameter_groups, set_step_sizes
-from launcher.engine.muon import Exchange, MuonAdamW, Piece, orthogonalize
+from launcher.engine.matrices import Exchange, Piece
+from launcher.engine.muon import MuonAdamW, orthogonalize
 from launcher.plan.muon import orthogonalize_flops
 from launcher.plan.schedule import StepSizes
 from model.init import initialize_

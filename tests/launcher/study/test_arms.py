@@ -63,7 +63,8 @@ def test_a_baseline_is_there_once_for_each_axis_that_matters_to_it(tmp_path):
 
 def test_a_baseline_keeps_a_decay_that_begins_with_a_phase(tmp_path):
     linear = "schedule={shape: linear, warmup_steps: 1, decay_from_phase: 1}"
-    (twin, arm) = arms_of(tmp_path, overrides=[linear], switch=[0.5], baselines=["16-bit"])
+    calibrated = "phases.1.transition.calibration={sequences: 8}"
+    (twin, arm) = arms_of(tmp_path, overrides=[linear, calibrated], switch=[0.5], baselines=["16-bit"])
     assert [phase.precision for phase in twin.plan.phases] == ["16-bit", "16-bit"]
     steps = range(8)
     assert [twin.plan.sizes_at(step) for step in steps] == [arm.plan.sizes_at(step) for step in steps]
