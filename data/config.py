@@ -12,6 +12,7 @@ TRAINED_SPEC = re.compile(r"(bpe|unigram):([1-9][0-9]*)")
 
 
 Packing = Literal["stream", "best-fit"]
+Compression = Literal["none", "zstd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class PrepareConfig:
     """Files, folders, `hf:NAME[:CONFIG]:SPLIT` or `python-stdlib`."""
 
     tokenizer: str
-    """A SentencePiece `.model`, a `tokenizer.json`, or `bpe:VOCAB` / `unigram:VOCAB` to train one on the inputs."""
+    """A SentencePiece `.model`, a `tokenizer.json`, `hf:NAME` for that of a model on the Hugging Face hub, or
+    `bpe:VOCAB` / `unigram:VOCAB` to train one on the inputs."""
 
     end_of_document: str | None = None
     """Token that ends a document, such as `<|endoftext|>`; by default the one that the tokenizer's files name, and
@@ -43,6 +45,9 @@ class PrepareConfig:
     packing: Packing = "stream"
     """`stream`: rows are cut from the stream of all documents, and most begin in the middle of one; or `best-fit`:
     documents that fit into a row stay whole, and the rest of a row is padding."""
+
+    compression: Compression = "none"
+    """`zstd` makes shards smaller, and verifies their SHA-256 at each reading; training then needs `data.cache`."""
 
     workers: int = 1
     """Processes that tokenize. The result is the same for any number."""

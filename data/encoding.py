@@ -5,29 +5,81 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.documents import Document
 from data.errors import DataError
+from data.fast_encoding import fast_encoder
 from data.proof import ChangedTextError, changed, check_given_back, compared
-from data.readers import Document
+from data.readers import Place
+from data.token_files import checked_tokens
 from data.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_CHARS = 1 << 20  # what a worker gets at a time
 
 
+class LostWorkerError(DataError):
+    """A process that tokenized has ended without an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or of a long one a part that is tokenized by itself."""
+
+    text: str
+    origin: str
+    """Of the document, for messages."""
+    place: tuple[int, int, int]
+    """The document's `Place`, and the number of the part in it."""
+    ends: bool
+    """Whether it is the document's last part."""
+    tokens: NDArray[Any] | None = None
+    """What the text would become, of a document that is tokens already and has no text."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is yet to be tokenized."""
+        return self.tokens is None
+
+    @property
+    def size(self) -> int:
+        """Its share of the work, in characters."""
+        return len(self.text) if self.tokens is None else len(self.tokens)
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is the document's first part."""
+        return self.place[2] == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Consecutive pieces of one split, for one worker."""
+
+    split: str
+    pieces: list[Piece]
+    read: tuple[int, int, int]
+    """Place of the last piece that was read before this was complete."""
+    waiting: dict[str, list[Piece]]
+    """What was read of each split by then, and is for later work."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The tokens of some consecutive documents of one split, `end_of_document` after each."""
+    """The tokens of some consecutive pieces of one split, `end_of_document` after each that ends a document."""
 
     tokens: NDArray[np.unsignedinteger]
     documents: int
+    """Documents that begin here."""
     text_bytes: int
     token_bytes: int
     """The bytes that the tokens stand for; those of the text unless the tokenizer may change it."""
@@ -37,17 +89,46 @@ class Chunk:
     """Those of them that decoding does not give back."""
 
 
-def gather_chunks(assigned: Iterable[tuple[str, Document]]) -> Iterator[tuple[str, list[Document]]]:
-    """Gather documents into pieces of work of about `CHUNK_CHARS`, each of one split, keeping the order within it."""
-    gathered: dict[str, list[Document]] = {}
-    chars: dict[str, int] = {}
-    for split, document in assigned:
-        gathered.setdefault(split, []).append(document)
-        chars[split] = chars.get(split, 0) + len(document.text)
+def cut_documents(assigned: Iterable[tuple[str, Place, Document]], tokenizer: Tokenizer) -> Iterator[tuple[str, Piece]]:
+    """Cut documents into pieces, so that long ones need no more memory, and are tokenized by all workers."""
+    for split, place, document in assigned:
+        if not document.is_text:
+            tokens = checked_tokens(document, tokenizer.vocab_size, tokenizer.end_of_document)
+            for number, begin in enumerate(range(0, max(len(tokens), 1), CHUNK_CHARS)):
+                part, ends = tokens[begin : begin + CHUNK_CHARS], begin + CHUNK_CHARS >= len(tokens)
+                yield split, Piece("", document.origin, (*place, number), ends, np.array(part))
+            continue
+        waiting: Piece | None = None
+        for number, text in enumerate(tokenizer.parts(document.blocks())):
+            if waiting is not None:
+                yield split, waiting
+            waiting = Piece(text, document.origin, (*place, number), ends=False)
+        assert waiting is not None
+        yield split, replace(waiting, ends=True)
+
+
+def gather_work(
+    pieces: Iterable[tuple[str, Piece]], read: tuple[int, int, int], waiting: Mapping[str, list[Piece]]
+) -> Iterator[Work]:
+    """Gather pieces into work of about `CHUNK_CHARS`, each of one split, keeping the order within it.
+
+    Args:
+        pieces: with the split of each.
+        read: place of the last piece that was read before these.
+        waiting: pieces of each split that come before these; see `Work`.
+    """
+    gathered = {split: list(each) for split, each in waiting.items()}
+    chars = {split: sum(piece.size for piece in each) for split, each in gathered.items()}
+    for split, piece in pieces:
+        read = piece.place
+        gathered.setdefault(split, []).append(piece)
+        chars[split] = chars.get(split, 0) + piece.size
         if chars[split] >= CHUNK_CHARS:
-            yield split, gathered[split]
-            gathered[split], chars[split] = [], 0
-    yield from ((split, documents) for split, documents in gathered.items() if documents)
+            full, gathered[split], chars[split] = gathered[split], [], 0
+            yield Work(split, full, read, {split: list(each) for split, each in gathered.items()})
+    for split in list(gathered):
+        if rest := gathered.pop(split):
+            yield Work(split, rest, read, {split: list(each) for split, each in gathered.items()})
 
 
 def token_type(vocab_size: int) -> type[np.unsignedinteger]:
@@ -55,30 +136,38 @@ def token_type(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[str], *, lossy: bool = False) -> Chunk:
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece], *, lossy: bool = False) -> Chunk:
     """Tokenize documents, putting `end_of_document` after each.
 
     Args:
         tokenizer: to be used.
-        texts: the documents; none is empty.
+        pieces: of the documents; none is empty.
         lossy: whether the tokenizer may change them.
 
     Raises:
         ChangedTextError: it changes one, and must not.
     """
-    encoded = [[*ids, tokenizer.end_of_document] for ids in tokenizer.encode_batch(texts)]
+    end = tokenizer.end_of_document
+    texts = [piece for piece in pieces if piece.is_text]
+    from_text = iter(tokenizer.encode_parts([piece.text for piece in texts], [piece.begins for piece in texts]))
+    bare = [next(from_text) if piece.tokens is None else piece.tokens.tolist() for piece in pieces]
+    encoded = [[*ids, end] if piece.ends else ids for piece, ids in zip(pieces, bare, strict=True)]
     tokens = np.array([token for ids in encoded for token in ids], token_type(tokenizer.vocab_size))
-    starts = np.cumsum([0, *map(len, encoded[:-1])])
-    num_bytes = np.add.reduceat(counted_bytes(tokenizer, lossy=lossy)[tokens], starts, dtype=np.int64)
+    sizes = counted_bytes(tokenizer, lossy=lossy)
+    before = np.cumsum(np.concatenate([[0], sizes[tokens]]), dtype=np.int64)
+    num_bytes = np.diff(before[np.cumsum([0, *map(len, encoded)])])
     if not lossy:
-        check_given_back(tokenizer, texts, encoded, num_bytes)
+        check_given_back(tokenizer, pieces, encoded, num_bytes)
     return Chunk(
         tokens=tokens,
-        documents=len(texts),
-        text_bytes=sum(len(text.encode()) for text in texts),
+        documents=sum(piece.begins for piece in pieces),
+        text_bytes=sum(
+            len(piece.text.encode()) if piece.is_text else int(size)
+            for piece, size in zip(pieces, num_bytes, strict=True)
+        ),
         token_bytes=int(num_bytes.sum()),
-        compared_documents=compared(texts),
-        changed_documents=len(changed(tokenizer, texts, encoded)) if lossy else 0,
+        compared_documents=sum(piece.begins and piece.is_text for piece in pieces[: compared(pieces)]),
+        changed_documents=sum(pieces[index].begins for index in changed(tokenizer, pieces, encoded)) if lossy else 0,
     )
 
 
@@ -96,58 +185,65 @@ def counted_bytes(tokenizer: Tokenizer, *, lossy: bool) -> NDArray[np.int32]:
 
 
 def tokenize(
-    work: Iterable[tuple[str, list[Document]]], tokenizer: Tokenizer, num_workers: int, *, lossy: bool = False
-) -> Iterator[tuple[str, Chunk]]:
+    works: Iterable[Work], tokenizer: Tokenizer, num_workers: int, *, lossy: bool = False
+) -> Iterator[tuple[Work, Chunk]]:
     """Tokenize pieces of work in this process or in several, and yield them in the order in which they came.
 
     Raises:
         DataError: a document is changed by a tokenizer that must not be `lossy`; names the document.
+        LostWorkerError: a process was killed.
     """
     if num_workers == 1:
-        for split, documents in work:
-            with _naming(documents):
-                yield split, encode_documents(tokenizer, [each.text for each in documents], lossy=lossy)
+        for work in works:
+            with _naming(work):
+                yield work, encode_pieces(tokenizer, work.pieces, lossy=lossy)
         return
     pool = ProcessPoolExecutor(
         num_workers,
         mp_context=multiprocessing.get_context("spawn"),  # a fork of a process with threads may deadlock
         initializer=_start_worker,
-        initargs=(tokenizer.path,),
+        initargs=(tokenizer.path, tokenizer.fast is not None),
     )
-    pending: deque[tuple[str, list[Document], Future[Chunk]]] = deque()
+    pending: deque[tuple[Work, Future[Chunk]]] = deque()
 
-    def finished() -> tuple[str, Chunk]:
-        split, documents, future = pending.popleft()
-        with _naming(documents):
-            return split, future.result()
+    def finished() -> tuple[Work, Chunk]:
+        work, future = pending.popleft()
+        with _naming(work):
+            return work, future.result()
 
     try:
-        for split, documents in work:
-            texts = [each.text for each in documents]
-            pending.append((split, documents, pool.submit(_encode_in_worker, texts, lossy)))
+        for work in works:
+            pending.append((work, pool.submit(_encode_in_worker, work.pieces, lossy)))
             if len(pending) > 2 * num_workers:  # bounds the memory, and keeps every worker busy
                 yield finished()
         while pending:
             yield finished()
+    except BrokenProcessPool as error:
+        raise LostWorkerError(
+            "a tokenizing process was killed, perhaps because the memory was full; the same command goes on where "
+            "this one stopped, also with fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
-def _naming(documents: list[Document]) -> Iterator[None]:
+def _naming(work: Work) -> Iterator[None]:
     """Say where a document that a tokenizer changes came from."""
     try:
         yield
     except ChangedTextError as error:
-        raise DataError(f"{documents[error.document].origin}: {error}") from error
+        raise DataError(f"{work.pieces[error.document].origin}: {error}") from error
 
 
 _worker_tokenizer: Tokenizer
 
 
-def _start_worker(tokenizer_path: Path) -> None:
+def _start_worker(tokenizer_path: Path, is_fast: bool) -> None:
     global _worker_tokenizer
     _worker_tokenizer = load_tokenizer(tokenizer_path)
+    if is_fast:
+        _worker_tokenizer.fast = fast_encoder(_worker_tokenizer)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
@@ -159,5 +255,5 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(texts: list[str], lossy: bool) -> Chunk:
-    return encode_documents(_worker_tokenizer, texts, lossy=lossy)
+def _encode_in_worker(pieces: list[Piece], lossy: bool) -> Chunk:
+    return encode_pieces(_worker_tokenizer, pieces, lossy=lossy)

@@ -123,6 +123,7 @@ class TrainingData:
                 sampling_method="balanced",
                 batching_method="random",
             )
+        dataset.vocab_size = vocab_size
         dataset.position = divmod(first_sequence, self.epoch_sequences)
         is_apart = config.workers > 0
         self._loader: DataLoader = DataLoader(

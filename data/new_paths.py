@@ -74,10 +74,19 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_being_made(path: Path) -> Iterator[Path]:
-    """As `new_folder`, where the caller has locked the path with `exclusive`."""
-    with _new(path, is_folder=True) as building:
-        building.mkdir()
+def folder_being_made(
+    path: Path, *, adopt: Callable[[Path], bool] | None = None, keep: tuple[type[BaseException], ...] = ()
+) -> Iterator[Path]:
+    """As `new_folder`, where the caller has locked the path with `exclusive`.
+
+    Args:
+        path: of the folder.
+        adopt: says of a folder that a dead process has left whether it can be completed; the first such one is given
+            to the block, and others are removed.
+        keep: exceptions that leave what was made, for `adopt`.
+    """
+    with _new(path, is_folder=True, adopt=adopt, keep=keep) as building:
+        building.mkdir(exist_ok=True)
         yield building
 
 
@@ -185,21 +194,40 @@ def _owner(path: Path) -> str:
 
 
 @contextmanager
-def _new(path: Path, *, is_folder: bool) -> Iterator[Path]:
+def _new(
+    path: Path,
+    *,
+    is_folder: bool,
+    adopt: Callable[[Path], bool] | None = None,
+    keep: tuple[type[BaseException], ...] = (),
+) -> Iterator[Path]:
     """A private name of a path that is locked, renamed to it at the end."""
     path = Path(os.path.realpath(path))
     check_free(path, is_folder=is_folder)
-    for name in os.listdir(path.parent):
+    begun: Path | None = None
+    for name in sorted(os.listdir(path.parent)):
         if _is_leftover(name, path):
-            _remove(path.parent / name)
-    with _renamed(path, check=lambda: check_free(path, is_folder=is_folder)) as building:
+            if begun is None and adopt is not None and adopt(path.parent / name):
+                begun = path.parent / name
+            else:
+                _remove(path.parent / name)
+    with _renamed(path, check=lambda: check_free(path, is_folder=is_folder), begun=begun, keep=keep) as building:
         yield building
 
 
 @contextmanager
-def _renamed(path: Path, *, durable: bool = True, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """A private name, renamed to ``path`` at the end if ``check`` raises no error then."""
+def _renamed(
+    path: Path,
+    *,
+    durable: bool = True,
+    check: Callable[[], None] = lambda: None,
+    begun: Path | None = None,
+    keep: tuple[type[BaseException], ...] = (),
+) -> Iterator[Path]:
+    """A private name, of ``begun`` if there is one, renamed to ``path`` if ``check`` raises no error at the end."""
     building = path.with_name(f"{_private_prefix(path)}{os.getpid()}.{secrets.token_hex(8)}{SUFFIX}")
+    if begun is not None:
+        os.replace(begun, building)
     try:
         yield building
         if durable:
@@ -214,7 +242,8 @@ def _renamed(path: Path, *, durable: bool = True, check: Callable[[], None] = la
             flush(path.parent)
     except BaseException as error:
         named = _named(error, building, path)
-        _remove(building)
+        if not isinstance(error, keep):
+            _remove(building)
         if named is not None:
             raise named from error
         raise

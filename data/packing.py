@@ -14,7 +14,8 @@ they are padding, whose labels do not count.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,16 +37,26 @@ class Packer:
         self._room: list[tuple[int, int]] = []
         """Room and number of the open rows, in order."""
         self._opened = 0
+        self._begun: tuple[NDArray[np.unsignedinteger], bool] | None = None
+        """What is left of a document whose end is still to come, and whether a row was made of its beginning."""
         self.padding_tokens = 0
         """Tokens without a label that counts, in all rows so far."""
 
-    def add(self, document: NDArray[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
-        """Yield the rows that are complete once this document, without its end, is packed."""
-        stream = np.concatenate([np.array([self._end], document.dtype), document])
-        is_rest = False
+    def add(self, document: NDArray[np.unsignedinteger], *, ends: bool = True) -> Iterator[NDArray[np.unsignedinteger]]:
+        """Yield the rows that are complete once this document, without its end, is packed.
+
+        Args:
+            document: its tokens, or the next of them.
+            ends: whether they are the last.
+        """
+        begun, is_rest = self._begun or (np.array([self._end], document.dtype), False)
+        stream = np.concatenate([begun, document])
         while len(stream) > self._length:
             yield stream[: self._length + 1]
             stream, is_rest = stream[self._length :], True
+        self._begun = None if ends else (stream, is_rest)
+        if not ends:
+            return
         place = len(self._room) if is_rest else bisect_left(self._room, (len(stream), -1))
         if place == len(self._room):
             if len(self._rows) >= OPEN_ROWS:
@@ -59,6 +70,20 @@ class Packer:
             yield self._close(0, number)
         else:
             insort(self._room, (room - len(stream), number))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.unsignedinteger]]]:
+        """What `restore` needs to go on from here."""
+        rows = {f"row {number}": np.concatenate(parts) for number, parts in self._rows.items()}
+        begun = {} if self._begun is None else {"begun": self._begun[0]}
+        facts = {"opened": self._opened, "padding_tokens": self.padding_tokens, "rows": list(self._rows)}
+        return facts | {"is_rest": self._begun is not None and self._begun[1]}, rows | begun
+
+    def restore(self, facts: dict[str, Any], arrays: Mapping[str, NDArray[np.unsignedinteger]]) -> None:
+        """Go on from a `state`."""
+        self._opened, self.padding_tokens = facts["opened"], facts["padding_tokens"]
+        self._rows = {number: [arrays[f"row {number}"]] for number in facts["rows"]}
+        self._room = sorted((self._length - len(row), number) for number, [row] in self._rows.items())
+        self._begun = (arrays["begun"], facts["is_rest"]) if "begun" in arrays else None
 
     def finish(self) -> Iterator[NDArray[np.unsignedinteger]]:
         """Yield the rows that are still open, in the order in which they were opened."""

@@ -24,6 +24,7 @@ TOKEN_BYTES = "token_bytes.npy"
 INDEX = "index.json"
 COLUMN = "tokens"
 SHARD_HASH = "sha256"
+ZSTD = "zstd"
 TRAIN, VALIDATION = "train", "validation"
 ROW_TYPES = {"uint16": 2, "uint32": 4}
 """Types of a row's tokens, and their bytes."""
@@ -99,9 +100,16 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     counts = {key: manifest[key] for key in ("sequence_length", "vocab_size", "end_of_document")}
     for split, facts in manifest["splits"].items():
         counts |= {f"splits.{split}.rows": facts["rows"]}
+        if "largest_token" in facts:  # older versions did not record it
+            counts |= {f"splits.{split}.largest_token": facts["largest_token"]}
     for key, value in counts.items():
         if type(value) is not int or not 0 <= value < 2**63:
             raise ValueError(f"its {key} is {value!r:.80}, which is not a count")
+    for split, facts in manifest["splits"].items():
+        if (largest := facts.get("largest_token", 0)) >= manifest["vocab_size"]:
+            raise ValueError(
+                f"its {split} split holds token {largest}, but the vocabulary has {manifest['vocab_size']} tokens"
+            )
     texts = [manifest["tokenizer"]["fingerprint"], *(facts["fingerprint"] for facts in manifest["splits"].values())]
     if not all(isinstance(text, str) for text in texts) or not isinstance(manifest["options"], dict):
         raise ValueError("its fingerprints are not text, or its options not a mapping")
@@ -148,6 +156,16 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     return shards
 
 
+def is_compressed(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Return whether the shards of a prepared folder must be decompressed, to somewhere else, to be read."""
+    return any(shard["zip_data"] for split in manifest["splits"] for shard in read_index(folder / split))
+
+
+def stored_file(shard: dict[str, Any]) -> dict[str, Any]:
+    """The file of a shard as an index describes it: name, bytes and digests."""
+    return shard["zip_data"] or shard["raw_data"]
+
+
 def _check_shard(shard: Any) -> None:
     """Raise a ValueError, KeyError or TypeError if a shard is none of `prepare`'s.
 
@@ -156,8 +174,9 @@ def _check_shard(shard: Any) -> None:
     """
     for file in (shard["raw_data"], shard["zip_data"] or {}):
         bare_name(file.get("basename", INDEX))
-    if (shard["version"], shard["format"], shard["compression"], shard["zip_data"]) != (2, "mds", None, None):
-        raise ValueError("a shard is not an uncompressed MDS shard of version 2")
+    kind = (shard["version"], shard["format"], shard["compression"], shard["zip_data"] is not None)
+    if kind not in ((2, "mds", None, False), (2, "mds", ZSTD, True)):
+        raise ValueError("a shard is no MDS shard of version 2, plain or compressed with zstd")
     name, (column,), (encoding,), (row_bytes,) = (
         shard["raw_data"]["basename"], shard["column_names"], shard["column_encodings"], shard["column_sizes"]
     )  # fmt: skip
@@ -171,8 +190,11 @@ def _check_shard(shard: Any) -> None:
         raise ValueError(f"{name} cannot hold {rows!r:.80} rows of {row_bytes} bytes in {num_bytes!r:.80} bytes")
     if num_bytes >= MAX_SHARD_BYTES:
         raise ValueError(f"{name} has {num_bytes} bytes, more than the format can address")
-    if not isinstance(shard["raw_data"]["hashes"].get(SHARD_HASH), str):
-        raise ValueError(f"{name} has no {SHARD_HASH}")
+    stored = stored_file(shard)
+    if not isinstance(stored["hashes"].get(SHARD_HASH), str):
+        raise ValueError(f"{stored['basename']} has no {SHARD_HASH}")
+    if type(stored["bytes"]) is not int or stored["bytes"] <= 0:
+        raise ValueError(f"{stored['basename']} has {stored['bytes']!r:.80} bytes")
 
 
 def _check_split(folder: Path, facts: dict[str, Any], sequence_length: int, may_lack_shards: bool) -> None:
@@ -183,11 +205,12 @@ def _check_split(folder: Path, facts: dict[str, Any], sequence_length: int, may_
                 f"{folder / INDEX}: has rows of {length} tokens, but {MANIFEST} says sequence_length "
                 f"{sequence_length}; copy both again"
             )
-        path = folder / shard["raw_data"]["basename"]
+        stored = stored_file(shard)
+        path = folder / stored["basename"]
         if may_lack_shards and not path.exists():
             continue
         _expect_file(path, f"a shard that {INDEX} lists")
-        expected, found = shard["raw_data"]["bytes"], path.stat().st_size
+        expected, found = stored["bytes"], path.stat().st_size
         if expected != found:
             raise DataError(
                 f"{path}: has {found} bytes, but {INDEX} says {expected}; the copy is incomplete or damaged: copy or "

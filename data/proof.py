@@ -7,6 +7,7 @@ documents the first are decoded as well, and compared with the text character by
 import unicodedata
 from collections.abc import Sequence
 from itertools import accumulate, zip_longest
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,46 +35,83 @@ class ChangedTextError(DataError):
         return self.problem
 
 
-def compared(texts: Sequence[str]) -> int:
-    """The number of documents of a chunk, its first ones, that are decoded."""
-    return 1 + sum(chars < COMPARED_CHARS for chars in accumulate(map(len, texts[:-1])))
+class Part(Protocol):
+    """A text, or a part of a long one."""
+
+    @property
+    def text(self) -> str:
+        """The part."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether there is a text to compare."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is the first of its text."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is the last of its text."""
 
 
-def changed(tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[list[int]]) -> list[int]:
-    """The documents, of those that are compared, that decoding does not give back."""
-    return [index for index in range(compared(texts)) if tokenizer.decode(encoded[index][:-1]) != texts[index]]
+def compared(parts: Sequence[Part]) -> int:
+    """The number of parts of a chunk, its first ones, that are decoded."""
+    return 1 + sum(chars < COMPARED_CHARS for chars in accumulate(len(part.text) for part in parts[:-1]))
+
+
+def changed(tokenizer: Tokenizer, parts: Sequence[Part], encoded: Sequence[list[int]]) -> list[int]:
+    """The parts, of those that are compared, that decoding does not give back."""
+    pairs = zip(parts[: compared(parts)], encoded, strict=False)
+    return [
+        index
+        for index, (part, ids) in enumerate(pairs)
+        if part.is_text and _given_back(tokenizer, part, ids) != part.text
+    ]
+
+
+def _given_back(tokenizer: Tokenizer, part: Part, ids: list[int]) -> str:
+    """The text that the tokens of a part stand for."""
+    text = tokenizer.decode(ids[:-1] if part.ends else ids)
+    # At the beginning of a text some decoders leave out a space, for the one that the tokenizer has put there.
+    return f" {text}" if not part.begins and f" {text}" == part.text else text
 
 
 def check_given_back(
-    tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[list[int]], num_bytes: NDArray[np.int64]
+    tokenizer: Tokenizer, parts: Sequence[Part], encoded: Sequence[list[int]], num_bytes: NDArray[np.int64]
 ) -> None:
     """Check a chunk of documents; see the top of this file.
 
     Args:
         tokenizer: to be proved.
-        texts: the documents; none is empty.
+        parts: the documents, long ones in parts; none is empty.
         encoded: their tokens, the end of the document among them.
-        num_bytes: what these stand for, of each document.
+        num_bytes: what these stand for, of each part.
 
     Raises:
         ChangedTextError: the proof failed.
     """
     end = tokenizer.end_of_document
-    for index, ids in enumerate(encoded):
-        if ids.count(end) > 1:
+    for index, (part, ids) in enumerate(zip(parts, encoded, strict=True)):
+        if ids.count(end) > part.ends:
             raise ChangedTextError(
                 index,
                 f"its text becomes {tokenizer.name_of(end)!r}, the token that ends documents; name another token with "
                 "data.prepare.end_of_document (--end-of-document)",
             )
-    wrong = np.flatnonzero(num_bytes != [len(text.encode()) for text in texts]).tolist()
-    for index in [*changed(tokenizer, texts, encoded), *wrong]:
-        decoded = tokenizer.decode(encoded[index][:-1])
+    added = -int(tokenizer.token_bytes()[end])  # to the first part; the end takes it back
+    expected = [
+        len(part.text.encode()) + added * (part.begins - part.ends) if part.is_text else int(size)
+        for part, size in zip(parts, num_bytes, strict=True)
+    ]
+    wrong = np.flatnonzero(num_bytes != expected).tolist()
+    for index in [*changed(tokenizer, parts, encoded), *wrong]:
+        text, decoded = parts[index].text, _given_back(tokenizer, parts[index], encoded[index])
         raise ChangedTextError(
             index,
-            _difference(texts[index], decoded)
-            if decoded != texts[index]
-            else f"its tokens stand for {num_bytes[index]} bytes, but it has {len(texts[index].encode())}, so that "
+            _difference(text, decoded)
+            if decoded != text
+            else f"its tokens stand for {num_bytes[index]} bytes, but it has {expected[index]}, so that "
             f"losses in bits per byte would be wrong. {ADVICE}",
         )
 

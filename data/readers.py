@@ -7,6 +7,8 @@ An input is one of:
 | `FILE.txt`, `.md`, `.rst`, `.py` | the whole file |
 | `FILE.jsonl`, `.jsonl.zst`, `.jsonl.gz` | the value of `text` of each line |
 | `FILE.parquet` | the column `text`, row by row |
+| `FILE.idx` | the documents of Megatron's `FILE.bin`, which are tokens |
+| `FILE.ds` | the documents of datatrove's token file |
 | `FOLDER` | every file of these kinds in it, recursively, in the order of their paths; `survey` lists the others |
 | `hf:NAME[:CONFIG]:SPLIT` | the column `text` of a data set that `datasets` can stream |
 | `hf:NAME[:CONFIG]:SPLIT[:N]` | its first N rows: the brackets are written, as in `hf:NAME:train[:1000]` |
@@ -18,56 +20,26 @@ file and the line. Empty documents are left out.
 
 import gzip
 import json
-import os
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
 
 from data import quickstart_corpus
+from data.documents import READ_BYTES, Document
 from data.errors import DataError
 from data.pointers import pointer_problem
+from data.survey import Survey, split_hub_name, suffix_of, survey
 
-HF_PREFIX = "hf:"
 TEXT_KEY = "text"
 MAX_ZSTD_WINDOW_BYTES = 2**31  # files written with `zstd --long` need more than the decoder's default of 128 MiB
 PARQUET_BATCH_ROWS = 256
-READ_BYTES = 1 << 18
 MAX_LISTED_KEYS = 20
-UNFINISHED_FOLDERS = frozenset({"_temporary", "_delta_log", "_spark_metadata"})
-"""What Spark keeps beside its output: parts of attempts, which would be read twice, and logs."""
-HIDDEN = "hidden"
+WHOLE_BYTES = 1 << 24
+"""A text file of more is read in blocks."""
 
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text, and where it came from."""
-
-    text: str
-    origin: str
-    """`FILE`, `FILE:LINE` or `INPUT:ROW`, for messages."""
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """The files of inputs, before they are read."""
-
-    files: dict[str, list[Path]]
-    """Of each input that is a file or a folder, in the order in which they are read."""
-    left_out: dict[Path, str]
-    """Files and folders below an input that are not read, and why."""
-
-    @property
-    def read(self) -> list[Path]:
-        """The files of all inputs."""
-        return [path for files in self.files.values() for path in files]
-
-    def reasons(self) -> list[str]:
-        """How many are left out for each reason, most first."""
-        return [f"{count} {reason}" for reason, count in Counter(self.left_out.values()).most_common()]
+Place = tuple[int, int]
+"""The number of a file, or of an input that is none, and the number of a document in it, both from 0."""
 
 
 def read_documents(inputs: Sequence[str], found: Survey | None = None) -> Iterator[Document]:
@@ -80,168 +52,66 @@ def read_documents(inputs: Sequence[str], found: Survey | None = None) -> Iterat
     Raises:
         DataError: an input does not exist, is of no known kind, is broken, or they hold no text at all.
     """
-    found = found or survey(inputs)
-    is_empty = True
-    for source in inputs:
-        for document in _read_input(source, found):
-            if not document.text:
+    return (document for _, document in placed_documents(inputs, found or survey(inputs)))
+
+
+def placed_documents(
+    inputs: Sequence[str], found: Survey, *, start: Place = (0, 0), first_file: int = 0
+) -> Iterator[tuple[Place, Document]]:
+    """As `read_documents`, with the place of each document.
+
+    Args:
+        inputs: names.
+        found: their `survey`.
+        start: the place to begin at; earlier files are not opened.
+        first_file: number of the first file.
+    """
+    is_empty = start <= (first_file, 0)
+    for number, (source, path) in enumerate(units(inputs, found), start=first_file):
+        if number < start[0]:
+            continue
+        skipped = start[1] if number == start[0] else 0
+        for row, document in enumerate(islice(_read_unit(source, path), skipped, None), start=skipped):
+            if document.is_empty:
                 continue
-            if not document.text.isascii():
-                _check_encodable(document)
+            if isinstance(document.content, str) and not document.content.isascii():
+                _check_encodable(document.content, document.origin)
             is_empty = False
-            yield document
+            yield (number, row), document
     if is_empty:
         raise DataError(f"{', '.join(inputs)}: contains no text")
 
 
-def check_input(source: str) -> None:
-    """Make sure that an input is there and of a known kind, without reading it; a hub's data set is not looked up.
-
-    A folder is searched as far as its first file of a known kind: every rank asks, and there may be many files.
-
-    Raises:
-        DataError: it is not.
-    """
-    if source.startswith(HF_PREFIX):
-        _split_hub_name(source)
-    elif is_path(source):
-        path = _path_of(source)
-        if not (path.is_dir() and any(reason is None for _, reason in _entries(path))):
-            _find_files(path)
+def units(inputs: Sequence[str], found: Survey) -> list[tuple[str, Path | None]]:
+    """Each file of the inputs with its input, and each input that is no file, in the order in which they are read."""
+    return [(source, path) for source in inputs for path in found.files.get(source, [None])]
 
 
-def is_path(source: str) -> bool:
-    """Return whether an input is a file or folder, not a hub's data set or one that needs no file."""
-    return not source.startswith(HF_PREFIX) and source != quickstart_corpus.NAME
-
-
-def _path_of(source: str) -> Path:
-    if not source.strip():  # to `Path` it is the current folder
-        raise DataError("an input is blank; name a file or a folder, . for the current one")
-    return Path(source)
-
-
-def _read_input(source: str, found: Survey) -> Iterator[Document]:
+def _read_unit(source: str, path: Path | None) -> Iterator[Document]:
+    if path is not None:
+        if problem := pointer_problem(path):
+            raise DataError(f"{path}: {problem}")
+        return READERS[suffix_of(path)](path)
     if source == quickstart_corpus.NAME:
-        yield from (Document(text, f"{source}/{path}") for path, text in quickstart_corpus.read_standard_library())
-    elif source.startswith(HF_PREFIX):
-        yield from _read_hugging_face(source)
-    else:
-        for path in found.files[source]:
-            if problem := pointer_problem(path):
-                raise DataError(f"{path}: {problem}")
-            yield from READERS[_suffix(path)](path)
+        return (Document(text, f"{source}/{name}") for name, text in quickstart_corpus.read_standard_library())
+    return _read_hugging_face(source)
 
 
-def survey(inputs: Iterable[str]) -> Survey:
-    """List the files that `read_documents` reads, and what it leaves out of folders; a hub's data sets have no files.
-
-    Raises:
-        DataError: as `check_input`.
-    """
-    found = Survey({}, {})
-    for source in inputs:
-        if source.startswith(HF_PREFIX):
-            _split_hub_name(source)
-        elif is_path(source):
-            found.files[source], left_out = _find_files(_path_of(source))
-            found.left_out.update(left_out)
-    return found
-
-
-def _find_files(path: Path) -> tuple[list[Path], dict[Path, str]]:
-    """Find the path itself, or the readable files below it in a fixed order; and what is left out of it, and why."""
-    kinds = " ".join(READERS)
-    if path.is_dir():
-        found = list(_entries(path))
-        left_out = dict(sorted((entry, reason) for entry, reason in found if reason))
-        files = sorted(entry for entry, reason in found if not reason)
-        if not files:
-            more = f"; left out: {', '.join(Survey({}, left_out).reasons())}" if left_out else ""
-            raise DataError(f"{path}: this folder has no file of a known kind; known are {kinds}{more}")
-        return files, left_out
-    if not path.exists():
-        raise DataError(
-            f"{path}: no such file or folder; an input is one of these, {HF_PREFIX}NAME[:CONFIG]:SPLIT or "
-            f"{quickstart_corpus.NAME}"
-        )
-    if _suffix(path) not in READERS:
-        raise DataError(f"{path}: this kind of file is not known; choose one of {kinds}")
-    if not path.is_file():  # opening a pipe waits for whoever writes to it, and text is read twice
-        raise DataError(f"{path}: is neither a file nor a folder; save the text in a file first")
-    return [path], {}
-
-
-def _entries(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Walk through a folder: its files, each with the reason if it is left out, and the folders that are left out.
-
-    Links to files are followed; those to folders may lead anywhere, even back here. A folder's list says what each
-    entry is, so that nothing but links is looked up one by one.
-    """
-    waiting = [folder]
-    while waiting:
-        try:
-            with os.scandir(waiting.pop()) as listing:
-                entries = list(listing)
-            for entry in entries:
-                if not _is_folder(entry):
-                    yield Path(entry.path), _file_problem(entry)
-                elif reason := _folder_problem(entry):
-                    yield Path(entry.path), reason
-                else:
-                    waiting.append(Path(entry.path))
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _check_encodable(text: str, origin: str) -> None:
     try:
-        return entry.is_dir()
-    except OSError:  # a link that cannot be followed
-        return False
-
-
-def _folder_problem(entry: os.DirEntry[str]) -> str | None:
-    """Why a folder is left out."""
-    if entry.name.startswith("."):
-        return HIDDEN
-    if entry.name in UNFINISHED_FOLDERS:
-        return "unfinished output or log of Spark"
-    return "linked folder (name it as an input)" if entry.is_symlink() else None
-
-
-def _file_problem(entry: os.DirEntry[str]) -> str | None:
-    """Why a file is left out; raises DataError if that would be a mistake."""
-    if entry.name.startswith("."):
-        return HIDDEN
-    if (suffix := _suffix(Path(entry.name))) not in READERS:
-        return f"of unknown kind {suffix}" if suffix else "without an ending"
-    if entry.is_file():
-        return None
-    if entry.is_symlink() and not os.path.exists(entry.path):
-        raise DataError(f"{entry.path}: is a link to nothing; fetch or restore what it leads to, or remove it")
-    return "neither a file nor a folder"
-
-
-def _suffix(path: Path) -> str:
-    """Return `.jsonl.zst` for `a.b.jsonl.zst`, `.txt` for `a.b.txt`."""
-    compressed = path.suffix in (".zst", ".gz")
-    return "".join(path.suffixes[-2:] if compressed else path.suffixes[-1:]).lower()
-
-
-def _check_encodable(document: Document) -> None:
-    try:
-        document.text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        lone = ascii(document.text[error.start])
+        lone = ascii(text[error.start])
         raise DataError(
-            f"{document.origin}: contains half of a surrogate pair ({lone}), which is not text; repair it"
+            f"{origin}: contains half of a surrogate pair ({lone}), which is not text; repair it"
         ) from error
 
 
 def _read_text(path: Path) -> Iterator[Document]:
+    with path.open("rb") as file:
+        content = file.read(WHOLE_BYTES + 1)
     try:
-        yield Document(path.read_bytes().decode("utf-8"), str(path))
+        yield Document(path if len(content) > WHOLE_BYTES else content.decode(), str(path))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first") from error
 
@@ -288,11 +158,14 @@ def _decompress_zstd(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
+    begun: list[bytes] = []  # of a line; joined once, because a line may be long
     for block in blocks:
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    yield rest
+        first, *others = block.split(b"\n")
+        begun.append(first)
+        for line in others:
+            yield b"".join(begun)
+            begun = [line]
+    yield b"".join(begun)
 
 
 def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[Document]:
@@ -340,7 +213,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path, page_checksum_verification=True)
+        file = parquet.ParquetFile(path, page_checksum_verification=True, buffer_size=READ_BYTES)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: is not a Parquet file, or is truncated ({error})") from error
     with file:
@@ -366,9 +239,15 @@ def _read_parquet(path: Path) -> Iterator[Document]:
                 yield Document(_text_of({TEXT_KEY: text}, origin), origin)
 
 
+def _read_tokens(path: Path) -> Iterator[Document]:
+    from data.token_files import read_datatrove, read_megatron
+
+    return read_megatron(path) if suffix_of(path) == ".idx" else read_datatrove(path)
+
+
 def _read_hugging_face(source: str) -> Iterator[Document]:
     """Stream `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`; NAME may be a folder of data files."""
-    (name, *config, split), num_rows = _split_hub_name(source)
+    (name, *config, split), num_rows = split_hub_name(source)
     import datasets
 
     try:
@@ -386,21 +265,6 @@ def _read_hugging_face(source: str) -> Iterator[Document]:
         yield Document(_text_of(record, origin), origin)
 
 
-def _split_hub_name(source: str) -> tuple[list[str], int | None]:
-    """The name, the configuration if there is one, and the split; and how many rows are wanted, None for all.
-
-    `datasets` cannot stream a part of a split, so the number in brackets is not passed on to it.
-    """
-    name, bracket, number = source.removeprefix(HF_PREFIX).partition("[:")
-    parts = name.split(":")
-    if len(parts) not in (2, 3) or not all(parts) or (bracket and not re.fullmatch(r"[1-9]\d*\]", number)):
-        raise DataError(
-            f"{source}: write a data set as {HF_PREFIX}NAME:SPLIT or {HF_PREFIX}NAME:CONFIG:SPLIT; SPLIT[:1000] is its "
-            "first 1000 rows"
-        )
-    return parts, int(number[:-1]) if bracket else None
-
-
 READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".txt": _read_text,
     ".md": _read_text,
@@ -410,5 +274,7 @@ READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".jsonl.zst": _read_jsonl_zst,
     ".jsonl.gz": _read_jsonl_gz,
     ".parquet": _read_parquet,
+    ".idx": _read_tokens,
+    ".ds": _read_tokens,
 }
 """What reads a file, by the end of its name."""

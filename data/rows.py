@@ -5,6 +5,7 @@ other process of the machine wait for that shard for ever; a download that was d
 The position to resume from is looked up in shared memory, under a number where another job's may be found.
 """
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.light_streaming import import_streaming
+from data.prepared import COLUMN
 from data.urls import redacted
 
 import_streaming()
@@ -24,6 +26,8 @@ from streaming.base.world import World  # noqa: E402
 class RowDataset(StreamingDataset):
     """A `StreamingDataset` that gives all of its rows or raises DataError, in every process that reads."""
 
+    vocab_size: int | None = None
+    """Tokens that the model has, to be set before the reading begins; a row with others is an error."""
     position: tuple[int, int] = (0, 0)
     """Epoch, and samples of it that all ranks have consumed, where the reading begins; to be set before it does."""
     _failure: BaseException | None = None
@@ -45,6 +49,23 @@ class RowDataset(StreamingDataset):
         """Return the epoch that comes next, if ``epoch`` is what follows those read, and where in it to begin."""
         return max(self.position, (epoch, 0))
 
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """Return a row.
+
+        Raises:
+            DataError: it holds a token that the model does not have, on which a GPU would stop without a reason.
+        """
+        row: dict[str, Any] = super().get_item(sample_id, retry)
+        if self.vocab_size is not None and (largest := int(row[COLUMN].max())) >= self.vocab_size:
+            number, _ = self.spanner[sample_id]
+            stream, shard = self.streams[self.stream_per_shard[number]], self.shards[number]
+            path = Path(stream.local, stream.split, shard.file_pairs[0][0].basename)
+            raise DataError(
+                f"{path}: holds token {largest}, but the model has {self.vocab_size} tokens; copy or prepare the "
+                "folder again"
+            )
+        return row
+
     def on_exception(self, future: Future) -> None:
         """Note why a thread that reads ahead has ended; the base class then makes the others end."""
         if error := future.exception():
@@ -58,8 +79,9 @@ class RowDataset(StreamingDataset):
         except Exception as error:
             stream = self.streams[self.stream_per_shard[shard_id]]
             if stream.remote not in (None, stream.local):
-                for info, _ in self.shards[shard_id].file_pairs:
-                    Path(stream.local, stream.split, info.basename).unlink(missing_ok=True)
+                for info in itertools.chain(*self.shards[shard_id].file_pairs):
+                    if info is not None:
+                        Path(stream.local, stream.split, info.basename).unlink(missing_ok=True)
             # Those that wait go on, miss the file, and fetch it again.
             self._shard_states[shard_id] = _ShardState.LOCAL
             raise DataError(f"{stream.remote or stream.local}: {type(error).__name__}: {error}") from error

@@ -5,44 +5,48 @@ sequence_length + 1 tokens of it and its last token is the first of the next row
 is predicted exactly once; the tail that does not fill a row is dropped, and counted in the manifest.
 
 The result does not depend on the number of workers, and is built in a temporary folder that is renamed into place: a
-folder that exists is complete.
+folder that exists is complete. If the process is killed, the same command goes on from there (`data.resume`).
 """
 
-import hashlib
 import heapq
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data.config import TRAINED_SPEC, PrepareConfig
-from data.encoding import Chunk, counted_bytes, gather_chunks, token_type, tokenize
+from data.documents import Document, uniform
+from data.encoding import LostWorkerError, Piece, counted_bytes, cut_documents, gather_work, tokenize
 from data.errors import DataError
-from data.light_streaming import import_streaming
-from data.new_paths import TakenError, exclusive, folder_being_made
-from data.packing import Packer
+from data.fast_encoding import NAME, fast_encoder
+from data.new_paths import TakenError, exclusive, flush, folder_being_made
 from data.prepared import (
-    COLUMN,
     FILES,
     FORMAT_VERSION,
-    INDEX,
     MANIFEST,
-    SHARD_HASH,
     TOKEN_BYTES,
     TRAIN,
     VALIDATION,
     is_yet_to_be_prepared,
     open_prepared,
 )
-from data.readers import Document, Survey, read_documents, survey
+from data.readers import Place, placed_documents, units
+from data.resume import NOTHING_READ, RECORD, SECONDS_BETWEEN_RECORDS, Progress, identity, read_record, record
+from data.survey import TOKEN_KINDS, Survey, suffix_of, survey
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.writers import PackedWriter, RowWriter
 
+COUNTS_SHOWN = ("documents", "text_bytes", "tokens")
+
+KEPT_AFTER = (KeyboardInterrupt, OSError, LostWorkerError)
+"""What the same command may overcome; other errors come again until the inputs or options change."""
 TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
 TRAINING_SCAN_BYTES = 1_000_000_000  # where to stop looking for that sample
 SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and one that is all there is gives enough
@@ -60,12 +64,18 @@ class PrepareProgress:
     text_bytes: int
     tokens: int
     seconds: float
-    """Time since this stage began."""
+    """Time since this stage began, in this attempt."""
+    library: str = ""
+    """What encodes the text, if it is not the tokenizer's own library."""
+    earlier: str = ""
+    """A sentence about an attempt that was stopped, if there was one."""
+    earlier_bytes: int = 0
+    """Text that it had tokenized, and that is not tokenized again."""
 
     @property
     def bytes_per_second(self) -> float:
-        """Text read and tokenized per second of this stage."""
-        return self.text_bytes / self.seconds if self.seconds else 0.0
+        """Text read and tokenized per second of this stage, in this attempt."""
+        return (self.text_bytes - self.earlier_bytes) / self.seconds if self.seconds else 0.0
 
 
 def prepare(
@@ -78,7 +88,7 @@ def prepare(
 
     If the folder is there already and was made with the same options, nothing is done. If it is a link, the folder is
     made where it leads. Processes that prepare the same folder at once do so in turns, and all but the first find it
-    done.
+    done. What a process of this host has left that was stopped is completed, if inputs and options are the same.
 
     Args:
         config: inputs, tokenizer and held-out text.
@@ -100,8 +110,7 @@ def prepare(
             if manifest := _find_done(config, sequence_length, out):
                 return manifest
             try:
-                with folder_being_made(out) as building:
-                    return _build(config, sequence_length, building, progress or (lambda _: None))
+                return _build(config, sequence_length, out, progress or (lambda _: None))
             except TakenError:
                 if manifest := _find_done(config, sequence_length, out):  # by a host that the lock does not reach
                     return manifest
@@ -124,6 +133,7 @@ def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
         "validation_inputs": list(config.validation_inputs),
         "sequence_length": sequence_length,
         "packing": config.packing,
+        "compression": config.compression,
     }
 
 
@@ -137,6 +147,7 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
     before = {
         "lossy_tokenizer": False,
         "packing": "stream",
+        "compression": "none",
         "end_of_document": manifest["end_of_document"],
     }  # of older versions
     there, wanted = before | manifest["options"], _options(config, sequence_length)
@@ -148,31 +159,93 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
     return manifest
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """All that a prepared folder is made of."""
+
+    config: PrepareConfig
+    sequence_length: int
+    files: Survey
+    options: dict[str, Any]
+    made_by: dict[str, Any]
+    """See `data.resume.identity`."""
+
+
 def _build(
     config: PrepareConfig, sequence_length: int, out: Path, progress: Callable[[PrepareProgress], None]
 ) -> dict[str, Any]:
-    files = survey((*config.inputs, *config.validation_inputs))
-    tokenizer = _place_tokenizer(config, files, out, progress)
-    splits = [TRAIN, *([VALIDATION] if config.validation_fraction or config.validation_inputs else [])]
-    make = PackedWriter if config.packing == "best-fit" else RowWriter
-    writers = {split: make(out / split, tokenizer, sequence_length) for split in splits}
+    inputs = (*config.inputs, *config.validation_inputs)
+    files, options = survey(inputs), _options(config, sequence_length)
+    task = _Task(config, sequence_length, files, options, identity(options, files, inputs))
+    begun: Progress | None = None
+    earlier = ""
 
-    start = time.monotonic()
-    chunks = gather_chunks(_assign_splits(config, files))
-    for split, chunk in tokenize(chunks, tokenizer, config.workers, lossy=config.lossy_tokenizer):
-        writers[split].write(chunk)
-        progress(
-            PrepareProgress(
-                files=files,
-                stage="tokens",
-                documents=sum(writer.documents for writer in writers.values()),
-                text_bytes=sum(writer.text_bytes for writer in writers.values()),
-                tokens=sum(writer.tokens for writer in writers.values()),
-                seconds=time.monotonic() - start,
-            )
-        )
-    sizes = counted_bytes(tokenizer, lossy=config.lossy_tokenizer)
-    if config.lossy_tokenizer:  # in proportion, so that those of all tokens are those of the text
+    def adopt(folder: Path) -> bool:
+        nonlocal begun, earlier
+        found = read_record(folder, task.made_by)
+        if isinstance(found, str):
+            earlier = f"An earlier attempt was stopped, but {found}; starting anew"
+            return False
+        begun, earlier = found, f"An earlier attempt was stopped; going on after {found.documents:,} documents"
+        return True
+
+    with folder_being_made(out, adopt=adopt, keep=KEPT_AFTER) as building:
+        say = partial(PrepareProgress, files=files, earlier=earlier, earlier_bytes=begun.text_bytes if begun else 0)
+        if begun is None:
+            if TRAINED_SPEC.fullmatch(config.tokenizer):
+                progress(say(stage="tokenizer", documents=0, text_bytes=0, tokens=0, seconds=0.0))
+            tokenizer = _place_tokenizer(config, files, building)
+        else:
+            tokenizer = load_tokenizer(building / begun.tokenizer)
+        tokenizer.fast = fast_encoder(tokenizer)
+        library = "" if tokenizer.fast is None else f"{NAME} {version(NAME)}"
+        writers = _open_writers(task, tokenizer, building, begun)
+        start = time.monotonic()
+        for _ in _write_rows(task, tokenizer, building, writers, begun):
+            counts = {key: sum(getattr(each, key) for each in writers.values()) for key in COUNTS_SHOWN}
+            progress(say(stage="tokens", library=library, seconds=time.monotonic() - start, **counts))
+        return _finish(task, tokenizer, building, writers)
+
+
+def _open_writers(task: _Task, tokenizer: Tokenizer, out: Path, begun: Progress | None) -> dict[str, RowWriter]:
+    has_validation = task.config.validation_fraction or task.config.validation_inputs
+    make = PackedWriter if task.config.packing == "best-fit" else RowWriter
+    states = begun.writers if begun else {}
+    return {
+        split: make(out / split, tokenizer, task.sequence_length, task.config.compression, states.get(split))
+        for split in ([TRAIN, VALIDATION] if has_validation else [TRAIN])
+    }
+
+
+def _write_rows(
+    task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, RowWriter], begun: Progress | None
+) -> Iterator[None]:
+    """Tokenize and write all that is not yet written, and yield after each piece of work."""
+
+    def save(read: tuple[int, int, int], waiting: dict[str, list[Piece]]) -> None:
+        states = {split: writer.state() for split, writer in writers.items()}
+        record(out, task.made_by, Progress(tokenizer.path.name, tokenizer.fingerprint, read, waiting, states))
+
+    read, waiting = (begun.read, begun.waiting) if begun else (NOTHING_READ, {})
+    if begun is None:
+        save(read, waiting)
+    saved = time.monotonic()
+    assigned = _assign_splits(task.config, task.files, (max(read[0], 0), read[1]))
+    pieces = (each for each in cut_documents(assigned, tokenizer) if each[1].place > read)
+    works = gather_work(pieces, read, waiting)
+    for work, chunk in tokenize(works, tokenizer, task.config.workers, lossy=task.config.lossy_tokenizer):
+        writers[work.split].write(chunk)
+        if time.monotonic() - saved >= SECONDS_BETWEEN_RECORDS:
+            save(work.read, work.waiting)
+            saved = time.monotonic()
+        yield
+
+
+def _finish(task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, RowWriter]) -> dict[str, Any]:
+    """Write what is left and the files about it, and return the manifest."""
+    files, is_lossy = task.files, task.config.lossy_tokenizer
+    sizes = counted_bytes(tokenizer, lossy=is_lossy)
+    if is_lossy:  # in proportion, so that those of all tokens are those of the text
         text_bytes, num_bytes = (
             sum(getattr(each, key) for each in writers.values()) for key in ("text_bytes", "token_bytes")
         )
@@ -180,8 +253,8 @@ def _build(
     np.save(out / TOKEN_BYTES, sizes)
     manifest = {
         "format_version": FORMAT_VERSION,
-        "options": _options(config, sequence_length),
-        "sequence_length": sequence_length,
+        "options": task.options,
+        "sequence_length": task.sequence_length,
         "tokenizer": {"file": tokenizer.path.name, "fingerprint": tokenizer.fingerprint},
         "vocab_size": tokenizer.vocab_size,
         "end_of_document": tokenizer.end_of_document,
@@ -197,36 +270,41 @@ def _build(
     }
     (out / FILES).write_text(json.dumps(listed, indent=2) + "\n")
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (out / RECORD).unlink()
     return manifest
 
 
-def _place_tokenizer(
-    config: PrepareConfig, files: Survey, out: Path, progress: Callable[[PrepareProgress], None]
-) -> Tokenizer:
+def _place_tokenizer(config: PrepareConfig, files: Survey, out: Path) -> Tokenizer:
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
         source = load_tokenizer(config.tokenizer, config.end_of_document)
         path = out / f"tokenizer{source.path.suffix}"
         path.write_bytes(source.file_content())
-        return load_tokenizer(path)
-    progress(PrepareProgress(files=files, stage="tokenizer", documents=0, text_bytes=0, tokens=0, seconds=0.0))
-    texts = (document.text for split, document in _assign_splits(config, files) if split == TRAIN)
-    path = out / "tokenizer.model"
-    train_tokenizer(sample_texts(texts), config.tokenizer, path)
+    else:
+        if tokens := [path for path in files.read if suffix_of(path) in TOKEN_KINDS]:
+            raise DataError(f"{tokens[0]}: holds tokens, not text to train a tokenizer on; name the one that made it")
+        texts = (
+            block
+            for split, _, document in _assign_splits(config, files)
+            if split == TRAIN
+            for block in document.blocks()
+        )
+        path = out / "tokenizer.model"
+        train_tokenizer(sample_texts(texts), config.tokenizer, path)
+    flush(path)
     return load_tokenizer(path)
 
 
-def _assign_splits(config: PrepareConfig, files: Survey) -> Iterator[tuple[str, Document]]:
-    """Yield every document with the split that it belongs to."""
-    for document in read_documents(config.inputs, files):
-        is_held_out = config.validation_fraction and _uniform(document.text) < config.validation_fraction
-        yield VALIDATION if is_held_out else TRAIN, document
+def _assign_splits(
+    config: PrepareConfig, files: Survey, start: Place = (0, 0)
+) -> Iterator[tuple[str, Place, Document]]:
+    """Yield every document from a place on, with the split that it belongs to."""
+    for place, document in placed_documents(config.inputs, files, start=start):
+        is_held_out = config.validation_fraction and document.uniform() < config.validation_fraction
+        yield VALIDATION if is_held_out else TRAIN, place, document
     if config.validation_inputs:
-        yield from ((VALIDATION, document) for document in read_documents(config.validation_inputs, files))
-
-
-def _uniform(text: str) -> float:
-    """Return a number in [0, 1) that depends on the text alone and is spread evenly over texts."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
+        first_file = len(units(config.inputs, files))
+        documents = placed_documents(config.validation_inputs, files, start=start, first_file=first_file)
+        yield from ((VALIDATION, place, document) for place, document in documents)
 
 
 def sample_texts(texts: Iterable[str]) -> list[str]:
@@ -243,7 +321,7 @@ def sample_texts(texts: Iterable[str]) -> list[str]:
             piece = text[begin : begin + SAMPLE_PIECE_CHARS]
             num_bytes = len(piece.encode())
             scanned_bytes += num_bytes
-            if (key := _uniform(piece)) < limit:
+            if (key := uniform([piece.encode()])) < limit:
                 heapq.heappush(kept, (-key, piece))
                 kept_bytes += num_bytes
             while kept_bytes > TRAINING_SAMPLE_BYTES:
@@ -253,95 +331,3 @@ def sample_texts(texts: Iterable[str]) -> list[str]:
         if scanned_bytes > TRAINING_SCAN_BYTES:
             break
     return [piece for _, piece in sorted(kept)]
-
-
-class RowWriter:
-    """Cuts the stream of documents of one split into rows and writes them as MDS shards.
-
-    Args:
-        folder: where to write.
-        tokenizer: what made the tokens.
-        sequence_length: a row has one more token, shared with the next row.
-    """
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int) -> None:
-        import_streaming()
-        from streaming import MDSWriter
-
-        self._folder = folder
-        self._sequence_length = sequence_length
-        dtype = token_type(tokenizer.vocab_size)
-        self._writer = MDSWriter(
-            out=str(folder),
-            columns={COLUMN: f"ndarray:{dtype.__name__}:{sequence_length + 1}"},
-            hashes=[SHARD_HASH],
-        )
-        self._rest = np.array([tokenizer.end_of_document], dtype)  # its first token is predicted by an earlier row
-        self.rows = self.tokens = self.documents = self.text_bytes = 0
-        self.token_bytes = self.compared_documents = self.changed_documents = 0
-
-    def write(self, chunk: Chunk) -> None:
-        """Append the tokens of some documents."""
-        self._write_rows(self._rows_of(chunk.tokens))
-        self.tokens += len(chunk.tokens)
-        self.documents += chunk.documents
-        self.text_bytes += chunk.text_bytes
-        self.token_bytes += chunk.token_bytes
-        self.compared_documents += chunk.compared_documents
-        self.changed_documents += chunk.changed_documents
-
-    def _rows_of(self, tokens: NDArray[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
-        """The rows that are complete with these tokens."""
-        length = self._sequence_length
-        stream = np.concatenate([self._rest, tokens])
-        num_rows = (len(stream) - 1) // length
-        for row in range(num_rows):
-            yield stream[row * length : (row + 1) * length + 1]
-        self._rest = stream[num_rows * length :]
-
-    def _write_rows(self, rows: Iterable[NDArray[np.unsignedinteger]]) -> None:
-        for row in rows:
-            self._writer.write({COLUMN: row})
-            self.rows += 1
-
-    def finish(self) -> dict[str, Any]:
-        """Write what is left and the index, and return the manifest's facts about this split.
-
-        Raises:
-            DataError: the text did not fill one row.
-        """
-        if not self.rows:
-            raise DataError(
-                f"the {self._folder.name} split has {self.documents} documents with {self.tokens} tokens, too few for "
-                f"one row of {self._sequence_length + 1}; give more text, a larger validation_fraction if it is the "
-                "validation split, or a shorter sequence_length"
-            )
-        self._writer.finish()
-        return {
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "dropped_tokens": len(self._rest) - 1,
-            "documents": self.documents,
-            "text_bytes": self.text_bytes,
-            "fingerprint": hashlib.sha256((self._folder / INDEX).read_bytes()).hexdigest(),
-        }
-
-
-class PackedWriter(RowWriter):
-    """Puts the documents of one split into rows by `data.packing`."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int) -> None:
-        super().__init__(folder, tokenizer, sequence_length)
-        self._end = tokenizer.end_of_document
-        self._packer = Packer(self._end, sequence_length)
-
-    def _rows_of(self, tokens: NDArray[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
-        begin = 0
-        for end in np.flatnonzero(tokens == self._end):
-            yield from self._packer.add(tokens[begin:end])
-            begin = end + 1
-
-    def finish(self) -> dict[str, Any]:
-        """Write the rows that are still open, and the rest as `RowWriter` does."""
-        self._write_rows(self._packer.finish())
-        return super().finish() | {"padding_tokens": self._packer.padding_tokens}

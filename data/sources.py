@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from data.prepared import (
     TOKEN_BYTES,
     TRAIN,
     fit_problems,
+    is_compressed,
     open_prepared,
     read_index,
     read_manifest,
+    stored_file,
 )
 from data.shared_memory import is_local_leader
 from data.urls import redacted
@@ -40,6 +42,8 @@ class OpenSource:
     folder: Path
     """The prepared folder itself, or the cache of a remote one."""
     manifest: dict[str, Any]
+    is_cached: bool
+    """Whether shards are fetched from the source into `folder` when they are needed."""
 
     @property
     def tokenizer_path(self) -> Path:
@@ -56,7 +60,7 @@ class OpenSource:
         from streaming import Stream
 
         return Stream(
-            remote=self.source.path if self.source.is_remote else None,
+            remote=self.source.path if self.is_cached else None,
             local=str(self.folder),
             split=TRAIN,
             choose=choose,
@@ -72,15 +76,60 @@ class OpenSource:
         for shard in read_index(self.folder / split):
             if len(rows) == num_rows:
                 break
-            if self.source.is_remote:
-                _fetch(self.source, self.folder, f"{split}/{shard['raw_data']['basename']}")
+            if self.is_cached:
+                self._fetch_shard(split, shard)
             reader = reader_from_json(str(self.folder), split, shard)
             try:
                 rows += [reader[row][COLUMN] for row in range(min(reader.size, num_rows - len(rows)))]
             except (ValueError, IndexError) as error:
                 path = self.folder / split / shard["raw_data"]["basename"]
                 raise DataError(f"{path}: damaged: a row cannot be read ({error}); copy the folder again") from error
+        if rows and (largest := int(max(row.max() for row in rows))) >= self.manifest["vocab_size"]:
+            raise DataError(
+                f"{self.folder / split}: holds token {largest}, but its tokenizer has {self.manifest['vocab_size']} "
+                "tokens; copy or prepare the folder again"
+            )
         return np.stack(rows)
+
+    def _fetch_shard(self, split: str, shard: dict[str, Any]) -> None:
+        """Make sure that a shard is in the cache, and decompressed."""
+        stored, raw = stored_file(shard), self.folder / split / shard["raw_data"]["basename"]
+        if raw.exists():
+            return
+        _fetch(self.source, self.folder, f"{split}/{stored['basename']}")
+        if stored is shard["raw_data"]:
+            return
+        path = self.folder / split / stored["basename"]
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != stored["hashes"][SHARD_HASH]:
+            path.unlink()
+            raise DataError(f"{self.source.path}/{split}/{path.name}: is damaged; copy or prepare the folder again")
+        with file_being_replaced(raw) as partial:
+            partial.write_bytes(decompress(content, shard["raw_data"]["bytes"], path))
+        path.unlink()
+
+
+def decompress(content: bytes, num_bytes: int, path: Path) -> bytes:
+    """The content of a zstd-compressed shard.
+
+    Args:
+        content: as compressed.
+        num_bytes: of the shard; no more is decompressed.
+        path: for messages.
+
+    Raises:
+        DataError: it is another number of bytes, or none that zstd has written.
+    """
+    import zstandard
+
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(content) as reader:
+            found = reader.read(num_bytes + 1)
+    except zstandard.ZstdError as error:
+        raise DataError(f"{path}: cannot be decompressed ({error}); copy or prepare the folder again") from error
+    if len(found) != num_bytes:
+        raise DataError(f"{path}: does not hold {num_bytes} bytes, as {INDEX} says; copy or prepare the folder again")
+    return found
 
 
 @contextlib.contextmanager
@@ -106,7 +155,7 @@ def open_sources(
         DataError: a folder is missing or damaged, was prepared with another sequence length, with a vocabulary larger
             than `vocab_size`, or with another tokenizer than the first one.
     """
-    opened = [_open_source(source, cache) for source in sources]
+    opened = [open_source(source, cache) for source in sources]
     first = opened[0]
     for source in opened:
         path, manifest = source.source.path, source.manifest
@@ -120,11 +169,19 @@ def open_sources(
     return opened
 
 
-def _open_source(source: Source, cache: str | None) -> OpenSource:
-    """Check a source; of a remote one fetch the small files first, if the cache lacks them."""
+def open_source(source: Source, cache: str | None) -> OpenSource:
+    """Check a source; of a remote or compressed one fetch the small files first, if the cache lacks them."""
     if not source.is_remote:
         folder = Path(os.path.abspath(source.path))
-        return OpenSource(source, folder, open_prepared(folder))
+        manifest = open_prepared(folder)
+        if not is_compressed(folder, manifest):
+            return OpenSource(source, folder, manifest, is_cached=False)
+        if cache is None:
+            raise DataError(
+                f"{source.path}: has compressed shards, which are decompressed into data.cache; set it to a folder on "
+                "each node's own disk"
+            )
+        source = replace(source, path=str(folder))
     assert cache is not None
     folder = Path(os.path.abspath(cache)) / hashlib.sha256(source.path.encode()).hexdigest()[:16]
     _fetch(source, folder, MANIFEST)
@@ -134,7 +191,7 @@ def _open_source(source: Source, cache: str | None) -> OpenSource:
     for split in manifest["splits"]:
         _fetch(source, folder, f"{split}/{INDEX}")
         _drop_cut_shards(folder / split)
-    return OpenSource(source, folder, open_prepared(folder, may_lack_shards=True))
+    return OpenSource(source, folder, open_prepared(folder, may_lack_shards=True), is_cached=True)
 
 
 def _fetch(source: Source, folder: Path, name: str) -> None:
@@ -187,6 +244,7 @@ def _drop_cut_shards(folder: Path) -> None:
     for path in folder.iterdir():
         _refuse_links(folder, path)  # `streaming` would write through it
     for shard in read_index(folder):
-        path = folder / shard["raw_data"]["basename"]
-        if path.exists() and path.stat().st_size != shard["raw_data"]["bytes"]:
-            path.unlink()
+        for file in (shard["raw_data"], stored_file(shard)):
+            path = folder / file["basename"]
+            if path.exists() and path.stat().st_size != file["bytes"]:
+                path.unlink()

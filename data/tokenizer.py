@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from data.config import TRAINED_SPEC
 from data.errors import DataError
+from data.fast_encoding import FastEncoder
+from data.hub_tokenizer import fetch_tokenizer, is_on_hub
 from data.pointers import pointer_problem
 from data.tokenizer_definition import read_definition, vocabulary
 from data.tokenizer_kinds import SPACE_MARK, HuggingFaceTokenizer, SentencePieceTokenizer, sentencepiece_model
@@ -36,6 +38,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_of_document: int
     """Id of the token that follows each document."""
+    fast: FastEncoder | None
+    """What encodes texts instead of the tokenizer's own library, with the same ids; see `data.fast_encoding`."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without adding any special token; the name of one in the text is just text."""
@@ -43,6 +47,35 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return what `encode` gives for each text."""
+        ...
+
+    def parts(self, blocks: Iterable[str]) -> Iterator[str]:
+        """Cut a text, given in blocks of any size, into the parts that are encoded by themselves, at least one.
+
+        They have about a million characters, whatever the length of the text, if the tokenizer's tokens do not depend
+        on the whole of it.
+        """
+        ...
+
+    def encode_parts(self, parts: Sequence[str], begins: Sequence[bool]) -> list[list[int]]:
+        """Return the ids of each part; those of all parts of a text, one after the other, are what `encode` gives.
+
+        Args:
+            parts: of texts.
+            begins: whether each is the first of its text.
+        """
+        ...
+
+    def encode_pieces(self, pieces: list[str]) -> list[list[int]]:
+        """Return the ids that the tokenizer's own library gives, without what is put in front of a document."""
+        ...
+
+    def definition_of_pieces(self) -> dict[str, Any] | None:
+        """Return a `tokenizer.json` that encodes as `encode_pieces`; None if there is none.
+
+        Raises:
+            DataError: there is none; says why.
+        """
         ...
 
     def encode_special(self, text: str) -> list[int]:
@@ -77,26 +110,29 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | Path, end_of_document: str | None = None) -> Tokenizer:
-    """Read a SentencePiece model, a `tokenizer.json`, or a folder that holds one of them.
+    """Read a SentencePiece model, a `tokenizer.json`, a folder that holds one of them, or `hf:NAME` from the hub.
 
     Of a folder that holds both, the SentencePiece model is read if it has all tokens of the `tokenizer.json`.
 
     Args:
-        path: file or folder.
+        path: file, folder, or name on the hub; see `data.hub_tokenizer`.
         end_of_document: the token that ends a document; by default the one that the files name, see
             `data.end_of_document`.
 
     Raises:
         DataError: there is no such file, it is of neither kind, or it is not known which token ends a document.
     """
-    path = Path(path)
+    spec = str(path)
+    path = fetch_tokenizer(spec) if is_on_hub(spec) else Path(path)
     if path.is_dir():
-        folder, found = path, file_in(path)
+        found = file_in(path)
         if found is None:
-            raise DataError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
+            raise DataError(f"{spec}: has neither tokenizer.model nor tokenizer.json")
         path = found
     if not path.is_file():
-        raise DataError(f"{path}: no such tokenizer file; name a SentencePiece .model, a tokenizer.json or bpe:VOCAB")
+        raise DataError(
+            f"{path}: no such tokenizer file; name a SentencePiece .model, a tokenizer.json, hf:NAME or bpe:VOCAB"
+        )
     if problem := pointer_problem(path):
         raise DataError(f"{path}: {problem}")
     if path.suffix == ".model":

@@ -55,7 +55,7 @@ def tokenizer_files(
     path, end = tokenizer.path, tokenizer.end_of_document
     begin = end if first_token is None else first_token
     if path.suffix == ".model":
-        definition, copy = _from_sentencepiece(path), {"tokenizer.model": tokenizer.file_content()}
+        definition, copy = definition_of_sentencepiece(path), {"tokenizer.model": tokenizer.file_content()}
     else:
         definition, copy = read_definition(path), {}
     end_name, begin_name = tokenizer.name_of(end), tokenizer.name_of(begin)
@@ -92,7 +92,7 @@ def tokenizer_files(
     }
 
 
-def _from_sentencepiece(path: Path) -> dict[str, Any]:
+def definition_of_sentencepiece(path: Path) -> dict[str, Any]:
     """A BPE model as a `tokenizer.json`.
 
     Raises:

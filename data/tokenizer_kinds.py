@@ -15,13 +15,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.end_of_document import USUAL_NAMES, find_end_of_document
 from data.errors import DataError
+from data.fast_encoding import FastEncoder
 from data.sentencepiece_model import ending_documents, without_dummy_prefix
 from data.tokenizer_definition import (
     ENDS_DOCUMENTS,
@@ -46,15 +47,24 @@ NEEDS_ALL_CHARACTERS = (
 SEGMENT_CHARS = 1 << 20  # longer texts are encoded in parts, or one large file would need many times its size
 
 
-def segments(text: str) -> Iterator[str]:
-    """Cut a very long text near every `SEGMENT_CHARS` characters, after a newline, where few tokens join."""
-    begin = 0
-    while len(text) - begin > SEGMENT_CHARS:
-        newline = text.rfind("\n", begin, begin + SEGMENT_CHARS)
-        end = newline + 1 if newline >= begin else begin + SEGMENT_CHARS
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
+def segments(blocks: Iterable[str], prefix_chars: int = 0) -> Iterator[str]:
+    """Cut a very long text near every `SEGMENT_CHARS` characters, after a newline, where few tokens join.
+
+    Args:
+        blocks: the text, in parts of any size.
+        prefix_chars: what is put in front of the text, and is part of the first segment's length.
+    """
+    rest, most = "", SEGMENT_CHARS - prefix_chars
+    for block in blocks:
+        rest += block
+        begin = 0
+        while len(rest) - begin > most:
+            newline = rest.rfind("\n", begin, begin + most)
+            end = newline + 1 if newline >= begin else begin + most
+            yield rest[begin:end]
+            begin, most = end, SEGMENT_CHARS
+        rest = rest[begin:]
+    yield rest
 
 
 class _InParts:
@@ -64,10 +74,15 @@ class _InParts:
     _prefix: str | None
     """What the tokenizer puts in front of a text, a space or nothing; None if it changes spaces in other ways too, so
     that texts are not cut."""
+    fast: FastEncoder | None = None
+    """What encodes pieces instead, with the same ids."""
     _mark_ids: list[int] | None
     """The bytes of `SPACE_MARK`, where the tokenizer would take it for a space."""
 
-    def _encode_parts(self, parts: list[str]) -> list[list[int]]:
+    def encode_pieces(self, pieces: list[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def definition_of_pieces(self) -> dict[str, Any] | None:
         raise NotImplementedError
 
     def _count_bytes(self) -> "NDArray[np.int32]":
@@ -88,27 +103,40 @@ class _InParts:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        cut = [list(self._cut(text)) for text in texts]
-        encoded = iter(self._encode_parts([part for parts in cut for part in parts if part is not None]))
+        parts = [list(self.parts([text])) for text in texts]
+        begins = [place == 0 for each in parts for place in range(len(each))]
+        encoded = iter(self.encode_parts([part for each in parts for part in each], begins))
+        return [[token for _ in each for token in next(encoded)] for each in parts]
+
+    def parts(self, blocks: Iterable[str]) -> Iterator[str]:
+        if self._prefix is None:
+            yield "".join(blocks)
+        else:
+            yield from segments(blocks, len(self._prefix))
+
+    def encode_parts(self, parts: Sequence[str], begins: Sequence[bool]) -> list[list[int]]:
+        cut = [list(self._cut(part, first)) for part, first in zip(parts, begins, strict=True)]
+        encode = self.encode_pieces if self.fast is None else self.fast.encode_compared
+        encoded = iter(encode([piece for pieces in cut for piece in pieces if piece is not None]))
         result: list[list[int]] = []
-        for parts in cut:
+        for pieces in cut:
             ids: list[int] = []
-            for part in parts:
-                ids += (self._mark_ids or []) if part is None else next(encoded)
+            for piece in pieces:
+                ids += (self._mark_ids or []) if piece is None else next(encoded)
             result.append(ids)
         return result
 
-    def _cut(self, text: str) -> Iterator[str | None]:
-        """The parts of a text, None for each literal `SPACE_MARK` that is to be written in bytes."""
-        if not text or self._prefix is None:
-            yield text
+    def _cut(self, part: str, is_first: bool) -> Iterator[str | None]:
+        """The pieces of a part, None for each literal `SPACE_MARK` that is to be written in bytes."""
+        if not part or self._prefix is None:
+            yield part
             return
-        for segment in segments(self._prefix + text):
-            first, *others = segment.split(SPACE_MARK) if self._mark_ids else [segment]
-            yield first
-            for other in others:
-                yield None
-                yield other
+        text = self._prefix + part if is_first else part
+        first, *others = text.split(SPACE_MARK) if self._mark_ids else [text]
+        yield first
+        for other in others:
+            yield None
+            yield other
 
 
 def _prefix_of(whole: Callable[[str], list[int]], bare: Callable[[str], list[int]]) -> str | None:
@@ -165,9 +193,16 @@ class SentencePieceTokenizer(_InParts):
         token: int = self._model.piece_to_id(name)
         return token if self.name_of(token) == name else None
 
-    def _encode_parts(self, parts: list[str]) -> list[list[int]]:
+    def definition_of_pieces(self) -> dict[str, Any] | None:
+        """A `tokenizer.json` that encodes as `encode_pieces`; see `data.fast_encoding`."""
+        from data.tokenizer_json import definition_of_sentencepiece
+
+        return None if self._prefix is None else without_prefix(definition_of_sentencepiece(self.path))
+
+    def encode_pieces(self, pieces: list[str]) -> list[list[int]]:
+        """Return the ids of texts, without what is put in front of a document."""
         model = self._model if self._prefix is None else self._bare
-        return model.encode(parts, num_threads=1)
+        return model.encode(pieces, num_threads=1)
 
     @cached_property
     def _special(self) -> dict[str, int]:
@@ -267,10 +302,15 @@ class HuggingFaceTokenizer(_InParts):
         model.encode_special_tokens = True  # a document that spells a special token's name must not get the token
         return model
 
-    def _encode_parts(self, parts: list[str]) -> list[list[int]]:
+    def definition_of_pieces(self) -> dict[str, Any] | None:
+        """A `tokenizer.json` that encodes as `encode_pieces`; see `data.fast_encoding`."""
+        return None if self._prefix is None else without_prefix(self.definition)
+
+    def encode_pieces(self, pieces: list[str]) -> list[list[int]]:
+        """Return the ids of texts, without what is put in front of a document."""
         model = self._model if self._prefix is None else self._bare
         with self._naming("cannot encode a text", NEEDS_ALL_CHARACTERS):
-            return [encoding.ids for encoding in model.encode_batch(parts, add_special_tokens=False)]
+            return [encoding.ids for encoding in model.encode_batch(pieces, add_special_tokens=False)]
 
     @cached_property
     def _with_special(self) -> Any:

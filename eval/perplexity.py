@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.documents import Document
 from data.errors import DataError
-from data.readers import Document
 from data.tokenizer import Tokenizer
 from eval.errors import NotFiniteError
 from eval.rows import BATCH_TOKENS, IGNORED_LABEL, Row, Scorer

@@ -14,7 +14,7 @@ import typer
 from data.errors import DataError
 from data.new_paths import new_file
 from data.prepared import MANIFEST, read_manifest
-from data.readers import check_input
+from data.survey import check_input
 from launcher.config.engine import EngineName
 from launcher.config.file import parse_config, parse_yaml
 from launcher.errors import ConfigError

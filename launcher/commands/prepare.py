@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from data.prepared import FILES
-from data.readers import Survey
 from data.shards import PrepareConfig, PrepareProgress, prepare
+from data.survey import Survey
 from launcher.process.console import Console, human_count
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -24,10 +24,13 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
             console.line(f"Preparing {out} from {', '.join(config.inputs)}")
             if files := files_sentence(progress.files, out):
                 console.line(files)
+            if progress.earlier:
+                console.line(progress.earlier)
         elif time.perf_counter() - shown < SECONDS_BETWEEN_LINES:
             return
         shown = time.perf_counter()
         doing = "reading text for the tokenizer" if progress.stage == "tokenizer" else "tokenizing"
+        doing += f" with {progress.library}" if progress.library else ""
         console.line(
             f"{doing}: {human_count(progress.documents)} documents, {human_count(progress.text_bytes)}B of text, "
             f"{human_count(progress.tokens)} tokens, {progress.bytes_per_second / 1e6:.2f} MB/s"

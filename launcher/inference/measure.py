@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data.readers import read_documents, survey
+from data.readers import read_documents
+from data.survey import survey
 from eval.perplexity import text_loss
 from eval.rows import Scorer
 from eval.score import scores_of

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from data.config import PrepareConfig
 from data.errors import DataError
+from data.hub_tokenizer import is_on_hub
 from data.prepared import fit_problems, is_yet_to_be_prepared, read_manifest
-from data.readers import check_input, is_path
+from data.survey import check_input, is_path
 from data.tokenizer import TRAINED_SPEC, load_tokenizer
 from eval.tasks import task_problems
 from launcher.config.averaging import without_averaged
@@ -112,7 +113,7 @@ def _texts(config: Config) -> Iterator[tuple[str, str]]:
 def _tokenizers(config: Config) -> Iterator[tuple[str, str]]:
     """The file of the tokenizer for these inputs, if there is one."""
     prepare = _to_prepare(config)
-    if prepare is not None and not TRAINED_SPEC.fullmatch(prepare.tokenizer):
+    if prepare is not None and not TRAINED_SPEC.fullmatch(prepare.tokenizer) and not is_on_hub(prepare.tokenizer):
         yield "data.prepare.tokenizer", prepare.tokenizer
 
 

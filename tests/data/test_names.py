@@ -109,10 +109,13 @@ def test_prepared_data(prepared: Prepared) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zip_data": {"basename": "index.json", "bytes": 1, "hashes": {}}}, "not an uncompressed MDS shard"),
-        ({"compression": "zstd"}, "not an uncompressed MDS shard"),
-        ({"format": "json", "raw_meta": {"basename": "../x"}}, "not an uncompressed MDS shard"),
-        ({"version": 1}, "not an uncompressed MDS shard"),
+        ({"zip_data": {"basename": "index.json", "bytes": 1, "hashes": {}}}, "no MDS shard of version 2"),
+        ({"compression": "zstd"}, "no MDS shard of version 2"),
+        ({"compression": "gz", "zip_data": {"basename": "a", "bytes": 1, "hashes": {}}}, "no MDS shard of version 2"),
+        ({"compression": "zstd", "zip_data": {"basename": "a", "bytes": 1, "hashes": {}}}, "a has no sha256"),
+        ({"compression": "zstd", "zip_data": {"basename": "a", "bytes": -1, "hashes": {"sha256": ""}}}, "a has -1 b"),
+        ({"format": "json", "raw_meta": {"basename": "../x"}}, "no MDS shard of version 2"),
+        ({"version": 1}, "no MDS shard of version 2"),
         ({"column_encodings": ["pkl"]}, "not an index of MDS shards"),
         ({"column_encodings": ["pkl:uint16:33"]}, "does not hold rows of tokens alone"),
         ({"column_encodings": ["ndarray:float64:33"]}, "does not hold rows of tokens alone"),

@@ -11,9 +11,11 @@ import pytest
 import zstandard
 from places import SHARED
 
+from data.documents import Document
 from data.errors import DataError
 from data.quickstart_corpus import read_standard_library
-from data.readers import Document, check_input, read_documents, survey
+from data.readers import read_documents
+from data.survey import check_input, survey
 
 TEXTS = ["first", "zweiter\ntext", "третий", "x" * 300_000]
 REAL_DATA = SHARED / "data" / "pretrain"

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import encoding, shards, tokenizer_kinds
+from data.documents import Document
 from data.errors import DataError
 from data.prepared import open_prepared
 from data.quickstart_corpus import read_standard_library
 from data.shards import PrepareConfig, PrepareProgress, prepare, sample_texts
-from data.tokenizer import load_tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.torchvision_repair import repair_torchvision
 
 LENGTH = 32
@@ -121,12 +122,12 @@ def test_vocabularies_beyond_16_bits_are_stored_in_32(tmp_path):
 def test_a_prepared_folder_serves_again_only_with_the_same_options(corpus, tokenizer_path, tmp_path):
     config = PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path))
     manifest = prepare(config, LENGTH, tmp_path / "out")
-    before = os.stat(tmp_path / "out" / "manifest.json")
+    before = os.stat(tmp_path / "out" / "manifest.json").st_mtime_ns
     copied = tmp_path / "copied.model"
     copied.write_bytes(tokenizer_path.read_bytes())
     same = PrepareConfig(inputs=(str(corpus),), tokenizer=str(copied), workers=4)
     assert prepare(same, LENGTH, tmp_path / "out") == manifest
-    assert os.stat(tmp_path / "out" / "manifest.json") == before
+    assert os.stat(tmp_path / "out" / "manifest.json").st_mtime_ns == before
     other = PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:400", validation_fraction=0.5)
     with pytest.raises(DataError) as caught:
         prepare(other, 64, tmp_path / "out")
@@ -181,15 +182,15 @@ PREPARES_FOR_EVER = """
     import itertools, sys
     from pathlib import Path
     from data import encoding, shards, tokenizer_kinds
-    from data.readers import Document
+    from data.documents import Document
 
-    def endless(inputs, found):
+    def endless(inputs, found, start):
         for number in itertools.count():
-            yield Document(f"document {number} " * 100, str(number))
+            yield (0, number), Document(f"document {number} " * 100, str(number))
 
     if __name__ == "__main__":
         encoding.CHUNK_CHARS = 10_000
-        shards.read_documents = endless
+        shards.placed_documents = endless
         config = shards.PrepareConfig(inputs=("python-stdlib",), tokenizer=sys.argv[1], workers=2)
         shards.prepare(config, 32, Path(sys.argv[2]), lambda progress: print(progress.tokens, flush=True))
 """
@@ -290,7 +291,8 @@ def test_long_documents_are_cut_without_loss(lengths, text):
     original = tokenizer_kinds.SEGMENT_CHARS
     try:
         tokenizer_kinds.SEGMENT_CHARS = lengths[0]
-        segments = list(tokenizer_kinds.segments(text))
+        segments = list(tokenizer_kinds.segments([text]))
+        assert list(tokenizer_kinds.segments(text[at : at + 7] for at in range(0, len(text), 7))) == segments
     finally:
         tokenizer_kinds.SEGMENT_CHARS = original
     assert "".join(segments) == text
@@ -298,12 +300,19 @@ def test_long_documents_are_cut_without_loss(lengths, text):
     assert all(segments[:-1]) or len(segments) == 1
 
 
+def cut_texts(tokenizer: Tokenizer, texts: list[str]) -> list[encoding.Piece]:
+    documents = [("train", (0, number), Document(text, str(number))) for number, text in enumerate(texts)]
+    return [piece for _, piece in encoding.cut_documents(documents, tokenizer)]
+
+
 def test_cutting_after_newlines_does_not_change_the_tokens(tokenizer_path, monkeypatch):
     tokenizer = load_tokenizer(tokenizer_path)
     texts = [text for name, text in read_standard_library() if name.startswith("json/")]
-    whole = encoding.encode_documents(tokenizer, texts)
+    whole = encoding.encode_pieces(tokenizer, cut_texts(tokenizer, texts))
     monkeypatch.setattr(tokenizer_kinds, "SEGMENT_CHARS", 3000)
-    cut = encoding.encode_documents(tokenizer, texts)
+    pieces = cut_texts(tokenizer, texts)
+    assert len(pieces) > len(texts)
+    cut = encoding.encode_pieces(tokenizer, pieces)
     assert np.array_equal(whole.tokens, cut.tokens)
     assert (whole.documents, whole.text_bytes) == (cut.documents, cut.text_bytes)
 

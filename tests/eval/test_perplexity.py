@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eval.perplexity
+from data.documents import Document
 from data.errors import DataError
-from data.readers import Document
 from eval.errors import NotFiniteError
 from eval.perplexity import windows
 from eval.rows import IGNORED_LABEL, Scorer

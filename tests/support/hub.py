@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the Hugging Face hub's protocol as an upload needs.
+"""A server on loopback that speaks as much of the Hugging Face hub's protocol as uploads and downloads of files need.
 
 Repositories are created, files are classified, large ones go through Git LFS, and a commit names them all. It checks
 what the hub checks: the token, that a repository exists, and the digests of
@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
+COMMIT = "0123456789" * 4
 LFS_ENDINGS = (".safetensors", ".gguf", ".data")
 
 
@@ -44,10 +45,13 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, content: Any, status: int = 200) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound" if "Entry" in content["error"] else "RepoNotFound")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -112,9 +116,35 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.objects[value["oid"]]
         self.answer({"commitUrl": f"{url}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
-        self.server.requests.append(f"GET {self.path}")
-        self.answer({"error": "Repository not found"}, 404)
+        """The list of a repository's files, and the files; without an account, as of a public repository."""
+        self.server.requests.append(f"{self.command} {self.path}")
+        name, files = self.named()
+        parts = self.path.partition("?")[0].split("/")
+        if files is None or self.server.private.get(name):
+            self.answer({"error": "Repository not found"}, 404)
+        elif parts[1] == "api":
+            self.answer({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in sorted(files)]})
+        elif (content := files.get("/".join(parts[parts.index("resolve") + 2 :]))) is None:
+            self.answer({"error": "Entry not found"}, 404)
+        else:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+    def named(self) -> tuple[str, dict[str, bytes] | None]:
+        """The repository that a path names, and its files."""
+        for name, files in self.server.repositories.items():
+            if self.path.startswith((f"/api/models/{name}/", f"/{name}/resolve/")):
+                return name, files
+        return "", None
 
 
 @contextmanager

@@ -1,0 +1,177 @@
+"""Find the files of inputs, before they are read; `data.readers` says what an input is."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import quickstart_corpus
+from data.errors import DataError
+
+HF_PREFIX = "hf:"
+TOKEN_KINDS = (".idx", ".ds")
+"""Ends of the names of files of tokens; see `data.token_files`."""
+KINDS = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", *TOKEN_KINDS)
+"""Ends of the names of files that can be read."""
+UNFINISHED_FOLDERS = frozenset({"_temporary", "_delta_log", "_spark_metadata"})
+"""What Spark keeps beside its output: parts of attempts, which would be read twice, and logs."""
+HIDDEN = "hidden"
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The files of inputs, before they are read."""
+
+    files: dict[str, list[Path]]
+    """Of each input that is a file or a folder, in the order in which they are read."""
+    left_out: dict[Path, str]
+    """Files and folders below an input that are not read, and why."""
+
+    @property
+    def read(self) -> list[Path]:
+        """The files of all inputs."""
+        return [path for files in self.files.values() for path in files]
+
+    def reasons(self) -> list[str]:
+        """How many are left out for each reason, most first."""
+        return [f"{count} {reason}" for reason, count in Counter(self.left_out.values()).most_common()]
+
+
+def check_input(source: str) -> None:
+    """Make sure that an input is there and of a known kind, without reading it; a hub's data set is not looked up.
+
+    A folder is searched as far as its first file of a known kind: every rank asks, and there may be many files.
+
+    Raises:
+        DataError: it is not.
+    """
+    if source.startswith(HF_PREFIX):
+        split_hub_name(source)
+    elif is_path(source):
+        path = _path_of(source)
+        if not (path.is_dir() and any(reason is None for _, reason in _entries(path))):
+            _find_files(path)
+
+
+def is_path(source: str) -> bool:
+    """Return whether an input is a file or folder, not a hub's data set or one that needs no file."""
+    return not source.startswith(HF_PREFIX) and source != quickstart_corpus.NAME
+
+
+def _path_of(source: str) -> Path:
+    if not source.strip():  # to `Path` it is the current folder
+        raise DataError("an input is blank; name a file or a folder, . for the current one")
+    return Path(source)
+
+
+def survey(inputs: Iterable[str]) -> Survey:
+    """List the files that `read_documents` reads, and what it leaves out of folders; a hub's data sets have no files.
+
+    Raises:
+        DataError: as `check_input`.
+    """
+    found = Survey({}, {})
+    for source in inputs:
+        if source.startswith(HF_PREFIX):
+            split_hub_name(source)
+        elif is_path(source):
+            found.files[source], left_out = _find_files(_path_of(source))
+            found.left_out.update(left_out)
+    return found
+
+
+def _find_files(path: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Find the path itself, or the readable files below it in a fixed order; and what is left out of it, and why."""
+    kinds = " ".join(KINDS)
+    if path.is_dir():
+        found = list(_entries(path))
+        left_out = dict(sorted((entry, reason) for entry, reason in found if reason))
+        files = sorted(entry for entry, reason in found if not reason)
+        if not files:
+            more = f"; left out: {', '.join(Survey({}, left_out).reasons())}" if left_out else ""
+            raise DataError(f"{path}: this folder has no file of a known kind; known are {kinds}{more}")
+        return files, left_out
+    if not path.exists():
+        raise DataError(
+            f"{path}: no such file or folder; an input is one of these, {HF_PREFIX}NAME[:CONFIG]:SPLIT or "
+            f"{quickstart_corpus.NAME}"
+        )
+    if suffix_of(path) not in KINDS:
+        raise DataError(f"{path}: this kind of file is not known; choose one of {kinds}")
+    if not path.is_file():  # opening a pipe waits for whoever writes to it, and text is read twice
+        raise DataError(f"{path}: is neither a file nor a folder; save the text in a file first")
+    return [path], {}
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Walk through a folder: its files, each with the reason if it is left out, and the folders that are left out.
+
+    Links to files are followed; those to folders may lead anywhere, even back here. A folder's list says what each
+    entry is, so that nothing but links is looked up one by one.
+    """
+    waiting = [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as listing:
+                entries = list(listing)
+            for entry in entries:
+                if not _is_folder(entry):
+                    yield Path(entry.path), _file_problem(entry)
+                elif reason := _folder_problem(entry):
+                    yield Path(entry.path), reason
+                else:
+                    waiting.append(Path(entry.path))
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that cannot be followed
+        return False
+
+
+def _folder_problem(entry: os.DirEntry[str]) -> str | None:
+    """Why a folder is left out."""
+    if entry.name.startswith("."):
+        return HIDDEN
+    if entry.name in UNFINISHED_FOLDERS:
+        return "unfinished output or log of Spark"
+    return "linked folder (name it as an input)" if entry.is_symlink() else None
+
+
+def _file_problem(entry: os.DirEntry[str]) -> str | None:
+    """Why a file is left out; raises DataError if that would be a mistake."""
+    if entry.name.startswith("."):
+        return HIDDEN
+    if (suffix := suffix_of(Path(entry.name))) not in KINDS:
+        return f"of unknown kind {suffix}" if suffix else "without an ending"
+    if entry.is_file():
+        return None
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        raise DataError(f"{entry.path}: is a link to nothing; fetch or restore what it leads to, or remove it")
+    return "neither a file nor a folder"
+
+
+def suffix_of(path: Path) -> str:
+    """Return `.jsonl.zst` for `a.b.jsonl.zst`, `.txt` for `a.b.txt`."""
+    compressed = path.suffix in (".zst", ".gz")
+    return "".join(path.suffixes[-2:] if compressed else path.suffixes[-1:]).lower()
+
+
+def split_hub_name(source: str) -> tuple[list[str], int | None]:
+    """The name, the configuration if there is one, and the split; and how many rows are wanted, None for all.
+
+    `datasets` cannot stream a part of a split, so the number in brackets is not passed on to it.
+    """
+    name, bracket, number = source.removeprefix(HF_PREFIX).partition("[:")
+    parts = name.split(":")
+    if len(parts) not in (2, 3) or not all(parts) or (bracket and not re.fullmatch(r"[1-9]\d*\]", number)):
+        raise DataError(
+            f"{source}: write a data set as {HF_PREFIX}NAME:SPLIT or {HF_PREFIX}NAME:CONFIG:SPLIT; SPLIT[:1000] is its "
+            "first 1000 rows"
+        )
+    return parts, int(number[:-1]) if bracket else None

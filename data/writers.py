@@ -1,0 +1,181 @@
+"""Write the rows of one split as MDS shards, cut from the stream of its documents or packed."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.config import Compression
+from data.encoding import Chunk, token_type
+from data.errors import DataError
+from data.light_streaming import import_streaming
+from data.new_paths import flush
+from data.packing import Packer
+from data.prepared import COLUMN, INDEX, SHARD_HASH, stored_file
+from data.tokenizer import Tokenizer
+
+State = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+"""What JSON can hold, and arrays."""
+SHARD_BYTES = 1 << 26
+"""A shard has at most this many."""
+COUNTS = (
+    *("rows", "tokens", "documents", "text_bytes", "token_bytes", "compared_documents", "changed_documents"),
+    "largest_token",
+)
+
+
+class RowWriter:
+    """Cuts the stream of documents of one split into rows and writes them as MDS shards.
+
+    Args:
+        folder: where to write.
+        tokenizer: what made the tokens.
+        sequence_length: a row has one more token, shared with the next row.
+        compression: of the shards.
+        state: of an earlier one that wrote in the same folder, to go on from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        compression: Compression = "none",
+        state: State | None = None,
+    ) -> None:
+        import_streaming()
+        from streaming import MDSWriter
+
+        self._folder = folder
+        self._sequence_length = sequence_length
+        self._dtype = token_type(tokenizer.vocab_size)
+        new = folder.with_name(f"{folder.name}.new")  # the writer insists on an empty folder
+        self._writer = MDSWriter(
+            out=str(new),
+            columns={COLUMN: f"ndarray:{self._dtype.__name__}:{sequence_length + 1}"},
+            compression=None if compression == "none" else compression,
+            hashes=[SHARD_HASH],
+            size_limit=SHARD_BYTES,
+        )
+        new.rmdir()
+        folder.mkdir(exist_ok=True)
+        self._writer.local = str(folder)
+        self._rest = np.array(
+            [tokenizer.end_of_document], self._dtype
+        )  # its first token is predicted by an earlier row
+        self._flushed_shards = 0
+        self.rows = self.tokens = self.documents = self.text_bytes = 0
+        self.token_bytes = self.compared_documents = self.changed_documents = 0
+        self.largest_token = tokenizer.end_of_document
+        if state is not None:
+            self._restore(*state)
+
+    def state(self) -> State:
+        """What another one needs to go on from here; all shards that it names have reached the disk."""
+        shards = self._writer.shards
+        for shard in shards[self._flushed_shards :]:
+            flush(self._folder / stored_file(shard)["basename"])
+        self._flushed_shards = len(shards)
+        flush(self._folder)
+        rows = np.frombuffer(b"".join(self._writer.new_samples), self._dtype)
+        facts = {key: getattr(self, key) for key in COUNTS} | {"shards": shards}
+        return facts, {"rest": self._rest, "rows": rows}
+
+    def _restore(self, facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        for key in COUNTS:
+            setattr(self, key, facts[key])
+        self._rest = arrays["rest"]
+        self._writer.shards = facts["shards"]
+        self._flushed_shards = len(facts["shards"])
+        rows = arrays["rows"].reshape(-1, self._sequence_length + 1)
+        self._writer.new_samples = [row.tobytes() for row in rows]
+        self._writer.new_shard_size += rows.nbytes + len(rows) * self._writer.extra_bytes_per_sample
+
+    def write(self, chunk: Chunk) -> None:
+        """Append the tokens of some documents."""
+        self._write_rows(self._rows_of(chunk.tokens))
+        self.tokens += len(chunk.tokens)
+        self.largest_token = max(self.largest_token, int(chunk.tokens.max(initial=0)))
+        self.documents += chunk.documents
+        self.text_bytes += chunk.text_bytes
+        self.token_bytes += chunk.token_bytes
+        self.compared_documents += chunk.compared_documents
+        self.changed_documents += chunk.changed_documents
+
+    def _rows_of(self, tokens: NDArray[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
+        """The rows that are complete with these tokens."""
+        length = self._sequence_length
+        stream = np.concatenate([self._rest, tokens])
+        num_rows = (len(stream) - 1) // length
+        for row in range(num_rows):
+            yield stream[row * length : (row + 1) * length + 1]
+        self._rest = stream[num_rows * length :]
+
+    def _write_rows(self, rows: Iterable[NDArray[np.unsignedinteger]]) -> None:
+        for row in rows:
+            self._writer.write({COLUMN: row})
+            self.rows += 1
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left and the index, and return the manifest's facts about this split.
+
+        Raises:
+            DataError: the text did not fill one row.
+        """
+        if not self.rows:
+            raise DataError(
+                f"the {self._folder.name} split has {self.documents} documents with {self.tokens} tokens, too few for "
+                f"one row of {self._sequence_length + 1}; give more text, a larger validation_fraction if it is the "
+                "validation split, or a shorter sequence_length"
+            )
+        self._writer.finish()
+        return {
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "dropped_tokens": len(self._rest) - 1,
+            "documents": self.documents,
+            "text_bytes": self.text_bytes,
+            "largest_token": self.largest_token,
+            "fingerprint": hashlib.sha256((self._folder / INDEX).read_bytes()).hexdigest(),
+        }
+
+
+class PackedWriter(RowWriter):
+    """Puts the documents of one split into rows by `data.packing`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        compression: Compression = "none",
+        state: State | None = None,
+    ) -> None:
+        self._end = tokenizer.end_of_document
+        self._packer = Packer(self._end, sequence_length)
+        super().__init__(folder, tokenizer, sequence_length, compression, state)
+
+    def state(self) -> State:
+        """As of `RowWriter`, with the rows that are open."""
+        (facts, arrays), (packed, rows) = super().state(), self._packer.state()
+        return facts | {"packer": packed}, arrays | rows
+
+    def _restore(self, facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        super()._restore(facts, arrays)
+        self._packer.restore(facts["packer"], arrays)
+
+    def _rows_of(self, tokens: NDArray[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
+        begin = 0
+        for end in np.flatnonzero(tokens == self._end):
+            yield from self._packer.add(tokens[begin:end])
+            begin = end + 1
+        if begin < len(tokens):
+            yield from self._packer.add(tokens[begin:], ends=False)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the rows that are still open, and the rest as `RowWriter` does."""
+        self._write_rows(self._packer.finish())
+        return super().finish() | {"padding_tokens": self._packer.padding_tokens}

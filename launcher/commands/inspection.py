@@ -1,0 +1,63 @@
+"""`tritrain inspect`: what a folder of prepared data holds."""
+
+import json
+import tempfile
+from dataclasses import asdict
+
+from data.inspection import Inspection, inspect_split
+from data.mixture import Source
+from data.sources import open_source
+from launcher.errors import ConfigError
+from launcher.process.console import Console, human_count
+
+BAR_CHARS = 40
+
+
+def inspect(folder: str, console: Console, *, num_rows: int, num_samples: int, as_json: bool) -> None:
+    """Print counts, lengths of documents, padding, use of the vocabulary and samples of each split.
+
+    Args:
+        folder: a prepared folder, or the URL of one, of which the first shards are fetched.
+        console: where to print.
+        num_rows: rows of each split that are read.
+        num_samples: rows that are decoded.
+        as_json: print JSON.
+    """
+    try:
+        location = Source(path=folder)
+    except ValueError as error:
+        raise ConfigError(f"{folder}: {error.args[0]['path']}") from error
+    with tempfile.TemporaryDirectory() as cache:
+        source = open_source(location, cache)
+        splits = {split: inspect_split(source, split, num_rows, num_samples) for split in source.manifest["splits"]}
+    manifest = source.manifest
+    facts = {key: manifest[key] for key in ("sequence_length", "vocab_size", "end_of_document")}
+    facts["packing"] = manifest["options"].get("packing", "stream")
+    if as_json:
+        print(json.dumps(facts | {"splits": {split: asdict(found) for split, found in splits.items()}}))  # noqa: T201
+        return
+    console.line(
+        f"{folder}: rows of {facts['sequence_length']:,} tokens, packing {facts['packing']}, {facts['vocab_size']:,} "
+        f"tokens in the vocabulary, of which {facts['end_of_document']} ends documents"
+    )
+    for split, found in splits.items():
+        for line in described(split, found):
+            console.line(line)
+
+
+def described(split: str, found: Inspection) -> list[str]:
+    """One split, for a person."""
+    most = max(found.lengths.values(), default=1)
+    return [
+        "",
+        f"{split}: {found.rows:,} rows, {human_count(found.tokens)} tokens, {found.documents:,} documents, "
+        f"{found.bytes_per_token:.2f} bytes per token",
+        f"In the first {found.read_rows:,} rows: {found.padding:.2%} padding, {found.used_tokens:,} of "
+        f"{found.vocab_size:,} tokens of the vocabulary used, the largest is {found.largest_token}",
+        f"Tokens of the {found.whole_documents:,} documents that are whole in them:",
+        *(
+            f"  {f'{power:,} to {2 * power - 1:,}':>24} {count:>9,} {'#' * round(count / most * BAR_CHARS)}"
+            for power, count in found.lengths.items()
+        ),
+        *(f"> {sample!r}" for sample in found.samples),
+    ]

@@ -1,0 +1,123 @@
+"""Compressed shards: the rows of plain ones, and a flipped bit is found."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+from tiny import write_corpus
+
+from data import writers
+from data.config import DataConfig, PrepareConfig
+from data.errors import DataError
+from data.loader import TrainingData, validation_rows
+from data.mixture import Source
+from data.prepared import open_prepared
+from data.shards import prepare
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Folders `plain` and `small` with the same rows, in several shards."""
+    folder = tmp_path_factory.mktemp("compressed")
+    corpus = write_corpus(folder / "a.jsonl", num_documents=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, "SHARD_BYTES", 4000)
+        for name, compression in (("plain", "none"), ("small", "zstd")):
+            config = PrepareConfig(
+                inputs=(str(corpus),), tokenizer="bpe:300", validation_fraction=0.2, compression=compression
+            )
+            prepare(config, LENGTH, folder / name)
+    return folder
+
+
+def config_of(path: Path, cache: Path | None) -> DataConfig:
+    return DataConfig(
+        sources=(Source(path=str(path)),), sequence_length=LENGTH, workers=0, cache=str(cache) if cache else None
+    )
+
+
+def first_rows(path: Path, cache: Path | None, steps: int = 40) -> torch.Tensor:
+    data = TrainingData(
+        config_of(path, cache), vocab_size=300, global_batch_sequences=4, micro_batch_sequences=4, rank=0, world_size=1
+    )
+    batches = iter(data)
+    try:
+        return torch.cat([next(batches)[0] for _ in range(steps)])
+    finally:
+        data.close()
+
+
+def held_out(path: Path, cache: Path | None) -> torch.Tensor:
+    batches = validation_rows(config_of(path, cache), vocab_size=300, micro_batch_sequences=4, rank=0, world_size=1)
+    return torch.cat([tokens for tokens, _ in batches])
+
+
+def test_they_give_the_rows_of_plain_ones_and_are_left_alone(folders, tmp_path):
+    before = {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()}
+    assert len(list((folders / "small" / "train").glob("shard.*.mds.zstd"))) > 4
+    assert torch.equal(first_rows(folders / "small", tmp_path / "cache"), first_rows(folders / "plain", None))
+    assert {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()} == before
+    assert torch.equal(
+        first_rows(folders / "small", tmp_path / "cache"), first_rows(folders / "plain", None)
+    )  # from the cache
+    assert torch.equal(held_out(folders / "plain", None), held_out(folders / "small", tmp_path / "held-out"))
+    sizes = [sum(path.stat().st_size for path in (folders / name / "train").iterdir()) for name in ("plain", "small")]
+    assert sizes[1] < sizes[0]
+
+
+def copied(folders: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folders / "small", to / "small"))
+
+
+def test_a_flipped_bit_is_found_and_named(folders, tmp_path):
+    for split in ("train", "validation"):
+        small = copied(folders, tmp_path / split)
+        for path in (small / split).glob("shard.*"):
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 4
+            path.write_bytes(content)
+        open_prepared(small)  # sizes are right
+        cache = tmp_path / split / "cache"
+        read = first_rows if split == "train" else held_out
+        with pytest.raises(DataError, match=r"shard\.0000\d\.mds\.zstd"):
+            read(small, cache)
+        assert not list(cache.rglob("shard.*"))
+
+
+def test_a_cut_or_missing_shard_is_found_before_training(folders, tmp_path):
+    small = copied(folders, tmp_path)
+    path = small / "train" / "shard.00001.mds.zstd"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"shard.00001.mds.zstd: has \d+ bytes, but index.json says"):
+        open_prepared(small)
+    path.unlink()
+    with pytest.raises(DataError, match=r"shard.00001.mds.zstd: missing"):
+        open_prepared(small)
+
+
+def test_a_cache_is_needed(folders):
+    with pytest.raises(DataError, match=r"has compressed shards, which are decompressed into data\.cache"):
+        first_rows(folders / "small", None)
+
+
+def test_a_shard_that_is_longer_than_the_index_says_is_not_decompressed(folders, tmp_path):
+    small = copied(folders, tmp_path)
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 24))
+    folder = small / "validation"
+    index = json.loads((folder / "index.json").read_text())
+    shard = index["shards"][0]
+    (folder / shard["zip_data"]["basename"]).write_bytes(bomb)
+    shard["zip_data"] |= {"bytes": len(bomb), "hashes": {"sha256": hashlib.sha256(bomb).hexdigest()}}
+    (folder / "index.json").write_text(json.dumps(index))
+    manifest = json.loads((small / "manifest.json").read_text())
+    fingerprint = hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
+    manifest["splits"]["validation"]["fingerprint"] = fingerprint
+    (small / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"does not hold \d+ bytes, as index.json says"):
+        held_out(small, tmp_path / "cache")
