@@ -226,6 +226,32 @@ def plan(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(parser=path, help="File of the study (YAML).", show_default=False)],
+    out: Annotated[str, typer.Option(help="Folder of the study; the same one goes on with it.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show arms, trunks, hours and disk; train nothing.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once; default: as many as cores or GPUs allow.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of each run.")] = 1,
+    gpu: Annotated[
+        str | None, typer.Option(help="--dry-run: estimate hours for this GPU, instead of measuring here.")
+    ] = None,
+    utilization: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="--gpu: share of its peak that is reached.")
+    ] = UTILIZATION,
+) -> None:
+    """Train a grid of runs that share their trunks, several at once; the same command goes on."""
+    from launcher.study.study import Options
+    from launcher.study.study import study as run_study
+
+    options = Options(jobs=jobs, num_ranks=ranks, dry_run=dry_run, gpu=gpu, utilization=utilization)
+    sys.exit(run_study(file, local_target(out, "--out"), options, Console(silent=False)))
+
+
+@app.command()
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
     out: Annotated[str, typer.Option(help="Folder to create, or the URL of one in a store.")],

@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One rank of a training run.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file")
     parser.add_argument("--stop-after-steps", type=int, metavar="N", help="smoke test: only N steps of each phase")
+    parser.add_argument("--stop-at-step", type=int, metavar="N", help="save and stop after N steps of the run")
+    parser.add_argument("--no-report", action="store_true", help="write no report at the end")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment has it too")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override one key of the configuration")
     options = parser.parse_intermixed_args(arguments)
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(smoke_config(config), options.stop_after_steps)
         check_place(options.config, options.overrides, config)
         RunFolder(config).check_configuration()
-        return run(config)
+        return run(config, stop_at_step=options.stop_at_step, reports=not options.no_report)
     except USER_ERRORS as error:
         note_refusal(str(error))
         return report_error(error)
@@ -96,11 +98,23 @@ def note_refusal(message: str) -> None:
         Path(note).write_text(message)
 
 
-def run(config: Config, smoke_steps: int | None = None) -> int:
-    """Join the other ranks and train; in a smoke test, only the first and last steps of each phase."""
+def run(
+    config: Config, smoke_steps: int | None = None, *, stop_at_step: int | None = None, reports: bool = True
+) -> int:
+    """Join the other ranks and train; returns an exit code.
+
+    Args:
+        config: of the run.
+        smoke_steps: train only the first and last steps of each phase, as a smoke test; None: all.
+        stop_at_step: save and stop after this many steps of the run; None: at its end.
+        reports: whether a complete run writes its report and shows its results.
+    """
     folder = RunFolder(config)
     companions = Companions()
-    with StopRequest().installed() as stop, process_group(config.engine.timeout_seconds, companions) as ranks:
+    with (
+        StopRequest(stop_at_step).installed() as stop,
+        process_group(config.engine.timeout_seconds, companions) as ranks,
+    ):
         pulse = Pulse()
         try:
             if refusal := claim(folder, ranks, is_smoke=smoke_steps is not None):
@@ -115,7 +129,7 @@ def run(config: Config, smoke_steps: int | None = None) -> int:
         companions.release()  # the watchdog takes over
         companions.when_launcher_is_lost(lambda message: stop_without_launcher(message, stop, pulse))
         try:
-            return run_rank(config, folder, ranks, stop, pulse, watchdog, smoke_steps)
+            return run_rank(config, folder, ranks, stop, pulse, watchdog, smoke_steps, reports=reports)
         except Exception as error:
             is_user_error = isinstance(error, USER_ERRORS)
             try:
@@ -241,6 +255,8 @@ def run_rank(
     pulse: Pulse,
     watchdog: Watchdog,
     smoke_steps: int | None,
+    *,
+    reports: bool,
 ) -> int:
     """Train on this rank, all ranks being there."""
     console = Console(silent=not ranks.is_first)
@@ -295,6 +311,8 @@ def run_rank(
             f"The smoke test is complete: {smoke_steps} steps of each of {len(plan.phases)} phases were trained, "
             f"evaluated and saved. {folder.path} is removed again."
         )
+        return COMPLETE
+    if not reports:
         return COMPLETE
     try:
         from launcher.report.ending import show_ending

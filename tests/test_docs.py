@@ -20,6 +20,8 @@ from launcher.config.file import apply_override, json_schema, load_config, parse
 from launcher.config.sections import Config
 from launcher.plan.plan import make_plan
 from launcher.run.changes import MAY_CHANGE
+from launcher.study.arms import make_arms
+from launcher.study.config import base_of, load_study
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "configs/quickstart.yaml"
@@ -109,7 +111,7 @@ def test_pretrain_command_parses(words: list[str], monkeypatch: pytest.MonkeyPat
 
     started: list[Config] = []
 
-    def run(config: Config) -> int:
+    def run(config: Config, **options: Any) -> int:
         started.append(config)
         return 0
 
@@ -139,7 +141,12 @@ def yaml_blocks() -> list[Any]:
 
 
 @pytest.mark.parametrize("text", yaml_blocks())
-def test_configuration_snippet_is_valid_in_the_quickstart(text: str) -> None:
+def test_configuration_snippet_is_valid_in_the_quickstart(text: str, tmp_path: Path) -> None:
+    if text.startswith("base:"):
+        (tmp_path / "study.yaml").write_text(text)
+        study = load_study(tmp_path / "study.yaml")
+        assert make_arms(study, base_of(study, tmp_path / "study.yaml", ROOT / "configs"), tmp_path, 1)
+        return
     tree = parse_yaml((ROOT / QUICKSTART).read_text(), QUICKSTART)
     del tree["data"]["prepare"]  # belongs to the quickstart's own source
     tree["model"]["max_sequence_length"] = 1 << 20

@@ -26,7 +26,12 @@ JobLauncher = Literal["torchrun", "srun", "deepspeed"]
 
 
 def default_ranks() -> int:
-    """As many ranks as there are GPUs that torch can use, or one.
+    """As many ranks as there are GPUs that torch can use, or one."""
+    return num_gpus() or 1
+
+
+def num_gpus() -> int:
+    """The number of GPUs that torch can use.
 
     The NVIDIA driver is asked itself, because importing torch takes seconds.
     """
@@ -37,17 +42,17 @@ def default_ranks() -> int:
     if build["hip"] is not None:
         import torch
 
-        return torch.cuda.device_count() or 1
+        return torch.cuda.device_count()
     if build["cuda"] is None:
-        return 1
+        return 0
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return 1
+        return 0
     count = ctypes.c_int(0)
     driver.cuInit(0)  # where it fails, so does the next call, and no GPU is counted
     driver.cuDeviceGetCount(ctypes.byref(count))
-    return count.value or 1
+    return count.value
 
 
 def become_run(launcher: Launcher, config: Path, overrides: list[str], num_ranks: int) -> NoReturn:

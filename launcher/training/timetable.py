@@ -50,6 +50,7 @@ class Timetable:
                 is_over(self._evaluated, config.evaluation.interval_minutes),
             ],
         )
+        stopping = self._stop.is_at_step(step) or stopping
         phase_ends = step == phase.end
         saving = phase_ends or stopping or asked_to_save or is_due(step, config.checkpoint.interval_steps)
         evaluating, tasks = measured_after(step, phase, config)

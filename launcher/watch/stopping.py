@@ -46,9 +46,14 @@ ASK_SLURM_TIMES, SECONDS_TO_ANSWER, SECONDS_BETWEEN_ASKS = 3, 20.0, 5.0
 
 
 class StopRequest:
-    """A request to stop or save, and the ranks' agreement on it. The signal handler only sets a flag."""
+    """A request to stop or save, and the ranks' agreement on it. The signal handler only sets a flag.
 
-    def __init__(self) -> None:
+    Args:
+        at_step: number of finished steps after which the run is to stop; None: its end.
+    """
+
+    def __init__(self, at_step: int | None = None) -> None:
+        self._at_step = at_step
         self.reason = ""
         """Why all ranks stop; empty while they do not."""
         self._asked = 0  # index into REASONS
@@ -92,6 +97,13 @@ class StopRequest:
         self._save = False
         self.reason = REASONS[int(asked)]
         return bool(self.reason), *(bool(int(flagged) >> bit & 1) for bit in range(1 + len(due)))
+
+    def is_at_step(self, step: int) -> bool:
+        """Return whether the run is to stop after this many steps; the same on all ranks."""
+        if self._at_step is None or step < self._at_step:
+            return False
+        self.reason = self.reason or f"step {step}"
+        return True
 
     def _look(self, folder: Path) -> None:
         if time.time() >= self._stop_at:

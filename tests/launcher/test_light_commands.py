@@ -70,6 +70,8 @@ def run(tmp_path: Path) -> Path:
         (["init", "--help"], 0),
         (["plan", "configs/quickstart.yaml"], 0),
         (["plan", "absent.yaml"], 2),
+        (["study", "configs/studies/switch-point.yaml", "--out", "RUN/new", "--dry-run", "--gpu", "H100"], 0),
+        (["study", "absent.yaml", "--out", "RUN/new"], 2),
         (["plan", "configs/quickstart.yaml", "optimizer.lerning_rate=1"], 2),
         (["train", "configs/quickstart.yaml", "run.folder=RUN/new"], 0),
     ],

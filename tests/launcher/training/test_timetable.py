@@ -140,3 +140,12 @@ def test_work_that_takes_longer_than_its_interval_is_not_due_again_at_once(shard
     rows = read_metrics(tmp_path / "measure" / "metrics.jsonl")
     assert [row["step"] for row in rows if "validation/when" in row] == [0, 4, 4, 8]
     assert [int(path.name[5:]) for path in complete_checkpoints(tmp_path / "save" / "checkpoints")] == [4, 8]
+
+
+def test_a_run_saves_and_stops_at_the_step_that_was_given() -> None:
+    plan, stop = plan_of(), StopRequest(at_step=30)
+    table = Timetable(plan, stop)
+    for step in range(1, 30):
+        assert not table.after(step, plan.phase_of(step - 1), ALONE).stopping
+    due = table.after(30, plan.phase_of(29), ALONE)
+    assert (due.stopping, due.saving, due.logging, stop.reason) == (True, True, True, "step 30")

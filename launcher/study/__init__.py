@@ -1,0 +1,1 @@
+"""Jobs for Slurm: templates, a site's settings, and submission."""

@@ -1,0 +1,208 @@
+"""The arms of a study: one resolved configuration for each point of the grid, baseline and seed."""
+
+import copy
+import itertools
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.config.file import DERIVED_KEYS, apply_override, parse_config, read_mapping, to_tree
+from launcher.config.sections import Config
+from launcher.errors import ConfigError
+from launcher.plan.plan import Plan, make_plan
+from launcher.study.baselines import baseline_of, set_switch
+from launcher.study.config import NO_BASELINE, Baseline, Selector, Study, chosen, share_label
+
+MOST_NAMED = 3
+"""Arms that an error names; of more, it says how many."""
+
+Point = Mapping[str, str]
+"""By axis, the value of an arm: `switch`, the study's own axes, `rate`, `baseline` and `seed`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A run of a study."""
+
+    name: str
+    """Of its folder, and its `run.name`."""
+    point: Point
+    """Its values on the axes that make a difference to it."""
+    plan: Plan
+
+    @property
+    def config(self) -> Config:
+        """Its configuration."""
+        return self.plan.config
+
+    @property
+    def group(self) -> Point:
+        """Its values but for the seed: what it is averaged with."""
+        return {axis: value for axis, value in self.point.items() if axis != "seed"}
+
+    @property
+    def baseline(self) -> str:
+        """The baseline that it is; `none` for an arm of the grid."""
+        return self.point.get("baseline", NO_BASELINE)
+
+
+def make_arms(study: Study, base: Path, out: Path, num_ranks: int) -> list[Arm]:
+    """Resolve and check the configuration of every arm.
+
+    Args:
+        study: that they are of.
+        base: file of the configuration that they share.
+        out: folder of the study; an arm's is `arms/NAME` in it.
+        num_ranks: of each run.
+
+    Raises:
+        ConfigError: lists what is wrong, each with the arms that it is wrong in.
+    """
+    shared = read_mapping(base, "sections such as run, model and data")
+    for derived in DERIVED_KEYS:
+        shared.pop(derived, None)
+    points = list(points_of(study))
+    if not points:
+        raise ConfigError("only, exclude: leave no arm")
+    configs: dict[int, Config] = {}
+    problems: dict[str, list[str]] = defaultdict(list)
+    for index, point in enumerate(points):
+        try:
+            configs[index] = _config_of(study, shared, point)
+        except ConfigError as error:
+            for line in str(error).splitlines():
+                problems[line].append(name_of(point, study.labels))
+    raise_problems(problems, len(points))
+    named = _named(study, points, configs)
+    arms = []
+    for name, point, config in named:
+        run = replace(config.run, name=name, folder=str(out / "arms" / name))
+        try:
+            arms.append(Arm(name=name, point=point, plan=make_plan(replace(config, run=run), num_ranks)))
+        except ConfigError as error:
+            problems[str(error)].append(name)
+    raise_problems(problems, len(named))
+    return arms
+
+
+def points_of(study: Study) -> Iterator[Point]:
+    """All points of the grid and of the baselines that `only` and `exclude` leave, the baselines first."""
+    labels = study.labels
+    grid = {axis: labels[axis] for axis in labels if axis not in ("rate", "seed", "baseline")}
+    for baseline in (*study.baselines, NO_BASELINE):
+        for values in itertools.product(*grid.values()):
+            place = dict(zip(grid, values, strict=True)) | {"baseline": baseline}
+            for seed in labels["seed"]:
+                point = place | {"seed": seed}
+                swept = study.sweep is not None and _selected(point, study.sweep.only or ({},))
+                for rate in [{"rate": rate} for rate in labels["rate"]] if swept else [{}]:
+                    full = point | rate
+                    if _selected(full, study.only or ({},)) and not _selected(full, study.exclude):
+                        yield full
+
+
+def _selected(point: Point, selectors: Sequence[Selector]) -> bool:
+    return any(all(point.get(axis) in chosen(given) for axis, given in each.items()) for each in selectors)
+
+
+def _config_of(study: Study, shared: dict[str, Any], point: Point) -> Config:
+    """The configuration of a point, without a name and a folder of its own."""
+    tree = copy.deepcopy(shared)
+    overrides = list(study.overrides)
+    for axis, values in study.axes.items():
+        overrides += values[point[axis]]
+    overrides += [f"optimizer.learning_rate={point['rate']}"] if "rate" in point else []
+    overrides += [f"run.seed={point['seed']}", f"data.shuffle_seed={point['seed']}"]
+    for override in overrides:
+        apply_override(tree, override)
+    if "switch" in point:
+        set_switch(tree, next(share for share in study.switch if share_label(share) == point["switch"]))
+    config = parse_config(tree)
+    if config.checkpoint.folder is not None:
+        raise ConfigError("checkpoint.folder: must be null; a study keeps checkpoints in the folders of its arms")
+    baseline = point["baseline"]
+    return config if baseline == NO_BASELINE else baseline_of(config, _as_baseline(baseline))
+
+
+def _as_baseline(name: str) -> Baseline:
+    assert name in ("16-bit", "scratch", "post-training")
+    return name  # type: ignore[return-value]
+
+
+def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config]) -> list[tuple[str, Point, Config]]:
+    """Each different run once, with a name and its point on the axes that matter to it.
+
+    Raises:
+        ConfigError: two points of the grid are the same run, or two runs have the same name.
+    """
+    keys = {index: _key(config) for index, config in configs.items()}
+    differences = _differences(points, keys)
+    found: dict[tuple[str, str], str] = {}
+    named: dict[str, tuple[str, Point, Config]] = {}
+    for index, point in enumerate(points):
+        baseline = point["baseline"]
+        kept = ("seed", "rate", "baseline") if baseline != NO_BASELINE else tuple(point)
+        matters = {axis: value for axis, value in point.items() if axis in kept or (baseline, axis) in differences}
+        if baseline == NO_BASELINE:
+            del matters["baseline"]
+        name = name_of(matters, study.labels)
+        earlier = found.setdefault((baseline, keys[index]), name)
+        if earlier != name:
+            if baseline == NO_BASELINE:
+                raise ConfigError(f"axes: the arms {earlier} and {name} are the same run; leave one of them out")
+            continue
+        if name in named and baseline == NO_BASELINE:
+            raise ConfigError(f"axes: two arms would have the name {name}; give their values names that differ")
+        named.setdefault(name, (name, matters, configs[index]))
+    return list(named.values())
+
+
+def _differences(points: Sequence[Point], keys: Mapping[int, str]) -> set[tuple[str, str]]:
+    """The baselines and axes for which two points that differ in the axis alone are different runs."""
+    seen: dict[tuple[str, str], str] = {}
+    found = set()
+    for index, point in enumerate(points):
+        for axis in point:
+            rest = repr(sorted((name, value) for name, value in point.items() if name != axis))
+            if seen.setdefault((axis, rest), keys[index]) != keys[index]:
+                found.add((point["baseline"], axis))
+    return found
+
+
+def _key(config: Config) -> str:
+    """What tells one run from another, whatever its name."""
+    return json.dumps(to_tree(replace(config, run=replace(config.run, name="any", folder=None))), sort_keys=True)
+
+
+def name_of(point: Point, labels: Mapping[str, Sequence[str]]) -> str:
+    """The name of an arm: what differs, `switch-20_state-reset_seed-0`."""
+    parts = [point["baseline"]] if point.get("baseline", NO_BASELINE) != NO_BASELINE else []
+    parts += [
+        f"{axis}-{re.sub(r'[^0-9A-Za-z.]+', '-', value).strip('-')}"
+        for axis, value in point.items()
+        if axis not in ("baseline", "seed") and len(labels[axis]) > 1
+    ]
+    parts += [f"seed-{point['seed']}"] if len(labels["seed"]) > 1 else []
+    return "_".join(parts) or "arm"
+
+
+def raise_problems(problems: Mapping[str, Sequence[str]], num_arms: int) -> None:
+    """Raise what is wrong with arms, each problem once; ``problems`` has the names of the arms that have it.
+
+    Raises:
+        ConfigError: something is.
+    """
+    lines = [f"{_where(names, num_arms)}: {problem}" for problem, names in problems.items()]
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def _where(names: Sequence[str], num_arms: int) -> str:
+    if len(names) == num_arms:
+        return "all arms" if num_arms > 1 else f"arm {names[0]}"
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"arm{'s' if len(names) > 1 else ''} {', '.join(names[:MOST_NAMED])}{more}"

@@ -1,0 +1,88 @@
+"""Arms that are made from a whole configuration: a share of the run in 16 bits, and the baselines of a study.
+
+A baseline has the architecture, data, optimizer, schedule and number of tokens of the arm that it is made from.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from launcher.config.averaging import AveragingConfig
+from launcher.config.file import parse_config, to_tree
+from launcher.config.sections import Config, PhaseConfig
+from launcher.config.transition import TransitionConfig
+from launcher.errors import ConfigError
+from launcher.plan.course import make_course
+from launcher.study.config import Baseline
+from quant.ramp import RampConfig
+
+
+def set_switch(tree: dict[str, Any], share: float) -> None:
+    """Give the 16-bit phase this share of the run, and the ternary phase the rest.
+
+    Raises:
+        ConfigError: the configuration does not have these two phases, or not one length.
+    """
+    phases = tree.get("phases")
+    precisions = [phase.get("precision") for phase in phases if isinstance(phase, dict)] if phases else []
+    if phases is None or precisions != ["16-bit", "ternary"]:
+        raise ConfigError("switch: needs a base with two phases, 16-bit and ternary; write other runs as an axis")
+    training = tree.setdefault("training", {})
+    if training.get("total_steps") is None and training.get("total_tokens") is None:
+        unit = next((unit for unit in ("steps", "tokens") if all(phase.get(unit) for phase in phases)), None)
+        if unit is None:
+            raise ConfigError("switch: needs the length of the run; set training.total_steps or training.total_tokens")
+        training[f"total_{unit}"] = sum(phase[unit] for phase in phases)
+    for phase, fraction in zip(phases, (share, "rest"), strict=True):
+        phase |= {"steps": None, "tokens": None, "fraction": fraction}
+
+
+def baseline_of(config: Config, baseline: Baseline) -> Config:
+    """The baseline of an arm's configuration.
+
+    With `schedule.decay_from_phase` the phases keep their lengths, since the schedule depends on them. Otherwise they
+    become one, and arms that differ in the switch alone have one baseline.
+
+    Raises:
+        ConfigError: lists what does not fit.
+    """
+    precision = "16-bit" if baseline == "16-bit" else "ternary"
+    quantization = next((phase.quantization for phase in config.phases if phase.precision == "ternary"), None)
+    about: dict[str, Any] = {
+        "precision": precision,
+        "quantization": quantization if precision == "ternary" else None,
+        "distillation": None,
+    }
+    if config.schedule.decay_from_phase is None:
+        has_total = config.training.total_steps or config.training.total_tokens
+        length: dict[str, Any] = {"fraction": 1.0} if has_total else {"steps": make_course(config).total_steps}
+        phases = [PhaseConfig(**length, **about)]
+    else:
+        phases = [replace(phase, transition=_without_ramps(phase.transition), **about) for phase in config.phases]
+    optimizer = config.optimizer
+    if precision == "16-bit" and optimizer.ternary_learning_rate_factor is not None:
+        optimizer = replace(optimizer, ternary_learning_rate_factor=None)
+    if optimizer.weight_decay_until == "ternary":
+        optimizer = replace(optimizer, weight_decay_until=None)
+    averaging = config.averaging
+    if precision == "ternary" and not averaging.across_ternary:
+        averaging = AveragingConfig()
+    changed = {"phases": [to_tree(phase) for phase in phases]}
+    changed |= {"optimizer": to_tree(optimizer), "averaging": to_tree(averaging)}
+    tree = to_tree(config) | changed
+    return parse_config(tree)
+
+
+def _without_ramps(transition: TransitionConfig | None) -> TransitionConfig:
+    """A transition that changes nothing but the schedule and the data."""
+    given = transition or TransitionConfig()
+    return replace(
+        given,
+        optimizer="keep",
+        optimizer_name=None,
+        rescale_factor=None,
+        weights="live",
+        calibration=None,
+        ramp=RampConfig(),
+        activation_ramp=None,
+        rollback=None,
+    )

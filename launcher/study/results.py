@@ -1,0 +1,147 @@
+"""What the arms of a study came to: one row for each, and a table with mean and range over the seeds.
+
+An arm's twin is a run that stays in 16 bits where the arm switches, and is the same run up to there. Both see the same
+batches, so the difference of their training losses has little noise: the excess.
+"""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.new_paths import replace_file
+from launcher.plan.course import Course
+from launcher.run.metrics_log import read_metrics
+from launcher.study.arms import Arm
+from launcher.study.jobs import Job
+from launcher.study.sharing import Sharing, first_step, parting, settings_of
+
+Row = dict[str, Any]
+
+LOSS, HELD_OUT, BYTES = "train/loss", "validation/loss", "validation/bits_per_byte"
+
+
+def results_of(arms: Sequence[Arm], sharing: Sharing, jobs: Sequence[Job], failed: Mapping[str, str]) -> list[Row]:
+    """One row for each arm, in order.
+
+    Args:
+        arms: of the study.
+        sharing: of their trunks.
+        jobs: of the arms, and others.
+        failed: the message of each job that failed.
+    """
+    by_name = {job.name: job for job in jobs}
+    logs = {arm.name: read_metrics(by_name[f"arms/{arm.name}"].folder.path / "metrics.jsonl") for arm in arms}
+    rows = []
+    for arm in arms:
+        job = by_name[f"arms/{arm.name}"]
+        status = "complete" if job.is_done else "failed" if job.name in failed else "not complete"
+        about = {"arm": arm.name, "status": status, **arm.point, "baseline": arm.baseline, "steps": job.step}
+        row = about | {"tokens": arm.plan.tokens_before(job.step)} | held_out_of(logs[arm.name], arm.plan)
+        if (twin := twin_of(arm, arms, sharing)) is not None:
+            row |= {"twin": twin.name} | excess(logs[arm.name], logs[twin.name], arm.plan)
+            end = held_out_of(logs[twin.name], twin.plan)["held_out_loss"]
+            has_both = end is not None and row["held_out_loss"] is not None
+            row["excess_at_end"] = row["held_out_loss"] - end if has_both else None
+        rows.append(row)
+    return rows
+
+
+def held_out_of(log: Sequence[Mapping[str, Any]], course: Course) -> Row:
+    """The held-out loss at the end of each phase, in nats per token, and of the last also in bits per byte."""
+    ends = {row["phase"]: row for row in log if row.get("validation/when") == "end of phase"}
+    found: Row = {f"held_out_loss_phase_{index}": row.get(HELD_OUT) for index, row in sorted(ends.items())}
+    last = ends.get(course.phases[-1].index, {})
+    return {"held_out_loss": last.get(HELD_OUT), "held_out_bits_per_byte": last.get(BYTES)} | found
+
+
+def switch_step(course: Course) -> int | None:
+    """Steps before the first switch from 16 bits to ternary; None if there is none."""
+    return next((phase.start for phase in course.phases[1:] if phase.quantization), None)
+
+
+def twin_of(arm: Arm, arms: Sequence[Arm], sharing: Sharing) -> Arm | None:
+    """The run that is the same up to the arm's switch and stays in 16 bits; None if the study has none."""
+    step = switch_step(arm.plan)
+    if step is None or arm.plan.phases[0].quantization is not None:
+        return None
+    settings, sizes = settings_of(arm.plan), sharing.sizes
+    for other in arms:
+        is_longer = other.plan.total_steps > step
+        if is_longer and not any(phase.quantization for phase in other.plan.phases):
+            begin = first_step(arm.plan)
+            if settings_of(other.plan) == settings and step == parting(
+                arm.plan, other.plan, sizes[arm.name], sizes[other.name], begin, step
+            ):
+                return other
+    return None
+
+
+def excess(log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], course: Course) -> Row:
+    """How far the training loss is above the twin's from the switch on.
+
+    Rows that are means over the same steps are compared.
+
+    Returns:
+        The largest difference, in nats per token, and the area: the differences times their tokens, summed.
+    """
+    step = switch_step(course)
+    assert step is not None
+    ours, theirs = _by_steps(log), _by_steps(twin)
+    common = sorted(key for key in ours.keys() & theirs.keys() if key[0] >= step)
+    differences = {key: ours[key] - theirs[key] for key in common}
+    if not differences:
+        return {"excess_peak": None, "excess_area": None}
+    tokens = {key: course.tokens_before(key[1]) - course.tokens_before(key[0]) for key in common}
+    area = sum(difference * tokens[key] for key, difference in differences.items())
+    return {"excess_peak": max(differences.values()), "excess_area": area}
+
+
+def _by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
+    """Training losses by the finished steps before and after those that each is the mean of."""
+    rows = [row for row in log if LOSS in row]
+    befores = [0, *(row["step"] for row in rows)]
+    return {(before, row["step"]): row[LOSS] for before, row in zip(befores, rows, strict=False)}
+
+
+def write_results(rows: Sequence[Row], out: Path) -> None:
+    """Write `results.csv` and `results.json`."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(out / "results.csv", text.getvalue())
+    replace_file(out / "results.json", json.dumps([{key: row.get(key) for key in columns} for row in rows], indent=2))
+
+
+def table_of(arms: Sequence[Arm], rows: Sequence[Row]) -> list[list[str]]:
+    """A row for each arm over its seeds, the columns' names first; of rates that were swept, the best."""
+    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for arm, row in zip(arms, rows, strict=True):
+        groups.setdefault(tuple(arm.group.items()), []).append(row)
+    best: dict[tuple[tuple[str, str], ...], tuple[float, list[str]]] = {}
+    for values, members in groups.items():
+        losses = [row["held_out_loss"] for row in members if row["held_out_loss"] is not None]
+        mean = statistics.mean(losses) if losses else float("inf")
+        unswept = tuple((axis, value) for axis, value in values if axis != "rate")
+        cells = [
+            " ".join(value if axis == "baseline" else f"{axis} {value}" for axis, value in values) or "arm",
+            f"{len(losses)} of {len(members)}",
+            f"{mean:.4f}" if losses else "-",
+            f"{min(losses):.4f} to {max(losses):.4f}" if losses else "-",
+            _mean(members, "excess_peak"),
+            _mean(members, "excess_at_end"),
+        ]
+        if unswept not in best or mean < best[unswept][0]:
+            best[unswept] = mean, cells
+    head = ["arm", "seeds", "held-out loss", "range", "excess: peak", "at the end"]
+    return [head, *(cells for _, cells in best.values())]
+
+
+def _mean(rows: Sequence[Row], key: str) -> str:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return f"{statistics.mean(values):+.4f}" if values else "-"

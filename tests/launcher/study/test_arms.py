@@ -1,0 +1,213 @@
+"""The grid of a study: its arms, their names, and what is wrong with them."""
+
+import re
+from pathlib import Path
+
+import pytest
+from studies import write_study
+
+from launcher.errors import ConfigError
+from launcher.process.console import Console
+from launcher.study.arms import Arm, make_arms
+from launcher.study.config import base_of, load_study
+from launcher.study.sharing import share
+from launcher.study.study import SHIPPED, Options, study
+
+OPTIONS = Options(jobs=2, num_ranks=1, dry_run=True, gpu="H100", utilization=0.4)
+
+
+def arms_of(folder, sections=None, **keys) -> list[Arm]:
+    path = write_study(folder, Path("shards"), sections, **keys)
+    loaded = load_study(path)
+    return make_arms(loaded, base_of(loaded, path, SHIPPED), folder / "out", 1)
+
+
+def problem_of(folder, sections=None, **keys) -> str:
+    with pytest.raises(ConfigError) as caught:
+        arms_of(folder, sections, **keys)
+    return str(caught.value)
+
+
+STATE = {"keep": [], "reset": ["phases.1.transition.optimizer=reset"]}
+QUANTIZER = {"default": [], "nielsen": ["phases.1.quantization.preset=nielsen-2025"]}
+
+
+def test_arms_are_named_by_what_differs(tmp_path):
+    arms = arms_of(tmp_path, switch=[0.25, 0.5], axes={"state": STATE}, seeds=[0, 1], baselines=[])
+    assert [arm.name for arm in arms] == [
+        f"switch-{share}_state-{state}_seed-{seed}"
+        for share in (25, 50)
+        for state in ("keep", "reset")
+        for seed in (0, 1)
+    ]
+    assert arms[0].config.run.path == tmp_path / "out" / "arms" / arms[0].name
+    assert [arm.plan.phases[0].end for arm in arms] == [2] * 4 + [4] * 4
+    assert [arm.plan.phases[1].transition.optimizer for arm in arms[:4:2]] == ["keep", "reset"]
+    for arm in arms:
+        seed = int(arm.point["seed"])
+        assert (arm.config.run.seed, arm.config.data.shuffle_seed) == (seed, seed)
+        assert arm.plan.total_steps == 8
+
+
+def test_a_baseline_is_there_once_for_each_axis_that_matters_to_it(tmp_path):
+    arms = arms_of(tmp_path, switch=[0.25, 0.5], axes={"state": STATE, "quantizer": QUANTIZER})
+    by_name = {arm.name: arm for arm in arms}
+    baselines = ["16-bit", "scratch_quantizer-default", "scratch_quantizer-nielsen"]
+    assert list(by_name)[:3] == baselines
+    assert len(arms) == 3 + 8
+    assert [(phase.precision, phase.end) for phase in by_name["16-bit"].plan.phases] == [("16-bit", 8)]
+    (scratch,) = by_name["scratch_quantizer-nielsen"].plan.phases
+    assert (scratch.precision, scratch.end) == ("ternary", 8)
+    assert scratch.quantization == by_name["switch-25_state-keep_quantizer-nielsen"].plan.phases[1].quantization
+
+
+def test_a_baseline_keeps_a_decay_that_begins_with_a_phase(tmp_path):
+    linear = "schedule={shape: linear, warmup_steps: 1, decay_from_phase: 1}"
+    calibrated = "phases.1.transition.calibration={sequences: 8}"
+    (twin, arm) = arms_of(tmp_path, overrides=[linear, calibrated], switch=[0.5], baselines=["16-bit"])
+    assert [phase.precision for phase in twin.plan.phases] == ["16-bit", "16-bit"]
+    steps = range(8)
+    assert [twin.plan.sizes_at(step) for step in steps] == [arm.plan.sizes_at(step) for step in steps]
+
+
+def test_a_baseline_has_no_rates_of_its_own_for_what_it_lacks(tmp_path):
+    base = {"optimizer": {"learning_rate": 1e-3, "ternary_learning_rate_factor": 2.0, "weight_decay_until": "ternary"}}
+    twin, scratch, _ = arms_of(tmp_path, base | {"averaging": {"half_life_tokens": 1024}})
+    assert [each.config.averaging.half_life_tokens for each in (twin, scratch)] == [1024, None]
+    assert twin.config.optimizer.ternary_learning_rate_factor is None
+    assert scratch.config.optimizer.ternary_learning_rate_factor == 2.0
+    assert [each.plan.decay_factor_at(7) for each in (twin, scratch)] == [1.0, 1.0]
+
+
+def test_rates_are_swept_where_asked(tmp_path):
+    arms = arms_of(tmp_path, sweep={"rates": [1e-3, 3e-3], "only": [{"baseline": ["16-bit", "scratch"]}]})
+    assert [arm.name for arm in arms] == [
+        "16-bit_rate-0.001",
+        "16-bit_rate-0.003",
+        "scratch_rate-0.001",
+        "scratch_rate-0.003",
+        "arm",
+    ]
+    assert [arm.config.optimizer.learning_rate for arm in arms] == [1e-3, 3e-3, 1e-3, 3e-3, 3e-3]
+
+
+def test_only_and_exclude_cut_the_grid(tmp_path):
+    arms = arms_of(
+        tmp_path,
+        switch=[0.25, 0.5],
+        axes={"state": STATE},
+        seeds=[0, 1],
+        baselines=["16-bit"],
+        only=[{"switch": "50%"}, {"state": "keep"}],
+        exclude=[{"seed": 1, "state": "reset"}, {"seed": 1, "baseline": "16-bit"}],
+    )
+    assert [arm.name for arm in arms] == [
+        "16-bit_seed-0",
+        "switch-25_state-keep_seed-0",
+        "switch-25_state-keep_seed-1",
+        "switch-50_state-keep_seed-0",
+        "switch-50_state-keep_seed-1",
+        "switch-50_state-reset_seed-0",
+    ]
+
+
+def test_a_wrong_key_is_named_with_its_arms(tmp_path):
+    problem = problem_of(
+        tmp_path, axes={"a": {"good": [], "bad": ["phases.1.transition.optimiser=reset"]}}, seeds=[0, 1]
+    )
+    lines = problem.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "arms 16-bit_a-bad_seed-0, 16-bit_a-bad_seed-1, scratch_a-bad_seed-0 and 3 more: "
+        "phases.1.transition.optimiser: unknown key; did you mean optimizer?"
+    )
+
+
+def test_what_is_wrong_in_all_arms_is_said_once(tmp_path):
+    problem = problem_of(tmp_path, overrides=["optimizer.learning_rate=0"], seeds=[0, 1])
+    assert problem == "all arms: optimizer.learning_rate: is 0.0; must be above 0"
+
+
+def test_what_does_not_fit_one_plan_is_named_with_its_arm(tmp_path):
+    ramp = {"none": [], "long": ["phases.1.transition.ramp={shape: linear, steps: 5}"]}
+    problem = problem_of(tmp_path, switch=[0.25, 0.5], axes={"ramp": ramp})
+    assert problem == "arm switch-50_ramp-long: phases.1.transition.ramp.steps: is 5, longer than the phase's 4"
+
+
+def test_values_that_make_no_difference_are_refused(tmp_path):
+    problem = problem_of(tmp_path, axes={"a": {"x": [], "y": ["optimizer.weight_decay=0.1"]}})
+    assert problem == "axes: the arms a-x and a-y are the same run; leave one of them out"
+
+
+def test_arms_have_folders_of_their_own(tmp_path):
+    problem = problem_of(tmp_path, {"checkpoint": {"folder": "elsewhere"}})
+    assert problem.startswith("all arms: checkpoint.folder: must be null")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"axis": {}}, "axis: unknown key; did you mean axes?"),
+        ({"axes": {"seed": {"a": []}}}, "axes.seed: is no name for an axis"),
+        ({"axes": {"a": {}}}, "axes.a: has no values"),
+        ({"axes": {"a": {"b": "x=1"}}}, "axes.a: is 'x=1'; must be a list; write [x=1]"),
+        ({"switch": [0.5, 1.0]}, "switch: is 0.5, 1.0; shares must be above 0 and below 1"),
+        ({"seeds": []}, "seeds: is empty"),
+        ({"seeds": [1, 1]}, "seeds: names a value twice"),
+        ({"baselines": ["post-training"]}, "baselines: names post-training, which this version does not have yet"),
+        ({"only": [{"stat": "keep"}]}, "only.0.stat: is no axis of this study; choose one of"),
+        ({"exclude": [{"seed": 5}]}, "exclude.0.seed: names 5; the values are 0"),
+        ({"sweep": {"rates": [1e-3]}}, "sweep.rates: needs two different learning rates or more"),
+        ({"sweep": {"rates": [1e-3, 2e-3], "only": [{"x": 1}]}}, "sweep.only.0.x: is no axis of this study"),
+        ({"sweep": {"rates": [1e-3, 2e-3], "only": [{"seed": 0}]}}, "sweep.only.0.seed: selects no arms to sweep"),
+        ({"keep": "some"}, "keep: is 'some'; must be 'ends', 'all' or 'none'"),
+        ({"base": "nowhere"}, "base: "),
+        ({"only": [{"seed": 0, "baseline": "none"}], "exclude": [{"seed": 0}]}, "only, exclude: leave no arm"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_said_in_a_sentence(tmp_path, keys, said):
+    lines = problem_of(tmp_path, **keys).splitlines()
+    assert len(lines) == 1
+    assert lines[0].removeprefix(f"{tmp_path / 'study.yaml'}: ").startswith(said), lines
+
+
+def test_a_switch_needs_two_phases(tmp_path):
+    problem = problem_of(tmp_path, {"phases": [{"precision": "16-bit", "steps": 4}]}, switch=[0.5])
+    assert problem.startswith("all arms: switch: needs a base with two phases, 16-bit and ternary")
+
+
+def test_a_switch_of_a_run_in_tokens(tmp_path):
+    phases = [{"precision": "16-bit", "tokens": 1024}, {"precision": "ternary", "tokens": 1024}]
+    (arm,) = arms_of(tmp_path, {"phases": phases}, switch=[0.75], baselines=[])
+    assert [phase.end for phase in arm.plan.phases] == [6, 8]
+
+
+SHIPPED_STUDIES = sorted((SHIPPED / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED_STUDIES, ids=lambda path: path.stem)
+def test_a_shipped_study_is_worth_its_hours(path, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert study(path, out, OPTIONS, Console(silent=False)) == 0
+    said = capfd.readouterr().out
+    assert re.search(r"arms and \d+ trunks: [\d,]+ steps instead of [\d,]+ .* sharing saves [2-9]\d%", said)
+    assert "WARNING" not in said
+    assert not out.exists()
+    text = path.read_text()
+    assert f"tritrain study configs/studies/{path.name} --out runs/{path.stem} --dry-run" in text
+
+
+def test_the_study_of_switch_points_has_its_trunks(tmp_path):
+    path = SHIPPED / "studies" / "switch-point.yaml"
+    loaded = load_study(path)
+    arms = make_arms(loaded, base_of(loaded, path, SHIPPED), tmp_path, 1)
+    assert len(arms) == 48
+    assert {arm.plan.total_tokens for arm in arms} == {4_096_000}
+    sharing = share(arms)
+    assert sharing.partings == ()
+    assert [trunk.end for trunk in sharing.trunks] == [200, 500, 700, 800, 900] * 3
+
+
+def test_a_shipped_configuration_is_found_by_its_name(tmp_path):
+    (arm,) = arms_of(tmp_path, base="quickstart", baselines=[])
+    assert arm.config.model.vocab_size == 2048
