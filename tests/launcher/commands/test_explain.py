@@ -73,8 +73,8 @@ def test_a_misspelt_key_names_near_ones(name, near):
 
 def test_what_is_near_to_nothing_names_the_sections():
     assert refusal("zzz") == (
-        "zzz: unknown key; the sections are run, model, data, training, optimizer, schedule, phases, engine, "
-        "checkpoint, logging, evaluation, watch"
+        "zzz: unknown key; the sections are run, model, data, training, optimizer, schedule, averaging, phases, "
+        "engine, checkpoint, logging, evaluation, watch"
     )
 
 
