@@ -15,7 +15,7 @@ from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks, process_group
 from launcher.run.automatic import concrete
-from launcher.train import first_value
+from launcher.training.begin import first_value
 from launcher.training.guard import SpikeGuard
 from launcher.training.step import Batches, train_step
 

@@ -1,0 +1,222 @@
+"""The beginning of a run, or of its going on: everything that the loop works with, opened, built and filled."""
+
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from data.loader import TrainingData
+from launcher.checkpoint.load import load_state, restore_rng
+from launcher.checkpoint.location import check_writable
+from launcher.checkpoint.manifest import Progress
+from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
+from launcher.checkpoint.saver import Saver
+from launcher.config.sections import Config
+from launcher.engine.build import build_engine
+from launcher.engine.contract import Engine, load_weights
+from launcher.engine.learned_scales import initialize_scales_
+from launcher.formats.open import check_sound
+from launcher.formats.start import check_data, first_progress, open_start
+from launcher.plan.course import Phase
+from launcher.plan.plan import Plan
+from launcher.process.console import Console
+from launcher.process.exchange import failing_alike, value_of_first
+from launcher.process.ranks import Ranks
+from launcher.run.belonging import check_owner, claim_checkpoints
+from launcher.run.folder import RunFolder
+from launcher.run.metrics_log import MetricsLog
+from launcher.run.rollbacks import Rollback, read_rollbacks
+from launcher.run.trackers.feed import open_feeds
+from launcher.training.averaging import average_note, begin_average
+from launcher.training.guard import SpikeGuard
+from launcher.training.held_out import HeldOut
+from launcher.training.meter import Meter
+from launcher.training.record import check_resumed
+from launcher.training.rollback import discard_given_up
+from launcher.training.step import Batches, open_data
+from launcher.training.tasks import TasksInTraining, open_tasks
+from launcher.training.teacher import Teacher, check_teacher, open_teacher
+from launcher.training.telemetry import Telemetry, telemetry_of
+from launcher.training.tracing import Tracer
+from launcher.watch.heartbeat import Pulse
+from launcher.watch.straggler import Stragglers
+from model.init import initial_value
+from quant.linear import is_learned_scale
+
+
+@dataclass
+class LoopState:
+    """The state of the loop."""
+
+    plan: Plan
+    ranks: Ranks
+    folder: RunFolder
+    console: Console
+    pulse: Pulse
+    rollbacks: Mapping[int, Rollback]
+    at: Progress
+    data: TrainingData
+    batches: Batches
+    engine: Engine
+    guard: SpikeGuard
+    held_out: HeldOut
+    tasks: TasksInTraining | None
+    meter: Meter
+    saver: Saver
+    stragglers: Stragglers
+    tracer: Tracer
+    longest_skip: Tensor
+    """Skipped steps in a row: now, and at most since this was last read; on the device."""
+    phase: Phase | None
+    """The phase that the model is in; None before the first."""
+    teacher: Teacher | None
+    telemetry: Telemetry | None
+    strengths: tuple[list[float], list[float]] | None = None
+    """Of weights and of activations, block by block, as the model has them; None if that is not known."""
+    compiled: tuple[int, int, int] | None = None
+    """Phase, graph calls and sequence length of the last step whose calls were reported."""
+    logged: Collection[str] | None = None
+    """Keys in the log's rows of the step that the run goes on from; none of a step that another run has trained. None
+    if the run has just begun."""
+
+
+def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: Pulse, closing: ExitStack) -> LoopState:
+    """Resume a run from its newest sound checkpoint, or begin it; ``closing`` closes what this opens; a collective."""
+    config = plan.config
+    with failing_alike():
+        if ranks.is_first:
+            check_writable(folder.checkpoints)
+            check_owner(folder)
+    rollbacks = read_rollbacks(folder.path)
+    discard_given_up(folder, rollbacks, ranks)
+    reader = newest_sound_checkpoint(folder.checkpoints, ranks, console.line)
+    with failing_alike():
+        if ranks.is_first:
+            check_resumed(reader, folder, plan, console)
+    at = replace(reader.manifest.progress) if reader else first_progress(plan)
+    pulse.now("start", at.step)
+    phase = plan.phases[at.phase] if at.phase >= 0 else None
+    data = open_data(plan, ranks, at.step)
+    engine = build_engine(plan, phase, ranks)
+    engine.keep_apart(data.first_token)
+    upcoming = plan.phases[config.checkpoint.start_phase]
+    begin_average(engine, plan, phase if phase and reader else upcoming)
+    guards_switch = any(phase.transition.rollback for phase in plan.phases)
+    guard = SpikeGuard(config.training.skip_outliers, smooths=guards_switch, ranks=ranks)
+    fill(engine, plan, ranks, reader, data, guard, console)
+    if reader is not None:
+        console.line(f"Resuming {config.run.name} after step {at.step}, from {reader.folder}")
+
+    teacher = None
+    if phase is not None and at.step < phase.end:
+        teacher = open_teacher(plan, phase, ranks, folder.checkpoints, data.first_token)
+    if reader is not None and teacher is not None:
+        check_teacher(reader, teacher)
+
+    held_out = HeldOut(plan, ranks, data)
+    tasks = open_tasks(plan, ranks, data.tokenizer_path)
+    log, tokenizer = None, None
+    with failing_alike():
+        if ranks.is_first:
+            claim_checkpoints(folder)
+            folder.note_start(at.step, ranks.world_size)
+            tokenizer = folder.keep_tokenizer(data.tokenizer_path)
+            log = MetricsLog(
+                folder.path,
+                step=at.step,
+                phase=at.phase,
+                tensorboard=config.logging.tensorboard,
+                feeds=open_feeds(plan, folder.run_id, console.line),
+            )
+            closing.callback(log.close)
+            if log.num_damaged:
+                console.line(
+                    f"WARNING: {folder.path / 'metrics.jsonl'} had {log.num_damaged} damaged lines. They are left out, "
+                    "and the file as it was is set aside beside it."
+                )
+    meter = Meter(plan, ranks, log, console, at)
+    saver = Saver(
+        folder.checkpoints,
+        ranks,
+        tokenizer=tokenizer,
+        keep_last=config.checkpoint.keep_last,
+        asynchronous=config.checkpoint.asynchronous,
+        say=console.line,
+        note=folder.note_save,
+    )
+    stragglers = Stragglers(on_processor=ranks.device.type == "cpu" and config.engine.name == "fsdp2")
+    console.start(plan.total_steps, at.step)
+
+    telemetry = telemetry_of(plan, phase, engine)
+    if at.step == 0 and phase is not None:
+        if reader is None:
+            meter.evaluated(held_out.estimate_untrained(engine), "start of phase", "held-out text, by its first rows")
+        else:
+            meter.evaluated(held_out.measure(engine), "start of phase")
+    run = LoopState(
+        plan=plan,
+        ranks=ranks,
+        folder=folder,
+        console=console,
+        pulse=pulse,
+        rollbacks=rollbacks,
+        at=at,
+        data=data,
+        batches=iter(data),
+        engine=engine,
+        guard=guard,
+        held_out=held_out,
+        tasks=tasks,
+        meter=meter,
+        saver=saver,
+        stragglers=stragglers,
+        tracer=Tracer(folder.path / "profile", ranks, config.logging.profile_steps, console),
+        longest_skip=torch.zeros(2, device=engine.device),
+        phase=phase,
+        teacher=teacher,
+        telemetry=telemetry,
+    )
+    closing.callback(lambda: run.data.close())  # another one after a switch that restarts it
+    if reader is not None:
+        run.logged = value_of_first(sorted(log.keys_of_step) if log else [])
+    return run
+
+
+def fill(
+    engine: Engine,
+    plan: Plan,
+    ranks: Ranks,
+    reader: CheckpointReader | None,
+    data: TrainingData,
+    guard: SpikeGuard,
+    console: Console,
+) -> None:
+    """Fill the engine: from the run's own checkpoint, from `start_from`, or with new weights."""
+    config = plan.config
+    if reader is not None:
+        if reader.manifest.spikes is not None:
+            guard.load(reader.manifest.spikes)
+        check_data(reader, data.fingerprint)
+        load_state(reader, engine, with_optimizer=reader.has_moments)
+        restore_rng(reader, ranks)
+        for sentence in average_note(engine, reader):
+            console.line(sentence)
+    elif config.checkpoint.start_from:
+        source, with_optimizer = open_start(plan, data.fingerprint)
+        check_sound(source, ranks)
+        load_state(source, engine, with_optimizer=with_optimizer)
+        console.line(f"Beginning {config.run.name} with {source.location}")
+        for sentence in [*source.missing, *average_note(engine, source)]:
+            console.line(f"  {sentence}")
+    else:
+        load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, config))
+        initialize_scales_(engine)
+
+
+def first_value(name: str, shape: tuple[int, ...], rows: range, config: Config) -> Tensor:
+    """The initial value of these rows of a parameter."""
+    if is_learned_scale(name):
+        return torch.ones(len(rows))
+    return initial_value(name, shape, config.model, config.run.seed, rows)
