@@ -292,7 +292,7 @@ def _whole(config: Config, batch: GlobalBatch) -> tuple[int, str]:
 def _ends_of_phases(config: Config, batch: GlobalBatch) -> list[int]:
     """The step that each phase ends before.
 
-    A length in tokens, and a fraction of `training.total_tokens`, are so many sequences, whose steps depend on where
+    A length in tokens, and a fraction of `training.total_tokens`, are sequences, whose number of steps depends on where
     the phase begins. So phases are laid out from the beginning of the run on, and those after the `rest` from its end.
     """
     total_steps, whole = _whole(config, batch)
