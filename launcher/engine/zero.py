@@ -83,8 +83,8 @@ class ZeroEngine(Engine):
         compute_dtype: bf16 (with fp32 masters) or fp32.
         device: where to compute.
         micro_batch_sequences: sequences of one micro-batch on this rank.
-        num_micro_batches: micro-batches of one step, at most. DeepSpeed gets the number, but never divides by it or counts to
-            it: `backward` says which micro-batch is the last.
+        num_micro_batches: micro-batches of one step, at most. DeepSpeed gets the number, but never divides by it or
+            counts to it: `backward` says which micro-batch is the last.
         ternary: names of the parameters that have a learning rate of their own.
         compiled: whether to compile what rounds the weights.
         muon: whether Muon updates matrices now; None if it does in no phase of the run.
