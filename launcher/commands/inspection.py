@@ -38,7 +38,7 @@ def inspect(folder: str, console: Console, *, num_rows: int, num_samples: int, a
         return
     console.line(
         f"{folder}: rows of {facts['sequence_length']:,} tokens, packing {facts['packing']}, {facts['vocab_size']:,} "
-        f"tokens in the vocabulary, of which {facts['end_of_document']} ends documents"
+        f"tokens in the vocabulary; token {facts['end_of_document']} ends documents"
     )
     for split, found in splits.items():
         for line in described(split, found):
@@ -48,13 +48,14 @@ def inspect(folder: str, console: Console, *, num_rows: int, num_samples: int, a
 def described(split: str, found: Inspection) -> list[str]:
     """One split, for a person."""
     most = max(found.lengths.values(), default=1)
+    none = "; no document is whole in them" if not found.whole_documents else ""
     return [
         "",
         f"{split}: {found.rows:,} rows, {human_count(found.tokens)} tokens, {found.documents:,} documents, "
         f"{found.bytes_per_token:.2f} bytes per token",
         f"In the first {found.read_rows:,} rows: {found.padding:.2%} padding, {found.used_tokens:,} of "
-        f"{found.vocab_size:,} tokens of the vocabulary used, the largest is {found.largest_token}",
-        f"Tokens of the {found.whole_documents:,} documents that are whole in them:",
+        f"{found.vocab_size:,} tokens of the vocabulary used, the largest is {found.largest_token}{none}",
+        *([] if none else [f"Lengths in tokens of the {found.whole_documents:,} documents that are whole in them:"]),
         *(
             f"  {f'{power:,} to {2 * power - 1:,}':>24} {count:>9,} {'#' * round(count / most * BAR_CHARS)}"
             for power, count in found.lengths.items()
