@@ -15,7 +15,7 @@ from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.plan.plan import Plan, make_plan
 from launcher.study.baselines import baseline_of, set_switch
-from launcher.study.config import NO_BASELINE, Baseline, Selector, Study, chosen, share_label
+from launcher.study.config import NO_BASELINE, POST_TRAINING, Baseline, Selector, Study, chosen, share_label
 
 MOST_NAMED = 3
 """Arms that an error names; of more, it says how many."""
@@ -48,6 +48,17 @@ class Arm:
     def baseline(self) -> str:
         """The baseline that it is; `none` for an arm of the grid."""
         return self.point.get("baseline", NO_BASELINE)
+
+    @property
+    def result_step(self) -> int:
+        """Steps that its result is trained for: all but the one that follows a `post-training` switch."""
+        last = self.plan.phases[-1]
+        return last.start if self.baseline == POST_TRAINING else last.end
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that its result is trained on."""
+        return self.plan.tokens_before(self.result_step)
 
 
 def make_arms(study: Study, base: Path, out: Path, num_ranks: int) -> list[Arm]:

@@ -12,8 +12,12 @@ from launcher.config.sections import Config, PhaseConfig
 from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
 from launcher.plan.course import make_course
-from launcher.study.config import Baseline
+from launcher.study.config import POST_TRAINING, Baseline
+from quant.config import CalibrationConfig, QuantConfig
 from quant.ramp import RampConfig
+
+CALIBRATION_SEQUENCES = 128
+"""Training sequences that the codes of `post-training` are fitted to."""
 
 
 def set_switch(tree: dict[str, Any], share: float) -> None:
@@ -45,8 +49,10 @@ def baseline_of(config: Config, baseline: Baseline) -> Config:
     Raises:
         ConfigError: lists what does not fit.
     """
-    precision = "16-bit" if baseline == "16-bit" else "ternary"
     quantization = next((phase.quantization for phase in config.phases if phase.precision == "ternary"), None)
+    if baseline == POST_TRAINING:
+        return _rounded_at_the_end(baseline_of(config, "16-bit"), quantization)
+    precision = "16-bit" if baseline == "16-bit" else "ternary"
     about: dict[str, Any] = {
         "precision": precision,
         "quantization": quantization if precision == "ternary" else None,
@@ -69,6 +75,25 @@ def baseline_of(config: Config, baseline: Baseline) -> Config:
     changed = {"phases": [to_tree(phase) for phase in phases]}
     changed |= {"optimizer": to_tree(optimizer), "averaging": to_tree(averaging)}
     tree = to_tree(config) | changed
+    return parse_config(tree)
+
+
+def _rounded_at_the_end(config: Config, quantization: QuantConfig | None) -> Config:
+    """A run in 16 bits, and after it a switch whose codes are fitted to data.
+
+    A phase has a step at least; the result is the held-out loss before it.
+    """
+    course = make_course(config)
+    phases = [
+        replace(phase, steps=resolved.end - resolved.start, tokens=None, fraction=None)
+        for phase, resolved in zip(config.phases, course.phases, strict=True)
+    ]
+    calibration = CalibrationConfig(sequences=CALIBRATION_SEQUENCES)
+    transition = TransitionConfig(calibration=calibration)
+    phases.append(PhaseConfig(precision="ternary", steps=1, quantization=quantization, transition=transition))
+    tree = to_tree(config) | {"phases": [to_tree(phase) for phase in phases]}
+    tree["training"] |= {"total_steps": None, "total_tokens": None}
+    tree["schedule"]["horizon_steps"] = config.schedule.horizon_steps or course.total_steps
     return parse_config(tree)
 
 

@@ -14,6 +14,7 @@ from launcher.config.file import load_as
 from launcher.config.strict import STRICT
 from launcher.errors import ConfigError
 
+POST_TRAINING = "post-training"
 Baseline = Literal["16-bit", "scratch", "post-training"]
 
 Keep = Literal["ends", "all", "none"]
@@ -68,7 +69,8 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     """Each sets run.seed and data.shuffle_seed: the initial weights and the order of the data."""
     baselines: tuple[Baseline, ...] = ("16-bit", "scratch")
-    """Runs of the same number of tokens besides the grid: `16-bit` throughout, and `scratch`, ternary throughout."""
+    """Runs of the same number of tokens besides the grid: `16-bit` throughout; `scratch`, ternary throughout; and
+    `post-training`, 16 bits throughout and then rounded, by codes that are fitted to data."""
     sweep: Sweep | None = None
     """Learning rates to try; null: that of each arm's configuration alone."""
     only: tuple[Selector, ...] = ()
@@ -94,11 +96,6 @@ class Study:
         if any(not 0 < share < 1 for share in self.switch):
             problems["switch"] = (
                 f"is {_list(self.switch)}; shares must be above 0 and below 1, and baselines have 0 and 1"
-            )
-        if "post-training" in self.baselines:
-            problems["baselines"] = (
-                "names post-training, which this version does not have yet; leave it out, and convert the ends of the "
-                "16-bit arms with tritrain convert --calibrate"
             )
         problems |= self._unknown_names("only", self.only) | self._unknown_names("exclude", self.exclude)
         problems |= self._unknown_names("sweep.only", self.sweep.only if self.sweep else ())

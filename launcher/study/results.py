@@ -16,6 +16,7 @@ from data.new_paths import replace_file
 from launcher.plan.course import Course
 from launcher.run.metrics_log import read_metrics
 from launcher.study.arms import Arm
+from launcher.study.config import POST_TRAINING
 from launcher.study.jobs import Job
 from launcher.study.sharing import Sharing, first_step, parting, settings_of
 
@@ -39,22 +40,32 @@ def results_of(arms: Sequence[Arm], sharing: Sharing, jobs: Sequence[Job], faile
     for arm in arms:
         job = by_name[f"arms/{arm.name}"]
         status = "complete" if job.is_done else "failed" if job.name in failed else "not complete"
-        about = {"arm": arm.name, "status": status, **arm.point, "baseline": arm.baseline, "steps": job.step}
-        row = about | {"tokens": arm.plan.tokens_before(job.step)} | held_out_of(logs[arm.name], arm.plan)
+        step = min(job.step, arm.result_step)
+        about = {"arm": arm.name, "status": status, **arm.point, "baseline": arm.baseline, "steps": step}
+        row = about | {"tokens": arm.plan.tokens_before(step)} | held_out_of(logs[arm.name], arm)
         if (twin := twin_of(arm, arms, sharing)) is not None:
             row |= {"twin": twin.name} | excess(logs[arm.name], logs[twin.name], arm.plan)
-            end = held_out_of(logs[twin.name], twin.plan)["held_out_loss"]
+            end = held_out_of(logs[twin.name], twin)["held_out_loss"]
             has_both = end is not None and row["held_out_loss"] is not None
             row["excess_at_end"] = row["held_out_loss"] - end if has_both else None
         rows.append(row)
     return rows
 
 
-def held_out_of(log: Sequence[Mapping[str, Any]], course: Course) -> Row:
-    """The held-out loss at the end of each phase, in nats per token, and of the last also in bits per byte."""
-    ends = {row["phase"]: row for row in log if row.get("validation/when") == "end of phase"}
+def held_out_of(log: Sequence[Mapping[str, Any]], arm: Arm) -> Row:
+    """The held-out loss at the end of each phase, in nats per token, and of the last also in bits per byte.
+
+    What is rounded after training is measured at the beginning of its last phase.
+    """
+    last_index = arm.plan.phases[-1].index
+    rounded = last_index if arm.baseline == POST_TRAINING else None
+    ends = {
+        row["phase"]: row
+        for row in log
+        if row.get("validation/when") == ("start of phase" if row["phase"] == rounded else "end of phase")
+    }
     found: Row = {f"held_out_loss_phase_{index}": row.get(HELD_OUT) for index, row in sorted(ends.items())}
-    last = ends.get(course.phases[-1].index, {})
+    last = ends.get(last_index, {})
     return {"held_out_loss": last.get(HELD_OUT), "held_out_bits_per_byte": last.get(BYTES)} | found
 
 

@@ -168,9 +168,15 @@ def settings_of(course: Course) -> str:
         else None,
         "learned scales": learned,
         "guards a switch": any(phase.transition.rollback for phase in course.phases),
-        "compiles by length": course.total_steps if config.training.compile == "auto" else None,
+        "compiles by length": _length_of(course) if config.training.compile == "auto" else None,
     }
     return json.dumps(tree, sort_keys=True)
+
+
+def _length_of(course: Course) -> int:
+    """Steps by which a run decides whether compiling pays; a single one at the end, as of `post-training`, does not."""
+    last = course.phases[-1]
+    return last.start if last.start and last.end - last.start == 1 else course.total_steps
 
 
 def _without(tree: dict[str, Any], left_out: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def show_totals(arms: Sequence[Arm], sharing: Sharing, console: Console) -> None
         f"({human_count(tokens_of[1])} tokens instead of {human_count(tokens_of[0])}); sharing saves "
         f"{1 - tokens_of[1] / tokens_of[0]:.0%}."
     )
-    tokens = sorted({arm.plan.total_tokens for arm in arms})
+    tokens = sorted({arm.tokens for arm in arms})
     if len(tokens) > 1:
         given = f"{human_count(tokens[0])} to {human_count(tokens[-1])}"
         console.line(f"WARNING: the arms have {given} tokens; losses at different numbers of tokens do not compare.")
@@ -94,7 +94,7 @@ def show_totals(arms: Sequence[Arm], sharing: Sharing, console: Console) -> None
 
 
 def _tokens_per_parameter(arm: Arm) -> float:
-    return arm.plan.total_tokens / num_linear_parameters(arm.config.model)
+    return arm.tokens / num_linear_parameters(arm.config.model)
 
 
 def show_needs(

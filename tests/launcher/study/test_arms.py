@@ -154,7 +154,6 @@ def test_arms_have_folders_of_their_own(tmp_path):
         ({"switch": [0.5, 1.0]}, "switch: is 0.5, 1.0; shares must be above 0 and below 1"),
         ({"seeds": []}, "seeds: is empty"),
         ({"seeds": [1, 1]}, "seeds: names a value twice"),
-        ({"baselines": ["post-training"]}, "baselines: names post-training, which this version does not have yet"),
         ({"only": [{"stat": "keep"}]}, "only.0.stat: is no axis of this study; choose one of"),
         ({"exclude": [{"seed": 5}]}, "exclude.0.seed: names 5; the values are 0"),
         ({"sweep": {"rates": [1e-3]}}, "sweep.rates: needs two different learning rates or more"),

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import tritrain
 from places import ROOT
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -100,6 +102,27 @@ def check_results(out: Path, names: list[str]) -> None:
         assert rows[name]["excess_area"] == pytest.approx(sum(above) * 8 * 32)
         assert rows[name]["excess_at_end"] == ends[name][-1] - ends["16-bit"][-1]
     assert rows["16-bit"]["twin"] is None
+
+
+def test_a_16_bit_model_that_is_rounded_after_training_is_a_baseline(shards: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, shards, switch=[0.5], baselines=["16-bit", "post-training"])
+    out = tmp_path / "out"
+    assert train(path, out) == 0
+    rows = {row["arm"]: row for row in json.loads((out / "results.json").read_text())}
+    dense, rounded = rows["16-bit"], rows["post-training"]
+    assert (rounded["steps"], rounded["tokens"]) == (dense["steps"], dense["tokens"]) == (8, 8 * 8 * 32)
+    assert rounded["held_out_loss_phase_0"] == dense["held_out_loss"] != rounded["held_out_loss"]
+    assert rounded["held_out_loss_phase_1"] == rounded["held_out_loss"]
+    assert (
+        json.loads((out / "arms" / "post-training" / "starts.jsonl").read_text())["step"] == 7
+    )  # shares all that can be
+    converted = tmp_path / "converted"
+    arm = out / "arms" / "16-bit" / "checkpoints" / "step-00000008"
+    config = out / "configs" / "arms-post-training.yaml"
+    said = tritrain("convert", arm, "--to", converted, "--config", config, "--phase", "1", "--calibrate", "128")
+    found = re.search(r"\(([\d.]+) nats per token\)", said)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(rounded["held_out_loss"], abs=1e-4)
 
 
 def test_the_same_command_runs_nothing_again(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
