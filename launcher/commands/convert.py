@@ -39,8 +39,8 @@ def convert_checkpoint(
     phase: int | None,
     optimizer: OptimizerChoice | None,
     dtype: Dtype | None,
-    calibrate: int | None,
-    calibrated: Contents | None,
+    calibrate: int | None = None,
+    calibrated: Contents | None = None,
     dry_run: bool,
     as_json: bool,
 ) -> None:

@@ -45,7 +45,7 @@ def run_here(tree: dict[str, Any], steps: int | None = None, *, has_bf16: bool, 
 
     torch.set_num_threads(1)
     launcher.report.ending.show_ending = lambda folder, console: None
-    launcher.pretrain.StopRequest = lambda: StopAfter(steps or 10**6)  # type: ignore[assignment, misc]
+    launcher.pretrain.StopRequest = lambda at_step: StopAfter(steps or 10**6)  # type: ignore[assignment, misc]
     automatic.has_bf16 = lambda: has_bf16  # type: ignore[assignment]
     config = parse_config(tree)
     with contextlib.redirect_stdout(io.StringIO()) as output:
