@@ -177,13 +177,13 @@ def validation_rows(
             for source, num_rows in zip(sources, np.bincount([turn for _, turn in in_turns]), strict=False)
         ]
     rows = torch.from_numpy(np.stack([splits[turn][row] for row, turn in in_turns]))
-    per_round = world_size * micro_batch_sequences
+    per_round, padding = world_size * micro_batch_sequences, _padding(sources)
     batches = []
     for begin in range(rank * micro_batch_sequences, math.ceil(len(rows) / per_round) * per_round, per_round):
         micro = rows[begin : begin + micro_batch_sequences]
         tokens_BT = torch.zeros(micro_batch_sequences, config.sequence_length, dtype=torch.int64)
         labels_BT = torch.full_like(tokens_BT, IGNORED_LABEL)
-        tokens_BT[: len(micro)], labels_BT[: len(micro)] = _inputs_and_labels(micro, _padding(sources))
+        tokens_BT[: len(micro)], labels_BT[: len(micro)] = _inputs_and_labels(micro, padding)
         batches.append((tokens_BT, labels_BT))
     return batches
 

@@ -20,6 +20,11 @@ TOKENIZER_FILES = (
 """Their names, and that of the file that says where generation ends."""
 
 
+def has_settings(folder: Path) -> bool:
+    """Return whether a folder says how Transformers reads the tokenizer in it."""
+    return any((folder / name).is_file() for name in (TOKENIZER_CONFIG, "config.json"))
+
+
 def own_files(folder: Path) -> dict[str, bytes]:
     """The files as they are, by name, but without the name of code that would have to be trusted.
 

@@ -57,7 +57,7 @@ def check_store(url: str, local: Path) -> None:
 
 
 def upload_prepared(local: Path, url: str, console: Console) -> None:
-    """Copy a prepared folder to a store; files that are there in full size are not sent again.
+    """Copy a prepared folder to a store; files that it has in full size are not sent again.
 
     Raises:
         DataError: the folder is damaged.

@@ -10,7 +10,7 @@ from data.errors import DataError
 from data.gguf_vocabulary import gguf_vocabulary
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_json import tokenizer_files
-from data.transformers_files import TOKENIZER_CONFIG, chat_template, own_files, puts_first_token
+from data.transformers_files import chat_template, has_settings, own_files, puts_first_token
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.formats.hf_source import CONFIG, read_json
@@ -48,8 +48,7 @@ def foreign_folder(exportable: Exportable, tokenizer: Path) -> Path | None:
     """The folder of Hugging Face with the tokenizer of a model that Tritrain has not trained; None for any other."""
     if isinstance(exportable.source, CheckpointReader):
         return None
-    folder = tokenizer.parent
-    return folder if any((folder / name).is_file() for name in (TOKENIZER_CONFIG, CONFIG)) else None
+    return tokenizer.parent if has_settings(tokenizer.parent) else None
 
 
 def folder_tokens(exportable: Exportable, tokenizer: Path | None) -> tuple[dict[str, object], dict[str, bytes]]:

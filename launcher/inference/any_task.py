@@ -21,6 +21,7 @@ import xxhash
 
 from data.errors import DataError
 from data.tokenizer_json import tokenizer_files
+from data.transformers_files import has_settings
 from eval.sample import generate
 from eval.task_index import THEIRS
 from eval.tasks import DEFINITIONS, digest_of
@@ -202,11 +203,16 @@ def opened_model(subject: Subject, prompting: Prompting) -> Iterator[tuple[Any, 
 def tokenizer_folder(subject: Subject) -> Iterator[Path]:
     """The folder with the model's tokenizer for Transformers: its own, or the one that an export of it would hold."""
     path = subject.tokenizer.path
-    if any((path.parent / name).is_file() for name in ("tokenizer_config.json", "config.json")):
+    if has_settings(path.parent):
         yield path.parent
         return
     window_tokens = subject.scorer.window_tokens
-    files = tokenizer_files(path, vocab_size=subject.model.config.vocab_size, max_sequence_length=window_tokens)
+    files = tokenizer_files(
+        path,
+        vocab_size=subject.model.config.vocab_size,
+        max_sequence_length=window_tokens,
+        first_token=subject.first_token,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             Path(folder, name).write_bytes(content)

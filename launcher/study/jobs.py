@@ -113,7 +113,7 @@ def needed(jobs: Sequence[Job]) -> list[Job]:
 
 
 def spent(jobs: Sequence[Job]) -> list[Job]:
-    """The trunks that are there, and that no job is yet to begin with."""
+    """The complete trunks that no job is yet to begin with."""
     wanted = needed(jobs)
     return [
         job
