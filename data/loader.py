@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from data.config import DataConfig, PrepareConfig
 from data.errors import DataError
 from data.light_streaming import import_streaming
+from data.marks import BEGINS, COUNTS, IDS
 from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
@@ -38,6 +39,12 @@ __all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData",
 
 IGNORED_LABEL = -100
 """Label of a position that is not to be predicted."""
+
+MARKED = -1
+"""In the place of the token with which documents begin: a token that begins one is its complement."""
+
+Labels = int | Literal["marked"] | None
+"""Which labels count: all; all but padding with this token; or those that are marked (`data.marks`)."""
 
 # What decides the order besides the configuration. A change of either must change the fingerprint.
 ORDER_VERSION = 1
@@ -73,7 +80,9 @@ class TrainingData:
     epoch_sequences: int
     """Sequences of one epoch over all ranks."""
     first_token: int | None
-    """The token with which documents begin, if they are to be kept apart."""
+    """The token with which documents begin, if they are to be kept apart; of chats `MARKED`."""
+    holds_chats: bool
+    """Whether rows are chats, of which answers alone count."""
     has_padding: bool
     """Whether the number of labels that count differs between rows."""
 
@@ -93,9 +102,12 @@ class TrainingData:
         _check_launch(config, rank, world_size)
         sources = _open(config, vocab_size, rank)
         self.tokenizer_path = sources[0].tokenizer_path
+        self.holds_chats = sources[0].holds_chats
         self.first_token = sources[0].manifest["end_of_document"] if config.documents == "masked" else None
-        padding = _padding(sources)
-        self.has_padding = padding is not None
+        if self.holds_chats:
+            self.first_token = MARKED
+        labels = _labels(sources)
+        self.has_padding = labels is not None
         rows = rows_per_epoch(
             [source.num_rows(TRAIN) for source in sources],
             [source.source.weight for source in sources],
@@ -123,7 +135,7 @@ class TrainingData:
                 sampling_method="balanced",
                 batching_method="random",
             )
-        dataset.vocab_size = vocab_size
+        dataset.vocab_size, dataset.holds_chats = vocab_size, self.holds_chats
         dataset.position = divmod(first_sequence, self.epoch_sequences)
         is_apart = config.workers > 0
         self._loader: DataLoader = DataLoader(
@@ -137,7 +149,7 @@ class TrainingData:
             persistent_workers=is_apart,
             prefetch_factor=PREFETCHED_BATCHES if is_apart else None,
         )
-        self._batches = _endless(self._loader, micro_batch_sequences, padding)
+        self._batches = _endless(self._loader, micro_batch_sequences, labels)
         self._finalizer = weakref.finalize(self, _close, self._loader, number)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -177,13 +189,13 @@ def validation_rows(
             for source, num_rows in zip(sources, np.bincount([turn for _, turn in in_turns]), strict=False)
         ]
     rows = torch.from_numpy(np.stack([splits[turn][row] for row, turn in in_turns]))
-    per_round, padding = world_size * micro_batch_sequences, _padding(sources)
+    per_round, uncounted = world_size * micro_batch_sequences, _labels(sources)
     batches = []
     for begin in range(rank * micro_batch_sequences, math.ceil(len(rows) / per_round) * per_round, per_round):
         micro = rows[begin : begin + micro_batch_sequences]
         tokens_BT = torch.zeros(micro_batch_sequences, config.sequence_length, dtype=torch.int64)
         labels_BT = torch.full_like(tokens_BT, IGNORED_LABEL)
-        tokens_BT[: len(micro)], labels_BT[: len(micro)] = _inputs_and_labels(micro, padding)
+        tokens_BT[: len(micro)], labels_BT[: len(micro)] = _inputs_and_labels(micro, uncounted)
         batches.append((tokens_BT, labels_BT))
     return batches
 
@@ -206,27 +218,32 @@ def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
     return sizes
 
 
-def _endless(loader: DataLoader, micro_batch_sequences: int, padding: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(loader: DataLoader, micro_batch_sequences: int, labels: Labels) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         try:
             for rows in loader:  # once around is one epoch
                 for micro in rows.split(micro_batch_sequences):
-                    yield _inputs_and_labels(micro, padding)
+                    yield _inputs_and_labels(micro, labels)
         except DataError as error:  # a worker's comes with its traceback in the message
             raise DataError(str(error).strip().rpartition(f"{DataError.__module__}.DataError: ")[2]) from error
 
 
-def _padding(sources: list[OpenSource]) -> int | None:
-    """The token that a row is filled up with, if a source has such rows."""
+def _labels(sources: list[OpenSource]) -> Labels:
+    if sources[0].holds_chats:
+        return "marked"
     packed = [source for source in sources if source.manifest["options"].get("packing") == "best-fit"]
     return packed[0].manifest["end_of_document"] if packed else None
 
 
-def _inputs_and_labels(rows: Tensor, padding: int | None) -> tuple[Tensor, Tensor]:
-    """What a model sees of rows, and what it predicts; a label that is padding is `IGNORED_LABEL`."""
+def _inputs_and_labels(rows: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    """What a model sees of rows, and what it predicts; a label that does not count is `IGNORED_LABEL`."""
     tokens_BT, labels_BT = rows[:, :-1].long(), rows[:, 1:].long()
-    if padding is not None:  # after the end of a row's last document
-        labels_BT = labels_BT.masked_fill((tokens_BT == padding) & (labels_BT == padding), IGNORED_LABEL)
+    if labels == "marked":
+        begins_BT, counts_BT = (tokens_BT & BEGINS).bool(), (labels_BT & COUNTS).bool()
+        tokens_BT, labels_BT = tokens_BT & IDS, (labels_BT & IDS).where(counts_BT, IGNORED_LABEL)
+        return tokens_BT.where(~begins_BT, ~tokens_BT), labels_BT
+    if labels is not None:  # after the end of a row's last document
+        labels_BT = labels_BT.masked_fill((tokens_BT == labels) & (labels_BT == labels), IGNORED_LABEL)
     return tokens_BT, labels_BT
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.light_streaming import import_streaming
+from data.marks import ids_of
 from data.prepared import COLUMN
 from data.urls import redacted
 
@@ -28,6 +29,8 @@ class RowDataset(StreamingDataset):
 
     vocab_size: int | None = None
     """Tokens that the model has, to be set before the reading begins; a row with others is an error."""
+    holds_chats: bool = False
+    """Whether rows have marks, which are no part of a token."""
     position: tuple[int, int] = (0, 0)
     """Epoch, and samples of it that all ranks have consumed, where the reading begins; to be set before it does."""
     _failure: BaseException | None = None
@@ -56,7 +59,8 @@ class RowDataset(StreamingDataset):
             DataError: it holds a token that the model does not have, on which a GPU would stop without a reason.
         """
         row: dict[str, Any] = super().get_item(sample_id, retry)
-        if self.vocab_size is not None and (largest := int(row[COLUMN].max())) >= self.vocab_size:
+        tokens = ids_of(row[COLUMN]) if self.holds_chats else row[COLUMN]
+        if self.vocab_size is not None and (largest := int(tokens.max())) >= self.vocab_size:
             number, _ = self.spanner[sample_id]
             stream, shard = self.streams[self.stream_per_shard[number]], self.shards[number]
             path = Path(stream.local, stream.split, shard.file_pairs[0][0].basename)

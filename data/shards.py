@@ -8,6 +8,7 @@ The result does not depend on the number of workers, and is built in a temporary
 folder that exists is complete. If the process is killed, the same command goes on from there (`data.resume`).
 """
 
+import hashlib
 import heapq
 import json
 import os
@@ -21,13 +22,26 @@ from typing import Any
 
 import numpy as np
 
+from data.chat_template import ChatTemplate
+from data.chats import ChatEncoder
 from data.config import TRAINED_SPEC, PrepareConfig
 from data.documents import Document, uniform
-from data.encoding import LostWorkerError, Piece, counted_bytes, cut_documents, gather_work, tokenize
+from data.encoding import (
+    Encoder,
+    LostWorkerError,
+    Piece,
+    TextEncoder,
+    counted_bytes,
+    cut_documents,
+    gather_work,
+    tokenize,
+    whole_documents,
+)
 from data.errors import DataError
 from data.fast_encoding import NAME, fast_encoder
 from data.new_paths import TakenError, exclusive, flush, folder_being_made
 from data.prepared import (
+    CHATS_VERSION,
     FILES,
     FORMAT_VERSION,
     MANIFEST,
@@ -41,8 +55,10 @@ from data.readers import Place, placed_documents, units
 from data.resume import NOTHING_READ, RECORD, SECONDS_BETWEEN_RECORDS, Progress, identity, read_record, record
 from data.survey import TOKEN_KINDS, Survey, suffix_of, survey
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from data.writers import PackedWriter, RowWriter
+from data.transformers_files import CHAT_TEMPLATE
+from data.writers import ChatWriter, PackedWriter, RowWriter
 
+WRITERS = {"stream": RowWriter, "best-fit": PackedWriter}
 COUNTS_SHOWN = ("documents", "text_bytes", "tokens")
 
 KEPT_AFTER = (KeyboardInterrupt, OSError, LostWorkerError)
@@ -125,16 +141,24 @@ def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
         loaded = load_tokenizer(config.tokenizer, config.end_of_document)
         tokenizer = {"tokenizer": f"sha256:{loaded.fingerprint}", "end_of_document": loaded.end_of_document}
+        if config.content == "chats":
+            template = hashlib.sha256(_template(config, loaded).self_contained().encode()).hexdigest()
+            tokenizer |= {"chat_template": f"sha256:{template}", "too_long": config.too_long}
     return {
         "inputs": list(config.inputs),
+        "content": config.content,
         **tokenizer,
         "lossy_tokenizer": config.lossy_tokenizer,
         "validation_fraction": config.validation_fraction,
         "validation_inputs": list(config.validation_inputs),
         "sequence_length": sequence_length,
-        "packing": config.packing,
+        "packing": config.packing if config.content == "text" else "best-fit",
         "compression": config.compression,
     }
+
+
+def _template(config: PrepareConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    return ChatTemplate(tokenizer, None if config.chat_template is None else Path(config.chat_template))
 
 
 def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[str, Any] | None:
@@ -145,6 +169,7 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
         raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")
     manifest = open_prepared(out)
     before = {
+        "content": "text",
         "lossy_tokenizer": False,
         "packing": "stream",
         "compression": "none",
@@ -197,7 +222,8 @@ def _build(
             tokenizer = _place_tokenizer(config, files, building)
         else:
             tokenizer = load_tokenizer(building / begun.tokenizer)
-        tokenizer.fast = fast_encoder(tokenizer)
+        if config.content == "text":
+            tokenizer.fast = fast_encoder(tokenizer)
         library = "" if tokenizer.fast is None else f"{NAME} {version(NAME)}"
         writers = _open_writers(task, tokenizer, building, begun)
         start = time.monotonic()
@@ -209,7 +235,7 @@ def _build(
 
 def _open_writers(task: _Task, tokenizer: Tokenizer, out: Path, begun: Progress | None) -> dict[str, RowWriter]:
     has_validation = task.config.validation_fraction or task.config.validation_inputs
-    make = PackedWriter if task.config.packing == "best-fit" else RowWriter
+    make = ChatWriter if task.config.content == "chats" else WRITERS[task.config.packing]
     states = begun.writers if begun else {}
     return {
         split: make(out / split, tokenizer, task.sequence_length, task.config.compression, states.get(split))
@@ -231,9 +257,13 @@ def _write_rows(
         save(read, waiting)
     saved = time.monotonic()
     assigned = _assign_splits(task.config, task.files, (max(read[0], 0), read[1]))
-    pieces = (each for each in cut_documents(assigned, tokenizer) if each[1].place > read)
-    works = gather_work(pieces, read, waiting)
-    for work, chunk in tokenize(works, tokenizer, task.config.workers, lossy=task.config.lossy_tokenizer):
+    encoder: Encoder = TextEncoder(tokenizer, task.config.lossy_tokenizer)
+    cut = cut_documents(assigned, tokenizer)
+    if task.config.content == "chats":
+        encoder = ChatEncoder(ChatTemplate(tokenizer), task.sequence_length + 1, task.config.too_long)
+        cut = whole_documents(assigned)
+    works = gather_work((each for each in cut if each[1].place > read), read, waiting)
+    for work, chunk in tokenize(works, encoder, task.config.workers):
         writers[work.split].write(chunk)
         if time.monotonic() - saved >= SECONDS_BETWEEN_RECORDS:
             save(work.read, work.waiting)
@@ -252,10 +282,11 @@ def _finish(task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, Row
         sizes = sizes * (text_bytes / num_bytes)
     np.save(out / TOKEN_BYTES, sizes)
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if task.config.content == "text" else CHATS_VERSION,
         "options": task.options,
         "sequence_length": task.sequence_length,
         "tokenizer": {"file": tokenizer.path.name, "fingerprint": tokenizer.fingerprint},
+        **_template_facts(task, out),
         "vocab_size": tokenizer.vocab_size,
         "end_of_document": tokenizer.end_of_document,
         "end_of_document_token": tokenizer.name_of(tokenizer.end_of_document),
@@ -274,11 +305,21 @@ def _finish(task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, Row
     return manifest
 
 
+def _template_facts(task: _Task, out: Path) -> dict[str, Any]:
+    if task.config.content == "text":
+        return {}
+    digest = hashlib.sha256((out / CHAT_TEMPLATE).read_bytes()).hexdigest()
+    return {"chat_template": {"file": CHAT_TEMPLATE, "fingerprint": digest}}
+
+
 def _place_tokenizer(config: PrepareConfig, files: Survey, out: Path) -> Tokenizer:
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
         source = load_tokenizer(config.tokenizer, config.end_of_document)
         path = out / f"tokenizer{source.path.suffix}"
         path.write_bytes(source.file_content())
+        if config.content == "chats":
+            (out / CHAT_TEMPLATE).write_text(_template(config, source).self_contained(), encoding="utf-8", newline="")
+            flush(out / CHAT_TEMPLATE)
     else:
         if tokens := [path for path in files.read if suffix_of(path) in TOKEN_KINDS]:
             raise DataError(f"{tokens[0]}: holds tokens, not text to train a tokenizer on; name the one that made it")
@@ -298,12 +339,14 @@ def _assign_splits(
     config: PrepareConfig, files: Survey, start: Place = (0, 0)
 ) -> Iterator[tuple[str, Place, Document]]:
     """Yield every document from a place on, with the split that it belongs to."""
-    for place, document in placed_documents(config.inputs, files, start=start):
+    for place, document in placed_documents(config.inputs, files, start=start, content=config.content):
         is_held_out = config.validation_fraction and document.uniform() < config.validation_fraction
         yield VALIDATION if is_held_out else TRAIN, place, document
     if config.validation_inputs:
         first_file = len(units(config.inputs, files))
-        documents = placed_documents(config.validation_inputs, files, start=start, first_file=first_file)
+        documents = placed_documents(
+            config.validation_inputs, files, start=start, first_file=first_file, content=config.content
+        )
         yield from ((VALIDATION, place, document) for place, document in documents)
 
 
