@@ -16,13 +16,10 @@ Problems = Iterator[tuple[str, str]]
 """Each as the path of a key and what is wrong there."""
 
 
-def named_sources(data: DataConfig, phases: "Phases") -> Iterator[tuple[str, Source]]:
-    """Yield each source of the run and of its phases, after its path in the configuration."""
-    for index, source in enumerate(data.sources):
-        yield f"data.sources.{index}", source
-    for number, phase in enumerate(phases):
-        for index, source in enumerate(phase.sources or ()):
-            yield f"phases.{number}.sources.{index}", source
+def named_sources(data: DataConfig, phases: "Phases") -> list[tuple[str, Source]]:
+    """Return each source of the run and of its phases, after its path in the configuration."""
+    lists = [("data", data.sources), *((f"phases.{index}", each.sources or ()) for index, each in enumerate(phases))]
+    return [(f"{path}.sources.{index}", source) for path, named in lists for index, source in enumerate(named)]
 
 
 def remote_sources_have_a_cache(data: DataConfig, phases: "Phases") -> Problems:

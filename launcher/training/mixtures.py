@@ -75,7 +75,7 @@ class DrawnTokens:
         """Return the tokens of the run so far by their key in the log; a collective."""
         if len(self._paths) < 2:
             return {}
-        rows = self._rows.to(self._device)
+        rows = self._rows.to(self._device, copy=True)
         dist.all_reduce(rows)
         self._rows.zero_()
         tokens = dict(self._by_phase[max(self._by_phase)]) if self._by_phase else {}

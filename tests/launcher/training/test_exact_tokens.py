@@ -190,7 +190,7 @@ def examples(pool: RankPool, sources: dict[str, set[bytes]], number: int) -> Non
 
 
 def test_every_stop_and_every_number_of_ranks_gives_the_same_global_batches(pool, sources) -> None:
-    examples(pool, sources, 10)
+    examples(pool, sources, 8)
 
 
 @pytest.mark.slow
