@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mixtures import LENGTH, write_text
 from plans import TREE
@@ -179,7 +179,13 @@ def check_epochs(plan: Plan, sources: dict[str, set[bytes]], mixture: Any, rows:
 
 
 def examples(pool: RankPool, sources: dict[str, set[bytes]], number: int) -> None:
-    @settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=number,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],  # to look for a smaller case would take minutes
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.data())
     def some(data: st.DataObject) -> None:
         tree = data.draw(trees(list(sources)))
