@@ -14,7 +14,7 @@ from typing import Any
 from data.errors import DataError
 from data.light_streaming import import_streaming
 from data.marks import ids_of
-from data.prepared import COLUMN
+from data.prepared import COLUMN, SOURCE
 from data.urls import redacted
 
 import_streaming()
@@ -53,16 +53,17 @@ class RowDataset(StreamingDataset):
         return max(self.position, (epoch, 0))
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """Return a row.
+        """Return a row, and the index of its source.
 
         Raises:
             DataError: it holds a token that the model does not have, on which a GPU would stop without a reason.
         """
         row: dict[str, Any] = super().get_item(sample_id, retry)
+        number, _ = self.spanner[sample_id]
+        row[SOURCE] = int(self.stream_per_shard[number])
         tokens = ids_of(row[COLUMN]) if self.holds_chats else row[COLUMN]
         if self.vocab_size is not None and (largest := int(tokens.max())) >= self.vocab_size:
-            number, _ = self.spanner[sample_id]
-            stream, shard = self.streams[self.stream_per_shard[number]], self.shards[number]
+            stream, shard = self.streams[row[SOURCE]], self.shards[number]
             path = Path(stream.local, stream.split, shard.file_pairs[0][0].basename)
             raise DataError(
                 f"{path}: holds token {largest}, but the model has {self.vocab_size} tokens; copy or prepare the "
