@@ -107,9 +107,7 @@ class TrainingData:
         sources = _open(config, vocab_size, rank)
         self.tokenizer_path = sources[0].tokenizer_path
         self.holds_chats = _hold_chats(sources)
-        self.first_token = sources[0].manifest["end_of_document"] if config.documents == "masked" else None
-        if self.holds_chats:
-            self.first_token = MARKED
+        self.first_token = _first_token(config, sources)
         labels = _labels(sources)
         self.has_padding = labels is not None
         rows = _rows_of_epoch(config, sources, global_batch_sequences)
@@ -207,6 +205,11 @@ def validation_rows(
     return batches
 
 
+def held_out_first_token(config: DataConfig, vocab_size: int) -> int | None:
+    """Return the token with which documents begin in the rows of `validation_rows`; see `TrainingData.first_token`."""
+    return _first_token(config, open_sources(config.sources, config.cache, config.sequence_length, vocab_size))
+
+
 def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
     """Return the UTF-8 bytes that each token stands for, float64, [vocab_size]; 0 for special and unused ids.
 
@@ -280,6 +283,12 @@ def _hold_chats(sources: Sequence[OpenSource]) -> bool:
     if chats and texts:
         raise DataError(f"{', '.join(chats)}: holds chats, and {', '.join(texts)} text; a phase trains on one of both")
     return bool(chats)
+
+
+def _first_token(config: DataConfig, sources: list[OpenSource]) -> int | None:
+    if _hold_chats(sources):
+        return MARKED
+    return sources[0].manifest["end_of_document"] if config.documents == "masked" else None
 
 
 def _labels(sources: list[OpenSource]) -> Labels:

@@ -172,6 +172,9 @@ def unlike_problem(
             f"{path}: was prepared with a different tokenizer than {other}; prepare it again with "
             f"--tokenizer {tokenizer}"
         )
+    template, theirs = (each.get("chat_template", {}).get("fingerprint") for each in (manifest, of_other))
+    if template and theirs and template != theirs:
+        return f"{path}: was prepared with a different chat template than {other}; prepare both with the same one"
     if manifest["end_of_document"] != of_other["end_of_document"]:
         return (
             f"{path}: ends documents with token {manifest['end_of_document']}, but {other} with token "

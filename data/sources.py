@@ -205,6 +205,12 @@ def open_source(source: Source, cache: str | None) -> OpenSource:
     return OpenSource(source, folder, open_prepared(folder, may_lack_shards=True), is_cached=True)
 
 
+def template_path(source: Source, cache: str | None) -> Path:
+    """The chat template of a source that was opened before."""
+    opened = open_source(source, cache)
+    return opened.folder / str(opened.manifest["chat_template"]["file"])
+
+
 def _fetch(source: Source, folder: Path, name: str) -> None:
     """Download one file of a remote source into `folder`, unless it exists."""
     path = folder / name

@@ -23,11 +23,12 @@ from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
 from launcher.training.averaging import carry_average
 from launcher.training.begin import LoopState, begin
+from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED
 from launcher.training.record import manifest_of, skip_advice, summary
 from launcher.training.rollback import give_up, has_not_recovered, rollback_note
 from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
-from launcher.training.step import StepResult, data_for, in_pieces, train_step
+from launcher.training.step import StepResult, check_objective, data_for, in_pieces, train_step
 from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.tasks import NUM_SCORED
 from launcher.training.teacher import open_teacher
@@ -109,6 +110,10 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.pulse.now("switch", at.step)
     if (data := data_for(plan, ranks, phase, run.data)) is not run.data:
         run.data, run.batches = data, iter(data)
+    check_objective(phase, run.data)
+    run.engine.keep_apart(run.data.first_token)
+    if (of := plan.held_out_of(phase)) != run.held_out.of:
+        run.held_out = HeldOut(plan, ranks, run.data, of)
     needed = islice(run.batches, batches_needed(phase, plan))
     upcoming = list(in_pieces(needed, plan.length_at(at.step)))
     run.batches = chain(upcoming, run.batches)

@@ -347,12 +347,14 @@ def relations_can_be_seen(phases: "Phases", training: "TrainingConfig") -> Probl
 
 def relations_are_within_documents(phases: "Phases", data: DataConfig) -> Problems:
     """Attention relations are compared between all tokens of a row."""
-    for _, path, distillation in _distillations(phases):
-        if data.documents == "masked" and distillation.relation_weight:
+    for index, path, distillation in _distillations(phases):
+        is_of_chats = phases[index].objective != "next-token"
+        if (data.documents == "masked" or is_of_chats) and distillation.relation_weight:
+            apart = "chats do not see one another" if is_of_chats else "data.documents is masked"
             yield (
                 f"{path}.relation_weight",
                 f"is {distillation.relation_weight}, but attention is compared between all tokens of a row, and "
-                "data.documents is masked; turn one off",
+                f"{apart}; turn one off",
             )
 
 
