@@ -5,7 +5,7 @@ Each chat that cannot be learned from is an error that names the file and the li
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.chat_template import ChatTemplate, Message
-from data.config import TooLong
-from data.encoding import Chunk, Piece
+from data.config import PrepareConfig, TooLong
+from data.documents import Document
+from data.encoding import Chunk, Encoder, Piece, TextEncoder
 from data.errors import DataError
 from data.marks import with_marks
+from data.readers import Place
 from data.spans import inside
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 
 SPECIAL_NAME = re.compile(r"<\|[^\s|<>]+\|>|<\uff5c[^\s\uff5c<>]+\uff5c>|<\w+_of_\w+>|</?s>|<[be]os>")
 """What templates write where they mean a special token, and nobody writes otherwise."""
@@ -46,12 +48,20 @@ class ChatEncoder:
         too_long: what to do with one that has more: raise an error, leave it out, or leave out its end.
     """
 
+    chunk = ChatChunk
+    dtype = np.uint32
+
     def __init__(self, template: ChatTemplate, most_tokens: int, too_long: TooLong) -> None:
         self._template, self._most, self._too_long = template, most_tokens, too_long
         self._known_names: set[str] = set()
 
     def __reduce__(self) -> Any:  # a worker reads the files again
         return _open_encoder, (self._template.tokenizer.path, self._most, self._too_long)
+
+    def cut(self, assigned: Iterable[tuple[str, Place, Document]]) -> Iterator[tuple[str, Piece]]:
+        """Return chats as they are, each a piece."""
+        for split, place, document in assigned:
+            yield split, Piece(document.text, document.origin, (*place, 0), ends=True)
 
     def encode(self, pieces: Sequence[Piece]) -> ChatChunk:
         """Tokenize chats as `chat_of` gives them.
@@ -125,3 +135,19 @@ class ChatEncoder:
 
 def _open_encoder(tokenizer: Path, most_tokens: int, too_long: TooLong) -> ChatEncoder:
     return ChatEncoder(ChatTemplate(load_tokenizer(tokenizer)), most_tokens, too_long)
+
+
+def template_for(config: PrepareConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that chats are prepared with.
+
+    Raises:
+        DataError: there is none, or none that can be read.
+    """
+    return ChatTemplate(tokenizer, None if config.chat_template is None else Path(config.chat_template))
+
+
+def encoder_of(config: PrepareConfig, tokenizer: Tokenizer, sequence_length: int) -> Encoder:
+    """What tokenizes the documents that are prepared; of chats, with the template beside the tokenizer."""
+    if config.content == "text":
+        return TextEncoder(tokenizer, config.lossy_tokenizer)
+    return ChatEncoder(ChatTemplate(tokenizer), sequence_length + 1, config.too_long)

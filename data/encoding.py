@@ -1,16 +1,17 @@
 """Tokenize documents, in one process or in several, in the order in which they arrive."""
 
+import contextlib
 import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from data.documents import Document
 from data.errors import DataError
 from data.fast_encoding import fast_encoder
-from data.proof import ChangedTextError, changed, check_given_back, compared
+from data.proof import ChangedTextError, changed, check_given_back, is_compared
 from data.readers import Place
 from data.token_files import checked_tokens
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -89,7 +90,21 @@ class Chunk:
 
 
 class Encoder(Protocol):
-    """What turns pieces into tokens; to pickle one is to open it again in another process."""
+    """What turns documents into tokens; to pickle one is to open it again in another process."""
+
+    @property
+    def chunk(self) -> type[Chunk]:
+        """The class of its results."""
+        ...
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """Of the tokens."""
+        ...
+
+    def cut(self, assigned: Iterable[tuple[str, Place, Document]]) -> Iterator[tuple[str, Piece]]:
+        """Cut documents, each with its split, into pieces."""
+        ...
 
     def encode(self, pieces: Sequence[Piece]) -> Chunk:
         """Tokenize consecutive pieces of one split.
@@ -98,12 +113,6 @@ class Encoder(Protocol):
             DataError: one cannot be; names the document.
         """
         ...
-
-
-def whole_documents(assigned: Iterable[tuple[str, Place, Document]]) -> Iterator[tuple[str, Piece]]:
-    """Documents that are not cut, each a piece."""
-    for split, place, document in assigned:
-        yield split, Piece(document.text, document.origin, (*place, 0), ends=True)
 
 
 def cut_documents(assigned: Iterable[tuple[str, Place, Document]], tokenizer: Tokenizer) -> Iterator[tuple[str, Piece]]:
@@ -183,7 +192,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece], *, lossy: bool 
             for piece, size in zip(pieces, num_bytes, strict=True)
         ),
         token_bytes=int(num_bytes.sum()),
-        compared_documents=sum(piece.begins and piece.is_text for piece in pieces[: compared(pieces)]),
+        compared_documents=sum(piece.begins and is_compared(piece) for piece in pieces),
         changed_documents=sum(pieces[index].begins for index in changed(tokenizer, pieces, encoded)) if lossy else 0,
     )
 
@@ -207,6 +216,16 @@ class TextEncoder:
 
     tokenizer: Tokenizer
     lossy: bool
+    chunk: ClassVar = Chunk
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """The smallest type that holds every id."""
+        return token_type(self.tokenizer.vocab_size)
+
+    def cut(self, assigned: Iterable[tuple[str, Place, Document]]) -> Iterator[tuple[str, Piece]]:
+        """Cut documents; see `cut_documents`."""
+        return cut_documents(assigned, self.tokenizer)
 
     def __reduce__(self) -> Any:
         return _open_encoder, (self.tokenizer.path, self.tokenizer.fast is not None, self.lossy)
@@ -226,16 +245,25 @@ def _open_encoder(tokenizer_path: Path, is_fast: bool, lossy: bool) -> TextEncod
     return TextEncoder(tokenizer, lossy)
 
 
-def tokenize(works: Iterable[Work], encoder: Encoder, num_workers: int) -> Iterator[tuple[Work, Chunk]]:
-    """Tokenize pieces of work in this process or in several, and yield them in the order in which they came.
+Tokenize = Callable[[Iterable[Work]], Iterator[tuple[Work, Chunk]]]
+"""Tokenizes pieces of work, and yields them in the order in which they came.
 
-    Raises:
-        DataError: as the encoder does.
-        LostWorkerError: a process was killed.
-    """
+Raises:
+    DataError: as the encoder does.
+    LostWorkerError: a process was killed.
+"""
+
+
+@contextlib.contextmanager
+def tokenizing(encoder: Encoder, num_workers: int) -> Iterator[Tokenize]:
+    """Tokenize in this process, or in several that are started once and end with the block."""
     if num_workers == 1:
-        for work in works:
-            yield work, encoder.encode(work.pieces)
+
+        def here(works: Iterable[Work]) -> Iterator[tuple[Work, Chunk]]:
+            for work in works:
+                yield work, encoder.encode(work.pieces)
+
+        yield here
         return
     pool = ProcessPoolExecutor(
         num_workers,
@@ -243,24 +271,29 @@ def tokenize(works: Iterable[Work], encoder: Encoder, num_workers: int) -> Itera
         initializer=_start_worker,
         initargs=(encoder,),
     )
-    pending: deque[tuple[Work, Future[Chunk]]] = deque()
 
-    def finished() -> tuple[Work, Chunk]:
-        work, future = pending.popleft()
-        return work, future.result()
+    def in_pool(works: Iterable[Work]) -> Iterator[tuple[Work, Chunk]]:
+        pending: deque[tuple[Work, Future[Chunk]]] = deque()
+
+        def finished() -> tuple[Work, Chunk]:
+            work, future = pending.popleft()
+            return work, future.result()
+
+        try:
+            for work in works:
+                pending.append((work, pool.submit(_encode_in_worker, work.pieces)))
+                if len(pending) > 2 * num_workers:  # bounds the memory, and keeps every worker busy
+                    yield finished()
+            while pending:
+                yield finished()
+        except BrokenProcessPool as error:
+            raise LostWorkerError(
+                "a tokenizing process was killed, perhaps because the memory was full; the same command goes on where "
+                "this one stopped, also with fewer --workers"
+            ) from error
 
     try:
-        for work in works:
-            pending.append((work, pool.submit(_encode_in_worker, work.pieces)))
-            if len(pending) > 2 * num_workers:  # bounds the memory, and keeps every worker busy
-                yield finished()
-        while pending:
-            yield finished()
-    except BrokenProcessPool as error:
-        raise LostWorkerError(
-            "a tokenizing process was killed, perhaps because the memory was full; the same command goes on where "
-            "this one stopped, also with fewer --workers"
-        ) from error
+        yield in_pool
     finally:
         pool.shutdown(cancel_futures=True)
 

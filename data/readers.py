@@ -71,6 +71,7 @@ def placed_documents(
     start: Place = (0, 0),
     first_file: int = 0,
     content: Content = "text",
+    stop: int | None = None,
 ) -> Iterator[tuple[Place, Document]]:
     """As `read_documents`, with the place of each document.
 
@@ -80,11 +81,17 @@ def placed_documents(
         start: the place to begin at; earlier files are not opened.
         first_file: number of the first file.
         content: what the inputs hold.
+        stop: number of the first file that is not read; None: read to the end.
+
+    Raises:
+        DataError: as `read_documents`; that there is no text at all, only if all is read.
     """
-    is_empty = start <= (first_file, 0)
+    is_empty = start <= (first_file, 0) and stop is None
     for number, (source, path) in enumerate(units(inputs, found), start=first_file):
         if number < start[0]:
             continue
+        if stop is not None and number >= stop:
+            break
         skipped = start[1] if number == start[0] else 0
         for row, document in enumerate(islice(_read_unit(source, path, content), skipped, None), start=skipped):
             if document.is_empty:
