@@ -83,6 +83,11 @@ class Tokenizer(Protocol):
         """Return the ids of a text in which the name of a special token is this token, as in chat templates."""
         ...
 
+    @property
+    def control_tokens(self) -> list[int]:
+        """Return the ids of the special tokens that stand for no text, as the tokenizer's file marks them."""
+        ...
+
     def encode_special_spans(self, text: str) -> tuple[list[int], list[Span]]:
         """Return what `encode_special` gives, and of each id the first character of its text and the one after it.
 

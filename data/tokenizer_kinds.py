@@ -214,6 +214,11 @@ class SentencePieceTokenizer(_InParts):
         """Return the ids of a text with special tokens; see `data.tokenizer.Tokenizer`."""
         return [token for part in self._special_parts(text) for token in part[1]]
 
+    @property
+    def control_tokens(self) -> list[int]:
+        """Return the ids of control pieces."""
+        return list(self._special.values())
+
     def _special_parts(self, text: str) -> Iterator[tuple[str, list[int]]]:
         """The names of special tokens in a text and what is between them, each with its ids."""
         names = sorted(map(re.escape, self._special), key=len, reverse=True)
@@ -343,6 +348,11 @@ class HuggingFaceTokenizer(_InParts):
     def encode_special(self, text: str) -> list[int]:
         """Return the ids of a text with special tokens; see `data.tokenizer.Tokenizer`."""
         return self._ids(self._with_special, text)
+
+    @property
+    def control_tokens(self) -> list[int]:
+        """Return the ids of special added tokens."""
+        return [token["id"] for token in self.definition["added_tokens"] if token.get("special")]
 
     def encode_special_spans(self, text: str) -> tuple[list[int], list[Span]]:
         """Return the ids of a text with special tokens and their places; see `data.tokenizer.Tokenizer`."""
