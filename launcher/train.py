@@ -114,6 +114,8 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.engine.keep_apart(run.data.first_token)
     if (of := plan.held_out_of(phase)) != run.held_out.of:
         run.held_out = HeldOut(plan, ranks, run.data, of)
+        paths = ", ".join(source.path for source in of.sources)
+        run.console.line(f"From step {at.step} on, the held-out loss is that of {paths}")
     needed = islice(run.batches, batches_needed(phase, plan))
     upcoming = list(in_pieces(needed, plan.length_at(at.step)))
     run.batches = chain(upcoming, run.batches)

@@ -206,7 +206,7 @@ class PhaseConfig:
     data.sequence_length; null: that of the phase before, at first data.sequence_length."""
     objective: Objective = "next-token"
     """What the model learns from its sources: the `next-token` of text; or `sft`, supervised fine-tuning: the answers
-    of chats, which `tritrain prepare --content chats` makes. Chats do not see one another."""
+    of chats, prepared with `--content chats`. Chats do not see one another."""
     quantization: QuantConfig | None = None
     """What is quantized in a ternary phase, and how; null: BitNet b1.58 with scales of least squared error."""
     transition: TransitionConfig | None = None

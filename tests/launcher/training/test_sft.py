@@ -162,14 +162,14 @@ def test_each_phase_is_measured_on_what_it_learns(folders: tuple[str, str], tmp_
     assert [[source.path for source in plan.held_out_of(phase).sources] for phase in plan.phases] == [
         [text], [chats], [chats],
     ]  # fmt: skip
-    back = [SFT_16, {"precision": "16-bit", "steps": 2, "sources": [{"path": text}]}]
+    back = [SFT_16, {"precision": "16-bit", "steps": 5, "sources": [{"path": text}]}]
     plan = make_plan(config_of(chats, chats, tmp_path, phases=back), 1)
     assert [plan.held_out_of(phase).sources[0].path for phase in plan.phases] == [chats, text]
 
 
 def test_what_does_not_fit_is_refused(folders: tuple[str, str], tmp_path: Path) -> None:
     text, chats = folders
-    wrong = [{"precision": "16-bit", "steps": 2, "sources": [{"path": chats}]}, SFT | {"sources": [{"path": text}]}]
+    wrong = [{"precision": "16-bit", "steps": 3, "sources": [{"path": chats}]}, SFT | {"sources": [{"path": text}]}]
     config = config_of(text, chats, tmp_path, phases=wrong)
     assert dict(missing_inputs(config)) == {
         "data.sources.0.path": "holds text, but phases.1.objective is sft; name chats in phases.1.sources, which "
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused(folders: tuple[str, str], tmp_path: Path) 
         config_of(text, chats, tmp_path, phases=[SFT_16, SFT | {"distillation": {"relation_weight": 1.0}}])
     apart, joined = (
         memory_bytes_per_rank(make_plan(config_of(text, text, tmp_path, phases=phases), 1))["activations"]
-        for phases in ([SFT_16], [{"precision": "16-bit", "steps": 2}])
+        for phases in ([SFT_16], [{"precision": "16-bit", "steps": 5}])
     )
     assert apart > joined
 
