@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_files import CHATML, chat, write_chats
 from command import tritrain
 from tokenizer_files import write_bytes_tokenizer
 from tokenizer_zoo import sentencepiece_tokenizer
@@ -18,14 +19,11 @@ from data.config import DataConfig, PrepareConfig
 from data.errors import DataError
 from data.loader import IGNORED_LABEL, MARKED, TrainingData, validation_rows
 from data.mixture import Source
-from data.shards import prepare
+from data.parts import SHARED_FOLDER
+from data.shards import PrepareProgress, prepare
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.torchvision_repair import repair_torchvision
 
-CHATML = (
-    "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
-)
 MARKED_CHATML = """{{ bos_token }}
 {% for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}
@@ -55,18 +53,6 @@ def tokenizer_in(folder: Path, template: str | None = CHATML, *special: str) -> 
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return load_tokenizer(folder, "<|im_end|>" if special == () else "<|endoftext|>")
-
-
-def chat(question: str, *answers: str) -> dict[str, Any]:
-    messages = []
-    for answer in answers:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages}
-
-
-def write_chats(path: Path, *chats: Any) -> Path:
-    path.write_text("".join(json.dumps(each) + "\n" for each in chats))
-    return path
 
 
 def options(tokenizer: Path, *inputs: Path, **more: Any) -> PrepareConfig:
@@ -191,6 +177,41 @@ def test_any_number_of_workers_and_any_format_give_the_same_rows(tmp_path: Path)
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "train.jsonl").write_bytes(source.read_bytes())
     assert prepare(hub, 64, tmp_path / "of hub")["splits"] == made[0]
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_chats_go_on_where_a_command_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    monkeypatch.setattr("data.encoding.CHUNK_CHARS", 500)
+    monkeypatch.setattr("data.shards.SECONDS_BETWEEN_RECORDS", 0.0)
+    monkeypatch.setattr("data.writers.SHARD_BYTES", 2000)
+    tokenizer_in(tmp_path / "tokenizer")
+    source = write_chats(tmp_path / "chats.jsonl", *(chat(f"{n}", "a" * (n % 30) + "b") for n in range(60)))
+    config = options(tmp_path / "tokenizer", source, validation_fraction=0.2)
+    whole = prepare(config, 64, tmp_path / "whole")
+    calls = 0
+
+    def interrupt(progress: PrepareProgress) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, 64, tmp_path / "out", interrupt)
+    said: list[str] = []
+    assert prepare(config, 64, tmp_path / "out", lambda progress: said.append(progress.earlier)) == whole
+    assert said[0].startswith("An earlier attempt was stopped; going on after")
+
+
+def test_processes_share_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.parts.PART_BYTES", 1000)
+    monkeypatch.setattr("data.parts.BLOCK_DOCUMENTS", 8)
+    tokenizer_in(tmp_path / "tokenizer")
+    source = write_chats(tmp_path / "chats.jsonl", *(chat(f"{n}", "a" * (n % 30) + "b") for n in range(60)))
+    config = options(tmp_path / "tokenizer", source, validation_fraction=0.2, too_long="drop")
+    shared = prepare(config, 44, tmp_path / "shared", on=SHARED_FOLDER)
+    assert shared == prepare(config, 44, tmp_path / "one")
+    assert shared["splits"]["train"]["dropped_chats"] > 0
 
 
 def test_a_folder_has_its_template_with_its_special_tokens(tmp_path: Path) -> None:
