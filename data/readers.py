@@ -9,6 +9,7 @@ An input is one of:
 | `FILE.parquet` | the column `text`, row by row |
 | `FILE.idx` | the documents of Megatron's `FILE.bin`, which are tokens |
 | `FILE.ds` | the documents of datatrove's token file |
+| `PREPARED/train` | the documents of a split of prepared data, decoded |
 | `FOLDER` | every file of these kinds in it, recursively, in the order of their paths; `survey` lists the others |
 | `hf:NAME[:CONFIG]:SPLIT` | the column `text` of a data set that `datasets` can stream |
 | `hf:NAME[:CONFIG]:SPLIT[:N]` | its first N rows: the brackets are written, as in `hf:NAME:train[:1000]` |
@@ -34,6 +35,7 @@ from data.config import Content
 from data.documents import READ_BYTES, Document
 from data.errors import DataError
 from data.pointers import pointer_problem
+from data.prepared import INDEX
 from data.survey import Survey, split_hub_name, suffix_of, survey
 
 TEXT_KEY = "text"
@@ -114,10 +116,15 @@ def _read_unit(source: str, path: Path | None, content: Content) -> Iterator[Doc
     if path is not None:
         if problem := pointer_problem(path):
             raise DataError(f"{path}: {problem}")
-        if (suffix := suffix_of(path)) in RECORD_READERS:
+        suffix = suffix_of(path)
+        if suffix in RECORD_READERS:
             return RECORD_READERS[suffix](path, keys, text_of)
         if content != "text":
-            raise DataError(f"{path}: {content} are read from {' '.join(RECORD_READERS)}, not from {suffix}")
+            raise DataError(f"{path}: {content} are read from {' '.join(RECORD_READERS)}, not from {path.name}")
+        if path.name == INDEX:
+            from data.prepared_text import read_split
+
+            return read_split(path)
         return READERS[suffix](path)
     if source == quickstart_corpus.NAME and content != "text":
         raise DataError(f"{source}: holds text, no {content}")
