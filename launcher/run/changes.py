@@ -119,11 +119,11 @@ def ways_on(refused: Iterable[Change], now: Config, before: Course | None, step:
         f"Set {now.run.key_of_path} to begin another run; with checkpoint.start_from=CHECKPOINT it begins with this "
         "one's weights."
     )
+    is_of_data = any(re.match(r"(data|phases\.\d+)\.sources\b", change.key) for change in refused)
     if "run.name" not in keys:
-        ways += f" To go on in this run with the new values, add 'run.allow_changes=[{', '.join(keys)}]'."
-    if any(re.match(r"(data|phases\.\d+)\.sources\b", change.key) for change in refused):
-        ways = f"{new_phase(before, step)} {ways}"
-    return ways
+        values = "the same data in another place" if is_of_data else "the new values"
+        ways += f" To go on in this run with {values}, add 'run.allow_changes=[{', '.join(keys)}]'."
+    return f"{new_phase(before, step)} {ways}" if is_of_data else ways
 
 
 def new_phase(before: Course | None, step: int) -> str:

@@ -318,7 +318,7 @@ def test_chats_that_are_too_long_are_left_out_or_cut_and_counted(tmp_path: Path)
 def test_chats_need_records_and_a_tokenizer(tmp_path: Path) -> None:
     tokenizer_in(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(DataError, match=r"a\.txt: chats are read from \.jsonl .*, not from \.txt"):
+    with pytest.raises(DataError, match=r"a\.txt: chats are read from \.jsonl .*, not from a\.txt"):
         prepare(options(tmp_path / "tokenizer", tmp_path / "a.txt"), 64, tmp_path / "out")
     for changes, message in [
         ({"tokenizer": "bpe:320"}, "chats need a tokenizer that is there"),

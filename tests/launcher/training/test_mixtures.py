@@ -196,6 +196,10 @@ def test_data_that_a_run_was_trained_on_do_not_change_but_those_to_come_do(
     assert told["present"].startswith("ConfigError")
     assert "phases.1.sources.0.weight: 3.0 in" in told["present"]
     assert way in told["present"]
+    place = (
+        "To go on in this run with the same data in another place, add 'run.allow_changes=[phases.1.sources.0.weight]'"
+    )
+    assert place in told["present"]
     assert "phases.0.sources.0.path: not set in" in told["past"]
     assert way in told["past"]
     for kind in ("present, allowed", "past, allowed"):
