@@ -21,6 +21,7 @@ from launcher.process.console import Console
 from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
+from launcher.run.metrics_log import OTHER_TEXT
 from launcher.training.averaging import carry_average
 from launcher.training.begin import LoopState, begin
 from launcher.training.held_out import HeldOut
@@ -112,10 +113,10 @@ def switch(run: LoopState, phase: Phase) -> None:
         run.data, run.batches = data, iter(data)
     check_objective(phase, run.data)
     run.engine.keep_apart(run.data.first_token)
+    other_text = None
     if (of := plan.held_out_of(phase)) != run.held_out.of:
         run.held_out = HeldOut(plan, ranks, run.data, of)
-        paths = ", ".join(source.path for source in of.sources)
-        run.console.line(f"From step {at.step} on, the held-out loss is that of {paths}")
+        other_text = ", ".join(source.path for source in of.sources)
     needed = islice(run.batches, batches_needed(phase, plan))
     upcoming = list(in_pieces(needed, plan.length_at(at.step)))
     run.batches = chain(upcoming, run.batches)
@@ -142,6 +143,8 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
     run.guard.enter_phase()
+    if other_text is not None:
+        run.meter.noted({OTHER_TEXT: 1.0}, f"the held-out loss is from here on that of {other_text}")
     if crossing.calibrated is not None:
         run.meter.noted(crossing.calibrated.figures(), crossing.calibrated.sentence())
     if crossing.factor is not None:

@@ -56,7 +56,10 @@ def prepare_with_progress(
     manifest = prepare(config, sequence_length, out, show, on)
     if shown is None:
         return
-    console.line(f"Each document ends with {manifest['end_of_document_token']} (token {manifest['end_of_document']})")
+    if config.content == "text":
+        console.line(
+            f"Each document ends with {manifest['end_of_document_token']} (token {manifest['end_of_document']})"
+        )
     compared, changed = manifest["compared_documents"], manifest["changed_documents"]
     if config.content == "chats":
         for name, split in manifest["splits"].items():

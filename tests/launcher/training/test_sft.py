@@ -26,6 +26,7 @@ from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
 from launcher.process.ranks import Ranks
+from launcher.report.summary import summarize, verdict
 from launcher.run.metrics_log import read_metrics
 from launcher.training.begin import first_value
 from launcher.training.held_out import HeldOut
@@ -150,6 +151,10 @@ def test_runs_are_the_same_in_pieces_and_alike_on_two_ranks(
             assert all(torch.equal(ours[key], theirs[key]) for key in ours)
         for place in (whole, whole / last):
             assert (place / "chat_template.jinja").read_text() == CHATML
+        summary = summarize(whole)
+        assert [phase.is_of_other_text for phase in summary.phases] == [False, True, False]
+        assert [transition.to_phase for transition in summary.transitions] == [2]  # text and answers do not compare
+        assert verdict(summary).count("%") == 1
     one, two = (rows_of(tmp_path / str(world_size) / engine / "whole") for world_size in (1, 2))
     for ours, theirs in zip(one, two, strict=True):  # the ternary phase is chaotic, see tests of the engines
         if isinstance(ours[0], int) and ours[0] <= 7:
@@ -186,6 +191,8 @@ def test_what_does_not_fit_is_refused(folders: tuple[str, str], tmp_path: Path) 
         make_plan(config_of(text, chats, tmp_path, phases=[wrong[0] | {"sequence_length": 48}, SFT]), 1)
     with pytest.raises(ConfigError, match=r"relation_weight.*chats do not see one another"):
         config_of(text, chats, tmp_path, phases=[SFT_16, SFT | {"distillation": {"relation_weight": 1.0}}])
+    with pytest.raises(ConfigError, match=r"rollback: compares the loss .* whose objective is next-token"):
+        config_of(text, chats, tmp_path, phases=[wrong[0], SFT | {"transition": {"rollback": {"after_tokens": 800}}}])
     apart, joined = (
         memory_bytes_per_rank(make_plan(config_of(text, text, tmp_path, phases=phases), 1))["activations"]
         for phases in ([SFT_16], [{"precision": "16-bit", "steps": 5}])
