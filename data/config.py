@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from data.mixture import Source
+from data.mixture import Source, sources_problem
 from data.strict import STRICT
 
 TRAINED_SPEC = re.compile(r"(bpe|unigram):([1-9][0-9]*)")
@@ -79,7 +79,7 @@ class DataConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     sources: tuple[Source, ...]
-    """The prepared folders to mix."""
+    """The prepared folders to mix, for training as far as phases do not name their own, and for held-out text."""
 
     sequence_length: int
     """Tokens of one sequence, as the folders were prepared with."""
@@ -116,11 +116,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         problems: dict[str, str] = {}
-        if not self.sources:
-            problems["sources"] = "is empty; name at least one prepared folder"
-        paths = [source.path for source in self.sources]
-        if repeated := sorted({path for path in paths if paths.count(path) > 1}):
-            problems["sources"] = f"names {', '.join(repeated)} more than once; add the weights instead"
+        if problem := sources_problem(self.sources):
+            problems["sources"] = problem
         if self.prepare and len(self.sources) != 1:
             problems["prepare"] = (
                 f"makes the folder of one source, but there are {len(self.sources)}; prepare them first"

@@ -14,7 +14,8 @@ import math
 import os
 import signal
 import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from data.config import DataConfig, PrepareConfig
 from data.errors import DataError
 from data.light_streaming import import_streaming
 from data.mixture import Source, rows_per_epoch
-from data.prepared import COLUMN, TOKEN_BYTES, TRAIN, VALIDATION
+from data.prepared import COLUMN, SOURCE, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
 from data.shared_memory import numbered
 from data.sources import OpenSource, local_leader_first, open_sources
@@ -66,6 +67,8 @@ class TrainingData:
         DataError: a folder is missing, damaged or of another sequence length, tokenizer or vocabulary.
     """
 
+    config: DataConfig
+    """What is read."""
     fingerprint: str
     """A hash of everything that determines the order of the samples. Positions carry over only if it is equal."""
     tokenizer_path: Path
@@ -91,17 +94,13 @@ class TrainingData:
         assert global_batch_sequences % (micro_batch_sequences * world_size) == 0
         assert first_sequence % global_batch_sequences == 0
         _check_launch(config, rank, world_size)
+        self.config = config
         sources = _open(config, vocab_size, rank)
         self.tokenizer_path = sources[0].tokenizer_path
         self.first_token = sources[0].manifest["end_of_document"] if config.documents == "masked" else None
         padding = _padding(sources)
         self.has_padding = padding is not None
-        rows = rows_per_epoch(
-            [source.num_rows(TRAIN) for source in sources],
-            [source.source.weight for source in sources],
-            # Canonical nodes get equal parts of an epoch, or `streaming` would repeat samples to make them equal.
-            math.lcm(global_batch_sequences, config.canonical_nodes),
-        )
+        rows = _rows_of_epoch(config, sources, global_batch_sequences)
         self.epoch_sequences = sum(rows)
         self.fingerprint = _fingerprint(config, sources, rows, global_batch_sequences)
 
@@ -137,12 +136,20 @@ class TrainingData:
             persistent_workers=is_apart,
             prefetch_factor=PREFETCHED_BATCHES if is_apart else None,
         )
-        self._batches = _endless(self._loader, micro_batch_sequences, padding)
+        self._drawn: deque[Tensor] = deque()
+        self._batches = _endless(self._loader, micro_batch_sequences, padding, self._drawn, len(sources))
         self._finalizer = weakref.finalize(self, _close, self._loader, number)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the only iterator; asking again continues at its position."""
         return self._batches
+
+    def drawn(self, num_micro_batches: int) -> Tensor:
+        """Return the rows of each source in the next micro-batches that were not asked about yet, int64, [sources].
+
+        They must have been read.
+        """
+        return torch.stack([self._drawn.popleft() for _ in range(num_micro_batches)]).sum(0)
 
     def close(self) -> None:
         """Stop the processes and threads that read ahead; this also happens when the program ends."""
@@ -206,11 +213,45 @@ def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
     return sizes
 
 
-def _endless(loader: DataLoader, micro_batch_sequences: int, padding: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def fingerprints(
+    config: DataConfig, mixtures: Sequence[DataConfig], *, vocab_size: int, global_batch_sequences: int, rank: int
+) -> list[str]:
+    """Check the mixtures that a run reads one after another, and return the fingerprint of each.
+
+    Only small files are read. All ranks must call it.
+
+    Args:
+        config: the data of the run, with which they must agree.
+        mixtures: the data of its phases.
+        vocab_size: as of `TrainingData`.
+        global_batch_sequences: as of `TrainingData`.
+        rank: this process.
+
+    Raises:
+        DataError: as of `TrainingData`, or they do not agree in tokenizer and end of documents.
+    """
+    named = {source.path: source for each in (config, *mixtures) for source in each.sources}
+    with local_leader_first(rank):
+        opened = open_sources(list(named.values()), config.cache, config.sequence_length, vocab_size)
+    by_path = dict(zip(named, opened, strict=True))
+    found = []
+    for mixture in mixtures:
+        sources = [by_path[source.path] for source in mixture.sources]
+        rows = _rows_of_epoch(mixture, sources, global_batch_sequences)
+        found.append(_fingerprint(mixture, sources, rows, global_batch_sequences))
+    return found
+
+
+def _endless(
+    loader: DataLoader, micro_batch_sequences: int, padding: int | None, drawn: deque[Tensor], num_sources: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         try:
-            for rows in loader:  # once around is one epoch
-                for micro in rows.split(micro_batch_sequences):
+            for rows, sources in loader:  # once around is one epoch
+                for micro, of_micro in zip(
+                    rows.split(micro_batch_sequences), sources.split(micro_batch_sequences), strict=True
+                ):
+                    drawn.append(torch.bincount(of_micro, minlength=num_sources))
                     yield _inputs_and_labels(micro, padding)
         except DataError as error:  # a worker's comes with its traceback in the message
             raise DataError(str(error).strip().rpartition(f"{DataError.__module__}.DataError: ")[2]) from error
@@ -230,9 +271,20 @@ def _inputs_and_labels(rows: Tensor, padding: int | None) -> tuple[Tensor, Tenso
     return tokens_BT, labels_BT
 
 
-def _stack_rows(samples: list[dict[str, np.ndarray]]) -> Tensor:
-    """Stack samples as they are stored, 2 or 4 bytes a token, for the way between processes."""
-    return torch.from_numpy(np.stack([sample[COLUMN] for sample in samples]))
+def _stack_rows(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Stack samples as they are stored, 2 or 4 bytes a token, for the way between processes; and their sources."""
+    rows = torch.from_numpy(np.stack([sample[COLUMN] for sample in samples]))
+    return rows, torch.tensor([sample[SOURCE] for sample in samples])
+
+
+def _rows_of_epoch(config: DataConfig, sources: Sequence[OpenSource], global_batch_sequences: int) -> tuple[int, ...]:
+    """Return how many rows of each source an epoch of a mixture holds."""
+    return rows_per_epoch(
+        [source.num_rows(TRAIN) for source in sources],
+        [source.weight for source in config.sources],
+        # Canonical nodes get equal parts of an epoch, or `streaming` would repeat samples to make them equal.
+        math.lcm(global_batch_sequences, config.canonical_nodes),
+    )
 
 
 def _ignore_signals(worker: int) -> None:

@@ -26,7 +26,7 @@ class Source:
     """A folder that `tritrain prepare` made, or the URL of a copy of one (`s3://`, `gs://`, `hf://` and others)."""
 
     weight: float = 1.0
-    """Share of the rows of each epoch, relative to the weights of the other sources."""
+    """Share of the rows of each epoch, relative to the other weights. Weights may be the tokens that are wanted."""
 
     def __post_init__(self) -> None:
         problems: dict[str, str] = {}
@@ -43,6 +43,16 @@ class Source:
     def is_remote(self) -> bool:
         """Return whether the path is a URL."""
         return "://" in self.path
+
+
+def sources_problem(sources: Sequence[Source]) -> str | None:
+    """Say why folders make no mixture; None if they do."""
+    if not sources:
+        return "is empty; name at least one prepared folder"
+    paths = [source.path for source in sources]
+    if repeated := sorted({path for path in paths if paths.count(path) > 1}):
+        return f"names {', '.join(repeated)} more than once; add the weights instead"
+    return None
 
 
 def rows_per_epoch(num_rows: Sequence[int], weights: Sequence[float], multiple: int) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ FILES = "files.json"
 TOKEN_BYTES = "token_bytes.npy"
 INDEX = "index.json"
 COLUMN = "tokens"
+SOURCE = "source"
+"""Beside the column of a row that is read: the index of its source in the mixture."""
 SHARD_HASH = "sha256"
 ZSTD = "zstd"
 TRAIN, VALIDATION = "train", "validation"
@@ -136,6 +138,31 @@ def fit_problems(path: str, manifest: dict[str, Any], sequence_length: int, voca
             f"{path}: its tokenizer has {manifest['vocab_size']} tokens, but the model has {vocab_size}; set "
             f"model.vocab_size to {manifest['vocab_size']} or more"
         )
+
+
+def unlike_problem(
+    path: str, manifest: dict[str, Any], other: str, of_other: dict[str, Any], tokenizer: Path
+) -> str | None:
+    """Say why two prepared folders cannot be read in one run; None if they can.
+
+    Args:
+        path: of a folder.
+        manifest: of that folder.
+        other: path of the other one.
+        of_other: manifest of that one.
+        tokenizer: file of that one.
+    """
+    if manifest["tokenizer"]["fingerprint"] != of_other["tokenizer"]["fingerprint"]:
+        return (
+            f"{path}: was prepared with a different tokenizer than {other}; prepare it again with "
+            f"--tokenizer {tokenizer}"
+        )
+    if manifest["end_of_document"] != of_other["end_of_document"]:
+        return (
+            f"{path}: ends documents with token {manifest['end_of_document']}, but {other} with token "
+            f"{of_other['end_of_document']}; prepare it again with the --end-of-document of {other}"
+        )
+    return None
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:

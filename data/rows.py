@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.light_streaming import import_streaming
-from data.prepared import COLUMN
+from data.prepared import COLUMN, SOURCE
 from data.urls import redacted
 
 import_streaming()
@@ -64,16 +64,17 @@ class RowDataset(StreamingDataset):
         return max(self.position, (epoch, 0))
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """Return a row.
+        """Return a row, and the index of its source.
 
         Raises:
             DataError: it holds a token that the model does not have, on which a GPU would stop without a reason.
         """
-        tokens = self._tokens(*self.spanner[sample_id])
+        number, index = self.spanner[sample_id]
+        tokens = self._tokens(number, index)
         row: dict[str, Any] = super().get_item(sample_id, retry) if tokens is None else {COLUMN: tokens}
+        row[SOURCE] = int(self.stream_per_shard[number])
         if self.vocab_size is not None and (largest := int(row[COLUMN].max())) >= self.vocab_size:
-            number, _ = self.spanner[sample_id]
-            stream, shard = self.streams[self.stream_per_shard[number]], self.shards[number]
+            stream, shard = self.streams[row[SOURCE]], self.shards[number]
             path = Path(stream.local, stream.split, shard.file_pairs[0][0].basename)
             raise DataError(
                 f"{path}: holds token {largest}, but the model has {self.vocab_size} tokens; copy or prepare the "

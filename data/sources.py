@@ -29,6 +29,7 @@ from data.prepared import (
     read_index,
     read_manifest,
     stored_file,
+    unlike_problem,
 )
 from data.shared_memory import is_local_leader
 from data.urls import redacted
@@ -153,7 +154,7 @@ def open_sources(
 
     Raises:
         DataError: a folder is missing or damaged, was prepared with another sequence length, with a vocabulary larger
-            than `vocab_size`, or with another tokenizer than the first one.
+            than `vocab_size`, or with another tokenizer or end of documents than the first one.
     """
     opened = [open_source(source, cache) for source in sources]
     first = opened[0]
@@ -161,11 +162,8 @@ def open_sources(
         path, manifest = source.source.path, source.manifest
         if problems := list(fit_problems(path, manifest, sequence_length, vocab_size)):
             raise DataError("\n".join(problems))
-        if manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
-            raise DataError(
-                f"{path}: was prepared with a different tokenizer than {first.source.path}; prepare it again with "
-                f"--tokenizer {first.tokenizer_path}"
-            )
+        if problem := unlike_problem(path, manifest, first.source.path, first.manifest, first.tokenizer_path):
+            raise DataError(problem)
     return opened
 
 

@@ -27,7 +27,7 @@ from launcher.training.meter import EVALUATED, TRAINED
 from launcher.training.record import manifest_of, skip_advice, summary
 from launcher.training.rollback import give_up, has_not_recovered, rollback_note
 from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
-from launcher.training.step import StepResult, in_pieces, open_data, train_step
+from launcher.training.step import StepResult, data_for, in_pieces, train_step
 from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.tasks import NUM_SCORED
 from launcher.training.teacher import open_teacher
@@ -72,6 +72,8 @@ def train(
             due = timetable.after(at.step, phase, ranks)
             if due.logging:
                 log_steps(run, result)
+            if due.phase_ends:
+                run.meter.phase_ended()
             if due.deciding and has_not_recovered(run.guard, phase, run.rollbacks, ranks, console):
                 run.pulse.now("start", at.step)
                 run.saver.wait()
@@ -105,10 +107,8 @@ def switch(run: LoopState, phase: Phase) -> None:
     """Enter a phase: data, teacher, model and optimizer cross the transition; a collective."""
     plan, ranks, at = run.plan, run.ranks, run.at
     run.pulse.now("switch", at.step)
-    if phase.transition.data == "restart":
-        run.data.close()
-        run.data = open_data(plan, ranks, at.step)
-        run.batches = iter(run.data)
+    if (data := data_for(plan, ranks, phase, run.data)) is not run.data:
+        run.data, run.batches = data, iter(data)
     needed = islice(run.batches, batches_needed(phase, plan))
     upcoming = list(in_pieces(needed, plan.length_at(at.step)))
     run.batches = chain(upcoming, run.batches)
@@ -172,6 +172,7 @@ def take_step(run: LoopState) -> StepResult:
         )
     if run.plan.config.training.compile is True:
         report_compiled(run, compiling.num_calls - calls_before)
+    run.meter.drew(run.phase.sources, run.data.drawn(run.plan.micro_batches_at(at.step)))
     at.step = run.plan.steps_after(at.step)
     run.longest_skip[0].add_(1).mul_(result.skipped)
     run.longest_skip[1] = run.longest_skip.max()
@@ -248,7 +249,7 @@ def save(run: LoopState, *, milestone: bool, must: bool) -> None:
     """Write a checkpoint, in the background if the configuration says so."""
     run.pulse.now("save", run.at.step)
     manifest = manifest_of(
-        run.plan, run.ranks, run.at, run.data.fingerprint, run.guard, run.teacher, milestone=milestone
+        run.plan, run.ranks, run.at, run.fingerprints[run.at.phase], run.guard, run.teacher, milestone=milestone
     )
     run.saver.save(run.engine, manifest=manifest, config_text=run.folder.config_text, must=must)
     run.meter.saved(run.saver.stalled_seconds)

@@ -65,7 +65,10 @@ def _section_advice(value: Any, section: Any) -> str:
 def owner_at(kind: Any, location: Sequence[str]) -> Any:
     """The dataclass at ``location`` under the type ``kind``."""
     for key in location:
-        kind = typing.get_args(kind)[0] if key.isdecimal() else typing.get_type_hints(_dataclass_of(kind))[key]
+        if key.isdecimal():
+            kind = typing.get_args(next(each for each in _options(kind) if typing.get_origin(each) is tuple))[0]
+        else:
+            kind = typing.get_type_hints(_dataclass_of(kind))[key]
     return _dataclass_of(kind)
 
 

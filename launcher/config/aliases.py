@@ -79,6 +79,8 @@ _NAMES_IN_SECTION = {
     "phases.N.steps": "length num_steps max_steps duration total_steps",
     "phases.N.tokens": "num_tokens max_tokens total_tokens",
     "phases.N.precision": "bits name type",
+    "phases.N.sources": "data dataset datasets data_path train_data mixture data_mixture paths path",
+    "phases.N.sequence_length": "seq_len seq_length max_seq_len max_seq_length max_length block_size",
     "phases.N.quantization": "quant method preset recipe",
     "phases.N.transition": "ramp optimizer schedule",
     "phases.N.transition.calibration": "gptq ptq calibrate",

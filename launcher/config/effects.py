@@ -42,11 +42,9 @@ def model_keys_have_an_effect(model: ModelConfig) -> Problems:
 
 
 def data_keys_have_an_effect(data: DataConfig) -> Problems:
-    """Blocks need shuffling, a cache needs a remote source, and a weight another source."""
+    """Blocks need shuffling, and a weight another source."""
     if not data.shuffle:
         yield from _idle(data, "data", "shuffle_block_rows", "data.shuffle is false")
-    if not any(source.is_remote for source in data.sources):
-        yield from _idle(data, "data", "cache", "no source is remote")
     if len(data.sources) == 1:
         yield from _idle(data.sources[0], "data.sources.0", "weight", "there is no other source")
 
@@ -81,9 +79,11 @@ def averaging_keys_have_an_effect(averaging: AveragingConfig, phases: "tuple[Pha
 
 
 def phase_keys_have_an_effect(phases: "tuple[PhaseConfig, ...]") -> Problems:
-    """Weights have groups, and a ramp has steps, where something is said of them."""
+    """A weight has another source, weights have groups, and a ramp has steps, where something is said of them."""
     for index, phase in enumerate(phases):
         path, quantization = f"phases.{index}", phase.quantization
+        if phase.sources is not None and len(phase.sources) == 1:
+            yield from _idle(phase.sources[0], f"{path}.sources.0", "weight", "there is no other source")
         if quantization and quantization.granularity != "group":
             reason = f"granularity is {quantization.granularity}; for groups, set granularity: group"
             yield from _idle(quantization, f"{path}.quantization", "group_size", reason)

@@ -18,6 +18,7 @@ from data.urls import url_problem
 from launcher.config.averaging import averaged_weights_are_there, averages_are_of_16_bit_phases
 from launcher.config.effects import EFFECTS, LENGTHS
 from launcher.config.engine import OWNED_DEEPSPEED_KEYS, REFUSED_DEEPSPEED_KEYS, EngineConfig
+from launcher.config.mixtures import named_sources, phase_lengths_divide_the_length, remote_sources_have_a_cache
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.transition import TransitionConfig
 from launcher.config.warmups import batch_stages_lead_to_the_batch, length_stages_divide_the_length
@@ -97,13 +98,13 @@ def sequences_fit_the_model(model: ModelConfig, data: DataConfig) -> Problems:
         yield "data.sequence_length", f"is {length}; must be at most model.max_sequence_length {longest}"
 
 
-def data_paths_name_no_home(data: DataConfig) -> Problems:
+def data_paths_name_no_home(data: DataConfig, phases: "Phases") -> Problems:
     """No shell replaces a `~` in the paths of the data."""
     if problem := mistaken_path(data.cache or ""):
         yield "data.cache", problem
-    for index, source in enumerate(data.sources):
+    for path, source in named_sources(data, phases):
         if problem := mistaken_path(source.path):
-            yield f"data.sources.{index}.path", problem
+            yield f"{path}.path", problem
 
 
 def batch_is_whole_sequences(data: DataConfig, training: "TrainingConfig") -> Problems:
@@ -393,6 +394,8 @@ RULES: tuple[Rule, ...] = (
     micro_batches_fill_the_batch,
     batch_stages_lead_to_the_batch,
     length_stages_divide_the_length,
+    phase_lengths_divide_the_length,
+    remote_sources_have_a_cache,
     compiled_blocks_stay_whole,
     a_phase_is_listed,
     fractions_are_of_one_run,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.config import DataConfig
+from data.mixture import Source, sources_problem
 from data.urls import url_problem
 from eval.tasks import choose_tasks
 from launcher.config.averaging import AveragingConfig
@@ -195,6 +196,12 @@ class PhaseConfig:
     """Length in tokens, rounded up to whole steps."""
     fraction: float | Literal["rest"] | None = None
     """Length as a share of training.total_steps or total_tokens; `rest`: what the other phases leave of them."""
+    sources: tuple[Source, ...] | None = None
+    """The prepared folders to mix from this phase on; null: those of the phase before, at first `data.sources`. A
+    mixture that was used before goes on where it stopped."""
+    sequence_length: int | None = None
+    """Tokens of a sequence from this phase on: rows are cut into pieces of this length, which must divide
+    data.sequence_length; null: that of the phase before, at first data.sequence_length."""
     quantization: QuantConfig | None = None
     """What is quantized in a ternary phase, and how; null: BitNet b1.58 with scales of least squared error."""
     transition: TransitionConfig | None = None
@@ -207,7 +214,10 @@ class PhaseConfig:
         given = [name for name in ("steps", "tokens", "fraction") if getattr(self, name) is not None]
         if len(given) != 1:
             problems["steps"] = f"give exactly one of steps, tokens and fraction, not {' and '.join(given) or 'none'}"
-        problems |= _at_least(self, "steps", 1) | _at_least(self, "tokens", 1)
+        for name in ("steps", "tokens", "sequence_length"):
+            problems |= _at_least(self, name, 1)
+        if self.sources is not None and (problem := sources_problem(self.sources)):
+            problems["sources"] = problem
         if isinstance(self.fraction, float | int) and not 0 < self.fraction <= 1:
             problems["fraction"] = f"is {self.fraction}; must be above 0 and at most 1"
         transition = self.transition or TransitionConfig()

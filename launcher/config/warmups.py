@@ -77,12 +77,15 @@ def batch_stages_lead_to_the_batch(training: "TrainingConfig", data: DataConfig)
 
 def length_stages_divide_the_length(training: "TrainingConfig", data: DataConfig) -> Iterator[tuple[str, str]]:
     """Rows are cut into pieces of equal length."""
-    full = data.sequence_length
     for index, stage in enumerate(training.sequence_warmup):
-        if stage.length >= full or full % stage.length:
-            would = [str(full // parts) for parts in range(2, min(full, 1000) + 1) if full % parts == 0][:6]
-            yield (
-                f"training.sequence_warmup.{index}.length",
-                f"is {stage.length}; must divide data.sequence_length {full} and be below it"
-                + (f", such as {', '.join(would)}" if would else ""),
-            )
+        if problem := length_problem(stage.length, data.sequence_length):
+            yield f"training.sequence_warmup.{index}.length", problem
+
+
+def length_problem(length: int, full: int) -> str | None:
+    """Say why rows of ``full`` tokens cannot be cut into shorter pieces of this length; None if they can."""
+    if length < full and full % length == 0:
+        return None
+    would = [str(full // parts) for parts in range(2, min(full, 1000) + 1) if full % parts == 0][:6]
+    such_as = f", such as {', '.join(would)}" if would else ""
+    return f"is {length}; must divide data.sequence_length {full} and be below it{such_as}"

@@ -119,19 +119,30 @@ def _training(exportable: Exportable, config: Config, manifest: Manifest) -> lis
         if phase.start < manifest.step
     ]
     tokens, largest = manifest.tokens, course.tokens_at(max(0, manifest.step - 1))
+    lengths = {length for start, length in course.lengths if start < max(1, manifest.step)}
     up_to = "up to " if course.tokens_at(0) != largest else ""
     lines = [
         "## Training",
         "",
         f"{manifest.step:,} steps of {up_to}{largest:,} tokens, {tokens:,} ({human_count(tokens)}) in all, "
-        f"in sequences of {config.data.sequence_length:,}.",
+        f"in sequences of {'up to ' if len(lengths) > 1 else ''}{max(lengths):,}.",
         "",
         *_table(["phase", "precision", "from step", "to step"], phases),
     ]
+    begun = [phase for phase in course.phases if phase.start < max(1, manifest.step)]
+    mixtures = [phase for phase in begun if not phase.index or phase.sources != begun[phase.index - 1].sources]
     sources = [
-        [f"`{_public(source.path)}`", f"{source.weight:g}", *_prepared(source.path)] for source in config.data.sources
+        [
+            *([f"{phase.start:,}"] if len(mixtures) > 1 else []),
+            f"`{_public(source.path)}`",
+            f"{source.weight:g}",
+            *_prepared(source.path),
+        ]
+        for phase in mixtures
+        for source in phase.sources
     ]
-    lines += ["Data:", "", *_table(["source", "weight", "made from", "documents"], sources)]
+    from_step = ["from step"] if len(mixtures) > 1 else []
+    lines += ["Data:", "", *_table([*from_step, "source", "weight", "made from", "documents"], sources)]
     if exportable.quantization is not None:
         recipe = [[f"`{key}`", f"`{value}`"] for key, value in dataclasses.asdict(exportable.quantization).items()]
         lines += ["Quantization of the phase:", "", *_table(["key", "value"], recipe)]

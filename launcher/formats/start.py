@@ -92,5 +92,6 @@ def check_data(reader: CheckpointReader, data_fingerprint: str) -> None:
     if reader.manifest.data_fingerprint not in (data_fingerprint, None):
         raise CheckpointError(
             f"{reader.folder}: was trained on other data, another mixture or another order; restore the data "
-            "configuration, or begin a new run with checkpoint.start_from and, in the transition, data: restart"
+            "configuration. For other data from here on, begin a new phase with `sources` of its own, or a new run "
+            "with checkpoint.start_from and, in the transition, data: restart"
         )

@@ -122,3 +122,17 @@ def length_stages(batch: GlobalBatch, full: int, warmup: Sequence[tuple[int, int
             )
         starts.append(end)
     return tuple(zip(starts, [*(length for length, _ in warmup), full], strict=True))
+
+
+def shortest_lengths(*of: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The first step and the length of each stretch with one length, where the shortest of several counts.
+
+    Args:
+        of: each as the result, from step 0 on.
+    """
+    found: list[tuple[int, int]] = []
+    for step in sorted({start for stretches in of for start, _ in stretches}):
+        length = min(next(size for start, size in reversed(stretches) if start <= step) for stretches in of)
+        if not found or length != found[-1][1]:
+            found.append((step, length))
+    return tuple(found)

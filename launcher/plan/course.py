@@ -6,19 +6,19 @@ number of ranks, for a conversion, an export or a report; `launcher.plan.plan` d
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from data.config import DataConfig
+from data.mixture import Source
 from launcher.config.optimizer import OptimizerName, RateCurve
 from launcher.config.sections import Config
 from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
-from launcher.plan.batches import GlobalBatch, ceil_div, length_stages
+from launcher.plan.batches import GlobalBatch, ceil_div, length_stages, shortest_lengths
 from launcher.plan.schedule import StepSizes, learning_rate_factor
 from model.config import DistillationConfig
-from model.size import (
-    flops_per_token,
-)
+from model.size import flops_per_token
 from quant.config import QuantConfig
 from quant.ramp import strength_at
 
@@ -35,6 +35,10 @@ class Phase:
     transition: TransitionConfig
     distillation: DistillationConfig | None = None
     optimizer: OptimizerName = "adamw"
+    sources: tuple[Source, ...] = ()
+    """The mixture that it trains on."""
+    sequence_length: int | None = None
+    """Tokens of a sequence, but for stages of `training.sequence_warmup` that are shorter; None: rows are whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class Course:
     config: Config
     batch: GlobalBatch
     lengths: tuple[tuple[int, int], ...]
-    """First step and sequence length of each stage of `training.sequence_warmup`, and of what follows it."""
+    """First step and sequence length of each stretch of one length: by `training.sequence_warmup` and by phases."""
     phases: tuple[Phase, ...]
     rollbacks: Mapping[int, int] = field(default_factory=dict)
     """How often the run has gone back to the beginning of a phase, by the phase's index."""
@@ -203,13 +207,39 @@ class Course:
             for start, end in pairwise([*sorted(starts), self.total_steps])
         )
 
+    def drawn_before(self, step: int, last: Phase) -> dict[tuple[Source, ...], int]:
+        """Rows that each mixture has given in the steps before the one of this number, in order of first use.
+
+        `transition.data: restart` begins a mixture again, and its count with it.
+
+        Args:
+            step: in the phase ``last``, or where it ends.
+            last: its mixture is among those that are counted, even if it has given nothing yet.
+        """
+        drawn: dict[tuple[Source, ...], int] = {}
+        for phase in self.phases[: last.index + 1]:
+            before = 0 if phase.transition.data == "restart" else drawn.get(phase.sources, 0)
+            rows = self.batch.before(min(step, phase.end)) - self.batch.before(phase.start)
+            drawn[phase.sources] = before + rows
+        return drawn
+
     def first_sequence_at(self, step: int) -> int:
-        """Position in the data stream, in sequences, at which the step of this number begins."""
-        origin = 0
-        for phase in self.phases:
-            if phase.start <= step and phase.transition.data == "restart":
-                origin = phase.start
-        return self.batch.before(step) - self.batch.before(origin)
+        """Position in the stream of its phase's mixture, in sequences, at which the step of this number begins."""
+        phase = self._begun_at(step)
+        return self.drawn_before(step, phase)[phase.sources]
+
+    def data_at(self, step: int) -> DataConfig:
+        """The data of the phase that the step of this number belongs to; after the last step, those of the last."""
+        return self.data_of(self._begun_at(step))
+
+    def data_of(self, phase: Phase) -> DataConfig:
+        """The data that a phase trains on; those of the run, but for its own mixture."""
+        data = self.config.data
+        return data if phase.sources == data.sources else replace(data, sources=phase.sources, prepare=None)
+
+    def _begun_at(self, step: int) -> Phase:
+        """The last phase that begins with the step of this number or before it."""
+        return next(phase for phase in reversed(self.phases) if phase.start <= step)
 
 
 def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> Course:
@@ -228,10 +258,11 @@ def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> C
         [(stage.sequences, stage.until_tokens) for stage in training.batch_warmup],
         length,
     )
-    lengths = length_stages(batch, length, [(stage.length, stage.until_tokens) for stage in training.sequence_warmup])
+    stages = length_stages(batch, length, [(stage.length, stage.until_tokens) for stage in training.sequence_warmup])
     phases = _resolve_phases(config, batch, rollbacks or {})
+    lengths = shortest_lengths(stages, [(phase.start, phase.sequence_length or length) for phase in phases])
     total_steps = phases[-1].end
-    for key, last_start in (("batch_warmup", batch.stages[-1].start), ("sequence_warmup", lengths[-1][0])):
+    for key, last_start in (("batch_warmup", batch.stages[-1].start), ("sequence_warmup", stages[-1][0])):
         if last_start >= total_steps:
             last = len(getattr(training, key)) - 1
             raise ConfigError(
@@ -333,6 +364,7 @@ def _ends_of_phases(config: Config, batch: GlobalBatch) -> list[int]:
 def _resolve_phases(config: Config, batch: GlobalBatch, rollbacks: Mapping[int, int]) -> tuple[Phase, ...]:
     phases: list[Phase] = []
     optimizer, factor = config.optimizer.name, config.optimizer.ternary_learning_rate_factor
+    of_data: tuple[tuple[Source, ...], int | None] = (config.data.sources, None)
     for index, (phase, end) in enumerate(zip(config.phases, _ends_of_phases(config, batch), strict=True)):
         start = phases[-1].end if phases else 0
         steps = end - start
@@ -362,7 +394,8 @@ def _resolve_phases(config: Config, batch: GlobalBatch, rollbacks: Mapping[int, 
                 )
             transition = transition.stretched(rollbacks.get(index, 0), after_steps)
         optimizer = transition.optimizer_name or optimizer
+        of_data = (phase.sources or of_data[0], phase.sequence_length or of_data[1])
         phases.append(
-            Phase(index, phase.precision, start, end, quantization, transition, phase.distillation, optimizer)
+            Phase(index, phase.precision, start, end, quantization, transition, phase.distillation, optimizer, *of_data)
         )
     return tuple(phases)

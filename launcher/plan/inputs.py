@@ -6,19 +6,23 @@ and small manifests are read here; URLs and data sets of a hub are left to the l
 """
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from data.config import PrepareConfig
 from data.errors import DataError
 from data.hub_tokenizer import is_on_hub
-from data.prepared import fit_problems, is_yet_to_be_prepared, read_manifest
+from data.mixture import rows_per_epoch
+from data.prepared import TRAIN, fit_problems, is_compressed, is_yet_to_be_prepared, read_manifest, unlike_problem
 from data.survey import check_input, is_path
 from data.tokenizer import TRAINED_SPEC, load_tokenizer
 from eval.tasks import task_problems
 from launcher.config.averaging import without_averaged
+from launcher.config.mixtures import named_sources
 from launcher.config.sections import Config
 from launcher.plan.course import make_course
 
@@ -72,11 +76,12 @@ def _is_complete(config: Config) -> bool:
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:
-    """Local folders of tokens; not the one that the run makes itself."""
-    if _to_prepare(config) is None:
-        for index, source in enumerate(config.data.sources):
-            if not source.is_remote:
-                yield f"data.sources.{index}.path", source.path
+    """Local folders of tokens, each once; not the one that the run makes itself."""
+    seen = {source.path for source in config.data.sources} if _to_prepare(config) else set()
+    for key, source in named_sources(config.data, config.phases):
+        if not source.is_remote and source.path not in seen:
+            seen.add(source.path)
+            yield f"{key}.path", source.path
 
 
 def _to_prepare(config: Config) -> PrepareConfig | None:
@@ -85,21 +90,42 @@ def _to_prepare(config: Config) -> PrepareConfig | None:
 
 
 def _source_problems(config: Config) -> Iterator[tuple[str, str]]:
-    first: tuple[str, str] | None = None
+    manifests: dict[str, dict[str, Any]] = {}
     for key, path in _sources(config):
         try:
             manifest = read_manifest(Path(path))
+            if config.data.cache is None and is_compressed(Path(path), manifest):
+                yield "data.cache", f"is needed for {path}, whose shards are compressed; name a folder on each node"
         except DataError as error:
             yield key, str(error)
             continue
+        manifests[path] = manifest
         for problem in fit_problems(path, manifest, config.data.sequence_length, config.model.vocab_size):
             yield key, problem
-        tokenizer = manifest["tokenizer"]
-        if not (Path(path) / tokenizer["file"]).is_file():
-            yield key, f"{path}/{tokenizer['file']}: missing; copy the folder again"
-        first = first or (path, tokenizer["fingerprint"])
-        if tokenizer["fingerprint"] != first[1]:
-            yield key, f"{path}: was prepared with another tokenizer than {first[0]}; prepare it again with that"
+        tokenizer = Path(path) / manifest["tokenizer"]["file"]
+        if not tokenizer.is_file():
+            yield key, f"{tokenizer}: missing; copy the folder again"
+        first, of_first = next(iter(manifests.items()))
+        if unlike := unlike_problem(path, manifest, first, of_first, Path(first) / of_first["tokenizer"]["file"]):
+            yield key, unlike
+    yield from _mixture_problems(config, {path: each["splits"][TRAIN]["rows"] for path, each in manifests.items()})
+
+
+def _mixture_problems(config: Config, rows: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Mixtures whose epoch has no batch, or nothing of a source; of those whose rows are known, by path."""
+    course = make_course(config)
+    multiple = math.lcm(course.batch.unit, config.data.canonical_nodes)
+    for phase in {phase.sources: phase for phase in reversed(course.phases)}.values():  # each where it is used first
+        if all(source.path in rows for source in phase.sources):
+            try:
+                rows_per_epoch(
+                    [rows[source.path] for source in phase.sources],
+                    [source.weight for source in phase.sources],
+                    multiple,
+                )
+            except DataError as error:
+                is_own = config.phases[phase.index].sources is not None
+                yield f"phases.{phase.index}.sources" if is_own else "data.sources", str(error)
 
 
 def _texts(config: Config) -> Iterator[tuple[str, str]]:

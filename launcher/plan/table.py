@@ -14,6 +14,7 @@ from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
 from launcher.plan.muon import muon_flops
 from launcher.plan.plan import Plan
+from launcher.plan.sources import drawn_by_source, source_rows
 from launcher.plan.traffic import describe_traffic
 from launcher.process.console import Console, human_bytes, human_count, human_time
 from model.size import (
@@ -79,6 +80,7 @@ def describe_surroundings(plan: Plan, gpu: tuple[str, Gpu] | None, utilization: 
     if gpu is not None:
         hours = numbers["total_flops"] / (utilization * gpu[1].peak_flops_per_second * plan.world_size) / 3600
     return {
+        "sources": drawn_by_source(plan),
         "time": {"hours": hours, "gpu": gpu and gpu[0], "utilization": utilization},
         "disk": disk_of(plan, numbers["checkpoints_kept"], exports),
         "exports": [{"name": each.name, "problems": each.problems, "bytes": each.num_bytes} for each in exports],
@@ -128,6 +130,7 @@ def surrounding_rows(found: dict[str, Any]) -> list[list[str]]:
     parts = f"{human_bytes(disk['checkpoints_bytes'])} checkpoints, {human_bytes(disk['exports_bytes'])} exports"
     lacks = disk["free_bytes"] is not None and disk["free_bytes"] < disk["needed_bytes"]
     return [
+        *source_rows(found["sources"]),
         ["time", took],
         ["disk", f"{parts}; {free} in {disk['place']}{': TOO LITTLE' if lacks else ''}"],
         *[[f"export {each['name']}", _export_in_words(each)] for each in found["exports"]],

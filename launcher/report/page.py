@@ -20,6 +20,7 @@ from launcher.report.plots import PANELS, THEME, Panel, loss_figure, panel_figur
 from launcher.report.quant_plots import HEAT_MAP_NOTE, HEAT_MAPS, QUANT_PANELS, heat_map_figure
 from launcher.report.summary import (
     COMPARED,
+    PhaseSummary,
     RunSummary,
     duration,
     percent,
@@ -88,6 +89,9 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
     yield _table(*_phases(summaries))
     if any(len(summary.phases) > 1 for summary in summaries):
         yield f'<p class="note">{COMPARED}</p>'
+    if any(phase.tokens_by_source for summary in summaries for phase in summary.phases):
+        yield "<h2>Data</h2>"
+        yield _table(("Phase", "Source", "Tokens drawn", "Share"), _source_rows(summaries))
     yield "<h2>Loss</h2>"
     caption = (
         "Faint: every logged training loss. Bold: its level, by least-squares lines through nearby losses of the same "
@@ -233,7 +237,7 @@ def _phase_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
         for phase in summary.phases:
             share = phase.model_flops_utilization
             yield (
-                (f"run {number}, " if len(summaries) > 1 else "") + f"phase {phase.index}: {phase.precision}",
+                _phase_name(number, summaries, phase),
                 f"{phase.steps:,}" + (f" of {phase.planned_steps:,}" if phase.planned_steps else ""),
                 human_count(phase.tokens),
                 _decimal(phase.train_loss),
@@ -241,6 +245,20 @@ def _phase_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
                 MISSING if phase.tokens_per_second is None else human_count(phase.tokens_per_second),
                 MISSING if share is None else f"{share:.1%}",
             )
+
+
+def _source_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the table of sources: what each phase has drawn from each."""
+    for number, summary in enumerate(summaries, start=1):
+        for phase in summary.phases:
+            for path, tokens in phase.tokens_by_source.items():
+                share = tokens / sum(phase.tokens_by_source.values())
+                yield _phase_name(number, summaries, phase), redacted(path), human_count(tokens), f"{share:.1%}"
+
+
+def _phase_name(number: int, summaries: Sequence[RunSummary], phase: PhaseSummary) -> str:
+    """A phase as the page calls it: with its run, if there are several."""
+    return (f"run {number}, " if len(summaries) > 1 else "") + f"phase {phase.index}: {phase.precision}"
 
 
 _TRANSITION_FACTS = (

@@ -29,6 +29,7 @@ from launcher.config.sections import SILENT_BEATS
 from launcher.errors import ConfigError, UserError
 from launcher.plan.batches import GlobalBatch
 from launcher.process.console import human_count, human_time
+from launcher.run.metrics_log import DRAWN
 from launcher.run.requeue import read_lines
 
 HEARTBEAT_SECONDS = 60
@@ -86,6 +87,8 @@ class RunStatus:
     """Starts but the first."""
     loss: float | None = None
     """Training loss as last logged."""
+    tokens_by_source: dict[str, int] = field(default_factory=dict)
+    """Tokens drawn from each source so far, as last logged; empty of a run with a single one."""
     message: str | None = None
     """Why it failed or was stopped, or who is not heard of."""
     notes: list[str] = field(default_factory=list)
@@ -133,6 +136,8 @@ def status_of(run: Path, now: float) -> RunStatus:
         if row:
             status.step, status.tokens_per_second = int(row["step"]), float(row["throughput/tokens_per_second"])
             status.loss = float(row["train/loss"]) if "train/loss" in row else None  # left out where it is not finite
+            drawn = {key.removeprefix(DRAWN): int(value) for key, value in row.items() if key.startswith(DRAWN)}
+            status.tokens_by_source = {safe_message(path): tokens for path, tokens in drawn.items()}
     with _noting("starts.jsonl", notes):
         lines = [line for line in (run / "starts.jsonl").read_bytes().splitlines() if line.strip()]
         starts = read_lines(run / "starts.jsonl", "step")
@@ -277,6 +282,9 @@ def show(statuses: Sequence[RunStatus]) -> RenderableType:
         lines = (status.message or "").strip().splitlines()
         if len(lines) > MESSAGE_LINES:
             lines = [f"... (all of it is in {status.run}/state.json)", *lines[-MESSAGE_LINES:]]
+        if status.tokens_by_source:
+            drawn = (f"{human_count(tokens)} from {path}" for path, tokens in status.tokens_by_source.items())
+            lines.append(f"tokens drawn: {', '.join(drawn)}")
         if lines := [*lines, *status.notes]:
             text = Text(printable("\n".join(lines)))
             below += [Text(f"\n{printable(status.run)}", style="bold"), Padding(text, (0, 0, 0, 2))]

@@ -31,6 +31,7 @@ from launcher.report.history import (
     find_transitions,
     read_history,
 )
+from launcher.run.metrics_log import DRAWN
 from launcher.run.recovery import Transition
 from launcher.run.requeue import read_lines
 
@@ -71,6 +72,8 @@ class PhaseSummary:
     """Median over the logged steps, all ranks together."""
     model_flops_utilization: float | None
     """Median over the logged steps, 0 to 1."""
+    tokens_by_source: Mapping[str, int]
+    """Tokens that the phase has drawn from each source; empty in a run with a single one."""
 
     @property
     def is_complete(self) -> bool:
@@ -285,7 +288,19 @@ def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[i
         averaged_bits_per_byte=_last_of(parts.get(AVERAGED)),
         tokens_per_second=_median(parts.get(THROUGHPUT)),
         model_flops_utilization=_median(parts.get("throughput/model_flops_utilization")),
+        tokens_by_source=_drawn(history, span.index),
     )
+
+
+def _drawn(history: History, phase: int) -> dict[str, int]:
+    """Tokens by source: the last count of a phase, less the last one before it."""
+    found = {}
+    for key, series in history.series.items():
+        if key.startswith(DRAWN):
+            by_end, before = (series.values[of] for of in (series.phases <= phase, series.phases < phase))
+            if tokens := int(by_end.max(initial=0)) - int(before.max(initial=0)):
+                found[key.removeprefix(DRAWN)] = tokens
+    return found
 
 
 def _median(series: Series | None) -> float | None:

@@ -21,7 +21,7 @@ from launcher.config.file import DERIVED_KEYS, parse_yaml
 from launcher.errors import ConfigError
 from launcher.plan.course import Course
 from launcher.plan.plan import Plan
-from launcher.run.changes import changes, course_of, schedule_note, too_short, ways_on
+from launcher.run.changes import changes, course_of, new_phase, schedule_note, too_short, ways_on
 from launcher.run.folder import RunFolder
 
 OWNER = "owner.json"
@@ -137,14 +137,14 @@ def check_checkpoint(reader: CheckpointReader, folder: RunFolder, plan: Plan) ->
         before = parse_yaml((reader.folder / CONFIG).read_text(), str(reader.folder / CONFIG))
     for derived in DERIVED_KEYS:
         before.pop(derived, None)
-    differing = changes(before, folder.config)
+    earlier, step = course_of(before), reader.manifest.step
+    differing = changes(before, folder.config, reader.manifest.progress.phase if earlier else None)
     refused = [change for change in differing if not change.is_allowed]
-    earlier = course_of(before)
-    note = schedule_note(earlier, plan, reader.manifest.step) if earlier else []
+    note = schedule_note(earlier, plan, step) if earlier else []
     if refused:
         lines = [f"{reader.folder} was trained with another configuration than that of {folder.path}:"]
         lines += [change.line(reader.folder.name) for change in refused]
-        ways = too_short(plan.total_steps, reader.manifest.step, folder.config) or ways_on(refused, folder.config)
+        ways = too_short(plan.total_steps, step, folder.config) or ways_on(refused, folder.config, earlier, step)
         raise ConfigError("\n".join([*lines, *note, ways]))
     check_position(reader, earlier, plan)
     return [change.line(reader.folder.name) for change in differing] + note if differing else []
@@ -180,4 +180,12 @@ def check_position(reader: CheckpointReader, before: Course | None, plan: Plan) 
         raise ConfigError(
             f"phases: {reader.folder} is at step {at.step}, in phase {at.phase}, and that phase now {place}; keep the "
             "lengths of what is trained, or begin another run with checkpoint.start_from"
+        )
+    if before is None:
+        return
+    read, would = (list(each.drawn_before(at.step, each.phases[at.phase]).values()) for each in (before, plan))
+    if read != would:
+        raise ConfigError(
+            f"phases: {reader.folder} has read {read} rows of the mixtures of its phases, which would be {would} now. "
+            f"{new_phase(before, at.step)}"
         )

@@ -1,6 +1,7 @@
 """What differs between two configurations of one run, and what a person can do about it."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from launcher.config.automatic import AUTO, AUTOMATIC
 from launcher.config.file import flat_lines, parse_config, to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
-from launcher.plan.course import Course, make_course
+from launcher.plan.course import Course, Phase, make_course
 
 MAY_CHANGE = (
     "run.allow_changes",
@@ -50,15 +51,17 @@ class Change:
         return f"  {self.key}: {self.before} in {where}, {self.now} now"
 
 
-def changes(before: dict[str, Any], now: Config) -> list[Change]:
+def changes(before: dict[str, Any], now: Config, phase: int | None = None) -> list[Change]:
     """The keys in which a run's configuration differs from an earlier one, but for those that decide how it runs.
 
     A key that the earlier one does not have, because it is of a version without it, counts as its default. A key that
-    is `auto` in one of them does not differ: a run takes the value that it began with.
+    is `auto` in one of them does not differ: a run takes the value that it began with. Nor do mixtures of phases that
+    have not begun: nothing was trained on them.
 
     Args:
         before: the earlier one, resolved, as a tree.
         now: that of the run.
+        phase: index of the last phase that has begun; None if that is not known.
     """
     with suppress(ConfigError):
         before = to_tree(parse_config(before, stored=True))
@@ -72,8 +75,17 @@ def changes(before: dict[str, Any], now: Config) -> list[Change]:
             any(key == name or key.startswith(f"{name}.") for name in allowed),
         )
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE) and not is_automatic(key, old, new)
+        if old.get(key) != new.get(key)
+        and not key.startswith(MAY_CHANGE)
+        and not is_automatic(key, old, new)
+        and not is_of_later_mixture(key, phase)
     ]
+
+
+def is_of_later_mixture(key: str, phase: int | None) -> bool:
+    """Return whether a key is of the mixture of a phase after the one of this index."""
+    found = re.match(r"phases\.(\d+)\.sources\b", key)
+    return phase is not None and found is not None and int(found[1]) > phase
 
 
 def is_automatic(key: str, old: Mapping[str, str], new: Mapping[str, str]) -> bool:
@@ -92,16 +104,49 @@ def too_short(total_steps: int, trained_steps: int, now: Config) -> str | None:
     )
 
 
-def ways_on(refused: Iterable[Change], now: Config) -> str:
-    """Say what a person can do whose run would resume with another configuration."""
+def ways_on(refused: Iterable[Change], now: Config, before: Course | None, step: int) -> str:
+    """Say what a person can do whose run would resume with another configuration.
+
+    Args:
+        refused: the keys that differ.
+        now: that of the run.
+        before: the course that it was on, if that is known.
+        step: that it has reached.
+    """
+    refused = list(refused)
     keys = list(dict.fromkeys(known_part(change.key) or change.key for change in refused))
     ways = (
         f"Set {now.run.key_of_path} to begin another run; with checkpoint.start_from=CHECKPOINT it begins with this "
         "one's weights."
     )
+    is_of_data = any(re.match(r"(data|phases\.\d+)\.sources\b", change.key) for change in refused)
     if "run.name" not in keys:
-        ways += f" To go on in this run with the new values, add 'run.allow_changes=[{', '.join(keys)}]'."
-    return ways
+        values = "the same data in another place" if is_of_data else "the new values"
+        ways += f" To go on in this run with {values}, add 'run.allow_changes=[{', '.join(keys)}]'."
+    return f"{new_phase(before, step)} {ways}" if is_of_data else ways
+
+
+def new_phase(before: Course | None, step: int) -> str:
+    """Say how a run goes on with other data.
+
+    Args:
+        before: the course that it is on, if that is known.
+        step: that it has reached.
+    """
+    where = "where it stands"
+    if before is not None and step:
+        phase = begun_phase(before, step)
+        left = f", and {phase.end - step:,} steps of it are left" if step < phase.end else ""
+        where = f"there: it has trained {step - phase.start:,} steps of phase {phase.index}{left}"
+    return (
+        "What a run was trained on does not change. To train on other data from here on, leave the sources as they "
+        f"were and begin a new phase with `sources` of its own {where}. That needs 'run.allow_changes=[phases]'."
+    )
+
+
+def begun_phase(course: Course, step: int) -> Phase:
+    """The phase that the last of so many finished steps belongs to; the first before any step."""
+    return course.phase_of(max(0, min(step, course.total_steps) - 1))
 
 
 def course_of(tree: dict[str, Any]) -> Course | None:

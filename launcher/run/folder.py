@@ -45,7 +45,7 @@ from launcher.config.file import (
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.plan.course import make_course
-from launcher.run.changes import changes, course_of, schedule_note, too_short, ways_on
+from launcher.run.changes import begun_phase, changes, course_of, schedule_note, too_short, ways_on
 from launcher.run.requeue import append_line, read_lines, read_state
 
 LOCK = "lock"
@@ -171,13 +171,15 @@ class RunFolder:
             )
         if (there := configuration_of_run(self.path)) is None:
             return
-        if refused := [change for change in changes(there, self.config) if not change.is_allowed]:
+        before, step = course_of(there), self.last_saved_step() or 0
+        begun = begun_phase(before, step).index if before else None
+        if refused := [change for change in changes(there, self.config, begun) if not change.is_allowed]:
             lines = [f"{self.path} holds a run with another configuration, and a resumed run must keep its own:"]
             lines += [change.line(str(self.path)) for change in refused]
-            course, step = make_course(self.config), self.last_saved_step() or 0
-            if (before := course_of(there)) is not None:
+            course = make_course(self.config)
+            if before is not None:
                 lines += schedule_note(before, course, step)
-            ways = too_short(course.total_steps, step, self.config) or ways_on(refused, self.config)
+            ways = too_short(course.total_steps, step, self.config) or ways_on(refused, self.config, before, step)
             raise ConfigError("\n".join([*lines, ways]))
 
     def claim(self) -> None:

@@ -31,6 +31,9 @@ TENSORBOARD_TAGS = {
 }
 """Tags that are not the key of the row: TensorBoard sorts groups by name, and so opens on the losses."""
 
+DRAWN = "data/tokens/"
+"""Beginning of the keys that count the tokens of the run so far by source; its path follows."""
+
 OLD_TAG = b"\n\ntrain/loss"
 """The tag of the training loss in files of older versions: its field, its length and its text."""
 
@@ -63,9 +66,13 @@ class MetricsLog:
         """The keys of all rows of the step that the run goes on from."""
         self.elapsed_seconds = max((row.get("time/elapsed_seconds", 0.0) for row in kept), default=0.0)
         self.spikes = SpikeWatch()
+        self.drawn: dict[int, dict[str, int]] = {}
+        """By phase, the last counts of tokens by source that it has, as they are in the row."""
         for row in kept:
             if "train/learning_rate" in row:
                 self.spikes.add(row)
+                if tokens := {key: value for key, value in row.items() if key.startswith(DRAWN)}:
+                    self.drawn[row["phase"]] = tokens
         self._feeds = feeds
         self._tensorboard = None
         self._tags = {} if has_old_tags(folder / "tensorboard") else TENSORBOARD_TAGS

@@ -43,8 +43,9 @@ def set_switch(tree: dict[str, Any], share: float) -> None:
 def baseline_of(config: Config, baseline: Baseline) -> Config:
     """The baseline of an arm's configuration.
 
-    With `schedule.decay_from_phase` the phases keep their lengths, since the schedule depends on them. Otherwise they
-    become one, and arms that differ in the switch alone have one baseline.
+    With `schedule.decay_from_phase`, or phases that have data of their own, the phases keep their lengths, since the
+    schedule or the data depend on them. Otherwise they become one, and arms that differ in the switch alone have one
+    baseline.
 
     Raises:
         ConfigError: lists what does not fit.
@@ -58,10 +59,11 @@ def baseline_of(config: Config, baseline: Baseline) -> Config:
         "quantization": quantization if precision == "ternary" else None,
         "distillation": None,
     }
-    if config.schedule.decay_from_phase is None:
+    first, *later = config.phases
+    if config.schedule.decay_from_phase is None and not any(phase.sources or phase.sequence_length for phase in later):
         has_total = config.training.total_steps or config.training.total_tokens
         length: dict[str, Any] = {"fraction": 1.0} if has_total else {"steps": make_course(config).total_steps}
-        phases = [PhaseConfig(**length, **about)]
+        phases = [PhaseConfig(**length, **about, sources=first.sources, sequence_length=first.sequence_length)]
     else:
         phases = [replace(phase, transition=_without_ramps(phase.transition), **about) for phase in config.phases]
     optimizer = config.optimizer

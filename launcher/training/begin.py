@@ -33,6 +33,7 @@ from launcher.training.averaging import average_note, begin_average
 from launcher.training.guard import SpikeGuard
 from launcher.training.held_out import HeldOut
 from launcher.training.meter import Meter
+from launcher.training.mixtures import DrawnTokens, phase_fingerprints
 from launcher.training.record import check_resumed
 from launcher.training.rollback import discard_given_up
 from launcher.training.step import Batches, open_data
@@ -58,6 +59,9 @@ class LoopState:
     rollbacks: Mapping[int, Rollback]
     at: Progress
     data: TrainingData
+    """Of the phase that the next step belongs to."""
+    fingerprints: tuple[str, ...]
+    """Of the data up to each phase."""
     batches: Batches
     engine: Engine
     guard: SpikeGuard
@@ -99,13 +103,14 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     pulse.now("start", at.step)
     phase = plan.phases[at.phase] if at.phase >= 0 else None
     data = open_data(plan, ranks, at.step)
+    fingerprints = phase_fingerprints(plan, ranks, data)
     engine = build_engine(plan, phase, ranks)
     engine.keep_apart(data.first_token)
     upcoming = plan.phases[config.checkpoint.start_phase]
     begin_average(engine, plan, phase if phase and reader else upcoming)
     guards_switch = any(phase.transition.rollback for phase in plan.phases)
     guard = SpikeGuard(config.training.skip_outliers, smooths=guards_switch, ranks=ranks)
-    fill(engine, plan, ranks, reader, data, guard, console)
+    fill(engine, plan, ranks, reader, fingerprints[max(at.phase, 0)], guard, console)
     if reader is not None:
         console.line(f"Resuming {config.run.name} after step {at.step}, from {reader.folder}")
 
@@ -136,7 +141,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
                     f"WARNING: {folder.path / 'metrics.jsonl'} had {log.num_damaged} damaged lines. They are left out, "
                     "and the file as it was is set aside beside it."
                 )
-    meter = Meter(plan, ranks, log, console, at)
+    meter = Meter(plan, ranks, log, console, at, DrawnTokens(plan, ranks, log))
     saver = Saver(
         folder.checkpoints,
         ranks,
@@ -164,6 +169,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
         rollbacks=rollbacks,
         at=at,
         data=data,
+        fingerprints=fingerprints,
         batches=iter(data),
         engine=engine,
         guard=guard,
@@ -178,7 +184,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
         teacher=teacher,
         telemetry=telemetry,
     )
-    closing.callback(lambda: run.data.close())  # another one after a switch that restarts it
+    closing.callback(lambda: run.data.close())  # another one after a switch to other data
     if reader is not None:
         run.logged = value_of_first(sorted(log.keys_of_step) if log else [])
     return run
@@ -189,7 +195,7 @@ def fill(
     plan: Plan,
     ranks: Ranks,
     reader: CheckpointReader | None,
-    data: TrainingData,
+    data_fingerprint: str,
     guard: SpikeGuard,
     console: Console,
 ) -> None:
@@ -198,13 +204,13 @@ def fill(
     if reader is not None:
         if reader.manifest.spikes is not None:
             guard.load(reader.manifest.spikes)
-        check_data(reader, data.fingerprint)
+        check_data(reader, data_fingerprint)
         load_state(reader, engine, with_optimizer=reader.has_moments)
         restore_rng(reader, ranks)
         for sentence in average_note(engine, reader):
             console.line(sentence)
     elif config.checkpoint.start_from:
-        source, with_optimizer = open_start(plan, data.fingerprint)
+        source, with_optimizer = open_start(plan, data_fingerprint)
         check_sound(source, ranks)
         load_state(source, engine, with_optimizer=with_optimizer)
         console.line(f"Beginning {config.run.name} with {source.location}")

@@ -26,6 +26,7 @@ from launcher.run.automatic import concrete
 from launcher.run.folder import RunFolder
 from launcher.training.averaging import begin_average, carry_average
 from launcher.training.held_out import HeldOut
+from launcher.training.mixtures import phase_fingerprints
 from launcher.training.sensitivity import measure_sensitivity, order_of
 from launcher.training.step import in_pieces, open_data
 from launcher.training.switch import batches_needed, enter_phase
@@ -49,6 +50,7 @@ def calibrating(console: Console) -> Contents:
             plan = make_plan(on_one_rank(concrete(course.config, ranks)[0]), 1)
             check_sound(source, ranks)
             data = open_data(plan, ranks, at.step)
+            fingerprints = phase_fingerprints(plan, ranks, data)
             engine = build_engine(plan, plan.phases[at.phase] if at.phase >= 0 else None, ranks)
             engine.keep_apart(data.first_token)
             begin_average(engine, plan, phase)
@@ -80,7 +82,7 @@ def calibrating(console: Console) -> Contents:
             has_moments=True,
             progress=Progress(step=at.step, phase=phase.index, skipped_steps=0, block_order=order),
             precision=Precision.full(phase.quantization, course.config.model.num_layers),
-            data_fingerprint=data.fingerprint,
+            data_fingerprint=fingerprints[phase.index],
             teacher=teacher.identity if teacher else None,
             averaged_tokens=averaged_tokens,
         )

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.mixture import Source
 from eval.perplexity import HeldOutLoss
 from launcher.checkpoint.manifest import Progress
 from launcher.plan.gpus import find_gpu
@@ -16,6 +17,7 @@ from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
 from launcher.run.metrics_log import MetricsLog
+from launcher.training.mixtures import DrawnTokens
 from launcher.training.step import StepResult
 
 GIB = 2**30
@@ -46,8 +48,17 @@ TRAINED, EVALUATED = "train/learning_rate", "validation/when"
 class Meter:
     """Turns what the loop measures into rows of the log and lines for people."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, log: MetricsLog | None, console: Console, at: Progress) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        log: MetricsLog | None,
+        console: Console,
+        at: Progress,
+        drawn: DrawnTokens,
+    ) -> None:
         self._plan, self._ranks, self._log, self._console, self._at = plan, ranks, log, console, at
+        self._drawn = drawn
         self._peak = peak_flops_per_second(ranks.device)
         self._started_seconds = time.perf_counter() - (log.elapsed_seconds if log else 0.0)
         self._skipped = torch.tensor(float(at.skipped_steps), device=ranks.device)
@@ -82,6 +93,15 @@ class Meter:
             parts = torch.where(result.skipped > 0, 0.0, result.parts)
             self._parts_sum = parts if self._parts_sum is None else self._parts_sum + parts
         self._skipped += result.skipped
+
+    def drew(self, sources: tuple[Source, ...], rows: Tensor) -> None:
+        """Count the rows of each source in one step, of this rank, int64, [sources]."""
+        self._drawn.add(sources, rows)
+
+    def phase_ended(self) -> None:
+        """Print what the phase has drawn from each source; its last step was logged."""
+        if (sentence := self._drawn.sentence(self._at.phase)) is not None:
+            self._console.line(f"Step {self._at.step}: {sentence}")
 
     def _row(self) -> dict[str, Any]:
         at = self._at
@@ -137,6 +157,7 @@ class Meter:
             flops_per_token = self._plan.flops_per_token_at(self._at.step - 1)
             achieved = tokens_per_second * flops_per_token / self._ranks.world_size
             row["throughput/model_flops_utilization"] = achieved / self._peak
+        row |= self._drawn.log(self._at.phase)
         if self._log is not None:
             phase_ends = self._at.step == self._plan.phases[self._at.phase].end
             self._log.write(row | self._log.spikes.add(row, phase_ends=phase_ends))

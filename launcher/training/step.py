@@ -13,6 +13,7 @@ from torch import Tensor
 from data.loader import IGNORED_LABEL, TrainingData
 from launcher.engine.contract import Engine
 from launcher.engine.muon import MuonAdamW
+from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
 from launcher.training.guard import SpikeGuard
@@ -128,9 +129,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
-    """Open the training stream at the position where the step of this number begins."""
+    """Open the stream of the step's phase at the position where the step of this number begins."""
     return TrainingData(
-        plan.config.data,
+        plan.data_at(step),
         vocab_size=plan.config.model.vocab_size,
         global_batch_sequences=plan.batch.unit,
         micro_batch_sequences=plan.config.training.micro_batch_sequences,
@@ -138,6 +139,14 @@ def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
         world_size=ranks.world_size,
         first_sequence=plan.first_sequence_at(step),
     )
+
+
+def data_for(plan: Plan, ranks: Ranks, phase: Phase, data: TrainingData) -> TrainingData:
+    """Return the stream of a phase that begins: the one that is open, or another, if the phase has other data."""
+    if plan.data_of(phase) == data.config and phase.transition.data == "continue":
+        return data
+    data.close()
+    return open_data(plan, ranks, phase.start)
 
 
 def train_step(

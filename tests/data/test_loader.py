@@ -25,6 +25,7 @@ from data.loader import (
     PrepareConfig,
     Source,
     TrainingData,
+    fingerprints,
     token_bytes,
     validation_rows,
 )
@@ -135,6 +136,15 @@ def test_the_fingerprint_follows_what_decides_the_order(folders):
     fingerprints = [open_data(config).fingerprint for config in changed]
     fingerprints.append(open_data(mixture(folders), global_batch_sequences=16).fingerprint)
     assert len({base, *fingerprints}) == len(changed) + 2
+
+
+def test_fingerprints_of_mixtures_are_those_of_their_streams(folders):
+    big, small = (Source(path=path) for path in folders)
+    mixtures = [mixture(folders), mixture(folders, sources=(big,)), mixture(folders, sources=(small, big))]
+    options = {"vocab_size": 400, "global_batch_sequences": GLOBAL, "rank": 0}
+    expected = [open_data(each).fingerprint for each in mixtures]
+    assert fingerprints(mixture(folders), mixtures, **options) == expected
+    assert len(set(expected)) == 3
 
 
 @pytest.mark.parametrize("limit", [11, 10_000])

@@ -70,9 +70,15 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(key, value, now, row.step) for key, value in row.values.items()]
+        metrics = [Metric(metric_name(key), value, now, row.step) for key, value in row.values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def close(self, *, complete: bool) -> None:
         """Set the status."""
         self._client.set_terminated(self._id, "FINISHED" if complete else "KILLED")
+
+
+def metric_name(key: str) -> str:
+    """The name of a figure in MLflow, which takes few characters, and paths only without `//` and `..`."""
+    parts = re.sub(r"[^\w./ -]", "_", key).split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))

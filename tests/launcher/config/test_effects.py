@@ -27,8 +27,9 @@ RAMP = "phases.1.transition.ramp"
         ("model.sub_norm_init=0.5", [], ["model.sub_norm=true"], "model.sub_norm is false; leave it out"),
         ("model.init_std=0.5", ["model.initialization=mitchell"], ["model.initialization=normal"], "model.initializa"),
         ("data.shuffle_block_rows=8", ["data.shuffle=false"], ["data.shuffle=true"], "data.shuffle is false"),
-        ("data.cache=here", [], ["data.sources.0.path=s3://bucket/shards"], "no source is remote"),
         ("data.sources.0.weight=2", [], ["data.sources=[{path: a, weight: 2}, {path: b}]"], "there is no other source"),
+        ("phases.1.sources.0.weight=2", ["phases.1.sources=[{path: a}]"],
+         ["phases.1.sources=[{path: a, weight: 2}, {path: b}]"], "there is no other source"),
         ("schedule.decay_fraction=0.5", [], ["schedule.shape=wsd"], "schedule.shape is cosine, not wsd"),
         ("schedule.final_fraction=0.5", ["schedule.shape=constant"], ["schedule.shape=linear"], "schedule.shape is"),
         ("schedule.horizon_steps=5", ["schedule.shape=constant"], ["schedule.shape=linear"], "schedule.shape is const"),
@@ -46,6 +47,10 @@ def test_a_key_without_effect_is_refused(override, others, cures, reason):
     parse_config(tree(*others, override, *cures))
     stored = parse_config(tree(*others, override), stored=True)  # that of an earlier run is still read
     parse_config(to_tree(stored), stored=True)
+
+
+def test_a_cache_may_be_for_compressed_shards_which_only_the_folder_shows():
+    assert parse_config(tree("data.cache=here")).data.cache == "here"
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ def dataclass_keys(owner, prefix=""):
     for field in fields(owner):
         path, kind = f"{prefix}{field.name}", hints[field.name]
         yield path, field
-        inside = next((each for each in (kind, *typing.get_args(kind)) if is_dataclass(each)), None)
+        options = (kind, *typing.get_args(kind))
+        options += tuple(each for option in typing.get_args(kind) for each in typing.get_args(option))
+        inside = next((each for each in options if is_dataclass(each)), None)
         if inside is not None:
-            in_list = typing.get_origin(kind) is tuple
+            in_list = any(typing.get_origin(each) is tuple for each in options)
             yield from dataclass_keys(inside, f"{path}.{'N.' if in_list else ''}")
 
 

@@ -81,6 +81,18 @@ from launcher.errors import ConfigError
         (["data.cache=~/a"], "data.cache", "'~/a' would be a folder named '~'"),
         (["data.sources.0.path=~/a"], "data.sources.0.path", "'~/a' would be a folder named '~'"),
         (["data.sources=[]"], "data.sources", "is empty; name at least one prepared folder"),
+        (["phases.1.sources=[]"], "phases.1.sources", "is empty; name at least one prepared folder"),
+        (["phases.1.sources=[{path: a}, {path: a}]"], "phases.1.sources", "names a more than once; add the weights"),
+        (["phases.1.sources=[{path: a}, {path: ''}]"], "phases.1.sources.1.path", "is empty; give the folder that"),
+        (["phases.1.sources=[{path: a, weights: 1}]"], "phases.1.sources.0.weights", "unknown key; did you mean weig"),
+        (["phases.1.sources=[{path: ~/a}]"], "phases.1.sources.0.path", "'~/a' would be a folder named '~'"),
+        (["phases.1.sources=[{path: 's3://b/a'}]"], "data.cache", "is needed for phases.1.sources.0, which is remote"),
+        (["phases.1.sources=a"], "phases.1.sources", "is 'a'; must be a list"),
+        (["phases.1.dataset=a"], "phases.1.dataset", "unknown key; did you mean phases.1.sources?"),
+        (["phases.1.sequence_length=3"], "phases.1.sequence_length", "is 3; must divide data.sequence_length 8 and be "
+         "below it, such as 4, 2, 1; rows are as long as the longest phase needs"),
+        (["phases.1.sequence_length=16"], "phases.1.sequence_length", "is 16; must divide data.sequence_length 8"),
+        (["phases.1.sequence_length=0"], "phases.1.sequence_length", "is 0; must be 1 or more"),
         (["data.sources.0.weight=0"], "data.sources.0.weight", "is 0.0; must be above 0"),
         (["data.sequence_length=4096"], "data.sequence_length", "is 4096; must be at most model.max_sequence_length"),
         (["training.micro_batch_sequences=3"], "training.micro_batch_sequences", "3 does not divide the global "

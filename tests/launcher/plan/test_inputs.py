@@ -52,7 +52,7 @@ def test_a_source_must_fit_the_model_and_the_other_sources(shards, tmp_path):
     prepare(PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:300"), SEQUENCE_LENGTH, other)
     both = found(data={"sources": [{"path": str(shards)}, {"path": str(other)}]})
     assert both.keys() == {"data.sources.1.path"}
-    assert f"was prepared with another tokenizer than {shards}" in both["data.sources.1.path"]
+    assert f"was prepared with a different tokenizer than {shards}" in both["data.sources.1.path"]
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     (copy / "tokenizer.model").unlink()
     cut = found(data={"sources": [{"path": str(copy)}]})

@@ -348,6 +348,46 @@ def test_data_goes_on_or_restarts():
     assert [again.first_sequence_at(step) for step in range(10)] == [0, 24, 48, 72, 0, 24, 48, 72, 96, 120]
 
 
+A, B, AB = "[{path: shards}]", "[{path: other}]", "[{path: shards}, {path: other, weight: 3}]"
+PATHS = {A: ["shards"], B: ["other"], AB: ["shards", "other"]}
+
+
+def test_each_mixture_goes_on_where_it_stopped():
+    """Five phases of two steps of 24 rows; the position counts the steps of the phase's mixture alone."""
+
+    def positions(*mixtures, restarts=()):
+        listed = [f"{{precision: 16-bit, steps: 2{'' if each is None else f', sources: {each}'}}}" for each in mixtures]
+        plan = plan_of(
+            f"phases=[{', '.join(listed)}]", *(f"phases.{index}.transition.data=restart" for index in restarts)
+        )
+        paths = [[source.path for source in plan.data_at(step).sources] for step in (0, 2, 4, 6, 8)]
+        return paths, [plan.first_sequence_at(step) // 24 for step in range(11)]
+
+    assert positions(*[None] * 5) == ([["shards"]] * 5, list(range(11)))
+    mixed = [A, B, AB, A, B]
+    assert positions(*mixed) == ([PATHS[each] for each in mixed], [0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 4])
+    # A phase without sources has those of the phase before, not those of the run.
+    assert positions(None, B, None, A, None) == (
+        [PATHS[each] for each in (A, B, B, A, A)], [0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 6]
+    )  # fmt: skip
+    # A restart is one of the phase's own mixture.
+    assert positions(*mixed, restarts=(3,))[1] == [0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 4]
+    assert positions(*mixed, restarts=(1,))[1] == positions(*mixed)[1]
+
+
+def test_a_phase_has_its_sequence_length_until_another_one():
+    three = "phases=[{precision: 16-bit, steps: 2}, {precision: 16-bit, steps: 3, sequence_length: 4}, "
+    three += "{precision: ternary, steps: 3}, {precision: ternary, steps: 2, sequence_length: 8}]"
+    plan = plan_of(three)
+    assert [plan.length_at(step) for step in range(10)] == [8, 8, 4, 4, 4, 4, 4, 4, 8, 8]
+    assert [plan.tokens_at(step) for step in range(10)] == [192] * 10
+    assert plan.total_flops == sum(192 * plan.flops_per_token_at(step) for step in range(10))
+    # A warm-up of the length counts where it is shorter.
+    warm = plan_of(three, "training.sequence_warmup=[{length: 2, until_tokens: 576}]", "phases.0.sequence_length=4")
+    assert [warm.length_at(step) for step in range(10)] == [2, 2, 2, 4, 4, 4, 4, 4, 8, 8]
+    assert [step for step in range(10) if warm.changes_size_at(step)] == [3, 8]
+
+
 # Sizes
 
 

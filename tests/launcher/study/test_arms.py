@@ -69,6 +69,18 @@ def test_a_baseline_keeps_a_decay_that_begins_with_a_phase(tmp_path):
     assert [twin.plan.sizes_at(step) for step in steps] == [arm.plan.sizes_at(step) for step in steps]
 
 
+def test_a_baseline_reads_what_its_arm_reads(tmp_path):
+    baselines = ["16-bit", "scratch", "post-training"]
+    by_phase = ["phases.1.sources=[{path: other}]", "phases.1.sequence_length=16"]
+    of_all = ["phases.0.sources=[{path: other}]", "phases.0.sequence_length=16"]
+    for overrides, num_phases in ((by_phase, 2), (of_all, 1)):
+        *found, arm = (each.plan for each in arms_of(tmp_path, overrides=overrides, switch=[0.5], baselines=baselines))
+        assert [len(plan.phases) for plan in found] == [num_phases, num_phases, num_phases + 1]
+        for plan in found:
+            for step in range(arm.total_steps):
+                assert (plan.data_at(step), plan.length_at(step)) == (arm.data_at(step), arm.length_at(step))
+
+
 def test_a_baseline_has_no_rates_of_its_own_for_what_it_lacks(tmp_path):
     base = {"optimizer": {"learning_rate": 1e-3, "ternary_learning_rate_factor": 2.0, "weight_decay_until": "ternary"}}
     twin, scratch, _ = arms_of(tmp_path, base | {"averaging": {"half_life_tokens": 1024}})

@@ -105,6 +105,8 @@ def test_what_influences_the_weights_is_not_shared(override: str) -> None:
         "phases.1.transition.ramp={shape: linear, steps: 5}",
         "phases.1.transition.rewarm_tokens=512",
         "phases.1.transition.data=restart",
+        "phases.1.sources=[{path: other}]",
+        "phases.1.sequence_length=16",
         "optimizer.weight_decay_until=ternary",
     ],
 )
@@ -112,6 +114,18 @@ def test_what_does_not_influence_the_first_steps_is_shared(override: str) -> Non
     # The first two steps after a switch may be the same, but belong to different phases.
     second = "phases.1.transition.optimizer=reset"
     assert shared(arm("a", WSD), arm("b", WSD, second, override)) == 20
+
+
+def test_arms_share_as_far_as_their_data_are_the_same() -> None:
+    same, other = "phases.1.sources=[{path: shards}]", "phases.1.sources=[{path: other}]"
+    assert shared(arm("a", WSD), arm("b", WSD, same)) == STEPS - 1
+    assert shared(arm("a", WSD, other), arm("b", WSD, other)) == STEPS - 1
+    assert shared(arm("a", WSD, same), arm("b", WSD, other)) == 20
+    assert shared(arm("a", WSD), arm("b", WSD, "phases.0.sources=[{path: other}]")) == 0
+    three = "phases=[{precision: 16-bit, steps: 10}, {precision: 16-bit, steps: 10, sources: [{path: other}]}, "
+    three += "{precision: ternary, steps: 20}]"
+    back = "phases.2.sources=[{path: shards}]"
+    assert shared(arm("a", WSD, three), arm("b", WSD, three, back)) == 20
 
 
 def test_a_short_stretch_is_not_worth_a_trunk() -> None:
@@ -138,6 +152,7 @@ CHOICES = st.fixed_dictionaries(
         "seed": st.sampled_from([0, 1]),
         "rate": st.sampled_from([3e-3, 1e-3]),
         "state": st.sampled_from(["keep", "reset"]),
+        "data": st.sampled_from(["shards", "other"]),
     }
 )
 
@@ -146,6 +161,7 @@ def arm_of(index: int, choice: dict[str, object]) -> Arm:
     overrides = [str(choice["schedule"]), f"run.seed={choice['seed']}", f"optimizer.learning_rate={choice['rate']}"]
     if choice["switch"] is not None:
         overrides.append(f"phases.1.transition.optimizer={choice['state']}")
+        overrides.append(f"phases.1.sources=[{{path: {choice['data']}}}]")
     return arm(f"arm-{index}", *overrides, switch=choice["switch"])  # type: ignore[arg-type]
 
 
@@ -153,7 +169,8 @@ def computed(each: Arm, step: int) -> tuple[object, ...]:
     """What an arm does in a step, from its plan alone."""
     phase, sizes = each.plan.phase_of(step), each.plan.sizes_at(step)
     about = (phase.start, phase.precision, phase.quantization, phase.transition.optimizer if phase.start else None)
-    return (each.config.run.seed, sizes, about, each.plan.strengths_at(step), each.plan.first_sequence_at(step))
+    data = (each.plan.data_at(step), each.plan.length_at(step), each.plan.first_sequence_at(step))
+    return (each.config.run.seed, sizes, about, each.plan.strengths_at(step), data)
 
 
 @settings(max_examples=30)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import posixpath
+import re
 import sqlite3
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import Any
 import pytest
 from tracked import tracked_run
 
+from launcher.run.metrics_log import DRAWN
 from launcher.run.trackers import feed
 from launcher.run.trackers.contract import TrackedRow
+from launcher.run.trackers.mlflow_tracker import metric_name
 
 LOSSES = {step: 5.0 - step / 4 for step in range(1, 7)}
 
@@ -116,6 +120,16 @@ def test_trackio_writes_a_local_database(tmp_path: Path) -> None:
     assert [(step, row["phase"]) for step, row in rows if "validation/loss" in row] == [(3, 0), (3, 1)]
     assert [json.loads(each)["model"] for (each,) in config] == [{"num_layers": 2}]
     assert alerts == [("phase 0: 16-bit", "begins after step 0"), ("phase 1: ternary", "begins after step 3")]
+
+
+@pytest.mark.parametrize("path", ["/data/web", "../web", "./web", "s3://bucket/web", "/data/\u00fc@x=1", "web/"])
+def test_mlflow_takes_the_name_of_any_source(path: str) -> None:
+    name = metric_name(DRAWN + path)
+    assert metric_name("train/loss") == "train/loss"
+    assert name.startswith("data/tokens/")
+    # The rules of mlflow.utils.validation.
+    assert re.fullmatch(r"[/\w.\- ]*", name)
+    assert posixpath.normpath(name) == name
 
 
 @needs("mlflow")
