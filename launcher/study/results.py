@@ -9,8 +9,9 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.new_paths import replace_file
 from launcher.plan.course import Course
@@ -22,25 +23,52 @@ from launcher.study.sharing import Sharing, first_step, parting, settings_of
 
 Row = dict[str, Any]
 
+Status = Literal["complete", "failed", "not complete"]
+
 LOSS, HELD_OUT, BYTES = "train/loss", "validation/loss", "validation/bits_per_byte"
 
 
-def results_of(arms: Sequence[Arm], sharing: Sharing, jobs: Sequence[Job], failed: Mapping[str, str]) -> list[Row]:
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What has become of an arm so far."""
+
+    status: Status
+    step: int
+    """Steps that are finished."""
+    log: Sequence[Mapping[str, Any]]
+    """The rows of its `metrics.jsonl`."""
+
+
+def standings_of(arms: Sequence[Arm], jobs: Sequence[Job], failed: Mapping[str, str]) -> dict[str, Standing]:
+    """What has become of each arm, by name.
+
+    Args:
+        arms: of the study.
+        jobs: of the arms, and others.
+        failed: the message of each job that failed.
+    """
+    by_name = {job.name: job for job in jobs}
+    found = {}
+    for arm in arms:
+        job = by_name[f"arms/{arm.name}"]
+        status: Status = "complete" if job.is_done else "failed" if job.name in failed else "not complete"
+        log = read_metrics(job.folder.path / "metrics.jsonl")
+        found[arm.name] = Standing(status=status, step=job.step, log=log)
+    return found
+
+
+def results_of(arms: Sequence[Arm], sharing: Sharing, standings: Mapping[str, Standing]) -> list[Row]:
     """One row for each arm, in order.
 
     Args:
         arms: of the study.
         sharing: of their trunks.
-        jobs: of the arms, and others.
-        failed: the message of each job that failed.
+        standings: what has become of each arm, by name.
     """
-    by_name = {job.name: job for job in jobs}
-    logs = {arm.name: read_metrics(by_name[f"arms/{arm.name}"].folder.path / "metrics.jsonl") for arm in arms}
+    logs = {name: standing.log for name, standing in standings.items()}
     rows = []
     for arm in arms:
-        job = by_name[f"arms/{arm.name}"]
-        status = "complete" if job.is_done else "failed" if job.name in failed else "not complete"
-        step = min(job.step, arm.result_step)
+        status, step = standings[arm.name].status, min(standings[arm.name].step, arm.result_step)
         about = {"arm": arm.name, "status": status, **arm.point, "baseline": arm.baseline, "steps": step}
         row = about | {"tokens": arm.plan.tokens_before(step)} | held_out_of(logs[arm.name], arm)
         if (twin := twin_of(arm, arms, sharing)) is not None:
@@ -101,7 +129,7 @@ def excess(log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], 
     """
     step = switch_step(course)
     assert step is not None
-    ours, theirs = _by_steps(log), _by_steps(twin)
+    ours, theirs = by_steps(log), by_steps(twin)
     common = sorted(key for key in ours.keys() & theirs.keys() if key[0] >= step)
     differences = {key: ours[key] - theirs[key] for key in common}
     if not differences:
@@ -111,7 +139,7 @@ def excess(log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], 
     return {"excess_peak": max(differences.values()), "excess_area": area}
 
 
-def _by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
+def by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
     """Training losses by the finished steps before and after those that each is the mean of."""
     rows = [row for row in log if LOSS in row]
     befores = [0, *(row["step"] for row in rows)]
