@@ -15,7 +15,9 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            parser=path, help="Runs, or folders that contain runs; several are compared.", show_default=False
+            parser=path,
+            help="Runs, or folders that contain runs; several are compared. Or the folder of a study.",
+            show_default=False,
         ),
     ],
     out: Annotated[
@@ -24,10 +26,18 @@ def report(
     ] = None,
 ) -> None:
     """Write a report with tables and plots."""
-    from launcher.report.output import report as write_report
+    from launcher.study.config import is_of_study
 
     console = Console(silent=False)
     target = None if out is None else local_target(out, "--out")
+    if is_of_study(runs):
+        from launcher.study.report import report_study
+
+        page, *others = report_study(runs[0], target)
+        console.line(f"Written: {page}, and next to it {len(others)} files of figures and numbers")
+        return
+    from launcher.report.output import report as write_report
+
     console.line(f"Written: {write_report(runs, target, console.line)}")
 
 

@@ -22,10 +22,10 @@ ROW_LOSSES = "row_losses.jsonl"
 class RowLosses:
     """The loss of R held-out rows."""
 
-    nats_R: NDArray[np.float64]
-    """Sum over the tokens of each row."""
-    tokens_R: NDArray[np.float64]
-    """Tokens that count."""
+    nats: NDArray[np.float64]
+    """[R], the sum over the tokens of each row."""
+    tokens: NDArray[np.float64]
+    """[R], tokens that count."""
 
 
 def keep_row_losses(folder: Path, *, step: int, phase: int) -> None:
@@ -55,7 +55,7 @@ def read_row_losses(folder: Path, *, phase: int, when: str) -> RowLosses | None:
     for line in read_lines(folder / ROW_LOSSES, "step", "phase"):
         if (line["phase"], line.get("when")) == (phase, when):
             found = RowLosses(
-                nats_R=np.asarray(line["nats"], dtype=np.float64), tokens_R=np.asarray(line["tokens"], dtype=np.float64)
+                nats=np.asarray(line["nats"], dtype=np.float64), tokens=np.asarray(line["tokens"], dtype=np.float64)
             )
     return found
 

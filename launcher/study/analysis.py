@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from launcher.study.config import NO_BASELINE, POST_TRAINING
+import numpy as np
+
+from launcher.study.config import NO_BASELINE
 from launcher.study.intervals import Estimate, mean_of, over_rows, paired, ratio_of
 from launcher.study.reading import Findings, Record
 from launcher.study.results import switch_step
@@ -43,6 +45,12 @@ class Group:
         if self.baseline == NO_BASELINE:
             return values or "the arm"
         return f"{self.baseline} ({values})" if values else self.baseline
+
+    @property
+    def name_with_seeds(self) -> str:
+        """Its name, and how many of its seeds are complete if some are not."""
+        missing = len(self.members) - len(self.losses)
+        return self.name + (f" [{len(self.losses)} of {len(self.members)} seeds]" if missing else "")
 
     def by_seed(self, column: str) -> dict[str, float]:
         """A figure of each complete member, by seed."""
@@ -172,9 +180,7 @@ def gaps_of(group: Group, groups: Sequence[Group]) -> list[Gap]:
     return gaps
 
 
-def _problems(
-    dense: Group, scratch: Group, size: Estimate, groups: Sequence[Group], *, is_fair: bool
-) -> Iterator[str]:
+def _problems(dense: Group, scratch: Group, size: Estimate, groups: Sequence[Group], *, is_fair: bool) -> Iterator[str]:
     if size.mean <= 0:
         yield "ternary from scratch is not worse than 16 bits, so there is no gap to close"
     if size.sigmas is None:
@@ -215,15 +221,18 @@ def difference_of(first: Group, second: Group) -> Difference | None:
 
 def _by_row(first: Group, second: Group) -> Estimate | None:
     """The difference of the means over the seeds that both have, row by row."""
-    ours, theirs = ({each.seed: each.rows for each in group.members if each.loss is not None} for group in (first, second))
+    ours, theirs = (
+        {each.seed: each.rows for each in group.members if each.loss is not None} for group in (first, second)
+    )
     pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     complete = [(one, other) for one, other in pairs if one is not None and other is not None]
     if not complete or len(complete) < len(pairs):
         return None
-    tokens_R = complete[0][0].tokens_R
-    if any(len(each.tokens_R) != len(tokens_R) or (each.tokens_R != tokens_R).any() for pair in complete for each in pair):
+    tokens_R = complete[0][0].tokens
+    if any(len(each.tokens) != len(tokens_R) or (each.tokens != tokens_R).any() for pair in complete for each in pair):
         return None  # other rows were held out
-    return over_rows(sum(one.nats_R - other.nats_R for one, other in complete) / len(complete), tokens_R)
+    nats_R = np.mean([one.nats - other.nats for one, other in complete], axis=0)
+    return over_rows(nats_R, tokens_R)
 
 
 def differences_of(groups: Sequence[Group]) -> list[Difference]:
@@ -279,8 +288,3 @@ def effects_of(groups: Sequence[Group]) -> list[tuple[str, str, str, Estimate, i
                 ]
                 found.append((axis, value, values[0], mean_of(means), len(pairs)))
     return found
-
-
-def is_post_training(group: Group) -> bool:
-    """Whether it is rounded after training in 16 bits."""
-    return group.baseline == POST_TRAINING

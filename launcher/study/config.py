@@ -5,7 +5,7 @@ configuration can be varied.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,6 +24,9 @@ NO_BASELINE = "none"
 
 RESERVED = ("switch", "seed", "baseline", "rate")
 """Names that selectors and columns of results use besides those of the axes."""
+
+OF_A_STUDY = ("study.yaml", "results.json")
+"""Files of a study's folder, by which it is recognized."""
 
 Selector = dict[str, str | int | float | tuple[str | int | float, ...]]
 """By the name of an axis, a value or several; an arm is selected if it has one of them on each axis that is named."""
@@ -168,3 +171,15 @@ def base_of(study: Study, path: Path, shipped: Path) -> Path:
             f"{path}: base: {places[0]} does not exist, and {study.base} is no shipped configuration; shipped: {names}"
         )
     return found
+
+
+def is_of_study(folders: Sequence[Path]) -> bool:
+    """Return whether these are the folder of a study.
+
+    Raises:
+        ConfigError: one of several is.
+    """
+    studies = [folder for folder in folders if all((folder / name).is_file() for name in OF_A_STUDY)]
+    if studies and len(folders) > 1:
+        raise ConfigError(f"{studies[0]}: is a study, which has a report of its own; name it alone")
+    return bool(studies)

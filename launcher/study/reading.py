@@ -23,9 +23,6 @@ from launcher.study.results import Row, Standing, Status, results_of
 from launcher.study.sharing import share
 from model.size import num_linear_parameters
 
-KNOWN = ("study.yaml", "results.json")
-"""Files of a study's folder, by which it is recognized."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
@@ -88,11 +85,6 @@ class Findings:
     records: tuple[Record, ...]
 
 
-def is_study(folder: Path) -> bool:
-    """Return whether a folder is a study's."""
-    return all((folder / name).is_file() for name in KNOWN)
-
-
 def read_study(folder: Path) -> Findings:
     """Read a study's folder.
 
@@ -108,7 +100,9 @@ def read_study(folder: Path) -> Findings:
         raise ConfigError(
             f"{folder / 'results.json'}: is damaged ({error}); `tritrain study` on this folder writes it anew"
         ) from None
-    read = {row["arm"]: _read_arm(folder / "arms" / row["arm"], row, point) for row, point in zip(rows, points, strict=True)}
+    read = {
+        row["arm"]: _read_arm(folder / "arms" / row["arm"], row, point) for row, point in zip(rows, points, strict=True)
+    }
     begun = [arm for arm, _ in read.values() if arm is not None]
     standings = {name: standing for name, (arm, standing) in read.items() if arm is not None}
     fresh = {row["arm"]: row for row in results_of(begun, share(begun), standings)}

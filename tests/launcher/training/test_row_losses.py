@@ -74,9 +74,9 @@ def test_a_run_keeps_them_at_the_ends_of_its_phases(shards: Path, tmp_path: Path
     for row in ends:
         found = read_row_losses(tmp_path / "run", phase=row["phase"], when="end of phase")
         assert found is not None
-        assert len(found.nats_R) == ROWS
-        assert found.nats_R.sum() / found.tokens_R.sum() == pytest.approx(row["validation/loss"], abs=1e-5)
-        assert np.ptp(found.nats_R) > 0
+        assert len(found.nats) == ROWS
+        assert found.nats.sum() / found.tokens.sum() == pytest.approx(row["validation/loss"], abs=1e-5)
+        assert np.ptp(found.nats) > 0
 
 
 def test_rows_beyond_the_place_where_a_run_goes_on_are_dropped(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_rows_beyond_the_place_where_a_run_goes_on_are_dropped(tmp_path: Path) -
     assert read_row_losses(tmp_path, phase=1, when="end of phase") is None
     found = read_row_losses(tmp_path, phase=1, when="start of phase")
     assert found is not None
-    assert found.nats_R.tolist() == [4.1234, 1.0]
-    assert found.tokens_R.tolist() == [3, 3]
+    assert found.nats.tolist() == [4.1234, 1.0]
+    assert found.tokens.tolist() == [3, 3]
     keep_row_losses(tmp_path, step=0, phase=0)
     assert (tmp_path / ROW_LOSSES).read_text() == ""
