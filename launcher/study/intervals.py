@@ -42,7 +42,9 @@ class Estimate:
     @property
     def sigmas(self) -> float | None:
         """The mean in standard errors; None without one."""
-        return None if not self.standard_error else abs(self.mean) / self.standard_error
+        if self.standard_error is None:
+            return None
+        return abs(self.mean) / self.standard_error if self.standard_error else math.inf
 
 
 def mean_of(values: Sequence[float]) -> Estimate:

@@ -44,7 +44,7 @@ def make_study(
         sections: of the base configuration.
         **keys: of the study.
     """
-    given = {"training": {"total_steps": STEPS}} | (sections or {})
+    given = ({"training": {"total_steps": STEPS}} if "switch" in keys else {}) | (sections or {})
     path = write_study(folder / "files", folder / "shards", given, **keys)
     study = load_study(path)
     arms = make_arms(study, base_of(study, path, folder), folder, 1)
