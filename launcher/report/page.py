@@ -15,7 +15,16 @@ from data.urls import redacted
 from launcher.process.console import human_count
 from launcher.report.elements import MISSING, html_figure, html_page, html_table
 from launcher.report.history import AVERAGED, History
-from launcher.report.plots import PANELS, Panel, loss_figure, panel_figure, to_picture, to_svg, transition_figure
+from launcher.report.plots import (
+    PANELS,
+    Panel,
+    excess_figure,
+    loss_figure,
+    panel_figure,
+    to_picture,
+    to_svg,
+    transition_figure,
+)
 from launcher.report.quant_plots import HEAT_MAP_NOTE, HEAT_MAPS, QUANT_PANELS, heat_map_figure
 from launcher.report.summary import (
     COMPARED,
@@ -23,11 +32,13 @@ from launcher.report.summary import (
     duration,
     percent,
     recovery_text,
+    signed,
     spike_text,
     summarize,
     verdict,
 )
 from launcher.report.target import check_target
+from launcher.report.twin import Excess
 
 PHONE_INCHES = 4.4
 """Width of the loss figure where it is drawn for a phone."""
@@ -60,18 +71,18 @@ def picture_of(summaries: Sequence[RunSummary], suffix: str) -> bytes:
     return to_picture(loss_figure([summary.history for summary in summaries], title=title), suffix[1:])
 
 
-def page_of(summaries: Sequence[RunSummary]) -> str:
-    """The HTML page about one or several runs."""
+def page_of(summaries: Sequence[RunSummary], excess: Excess | None = None) -> str:
+    """The HTML page about one or several runs, and about what one has lost against its 16-bit twin."""
     labels = [s.name if len(summaries) == 1 else f"{i}: {s.name}" for i, s in enumerate(summaries, start=1)]
     names = ", ".join(summary.name for summary in summaries)
     return html_page(
         names if len(summaries) == 1 else f"{len(summaries)} runs: {names}",
         _verdict_paragraphs(summaries, labels),
-        _body(summaries, labels),
+        _body(summaries, labels, excess),
     )
 
 
-def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[str]:
+def _body(summaries: Sequence[RunSummary], labels: Sequence[str], excess: Excess | None) -> Iterator[str]:
     """Yield the page's parts from top to bottom."""
     histories = [summary.history for summary in summaries]
     yield "<h2>In numbers</h2>"
@@ -112,6 +123,8 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
                 title=f"Switch {number}",
             )
         yield "</div>"
+    if excess is not None:
+        yield from _twin(excess)
     yield "<h2>Along the way</h2>"
     yield '<p class="note">Where a curve is noisy, faint is every logged value and bold its level.</p>'
     yield from _panels(PANELS, histories)
@@ -133,6 +146,21 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
     yield "<h2>Configuration</h2>"
     for label, summary in zip(labels, summaries, strict=True):
         yield f"<details><summary>{escape(label)}</summary><pre>{escape(redacted(summary.config_text))}</pre></details>"
+
+
+def _twin(excess: Excess) -> Iterator[str]:
+    """Yield what a run has lost against its 16-bit twin."""
+    yield f"<h2>Above the 16-bit twin, {escape(excess.twin)}</h2>"
+    facts = (
+        ("Peak, nats/token", signed(excess.peak, 4)),
+        ("Area, nats", human_count(excess.area)),
+        ("Held-out loss at the end, nats/token", MISSING if excess.at_end is None else signed(excess.at_end, 4)),
+    )
+    yield html_table(("At equal tokens", ""), facts)
+    what = "Logged losses on the same batches" if excess.same_batches else "Levels of the losses, as batches differ"
+    before = f" {human_count(excess.offset_tokens)} tokens came before this run." if excess.offset_tokens else ""
+    figure = excess_figure(excess.tokens, excess.values)
+    yield html_figure(to_svg(figure, "twin", "training loss above the 16-bit twin"), f"{what}, subtracted.{before}")
 
 
 def _panels(panels: Iterable[Panel], histories: Sequence[History]) -> Iterator[str]:
