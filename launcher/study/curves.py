@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from launcher.plan.course import Course
 from launcher.study.analysis import Group, dense_of
 from launcher.study.reading import Findings, Record
-from launcher.study.results import by_steps, switch_step
+from launcher.study.results import by_steps, differences_from, switch_step
 
 LOSS_BINS, EXCESS_BINS = 50, 100
 """Stretches of equal length in which a run's logged losses are averaged; a switch begins another one."""
@@ -46,8 +46,7 @@ def excess_curve(record: Record, reference: Record) -> Curve:
     if record.arm is None:
         return _binned({}, None, EXCESS_BINS)
     begin = switch_step(record.arm.plan) or 0
-    ours, theirs = by_steps(record.log), by_steps(reference.log)
-    common = {steps: ours[steps] - theirs[steps] for steps in sorted(ours.keys() & theirs.keys()) if steps[0] >= begin}
+    common = differences_from(record.log, reference.log, begin)
     return _binned(common, record.arm.plan, EXCESS_BINS)
 
 

@@ -8,8 +8,10 @@ import csv
 import io
 import json
 import statistics
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,21 +124,50 @@ def twin_of(arm: Arm, arms: Sequence[Arm], sharing: Sharing) -> Arm | None:
 def excess(log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], course: Course) -> Row:
     """How far the training loss is above the twin's from the switch on.
 
-    Rows that are means over the same steps are compared.
+    Means over the same steps are compared.
 
     Returns:
         The largest difference, in nats per token, and the area: the differences times their tokens, summed.
     """
     step = switch_step(course)
     assert step is not None
-    ours, theirs = by_steps(log), by_steps(twin)
-    common = sorted(key for key in ours.keys() & theirs.keys() if key[0] >= step)
-    differences = {key: ours[key] - theirs[key] for key in common}
+    differences = differences_from(log, twin, step)
     if not differences:
         return {"excess_peak": None, "excess_area": None}
-    tokens = {key: course.tokens_before(key[1]) - course.tokens_before(key[0]) for key in common}
-    area = sum(difference * tokens[key] for key, difference in differences.items())
+    tokens = {steps: course.tokens_before(steps[1]) - course.tokens_before(steps[0]) for steps in differences}
+    area = sum(difference * tokens[steps] for steps, difference in differences.items())
     return {"excess_peak": max(differences.values()), "excess_area": area}
+
+
+def differences_from(
+    log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], begin: int
+) -> dict[tuple[int, int], float]:
+    """The training loss of a run minus its twin's from a step on, by the finished steps before and after.
+
+    Where one has logged more often than the other, the mean of its losses over the same steps counts.
+    """
+    ours, theirs = (by_steps(rows) for rows in (log, twin))
+    ends = sorted({begin} | (_ends(ours, begin) & _ends(theirs, begin)))
+    means = [_means_between(losses, ends) for losses in (ours, theirs)]
+    return {
+        steps: means[0][steps] - means[1][steps] for steps in pairwise(ends) if all(steps in part for part in means)
+    }
+
+
+def _ends(losses: Mapping[tuple[int, int], float], begin: int) -> set[int]:
+    return {last for _, last in losses if last > begin}
+
+
+def _means_between(losses: Mapping[tuple[int, int], float], ends: Sequence[int]) -> dict[tuple[int, int], float]:
+    """The mean loss between every two ends, where no row is missing, as of a loss that was not finite."""
+    sums: dict[tuple[int, int], tuple[int, float]] = {}
+    for (first, last), loss in losses.items():
+        place = bisect_right(ends, first)
+        if 0 < place < len(ends) and last <= ends[place]:
+            steps = ends[place - 1], ends[place]
+            num, total = sums.get(steps, (0, 0.0))
+            sums[steps] = num + last - first, total + (last - first) * loss
+    return {steps: total / num for steps, (num, total) in sums.items() if num == steps[1] - steps[0]}
 
 
 def by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
