@@ -18,7 +18,7 @@ from launcher.run.requeue import read_state
 from launcher.run.row_losses import RowLosses, read_row_losses
 from launcher.run.scores import RESULTS, read_results
 from launcher.study.arms import Arm
-from launcher.study.config import NO_BASELINE, POST_TRAINING, Study, load_study
+from launcher.study.config import NO_BASELINE, POST_TRAINING, Study, parse_study
 from launcher.study.results import Row, Standing, Status, results_of
 from launcher.study.sharing import share
 from model.size import num_linear_parameters
@@ -92,7 +92,7 @@ def read_study(folder: Path) -> Findings:
         ConfigError: its files are damaged.
         LogError: the log of an arm is.
     """
-    study = load_study(folder / "study.yaml")
+    study = parse_study(folder / "study.yaml")
     try:
         rows = json.loads((folder / "results.json").read_text())
         points = [_point_of(study, row) for row in rows]

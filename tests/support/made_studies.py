@@ -15,7 +15,7 @@ from launcher.config.file import to_tree
 from launcher.plan.plan import Plan
 from launcher.run.row_losses import note_row_losses
 from launcher.study.arms import Arm, make_arms
-from launcher.study.config import base_of, load_study
+from launcher.study.config import load_study
 from launcher.study.results import Standing, results_of, switch_step, write_results
 from launcher.study.sharing import share
 
@@ -46,8 +46,7 @@ def make_study(
     """
     given = ({"training": {"total_steps": STEPS}} if "switch" in keys else {}) | (sections or {})
     path = write_study(folder / "files", folder / "shards", given, **keys)
-    study = load_study(path)
-    arms = make_arms(study, base_of(study, path, folder), folder, 1)
+    arms = make_arms(*load_study(path, folder), folder, 1)
     replace_file(folder / "study.yaml", path.read_text())
     begun = {arm.name: Standing(status="not complete", step=0, log=()) for arm in arms}
     write_results(results_of(arms, share(arms), begun), folder)
