@@ -257,12 +257,16 @@ def best_of(groups: Sequence[Group]) -> Group | None:
     return min(arms, key=lambda group: (-len(group.losses), _mean_loss(group)), default=None)
 
 
-def effects_of(groups: Sequence[Group]) -> list[tuple[str, str, str, Estimate, int]]:
+def effects_of(groups: Sequence[Group], column: str = "held_out_loss") -> list[tuple[str, str, str, Estimate, int]]:
     """What each value of an axis changes against the first one, all else equal: averaged over the rest of the grid.
 
+    Args:
+        groups: of the study.
+        column: figure of `results.json` that changes.
+
     Returns:
-        Axis, value, first value, the paired difference in nats per token by seed, and the number of pairs of arms that
-        each seed averages.
+        Axis, value, first value, the difference paired by seed, and the number of pairs of arms that each seed
+        averages.
     """
     found = []
     arms = [group for group in groups if group.baseline == NO_BASELINE]
@@ -275,16 +279,14 @@ def effects_of(groups: Sequence[Group]) -> list[tuple[str, str, str, Estimate, i
                 for second in arms
                 if first.point.get(axis) == values[0] and second.point == {**first.point, axis: value}
             ]
-            pairs = [(second, first) for second, first in pairs if second.losses and first.losses]
+            values_of = [(second.by_seed(column), first.by_seed(column)) for second, first in pairs]
+            values_of = [(ours, theirs) for ours, theirs in values_of if ours and theirs]
             seeds = [
                 seed
-                for seed in (pairs[0][0].losses if pairs else ())
-                if all(seed in group.losses for pair in pairs for group in pair)
+                for seed in (values_of[0][0] if values_of else ())
+                if all(seed in part for pair in values_of for part in pair)
             ]
             if seeds:
-                means = [
-                    statistics.mean(second.losses[seed] - first.losses[seed] for second, first in pairs)
-                    for seed in seeds
-                ]
-                found.append((axis, value, values[0], mean_of(means), len(pairs)))
+                means = [statistics.mean(ours[seed] - theirs[seed] for ours, theirs in values_of) for seed in seeds]
+                found.append((axis, value, values[0], mean_of(means), len(values_of)))
     return found

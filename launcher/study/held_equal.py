@@ -3,16 +3,25 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from data.urls import redacted
 from launcher.config.file import to_tree
+from launcher.process.console import human_count
 from launcher.study.reading import Findings
+from model.size import num_linear_parameters, num_parameters
 
 ITS_OWN = ("run.name", "run.folder")
 """Keys that every arm has for itself."""
 
 FIRST = (
     *("model.hidden_size", "model.num_layers", "model.sub_norm", "model.vocab_size"),
-    *("training.global_batch_sequences", "training.total_steps", "training.total_tokens", "data.sequence_length"),
-    *("data.sources", "data.validation_rows", "optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay"),
+    *("training.global_batch_sequences", "training.total_steps", "data.sequence_length"),
+    *(
+        "data.sources.0.path",
+        "data.validation_rows",
+        "optimizer.name",
+        "optimizer.learning_rate",
+        "optimizer.weight_decay",
+    ),
     *("schedule.shape", "schedule.warmup_steps", "schedule.decay_fraction", "training.precision"),
 )
 """Keys that a reader asks for first, as far as they are equal."""
@@ -40,6 +49,20 @@ def held_equal(findings: Findings) -> dict[str, str]:
     return {key: equal[key] for key in [*first, *(key for key in equal if key not in first)]}
 
 
+def sizes(findings: Findings) -> dict[str, str]:
+    """Size of the models and tokens of the runs; several values where they differ."""
+    facts: dict[str, dict[str, None]] = {}
+    for record in findings.records:
+        if record.arm is not None:
+            model, tokens = record.arm.config.model, record.arm.tokens
+            ternary = num_linear_parameters(model)
+            facts.setdefault("parameters", {})[human_count(num_parameters(model))] = None
+            facts.setdefault("of which ternary", {})[human_count(ternary)] = None
+            facts.setdefault("tokens", {})[human_count(tokens)] = None
+            facts.setdefault("tokens for each ternary parameter", {})[f"{tokens / ternary:.3g}"] = None
+    return {fact: ", ".join(values) for fact, values in facts.items()}
+
+
 def differing(findings: Findings) -> dict[str, list[str]]:
     """The keys in which arms differ, with their values."""
     return {key: list(values) for key, values in values_by_key(findings).items() if len(values) > 1}
@@ -53,4 +76,4 @@ def _leaves(prefix: str, tree: Any) -> Iterator[tuple[str, str]]:
         for index, value in enumerate(tree):
             yield from _leaves(f"{prefix}.{index}", value)
     else:
-        yield prefix, "null" if tree is None else str(tree)
+        yield prefix, "null" if tree is None else redacted(str(tree))

@@ -20,7 +20,7 @@ from launcher.study.analysis import (
 )
 from launcher.study.config import NO_BASELINE
 from launcher.study.figures import above_dense, arms_of, has_switch_axis
-from launcher.study.held_equal import FIRST, differing, held_equal
+from launcher.study.held_equal import FIRST, differing, held_equal, sizes
 from launcher.study.intervals import Estimate
 from launcher.study.reading import Findings
 from launcher.study.table import ENOUGH_TOKENS
@@ -97,8 +97,8 @@ def _sentence(best: Group, groups: Sequence[Group]) -> str:
     gaps = gaps_of(best, groups)
     if gaps:
         share = gaps[0].share_of(best)
-        known = "fair gap" if not gaps[0].problems else "gap, which is not known to be fair (below)"
-        text += f" It closes {percent(share)} of the {known}: {signed_interval(gaps[0].size)} nats per token."
+        known = "fair gap" if not gaps[0].problems else "gap (see below why it may not be fair, or say little)"
+        text += f" It closes {percent(share)} of the {known}, {signed_interval(gaps[0].size)} nats per token."
     return text
 
 
@@ -226,6 +226,7 @@ def _differences(groups: Sequence[Group]) -> Iterator[str]:
             for axis, value, first, estimate, pairs in effects
         )
         yield html_table(("All else equal", "Nats/token, paired by seed", "", "Pairs of arms averaged"), rows)
+    yield from _excess_effects(groups)
     nearest = against_best(groups)
     if nearest:
         best = best_of(groups)
@@ -247,12 +248,40 @@ def _differences(groups: Sequence[Group]) -> Iterator[str]:
         yield "<p>No two arms have a complete seed in common.</p>"
 
 
+def _excess_effects(groups: Sequence[Group]) -> Iterator[str]:
+    """What each axis changes in the excess over the twin."""
+    columns = ("excess_peak", "excess_area", "excess_at_end")
+    found: dict[str, dict[str, Estimate]] = {}
+    for column in columns:
+        for axis, value, first, estimate, _ in effects_of(groups, column):
+            found.setdefault(f"{axis}: {value} minus {first}", {})[column] = estimate
+    if found:
+        rows = (
+            (name, *(_effect(effects.get(column), column) for column in columns)) for name, effects in found.items()
+        )
+        yield "<h3>What an axis changes in the excess over the twin</h3>"
+        yield html_table(("All else equal", "Peak, nats/token", "Area, nats", "At the end, nats/token"), rows)
+
+
+def _effect(estimate: Estimate | None, column: str) -> str:
+    if estimate is None:
+        return MISSING
+    is_noise = ", within noise" if estimate.is_within_noise else ""
+    if column != "excess_area":
+        return signed_interval(estimate) + is_noise
+    ends = [] if estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
+    words = [human_count(abs(value)) if value >= 0 else f"-{human_count(-value)}" for value in (estimate.mean, *ends)]
+    text = f"{words[0]} ({words[1]} to {words[2]})" if ends else words[0]
+    return text.replace("-", "\N{MINUS SIGN}") + is_noise
+
+
 def _equal(findings: Findings) -> Iterator[str]:
     equal, differ = held_equal(findings), differing(findings)
     if not equal:
         return
     yield "<h2>Held equal</h2>"
-    yield html_table(("Key", "Value"), ((key, equal[key]) for key in FIRST if key in equal))
+    first = {key: equal[key] for key in FIRST if equal.get(key, "null") != "null"}
+    yield html_table(("Key", "Value"), (sizes(findings) | first).items())
     everything = "\n".join(f"{key}: {value}" for key, value in equal.items())
     yield f"<details><summary>All {len(equal)} keys</summary><pre>{escape(everything)}</pre></details>"
     yield "<h3>Different between arms</h3>"

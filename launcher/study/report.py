@@ -148,8 +148,9 @@ def numbers_of(findings: Findings, groups: Sequence[Group]) -> dict[str, Any]:
             for position, gap in enumerate(gaps_of(group, groups))
         ],
         "effects": [
-            {"axis": axis, "value": value, "against": first, "difference": _plain(estimate), "pairs": pairs}
-            for axis, value, first, estimate, pairs in effects_of(groups)
+            {"axis": axis, "value": value, "against": first, "of": of, "difference": _plain(estimate), "pairs": pairs}
+            for of in ("held_out_loss", "excess_peak", "excess_area", "excess_at_end")
+            for axis, value, first, estimate, pairs in effects_of(groups, of)
         ],
         "differences": [_plain_difference(each) for each in differences_of(groups)],
         "against_best": [_plain_difference(each) for each in against_best(groups)],

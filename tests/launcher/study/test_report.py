@@ -138,7 +138,9 @@ def test_baselines_are_at_their_best_rate_and_the_fair_gap_is_to_the_best_quanti
 
 
 def test_differences_are_paired_by_seed_and_noise_is_called_noise(numbers: dict[str, Any]) -> None:
-    effects = {(each["axis"], each["value"]): each for each in numbers["effects"]}
+    effects = {(each["axis"], each["value"]): each for each in numbers["effects"] if each["of"] == "held_out_loss"}
+    ends = {(each["axis"], each["value"]): each for each in numbers["effects"] if each["of"] == "excess_at_end"}
+    assert ends["switch", "50%"]["difference"]["mean"] == pytest.approx(-0.06)
     state = effects["state", "reset"]["difference"]
     # 0, -0.008, 0.008 by seed: mean 0, standard error 0.008 / sqrt(3), times 4.3027
     assert state["mean"] == pytest.approx(0, abs=1e-9)
