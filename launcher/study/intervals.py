@@ -77,16 +77,28 @@ def ratio_of(numerators: Sequence[float], denominators: Sequence[float]) -> Esti
     if count < 2:
         return Estimate(mean=ratio, low=None, high=None, standard_error=None, num=count)
     (top_variance, covariance), (_, bottom_variance) = np.cov(numerators, denominators) / count
-    square = t_quantile(count - 1) ** 2
+    low, high = fieller(top, bottom, (top_variance, covariance, bottom_variance), t_quantile(count - 1))
+    error = math.sqrt(max(0.0, top_variance - 2 * ratio * covariance + ratio**2 * bottom_variance))
+    return Estimate(mean=ratio, low=low, high=high, standard_error=error / abs(bottom) if bottom else None, num=count)
+
+
+def fieller(top: float, bottom: float, variances: tuple[float, float, float], quantile: float) -> tuple[float, float]:
+    """The limits of top / bottom; minus and plus infinity if the bottom is not told from 0.
+
+    Args:
+        top: an estimate.
+        bottom: another one.
+        variances: of the top, of both together, and of the bottom.
+        quantile: of Student's t.
+    """
+    square = quantile**2
     # bottom_part r^2 - 2 middle r + top_part <= 0
-    bottom_part, middle = bottom**2 - square * bottom_variance, top * bottom - square * covariance
-    top_part = top**2 - square * top_variance
+    bottom_part, middle = bottom**2 - square * variances[2], top * bottom - square * variances[1]
+    top_part = top**2 - square * variances[0]
     if bottom_part <= 0:
-        return Estimate(mean=ratio, low=-math.inf, high=math.inf, standard_error=None, num=count)
+        return -math.inf, math.inf
     reach = math.sqrt(max(0.0, middle**2 - bottom_part * top_part)) / bottom_part
-    center = middle / bottom_part
-    error = math.sqrt(max(0.0, top_variance - 2 * ratio * covariance + ratio**2 * bottom_variance)) / abs(bottom)
-    return Estimate(mean=ratio, low=center - reach, high=center + reach, standard_error=error, num=count)
+    return middle / bottom_part - reach, middle / bottom_part + reach
 
 
 def over_rows(nats_R: NDArray[np.float64], tokens_R: NDArray[np.float64]) -> Estimate:

@@ -1,25 +1,23 @@
 """Fit the best switch point to a study: a parabola of the held-out loss over the switch share.
 
 The arms of the best line are fitted, which differ in the switch point alone. Every seed has a level of its own, so only
-differences within seeds count. The uncertainty is a bootstrap over seeds: the parabola is fitted to seeds that are
-drawn with replacement. Of few seeds that is too narrow an interval rather than too wide a one.
+differences within seeds count. The interval of the place where the parabola is lowest, a ratio of two coefficients, is
+Fieller's (`launcher.study.intervals`), from the scatter of all arms about the parabola. A bootstrap over seeds was
+tried: in simulated studies with three seeds its intervals of 95 % held the truth in 78 %.
 """
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
 from launcher.study.analysis import Group, difference_of
 from launcher.study.figures import arms_of, line_name, lines_of
+from launcher.study.intervals import fieller, t_quantile
 from launcher.study.reading import Findings
 
 FEWEST_POINTS = 3
-
-MOST_DRAWS = 3000
-"""Drawings of seeds: all that there are, or this many at random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,8 @@ class Fit:
     share: float
     """Best share of the run in 16 bits, 0 to 1."""
     low: float | None
-    """Lower end of the bootstrap's 95 %; None for one seed."""
+    """Lower end of the interval of 95 %, at least the smallest share that was tried; None if nothing is left over to
+    tell it from, as with three points and one seed."""
     high: float | None
     tried: tuple[float, ...]
     """Shares that were trained."""
@@ -63,46 +62,53 @@ def fit_switch(findings: Findings, groups: Sequence[Group]) -> Fit | str:
     if not candidates:
         return f"no arms that differ in the switch point alone are complete at {FEWEST_POINTS} points and a common seed"
     _, _, line, arms, seeds = min(candidates, key=lambda each: each[:2])
-    losses = {seed: [group.losses[seed] for group in arms] for seed in seeds}
     shares = [(group.switch_share or 0.0) / 100 for group in arms]
-    optima = sorted(best_share(shares, losses, drawn) for drawn in _drawings(seeds)) if len(seeds) > 1 else []
-    low, high = (float(end) for end in np.quantile(optima, [0.025, 0.975])) if optima else (None, None)
+    share, low, high = lowest_place(shares, {seed: [group.losses[seed] for group in arms] for seed in seeds})
     lowest = min(arms, key=lambda group: np.mean([group.losses[seed] for seed in seeds]))
     differences = [difference_of(group, lowest) for group in arms if group is not lowest]
     ties = [each.first for each in differences if each is not None and each.by_seed.is_within_noise]
     ratios = [ratio for record in findings.records if (ratio := record.tokens_per_parameter) is not None]
     return Fit(
         line=line_name(line),
-        share=best_share(shares, losses, seeds),
+        share=share,
         low=low,
         high=high,
         tried=tuple(sorted(shares)),
         num_seeds=len(seeds),
-        within_noise=tuple(sorted((group.switch_share or 0.0) / 100 for group in [lowest, *ties])) if optima else (),
+        within_noise=tuple(sorted((group.switch_share or 0.0) / 100 for group in [lowest, *ties]))
+        if len(seeds) > 1
+        else (),
         tokens_per_parameter=min(ratios, default=None),
     )
 
 
-def best_share(shares: Sequence[float], losses: Mapping[str, Sequence[float]], seeds: Sequence[str]) -> float:
-    """Where the least-squares parabola of some seeds is lowest, within the shares that were tried.
+def lowest_place(
+    shares: Sequence[float], losses: Mapping[str, Sequence[float]]
+) -> tuple[float, float | None, float | None]:
+    """Where the least-squares parabola is lowest within the shares that were tried, and its interval.
 
     Args:
         shares: of the run in 16 bits.
         losses: of each share, by seed.
-        seeds: that count, as often as they are named.
     """
-    levels = np.mean([np.asarray(losses[seed]) - np.mean(losses[seed]) for seed in seeds], axis=0)
-    bend, slope, _ = np.polyfit(shares, levels, 2)
     ends = min(shares), max(shares)
-    if bend <= 0:
-        return min(ends, key=lambda share: bend * share**2 + slope * share)
-    return float(min(max(-slope / (2 * bend), ends[0]), ends[1]))
-
-
-def _drawings(seeds: Sequence[str]) -> Iterator[Sequence[str]]:
-    if len(seeds) ** len(seeds) <= MOST_DRAWS:
-        yield from product(seeds, repeat=len(seeds))
-        return
-    rng = random.Random(0)
-    for _ in range(MOST_DRAWS):
-        yield rng.choices(seeds, k=len(seeds))
+    at, values = np.asarray(shares), np.asarray(list(losses.values()))
+    levels = (values - values.mean(1, keepdims=True)).ravel()
+    terms = np.stack([at - at.mean(), at**2 - (at**2).mean()], axis=1)
+    design = np.tile(terms, (len(losses), 1))
+    inverse = np.linalg.inv(design.T @ design)
+    slope, bend = inverse @ design.T @ levels
+    if bend > 0:
+        share = float(np.clip(-slope / (2 * bend), *ends))
+    else:
+        share = min(ends, key=lambda end: bend * end**2 + slope * end)
+    degrees = levels.size - len(losses) - 2
+    if degrees < 1:
+        return share, None, None
+    rest = levels - design @ np.asarray([slope, bend])
+    variance = float(rest @ rest) / degrees * inverse
+    limits = -math.inf, math.inf
+    if bend > 0:
+        variances = (variance[0, 0], -2 * variance[0, 1], 4 * variance[1, 1])
+        limits = fieller(-slope, 2 * bend, variances, t_quantile(degrees))
+    return share, float(np.clip(limits[0], *ends)), float(np.clip(limits[1], *ends))

@@ -104,8 +104,11 @@ def _remarks(fit: Fit | str, ratio: float) -> list[str]:
     """What a fit is from, and what limits it."""
     if isinstance(fit, str):
         return [f"{fit}."]
-    seeds = "one seed, so its uncertainty is not known" if fit.num_seeds == 1 else f"{fit.num_seeds} seeds"
+    seeds = "one seed" if fit.num_seeds == 1 else f"{fit.num_seeds} seeds"
+    seeds += ", too few points for an interval" if fit.low is None else ""
     found = [f"a parabola through {len(fit.tried)} switch points of {fit.line}, {seeds}."]
+    if fit.low is not None and fit.high is not None and (fit.low, fit.high) == (min(fit.tried), max(fit.tried)):
+        found.append("its interval covers all that was tried: these arms do not tell where the best switch is.")
     if fit.is_at_edge:
         found.append(
             f"the best share is at the edge of those that were tried, {min(fit.tried):.0%} to {max(fit.tried):.0%}; it "
