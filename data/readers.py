@@ -56,7 +56,7 @@ def read_documents(inputs: Sequence[str], found: Survey | None = None) -> Iterat
 
 
 def placed_documents(
-    inputs: Sequence[str], found: Survey, *, start: Place = (0, 0), first_file: int = 0
+    inputs: Sequence[str], found: Survey, *, start: Place = (0, 0), first_file: int = 0, stop: int | None = None
 ) -> Iterator[tuple[Place, Document]]:
     """As `read_documents`, with the place of each document.
 
@@ -65,11 +65,17 @@ def placed_documents(
         found: their `survey`.
         start: the place to begin at; earlier files are not opened.
         first_file: number of the first file.
+        stop: number of the first file that is not read; None: read to the end.
+
+    Raises:
+        DataError: as `read_documents`; that there is no text at all, only if all is read.
     """
-    is_empty = start <= (first_file, 0)
+    is_empty = start <= (first_file, 0) and stop is None
     for number, (source, path) in enumerate(units(inputs, found), start=first_file):
         if number < start[0]:
             continue
+        if stop is not None and number >= stop:
+            break
         skipped = start[1] if number == start[0] else 0
         for row, document in enumerate(islice(_read_unit(source, path), skipped, None), start=skipped):
             if document.is_empty:
