@@ -18,7 +18,6 @@ from launcher.report.history import AVERAGED, History
 from launcher.report.plots import (
     PANELS,
     Panel,
-    excess_figure,
     loss_figure,
     panel_figure,
     to_picture,
@@ -38,7 +37,7 @@ from launcher.report.summary import (
     verdict,
 )
 from launcher.report.target import check_target
-from launcher.report.twin import Excess
+from launcher.report.twin import Excess, excess_figure
 
 PHONE_INCHES = 4.4
 """Width of the loss figure where it is drawn for a phone."""
@@ -159,7 +158,7 @@ def _twin(excess: Excess) -> Iterator[str]:
     yield html_table(("At equal tokens", ""), facts)
     what = "Logged losses on the same batches" if excess.same_batches else "Levels of the losses, as batches differ"
     before = f" {human_count(excess.offset_tokens)} tokens came before this run." if excess.offset_tokens else ""
-    figure = excess_figure(excess.tokens, excess.values)
+    figure = excess_figure(excess)
     yield html_figure(to_svg(figure, "twin", "training loss above the 16-bit twin"), f"{what}, subtracted.{before}")
 
 

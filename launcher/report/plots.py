@@ -242,18 +242,6 @@ def transition_figure(histories: Sequence[History], transitions: Sequence[Transi
 
 
 @styled()
-def excess_figure(tokens: NDArray[np.float64], values: NDArray[np.float64]) -> "Figure":
-    """Draw how far a run is above its 16-bit twin over its tokens."""
-    figure = figure_of(9, 2.8)
-    axes = figure.subplots()
-    axes.axhline(0, color=INK, lw=0.8)
-    _plot(axes, tokens, values, 300, "excess", color=RUN_COLOURS[0], lw=1.3)
-    axes.set_ylabel("above its twin, nats/token")
-    token_axis(axes)
-    return figure
-
-
-@styled()
 def panel_figure(panel: Panel, histories: Sequence[History]) -> "Figure":
     """Draw one metric of all runs over tokens, as a small figure."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter

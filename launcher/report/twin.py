@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,11 @@ from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
 from launcher.config.file import parse_yaml
 from launcher.errors import ConfigError
 from launcher.report.history import LOSS, History, curves
+from launcher.report.plots import INK, RUN_COLOURS, figure_of, styled, thin, token_axis
 from launcher.report.summary import RunSummary, summarize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HELD_OUT = "validation/loss"
 
@@ -55,6 +59,18 @@ class Excess:
     def area(self) -> float:
         """The differences times their tokens, summed, in nats."""
         return float(self.values @ self.weights)
+
+
+@styled()
+def excess_figure(excess: Excess) -> "Figure":
+    """Draw how far a run is above its twin over its tokens."""
+    figure = figure_of(9, 2.8)
+    axes, kept = figure.subplots(), thin(excess.values, 300)
+    axes.axhline(0, color=INK, lw=0.8)
+    axes.plot(excess.tokens[kept], excess.values[kept], color=RUN_COLOURS[0], lw=1.3, gid="excess")
+    axes.set_ylabel("above its twin, nats/token")
+    token_axis(axes)
+    return figure
 
 
 def find_twin(run: Path) -> Path | None:

@@ -4,8 +4,7 @@ Colors: the switch points of the curves run from dark to bright; lines of the ot
 for each combination of the other axes. Baselines are black and gray.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -15,14 +14,12 @@ import numpy as np
 from launcher.process.console import human_count
 from launcher.report.plots import (
     INK,
-    ORDER_COLOURS,
     RUN_COLOURS,
     RUN_DASHES,
     RUN_MARKERS,
     SHADE,
     figure_of,
     styled,
-    token_axis,
 )
 from launcher.study.analysis import (
     SCRATCH,
@@ -32,30 +29,21 @@ from launcher.study.analysis import (
     best_of,
     dense_of,
     gaps_of,
-    scratches_of,
 )
 from launcher.study.config import NO_BASELINE, POST_TRAINING
-from launcher.study.curves import Curve, excess_curve, loss_curve, mean_curve, reference_of, switch_tokens
 from launcher.study.intervals import Estimate, paired
-from launcher.study.reading import Findings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 Line = tuple[tuple[str, str], ...]
-
-PANELS_PER_ROW = 3
 
 BASELINE_STYLES: Mapping[str, dict[str, Any]] = {
     SIXTEEN: {"color": INK, "ls": "-"},
     SCRATCH: {"color": SHADE, "ls": "-"},
     POST_TRAINING: {"color": SHADE, "ls": (0, (1, 1.5))},
 }
-
-SETTLED = 0.12
-"""Share of a run after which the losses decide what an axis shows."""
 
 BAND_ALPHA, MOST_BANDS, PAIRED_PANEL = 0.08, 3, 2
 """Of baselines' intervals. Many of absolute losses would cover each other, since all share the spread between seeds."""
@@ -88,122 +76,6 @@ def line_name(line: Line) -> str:
 
 
 @styled()
-def loss_figure(findings: Findings, groups: Sequence[Group]) -> "Figure":
-    """Training loss against tokens: a panel for each line, above the losses, below what is above the 16-bit twin."""
-    lines: list[Line] = lines_of(groups) or [()]
-    columns = 2 if len(lines) == 4 else min(PANELS_PER_ROW, len(lines))
-    blocks = math.ceil(len(lines) / columns)
-    figure = figure_of(max(5.6, 3.5 * columns), 4.6 * blocks + 0.5)
-    grid = figure.subplots(2 * blocks, columns, sharex=True, squeeze=False, height_ratios=[1.35, 1] * blocks)
-    shares = sorted({share for group in arms_of(groups) if (share := group.switch_share) is not None})
-    colors = {
-        share: ORDER_COLOURS[round(place * (len(ORDER_COLOURS) - 1) / max(1, len(shares) - 1))]
-        for place, share in enumerate(shares)
-    }
-    legend: dict[str, Any] = {}
-    shown: list[tuple[list[Curve], list[Curve]]] = []
-    for index, line in enumerate(lines):
-        above, below = (grid[2 * (index // columns) + part, index % columns] for part in (0, 1))
-        drawn: tuple[list[Curve], list[Curve]] = ([], [])
-        shown.append(drawn)
-        arms = [group for group in arms_of(groups) if group.line == line]
-        below.axhline(0, color=INK, lw=0.8)
-        for group in [*_baselines_of(arms, groups), *arms]:
-            style, name = _curve_style(group, arms, groups, colors)
-            losses = {record.name: loss_curve(record) for record in group.members}
-            references = {record.name: reference_of(record, group, groups, findings) for record in group.members}
-            excesses = {
-                record.name: excess_curve(record, reference)
-                for record in group.members
-                if group.baseline != SIXTEEN and (reference := references[record.name]) is not None
-            }
-            for part, (axes, curves, mark) in enumerate(((above, losses, "arm"), (below, excesses, "excess"))):
-                drawn[part].extend(curves.values())
-                handle = _draw_seeds(axes, curves, style, f"{mark}-{index}")
-                if handle is not None:
-                    legend.setdefault(name, handle)
-            _mark_switch(above, below, group, style)
-        above.set_title(line_name(line) if line else "", fontsize=9)
-        for axes, label in ((above, "training loss, nats/token"), (below, "above its 16-bit twin")):
-            if index % columns == 0:
-                axes.set_ylabel(label)
-        token_axis(below)
-        below.tick_params(labelbottom=True)
-    for index in range(len(lines), blocks * columns):
-        for part in (0, 1):
-            grid[2 * (index // columns) + part, index % columns].set_axis_off()
-    for part, axes_of_part in enumerate((grid[0::2].flat, grid[1::2].flat)):
-        _fit([curve for drawn in shown for curve in drawn[part]], axes_of_part, spikes=part == 1)
-    _legend(figure, legend)
-    return figure
-
-
-def _baselines_of(arms: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
-    """The baselines with which arms are drawn: of several from scratch or after training, all."""
-    wanted: dict[int, Group] = {}
-    for group in arms or [each for each in groups if each.baseline == SIXTEEN][:1]:
-        for each in (dense_of(group, groups), *scratches_of(group, groups)):
-            if each is not None:
-                wanted[id(each)] = each
-    if not arms:
-        wanted |= {id(each): each for each in groups}
-    return sorted(wanted.values(), key=lambda each: each.baseline != SCRATCH)
-
-
-def _curve_style(
-    group: Group, arms: Sequence[Group], groups: Sequence[Group], colors: Mapping[float, str]
-) -> tuple[dict[str, Any], str]:
-    if group.baseline != NO_BASELINE:
-        style = BASELINE_STYLES[group.baseline]
-        same = [each for each in _baselines_of(arms, groups) if each.baseline == group.baseline]
-        if group.baseline == SCRATCH and len(same) > 1:
-            best = min(same, key=lambda each: np.mean(list(each.losses.values())))
-            return (style, "scratch, the best") if group is best else (style | {"ls": (0, (4, 2))}, "scratch, others")
-        return style, group.baseline
-    share = group.switch_share
-    if share is None:
-        return {"color": RUN_COLOURS[0]}, "arms"
-    return {"color": colors[share]}, f"switch at {share:.3g} %"
-
-
-def _draw_seeds(axes: "Axes", curves: Mapping[str, Curve], style: Mapping[str, Any], mark: str) -> "Line2D | None":
-    """Draw the curve of each seed, faint, and their mean; returns the bold line."""
-    curves = {name: curve for name, curve in curves.items() if len(curve.values)}
-    bold = None
-    for name, curve in curves.items():
-        width, alpha = (0.6, 0.3) if len(curves) > 1 else (1.3, 1.0)
-        (bold,) = axes.plot(curve.tokens, curve.values, **style, lw=width, alpha=alpha, gid=f"{mark}-{name}")
-    if len(curves) > 1:
-        mean = mean_curve(list(curves.values()))
-        (bold,) = axes.plot(mean.tokens, mean.values, **style, lw=1.3, gid=f"mean-{mark}-{next(iter(curves))}")
-    return bold
-
-
-def _mark_switch(above: "Axes", below: "Axes", group: Group, style: Mapping[str, Any]) -> None:
-    """Mark the switch of an arm."""
-    tokens = next((at for record in group.members if (at := switch_tokens(record)) is not None), None)
-    if tokens is not None:
-        dot = {"marker": "o", "ms": 4, "color": style["color"], "ls": "", "zorder": 4}
-        below.plot([tokens], [0], **dot, clip_on=False, gid=f"switch-{group.members[0].name}")
-        above.axvline(tokens, color=style["color"], lw=0.7, ls=(0, (1, 2)))
-
-
-def _fit(curves: Sequence[Curve], all_axes: Iterable["Axes"], *, spikes: bool) -> None:
-    """Show what comes after the first part of the run; short spikes leave the axis at its top."""
-    settled = [curve.values[curve.tokens >= SETTLED * curve.tokens[-1]] for curve in curves if len(curve.tokens)]
-    values = np.concatenate(settled or [np.empty(0)])
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return
-    low, high = float(values.min()), float(np.quantile(values, 0.98 if spikes else 0.995))
-    if spikes:
-        low, high = min(low, 0.0), 1.25 * max(high, 0.0)
-    margin = 0.06 * (high - low) or 0.1
-    for axes in all_axes:
-        axes.set_ylim(low - margin, high + margin)
-
-
-@styled()
 def switch_figure(groups: Sequence[Group]) -> "Figure":
     """Held-out loss at the end against the switch point, absolute and against the 16-bit baseline of the same seed."""
     scored = sorted({task for group in arms_of(groups) for each in group.members for task in each.scores})
@@ -223,7 +95,7 @@ def switch_figure(groups: Sequence[Group]) -> "Figure":
         _fit_means(axes, groups, value_of)
         axes.set_ylabel(label)
         _switch_axis(axes)
-    _legend(figure, legend)
+    legend_of(figure, legend)
     return figure
 
 
@@ -356,7 +228,7 @@ def gap_figure(groups: Sequence[Group]) -> "Figure":
         axes.axhline(level, lw=1.2, **style)
     axes.set_ylabel("share of the fair gap closed, %")
     _switch_axis(axes)
-    _legend(figure, legend)
+    legend_of(figure, legend)
     return figure
 
 
@@ -379,7 +251,7 @@ def excess_figure(groups: Sequence[Group]) -> "Figure":
         _switch_axis(axes)
         if column == "excess_area":
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
-    _legend(figure, legend)
+    legend_of(figure, legend)
     return figure
 
 
@@ -430,7 +302,8 @@ def _switch_axis(axes: "Axes") -> None:
     axes.set_xticks(range(0, 101, 20))
 
 
-def _legend(figure: "Figure", handles: Mapping[str, Any]) -> None:
+def legend_of(figure: "Figure", handles: Mapping[str, Any]) -> None:
+    """Put a legend above the panels of a figure."""
     if handles:
         widest = max(map(len, handles))
         columns = max(1, min(len(handles), int(figure.get_size_inches()[0] * 12 / (widest + 8))))

@@ -36,11 +36,11 @@ from launcher.study.figures import (
     excess_figure,
     gap_figure,
     has_switch_axis,
-    loss_figure,
     switch_figure,
 )
 from launcher.study.held_equal import differing, held_equal
 from launcher.study.intervals import Estimate
+from launcher.study.loss_figure import loss_figure
 from launcher.study.page import study_page
 from launcher.study.reading import Findings, read_study
 

@@ -15,7 +15,8 @@ from launcher.errors import ConfigError
 from launcher.run.scores import RESULTS
 from launcher.study.analysis import dense_of, gaps_of, groups_of
 from launcher.study.arms import Arm
-from launcher.study.figures import gap_figure, loss_figure, switch_figure
+from launcher.study.figures import gap_figure, switch_figure
+from launcher.study.loss_figure import loss_figure
 from launcher.study.page import study_page
 from launcher.study.reading import read_study
 from launcher.study.report import figures_of, numbers_of, report_study
