@@ -9,6 +9,7 @@ An input is one of:
 | `FILE.parquet` | the column `text`, row by row |
 | `FILE.idx` | the documents of Megatron's `FILE.bin`, which are tokens |
 | `FILE.ds` | the documents of datatrove's token file |
+| `PREPARED/train` | the documents of a split of prepared data, decoded |
 | `FOLDER` | every file of these kinds in it, recursively, in the order of their paths; `survey` lists the others |
 | `hf:NAME[:CONFIG]:SPLIT` | the column `text` of a data set that `datasets` can stream |
 | `hf:NAME[:CONFIG]:SPLIT[:N]` | its first N rows: the brackets are written, as in `hf:NAME:train[:1000]` |
@@ -29,6 +30,7 @@ from data import quickstart_corpus
 from data.documents import READ_BYTES, Document
 from data.errors import DataError
 from data.pointers import pointer_problem
+from data.prepared import INDEX
 from data.survey import Survey, split_hub_name, suffix_of, survey
 
 TEXT_KEY = "text"
@@ -97,6 +99,10 @@ def _read_unit(source: str, path: Path | None) -> Iterator[Document]:
     if path is not None:
         if problem := pointer_problem(path):
             raise DataError(f"{path}: {problem}")
+        if path.name == INDEX:
+            from data.prepared_text import read_split
+
+            return read_split(path)
         return READERS[suffix_of(path)](path)
     if source == quickstart_corpus.NAME:
         return (Document(text, f"{source}/{name}") for name, text in quickstart_corpus.read_standard_library())
