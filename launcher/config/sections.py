@@ -288,6 +288,8 @@ class LoggingConfig:
 
     interval_steps: int = 10
     """Log every N steps; only then does the host wait for the device."""
+    around_switch_steps: int = 0
+    """Also log each of the N steps before and after every switch, so that a short spike is measured by the step."""
     tensorboard: bool = True
     """Write RUN/tensorboard beside RUN/metrics.jsonl."""
     trackers: tuple[TrackerName, ...] = ()
@@ -301,7 +303,7 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1) | _at_least(self, "quantization_interval_steps", 1)
-        problems |= _at_least(self, "profile_steps", 0)
+        problems |= _at_least(self, "profile_steps", 0) | _at_least(self, "around_switch_steps", 0)
         if len(set(self.trackers)) < len(self.trackers):
             problems["trackers"] = f"is {', '.join(self.trackers)}; name each tracker once"
         if problems:
