@@ -93,7 +93,7 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str], excess: Excess
         yield f'<p class="note">{COMPARED}</p>'
     if any(phase.tokens_by_source for summary in summaries for phase in summary.phases):
         yield "<h2>Data</h2>"
-        yield _table(("Phase", "Source", "Tokens drawn", "Share"), _source_rows(summaries))
+        yield html_table(("Phase", "Source", "Tokens drawn", "Share"), _source_rows(summaries))
     yield "<h2>Loss</h2>"
     caption = (
         "Faint: every logged training loss. Bold: its level, by least-squares lines through nearby losses of the same "
