@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 TRAITS = ("num_heads", "kv_heads", "head_width", "activation", "norm", "norm_position", "norm_eps", "qk_norm")
 """What a model computes with its parameters, and their shapes do not say."""
 
+ROTARY = ("rope_theta", "rope_scaling")
+"""The same of rotary positions."""
+
 
 def open_source(text: str) -> Source:
     """Open a checkpoint; its kind follows from the files in the folder.
@@ -128,8 +131,8 @@ def check_model(source: Source, model: ModelConfig) -> None:
     """
     problems = []
     if theirs := model_of(source):
-        # In a Tritrain run, the rotary base may be changed on purpose, for a longer context.
-        traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, "rope_theta")
+        # In a Tritrain run, rotary positions may be changed on purpose, for a longer context.
+        traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, *ROTARY)
         problems = [
             f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} in the checkpoint"
             for trait in traits
