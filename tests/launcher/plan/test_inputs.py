@@ -237,7 +237,7 @@ def test_train_refuses_before_it_starts_a_rank(tmp_path, monkeypatch):
     tree["data"] |= text_of([str(tmp_path / "none.txt")])
     tree["checkpoint"] = {"start_from": str(tmp_path / "none")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    monkeypatch.setattr("launcher.cli.become_run", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("launcher.cli.training.become_run", lambda *_: pytest.fail("ranks were started"))
     with pytest.raises(DataError) as caught:
         tritrain("train", tmp_path / "config.yaml")
     assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [
