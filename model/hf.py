@@ -100,6 +100,10 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         reason = f"model_type {family!r} is not known; {', '.join(FAMILIES)} are"
         if "no_rope_layers" in hf_config:
             reason += ". Its layers without rotary positions (no_rope_layers, NoPE) are not in the model"
+        if str(family).startswith("gemma"):
+            reason += (
+                ". Gemma scales its embeddings, adds 1 to the weights of norms and gates by GELU, as no model here"
+            )
         raise ValueError(reason)
     given = DEFAULTS | FAMILY_DEFAULTS.get(family, {}) | dict(hf_config)
     problems = [
