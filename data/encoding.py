@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from data.documents import Document
 from data.errors import DataError
 from data.fast_encoding import fast_encoder
-from data.proof import ChangedTextError, changed, check_given_back, compared
+from data.proof import ChangedTextError, changed, check_given_back, is_compared
 from data.readers import Place
 from data.token_files import checked_tokens
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -166,7 +166,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece], *, lossy: bool 
             for piece, size in zip(pieces, num_bytes, strict=True)
         ),
         token_bytes=int(num_bytes.sum()),
-        compared_documents=sum(piece.begins and piece.is_text for piece in pieces[: compared(pieces)]),
+        compared_documents=sum(piece.begins and is_compared(piece) for piece in pieces),
         changed_documents=sum(pieces[index].begins for index in changed(tokenizer, pieces, encoded)) if lossy else 0,
     )
 
@@ -184,19 +184,26 @@ def counted_bytes(tokenizer: Tokenizer, *, lossy: bool) -> NDArray[np.int32]:
     return sizes
 
 
-def tokenize(
-    works: Iterable[Work], tokenizer: Tokenizer, num_workers: int, *, lossy: bool = False
-) -> Iterator[tuple[Work, Chunk]]:
-    """Tokenize pieces of work in this process or in several, and yield them in the order in which they came.
+Tokenize = Callable[[Iterable[Work]], Iterator[tuple[Work, Chunk]]]
+"""Tokenizes pieces of work, and yields them in the order in which they came.
 
-    Raises:
-        DataError: a document is changed by a tokenizer that must not be `lossy`; names the document.
-        LostWorkerError: a process was killed.
-    """
+Raises:
+    DataError: a document is changed by a tokenizer that must not be `lossy`; names the document.
+    LostWorkerError: a process was killed.
+"""
+
+
+@contextlib.contextmanager
+def tokenizing(tokenizer: Tokenizer, num_workers: int, *, lossy: bool = False) -> Iterator[Tokenize]:
+    """Tokenize in this process, or in several that are started once and end with the block."""
     if num_workers == 1:
-        for work in works:
-            with _naming(work):
-                yield work, encode_pieces(tokenizer, work.pieces, lossy=lossy)
+
+        def here(works: Iterable[Work]) -> Iterator[tuple[Work, Chunk]]:
+            for work in works:
+                with _naming(work):
+                    yield work, encode_pieces(tokenizer, work.pieces, lossy=lossy)
+
+        yield here
         return
     pool = ProcessPoolExecutor(
         num_workers,
@@ -204,25 +211,30 @@ def tokenize(
         initializer=_start_worker,
         initargs=(tokenizer.path, tokenizer.fast is not None),
     )
-    pending: deque[tuple[Work, Future[Chunk]]] = deque()
 
-    def finished() -> tuple[Work, Chunk]:
-        work, future = pending.popleft()
-        with _naming(work):
-            return work, future.result()
+    def in_pool(works: Iterable[Work]) -> Iterator[tuple[Work, Chunk]]:
+        pending: deque[tuple[Work, Future[Chunk]]] = deque()
+
+        def finished() -> tuple[Work, Chunk]:
+            work, future = pending.popleft()
+            with _naming(work):
+                return work, future.result()
+
+        try:
+            for work in works:
+                pending.append((work, pool.submit(_encode_in_worker, work.pieces, lossy)))
+                if len(pending) > 2 * num_workers:  # bounds the memory, and keeps every worker busy
+                    yield finished()
+            while pending:
+                yield finished()
+        except BrokenProcessPool as error:
+            raise LostWorkerError(
+                "a tokenizing process was killed, perhaps because the memory was full; the same command goes on where "
+                "this one stopped, also with fewer --workers"
+            ) from error
 
     try:
-        for work in works:
-            pending.append((work, pool.submit(_encode_in_worker, work.pieces, lossy)))
-            if len(pending) > 2 * num_workers:  # bounds the memory, and keeps every worker busy
-                yield finished()
-        while pending:
-            yield finished()
-    except BrokenProcessPool as error:
-        raise LostWorkerError(
-            "a tokenizing process was killed, perhaps because the memory was full; the same command goes on where "
-            "this one stopped, also with fewer --workers"
-        ) from error
+        yield in_pool
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -267,6 +267,7 @@ def _close(loader: Any, number: ExitStack) -> None:
             worker.kill()  # only one that hangs in a download is still there, and it ignores anything milder
     elif hasattr(dataset, "_iterator"):
         dataset._iterator.exit()
+    dataset.close()
     for lock in (dataset._shared_barrier.filelock_path, dataset._cache_filelock_path):
         Path(lock).unlink(missing_ok=True)  # `streaming` leaves them for ever, and takes them for signs of a live run
     number.close()

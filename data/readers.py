@@ -9,6 +9,7 @@ An input is one of:
 | `FILE.parquet` | the column `text`, row by row |
 | `FILE.idx` | the documents of Megatron's `FILE.bin`, which are tokens |
 | `FILE.ds` | the documents of datatrove's token file |
+| `PREPARED/train` | the documents of a split of prepared data, decoded |
 | `FOLDER` | every file of these kinds in it, recursively, in the order of their paths; `survey` lists the others |
 | `hf:NAME[:CONFIG]:SPLIT` | the column `text` of a data set that `datasets` can stream |
 | `hf:NAME[:CONFIG]:SPLIT[:N]` | its first N rows: the brackets are written, as in `hf:NAME:train[:1000]` |
@@ -29,6 +30,7 @@ from data import quickstart_corpus
 from data.documents import READ_BYTES, Document
 from data.errors import DataError
 from data.pointers import pointer_problem
+from data.prepared import INDEX
 from data.survey import Survey, split_hub_name, suffix_of, survey
 
 TEXT_KEY = "text"
@@ -56,7 +58,7 @@ def read_documents(inputs: Sequence[str], found: Survey | None = None) -> Iterat
 
 
 def placed_documents(
-    inputs: Sequence[str], found: Survey, *, start: Place = (0, 0), first_file: int = 0
+    inputs: Sequence[str], found: Survey, *, start: Place = (0, 0), first_file: int = 0, stop: int | None = None
 ) -> Iterator[tuple[Place, Document]]:
     """As `read_documents`, with the place of each document.
 
@@ -65,11 +67,17 @@ def placed_documents(
         found: their `survey`.
         start: the place to begin at; earlier files are not opened.
         first_file: number of the first file.
+        stop: number of the first file that is not read; None: read to the end.
+
+    Raises:
+        DataError: as `read_documents`; that there is no text at all, only if all is read.
     """
-    is_empty = start <= (first_file, 0)
+    is_empty = start <= (first_file, 0) and stop is None
     for number, (source, path) in enumerate(units(inputs, found), start=first_file):
         if number < start[0]:
             continue
+        if stop is not None and number >= stop:
+            break
         skipped = start[1] if number == start[0] else 0
         for row, document in enumerate(islice(_read_unit(source, path), skipped, None), start=skipped):
             if document.is_empty:
@@ -91,6 +99,10 @@ def _read_unit(source: str, path: Path | None) -> Iterator[Document]:
     if path is not None:
         if problem := pointer_problem(path):
             raise DataError(f"{path}: {problem}")
+        if path.name == INDEX:
+            from data.prepared_text import read_split
+
+            return read_split(path)
         return READERS[suffix_of(path)](path)
     if source == quickstart_corpus.NAME:
         return (Document(text, f"{source}/{name}") for name, text in quickstart_corpus.read_standard_library())

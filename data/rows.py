@@ -6,10 +6,16 @@ The position to resume from is looked up in shared memory, under a number where 
 """
 
 import itertools
+import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from threading import Event
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.light_streaming import import_streaming
@@ -19,8 +25,11 @@ from data.urls import redacted
 import_streaming()
 
 from streaming import StreamingDataset  # noqa: E402
-from streaming.base.dataset import _ShardState  # noqa: E402
+from streaming.base.dataset import _Iterator, _ShardState  # noqa: E402
 from streaming.base.world import World  # noqa: E402
+
+MOST_OPEN = 64
+"""Shards that are held open: those of a block of the shuffle, about."""
 
 
 class RowDataset(StreamingDataset):
@@ -31,6 +40,11 @@ class RowDataset(StreamingDataset):
     position: tuple[int, int] = (0, 0)
     """Epoch, and samples of it that all ranks have consumed, where the reading begins; to be set before it does."""
     _failure: BaseException | None = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._open: OrderedDict[int, tuple[int, int, np.dtype[Any], int]] = OrderedDict()
+        self._event = Event()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield this process's rows of the next epoch.
@@ -55,7 +69,8 @@ class RowDataset(StreamingDataset):
         Raises:
             DataError: it holds a token that the model does not have, on which a GPU would stop without a reason.
         """
-        row: dict[str, Any] = super().get_item(sample_id, retry)
+        tokens = self._tokens(*self.spanner[sample_id])
+        row: dict[str, Any] = super().get_item(sample_id, retry) if tokens is None else {COLUMN: tokens}
         if self.vocab_size is not None and (largest := int(row[COLUMN].max())) >= self.vocab_size:
             number, _ = self.spanner[sample_id]
             stream, shard = self.streams[self.stream_per_shard[number]], self.shards[number]
@@ -65,6 +80,39 @@ class RowDataset(StreamingDataset):
                 "folder again"
             )
         return row
+
+    def _tokens(self, number: int, index: int) -> NDArray[Any] | None:
+        """Read a row from an open file; None if the shard is yet to be fetched, or is not as it should be.
+
+        The base class opens the file anew for every row, which takes most of the time of reading it. A file that is
+        mapped into memory instead would end the process when it is cut short.
+        """
+        if self._event.is_set():  # a thread that reads ahead has failed
+            return None
+        if number in self._open:
+            self._open.move_to_end(number)
+        elif (found := _opened(self.shards[number])) is not None:
+            self._open[number] = found
+            if len(self._open) > MOST_OPEN:
+                os.close(self._open.popitem(last=False)[1][0])
+        else:
+            return None
+        descriptor, begin, dtype, row_bytes = self._open[number]
+        content = os.pread(descriptor, row_bytes, begin + index * row_bytes)
+        return np.frombuffer(content, dtype) if len(content) == row_bytes else None
+
+    def close(self) -> None:
+        """Close the shards that are held open."""
+        while self._open:
+            os.close(self._open.popitem()[1][0])
+
+    def _prepare_thread(self, it: _Iterator) -> None:
+        """Fetch shards ahead of the reading, where there is something to fetch."""
+        if any(stream.remote not in (None, stream.local) for stream in self.streams):
+            super()._prepare_thread(it)
+            return
+        it.prepare_index = it.ready_index = it.total  # the other threads go by these
+        it.on_exit()
 
     def on_exception(self, future: Future) -> None:
         """Note why a thread that reads ahead has ended; the base class then makes the others end."""
@@ -92,3 +140,21 @@ class RowDataset(StreamingDataset):
             f"a shard of the training data cannot be read: {redacted(str(error))}; the same command resumes from the "
             "newest checkpoint once it can"
         )
+
+
+def _opened(shard: Any) -> tuple[int, int, np.dtype[Any], int] | None:
+    """Open a shard: descriptor, place of its first row, dtype of tokens, and bytes of a row; None if that fails.
+
+    An MDS file has the number of samples, where each begins and where the last ends, uint32; what they are; and them.
+    """
+    try:
+        descriptor = os.open(Path(shard.dirname, shard.split, shard.raw_data.basename), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    (row_bytes,), (encoding,) = shard.column_sizes, shard.column_encodings
+    header = np.frombuffer(os.pread(descriptor, 4 * (shard.samples + 2), 0), np.uint32)
+    begins = row_bytes * np.arange(shard.samples + 1)  # after the first
+    if len(header) != len(begins) + 1 or not np.array_equal(header[1:] - header[1], begins):
+        os.close(descriptor)
+        return None
+    return descriptor, int(header[1]), np.dtype(encoding.split(":")[1]), row_bytes

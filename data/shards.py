@@ -8,13 +8,15 @@ The result does not depend on the number of workers, and is built in a temporary
 folder that exists is complete. If the process is killed, the same command goes on from there (`data.resume`).
 """
 
-import heapq
 import json
 import os
+import re
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from data.config import TRAINED_SPEC, PrepareConfig
-from data.documents import Document, uniform
-from data.encoding import LostWorkerError, Piece, counted_bytes, cut_documents, gather_work, tokenize
+from data.encoding import Chunk, LostWorkerError, Piece, Work, counted_bytes, cut_documents, gather_work, tokenizing
 from data.errors import DataError
 from data.fast_encoding import NAME, fast_encoder
-from data.new_paths import TakenError, exclusive, flush, folder_being_made
+from data.new_paths import TakenError, exclusive, folder_being_made
+from data.parts import SHARED_FOLDER, SharedParts, assign_splits
 from data.prepared import (
     FILES,
     FORMAT_VERSION,
@@ -37,19 +39,16 @@ from data.prepared import (
     is_yet_to_be_prepared,
     open_prepared,
 )
-from data.readers import Place, placed_documents, units
 from data.resume import NOTHING_READ, RECORD, SECONDS_BETWEEN_RECORDS, Progress, identity, read_record, record
-from data.survey import TOKEN_KINDS, Survey, suffix_of, survey
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.survey import Survey, survey
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer_training import copied, place_tokenizer
 from data.writers import PackedWriter, RowWriter
 
 COUNTS_SHOWN = ("documents", "text_bytes", "tokens")
 
 KEPT_AFTER = (KeyboardInterrupt, OSError, LostWorkerError)
 """What the same command may overcome; other errors come again until the inputs or options change."""
-TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
-TRAINING_SCAN_BYTES = 1_000_000_000  # where to stop looking for that sample
-SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and one that is all there is gives enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class PrepareProgress:
     files: Survey
     """What is read, and what is left out."""
     stage: str
-    """`tokenizer` while one is trained, then `tokens`."""
+    """`tokenizer` while one is trained, then `tokens`; with other processes `parts`, then `merging`."""
     documents: int
     text_bytes: int
     tokens: int
@@ -71,6 +70,8 @@ class PrepareProgress:
     """A sentence about an attempt that was stopped, if there was one."""
     earlier_bytes: int = 0
     """Text that it had tokenized, and that is not tokenized again."""
+    parts: tuple[int, int] = (0, 0)
+    """Parts that are complete, and all parts."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -83,6 +84,7 @@ def prepare(
     sequence_length: int,
     out: Path,
     progress: Callable[[PrepareProgress], None] | None = None,
+    on: str | None = None,
 ) -> dict[str, Any]:
     """Write the prepared folder `out` and return its manifest; see the top of this file.
 
@@ -95,28 +97,49 @@ def prepare(
         sequence_length: tokens that a model sees of one row; a row has one more.
         out: folder to make.
         progress: called about once per MiB of text.
+        on: `shared-folder` shares the work with all processes that prepare the same folder so, on this host and on
+            others, `dask://HOST:PORT` with the workers of a cluster of Dask; None: this process and its workers.
 
     Raises:
-        DataError: an input cannot be read, there is too little text, or `out` holds something else or cannot be
-            written.
+        DataError: an input cannot be read, there is too little text, `out` holds something else or cannot be
+            written, or the cluster does not answer.
     """
     if sequence_length < 1:
         raise DataError(f"sequence_length: is {sequence_length}; must be 1 or more")
+    if on not in (None, SHARED_FOLDER) and not re.fullmatch(r"dask://[^/\s]+:\d+", str(on)):
+        raise DataError(f"--on {on}: is neither {SHARED_FOLDER} nor dask://HOST:PORT")
     out = Path(os.path.abspath(out))
     try:
         if manifest := _find_done(config, sequence_length, out):
             return manifest
-        with exclusive(out, wait=True):
-            if manifest := _find_done(config, sequence_length, out):
-                return manifest
-            try:
-                return _build(config, sequence_length, out, progress or (lambda _: None))
-            except TakenError:
-                if manifest := _find_done(config, sequence_length, out):  # by a host that the lock does not reach
-                    return manifest
-                raise
+        say = progress or (lambda _: None)
+        if on is None:
+            return _make(config, sequence_length, out, say, None)
+        parts = _tokenize_parts(config, sequence_length, out, say, on)
+        manifest = _make(config, sequence_length, out, say, parts)
+        shutil.rmtree(parts.folder, ignore_errors=True)
+        return manifest
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
+
+
+def _make(
+    config: PrepareConfig,
+    sequence_length: int,
+    out: Path,
+    progress: Callable[[PrepareProgress], None],
+    parts: SharedParts | None,
+) -> dict[str, Any]:
+    """Make the folder, or find that another process has."""
+    with exclusive(out, wait=True):
+        if manifest := _find_done(config, sequence_length, out):
+            return manifest
+        try:
+            return _build(config, sequence_length, out, progress, parts)
+        except TakenError:
+            if manifest := _find_done(config, sequence_length, out):  # by a host that the lock does not reach
+                return manifest
+            raise
 
 
 def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
@@ -171,12 +194,64 @@ class _Task:
     """See `data.resume.identity`."""
 
 
-def _build(
-    config: PrepareConfig, sequence_length: int, out: Path, progress: Callable[[PrepareProgress], None]
-) -> dict[str, Any]:
+def _task_of(config: PrepareConfig, sequence_length: int) -> _Task:
     inputs = (*config.inputs, *config.validation_inputs)
     files, options = survey(inputs), _options(config, sequence_length)
-    task = _Task(config, sequence_length, files, options, identity(options, files, inputs))
+    return _Task(config, sequence_length, files, options, identity(options, files, inputs))
+
+
+@lru_cache(maxsize=1)
+def shared_parts(config: PrepareConfig, sequence_length: int, out: Path) -> SharedParts:
+    """The parts that a folder is made of, begun if nobody has.
+
+    Raises:
+        DataError: an input cannot be read, or other processes have begun with something else.
+    """
+    task = _task_of(config, sequence_length)
+    return SharedParts(out, config, task.files, task.made_by, partial(place_tokenizer, config, task.files))
+
+
+def tokenize_part(config: PrepareConfig, sequence_length: int, out: Path, number: int) -> None:
+    """Tokenize a part of this number of a folder, in a process that knows nothing else of it."""
+    parts = shared_parts(config, sequence_length, out)
+    with parts.tokenizing() as tokenize:
+        parts.tokenize(number, tokenize)
+
+
+def _tokenize_parts(
+    config: PrepareConfig, sequence_length: int, out: Path, progress: Callable[[PrepareProgress], None], on: str
+) -> SharedParts:
+    """Tokenize all parts of a folder, or wait until others have."""
+    files, start = survey((*config.inputs, *config.validation_inputs)), time.monotonic()
+    say = partial(PrepareProgress, files=files, documents=0, text_bytes=0, tokens=0)
+    if TRAINED_SPEC.fullmatch(config.tokenizer):
+        progress(say(stage="tokenizer", seconds=0.0))
+    shared_parts.cache_clear()
+    parts = shared_parts(config, sequence_length, out)
+
+    def told(complete: int) -> None:
+        progress(say(stage="parts", seconds=time.monotonic() - start, parts=(complete, len(parts.parts))))
+
+    if on == SHARED_FOLDER:
+        parts.tokenize_all(told)
+    else:
+        from data.dask_cluster import tokenize_on
+
+        tokenize_on(on, parts, partial(tokenize_part, replace(config, workers=1), sequence_length, out), told)
+    return parts
+
+
+def _build(
+    config: PrepareConfig,
+    sequence_length: int,
+    out: Path,
+    progress: Callable[[PrepareProgress], None],
+    parts: SharedParts | None,
+) -> dict[str, Any]:
+    task = _task_of(config, sequence_length)
+    if parts:  # the places in a record are others
+        task = replace(task, made_by=task.made_by | {"in parts": True})
+    files = task.files
     begun: Progress | None = None
     earlier = ""
 
@@ -192,18 +267,19 @@ def _build(
     with folder_being_made(out, adopt=adopt, keep=KEPT_AFTER) as building:
         say = partial(PrepareProgress, files=files, earlier=earlier, earlier_bytes=begun.text_bytes if begun else 0)
         if begun is None:
-            if TRAINED_SPEC.fullmatch(config.tokenizer):
+            if TRAINED_SPEC.fullmatch(config.tokenizer) and parts is None:
                 progress(say(stage="tokenizer", documents=0, text_bytes=0, tokens=0, seconds=0.0))
-            tokenizer = _place_tokenizer(config, files, building)
+            tokenizer = copied(parts.tokenizer, building) if parts else place_tokenizer(config, files, building)
         else:
             tokenizer = load_tokenizer(building / begun.tokenizer)
         tokenizer.fast = fast_encoder(tokenizer)
         library = "" if tokenizer.fast is None else f"{NAME} {version(NAME)}"
         writers = _open_writers(task, tokenizer, building, begun)
         start = time.monotonic()
-        for _ in _write_rows(task, tokenizer, building, writers, begun):
+        stage = "merging" if parts else "tokens"
+        for _ in _write_rows(task, tokenizer, building, writers, begun, parts):
             counts = {key: sum(getattr(each, key) for each in writers.values()) for key in COUNTS_SHOWN}
-            progress(say(stage="tokens", library=library, seconds=time.monotonic() - start, **counts))
+            progress(say(stage=stage, library=library, seconds=time.monotonic() - start, **counts))
         return _finish(task, tokenizer, building, writers)
 
 
@@ -218,9 +294,14 @@ def _open_writers(task: _Task, tokenizer: Tokenizer, out: Path, begun: Progress 
 
 
 def _write_rows(
-    task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, RowWriter], begun: Progress | None
+    task: _Task,
+    tokenizer: Tokenizer,
+    out: Path,
+    writers: dict[str, RowWriter],
+    begun: Progress | None,
+    parts: SharedParts | None,
 ) -> Iterator[None]:
-    """Tokenize and write all that is not yet written, and yield after each piece of work."""
+    """Write all that is not yet written, tokenized here or in parts, and yield after each piece of work."""
 
     def save(read: tuple[int, int, int], waiting: dict[str, list[Piece]]) -> None:
         states = {split: writer.state() for split, writer in writers.items()}
@@ -230,15 +311,22 @@ def _write_rows(
     if begun is None:
         save(read, waiting)
     saved = time.monotonic()
-    assigned = _assign_splits(task.config, task.files, (max(read[0], 0), read[1]))
-    pieces = (each for each in cut_documents(assigned, tokenizer) if each[1].place > read)
-    works = gather_work(pieces, read, waiting)
-    for work, chunk in tokenize(works, tokenizer, task.config.workers, lossy=task.config.lossy_tokenizer):
-        writers[work.split].write(chunk)
-        if time.monotonic() - saved >= SECONDS_BETWEEN_RECORDS:
-            save(work.read, work.waiting)
-            saved = time.monotonic()
-        yield
+    with ExitStack() as stack:
+        chunks: Iterator[tuple[Work, Chunk]]
+        if parts:
+            chunks = ((work, read_tokens()) for work, read_tokens in parts.merged() if work.read > read)
+        else:
+            assigned = assign_splits(task.config, task.files, (max(read[0], 0), read[1]))
+            pieces = (each for each in cut_documents(assigned, tokenizer) if each[1].place > read)
+            workers, lossy = task.config.workers, task.config.lossy_tokenizer
+            tokenize = stack.enter_context(tokenizing(tokenizer, workers, lossy=lossy))
+            chunks = tokenize(gather_work(pieces, read, waiting))
+        for work, chunk in chunks:
+            writers[work.split].write(chunk)
+            if time.monotonic() - saved >= SECONDS_BETWEEN_RECORDS:
+                save(work.read, work.waiting)
+                saved = time.monotonic()
+            yield
 
 
 def _finish(task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, RowWriter]) -> dict[str, Any]:
@@ -272,62 +360,3 @@ def _finish(task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, Row
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     (out / RECORD).unlink()
     return manifest
-
-
-def _place_tokenizer(config: PrepareConfig, files: Survey, out: Path) -> Tokenizer:
-    if not TRAINED_SPEC.fullmatch(config.tokenizer):
-        source = load_tokenizer(config.tokenizer, config.end_of_document)
-        path = out / f"tokenizer{source.path.suffix}"
-        path.write_bytes(source.file_content())
-    else:
-        if tokens := [path for path in files.read if suffix_of(path) in TOKEN_KINDS]:
-            raise DataError(f"{tokens[0]}: holds tokens, not text to train a tokenizer on; name the one that made it")
-        texts = (
-            block
-            for split, _, document in _assign_splits(config, files)
-            if split == TRAIN
-            for block in document.blocks()
-        )
-        path = out / "tokenizer.model"
-        train_tokenizer(sample_texts(texts), config.tokenizer, path)
-    flush(path)
-    return load_tokenizer(path)
-
-
-def _assign_splits(
-    config: PrepareConfig, files: Survey, start: Place = (0, 0)
-) -> Iterator[tuple[str, Place, Document]]:
-    """Yield every document from a place on, with the split that it belongs to."""
-    for place, document in placed_documents(config.inputs, files, start=start):
-        is_held_out = config.validation_fraction and document.uniform() < config.validation_fraction
-        yield VALIDATION if is_held_out else TRAIN, place, document
-    if config.validation_inputs:
-        first_file = len(units(config.inputs, files))
-        documents = placed_documents(config.validation_inputs, files, start=start, first_file=first_file)
-        yield from ((VALIDATION, place, document) for place, document in documents)
-
-
-def sample_texts(texts: Iterable[str]) -> list[str]:
-    """Return a random sample of at most `TRAINING_SAMPLE_BYTES`, of long texts in pieces.
-
-    It looks at the first `TRAINING_SCAN_BYTES` and keeps the pieces with the smallest hashes, as many as fit: every
-    machine draws the same sample, in whatever order it reads the texts.
-    """
-    kept: list[tuple[float, str]] = []  # a heap with the largest hash on top, as its negative
-    kept_bytes = scanned_bytes = 0
-    limit = 1.0  # the smallest hash that did not fit
-    for text in texts:
-        for begin in range(0, len(text), SAMPLE_PIECE_CHARS):
-            piece = text[begin : begin + SAMPLE_PIECE_CHARS]
-            num_bytes = len(piece.encode())
-            scanned_bytes += num_bytes
-            if (key := uniform([piece.encode()])) < limit:
-                heapq.heappush(kept, (-key, piece))
-                kept_bytes += num_bytes
-            while kept_bytes > TRAINING_SAMPLE_BYTES:
-                negative_key, dropped = heapq.heappop(kept)
-                limit = -negative_key
-                kept_bytes -= len(dropped.encode())
-        if scanned_bytes > TRAINING_SCAN_BYTES:
-            break
-    return [piece for _, piece in sorted(kept)]

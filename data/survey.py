@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data import quickstart_corpus
 from data.errors import DataError
+from data.prepared import INDEX, MANIFEST
 
 HF_PREFIX = "hf:"
 TOKEN_KINDS = (".idx", ".ds")
@@ -85,6 +86,10 @@ def survey(inputs: Iterable[str]) -> Survey:
 def _find_files(path: Path) -> tuple[list[Path], dict[Path, str]]:
     """Find the path itself, or the readable files below it in a fixed order; and what is left out of it, and why."""
     kinds = " ".join(KINDS)
+    if (path / MANIFEST).is_file():
+        raise DataError(f"{path}: is prepared data; to prepare its text again, name a split, such as {path / 'train'}")
+    if (path / INDEX).is_file() and (path.parent / MANIFEST).is_file():
+        return [path / INDEX], {}
     if path.is_dir():
         found = list(_entries(path))
         left_out = dict(sorted((entry, reason) for entry, reason in found if reason))

@@ -16,7 +16,7 @@ are those that Hugging Face compared when it turned Llama 3 into 1.58 bits, wher
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from quant.strict import STRICT
@@ -38,6 +38,8 @@ class RampConfig:
     schedule in the code of arXiv 2502.11895, which jumps from 0.987 to 1."""
     steps: int = 0
     """Steps from strength 0 to strength 1; 0 switches at once."""
+    fraction: float | None = None
+    """Their number as a share of the phase; give one of the two."""
     delay_steps: int = 0
     """Steps at strength 0 before that."""
     order: Literal["all", "front-to-back", "back-to-front", "sensitivity"] = "all"
@@ -55,6 +57,10 @@ class RampConfig:
         problems = {}
         if self.steps < 0:
             problems["steps"] = f"is {self.steps}; 0 (switch at once) or more"
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            problems["fraction"] = f"is {self.fraction}; must be above 0 and at most 1"
+        elif self.fraction is not None and self.steps:
+            problems["fraction"] = f"is given, and so is steps: {self.steps}; give one of the two"
         if self.delay_steps < 0:
             problems["delay_steps"] = f"is {self.delay_steps}; must be 0 or more"
         if self.sharpness is not None:
@@ -68,10 +74,16 @@ class RampConfig:
         if self.shape != "staircase" and self.stairs is not None:
             problems["stairs"] = f"has no effect for {self.shape}; only staircase has stairs"
         for key, simplest in (("order", "all"), ("rounding", "blend")):
-            if getattr(self, key) != simplest and not self.steps:
-                problems[key] = f"is {getattr(self, key)}, which needs steps above 0"
+            if getattr(self, key) != simplest and not (self.steps or self.fraction):
+                problems[key] = f"is {getattr(self, key)}, which needs steps above 0 or a fraction"
         if problems:
             raise ValueError(problems)
+
+    def resolved(self, phase_steps: int) -> "RampConfig":
+        """The same ramp with its length in steps, in a phase of this many."""
+        if self.fraction is None:
+            return self
+        return replace(self, steps=max(1, round(self.fraction * phase_steps)), fraction=None)
 
     @property
     def end_steps(self) -> int:

@@ -21,7 +21,7 @@ from launcher.config.sections import Config
 from launcher.plan.plan import make_plan
 from launcher.run.changes import MAY_CHANGE
 from launcher.study.arms import make_arms
-from launcher.study.config import base_of, load_study
+from launcher.study.config import load_study
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "configs/quickstart.yaml"
@@ -144,8 +144,7 @@ def yaml_blocks() -> list[Any]:
 def test_configuration_snippet_is_valid_in_the_quickstart(text: str, tmp_path: Path) -> None:
     if text.startswith("base:"):
         (tmp_path / "study.yaml").write_text(text)
-        study = load_study(tmp_path / "study.yaml")
-        assert make_arms(study, base_of(study, tmp_path / "study.yaml", ROOT / "configs"), tmp_path, 1)
+        assert make_arms(*load_study(tmp_path / "study.yaml", ROOT / "configs"), tmp_path, 1)
         return
     tree = parse_yaml((ROOT / QUICKSTART).read_text(), QUICKSTART)
     del tree["data"]["prepare"]  # belongs to the quickstart's own source

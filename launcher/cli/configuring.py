@@ -19,11 +19,14 @@ def init(
     tokens: Annotated[str | None, typer.Option(help="Tokens, such as 7B; by default 20 for each parameter.")] = None,
     data: Annotated[str | None, typer.Option(help="A prepared folder, text, or hf:NAME[:CONFIG]:SPLIT.")] = None,
     engine: Annotated[EngineName | None, typer.Option(help="Engine; default: fsdp2.", show_default=False)] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Phases, schedule and optimizer of a recipe in configs/recipes, such as muon.")
+    ] = None,
 ) -> None:
     """Write a commented configuration for a model size; asks for what is not given."""
     from launcher.commands.init import InitOptions, write_configuration
 
-    options = InitOptions(size=size, tokens=tokens, gpus=gpus, gpu=gpu, data=data, engine=engine)
+    options = InitOptions(size=size, tokens=tokens, gpus=gpus, gpu=gpu, data=data, engine=engine, recipe=recipe)
     write_configuration(local_target(to, "TO"), options, Console(silent=False))
 
 

@@ -30,6 +30,12 @@ def prepare(
         list[str] | None, typer.Option(help="Hold out this whole input; may be repeated.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of tokenizing processes.")] = 1,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            help="Share the work: shared-folder, with all processes that run this command; dask://HOST:PORT, a cluster."
+        ),
+    ] = None,
     scratch: Annotated[str | None, typer.Option(help="For a URL: local folder to make the files in.")] = None,
 ) -> None:
     """Tokenize text into shards for training."""
@@ -54,9 +60,9 @@ def prepare(
     console = Console(silent=False)
     if is_url(out):
         folder = None if scratch is None else local_target(scratch, "--scratch")
-        prepare_in_store(config, sequence_length, out, folder, console)
+        prepare_in_store(config, sequence_length, out, folder, console, on)
     else:
-        prepare_with_progress(config, sequence_length, local_target(out, "--out"), console)
+        prepare_with_progress(config, sequence_length, local_target(out, "--out"), console, on=on)
     console.line(f"{out} is ready. List it in data.sources, with data.sequence_length: {sequence_length}")
 
 

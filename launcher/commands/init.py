@@ -15,6 +15,7 @@ from data.errors import DataError
 from data.new_paths import new_file
 from data.prepared import MANIFEST, read_manifest
 from data.survey import check_input
+from launcher.commands.recipes import recipe_file, with_recipe
 from launcher.config.engine import EngineName
 from launcher.config.file import parse_config, parse_yaml
 from launcher.errors import ConfigError
@@ -41,6 +42,8 @@ class InitOptions:
     gpu: str | None
     data: str | None
     engine: EngineName | None
+    recipe: str | None = None
+    """A training recipe that comes with the project; None: the one of the template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ def write_configuration(to: Path, options: InitOptions, console: Console) -> Non
     """
     if to.exists():
         raise ConfigError(f"{to}: exists, and nothing is overwritten; name another file")
+    recipe = recipe_file(options.recipe) if options.recipe else None
     name, gpu = named_gpu(options.gpu) if options.gpu else gpu_of_this_machine() or named_gpu("H100")
     answers = answered(options)
     data = describe_data(answers.data, answers.size)
@@ -90,6 +94,8 @@ def write_configuration(to: Path, options: InitOptions, console: Console) -> Non
         sequence_length=data.sequence_length,
     )
     text = commented(propose(wish), wish, data, run_name(to), name)
+    if recipe:
+        text = "".join(f"{aligned(line)}\n" for line in with_recipe(text, recipe).splitlines())
     config = parse_config(parse_yaml(text, str(to)))
     make_plan(config, wish.num_ranks)
     with new_file(to) as building:

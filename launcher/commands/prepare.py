@@ -1,6 +1,7 @@
 """`data.shards.prepare` with something to watch."""
 
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from data.prepared import FILES
@@ -9,12 +10,23 @@ from data.survey import Survey
 from launcher.process.console import Console, human_count
 
 SECONDS_BETWEEN_LINES = 5.0
+DOING = {"tokenizer": "reading text for the tokenizer", "tokens": "tokenizing", "merging": "merging the parts"}
 MAX_REASONS = 8
 """Reasons to leave files out that are shown."""
 
 
-def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path, console: Console) -> None:
-    """Prepare a folder, with a line every few seconds and the result; silent if the folder already exists."""
+def prepare_with_progress(
+    config: PrepareConfig, sequence_length: int, out: Path, console: Console, *, on: str | None = None
+) -> None:
+    """Prepare a folder, with a line every few seconds and the result; silent if the folder already exists.
+
+    Args:
+        config: inputs, tokenizer and held-out text.
+        sequence_length: tokens of a sequence.
+        out: the folder.
+        console: where to print.
+        on: as of `data.shards.prepare`.
+    """
     started = time.perf_counter()
     shown: float | None = None
 
@@ -29,14 +41,18 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
         elif time.perf_counter() - shown < SECONDS_BETWEEN_LINES:
             return
         shown = time.perf_counter()
-        doing = "reading text for the tokenizer" if progress.stage == "tokenizer" else "tokenizing"
+        if progress.stage == "parts":
+            complete, parts = progress.parts
+            console.line(f"tokenizing: {complete} of {parts} parts are complete{remaining(progress)}")
+            return
+        doing = DOING[progress.stage]
         doing += f" with {progress.library}" if progress.library else ""
         console.line(
             f"{doing}: {human_count(progress.documents)} documents, {human_count(progress.text_bytes)}B of text, "
             f"{human_count(progress.tokens)} tokens, {progress.bytes_per_second / 1e6:.2f} MB/s"
         )
 
-    manifest = prepare(config, sequence_length, out, show)
+    manifest = prepare(config, sequence_length, out, show, on)
     if shown is None:
         return
     console.line(f"Each document ends with {manifest['end_of_document_token']} (token {manifest['end_of_document']})")
@@ -55,6 +71,14 @@ def prepare_with_progress(config: PrepareConfig, sequence_length: int, out: Path
             rows += f", {split['padding_tokens'] / (split['rows'] * sequence_length):.2%} of them padding"
         console.line(f"{out}/{name}: {rows}")
     console.line(f"Prepared in {time.perf_counter() - started:.1f} s")
+
+
+def remaining(progress: PrepareProgress) -> str:
+    """The time that is left for the other parts, if those so far took as long; empty if it is too early to say."""
+    complete, parts = progress.parts
+    if not 0 < complete < parts:
+        return ""
+    return f", {timedelta(seconds=round(progress.seconds / complete * (parts - complete)))} left"
 
 
 def files_sentence(files: Survey, out: Path) -> str:

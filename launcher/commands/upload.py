@@ -18,7 +18,7 @@ def is_url(text: str) -> bool:
 
 
 def prepare_in_store(
-    config: PrepareConfig, sequence_length: int, url: str, scratch: Path | None, console: Console
+    config: PrepareConfig, sequence_length: int, url: str, scratch: Path | None, console: Console, on: str | None = None
 ) -> None:
     """Prepare a local folder and send it to a store.
 
@@ -28,6 +28,7 @@ def prepare_in_store(
         url: of the folder in the store.
         scratch: the local folder; it stays.
         console: where to print.
+        on: as of `data.shards.prepare`.
 
     Raises:
         ConfigError: there is no local folder.
@@ -35,7 +36,7 @@ def prepare_in_store(
     if scratch is None:
         raise ConfigError("--out: is a URL; name a local folder for the files until they are sent, with --scratch")
     check_store(url, scratch)
-    prepare_with_progress(config, sequence_length, scratch, console)
+    prepare_with_progress(config, sequence_length, scratch, console, on=on)
     upload_prepared(scratch, url, console)
 
 

@@ -90,7 +90,7 @@ def phase_keys_have_an_effect(phases: "tuple[PhaseConfig, ...]") -> Problems:
         transition = phase.transition or TransitionConfig()
         for name in ("ramp", "activation_ramp"):
             ramp = getattr(transition, name)
-            if ramp and not ramp.steps and not transition.rollback:  # which may lengthen it
+            if ramp and not (ramp.steps or ramp.fraction) and not transition.rollback:  # which may lengthen it
                 for key in ("shape", "sharpness", "stairs"):
                     yield from _idle(ramp, f"{path}.transition.{name}", key, "steps is 0, which switches at once")
 

@@ -155,14 +155,20 @@ def load_as(kind: type[Part], path: Path, name: str) -> Part:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one ``a.b=value`` in a tree of mappings and lists; the value is read as YAML.
+    """Set one ``a.b=value`` in a tree of mappings and lists, or all values of a file; values are read as YAML.
 
     Raises:
-        ConfigError: it is not of that form, or the path leads through something that has no such element.
+        ConfigError: it is neither, the file cannot be read, or the path leads through something that has no such
+            element.
     """
     path, separator, value = override.partition("=")
+    if is_file(override):
+        merge(tree, read_mapping(Path(override), "sections such as schedule and phases"))
+        return
     if not separator or not path:
-        raise ConfigError(f"{override!r}: an override is key.sub=value, such as optimizer.learning_rate=3e-4")
+        raise ConfigError(
+            f"{override!r}: an override is key.sub=value, such as optimizer.learning_rate=3e-4, or a YAML file of them"
+        )
     if not value.strip():  # of a shell's variable that is not set; YAML would read null
         raise ConfigError(f"{override!r}: has no value; write {path}=null if none is meant")
     *parents, last = path.split(".")
@@ -185,6 +191,24 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node[int(last)] = parsed
     else:
         raise ConfigError(f"{override!r}: {path} does not exist")
+
+
+def is_file(override: str) -> bool:
+    """Return whether an override names a file of values."""
+    return "=" not in override and override.endswith((".yaml", ".yml"))
+
+
+def merge(tree: dict[str, Any], patch: dict[str, Any]) -> None:
+    """Set in a tree what a patch holds, as a JSON Merge Patch (RFC 7396): mappings are merged, null removes a key."""
+    for key, value in patch.items():
+        if value is None:
+            tree.pop(key, None)
+        elif isinstance(value, dict):
+            if not isinstance(tree.get(key), dict):
+                tree[key] = {}
+            merge(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def _is_index(key: str, node: list[Any]) -> bool:

@@ -116,6 +116,11 @@ class TransitionConfig:
         """The ramps of the weights and of the activations."""
         return self.ramp, self.activation_ramp or self.ramp
 
+    def resolved(self, phase_steps: int) -> "TransitionConfig":
+        """The same transition with the lengths of its ramps in steps, into a phase of this many."""
+        activation_ramp = self.activation_ramp and self.activation_ramp.resolved(phase_steps)
+        return replace(self, ramp=self.ramp.resolved(phase_steps), activation_ramp=activation_ramp)
+
     @property
     def measures_order(self) -> bool:
         """Return whether blocks take turns in an order that is measured at the switch."""

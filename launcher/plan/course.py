@@ -342,7 +342,7 @@ def _resolve_phases(config: Config, batch: GlobalBatch, rollbacks: Mapping[int, 
                 f"optimizer.ternary_learning_rate_factor.steps: is {factor.steps}, longer than the {steps} steps of "
                 f"phase {index}"
             )
-        transition = phase.transition or TransitionConfig()
+        transition = (phase.transition or TransitionConfig()).resolved(steps)
         for key, ramp in zip(("ramp", "activation_ramp"), transition.ramps, strict=True):
             if ramp.end_steps > steps:
                 delay = f" and {ramp.delay_steps} of delay_steps" if ramp.delay_steps else ""

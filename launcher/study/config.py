@@ -6,11 +6,11 @@ configuration can be varied.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from launcher.config.file import load_as
+from launcher.config.file import is_file, load_as
 from launcher.config.strict import STRICT
 from launcher.errors import ConfigError
 
@@ -61,7 +61,8 @@ class Study:
     """Configuration that all arms share: a file, relative to the study's own, or a shipped one such as
     `english-4m`."""
     overrides: tuple[str, ...] = ()
-    """Overrides of all arms, as on the command line: `data.workers=0`."""
+    """Overrides of all arms, as on the command line: `data.workers=0`, or a file of them, such as
+    `recipes/muon.yaml`, which is found as `base` is."""
     switch: tuple[float, ...] = ()
     """Shares of the run in 16 bits: an axis of its own, for a base with a 16-bit phase and then a ternary one."""
     axes: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
@@ -137,34 +138,45 @@ def _list(values: Any) -> str:
     return ", ".join(map(str, values))
 
 
-def load_study(path: Path) -> Study:
-    """Read the file of a study.
+def load_study(path: Path, shipped: Path) -> tuple[Study, Path]:
+    """Read the file of a study, and find the files that it names, relative to itself or among the shipped ones.
+
+    Args:
+        path: of the file.
+        shipped: folder of the configurations that come with the project.
+
+    Returns:
+        The study, and the file of its base.
 
     Raises:
-        ConfigError: lists every problem, each with its key.
+        ConfigError: lists every problem.
     """
     try:
-        return load_as(Study, path, "study")
+        study = load_as(Study, path, "study")
     except ConfigError as error:
         raise ConfigError(str(error).replace(": study.", ": ")) from None
 
+    def found(overrides: tuple[str, ...], key: str) -> tuple[str, ...]:
+        """The overrides with the files among them as paths."""
+        return tuple(str(_file(each, key, path, shipped)) if is_file(each) else each for each in overrides)
 
-def base_of(study: Study, path: Path, shipped: Path) -> Path:
-    """The file of the base configuration.
+    axes = {
+        axis: {value: found(overrides, f"axes.{axis}.{value}") for value, overrides in values.items()}
+        for axis, values in study.axes.items()
+    }
+    base = _file(study.base, "base", path, shipped)
+    return replace(study, overrides=found(study.overrides, "overrides"), axes=axes), base
 
-    Args:
-        study: that names it.
-        path: of the study's own file.
-        shipped: folder of the configurations that come with the project.
 
-    Raises:
-        ConfigError: there is no such file.
-    """
-    places = [path.parent / study.base, shipped / f"{study.base}.yaml"]
+def _file(name: str, key: str, path: Path, shipped: Path) -> Path:
+    """The file of this name beside the study's own file, or the shipped one."""
+    file = name if is_file(name) else f"{name}.yaml"
+    places = [path.parent / name, shipped / file]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        names = _list(sorted(file.stem for file in shipped.glob("*.yaml")))
+        folder = (shipped / file).parent
+        names = _list(sorted(file.stem for file in folder.glob("*.yaml")))
         raise ConfigError(
-            f"{path}: base: {places[0]} does not exist, and {study.base} is no shipped configuration; shipped: {names}"
+            f"{path}: {key}: {places[0]} does not exist, and {name} is no shipped configuration; shipped: {names}"
         )
     return found

@@ -13,7 +13,7 @@ from launcher.process.console import Console
 from launcher.process.torchrun import ROOT, num_gpus
 from launcher.run.folder import RunFolder
 from launcher.study.arms import Arm, make_arms, raise_problems
-from launcher.study.config import base_of, load_study
+from launcher.study.config import load_study
 from launcher.study.dispatch import INTERRUPTED, Outcome, Queue
 from launcher.study.jobs import Job, jobs_of, needed
 from launcher.study.sharing import share
@@ -51,8 +51,8 @@ def study(path: Path, out: Path, options: Options, console: Console) -> int:
         ConfigError: lists what is wrong with the study or with the configuration of an arm.
         DataError: lists what the runs read and is missing.
     """
-    asked = load_study(path)
-    arms = make_arms(asked, base_of(asked, path, SHIPPED), out, options.num_ranks)
+    asked, base = load_study(path, SHIPPED)
+    arms = make_arms(asked, base, out, options.num_ranks)
     sharing = share(arms)
     jobs = jobs_of(arms, sharing, out)
     places = places_of(out, options)

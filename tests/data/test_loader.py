@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,3 +300,44 @@ def test_remote_shards_are_fetched_into_the_cache_and_read_as_local_ones(folders
             [(mixture(folders, sources=(Source(path="file:///nowhere"),), cache=str(tmp_path / "x")), 0, 1, 1)],
             remote,
         )
+
+
+# Reading rows
+
+
+def test_rows_are_those_of_the_files_without_opening_one_for_each(folders, monkeypatch):
+    from streaming import StreamingDataset
+
+    from data import rows
+
+    config = mixture(folders, workers=0)
+    expected = read_steps(open_data(config, 0, 1, 2), 12, GLOBAL // 2)  # over more than an epoch
+
+    def read_by_the_library(self, number, index):
+        return None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rows.RowDataset, "_tokens", read_by_the_library)
+        assert np.array_equal(read_steps(open_data(config, 0, 1, 2), 12, GLOBAL // 2), expected)
+    monkeypatch.setattr(StreamingDataset, "get_item", lambda *_: pytest.fail("a file was opened for a row"))
+    monkeypatch.setattr(rows, "MOST_OPEN", 1)
+    data = open_data(config, 0, 1, 2)
+    assert np.array_equal(read_steps(data, 12, GLOBAL // 2), expected)
+    assert len(open_shards()) == 1
+    data.close()
+    assert not open_shards()
+
+
+def open_shards():
+    links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return [path for path in links if path.suffix == ".mds"]
+
+
+def test_a_shard_that_is_cut_short_while_it_is_read_stops_the_reading(folders, tmp_path):
+    copies = [shutil.copytree(folder, tmp_path / Path(folder).name) for folder in folders]
+    data = open_data(mixture(tuple(map(str, copies))), 0, 1, 2)
+    read_steps(data, 1, GLOBAL // 2)
+    for shard in tmp_path.glob("*/train/*.mds"):
+        os.truncate(shard, 1000)
+    with pytest.raises(DataError, match="a shard of the training data cannot be read"):
+        read_steps(data, 20, GLOBAL // 2)

@@ -1,6 +1,7 @@
 """`prepare` refuses a tokenizer that changes its text or miscounts its bytes, and names the document."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from tokenizer_zoo import LOSSLESS, LOSSY, byte_level
 
 from data import proof
 from data.config import DataConfig, PrepareConfig
+from data.encoding import Piece
 from data.errors import DataError
 from data.loader import token_bytes
 from data.mixture import Source
@@ -43,8 +45,20 @@ def test_changed_text_is_refused_with_its_place(tmp_path, name, text, message, w
     assert not (tmp_path / "out").exists()
 
 
+def test_the_sample_that_is_decoded_depends_on_places_alone():
+    def pieces(places):
+        return [Piece("text", "file", place, ends=True) for place in places]
+
+    first = pieces([(file, document, 0) for file in range(16) for document in range(16)])
+    assert all(proof.is_compared(piece) for piece in first)
+    later = pieces([(file, document, part) for file in (0, 99) for document in range(16, 5000) for part in (0, 1)])
+    share = sum(proof.is_compared(piece) for piece in later) / len(later)
+    assert share == pytest.approx(1 / 16, rel=0.05)
+    assert not proof.is_compared(replace(first[0], tokens=np.arange(3)))
+
+
 def test_lost_bytes_are_found_in_every_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "COMPARED_CHARS", 1)  # only the first document is decoded
+    monkeypatch.setattr(proof, "COMPARED_SHARE", 0)  # only the first 16 documents are decoded
     LOSSY["t5.model"](tmp_path / "t5.model")
     file = write(tmp_path / "a.jsonl", *[WORDS] * 20, "the  cat", *[WORDS] * 20)
     with pytest.raises(DataError, match=r"a\.jsonl:21: .*'the  cat' becomes 'the cat'"):

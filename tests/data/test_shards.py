@@ -17,13 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import encoding, shards, tokenizer_kinds
+from data import encoding, tokenizer_kinds, tokenizer_training
 from data.documents import Document
 from data.errors import DataError
 from data.prepared import open_prepared
 from data.quickstart_corpus import read_standard_library
-from data.shards import PrepareConfig, PrepareProgress, prepare, sample_texts
+from data.shards import PrepareConfig, PrepareProgress, prepare
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer_training import sample_texts
 from data.torchvision_repair import repair_torchvision
 
 LENGTH = 32
@@ -87,7 +88,7 @@ def test_every_token_of_every_document_is_predicted_once(corpus, tokenizer_path,
 
 def test_the_result_is_bitwise_the_same_for_any_number_of_workers_and_any_order(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "CHUNK_CHARS", 20_000)
-    monkeypatch.setattr(shards, "TRAINING_SAMPLE_BYTES", 200_000)
+    monkeypatch.setattr(tokenizer_training, "TRAINING_SAMPLE_BYTES", 200_000)
     options = {"tokenizer": "bpe:600", "validation_fraction": 0.2}
     for workers in (1, 3):
         prepare(PrepareConfig(inputs=(str(corpus),), workers=workers, **options), LENGTH, tmp_path / str(workers))
@@ -318,17 +319,17 @@ def test_cutting_after_newlines_does_not_change_the_tokens(tokenizer_path, monke
 
 
 def test_the_sample_for_a_tokenizer_is_bounded_and_independent_of_the_order(monkeypatch):
-    monkeypatch.setattr(shards, "TRAINING_SAMPLE_BYTES", 5000)
+    monkeypatch.setattr(tokenizer_training, "TRAINING_SAMPLE_BYTES", 5000)
     texts = [f"text {number} " * (number % 50 + 1) for number in range(300)]
     sample = sample_texts(texts)
     assert sample == sample_texts(reversed(texts))
     assert 4000 < sum(map(len, sample)) <= 5000
     assert sample_texts(texts[:3]) == sorted(texts[:3], key=sample_texts(texts[:3]).index)
-    monkeypatch.setattr(shards, "SAMPLE_PIECE_CHARS", 100)
+    monkeypatch.setattr(tokenizer_training, "SAMPLE_PIECE_CHARS", 100)
     pieces = sample_texts(["".join(texts)])  # of one long text, pieces from all over
     assert len(pieces) == 50
     assert 10 < sum(piece in "".join(texts[:150]) for piece in pieces) < 40
-    monkeypatch.setattr(shards, "TRAINING_SCAN_BYTES", 1000)
+    monkeypatch.setattr(tokenizer_training, "TRAINING_SCAN_BYTES", 1000)
     assert sum(map(len, sample_texts(texts))) < 1500
 
 

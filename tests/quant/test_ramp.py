@@ -1,6 +1,7 @@
 """Quantization strength as a function of the steps since the transition."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -148,3 +149,27 @@ def test_problems_are_named(keys, named):
     with pytest.raises(ValueError, match=r"is |has no effect") as caught:
         RampConfig(**keys)
     assert set(caught.value.args[0]) == named
+
+
+@given(st.floats(1e-4, 1.0), st.integers(1, 10_000), ramps)
+def test_a_share_of_a_phase_is_a_number_of_its_steps(fraction, phase_steps, ramp):
+    given_as_share = replace(ramp, steps=0, fraction=fraction)
+    resolved = given_as_share.resolved(phase_steps)
+    assert resolved == replace(ramp, steps=resolved.steps)
+    assert 1 <= resolved.steps <= phase_steps
+    assert resolved.steps == 1 or abs(resolved.steps - fraction * phase_steps) <= 0.5
+    assert ramp.resolved(phase_steps) is ramp
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"fraction": 0.0}, "is 0.0; must be above 0 and at most 1"),
+        ({"fraction": 1.5}, "is 1.5; must be above 0 and at most 1"),
+        ({"fraction": 0.5, "steps": 3}, "is given, and so is steps: 3; give one of the two"),
+    ],
+)
+def test_a_length_is_steps_or_a_share(keys, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        RampConfig(**keys)
+    assert caught.value.args[0] == {"fraction": said}

@@ -6,7 +6,7 @@ import pytest
 from minimal import MINIMAL, only_problem, tree
 
 from launcher.config.aliases import ALIASES, ALIASES_IN_SECTION, SECTION_ALIASES
-from launcher.config.file import apply_override, flat_lines, load_config, parse_config, to_tree
+from launcher.config.file import apply_override, flat_lines, load_config, merge, parse_config, to_tree
 from launcher.config.reference import configuration_keys
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
@@ -115,6 +115,40 @@ def refusal(path):
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tree", "patch", "expected"),
+    [  # RFC 7396, appendix A, where both are mappings
+        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+        ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+        ({"a": "b"}, {"a": None}, {}),
+        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+        ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
+        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+        ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
+        ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+        ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+    ],
+)
+def test_a_file_of_values_is_a_json_merge_patch(tree, patch, expected):
+    merge(tree, patch)
+    assert tree == expected
+
+
+def test_overrides_and_files_of_them_apply_in_order(tmp_path):
+    (tmp_path / "x.yaml").write_text(MINIMAL)
+    (tmp_path / "patch.yaml").write_text("optimizer: {learning_rate: 0.5, betas: [0.8, 0.9]}\nevaluation: null\n")
+    before, after = "optimizer.learning_rate=0.1", "optimizer.betas=[0.1, 0.2]"
+    optimizer = load_config(tmp_path / "x.yaml", [before, str(tmp_path / "patch.yaml"), after]).optimizer
+    assert (optimizer.learning_rate, optimizer.betas) == (0.5, (0.1, 0.2))
+
+
+def test_a_file_of_values_that_is_not_there(tmp_path):
+    (tmp_path / "x.yaml").write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=r"muon\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "x.yaml", ["muon.yaml"])
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

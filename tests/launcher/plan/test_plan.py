@@ -332,6 +332,15 @@ def test_a_ramp_must_fit_into_its_phase():
     assert refusal(*by_fraction, f"{ramp}=6") == "phases.1.transition.ramp.steps: is 6, longer than the phase's 5"
 
 
+def test_a_ramp_of_a_share_of_its_phase_is_that_ramp_in_steps():
+    ramps = "phases.1.transition={ramp: {fraction: 0.5}, activation_ramp: {fraction: 1.0, delay_steps: 0}}"
+    in_steps = "phases.1.transition={ramp: {steps: 3}, activation_ramp: {steps: 6}}"
+    assert plan_of(ramps).phases == plan_of(in_steps).phases
+    assert refusal(ramps.replace("delay_steps: 0", "delay_steps: 1")) == (
+        "phases.1.transition.activation_ramp.steps: is 6 and 1 of delay_steps, longer than the phase's 6"
+    )
+
+
 def test_data_goes_on_or_restarts():
     positions = [plan_of().first_sequence_at(step) for step in range(10)]
     assert positions == [24 * step for step in range(10)]

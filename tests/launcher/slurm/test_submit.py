@@ -390,13 +390,14 @@ def test_template_that_evaluates_new_checkpoints(programs: Path, tmp_path: Path)
     assert calls(programs, "tritrain") == [expected, expected]
 
 
-def test_template_that_prepares_one_line_of_a_list(programs: Path, tmp_path: Path) -> None:
+def test_template_of_tasks_that_share_a_preparation(programs: Path, tmp_path: Path) -> None:
     shutil.copy(programs / "srun", programs / "tritrain")
-    (tmp_path / "inputs").write_text("a.txt\nmy texts/$(b).txt\n")
-    done = run_template("prepare-array.sbatch", programs, str(tmp_path / "inputs"), "out", "tokenizer.json", "2048")
+    options = ("my texts/$(b).txt", "--out", "out", "--tokenizer", "tokenizer.json")
+    done = run_template("prepare-array.sbatch", programs, *options)
     assert done.returncode == 0, done.stderr
     [words] = calls(programs, "srun")  # of which it is a copy
-    assert words[:4] == ["prepare", "my texts/$(b).txt", "--out", "out/part-00002"]
+    assert words[:8] == ["prepare", *options, "--on", "shared-folder"]
+    assert words[8] == "--workers"
 
 
 def test_configuration_of_a_snapshot_is_yaml(config: Config, tmp_path: Path) -> None:

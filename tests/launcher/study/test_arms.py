@@ -9,7 +9,7 @@ from studies import write_study
 from launcher.errors import ConfigError
 from launcher.process.console import Console
 from launcher.study.arms import Arm, make_arms
-from launcher.study.config import base_of, load_study
+from launcher.study.config import load_study
 from launcher.study.sharing import share
 from launcher.study.study import SHIPPED, Options, study
 
@@ -18,8 +18,7 @@ OPTIONS = Options(jobs=2, num_ranks=1, dry_run=True, gpu="H100", utilization=0.4
 
 def arms_of(folder, sections=None, **keys) -> list[Arm]:
     path = write_study(folder, Path("shards"), sections, **keys)
-    loaded = load_study(path)
-    return make_arms(loaded, base_of(loaded, path, SHIPPED), folder / "out", 1)
+    return make_arms(*load_study(path, SHIPPED), folder / "out", 1)
 
 
 def problem_of(folder, sections=None, **keys) -> str:
@@ -181,6 +180,22 @@ def test_a_switch_of_a_run_in_tokens(tmp_path):
     assert [phase.end for phase in arm.plan.phases] == [6, 8]
 
 
+def test_values_of_an_axis_may_be_files(tmp_path):
+    (tmp_path / "mine.yaml").write_text("optimizer: {learning_rate: 0.25}\n")
+    recipe = {"mine": ["mine.yaml"], "muon": ["recipes/muon.yaml", "training.total_steps=20"]}
+    mine, muon = arms_of(tmp_path, axes={"recipe": recipe}, baselines=[])
+    assert (mine.config.optimizer.learning_rate, mine.config.optimizer.name) == (0.25, "adamw")
+    assert muon.config.optimizer.name == "muon"
+    assert [phase.end for phase in muon.plan.phases] == [14, 20]
+
+
+def test_a_file_of_values_that_is_not_there(tmp_path):
+    said = problem_of(tmp_path, axes={"recipe": {"mine": ["recipes/none.yaml"]}})
+    assert "axes.recipe.mine: " in said
+    assert "recipes/none.yaml does not exist" in said
+    assert "shipped: cooldown-fusion, late-switch, muon," in said
+
+
 SHIPPED_STUDIES = sorted((SHIPPED / "studies").glob("*.yaml"))
 
 
@@ -198,8 +213,7 @@ def test_a_shipped_study_is_worth_its_hours(path, tmp_path, capfd):
 
 def test_the_study_of_switch_points_has_its_trunks(tmp_path):
     path = SHIPPED / "studies" / "switch-point.yaml"
-    loaded = load_study(path)
-    arms = make_arms(loaded, base_of(loaded, path, SHIPPED), tmp_path, 1)
+    arms = make_arms(*load_study(path, SHIPPED), tmp_path, 1)
     assert len(arms) == 48
     assert {arm.plan.total_tokens for arm in arms} == {4_096_000}
     sharing = share(arms)

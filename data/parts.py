@@ -1,0 +1,252 @@
+"""Parts of the work of `prepare`, for processes of many hosts that share a folder.
+
+    OUT.parts/plan.json      what decides every byte, and the parts; written last
+              tokenizer.*    the one of all parts
+              00007.tokens   the tokens of part 7, piece of work after piece of work
+              00007.json     counts and digest of each; there when the part is complete
+
+A part is a run of whole files, or, of a file with many documents that is larger than a part, every n-th block of
+documents. Whoever takes a part holds its lock, which ends with the process. If two have one part all the same, because
+the file system keeps locks within a host, they write the same. The result is, byte for byte, that of one process.
+"""
+
+import hashlib
+import heapq
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import PrepareConfig
+from data.documents import Document
+from data.encoding import Chunk, Tokenize, Work, cut_documents, gather_work, token_type, tokenizing
+from data.errors import DataError
+from data.fast_encoding import fast_encoder
+from data.new_paths import exclusive, file_being_replaced, replace_file
+from data.prepared import TRAIN, VALIDATION, is_yet_to_be_prepared
+from data.private import HeldError, locked
+from data.readers import Place, placed_documents, units
+from data.resume import NOTHING_READ
+from data.survey import Survey, suffix_of
+from data.tokenizer import Tokenizer, load_tokenizer
+
+SHARED_FOLDER = "shared-folder"
+SUFFIX = ".parts"
+PLAN = "plan.json"
+PART_BYTES = 1 << 28
+"""Parts are about as large, in bytes of files."""
+BLOCK_DOCUMENTS = 1024
+"""Consecutive documents of a large file that belong to one part."""
+WHOLE_KINDS = (".txt", ".md", ".rst", ".py")
+"""Files that are one document."""
+SECONDS_BETWEEN_LOOKS = 1.0
+
+COUNTS = ("documents", "text_bytes", "token_bytes", "compared_documents", "changed_documents")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some of the documents."""
+
+    first: int
+    """Number of its first file, or input that is none."""
+    stop: int
+    """Number of the first one after it."""
+    share: int = 0
+    shares: int = 1
+    """Of the file's blocks of documents it has each whose number is `share` modulo `shares`."""
+
+    def has(self, place: Place) -> bool:
+        """Return whether a document belongs to it."""
+        return self.shares == 1 or _block(place) % self.shares == self.share
+
+
+def _block(place: Place) -> int:
+    return place[1] // BLOCK_DOCUMENTS
+
+
+def cut_parts(config: PrepareConfig, files: Survey) -> list[Part]:
+    """Divide all that is read into parts of about `PART_BYTES`, in the order in which it is read."""
+    parts: list[Part] = []
+    begin = size = number = 0
+    for number, (_, path) in enumerate(units((*config.inputs, *config.validation_inputs), files)):
+        found = 0 if path is None else path.stat().st_size
+        shares = 1 if path is None or suffix_of(path) in WHOLE_KINDS else -(-found // PART_BYTES)
+        if path is None or shares > 1 or size + found > PART_BYTES:
+            parts += [Part(begin, number)] if begin < number else []
+            begin, size = number, 0
+        if path is None or shares > 1:
+            parts += [Part(number, number + 1, share, max(shares, 1)) for share in range(max(shares, 1))]
+            begin = number + 1
+        else:
+            size += found
+    return parts + ([Part(begin, number + 1)] if begin <= number else [])
+
+
+def assign_splits(
+    config: PrepareConfig, files: Survey, start: Place = (0, 0), stop: int | None = None
+) -> Iterator[tuple[str, Place, Document]]:
+    """Yield every document with the split that it belongs to.
+
+    Args:
+        config: inputs, and what is held out.
+        files: of the inputs.
+        start: place to begin at.
+        stop: number of the first file that is not read.
+    """
+    for place, document in placed_documents(config.inputs, files, start=start, stop=stop):
+        is_held_out = config.validation_fraction and document.uniform() < config.validation_fraction
+        yield VALIDATION if is_held_out else TRAIN, place, document
+    if config.validation_inputs:
+        first_file = len(units(config.inputs, files))
+        documents = placed_documents(config.validation_inputs, files, start=start, first_file=first_file, stop=stop)
+        yield from ((VALIDATION, place, document) for place, document in documents)
+
+
+class SharedParts:
+    """The parts of one folder that is being prepared.
+
+    Args:
+        out: the folder that they become.
+        config: inputs and options.
+        files: of the inputs.
+        made_by: what decides every byte; processes with another one must not take part.
+        place_tokenizer: puts the tokenizer of all parts into a folder.
+
+    Raises:
+        DataError: parts are there that others have begun with other inputs, options or libraries.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: PrepareConfig,
+        files: Survey,
+        made_by: dict[str, Any],
+        place_tokenizer: Callable[[Path], Tokenizer],
+    ) -> None:
+        self._out = out
+        self.folder = out.with_name(f"{out.name}{SUFFIX}")
+        self._config, self._files = config, files
+        made_by = json.loads(json.dumps(made_by))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        plan = self.folder / PLAN
+        with exclusive(plan, wait=True):
+            if not plan.exists():
+                tokenizer = place_tokenizer(self.folder)
+                parts = [asdict(part) for part in cut_parts(config, files)]
+                facts = {"made_by": made_by, "tokenizer": tokenizer.path.name, "parts": parts}
+                replace_file(plan, json.dumps(facts) + "\n")
+        facts = json.loads(plan.read_text())
+        if changed := [key for key in made_by if made_by[key] != facts["made_by"].get(key)]:
+            raise DataError(
+                f"{self.folder}: was begun by other processes, and here other are: {', '.join(changed)}; run the same "
+                "command with the same versions everywhere, or remove the folder to begin anew"
+            )
+        self.parts = [Part(**part) for part in facts["parts"]]
+        self.tokenizer = load_tokenizer(self.folder / facts["tokenizer"])
+        self.tokenizer.fast = fast_encoder(self.tokenizer)
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are not complete; none once the folder is made, which ends the parts."""
+        if not is_yet_to_be_prepared(self._out):
+            return []
+        return [number for number in range(len(self.parts)) if not self._facts_file(number).exists()]
+
+    def tokenize_all(self, told: Callable[[int], None] = lambda _: None) -> None:
+        """Take one part after the other until all are complete, whoever completes them.
+
+        Args:
+            told: called with the number of parts that are complete, about once a second.
+        """
+        with self.tokenizing() as tokenize:
+            while missing := self.missing:
+                for number in random.sample(missing, len(missing)):
+                    told(len(self.parts) - len(self.missing))
+                    self.tokenize(number, tokenize)
+                told(len(self.parts) - len(self.missing))
+                time.sleep(SECONDS_BETWEEN_LOOKS if self.missing else 0)
+
+    def tokenizing(self) -> AbstractContextManager[Tokenize]:
+        """What tokenizes parts, with the processes that the configuration asks for."""
+        return tokenizing(self.tokenizer, self._config.workers, lossy=self._config.lossy_tokenizer)
+
+    def tokenize(self, number: int, tokenize: Tokenize) -> None:
+        """Tokenize one part, unless it is complete or another process has it.
+
+        Args:
+            number: of the part.
+            tokenize: of `tokenizing`.
+
+        Raises:
+            DataError: an input cannot be read, or is changed by the tokenizer.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.folder / f"{number:05}.lock", "a part is tokenized once", wait=False))
+            except HeldError:
+                return
+            except FileNotFoundError:
+                if self.missing:
+                    raise
+                return  # another process has merged and removed them
+            if number in self.missing:
+                self._tokenize(number, self.parts[number], tokenize)
+
+    def _tokenize(self, number: int, part: Part, tokenize: Tokenize) -> None:
+        assigned = assign_splits(self._config, self._files, (part.first, 0), part.stop)
+        pieces = cut_documents((each for each in assigned if part.has(each[1])), self.tokenizer)
+        by_block = groupby(pieces, lambda each: _block(each[1].place[:2]))
+        blocks = [pieces] if part.shares == 1 else (block for _, block in by_block)
+        works = chain.from_iterable(gather_work(block, NOTHING_READ, {}) for block in blocks)
+        chunks = []
+        with file_being_replaced(self._tokens_file(number)) as building, building.open("xb") as file:
+            for work, chunk in tokenize(works):
+                content = chunk.tokens.tobytes()
+                file.write(content)
+                counts = {name: getattr(chunk, name) for name in COUNTS}
+                about = {"split": work.split, "block": _block(work.pieces[0].place[:2]), "tokens": len(chunk.tokens)}
+                chunks.append(about | counts | {"sha256": hashlib.sha256(content).hexdigest()})
+        replace_file(self._facts_file(number), json.dumps(chunks) + "\n")
+
+    def merged(self) -> Iterator[tuple[Work, Callable[[], Chunk]]]:
+        """Yield the pieces of work of all parts in their order, each with a function that reads its tokens.
+
+        `Work.read` counts them; nothing is waiting.
+        """
+        groups = groupby(range(len(self.parts)), lambda number: self.parts[number].first)
+        in_order = (heapq.merge(*map(self._stored, numbers), key=lambda each: each[0]) for _, numbers in groups)
+        for count, (_, split, read) in enumerate(chain.from_iterable(in_order)):
+            yield Work(split, [], (count, 0, 0), {}), read
+
+    def _stored(self, number: int) -> Iterator[tuple[int, str, Callable[[], Chunk]]]:
+        """Each piece of work of a part: the block of its documents, its split, and how to read it."""
+        dtype = np.dtype(token_type(self.tokenizer.vocab_size))
+        offset = 0
+        for about in json.loads(self._facts_file(number).read_text()):
+
+            def read(about: dict[str, Any] = about, offset: int = offset) -> Chunk:
+                path = self._tokens_file(number)
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    content = file.read(about["tokens"] * dtype.itemsize)
+                if hashlib.sha256(content).hexdigest() != about["sha256"]:
+                    raise DataError(f"{path}: is damaged; remove it and its .json, and run the same command again")
+                return Chunk(tokens=np.frombuffer(content, dtype), **{name: about[name] for name in COUNTS})
+
+            yield about["block"], about["split"], read
+            offset += about["tokens"] * dtype.itemsize
+
+    def _tokens_file(self, number: int) -> Path:
+        return self.folder / f"{number:05}.tokens"
+
+    def _facts_file(self, number: int) -> Path:
+        return self.folder / f"{number:05}.json"

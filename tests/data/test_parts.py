@@ -1,0 +1,314 @@
+"""Processes that share the work of `prepare` make what one makes, whoever of them is killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import write_corpus
+
+from data import encoding, parts, shards, writers
+from data.config import PrepareConfig
+from data.errors import DataError
+from data.parts import Part, cut_parts
+from data.prepared import open_prepared
+from data.shards import prepare
+from data.survey import Survey
+
+LENGTH = 16
+SMALL = {
+    (encoding, "CHUNK_CHARS"): 2000,
+    (writers, "SHARD_BYTES"): 4000,
+    (parts, "PART_BYTES"): 6000,
+    (parts, "BLOCK_DOCUMENTS"): 3,
+    (parts, "SECONDS_BETWEEN_LOOKS"): 0.05,
+}
+"""Many parts, blocks and shards of a small text."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    for (module, name), value in SMALL.items():
+        monkeypatch.setattr(module, name, value)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_corpus(folder / "a.jsonl", num_documents=300)
+    write_corpus(folder / "b.jsonl", num_documents=20)
+    for number in range(9):
+        (folder / f"c{number}.txt").write_text(f"Text {number} has lines.\n" * (number * 30 + 1))
+    return (str(folder),)
+
+
+def test_parts_are_runs_of_files_and_shares_of_large_ones(inputs, tmp_path):
+    cut = cut_parts(PrepareConfig(inputs=inputs, tokenizer="bpe:300"), shards.survey(inputs))
+    files = sorted(path.stat().st_size for path in (tmp_path / "in").iterdir())
+    assert files[-1] > 3 * parts.PART_BYTES
+    large = [part for part in cut if part.shares == -(-files[-1] // parts.PART_BYTES)]
+    assert [part.share for part in large] == list(range(large[0].shares))
+    assert len(cut) > 5
+
+
+@given(st.lists(st.integers(0, 40_000), min_size=1, max_size=12), st.data())
+def test_every_document_belongs_to_one_part(sizes, data):
+    class File:
+        def __init__(self, size, suffix):
+            self.size, self.suffix = size, suffix
+            self.suffixes = [suffix]
+            self.name = f"x{suffix}"
+
+        def stat(self):
+            return os.stat_result((0, 0, 0, 0, 0, 0, self.size, 0, 0, 0))
+
+        def __str__(self):
+            return self.name
+
+    kinds = [data.draw(st.sampled_from([".txt", ".jsonl", ".parquet"])) for _ in sizes]
+    files = [File(size, kind) for size, kind in zip(sizes, kinds, strict=True)]
+    before = parts.PART_BYTES
+    parts.PART_BYTES = 10_000
+    try:
+        cut = cut_parts(PrepareConfig(inputs=("x",), tokenizer="t"), Survey({"x": files}, {}))
+    finally:
+        parts.PART_BYTES = before
+    for file in range(len(sizes)):
+        for document in (0, 1023, 1024, 5000):
+            owners = [part for part in cut if part.first <= file < part.stop and part.has((file, document))]
+            assert len(owners) == 1
+    assert [part.first for part in cut] == sorted(part.first for part in cut)
+    assert all(part.stop == part.first + 1 for part in cut if part.shares > 1)
+    whole = [sum(sizes[part.first : part.stop]) for part in cut if part.shares == 1 and part.stop > part.first + 1]
+    assert all(size <= 10_000 for size in whole)
+
+
+OPTIONS = {
+    "stream": {"tokenizer": "bpe:300", "validation_fraction": 0.2},
+    "best-fit": {"tokenizer": "bpe:300", "packing": "best-fit", "workers": 2},
+    "held-out": {"tokenizer": "unigram:300", "lossy_tokenizer": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_one_process_in_parts_makes_the_bytes_of_one_without(inputs, tmp_path, name):
+    options = dict(OPTIONS[name])
+    if name == "held-out":
+        write_corpus(tmp_path / "held.jsonl", num_documents=40)
+        options["validation_inputs"] = (str(tmp_path / "held.jsonl"),)
+    config = PrepareConfig(inputs=inputs, **options)
+    prepare(config, LENGTH, tmp_path / "alone")
+    told = []
+    manifest = prepare(config, LENGTH, tmp_path / "out", told.append, on="shared-folder")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert manifest == open_prepared(tmp_path / "alone")
+    assert not (tmp_path / "out.parts").exists()
+    stages = [progress.stage for progress in told]
+    assert stages == sorted(stages, key=["tokenizer", "parts", "merging"].index)
+    last = [progress for progress in told if progress.stage == "parts"][-1]
+    assert last.parts[0] == last.parts[1] > 5
+    assert prepare(config, LENGTH, tmp_path / "out", on="shared-folder") == manifest  # it is done
+
+
+SCRIPT = """
+    import json, os, signal, sys
+    from pathlib import Path
+    from data import encoding, parts, writers
+    from data.config import PrepareConfig
+    from data.shards import prepare
+
+    folder, out, killed, small = json.loads(sys.argv[1])
+    for (module, name), value in [((sys.modules[m], n), v) for m, n, v in small]:
+        setattr(module, name, value)
+    original, count = parts.SharedParts._tokenize, 0
+
+    def tokenize(self, number, part, run):
+        global count
+        count += 1
+        if killed and count == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, number, part, run)
+
+    parts.SharedParts._tokenize = tokenize
+    config = PrepareConfig(inputs=(folder,), tokenizer="bpe:300", validation_fraction=0.2)
+    prepare(config, %d, Path(out), on="shared-folder")
+    print(count)
+"""
+
+
+def start(tmp_path, out, killed=0):
+    small = [(module.__name__, name, value) for (module, name), value in SMALL.items()]
+    script = tmp_path / "share.py"
+    script.write_text(textwrap.dedent(SCRIPT % LENGTH))
+    argument = json.dumps([str(tmp_path / "in"), str(out), killed, small])
+    return subprocess.Popen(
+        [sys.executable, str(script), argument], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_three_processes_share_the_parts_and_two_are_killed(inputs, tmp_path):
+    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300", validation_fraction=0.2)
+    prepare(config, LENGTH, tmp_path / "alone")
+    processes = [start(tmp_path, tmp_path / "out", killed) for killed in (1, 2, 0)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, -signal.SIGKILL, 0], outputs
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert not (tmp_path / "out.parts").exists()
+    assert int(outputs[2][0]) > 3
+
+
+def test_a_merge_that_is_killed_goes_on(inputs, tmp_path, monkeypatch):
+    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
+    prepare(config, LENGTH, tmp_path / "alone")
+    monkeypatch.setattr(shards, "SECONDS_BETWEEN_RECORDS", 0.0)
+
+    def fail(progress):
+        if progress.stage == "merging" and progress.documents > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, LENGTH, tmp_path / "out", fail, on="shared-folder")
+    assert (tmp_path / "out.parts").exists()
+    told = []
+    prepare(config, LENGTH, tmp_path / "out", told.append, on="shared-folder")
+    merging = [progress for progress in told if progress.stage == "merging"]
+    assert "going on after" in merging[0].earlier
+    assert merging[0].documents > 100
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_process_without_parts_does_not_go_on_with_a_merge(inputs, tmp_path, monkeypatch):
+    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
+    prepare(config, LENGTH, tmp_path / "alone")
+    monkeypatch.setattr(shards, "SECONDS_BETWEEN_RECORDS", 0.0)
+
+    def fail(progress):
+        if progress.stage == "merging" and progress.documents > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, LENGTH, tmp_path / "out", fail, on="shared-folder")
+    told = []
+    prepare(config, LENGTH, tmp_path / "out", told.append)
+    assert told[-1].earlier == "An earlier attempt was stopped, but since then, other are: in parts; starting anew"
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def begun(config, out):
+    """Parts that are complete and not merged."""
+    shared = shards.shared_parts.__wrapped__(config, LENGTH, out)
+    shared.tokenize_all()
+    return shared
+
+
+def test_processes_with_other_options_do_not_take_part(inputs, tmp_path):
+    begun(PrepareConfig(inputs=inputs, tokenizer="bpe:300"), tmp_path / "out")
+    other = PrepareConfig(inputs=inputs, tokenizer="bpe:300", validation_fraction=0.1)
+    with pytest.raises(DataError, match=r"out\.parts: was begun by other processes, and here other are: validation_fr"):
+        prepare(other, LENGTH, tmp_path / "out", on="shared-folder")
+
+
+def test_a_damaged_part_is_found(inputs, tmp_path):
+    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
+    shared = begun(config, tmp_path / "out")
+    path = shared.folder / "00001.tokens"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"00001\.tokens: is damaged; remove it and its \.json, and run"):
+        prepare(config, LENGTH, tmp_path / "out", on="shared-folder")
+    path.unlink()
+    path.with_suffix(".json").unlink()
+    prepare(config, LENGTH, tmp_path / "out", on="shared-folder")
+    prepare(config, LENGTH, tmp_path / "alone")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_part_that_another_process_has_is_left_to_it(inputs, tmp_path):
+    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
+    shared = shards.shared_parts.__wrapped__(config, LENGTH, tmp_path / "out")
+    with shared.tokenizing() as tokenize:
+        with parts.locked(shared.folder / "00000.lock", "a trial"):
+            shared.tokenize(0, tokenize)
+            assert 0 in shared.missing
+        shared.tokenize(0, tokenize)
+        assert 0 not in shared.missing
+
+
+@pytest.mark.parametrize("on", ["dask", "dask://host", "slurm", "dask://:1x"])
+def test_where_to_share_is_checked_at_once(tmp_path, on):
+    with pytest.raises(DataError, match="is neither shared-folder nor dask://HOST:PORT"):
+        prepare(PrepareConfig(inputs=("none",), tokenizer="t"), LENGTH, tmp_path / "out", on=on)
+
+
+def test_a_part_has_the_blocks_of_its_share(monkeypatch):
+    monkeypatch.setattr(parts, "BLOCK_DOCUMENTS", 4)
+    assert [number for number in range(24) if Part(0, 1, 1, 3).has((0, number))] == [4, 5, 6, 7, 16, 17, 18, 19]
+
+
+# A cluster of Dask
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def cluster():
+    """A scheduler and two workers, each a process of its own without a nanny that would start it again."""
+    pytest.importorskip("distributed", reason="Dask is not installed")
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1"]
+    processes = [subprocess.Popen([*command, "--port", str(port), "--no-dashboard"], stderr=subprocess.DEVNULL)]
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--no-nanny", "--nthreads", "1"]
+    processes += [
+        subprocess.Popen([*worker, "--no-dashboard"], stderr=subprocess.DEVNULL, env=os.environ | {"DASK_TEST": "1"})
+        for _ in range(2)
+    ]
+    try:
+        yield port, processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_workers_of_dask_make_the_same_and_one_is_killed(inputs, tmp_path, cluster):
+    port, processes = cluster
+    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300", validation_fraction=0.2)
+    prepare(config, LENGTH, tmp_path / "alone")
+    seen = []
+
+    def told(progress):
+        if progress.stage == "parts":
+            seen.append(progress.parts[0])
+            if len(seen) == 2:
+                processes[1].kill()
+
+    prepare(config, LENGTH, tmp_path / "out", told, on=f"dask://127.0.0.1:{port}")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert processes[1].wait() == -signal.SIGKILL
+    assert processes[2].poll() is None
+    assert len(seen) > 5
+
+
+def test_a_scheduler_that_does_not_answer(inputs, tmp_path, monkeypatch):
+    pytest.importorskip("distributed", reason="Dask is not installed")
+    monkeypatch.setattr("data.dask_cluster.CONNECT_SECONDS", 1)
+    address = f"dask://127.0.0.1:{free_port()}"
+    began = time.monotonic()
+    with pytest.raises(DataError, match=f"{address}: no scheduler of Dask answers there within 1 s"):
+        prepare(PrepareConfig(inputs=inputs, tokenizer="bpe:300"), LENGTH, tmp_path / "out", on=address)
+    assert time.monotonic() - began < 30
