@@ -195,6 +195,24 @@ def validation_rows(
     return batches
 
 
+def first_training_rows(config: DataConfig, *, vocab_size: int, num_rows: int) -> Tensor:
+    """Return rows of the training splits, in turns, as they are stored: int64, [num_rows, sequence_length + 1].
+
+    One process of a machine at a time may call it. There are fewer rows if the sources hold no more.
+
+    Raises:
+        DataError: a source cannot be opened, or a row not be read.
+    """
+    if config.prepare:
+        prepare(config.prepare, config.sequence_length, Path(config.sources[0].path))
+    sources = open_sources(config.sources, config.cache, config.sequence_length, vocab_size)
+    counts = [min(source.num_rows(TRAIN), num_rows) for source in sources]
+    turns = [turn for _, turn in sorted((row, turn) for turn, count in enumerate(counts) for row in range(count))]
+    taken = np.bincount(turns[:num_rows], minlength=len(sources))
+    rows = [source.read_first_rows(TRAIN, count) for source, count in zip(sources, taken, strict=True) if count]
+    return torch.from_numpy(np.concatenate(rows).astype(np.int64))
+
+
 def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
     """Return the UTF-8 bytes that each token stands for, float64, [vocab_size]; 0 for special and unused ids.
 
