@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from launcher.engine import compiling
 from launcher.engine.compiling import compile_blocks_
 from model.config import ModelConfig
-from model.transformer import Block, rotary_tables
+from model.rotary import rotary_tables
+from model.transformer import Block
 from quant.config import PRESETS
 from quant.keeper import CodeKeeper
 from quant.linear import quantize_, set_strength_

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,24 +28,26 @@ from torch.utils.data import DataLoader
 
 from data.config import DataConfig, PrepareConfig
 from data.errors import DataError
+from data.labels import IGNORED_LABEL, MARKED, Labels, inputs_and_labels
 from data.light_streaming import import_streaming
-from data.marks import BEGINS, COUNTS, IDS
+from data.marks import IDS
 from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, SOURCE, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
 from data.shared_memory import numbered
 from data.sources import OpenSource, local_leader_first, open_sources
 
-__all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData", "token_bytes", "validation_rows"]
-
-IGNORED_LABEL = -100
-"""Label of a position that is not to be predicted."""
-
-MARKED = -1
-"""In the place of the token with which documents begin: a token that begins one is its complement."""
-
-Labels = int | Literal["marked"] | None
-"""Which labels count: all; all but padding with this token; or those that are marked (`data.marks`)."""
+__all__ = [
+    "IGNORED_LABEL",
+    "MARKED",
+    "DataConfig",
+    "DataError",
+    "PrepareConfig",
+    "Source",
+    "TrainingData",
+    "token_bytes",
+    "validation_rows",
+]
 
 # What decides the order besides the configuration. A change of either must change the fingerprint.
 ORDER_VERSION = 1
@@ -200,7 +202,7 @@ def validation_rows(
         micro = rows[begin : begin + micro_batch_sequences]
         tokens_BT = torch.zeros(micro_batch_sequences, config.sequence_length, dtype=torch.int64)
         labels_BT = torch.full_like(tokens_BT, IGNORED_LABEL)
-        tokens_BT[: len(micro)], labels_BT[: len(micro)] = _inputs_and_labels(micro, uncounted)
+        tokens_BT[: len(micro)], labels_BT[: len(micro)] = inputs_and_labels(micro, uncounted)
         batches.append((tokens_BT, labels_BT))
     return batches
 
@@ -208,6 +210,25 @@ def validation_rows(
 def held_out_first_token(config: DataConfig, vocab_size: int) -> int | None:
     """Return the token with which documents begin in the rows of `validation_rows`; see `TrainingData.first_token`."""
     return _first_token(config, open_sources(config.sources, config.cache, config.sequence_length, vocab_size))
+
+
+def first_training_rows(config: DataConfig, *, vocab_size: int, num_rows: int) -> Tensor:
+    """Return rows of the training splits, in turns, without marks: int64, [num_rows, sequence_length + 1].
+
+    One process of a machine at a time may call it. There are fewer rows if the sources hold no more.
+
+    Raises:
+        DataError: a source cannot be opened, or a row not be read.
+    """
+    if config.prepare:
+        prepare(config.prepare, config.sequence_length, Path(config.sources[0].path))
+    sources = open_sources(config.sources, config.cache, config.sequence_length, vocab_size)
+    counts = [min(source.num_rows(TRAIN), num_rows) for source in sources]
+    turns = [turn for _, turn in sorted((row, turn) for turn, count in enumerate(counts) for row in range(count))]
+    taken = np.bincount(turns[:num_rows], minlength=len(sources))
+    rows = [source.read_first_rows(TRAIN, count) for source, count in zip(sources, taken, strict=True) if count]
+    tokens = torch.from_numpy(np.concatenate(rows).astype(np.int64))
+    return tokens & IDS if _hold_chats(sources) else tokens
 
 
 def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
@@ -268,7 +289,7 @@ def _endless(
                     rows.split(micro_batch_sequences), sources.split(micro_batch_sequences), strict=True
                 ):
                     drawn.append(torch.bincount(of_micro, minlength=num_sources))
-                    yield _inputs_and_labels(micro, labels)
+                    yield inputs_and_labels(micro, labels)
         except DataError as error:  # a worker's comes with its traceback in the message
             raise DataError(str(error).strip().rpartition(f"{DataError.__module__}.DataError: ")[2]) from error
 
@@ -296,18 +317,6 @@ def _labels(sources: list[OpenSource]) -> Labels:
         return "marked"
     packed = [source for source in sources if source.manifest["options"].get("packing") == "best-fit"]
     return packed[0].manifest["end_of_document"] if packed else None
-
-
-def _inputs_and_labels(rows: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-    """What a model sees of rows, and what it predicts; a label that does not count is `IGNORED_LABEL`."""
-    tokens_BT, labels_BT = rows[:, :-1].long(), rows[:, 1:].long()
-    if labels == "marked":
-        begins_BT, counts_BT = (tokens_BT & BEGINS).bool(), (labels_BT & COUNTS).bool()
-        tokens_BT, labels_BT = tokens_BT & IDS, (labels_BT & IDS).where(counts_BT, IGNORED_LABEL)
-        return tokens_BT.where(~begins_BT, ~tokens_BT), labels_BT
-    if labels is not None:  # after the end of a row's last document
-        labels_BT = labels_BT.masked_fill((tokens_BT == labels) & (labels_BT == labels), IGNORED_LABEL)
-    return tokens_BT, labels_BT
 
 
 def _stack_rows(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:

@@ -72,8 +72,8 @@ class RowDataset(StreamingDataset):
         Raises:
             DataError: it holds a token that the model does not have, on which a GPU would stop without a reason.
         """
-        number, _ = self.spanner[sample_id]
-        found = self._tokens(*self.spanner[sample_id])
+        number, index = self.spanner[sample_id]
+        found = self._tokens(number, index)
         row: dict[str, Any] = super().get_item(sample_id, retry) if found is None else {COLUMN: found}
         row[SOURCE] = int(self.stream_per_shard[number])
         tokens = ids_of(row[COLUMN]) if self.holds_chats else row[COLUMN]

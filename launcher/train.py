@@ -22,6 +22,7 @@ from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import OTHER_TEXT
+from launcher.run.row_losses import note_row_losses
 from launcher.training.averaging import carry_average
 from launcher.training.begin import LoopState, begin
 from launcher.training.held_out import HeldOut
@@ -242,9 +243,12 @@ def evaluate(run: LoopState) -> None:
 
 def measure(run: LoopState, when: str) -> None:
     """Log the held-out loss of the weights and of their average."""
-    live = run.held_out.measure(run.engine)
+    live, rows_2R = run.held_out.measure_rows(run.engine)
     run.pulse.got_on()
     run.meter.evaluated(live, when, averaged=run.held_out.measure_averaged(run.engine))
+    if when != "interval" and live is not None and run.ranks.is_first:
+        at = {"step": run.at.step, "phase": run.at.phase, "when": when}
+        note_row_losses(run.folder.path, at, *rows_2R.tolist())
 
 
 def do_tasks(run: LoopState) -> None:

@@ -1,7 +1,7 @@
 """The architecture, and how a student is distilled: what a configuration says of a model. Needs no torch."""
 
-from dataclasses import dataclass
-from math import inf, isqrt
+from dataclasses import dataclass, fields
+from math import inf, isqrt, log
 from typing import Any, ClassVar, Literal
 
 from model.strict import STRICT
@@ -11,6 +11,90 @@ MOST = {
     "head_dim": 2**20, "intermediate_size": 2**26, "max_sequence_length": 2**31, "loss_chunk_tokens": 2**31,
 }  # fmt: skip
 """Far beyond any model; sizes of what cannot exist would take for ever to work out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScalingConfig:
+    """Scaled rotary frequencies, with which a model sees longer sequences than it was first trained on.
+
+    A key that the method does not use is an error.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    method: Literal["linear", "llama3", "yarn"]
+    """`linear` (arXiv 2306.15595), `llama3` (Llama 3.1 and later), or `yarn` (arXiv 2309.00071)."""
+    factor: float
+    """By how much low frequencies are divided, `linear`: all of them; 1 or more."""
+    original_max_sequence_length: int | None = None
+    """Longest sequence, in tokens, before scaling; `llama3` and `yarn` need it."""
+    low_freq_factor: float = 1.0
+    """`llama3`: waves that fit into the original length less often than this are divided by the factor."""
+    high_freq_factor: float = 4.0
+    """`llama3`: waves that fit into it more often than this are left alone."""
+    beta_slow: float = 1.0
+    """`yarn`: pairs that turn less often than this in the original length are divided by the factor."""
+    beta_fast: float = 32.0
+    """`yarn`: pairs that turn more often than this are left alone."""
+    truncate: bool = True
+    """`yarn`: whether the pairs at which these two lie are rounded outwards to whole ones."""
+    attention_factor: float | None = None
+    """`yarn`: factor of cosines and sines; null: 0.1 ln(factor) + 1."""
+
+    def __post_init__(self) -> None:
+        problems: dict[str, str] = {}
+        for name in ("factor", "original_max_sequence_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems[name] = f"is {value}; must be 1 or more"
+        for name in ("low_freq_factor", "beta_slow", "attention_factor"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                problems[name] = f"is {value}; must be above 0"
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, high) <= getattr(self, low):
+                problems[high] = f"is {getattr(self, high)}; must be above {low} {getattr(self, low)}"
+        if self.method != "linear" and self.original_max_sequence_length is None:
+            problems["original_max_sequence_length"] = f"is missing; {self.method} needs it"
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in ("method", "factor", *ROPE_KEYS[self.method]):
+                problems.setdefault(field.name, f"is {value}, which {self.method} does not use; leave it out")
+        if problems:
+            raise ValueError(problems)
+
+    def __str__(self) -> str:
+        """As in a configuration, without defaults."""
+        changed = (
+            (each.name, getattr(self, each.name)) for each in fields(self) if getattr(self, each.name) != each.default
+        )
+        return f"{{{', '.join(f'{name}: {value}' for name, value in changed)}}}"
+
+    @property
+    def original_context(self) -> int:
+        """The original length, of a method that needs one."""
+        assert self.original_max_sequence_length is not None
+        return self.original_max_sequence_length
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor of cosines and sines, resolved; 1 but for YaRN."""
+        if self.method != "yarn":
+            return 1.0
+        return yarn_attention(self.factor) if self.attention_factor is None else self.attention_factor
+
+
+def yarn_attention(factor: float, scale: float = 1.0) -> float:
+    """YaRN's factor of cosines and sines, from the factor of the frequencies."""
+    return 0.1 * scale * log(factor) + 1.0 if factor > 1 else 1.0
+
+
+ROPE_KEYS = {
+    "linear": (),
+    "llama3": ("original_max_sequence_length", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("original_max_sequence_length", "beta_slow", "beta_fast", "truncate", "attention_factor"),
+}
+"""Keys that each method uses, besides its factor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +135,8 @@ class ModelConfig:
     """Initial weights of SubLN's norms; 1, as of other norms, trains worse (docs/decisions/model.md)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Scaled rotary frequencies, as the model has them that a run starts from; null: none."""
     tie_embeddings: bool = True
     """The output head is the embedding."""
     max_sequence_length: int = 2048
@@ -79,6 +165,8 @@ class ModelConfig:
                 problems[name] = f"is {getattr(self, name)}; must be above 0"
         if not 0 <= self.sub_norm_init < inf:
             problems["sub_norm_init"] = f"is {self.sub_norm_init}; must be 0 or more, and finite"
+        if self.rope_scaling is not None and self.rope_scaling.method == "yarn" and self.rope_theta <= 1:
+            problems["rope_theta"] = f"is {self.rope_theta}; must be above 1 with rope_scaling.method yarn"
         if self.z_loss < 0:
             problems["z_loss"] = f"is {self.z_loss}; must be 0 (off) or more"
         if not problems:

@@ -8,9 +8,11 @@ needed for that: neither llama.cpp nor the `gguf` package.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig
+from model.gguf_rope import rope_fields, rope_problem, scaling_from_gguf
 from model.hf import FAMILIES, TRAITS
 
 if TYPE_CHECKING:
@@ -70,10 +72,12 @@ def gguf_architecture(config: ModelConfig) -> str:
             f"llama.cpp's graph {name} has no head width of its own: num_heads * head_dim is {heads} and must be "
             f"hidden_size {config.hidden_size}"
         )
+    if problem := rope_problem(config, name):
+        raise ValueError(problem)
     return name
 
 
-def gguf_metadata(config: ModelConfig) -> dict[str, int | float]:
+def gguf_metadata(config: ModelConfig) -> dict[str, int | float | str]:
     """The keys of a GGUF file that describe the model.
 
     Raises:
@@ -81,7 +85,7 @@ def gguf_metadata(config: ModelConfig) -> dict[str, int | float]:
     """
     name = gguf_architecture(config)
     eps = "layer_norm_epsilon" if config.norm == "layernorm-nonparametric" else "layer_norm_rms_epsilon"
-    values = {
+    values: dict[str, int | float | str] = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_sequence_length,
         "embedding_length": config.hidden_size,
@@ -95,6 +99,7 @@ def gguf_metadata(config: ModelConfig) -> dict[str, int | float]:
         "rope.dimension_count": config.head_width,
         "rope.freq_base": float(config.rope_theta),
     }
+    values |= rope_fields(config)
     return {f"{name}.{key}": value for key, value in values.items()}
 
 
@@ -134,12 +139,15 @@ def halves_of_rows(values: "Tensor", name: str, config: ModelConfig, architectur
     return values.unflatten(0, (-1, config.head_width // 2, 2)).transpose(1, 2).reshape(values.shape)
 
 
-def config_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+def config_from_gguf(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: "Tensor | None" = None
+) -> ModelConfig:
     """The model that a GGUF file describes, undoing `gguf_metadata`.
 
     Args:
         fields: its keys and values.
         shapes: of its tensors, rows first.
+        factors: its tensor `rope_freqs.weight`, if it has one.
 
     Raises:
         ValueError: none of `ARCHITECTURES`, or one that computes what the model does not; says why.
@@ -157,8 +165,8 @@ def config_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
             raise ValueError(f"{name}.{key} {value!r:.40}: is no {kinds[0].__name__}")
         return value
 
-    if field("rope.scaling.type", (str,), "none") != "none" or field("expert_count", (int,), 0):
-        raise ValueError("it scales rotary positions, or has experts, which is not computed here")
+    if field("expert_count", (int,), 0):
+        raise ValueError("it has experts, which is not computed here")
     traits = dict(zip(TRAITS, FAMILIES[name], strict=True))
     eps = "layer_norm_epsilon" if traits["norm"] == "layernorm-nonparametric" else "layer_norm_rms_epsilon"
     heads = field("attention.head_count", (int,))
@@ -185,4 +193,4 @@ def config_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         raise ValueError(f"its keys describe no model: {error}") from error
     if field("rope.dimension_count", (int,), model.head_width) != model.head_width:
         raise ValueError("it rotates a part of each head, which is not computed here")
-    return model
+    return replace(model, rope_scaling=scaling_from_gguf(field, factors, model))

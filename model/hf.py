@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import ModelConfig
+from model.hf_rope import rope_from_hf, rope_to_hf
 
 TRAITS = ("norm", "norm_position", "qk_norm", "sub_norm", "qkv_bias")
 """The fields that a family fixes, and its `config.json` does not mention."""
@@ -85,7 +86,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_rope_layers": (None,),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
-    "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
     "weight_bits": (None, 16, 32),
 }
 
@@ -100,6 +100,10 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         reason = f"model_type {family!r} is not known; {', '.join(FAMILIES)} are"
         if "no_rope_layers" in hf_config:
             reason += ". Its layers without rotary positions (no_rope_layers, NoPE) are not in the model"
+        if str(family).startswith("gemma"):
+            reason += (
+                ". Gemma scales its embeddings, adds 1 to the weights of norms and gates by GELU, as no model here"
+            )
         raise ValueError(reason)
     given = DEFAULTS | FAMILY_DEFAULTS.get(family, {}) | dict(hf_config)
     problems = [
@@ -107,16 +111,14 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
         for key, values in NEUTRAL.items()
         if key in given and given[key] not in values
     ]
-    rope = given.get("rope_parameters") or {}  # Transformers 5 keeps the rotary settings in here
-    if (
-        not isinstance(rope, dict)
-        or rope.keys() - {"rope_type", "rope_theta"}
-        or rope.get("rope_type") not in (None, "default")
-    ):
-        problems.append(f"rope_parameters {rope!r}: only rope_type 'default' is supported")
-    else:
-        given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
-    problems += _value_problems(given)
+    scaling = None
+    values = _value_problems(given)
+    problems += values
+    if not values:
+        try:
+            given["rope_theta"], scaling = rope_from_hf(given)
+        except ValueError as error:
+            problems += str(error).splitlines()
     window = given.get("sliding_window")
     slides = window is not None and given.get("use_sliding_window", family == "mistral")
     if slides and not problems and (type(window) is not int or window < given["max_position_embeddings"]):
@@ -133,7 +135,7 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
     if not problems:
         fields = {field: given[key] for field, key in FIELD_KEYS.items()}
         fields |= {field: float(fields[field]) for field, kind in KINDS.items() if kind is float}
-        fields |= dict(zip(TRAITS, FAMILIES[family], strict=True))
+        fields |= dict(zip(TRAITS, FAMILIES[family], strict=True)) | {"rope_scaling": scaling}
         if family == "olmo":
             fields["norm_eps"] = OLMO_EPS
         try:
@@ -182,6 +184,8 @@ def config_to_hf(
         raise ValueError(f"norm_eps {config.norm_eps}: olmo in Hugging Face always has {OLMO_EPS}")
     hf_config = {key: getattr(config, field) for field, key in FIELD_KEYS.items()}
     hf_config |= {"num_key_value_heads": config.kv_heads, "head_dim": config.head_width}
+    if config.rope_scaling is not None:
+        hf_config["rope_scaling"] = rope_to_hf(config.rope_scaling, family)
     if family == "olmo":
         del hf_config["rms_norm_eps"]
     if family != "qwen2":

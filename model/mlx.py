@@ -30,6 +30,8 @@ def mlx_problems(config: ModelConfig) -> list[str]:
             f"mlx-lm's {family} always computes SiLU and would load a model with activation {config.activation} "
             "without a word, and be wrong"
         )
+    if (scaling := config.rope_scaling) and (scaling.attention_factor is not None or not scaling.truncate):
+        problems.append("mlx-lm reads neither attention_factor nor truncate of rope_scaling, and would be wrong")
     heads = config.num_heads * config.head_width
     if family == "qwen2" and heads != config.hidden_size:
         problems.append(

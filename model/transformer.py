@@ -28,6 +28,7 @@ from model.config import DistillationConfig, ModelConfig
 from model.distillation import Lesson, relation_loss, watched_projections
 from model.documents import MARKED, documents_of
 from model.loss import GradientOfLogits, distillation_loss, linear_cross_entropy, token_nll_and_misses
+from model.rotary import rotary_tables, rotate
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -65,28 +66,6 @@ class LayerNorm(nn.Module):
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm-nonparametric": LayerNorm}
-
-
-def rotary_tables(config: ModelConfig, num_tokens: int, device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary positions from `first` on (RoFormer, arXiv 2104.09864), float32, `[T, E]` each.
-
-    The angle of pair i at position t is t * theta^(-2i / E); both halves of the last dimension hold the same angles.
-    """
-    E = config.head_width
-    exponents = torch.arange(0, E, 2, device=device).float() / E
-    positions = torch.arange(first, first + num_tokens, device=device).float()
-    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
-    angles_TE = torch.cat((angles, angles), dim=-1)
-    return angles_TE.cos(), angles_TE.sin()
-
-
-def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Turn each pair (i, i + E/2), Hugging Face's convention, by its position's angle; keeps the input's dtype.
-
-    The tables are `[T, E]`, or `[B, 1, T, E]` where rows differ in their positions.
-    """
-    first, second = x_BHTE.chunk(2, dim=-1)
-    return (x_BHTE * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE).to(x_BHTE.dtype)
 
 
 class Attention(nn.Module):

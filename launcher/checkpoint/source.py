@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from math import prod
 
+import torch
 from torch import Tensor
 
 from launcher.engine.contract import AVERAGE, MOMENTS
@@ -33,6 +34,8 @@ class Source(ABC):
     """Whether moments and the step are stored for every parameter, see `kinds`."""
     averaged_tokens: int | None = None
     """Tokens of the steps in the averaged weights; None if there are none."""
+    constants: Mapping[str, float] = {}
+    """Parameters that are not stored and have one value in all elements, see `launcher.inference.sub_norms`."""
     missing: tuple[str, ...] = ()
     """One sentence for each thing a run has that this format does not carry."""
     is_packed: bool = False
@@ -67,6 +70,8 @@ class Source(ABC):
         Raises:
             CheckpointError: as `read`; or one of them is NaN or infinite.
         """
+        if name in self.constants:
+            return torch.full((length,), self.constants[name])
         values = self.read(kind, name, start, length)
         if not (finite := values.isfinite()).all():
             first = start + int((~finite).nonzero()[0, 0])

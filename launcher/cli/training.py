@@ -87,6 +87,12 @@ def plan(
     utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of its peak that is reached.")
     ] = UTILIZATION,
+    switch: Annotated[
+        bool, typer.Option("--switch", help="Only propose when to switch, by published laws and your studies.")
+    ] = False,
+    studies: Annotated[
+        list[Path] | None, typer.Option("--study", parser=path, help="--switch: fit the study in this folder.")
+    ] = None,
 ) -> None:
     """Show what a run would do and need: sizes, memory, time, disk, exports, missing files. Trains nothing."""
     from launcher.config.automatic import ANY_GPU, made_concrete, stored_values
@@ -98,8 +104,14 @@ def plan(
 
     parsed = load_config(config, overrides or ())
     parsed, counted_as = made_concrete(parsed, ANY_GPU, stored_values(configuration_of_run(parsed.run.path)))
+    planned = make_plan(parsed, ranks or default_ranks())
+    if switch or studies:
+        from launcher.study.switch_plan import show_switch
+
+        show_switch(planned, studies or [], Console(silent=False), as_json=as_json)
+        return
     show_plan(
-        make_plan(parsed, ranks or default_ranks()),
+        planned,
         Console(silent=False),
         as_json=as_json,
         gpu=named_gpu(gpu) if gpu else gpu_of_this_machine(),

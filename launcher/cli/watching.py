@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from launcher.cli.arguments import JsonOption, Overrides, RanksOption, local_target, path
+from launcher.errors import ConfigError
 from launcher.process.console import Console
 from launcher.process.torchrun import become_ranks, default_ranks
 
@@ -15,20 +16,36 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            parser=path, help="Runs, or folders that contain runs; several are compared.", show_default=False
+            parser=path,
+            help="Runs, or folders that contain runs; several are compared. Or the folder of a study.",
+            show_default=False,
         ),
     ],
     out: Annotated[
         str | None,
         typer.Option(help="File: .html; .png or .pdf, of loss curves; or .csv. Default: report.html in the folder."),
     ] = None,
+    twin: Annotated[
+        Path | None,
+        typer.Option(parser=path, help="Run in 16 bits: show how far a single run is above it at equal tokens."),
+    ] = None,
 ) -> None:
     """Write a report with tables and plots."""
-    from launcher.report.output import report as write_report
+    from launcher.study.config import is_of_study
 
     console = Console(silent=False)
     target = None if out is None else local_target(out, "--out")
-    console.line(f"Written: {write_report(runs, target, console.line)}")
+    if is_of_study(runs):
+        if twin is not None:
+            raise ConfigError("--twin: is for the report of a run; a study finds the twin of each arm")
+        from launcher.study.report import report_study
+
+        page, *others = report_study(runs[0], target)
+        console.line(f"Written: {page}, and next to it {len(others)} files of figures and numbers")
+        return
+    from launcher.report.output import report as write_report
+
+    console.line(f"Written: {write_report(runs, target, console.line, twin)}")
 
 
 def status(

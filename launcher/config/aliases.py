@@ -76,6 +76,8 @@ _NAMES_IN_SECTION = {
     "logging.interval_steps": "every interval steps frequency log_freq",
     "evaluation.interval_steps": "every interval steps frequency",
     "watch.step_seconds": "timeout timeout_seconds",
+    "model.rope_scaling.method": "rope_type type name",
+    "model.rope_scaling.original_max_sequence_length": "original_max_position_embeddings original_context_length",
     "phases.N.steps": "length num_steps max_steps duration total_steps",
     "phases.N.tokens": "num_tokens max_tokens total_tokens",
     "phases.N.precision": "bits name type",

@@ -24,7 +24,7 @@ from launcher.config.sections import (
     WatchConfig,
 )
 from launcher.config.transition import TransitionConfig
-from model.config import DistillationConfig, ModelConfig
+from model.config import DistillationConfig, ModelConfig, RopeScalingConfig
 from quant.config import QuantConfig
 from quant.ramp import RampConfig
 
@@ -32,7 +32,8 @@ _adapter = functools.cache(TypeAdapter)  # building one takes longer than readin
 
 
 JUDGED_BY: dict[type, dict[str, tuple[str, ...]]] = {
-    ModelConfig: {"num_heads": ("head_dim",)},
+    ModelConfig: {"num_heads": ("head_dim",), "rope_theta": ("rope_scaling",)},
+    RopeScalingConfig: {"high_freq_factor": ("low_freq_factor",), "beta_fast": ("beta_slow",)},
     TrainingConfig: {"global_batch_sequences": ("global_batch_tokens",)},
     OutlierConfig: {"window_steps": ("sigmas",)},
     ScheduleConfig: {"drop_at": ("shape",), "drop_factor": ("shape",)},
@@ -50,7 +51,7 @@ JUDGED_BY: dict[type, dict[str, tuple[str, ...]]] = {
         "deepspeed": ("name",),
         "offload": ("name", "zero_stage"),
     },
-    CheckpointConfig: {"start_phase": ("start_from",)},
+    CheckpointConfig: {"start_phase": ("start_from",), "sub_norm_sequences": ("start_from",)},
     EvaluationConfig: {"tasks_interval_steps": ("tasks",)},
     WatchConfig: {"lost_seconds": ("beat_seconds",)},
 }

@@ -189,6 +189,19 @@ def deepspeed_takes_the_keys(engine: EngineConfig) -> Problems:
                 yield f"engine.deepspeed.{key}", f"is {value}, but {reason}; leave it out"
 
 
+def sub_norms_that_are_put_in_have_weights(model: ModelConfig, checkpoint: "CheckpointConfig") -> Problems:
+    """SubLN can be put into a model only if the run's model has it, and its norms have weights."""
+    if checkpoint.sub_norm_sequences is None:
+        return
+    if not model.sub_norm:
+        yield "checkpoint.sub_norm_sequences", "is set, but model.sub_norm is false; set it to true, or leave this out"
+    elif model.norm != "rmsnorm":
+        yield (
+            "checkpoint.sub_norm_sequences",
+            f"is set, but model.norm {model.norm} has no weights to fit; leave it out",
+        )
+
+
 def start_phase_exists(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
     """The run begins in one of its phases."""
     if phases and checkpoint.start_phase >= len(phases):
@@ -396,6 +409,7 @@ def _distillations(phases: "Phases") -> Iterator[tuple[int, str, DistillationCon
 
 RULES: tuple[Rule, ...] = (
     sequences_fit_the_model,
+    sub_norms_that_are_put_in_have_weights,
     data_paths_name_no_home,
     batch_is_whole_sequences,
     micro_batches_fill_the_batch,

@@ -266,6 +266,9 @@ class CheckpointConfig:
     start_phase: int = 0
     """Index of the phase in which a run with `start_from` begins. Earlier phases count as done: steps, schedule and
     data continue after them."""
+    sub_norm_sequences: int | None = None
+    """Put SubLN (`model.sub_norm`) into the 16-bit model of `start_from`, which was trained without, with gains that
+    are measured on N training sequences; null: such a model is refused."""
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1) | _above_zero(self, "interval_minutes")
@@ -274,9 +277,11 @@ class CheckpointConfig:
         for name in ("folder", "start_from"):
             if problem := url_problem(getattr(self, name) or "") or mistaken_path(getattr(self, name) or ""):
                 problems[name] = problem
-        problems |= _at_least(self, "start_phase", 0)
+        problems |= _at_least(self, "start_phase", 0) | _at_least(self, "sub_norm_sequences", 1)
         if self.start_phase and self.start_from is None:
             problems["start_phase"] = f"is {self.start_phase}, but needs start_from"
+        if self.sub_norm_sequences is not None and self.start_from is None:
+            problems["sub_norm_sequences"] = f"is {self.sub_norm_sequences}, but needs start_from"
         if problems:
             raise ValueError(problems)
 
@@ -293,6 +298,8 @@ class LoggingConfig:
 
     interval_steps: int = 10
     """Log every N steps; only then does the host wait for the device."""
+    around_switch_steps: int = 0
+    """Also log each of the N steps before and after every switch, so that a short spike is measured by the step."""
     tensorboard: bool = True
     """Write RUN/tensorboard beside RUN/metrics.jsonl."""
     trackers: tuple[TrackerName, ...] = ()
@@ -306,7 +313,7 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1) | _at_least(self, "quantization_interval_steps", 1)
-        problems |= _at_least(self, "profile_steps", 0)
+        problems |= _at_least(self, "profile_steps", 0) | _at_least(self, "around_switch_steps", 0)
         if len(set(self.trackers)) < len(self.trackers):
             problems["trackers"] = f"is {', '.join(self.trackers)}; name each tracker once"
         if problems:

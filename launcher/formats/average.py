@@ -32,7 +32,7 @@ from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.averaging import OTHER_CODES
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.convert import write_streamed
-from launcher.formats.open import TRAITS, check_sound, config_of, precision_of
+from launcher.formats.open import ROTARY, TRAITS, check_sound, config_of, precision_of
 from launcher.formats.opened import tokenizer_of
 from launcher.run.belonging import OWNER
 from quant.linear import is_learned_scale
@@ -143,7 +143,7 @@ def check_together(readers: Sequence[CheckpointReader], *, across_ternary: bool)
                 ),
                 *(
                     f"model.{trait} is {getattr(theirs, trait)} in it, and {getattr(model, trait)} in {newest.location}"
-                    for trait in (*TRAITS, "rope_theta")
+                    for trait in (*TRAITS, *ROTARY)
                     if getattr(theirs, trait) != getattr(model, trait)
                 ),
             ],

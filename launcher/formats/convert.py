@@ -117,7 +117,7 @@ def unchanged(
     course: Course, folder: RunFolder, source: Source, writer: CheckpointWriter
 ) -> tuple[dict[str, FileRecord], Manifest]:
     """The `Contents` that are the source's; the transition is left to the run."""
-    if isinstance(source, CheckpointReader) and not isinstance(source, AveragedReader):
+    if isinstance(source, CheckpointReader) and not isinstance(source, AveragedReader) and not source.constants:
         files = {n: record for n, record in source.manifest.files.items() if n.endswith(".safetensors")}
         for name in files:
             writer.link(source.folder / name)

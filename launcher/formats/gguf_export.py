@@ -28,6 +28,7 @@ from launcher.formats.provenance import name_of
 from launcher.formats.tokens import gguf_tokens
 from launcher.plan.exports import EMBEDDINGS, default_embeddings, gguf_problems, gguf_types
 from model.gguf import gguf_architecture, gguf_metadata, gguf_name, gguf_rows
+from model.gguf_rope import FACTORS, rope_factors
 from model.size import parameter_shapes
 from quant.gguf import (
     BLOCK_BYTES,
@@ -48,7 +49,7 @@ class GGUFTensor:
 
     name: str
     parameter: str
-    """Tritrain's name of it."""
+    """Tritrain's name of it; `rope_freqs.weight`, which is none, has its own."""
     shape: tuple[int, ...]
     into: StoredType
 
@@ -148,12 +149,18 @@ def _tensors(
     tensors = [GGUFTensor(gguf_name(name, config), name, shapes[name], kind) for name, kind in types.items()]
     if gguf_architecture(config) == "olmo2" and config.tie_embeddings:  # its graph has no tied head
         tensors.append(GGUFTensor("output.weight", "model.embed_tokens.weight", tensors[0].shape, embeddings))
+    if (factors := rope_factors(config)) is not None:
+        tensors.append(GGUFTensor(FACTORS, FACTORS, tuple(factors.shape), "f32"))
     return tensors
 
 
 def _values(opened: Exportable, coded: CodedMatrices | None, tensor: GGUFTensor) -> NDArray[np.generic]:
     """The bytes of a tensor, as an array."""
     source, name = opened.source, tensor.parameter
+    if name == FACTORS:  # of no parameter
+        factors = rope_factors(opened.model)
+        assert factors is not None
+        return to_blocks(factors, tensor.into)
     try:
         if coded and name in coded:
             return to_blocks(gguf_rows(coded.dequantized(name), name, opened.model), tensor.into)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from launcher.formats.hf_folder import Stored
 from model.config import ModelConfig
-from model.transformer import rotary_tables
+from model.rotary import rotary_tables
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 TRAITS = ("num_heads", "kv_heads", "head_width", "activation", "norm", "norm_position", "norm_eps", "qk_norm")
 """What a model computes with its parameters, and their shapes do not say."""
 
+ROTARY = ("rope_theta", "rope_scaling")
+"""The same of rotary positions."""
+
+NO_SUB_NORM = (
+    "model.sub_norm is true, and the checkpoint has no SubLN; set it to false, or set "
+    "checkpoint.sub_norm_sequences to put SubLN into the model that the run starts from"
+)
+HAS_SUB_NORM = "model.sub_norm is false, and the checkpoint has SubLN, which changes what it computes; set it to true"
+
 
 def open_source(text: str) -> Source:
     """Open a checkpoint; its kind follows from the files in the folder.
@@ -128,9 +137,11 @@ def check_model(source: Source, model: ModelConfig) -> None:
     """
     problems = []
     if theirs := model_of(source):
-        # In a Tritrain run, the rotary base may be changed on purpose, for a longer context.
-        traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, "rope_theta")
-        problems = [
+        if model.sub_norm != theirs.sub_norm and not source.constants:
+            problems.append(NO_SUB_NORM if model.sub_norm else HAS_SUB_NORM)
+        # In a Tritrain run, rotary positions may be changed on purpose, for a longer context.
+        traits = TRAITS if isinstance(source, CheckpointReader) else (*TRAITS, *ROTARY)
+        problems += [
             f"model.{trait} is {getattr(model, trait)}, and {getattr(theirs, trait)} in the checkpoint"
             for trait in traits
             if getattr(model, trait) != getattr(theirs, trait)

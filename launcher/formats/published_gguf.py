@@ -15,14 +15,15 @@ from launcher.formats.hf_source import naming
 from launcher.formats.published import Coded, Published, codes_of_values, counted, named
 from model.config import ModelConfig
 from model.gguf import config_from_gguf, gguf_name, halves_of_rows
+from model.gguf_rope import FACTORS
 from model.size import is_projection, parameter_shapes
 from quant.gguf import BLOCK_WIDTHS, Q2_0_TYPE
 
 WIDTHS_OF_TYPES = {34: BLOCK_WIDTHS["tq1_0"], 35: BLOCK_WIDTHS["tq2_0"], Q2_0_TYPE: BLOCK_WIDTHS["q2_0"]}
 """Weights that share a level, by the numbers of the ternary types."""
 
-NOT_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""Tensors that change the rotary positions."""
+NOT_COMPUTED = ("rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that change the rotary positions, as no model here does."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -59,7 +60,8 @@ class PublishedGGUF(Published):
         self.stored = list(self._names)
         self.only_ternary = True
         if not file.unknown_types and self.config:
-            self.compare_names({name: gguf_name(name, self.config) for name in parameter_shapes(self.config)})
+            shown = {name: gguf_name(name, self.config) for name in parameter_shapes(self.config)}
+            self.compare_names(shown, ignored=(FACTORS,))
         self._check_vocabulary(file)
 
     def _check_types(self, file: GGUFFile) -> None:
@@ -73,7 +75,8 @@ class PublishedGGUF(Published):
         try:
             if other := [name for name in NOT_COMPUTED if name in shapes]:
                 raise ValueError(f"{other[0]} changes the rotary positions, which is not computed here")
-            return config_from_gguf(file.fields, shapes)
+            factors = file.read(FACTORS) if FACTORS in shapes else None
+            return config_from_gguf(file.fields, shapes, factors)
         except ValueError as error:
             self.notes.append(f"{error}; so names were not compared, and nothing was predicted")
             return None

@@ -5,6 +5,8 @@
 conversion are one code path.
 """
 
+from collections.abc import Callable
+
 from launcher.checkpoint.load import check_moments
 from launcher.checkpoint.manifest import Progress
 from launcher.checkpoint.reader import CheckpointReader
@@ -23,12 +25,15 @@ def first_progress(course: Course) -> Progress:
     return Progress(step=start, phase=checkpoint.start_phase - 1, skipped_steps=0)
 
 
-def open_start(course: Course, data_fingerprint: str | None = None) -> tuple[Source, bool]:
+def open_start(
+    course: Course, data_fingerprint: str | None = None, complete: Callable[[Source], None] = lambda source: None
+) -> tuple[Source, bool]:
     """Open the checkpoint that a run starts from.
 
     Args:
         course: of a run with ``checkpoint.start_from``.
         data_fingerprint: of the run's data; None leaves them unchecked.
+        complete: adds parameters that the model has and the source has not.
 
     Returns:
         The source, and whether its optimizer state is taken.
@@ -39,6 +44,7 @@ def open_start(course: Course, data_fingerprint: str | None = None) -> tuple[Sou
     checkpoint = course.config.checkpoint
     assert checkpoint.start_from is not None
     source = open_source(checkpoint.start_from)
+    complete(source)
     check_start(source, course, data_fingerprint)
     return source, course.phases[checkpoint.start_phase].transition.optimizer != "reset"
 

@@ -16,7 +16,8 @@ from launcher.formats.hf_source import EMBEDDING, HEAD
 from launcher.formats.published import Coded, Published
 from model.config import ModelConfig
 from model.loss import token_nll
-from model.transformer import NORMS, Block, rotary_tables
+from model.rotary import rotary_tables
+from model.transformer import NORMS, Block
 from quant.config import Activations
 from quant.rounding import quantize_activation
 

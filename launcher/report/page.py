@@ -9,14 +9,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
-from string import Template
 
-from data.messages import printable
 from data.new_paths import replace_file
 from data.urls import redacted
 from launcher.process.console import human_count
+from launcher.report.elements import MISSING, html_figure, html_page, html_table
 from launcher.report.history import AVERAGED, History
-from launcher.report.plots import PANELS, THEME, Panel, loss_figure, panel_figure, to_picture, to_svg, transition_figure
+from launcher.report.plots import (
+    PANELS,
+    Panel,
+    loss_figure,
+    panel_figure,
+    to_picture,
+    to_svg,
+    transition_figure,
+)
 from launcher.report.quant_plots import HEAT_MAP_NOTE, HEAT_MAPS, QUANT_PANELS, heat_map_figure
 from launcher.report.summary import (
     COMPARED,
@@ -25,13 +32,13 @@ from launcher.report.summary import (
     duration,
     percent,
     recovery_text,
+    signed,
     spike_text,
     summarize,
     verdict,
 )
-from launcher.report.target import MADE_BY, check_target
-
-MISSING = "\N{EM DASH}"
+from launcher.report.target import check_target
+from launcher.report.twin import Excess, excess_figure
 
 PHONE_INCHES = 4.4
 """Width of the loss figure where it is drawn for a phone."""
@@ -64,34 +71,29 @@ def picture_of(summaries: Sequence[RunSummary], suffix: str) -> bytes:
     return to_picture(loss_figure([summary.history for summary in summaries], title=title), suffix[1:])
 
 
-def page_of(summaries: Sequence[RunSummary]) -> str:
-    """The HTML page about one or several runs."""
+def page_of(summaries: Sequence[RunSummary], excess: Excess | None = None) -> str:
+    """The HTML page about one or several runs, and about what one has lost against its 16-bit twin."""
     labels = [s.name if len(summaries) == 1 else f"{i}: {s.name}" for i, s in enumerate(summaries, start=1)]
     names = ", ".join(summary.name for summary in summaries)
-    template = Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
-    page = template.substitute(
-        made_by=MADE_BY,
-        title=escape(names if len(summaries) == 1 else f"{len(summaries)} runs: {names}"),
-        light=" ".join(f"--{name}: {light};" for name, (light, _) in THEME.items()),
-        dark=" ".join(f"--{name}: {dark};" for name, (_, dark) in THEME.items()),
-        verdicts="\n".join(_verdict_paragraphs(summaries, labels)),
-        body="\n".join(_body(summaries, labels)),
+    return html_page(
+        names if len(summaries) == 1 else f"{len(summaries)} runs: {names}",
+        _verdict_paragraphs(summaries, labels),
+        _body(summaries, labels, excess),
     )
-    return printable(page)
 
 
-def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[str]:
+def _body(summaries: Sequence[RunSummary], labels: Sequence[str], excess: Excess | None) -> Iterator[str]:
     """Yield the page's parts from top to bottom."""
     histories = [summary.history for summary in summaries]
     yield "<h2>In numbers</h2>"
-    yield _table(("", *labels), _fact_rows(summaries))
+    yield html_table(("", *labels), _fact_rows(summaries))
     yield "<h2>Phases</h2>"
-    yield _table(*_phases(summaries))
+    yield html_table(*_phases(summaries))
     if any(len(summary.phases) > 1 for summary in summaries):
         yield f'<p class="note">{COMPARED}</p>'
     if any(phase.tokens_by_source for summary in summaries for phase in summary.phases):
         yield "<h2>Data</h2>"
-        yield _table(("Phase", "Source", "Tokens drawn", "Share"), _source_rows(summaries))
+        yield html_table(("Phase", "Source", "Tokens drawn", "Share"), _source_rows(summaries))
     yield "<h2>Loss</h2>"
     caption = (
         "Faint: every logged training loss. Bold: its level, by least-squares lines through nearby losses of the same "
@@ -107,16 +109,16 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
             ("narrow", "loss-narrow", loss_figure(histories, width_inches=PHONE_INCHES)),
         )
     ]
-    yield _figure("".join(alternatives), caption)
+    yield html_figure("".join(alternatives), caption)
     transitions = [summary.transitions for summary in summaries]
     if any(transitions):
         yield "<h2>Transitions</h2>"
         header, *rows = _transition_rows(summaries)
-        yield _table(header, rows)
+        yield html_table(header, rows)
         yield '<div class="grid">'
         for number, group in enumerate(zip_longest(*transitions), start=1):
             svg = to_svg(transition_figure(histories, group), f"transition-{number}", f"loss around switch {number}")
-            yield _figure(
+            yield html_figure(
                 svg,
                 "Faint: every logged loss. Bold: its level. Dotted: the level right before the switch. Shaded: the "
                 "area above it. If there is a spike beyond the noise: triangle, its peak; circle, back at the dotted "
@@ -124,6 +126,8 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
                 title=f"Switch {number}",
             )
         yield "</div>"
+    if excess is not None:
+        yield from _twin(excess)
     yield "<h2>Along the way</h2>"
     yield '<p class="note">Where a curve is noisy, faint is every logged value and bold its level.</p>'
     yield from _panels(PANELS, histories)
@@ -147,13 +151,28 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterator[st
         yield f"<details><summary>{escape(label)}</summary><pre>{escape(redacted(summary.config_text))}</pre></details>"
 
 
+def _twin(excess: Excess) -> Iterator[str]:
+    """Yield what a run has lost against its 16-bit twin."""
+    yield f"<h2>Above the 16-bit twin, {escape(excess.twin)}</h2>"
+    facts = (
+        ("Peak, nats/token", signed(excess.peak, 4)),
+        ("Area, nats", human_count(excess.area)),
+        ("Held-out loss at the end, nats/token", MISSING if excess.at_end is None else signed(excess.at_end, 4)),
+    )
+    yield html_table(("At equal tokens", ""), facts)
+    what = "Logged losses on the same batches" if excess.same_batches else "Levels of the losses, as batches differ"
+    before = f" {human_count(excess.offset_tokens)} tokens came before this run." if excess.offset_tokens else ""
+    figure = excess_figure(excess)
+    yield html_figure(to_svg(figure, "twin", "training loss above the 16-bit twin"), f"{what}, subtracted.{before}")
+
+
 def _panels(panels: Iterable[Panel], histories: Sequence[History]) -> Iterator[str]:
     """Yield a grid of small figures, those of which any run has values."""
     yield '<div class="grid">'
     for panel in panels:
         if any(panel.key in history.series for history in histories):
             name = panel.key.replace("/", "-").replace("_", "-")
-            yield _figure(to_svg(panel_figure(panel, histories), name, panel.title), title=panel.title)
+            yield html_figure(to_svg(panel_figure(panel, histories), name, panel.title), title=panel.title)
     yield "</div>"
 
 
@@ -166,7 +185,9 @@ def _heat_maps(summaries: Sequence[RunSummary], labels: Sequence[str]) -> Iterat
             for heat_map in HEAT_MAPS:
                 if heat_map.key in grid.values:
                     name = f"layers-{number}-{heat_map.key.replace('_', '-')}"
-                    yield _figure(to_svg(heat_map_figure(heat_map, grid), name, heat_map.title), title=heat_map.title)
+                    yield html_figure(
+                        to_svg(heat_map_figure(heat_map, grid), name, heat_map.title), title=heat_map.title
+                    )
             yield "</div>"
 
 
@@ -302,21 +323,3 @@ def _count(value: int | None) -> str | None:
 
 def _decimal(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3f}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
-    """Write a table of plain text. On a phone its rows become lists, where each value has its column's name."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    names = [f' data-column="{escape(name)}"' if len(header) > 2 else "" for name in header[1:]]
-    lines = []
-    for first, *others in rows:
-        cells = "".join(f"<td{name}>{escape(cell)}</td>" for name, cell in zip(names, others, strict=True))
-        lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
-    body = "\n".join(lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-
-
-def _figure(svg: str, caption: str = "", title: str = "") -> str:
-    heading = f"<h3>{escape(title)}</h3>" if title else ""
-    notes = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{heading}{svg}{notes}</figure>"

@@ -41,6 +41,14 @@ THEME: Mapping[str, tuple[str, str]] = {  # name: (light, dark); the runs' color
     "run-3": ("#cc79a7", "#ea9fca"),
     "run-4": ("#e69f00", "#f5c04a"),
     "run-5": ("#56b4e9", "#a6defa"),
+    # The dark part of plasma at equal distances: an order, seen by everyone.
+    "order-0": ("#0d0887", "#9a96ff"),
+    "order-1": ("#5302a3", "#b58cff"),
+    "order-2": ("#8b0aa5", "#d383f0"),
+    "order-3": ("#b83289", "#f07fc8"),
+    "order-4": ("#db5c68", "#ff8f96"),
+    "order-5": ("#f48849", "#ffab78"),
+    "order-6": ("#e0a00e", "#ffd24d"),
     # Cividis at equal distances, seen alike by everyone.
     "heat-0": ("#00224e", "#00224e"),
     "heat-1": ("#123570", "#123570"),
@@ -59,6 +67,9 @@ INK, LINE, SHADE = (THEME[name][0] for name in ("ink", "line", "shade"))
 
 
 RUN_COLOURS = tuple(light for name, (light, _) in THEME.items() if name.startswith("run-"))
+
+
+ORDER_COLOURS = tuple(light for name, (light, _) in THEME.items() if name.startswith("order-"))
 
 
 HEAT_COLOURS = tuple(light for name, (light, _) in THEME.items() if name.startswith("heat-"))
@@ -182,7 +193,7 @@ def loss_figure(histories: Sequence[History], title: str = "", *, width_inches: 
         axes[1].set_ylabel("validation, bits/byte")
         _fit(axes[1], [*validations, *averages])
         _mark_phases(axes[1], histories, mark="validation-")
-    _token_axis(axes[-1])
+    token_axis(axes[-1])
     return figure
 
 
@@ -252,7 +263,7 @@ def panel_figure(panel: Panel, histories: Sequence[History]) -> "Figure":
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
     if not panel.is_close:
         _mark_phases(axes, histories)
-    _token_axis(axes)
+    token_axis(axes)
     if panel.is_close and axes.dataLim.width:
         axes.set_xlim(axes.dataLim.x0, axes.dataLim.x1)
     if axes.dataLim.y0 == axes.dataLim.y1 == 0:
@@ -331,7 +342,8 @@ def _label(index: int, history: History) -> str:
     return f"{index + 1}: {history.name[: RUN_NAME_CHARACTERS - 1] + '…' if is_long else history.name}"
 
 
-def _token_axis(axes: "Axes") -> None:
+def token_axis(axes: "Axes") -> None:
+    """Label an axis of tokens, from 0."""
     from matplotlib.ticker import FuncFormatter
 
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))

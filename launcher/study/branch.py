@@ -17,6 +17,8 @@ from launcher.config.sections import Config
 from launcher.plan.course import make_course
 from launcher.run.folder import RunFolder, read_tree
 from launcher.run.metrics_log import read_metrics
+from launcher.run.requeue import append_line, read_lines
+from launcher.run.row_losses import ROW_LOSSES
 from launcher.training.meter import EVALUATED
 
 
@@ -41,6 +43,9 @@ def branch(config: Config, trunk: Path, step: int) -> None:
     # Whether the loss after the last step is due depends on the run, which measures it when it resumes.
     rows = [row for row in rows if not (row["step"] == step and EVALUATED in row)]
     replace_file(folder.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for line in read_lines(trunk / ROW_LOSSES, "step"):
+        if line["step"] < step:
+            append_line(folder.path / ROW_LOSSES, line)
     folder.write_state("converted", source=str(reader.folder))
     writer = CheckpointWriter(folder_of(folder.checkpoints, step))
     writer.begin()

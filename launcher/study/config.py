@@ -5,7 +5,7 @@ configuration can be varied.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,6 +24,9 @@ NO_BASELINE = "none"
 
 RESERVED = ("switch", "seed", "baseline", "rate")
 """Names that selectors and columns of results use besides those of the axes."""
+
+OF_A_STUDY = ("study.yaml", "results.json")
+"""Files of a study's folder, by which it is recognized."""
 
 Selector = dict[str, str | int | float | tuple[str | int | float, ...]]
 """By the name of an axis, a value or several; an arm is selected if it has one of them on each axis that is named."""
@@ -138,6 +141,18 @@ def _list(values: Any) -> str:
     return ", ".join(map(str, values))
 
 
+def parse_study(path: Path) -> Study:
+    """Read the file of a study; the files that it names need not be there.
+
+    Raises:
+        ConfigError: lists every problem, each with its key.
+    """
+    try:
+        return load_as(Study, path, "study")
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(": study.", ": ")) from None
+
+
 def load_study(path: Path, shipped: Path) -> tuple[Study, Path]:
     """Read the file of a study, and find the files that it names, relative to itself or among the shipped ones.
 
@@ -151,10 +166,7 @@ def load_study(path: Path, shipped: Path) -> tuple[Study, Path]:
     Raises:
         ConfigError: lists every problem.
     """
-    try:
-        study = load_as(Study, path, "study")
-    except ConfigError as error:
-        raise ConfigError(str(error).replace(": study.", ": ")) from None
+    study = parse_study(path)
 
     def found(overrides: tuple[str, ...], key: str) -> tuple[str, ...]:
         """The overrides with the files among them as paths."""
@@ -180,3 +192,15 @@ def _file(name: str, key: str, path: Path, shipped: Path) -> Path:
             f"{path}: {key}: {places[0]} does not exist, and {name} is no shipped configuration; shipped: {names}"
         )
     return found
+
+
+def is_of_study(folders: Sequence[Path]) -> bool:
+    """Return whether these are the folder of a study.
+
+    Raises:
+        ConfigError: one of several is.
+    """
+    studies = [folder for folder in folders if all((folder / name).is_file() for name in OF_A_STUDY)]
+    if studies and len(folders) > 1:
+        raise ConfigError(f"{studies[0]}: is a study, which has a report of its own; name it alone")
+    return bool(studies)

@@ -8,9 +8,12 @@ import csv
 import io
 import json
 import statistics
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.new_paths import replace_file
 from launcher.plan.course import Course
@@ -22,25 +25,52 @@ from launcher.study.sharing import Sharing, first_step, parting, settings_of
 
 Row = dict[str, Any]
 
+Status = Literal["complete", "failed", "not complete"]
+
 LOSS, HELD_OUT, BYTES = "train/loss", "validation/loss", "validation/bits_per_byte"
 
 
-def results_of(arms: Sequence[Arm], sharing: Sharing, jobs: Sequence[Job], failed: Mapping[str, str]) -> list[Row]:
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What has become of an arm so far."""
+
+    status: Status
+    step: int
+    """Steps that are finished."""
+    log: Sequence[Mapping[str, Any]]
+    """The rows of its `metrics.jsonl`."""
+
+
+def standings_of(arms: Sequence[Arm], jobs: Sequence[Job], failed: Mapping[str, str]) -> dict[str, Standing]:
+    """What has become of each arm, by name.
+
+    Args:
+        arms: of the study.
+        jobs: of the arms, and others.
+        failed: the message of each job that failed.
+    """
+    by_name = {job.name: job for job in jobs}
+    found = {}
+    for arm in arms:
+        job = by_name[f"arms/{arm.name}"]
+        status: Status = "complete" if job.is_done else "failed" if job.name in failed else "not complete"
+        log = read_metrics(job.folder.path / "metrics.jsonl")
+        found[arm.name] = Standing(status=status, step=job.step, log=log)
+    return found
+
+
+def results_of(arms: Sequence[Arm], sharing: Sharing, standings: Mapping[str, Standing]) -> list[Row]:
     """One row for each arm, in order.
 
     Args:
         arms: of the study.
         sharing: of their trunks.
-        jobs: of the arms, and others.
-        failed: the message of each job that failed.
+        standings: what has become of each arm, by name.
     """
-    by_name = {job.name: job for job in jobs}
-    logs = {arm.name: read_metrics(by_name[f"arms/{arm.name}"].folder.path / "metrics.jsonl") for arm in arms}
+    logs = {name: standing.log for name, standing in standings.items()}
     rows = []
     for arm in arms:
-        job = by_name[f"arms/{arm.name}"]
-        status = "complete" if job.is_done else "failed" if job.name in failed else "not complete"
-        step = min(job.step, arm.result_step)
+        status, step = standings[arm.name].status, min(standings[arm.name].step, arm.result_step)
         about = {"arm": arm.name, "status": status, **arm.point, "baseline": arm.baseline, "steps": step}
         row = about | {"tokens": arm.plan.tokens_before(step)} | held_out_of(logs[arm.name], arm)
         if (twin := twin_of(arm, arms, sharing)) is not None:
@@ -94,24 +124,53 @@ def twin_of(arm: Arm, arms: Sequence[Arm], sharing: Sharing) -> Arm | None:
 def excess(log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], course: Course) -> Row:
     """How far the training loss is above the twin's from the switch on.
 
-    Rows that are means over the same steps are compared.
+    Means over the same steps are compared.
 
     Returns:
         The largest difference, in nats per token, and the area: the differences times their tokens, summed.
     """
     step = switch_step(course)
     assert step is not None
-    ours, theirs = _by_steps(log), _by_steps(twin)
-    common = sorted(key for key in ours.keys() & theirs.keys() if key[0] >= step)
-    differences = {key: ours[key] - theirs[key] for key in common}
+    differences = differences_from(log, twin, step)
     if not differences:
         return {"excess_peak": None, "excess_area": None}
-    tokens = {key: course.tokens_before(key[1]) - course.tokens_before(key[0]) for key in common}
-    area = sum(difference * tokens[key] for key, difference in differences.items())
+    tokens = {steps: course.tokens_before(steps[1]) - course.tokens_before(steps[0]) for steps in differences}
+    area = sum(difference * tokens[steps] for steps, difference in differences.items())
     return {"excess_peak": max(differences.values()), "excess_area": area}
 
 
-def _by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
+def differences_from(
+    log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], begin: int
+) -> dict[tuple[int, int], float]:
+    """The training loss of a run minus its twin's from a step on, by the finished steps before and after.
+
+    Where one has logged more often than the other, the mean of its losses over the same steps counts.
+    """
+    ours, theirs = (by_steps(rows) for rows in (log, twin))
+    ends = sorted({begin} | (_ends(ours, begin) & _ends(theirs, begin)))
+    means = [_means_between(losses, ends) for losses in (ours, theirs)]
+    return {
+        steps: means[0][steps] - means[1][steps] for steps in pairwise(ends) if all(steps in part for part in means)
+    }
+
+
+def _ends(losses: Mapping[tuple[int, int], float], begin: int) -> set[int]:
+    return {last for _, last in losses if last > begin}
+
+
+def _means_between(losses: Mapping[tuple[int, int], float], ends: Sequence[int]) -> dict[tuple[int, int], float]:
+    """The mean loss between every two ends, where no row is missing, as of a loss that was not finite."""
+    sums: dict[tuple[int, int], tuple[int, float]] = {}
+    for (first, last), loss in losses.items():
+        place = bisect_right(ends, first)
+        if 0 < place < len(ends) and last <= ends[place]:
+            steps = ends[place - 1], ends[place]
+            num, total = sums.get(steps, (0, 0.0))
+            sums[steps] = num + last - first, total + (last - first) * loss
+    return {steps: total / num for steps, (num, total) in sums.items() if num == steps[1] - steps[0]}
+
+
+def by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
     """Training losses by the finished steps before and after those that each is the mean of."""
     rows = [row for row in log if LOSS in row]
     befores = [0, *(row["step"] for row in rows)]

@@ -1,6 +1,7 @@
 """`tritrain study`: plan a study, train its arms, and write what they came to."""
 
 import os
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,17 +71,19 @@ def study(path: Path, out: Path, options: Options, console: Console) -> int:
             utilization=options.utilization,
         )
         return COMPLETE
-    from launcher.study.results import results_of, table_of, write_results  # which need torch
+    from launcher.study.results import results_of, standings_of, table_of, write_results  # which need torch
 
     check_arms(arms)
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "study.yaml", path.read_text())
+    write_results(results_of(arms, sharing, standings_of(arms, jobs, {})), out)  # for a report on the way
     outcome = Queue(jobs, places, asked.keep, console).run()
-    rows = results_of(arms, sharing, jobs, outcome.failed)
+    rows = results_of(arms, sharing, standings_of(arms, jobs, outcome.failed))
     write_results(rows, out)
     console.line()
     console.aligned(table_of(arms, rows))
     console.line(f"Losses are in nats per token, means over seeds. One row for each arm: {out / 'results.csv'}")
+    console.line(f"Figures, intervals and what is noise: tritrain report {shlex.quote(str(out))}")
     return ending(outcome, jobs, console)
 
 

@@ -13,12 +13,14 @@ from launcher.checkpoint.location import check_writable
 from launcher.checkpoint.manifest import Progress
 from launcher.checkpoint.reader import CheckpointReader, newest_sound_checkpoint
 from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.source import Source
 from launcher.config.sections import Config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import Engine, load_weights
 from launcher.engine.learned_scales import initialize_scales_
 from launcher.formats.open import check_sound
 from launcher.formats.start import check_data, first_progress, open_start
+from launcher.inference.start import put_sub_norms_in
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
@@ -210,11 +212,16 @@ def fill(
         for sentence in average_note(engine, reader):
             console.line(sentence)
     elif config.checkpoint.start_from:
-        source, with_optimizer = open_start(plan, data_fingerprint)
+        inserted: list[str] = []
+
+        def complete(source: Source) -> None:
+            inserted.extend(put_sub_norms_in(source, config, ranks))
+
+        source, with_optimizer = open_start(plan, data_fingerprint, complete)
         check_sound(source, ranks)
         load_state(source, engine, with_optimizer=with_optimizer)
         console.line(f"Beginning {config.run.name} with {source.location}")
-        for sentence in [*source.missing, *average_note(engine, source)]:
+        for sentence in [*source.missing, *inserted, *average_note(engine, source)]:
             console.line(f"  {sentence}")
     else:
         load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, config))

@@ -57,6 +57,26 @@ class HeldOut:
         with engine.keeping_apart(self._first_token):
             return self._loss(engine.token_nll, self._batches)
 
+    def measure_rows(self, engine: Engine) -> tuple[HeldOutLoss | None, Tensor]:
+        """As `measure`, with the nats and the tokens of each of R rows, float64 [2, R] on the CPU."""
+        micro, world_size = self._plan.config.training.micro_batch_sequences, self._ranks.world_size
+        sums_2R = torch.zeros(2, len(self._batches) * micro * world_size, dtype=torch.float64)
+        first_rows = iter(range(self._ranks.rank * micro, sums_2R.shape[1], world_size * micro))
+
+        def counted(tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+            nll_BT = engine.token_nll(tokens_BT, labels_BT)
+            rows = slice(first := next(first_rows), first + micro)
+            sums_2R[0, rows] = nll_BT.double().sum(1).cpu()
+            sums_2R[1, rows] = (labels_BT != IGNORED_LABEL).sum(1).double().cpu()
+            return nll_BT
+
+        if not self._batches:
+            return None, sums_2R
+        with engine.keeping_apart(self._first_token):
+            loss = self._loss(counted, self._batches)
+        dist.all_reduce(sums_2R)
+        return loss, sums_2R[:, sums_2R[1] > 0]
+
     def measure_averaged(self, engine: Engine) -> HeldOutLoss | None:
         """Return the held-out loss of the averaged weights; None if no step is averaged, or no rows are held out."""
         if engine.average is None or not int(engine.average.tokens):

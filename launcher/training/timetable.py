@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from launcher.config.sections import Config
-from launcher.plan.course import Phase
+from launcher.plan.course import Course, Phase
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
 from launcher.watch.stopping import StopRequest
@@ -56,6 +56,7 @@ class Timetable:
         evaluating, tasks = measured_after(step, phase, config)
         deciding = step == self._plan.rollback_step(phase)
         logging = saving or evaluating or tasks or deciding or is_due(step, config.logging.interval_steps)
+        logging = logging or is_around_switch(step, phase, self._plan)
         saving, evaluating = saving or (logging and save_by_time), evaluating or (logging and evaluate_by_time)
         return Due(phase_ends, stopping, saving, evaluating, tasks, deciding, logging)
 
@@ -73,6 +74,16 @@ def measured_after(step: int, phase: Phase, config: Config) -> tuple[bool, bool]
     phase_ends, evaluation = step == phase.end, config.evaluation
     tasks = bool(evaluation.tasks) and (phase_ends or is_due(step, evaluation.tasks_interval_steps))
     return phase_ends or is_due(step, evaluation.interval_steps), tasks
+
+
+def is_around_switch(step: int, phase: Phase, course: Course) -> bool:
+    """Return whether a step is one of the `logging.around_switch_steps` before the end or after the start of a phase.
+
+    The beginning and the end of a run are no switches.
+    """
+    reach, last = course.config.logging.around_switch_steps, course.phases[-1]
+    follows = phase.index > 0 and step - phase.start <= reach
+    return follows or (phase.index < last.index and phase.end - step < reach)
 
 
 def is_due(step: int, interval: int | None) -> bool:

@@ -33,8 +33,6 @@ def test_configuration_survives_the_round_trip(config):
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not known; llama, olmo"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.*'yarn'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"attention_bias": True}, "attention_bias True: the model has only False"),
         ({"mlp_bias": True}, "mlp_bias True"),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from models import TINY, VARIANTS, build, every_variant, random_tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from model.transformer import RMSNorm, Transformer, rotary_tables, rotate
+from model.rotary import rotary_tables, rotate
+from model.transformer import RMSNorm, Transformer
 
 
 @every_variant

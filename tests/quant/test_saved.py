@@ -12,7 +12,8 @@ import quant.integers
 import quant.linear
 import quant.rounding
 from model.config import ModelConfig
-from model.transformer import Block, rotary_tables
+from model.rotary import rotary_tables
+from model.transformer import Block
 from quant.config import QuantConfig
 from quant.keeper import CodeKeeper
 from quant.linear import quantize_, quantized_layers, set_strength_

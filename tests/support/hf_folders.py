@@ -12,6 +12,7 @@ from launcher.formats.hf_folder import write_hf
 from launcher.formats.hf_source import HuggingFaceSource
 from model.transformer import Transformer
 from quant.codes import pack
+from quant.config import QuantConfig
 from quant.rounding import quantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -73,11 +74,11 @@ def edit_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def pack_folder(folder, linear_class, **quantization):
+def pack_folder(folder, linear_class, recipe=None, **quantization):
     """Put packed codes in the place of a folder's projections, in the convention of one of the linear classes."""
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        codes_OI, scale = quantize_weight(tensors[name])
+        codes_OI, scale = quantize_weight(tensors[name].float(), recipe or QuantConfig())
         tensors[name] = pack(codes_OI)
         tensors[f"{name}_scale"] = (scale if linear_class == "autobitlinear" else 1 / scale).reshape(1)
     save_file(tensors, folder / "model.safetensors")

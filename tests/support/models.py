@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.config import RopeScalingConfig
 from model.init import initialize_
 from model.transformer import ModelConfig, Transformer
 
@@ -25,6 +26,13 @@ VARIANTS = {
     "bitnet": replace(TINY, num_kv_heads=2, sub_norm=True, activation="relu2"),
     "qwen2": replace(TINY, num_kv_heads=2, qkv_bias=True),
     "qwen3": replace(TINY, num_kv_heads=2, head_dim=16, qk_norm="head"),
+    "llama-yarn": replace(
+        TINY,
+        num_kv_heads=2,
+        tie_embeddings=False,
+        rope_theta=100.0,
+        rope_scaling=RopeScalingConfig(method="yarn", factor=4.0, original_max_sequence_length=8, beta_fast=4.0),
+    ),
     "no-family": replace(TINY, norm="layernorm-nonparametric", qk_norm="head", sub_norm=True, norm_position="post"),
 }
 FAMILIES = {name: config for name, config in VARIANTS.items() if name != "no-family"}

@@ -22,8 +22,9 @@ from data.tokenizer import train_tokenizer
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError, ConfigError
 from model.gguf import ARCHITECTURES, gguf_architecture, gguf_metadata, gguf_name, gguf_rows
+from model.rotary import rotary_tables, rotate
 from model.size import parameter_shapes
-from model.transformer import ModelConfig, Transformer, rotary_tables, rotate
+from model.transformer import ModelConfig, Transformer
 from quant.gguf import ggml_type, to_blocks
 from quant.linear import add_learned_scales_, quantize_, quantized_layers
 

@@ -25,6 +25,15 @@ TINY_HF = {
     "max_position_embeddings": 32,
     "pad_token_id": None,
 }
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "beta_fast": 4.0}
 MODELS = {
     "llama": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "llama-untied": ("Llama", {"head_dim": 12, "rope_theta": 5e5, "rms_norm_eps": 1e-5}),
@@ -39,6 +48,18 @@ MODELS = {
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "use_sliding_window": False}),
     "qwen2-tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    "llama-linear": ("Llama", {"head_dim": 24, "rope_scaling": LINEAR}),
+    "llama-llama3": ("Llama", {"head_dim": 24, "rope_theta": 100.0, "rope_scaling": LLAMA3}),
+    "llama-yarn": ("Llama", {"head_dim": 24, "rope_theta": 100.0, "rope_scaling": YARN}),
+    "mistral-yarn": (
+        "Mistral",
+        {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": None, "rope_scaling": YARN},
+    ),
+    "olmo-linear": ("Olmo", {"rope_scaling": {"type": "linear", "factor": 3.0}}),
+    "olmo2-linear": ("Olmo2", {"num_key_value_heads": 2, "rope_scaling": {"type": "linear", "factor": 3.0}}),
+    "qwen2-yarn": ("Qwen2", {"num_key_value_heads": 2, "rope_theta": 100.0, "rope_scaling": YARN}),
+    "qwen3-yarn": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "rope_theta": 100.0, "rope_scaling": YARN}),
+    "bitnet-llama3": ("BitNet", {"num_key_value_heads": 2, "rope_theta": 100.0, "rope_scaling": LLAMA3}),
     "qwen3-tied": ("Qwen3", {"num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}),
 }
 

@@ -22,6 +22,7 @@ from program_order import codes_times_level, compressed_logits
 
 from launcher.errors import CheckpointError
 from launcher.formats.hf_export import export_hf
+from model.config import RopeScalingConfig
 from quant.config import QuantConfig
 from quant.linear import quantized_layers
 
@@ -133,6 +134,11 @@ def test_mlx_computes_codes_times_level(tmp_path: Path) -> None:
     for architecture in ARCHITECTURES:
         if lacking("mlx", architecture, "matrix") is None:
             models[tmp_path / architecture] = model_of(architecture), MLX["matrix"]
+    for method in ("linear", "llama3", "yarn"):
+        length = None if method == "linear" else 16
+        scaling = RopeScalingConfig(method=method, factor=4.0, original_max_sequence_length=length)
+        model = model_of("llama", rope_theta=100.0, rope_scaling=scaling)
+        models[tmp_path / f"llama {method}"] = model, MLX["matrix"]
     for folder, (model, recipe) in models.items():
         write = {"weights": "mlx", "dtype": torch.float32, "tokenizer": None}
         export_hf(exportable(model, recipe), folder, **write)

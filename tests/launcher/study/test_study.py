@@ -23,6 +23,8 @@ from data.errors import DataError
 from launcher.errors import ConfigError
 from launcher.process.console import Console
 from launcher.run.metrics_log import read_metrics
+from launcher.study.reading import read_study
+from launcher.study.report import report_study
 from launcher.study.study import Options, study
 
 STATE = {"keep": [], "reset": ["phases.1.transition.optimizer=reset"]}
@@ -76,6 +78,12 @@ def test_arms_that_share_a_trunk_are_bit_for_bit_what_they_are_alone(shards: Pat
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
         assert json.loads((arm / "starts.jsonl").read_text())["step"] == 4
     check_results(out, names)
+    findings = read_study(out)
+    for record, row in zip(findings.records, json.loads((out / "results.json").read_text()), strict=True):
+        assert record.status == "complete"
+        assert record.row == {key: value for key, value in row.items() if key in record.row}
+    assert all(record.rows is not None for record in findings.records)
+    assert "2 of 2 arms are complete" in report_study(out, None)[0].read_text()
 
 
 def check_results(out: Path, names: list[str]) -> None:

@@ -64,6 +64,13 @@ def test_intervals_in_steps_put_those_in_minutes_off(monkeypatch: pytest.MonkeyP
     assert days(plan_of(*overrides), monkeypatch, minutes_of_a_step=4)["saving"][:4] == [16, 20, 36, 40]
 
 
+def test_every_step_around_a_switch_is_logged_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = days(plan_of("logging.around_switch_steps=3"), monkeypatch, minutes_of_a_step=0)["logging"]
+    seldom = days(plan_of(), monkeypatch, minutes_of_a_step=0)["logging"]
+    assert sorted(set(found) - set(seldom)) == [98, 99, 101, 102, 103]  # the run's own start and end are no switches
+    assert set(seldom) <= set(found)
+
+
 def test_the_time_that_saving_takes_makes_no_save_due(monkeypatch: pytest.MonkeyPatch) -> None:
     found = days(plan_of(), monkeypatch, minutes_of_a_step=5, minutes_of_a_save=45)
     assert found["saving"] == [*range(8, 100, 8), 100, *range(108, 200, 8), 200]

@@ -1,0 +1,42 @@
+"""Complete the model that a run starts from."""
+
+from typing import Any
+
+from data.loader import first_training_rows
+from launcher.checkpoint.source import Source
+from launcher.config.sections import Config
+from launcher.errors import CheckpointError
+from launcher.inference.sub_norms import insert_sub_norms_, lacks_sub_norms, measure_sub_norms
+from launcher.process.exchange import failing_alike, value_of_first
+from launcher.process.ranks import ALONE, Ranks
+
+
+def put_sub_norms_in(source: Source, config: Config, ranks: Ranks = ALONE) -> list[str]:
+    """Put SubLN into a source if the run asks for it: `checkpoint.sub_norm_sequences`. A collective.
+
+    The first rank measures, so that all have the same gains.
+
+    Returns:
+        A sentence about it, or nothing.
+
+    Raises:
+        CheckpointError: the source has SubLN already, or none can be put into it.
+        DataError: the training data cannot be read.
+    """
+    num_sequences = config.checkpoint.sub_norm_sequences
+    if num_sequences is None:
+        return []
+    if not lacks_sub_norms(source, config.model):
+        raise CheckpointError(
+            f"{source.location} has SubLN already, or the run has none (model.sub_norm); leave out "
+            "checkpoint.sub_norm_sequences"
+        )
+    found: Any = None
+    with failing_alike():
+        if ranks.rank == 0:
+            rows_NT = first_training_rows(config.data, vocab_size=config.model.vocab_size, num_rows=num_sequences)
+            insertion = measure_sub_norms(source, config.model, rows_NT, ranks.device)
+            found = insertion.gains, insertion.sentence(len(rows_NT))
+    gains, sentence = value_of_first(found) if ranks is not ALONE else found
+    insert_sub_norms_(source, config.model, gains)
+    return [sentence]

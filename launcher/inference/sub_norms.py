@@ -1,0 +1,143 @@
+"""Put SubLN into a 16-bit model that was trained without it, as BitDistill does (arXiv 2510.13998), with fitted gains.
+
+SubLN is a norm before the attention-output and the down projections. It divides each token by its own root mean square,
+which no constant gain undoes, so in general the model with it is another function. The closest start that treats
+tokens alike gives each norm one gain: the median over tokens of the root mean square that the projection's input has.
+Then half of the tokens come out larger than they were and half smaller. With a gain of 1 the projections would see
+inputs of another size altogether.
+
+Where a norm follows the projection (`norm_position: post`), it takes out the factor that is left, and the model
+computes the same function, up to `norm_eps`.
+
+The model runs block by block in fp32, with one block in memory, once with SubLN and once without. Both losses are
+reported, so that the price is known before a step is trained.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from launcher.checkpoint.source import Source
+from launcher.errors import CheckpointError
+from launcher.formats.hf_source import EMBEDDING, HEAD
+from launcher.formats.open import check_model, computed_precision
+from model.config import ModelConfig
+from model.loss import token_nll
+from model.rotary import rotary_tables
+from model.size import parameter_shapes
+from model.transformer import NORMS, Block
+
+Module = TypeVar("Module", bound=nn.Module)
+
+INPUTS = {"self_attn.o_proj": "self_attn.attn_sub_norm", "mlp.down_proj": "mlp.ffn_sub_norm"}
+"""The norm before each projection."""
+
+
+class Insertion(NamedTuple):
+    """Gains of SubLN's norms, and what the model predicts with and without them."""
+
+    gains: dict[str, float]
+    """By the name of the parameter; the same for all of its elements."""
+    nats_before: float
+    """Loss of the model as it is, nats per token of the sequences that were measured."""
+    nats_after: float
+    """Loss with SubLN."""
+
+    def sentence(self, num_sequences: int) -> str:
+        """For people."""
+        return (
+            f"SubLN was put in, with gains from {num_sequences} training sequences, on which the loss is "
+            f"{self.nats_before:.4f} nats per token without it and {self.nats_after:.4f} with it, before any step."
+        )
+
+
+def lacks_sub_norms(source: Source, model: ModelConfig) -> bool:
+    """Return whether a model has SubLN, and its source none."""
+    return model.sub_norm and not any(name.removesuffix(".weight").endswith("_sub_norm") for name in source.shapes)
+
+
+@torch.no_grad()
+def measure_sub_norms(
+    source: Source, model: ModelConfig, rows_NT: Tensor, device: torch.device, alive: Callable[[], None] = lambda: None
+) -> Insertion:
+    """Measure the gains with which SubLN changes a model least.
+
+    Args:
+        source: a model without SubLN, in 16 bits.
+        model: the same with SubLN.
+        rows_NT: tokens of training sequences; each row is one, and predicts its own next tokens.
+        device: where a block computes.
+        alive: called after each block.
+
+    Raises:
+        CheckpointError: the source is ternary, or not this model.
+    """
+    precision = computed_precision(source)
+    if precision is not None and precision.quantization is not None:
+        raise CheckpointError(
+            f"{source.location} is ternary; SubLN can be put into 16-bit weights alone. Set model.sub_norm to false, "
+            "or begin with the 16-bit model"
+        )
+    plain = replace(model, sub_norm=False)
+    check_model(source, plain)
+    embedding_VD = _read(source, EMBEDDING, device)
+    hidden = [embedding_VD[row[:-1]][None] for row in rows_NT.to(device)]
+    changed = [x_BTD.clone() for x_BTD in hidden]
+    tables = rotary_tables(model, rows_NT.shape[1] - 1, device)
+    gains: dict[str, float] = {}
+    for depth in range(model.num_layers):
+        prefix = f"model.layers.{depth}."
+        before, after = (_block(config, prefix, source, device) for config in (plain, model))
+        sizes: dict[str, list[Tensor]] = {name: [] for name in INPUTS}
+        for name, found in sizes.items():
+            before.get_submodule(name).register_forward_pre_hook(
+                lambda _, inputs, found=found: found.append(_root_mean_square(inputs[0], model.norm_eps))
+            )
+        hidden = [before(x_BTD, *tables) for x_BTD in hidden]
+        for name, found in sizes.items():
+            gain = float(torch.cat(found).median())
+            gains[f"{prefix}{INPUTS[name]}.weight"] = gain
+            after.get_parameter(f"{INPUTS[name]}.weight").fill_(gain)
+        changed = [after(x_BTD, *tables) for x_BTD in changed]
+        alive()
+    norm = _filled(NORMS[model.norm](model.hidden_size, model), "model.norm.", source, device)
+    head_VD = embedding_VD if model.tie_embeddings else _read(source, HEAD, device)
+    nats = [
+        torch.cat([
+            token_nll(norm(x_BTD)[0], head_VD, row[1:].to(device), model.loss_chunk_tokens)
+            for x_BTD, row in zip(outputs, rows_NT, strict=True)
+        ]).mean()
+        for outputs in (hidden, changed)
+    ]  # fmt: skip
+    return Insertion(gains, float(nats[0]), float(nats[1]))
+
+
+def insert_sub_norms_(source: Source, model: ModelConfig, gains: dict[str, float]) -> None:
+    """Let a source have these norms too, and no moments any more, which these would lack."""
+    shapes = parameter_shapes(model)
+    source.shapes = {name: shapes[name] for name in shapes if name in source.shapes or name in gains}
+    source.constants, source.has_moments, source.averaged_tokens = gains, False, None
+
+
+def _root_mean_square(x_BTF: Tensor, eps: float) -> Tensor:
+    return (x_BTF.pow(2).mean(-1) + eps).sqrt().flatten()
+
+
+def _block(config: ModelConfig, prefix: str, source: Source, device: torch.device) -> Block:
+    return _filled(Block(config), prefix, source, device)
+
+
+def _filled(module: Module, prefix: str, source: Source, device: torch.device) -> Module:
+    for name, parameter in module.named_parameters():
+        if f"{prefix}{name}" in source.shapes:
+            parameter.copy_(_read(source, f"{prefix}{name}", torch.device("cpu")))
+    return module.to(device).eval()
+
+
+def _read(source: Source, name: str, device: torch.device) -> Tensor:
+    shape = source.shapes[name]
+    return source.read_finite("weight", name, 0, prod(shape)).view(shape).to(device)

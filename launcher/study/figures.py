@@ -1,0 +1,317 @@
+"""The figures of a study's report.
+
+Colors: the switch points of the curves run from dark to bright; lines of the other figures have the colors of runs, one
+for each combination of the other axes. Baselines are black and gray.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from launcher.process.console import human_count
+from launcher.report.plots import (
+    INK,
+    RUN_COLOURS,
+    RUN_DASHES,
+    RUN_MARKERS,
+    SHADE,
+    figure_of,
+    styled,
+)
+from launcher.study.analysis import (
+    SCRATCH,
+    SIXTEEN,
+    Group,
+    against_best,
+    best_of,
+    dense_of,
+    gaps_of,
+)
+from launcher.study.config import NO_BASELINE, POST_TRAINING
+from launcher.study.intervals import Estimate, paired
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Line = tuple[tuple[str, str], ...]
+
+BASELINE_STYLES: Mapping[str, dict[str, Any]] = {
+    SIXTEEN: {"color": INK, "ls": "-"},
+    SCRATCH: {"color": SHADE, "ls": "-"},
+    POST_TRAINING: {"color": SHADE, "ls": (0, (1, 1.5))},
+}
+
+BAND_ALPHA, MOST_BANDS, PAIRED_PANEL = 0.08, 3, 2
+"""Of baselines' intervals. Many of absolute losses would cover each other, since all share the spread between seeds."""
+
+BASELINE_DASHES = (*RUN_DASHES, (0, (6, 1.5, 1, 1.5)), (0, (2, 2)))
+
+LARGEST_SHARE = 1.6
+"""Of the gap that a figure shows, in either direction from its middle."""
+
+
+def arms_of(groups: Sequence[Group]) -> list[Group]:
+    """The arms of the grid."""
+    return [group for group in groups if group.baseline == NO_BASELINE]
+
+
+def lines_of(groups: Sequence[Group]) -> list[Line]:
+    """The combinations of the other axes than the switch point."""
+    return list(dict.fromkeys(group.line for group in arms_of(groups)))
+
+
+def has_switch_axis(groups: Sequence[Group]) -> bool:
+    """Whether the arms of any line switch at several points."""
+    places = {(group.line, group.switch_share) for group in arms_of(groups) if group.switch_share is not None}
+    return len(places) > len({line for line, _ in places})
+
+
+def line_name(line: Line) -> str:
+    """What a line is called."""
+    return ", ".join(f"{axis} {value}" for axis, value in line) or "arms"
+
+
+@styled()
+def switch_figure(groups: Sequence[Group]) -> "Figure":
+    """Held-out loss at the end against the switch point, absolute and against the 16-bit baseline of the same seed."""
+    scored = sorted({task for group in arms_of(groups) for each in group.members for task in each.scores})
+    panels: list[tuple[str, Callable[[Group], Estimate | None]]] = [
+        ("held-out loss, nats/token", lambda group: group.mean("held_out_loss")),
+        ("held-out loss, bits/byte", lambda group: group.mean("held_out_bits_per_byte")),
+        ("above 16 bits, paired by seed, nats/token", lambda group: above_dense(group, groups)),
+    ]
+    if scored:
+        panels.append((f"score, mean of {len(scored)} tasks", lambda group: mean_score(group, scored)))
+    num_lines = len({(group.baseline, group.line) for group in groups})
+    figure = figure_of(3.7 * len(panels), 4.0 + 0.1 * num_lines)
+    legend: dict[str, Any] = {}
+    for number, (axes, (label, value_of)) in enumerate(zip(figure.subplots(1, len(panels)), panels, strict=True)):
+        _draw_baselines(axes, groups, value_of, legend, number)
+        _draw_lines(axes, groups, value_of, legend, f"line-{number}")
+        _fit_means(axes, groups, value_of)
+        axes.set_ylabel(label)
+        _switch_axis(axes)
+    legend_of(figure, legend)
+    return figure
+
+
+def _fit_means(axes: "Axes", groups: Sequence[Group], value_of: Callable[[Group], Estimate | None]) -> None:
+    """Fit an axis to the means; intervals may leave it, and post-training does if it is far off, with a note."""
+    means = {group: found.mean for group in groups if (found := value_of(group)) is not None}
+    near = [mean for group, mean in means.items() if group.baseline != POST_TRAINING]
+    if not near:
+        return
+    size = max(near) - min(near) or 0.1
+    low, high = min(near) - 0.3 * size, max(near) + 0.3 * size
+    far = sorted(mean for group, mean in means.items() if group.baseline == POST_TRAINING and mean > high)
+    if far and far[-1] <= high + size:
+        high, far = far[-1] + 0.15 * size, []
+    axes.set_ylim(low, high)
+    if far:
+        text = f"post-training at {' and '.join(f'{mean:.3f}' for mean in far[:3])} \N{UPWARDS ARROW}"
+        axes.annotate(text, (0.98, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=8)
+
+
+def above_dense(group: Group, groups: Sequence[Group]) -> Estimate | None:
+    """The held-out loss of an arm minus its 16-bit baseline's, paired by seed."""
+    dense = dense_of(group, groups)
+    return None if dense is None or dense is group else paired(group.losses, dense.losses)
+
+
+def mean_score(group: Group, tasks: Sequence[str]) -> Estimate | None:
+    """The mean score of these tasks over the seeds that have all of them."""
+    from launcher.study.intervals import mean_of
+
+    means = [
+        sum(each.scores[task] for task in tasks) / len(tasks)
+        for each in group.members
+        if all(task in each.scores for task in tasks)
+    ]
+    return mean_of(means) if means else None
+
+
+def _draw_lines(
+    axes: "Axes",
+    groups: Sequence[Group],
+    value_of: Callable[[Group], Estimate | None],
+    legend: dict[str, Any],
+    mark: str,
+) -> None:
+    """Draw a line for each combination of the other axes; points are moved a little, so that intervals stay apart."""
+    lines = lines_of(groups)
+    for index, line in enumerate(lines):
+        found = [
+            (group.switch_share, value)
+            for group in arms_of(groups)
+            if group.line == line and group.switch_share is not None and (value := value_of(group)) is not None
+        ]
+        if not found:
+            continue
+        found.sort(key=lambda point: point[0] or 0.0)
+        moved = 0.7 * (index - (len(lines) - 1) / 2)
+        at = [(share or 0.0) + moved for share, _ in found]
+        means = [value.mean for _, value in found]
+        style = _line_style(index)
+        for place, (_, value) in zip(at, found, strict=True):
+            if value.low is not None and value.high is not None:
+                axes.plot([place, place], [value.low, value.high], color=style["color"], lw=0.9, alpha=0.8)
+        (handle,) = axes.plot(at, means, **style, lw=1.3, ms=4.5, gid=f"{mark}-{index}")
+        legend.setdefault(line_name(line), handle)
+
+
+def _line_style(index: int) -> dict[str, Any]:
+    return {
+        "color": RUN_COLOURS[index % len(RUN_COLOURS)],
+        "ls": RUN_DASHES[index // len(RUN_COLOURS) % len(RUN_DASHES)],
+        "marker": RUN_MARKERS[index % len(RUN_MARKERS)],
+    }
+
+
+def _draw_baselines(
+    axes: "Axes",
+    groups: Sequence[Group],
+    value_of: Callable[[Group], Estimate | None],
+    legend: dict[str, Any],
+    panel: int,
+) -> None:
+    """Draw each baseline as a band, its interval, with its mean; one that has a switch point as a line of points."""
+    number = count()
+    has_bands = panel == PAIRED_PANEL or sum(group.baseline != NO_BASELINE for group in groups) <= MOST_BANDS
+    for baseline in (SIXTEEN, SCRATCH, POST_TRAINING):
+        own = [group for group in groups if group.baseline == baseline]
+        lines = list(dict.fromkeys(group.line for group in own))
+        for turn, line in enumerate(lines):
+            style = BASELINE_STYLES[baseline] | ({"ls": BASELINE_DASHES[turn % len(BASELINE_DASHES)]} if turn else {})
+            name = f"{baseline} ({line_name(line)})" if len(lines) > 1 else baseline
+            members = [(group, value) for group in own if group.line == line and (value := value_of(group)) is not None]
+            points = [
+                (float(group.point["switch"].rstrip("%")), value) for group, value in members if "switch" in group.point
+            ]
+            gid = f"baseline-{panel}-{next(number)}"
+            if points:
+                at, means = [place for place, _ in points], [value.mean for _, value in points]
+                (handle,) = axes.plot(at, means, lw=1, marker="x", ms=4, **style, gid=gid)
+                legend.setdefault(name, handle)
+                for place, value in points:
+                    if value.low is not None and value.high is not None:
+                        axes.plot([place, place], [value.low, value.high], lw=0.9, alpha=0.6, **style)
+                continue
+            for _, value in members:
+                if has_bands and value.low is not None and value.high is not None:
+                    axes.axhspan(value.low, value.high, color=style["color"], alpha=BAND_ALPHA, lw=0)
+                legend.setdefault(name, axes.axhline(value.mean, lw=1.2, **style, gid=gid))
+
+
+@styled()
+def gap_figure(groups: Sequence[Group]) -> "Figure":
+    """The share of the fair gap that each arm closes, with Fieller's interval, against the switch point."""
+
+    def share(group: Group) -> Estimate | None:
+        gaps = gaps_of(group, groups)
+        found = gaps[0].share_of(group) if gaps else None
+        if found is None:
+            return None
+        ends = [None if end is None else 100 * max(-10.0, min(10.0, end)) for end in (found.low, found.high)]
+        return Estimate(mean=100 * found.mean, low=ends[0], high=ends[1], standard_error=None, num=found.num)
+
+    figure = figure_of(8.0, 4.2)
+    axes, legend = figure.subplots(), dict[str, Any]()
+    _draw_lines(axes, groups, share, legend, "gap")
+    means = [found.mean for group in arms_of(groups) if (found := share(group)) is not None]
+    bottom, top = min([0.0, *means]), max([100.0, *means])
+    axes.set_ylim(max(bottom - 25, 50 - 100 * LARGEST_SHARE * 2), min(top + 25, 50 + 100 * LARGEST_SHARE * 2))
+    for level, style in ((0, BASELINE_STYLES[SCRATCH]), (100, BASELINE_STYLES[SIXTEEN])):
+        axes.axhline(level, lw=1.2, **style)
+    axes.set_ylabel("share of the fair gap closed, %")
+    _switch_axis(axes)
+    legend_of(figure, legend)
+    return figure
+
+
+@styled()
+def excess_figure(groups: Sequence[Group]) -> "Figure":
+    """What the switch costs against the 16-bit twin at equal tokens: peak, area and end, against the switch point."""
+    from matplotlib.ticker import FuncFormatter
+
+    panels = (
+        ("excess_peak", "peak, nats/token"),
+        ("excess_area", "area, nats"),
+        ("excess_at_end", "at the end, held-out nats/token"),
+    )
+    figure = figure_of(11.1, 3.6)
+    legend: dict[str, Any] = {}
+    for axes, (column, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.axhline(0, color=INK, lw=0.8)
+        _draw_lines(axes, groups, partial(Group.mean, column=column), legend, column.replace("_", "-"))
+        axes.set_ylabel(label)
+        _switch_axis(axes)
+        if column == "excess_area":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
+    legend_of(figure, legend)
+    return figure
+
+
+@styled()
+def arms_figure(groups: Sequence[Group]) -> "Figure":
+    """Every arm and baseline, best first: its loss, a dot for each seed; and how far it is above the best arm."""
+    best = best_of(groups)
+    differences = {id(each.first): each.by_seed for each in against_best(groups)}
+    complete = sorted(
+        (group for group in groups if group.losses),
+        key=lambda group: -(differences[id(group)].mean if id(group) in differences else 0.0),
+    )
+    figure = figure_of(9.0, 1.1 + 0.24 * len(complete))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, group in enumerate(complete):
+        color = RUN_COLOURS[0] if group.baseline == NO_BASELINE else BASELINE_STYLES[group.baseline]["color"]
+        losses = list(group.losses.values())
+        left.plot(losses, [place] * len(losses), ".", color=color, alpha=0.5, ms=5, gid=f"seeds-{place}")
+        left.plot([_mean(group)], [place], "D", color=color, ms=4)
+        difference = differences.get(id(group))
+        if group is best:
+            right.plot([0], [place], "D", color=color, ms=4)
+        elif difference is not None:
+            is_noise = difference.is_within_noise is not False
+            fill = {"markerfacecolor": "white" if is_noise else color}
+            if difference.low is not None and difference.high is not None:
+                right.plot([difference.low, difference.high], [place, place], color=color, lw=1)
+            right.plot([difference.mean], [place], "D", color=color, ms=4, **fill, gid=f"difference-{place}")
+    left.set_yticks(range(len(complete)), [group.name_with_seeds for group in complete])
+    left.set_ylim(-0.7, len(complete) - 0.3)
+    left.set_xlabel("held-out loss, nats/token")
+    right.axvline(0, color=INK, lw=0.8)
+    right.set_xlabel("above the best arm, nats/token")
+    means = [each.mean for each in differences.values()]
+    if means:
+        reach = max(means) - min(0.0, *means) or 0.01
+        right.set_xlim(min(0.0, *means) - 0.35 * reach, max(means) + 0.35 * reach)
+    return figure
+
+
+def _mean(group: Group) -> float:
+    return float(np.mean(list(group.losses.values())))
+
+
+def _switch_axis(axes: "Axes") -> None:
+    axes.set_xlabel("switch, % of the run")
+    axes.set_xlim(0, 100)
+    axes.set_xticks(range(0, 101, 20))
+
+
+def legend_of(figure: "Figure", handles: Mapping[str, Any]) -> None:
+    """Put a legend above the panels of a figure."""
+    if handles:
+        widest = max(map(len, handles))
+        columns = max(1, min(len(handles), int(figure.get_size_inches()[0] * 12 / (widest + 8))))
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside upper center",
+            ncols=columns,
+            frameon=False,
+            fontsize=8.5,
+        )

@@ -1,0 +1,135 @@
+"""SubLN in a model that was trained without it: gains, and what the start is worth."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from command import tritrain
+from exports import ternary_config
+from hf_folders import ModelSource, edit_config, write_variant
+from models import TINY, VARIANTS, build, random_tokens
+
+from launcher.config.file import to_tree
+from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.open import check_model, open_source
+from launcher.inference.load import load_model
+from launcher.inference.sub_norms import insert_sub_norms_, lacks_sub_norms, measure_sub_norms
+from model.transformer import Transformer
+
+CPU = torch.device("cpu")
+
+
+def with_sub_norms(model: Transformer, rows: torch.Tensor) -> tuple[Transformer, Any]:
+    """The model with SubLN, filled by way of a source, and what was measured."""
+    config = replace(model.config, sub_norm=True)
+    source = ModelSource(model)
+    assert lacks_sub_norms(source, config)
+    insertion = measure_sub_norms(source, config, rows, CPU)
+    insert_sub_norms_(source, config, insertion.gains)
+    changed = Transformer(config)
+    changed.load_state_dict({
+        name: source.read_finite("weight", name, 0, torch.Size(shape).numel()).view(shape)
+        for name, shape in source.shapes.items()
+    })  # fmt: skip
+    return changed, insertion
+
+
+def loss_of(model: Transformer, rows: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float(model(rows[:, :-1], rows[:, 1:], reduction="none").token_nll.mean())
+
+
+def test_a_gain_is_the_median_size_of_what_the_projection_is_given() -> None:
+    model, rows = build(replace(TINY, num_kv_heads=2)), random_tokens(4, 32)
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            sizes = found.setdefault(name, [])
+            module.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(inputs[0].norm(dim=-1)))
+    before = loss_of(model, rows)
+    changed, insertion = with_sub_norms(model, rows)
+    assert insertion.nats_before == pytest.approx(before, abs=1e-5)
+    assert insertion.nats_after == pytest.approx(loss_of(changed, rows), abs=1e-5)
+    assert len(insertion.gains) == len(found) == 4
+    for name, sizes in found.items():
+        layer, _, projection = name.rpartition(".")
+        norm = {"o_proj": "attn_sub_norm", "down_proj": "ffn_sub_norm"}[projection]
+        width = model.get_submodule(name).in_features
+        expected = (sizes[0] ** 2 / width + TINY.norm_eps).sqrt().median()
+        assert insertion.gains[f"{layer}.{norm}.weight"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_where_a_norm_follows_the_function_is_the_same() -> None:
+    """The norm after a projection takes out what SubLN divided each token by."""
+    model, rows = build(replace(VARIANTS["olmo2"], norm_eps=1e-20)), random_tokens(4, 32)
+    changed, insertion = with_sub_norms(model, rows)
+    with torch.no_grad():
+        torch.testing.assert_close(changed.double()(rows).logits, model.double()(rows).logits, atol=1e-6, rtol=0)
+    assert insertion.nats_after == pytest.approx(insertion.nats_before, abs=1e-5)
+
+
+def test_fitted_gains_are_closer_than_a_start_of_one() -> None:
+    model, rows = build(replace(TINY, num_kv_heads=2)), random_tokens(8, 32)
+    changed, _ = with_sub_norms(model, rows)
+    with torch.no_grad():
+        expected, fitted = model(rows).logits, changed(rows).logits
+        for name, parameter in changed.named_parameters():
+            if "_sub_norm" in name:
+                parameter.fill_(1.0)
+        ones = changed(rows).logits
+    assert (fitted - expected).std() < 0.5 * (ones - expected).std()
+
+
+# Runs
+
+
+def configured(shards: Path, tmp_path: Path, **changes: Any) -> Path:
+    model = replace(VARIANTS["llama"], vocab_size=384, max_sequence_length=128)
+    config = to_tree(ternary_config(shards, tmp_path / "run", replace(model, **changes)))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    write_variant(tmp_path / "hf", "llama", vocab_size=384)
+    edit_config(tmp_path / "hf", max_position_embeddings=128)
+    return tmp_path / "config.yaml"
+
+
+def test_a_converted_run_begins_with_fitted_norms(shards: Path, tmp_path: Path) -> None:
+    config = configured(shards, tmp_path, sub_norm=True)
+    convert = ("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
+    with pytest.raises(CheckpointError, match=r"the checkpoint has no SubLN; .*checkpoint.sub_norm_sequences"):
+        tritrain(*convert)
+    printed = tritrain(*convert, "checkpoint.sub_norm_sequences=4")
+    assert "SubLN was put in, with gains from 4 training sequences, on which the loss is" in printed
+    model = load_model(tmp_path / "run", dtype=torch.float32).model
+    gains = {name: value for name, value in model.named_parameters() if "_sub_norm" in name}
+    assert len(gains) == 4
+    for value in gains.values():
+        assert value.unique().numel() == 1
+        assert 0 < float(value[0]) != 0.03
+    check_model(open_source(str(tmp_path / "run")), model.config)
+
+
+def test_what_cannot_have_norms_put_in_is_refused(shards: Path, tmp_path: Path) -> None:
+    config = configured(shards, tmp_path, sub_norm=True)
+    asked = "checkpoint.sub_norm_sequences=2"
+    convert = ("convert", tmp_path / "hf", "--to", tmp_path / "run", "--config", config, "--optimizer", "reset", asked)
+    with pytest.raises(ConfigError, match=r"sub_norm_sequences: is set, but model.sub_norm is false"):
+        tritrain(*convert, "model.sub_norm=false")
+    with pytest.raises(ConfigError, match="has no weights to fit"):
+        tritrain(*convert, "model.norm=layernorm-nonparametric")
+    online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    edit_config(tmp_path / "hf", quantization_config=online)
+    with pytest.raises(CheckpointError, match="is ternary; SubLN can be put into 16-bit weights alone"):
+        tritrain(*convert)
+    write_variant(tmp_path / "bitnet", "bitnet", vocab_size=384)
+    with pytest.raises(CheckpointError, match="has SubLN already"):
+        tritrain("convert", tmp_path / "bitnet", *convert[2:])
+
+
+def test_sub_norms_that_no_shape_shows_are_noticed(tmp_path: Path) -> None:
+    """OLMo's norms have no weights, so a run with SubLN has the same parameters as a folder without."""
+    write_variant(tmp_path / "hf", "olmo")
+    with pytest.raises(CheckpointError, match=r"model.sub_norm is true, and the checkpoint has no SubLN"):
+        check_model(open_source(str(tmp_path / "hf")), replace(VARIANTS["olmo"], sub_norm=True))
