@@ -2,6 +2,7 @@
 
     checkpoints/step-00000200/rank-00000.safetensors   what rank 0 holds: flat fp32 ranges of weights and moments
                               tokenizer.model          or .json: what made the tokens
+                              chat_template.jinja      what wrote the chats, of a run that learns from any
                               config.yaml              the resolved configuration
                               manifest.json            counters, and every file with size and digest; written last
 
