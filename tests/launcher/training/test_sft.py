@@ -25,6 +25,8 @@ from launcher.errors import ConfigError
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
+from launcher.plan.table import describe, plan_rows
+from launcher.plan.traffic import describe_traffic
 from launcher.process.ranks import Ranks
 from launcher.report.summary import summarize, verdict
 from launcher.run.metrics_log import read_metrics
@@ -167,6 +169,9 @@ def test_each_phase_is_measured_on_what_it_learns(folders: tuple[str, str], tmp_
     assert [[source.path for source in plan.held_out_of(phase).sources] for phase in plan.phases] == [
         [text], [chats], [chats],
     ]  # fmt: skip
+    rows = plan_rows(describe(plan) | describe_traffic(plan) | {"events": [], "counted_as": {}})
+    named = [row[0] for row in rows if row[0].startswith("phase")]
+    assert named == ["phase 0: 16-bit", "phase 1: 16-bit, sft", "phase 2: ternary, sft"]
     back = [SFT_16, {"precision": "16-bit", "steps": 5, "sources": [{"path": text}]}]
     plan = make_plan(config_of(chats, chats, tmp_path, phases=back), 1)
     assert [plan.held_out_of(phase).sources[0].path for phase in plan.phases] == [chats, text]
