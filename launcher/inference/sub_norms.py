@@ -13,7 +13,6 @@ The model runs block by block in fp32, with one block in memory, once with SubLN
 reported, so that the price is known before a step is trained.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple, TypeVar
@@ -61,17 +60,14 @@ def lacks_sub_norms(source: Source, model: ModelConfig) -> bool:
 
 
 @torch.no_grad()
-def measure_sub_norms(
-    source: Source, model: ModelConfig, rows_NT: Tensor, device: torch.device, alive: Callable[[], None] = lambda: None
-) -> Insertion:
+def measure_sub_norms(source: Source, model: ModelConfig, rows_NT: Tensor, device: torch.device) -> Insertion:
     """Measure the gains with which SubLN changes a model least.
 
     Args:
         source: a model without SubLN, in 16 bits.
         model: the same with SubLN.
-        rows_NT: tokens of training sequences; each row is one, and predicts its own next tokens.
+        rows_NT: tokens of training sequences; each row is one, predicts its own next tokens, and is one document.
         device: where a block computes.
-        alive: called after each block.
 
     Raises:
         CheckpointError: the source is ternary, or not this model.
@@ -103,7 +99,6 @@ def measure_sub_norms(
             gains[f"{prefix}{INPUTS[name]}.weight"] = gain
             after.get_parameter(f"{INPUTS[name]}.weight").fill_(gain)
         changed = [after(x_BTD, *tables) for x_BTD in changed]
-        alive()
     norm = _filled(NORMS[model.norm](model.hidden_size, model), "model.norm.", source, device)
     head_VD = embedding_VD if model.tie_embeddings else _read(source, HEAD, device)
     nats = [

@@ -111,6 +111,27 @@ def test_a_converted_run_begins_with_fitted_norms(shards: Path, tmp_path: Path) 
     check_model(open_source(str(tmp_path / "run")), model.config)
 
 
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    source = open_source(str(run))
+    return {name: source.read("weight", name, 0, torch.Size(shape).numel()) for name, shape in source.shapes.items()}
+
+
+def test_a_conversion_that_puts_norms_in_and_calibrates_is_one_after_the_other(shards: Path, tmp_path: Path) -> None:
+    config = configured(shards, tmp_path, sub_norm=True)
+    asked = ("--config", config, "--optimizer", "reset", "--phase", 1)
+    put_in, calibrate = "checkpoint.sub_norm_sequences=4", ("--calibrate", 8)
+    said = tritrain("convert", tmp_path / "hf", "--to", tmp_path / "both", *asked, *calibrate, put_in)
+    assert "SubLN was put in, with gains from 4 training sequences" in said
+    assert "The model is calibrated on 8 sequences" in said
+    tritrain("convert", tmp_path / "hf", "--to", tmp_path / "first", *asked, put_in)
+    tritrain("convert", tmp_path / "first", "--to", tmp_path / "then", *asked, *calibrate)
+    both, then, first = (weights_of(tmp_path / name) for name in ("both", "then", "first"))
+    assert both.keys() == then.keys()
+    for name, weight in both.items():
+        assert torch.equal(weight, then[name]), name
+        assert torch.equal(weight, first[name]) != name.endswith("_proj.weight"), name
+
+
 def test_what_cannot_have_norms_put_in_is_refused(shards: Path, tmp_path: Path) -> None:
     config = configured(shards, tmp_path, sub_norm=True)
     asked = "checkpoint.sub_norm_sequences=2"
