@@ -35,6 +35,9 @@ TENSORBOARD_TAGS = {
 DRAWN = "data/tokens/"
 """Beginning of the keys that count the tokens of the run so far by source; its path follows."""
 
+OTHER_TEXT = "validation/other_text"
+"""Key in a row of a phase whose held-out loss is of another text, or of chats, than that of the phase before."""
+
 OLD_TAG = b"\n\ntrain/loss"
 """The tag of the training loss in files of older versions: its field, its length and its text."""
 
