@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from chat_files import chat_tokenizer, prepare_chats, some_chats
 from command import tritrain
 from exports import model_tree
 from hf_folders import edit_config, write_variant
 from models import VARIANTS
 from ranks import run_group
 from runs import ENGINES, run
-from tiny import SEQUENCE_LENGTH, tiny_config, write_corpus
+from tiny import tiny_config, write_corpus
 
 import launcher.training.begin
+from data.prepared import read_manifest
 from data.shards import PrepareConfig, prepare
 from launcher.config.file import to_tree
 from launcher.config.sections import Config
@@ -24,29 +26,35 @@ from launcher.inference.load import load_model
 from launcher.run.metrics_log import read_metrics
 
 STEPS = 3
+LENGTH = 96
 
 
-def prepared(root: Path, shards: Path) -> tuple[Path, int]:
+def prepared(root: Path, kind: str) -> tuple[Path, int]:
     """A folder whose training rows are one batch of a run, and their number."""
-    corpus = write_corpus(root / "corpus.jsonl", 8)
-    options = PrepareConfig(inputs=(str(corpus),), tokenizer=str(shards / "tokenizer.model"), validation_fraction=0.0)
-    manifest = prepare(options, SEQUENCE_LENGTH, root / "rows")
-    return root / "rows", manifest["splits"]["train"]["rows"]
+    if kind == "chats":
+        folder = prepare_chats(root, LENGTH, *some_chats(8), validation_fraction=0.0)
+    else:
+        corpus = write_corpus(root / "corpus.jsonl", 8)
+        folder, tokenizer = root / "rows", str(chat_tokenizer(root / "tokenizer"))
+        prepare(PrepareConfig(inputs=(str(corpus),), tokenizer=tokenizer, validation_fraction=0.0), LENGTH, folder)
+    return folder, read_manifest(folder)["splits"]["train"]["rows"]
 
 
-def configured(data: Path, num_rows: int, source: Path, folder: Path, /, **engine: Any) -> Config:
+def configured(
+    data: Path, num_rows: int, source: Path, folder: Path, /, *, phase: dict[str, Any], documents: str, **engine: Any
+) -> Config:
     model = replace(VARIANTS["llama"], vocab_size=320, sub_norm=True, max_sequence_length=128)
     return tiny_config(
         data,
         folder,
         model=model_tree(model),
-        data={"validation_rows": 0},
+        data={"validation_rows": 0, "sequence_length": LENGTH, "documents": documents},
         training={"global_batch_sequences": num_rows, "micro_batch_sequences": 1},
         engine=engine,
         checkpoint={"start_from": str(source), "sub_norm_sequences": num_rows},
         phases=[
-            {"precision": "16-bit", "steps": STEPS - 1, "transition": {"optimizer": "reset"}},
-            {"precision": "ternary", "steps": 1},
+            {"precision": "16-bit", "steps": STEPS - 1, "transition": {"optimizer": "reset"}, **phase},
+            {"precision": "ternary", "steps": 1, **phase},
         ],
     )
 
@@ -73,21 +81,26 @@ def losses_of(config: Config) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "engine"),
+    ("world_size", "engine", "kind"),
     [
-        (2, "fsdp2"),
-        pytest.param(1, "fsdp2", marks=pytest.mark.slow),
-        pytest.param(2, "zero-2", marks=pytest.mark.slow),
+        (2, "fsdp2", "text"),
+        pytest.param(1, "fsdp2", "chats", marks=pytest.mark.slow),
+        pytest.param(1, "fsdp2", "masked text", marks=pytest.mark.slow),
+        pytest.param(2, "zero-2", "chats", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_puts_in_what_convert_does(shards: Path, tmp_path: Path, world_size: int, engine: str) -> None:
+def test_a_run_puts_in_what_convert_does(tmp_path: Path, world_size: int, engine: str, kind: str) -> None:
     write_variant(tmp_path / "hf", vocab_size=320)
     edit_config(tmp_path / "hf", max_position_embeddings=128)
-    data, num_rows = prepared(tmp_path, shards)
+    data, num_rows = prepared(tmp_path, kind)
     assert num_rows % 2 == 0
+    about = {
+        "phase": {"objective": "sft"} if kind == "chats" else {},
+        "documents": "masked" if kind == "masked text" else "joined",
+        **ENGINES[engine],
+    }
     started, converted = (
-        configured(data, num_rows, tmp_path / "hf", tmp_path / name, **ENGINES[engine])
-        for name in ("started", "converted")
+        configured(data, num_rows, tmp_path / "hf", tmp_path / name, **about) for name in ("started", "converted")
     )
     tree = to_tree(converted)
     del tree["run"]["folder"], tree["checkpoint"]["start_from"]
