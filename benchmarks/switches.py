@@ -46,15 +46,7 @@ SWITCHES: dict[str, dict[str, Any] | None] = {
     "softmax 60": {"steps": 60, "rounding": "softmax"},
     "softmax 200": {"steps": 200, "rounding": "softmax"},
 }
-FEWER = {
-    "linear 20": 1,
-    "cosine 60": 1,
-    "exponential 60": 1,
-    "abrupt": 2,
-    "front to back 200": 2,
-    "back to front 200": 2,
-}
-"""Switches with the first seeds alone, and how many."""
+
 DRAWN = ("abrupt", "linear 60", "linear 200", "sensitivity 200", "softmax 60", "softmax 200")
 SMOOTHED_STEPS = 8
 
@@ -130,8 +122,6 @@ def of_seed(options: argparse.Namespace, folder: Path, source: str, seed: int) -
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     found: dict[str, Found] = {}
     for number, name in enumerate([BASELINE, *options.switches]):
-        if seed >= FEWER.get(name, options.seeds):
-            continue
         config = config_of(options, folder, f"{number}-{seed}", SWITCHES[name], seed, source)
         held_out = run(config)[-1]
         rows = read_metrics(config.run.path / "metrics.jsonl")

@@ -13,6 +13,8 @@ TRAINED_SPEC = re.compile(r"(bpe|unigram):([1-9][0-9]*)")
 
 Packing = Literal["stream", "best-fit"]
 Compression = Literal["none", "zstd"]
+Content = Literal["text", "chats"]
+TooLong = Literal["error", "drop", "truncate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,16 @@ class PrepareConfig:
     tokenizer: str
     """A SentencePiece `.model`, a `tokenizer.json`, `hf:NAME` for that of a model on the Hugging Face hub, or
     `bpe:VOCAB` / `unigram:VOCAB` to train one on the inputs."""
+
+    content: Content = "text"
+    """`text`, or `chats`: JSON lines, Parquet files and data sets with `messages`, of which a model learns the
+    assistant's answers. Rows of chats are packed best-fit, and chats do not see one another."""
+
+    chat_template: str | None = None
+    """For chats: a file with their template, in Jinja; null: the one in the tokenizer's folder."""
+
+    too_long: TooLong = "error"
+    """A chat that does not fit into a row: `error`, `drop` it, or `truncate` it."""
 
     end_of_document: str | None = None
     """Token that ends a document, such as `<|endoftext|>`; by default the one that the tokenizer's files name, and
@@ -66,6 +78,15 @@ class PrepareConfig:
             problems["validation_fraction"] = f"is {self.validation_fraction}; must be 0 or more and below 1"
         if self.validation_inputs and self.validation_fraction:
             problems["validation_inputs"] = "excludes validation_fraction; remove one of them"
+        if self.content == "chats":
+            if TRAINED_SPEC.fullmatch(self.tokenizer):
+                problems["tokenizer"] = f"is {self.tokenizer}, but chats need a tokenizer that is there; name its file"
+            if self.lossy_tokenizer:
+                problems["lossy_tokenizer"] = "is for text; chats are not compared"
+        elif self.chat_template is not None:
+            problems["chat_template"] = "is for chats; set content to chats"
+        elif self.too_long != "error":
+            problems["too_long"] = f"is {self.too_long}, which is for chats; set content to chats"
         if self.workers < 1:
             problems["workers"] = f"is {self.workers}; must be 1 or more; 1 tokenizes in this process"
         if problems:

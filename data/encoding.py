@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,32 @@ class Chunk:
     """Documents that were decoded and compared."""
     changed_documents: int
     """Those of them that decoding does not give back."""
+
+
+class Encoder(Protocol):
+    """What turns documents into tokens; to pickle one is to open it again in another process."""
+
+    @property
+    def chunk(self) -> type[Chunk]:
+        """The class of its results."""
+        ...
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """Of the tokens."""
+        ...
+
+    def cut(self, assigned: Iterable[tuple[str, Place, Document]]) -> Iterator[tuple[str, Piece]]:
+        """Cut documents, each with its split, into pieces."""
+        ...
+
+    def encode(self, pieces: Sequence[Piece]) -> Chunk:
+        """Tokenize consecutive pieces of one split.
+
+        Raises:
+            DataError: one cannot be; names the document.
+        """
+        ...
 
 
 def cut_documents(assigned: Iterable[tuple[str, Place, Document]], tokenizer: Tokenizer) -> Iterator[tuple[str, Piece]]:
@@ -184,24 +210,58 @@ def counted_bytes(tokenizer: Tokenizer, *, lossy: bool) -> NDArray[np.int32]:
     return sizes
 
 
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """Tokenizes documents of text; see `encode_pieces`."""
+
+    tokenizer: Tokenizer
+    lossy: bool
+    chunk: ClassVar = Chunk
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """The smallest type that holds every id."""
+        return token_type(self.tokenizer.vocab_size)
+
+    def cut(self, assigned: Iterable[tuple[str, Place, Document]]) -> Iterator[tuple[str, Piece]]:
+        """Cut documents; see `cut_documents`."""
+        return cut_documents(assigned, self.tokenizer)
+
+    def __reduce__(self) -> Any:
+        return _open_encoder, (self.tokenizer.path, self.tokenizer.fast is not None, self.lossy)
+
+    def encode(self, pieces: Sequence[Piece]) -> Chunk:
+        """Tokenize documents; one that the tokenizer changes and must not is named with where it came from."""
+        try:
+            return encode_pieces(self.tokenizer, pieces, lossy=self.lossy)
+        except ChangedTextError as error:
+            raise DataError(f"{pieces[error.document].origin}: {error}") from error
+
+
+def _open_encoder(tokenizer_path: Path, is_fast: bool, lossy: bool) -> TextEncoder:
+    tokenizer = load_tokenizer(tokenizer_path)
+    if is_fast:
+        tokenizer.fast = fast_encoder(tokenizer)
+    return TextEncoder(tokenizer, lossy)
+
+
 Tokenize = Callable[[Iterable[Work]], Iterator[tuple[Work, Chunk]]]
 """Tokenizes pieces of work, and yields them in the order in which they came.
 
 Raises:
-    DataError: a document is changed by a tokenizer that must not be `lossy`; names the document.
+    DataError: as the encoder does.
     LostWorkerError: a process was killed.
 """
 
 
 @contextlib.contextmanager
-def tokenizing(tokenizer: Tokenizer, num_workers: int, *, lossy: bool = False) -> Iterator[Tokenize]:
+def tokenizing(encoder: Encoder, num_workers: int) -> Iterator[Tokenize]:
     """Tokenize in this process, or in several that are started once and end with the block."""
     if num_workers == 1:
 
         def here(works: Iterable[Work]) -> Iterator[tuple[Work, Chunk]]:
             for work in works:
-                with _naming(work):
-                    yield work, encode_pieces(tokenizer, work.pieces, lossy=lossy)
+                yield work, encoder.encode(work.pieces)
 
         yield here
         return
@@ -209,7 +269,7 @@ def tokenizing(tokenizer: Tokenizer, num_workers: int, *, lossy: bool = False) -
         num_workers,
         mp_context=multiprocessing.get_context("spawn"),  # a fork of a process with threads may deadlock
         initializer=_start_worker,
-        initargs=(tokenizer.path, tokenizer.fast is not None),
+        initargs=(encoder,),
     )
 
     def in_pool(works: Iterable[Work]) -> Iterator[tuple[Work, Chunk]]:
@@ -217,12 +277,11 @@ def tokenizing(tokenizer: Tokenizer, num_workers: int, *, lossy: bool = False) -
 
         def finished() -> tuple[Work, Chunk]:
             work, future = pending.popleft()
-            with _naming(work):
-                return work, future.result()
+            return work, future.result()
 
         try:
             for work in works:
-                pending.append((work, pool.submit(_encode_in_worker, work.pieces, lossy)))
+                pending.append((work, pool.submit(_encode_in_worker, work.pieces)))
                 if len(pending) > 2 * num_workers:  # bounds the memory, and keeps every worker busy
                     yield finished()
             while pending:
@@ -239,23 +298,12 @@ def tokenizing(tokenizer: Tokenizer, num_workers: int, *, lossy: bool = False) -
         pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _naming(work: Work) -> Iterator[None]:
-    """Say where a document that a tokenizer changes came from."""
-    try:
-        yield
-    except ChangedTextError as error:
-        raise DataError(f"{work.pieces[error.document].origin}: {error}") from error
+_worker_encoder: Encoder
 
 
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(tokenizer_path: Path, is_fast: bool) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = load_tokenizer(tokenizer_path)
-    if is_fast:
-        _worker_tokenizer.fast = fast_encoder(_worker_tokenizer)
+def _start_worker(encoder: Encoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
@@ -267,5 +315,5 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(pieces: list[Piece], lossy: bool) -> Chunk:
-    return encode_pieces(_worker_tokenizer, pieces, lossy=lossy)
+def _encode_in_worker(pieces: list[Piece]) -> Chunk:
+    return _worker_encoder.encode(pieces)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.marks import BEGINS, ids_of
 from data.sources import OpenSource
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -52,7 +53,12 @@ def inspect_split(source: OpenSource, split: str, num_rows: int, num_samples: in
     manifest, facts = source.manifest, source.manifest["splits"][split]
     rows_RT = source.read_first_rows(split, min(num_rows, facts["rows"]))
     end, is_packed = manifest["end_of_document"], "padding_tokens" in facts
-    lengths = document_lengths(rows_RT, end, is_packed=is_packed)
+    if source.holds_chats:
+        lengths, padding = chat_lengths(rows_RT)
+        rows_RT = ids_of(rows_RT)
+    else:
+        lengths = document_lengths(rows_RT, end, is_packed=is_packed)
+        padding = float(is_padding(rows_RT, end).mean()) if is_packed else 0.0
     powers, counts = np.unique(1 << np.log2(lengths).astype(np.int64), return_counts=True)
     tokens = np.unique(rows_RT)
     tokenizer = load_tokenizer(source.tokenizer_path)
@@ -63,7 +69,7 @@ def inspect_split(source: OpenSource, split: str, num_rows: int, num_samples: in
         documents=facts.get("documents", 0),
         bytes_per_token=facts.get("text_bytes", 0) / max(facts.get("tokens", 0), 1),
         read_rows=len(rows_RT),
-        padding=float(is_padding(rows_RT, end).mean()) if is_packed else 0.0,
+        padding=padding,
         whole_documents=len(lengths),
         lengths=dict(zip(powers.tolist(), counts.tolist(), strict=True)),
         used_tokens=len(tokens),
@@ -90,6 +96,14 @@ def document_lengths(rows_RT: NDArray[Any], end: int, *, is_packed: bool) -> NDA
     streams = list(rows_RT) if is_packed else [np.concatenate([rows_RT[:1, 0], rows_RT[:, 1:].ravel()])]
     gaps = np.concatenate([np.diff(np.flatnonzero(stream == end)) - 1 for stream in streams])
     return gaps[gaps > 0].astype(np.int64)
+
+
+def chat_lengths(rows_RT: NDArray[Any]) -> tuple[NDArray[np.int64], float]:
+    """Tokens of each chat in these rows, and the share of their tokens that are padding: chats of one token."""
+    begins_RT = (rows_RT & rows_RT.dtype.type(BEGINS)).astype(bool)
+    begins_RT = np.pad(begins_RT, ((0, 0), (0, 1)), constant_values=True)
+    lengths = np.concatenate([np.diff(np.flatnonzero(row)) for row in begins_RT])
+    return lengths[lengths > 1], float((lengths == 1).sum() / rows_RT.size)
 
 
 def decoded(tokenizer: Tokenizer, tokens: NDArray[Any], end: int) -> str:

@@ -28,17 +28,26 @@ from torch.utils.data import DataLoader
 
 from data.config import DataConfig, PrepareConfig
 from data.errors import DataError
+from data.labels import IGNORED_LABEL, MARKED, Labels, inputs_and_labels
 from data.light_streaming import import_streaming
+from data.marks import IDS
 from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, SOURCE, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
 from data.shared_memory import numbered
 from data.sources import OpenSource, local_leader_first, open_sources
 
-__all__ = ["DataConfig", "DataError", "PrepareConfig", "Source", "TrainingData", "token_bytes", "validation_rows"]
-
-IGNORED_LABEL = -100
-"""Label of a position that is not to be predicted."""
+__all__ = [
+    "IGNORED_LABEL",
+    "MARKED",
+    "DataConfig",
+    "DataError",
+    "PrepareConfig",
+    "Source",
+    "TrainingData",
+    "token_bytes",
+    "validation_rows",
+]
 
 # What decides the order besides the configuration. A change of either must change the fingerprint.
 ORDER_VERSION = 1
@@ -76,7 +85,9 @@ class TrainingData:
     epoch_sequences: int
     """Sequences of one epoch over all ranks."""
     first_token: int | None
-    """The token with which documents begin, if they are to be kept apart."""
+    """The token with which documents begin, if they are to be kept apart; of chats `MARKED`."""
+    holds_chats: bool
+    """Whether rows are chats, of which answers alone count."""
     has_padding: bool
     """Whether the number of labels that count differs between rows."""
 
@@ -97,9 +108,10 @@ class TrainingData:
         self.config = config
         sources = _open(config, vocab_size, rank)
         self.tokenizer_path = sources[0].tokenizer_path
-        self.first_token = sources[0].manifest["end_of_document"] if config.documents == "masked" else None
-        padding = _padding(sources)
-        self.has_padding = padding is not None
+        self.holds_chats = _hold_chats(sources)
+        self.first_token = _first_token(config, sources)
+        labels = _labels(sources)
+        self.has_padding = labels is not None
         rows = _rows_of_epoch(config, sources, global_batch_sequences)
         self.epoch_sequences = sum(rows)
         self.fingerprint = _fingerprint(config, sources, rows, global_batch_sequences)
@@ -122,7 +134,7 @@ class TrainingData:
                 sampling_method="balanced",
                 batching_method="random",
             )
-        dataset.vocab_size = vocab_size
+        dataset.vocab_size, dataset.holds_chats = vocab_size, self.holds_chats
         dataset.position = divmod(first_sequence, self.epoch_sequences)
         is_apart = config.workers > 0
         self._loader: DataLoader = DataLoader(
@@ -137,7 +149,7 @@ class TrainingData:
             prefetch_factor=PREFETCHED_BATCHES if is_apart else None,
         )
         self._drawn: deque[Tensor] = deque()
-        self._batches = _endless(self._loader, micro_batch_sequences, padding, self._drawn, len(sources))
+        self._batches = _endless(self._loader, micro_batch_sequences, labels, self._drawn, len(sources))
         self._finalizer = weakref.finalize(self, _close, self._loader, number)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -184,19 +196,24 @@ def validation_rows(
             for source, num_rows in zip(sources, np.bincount([turn for _, turn in in_turns]), strict=False)
         ]
     rows = torch.from_numpy(np.stack([splits[turn][row] for row, turn in in_turns]))
-    per_round, padding = world_size * micro_batch_sequences, _padding(sources)
+    per_round, uncounted = world_size * micro_batch_sequences, _labels(sources)
     batches = []
     for begin in range(rank * micro_batch_sequences, math.ceil(len(rows) / per_round) * per_round, per_round):
         micro = rows[begin : begin + micro_batch_sequences]
         tokens_BT = torch.zeros(micro_batch_sequences, config.sequence_length, dtype=torch.int64)
         labels_BT = torch.full_like(tokens_BT, IGNORED_LABEL)
-        tokens_BT[: len(micro)], labels_BT[: len(micro)] = _inputs_and_labels(micro, padding)
+        tokens_BT[: len(micro)], labels_BT[: len(micro)] = inputs_and_labels(micro, uncounted)
         batches.append((tokens_BT, labels_BT))
     return batches
 
 
+def held_out_first_token(config: DataConfig, vocab_size: int) -> int | None:
+    """Return the token with which documents begin in the rows of `validation_rows`; see `TrainingData.first_token`."""
+    return _first_token(config, open_sources(config.sources, config.cache, config.sequence_length, vocab_size))
+
+
 def first_training_rows(config: DataConfig, *, vocab_size: int, num_rows: int) -> Tensor:
-    """Return rows of the training splits, in turns, as they are stored: int64, [num_rows, sequence_length + 1].
+    """Return rows of the training splits, in turns, without marks: int64, [num_rows, sequence_length + 1].
 
     One process of a machine at a time may call it. There are fewer rows if the sources hold no more.
 
@@ -210,7 +227,8 @@ def first_training_rows(config: DataConfig, *, vocab_size: int, num_rows: int) -
     turns = [turn for _, turn in sorted((row, turn) for turn, count in enumerate(counts) for row in range(count))]
     taken = np.bincount(turns[:num_rows], minlength=len(sources))
     rows = [source.read_first_rows(TRAIN, count) for source, count in zip(sources, taken, strict=True) if count]
-    return torch.from_numpy(np.concatenate(rows).astype(np.int64))
+    tokens = torch.from_numpy(np.concatenate(rows).astype(np.int64))
+    return tokens & IDS if _hold_chats(sources) else tokens
 
 
 def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:
@@ -255,13 +273,14 @@ def fingerprints(
     found = []
     for mixture in mixtures:
         sources = [by_path[source.path] for source in mixture.sources]
+        _hold_chats(sources)
         rows = _rows_of_epoch(mixture, sources, global_batch_sequences)
         found.append(_fingerprint(mixture, sources, rows, global_batch_sequences))
     return found
 
 
 def _endless(
-    loader: DataLoader, micro_batch_sequences: int, padding: int | None, drawn: deque[Tensor], num_sources: int
+    loader: DataLoader, micro_batch_sequences: int, labels: Labels, drawn: deque[Tensor], num_sources: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         try:
@@ -270,23 +289,34 @@ def _endless(
                     rows.split(micro_batch_sequences), sources.split(micro_batch_sequences), strict=True
                 ):
                     drawn.append(torch.bincount(of_micro, minlength=num_sources))
-                    yield _inputs_and_labels(micro, padding)
+                    yield inputs_and_labels(micro, labels)
         except DataError as error:  # a worker's comes with its traceback in the message
             raise DataError(str(error).strip().rpartition(f"{DataError.__module__}.DataError: ")[2]) from error
 
 
-def _padding(sources: list[OpenSource]) -> int | None:
-    """The token that a row is filled up with, if a source has such rows."""
+def _hold_chats(sources: Sequence[OpenSource]) -> bool:
+    """Return whether a mixture is one of chats.
+
+    Raises:
+        DataError: it is one of chats and of text.
+    """
+    chats, texts = ([each.source.path for each in sources if each.holds_chats == held] for held in (True, False))
+    if chats and texts:
+        raise DataError(f"{', '.join(chats)}: holds chats, and {', '.join(texts)} text; a phase trains on one of both")
+    return bool(chats)
+
+
+def _first_token(config: DataConfig, sources: list[OpenSource]) -> int | None:
+    if _hold_chats(sources):
+        return MARKED
+    return sources[0].manifest["end_of_document"] if config.documents == "masked" else None
+
+
+def _labels(sources: list[OpenSource]) -> Labels:
+    if _hold_chats(sources):
+        return "marked"
     packed = [source for source in sources if source.manifest["options"].get("packing") == "best-fit"]
     return packed[0].manifest["end_of_document"] if packed else None
-
-
-def _inputs_and_labels(rows: Tensor, padding: int | None) -> tuple[Tensor, Tensor]:
-    """What a model sees of rows, and what it predicts; a label that is padding is `IGNORED_LABEL`."""
-    tokens_BT, labels_BT = rows[:, :-1].long(), rows[:, 1:].long()
-    if padding is not None:  # after the end of a row's last document
-        labels_BT = labels_BT.masked_fill((tokens_BT == padding) & (labels_BT == padding), IGNORED_LABEL)
-    return tokens_BT, labels_BT
 
 
 def _stack_rows(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,9 @@ begins in the middle of a document is one that sees nothing before it.
 Rows have one token more than a model sees, the label of the last. A row is its documents, each after the token that
 ends documents, and that token again up to the end: after the first of these, which is the end of the last document,
 they are padding, whose labels do not count.
+
+Chats come as they are, without that token, because their marks say where each begins (`data.marks`). A row is then
+chats alone, also in its last token, and padding, each token of which is marked as the beginning of a chat of its own.
 """
 
 from bisect import bisect_left, insort
@@ -29,10 +32,14 @@ class Packer:
     Args:
         end_of_document: the token that ends documents, and begins them.
         sequence_length: tokens of a row, without the last label.
+        padding: of documents that say by themselves where they begin, what fills up rows. By default it is the token
+            that ends documents, which is then put between documents too.
     """
 
-    def __init__(self, end_of_document: int, sequence_length: int) -> None:
-        self._end, self._length = end_of_document, sequence_length
+    def __init__(self, end_of_document: int, sequence_length: int, padding: int | None = None) -> None:
+        self._between = padding is None
+        self._end = end_of_document if padding is None else padding
+        self._length = sequence_length + (not self._between)
         self._rows: dict[int, list[NDArray[np.unsignedinteger]]] = {}
         self._room: list[tuple[int, int]] = []
         """Room and number of the open rows, in order."""
@@ -49,7 +56,7 @@ class Packer:
             document: its tokens, or the next of them.
             ends: whether they are the last.
         """
-        begun, is_rest = self._begun or (np.array([self._end], document.dtype), False)
+        begun, is_rest = self._begun or (np.full(int(self._between), self._end, document.dtype), False)
         stream = np.concatenate([begun, document])
         while len(stream) > self._length:
             yield stream[: self._length + 1]
@@ -94,4 +101,4 @@ class Packer:
     def _close(self, room: int, number: int) -> NDArray[np.unsignedinteger]:
         parts = self._rows.pop(number)
         self.padding_tokens += room
-        return np.concatenate([*parts, np.full(room + 1, self._end, parts[0].dtype)])
+        return np.concatenate([*parts, np.full(room + self._between, self._end, parts[0].dtype)])

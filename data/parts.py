@@ -20,16 +20,18 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.chat_template import ChatTemplate
+from data.chats import encoder_of
 from data.config import PrepareConfig
 from data.documents import Document
-from data.encoding import Chunk, Tokenize, Work, cut_documents, gather_work, token_type, tokenizing
+from data.encoding import Chunk, Tokenize, Work, gather_work, tokenizing
 from data.errors import DataError
 from data.fast_encoding import fast_encoder
 from data.new_paths import TakenError, exclusive, file_being_replaced, replace_file
@@ -51,8 +53,6 @@ BLOCK_DOCUMENTS = 1024
 WHOLE_KINDS = (".txt", ".md", ".rst", ".py")
 """Files that are one document."""
 SECONDS_BETWEEN_LOOKS = 1.0
-
-COUNTS = ("documents", "text_bytes", "token_bytes", "compared_documents", "changed_documents")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +128,14 @@ def assign_splits(
         start: place to begin at.
         stop: number of the first file that is not read.
     """
-    for place, document in placed_documents(config.inputs, files, start=start, stop=stop):
+    for place, document in placed_documents(config.inputs, files, start=start, stop=stop, content=config.content):
         is_held_out = config.validation_fraction and document.uniform() < config.validation_fraction
         yield VALIDATION if is_held_out else TRAIN, place, document
     if config.validation_inputs:
         first_file = len(units(config.inputs, files))
-        documents = placed_documents(config.validation_inputs, files, start=start, first_file=first_file, stop=stop)
+        documents = placed_documents(
+            config.validation_inputs, files, start=start, first_file=first_file, stop=stop, content=config.content
+        )
         yield from ((VALIDATION, place, document) for place, document in documents)
 
 
@@ -143,6 +145,7 @@ class SharedParts:
     Args:
         out: the folder that they become.
         config: inputs and options.
+        sequence_length: tokens of a row, without the last label.
         files: of the inputs.
         made_by: what decides every byte; processes with another one must not take part.
         place_tokenizer: puts the tokenizer of all parts into a folder.
@@ -155,6 +158,7 @@ class SharedParts:
         self,
         out: Path,
         config: PrepareConfig,
+        sequence_length: int,
         files: Survey,
         made_by: dict[str, Any],
         place_tokenizer: Callable[[Path], Tokenizer],
@@ -182,7 +186,13 @@ class SharedParts:
         self.check_made_by(made_by)
         self.parts = [Part(**part) for part in facts["parts"]]
         self.tokenizer = load_tokenizer(self.folder / facts["tokenizer"])
-        self.tokenizer.fast = fast_encoder(self.tokenizer)
+        self.template = None
+        if config.content == "chats":
+            self.template = ChatTemplate(self.tokenizer)
+        else:
+            self.tokenizer.fast = fast_encoder(self.tokenizer)
+        self._encoder = encoder_of(config, self.tokenizer, sequence_length)
+        self._counts = [field.name for field in fields(self._encoder.chunk) if field.name != "tokens"]
 
     def check_made_by(self, made_by: dict[str, Any]) -> None:
         """Check that inputs, options and libraries are those with which the parts were begun.
@@ -221,7 +231,7 @@ class SharedParts:
 
     def tokenizing(self) -> AbstractContextManager[Tokenize]:
         """What tokenizes parts, with the processes that the configuration asks for."""
-        return tokenizing(self.tokenizer, self._config.workers, lossy=self._config.lossy_tokenizer)
+        return tokenizing(self._encoder, self._config.workers)
 
     def tokenize(self, number: int, tokenize: Tokenize) -> None:
         """Tokenize one part, unless it is complete or another process has it.
@@ -247,7 +257,7 @@ class SharedParts:
 
     def _tokenize(self, number: int, part: Part, tokenize: Tokenize) -> None:
         assigned = assign_splits(self._config, self._files, (part.first, 0), part.stop)
-        pieces = cut_documents((each for each in assigned if part.has(each[1])), self.tokenizer)
+        pieces = self._encoder.cut(each for each in assigned if part.has(each[1]))
         by_block = groupby(pieces, lambda each: part.block_of(each[1].place[:2]))
         blocks = [pieces] if part.shares == 1 else (block for _, block in by_block)
         works = chain.from_iterable(gather_work(block, NOTHING_READ, {}) for block in blocks)
@@ -256,7 +266,7 @@ class SharedParts:
             for work, chunk in tokenize(works):
                 content = chunk.tokens.tobytes()
                 file.write(content)
-                counts = {name: getattr(chunk, name) for name in COUNTS}
+                counts = {name: getattr(chunk, name) for name in self._counts}
                 block = part.block_of(work.pieces[0].place[:2])
                 about = {"split": work.split, "block": block, "tokens": len(chunk.tokens)}
                 chunks.append(about | counts | {"sha256": hashlib.sha256(content).hexdigest()})
@@ -278,7 +288,7 @@ class SharedParts:
 
     def _stored(self, number: int) -> Iterator[tuple[int, str, Callable[[], Chunk]]]:
         """Each piece of work of a part: the block of its documents, its split, and how to read it."""
-        dtype = np.dtype(token_type(self.tokenizer.vocab_size))
+        dtype = np.dtype(self._encoder.dtype)
         offset = 0
         for about in json.loads(self._content(self._facts_file(number), 0, None)):
 
@@ -287,7 +297,9 @@ class SharedParts:
                 content = self._content(path, offset, about["tokens"] * dtype.itemsize)
                 if hashlib.sha256(content).hexdigest() != about["sha256"]:
                     raise DataError(f"{path}: is damaged; remove it and its .json, and run the same command again")
-                return Chunk(tokens=np.frombuffer(content, dtype), **{name: about[name] for name in COUNTS})
+                return self._encoder.chunk(
+                    tokens=np.frombuffer(content, dtype), **{name: about[name] for name in self._counts}
+                )
 
             yield about["block"], about["split"], read
             offset += about["tokens"] * dtype.itemsize

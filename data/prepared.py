@@ -2,6 +2,7 @@
 
 FOLDER/train/, FOLDER/validation/    MDS: index.json and shards; one sample is one row
 FOLDER/tokenizer.model or .json      the tokenizer that made the rows
+FOLDER/chat_template.jinja           of chats, the template that wrote them
 FOLDER/token_bytes.npy               bytes of text of each token, for losses in bits per byte
 FOLDER/files.json                    files read and left out, for a person; nothing reads it
 FOLDER/manifest.json                 what went in and what came out; written last
@@ -18,6 +19,8 @@ from data.names import bare_name
 from data.pointers import pointer_problem
 
 FORMAT_VERSION = 1
+CHATS_VERSION = 2
+"""Of folders whose rows have marks (`data.marks`), so that a program that does not know them reads none."""
 MANIFEST = "manifest.json"
 FILES = "files.json"
 TOKEN_BYTES = "token_bytes.npy"
@@ -52,9 +55,19 @@ def open_prepared(folder: Path, *, may_lack_shards: bool = False) -> dict[str, A
     _expect_file(folder / TOKEN_BYTES, "the bytes of text of each token")
     if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest["tokenizer"]["fingerprint"]:
         raise DataError(f"{tokenizer}: is not the tokenizer of the tokens in this folder; copy the folder again")
+    if holds_chats(manifest):
+        template = folder / manifest["chat_template"]["file"]
+        _expect_file(template, "the template that wrote the chats")
+        if hashlib.sha256(template.read_bytes()).hexdigest() != manifest["chat_template"]["fingerprint"]:
+            raise DataError(f"{template}: is not the template of the chats in this folder; copy the folder again")
     for split, facts in manifest["splits"].items():
         _check_split(folder / split, facts, manifest["sequence_length"], may_lack_shards)
     return manifest
+
+
+def holds_chats(manifest: dict[str, Any]) -> bool:
+    """Return whether the rows of a prepared folder are chats, with marks."""
+    return manifest["format_version"] == CHATS_VERSION
 
 
 def is_yet_to_be_prepared(folder: Path) -> bool:
@@ -81,13 +94,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(manifest, dict):
         raise DataError(f"{path}: not a manifest of prepared data; copy or prepare the folder again")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in (FORMAT_VERSION, CHATS_VERSION):
         raise DataError(
             f"{path}: has format_version {manifest.get('format_version')!r:.80}, but this program reads "
-            f"{FORMAT_VERSION}; prepare the data again"
+            f"{FORMAT_VERSION} and {CHATS_VERSION}; prepare the data again"
         )
     try:
         bare_name(manifest["tokenizer"]["file"])
+        if holds_chats(manifest):
+            bare_name(manifest["chat_template"]["file"])
         for split in manifest["splits"]:
             bare_name(split)
         _check_manifest(manifest)
@@ -157,6 +172,9 @@ def unlike_problem(
             f"{path}: was prepared with a different tokenizer than {other}; prepare it again with "
             f"--tokenizer {tokenizer}"
         )
+    template, theirs = (each.get("chat_template", {}).get("fingerprint") for each in (manifest, of_other))
+    if template and theirs and template != theirs:
+        return f"{path}: was prepared with a different chat template than {other}; prepare both with the same one"
     if manifest["end_of_document"] != of_other["end_of_document"]:
         return (
             f"{path}: ends documents with token {manifest['end_of_document']}, but {other} with token "

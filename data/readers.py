@@ -15,6 +15,9 @@ An input is one of:
 | `hf:NAME[:CONFIG]:SPLIT[:N]` | its first N rows: the brackets are written, as in `hf:NAME:train[:1000]` |
 | `python-stdlib` | the source files of Python's standard library |
 
+Chats are in the same places, in JSON lines, Parquet files and data sets, with `messages` instead of `text`: a document
+is then a conversation in JSON (`data.chats`).
+
 Everything is read as a stream, in a fixed order, and nothing is guessed: what cannot be read is an error that names the
 file and the line. Empty documents are left out.
 """
@@ -27,6 +30,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from data import quickstart_corpus
+from data.chat_records import MESSAGES_KEY, TOOLS_KEY, chat_of
+from data.config import Content
 from data.documents import READ_BYTES, Document
 from data.errors import DataError
 from data.pointers import pointer_problem
@@ -44,6 +49,10 @@ Place = tuple[int, int]
 """The number of a file, or of an input that is none, and the number of a document in it, both from 0."""
 
 
+TextOf = Callable[[Any, str], str]
+"""Gives the text of a record, whose origin it names in errors."""
+
+
 def read_documents(inputs: Sequence[str], found: Survey | None = None) -> Iterator[Document]:
     """Yield the documents of all inputs, one input after the other; see the top of this file for what an input is.
 
@@ -58,7 +67,13 @@ def read_documents(inputs: Sequence[str], found: Survey | None = None) -> Iterat
 
 
 def placed_documents(
-    inputs: Sequence[str], found: Survey, *, start: Place = (0, 0), first_file: int = 0, stop: int | None = None
+    inputs: Sequence[str],
+    found: Survey,
+    *,
+    start: Place = (0, 0),
+    first_file: int = 0,
+    content: Content = "text",
+    stop: int | None = None,
 ) -> Iterator[tuple[Place, Document]]:
     """As `read_documents`, with the place of each document.
 
@@ -67,6 +82,7 @@ def placed_documents(
         found: their `survey`.
         start: the place to begin at; earlier files are not opened.
         first_file: number of the first file.
+        content: what the inputs hold.
         stop: number of the first file that is not read; None: read to the end.
 
     Raises:
@@ -79,7 +95,7 @@ def placed_documents(
         if stop is not None and number >= stop:
             break
         skipped = start[1] if number == start[0] else 0
-        for row, document in enumerate(islice(_read_unit(source, path), skipped, None), start=skipped):
+        for row, document in enumerate(islice(_read_unit(source, path, content), skipped, None), start=skipped):
             if document.is_empty:
                 continue
             if isinstance(document.content, str) and not document.content.isascii():
@@ -87,7 +103,7 @@ def placed_documents(
             is_empty = False
             yield (number, row), document
     if is_empty:
-        raise DataError(f"{', '.join(inputs)}: contains no text")
+        raise DataError(f"{', '.join(inputs)}: contains no {content}")
 
 
 def units(inputs: Sequence[str], found: Survey) -> list[tuple[str, Path | None]]:
@@ -95,18 +111,26 @@ def units(inputs: Sequence[str], found: Survey) -> list[tuple[str, Path | None]]
     return [(source, path) for source in inputs for path in found.files.get(source, [None])]
 
 
-def _read_unit(source: str, path: Path | None) -> Iterator[Document]:
+def _read_unit(source: str, path: Path | None, content: Content) -> Iterator[Document]:
+    keys, text_of = RECORDS[content]
     if path is not None:
         if problem := pointer_problem(path):
             raise DataError(f"{path}: {problem}")
+        suffix = suffix_of(path)
+        if suffix in RECORD_READERS:
+            return RECORD_READERS[suffix](path, keys, text_of)
+        if content != "text":
+            raise DataError(f"{path}: {content} are read from {' '.join(RECORD_READERS)}, not from {path.name}")
         if path.name == INDEX:
             from data.prepared_text import read_split
 
             return read_split(path)
-        return READERS[suffix_of(path)](path)
+        return READERS[suffix](path)
+    if source == quickstart_corpus.NAME and content != "text":
+        raise DataError(f"{source}: holds text, no {content}")
     if source == quickstart_corpus.NAME:
         return (Document(text, f"{source}/{name}") for name, text in quickstart_corpus.read_standard_library())
-    return _read_hugging_face(source)
+    return _read_hugging_face(source, text_of)
 
 
 def _check_encodable(text: str, origin: str) -> None:
@@ -128,15 +152,15 @@ def _read_text(path: Path) -> Iterator[Document]:
         raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
+def _read_jsonl(path: Path, keys: Sequence[str], text_of: TextOf) -> Iterator[Document]:
     with path.open("rb") as file:
-        yield from _parse_lines(file, path)
+        yield from _parse_lines(file, path, text_of)
 
 
-def _read_jsonl_gz(path: Path) -> Iterator[Document]:
+def _read_jsonl_gz(path: Path, keys: Sequence[str], text_of: TextOf) -> Iterator[Document]:
     _check_has_bytes(path)
     with gzip.open(path, "rb") as file:
-        yield from _parse_lines(file, path)
+        yield from _parse_lines(file, path, text_of)
 
 
 def _check_has_bytes(path: Path) -> None:
@@ -145,10 +169,10 @@ def _check_has_bytes(path: Path) -> None:
         raise DataError(f"{path}: has 0 bytes, which no compressed file has; fetch it again, or remove it")
 
 
-def _read_jsonl_zst(path: Path) -> Iterator[Document]:
+def _read_jsonl_zst(path: Path, keys: Sequence[str], text_of: TextOf) -> Iterator[Document]:
     _check_has_bytes(path)
     with path.open("rb") as file:
-        yield from _parse_lines(_split_lines(_decompress_zstd(file)), path)
+        yield from _parse_lines(_split_lines(_decompress_zstd(file)), path, text_of)
 
 
 def _decompress_zstd(file: IO[bytes]) -> Iterator[bytes]:
@@ -180,7 +204,7 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     yield b"".join(begun)
 
 
-def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[Document]:
+def _parse_lines(lines: Iterable[bytes], path: Path, text_of: TextOf) -> Iterator[Document]:
     iterator = iter(lines)
     number = 0
     while True:
@@ -199,7 +223,7 @@ def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[Document]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, or nested by the thousand
             raise DataError(f"{origin}: not JSON: {error}") from error
-        yield Document(_text_of(record, origin), origin)
+        yield Document(text_of(record, origin), origin)
 
 
 def _text_of(record: Any, origin: str) -> str:
@@ -220,7 +244,7 @@ def _listed(names: Iterable[str]) -> str:
     return f"{known[:MAX_LISTED_KEYS]}{more}"
 
 
-def _read_parquet(path: Path) -> Iterator[Document]:
+def _read_parquet(path: Path, keys: Sequence[str], text_of: TextOf) -> Iterator[Document]:
     import pyarrow
     from pyarrow import parquet
 
@@ -230,9 +254,9 @@ def _read_parquet(path: Path) -> Iterator[Document]:
         raise DataError(f"{path}: is not a Parquet file, or is truncated ({error})") from error
     with file:
         columns = file.schema_arrow.names
-        if TEXT_KEY not in columns:
-            raise DataError(f'{path}: has no column "{TEXT_KEY}"; its columns are {_listed(columns)}')
-        batches = file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[TEXT_KEY])
+        if keys[0] not in columns:
+            raise DataError(f'{path}: has no column "{keys[0]}"; its columns are {_listed(columns)}')
+        batches = file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[key for key in keys if key in columns])
         row = 0
         while True:
             try:
@@ -241,14 +265,14 @@ def _read_parquet(path: Path) -> Iterator[Document]:
                 raise DataError(f"{path}:{row + 1}: the file is damaged in this row or after it ({error})") from error
             if batch is None:
                 return
-            for value in batch.column(0):
+            for values in zip(*batch.columns, strict=True):
                 row += 1
                 origin = f"{path}:{row}"
                 try:
-                    text = value.as_py()
+                    record = {key: value.as_py() for key, value in zip(batch.schema.names, values, strict=True)}
                 except UnicodeDecodeError as error:
                     raise DataError(f"{origin}: byte {error.start} of the text is not UTF-8; repair the row") from error
-                yield Document(_text_of({TEXT_KEY: text}, origin), origin)
+                yield Document(text_of(record, origin), origin)
 
 
 def _read_tokens(path: Path) -> Iterator[Document]:
@@ -257,7 +281,7 @@ def _read_tokens(path: Path) -> Iterator[Document]:
     return read_megatron(path) if suffix_of(path) == ".idx" else read_datatrove(path)
 
 
-def _read_hugging_face(source: str) -> Iterator[Document]:
+def _read_hugging_face(source: str, text_of: TextOf) -> Iterator[Document]:
     """Stream `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`; NAME may be a folder of data files."""
     (name, *config, split), num_rows = split_hub_name(source)
     import datasets
@@ -274,7 +298,7 @@ def _read_hugging_face(source: str) -> Iterator[Document]:
             raise DataError(f"{origin}: `datasets` cannot read this row ({type(error).__name__}: {error})") from error
         if record is None:
             return
-        yield Document(_text_of(record, origin), origin)
+        yield Document(text_of(record, origin), origin)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
@@ -282,11 +306,21 @@ READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".md": _read_text,
     ".rst": _read_text,
     ".py": _read_text,
-    ".jsonl": _read_jsonl,
-    ".jsonl.zst": _read_jsonl_zst,
-    ".jsonl.gz": _read_jsonl_gz,
-    ".parquet": _read_parquet,
     ".idx": _read_tokens,
     ".ds": _read_tokens,
 }
 """What reads a file, by the end of its name."""
+
+RECORD_READERS: dict[str, Callable[[Path, Sequence[str], TextOf], Iterator[Document]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.zst": _read_jsonl_zst,
+    ".jsonl.gz": _read_jsonl_gz,
+    ".parquet": _read_parquet,
+}
+"""What reads a file of records, which have a key for what is wanted of them."""
+
+RECORDS: dict[Content, tuple[tuple[str, ...], TextOf]] = {
+    "text": ((TEXT_KEY,), _text_of),
+    "chats": ((MESSAGES_KEY, TOOLS_KEY), chat_of),
+}
+"""The keys of a record that are read, of which it must have the first, and what gives its text."""

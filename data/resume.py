@@ -25,6 +25,7 @@ from data.fast_encoding import NAME as FAST
 from data.new_paths import replace_file
 from data.prepared import SHARD_HASH, stored_file
 from data.survey import HF_PREFIX, Survey, split_hub_name
+from data.transformers_files import CHAT_TEMPLATE
 from data.writers import State
 
 RECORD = "progress"
@@ -140,12 +141,14 @@ def read_record(folder: Path, made_by: dict[str, Any]) -> Progress | str:
         },
         writers={split: (of_split, parts[split]) for split, of_split in facts["writers"].items()},
     )
-    return _damage(folder, progress) or progress
+    return _damage(folder, progress, made_by.get("chat_template")) or progress
 
 
-def _damage(folder: Path, progress: Progress) -> str | None:
+def _damage(folder: Path, progress: Progress, template: str | None) -> str | None:
     """Name a file that is not what the record says; remove those that it does not name."""
     digests = {folder / progress.tokenizer: progress.fingerprint}
+    if template is not None:
+        digests[folder / CHAT_TEMPLATE] = template.removeprefix("sha256:")
     for split, (facts, _) in progress.writers.items():
         files = [stored_file(shard) for shard in facts["shards"]]
         digests |= {folder / split / file["basename"]: file["hashes"][SHARD_HASH] for file in files}

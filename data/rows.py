@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.light_streaming import import_streaming
+from data.marks import ids_of
 from data.prepared import COLUMN, SOURCE
 from data.urls import redacted
 
@@ -37,6 +38,8 @@ class RowDataset(StreamingDataset):
 
     vocab_size: int | None = None
     """Tokens that the model has, to be set before the reading begins; a row with others is an error."""
+    holds_chats: bool = False
+    """Whether rows have marks, which are no part of a token."""
     position: tuple[int, int] = (0, 0)
     """Epoch, and samples of it that all ranks have consumed, where the reading begins; to be set before it does."""
     _failure: BaseException | None = None
@@ -70,10 +73,11 @@ class RowDataset(StreamingDataset):
             DataError: it holds a token that the model does not have, on which a GPU would stop without a reason.
         """
         number, index = self.spanner[sample_id]
-        tokens = self._tokens(number, index)
-        row: dict[str, Any] = super().get_item(sample_id, retry) if tokens is None else {COLUMN: tokens}
+        found = self._tokens(number, index)
+        row: dict[str, Any] = super().get_item(sample_id, retry) if found is None else {COLUMN: found}
         row[SOURCE] = int(self.stream_per_shard[number])
-        if self.vocab_size is not None and (largest := int(row[COLUMN].max())) >= self.vocab_size:
+        tokens = ids_of(row[COLUMN]) if self.holds_chats else row[COLUMN]
+        if self.vocab_size is not None and (largest := int(tokens.max())) >= self.vocab_size:
             stream, shard = self.streams[row[SOURCE]], self.shards[number]
             path = Path(stream.local, stream.split, shard.file_pairs[0][0].basename)
             raise DataError(

@@ -8,6 +8,7 @@ The result does not depend on the number of workers, and is built in a temporary
 folder that exists is complete. If the process is killed, the same command goes on from there (`data.resume`).
 """
 
+import hashlib
 import json
 import os
 import re
@@ -23,13 +24,15 @@ from typing import Any
 
 import numpy as np
 
+from data.chats import encoder_of, template_for
 from data.config import TRAINED_SPEC, PrepareConfig
-from data.encoding import Chunk, LostWorkerError, Piece, Work, counted_bytes, cut_documents, gather_work, tokenizing
+from data.encoding import Chunk, LostWorkerError, Piece, Work, counted_bytes, gather_work, tokenizing
 from data.errors import DataError
 from data.fast_encoding import NAME, fast_encoder
 from data.new_paths import TakenError, exclusive, folder_being_made
 from data.parts import SHARED_FOLDER, SharedParts, assign_splits, plan_id, remove_parts
 from data.prepared import (
+    CHATS_VERSION,
     FILES,
     FORMAT_VERSION,
     MANIFEST,
@@ -43,8 +46,10 @@ from data.resume import NOTHING_READ, RECORD, SECONDS_BETWEEN_RECORDS, Progress,
 from data.survey import Survey, survey
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_training import copied, place_tokenizer
-from data.writers import PackedWriter, RowWriter
+from data.transformers_files import CHAT_TEMPLATE
+from data.writers import ChatWriter, PackedWriter, RowWriter
 
+WRITERS = {"stream": RowWriter, "best-fit": PackedWriter}
 COUNTS_SHOWN = ("documents", "text_bytes", "tokens")
 
 KEPT_AFTER = (KeyboardInterrupt, OSError, LostWorkerError)
@@ -152,14 +157,18 @@ def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
         loaded = load_tokenizer(config.tokenizer, config.end_of_document)
         tokenizer = {"tokenizer": f"sha256:{loaded.fingerprint}", "end_of_document": loaded.end_of_document}
+        if config.content == "chats":
+            template = hashlib.sha256(template_for(config, loaded).self_contained().encode()).hexdigest()
+            tokenizer |= {"chat_template": f"sha256:{template}", "too_long": config.too_long}
     return {
         "inputs": list(config.inputs),
+        "content": config.content,
         **tokenizer,
         "lossy_tokenizer": config.lossy_tokenizer,
         "validation_fraction": config.validation_fraction,
         "validation_inputs": list(config.validation_inputs),
         "sequence_length": sequence_length,
-        "packing": config.packing,
+        "packing": config.packing if config.content == "text" else "best-fit",
         "compression": config.compression,
     }
 
@@ -172,6 +181,7 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
         raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")
     manifest = open_prepared(out)
     before = {
+        "content": "text",
         "lossy_tokenizer": False,
         "packing": "stream",
         "compression": "none",
@@ -211,7 +221,9 @@ def shared_parts(config: PrepareConfig, sequence_length: int, out: Path) -> Shar
         DataError: an input cannot be read, or other processes have begun with something else.
     """
     task = _task_of(config, sequence_length)
-    return SharedParts(out, config, task.files, task.made_by, partial(place_tokenizer, config, task.files))
+    return SharedParts(
+        out, config, sequence_length, task.files, task.made_by, partial(place_tokenizer, config, task.files)
+    )
 
 
 def tokenize_part(config: PrepareConfig, sequence_length: int, out: Path, plan: str, number: int) -> None:
@@ -291,10 +303,13 @@ def _build(
         if begun is None:
             if TRAINED_SPEC.fullmatch(config.tokenizer) and parts is None:
                 progress(say(stage="tokenizer", documents=0, text_bytes=0, tokens=0, seconds=0.0))
-            tokenizer = copied(parts.tokenizer, building) if parts else place_tokenizer(config, files, building)
+            tokenizer = (
+                copied(parts.tokenizer, building, parts.template) if parts else place_tokenizer(config, files, building)
+            )
         else:
             tokenizer = load_tokenizer(building / begun.tokenizer)
-        tokenizer.fast = fast_encoder(tokenizer)
+        if config.content == "text":
+            tokenizer.fast = fast_encoder(tokenizer)
         library = "" if tokenizer.fast is None else f"{NAME} {version(NAME)}"
         writers = _open_writers(task, tokenizer, building, begun)
         start = time.monotonic()
@@ -307,7 +322,7 @@ def _build(
 
 def _open_writers(task: _Task, tokenizer: Tokenizer, out: Path, begun: Progress | None) -> dict[str, RowWriter]:
     has_validation = task.config.validation_fraction or task.config.validation_inputs
-    make = PackedWriter if task.config.packing == "best-fit" else RowWriter
+    make = ChatWriter if task.config.content == "chats" else WRITERS[task.config.packing]
     states = begun.writers if begun else {}
     return {
         split: make(out / split, tokenizer, task.sequence_length, task.config.compression, states.get(split))
@@ -339,9 +354,9 @@ def _write_rows(
             chunks = ((work, read_tokens()) for work, read_tokens in parts.merged() if work.read > read)
         else:
             assigned = assign_splits(task.config, task.files, (max(read[0], 0), read[1]))
-            pieces = (each for each in cut_documents(assigned, tokenizer) if each[1].place > read)
-            workers, lossy = task.config.workers, task.config.lossy_tokenizer
-            tokenize = stack.enter_context(tokenizing(tokenizer, workers, lossy=lossy))
+            encoder = encoder_of(task.config, tokenizer, task.sequence_length)
+            pieces = (each for each in encoder.cut(assigned) if each[1].place > read)
+            tokenize = stack.enter_context(tokenizing(encoder, task.config.workers))
             chunks = tokenize(gather_work(pieces, read, waiting))
         for work, chunk in chunks:
             writers[work.split].write(chunk)
@@ -362,10 +377,11 @@ def _finish(task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, Row
         sizes = sizes * (text_bytes / num_bytes)
     np.save(out / TOKEN_BYTES, sizes)
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if task.config.content == "text" else CHATS_VERSION,
         "options": task.options,
         "sequence_length": task.sequence_length,
         "tokenizer": {"file": tokenizer.path.name, "fingerprint": tokenizer.fingerprint},
+        **_template_facts(task, out),
         "vocab_size": tokenizer.vocab_size,
         "end_of_document": tokenizer.end_of_document,
         "end_of_document_token": tokenizer.name_of(tokenizer.end_of_document),
@@ -382,3 +398,10 @@ def _finish(task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, Row
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     (out / RECORD).unlink()
     return manifest
+
+
+def _template_facts(task: _Task, out: Path) -> dict[str, Any]:
+    if task.config.content == "text":
+        return {}
+    digest = hashlib.sha256((out / CHAT_TEMPLATE).read_bytes()).hexdigest()
+    return {"chat_template": {"file": CHAT_TEMPLATE, "fingerprint": digest}}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.light_streaming import import_streaming
+from data.marks import ids_of
 from data.mixture import Source
 from data.new_paths import file_being_replaced
 from data.prepared import (
@@ -24,6 +25,7 @@ from data.prepared import (
     TOKEN_BYTES,
     TRAIN,
     fit_problems,
+    holds_chats,
     is_compressed,
     open_prepared,
     read_index,
@@ -45,6 +47,11 @@ class OpenSource:
     manifest: dict[str, Any]
     is_cached: bool
     """Whether shards are fetched from the source into `folder` when they are needed."""
+
+    @property
+    def holds_chats(self) -> bool:
+        """Whether rows are chats, with marks (`data.marks`)."""
+        return holds_chats(self.manifest)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -69,7 +76,10 @@ class OpenSource:
         )
 
     def read_first_rows(self, split: str, num_rows: int) -> NDArray:
-        """Return the first rows of a split, [num_rows, sequence_length + 1], fetching the shards that hold them."""
+        """Return the first rows of a split, [num_rows, sequence_length + 1], fetching the shards that hold them.
+
+        Those of chats have their marks.
+        """
         import_streaming()
         from streaming.base.format import reader_from_json
 
@@ -85,7 +95,8 @@ class OpenSource:
             except (ValueError, IndexError) as error:
                 path = self.folder / split / shard["raw_data"]["basename"]
                 raise DataError(f"{path}: damaged: a row cannot be read ({error}); copy the folder again") from error
-        if rows and (largest := int(max(row.max() for row in rows))) >= self.manifest["vocab_size"]:
+        largest = max((int((ids_of(row) if self.holds_chats else row).max()) for row in rows), default=0)
+        if largest >= self.manifest["vocab_size"]:
             raise DataError(
                 f"{self.folder / split}: holds token {largest}, but its tokenizer has {self.manifest['vocab_size']} "
                 "tokens; copy or prepare the folder again"
@@ -185,11 +196,19 @@ def open_source(source: Source, cache: str | None) -> OpenSource:
     _fetch(source, folder, MANIFEST)
     manifest = read_manifest(folder)
     _fetch(source, folder, manifest["tokenizer"]["file"])
+    if holds_chats(manifest):
+        _fetch(source, folder, manifest["chat_template"]["file"])
     _fetch(source, folder, TOKEN_BYTES)
     for split in manifest["splits"]:
         _fetch(source, folder, f"{split}/{INDEX}")
         _drop_cut_shards(folder / split)
     return OpenSource(source, folder, open_prepared(folder, may_lack_shards=True), is_cached=True)
+
+
+def template_path(source: Source, cache: str | None) -> Path:
+    """The chat template of a source that was opened before."""
+    opened = open_source(source, cache)
+    return opened.folder / str(opened.manifest["chat_template"]["file"])
 
 
 def _fetch(source: Source, folder: Path, name: str) -> None:

@@ -19,6 +19,7 @@ from data.errors import DataError
 from data.fast_encoding import FastEncoder
 from data.hub_tokenizer import fetch_tokenizer, is_on_hub
 from data.pointers import pointer_problem
+from data.spans import Span
 from data.tokenizer_definition import read_definition, vocabulary
 from data.tokenizer_kinds import SPACE_MARK, HuggingFaceTokenizer, SentencePieceTokenizer, sentencepiece_model
 
@@ -80,6 +81,21 @@ class Tokenizer(Protocol):
 
     def encode_special(self, text: str) -> list[int]:
         """Return the ids of a text in which the name of a special token is this token, as in chat templates."""
+        ...
+
+    @property
+    def control_tokens(self) -> list[int]:
+        """Return the ids of the special tokens that stand for no text, as the tokenizer's file marks them."""
+        ...
+
+    def encode_special_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Return what `encode_special` gives, and of each id the first character of its text and the one after it.
+
+        Ids that share a character, of its bytes, have one text.
+
+        Raises:
+            DataError: the tokenizer changes the text.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

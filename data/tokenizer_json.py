@@ -15,7 +15,9 @@ Training puts the token that ends a document in front of each, and knows no othe
 text begins with here: `bos_token`, `eos_token` and `pad_token` in one.
 
 The name of a special token in a text is just text in training, and so here: `<unk>` and `<s>` are ordinary tokens that
-no text becomes, and `split_special_tokens` makes Transformers read `</s>` in a text as text.
+no text becomes, and `split_special_tokens` makes Transformers read `</s>` in a text as text. A model that was trained
+on chats knows the special tokens that its template writes, and has them here; `generation_config.json` then names all
+tokens that end an answer.
 """
 
 import json
@@ -23,17 +25,24 @@ import math
 from pathlib import Path
 from typing import Any
 
+from data.chat_template import ChatTemplate
 from data.errors import DataError
 from data.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, read_model
 from data.tokenizer import SPACE_MARK, load_tokenizer
 from data.tokenizer_definition import ENDS_DOCUMENTS, read_definition, special_token_
+from data.transformers_files import CHAT_TEMPLATE
 
 UNIGRAM = "is a unigram model, whose choices other libraries do not make exactly"
 ADVICE = "; leave the tokenizer out (--no-tokenizer) and encode with SentencePiece"
 
 
 def tokenizer_files(
-    path: Path, *, vocab_size: int, max_sequence_length: int, first_token: int | None = None
+    path: Path,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+    first_token: int | None = None,
+    template: ChatTemplate | None = None,
 ) -> dict[str, bytes]:
     """The tokenizer's files in an exported folder, by name; its own file is among them.
 
@@ -42,6 +51,7 @@ def tokenizer_files(
         vocab_size: the model's; the tokenizer's must fit in.
         max_sequence_length: the model's, in tokens.
         first_token: what texts begin with; None: the token that ends a document.
+        template: of the chats that the model was trained on; None: it was trained on text alone.
 
     Raises:
         DataError: the file cannot be read, its vocabulary is larger than the model's, or `tokenizer.json` cannot
@@ -59,10 +69,17 @@ def tokenizer_files(
     else:
         definition, copy = read_definition(path), {}
     end_name, begin_name = tokenizer.name_of(end), tokenizer.name_of(begin)
-    for token in {begin, end}:
+    special, ends = {begin, end}, [end]
+    if template is not None:
+        special |= set(tokenizer.control_tokens)
+        ends = sorted(template.end_tokens())
+        copy |= {CHAT_TEMPLATE: template.self_contained().encode()}
+    for token in sorted(special):
         special_token_(definition, token)
     for added in definition["added_tokens"]:
         added.pop(ENDS_DOCUMENTS, None)
+    if template is not None:
+        _check_chats(path, definition, template)
     text = {"Sequence": {"id": "A", "type_id": 0}}
     first = {"SpecialToken": {"id": begin_name, "type_id": 0}}
     definition |= {
@@ -81,15 +98,28 @@ def tokenizer_files(
         "unk_token": definition["model"].get("unk_token"),
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # in training the name of a special token in a text is just text
+        # In training the name of a special token in a text is just text; in a chat it is the token.
+        "split_special_tokens": template is None,
         "model_max_length": max_sequence_length,
     }
-    generation = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
+    generation = {"bos_token_id": begin, "eos_token_id": ends if len(ends) > 1 else end, "pad_token_id": end}
     return copy | {
         "tokenizer.json": json.dumps(definition, ensure_ascii=False).encode(),
         "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(generation, indent=2).encode(),
     }
+
+
+def _check_chats(path: Path, definition: dict[str, Any], template: ChatTemplate) -> None:
+    """Make sure that a chat becomes the same tokens as in training."""
+    import tokenizers
+
+    chat = template.text(
+        [{"role": "user", "content": "A question."}, {"role": "assistant", "content": " a"}], to_answer=True
+    )
+    ids = tokenizers.Tokenizer.from_str(json.dumps(definition)).encode(chat, add_special_tokens=False).ids
+    if ids != template.tokenizer.encode_special(chat):
+        raise DataError(f"{path}: a `tokenizer.json` would make other tokens of chats than those of training{ADVICE}")
 
 
 def definition_of_sentencepiece(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from data.end_of_document import USUAL_NAMES, find_end_of_document
 from data.errors import DataError
 from data.fast_encoding import FastEncoder
 from data.sentencepiece_model import ending_documents, without_dummy_prefix
+from data.spans import Span, spans_of_bytes
 from data.tokenizer_definition import (
     ENDS_DOCUMENTS,
     bytes_of_tokens,
@@ -211,15 +212,41 @@ class SentencePieceTokenizer(_InParts):
 
     def encode_special(self, text: str) -> list[int]:
         """Return the ids of a text with special tokens; see `data.tokenizer.Tokenizer`."""
+        return [token for part in self._special_parts(text) for token in part[1]]
+
+    @property
+    def control_tokens(self) -> list[int]:
+        """Return the ids of control pieces."""
+        return list(self._special.values())
+
+    def _special_parts(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        """The names of special tokens in a text and what is between them, each with its ids."""
         names = sorted(map(re.escape, self._special), key=len, reverse=True)
         parts = re.split(f"({'|'.join(names)})", text) if names else [text]
-        ids: list[int] = []
+        is_first = True
         for place, part in enumerate(parts):
             if place % 2:
-                ids.append(self._special[part])
+                yield part, [self._special[part]]
             elif part:
-                ids += self._bare.encode(part) if ids else self.encode(part)
-        return ids
+                yield part, self.encode(part) if is_first else self.encode_parts([part], [False])[0]
+            is_first = is_first and not part
+
+    def encode_special_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Return the ids of a text with special tokens and their places; see `data.tokenizer.Tokenizer`.
+
+        SentencePiece's own places are in a normalized text. Where nothing is lost, the bytes of the pieces add up.
+        """
+        ids: list[int] = []
+        sizes: list[int] = []
+        for part, tokens in self._special_parts(text):
+            num_bytes = [len(part.encode())] if part in self._special else self.token_bytes()[tokens].tolist()
+            if self._prefix and not ids and part not in self._special:
+                num_bytes[0] -= len(self._prefix)
+            if sum(num_bytes) != len(part.encode()):
+                raise DataError(f"{self.path}: changes the text {part!r:.80}, so its tokens have no places in it")
+            ids += tokens
+            sizes += num_bytes
+        return ids, spans_of_bytes(text, sizes)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a sequence of ids."""
@@ -321,6 +348,17 @@ class HuggingFaceTokenizer(_InParts):
     def encode_special(self, text: str) -> list[int]:
         """Return the ids of a text with special tokens; see `data.tokenizer.Tokenizer`."""
         return self._ids(self._with_special, text)
+
+    @property
+    def control_tokens(self) -> list[int]:
+        """Return the ids of special added tokens."""
+        return [token["id"] for token in self.definition["added_tokens"] if token.get("special")]
+
+    def encode_special_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Return the ids of a text with special tokens and their places; see `data.tokenizer.Tokenizer`."""
+        with self._naming("cannot encode a text", NEEDS_ALL_CHARACTERS):
+            encoding = self._with_special.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def _ids(self, model: Any, text: str) -> list[int]:
         with self._naming("cannot encode a text", NEEDS_ALL_CHARACTERS):

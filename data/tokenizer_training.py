@@ -4,6 +4,8 @@ import heapq
 from collections.abc import Iterable
 from pathlib import Path
 
+from data.chat_template import ChatTemplate
+from data.chats import template_for
 from data.config import TRAINED_SPEC, PrepareConfig
 from data.documents import uniform
 from data.errors import DataError
@@ -12,14 +14,18 @@ from data.parts import assign_splits
 from data.prepared import TRAIN
 from data.survey import TOKEN_KINDS, Survey, suffix_of
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.transformers_files import CHAT_TEMPLATE
 
 TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
 TRAINING_SCAN_BYTES = 1_000_000_000  # where to stop looking for that sample
 SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and one that is all there is gives enough
 
 
-def copied(tokenizer: Tokenizer, out: Path) -> Tokenizer:
-    """The same tokenizer with its file in a folder."""
+def copied(tokenizer: Tokenizer, out: Path, template: ChatTemplate | None = None) -> Tokenizer:
+    """The same tokenizer with its file in a folder, and a chat template beside it."""
+    if template is not None:
+        (out / CHAT_TEMPLATE).write_text(template.self_contained(), encoding="utf-8", newline="")
+        flush(out / CHAT_TEMPLATE)
     path = out / f"tokenizer{tokenizer.path.suffix}"
     path.write_bytes(tokenizer.file_content())
     flush(path)
@@ -33,7 +39,8 @@ def place_tokenizer(config: PrepareConfig, files: Survey, out: Path) -> Tokenize
         DataError: it cannot be read or trained.
     """
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
-        return copied(load_tokenizer(config.tokenizer, config.end_of_document), out)
+        tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
+        return copied(tokenizer, out, template_for(config, tokenizer) if config.content == "chats" else None)
     if tokens := [path for path in files.read if suffix_of(path) in TOKEN_KINDS]:
         raise DataError(f"{tokens[0]}: holds tokens, not text to train a tokenizer on; name the one that made it")
     texts = (

@@ -50,16 +50,24 @@ def chat_template(folder: Path) -> str | None:
     Raises:
         DataError: a file cannot be read.
     """
-    file = folder / CHAT_TEMPLATE
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from error
+    if (folder / CHAT_TEMPLATE).is_file():
+        return template_of_file(folder / CHAT_TEMPLATE)
     named = json_object(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(named, list):  # several, of which one is for conversations
         named = {each.get("name"): each.get("template") for each in named if isinstance(each, dict)}.get("default")
     return named if isinstance(named, str) else None
+
+
+def template_of_file(file: Path) -> str:
+    """The chat template in a file of its own.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
 
 
 def puts_first_token(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from data.config import Compression
 from data.encoding import Chunk, token_type
 from data.errors import DataError
 from data.light_streaming import import_streaming
+from data.marks import BEGINS, ids_of
 from data.new_paths import flush
 from data.packing import Packer
 from data.prepared import COLUMN, INDEX, SHARD_HASH, stored_file
@@ -25,10 +26,11 @@ COUNTS = (
     *("rows", "tokens", "documents", "text_bytes", "token_bytes", "compared_documents", "changed_documents"),
     "largest_token",
 )
+CHAT_COUNTS = ("counted_tokens", "dropped_chats", "truncated_chats")
 
 
 class RowWriter:
-    """Cuts the stream of documents of one split into rows and writes them as MDS shards.
+    """Cuts the stream of documents of one split into rows and writes them as MDS shards; has the counts of `COUNTS`.
 
     Args:
         folder: where to write.
@@ -37,6 +39,8 @@ class RowWriter:
         compression: of the shards.
         state: of an earlier one that wrote in the same folder, to go on from.
     """
+
+    _counts: tuple[str, ...] = COUNTS
 
     def __init__(
         self,
@@ -51,7 +55,7 @@ class RowWriter:
 
         self._folder = folder
         self._sequence_length = sequence_length
-        self._dtype = token_type(tokenizer.vocab_size)
+        self._dtype = self._type_of(tokenizer)
         new = folder.with_name(f"{folder.name}.new")  # the writer insists on an empty folder
         self._writer = MDSWriter(
             out=str(new),
@@ -73,6 +77,10 @@ class RowWriter:
         if state is not None:
             self._restore(*state)
 
+    @staticmethod
+    def _type_of(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
+        return token_type(tokenizer.vocab_size)
+
     def state(self) -> State:
         """What another one needs to go on from here; all shards that it names have reached the disk."""
         shards = self._writer.shards
@@ -81,11 +89,11 @@ class RowWriter:
         self._flushed_shards = len(shards)
         flush(self._folder)
         rows = np.frombuffer(b"".join(self._writer.new_samples), self._dtype)
-        facts = {key: getattr(self, key) for key in COUNTS} | {"shards": shards}
+        facts = {key: getattr(self, key) for key in self._counts} | {"shards": shards}
         return facts, {"rest": self._rest, "rows": rows}
 
     def _restore(self, facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        for key in COUNTS:
+        for key in self._counts:
             setattr(self, key, facts[key])
         self._rest = arrays["rest"]
         self._writer.shards = facts["shards"]
@@ -98,12 +106,15 @@ class RowWriter:
         """Append the tokens of some documents."""
         self._write_rows(self._rows_of(chunk.tokens))
         self.tokens += len(chunk.tokens)
-        self.largest_token = max(self.largest_token, int(chunk.tokens.max(initial=0)))
+        self.largest_token = max(self.largest_token, self._largest_of(chunk.tokens))
         self.documents += chunk.documents
         self.text_bytes += chunk.text_bytes
         self.token_bytes += chunk.token_bytes
         self.compared_documents += chunk.compared_documents
         self.changed_documents += chunk.changed_documents
+
+    def _largest_of(self, tokens: NDArray[np.unsignedinteger]) -> int:
+        return int(tokens.max(initial=0))
 
     def _rows_of(self, tokens: NDArray[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
         """The rows that are complete with these tokens."""
@@ -155,8 +166,11 @@ class PackedWriter(RowWriter):
         state: State | None = None,
     ) -> None:
         self._end = tokenizer.end_of_document
-        self._packer = Packer(self._end, sequence_length)
+        self._packer = self._make_packer(sequence_length)
         super().__init__(folder, tokenizer, sequence_length, compression, state)
+
+    def _make_packer(self, sequence_length: int) -> Packer:
+        return Packer(self._end, sequence_length)
 
     def state(self) -> State:
         """As of `RowWriter`, with the rows that are open."""
@@ -179,3 +193,44 @@ class PackedWriter(RowWriter):
         """Write the rows that are still open, and the rest as `RowWriter` does."""
         self._write_rows(self._packer.finish())
         return super().finish() | {"padding_tokens": self._packer.padding_tokens}
+
+
+class ChatWriter(PackedWriter):
+    """Puts the chats of one split into rows by `data.packing`, with their marks."""
+
+    _counts = (*COUNTS, *CHAT_COUNTS)
+    counted_tokens = dropped_chats = truncated_chats = 0
+
+    @staticmethod
+    def _type_of(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
+        return np.uint32
+
+    def _make_packer(self, sequence_length: int) -> Packer:
+        return Packer(self._end, sequence_length, padding=self._end | BEGINS)
+
+    def write(self, chunk: Chunk) -> None:
+        """Append some chats."""
+        super().write(chunk)
+        for key in CHAT_COUNTS:
+            setattr(self, key, getattr(self, key) + getattr(chunk, key))
+
+    def _largest_of(self, tokens: NDArray[np.unsignedinteger]) -> int:
+        return int(ids_of(tokens).max(initial=0))
+
+    def _rows_of(self, tokens: NDArray[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
+        for chat in np.split(tokens, np.flatnonzero(tokens & np.uint32(BEGINS)))[1:]:
+            yield from self._packer.add(chat)
+
+    def finish(self) -> dict[str, Any]:
+        """As of `PackedWriter`.
+
+        Raises:
+            DataError: there is no chat.
+        """
+        if not self.documents:
+            raise DataError(
+                f"the {self._folder.name} split has no chat that fits into {self._sequence_length + 1} tokens, of "
+                f"{self.dropped_chats}; choose a larger sequence_length, a larger validation_fraction if it is the "
+                "validation split, or --too-long truncate"
+            )
+        return super().finish() | {key: getattr(self, key) for key in CHAT_COUNTS}

@@ -21,14 +21,16 @@ from launcher.process.console import Console
 from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
+from launcher.run.log_keys import OTHER_TEXT
 from launcher.run.row_losses import note_row_losses
 from launcher.training.averaging import carry_average
 from launcher.training.begin import LoopState, begin
+from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED
 from launcher.training.record import manifest_of, skip_advice, summary
 from launcher.training.rollback import give_up, has_not_recovered, rollback_note
 from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
-from launcher.training.step import StepResult, data_for, in_pieces, train_step
+from launcher.training.step import StepResult, check_objective, data_for, in_pieces, train_step
 from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.tasks import NUM_SCORED
 from launcher.training.teacher import open_teacher
@@ -110,6 +112,12 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.pulse.now("switch", at.step)
     if (data := data_for(plan, ranks, phase, run.data)) is not run.data:
         run.data, run.batches = data, iter(data)
+    check_objective(phase, run.data)
+    run.engine.keep_apart(run.data.first_token)
+    other_text = None
+    if (of := plan.held_out_of(phase)) != run.held_out.of:
+        run.held_out = HeldOut(plan, ranks, run.data, of)
+        other_text = ", ".join(source.path for source in of.sources)
     needed = islice(run.batches, batches_needed(phase, plan))
     upcoming = list(in_pieces(needed, plan.length_at(at.step)))
     run.batches = chain(upcoming, run.batches)
@@ -136,6 +144,8 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.phase, at.phase, run.strengths = phase, phase.index, None
     run.telemetry = telemetry_of(plan, phase, run.engine)
     run.guard.enter_phase()
+    if other_text is not None:
+        run.meter.noted({OTHER_TEXT: 1.0}, f"the held-out loss is from here on that of {other_text}")
     if crossing.calibrated is not None:
         run.meter.noted(crossing.calibrated.figures(), crossing.calibrated.sentence())
     if crossing.factor is not None:

@@ -4,6 +4,8 @@ A row is a stretch of a stream in which each document follows the token that end
 the document that it precedes, as in a prompt: it sees nothing, and predicts the first token. The one before it has
 predicted it. A row that begins in the middle of a document begins with position 0.
 
+Chats may hold any token anywhere. There a token that begins a document comes as its complement, a negative number.
+
 Dimensions: B sequences, T tokens.
 """
 
@@ -22,9 +24,13 @@ class Documents(NamedTuple):
     """Whether each token sees another, one of its own document, itself or before it; bool, `[B, 1, T, T]`."""
 
 
+MARKED = -1
+"""In the place of the token with which documents begin: a token that begins one is its complement."""
+
+
 def documents_of(tokens_BT: Tensor, first_token: int) -> Documents:
-    """Find the documents by the token with which each begins."""
-    is_first_BT = tokens_BT == first_token
+    """Find the documents by the token with which each begins, or by marks."""
+    is_first_BT = tokens_BT < 0 if first_token == MARKED else tokens_BT == first_token
     places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     first_BT = torch.where(is_first_BT, places_T, 0).cummax(1).values
     mask_BTT = (first_BT[:, :, None] == first_BT[:, None, :]).tril()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from model.cache import KeyValueCache, LayerCache
 from model.config import DistillationConfig, ModelConfig
 from model.distillation import Lesson, relation_loss, watched_projections
-from model.documents import documents_of
+from model.documents import MARKED, documents_of
 from model.loss import GradientOfLogits, distillation_loss, linear_cross_entropy, token_nll_and_misses
 from model.rotary import rotary_tables, rotate
 
@@ -181,8 +181,8 @@ class Decoder(nn.Module):
     """Embedding, blocks and the last norm."""
 
     first_token: int | None
-    """The token with which documents begin, if those of a row are to be kept apart; see `model.documents`. With a cache
-    all tokens are of one document."""
+    """The token with which documents begin, or `MARKED`, if those of a row are to be kept apart; see `model.documents`.
+    With a cache all tokens are of one document."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -194,12 +194,13 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Return the normalized residual stream after the last block, `[B, T, D]`; the cache is extended."""
+        marked = self.first_token == MARKED
         num_tokens, before = tokens_BT.shape[1], 0 if cache is None else cache.num_tokens
         if (length := before + num_tokens) > self.config.max_sequence_length:
             raise ValueError(
                 f"a sequence has {length} tokens, but max_sequence_length is {self.config.max_sequence_length}"
             )
-        x_BTD = self.embed_tokens(tokens_BT)
+        x_BTD = self.embed_tokens(tokens_BT.where(tokens_BT >= 0, ~tokens_BT) if marked else tokens_BT)
         cos_TE, sin_TE = rotary_tables(self.config, num_tokens, tokens_BT.device, before)
         if not self.config.rounds_once:
             cos_TE, sin_TE = cos_TE.to(x_BTD.dtype), sin_TE.to(x_BTD.dtype)

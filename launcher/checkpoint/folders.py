@@ -13,6 +13,10 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """Names that the tokenizer's file may have in a checkpoint and in a run's folder."""
 
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Beside the tokenizer's file, of a run that has learned from chats."""
+
+
 NAME = re.compile(r"step-\d{8}")
 """Names of the checkpoints of a run."""
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import xxhash
 
-from launcher.checkpoint.folders import CONFIG, TOKENIZERS
+from launcher.checkpoint.folders import CHAT_TEMPLATE, CONFIG, TOKENIZERS
 from launcher.checkpoint.tensor_file import is_count
 from launcher.config.strict import STRICT
 from launcher.plan.course import Course
@@ -193,7 +193,7 @@ class Manifest:
         if self.spikes is not None:
             check_guard_state(self.spikes)
         for name in self.files:
-            if name not in (CONFIG, *TOKENIZERS) and not TENSOR_FILE.fullmatch(name):
+            if name not in (CONFIG, CHAT_TEMPLATE, *TOKENIZERS) and not TENSOR_FILE.fullmatch(name):
                 raise ValueError(f"its 'files' names {reprlib.repr(name)}, which is not a file of a checkpoint")
 
     @property

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000200/rank-00000.safetensors   what rank 0 holds: flat fp32 ranges of weights and moments
                               tokenizer.model          or .json: what made the tokens
+                              chat_template.jinja      what wrote the chats, of a run that learns from any
                               config.yaml              the resolved configuration
                               manifest.json            counters, and every file with size and digest; written last
 
@@ -28,7 +29,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from launcher.checkpoint.folders import CONFIG, MANIFEST, complete_checkpoints
+from launcher.checkpoint.folders import CHAT_TEMPLATE, CONFIG, MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import create, flush_folder, is_local, remove_folder
 from launcher.checkpoint.manifest import FileRecord, Manifest, manifest_digest
 from launcher.checkpoint.tensor_file import write_tensors
@@ -113,11 +114,13 @@ class CheckpointWriter:
         Args:
             files: of tensors, as the other methods returned them.
             config_text: the resolved configuration, as YAML.
-            tokenizer: the file that is copied; None where it is not known.
+            tokenizer: the file that is copied, with a chat template beside it; None where it is not known.
             manifest: without files.
         """
         if tokenizer is not None:
             files = files | self._write_small(f"tokenizer{tokenizer.suffix}", tokenizer.read_bytes())
+            if (template := tokenizer.with_name(CHAT_TEMPLATE)).is_file():
+                files = files | self._write_small(CHAT_TEMPLATE, template.read_bytes())
         files = files | self._write_small(CONFIG, config_text.encode())
         with create(self._building / MANIFEST) as file:
             file.write(manifest.sealed(files).encode())

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from data.config import Compression, Packing
+from data.config import Compression, Content, Packing, TooLong
 from launcher.cli.arguments import JsonOption, local_target
 from launcher.errors import ConfigError
 from launcher.process.console import Console
@@ -14,6 +14,13 @@ def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
     out: Annotated[str, typer.Option(help="Folder to create, or the URL of one in a store.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer file or hf:NAME; bpe:VOCAB or unigram:VOCAB trains one.")],
+    content: Annotated[Content, typer.Option(help="The inputs hold text, or chats to learn answers from.")] = "text",
+    chat_template: Annotated[
+        str | None, typer.Option(help="File with the template of chats; default: the one beside the tokenizer.")
+    ] = None,
+    too_long: Annotated[
+        TooLong, typer.Option(help="A chat longer than a row: an error, left out, or cut at its end.")
+    ] = "error",
     end_of_document: Annotated[
         str | None, typer.Option(help="Token that ends a document; default: the one that the tokenizer's files name.")
     ] = None,
@@ -38,7 +45,7 @@ def prepare(
     ] = None,
     scratch: Annotated[str | None, typer.Option(help="For a URL: local folder to make the files in.")] = None,
 ) -> None:
-    """Tokenize text into shards for training."""
+    """Tokenize text or chats into shards for training."""
     from data.shards import PrepareConfig
     from launcher.commands.prepare import prepare_with_progress
     from launcher.commands.upload import is_url, prepare_in_store
@@ -47,6 +54,9 @@ def prepare(
         config = PrepareConfig(
             inputs=tuple(inputs),
             tokenizer=tokenizer,
+            content=content,
+            chat_template=chat_template,
+            too_long=too_long,
             end_of_document=end_of_document,
             lossy_tokenizer=lossy_tokenizer,
             packing=packing,

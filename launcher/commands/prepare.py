@@ -3,6 +3,7 @@
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from data.prepared import FILES
 from data.shards import PrepareConfig, PrepareProgress, prepare
@@ -55,9 +56,15 @@ def prepare_with_progress(
     manifest = prepare(config, sequence_length, out, show, on)
     if shown is None:
         return
-    console.line(f"Each document ends with {manifest['end_of_document_token']} (token {manifest['end_of_document']})")
+    if config.content == "text":
+        console.line(
+            f"Each document ends with {manifest['end_of_document_token']} (token {manifest['end_of_document']})"
+        )
     compared, changed = manifest["compared_documents"], manifest["changed_documents"]
-    if config.lossy_tokenizer:
+    if config.content == "chats":
+        for name, split in manifest["splits"].items():
+            console.line(chats_sentence(name, split))
+    elif config.lossy_tokenizer:
         console.line(
             f"The tokenizer changes text: {changed:,} of {compared:,} documents that were decoded and compared"
         )
@@ -71,6 +78,14 @@ def prepare_with_progress(
             rows += f", {split['padding_tokens'] / (split['rows'] * sequence_length):.2%} of them padding"
         console.line(f"{out}/{name}: {rows}")
     console.line(f"Prepared in {time.perf_counter() - started:.1f} s")
+
+
+def chats_sentence(name: str, split: dict[str, Any]) -> str:
+    """The tokens of a split of chats that are to be predicted, and the chats that were too long."""
+    share = split["counted_tokens"] / split["tokens"]
+    long = {"dropped": split["dropped_chats"], "truncated": split["truncated_chats"]}
+    more = "".join(f"; {count:,} too long, {done}" for done, count in long.items() if count)
+    return f"{name}: {split['documents']:,} chats, {share:.2%} of their tokens are answers{more}"
 
 
 def remaining(progress: PrepareProgress) -> str:

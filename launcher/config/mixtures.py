@@ -1,6 +1,7 @@
 """Rules about the data that phases name: their sources, and the length of their sequences."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from data.config import DataConfig
@@ -36,3 +37,13 @@ def phase_lengths_divide_the_length(data: DataConfig, phases: "Phases") -> Probl
         length = phase.sequence_length or full
         if length != full and (problem := length_problem(length, full)):
             yield f"phases.{index}.sequence_length", f"{problem}; rows are as long as the longest phase needs"
+
+
+def rollbacks_compare_one_objective(phases: "Phases") -> Problems:
+    """A loss of answers recovers to no loss of text."""
+    for index, (before, phase) in enumerate(pairwise(phases), start=1):
+        if phase.transition is not None and phase.transition.rollback and before.objective != phase.objective:
+            yield (
+                f"phases.{index}.transition.rollback",
+                f"compares the loss with that of the phase before, whose objective is {before.objective}; remove it",
+            )

@@ -18,7 +18,12 @@ from data.urls import url_problem
 from launcher.config.averaging import averaged_weights_are_there, averages_are_of_16_bit_phases
 from launcher.config.effects import EFFECTS, LENGTHS
 from launcher.config.engine import OWNED_DEEPSPEED_KEYS, REFUSED_DEEPSPEED_KEYS, EngineConfig
-from launcher.config.mixtures import named_sources, phase_lengths_divide_the_length, remote_sources_have_a_cache
+from launcher.config.mixtures import (
+    named_sources,
+    phase_lengths_divide_the_length,
+    remote_sources_have_a_cache,
+    rollbacks_compare_one_objective,
+)
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.transition import TransitionConfig
 from launcher.config.warmups import batch_stages_lead_to_the_batch, length_stages_divide_the_length
@@ -360,12 +365,14 @@ def relations_can_be_seen(phases: "Phases", training: "TrainingConfig") -> Probl
 
 def relations_are_within_documents(phases: "Phases", data: DataConfig) -> Problems:
     """Attention relations are compared between all tokens of a row."""
-    for _, path, distillation in _distillations(phases):
-        if data.documents == "masked" and distillation.relation_weight:
+    for index, path, distillation in _distillations(phases):
+        is_of_chats = phases[index].objective != "next-token"
+        if (data.documents == "masked" or is_of_chats) and distillation.relation_weight:
+            apart = "chats do not see one another" if is_of_chats else "data.documents is masked"
             yield (
                 f"{path}.relation_weight",
                 f"is {distillation.relation_weight}, but attention is compared between all tokens of a row, and "
-                "data.documents is masked; turn one off",
+                f"{apart}; turn one off",
             )
 
 
@@ -409,6 +416,7 @@ RULES: tuple[Rule, ...] = (
     batch_stages_lead_to_the_batch,
     length_stages_divide_the_length,
     phase_lengths_divide_the_length,
+    rollbacks_compare_one_objective,
     remote_sources_have_a_cache,
     compiled_blocks_stay_whole,
     a_phase_is_listed,

@@ -26,6 +26,8 @@ from model.config import DistillationConfig, ModelConfig
 from quant.config import QuantConfig, soft_problem
 from quant.ramp import RampConfig
 
+Objective = Literal["next-token", "sft"]
+
 TrackerName = Literal["wandb", "trackio", "mlflow"]
 """As its package and Tritrain's extra are named."""
 
@@ -202,6 +204,9 @@ class PhaseConfig:
     sequence_length: int | None = None
     """Tokens of a sequence from this phase on: rows are cut into pieces of this length, which must divide
     data.sequence_length; null: that of the phase before, at first data.sequence_length."""
+    objective: Objective = "next-token"
+    """What the model learns from its sources: the `next-token` of text; or `sft`, supervised fine-tuning: the answers
+    of chats, prepared with `--content chats`. Chats do not see one another."""
     quantization: QuantConfig | None = None
     """What is quantized in a ternary phase, and how; null: BitNet b1.58 with scales of least squared error."""
     transition: TransitionConfig | None = None

@@ -11,7 +11,7 @@ checkpoint format serves both without any rank ever holding a whole model.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -84,9 +84,23 @@ class Engine(ABC):
 
     def keep_apart(self, first_token: int | None) -> None:
         """Keep the documents of a row apart that begin with this token; with None they see one another."""
+        self._decoder.first_token = first_token
+
+    @contextmanager
+    def keeping_apart(self, first_token: int | None) -> Iterator[None]:
+        """As `keep_apart`, for a while."""
+        before = self._decoder.first_token
+        self.keep_apart(first_token)
+        try:
+            yield
+        finally:
+            self.keep_apart(before)
+
+    @property
+    def _decoder(self) -> Decoder:
         decoder = self.model.model
         assert isinstance(decoder, Decoder)
-        decoder.first_token = first_token
+        return decoder
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits, [B, T, V], of tokens from any device."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.tokenizer import file_in
 from data.transformers_files import TOKENIZER_FILES
-from launcher.checkpoint.folders import CONFIG, TOKENIZERS
+from launcher.checkpoint.folders import CHAT_TEMPLATE, CONFIG, TOKENIZERS
 from launcher.checkpoint.location import local_folder, to_location
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
@@ -112,7 +112,7 @@ def tokenizer_of(source: Source) -> Path | None:
         return None
     for name in TOKENIZERS:
         if name in source.manifest.files:
-            return local_folder(source.folder, (name, CONFIG)) / name
+            return local_folder(source.folder, (name, CHAT_TEMPLATE, CONFIG)) / name
     config = config_of(source)
     run = run_of(source, config)
     for name in TOKENIZERS:

@@ -1,16 +1,19 @@
 """The tokens of an exported model: as in training, or as the program that has trained the model makes them.
 
-Tritrain trains on texts after the end of a document, and knows no other special token. A model of another program may
-begin texts with another token, or with none, and has those of its chat template.
+Tritrain trains on texts after the end of a document, and knows no other special token, but for those of a chat template
+if it has trained on chats. A model of another program may begin texts with another token, or with none, and has those
+of its chat template.
 """
 
 from pathlib import Path
 
+from data.chat_template import ChatTemplate
 from data.errors import DataError
 from data.gguf_vocabulary import gguf_vocabulary
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_json import tokenizer_files
 from data.transformers_files import chat_template, has_settings, own_files, puts_first_token
+from launcher.checkpoint.folders import CHAT_TEMPLATE
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.formats.hf_source import CONFIG, read_json
@@ -51,6 +54,18 @@ def foreign_folder(exportable: Exportable, tokenizer: Path) -> Path | None:
     return tokenizer.parent if has_settings(tokenizer.parent) else None
 
 
+def trained_template(exportable: Exportable, tokenizer: Path) -> ChatTemplate | None:
+    """The template of the chats that Tritrain has trained a model on; None of any other model.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    source = exportable.source
+    if not isinstance(source, CheckpointReader) or CHAT_TEMPLATE not in source.manifest.files:
+        return None
+    return ChatTemplate(load_tokenizer(tokenizer)) if tokenizer.with_name(CHAT_TEMPLATE).is_file() else None
+
+
 def folder_tokens(exportable: Exportable, tokenizer: Path | None) -> tuple[dict[str, object], dict[str, bytes]]:
     """The keys of `config.json` that name tokens, and the tokenizer's files by name.
 
@@ -71,7 +86,13 @@ def folder_tokens(exportable: Exportable, tokenizer: Path | None) -> tuple[dict[
     folder = foreign_folder(exportable, tokenizer)
     if folder is None:
         length = model.max_sequence_length
-        files = tokenizer_files(tokenizer, vocab_size=model.vocab_size, max_sequence_length=length, first_token=first)
+        files = tokenizer_files(
+            tokenizer,
+            vocab_size=model.vocab_size,
+            max_sequence_length=length,
+            first_token=first,
+            template=trained_template(exportable, tokenizer),
+        )
         return named, files
     if (folder / CONFIG).is_file():
         config = read_json(folder / CONFIG)
@@ -89,14 +110,19 @@ def gguf_tokens(exportable: Exportable, tokenizer: Path) -> dict[str, object]:
     Raises:
         DataError: llama.cpp would tokenize differently.
     """
-    folder = foreign_folder(exportable, tokenizer)
+    folder, trained = foreign_folder(exportable, tokenizer), trained_template(exportable, tokenizer)
     vocabulary = gguf_vocabulary(
         tokenizer,
         exportable.model.vocab_size,
         first_token=exportable.source.first_token,
         puts_first_token=folder is None or puts_first_token(folder),
-        has_special=folder is not None,
+        has_special=folder is not None or trained is not None,
     )
-    template = None if isinstance(exportable.source, CheckpointReader) else chat_template(tokenizer.parent)
+    if trained is not None:
+        template: str | None = trained.self_contained()
+        others = trained.end_tokens() - {vocabulary["eos_token_id"]}
+        vocabulary |= {"eot_token_id": min(others)} if others else {}
+    else:
+        template = None if isinstance(exportable.source, CheckpointReader) else chat_template(tokenizer.parent)
     keys: dict[str, object] = {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
     return keys if template is None else keys | {"tokenizer.chat_template": template}

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from data.chat_template import ChatTemplate, Message
 from data.errors import DataError
 from data.messages import printable
 from eval.sample import pieces_of_text
-from launcher.inference.conversation import ChatTemplate, Message
 from launcher.inference.text_model import TextModel
 
 COMMANDS = "/exit or Ctrl-D ends, /reset begins anew, /drop forgets the oldest question and its answer"

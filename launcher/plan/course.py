@@ -12,10 +12,11 @@ from itertools import pairwise
 from data.config import DataConfig
 from data.mixture import Source
 from launcher.config.optimizer import OptimizerName, RateCurve
-from launcher.config.sections import Config
+from launcher.config.sections import Config, Objective
 from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
 from launcher.plan.batches import GlobalBatch, ceil_div, length_stages, shortest_lengths
+from launcher.plan.objectives import check_rows_are_whole
 from launcher.plan.schedule import StepSizes, learning_rate_factor
 from model.config import DistillationConfig
 from model.size import flops_per_token
@@ -39,6 +40,7 @@ class Phase:
     """The mixture that it trains on."""
     sequence_length: int | None = None
     """Tokens of a sequence, but for stages of `training.sequence_warmup` that are shorter; None: rows are whole."""
+    objective: Objective = "next-token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,19 +227,29 @@ class Course:
 
     def first_sequence_at(self, step: int) -> int:
         """Position in the stream of its phase's mixture, in sequences, at which the step of this number begins."""
-        phase = self._begun_at(step)
+        phase = self.begun_at(step)
         return self.drawn_before(step, phase)[phase.sources]
 
     def data_at(self, step: int) -> DataConfig:
         """The data of the phase that the step of this number belongs to; after the last step, those of the last."""
-        return self.data_of(self._begun_at(step))
+        return self.data_of(self.begun_at(step))
 
     def data_of(self, phase: Phase) -> DataConfig:
         """The data that a phase trains on; those of the run, but for its own mixture."""
         data = self.config.data
         return data if phase.sources == data.sources else replace(data, sources=phase.sources, prepare=None)
 
-    def _begun_at(self, step: int) -> Phase:
+    def held_out_of(self, phase: Phase) -> DataConfig:
+        """The data whose held-out rows a phase is measured on.
+
+        They are the run's, so that losses compare over phases; but chats are measured in phases that learn from them,
+        and in no others.
+        """
+        of_chats = {each.sources for each in self.phases if each.objective != "next-token"}
+        is_own = phase.objective != "next-token" or self.config.data.sources in of_chats
+        return self.data_of(phase) if is_own else self.config.data
+
+    def begun_at(self, step: int) -> Phase:
         """The last phase that begins with the step of this number or before it."""
         return next(phase for phase in reversed(self.phases) if phase.start <= step)
 
@@ -261,6 +273,7 @@ def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> C
     stages = length_stages(batch, length, [(stage.length, stage.until_tokens) for stage in training.sequence_warmup])
     phases = _resolve_phases(config, batch, rollbacks or {})
     lengths = shortest_lengths(stages, [(phase.start, phase.sequence_length or length) for phase in phases])
+    check_rows_are_whole(phases, lengths, length)
     total_steps = phases[-1].end
     for key, last_start in (("batch_warmup", batch.stages[-1].start), ("sequence_warmup", stages[-1][0])):
         if last_start >= total_steps:
@@ -396,6 +409,17 @@ def _resolve_phases(config: Config, batch: GlobalBatch, rollbacks: Mapping[int, 
         optimizer = transition.optimizer_name or optimizer
         of_data = (phase.sources or of_data[0], phase.sequence_length or of_data[1])
         phases.append(
-            Phase(index, phase.precision, start, end, quantization, transition, phase.distillation, optimizer, *of_data)
+            Phase(
+                index,
+                phase.precision,
+                start,
+                end,
+                quantization,
+                transition,
+                phase.distillation,
+                optimizer,
+                *of_data,
+                objective=phase.objective,
+            )
         )
     return tuple(phases)

@@ -17,7 +17,15 @@ from data.config import PrepareConfig
 from data.errors import DataError
 from data.hub_tokenizer import is_on_hub
 from data.mixture import rows_per_epoch
-from data.prepared import TRAIN, fit_problems, is_compressed, is_yet_to_be_prepared, read_manifest, unlike_problem
+from data.prepared import (
+    TRAIN,
+    fit_problems,
+    holds_chats,
+    is_compressed,
+    is_yet_to_be_prepared,
+    read_manifest,
+    unlike_problem,
+)
 from data.survey import check_input, is_path
 from data.tokenizer import TRAINED_SPEC, load_tokenizer
 from eval.tasks import task_problems
@@ -25,6 +33,7 @@ from launcher.config.averaging import without_averaged
 from launcher.config.mixtures import named_sources
 from launcher.config.sections import Config
 from launcher.plan.course import make_course
+from launcher.plan.objectives import objective_problem
 
 
 def check_inputs(config: Config) -> None:
@@ -91,6 +100,7 @@ def _to_prepare(config: Config) -> PrepareConfig | None:
 
 def _source_problems(config: Config) -> Iterator[tuple[str, str]]:
     manifests: dict[str, dict[str, Any]] = {}
+    course = make_course(config)
     for key, path in _sources(config):
         try:
             manifest = read_manifest(Path(path))
@@ -100,6 +110,12 @@ def _source_problems(config: Config) -> Iterator[tuple[str, str]]:
             yield key, str(error)
             continue
         manifests[path] = manifest
+        for phase in course.phases:
+            if path in [source.path for source in phase.sources] and (
+                problem := objective_problem(phase, holds_chats=holds_chats(manifest))
+            ):
+                yield key, problem
+                break
         for problem in fit_problems(path, manifest, config.data.sequence_length, config.model.vocab_size):
             yield key, problem
         tokenizer = Path(path) / manifest["tokenizer"]["file"]

@@ -172,7 +172,8 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         )
         for quantized in modes(plan)
     )
-    if config.data.documents == "masked":  # what each token sees, and the rotary tables of every row
+    holds_chats = any(phase.objective == "sft" for phase in plan.phases)
+    if holds_chats or config.data.documents == "masked":  # what each token sees, and the rotary tables of every row
         length = config.data.sequence_length
         tables = 2 * config.model.head_width * (4 if config.model.rounds_once else compute_bytes)
         sizes["activations"] += config.training.micro_batch_sequences * length * (length * compute_bytes + tables)

@@ -50,6 +50,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "phases": [
             {
                 "precision": phase.precision,
+                "objective": phase.objective,
                 "first_step": phase.start,
                 "steps": phase.end - phase.start,
                 "tokens": plan.tokens_before(phase.end) - plan.tokens_before(phase.start),
@@ -152,6 +153,11 @@ def _checkpoints_in_words(numbers: dict[str, Any]) -> str:
     return f"{numbers['checkpoints_written']}{by_time} of {size}, {numbers['checkpoints_kept']} kept"
 
 
+def _phase_in_words(index: int, phase: dict[str, Any]) -> str:
+    objective = "" if phase["objective"] == "next-token" else f", {phase['objective']}"
+    return f"phase {index}: {phase['precision']}{objective}"
+
+
 def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
     """The rows of the table."""
     memory, sent = numbers["bytes_per_rank"], numbers["bytes_sent_per_rank_and_step"]
@@ -167,7 +173,7 @@ def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
         ["tokens per step", f"{numbers['tokens_per_step']:,} ({numbers['sequences_per_step']} sequences)"],
         ["micro-batches per step", str(numbers["micro_batches_per_step"])],
         *[
-            [f"phase {index}: {phase['precision']}", f"{phase['steps']:,} steps, {human_count(phase['tokens'])} tokens"]
+            [_phase_in_words(index, phase), f"{phase['steps']:,} steps, {human_count(phase['tokens'])} tokens"]
             for index, phase in enumerate(numbers["phases"])
         ],
         *[[f"step {event['step']:,}", str(event["what"])] for event in numbers["events"]],

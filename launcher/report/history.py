@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from launcher.errors import LogError
 from launcher.run.level import curve_of, level_at, middles, noise_of_a_step
+from launcher.run.log_keys import OTHER_TEXT
 from launcher.run.metrics_log import ROW, numbered_rows
 from launcher.run.recovery import NUM_LOSSES, LoggedLoss, Transition, measure
 
@@ -215,13 +216,13 @@ def curves(history: History, key: str) -> Iterator[PhaseCurve]:
 
 
 def find_transitions(history: History) -> tuple[Transition, ...]:
-    """Measure every transition that has a logged loss on both of its sides."""
+    """Measure every transition that has a logged loss on both of its sides, of one kind of text."""
     if LOSS not in history.series:
         return ()
     found = []
     for before, after in pairwise(history.phases):
         old, new = (_logged_losses(history, span.index) for span in (before, after))
-        if not old or not new:
+        if not old or not new or is_of_other_text(history, after.index):
             continue
         transition = measure(
             old,
@@ -234,6 +235,11 @@ def find_transitions(history: History) -> tuple[Transition, ...]:
         held_out = [_held_out_at(history, span.index, after.first_step) for span in (before, after)]
         found.append(replace(transition, bits_per_byte_before=held_out[0], bits_per_byte_after=held_out[1]))
     return tuple(found)
+
+
+def is_of_other_text(history: History, phase: int) -> bool:
+    """Return whether the losses of a phase are of another text than those of the phase before."""
+    return OTHER_TEXT in history.series and phase in history.series[OTHER_TEXT].phases
 
 
 def _logged_losses(history: History, phase: int) -> list[LoggedLoss]:

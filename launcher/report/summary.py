@@ -29,9 +29,10 @@ from launcher.report.history import (
     PhaseSpan,
     Series,
     find_transitions,
+    is_of_other_text,
     read_history,
 )
-from launcher.run.metrics_log import DRAWN
+from launcher.run.log_keys import DRAWN
 from launcher.run.recovery import Transition
 from launcher.run.requeue import read_lines
 
@@ -74,6 +75,8 @@ class PhaseSummary:
     """Median over the logged steps, 0 to 1."""
     tokens_by_source: Mapping[str, int]
     """Tokens that the phase has drawn from each source; empty in a run with a single one."""
+    is_of_other_text: bool
+    """Whether its losses are of another text, or of chats, than those of the phase before."""
 
     @property
     def is_complete(self) -> bool:
@@ -204,7 +207,7 @@ def verdict(summary: RunSummary) -> str:
         if value is None:
             clauses.append(f"the {phase.precision} phase has no measurement yet")
             continue
-        before = values[position - 1] if position else None
+        before = values[position - 1] if position and not phase.is_of_other_text else None
         is_over = summary.is_complete or phase.is_complete or phase is not summary.phases[-1]
         clause = f"the {phase.precision} phase {'ended' if is_over else 'stands'} at {value:.3f}"
         change = f" ({percent(value, before)} after {human_count(phase.tokens)} tokens more)" if before else ""
@@ -289,6 +292,7 @@ def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[i
         tokens_per_second=_median(parts.get(THROUGHPUT)),
         model_flops_utilization=_median(parts.get("throughput/model_flops_utilization")),
         tokens_by_source=_drawn(history, span.index),
+        is_of_other_text=is_of_other_text(history, span.index),
     )
 
 

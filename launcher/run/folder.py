@@ -33,7 +33,7 @@ import yaml
 from data.new_paths import replace_file
 from data.private import holder_text, is_at, no_follow
 from data.tokenizer import load_tokenizer
-from launcher.checkpoint.folders import TOKENIZERS, complete_checkpoints
+from launcher.checkpoint.folders import CHAT_TEMPLATE, TOKENIZERS, complete_checkpoints
 from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.config.file import (
     DERIVED_KEYS,
@@ -56,7 +56,7 @@ OF_OTHERS = {"manifest.json": "a checkpoint or prepared data", "owner.json": "ch
 """Files that no run has in its folder, and what has them."""
 
 
-REPLACED = (*TOKENIZERS, "metrics.jsonl", "rollbacks.json", "summary.json", "scores.json", "report.html")
+REPLACED = (*TOKENIZERS, CHAT_TEMPLATE, "metrics.jsonl", "rollbacks.json", "summary.json", "scores.json", "report.html")
 """Files that a new run replaces or removes."""
 
 
@@ -243,8 +243,10 @@ class RunFolder:
         if not (self.path / "starts.jsonl").exists():
             replace_file(self.path / "config.yaml", self.config_text)
 
-    def keep_tokenizer(self, file: Path) -> Path:
+    def keep_tokenizer(self, file: Path, template: Path | None = None) -> Path:
         """Copy the tokenizer into the folder, so that the run can be used without its data; returns the copy.
+
+        A chat template is copied beside it.
 
         It says by itself which token ends documents, even if only the manifest of the data does.
 
@@ -256,6 +258,10 @@ class RunFolder:
             replace_file(copy, content)
         for name in {*TOKENIZERS} - {copy.name}:  # of a start with other data, which ended before its first step
             (self.path / name).unlink(missing_ok=True)
+        if template is None:
+            (self.path / CHAT_TEMPLATE).unlink(missing_ok=True)
+        else:
+            replace_file(self.path / CHAT_TEMPLATE, template.read_bytes())
         return copy
 
     def newest_checkpoint(self) -> Path | None:

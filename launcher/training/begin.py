@@ -35,7 +35,7 @@ from launcher.training.averaging import average_note, begin_average
 from launcher.training.guard import SpikeGuard
 from launcher.training.held_out import HeldOut
 from launcher.training.meter import Meter
-from launcher.training.mixtures import DrawnTokens, phase_fingerprints
+from launcher.training.mixtures import DrawnTokens, phase_fingerprints, template_of
 from launcher.training.record import check_resumed
 from launcher.training.rollback import discard_given_up
 from launcher.training.step import Batches, open_data
@@ -122,14 +122,14 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     if reader is not None and teacher is not None:
         check_teacher(reader, teacher)
 
-    held_out = HeldOut(plan, ranks, data)
+    held_out = HeldOut(plan, ranks, data, plan.held_out_of(phase or upcoming))
     tasks = open_tasks(plan, ranks, data.tokenizer_path)
     log, tokenizer = None, None
     with failing_alike():
         if ranks.is_first:
             claim_checkpoints(folder)
             folder.note_start(at.step, ranks.world_size)
-            tokenizer = folder.keep_tokenizer(data.tokenizer_path)
+            tokenizer = folder.keep_tokenizer(data.tokenizer_path, template_of(plan))
             log = MetricsLog(
                 folder.path,
                 step=at.step,

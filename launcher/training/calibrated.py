@@ -70,7 +70,7 @@ def calibrating(console: Console) -> Contents:
             carry_average(engine, plan, phase)
             assert crossing.calibrated is not None
             console.line(f"The model is {crossing.calibrated.sentence()}")
-            if (loss := HeldOut(plan, ranks, data).measure(engine)) is not None:
+            if (loss := HeldOut(plan, ranks, data, plan.held_out_of(phase)).measure(engine)) is not None:
                 console.line(
                     f"Held-out text: {loss.bits_per_byte:.4f} bits per byte ({loss.nats_per_token:.4f} nats per token)"
                 )

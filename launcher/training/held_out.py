@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.config import DataConfig
 from data.errors import DataError
-from data.loader import IGNORED_LABEL, TrainingData, token_bytes, validation_rows
+from data.loader import IGNORED_LABEL, TrainingData, held_out_first_token, token_bytes, validation_rows
 from data.tokenizer import load_tokenizer
 from eval.perplexity import HeldOutLoss, held_out_loss
 from eval.sample import pieces_of_text, sample_tokens
@@ -23,28 +24,38 @@ UNTRAINED_ROWS = 16
 
 
 class HeldOut:
-    """The held-out rows and the tokenizer. Every method is a collective."""
+    """The held-out rows and the tokenizer. Every method is a collective.
 
-    def __init__(self, plan: Plan, ranks: Ranks, data: TrainingData) -> None:
+    Args:
+        plan: of the run.
+        ranks: this rank among all.
+        data: with the run's tokenizer.
+        of: the data whose rows they are; by default the run's.
+    """
+
+    def __init__(self, plan: Plan, ranks: Ranks, data: TrainingData, of: DataConfig | None = None) -> None:
         config = plan.config
+        self.of = of or config.data
         self._plan, self._ranks = plan, ranks
         self._tokenizer_path = data.tokenizer_path
         self._batches = []
         if config.data.validation_rows:
             self._batches = validation_rows(
-                config.data,
+                self.of,
                 vocab_size=config.model.vocab_size,
                 micro_batch_sequences=config.training.micro_batch_sequences,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
             )
-        self._token_bytes_V = token_bytes(config.data, config.model.vocab_size)
+        self._first_token = held_out_first_token(self.of, config.model.vocab_size)
+        self._token_bytes_V = token_bytes(self.of, config.model.vocab_size)
 
     def measure(self, engine: Engine) -> HeldOutLoss | None:
         """Return the held-out loss of the current model; None if no rows are held out."""
         if not self._plan.config.data.validation_rows:
             return None
-        return self._loss(engine.token_nll, self._batches)
+        with engine.keeping_apart(self._first_token):
+            return self._loss(engine.token_nll, self._batches)
 
     def measure_rows(self, engine: Engine) -> tuple[HeldOutLoss | None, Tensor]:
         """As `measure`, with the nats and the tokens of each of R rows, float64 [2, R] on the CPU."""
@@ -61,7 +72,8 @@ class HeldOut:
 
         if not self._batches:
             return None, sums_2R
-        loss = self._loss(counted, self._batches)
+        with engine.keeping_apart(self._first_token):
+            loss = self._loss(counted, self._batches)
         dist.all_reduce(sums_2R)
         return loss, sums_2R[:, sums_2R[1] > 0]
 
@@ -76,7 +88,8 @@ class HeldOut:
         """As `measure`, from the loss of the first rows: an untrained model predicts all tokens equally badly."""
         if not self._plan.config.data.validation_rows:
             return None
-        nats_per_token = self._loss(engine.token_nll, self._first_batches(UNTRAINED_ROWS)).nats_per_token
+        with engine.keeping_apart(self._first_token):
+            nats_per_token = self._loss(engine.token_nll, self._first_batches(UNTRAINED_ROWS)).nats_per_token
         return self._loss(lambda _, labels_BT: nats_per_token * (labels_BT != IGNORED_LABEL).double(), self._batches)
 
     def _loss(

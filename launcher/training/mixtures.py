@@ -6,6 +6,7 @@ that a folder that is missing is not found hours later.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from data.loader import TrainingData, fingerprints
 from data.mixture import Source
+from data.sources import template_path
 from launcher.plan.plan import Plan
 from launcher.process.console import human_count
 from launcher.process.ranks import Ranks
-from launcher.run.metrics_log import DRAWN, MetricsLog
+from launcher.run.log_keys import DRAWN
+from launcher.run.metrics_log import MetricsLog
 
 JOINED_BY = "+"
 
@@ -49,6 +52,13 @@ def phase_fingerprints(plan: Plan, ranks: Ranks, data: TrainingData) -> tuple[st
         JOINED_BY.join(found[: 1 + max(mixtures.index(phase.sources) for phase in plan.phases[: index + 1])])
         for index in range(len(plan.phases))
     )
+
+
+def template_of(plan: Plan) -> Path | None:
+    """The chat template of a run's chats, on this machine once the data were opened; None of a run without chats."""
+    sources = (phase.sources[0] for phase in plan.phases if phase.objective != "next-token")
+    first = next(sources, None)
+    return None if first is None else template_path(first, plan.config.data.cache)
 
 
 class DrawnTokens:

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.errors import DataError
 from data.loader import IGNORED_LABEL, TrainingData
 from launcher.engine.contract import Engine
 from launcher.engine.muon import MuonAdamW
 from launcher.plan.course import Phase
+from launcher.plan.objectives import objective_problem
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
 from launcher.training.guard import SpikeGuard
@@ -130,7 +132,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
     """Open the stream of the step's phase at the position where the step of this number begins."""
-    return TrainingData(
+    data = TrainingData(
         plan.data_at(step),
         vocab_size=plan.config.model.vocab_size,
         global_batch_sequences=plan.batch.unit,
@@ -139,6 +141,19 @@ def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
         world_size=ranks.world_size,
         first_sequence=plan.first_sequence_at(step),
     )
+    check_objective(plan.begun_at(step), data)
+    return data
+
+
+def check_objective(phase: Phase, data: TrainingData) -> None:
+    """Make sure that a phase learns from what its sources hold.
+
+    Raises:
+        DataError: it does not.
+    """
+    if problem := objective_problem(phase, holds_chats=data.holds_chats):
+        data.close()
+        raise DataError(f"{', '.join(source.path for source in phase.sources)}: {problem}")
 
 
 def data_for(plan: Plan, ranks: Ranks, phase: Phase, data: TrainingData) -> TrainingData:

@@ -12,7 +12,7 @@ from tiny import SEQUENCE_LENGTH
 
 from data.mixture import Source
 from data.pointers import pointer_problem
-from data.readers import READERS, read_documents
+from data.readers import READERS, RECORD_READERS, read_documents
 from data.sources import open_sources
 from data.tokenizer import load_tokenizer
 from eval.tasks import rows_of_file
@@ -53,7 +53,7 @@ def test_only_pointers_are_pointers(tmp_path: Path) -> None:
         assert pointer_problem(path) is None
 
 
-@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("suffix", [*READERS, *RECORD_READERS])
 def test_text(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{suffix}"
     refused(path, lambda: list(read_documents([str(tmp_path)])))

@@ -185,7 +185,7 @@ PREPARES_FOR_EVER = """
     from data import encoding, shards, tokenizer_kinds
     from data.documents import Document
 
-    def endless(inputs, found, start):
+    def endless(inputs, found, start, content):
         for number in itertools.count():
             yield (0, number), Document(f"document {number} " * 100, str(number))
 

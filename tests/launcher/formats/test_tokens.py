@@ -10,12 +10,12 @@ from gguf_files import read_tensors
 from hf_folders import edit_config, write_variant
 from tokenizer_files import write_bytes_tokenizer
 
+from data.chat_template import ChatTemplate
 from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
 from data.transformers_files import puts_first_token
 from launcher.errors import CheckpointError
 from launcher.formats.opened import open_exportable
-from launcher.inference.conversation import ChatTemplate
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"

@@ -15,12 +15,12 @@ from tokenizer_files import write_bytes_tokenizer
 from tokenizer_zoo import sentencepiece_tokenizer
 from typer.testing import CliRunner
 
+from data.chat_template import ChatTemplate, Message
 from data.errors import DataError
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.torchvision_repair import repair_torchvision
 from launcher.cli import app
 from launcher.inference.chat import chat
-from launcher.inference.conversation import ChatTemplate, Message
 from launcher.inference.text_model import TextModel
 
 CHATML = (

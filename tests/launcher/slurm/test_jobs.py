@@ -101,7 +101,7 @@ def test_template_is_one_that_slurm_takes(cluster: Slurm, template: Path) -> Non
 
 
 def test_there_are_templates() -> None:
-    assert len(TEMPLATES) == 8
+    assert len(TEMPLATES) == 9
 
 
 def test_path_that_slurm_has_to_unquote(cluster: Slurm, code: Path, tmp_path: Path) -> None:

@@ -400,6 +400,13 @@ def test_template_of_tasks_that_share_a_preparation(programs: Path, tmp_path: Pa
     assert words[8] == "--workers"
 
 
+def test_template_of_tasks_that_share_a_study(programs: Path) -> None:
+    shutil.copy(programs / "srun", programs / "tritrain")
+    done = run_template("study-array.sbatch", programs, "my study.yaml", "--out", "out", "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    assert calls(programs, "srun") == [["study", "my study.yaml", "--out", "out", "--ranks", "2"]]
+
+
 def test_configuration_of_a_snapshot_is_yaml(config: Config, tmp_path: Path) -> None:
     snapshot(config, tmp_path / "kept")
     assert yaml.safe_load((tmp_path / "kept/config.yaml").read_text())["run"]["name"] == "tiny"

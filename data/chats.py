@@ -1,0 +1,153 @@
+"""Chats as training data: tokenized by a chat template, with the answers as what counts.
+
+Each chat that cannot be learned from is an error that names the file and the line.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.chat_template import ChatTemplate, Message
+from data.config import PrepareConfig, TooLong
+from data.documents import Document
+from data.encoding import Chunk, Encoder, Piece, TextEncoder
+from data.errors import DataError
+from data.marks import with_marks
+from data.readers import Place
+from data.spans import inside
+from data.tokenizer import Tokenizer, load_tokenizer
+
+SPECIAL_NAME = re.compile(r"<\|[^\s|<>]+\|>|<\uff5c[^\s\uff5c<>]+\uff5c>|<\w+_of_\w+>|</?s>|<[be]os>")
+"""What templates write where they mean a special token, and nobody writes otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatChunk(Chunk):
+    """The tokens of some chats, with their marks; see `data.marks`."""
+
+    counted_tokens: int
+    """Tokens that are to be predicted."""
+    dropped_chats: int
+    """Chats that are left out because they are too long."""
+    truncated_chats: int
+    """Chats whose end is left out because they are too long."""
+
+
+class ChatEncoder:
+    """Tokenizes chats.
+
+    Args:
+        template: the chat template with its tokenizer.
+        most_tokens: of a chat.
+        too_long: what to do with one that has more: raise an error, leave it out, or leave out its end.
+    """
+
+    chunk = ChatChunk
+    dtype = np.uint32
+
+    def __init__(self, template: ChatTemplate, most_tokens: int, too_long: TooLong) -> None:
+        self._template, self._most, self._too_long = template, most_tokens, too_long
+        self._known_names: set[str] = set()
+
+    def __reduce__(self) -> Any:  # a worker reads the files again
+        return _open_encoder, (self._template.tokenizer.path, self._most, self._too_long)
+
+    def cut(self, assigned: Iterable[tuple[str, Place, Document]]) -> Iterator[tuple[str, Piece]]:
+        """Return chats as they are, each a piece."""
+        for split, place, document in assigned:
+            yield split, Piece(document.text, document.origin, (*place, 0), ends=True)
+
+    def encode(self, pieces: Sequence[Piece]) -> ChatChunk:
+        """Tokenize chats as `chat_of` gives them.
+
+        Raises:
+            DataError: a chat cannot be learned from; says which and why.
+        """
+        dropped = truncated = 0
+        chats: list[NDArray[np.uint32]] = [np.zeros(0, np.uint32)]
+        num_bytes = counted = 0
+        sizes = self._template.tokenizer.token_bytes()
+        for piece in pieces:
+            try:
+                ids, counts = self.encode_chat(json.loads(piece.text))
+                is_too_long = len(ids) > self._most
+                if is_too_long and self._too_long == "error":
+                    raise DataError(
+                        f"the chat has {len(ids)} tokens, and a row {self._most}; prepare with a larger "
+                        "sequence_length, or choose --too-long drop or truncate"
+                    )
+            except DataError as error:
+                raise DataError(f"{piece.origin}: {error}") from error
+            ids, counts = ids[: self._most], counts[: self._most]
+            if is_too_long and (self._too_long == "drop" or not counts.any()):
+                dropped += 1
+                continue
+            truncated += is_too_long
+            num_bytes += int(sizes[ids].sum())
+            counted += int(counts.sum())
+            chats.append(with_marks(ids, counts))
+        return ChatChunk(
+            tokens=np.concatenate(chats),
+            documents=len(chats) - 1,
+            text_bytes=num_bytes,
+            token_bytes=num_bytes,
+            compared_documents=0,
+            changed_documents=0,
+            counted_tokens=counted,
+            dropped_chats=dropped,
+            truncated_chats=truncated,
+        )
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The tokens of a chat, and whether each is part of an answer.
+
+        Raises:
+            DataError: the template refuses the chat, does not tell its answers apart, or needs a special token that the
+                vocabulary does not have.
+        """
+        text, answers = self._template.answers(messages)
+        self._check_names(text, messages)
+        ids, spans = self._template.tokenizer.encode_special_spans(text)
+        counts = inside(spans, answers)
+        counts[:1] = False  # nothing comes before it
+        if not counts.any():
+            raise DataError("the chat template writes no answer of this chat")
+        return np.array(ids), counts
+
+    def _check_names(self, text: str, messages: Sequence[Message]) -> None:
+        """Make sure that the special tokens that the template writes are tokens."""
+        tokenizer = self._template.tokenizer
+        for name in {*SPECIAL_NAME.findall(text)} - self._known_names:
+            if len(tokenizer.encode_special(name)) == 1:
+                self._known_names.add(name)
+            elif not any(name in message["content"] for message in messages):
+                raise DataError(
+                    f"the chat template writes {name}, which is no token of the tokenizer; choose a tokenizer that has "
+                    "it, or another --chat-template"
+                )
+
+
+def _open_encoder(tokenizer: Path, most_tokens: int, too_long: TooLong) -> ChatEncoder:
+    return ChatEncoder(ChatTemplate(load_tokenizer(tokenizer)), most_tokens, too_long)
+
+
+def template_for(config: PrepareConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that chats are prepared with.
+
+    Raises:
+        DataError: there is none, or none that can be read.
+    """
+    return ChatTemplate(tokenizer, None if config.chat_template is None else Path(config.chat_template))
+
+
+def encoder_of(config: PrepareConfig, tokenizer: Tokenizer, sequence_length: int) -> Encoder:
+    """What tokenizes the documents that are prepared; of chats, with the template beside the tokenizer."""
+    if config.content == "text":
+        return TextEncoder(tokenizer, config.lossy_tokenizer)
+    return ChatEncoder(ChatTemplate(tokenizer), sequence_length + 1, config.too_long)
