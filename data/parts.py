@@ -46,6 +46,8 @@ SHARED_FOLDER = "shared-folder"
 SUFFIX = ".parts"
 PLAN = "plan.json"
 PLAN_VERSION = 1
+OF_A_TOKENIZER = (".", "tokenizer.", "chat_template.")
+"""How files begin that are there before the plan is: what is being written, and the tokenizer with its template."""
 PART_BYTES = 1 << 28
 """Parts are about as large, in bytes of files."""
 BLOCK_DOCUMENTS = 1024
@@ -169,7 +171,7 @@ class SharedParts:
         self.folder.mkdir(parents=True, exist_ok=True)
         plan = self.folder / PLAN
         with exclusive(plan, wait=True):
-            others = [name for name in sorted(os.listdir(self.folder)) if not name.startswith((".", "tokenizer."))]
+            others = [name for name in sorted(os.listdir(self.folder)) if not name.startswith(OF_A_TOKENIZER)]
             if not plan.exists():  # others write parts after it, so this is looked up after they are listed
                 if others:
                     raise DataError(

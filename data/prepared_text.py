@@ -30,6 +30,8 @@ def read_split(index: Path) -> Iterator[Document]:
     split, folder = index.parent, index.parent.parent
     manifest = open_prepared(folder)
     options = manifest["options"]
+    if options.get("content", "text") != "text":
+        raise DataError(f"{split}: holds {options['content']}, not text; prepare from the {options['content']} again")
     if options.get("packing") == "best-fit":
         raise DataError(f"{split}: was packed, which cuts long documents; prepare from the text again")
     if options.get("lossy_tokenizer"):

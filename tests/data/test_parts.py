@@ -242,6 +242,16 @@ def test_a_folder_of_this_name_with_something_else_is_left_alone(inputs, tmp_pat
     assert len(list((tmp_path / "out.parts").iterdir())) == 11
 
 
+def test_a_tokenizer_that_was_left_without_a_plan_is_made_again(inputs, tmp_path):
+    (tmp_path / "out.parts").mkdir()
+    for name in ("tokenizer.model", "chat_template.jinja", ".plan.json.host.1.0123456789abcdef.tritrain-tmp"):
+        (tmp_path / "out.parts" / name).write_text("cut sho")
+    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
+    prepare(config, LENGTH, tmp_path / "out", on="shared-folder")
+    prepare(config, LENGTH, tmp_path / "alone")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
 def test_parts_without_their_plan_are_not_taken_for_those_of_another(inputs, tmp_path):
     shared = begun(PrepareConfig(inputs=inputs, tokenizer="bpe:300"), tmp_path / "out")
     (shared.folder / parts.PLAN).unlink()

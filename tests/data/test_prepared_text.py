@@ -11,7 +11,7 @@ from tokenizer_zoo import LOSSLESS
 from data import tokenizer_kinds, writers
 from data.config import PrepareConfig
 from data.errors import DataError
-from data.prepared import open_prepared
+from data.prepared import MANIFEST, open_prepared
 from data.readers import read_documents
 from data.shards import prepare
 from data.tokenizer import load_tokenizer
@@ -121,4 +121,13 @@ def test_tokens_that_were_cut_within_a_character_are_refused(tmp_path):
     config = PrepareConfig(inputs=(str(tmp_path / "d.idx"),), tokenizer=str(tmp_path / "gpt2.json"))
     prepare(config, 8, tmp_path / "old")
     with pytest.raises(DataError, match="old/train:0: its tokens are not those of a text; prepare from the text again"):
+        texts(tmp_path / "old" / "train")
+
+
+def test_chats_are_no_text(corpus, tmp_path):
+    prepare(PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:320"), LENGTH, tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / MANIFEST).read_text())
+    manifest["options"]["content"] = "chats"
+    (tmp_path / "old" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="old/train: holds chats, not text; prepare from the chats again"):
         texts(tmp_path / "old" / "train")
