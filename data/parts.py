@@ -47,7 +47,7 @@ SUFFIX = ".parts"
 PLAN = "plan.json"
 PLAN_VERSION = 1
 OF_A_TOKENIZER = (".", "tokenizer.", "chat_template.")
-"""How files begin that are there before the plan is: what is being written, and the tokenizer with its template."""
+"""Beginnings of the names of files older than the plan: unfinished ones, the tokenizer, its template."""
 PART_BYTES = 1 << 28
 """Parts are about as large, in bytes of files."""
 BLOCK_DOCUMENTS = 1024

@@ -220,10 +220,12 @@ def shared_parts(config: PrepareConfig, sequence_length: int, out: Path) -> Shar
     Raises:
         DataError: an input cannot be read, or other processes have begun with something else.
     """
-    task = _task_of(config, sequence_length)
-    return SharedParts(
-        out, config, sequence_length, task.files, task.made_by, partial(place_tokenizer, config, task.files)
-    )
+    return _parts_of(_task_of(config, sequence_length), out)
+
+
+def _parts_of(task: _Task, out: Path) -> SharedParts:
+    place = partial(place_tokenizer, task.config, task.files)
+    return SharedParts(out, task.config, task.sequence_length, task.files, task.made_by, place)
 
 
 def tokenize_part(config: PrepareConfig, sequence_length: int, out: Path, plan: str, number: int) -> None:
@@ -254,11 +256,11 @@ def _tokenize_parts(
     config: PrepareConfig, sequence_length: int, out: Path, progress: Callable[[PrepareProgress], None], on: str
 ) -> SharedParts:
     """Tokenize all parts of a folder, or wait until others have."""
-    files, start = survey((*config.inputs, *config.validation_inputs)), time.monotonic()
-    say = partial(PrepareProgress, files=files, documents=0, text_bytes=0, tokens=0)
+    task, start = _task_of(config, sequence_length), time.monotonic()
+    say = partial(PrepareProgress, files=task.files, documents=0, text_bytes=0, tokens=0)
     if TRAINED_SPEC.fullmatch(config.tokenizer):
         progress(say(stage="tokenizer", seconds=0.0))
-    parts = shared_parts(config, sequence_length, out)
+    parts = _parts_of(task, out)
 
     def told(complete: int) -> None:
         progress(say(stage="parts", seconds=time.monotonic() - start, parts=(complete, len(parts.parts))))

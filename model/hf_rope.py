@@ -18,7 +18,7 @@ KEYS = {
     "truncate": "truncate",
     "attention_factor": "attention_factor",
 }
-"""Hugging Face's key for each of ours."""
+"""Hugging Face's key for each key of `model.rope_scaling`."""
 
 READ = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim", *KEYS.values()}
 ONLY_LINEAR = ("olmo", "olmo2")

@@ -114,7 +114,7 @@ class CheckpointWriter:
         Args:
             files: of tensors, as the other methods returned them.
             config_text: the resolved configuration, as YAML.
-            tokenizer: the file that is copied, with a chat template beside it; None where it is not known.
+            tokenizer: the file that is copied, with a chat template beside it; None if it is unknown.
             manifest: without files.
         """
         if tokenizer is not None:

@@ -145,7 +145,7 @@ def new_phase(before: Course | None, step: int) -> str:
 
 
 def begun_phase(course: Course, step: int) -> Phase:
-    """The phase that the last of so many finished steps belongs to; the first before any step."""
+    """The phase of the last of this many finished steps; if there are none, the first phase."""
     return course.phase_of(max(0, min(step, course.total_steps) - 1))
 
 

@@ -142,9 +142,8 @@ def test_two_processes_share_the_parts_and_one_is_killed(inputs, tmp_path):
     assert int(outputs[1][0]) > 3
 
 
-def test_a_merge_that_is_killed_goes_on(inputs, tmp_path, monkeypatch):
-    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
-    prepare(config, LENGTH, tmp_path / "alone")
+def stop_in_merge(config, out, monkeypatch):
+    """Tokenize all parts, and stop while they are merged."""
     monkeypatch.setattr(shards, "SECONDS_BETWEEN_RECORDS", 0.0)
 
     def fail(progress):
@@ -152,7 +151,13 @@ def test_a_merge_that_is_killed_goes_on(inputs, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(config, LENGTH, tmp_path / "out", fail, on="shared-folder")
+        prepare(config, LENGTH, out, fail, on="shared-folder")
+
+
+def test_a_merge_that_is_killed_goes_on(inputs, tmp_path, monkeypatch):
+    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
+    prepare(config, LENGTH, tmp_path / "alone")
+    stop_in_merge(config, tmp_path / "out", monkeypatch)
     assert (tmp_path / "out.parts").exists()
     told = []
     prepare(config, LENGTH, tmp_path / "out", told.append, on="shared-folder")
@@ -165,14 +170,7 @@ def test_a_merge_that_is_killed_goes_on(inputs, tmp_path, monkeypatch):
 def test_a_process_without_parts_does_not_go_on_with_a_merge(inputs, tmp_path, monkeypatch):
     config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
     prepare(config, LENGTH, tmp_path / "alone")
-    monkeypatch.setattr(shards, "SECONDS_BETWEEN_RECORDS", 0.0)
-
-    def fail(progress):
-        if progress.stage == "merging" and progress.documents > 40:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(config, LENGTH, tmp_path / "out", fail, on="shared-folder")
+    stop_in_merge(config, tmp_path / "out", monkeypatch)
     told = []
     prepare(config, LENGTH, tmp_path / "out", told.append)
     assert told[-1].earlier == "An earlier attempt was stopped, but since then, other are: in parts; starting anew"
