@@ -27,6 +27,7 @@ def tokenize_on(url: str, parts: SharedParts, tokenize: Callable[[int], None], t
     """
     try:
         from distributed import Client, KilledWorker, wait
+        from distributed.comm import CommClosedError
     except ImportError as error:
         raise DataError("--on dask://...: needs Dask; install tritrain[dask]") from error
     try:
@@ -62,7 +63,7 @@ def tokenize_on(url: str, parts: SharedParts, tokenize: Callable[[int], None], t
                 f"{url}: workers were lost again and again, perhaps because their memory was full; the same command "
                 "goes on with the parts that are left"
             ) from error
-        except CancelledError as error:
+        except (CancelledError, CommClosedError) as error:
             raise DataError(
                 f"{url}: the scheduler was lost; the same command goes on with the parts that are left"
             ) from error
