@@ -110,10 +110,10 @@ def answer_nll(model: Transformer, side: Any) -> tuple[Tensor, int]:
 
 @pytest.fixture(scope="module")
 def start(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint after two steps."""
+    """A checkpoint after four steps."""
     folder = tmp_path_factory.mktemp("start")
-    run_group(1, trained, folders["text"], str(folder), [TEXT])
-    return str(folder_of(folder / "checkpoints", 2))
+    run_group(1, trained, folders["text"], str(folder), [TEXT | {"steps": 4}])
+    return str(folder_of(folder / "checkpoints", 4))
 
 
 def trained(data: str, out: str, phases: Any) -> None:
