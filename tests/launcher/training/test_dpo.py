@@ -56,8 +56,8 @@ def config_of(data: str, folder: Path, phases: Any, engine: str = "fsdp2", **sec
 
 
 def uneven_pairs() -> list[dict[str, Any]]:
-    """Four that each take a row, and short ones of which two rows hold several; answers of a letter, or of a line."""
-    long = [("q" * 40, "a", "b"), ("?", "b" * 30, "c"), ("q", "c", "d" * 33), ("r" * 30, "e" * 9, "f" * 2)]
+    """Five that each take most of a row, and short ones; answers of a letter, or of a line."""
+    long = [("q" * 40, "a", "b"), ("?", "b" * 30, "c"), ("q", "c", "d" * 33), ("r" * 30, "e" * 9, "f" * 2), ("s" * 25, "g", "h")]
     return [pair(*each) for each in [*long, *zip("ghijk", "lmnop", "rstuv", strict=True)]]
 
 
@@ -67,7 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     held_out = {"validation_inputs": (str(folder / "pairs.jsonl"),)}  # the same, so that both have one oracle
     made = {
         "pairs": prepare_pairs(folder, LENGTH, *uneven_pairs(), **held_out),
-        "chats": prepare_chats(folder, LENGTH, *some_chats(24), validation_fraction=0.3),
+        "chats": prepare_chats(folder, LENGTH, *some_chats(60), validation_fraction=0.3),
         "text": prepare_text(folder, LENGTH),
     }
     return {name: str(path) for name, path in made.items()}
