@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from data.marks import BEGINS, COUNTS, IDS
@@ -31,3 +32,20 @@ def inputs_and_labels(rows: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
     if labels is not None:  # after the end of a row's last document
         labels_BT = labels_BT.masked_fill((tokens_BT == labels) & (labels_BT == labels), IGNORED_LABEL)
     return tokens_BT, labels_BT
+
+
+def texts_of(tokens_BT: Tensor, labels_BT: Tensor, first_token: int | None) -> list[tuple[Tensor, Tensor]]:
+    """The texts in rows that the model sees by themselves, with their labels, int64, [tokens of the text].
+
+    Args:
+        tokens_BT: of `inputs_and_labels`, as are the labels.
+        labels_BT: texts of which none counts, such as padding, are left out.
+        first_token: with which documents begin, or `MARKED`; None: a row is one text.
+    """
+    texts = []
+    for tokens_T, labels_T in zip(tokens_BT, labels_BT, strict=True):
+        begins_T = tokens_T < 0 if first_token in (MARKED, None) else tokens_T == first_token
+        places = begins_T.nonzero().flatten().tolist()
+        parts = (torch.tensor_split(row, places) for row in (tokens_T.where(tokens_T >= 0, ~tokens_T), labels_T))
+        texts += [text for text in zip(*parts, strict=True) if (text[1] != IGNORED_LABEL).any()]
+    return texts

@@ -30,7 +30,6 @@ from data.config import Content, DataConfig, PrepareConfig
 from data.errors import DataError
 from data.labels import IGNORED_LABEL, MARKED, Labels, inputs_and_labels
 from data.light_streaming import import_streaming
-from data.marks import IDS
 from data.mixture import Source, rows_per_epoch
 from data.prepared import COLUMN, SOURCE, TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
@@ -212,10 +211,13 @@ def held_out_first_token(config: DataConfig, vocab_size: int) -> int | None:
     return _first_token(config, open_sources(config.sources, config.cache, config.sequence_length, vocab_size))
 
 
-def first_training_rows(config: DataConfig, *, vocab_size: int, num_rows: int) -> Tensor:
-    """Return rows of the training splits, in turns, without marks: int64, [num_rows, sequence_length + 1].
+def first_training_rows(config: DataConfig, *, vocab_size: int, num_rows: int) -> tuple[Tensor, Tensor, int | None]:
+    """Return rows of the training splits, in turns, in the order in which they are stored.
 
     One process of a machine at a time may call it. There are fewer rows if the sources hold no more.
+
+    Returns:
+        Tokens and labels as those of `TrainingData`, int64, [num_rows, sequence_length], and its `first_token`.
 
     Raises:
         DataError: a source cannot be opened, or a row not be read.
@@ -228,7 +230,7 @@ def first_training_rows(config: DataConfig, *, vocab_size: int, num_rows: int) -
     taken = np.bincount(turns[:num_rows], minlength=len(sources))
     rows = [source.read_first_rows(TRAIN, count) for source, count in zip(sources, taken, strict=True) if count]
     tokens = torch.from_numpy(np.concatenate(rows).astype(np.int64))
-    return tokens & IDS if _content(sources) != "text" else tokens
+    return *inputs_and_labels(tokens, _labels(sources)), _first_token(config, sources)
 
 
 def token_bytes(config: DataConfig, vocab_size: int) -> Tensor:

@@ -8,9 +8,10 @@ the `fields` of a mirror (`eval.tasks`) has its columns there.
 No code of a data set is run, and none of a metric on the hub.
 """
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -166,3 +167,10 @@ def no_code_from_hub() -> Iterator[None]:
         del sys.modules["evaluate"]
         if original is not None:
             sys.modules["evaluate"] = original
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep lm-evaluation-harness from writing to stdout and stderr, where it has progress of its own."""
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield

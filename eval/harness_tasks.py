@@ -8,6 +8,7 @@ metrics and the aggregation of groups.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from data.errors import DataError
-from eval.harness_data import NO_CODE, FromFolder, FromHub, no_code_from_hub
+from eval.harness_data import NO_CODE, FromFolder, FromHub, no_code_from_hub, quiet
 from eval.task_index import definitions
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 FEWSHOT_SEED = 1234
 """lm-evaluation-harness's own, of the choice of few-shot examples."""
+SENTENCES = "tokenizers/punkt_tab"
+"""What NLTK has learned of where sentences end."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def load_tasks(names: Sequence[str], folder: Path | None, num_fewshot: int | Non
     for path, keys in definitions():
         TaskIndex.process_cfg(keys, path, manager.task_index)
     manager._factory = Factory(folder, num_fewshot)
-    with no_code_from_hub():
+    with no_code_from_hub(), quiet():
         try:
             found = manager.load([_registered(name, manager.task_index) for name in names])
         except ValueError as error:
@@ -102,6 +105,11 @@ class Factory(TaskFactory):
         except DataError as error:
             text = str(error)
             raise DataError(text if text.startswith(f"{name}:") or ".jsonl" in text else f"{name}: {text}") from error
+        except ModuleNotFoundError as error:
+            raise DataError(
+                f"{name}: needs the Python package {error.name}, which is not installed; what tasks may need is in the "
+                f"extras of lm-evaluation-harness: pip install 'lm-eval[tasks]=={version('lm-eval')}'"
+            ) from error
         except Exception as error:  # of templates, of functions of the task and of packages that these import
             if NO_CODE in str(error):
                 raise DataError(f"{name}: needs a metric that {NO_CODE}") from error
@@ -149,10 +157,28 @@ def problem_of(config: dict[str, Any]) -> str | None:
         return "runs code that the model writes, which Tritrain does not do"
     if config.get("doc_to_image") is not None or config.get("doc_to_audio"):
         return "asks about images or sounds, and the model reads only text"
-    if config.get("process_results") is not None:
-        return None
+    if (process := config.get("process_results")) is not None:
+        follows = "instructions_registry" in getattr(process, "__globals__", {})  # ifeval, in all its languages
+        return lacking_sentences() if follows else None
     for metric in config.get("metric_list") or []:
         name = metric["metric"]
         if isinstance(name, str) and (metric.get("hf_evaluate") or name not in metric_registry):
             return f"the metric {name!r} {NO_CODE}"
+    return None
+
+
+def lacking_sentences() -> str | None:
+    """What is to be done before answers can be split into sentences; None if they can.
+
+    lm-evaluation-harness would find it out with the first answer that it scores, when all of them are generated.
+    """
+    import nltk
+
+    try:
+        nltk.data.find(SENTENCES)
+    except LookupError:
+        return (
+            f"splits answers into sentences with NLTK's {SENTENCES}, which is not on this machine. Where there is a "
+            "network, `python -m nltk.downloader -d FOLDER punkt_tab` writes it; set NLTK_DATA=FOLDER here"
+        )
     return None

@@ -89,7 +89,7 @@ def sample_tokens(
     *,
     num_tokens: int,
     window_tokens: int,
-    end_token: int,
+    end_tokens: Collection[int],
     temperature: float = 0.7,
     seed: int = 0,
 ) -> list[int]:
@@ -103,7 +103,7 @@ def sample_tokens(
         prompt: at least one token.
         num_tokens: how many to add.
         window_tokens: what the model sees at once; earlier tokens are left out.
-        end_token: the continuation is cut before it.
+        end_tokens: the continuation is cut before the first of them.
         temperature: see `choose`.
         seed: of the choice.
 
@@ -121,7 +121,7 @@ def sample_tokens(
         return logits_of(padded)[0, len(visible) - 1]
 
     tokens = list(_continuation(next_logits, prompt, num_tokens, temperature, 1.0, seed))
-    return list(takewhile(lambda token: token != end_token, tokens))
+    return list(takewhile(lambda token: token not in end_tokens, tokens))
 
 
 def _continuation(

@@ -21,7 +21,7 @@ from launcher.process.console import Console
 from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
-from launcher.run.metrics_log import OTHER_TEXT
+from launcher.run.log_keys import OTHER_TEXT
 from launcher.run.row_losses import note_row_losses
 from launcher.training.averaging import carry_average
 from launcher.training.begin import LoopState, begin

@@ -344,7 +344,7 @@ class EvaluationConfig:
     interval_minutes: float | None = 30.0
     """Also evaluate when the last evaluation was N minutes ago, at the next logged step; null: do not."""
     sample_prompt: str | None = None
-    """Text that the finished model continues; null: no sample."""
+    """Text that the finished model continues, or answers if its last phase learns from chats; null: no sample."""
     sample_tokens: int = 120
     """Length of the sample, in tokens."""
     tasks: tuple[str, ...] = ()

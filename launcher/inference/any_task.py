@@ -256,6 +256,7 @@ def build_requests(task: Any, model: Any, prompting: Prompting, limit: int | Non
     Raises:
         DataError: an example is not what the task needs.
     """
+    from eval.harness_data import quiet
     from eval.harness_tasks import FEWSHOT_SEED
 
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -294,7 +295,7 @@ def answer(task: Any, model: Any, limit: int | None, *, with_errors: bool) -> di
     """
     from lm_eval.evaluator import evaluate
 
-    from eval.harness_data import no_code_from_hub
+    from eval.harness_data import no_code_from_hub, quiet
 
     task.build_all_requests = lambda **about: None  # they are built
     try:
@@ -310,10 +311,3 @@ def answer(task: Any, model: Any, limit: int | None, *, with_errors: bool) -> di
         del task.build_all_requests
     assert found is not None
     return dict(found["results"][task.task_name])
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep lm-evaluation-harness from writing to stdout and stderr, where it has progress of its own."""
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-        yield

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from data.labels import texts_of
 from data.loader import first_training_rows
 from launcher.checkpoint.source import Source
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
 from launcher.inference.sub_norms import insert_sub_norms_, lacks_sub_norms, measure_sub_norms
+from launcher.plan.course import make_course
 from launcher.process.exchange import failing_alike, value_of_first
 from launcher.process.ranks import ALONE, Ranks
 
@@ -14,7 +16,7 @@ from launcher.process.ranks import ALONE, Ranks
 def put_sub_norms_in(source: Source, config: Config, ranks: Ranks = ALONE) -> list[str]:
     """Put SubLN into a source if the run asks for it: `checkpoint.sub_norm_sequences`. A collective.
 
-    The first rank measures, so that all have the same gains.
+    The first rank measures, so that all have the same gains, on data of the phase that the run begins in.
 
     Returns:
         A sentence about it, or nothing.
@@ -34,9 +36,11 @@ def put_sub_norms_in(source: Source, config: Config, ranks: Ranks = ALONE) -> li
     found: Any = None
     with failing_alike():
         if ranks.rank == 0:
-            rows_NT = first_training_rows(config.data, vocab_size=config.model.vocab_size, num_rows=num_sequences)
-            insertion = measure_sub_norms(source, config.model, rows_NT, ranks.device)
-            found = insertion.gains, insertion.sentence(len(rows_NT))
+            course = make_course(config)
+            data = course.data_of(course.phases[config.checkpoint.start_phase])
+            rows = first_training_rows(data, vocab_size=config.model.vocab_size, num_rows=num_sequences)
+            insertion = measure_sub_norms(source, config.model, texts_of(*rows), ranks.device)
+            found = insertion.gains, insertion.sentence(len(rows[0]))
     gains, sentence = value_of_first(found) if ranks is not ALONE else found
     insert_sub_norms_(source, config.model, gains)
     return [sentence]

@@ -13,7 +13,7 @@ The model runs block by block in fp32, with one block in memory, once with SubLN
 reported, so that the price is known before a step is trained.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple, TypeVar
@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from data.labels import IGNORED_LABEL
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import EMBEDDING, HEAD
@@ -43,7 +44,7 @@ class Insertion(NamedTuple):
     gains: dict[str, float]
     """By the name of the parameter; the same for all of its elements."""
     nats_before: float
-    """Loss of the model as it is, nats per token of the sequences that were measured."""
+    """Loss of the model as it is, nats per label that counts in the sequences that were measured."""
     nats_after: float
     """Loss with SubLN."""
 
@@ -62,16 +63,15 @@ def lacks_sub_norms(source: Source, model: ModelConfig) -> bool:
 
 @torch.no_grad()
 def measure_sub_norms(
-    source: Source, model: ModelConfig, rows_NT: Tensor, device: torch.device, alive: Callable[[], None] = lambda: None
+    source: Source, model: ModelConfig, texts: Sequence[tuple[Tensor, Tensor]], device: torch.device
 ) -> Insertion:
     """Measure the gains with which SubLN changes a model least.
 
     Args:
         source: a model without SubLN, in 16 bits.
         model: the same with SubLN.
-        rows_NT: tokens of training sequences; each row is one, and predicts its own next tokens.
+        texts: tokens and labels of each, as `data.labels.texts_of` has them.
         device: where a block computes.
-        alive: called after each block.
 
     Raises:
         CheckpointError: the source is ternary, or not this model.
@@ -85,9 +85,9 @@ def measure_sub_norms(
     plain = replace(model, sub_norm=False)
     check_model(source, plain)
     embedding_VD = _read(source, EMBEDDING, device)
-    hidden = [embedding_VD[row[:-1]][None] for row in rows_NT.to(device)]
+    hidden = [embedding_VD[tokens_T.to(device)][None] for tokens_T, _ in texts]
     changed = [x_BTD.clone() for x_BTD in hidden]
-    tables = rotary_tables(model, rows_NT.shape[1] - 1, device)
+    tables = rotary_tables(model, max(len(tokens_T) for tokens_T, _ in texts), device)
     gains: dict[str, float] = {}
     for depth in range(model.num_layers):
         prefix = f"model.layers.{depth}."
@@ -97,23 +97,23 @@ def measure_sub_norms(
             before.get_submodule(name).register_forward_pre_hook(
                 lambda _, inputs, found=found: found.append(_root_mean_square(inputs[0], model.norm_eps))
             )
-        hidden = [before(x_BTD, *tables) for x_BTD in hidden]
+        hidden = [before(x_BTD, *(table[: x_BTD.shape[1]] for table in tables)) for x_BTD in hidden]
         for name, found in sizes.items():
             gain = float(torch.cat(found).median())
             gains[f"{prefix}{INPUTS[name]}.weight"] = gain
             after.get_parameter(f"{INPUTS[name]}.weight").fill_(gain)
-        changed = [after(x_BTD, *tables) for x_BTD in changed]
-        alive()
+        changed = [after(x_BTD, *(table[: x_BTD.shape[1]] for table in tables)) for x_BTD in changed]
     norm = _filled(NORMS[model.norm](model.hidden_size, model), "model.norm.", source, device)
     head_VD = embedding_VD if model.tie_embeddings else _read(source, HEAD, device)
-    nats = [
-        torch.cat([
-            token_nll(norm(x_BTD)[0], head_VD, row[1:].to(device), model.loss_chunk_tokens)
-            for x_BTD, row in zip(outputs, rows_NT, strict=True)
-        ]).mean()
+    num_counted = sum(int((labels_T != IGNORED_LABEL).sum()) for _, labels_T in texts)
+    sums = [
+        sum(
+            float(token_nll(norm(x_BTD)[0], head_VD, labels_T.to(device), model.loss_chunk_tokens).double().sum())
+            for x_BTD, (_, labels_T) in zip(outputs, texts, strict=True)
+        )
         for outputs in (hidden, changed)
-    ]  # fmt: skip
-    return Insertion(gains, float(nats[0]), float(nats[1]))
+    ]
+    return Insertion(gains, sums[0] / num_counted, sums[1] / num_counted)
 
 
 def insert_sub_norms_(source: Source, model: ModelConfig, gains: dict[str, float]) -> None:

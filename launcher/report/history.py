@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from launcher.errors import LogError
 from launcher.run.level import curve_of, level_at, middles, noise_of_a_step
-from launcher.run.metrics_log import OTHER_TEXT, ROW, numbered_rows
+from launcher.run.log_keys import OTHER_TEXT
+from launcher.run.metrics_log import ROW, numbered_rows
 from launcher.run.recovery import NUM_LOSSES, LoggedLoss, Transition, measure
 
 LOSS, BITS_PER_BYTE = "train/loss", "validation/bits_per_byte"

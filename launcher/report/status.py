@@ -29,7 +29,7 @@ from launcher.config.sections import SILENT_BEATS
 from launcher.errors import ConfigError, UserError
 from launcher.plan.batches import GlobalBatch
 from launcher.process.console import human_count, human_time
-from launcher.run.metrics_log import DRAWN
+from launcher.run.log_keys import DRAWN
 from launcher.run.requeue import read_lines
 
 HEARTBEAT_SECONDS = 60

@@ -32,7 +32,7 @@ from launcher.report.history import (
     is_of_other_text,
     read_history,
 )
-from launcher.run.metrics_log import DRAWN
+from launcher.run.log_keys import DRAWN
 from launcher.run.recovery import Transition
 from launcher.run.requeue import read_lines
 

@@ -12,6 +12,7 @@ import numpy as np
 from data.new_paths import replace_file
 from launcher.errors import LogError
 from launcher.run.folder import set_aside
+from launcher.run.log_keys import DRAWN
 from launcher.run.recovery import SpikeWatch
 from launcher.run.row_losses import keep_row_losses
 from launcher.run.trackers.feed import Feed, close_feeds, tracked
@@ -31,12 +32,6 @@ TENSORBOARD_TAGS = {
     "validation/bits_per_byte_averaged": "1-loss/validation_bits_per_byte_averaged",
 }
 """Tags that are not the key of the row: TensorBoard sorts groups by name, and so opens on the losses."""
-
-DRAWN = "data/tokens/"
-"""Beginning of the keys that count the tokens of the run so far by source; its path follows."""
-
-OTHER_TEXT = "validation/other_text"
-"""Key in a row of a phase whose held-out loss is of another text, or of chats, than that of the phase before."""
 
 OLD_TAG = b"\n\ntrain/loss"
 """The tag of the training loss in files of older versions: its field, its length and its text."""

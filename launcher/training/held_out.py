@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.chat_template import ChatTemplate, Message
 from data.config import DataConfig
 from data.errors import DataError
 from data.loader import IGNORED_LABEL, TrainingData, held_out_first_token, token_bytes, validation_rows
@@ -17,6 +18,7 @@ from launcher.engine.contract import Engine
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks, everyones
 from launcher.training.averaging import averaged_weights
+from launcher.training.mixtures import template_of
 from launcher.training.teacher import Teacher
 from model.preference import chosen_labels
 
@@ -133,30 +135,36 @@ class HeldOut:
             yield tokens_BT, labels_BT.where(counts_B1, IGNORED_LABEL)
 
     def sample(self, engine: Engine) -> dict[str, str]:
-        """Return the configured prompt and its continuation by the model.
+        """Return the configured prompt and its continuation by the finished model.
+
+        If its last phase learns from chats, the prompt is a user's message, written as the template writes it.
 
         Raises:
             NotFiniteError: the model's logits are NaN or infinite, on all ranks alike.
-            DataError: a rank cannot read the tokenizer; raised on all ranks alike.
+            DataError: a rank cannot read the tokenizer or the template; raised on all ranks alike.
         """
-        config = self._plan.config
-        tokenizer, problems = None, []
+        config, problems = self._plan.config, []
         try:
             tokenizer = load_tokenizer(self._tokenizer_path)
+            prompt = config.evaluation.sample_prompt or ""
+            end_tokens = {tokenizer.end_of_document}
+            prompt_tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
+            if self._plan.phases[-1].objective != "next-token":
+                template = ChatTemplate(tokenizer, template_of(self._plan))
+                messages: list[Message] = [{"role": "user", "content": prompt}]
+                prompt, end_tokens = template.text(messages, to_answer=True), template.end_tokens()
+                prompt_tokens = template.prompt_tokens(messages)
         except (DataError, OSError) as error:
             problems = [str(error)]
         if problems := everyones(problems, self._ranks):
             raise DataError("; ".join(problems))
-        assert tokenizer is not None
-        prompt = config.evaluation.sample_prompt or ""
-        prompt_tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
         with torch.no_grad():
             tokens = sample_tokens(
                 engine.logits,
                 prompt_tokens,
                 num_tokens=config.evaluation.sample_tokens,
                 window_tokens=min(config.data.sequence_length, SAMPLE_WINDOW_TOKENS),
-                end_token=tokenizer.end_of_document,
+                end_tokens=end_tokens,
                 seed=config.run.seed,
             )
         return {"prompt": prompt, "completion": "".join(pieces_of_text(tokenizer, tokens, prompt_tokens))}

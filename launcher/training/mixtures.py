@@ -18,7 +18,8 @@ from data.sources import template_path
 from launcher.plan.plan import Plan
 from launcher.process.console import human_count
 from launcher.process.ranks import Ranks
-from launcher.run.metrics_log import DRAWN, MetricsLog
+from launcher.run.log_keys import DRAWN
+from launcher.run.metrics_log import MetricsLog
 
 JOINED_BY = "+"
 

@@ -38,10 +38,10 @@ def offline(monkeypatch):
         monkeypatch.setenv(name, "1")
 
 
-def make_model():
+def make_model(window=WINDOW):
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=320, hidden_size=48, num_layers=2, num_heads=4, intermediate_size=96, max_sequence_length=WINDOW
+        vocab_size=320, hidden_size=48, num_layers=2, num_heads=4, intermediate_size=96, max_sequence_length=window
     )
     model = Transformer(config)
     for parameter in model.parameters():
@@ -53,15 +53,18 @@ def make_model():
 @pytest.fixture(scope="module", params=["plain", "bos"])
 def folder(tmp_path_factory, request):
     """A random Llama in a folder; its tokenizer puts nothing in front of a text, or `<s>`."""
+    return write_folder(tmp_path_factory.mktemp("hf") / "model", request.param)
+
+
+def write_folder(folder, kind, window=WINDOW):
     from tokenizers import Tokenizer, processors
 
-    folder = tmp_path_factory.mktemp("hf") / "model"
-    config, model = make_model()
+    config, model = make_model(window)
     write_hf(ModelSource(model), config, folder, torch.float32)
     names = ["<s>", "<|im_start|>", "<|im_end|>"]
     write_bytes_tokenizer(folder / "tokenizer.json", *names)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": TEMPLATE}
-    if request.param == "bos":
+    if kind == "bos":
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         begin = ("<s>", tokenizer.token_to_id("<s>"))
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
@@ -88,7 +91,7 @@ def ours_of(model, tokenizer, add_bos_token=None, nll=None):
 
     scorer = Scorer(
         lambda tokens, labels: model(tokens, labels, reduction="none").token_nll,
-        WINDOW,
+        model.config.max_sequence_length,
         batch_tokens=512,
         token_nll_and_misses=nll or both,
     )
@@ -164,6 +167,33 @@ def test_a_first_token_may_be_chosen(folder, tmp_path, add_bos_token):
     for text in ("a", "<s>a", "", "<|endoftext|> b <s>"):
         assert ours.tok_encode(text) == theirs.tok_encode(text)
         assert ours.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, add_special_tokens=False)
+
+
+@pytest.fixture
+def sentence_splitter(tmp_path, monkeypatch):
+    """Empty tables for the sentence splitter of NLTK, whose own are on the network."""
+    import nltk
+
+    folder = tmp_path / "nltk" / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True)
+    for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
+        (folder / name).write_text("")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+
+
+@pytest.mark.slow
+def test_instructions_are_followed_as_far_as_by_the_hf_model(sentence_splitter, tmp_path):
+    """`ifeval` with a chat template, from local files."""
+    for package in ("langdetect", "immutabledict"):
+        pytest.importorskip(package)
+    folder = write_folder(tmp_path / "model", "bos", window=1536)
+    data = write_examples(tmp_path / "data", "ifeval_train")
+    ours, theirs = (answers(model, ["ifeval"], data, chat=True) for model in models_of(folder))
+    assert_equal(ours, theirs)
+    found = [sample["inst_level_strict_acc"] for sample in ours["samples"]["ifeval"]]
+    assert found == [[True, True], [False, False], [True, False]]
+    assert ours["results"]["ifeval"]["inst_level_strict_acc,none"] == 3 / 6
+    assert ours["results"]["ifeval"]["prompt_level_strict_acc,none"] == 1 / 3
 
 
 def test_pairs_and_windows_equal_those_of_the_hf_model(folder):

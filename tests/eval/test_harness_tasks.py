@@ -151,6 +151,39 @@ def test_what_tritrain_does_not_do_is_refused_before_data_are_looked_for(tmp_pat
     assert getattr(sys.modules.get("evaluate"), "__file__", "") is not None
 
 
+@pytest.fixture
+def without_ifeval(monkeypatch):
+    """Nothing that an earlier test has imported."""
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, without_ifeval):
+    monkeypatch.setitem(sys.modules, "immutabledict", None)
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    with pytest.raises(
+        DataError, match=r"ifeval: needs the Python package (langdetect|immutabledict), .*'lm-eval\[tasks\]==0.4.13'"
+    ):
+        load_tasks(["ifeval"], write_examples(tmp_path, "ifeval_train"), None)
+
+
+def test_sentences_are_looked_for_before_answers_are_generated(tmp_path, monkeypatch, without_ifeval, capfd):
+    import nltk
+
+    for package in ("langdetect", "immutabledict"):
+        pytest.importorskip(package)
+    asked = []
+    monkeypatch.setattr(nltk, "download", lambda name: asked.append(name))
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    data = write_examples(tmp_path, "ifeval_train")
+    with pytest.raises(DataError, match=r"ifeval: .*tokenizers/punkt_tab, which is not on this machine\. .*NLTK_DATA"):
+        load_tasks(["ifeval"], data, None)
+    assert asked == ["punkt_tab"]  # by lm-evaluation-harness
+    assert capfd.readouterr() == ("", "")
+    (tmp_path / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    assert list(load_tasks(["ifeval"], data, None).tasks) == ["ifeval"]
+
+
 def test_tasks_that_a_group_defines_for_itself_read_files_too(tmp_path):
     folder = tmp_path / "tasks"
     folder.mkdir()

@@ -76,7 +76,7 @@ def test_the_live_model_writes_the_same_without_a_cache():
 
     expected = list(generate(model, prompt, max_tokens=12, seed=3))
     end = expected[7]
-    written = sample_tokens(logits_of, prompt, num_tokens=12, window_tokens=20, end_token=end, seed=3)
+    written = sample_tokens(logits_of, prompt, num_tokens=12, window_tokens=20, end_tokens={end}, seed=3)
     assert written == expected[: expected.index(end)]
     assert shapes == [(1, 20)] * 12
 

@@ -25,11 +25,11 @@ SECONDS_TO_WRITE = 0.1
 
 FAILURES = {
     "tasks 0": 3,  # of the step's own interval
-    "measure 0": 4,  # the end of the 16-bit phase
+    "measure_rows 0": 4,  # the end of the 16-bit phase
     "tasks 1": 4,
-    "measure 1": 4,  # the start of the ternary phase
+    "measure_rows 1": 4,  # the start of the ternary phase
     "collect 3": 8,  # the end of the ternary phase
-    "measure 2": 8,
+    "measure_rows 2": 8,
     "tasks 3": 8,
     "sample 0": 8,
 }
@@ -78,7 +78,7 @@ def fail_and_go_on(shards: str, out: str) -> tuple[list[tuple[str, int]], dict[s
     CheckpointWriter.write_rank = slowly  # type: ignore[method-assign]
     went_well: Counter[str] = Counter()
     left = set(FAILURES)
-    failing_once(HeldOut, "measure", went_well, left)
+    failing_once(HeldOut, "measure_rows", went_well, left)
     failing_once(HeldOut, "sample", went_well, left)
     failing_once(TasksInTraining, "measure", went_well, left)
     failing_once(Telemetry, "collect", went_well, left)
@@ -101,7 +101,7 @@ def test_a_measurement_that_fails_costs_no_training_and_is_made_up_once(shards: 
     write_tasks(tmp_path / "tasks")
     for failed, went_well in run_group(2, fail_and_go_on, str(shards), str(tmp_path)):
         assert failed == list(FAILURES.items())
-        assert went_well == {"measure": 3, "tasks": 4, "collect": 3, "sample": 1}
+        assert went_well == {"measure_rows": 3, "tasks": 4, "collect": 3, "sample": 1}
     whole, failing = rows_of(tmp_path / "whole"), rows_of(tmp_path / "failing")
     lost = next(row for row in whole if row["step"] == 8 and "quant/layers" in row)
     whole.remove(lost)  # gradients and flips of a step that is over cannot be measured again
@@ -111,14 +111,14 @@ def test_a_measurement_that_fails_costs_no_training_and_is_made_up_once(shards: 
 
 
 def end_of_phase_fails_on_rank_1(rank: int) -> None:
-    real, calls = HeldOut.measure, iter(range(100))
+    real, calls = HeldOut.measure_rows, iter(range(100))
 
     def measure(*arguments: Any) -> Any:
         if next(calls) == 0 and rank == 1:
             raise RuntimeError("one rank alone")
         return real(*arguments)
 
-    HeldOut.measure = measure  # type: ignore[method-assign]
+    HeldOut.measure_rows = measure  # type: ignore[method-assign]
 
 
 def test_a_rank_that_fails_alone_leaves_the_phase_saved(shards: Path, tmp_path: Path) -> None:

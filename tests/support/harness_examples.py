@@ -22,6 +22,11 @@ def alias(question: str, *answers: str) -> dict[str, Any]:
     return {"question": question, "answer": {"aliases": list(answers), "value": answers[0]}}
 
 
+def instructions(key: int, prompt: str, **asked: dict[str, Any]) -> dict[str, Any]:
+    names = [name.replace("__", ":") for name in asked]
+    return {"key": key, "prompt": prompt, "instruction_id_list": names, "kwargs": list(asked.values())}
+
+
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "arc_challenge_test": [
         choice("Which is a fruit?", "apple", "stone", "chair"),
@@ -53,6 +58,26 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "wmdp_bio_test": [letter(f"What is {thing}?", n % 4) for n, thing in enumerate(("a cell", "a leaf", "a root"))],
     "wmdp_chem_test": [letter("What rusts?", 2)],
     "wmdp_cyber_test": [letter("What is a port?", 0), letter("What is a key?", 3)],
+    "ifeval_train": [
+        instructions(
+            1,
+            "Write without the word zebra, in at least two words.",
+            keywords__forbidden_words={"forbidden_words": ["zebra"]},
+            length_constraints__number_words={"relation": "at least", "num_words": 2},
+        ),
+        instructions(
+            2,
+            "Write JSON, in English, all in small letters.",
+            detectable_format__json_format={},
+            change_case__english_lowercase={},
+        ),
+        instructions(
+            3,
+            "Write at least one sentence with the word zebra.",
+            length_constraints__number_sentences={"relation": "at least", "num_sentences": 1},
+            keywords__existence={"keywords": ["zebra"]},
+        ),
+    ],
 }
 
 

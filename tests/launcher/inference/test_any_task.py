@@ -1,5 +1,6 @@
 """`tritrain eval` with tasks of lm-evaluation-harness, on a run and on its export."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 import torch.distributed as dist
 from exports import write_checkpoint
 from harness_examples import write_examples
+from hf_folders import edit_config, write_variant
 from ranks import run_group
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config
+from tokenizer_files import write_bytes_tokenizer
 
 import launcher.inference.any_task
 from data.torchvision_repair import repair_torchvision
@@ -114,6 +117,54 @@ def test_scores_of_a_run_equal_those_of_the_hf_model_on_its_export(run, data, tm
     assert found["gsm8k"]["num_fewshot"] == found["arc_challenge"]["num_fewshot"] == 1
     assert found["arc_challenge"]["version"] == "1.0"
     assert found["wmdp"]["tasks"] == ["wmdp_bio", "wmdp_chem", "wmdp_cyber"]
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}"
+    "{% if loop.last and continue_final_message %}{% else %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.slow
+def test_a_folder_is_asked_with_its_chat_template_as_by_the_hf_model(data, tmp_path, alone):
+    pytest.importorskip("accelerate")
+    repair_torchvision()
+    from lm_eval.evaluator import evaluate as their_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from eval.harness_tasks import FEWSHOT_SEED, load_tasks
+
+    folder = tmp_path / "hf"
+    write_variant(folder, vocab_size=320)
+    edit_config(folder, max_position_embeddings=512, torch_dtype="float32")
+    write_bytes_tokenizer(folder / "tokenizer.json", "<s>", "<|im_start|>", "<|im_end|>")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    asked = {"num_fewshot": 1, "system_instruction": "Be brief."}
+    tasks = ["arc_challenge", "wmdp_bio", "gsm8k"]
+    evaluate_here(str(folder), tasks, str(data), str(tmp_path / "chat.json"), asked | {"chat_template": True})
+    evaluate_here(str(folder), tasks, str(data), str(tmp_path / "text.json"), asked)
+    theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1)
+    loaded = load_tasks(tasks, data, 1)
+    for task in loaded.tasks.values():
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    expected = their_evaluate(
+        theirs,
+        vars(loaded),
+        log_samples=False,
+        system_instruction="Be brief.",
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+    )["results"]
+    found = {record["task"]: record for record in read_results(tmp_path / "chat.json")}
+    assert found.keys() == expected.keys() == set(tasks)
+    for name, record in found.items():
+        assert record["chat_template"] is True
+        for metric, score in record["scores"].items():
+            assert score["value"] == pytest.approx(expected[name][metric if "," in metric else f"{metric},none"])
+    plain = {record["task"]: record for record in read_results(tmp_path / "text.json")}
+    assert all(plain[name]["examples"] != found[name]["examples"] for name in tasks)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from exports import ternary_config
 from hf_folders import ModelSource, edit_config, write_variant
 from models import TINY, VARIANTS, build, random_tokens
 
+from data.labels import IGNORED_LABEL, MARKED, texts_of
 from launcher.config.file import to_tree
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.open import check_model, open_source
@@ -22,12 +23,14 @@ from model.transformer import Transformer
 CPU = torch.device("cpu")
 
 
-def with_sub_norms(model: Transformer, rows: torch.Tensor) -> tuple[Transformer, Any]:
-    """The model with SubLN, filled by way of a source, and what was measured."""
+def with_sub_norms(
+    model: Transformer, rows: torch.Tensor, texts: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> tuple[Transformer, Any]:
+    """The model with SubLN, filled by way of a source, and what was measured on rows or texts."""
     config = replace(model.config, sub_norm=True)
     source = ModelSource(model)
     assert lacks_sub_norms(source, config)
-    insertion = measure_sub_norms(source, config, rows, CPU)
+    insertion = measure_sub_norms(source, config, texts or [(row[:-1], row[1:]) for row in rows], CPU)
     insert_sub_norms_(source, config, insertion.gains)
     changed = Transformer(config)
     changed.load_state_dict({
@@ -60,6 +63,35 @@ def test_a_gain_is_the_median_size_of_what_the_projection_is_given() -> None:
         width = model.get_submodule(name).in_features
         expected = (sizes[0] ** 2 / width + TINY.norm_eps).sqrt().median()
         assert insertion.gains[f"{layer}.{norm}.weight"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["documents", "chats"])
+def test_texts_that_share_a_row_are_measured_apart(marked: bool) -> None:
+    """As training computes their loss, which is another one than that of the row as a whole."""
+    model, rows = build(replace(TINY, num_kv_heads=2)), random_tokens(4, 33)
+    rows[rows == 95] = 0
+    rows[:3, [0, 9, 20]] = 95
+    tokens, labels = rows[:, :-1].clone(), rows[:, 1:].clone()
+    if marked:
+        labels[:, 3:9], labels[0, 20:] = IGNORED_LABEL, IGNORED_LABEL
+        tokens = tokens.where(tokens != 95, ~tokens)
+    first_token = MARKED if marked else 95
+    texts = texts_of(tokens, labels, first_token)
+    assert len(texts) == 3 * 3 + 1 - marked
+    changed, insertion = with_sub_norms(model, rows, texts)
+    assert insertion.gains != with_sub_norms(model, rows)[1].gains
+
+    def loss(of: Transformer, first: int | None) -> float:
+        of.model.first_token = first
+        given = tokens if first is not None else tokens.where(tokens >= 0, ~tokens)
+        with torch.no_grad():
+            nll = of(given, labels, reduction="none").token_nll
+        of.model.first_token = None
+        return float(nll.sum() / (labels != IGNORED_LABEL).sum())
+
+    assert insertion.nats_before == pytest.approx(loss(model, first_token), abs=1e-5)
+    assert insertion.nats_after == pytest.approx(loss(changed, first_token), abs=1e-5)
+    assert insertion.nats_after != pytest.approx(loss(changed, None), abs=1e-4)
 
 
 def test_where_a_norm_follows_the_function_is_the_same() -> None:
@@ -109,6 +141,27 @@ def test_a_converted_run_begins_with_fitted_norms(shards: Path, tmp_path: Path) 
         assert value.unique().numel() == 1
         assert 0 < float(value[0]) != 0.03
     check_model(open_source(str(tmp_path / "run")), model.config)
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    source = open_source(str(run))
+    return {name: source.read("weight", name, 0, torch.Size(shape).numel()) for name, shape in source.shapes.items()}
+
+
+def test_a_conversion_that_puts_norms_in_and_calibrates_is_one_after_the_other(shards: Path, tmp_path: Path) -> None:
+    config = configured(shards, tmp_path, sub_norm=True)
+    asked = ("--config", config, "--optimizer", "reset", "--phase", 1)
+    put_in, calibrate = "checkpoint.sub_norm_sequences=4", ("--calibrate", 8)
+    said = tritrain("convert", tmp_path / "hf", "--to", tmp_path / "both", *asked, *calibrate, put_in)
+    assert "SubLN was put in, with gains from 4 training sequences" in said
+    assert "The model is calibrated on 8 sequences" in said
+    tritrain("convert", tmp_path / "hf", "--to", tmp_path / "first", *asked, put_in)
+    tritrain("convert", tmp_path / "first", "--to", tmp_path / "then", *asked, *calibrate)
+    both, then, first = (weights_of(tmp_path / name) for name in ("both", "then", "first"))
+    assert both.keys() == then.keys()
+    for name, weight in both.items():
+        assert torch.equal(weight, then[name]), name
+        assert torch.equal(weight, first[name]) != name.endswith("_proj.weight"), name
 
 
 def test_what_cannot_have_norms_put_in_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -57,7 +57,13 @@ def config_of(data: str, folder: Path, phases: Any, engine: str = "fsdp2", **sec
 
 def uneven_pairs() -> list[dict[str, Any]]:
     """Five that each take most of a row, and short ones; answers of a letter, or of a line."""
-    long = [("q" * 40, "a", "b"), ("?" * 15, "b" * 30, "c"), ("q" * 15, "c", "d" * 33), ("r" * 30, "e" * 9, "f" * 2), ("s" * 25, "g", "h")]
+    long = [
+        ("q" * 40, "a", "b"),
+        ("?" * 15, "b" * 30, "c"),
+        ("q" * 15, "c", "d" * 33),
+        ("r" * 30, "e" * 9, "f" * 2),
+        ("s" * 25, "g", "h"),
+    ]
     return [pair(*each) for each in [*long, *zip("ghijk", "lmnop", "rstuv", strict=True)]]
 
 

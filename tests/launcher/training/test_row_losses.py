@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,10 @@ def row_losses(rank: int, world_size: int, shards: str, out: str) -> tuple[float
         Ranks(rank, world_size, rank, torch.device("cpu")),
         SimpleNamespace(tokenizer_path=Path(shards) / "tokenizer.model"),  # type: ignore[arg-type]
     )
-    engine = SimpleNamespace(token_nll=lambda _, labels_BT: labels_BT.where(labels_BT != IGNORED_LABEL, 0).double())
+    engine = SimpleNamespace(
+        token_nll=lambda _, labels_BT: labels_BT.where(labels_BT != IGNORED_LABEL, 0).double(),
+        keeping_apart=lambda _: nullcontext(),
+    )
     loss, rows_2R = held_out.measure_rows(engine)  # type: ignore[arg-type]
     assert loss is not None
     return loss.nats_per_token, rows_2R.tolist()

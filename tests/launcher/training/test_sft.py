@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
 from launcher.plan.table import describe, plan_rows
 from launcher.plan.traffic import describe_traffic
-from launcher.process.ranks import Ranks
+from launcher.process.ranks import ALONE, Ranks
 from launcher.report.summary import summarize, verdict
 from launcher.run.metrics_log import read_metrics
 from launcher.training.begin import first_value
@@ -207,3 +208,23 @@ def test_what_does_not_fit_is_refused(folders: tuple[str, str], tmp_path: Path) 
 
 def one_start(text: str, chats: str, out: str, phases: Any) -> None:
     run(config_of(text, chats, Path(out) / "run", phases=phases))
+
+
+def test_a_sample_is_the_answer_to_a_question(folders: tuple[str, str], tmp_path: Path) -> None:
+    """Written as the template does, up to the token that ends an answer."""
+    asked = {"sample_prompt": "why", "sample_tokens": 4}
+    tokenizer = load_tokenizer(Path(folders[0]) / "tokenizer.json")
+    written = tokenizer.encode_special("hi<|im_end|>x")
+    seen = []
+
+    def logits(tokens_BT: torch.Tensor) -> torch.Tensor:
+        seen.append(tokens_BT[0])
+        return 1e4 * F.one_hot(torch.tensor(written[len(seen) - 1]), 320).expand(*tokens_BT.shape, 320)
+
+    config = config_of(*folders, tmp_path / "run", evaluation=asked)
+    held_out = HeldOut(plan := make_plan(config, 1), ALONE, open_data(plan, ALONE, 0))
+    sample = held_out.sample(SimpleNamespace(logits=logits))
+    prompt = "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"
+    assert sample == {"prompt": prompt, "completion": "hi"}
+    expected = tokenizer.encode_special(prompt)
+    assert seen[0][: len(expected)].tolist() == expected

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tracked import tracked_run
 
-from launcher.run.metrics_log import DRAWN
+from launcher.run.log_keys import DRAWN
 from launcher.run.trackers import feed
 from launcher.run.trackers.contract import TrackedRow
 from launcher.run.trackers.mlflow_tracker import metric_name

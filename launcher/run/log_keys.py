@@ -1,0 +1,7 @@
+"""Keys of the log that several readers know."""
+
+DRAWN = "data/tokens/"
+"""Beginning of the keys that count the tokens of the run so far by source; its path follows."""
+
+OTHER_TEXT = "validation/other_text"
+"""Key in a row of a phase whose held-out loss is of another text, or of chats, than that of the phase before."""
