@@ -1,9 +1,11 @@
 """Tokenize the parts of a prepared folder on the workers of a cluster of Dask."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 
 from data.errors import DataError
-from data.parts import SharedParts
+from data.parts import SECONDS_BETWEEN_LOOKS, SharedParts
 
 PREFIX = "dask://"
 CONNECT_SECONDS = 30
@@ -20,10 +22,11 @@ def tokenize_on(url: str, parts: SharedParts, tokenize: Callable[[int], None], t
         told: called with the number of parts that are complete.
 
     Raises:
-        DataError: Dask is not installed, the scheduler does not answer, or workers are lost again and again.
+        DataError: Dask is not installed, the scheduler does not answer or is lost, it has no workers, or these are lost
+            again and again, or do not fit.
     """
     try:
-        from distributed import Client, KilledWorker, as_completed
+        from distributed import Client, KilledWorker, wait
     except ImportError as error:
         raise DataError("--on dask://...: needs Dask; install tritrain[dask]") from error
     try:
@@ -31,16 +34,35 @@ def tokenize_on(url: str, parts: SharedParts, tokenize: Callable[[int], None], t
     except (OSError, TimeoutError, ValueError) as error:
         raise DataError(f"{url}: no scheduler of Dask answers there within {CONNECT_SECONDS} s") from error
     with client:
-        while missing := parts.missing:
-            futures = client.map(tokenize, missing, pure=False)
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    told(len(parts.parts) - len(parts.missing))
-            except KilledWorker as error:
-                raise DataError(
-                    f"{url}: workers were lost again and again, perhaps because their memory was full; the same "
-                    "command goes on with the parts that are left"
-                ) from error
-            finally:
-                client.cancel(futures)
+        try:
+            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+            while missing := parts.missing:
+                told(len(parts.parts) - len(missing))
+                futures = pending = set(client.map(tokenize, missing, pure=False))
+                try:
+                    while pending:
+                        try:
+                            done, pending = wait(pending, CONNECT_SECONDS, "FIRST_COMPLETED")
+                        except TimeoutError:
+                            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+                            continue
+                        for future in done:
+                            future.result()
+                        told(len(parts.parts) - len(parts.missing))
+                finally:
+                    client.cancel(list(futures))
+                time.sleep(SECONDS_BETWEEN_LOOKS if parts.missing == missing else 0)  # other processes have them
+        except TimeoutError as error:
+            raise DataError(
+                f"{url}: has had no worker for {CONNECT_SECONDS} s. Start some with `dask worker`, with the same "
+                "versions; the same command goes on with the parts that are left"
+            ) from error
+        except KilledWorker as error:
+            raise DataError(
+                f"{url}: workers were lost again and again, perhaps because their memory was full; the same command "
+                "goes on with the parts that are left"
+            ) from error
+        except CancelledError as error:
+            raise DataError(
+                f"{url}: the scheduler was lost; the same command goes on with the parts that are left"
+            ) from error

@@ -13,7 +13,10 @@ the file system keeps locks within a host, they write the same. The result is, b
 import hashlib
 import heapq
 import json
+import os
 import random
+import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -31,7 +34,7 @@ from data.encoders import encoder_of
 from data.encoding import Chunk, Tokenize, Work, gather_work, tokenizing
 from data.errors import DataError
 from data.fast_encoding import fast_encoder
-from data.new_paths import exclusive, file_being_replaced, replace_file
+from data.new_paths import TakenError, exclusive, file_being_replaced, replace_file
 from data.prepared import TRAIN, VALIDATION, is_yet_to_be_prepared
 from data.private import HeldError, locked
 from data.readers import Place, placed_documents, units
@@ -42,6 +45,9 @@ from data.tokenizer import Tokenizer, load_tokenizer
 SHARED_FOLDER = "shared-folder"
 SUFFIX = ".parts"
 PLAN = "plan.json"
+PLAN_VERSION = 1
+OF_A_TOKENIZER = (".", "tokenizer.", "chat_template.")
+"""How files begin that are there before the plan is: what is being written, and the tokenizer with its template."""
 PART_BYTES = 1 << 28
 """Parts are about as large, in bytes of files."""
 BLOCK_DOCUMENTS = 1024
@@ -62,14 +68,15 @@ class Part:
     share: int = 0
     shares: int = 1
     """Of the file's blocks of documents it has each whose number is `share` modulo `shares`."""
+    block_documents: int = BLOCK_DOCUMENTS
 
     def has(self, place: Place) -> bool:
         """Return whether a document belongs to it."""
-        return self.shares == 1 or _block(place) % self.shares == self.share
+        return self.shares == 1 or self.block_of(place) % self.shares == self.share
 
-
-def _block(place: Place) -> int:
-    return place[1] // BLOCK_DOCUMENTS
+    def block_of(self, place: Place) -> int:
+        """The number of a document's block in its file."""
+        return place[1] // self.block_documents
 
 
 def cut_parts(config: PrepareConfig, files: Survey) -> list[Part]:
@@ -83,11 +90,33 @@ def cut_parts(config: PrepareConfig, files: Survey) -> list[Part]:
             parts += [Part(begin, number)] if begin < number else []
             begin, size = number, 0
         if path is None or shares > 1:
-            parts += [Part(number, number + 1, share, max(shares, 1)) for share in range(max(shares, 1))]
+            count = max(shares, 1)
+            parts += [Part(number, number + 1, share, count, BLOCK_DOCUMENTS) for share in range(count)]
             begin = number + 1
         else:
             size += found
     return parts + ([Part(begin, number + 1)] if begin <= number else [])
+
+
+def parts_folder(out: Path) -> Path:
+    """The folder in which the parts of a prepared folder lie."""
+    return out.with_name(f"{out.name}{SUFFIX}")
+
+
+def plan_id(out: Path) -> str | None:
+    """The name that the plan of a folder's parts has for itself; None if there is no plan here."""
+    try:
+        found: str = json.loads((parts_folder(out) / PLAN).read_text())["id"]
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def remove_parts(out: Path) -> None:
+    """Remove the parts of a folder that is made, if there are any."""
+    folder = parts_folder(out)
+    if (folder / PLAN).exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def assign_splits(
@@ -124,7 +153,7 @@ class SharedParts:
         place_tokenizer: puts the tokenizer of all parts into a folder.
 
     Raises:
-        DataError: parts are there that others have begun with other inputs, options or libraries.
+        DataError: the parts were begun with other inputs, options or libraries, or their folder holds something else.
     """
 
     def __init__(
@@ -137,23 +166,26 @@ class SharedParts:
         place_tokenizer: Callable[[Path], Tokenizer],
     ) -> None:
         self._out = out
-        self.folder = out.with_name(f"{out.name}{SUFFIX}")
+        self.folder = parts_folder(out)
         self._config, self._files = config, files
-        made_by = json.loads(json.dumps(made_by))
         self.folder.mkdir(parents=True, exist_ok=True)
         plan = self.folder / PLAN
         with exclusive(plan, wait=True):
-            if not plan.exists():
+            others = [name for name in sorted(os.listdir(self.folder)) if not name.startswith(OF_A_TOKENIZER)]
+            if not plan.exists():  # others write parts after it, so this is looked up after they are listed
+                if others:
+                    raise DataError(
+                        f"{self.folder}: holds {others[0]} and no {PLAN}, and what is begun there is removed at the "
+                        "end; choose another --out, or remove the folder if nothing in it is needed"
+                    )
                 tokenizer = place_tokenizer(self.folder)
                 parts = [asdict(part) for part in cut_parts(config, files)]
-                facts = {"made_by": made_by, "tokenizer": tokenizer.path.name, "parts": parts}
-                replace_file(plan, json.dumps(facts) + "\n")
+                facts = {"id": secrets.token_hex(8), "made_by": _as_stored(made_by)}
+                replace_file(plan, json.dumps(facts | {"tokenizer": tokenizer.path.name, "parts": parts}) + "\n")
         facts = json.loads(plan.read_text())
-        if changed := [key for key in made_by if made_by[key] != facts["made_by"].get(key)]:
-            raise DataError(
-                f"{self.folder}: was begun by other processes, and here other are: {', '.join(changed)}; run the same "
-                "command with the same versions everywhere, or remove the folder to begin anew"
-            )
+        self.plan_id = facts["id"]
+        self._made_by = facts["made_by"]
+        self.check_made_by(made_by)
         self.parts = [Part(**part) for part in facts["parts"]]
         self.tokenizer = load_tokenizer(self.folder / facts["tokenizer"])
         self.template = None
@@ -164,12 +196,26 @@ class SharedParts:
         self._encoder = encoder_of(config, self.tokenizer, sequence_length)
         self._counts = [field.name for field in fields(self._encoder.chunk) if field.name != "tokens"]
 
+    def check_made_by(self, made_by: dict[str, Any]) -> None:
+        """Check that inputs, options and libraries are those with which the parts were begun.
+
+        Raises:
+            DataError: they are not; an input may have changed meanwhile.
+        """
+        now = _as_stored(made_by)
+        if changed := [key for key in {**now, **self._made_by} if now.get(key) != self._made_by.get(key)]:
+            raise DataError(
+                f"{self.folder}: was begun with different {', '.join(changed)}; run the same command with the same "
+                "versions everywhere and leave the inputs as they are, or remove the folder to begin anew"
+            )
+
     @property
     def missing(self) -> list[int]:
         """Numbers of the parts that are not complete; none once the folder is made, which ends the parts."""
         if not is_yet_to_be_prepared(self._out):
             return []
-        return [number for number in range(len(self.parts)) if not self._facts_file(number).exists()]
+        names = set(os.listdir(self.folder))
+        return [number for number in range(len(self.parts)) if self._facts_file(number).name not in names]
 
     def tokenize_all(self, told: Callable[[int], None] = lambda _: None) -> None:
         """Take one part after the other until all are complete, whoever completes them.
@@ -202,19 +248,19 @@ class SharedParts:
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.folder / f"{number:05}.lock", "a part is tokenized once", wait=False))
+                if not self._facts_file(number).exists():
+                    self._tokenize(number, self.parts[number], tokenize)
             except HeldError:
                 return
             except FileNotFoundError:
-                if self.missing:
+                if is_yet_to_be_prepared(self._out):
                     raise
-                return  # another process has merged and removed them
-            if number in self.missing:
-                self._tokenize(number, self.parts[number], tokenize)
+                # another process has merged the parts and removed them
 
     def _tokenize(self, number: int, part: Part, tokenize: Tokenize) -> None:
         assigned = assign_splits(self._config, self._files, (part.first, 0), part.stop)
         pieces = self._encoder.cut(each for each in assigned if part.has(each[1]))
-        by_block = groupby(pieces, lambda each: _block(each[1].place[:2]))
+        by_block = groupby(pieces, lambda each: part.block_of(each[1].place[:2]))
         blocks = [pieces] if part.shares == 1 else (block for _, block in by_block)
         works = chain.from_iterable(gather_work(block, NOTHING_READ, {}) for block in blocks)
         chunks = []
@@ -223,7 +269,8 @@ class SharedParts:
                 content = chunk.tokens.tobytes()
                 file.write(content)
                 counts = {name: getattr(chunk, name) for name in self._counts}
-                about = {"split": work.split, "block": _block(work.pieces[0].place[:2]), "tokens": len(chunk.tokens)}
+                block = part.block_of(work.pieces[0].place[:2])
+                about = {"split": work.split, "block": block, "tokens": len(chunk.tokens)}
                 chunks.append(about | counts | {"sha256": hashlib.sha256(content).hexdigest()})
         replace_file(self._facts_file(number), json.dumps(chunks) + "\n")
 
@@ -231,6 +278,10 @@ class SharedParts:
         """Yield the pieces of work of all parts in their order, each with a function that reads its tokens.
 
         `Work.read` counts them; nothing is waiting.
+
+        Raises:
+            TakenError: another process, on a host that locks do not reach, has merged and removed them.
+            DataError: a part is damaged.
         """
         groups = groupby(range(len(self.parts)), lambda number: self.parts[number].first)
         in_order = (heapq.merge(*map(self._stored, numbers), key=lambda each: each[0]) for _, numbers in groups)
@@ -241,13 +292,11 @@ class SharedParts:
         """Each piece of work of a part: the block of its documents, its split, and how to read it."""
         dtype = np.dtype(self._encoder.dtype)
         offset = 0
-        for about in json.loads(self._facts_file(number).read_text()):
+        for about in json.loads(self._content(self._facts_file(number), 0, None)):
 
             def read(about: dict[str, Any] = about, offset: int = offset) -> Chunk:
                 path = self._tokens_file(number)
-                with path.open("rb") as file:
-                    file.seek(offset)
-                    content = file.read(about["tokens"] * dtype.itemsize)
+                content = self._content(path, offset, about["tokens"] * dtype.itemsize)
                 if hashlib.sha256(content).hexdigest() != about["sha256"]:
                     raise DataError(f"{path}: is damaged; remove it and its .json, and run the same command again")
                 return self._encoder.chunk(
@@ -257,8 +306,24 @@ class SharedParts:
             yield about["block"], about["split"], read
             offset += about["tokens"] * dtype.itemsize
 
+    def _content(self, path: Path, offset: int, num_bytes: int | None) -> bytes:
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                return file.read(num_bytes)
+        except FileNotFoundError:
+            if is_yet_to_be_prepared(self._out):
+                raise
+            raise TakenError(f"{self._out}: another process has made it") from None
+
     def _tokens_file(self, number: int) -> Path:
         return self.folder / f"{number:05}.tokens"
 
     def _facts_file(self, number: int) -> Path:
         return self.folder / f"{number:05}.json"
+
+
+def _as_stored(made_by: dict[str, Any]) -> dict[str, Any]:
+    """What decides every byte of each part, as the plan has it."""
+    facts: dict[str, Any] = json.loads(json.dumps(made_by | {"version of parts": PLAN_VERSION}))
+    return facts

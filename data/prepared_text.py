@@ -30,19 +30,24 @@ def read_split(index: Path) -> Iterator[Document]:
     split, folder = index.parent, index.parent.parent
     manifest = open_prepared(folder)
     options = manifest["options"]
+    if options.get("content", "text") != "text":
+        raise DataError(f"{split}: holds {options['content']}, not text; prepare from the {options['content']} again")
     if options.get("packing") == "best-fit":
         raise DataError(f"{split}: was packed, which cuts long documents; prepare from the text again")
     if options.get("lossy_tokenizer"):
         raise DataError(f"{split}: its tokenizer changed the text; prepare from the text again")
     tokenizer = load_tokenizer(folder / manifest["tokenizer"]["file"])
-    end, number = manifest["end_of_document"], 0
+    end, sizes, number = manifest["end_of_document"], tokenizer.token_bytes(), 0
     begun: list[NDArray[Any]] = []
     for tokens in _stream(split, manifest):
         *ended, rest = np.split(tokens, np.flatnonzero(tokens == end) + 1)
         for stretch in ended:
             document = np.concatenate([*begun, stretch[:-1]])
             begun = []
-            yield Document(tokenizer.decode(document.tolist()), f"{split}:{number}")
+            text, origin = tokenizer.decode(document.tolist()), f"{split}:{number}"
+            if len(text.encode()) != sizes[document].sum() + sizes[end]:  # it was prepared from tokens, perhaps
+                raise DataError(f"{origin}: its tokens are not those of a text; prepare from the text again")
+            yield Document(text, origin)
             number += 1
         begun.append(rest)
 

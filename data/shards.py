@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -31,7 +31,7 @@ from data.encoding import Chunk, LostWorkerError, Piece, Work, counted_bytes, ga
 from data.errors import DataError
 from data.fast_encoding import NAME, fast_encoder
 from data.new_paths import TakenError, exclusive, folder_being_made
-from data.parts import SHARED_FOLDER, SharedParts, assign_splits
+from data.parts import SHARED_FOLDER, SharedParts, assign_splits, plan_id, remove_parts
 from data.prepared import (
     FILES,
     MANIFEST,
@@ -117,15 +117,19 @@ def prepare(
     out = Path(os.path.abspath(out))
     try:
         if manifest := _find_done(config, sequence_length, out):
+            if on:  # a process that was killed at the very end has left them
+                remove_parts(out)
             return manifest
         say = progress or (lambda _: None)
         if on is None:
             return _make(config, sequence_length, out, say, None)
         parts = _tokenize_parts(config, sequence_length, out, say, on)
         manifest = _make(config, sequence_length, out, say, parts)
-        shutil.rmtree(parts.folder, ignore_errors=True)
+        remove_parts(out)
         return manifest
     except OSError as error:
+        if on and isinstance(error, FileNotFoundError) and (manifest := _find_done(config, sequence_length, out)):
+            return manifest  # another process has merged the parts, and removed them just now
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
 
 
@@ -211,7 +215,6 @@ def _task_of(config: PrepareConfig, sequence_length: int) -> _Task:
     return _Task(config, sequence_length, files, options, identity(options, files, inputs))
 
 
-@lru_cache(maxsize=1)
 def shared_parts(config: PrepareConfig, sequence_length: int, out: Path) -> SharedParts:
     """The parts that a folder is made of, begun if nobody has.
 
@@ -224,11 +227,28 @@ def shared_parts(config: PrepareConfig, sequence_length: int, out: Path) -> Shar
     )
 
 
-def tokenize_part(config: PrepareConfig, sequence_length: int, out: Path, number: int) -> None:
-    """Tokenize a part of this number of a folder, in a process that knows nothing else of it."""
-    parts = shared_parts(config, sequence_length, out)
+def tokenize_part(config: PrepareConfig, sequence_length: int, out: Path, plan: str, number: int) -> None:
+    """Tokenize a part of this number of a folder, in a process that knows nothing else of it.
+
+    Raises:
+        DataError: the parts of this plan are not on this host, or an input cannot be read.
+    """
+    if not is_yet_to_be_prepared(out):
+        return  # another process has merged the parts
+    if plan_id(out) != plan:
+        raise DataError(
+            f"{out.parent}: the worker on {socket.gethostname()} sees another folder of this name; all workers must "
+            "see inputs and --out under the same paths"
+        )
+    parts = _parts_of_plan(config, sequence_length, out, plan)
     with parts.tokenizing() as tokenize:
         parts.tokenize(number, tokenize)
+
+
+@lru_cache(maxsize=1)
+def _parts_of_plan(config: PrepareConfig, sequence_length: int, out: Path, plan: str) -> SharedParts:
+    """The parts, opened once: a worker outlives a plan and may get parts of another one of the same folder."""
+    return shared_parts(config, sequence_length, out)
 
 
 def _tokenize_parts(
@@ -239,7 +259,6 @@ def _tokenize_parts(
     say = partial(PrepareProgress, files=files, documents=0, text_bytes=0, tokens=0)
     if TRAINED_SPEC.fullmatch(config.tokenizer):
         progress(say(stage="tokenizer", seconds=0.0))
-    shared_parts.cache_clear()
     parts = shared_parts(config, sequence_length, out)
 
     def told(complete: int) -> None:
@@ -250,7 +269,8 @@ def _tokenize_parts(
     else:
         from data.dask_cluster import tokenize_on
 
-        tokenize_on(on, parts, partial(tokenize_part, replace(config, workers=1), sequence_length, out), told)
+        one = partial(tokenize_part, replace(config, workers=1), sequence_length, out, parts.plan_id)
+        tokenize_on(on, parts, one, told)
     return parts
 
 
@@ -262,7 +282,9 @@ def _build(
     parts: SharedParts | None,
 ) -> dict[str, Any]:
     task = _task_of(config, sequence_length)
-    if parts:  # the places in a record are others
+    if parts:
+        parts.check_made_by(task.made_by)  # an input may have grown
+        # the places in a record are others
         task = replace(task, made_by=task.made_by | {"in parts": True})
     files = task.files
     begun: Progress | None = None

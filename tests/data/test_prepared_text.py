@@ -1,7 +1,9 @@
 """Prepared data as text again: every document but one that was cut, to the character."""
 
 import json
+import struct
 
+import numpy as np
 import pytest
 from tiny import write_corpus
 from tokenizer_zoo import LOSSLESS
@@ -9,9 +11,10 @@ from tokenizer_zoo import LOSSLESS
 from data import tokenizer_kinds, writers
 from data.config import PrepareConfig
 from data.errors import DataError
-from data.prepared import open_prepared
+from data.prepared import MANIFEST, open_prepared
 from data.readers import read_documents
 from data.shards import prepare
+from data.tokenizer import load_tokenizer
 
 LENGTH = 32
 
@@ -102,3 +105,29 @@ def test_the_folder_itself_is_no_input(corpus, tmp_path):
         DataError, match=r"old: is prepared data; to prepare its text again, name a split, such as .*old/train"
     ):
         texts(tmp_path / "old")
+
+
+def test_tokens_that_were_cut_within_a_character_are_refused(tmp_path):
+    """They would be read as replacement characters. Such documents come from token files."""
+    LOSSLESS["gpt2.json"](tmp_path / "gpt2.json")
+    [ids] = load_tokenizer(tmp_path / "gpt2.json").encode_parts(["caf\u00e9"], [True])
+    documents = [np.array(ids if number else ids[:-1], np.uint16) for number in range(9)]
+    (tmp_path / "d.bin").write_bytes(b"".join(each.tobytes() for each in documents))
+    sizes = np.array([len(each) for each in documents], np.int32)
+    begins = 2 * (np.cumsum(sizes, dtype=np.int64) - sizes)
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(sizes), len(sizes) + 1)
+    numbers = np.arange(len(sizes) + 1, dtype=np.int64)
+    (tmp_path / "d.idx").write_bytes(head + sizes.tobytes() + begins.tobytes() + numbers.tobytes())
+    config = PrepareConfig(inputs=(str(tmp_path / "d.idx"),), tokenizer=str(tmp_path / "gpt2.json"))
+    prepare(config, 8, tmp_path / "old")
+    with pytest.raises(DataError, match="old/train:0: its tokens are not those of a text; prepare from the text again"):
+        texts(tmp_path / "old" / "train")
+
+
+def test_chats_are_no_text(corpus, tmp_path):
+    prepare(PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:320"), LENGTH, tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / MANIFEST).read_text())
+    manifest["options"]["content"] = "chats"
+    (tmp_path / "old" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="old/train: holds chats, not text; prepare from the chats again"):
+        texts(tmp_path / "old" / "train")
