@@ -63,7 +63,8 @@ def baseline_of(config: Config, baseline: Baseline) -> Config:
     if config.schedule.decay_from_phase is None and not any(phase.sources or phase.sequence_length for phase in later):
         has_total = config.training.total_steps or config.training.total_tokens
         length: dict[str, Any] = {"fraction": 1.0} if has_total else {"steps": make_course(config).total_steps}
-        phases = [PhaseConfig(**length, **about, sources=first.sources, sequence_length=first.sequence_length)]
+        kept = {name: getattr(first, name) for name in ("sources", "sequence_length", "objective", "preference")}
+        phases = [PhaseConfig(**length, **about, **kept)]
     else:
         phases = [replace(phase, transition=_without_ramps(phase.transition), **about) for phase in config.phases]
     optimizer = config.optimizer
