@@ -155,7 +155,7 @@ class RowDataset(StreamingDataset):
 
 @contextmanager
 def _counted(it: _Iterator) -> Iterator[None]:
-    """Count a thread as ended if it fails, too; the base class does not, and waits for two of three that may all fail."""
+    """Count a thread that fails as ended; the base class does not, and waits for two of three that may all fail."""
     try:
         yield
     except BaseException:
