@@ -28,12 +28,12 @@ from launcher.training.begin import LoopState, begin
 from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED
 from launcher.training.record import manifest_of, skip_advice, summary
+from launcher.training.reference import open_second_model
 from launcher.training.rollback import give_up, has_not_recovered, rollback_note
 from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
 from launcher.training.step import StepResult, check_objective, data_for, in_pieces, train_step
 from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.tasks import NUM_SCORED
-from launcher.training.teacher import open_teacher
 from launcher.training.telemetry import telemetry_of
 from launcher.training.timetable import Timetable, measured_after
 from launcher.watch.heartbeat import Pulse
@@ -124,7 +124,16 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.teacher = None  # the last phase's makes room for the next
     if phase.has_second_model:
         run.saver.wait()  # it may be writing the teacher
-    run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints, run.data.first_token)
+    run.teacher = open_second_model(
+        plan,
+        phase,
+        ranks,
+        run.folder,
+        (run.data.first_token, run.fingerprints[phase.index]),
+        run.held_out.pairs,
+        run.console,
+        run.pulse.got_on,
+    )
     crossing = enter_phase(
         run.engine,
         phase,

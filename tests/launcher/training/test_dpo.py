@@ -27,14 +27,18 @@ from launcher.engine.build import build_engine
 from launcher.engine.contract import load_weights
 from launcher.errors import ConfigError
 from launcher.plan.inputs import missing_inputs
+from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
+from launcher.plan.traffic import bytes_sent
+from launcher.process.console import Console
 from launcher.process.ranks import Ranks
+from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import read_metrics
 from launcher.training.begin import first_value
 from launcher.training.held_out import PREFERENCES, HeldOut
 from launcher.training.meter import PREFERENCE_PARTS
+from launcher.training.reference import open_second_model
 from launcher.training.step import accumulate_gradients, open_data
-from launcher.training.teacher import open_teacher
 from model.transformer import Transformer
 
 LENGTH = 160
@@ -89,8 +93,12 @@ def one_batch(pairs: str, start: str, out: str, normalized: bool) -> dict[str, A
     engine = build_engine(plan, plan.phases[0], ranks)
     engine.keep_apart(data.first_token)
     load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, config))
-    reference = open_teacher(plan, plan.phases[0], ranks, Path(out), data.first_token)
-    held_out = HeldOut(plan, ranks, data, plan.held_out_of(plan.phases[0])).measure_preferences(engine, reference)
+    held_out, folder = HeldOut(plan, ranks, data, plan.held_out_of(plan.phases[0])), RunFolder(config)
+    of_data = data.first_token, data.fingerprint
+    reference = open_second_model(
+        plan, plan.phases[0], ranks, folder, of_data, held_out.pairs, Console(silent=True), lambda: None
+    )
+    measured = held_out.measure_preferences(engine, reference)
     result = accumulate_gradients(
         engine, iter(data), plan.micro_batches_at(0), uneven=data.has_padding, teacher=reference
     )
@@ -103,7 +111,7 @@ def one_batch(pairs: str, start: str, out: str, normalized: bool) -> dict[str, A
     return {
         "parts": (parts / ranks.world_size).tolist(),
         "norm": norm.sqrt().item(),
-        "held out": [held_out[key] for key in PREFERENCES],
+        "held out": [measured[key] for key in PREFERENCES],
     }
 
 
@@ -235,8 +243,14 @@ def test_what_does_not_fit_is_refused(folders: dict[str, str], start: str, tmp_p
         run_group(1, trained, folders["text"], str(tmp_path / "both"), both)
 
 
-def test_the_reference_counts_in_the_plan(folders: dict[str, str], start: str, tmp_path: Path) -> None:
+def test_the_plan_counts_the_reference_once_and_holds_no_second_model(folders: dict[str, str], tmp_path: Path) -> None:
     of_pairs = {"sources": [{"path": folders["pairs"]}]}
-    plan = make_plan(config_of(folders["text"], tmp_path, [TEXT, DPO_16 | of_pairs]), 1)
-    before, after = (plan.flops_per_token_at(step) for step in (0, 2))
-    assert after == before + before // 3
+    plan, of_text = (
+        make_plan(config_of(folders["text"], tmp_path, [TEXT, last]), 2)
+        for last in (DPO_16 | of_pairs, TEXT | {"steps": 4})
+    )
+    assert plan.flops_per_token_at(2) == of_text.flops_per_token_at(2)
+    forward = of_text.flops_per_token_at(2) // 3 * 4 * 6 * LENGTH
+    assert plan.total_flops == of_text.total_flops + forward
+    assert memory_bytes_per_rank(plan).keys() == memory_bytes_per_rank(of_text).keys()
+    assert bytes_sent(plan) == bytes_sent(of_text)
