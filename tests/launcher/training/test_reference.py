@@ -45,14 +45,14 @@ class Heard(Console):
         self.lines.append(text)
 
 
-def config_of(folder: Path, *, steps: int = 2, engine: str = "fsdp2", **training: Any) -> Config:
+def config_of(folder: Path, *, steps: int = 2, engine: str = "fsdp2", workers: int = 0, **training: Any) -> Config:
     """Of a run whose epoch is two steps."""
     return tiny_config(
         folder / "pairs",
         folder / "run",
         engine=ENGINES[engine],
         model={"vocab_size": 320, "max_sequence_length": LENGTH},
-        data={"sequence_length": LENGTH, "validation_rows": 2},
+        data={"sequence_length": LENGTH, "validation_rows": 2, "workers": workers},
         training={"global_batch_sequences": 4, "micro_batch_sequences": 2, "compute_dtype": "fp32"} | training,
         phases=[{"precision": "16-bit", "steps": steps, "objective": "dpo"}],
         schedule={"warmup_steps": 0},
@@ -93,6 +93,8 @@ def before(what: str, folder: Path) -> None:
     path = folder / "run" / "reference" / "phase-0.safetensors"
     if what == "another model":
         write_model(folder, 2.0)
+    elif what == "forgotten":
+        path.unlink()
     elif what == "damage":
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     elif what == "killed":  # after the first rows were kept
@@ -134,11 +136,13 @@ def test_each_row_is_computed_once_by_one_rank_and_found_again_on_any_number_of_
     path = folder / "run" / "reference" / "phase-0.safetensors"
     assert first["lines"] == [f"Log-probabilities of the reference for {ROWS + 1} rows are kept in {path}"]
     assert [each["models"] for rank in both for each in rank] == [0, 0, 0, 0]
-    [(alone, in_bf16)] = run_group(
-        1, opened, str(folder), [("", {"steps": 6, "engine": "zero-1"}), ("", {"steps": 6, "compute_dtype": "bf16"})]
+    on_zero, in_bf16 = {"steps": 6, "engine": "zero-1"}, {"steps": 6, "compute_dtype": "bf16"}
+    [(alone, forgotten, in_bf16)] = run_group(
+        1, opened, str(folder), [("", on_zero), ("forgotten", {"steps": 6}), ("", in_bf16)]
     )
     assert alone["computed"] == []
-    assert alone["known"] == first["known"]
+    assert sorted(forgotten["computed"]) == sorted(first["known"])
+    assert alone["known"] == forgotten["known"] == first["known"]
     assert in_bf16["lines"][0] == f"{path} is of another model or precision; its log-probabilities are computed again"
     assert sorted(in_bf16["computed"]) == sorted(first["known"])
     assert in_bf16["known"] != first["known"]
@@ -150,7 +154,7 @@ def test_what_is_missing_is_computed_and_what_is_of_no_use_is_not_used(folder: P
         opened,
         str(folder),
         [
-            ("", {"steps": 1}),
+            ("", {"steps": 1, "workers": 1}),
             *[(what, {"steps": 2}) for what in ("", "killed", "damage", "another model")],
         ],
     )
