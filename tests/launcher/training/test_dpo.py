@@ -4,12 +4,15 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from chat_files import pair, prepare_chats, prepare_pairs, prepare_text, some_chats
+from hf_folders import ModelSource
+from models import build
 from ranks import run_group
 from runs import ENGINES, run
 from safetensors.torch import load_file
@@ -26,6 +29,7 @@ from launcher.config.sections import Config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import load_weights
 from launcher.errors import ConfigError
+from launcher.formats.hf_folder import write_hf
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
@@ -48,9 +52,9 @@ TEXT = {"precision": "16-bit", "steps": 2}
 DPO_16, DPO = ({"precision": precision, "steps": 4, "objective": "dpo"} for precision in ("16-bit", "ternary"))
 
 
-def config_of(data: str, folder: Path, phases: Any, engine: str = "fsdp2", **sections: Any) -> Config:
+def config_of(data: str, folder: Path, phases: Any, engine: Any = "fsdp2", **sections: Any) -> Config:
     given: dict[str, Any] = {
-        "engine": ENGINES[engine],
+        "engine": ENGINES[engine] if isinstance(engine, str) else engine,
         "model": MODEL,
         "data": {"sequence_length": LENGTH, "validation_rows": 8},
         "training": {"global_batch_sequences": 6, "micro_batch_sequences": 1, "compute_dtype": "fp32"},
@@ -190,8 +194,20 @@ def phases_of(folders: dict[str, str]) -> list[dict[str, Any]]:
 def whole_and_in_pieces(folders: dict[str, str], out: str, engine: str) -> None:
     phases = phases_of(folders)
     assert run(config_of(folders["text"], Path(out) / "whole", phases, engine)) == "complete"
-    for steps in (2, 3, 2, 3, 2, 9):
-        run(config_of(folders["text"], Path(out) / "pieces", phases, engine), steps)
+    measure, calls = HeldOut.measure_preferences, iter(range(1000))
+
+    def failing_once(held_out: HeldOut, engine: Any, reference: Any) -> dict[str, float]:
+        if reference is not None and next(calls) == 1:  # after the last step of the first phase with pairs
+            raise RuntimeError("once")
+        return measure(held_out, engine, reference)
+
+    with patch.object(HeldOut, "measure_preferences", failing_once):
+        for steps in (2, 3, 2):
+            run(config_of(folders["text"], Path(out) / "pieces", phases, engine), steps)
+        with pytest.raises(RuntimeError, match="once"):
+            run(config_of(folders["text"], Path(out) / "pieces", phases, engine), 3)
+        for steps in (2, 2, 9):
+            run(config_of(folders["text"], Path(out) / "pieces", phases, engine), steps)
 
 
 def rows_of(folder: Path) -> list[list[Any]]:
@@ -218,6 +234,44 @@ def test_runs_are_the_same_in_pieces(folders: dict[str, str], tmp_path: Path, en
     assert ends[2][PREFERENCES[0]] < math.log(2)
     assert ends[2][PREFERENCES[2]] > 0.5
     assert PREFERENCES[0] not in ends[1]
+
+
+def by_codes(folders: dict[str, str], out: str) -> None:
+    phases = [TEXT | {"precision": "ternary"}, DPO | {"sources": [{"path": folders["pairs"]}]}]
+    engine = {"name": "fsdp2", "gather": "codes"}
+    training = {"global_batch_sequences": 6, "micro_batch_sequences": 1, "compute_dtype": "bf16"}
+    assert run(config_of(folders["text"], Path(out), phases, engine=engine, training=training)) == "complete"
+
+
+def from_a_folder(folders: dict[str, str], out: str, engine: str, compiles: bool) -> None:
+    training = {"global_batch_sequences": 6, "micro_batch_sequences": 3, "compute_dtype": "bf16", "compile": compiles}
+    start = {"start_from": folders["model"]}
+    config = config_of(folders["pairs"], Path(out), [DPO_16], engine, training=training, checkpoint=start)
+    assert run(config) == "complete"
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (by_codes, ()),
+        (from_a_folder, ("zero-3", False)),
+        pytest.param(from_a_folder, ("fsdp2", True), marks=pytest.mark.slow),
+    ],
+    ids=["codes", "zero-3", "compiled"],
+)
+def test_a_phase_begins_as_its_reference_in_bf16_however_it_computes(
+    folders: dict[str, str], tmp_path: Path, function: Any, options: Any
+) -> None:
+    model = build(config_of(folders["pairs"], tmp_path, [DPO_16], checkpoint={"start_from": "a"}).model)
+    write_hf(ModelSource(model), model.config, tmp_path / "model", torch.float32)
+    run_group(2, function, folders | {"model": str(tmp_path / "model")}, str(tmp_path / "run"), *options)
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if PREFERENCES[0] in row]
+    begins, ends = (
+        next(row for row in rows if row["validation/when"] == f"{each} of phase") for each in ("start", "end")
+    )
+    assert begins[PREFERENCES[0]] == pytest.approx(math.log(2), abs=1e-6)
+    assert begins[PREFERENCES[1]] == pytest.approx(0, abs=1e-5)
+    assert ends[PREFERENCES[0]] < math.log(2)
 
 
 def test_what_does_not_fit_is_refused(folders: dict[str, str], start: str, tmp_path: Path) -> None:
