@@ -102,7 +102,7 @@ def open_second_model(
         data: the `first_token` and the fingerprint of the phase's data.
         held_out: this rank's micro-batches of held-out pairs.
         console: for progress.
-        got_on: is called after every micro-batch of the reference.
+        got_on: is called again and again while the reference computes.
 
     Raises:
         CheckpointError: as of `open_teacher`.
@@ -210,6 +210,7 @@ def _complete_(
                             "a sound checkpoint"
                         )
                 keep()
+                got_on()
                 advance(len(some) * at_once)
     finally:
         data.close()

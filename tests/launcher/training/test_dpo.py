@@ -38,6 +38,7 @@ from launcher.process.console import Console
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import read_metrics
+from launcher.study.branch import branch
 from launcher.training.begin import first_value
 from launcher.training.held_out import PREFERENCES, HeldOut
 from launcher.training.meter import PREFERENCE_PARTS
@@ -204,10 +205,13 @@ def whole_and_in_pieces(folders: dict[str, str], out: str, engine: str) -> None:
     with patch.object(HeldOut, "measure_preferences", failing_once):
         for steps in (2, 3, 2):
             run(config_of(folders["text"], Path(out) / "pieces", phases, engine), steps)
+        branch(config_of(folders["text"], Path(out) / "branched", phases, engine), Path(out) / "pieces", 7)
         with pytest.raises(RuntimeError, match="once"):
             run(config_of(folders["text"], Path(out) / "pieces", phases, engine), 3)
         for steps in (2, 2, 9):
             run(config_of(folders["text"], Path(out) / "pieces", phases, engine), steps)
+    if engine == "fsdp2":  # as an arm of a study goes on from its trunk
+        assert run(config_of(folders["text"], Path(out) / "branched", phases, engine)) == "complete"
 
 
 def rows_of(folder: Path) -> list[list[Any]]:
@@ -220,6 +224,8 @@ def test_runs_are_the_same_in_pieces(folders: dict[str, str], tmp_path: Path, en
     run_group(world_size, whole_and_in_pieces, folders, str(tmp_path), engine)
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert rows_of(whole) == rows_of(pieces)
+    if engine == "fsdp2":
+        assert rows_of(whole) == rows_of(tmp_path / "branched")
     for path in sorted(folder_of(whole / "checkpoints", 16).glob("*.safetensors")):
         ours, theirs = load_file(path), load_file(folder_of(pieces / "checkpoints", 16) / path.name)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
