@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from data.config import DataConfig
 from data.urls import url_problem
 from launcher.config.averaging import averaged_weights_are_there, averages_are_of_16_bit_phases
-from launcher.config.effects import EFFECTS, LENGTHS
+from launcher.config.effects import EFFECTS, LENGTHS, schedules_of
 from launcher.config.engine import OWNED_DEEPSPEED_KEYS, REFUSED_DEEPSPEED_KEYS, EngineConfig
 from launcher.config.mixtures import (
     named_sources,
@@ -252,15 +252,31 @@ def optimizer_can_change(phases: "Phases", optimizer: OptimizerConfig) -> Proble
         name = transition.optimizer_name or name
 
 
+def schedules_begin_after_the_first_phase(phases: "Phases") -> Problems:
+    """The first phase follows the schedule and the peak of the run."""
+    for name, key in (("schedule", "schedule"), ("learning_rate", "optimizer.learning_rate")):
+        if phases and getattr(phases[0], name) is not None:
+            yield f"phases.0.{name}", f"is given, but the first phase begins with the run's; set {key} instead"
+
+
 def decay_begins_with_a_phase(phases: "Phases", schedule: ScheduleConfig) -> Problems:
-    """The decay begins in one of the phases, once."""
-    if not phases or schedule.decay_from_phase is None:
-        return
-    if schedule.decay_from_phase >= len(phases):
-        yield "schedule.decay_from_phase", _no_such_phase(schedule.decay_from_phase, phases)
-    for index, phase in enumerate(phases):
-        if phase.transition and phase.transition.schedule == "restart":
-            yield f"phases.{index}.transition.schedule", "is restart, which schedule.decay_from_phase excludes"
+    """The decay begins once, in one of the phases that follow the schedule."""
+    for first, key, each in schedules_of(phases, schedule):
+        if each.decay_from_phase is None:
+            continue
+        after = next((index for index, _, _ in schedules_of(phases, schedule) if index > first), len(phases))
+        if each.decay_from_phase >= len(phases):
+            yield f"{key}.decay_from_phase", _no_such_phase(each.decay_from_phase, phases)
+        elif not first < each.decay_from_phase < after:
+            problem = f"is {each.decay_from_phase}, a phase with another schedule"
+            if after == first + 1:
+                problem += "; leave it out"
+            else:
+                problem += f"; choose {first + 1}" + (f" to {after - 1}" if after - 1 > first + 1 else "")
+            yield f"{key}.decay_from_phase", problem
+        for index, phase in enumerate(phases[first:after], start=first):
+            if phase.transition and phase.transition.schedule == "restart":
+                yield f"phases.{index}.transition.schedule", f"is restart, which {key}.decay_from_phase excludes"
 
 
 def rollback_knows_the_loss_before(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
@@ -427,6 +443,7 @@ RULES: tuple[Rule, ...] = (
     optimizer_can_change,
     averages_are_of_16_bit_phases,
     averaged_weights_are_there,
+    schedules_begin_after_the_first_phase,
     decay_begins_with_a_phase,
     rollback_knows_the_loss_before,
     quantized_layers_exist,

@@ -207,6 +207,12 @@ class PhaseConfig:
     objective: Objective = "next-token"
     """What the model learns from its sources: the `next-token` of text; or `sft`, supervised fine-tuning: the answers
     of chats, prepared with `--content chats`. Chats do not see one another."""
+    learning_rate: float | None = None
+    """Peak learning rate from this phase on; null: that of the phase before, at first `optimizer.learning_rate`. Muon's
+    rate changes in proportion."""
+    schedule: ScheduleConfig | None = None
+    """A schedule that begins with this phase, warm-up included, and holds until a later phase begins one; the schedule
+    before ends here. null: go on with that of the phase before, at first `schedule`."""
     quantization: QuantConfig | None = None
     """What is quantized in a ternary phase, and how; null: BitNet b1.58 with scales of least squared error."""
     transition: TransitionConfig | None = None
@@ -221,11 +227,15 @@ class PhaseConfig:
             problems["steps"] = f"give exactly one of steps, tokens and fraction, not {' and '.join(given) or 'none'}"
         for name in ("steps", "tokens", "sequence_length"):
             problems |= _at_least(self, name, 1)
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            problems["learning_rate"] = f"is {self.learning_rate}; must be above 0"
         if self.sources is not None and (problem := sources_problem(self.sources)):
             problems["sources"] = problem
         if isinstance(self.fraction, float | int) and not 0 < self.fraction <= 1:
             problems["fraction"] = f"is {self.fraction}; must be above 0 and at most 1"
         transition = self.transition or TransitionConfig()
+        if self.schedule is not None and transition.schedule == "restart":
+            problems["transition.schedule"] = "is restart, but the phase begins a schedule of its own; leave it out"
         if self.precision == "16-bit":
             if self.quantization is not None:
                 problems["quantization"] = "is given for a 16-bit phase; only ternary phases quantize"

@@ -132,7 +132,7 @@ class _Search:
         config, phases = arm.config, arm.plan.phases
         about = [replace(phase, quantization=None, distillation=None) for phase in phases]
         ternary = [phase.quantization is not None for phase in phases]
-        key = repr((config.schedule, config.optimizer, about, ternary, arm.plan.batch))
+        key = repr((arm.plan.curves, config.optimizer, about, ternary, arm.plan.batch))
         if key not in self._sizes:
             self._sizes[key] = [arm.plan.sizes_at(step) for step in range(arm.plan.total_steps)]
         return self._sizes[key]
