@@ -27,14 +27,15 @@ def chat_of(record: Any, origin: str) -> str:
     if not isinstance(messages, list):
         raise DataError(f'{origin}: "{MESSAGES_KEY}" is {type(messages).__name__}; must be a list of messages')
     for number, message in enumerate(messages, start=1):
-        if problem := _message_problem(message):
+        if problem := message_problem(message):
             raise DataError(f"{origin}: message {number} {problem}")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{origin}: no message is the assistant's, so there is nothing to learn from the chat")
     return json.dumps(messages, ensure_ascii=False)
 
 
-def _message_problem(message: Any) -> str | None:
+def message_problem(message: Any) -> str | None:
+    """Say why an object is no message of a chat; None if it is one."""
     if not isinstance(message, dict):
         return f"is {type(message).__name__}; must be an object with role and content"
     role, content = message.get("role"), message.get("content")

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from data.chat_template import ChatTemplate, Message
 from data.config import PrepareConfig, TooLong
 from data.documents import Document
-from data.encoding import Chunk, Encoder, Piece, TextEncoder
+from data.encoding import Chunk, Piece
 from data.errors import DataError
-from data.marks import with_marks
+from data.marks import COUNTS, ids_of, with_marks
 from data.readers import Place
 from data.spans import inside
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -50,13 +50,14 @@ class ChatEncoder:
 
     chunk = ChatChunk
     dtype = np.uint32
+    noun = "chat"
 
     def __init__(self, template: ChatTemplate, most_tokens: int, too_long: TooLong) -> None:
-        self._template, self._most, self._too_long = template, most_tokens, too_long
+        self.template, self._most, self._too_long = template, most_tokens, too_long
         self._known_names: set[str] = set()
 
     def __reduce__(self) -> Any:  # a worker reads the files again
-        return _open_encoder, (self._template.tokenizer.path, self._most, self._too_long)
+        return _open_encoder, (type(self), self.template.tokenizer.path, self._most, self._too_long)
 
     def cut(self, assigned: Iterable[tuple[str, Place, Document]]) -> Iterator[tuple[str, Piece]]:
         """Return chats as they are, each a piece."""
@@ -72,26 +73,27 @@ class ChatEncoder:
         dropped = truncated = 0
         chats: list[NDArray[np.uint32]] = [np.zeros(0, np.uint32)]
         num_bytes = counted = 0
-        sizes = self._template.tokenizer.token_bytes()
+        sizes = self.template.tokenizer.token_bytes()
         for piece in pieces:
             try:
-                ids, counts = self.encode_chat(json.loads(piece.text))
-                is_too_long = len(ids) > self._most
+                tokens = self.marked(json.loads(piece.text))
+                is_too_long = len(tokens) > self._most
                 if is_too_long and self._too_long == "error":
                     raise DataError(
-                        f"the chat has {len(ids)} tokens, and a row {self._most}; prepare with a larger "
-                        "sequence_length, or choose --too-long drop or truncate"
+                        f"the {self.noun} has {len(tokens)} tokens, and a row {self._most}; prepare with a larger "
+                        f"sequence_length, or choose --too-long drop{' or truncate' * (self.noun == 'chat')}"
                     )
             except DataError as error:
                 raise DataError(f"{piece.origin}: {error}") from error
-            ids, counts = ids[: self._most], counts[: self._most]
-            if is_too_long and (self._too_long == "drop" or not counts.any()):
+            tokens = tokens[: self._most]
+            num_counted = int(np.count_nonzero(tokens & np.uint32(COUNTS)))
+            if is_too_long and (self._too_long == "drop" or not num_counted):
                 dropped += 1
                 continue
             truncated += is_too_long
-            num_bytes += int(sizes[ids].sum())
-            counted += int(counts.sum())
-            chats.append(with_marks(ids, counts))
+            num_bytes += int(sizes[ids_of(tokens)].sum())
+            counted += num_counted
+            chats.append(tokens)
         return ChatChunk(
             tokens=np.concatenate(chats),
             documents=len(chats) - 1,
@@ -104,6 +106,10 @@ class ChatEncoder:
             truncated_chats=truncated,
         )
 
+    def marked(self, record: Any) -> NDArray[np.uint32]:
+        """The tokens of a record, with marks; raises what `encode_chat` does."""
+        return with_marks(*self.encode_chat(record))
+
     def encode_chat(self, messages: Sequence[Message]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The tokens of a chat, and whether each is part of an answer.
 
@@ -111,18 +117,18 @@ class ChatEncoder:
             DataError: the template refuses the chat, does not tell its answers apart, or needs a special token that the
                 vocabulary does not have.
         """
-        text, answers = self._template.answers(messages)
-        self._check_names(text, messages)
-        ids, spans = self._template.tokenizer.encode_special_spans(text)
+        text, answers = self.template.answers(messages)
+        self.check_names(text, messages)
+        ids, spans = self.template.tokenizer.encode_special_spans(text)
         counts = inside(spans, answers)
         counts[:1] = False  # nothing comes before it
         if not counts.any():
             raise DataError("the chat template writes no answer of this chat")
         return np.array(ids), counts
 
-    def _check_names(self, text: str, messages: Sequence[Message]) -> None:
+    def check_names(self, text: str, messages: Sequence[Message]) -> None:
         """Make sure that the special tokens that the template writes are tokens."""
-        tokenizer = self._template.tokenizer
+        tokenizer = self.template.tokenizer
         for name in {*SPECIAL_NAME.findall(text)} - self._known_names:
             if len(tokenizer.encode_special(name)) == 1:
                 self._known_names.add(name)
@@ -133,8 +139,8 @@ class ChatEncoder:
                 )
 
 
-def _open_encoder(tokenizer: Path, most_tokens: int, too_long: TooLong) -> ChatEncoder:
-    return ChatEncoder(ChatTemplate(load_tokenizer(tokenizer)), most_tokens, too_long)
+def _open_encoder(kind: type[ChatEncoder], tokenizer: Path, most_tokens: int, too_long: TooLong) -> ChatEncoder:
+    return kind(ChatTemplate(load_tokenizer(tokenizer)), most_tokens, too_long)
 
 
 def template_for(config: PrepareConfig, tokenizer: Tokenizer) -> ChatTemplate:
@@ -144,10 +150,3 @@ def template_for(config: PrepareConfig, tokenizer: Tokenizer) -> ChatTemplate:
         DataError: there is none, or none that can be read.
     """
     return ChatTemplate(tokenizer, None if config.chat_template is None else Path(config.chat_template))
-
-
-def encoder_of(config: PrepareConfig, tokenizer: Tokenizer, sequence_length: int) -> Encoder:
-    """What tokenizes the documents that are prepared; of chats, with the template beside the tokenizer."""
-    if config.content == "text":
-        return TextEncoder(tokenizer, config.lossy_tokenizer)
-    return ChatEncoder(ChatTemplate(tokenizer), sequence_length + 1, config.too_long)

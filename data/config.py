@@ -13,7 +13,7 @@ TRAINED_SPEC = re.compile(r"(bpe|unigram):([1-9][0-9]*)")
 
 Packing = Literal["stream", "best-fit"]
 Compression = Literal["none", "zstd"]
-Content = Literal["text", "chats"]
+Content = Literal["text", "chats", "pairs"]
 TooLong = Literal["error", "drop", "truncate"]
 
 
@@ -31,14 +31,15 @@ class PrepareConfig:
     `bpe:VOCAB` / `unigram:VOCAB` to train one on the inputs."""
 
     content: Content = "text"
-    """`text`, or `chats`: JSON lines, Parquet files and data sets with `messages`, of which a model learns the
-    assistant's answers. Rows of chats are packed best-fit, and chats do not see one another."""
+    """`text`; `chats`: JSON lines, Parquet files and data sets with `messages`, of which a model learns the
+    assistant's answers; or `pairs`: such records with `prompt`, and with a `chosen` and a `rejected` answer. Rows of
+    both are packed best-fit, and chats do not see one another."""
 
     chat_template: str | None = None
-    """For chats: a file with their template, in Jinja; null: the one in the tokenizer's folder."""
+    """For chats and pairs: a file with their template, in Jinja; null: the one in the tokenizer's folder."""
 
     too_long: TooLong = "error"
-    """A chat that does not fit into a row: `error`, `drop` it, or `truncate` it."""
+    """A chat or a pair that does not fit into a row: `error`, or `drop` it, or `truncate` a chat."""
 
     end_of_document: str | None = None
     """Token that ends a document, such as `<|endoftext|>`; by default the one that the tokenizer's files name, and
@@ -78,11 +79,15 @@ class PrepareConfig:
             problems["validation_fraction"] = f"is {self.validation_fraction}; must be 0 or more and below 1"
         if self.validation_inputs and self.validation_fraction:
             problems["validation_inputs"] = "excludes validation_fraction; remove one of them"
-        if self.content == "chats":
+        if self.content != "text":
             if TRAINED_SPEC.fullmatch(self.tokenizer):
-                problems["tokenizer"] = f"is {self.tokenizer}, but chats need a tokenizer that is there; name its file"
+                problems["tokenizer"] = (
+                    f"is {self.tokenizer}, but {self.content} need a tokenizer that is there; name its file"
+                )
             if self.lossy_tokenizer:
-                problems["lossy_tokenizer"] = "is for text; chats are not compared"
+                problems["lossy_tokenizer"] = f"is for text; {self.content} are not compared"
+            if self.content == "pairs" and self.too_long == "truncate":
+                problems["too_long"] = "is truncate, but pairs are compared as a whole; choose error or drop"
         elif self.chat_template is not None:
             problems["chat_template"] = "is for chats; set content to chats"
         elif self.too_long != "error":

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.config import DataConfig, PrepareConfig
+from data.config import Content, DataConfig, PrepareConfig
 from data.errors import DataError
 from data.labels import IGNORED_LABEL, MARKED, Labels, inputs_and_labels
 from data.light_streaming import import_streaming
@@ -85,8 +85,8 @@ class TrainingData:
     """Sequences of one epoch over all ranks."""
     first_token: int | None
     """The token with which documents begin, if they are to be kept apart; of chats `MARKED`."""
-    holds_chats: bool
-    """Whether rows are chats, of which answers alone count."""
+    content: Content
+    """What rows are; of chats and of pairs answers alone count."""
     has_padding: bool
     """Whether the number of labels that count differs between rows."""
 
@@ -107,7 +107,7 @@ class TrainingData:
         self.config = config
         sources = _open(config, vocab_size, rank)
         self.tokenizer_path = sources[0].tokenizer_path
-        self.holds_chats = _hold_chats(sources)
+        self.content = _content(sources)
         self.first_token = _first_token(config, sources)
         labels = _labels(sources)
         self.has_padding = labels is not None
@@ -133,7 +133,7 @@ class TrainingData:
                 sampling_method="balanced",
                 batching_method="random",
             )
-        dataset.vocab_size, dataset.holds_chats = vocab_size, self.holds_chats
+        dataset.vocab_size, dataset.holds_chats = vocab_size, self.content != "text"
         dataset.position = divmod(first_sequence, self.epoch_sequences)
         is_apart = config.workers > 0
         self._loader: DataLoader = DataLoader(
@@ -275,7 +275,7 @@ def fingerprints(
     found = []
     for mixture in mixtures:
         sources = [by_path[source.path] for source in mixture.sources]
-        _hold_chats(sources)
+        _content(sources)
         rows = _rows_of_epoch(mixture, sources, global_batch_sequences)
         found.append(_fingerprint(mixture, sources, rows, global_batch_sequences))
     return found
@@ -296,26 +296,27 @@ def _endless(
             raise DataError(str(error).strip().rpartition(f"{DataError.__module__}.DataError: ")[2]) from error
 
 
-def _hold_chats(sources: Sequence[OpenSource]) -> bool:
-    """Return whether a mixture is one of chats.
+def _content(sources: Sequence[OpenSource]) -> Content:
+    """Return what the rows of a mixture are.
 
     Raises:
-        DataError: it is one of chats and of text.
+        DataError: not all are the same.
     """
-    chats, texts = ([each.source.path for each in sources if each.holds_chats == held] for held in (True, False))
-    if chats and texts:
-        raise DataError(f"{', '.join(chats)}: holds chats, and {', '.join(texts)} text; a phase trains on one of both")
-    return bool(chats)
+    kinds: list[Content] = sorted({each.content for each in sources})
+    paths = [", ".join(each.source.path for each in sources if each.content == kind) for kind in kinds]
+    if len(kinds) > 1:
+        raise DataError(f"{paths[0]}: holds {kinds[0]}, and {paths[1]} {kinds[1]}; a phase trains on one of both")
+    return kinds[0]
 
 
 def _first_token(config: DataConfig, sources: list[OpenSource]) -> int | None:
-    if _hold_chats(sources):
+    if _content(sources) != "text":
         return MARKED
     return sources[0].manifest["end_of_document"] if config.documents == "masked" else None
 
 
 def _labels(sources: list[OpenSource]) -> Labels:
-    if _hold_chats(sources):
+    if _content(sources) != "text":
         return "marked"
     packed = [source for source in sources if source.manifest["options"].get("packing") == "best-fit"]
     return packed[0].manifest["end_of_document"] if packed else None

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from data.chat_template import ChatTemplate
-from data.chats import encoder_of
 from data.config import PrepareConfig
 from data.documents import Document
+from data.encoders import encoder_of
 from data.encoding import Chunk, Tokenize, Work, gather_work, tokenizing
 from data.errors import DataError
 from data.fast_encoding import fast_encoder
@@ -189,7 +189,7 @@ class SharedParts:
         self.parts = [Part(**part) for part in facts["parts"]]
         self.tokenizer = load_tokenizer(self.folder / facts["tokenizer"])
         self.template = None
-        if config.content == "chats":
+        if config.content != "text":
             self.template = ChatTemplate(self.tokenizer)
         else:
             self.tokenizer.fast = fast_encoder(self.tokenizer)

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.config import Content
 from data.errors import DataError
 from data.names import bare_name
 from data.pointers import pointer_problem
 
-FORMAT_VERSION = 1
-CHATS_VERSION = 2
-"""Of folders whose rows have marks (`data.marks`), so that a program that does not know them reads none."""
+VERSIONS: dict[Content, int] = {"text": 1, "chats": 2, "pairs": 3}
+"""Of the format by what rows hold, so that a program that does not know the marks (`data.marks`) reads none."""
 MANIFEST = "manifest.json"
 FILES = "files.json"
 TOKEN_BYTES = "token_bytes.npy"
@@ -66,8 +66,13 @@ def open_prepared(folder: Path, *, may_lack_shards: bool = False) -> dict[str, A
 
 
 def holds_chats(manifest: dict[str, Any]) -> bool:
-    """Return whether the rows of a prepared folder are chats, with marks."""
-    return manifest["format_version"] == CHATS_VERSION
+    """Return whether the rows of a prepared folder are chats, or pairs of them, with marks."""
+    return content_of(manifest) != "text"
+
+
+def content_of(manifest: dict[str, Any]) -> Content:
+    """Return what the rows of a prepared folder are."""
+    return next(content for content, version in VERSIONS.items() if version == manifest["format_version"])
 
 
 def is_yet_to_be_prepared(folder: Path) -> bool:
@@ -94,10 +99,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(manifest, dict):
         raise DataError(f"{path}: not a manifest of prepared data; copy or prepare the folder again")
-    if manifest.get("format_version") not in (FORMAT_VERSION, CHATS_VERSION):
+    if manifest.get("format_version") not in VERSIONS.values():
         raise DataError(
             f"{path}: has format_version {manifest.get('format_version')!r:.80}, but this program reads "
-            f"{FORMAT_VERSION} and {CHATS_VERSION}; prepare the data again"
+            f"{', '.join(map(str, VERSIONS.values()))}; prepare the data again"
         )
     try:
         bare_name(manifest["tokenizer"]["file"])

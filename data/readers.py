@@ -34,6 +34,7 @@ from data.chat_records import MESSAGES_KEY, TOOLS_KEY, chat_of
 from data.config import Content
 from data.documents import READ_BYTES, Document
 from data.errors import DataError
+from data.pair_records import PROMPT_KEY, SIDES, pair_of
 from data.pointers import pointer_problem
 from data.prepared import INDEX
 from data.survey import Survey, split_hub_name, suffix_of, survey
@@ -322,5 +323,6 @@ RECORD_READERS: dict[str, Callable[[Path, Sequence[str], TextOf], Iterator[Docum
 RECORDS: dict[Content, tuple[tuple[str, ...], TextOf]] = {
     "text": ((TEXT_KEY,), _text_of),
     "chats": ((MESSAGES_KEY, TOOLS_KEY), chat_of),
+    "pairs": ((*SIDES, PROMPT_KEY, TOOLS_KEY), pair_of),
 }
 """The keys of a record that are read, of which it must have the first, and what gives its text."""

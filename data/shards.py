@@ -24,21 +24,21 @@ from typing import Any
 
 import numpy as np
 
-from data.chats import encoder_of, template_for
+from data.chats import template_for
 from data.config import TRAINED_SPEC, PrepareConfig
+from data.encoders import encoder_of
 from data.encoding import Chunk, LostWorkerError, Piece, Work, counted_bytes, gather_work, tokenizing
 from data.errors import DataError
 from data.fast_encoding import NAME, fast_encoder
 from data.new_paths import TakenError, exclusive, folder_being_made
 from data.parts import SHARED_FOLDER, SharedParts, assign_splits, plan_id, remove_parts
 from data.prepared import (
-    CHATS_VERSION,
     FILES,
-    FORMAT_VERSION,
     MANIFEST,
     TOKEN_BYTES,
     TRAIN,
     VALIDATION,
+    VERSIONS,
     is_yet_to_be_prepared,
     open_prepared,
 )
@@ -47,9 +47,10 @@ from data.survey import Survey, survey
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_training import copied, place_tokenizer
 from data.transformers_files import CHAT_TEMPLATE
-from data.writers import ChatWriter, PackedWriter, RowWriter
+from data.writers import ChatWriter, PackedWriter, PairWriter, RowWriter
 
 WRITERS = {"stream": RowWriter, "best-fit": PackedWriter}
+MARKED_WRITERS = {"chats": ChatWriter, "pairs": PairWriter}
 COUNTS_SHOWN = ("documents", "text_bytes", "tokens")
 
 KEPT_AFTER = (KeyboardInterrupt, OSError, LostWorkerError)
@@ -157,7 +158,7 @@ def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
         loaded = load_tokenizer(config.tokenizer, config.end_of_document)
         tokenizer = {"tokenizer": f"sha256:{loaded.fingerprint}", "end_of_document": loaded.end_of_document}
-        if config.content == "chats":
+        if config.content != "text":
             template = hashlib.sha256(template_for(config, loaded).self_contained().encode()).hexdigest()
             tokenizer |= {"chat_template": f"sha256:{template}", "too_long": config.too_long}
     return {
@@ -324,7 +325,7 @@ def _build(
 
 def _open_writers(task: _Task, tokenizer: Tokenizer, out: Path, begun: Progress | None) -> dict[str, RowWriter]:
     has_validation = task.config.validation_fraction or task.config.validation_inputs
-    make = ChatWriter if task.config.content == "chats" else WRITERS[task.config.packing]
+    make = WRITERS[task.config.packing] if task.config.content == "text" else MARKED_WRITERS[task.config.content]
     states = begun.writers if begun else {}
     return {
         split: make(out / split, tokenizer, task.sequence_length, task.config.compression, states.get(split))
@@ -379,7 +380,7 @@ def _finish(task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, Row
         sizes = sizes * (text_bytes / num_bytes)
     np.save(out / TOKEN_BYTES, sizes)
     manifest = {
-        "format_version": FORMAT_VERSION if task.config.content == "text" else CHATS_VERSION,
+        "format_version": VERSIONS[task.config.content],
         "options": task.options,
         "sequence_length": task.sequence_length,
         "tokenizer": {"file": tokenizer.path.name, "fingerprint": tokenizer.fingerprint},

@@ -12,6 +12,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from data.config import Content
 from data.errors import DataError
 from data.light_streaming import import_streaming
 from data.marks import ids_of
@@ -24,6 +25,7 @@ from data.prepared import (
     SHARD_HASH,
     TOKEN_BYTES,
     TRAIN,
+    content_of,
     fit_problems,
     holds_chats,
     is_compressed,
@@ -50,8 +52,13 @@ class OpenSource:
 
     @property
     def holds_chats(self) -> bool:
-        """Whether rows are chats, with marks (`data.marks`)."""
-        return holds_chats(self.manifest)
+        """Whether rows are chats, or pairs of them, with marks (`data.marks`)."""
+        return self.content != "text"
+
+    @property
+    def content(self) -> Content:
+        """What rows are."""
+        return content_of(self.manifest)
 
     @property
     def tokenizer_path(self) -> Path:

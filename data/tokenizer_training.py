@@ -40,7 +40,7 @@ def place_tokenizer(config: PrepareConfig, files: Survey, out: Path) -> Tokenize
     """
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
         tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
-        return copied(tokenizer, out, template_for(config, tokenizer) if config.content == "chats" else None)
+        return copied(tokenizer, out, None if config.content == "text" else template_for(config, tokenizer))
     if tokens := [path for path in files.read if suffix_of(path) in TOKEN_KINDS]:
         raise DataError(f"{tokens[0]}: holds tokens, not text to train a tokenizer on; name the one that made it")
     texts = (

@@ -199,6 +199,8 @@ class ChatWriter(PackedWriter):
     """Puts the chats of one split into rows by `data.packing`, with their marks."""
 
     _counts = (*COUNTS, *CHAT_COUNTS)
+    _at_once, _noun = 1, "chat"
+    """Chats that are packed as one, and what these are."""
     counted_tokens = dropped_chats = truncated_chats = 0
 
     @staticmethod
@@ -218,8 +220,8 @@ class ChatWriter(PackedWriter):
         return int(ids_of(tokens).max(initial=0))
 
     def _rows_of(self, tokens: NDArray[np.unsignedinteger]) -> Iterator[NDArray[np.unsignedinteger]]:
-        for chat in np.split(tokens, np.flatnonzero(tokens & np.uint32(BEGINS)))[1:]:
-            yield from self._packer.add(chat)
+        for chats in np.split(tokens, np.flatnonzero(tokens & np.uint32(BEGINS))[:: self._at_once])[1:]:
+            yield from self._packer.add(chats)
 
     def finish(self) -> dict[str, Any]:
         """As of `PackedWriter`.
@@ -228,9 +230,16 @@ class ChatWriter(PackedWriter):
             DataError: there is no chat.
         """
         if not self.documents:
+            truncating = ", or --too-long truncate" if self._noun == "chat" else ""
             raise DataError(
-                f"the {self._folder.name} split has no chat that fits into {self._sequence_length + 1} tokens, of "
-                f"{self.dropped_chats}; choose a larger sequence_length, a larger validation_fraction if it is the "
-                "validation split, or --too-long truncate"
+                f"the {self._folder.name} split has no {self._noun} that fits into {self._sequence_length + 1} "
+                f"tokens, of {self.dropped_chats}; choose a larger sequence_length, a larger "
+                f"validation_fraction if it is the validation split{truncating}"
             )
         return super().finish() | {key: getattr(self, key) for key in CHAT_COUNTS}
+
+
+class PairWriter(ChatWriter):
+    """Puts the pairs of one split into rows, each with its two chats side by side."""
+
+    _at_once, _noun = 2, "pair"

@@ -122,7 +122,7 @@ def switch(run: LoopState, phase: Phase) -> None:
     upcoming = list(in_pieces(needed, plan.length_at(at.step)))
     run.batches = chain(upcoming, run.batches)
     run.teacher = None  # the last phase's makes room for the next
-    if phase.distillation is not None:
+    if phase.has_second_model:
         run.saver.wait()  # it may be writing the teacher
     run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints, run.data.first_token)
     crossing = enter_phase(
@@ -245,7 +245,11 @@ def measure(run: LoopState, when: str) -> None:
     """Log the held-out loss of the weights and of their average."""
     live, rows_2R = run.held_out.measure_rows(run.engine)
     run.pulse.got_on()
-    run.meter.evaluated(live, when, averaged=run.held_out.measure_averaged(run.engine))
+    averaged, of_pairs = (
+        run.held_out.measure_averaged(run.engine),
+        run.held_out.measure_preferences(run.engine, run.teacher),
+    )
+    run.meter.evaluated(live, when, averaged=averaged, of_pairs=of_pairs)
     if when != "interval" and live is not None and run.ranks.is_first:
         at = {"step": run.at.step, "phase": run.at.phase, "when": when}
         note_row_losses(run.folder.path, at, *rows_2R.tolist())

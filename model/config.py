@@ -1,5 +1,6 @@
 """The architecture, and how a student is distilled: what a configuration says of a model. Needs no torch."""
 
+import math
 from dataclasses import dataclass, fields
 from math import inf, isqrt, log
 from typing import Any, ClassVar, Literal
@@ -242,3 +243,20 @@ class DistillationConfig:
         """The block of a model of ``num_layers`` at the depth of the student's block that is compared."""
         layer = 3 * student_layers // 4 if self.relation_layer is None else self.relation_layer
         return layer * num_layers // student_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """How a phase learns from pairs (DPO, arXiv 2305.18290)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    beta: float = 0.1
+    """How soon a gain on the reference model is enough: the loss of a pair is -log sigmoid of beta times the gain of
+    its chosen answer over its rejected one."""
+    length_normalized: bool = False
+    """Whether the gain of an answer is the mean over its tokens, not the sum; beta is then larger, such as 5."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError({"beta": f"is {self.beta}; must be above 0"})

@@ -23,6 +23,11 @@ IGNORED_LABEL = -100
 """The label of a row that does not count, as in torch and Transformers."""
 
 
+def num_labels(labels: Tensor) -> Tensor:
+    """How many labels count, 0-dim, int64."""
+    return (labels != IGNORED_LABEL).sum()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Returns the loss, and of a teacher's apart, without gradient, the cross-entropy and the divergence (else 0)."""
 
@@ -38,13 +43,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         teacher: tuple[Tensor, Tensor] | None = None,
         temperature: float = 1.0,
         teacher_weight: float = 0.0,
+        weights_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs_weight else None
         counts_N = (labels_N != IGNORED_LABEL).to(dtype)
-        share_N = counts_N / counts_N.sum().clamp(min=1)
+        share_N = counts_N / counts_N.sum().clamp(min=1) if weights_N is None else counts_N * weights_N.to(dtype)
         loss, mean_nll, mean_kl = (torch.zeros((), dtype=dtype, device=hidden_ND.device) for _ in range(3))
 
         for start in range(0, len(labels_N), chunk_tokens):
@@ -91,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden_ND = (grad_hidden_ND * grad_loss).to(grad_hidden_ND.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden_ND, grad_weight_VD, *(None,) * 7
+        return grad_hidden_ND, grad_weight_VD, *(None,) * 8
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -166,6 +172,24 @@ def linear_cross_entropy(
         # A Function's needs_input_grad says what the inputs want, also where no gradient will be asked for.
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk_tokens, z_loss, compiled)[0]
+    return loss
+
+
+def weighted_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    chunk_tokens: int,
+    compiled: GradientOfLogits | None = None,
+) -> Tensor:
+    """As `linear_cross_entropy`, without z-loss: the sum of the labels' cross-entropies, each times its own weight.
+
+    Weights may have any sign, and get no gradient.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden_ND, weight_VD, labels_N, chunk_tokens, 0.0, compiled, None, 1.0, 0.0, weights_N
+    )[0]
     return loss
 
 

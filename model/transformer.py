@@ -28,6 +28,7 @@ from model.config import DistillationConfig, ModelConfig
 from model.distillation import Lesson, relation_loss, watched_projections
 from model.documents import MARKED, documents_of
 from model.loss import GradientOfLogits, distillation_loss, linear_cross_entropy, token_nll_and_misses
+from model.preference import Reference, preference_loss
 from model.rotary import rotary_tables, rotate
 
 
@@ -230,14 +231,15 @@ class Output(NamedTuple):
     """`[B, T, V]`, in the parameters' dtype."""
     loss: Tensor | None = None
     """What training minimizes, 0-dim: the mean cross-entropy of the labels that count, plus the z-loss; with a teacher
-    also the weighted divergences."""
+    also the weighted divergences; with a reference the mean loss of pairs alone."""
     token_nll: Tensor | None = None
     """Cross-entropy of every label, in the shape of the labels, 0 at -100; without z-loss and without gradient."""
     token_misses: Tensor | None = None
     """Beside `token_nll`, if asked for: 1 where a label is not the likeliest token, else 0."""
     parts: Tensor | None = None
     """With a teacher, `[3]`, without gradient and unweighted, in this order: cross-entropy, divergence from the
-    teacher's predictions, and from its attention relations."""
+    teacher's predictions, and from its attention relations. With a reference, those of
+    `model.preference.preferences`."""
 
 
 class Transformer(nn.Module):
@@ -264,7 +266,7 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         labels_BT: Tensor | None = None,
         reduction: Literal["mean", "none", "greedy"] = "mean",
-        teacher: Lesson | None = None,
+        teacher: Lesson | Reference | None = None,
     ) -> Output:
         """Compute logits, the training loss, or the loss of every token.
 
@@ -274,15 +276,21 @@ class Transformer(nn.Module):
                 left out. Without labels the output has `logits`.
             reduction: with "mean" the output has `loss`, with "none" it has `token_nll`; labels may then be
                 `[B, T, A]`, A for each place. "greedy" is "none" with `token_misses` too.
-            teacher: a lesson on the same tokens, for reduction "mean"; the output then has `parts` too.
+            teacher: a lesson on the same tokens, or what the reference of preferences gives for them, for reduction
+                "mean"; the output then has `parts` too.
         """
-        if teacher is not None and labels_BT is not None:
+        if isinstance(teacher, Lesson) and labels_BT is not None:
             return self._taught(tokens_BT, labels_BT, teacher)
         hidden_BTD, head_VD = self.model(tokens_BT), self.head
         if labels_BT is None:
             return Output(logits=F.linear(hidden_BTD, head_VD))
         hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten(0, 1)
         chunk_tokens, z_loss = self.config.loss_chunk_tokens, self.config.z_loss
+        if isinstance(teacher, Reference):
+            loss, parts = preference_loss(
+                hidden_ND, head_VD, tokens_BT, labels_BT, chunk_tokens, teacher, self.gradient_of_logits
+            )
+            return Output(loss=loss, parts=parts)
         if reduction != "mean":
             greedy = reduction == "greedy"
             nll_N, misses_N = token_nll_and_misses(hidden_ND, head_VD, labels_N, chunk_tokens, misses=greedy)

@@ -14,12 +14,16 @@ def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, hf:NAME:SPLIT or python-stdlib.")],
     out: Annotated[str, typer.Option(help="Folder to create, or the URL of one in a store.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer file or hf:NAME; bpe:VOCAB or unigram:VOCAB trains one.")],
-    content: Annotated[Content, typer.Option(help="The inputs hold text, or chats to learn answers from.")] = "text",
+    content: Annotated[
+        Content, typer.Option(help="The inputs hold text, chats to learn answers from, or pairs to prefer one of.")
+    ] = "text",
     chat_template: Annotated[
-        str | None, typer.Option(help="File with the template of chats; default: the one beside the tokenizer.")
+        str | None,
+        typer.Option(help="File with the template of chats and pairs; default: that beside the tokenizer."),
     ] = None,
     too_long: Annotated[
-        TooLong, typer.Option(help="A chat longer than a row: an error, left out, or cut at its end.")
+        TooLong,
+        typer.Option(help="A chat or pair longer than a row: an error, left out, or, a chat, cut at its end."),
     ] = "error",
     end_of_document: Annotated[
         str | None, typer.Option(help="Token that ends a document; default: the one that the tokenizer's files name.")
@@ -45,7 +49,7 @@ def prepare(
     ] = None,
     scratch: Annotated[str | None, typer.Option(help="For a URL: local folder to make the files in.")] = None,
 ) -> None:
-    """Tokenize text or chats into shards for training."""
+    """Tokenize text, chats or pairs into shards for training."""
     from data.shards import PrepareConfig
     from launcher.commands.prepare import prepare_with_progress
     from launcher.commands.upload import is_url, prepare_in_store

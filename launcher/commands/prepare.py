@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from data.config import Content
 from data.prepared import FILES
 from data.shards import PrepareConfig, PrepareProgress, prepare
 from data.survey import Survey
@@ -61,9 +62,9 @@ def prepare_with_progress(
             f"Each document ends with {manifest['end_of_document_token']} (token {manifest['end_of_document']})"
         )
     compared, changed = manifest["compared_documents"], manifest["changed_documents"]
-    if config.content == "chats":
+    if config.content != "text":
         for name, split in manifest["splits"].items():
-            console.line(chats_sentence(name, split))
+            console.line(chats_sentence(name, split, config.content))
     elif config.lossy_tokenizer:
         console.line(
             f"The tokenizer changes text: {changed:,} of {compared:,} documents that were decoded and compared"
@@ -80,12 +81,12 @@ def prepare_with_progress(
     console.line(f"Prepared in {time.perf_counter() - started:.1f} s")
 
 
-def chats_sentence(name: str, split: dict[str, Any]) -> str:
-    """The tokens of a split of chats that are to be predicted, and the chats that were too long."""
+def chats_sentence(name: str, split: dict[str, Any], content: Content) -> str:
+    """The tokens of a split of chats or pairs that are to be predicted, and those that were too long."""
     share = split["counted_tokens"] / split["tokens"]
     long = {"dropped": split["dropped_chats"], "truncated": split["truncated_chats"]}
     more = "".join(f"; {count:,} too long, {done}" for done, count in long.items() if count)
-    return f"{name}: {split['documents']:,} chats, {share:.2%} of their tokens are answers{more}"
+    return f"{name}: {split['documents']:,} {content}, {share:.2%} of their tokens are answers{more}"
 
 
 def remaining(progress: PrepareProgress) -> str:

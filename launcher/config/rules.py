@@ -361,6 +361,16 @@ def teacher_is_in_16_bits(phases: "Phases", checkpoint: "CheckpointConfig") -> P
                 yield f"{path}.teacher", "is missing; the phase before is ternary, so name a teacher in 16 bits"
 
 
+def preferences_have_a_reference(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
+    """A phase of preferences begins with a model that has learned something."""
+    if phases and phases[0].objective == "dpo" and not checkpoint.start_from:
+        yield (
+            "phases.0.objective",
+            "is dpo, which compares with the model that the phase begins with, but no model comes before the first "
+            "phase; name one in checkpoint.start_from",
+        )
+
+
 def relations_are_of_a_block(phases: "Phases", model: ModelConfig) -> Problems:
     """The block whose attention is compared exists."""
     for _, path, distillation in _distillations(phases):
@@ -451,6 +461,7 @@ RULES: tuple[Rule, ...] = (
     codes_can_be_gathered,
     calibration_has_16_bit_weights,
     teacher_is_in_16_bits,
+    preferences_have_a_reference,
     relations_are_of_a_block,
     relations_can_be_seen,
     relations_are_within_documents,

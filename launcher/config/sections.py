@@ -22,11 +22,11 @@ from launcher.config.rules import local_problem, mistaken_path, spanning_problem
 from launcher.config.strict import STRICT
 from launcher.config.transition import TransitionConfig
 from launcher.config.warmups import BatchStage, LengthStage, order_problems
-from model.config import DistillationConfig, ModelConfig
+from model.config import DistillationConfig, ModelConfig, PreferenceConfig
 from quant.config import QuantConfig, soft_problem
 from quant.ramp import RampConfig
 
-Objective = Literal["next-token", "sft"]
+Objective = Literal["next-token", "sft", "dpo"]
 
 TrackerName = Literal["wandb", "trackio", "mlflow"]
 """As its package and Tritrain's extra are named."""
@@ -205,8 +205,11 @@ class PhaseConfig:
     """Tokens of a sequence from this phase on: rows are cut into pieces of this length, which must divide
     data.sequence_length; null: that of the phase before, at first data.sequence_length."""
     objective: Objective = "next-token"
-    """What the model learns from its sources: the `next-token` of text; or `sft`, supervised fine-tuning: the answers
-    of chats, prepared with `--content chats`. Chats do not see one another."""
+    """What the model learns from its sources: the `next-token` of text; `sft`, supervised fine-tuning: the answers of
+    chats, prepared with `--content chats`; or `dpo`, direct preference optimization: which of two answers is the better
+    one, from pairs, prepared with `--content pairs`. Chats do not see one another."""
+    preference: PreferenceConfig | None = None
+    """How the pairs of a `dpo` phase are compared; null: with the defaults."""
     learning_rate: float | None = None
     """Peak learning rate from this phase on; null: that of the phase before, at first `optimizer.learning_rate`. Muon's
     rate changes in proportion."""
@@ -236,6 +239,16 @@ class PhaseConfig:
         transition = self.transition or TransitionConfig()
         if self.schedule is not None and transition.schedule == "restart":
             problems["transition.schedule"] = "is restart, but the phase begins a schedule of its own; leave it out"
+        if self.objective == "dpo":
+            if self.distillation is not None:
+                problems["distillation"] = "is given for objective dpo, which compares with the phase's own beginning"
+            if transition.optimizer == "rescale" and transition.rescale_factor is None:
+                problems["transition.optimizer"] = (
+                    "is rescale, which measures gradients before the phase, where dpo has none; set "
+                    "transition.rescale_factor, or choose another"
+                )
+        elif self.preference is not None:
+            problems["preference"] = f"is given for objective {self.objective}; only dpo learns from pairs"
         if self.precision == "16-bit":
             if self.quantization is not None:
                 problems["quantization"] = "is given for a 16-bit phase; only ternary phases quantize"

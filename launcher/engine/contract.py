@@ -22,6 +22,7 @@ from launcher.engine.averaging import Average
 from launcher.engine.muon import MuonAdamW
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
+from model.preference import Reference
 from model.size import is_matrix
 from model.transformer import Decoder, Output
 
@@ -78,7 +79,7 @@ class Engine(ABC):
         tokens_BT: Tensor,
         labels_BT: Tensor | None = None,
         reduction: str = "mean",
-        teacher: Lesson | None = None,
+        teacher: Lesson | Reference | None = None,
     ) -> Output:
         """Run the model; the arguments are those of `model.transformer.Transformer.forward`."""
 

@@ -24,6 +24,7 @@ from launcher.engine.matrices import Piece
 from launcher.engine.muon import MuonAdamW, build_optimizer
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
+from model.preference import Reference
 from model.size import is_matrix
 from model.transformer import Output
 from quant.gather import CodeGather
@@ -140,7 +141,7 @@ class FSDPEngine(Engine):
         tokens_BT: Tensor,
         labels_BT: Tensor | None = None,
         reduction: str = "mean",
-        teacher: Lesson | None = None,
+        teacher: Lesson | Reference | None = None,
     ) -> Output:
         if self._code_gather is not None:
             self._code_gather.prepare()

@@ -25,6 +25,7 @@ from launcher.engine.muon import MuonAdamW, build_optimizer
 from launcher.errors import ConfigError
 from launcher.plan.schedule import StepSizes
 from model.distillation import Lesson
+from model.preference import Reference
 from model.size import is_matrix
 from model.transformer import Output
 from quant.keeper import CodeKeeper
@@ -165,7 +166,7 @@ class ZeroEngine(Engine):
         tokens_BT: Tensor,
         labels_BT: Tensor | None = None,
         reduction: str = "mean",
-        teacher: Lesson | None = None,
+        teacher: Lesson | Reference | None = None,
     ) -> Output:
         self._codes.prepare()
         return self._engine(tokens_BT, labels_BT, reduction=reduction, teacher=teacher)

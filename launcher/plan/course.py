@@ -19,7 +19,7 @@ from launcher.plan.batches import GlobalBatch, ceil_div, length_stages, shortest
 from launcher.plan.curves import Curve, curves_of
 from launcher.plan.objectives import check_rows_are_whole
 from launcher.plan.schedule import StepSizes
-from model.config import DistillationConfig
+from model.config import DistillationConfig, PreferenceConfig
 from model.size import flops_per_token
 from quant.config import QuantConfig
 from quant.ramp import strength_at
@@ -42,6 +42,13 @@ class Phase:
     sequence_length: int | None = None
     """Tokens of a sequence, but for stages of `training.sequence_warmup` that are shorter; None: rows are whole."""
     objective: Objective = "next-token"
+    preference: PreferenceConfig | None = None
+    """How pairs are compared, of a phase of `dpo`; None of any other."""
+
+    @property
+    def has_second_model(self) -> bool:
+        """Whether a frozen model runs beside the one that learns: a teacher, or the reference of preferences."""
+        return self.distillation is not None or self.preference is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,12 +201,12 @@ class Course:
         return statistics.mean(self.strengths_at(step)[1])
 
     def flops_per_token_at(self, step: int) -> int:
-        """Model FLOPs of training on one token in the step of this number; a teacher adds a forward pass.
+        """Model FLOPs of training on one token in the step of this number; a frozen model adds a forward pass.
 
-        A teacher counts as a model of the same size.
+        That one, a teacher or the reference of preferences, counts as of the same size.
         """
         flops = flops_per_token(self.config.model, self.length_at(step))
-        return flops + (flops // 3 if self.phase_of(step).distillation else 0)
+        return flops + (flops // 3 if self.phase_of(step).has_second_model else 0)
 
     @property
     def total_flops(self) -> int:
@@ -402,6 +409,7 @@ def _resolve_phases(config: Config, batch: GlobalBatch, rollbacks: Mapping[int, 
                 optimizer,
                 *of_data,
                 objective=phase.objective,
+                preference=(phase.preference or PreferenceConfig()) if phase.objective == "dpo" else None,
             )
         )
     return tuple(phases)

@@ -19,8 +19,8 @@ from data.hub_tokenizer import is_on_hub
 from data.mixture import rows_per_epoch
 from data.prepared import (
     TRAIN,
+    content_of,
     fit_problems,
-    holds_chats,
     is_compressed,
     is_yet_to_be_prepared,
     read_manifest,
@@ -112,7 +112,7 @@ def _source_problems(config: Config) -> Iterator[tuple[str, str]]:
         manifests[path] = manifest
         for phase in course.phases:
             if path in [source.path for source in phase.sources] and (
-                problem := objective_problem(phase, holds_chats=holds_chats(manifest))
+                problem := objective_problem(phase, content_of(manifest))
             ):
                 yield key, problem
                 break
@@ -192,7 +192,7 @@ def _checkpoints(config: Config) -> Iterator[tuple[str, str]]:
     to_do = [phase for phase in phases if phase.end > max(saved, default=0)]
     if checkpoint.start_from is not None:
         first = phases[checkpoint.start_phase]
-        is_teacher = first.distillation is not None and first.distillation.teacher is None
+        is_teacher = first.has_second_model and (first.distillation is None or first.distillation.teacher is None)
         # A run that `tritrain convert` has made holds what it begins with.
         if not saved or (is_teacher and first in to_do and first.start not in saved):
             named.append(("checkpoint.start_from", checkpoint.start_from))

@@ -159,7 +159,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         del sizes["average"]
     if engine.offload == "all":
         sizes["weights"] = sizes["gradients"] = gathered
-    if any(phase.distillation for phase in plan.phases):
+    if any(phase.has_second_model for phase in plan.phases):
         sizes["teacher"] = gathered + (compute_bytes * parameters / shards if engine.offload != "all" else 0)
     sizes["activations"] = max(
         activation_bytes(
@@ -172,7 +172,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         )
         for quantized in modes(plan)
     )
-    holds_chats = any(phase.objective == "sft" for phase in plan.phases)
+    holds_chats = any(phase.objective != "next-token" for phase in plan.phases)
     if holds_chats or config.data.documents == "masked":  # what each token sees, and the rotary tables of every row
         length = config.data.sequence_length
         tables = 2 * config.model.head_width * (4 if config.model.rounds_once else compute_bytes)

@@ -66,7 +66,8 @@ def baseline_of(config: Config, baseline: Baseline) -> Config:
     if is_one:
         has_total = config.training.total_steps or config.training.total_tokens
         length: dict[str, Any] = {"fraction": 1.0} if has_total else {"steps": make_course(config).total_steps}
-        phases = [PhaseConfig(**length, **about, sources=first.sources, sequence_length=first.sequence_length)]
+        kept = {name: getattr(first, name) for name in ("sources", "sequence_length", "objective", "preference")}
+        phases = [PhaseConfig(**length, **about, **kept)]
     else:
         phases = [replace(phase, transition=_without_ramps(phase.transition), **about) for phase in config.phases]
     optimizer = config.optimizer
@@ -95,7 +96,16 @@ def _rounded_at_the_end(config: Config, quantization: QuantConfig | None) -> Con
     ]
     calibration = CalibrationConfig(sequences=CALIBRATION_SEQUENCES)
     transition = TransitionConfig(calibration=calibration)
-    phases.append(PhaseConfig(precision="ternary", steps=1, quantization=quantization, transition=transition))
+    phases.append(
+        PhaseConfig(
+            precision="ternary",
+            steps=1,
+            quantization=quantization,
+            transition=transition,
+            objective=phases[-1].objective,
+            preference=phases[-1].preference,
+        )
+    )
     tree = to_tree(config) | {"phases": [to_tree(phase) for phase in phases]}
     tree["training"] |= {"total_steps": None, "total_tokens": None}
     last = course.curves[-1]

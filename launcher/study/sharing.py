@@ -130,7 +130,7 @@ class _Search:
     def sizes_of(self, arm: Arm) -> list[StepSizes]:
         """The rates of each step; arms that differ in nothing that they follow from share one list."""
         config, phases = arm.config, arm.plan.phases
-        about = [replace(phase, quantization=None, distillation=None) for phase in phases]
+        about = [replace(phase, quantization=None, distillation=None, preference=None) for phase in phases]
         ternary = [phase.quantization is not None for phase in phases]
         key = repr((arm.plan.curves, config.optimizer, about, ternary, arm.plan.batch))
         if key not in self._sizes:

@@ -41,6 +41,11 @@ def calibrating(console: Console) -> Contents:
     ) -> tuple[dict[str, FileRecord], Manifest]:
         phase, at = course.phases[course.config.checkpoint.start_phase], first_progress(course)
         assert phase.quantization is not None
+        if phase.preference is not None:
+            raise ConfigError(
+                f"phases.{phase.index}.objective: is dpo, which compares with the model that the phase begins with; a "
+                "run that begins calibrated does not hold it"
+            )
         if phase.distillation is not None and phase.distillation.teacher is None:
             raise ConfigError(
                 f"phases.{phase.index}.distillation.teacher: is missing; a run that begins calibrated does not hold "

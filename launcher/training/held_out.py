@@ -19,8 +19,12 @@ from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks, everyones
 from launcher.training.averaging import averaged_weights
 from launcher.training.mixtures import template_of
+from launcher.training.teacher import Teacher
+from model.preference import chosen_labels
 
 SAMPLE_WINDOW_TOKENS = 256
+PREFERENCES = ("validation/preference_loss", "validation/reward_margin", "validation/reward_accuracy")
+"""The keys of `model.transformer.Output.parts` of held-out pairs."""
 UNTRAINED_ROWS = 16
 """Held-out rows that an untrained model computes."""
 
@@ -40,6 +44,7 @@ class HeldOut:
         self.of = of or config.data
         self._plan, self._ranks = plan, ranks
         self._tokenizer_path = data.tokenizer_path
+        self._pairs: list[tuple[Tensor, Tensor]] = []
         self._batches = []
         if config.data.validation_rows:
             self._batches = validation_rows(
@@ -49,6 +54,10 @@ class HeldOut:
                 rank=ranks.rank,
                 world_size=ranks.world_size,
             )
+        if any(phase.preference and plan.held_out_of(phase) == self.of for phase in plan.phases):
+            # The loss of text is that of the chosen answers; both sides are for `measure_preferences`.
+            self._pairs = self._batches
+            self._batches = [(tokens_BT, chosen_labels(tokens_BT, labels_BT)) for tokens_BT, labels_BT in self._pairs]
         self._first_token = held_out_first_token(self.of, config.model.vocab_size)
         self._token_bytes_V = token_bytes(self.of, config.model.vocab_size)
 
@@ -78,6 +87,23 @@ class HeldOut:
             loss = self._loss(counted, self._batches)
         dist.all_reduce(sums_2R)
         return loss, sums_2R[:, sums_2R[1] > 0]
+
+    def measure_preferences(self, engine: Engine, reference: Teacher | None) -> dict[str, float]:
+        """Return the means over the held-out pairs, by keys of the log; nothing where there are none."""
+        if not self._pairs or reference is None:
+            return {}
+        sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
+        with engine.keeping_apart(self._first_token), torch.no_grad():
+            for tokens_BT, labels_BT in self._pairs:
+                tokens_BT, labels_BT = tokens_BT.to(engine.device), labels_BT.to(engine.device)
+                units = reference.units(tokens_BT, labels_BT).double()
+                with reference.teaching(tokens_BT, labels_BT) as lesson:
+                    parts = engine.forward(tokens_BT, labels_BT, teacher=lesson).parts
+                assert parts is not None
+                sums += torch.cat([parts.double() * units, units[None]])
+        dist.all_reduce(sums)
+        *totals, count = sums.tolist()
+        return {key: total / count for key, total in zip(PREFERENCES, totals, strict=True)}
 
     def measure_averaged(self, engine: Engine) -> HeldOutLoss | None:
         """Return the held-out loss of the averaged weights; None if no step is averaged, or no rows are held out."""

@@ -3,6 +3,8 @@
 import math
 import resource
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,6 +45,10 @@ LOSS_PARTS = ("train/cross_entropy", "train/distillation_loss", "train/relation_
 
 TRAINED, EVALUATED = "train/learning_rate", "validation/when"
 """Keys that every row of a training step has, and every row of a held-out loss, whatever is not finite in it."""
+
+
+PREFERENCE_PARTS = ("train/preference_loss", "train/reward_margin", "train/reward_accuracy")
+"""The same of a phase of preferences; the first is the loss itself."""
 
 
 class Meter:
@@ -152,7 +158,8 @@ class Meter:
         if self._parts_sum is not None:
             dist.all_reduce(self._parts_sum)
             means = (self._parts_sum / self._ranks.world_size / taken).tolist() if taken else [math.nan] * 3
-            row |= dict(zip(LOSS_PARTS, means, strict=True))
+            keys = LOSS_PARTS if self._plan.phases[self._at.phase].preference is None else PREFERENCE_PARTS
+            row |= dict(zip(keys, means, strict=True))
         if self._peak is not None:
             flops_per_token = self._plan.flops_per_token_at(self._at.step - 1)
             achieved = tokens_per_second * flops_per_token / self._ranks.world_size
@@ -195,8 +202,9 @@ class Meter:
         text: str = "held-out text",
         *,
         averaged: HeldOutLoss | None = None,
+        of_pairs: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Log the held-out loss of ``text``, and that of the averaged weights."""
+        """Log the held-out loss of ``text``, that of the averaged weights, and what was measured of held-out pairs."""
         if result is not None and self._log is not None:
             of_average = {}
             if averaged is not None:
@@ -211,6 +219,7 @@ class Meter:
                     "validation/bits_per_byte": result.bits_per_byte,
                     EVALUATED: when,
                     **of_average,
+                    **of_pairs,
                     "time/elapsed_seconds": self.elapsed_seconds,
                 }
             )
@@ -218,5 +227,6 @@ class Meter:
                 f"{self._row()['precision']}, step {self._at.step}, {when}: {result.bits_per_byte:.4f} bits per byte "
                 f"of {text} ({result.nats_per_token:.4f} nats per token)"
                 + (f"; averaged weights: {averaged.bits_per_byte:.4f}" if averaged else "")
+                + "".join(f"; {key.rpartition('/')[2].replace('_', ' ')}: {each:.4f}" for key, each in of_pairs.items())
             )
         self.restart_clock()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import DataError
-from data.loader import IGNORED_LABEL, TrainingData
+from data.loader import TrainingData
 from launcher.engine.contract import Engine
 from launcher.engine.muon import MuonAdamW
 from launcher.plan.course import Phase
@@ -21,6 +21,7 @@ from launcher.process.ranks import Ranks
 from launcher.training.guard import SpikeGuard
 from launcher.training.teacher import Teacher
 from launcher.training.telemetry import Telemetry
+from model.loss import num_labels
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Tokens and labels of one micro-batch after another."""
@@ -61,8 +62,8 @@ def accumulate_gradients(
 ) -> BatchResult:
     """Run one global batch forward and backward, observed by ``telemetry``.
 
-    The loss is the mean over all labels of the global batch that count. Without padding each micro-batch has as many,
-    so that it is the mean of their means.
+    The loss is the mean over all labels of the global batch that count, or over its pairs. Without padding each
+    micro-batch has as many, so that it is the mean of their means.
 
     Args:
         engine: to be run.
@@ -78,7 +79,8 @@ def accumulate_gradients(
         asked = time.perf_counter()
         ahead = list(islice(batches, num_micro_batches))
         waited_seconds += time.perf_counter() - asked
-        batches, weights = iter(ahead), label_weights([labels_BT for _, labels_BT in ahead], engine.device)
+        units = (lambda _, labels_BT: num_labels(labels_BT)) if teacher is None else teacher.units
+        batches, weights = iter(ahead), weights_in_mean([units(*each) for each in ahead], engine.device)
     parts_sum = torch.zeros(3, device=engine.device)
     for index in range(num_micro_batches):
         asked = time.perf_counter()
@@ -88,7 +90,7 @@ def accumulate_gradients(
         tokens_BT, labels_BT = to_device(tokens_BT, engine.device), to_device(labels_BT, engine.device)
         if telemetry is not None and index == 0:
             telemetry.look(engine, tokens_BT, labels_BT)
-        with nullcontext() if teacher is None else teacher.teaching(tokens_BT) as lesson:
+        with nullcontext() if teacher is None else teacher.teaching(tokens_BT, labels_BT) as lesson:
             output = engine.forward(tokens_BT, labels_BT, teacher=lesson)
         assert output.loss is not None
         loss = output.loss * weights[index] / num_micro_batches
@@ -108,21 +110,20 @@ def in_pieces(batches: Iterable[tuple[Tensor, Tensor]], length: int) -> Batches:
         yield tokens_BT.reshape(-1, length), labels_BT.reshape(-1, length)
 
 
-def label_weights(labels: Sequence[Tensor], device: torch.device) -> Tensor:
+def weights_in_mean(units: Sequence[Tensor], device: torch.device) -> Tensor:
     """Weights of the means of this rank's micro-batches in the mean over the global batch; a collective.
 
     Args:
-        labels: of each micro-batch, in the memory of the host.
+        units: how many labels, or pairs, each is the mean of, 0-dim, in the memory of the host.
         device: of the result.
 
     Returns:
-        The labels of each that count, over the mean of all micro-batches of all ranks; fp32, without a wait for the
-        device.
+        Those of each, over the mean of all micro-batches of all ranks; fp32, without a wait for the device.
     """
-    counts = to_device(torch.stack([(each != IGNORED_LABEL).sum() for each in labels]), device).double()
+    counts = to_device(torch.stack([*units]), device).double()
     total = counts.sum()
     dist.all_reduce(total)
-    return (counts * (len(labels) * dist.get_world_size()) / total.clamp(min=1)).float()
+    return (counts * (len(units) * dist.get_world_size()) / total.clamp(min=1)).float()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -151,7 +152,7 @@ def check_objective(phase: Phase, data: TrainingData) -> None:
     Raises:
         DataError: it does not.
     """
-    if problem := objective_problem(phase, holds_chats=data.holds_chats):
+    if problem := objective_problem(phase, data.content):
         data.close()
         raise DataError(f"{', '.join(source.path for source in phase.sources)}: {problem}")
 

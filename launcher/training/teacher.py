@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -29,7 +30,10 @@ from launcher.inference.build import sharded_model
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
+from model.config import PreferenceConfig
 from model.distillation import DistillationConfig, Lesson
+from model.loss import num_labels
+from model.preference import Reference, num_pairs
 from model.size import parameter_shapes
 from model.transformer import ModelConfig, Transformer
 
@@ -49,14 +53,46 @@ class Teacher:
         self._config, self._student_layers, self.identity = config, student_layers, identity
 
     @contextmanager
-    def teaching(self, tokens_BT: Tensor) -> Iterator[Lesson]:
+    def teaching(self, tokens_BT: Tensor, labels_BT: Tensor) -> Iterator[Lesson | Reference]:
         """Yield the lesson on a micro-batch; the head stays gathered within the block, and is freed after it."""
         yield self._model.teach(tokens_BT, self._config, self._student_layers)
         self._model.reshard()
 
+    def units(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """How much a micro-batch counts in the mean over the global batch: its labels; 0-dim, int64."""
+        return num_labels(labels_BT)
+
+
+class ReferenceModel(Teacher):
+    """The model that a phase of preferences begins with, and is compared with.
+
+    Args:
+        model: as `shard_teacher` returns it.
+        config: of the comparison.
+        identity: as of `Teacher`.
+    """
+
+    def __init__(self, model: Transformer, config: PreferenceConfig, identity: str) -> None:
+        self._model: Any = model
+        self._preference, self.identity = config, identity
+
+    @contextmanager
+    def teaching(self, tokens_BT: Tensor, labels_BT: Tensor) -> Iterator[Lesson | Reference]:
+        """Yield the reference's log-probabilities of a micro-batch."""
+        with torch.no_grad():
+            nll_BT = self._model(tokens_BT, labels_BT, reduction="none").token_nll
+        self._model.reshard()
+        yield Reference(nll_BT, self._preference)
+
+    def units(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """As of `Teacher`: its pairs."""
+        return num_pairs(tokens_BT, labels_BT)
+
 
 def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path, first_token: int | None) -> Teacher | None:
-    """Build the teacher of a phase and read its weights; a collective. None where the phase does not distill.
+    """Build the teacher of a phase and read its weights; a collective. None where the phase has none.
+
+    The reference of preferences is such a model too, but computes in the precision that its checkpoint says.
 
     Args:
         plan: of the run.
@@ -68,17 +104,22 @@ def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path, firs
     Raises:
         CheckpointError: it is gone, damaged, not in 16 bits, or cannot teach this model.
     """
-    if phase.distillation is None:
+    if not phase.has_second_model:
         return None
+    key = "objective" if phase.distillation is None else "distillation"
     try:
         source = open_source(teacher_location(plan, phase, checkpoints))
         check_sound(source, ranks)
-        model = teacher_model(source, plan)
+        model = teacher_model(source, plan, may_be_ternary=phase.preference is not None)
     except CheckpointError as error:
-        raise CheckpointError(f"phases.{phase.index}.distillation: no such teacher can be had. {error}") from error
+        raise CheckpointError(f"phases.{phase.index}.{key}: no such teacher can be had. {error}") from error
     identity = source.manifest.digest if isinstance(source, CheckpointReader) else source.location
-    sharded = shard_teacher(source, model, plan, ranks)
+    precision = computed_precision(source) if phase.preference else None
+    sharded = shard_teacher(source, model, plan, ranks, precision or Precision.in_16_bits(model.num_layers))
     sharded.model.first_token = first_token
+    if phase.preference is not None:
+        return ReferenceModel(sharded, phase.preference, identity)
+    assert phase.distillation is not None
     return Teacher(sharded, phase.distillation, plan.config.model.num_layers, identity)
 
 
@@ -108,7 +149,7 @@ def teacher_location(plan: Plan, phase: Phase, checkpoints: Path) -> str:
     return str(own)
 
 
-def teacher_model(source: Source, plan: Plan) -> ModelConfig:
+def teacher_model(source: Source, plan: Plan, *, may_be_ternary: bool = False) -> ModelConfig:
     """The architecture of a teacher: what it says of itself, or, where it says nothing, the run's.
 
     Raises:
@@ -117,7 +158,7 @@ def teacher_model(source: Source, plan: Plan) -> ModelConfig:
     config = plan.config
     model = model_of(source) or config.model
     problems = []
-    if is_ternary(source):
+    if is_ternary(source) and not may_be_ternary:
         problems.append("it is ternary; a teacher must be in 16 bits")
     if model.vocab_size != config.model.vocab_size:
         problems.append(f"its vocab_size is {model.vocab_size}, the model's {config.model.vocab_size}")
@@ -136,13 +177,13 @@ def is_ternary(source: Source) -> bool:
     return precision is not None and precision.quantization is not None
 
 
-def shard_teacher(source: Source, config: ModelConfig, plan: Plan, ranks: Ranks) -> Transformer:
+def shard_teacher(source: Source, config: ModelConfig, plan: Plan, ranks: Ranks, precision: Precision) -> Transformer:
     """Build a frozen model in the compute dtype, shard it over all ranks, and read this rank's share of its weights."""
     training, engine = plan.config.training, plan.config.engine
     model = sharded_model(
         source,
         config,
-        Precision.in_16_bits(config.num_layers),
+        precision,
         COMPUTE_DTYPES[training.compute_dtype],
         ranks,
         compile_blocks=training.compile is True,

@@ -128,7 +128,7 @@ def test_rows_hold_each_chat_once_with_its_answers(tmp_path: Path, template: str
     loaded = TrainingData(
         config, vocab_size=tokenizer.vocab_size, global_batch_sequences=1, micro_batch_sequences=1, rank=0, world_size=1
     )
-    assert (loaded.holds_chats, loaded.has_padding, loaded.first_token) == (True, True, MARKED)
+    assert (loaded.content, loaded.has_padding, loaded.first_token) == ("chats", True, MARKED)
     batches = iter(loaded)
     rows = [next(batches) for _ in range(manifest["splits"]["train"]["rows"])]
     loaded.close()

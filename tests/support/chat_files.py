@@ -8,6 +8,7 @@ from typing import Any
 from tokenizer_files import write_bytes_tokenizer
 
 from data.config import PrepareConfig
+from data.pair_records import SIDES
 from data.shards import prepare
 
 CHATML = (
@@ -43,9 +44,22 @@ def prepare_chats(folder: Path, length: int, *chats: Any, out: str = "chats", **
     """Prepare chats with the `chat_tokenizer` of a folder; returns the prepared folder."""
     tokenizer = chat_tokenizer(folder / "tokenizer")
     source = write_chats(folder / f"{out}.jsonl", *chats)
-    config = PrepareConfig(inputs=(str(source),), tokenizer=str(tokenizer), content="chats", **options)
+    config = PrepareConfig(inputs=(str(source),), tokenizer=str(tokenizer), **{"content": "chats"} | options)
     prepare(config, length, folder / out)
     return folder / out
+
+
+def prepare_pairs(folder: Path, length: int, *pairs: Any, out: str = "pairs", **options: Any) -> Path:
+    """As `prepare_chats`, of pairs."""
+    return prepare_chats(folder, length, *pairs, out=out, content="pairs", **options)
+
+
+def pair(question: str, chosen: str, rejected: str) -> dict[str, Any]:
+    """Two answers to one question."""
+    answers = {
+        side: [{"role": "assistant", "content": each}] for side, each in zip(SIDES, (chosen, rejected), strict=True)
+    }
+    return {"prompt": [{"role": "user", "content": question}], **answers}
 
 
 def prepare_text(folder: Path, length: int) -> Path:
