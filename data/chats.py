@@ -5,6 +5,7 @@ Each chat that cannot be learned from is an error that names the file and the li
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,14 +130,18 @@ class ChatEncoder:
     def check_names(self, text: str, messages: Sequence[Message]) -> None:
         """Make sure that the special tokens that the template writes are tokens."""
         tokenizer = self.template.tokenizer
-        for name in {*SPECIAL_NAME.findall(text)} - self._known_names:
-            if len(tokenizer.encode_special(name)) == 1:
+        missing = []
+        for name in dict.fromkeys(SPECIAL_NAME.findall(text)):
+            if name in self._known_names or len(tokenizer.encode_special(name)) == 1:
                 self._known_names.add(name)
             elif not any(name in message["content"] for message in messages):
-                raise DataError(
-                    f"the chat template writes {name}, which is no token of the tokenizer; choose a tokenizer that has "
-                    "it, or another --chat-template"
-                )
+                missing.append(name)
+        if missing:
+            raise DataError(
+                f"the chat template writes {' and '.join(missing)}, which the tokenizer does not have as one token; "
+                f"add {' '.join(f'--add-token {shlex.quote(name)}' for name in missing)}, or choose another tokenizer "
+                "or --chat-template"
+            )
 
 
 def _open_encoder(kind: type[ChatEncoder], tokenizer: Path, most_tokens: int, too_long: TooLong) -> ChatEncoder:

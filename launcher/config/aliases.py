@@ -60,6 +60,7 @@ _NAMES = {
     "logging.tensorboard": "enable_tensorboard use_tensorboard",
     "logging.trackers": "wandb report_to use_wandb wandb_log enable_wandb trackio mlflow use_mlflow",
     "logging.project": "wandb_project experiment_name",
+    "evaluation.sample_prompts": "sample_prompt prompts prompt eval_prompts",
     "evaluation.interval_steps": "eval_steps eval_interval eval_every val_check_interval",
 }
 

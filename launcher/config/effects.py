@@ -108,8 +108,8 @@ def phase_keys_have_an_effect(phases: "tuple[PhaseConfig, ...]") -> Problems:
 
 def evaluation_keys_have_an_effect(evaluation: "EvaluationConfig") -> Problems:
     """A sample has a prompt, and tasks are named."""
-    if evaluation.sample_prompt is None:
-        yield from _idle(evaluation, "evaluation", "sample_tokens", "evaluation.sample_prompt is null")
+    if not evaluation.sample_prompts:
+        yield from _idle(evaluation, "evaluation", "sample_tokens", "evaluation.sample_prompts is empty")
     if not evaluation.tasks:
         for name in ("task_data", "tasks_limit"):
             yield from _idle(evaluation, "evaluation", name, "evaluation.tasks is empty")

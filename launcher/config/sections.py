@@ -293,6 +293,10 @@ class CheckpointConfig:
     """Put SubLN (`model.sub_norm`) into the 16-bit model of `start_from`, which was trained without, with gains that
     are measured on N training sequences; null: such a model is refused."""
 
+    grow_vocabulary: bool = False
+    """Give tokens that the model of `start_from` lacks rows in the embedding and the head, each the mean of the rows
+    that are there, without moments; false: such a model is refused."""
+
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1) | _above_zero(self, "interval_minutes")
         if self.keep_last < 0 or self.keep_last == 1:
@@ -305,6 +309,8 @@ class CheckpointConfig:
             problems["start_phase"] = f"is {self.start_phase}, but needs start_from"
         if self.sub_norm_sequences is not None and self.start_from is None:
             problems["sub_norm_sequences"] = f"is {self.sub_norm_sequences}, but needs start_from"
+        if self.grow_vocabulary and self.start_from is None:
+            problems["grow_vocabulary"] = "is true, but needs start_from"
         if problems:
             raise ValueError(problems)
 
@@ -353,10 +359,11 @@ class EvaluationConfig:
     """Also evaluate every N steps; null: do not."""
     interval_minutes: float | None = 30.0
     """Also evaluate when the last evaluation was N minutes ago, at the next logged step; null: do not."""
-    sample_prompt: str | None = None
-    """Text that the finished model continues, or answers if its last phase learns from chats; null: no sample."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model continues, or answers if the last phase learns from chats: at the end of each phase and,
+    with `checkpoint.start_from`, at the beginning. The report shows them side by side."""
     sample_tokens: int = 120
-    """Length of the sample, in tokens."""
+    """Length of a sample, in tokens."""
     tasks: tuple[str, ...] = ()
     """Tasks on which the model is scored during training: `paper11`, `paper11-harness`, or single ones such as
     `piqa`."""
@@ -375,6 +382,10 @@ class EvaluationConfig:
             choose_tasks(self.tasks)
         except ValueError as error:
             problems["tasks"] = str(error)
+        if any(not prompt.strip() for prompt in self.sample_prompts):
+            problems["sample_prompts"] = "has one without text; remove it"
+        elif len({*self.sample_prompts}) < len(self.sample_prompts):
+            problems["sample_prompts"] = "has one twice; give each once"
         if bool(self.tasks) != (self.tasks_interval_steps is not None):
             problems["tasks_interval_steps"] = "goes with evaluation.tasks; set both or neither"
         if problems:

@@ -285,7 +285,7 @@ def test_a_chat_that_cannot_be_learned_from_is_named(tmp_path: Path, record: Any
             "a{% macro m() %}b{% generation %}c{% endgeneration %}{% endmacro %}{{ m() }}",
             r"\{% generation %\} where its text is written later",
         ),
-        ("<|user|>" + CHATML, r"writes <\|user\|>, which is no token of the tokenizer"),
+        ("<|user|>" + CHATML, r"writes <\|user\|>, which the tokenizer does not have as one token"),
     ],
 )
 def test_a_template_that_does_not_serve_is_named(tmp_path: Path, template: str, message: str) -> None:
