@@ -38,7 +38,7 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def config_of(data: Path, folder: Path, engine: str, *, vocab_size: int, tied: bool, **sections: Any) -> Config:
-    model = {"vocab_size": vocab_size, "tie_embeddings": tied}
+    model = {"vocab_size": vocab_size, "tie_embeddings": tied, "max_sequence_length": 96}
     given = {
         "phases": [{"precision": "16-bit", "steps": 2}],
         "model": model,
@@ -48,14 +48,25 @@ def config_of(data: Path, folder: Path, engine: str, *, vocab_size: int, tied: b
     return tiny_config(data, folder, **given | sections)
 
 
-def trained(data: str, out: str, tied: bool) -> None:
-    averaging = {"half_life_tokens": 512}
-    config = config_of(Path(data), Path(out), "fsdp2", vocab_size=OLD, tied=tied, averaging=averaging)
-    assert run(config) == "complete"
+def trained(data: str, out: str, *ties: bool) -> None:
+    """Runs with and without tied embeddings."""
+    for tied in ties:
+        config = config_of(
+            Path(data), Path(out) / str(tied), "fsdp2", vocab_size=OLD, tied=tied, averaging={"half_life_tokens": 512}
+        )
+        assert run(config) == "complete"
+
+
+@pytest.fixture(scope="module")
+def old(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finished runs with fewer tokens, `True` with tied embeddings and `False` without."""
+    folder = tmp_path_factory.mktemp("old")
+    run_group(1, trained, str(shards), str(folder), True, False)
+    return folder
 
 
 def filled(data: str, start: str, out: str, engine: str, tied: bool) -> dict[str, torch.Tensor]:
-    """This rank's part of the state of a run that begins with another one, by kind and name."""
+    """The state of a run that begins with another one, by kind and name."""
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     config = config_of(
         Path(data), Path(out), engine, vocab_size=NEW, tied=tied, averaging={"half_life_tokens": 512},
@@ -74,6 +85,10 @@ def filled(data: str, start: str, out: str, engine: str, tied: bool) -> dict[str
     return found
 
 
+def both_filled(data: str, old: str, out: str, engine: str) -> list[dict[str, torch.Tensor]]:
+    return [filled(data, f"{old}/{tied}", out, engine, tied) for tied in (True, False)]
+
+
 def state_of(start: Path) -> dict[str, torch.Tensor]:
     """What a checkpoint has stored, whole, by kind and name."""
     source = open_source(str(start))
@@ -84,32 +99,26 @@ def state_of(start: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    ("engine", "world_size"),
-    [("fsdp2", 2), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("zero-0", "zero-1", "zero-3"))],
+    "engine", ["fsdp2", *(pytest.param(f"zero-{stage}", marks=pytest.mark.slow) for stage in (0, 1, 3))]
 )
-def test_new_rows_are_the_mean_and_have_no_moments(
-    shards: Path, tmp_path: Path, engine: str, world_size: int, tied: bool
-) -> None:
-    run_group(1, trained, str(shards), str(tmp_path / "old"), tied)
-    start = tmp_path / "old/checkpoints/step-00000002"
-    before = state_of(start)
-    given = (str(shards), str(start), str(tmp_path / "new"), engine, tied)
-    for found in run_group(world_size, filled, *given):
-        assert found.keys() <= before.keys()
-        for key, values in found.items():
-            kind, name = key.split("/", 1)
-            if name not in TABLES:
-                assert torch.equal(values, before[key]), key
-                continue
-            assert values.shape[0] == NEW
-            assert torch.equal(values[:OLD], before[key]), key
-            mean = before[f"weight/{name}"].double().mean(0).float()
-            expected = torch.zeros_like(mean) if kind in MOMENTS else mean
-            torch.testing.assert_close(values[OLD:], expected.expand(NEW - OLD, -1), rtol=0, atol=1e-9)
-            assert kind in MOMENTS or values[OLD:].unique(dim=0).shape[0] == 1
-        assert {key for key in found if key.startswith("exp_avg/")}
+def test_new_rows_are_the_mean_and_have_no_moments(shards: Path, old: Path, tmp_path: Path, engine: str) -> None:
+    for of_rank in run_group(2, both_filled, str(shards), str(old), str(tmp_path / "new"), engine):
+        for tied, found in zip((True, False), of_rank, strict=True):
+            before = state_of(old / str(tied))
+            assert found.keys() <= before.keys()
+            assert {key.split("/")[0] for key in found} >= {"weight", "exp_avg"}
+            for key, values in found.items():
+                kind, name = key.split("/", 1)
+                if name not in TABLES:
+                    assert torch.equal(values, before[key]), key
+                    continue
+                assert values.shape[0] == NEW
+                assert torch.equal(values[:OLD], before[key]), key
+                mean = before[f"weight/{name}"].double().mean(0).float()
+                expected = torch.zeros_like(mean) if kind in MOMENTS else mean
+                torch.testing.assert_close(values[OLD:], expected.expand(NEW - OLD, -1), rtol=0, atol=1e-9)
+                assert values[OLD:].unique(dim=0).shape[0] == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -156,11 +165,10 @@ def fine_tuned(chats: str, pairs: str, start: str, out: str) -> None:
             run(config, steps)
 
 
-def test_teachers_and_references_have_the_new_tokens_too(shards: Path, tmp_path: Path) -> None:
+def test_teachers_and_references_have_the_new_tokens_too(old: Path, tmp_path: Path) -> None:
     chats = prepare_chats(tmp_path, 96, *some_chats(24))
     pairs = prepare_pairs(tmp_path, 96, *({"prompt": "a", "chosen": c, "rejected": "x"} for c in "bcdefghi"))
-    run_group(1, trained, str(shards), str(tmp_path / "old"), True)
-    run_group(1, fine_tuned, str(chats), str(pairs), str(tmp_path / "old"), str(tmp_path))
+    run_group(1, fine_tuned, str(chats), str(pairs), str(old / "True"), str(tmp_path))
     rows = {
         name: [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "train/loss" in row]
         for name in ("taught", "preferred")
@@ -169,11 +177,10 @@ def test_teachers_and_references_have_the_new_tokens_too(shards: Path, tmp_path:
     assert rows["preferred"][0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_convert_makes_a_run_with_them(shards: Path, tmp_path: Path) -> None:
-    run_group(1, trained, str(shards), str(tmp_path / "old"), True)
-    text = (tmp_path / "old/config.yaml").read_text().replace(f"vocab_size: {OLD}", f"vocab_size: {NEW}")
+def test_convert_makes_a_run_with_them(old: Path, tmp_path: Path) -> None:
+    text = (old / "True/config.yaml").read_text().replace(f"vocab_size: {OLD}", f"vocab_size: {NEW}")
     (tmp_path / "new.yaml").write_text(text)
-    given = ("convert", tmp_path / "old", "--to", tmp_path / "new", "--config", tmp_path / "new.yaml", "--phase", "0")
+    given = ("convert", old / "True", "--to", tmp_path / "new", "--config", tmp_path / "new.yaml", "--phase", "0")
     code, _, said = outcome(*given)
     assert code == 2
     assert (
