@@ -34,15 +34,14 @@ def _size_events(course: Course) -> Iterator[tuple[int, str]]:
 def _schedule_events(course: Course) -> Iterator[tuple[int, str]]:
     optimizer = course.config.optimizer
     ends = [*(curve.start for curve in course.curves[1:]), course.total_steps]
+    peak = optimizer.learning_rate
     for curve, until in zip(course.curves, ends, strict=True):
         if curve.key == f"phases.{course.begun_at(curve.start).index}.schedule":
-            shape, peak = curve.schedule.shape, curve.peak
-            yield (
-                curve.start,
-                f"the learning rate begins a schedule of its own: {shape} from {peak:g}, until step {curve.end:,}",
-            )
-        elif curve.origin < curve.start:
+            about = f"{curve.schedule.shape} from {curve.peak:g}, until step {curve.end:,}"
+            yield curve.start, f"the learning rate begins a schedule of its own: {about}"
+        elif curve.peak != peak:
             yield curve.start, f"the learning rate has another peak: {curve.peak:g}"
+        peak = curve.peak
         if curve.drop is not None and curve.start <= curve.drop < until:
             yield curve.drop, "the learning rate drops to its second stage"
         if curve.decay_start and curve.origin == curve.start:

@@ -72,7 +72,7 @@ def test_a_stored_configuration_may_have_a_key_that_was_renamed() -> None:
     for given, expected in (("a", ("a",)), (None, ())):
         given_tree["evaluation"] = {"sample_prompt": given, "sample_tokens": 3}
         assert parse_config(given_tree, stored=True).evaluation.sample_prompts == expected
-        with pytest.raises(ConfigError, match=r"sample_prompt: unknown key; did you mean sample_prompts\?"):
+        with pytest.raises(ConfigError, match=r"sample_prompt: unknown key; did you mean evaluation\.sample_prompts\?"):
             parse_config(given_tree)
 
 

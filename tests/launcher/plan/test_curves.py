@@ -81,7 +81,10 @@ def test_the_plan_names_schedules_and_peaks() -> None:
     assert "the learning rate begins a schedule of its own: two-stage from 3e-05, until step 15" in what[10]
     assert what[12] == ["the learning rate drops to its second stage"]
     assert [phase["peak_learning_rate"] for phase in describe(plan_of(*OWN))["phases"]] == [1e-2, 3e-5, 3e-5]
-    [peak] = [event for event in events(plan_of(PHASES, "phases.2.learning_rate=1e-3")) if "peak" in event["what"]]
+    restart = "phases.2.transition.schedule=restart"
+    for overrides in ([], [restart]):
+        found = events(plan_of(PHASES, "phases.2.learning_rate=1e-3", *overrides))
+        [peak] = [event for event in found if "peak" in event["what"]]
     assert peak == {"step": 10, "what": "the learning rate has another peak: 0.001"}
 
 

@@ -140,6 +140,12 @@ def test_schedules_of_phases_share_as_far_as_their_rates_are_equal() -> None:
     assert shared(arm("a", *own, switch=20), arm("b", *own, switch=24)) == 16
 
 
+def test_arms_that_begin_with_other_models_share_nothing() -> None:
+    begin = ["checkpoint.start_from=model", "model.sub_norm=true"]
+    arms = [arm("a", WSD, *begin, f"checkpoint.sub_norm_sequences={number}") for number in (4, 8)]
+    assert shared(*arms) == 0
+
+
 def test_a_short_stretch_is_not_worth_a_trunk() -> None:
     # Of 400 steps the warm-up of two and the first step after it are the same.
     assert shared(arm("a", WSD, steps=400), arm("b", COSINE, steps=400)) == 0

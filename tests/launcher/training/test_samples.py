@@ -23,49 +23,60 @@ def config_of(shards: str, folder: Path, **sections: Any) -> Config:
     return tiny_config(Path(shards), folder, **{"phases": phases, "schedule": {"warmup_steps": 0}} | sections)
 
 
-def runs_with_samples(shards: str, out: str) -> None:
-    asked = {"sample_prompts": [*PROMPTS], "sample_tokens": 3}
-    assert run(config_of(shards, Path(out) / "plain")) == "complete"
-    assert run(config_of(shards, Path(out) / "whole", evaluation=asked)) == "complete"
+ASKED = {"sample_prompts": [*PROMPTS], "sample_tokens": 3}
+
+
+def whole_and_in_pieces(shards: str, out: str) -> None:
+    assert run(config_of(shards, Path(out) / "whole", evaluation=ASKED)) == "complete"
     draw = HeldOut.sample
 
     def fails(*_: Any) -> Any:
         raise RuntimeError("the power is cut")
 
-    pieces = config_of(shards, Path(out) / "pieces", evaluation=asked)
+    pieces = config_of(shards, Path(out) / "pieces", evaluation=ASKED)
     HeldOut.sample = fails  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="power"):
         run(pieces)  # at the end of the first phase, which is saved
     HeldOut.sample = draw  # type: ignore[method-assign]
     for steps in (1, 9):
         run(pieces, steps)
-    for name, precision in (("from-16-bit", "16-bit"), ("from-ternary", "ternary")):
-        start = f"{out}/whole/checkpoints/step-0000000{2 if precision == '16-bit' else 4}"
-        phases = [{"precision": "ternary", "steps": 2}]
-        assert run(
-            config_of(shards, Path(out) / name, evaluation=asked, phases=phases, checkpoint={"start_from": start})
-        ) == "complete"  # fmt: skip
 
 
-def test_prompts_are_answered_at_the_ends_of_phases(shards: Path, tmp_path: Path) -> None:
-    run_group(1, runs_with_samples, str(shards), str(tmp_path))
-    plain, whole, pieces = (
-        [row["train/loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "train/loss" in row]
-        for name in ("plain", "whole", "pieces")
-    )
-    assert plain == whole == pieces
+def test_prompts_are_answered_once_at_the_end_of_each_phase(shards: Path, tmp_path: Path) -> None:
+    run_group(1, whole_and_in_pieces, str(shards), str(tmp_path))
     samples = read_samples(tmp_path / "whole")
     assert [(each.step, each.phase, each.is_start, each.prompt) for each in samples] == [
         (step, phase, False, prompt) for step, phase in ((2, 0), (4, 1)) for prompt in PROMPTS
     ]
     assert read_samples(tmp_path / "pieces") == samples
     assert len((tmp_path / "pieces" / SAMPLES).read_text().splitlines()) == len(samples)
-    assert not read_samples(tmp_path / "plain")
     by_prompt = samples_by_prompt(summarize(tmp_path / "whole"))
     assert [*by_prompt] == [*PROMPTS]
     assert all([*places] == ["16-bit, step 2", "ternary, step 4"] for places in by_prompt.values())
-    # The model that a run begins with answers as it did, in the precision that it has.
+
+
+def with_and_without(shards: str, out: str) -> None:
+    for name, evaluation in (("plain", {}), ("whole", ASKED)):
+        assert run(config_of(shards, Path(out) / name, evaluation=evaluation)) == "complete"
     for name, step in (("from-16-bit", 2), ("from-ternary", 4)):
+        start = f"{out}/whole/checkpoints/step-0000000{step}"
+        given: Any = {"phases": [{"precision": "ternary", "steps": 2}], "checkpoint": {"start_from": start}}
+        assert run(config_of(shards, Path(out) / name, evaluation=ASKED, **given)) == "complete"
+
+
+@pytest.mark.slow
+def test_the_model_that_a_run_begins_with_answers_as_it_did_and_training_is_the_same(
+    shards: Path, tmp_path: Path
+) -> None:
+    run_group(1, with_and_without, str(shards), str(tmp_path))
+    plain, whole = (
+        [row["train/loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "train/loss" in row]
+        for name in ("plain", "whole")
+    )
+    assert plain == whole
+    assert not read_samples(tmp_path / "plain")
+    samples = read_samples(tmp_path / "whole")
+    for name, step in (("from-16-bit", 2), ("from-ternary", 4)):  # each in the precision that it has
         found = samples_by_prompt(summarize(tmp_path / name))
         for prompt in PROMPTS:
             assert [*found[prompt]] == ["before training", "ternary, step 2"]
