@@ -158,13 +158,14 @@ def fine_tuned(chats: str, pairs: str, start: str, out: str) -> None:
         config = tiny_config(
             Path(data), Path(out) / name, model=length, phases=phases, schedule={"warmup_steps": 0},
             data={"sequence_length": 96, "validation_rows": 0},
-            training={"global_batch_sequences": 2, "micro_batch_sequences": 1, "compute_dtype": "fp32"},
+            training={"global_batch_sequences": 1, "micro_batch_sequences": 1, "compute_dtype": "fp32"},
             checkpoint={"start_from": start, "grow_vocabulary": True},
         )  # fmt: skip
         for steps in (1, 9):
             run(config, steps)
 
 
+@pytest.mark.slow
 def test_teachers_and_references_have_the_new_tokens_too(old: Path, tmp_path: Path) -> None:
     chats = prepare_chats(tmp_path, 96, *some_chats(24))
     pairs = prepare_pairs(tmp_path, 96, *({"prompt": "a", "chosen": c, "rejected": "x"} for c in "bcdefghi"))
