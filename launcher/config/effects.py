@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from data.config import DataConfig
 from launcher.config.averaging import AveragingConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
+from launcher.config.schedules import schedules_of
 from launcher.config.transition import TransitionConfig
 from model.config import ModelConfig
 
@@ -47,12 +48,6 @@ def data_keys_have_an_effect(data: DataConfig) -> Problems:
         yield from _idle(data, "data", "shuffle_block_rows", "data.shuffle is false")
     if len(data.sources) == 1:
         yield from _idle(data.sources[0], "data.sources.0", "weight", "there is no other source")
-
-
-def schedules_of(phases: "tuple[PhaseConfig, ...]", schedule: ScheduleConfig) -> list[tuple[int, str, ScheduleConfig]]:
-    """The schedules of a run, each with the phase that it begins with and its path."""
-    own = [(index, f"phases.{index}.schedule", phase.schedule) for index, phase in enumerate(phases) if phase.schedule]
-    return [(0, "schedule", schedule), *own]
 
 
 def schedule_keys_have_an_effect(phases: "tuple[PhaseConfig, ...]", schedule: ScheduleConfig) -> Problems:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from data.config import DataConfig
 from data.urls import url_problem
 from launcher.config.averaging import averaged_weights_are_there, averages_are_of_16_bit_phases
-from launcher.config.effects import EFFECTS, LENGTHS, schedules_of
+from launcher.config.effects import EFFECTS, LENGTHS
 from launcher.config.engine import OWNED_DEEPSPEED_KEYS, REFUSED_DEEPSPEED_KEYS, EngineConfig
 from launcher.config.mixtures import (
     named_sources,
@@ -24,7 +24,8 @@ from launcher.config.mixtures import (
     remote_sources_have_a_cache,
     rollbacks_compare_one_objective,
 )
-from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
+from launcher.config.optimizer import OptimizerConfig
+from launcher.config.schedules import decay_begins_with_a_phase, no_such_phase, schedules_begin_after_the_first_phase
 from launcher.config.transition import TransitionConfig
 from launcher.config.warmups import batch_stages_lead_to_the_batch, length_stages_divide_the_length
 from model.config import DistillationConfig, ModelConfig
@@ -205,7 +206,7 @@ def sub_norms_that_are_put_in_have_weights(model: ModelConfig, checkpoint: "Chec
 def start_phase_exists(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
     """The run begins in one of its phases."""
     if phases and checkpoint.start_phase >= len(phases):
-        yield "checkpoint.start_phase", _no_such_phase(checkpoint.start_phase, phases)
+        yield "checkpoint.start_phase", no_such_phase(checkpoint.start_phase, phases)
 
 
 def first_phase_keeps_nothing(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
@@ -250,33 +251,6 @@ def optimizer_can_change(phases: "Phases", optimizer: OptimizerConfig) -> Proble
                 "reset",
             )
         name = transition.optimizer_name or name
-
-
-def schedules_begin_after_the_first_phase(phases: "Phases") -> Problems:
-    """The first phase follows the schedule and the peak of the run."""
-    for name, key in (("schedule", "schedule"), ("learning_rate", "optimizer.learning_rate")):
-        if phases and getattr(phases[0], name) is not None:
-            yield f"phases.0.{name}", f"is given, but the first phase begins with the run's; set {key} instead"
-
-
-def decay_begins_with_a_phase(phases: "Phases", schedule: ScheduleConfig) -> Problems:
-    """The decay begins once, in one of the phases that follow the schedule."""
-    for first, key, each in schedules_of(phases, schedule):
-        if each.decay_from_phase is None:
-            continue
-        after = next((index for index, _, _ in schedules_of(phases, schedule) if index > first), len(phases))
-        if each.decay_from_phase >= len(phases):
-            yield f"{key}.decay_from_phase", _no_such_phase(each.decay_from_phase, phases)
-        elif not first < each.decay_from_phase < after:
-            problem = f"is {each.decay_from_phase}, a phase with another schedule"
-            if after == first + 1:
-                problem += "; leave it out"
-            else:
-                problem += f"; choose {first + 1}" + (f" to {after - 1}" if after - 1 > first + 1 else "")
-            yield f"{key}.decay_from_phase", problem
-        for index, phase in enumerate(phases[first:after], start=first):
-            if phase.transition and phase.transition.schedule == "restart":
-                yield f"phases.{index}.transition.schedule", f"is restart, which {key}.decay_from_phase excludes"
 
 
 def rollback_knows_the_loss_before(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
@@ -413,10 +387,6 @@ def _dotted_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
             yield from _dotted_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _no_such_phase(index: int, phases: "Phases") -> str:
-    return f"is {index}; the last of the {len(phases)} phases is {len(phases) - 1}"
 
 
 def _quantizations(phases: "Phases") -> Iterator[tuple[str, QuantConfig]]:

@@ -119,11 +119,12 @@ def test_the_plan_names_schedules_and_peaks() -> None:
         ),
         (
             ["phases.1.schedule.decay_from_phase=1"],
-            "phases.1.schedule.decay_from_phase: is 1, a phase with another schedule; choose 2",
+            "phases.1.schedule.decay_from_phase: is 1; must be a later phase that follows this schedule: choose 2",
         ),
         (
             ["schedule.decay_from_phase=2", "phases.1.schedule={}"],
-            "schedule.decay_from_phase: is 2, a phase with another schedule; leave it out",
+            "schedule.decay_from_phase: is 2; must be a later phase that follows this schedule: there is none, so "
+            "leave it out",
         ),
         (
             ["phases.1.schedule={horizon_steps: 6}", "phases.2.transition.schedule=restart"],
