@@ -16,10 +16,10 @@ from launcher.process.console import human_count
 from launcher.report.elements import MISSING, html_figure, html_page, html_table
 from launcher.report.history import AVERAGED, History
 from launcher.report.plots import (
-    PANELS,
     Panel,
     loss_figure,
     panel_figure,
+    panels_of,
     to_picture,
     to_svg,
     transition_figure,
@@ -131,7 +131,7 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str], excess: Excess
         yield from _twin(excess)
     yield "<h2>Along the way</h2>"
     yield '<p class="note">Where a curve is noisy, faint is every logged value and bold its level.</p>'
-    yield from _panels(PANELS, histories)
+    yield from _panels(panels_of(histories), histories)
     if any(history.grids for history in histories):
         yield "<h2>Quantization</h2>"
         yield (

@@ -94,6 +94,21 @@ def test_the_page_of_one_run_has_everything_in_order(tmp_path):
     assert "throughput-model-flops-utilization-run-0" not in page.ids
 
 
+def test_rates_of_another_order_are_on_a_log_scale(tmp_path):
+    run = make_run(tmp_path / "run", phase_steps=(40, 40))
+    write_report([run], tmp_path / "report.html")
+    assert "Learning rate (log scale)" not in parse(tmp_path / "report.html").text
+    lines = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["phase"] and "train/learning_rate" in row:
+            row["train/learning_rate"] = 1e-6
+        lines.append(json.dumps(row) + "\n")
+    (run / "metrics.jsonl").write_text("".join(lines))
+    write_report([run], tmp_path / "report.html")
+    assert "Learning rate (log scale)" in parse(tmp_path / "report.html").text
+
+
 def test_samples_are_side_by_side(tmp_path):
     run = make_run(tmp_path / "run", phase_steps=(20, 20), completion=" was\n<b>")
     write_report([run], tmp_path / "report.html")

@@ -78,10 +78,10 @@ def filled(data: str, start: str, out: str, engine: str, tied: bool) -> dict[str
     found = {}
     for shard in built.shards():
         for kind, tensor in shard.tensors.items():
-            whole = torch.zeros(shard.shape).flatten()
-            whole[shard.start : shard.start + len(tensor)] = tensor
-            dist.all_reduce(whole)
-            found[f"{kind}/{shard.name}"] = whole.view(shard.shape)
+            both = torch.zeros(2, math.prod(shard.shape))  # values, and how many ranks hold them
+            both[:, shard.start : shard.start + len(tensor)] = torch.stack([tensor, torch.ones_like(tensor)])
+            dist.all_reduce(both)
+            found[f"{kind}/{shard.name}"] = (both[0] / both[1]).view(shard.shape)
     return found
 
 
