@@ -65,8 +65,12 @@ def old(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def filled(data: str, start: str, out: str, engine: str, tied: bool) -> dict[str, torch.Tensor]:
-    """The state of a run that begins with another one, by kind and name."""
+Part = tuple[str, tuple[int, ...], int, torch.Tensor]
+"""Of a rank's state: kind and name, the shape of the whole, the first element, and the values from there on."""
+
+
+def filled(data: str, start: str, out: str, engine: str, tied: bool) -> list[Part]:
+    """This rank's part of the state of a run that begins with another one."""
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     config = config_of(
         Path(data), Path(out), engine, vocab_size=NEW, tied=tied, averaging={"half_life_tokens": 512},
@@ -75,18 +79,24 @@ def filled(data: str, start: str, out: str, engine: str, tied: bool) -> dict[str
     plan = make_plan(config, ranks.world_size)
     built = build_engine(plan, plan.phases[0], ranks)
     fill(built, plan, ranks, None, "", SpikeGuard(None, smooths=False, ranks=ranks), Console(silent=True))
-    found = {}
-    for shard in built.shards():
-        for kind, tensor in shard.tensors.items():
-            both = torch.zeros(2, math.prod(shard.shape))  # values, and how many ranks hold them
-            both[:, shard.start : shard.start + len(tensor)] = torch.stack([tensor, torch.ones_like(tensor)])
-            dist.all_reduce(both)
-            found[f"{kind}/{shard.name}"] = (both[0] / both[1]).view(shard.shape)
-    return found
+    return [
+        (f"{kind}/{shard.name}", shard.shape, shard.start, tensor.clone())
+        for shard in built.shards()
+        for kind, tensor in shard.tensors.items()
+    ]
 
 
-def both_filled(data: str, old: str, out: str, engine: str) -> list[dict[str, torch.Tensor]]:
+def both_filled(data: str, old: str, out: str, engine: str) -> list[list[Part]]:
     return [filled(data, f"{old}/{tied}", out, engine, tied) for tied in (True, False)]
+
+
+def whole_of(parts: list[Part]) -> dict[str, torch.Tensor]:
+    """The state by kind and name; of what ranks hold alike, the last one's."""
+    found: dict[str, torch.Tensor] = {}
+    for key, shape, start, values in parts:
+        whole = found.setdefault(key, torch.full(shape, torch.nan)).view(-1)
+        whole[start : start + len(values)] = values
+    return found
 
 
 def state_of(start: Path) -> dict[str, torch.Tensor]:
@@ -103,22 +113,23 @@ def state_of(start: Path) -> dict[str, torch.Tensor]:
     "engine", ["fsdp2", *(pytest.param(f"zero-{stage}", marks=pytest.mark.slow) for stage in (0, 1, 3))]
 )
 def test_new_rows_are_the_mean_and_have_no_moments(shards: Path, old: Path, tmp_path: Path, engine: str) -> None:
-    for of_rank in run_group(2, both_filled, str(shards), str(old), str(tmp_path / "new"), engine):
-        for tied, found in zip((True, False), of_rank, strict=True):
-            before = state_of(old / str(tied))
-            assert found.keys() <= before.keys()
-            assert {key.split("/")[0] for key in found} >= {"weight", "exp_avg"}
-            for key, values in found.items():
-                kind, name = key.split("/", 1)
-                if name not in TABLES:
-                    assert torch.equal(values, before[key]), key
-                    continue
-                assert values.shape[0] == NEW
-                assert torch.equal(values[:OLD], before[key]), key
-                mean = before[f"weight/{name}"].double().mean(0).float()
-                expected = torch.zeros_like(mean) if kind in MOMENTS else mean
-                torch.testing.assert_close(values[OLD:], expected.expand(NEW - OLD, -1), rtol=0, atol=1e-9)
-                assert values[OLD:].unique(dim=0).shape[0] == 1
+    given = (str(shards), str(old), str(tmp_path / "new"), engine)
+    of_ties = zip(*run_group(2, both_filled, *given), strict=True)
+    for tied, of_ranks in zip((True, False), of_ties, strict=True):
+        found, before = whole_of([part for parts in of_ranks for part in parts]), state_of(old / str(tied))
+        assert found.keys() <= before.keys()
+        assert {key.split("/")[0] for key in found} >= {"weight", "exp_avg"}
+        for key, values in found.items():
+            kind, name = key.split("/", 1)
+            if name not in TABLES:
+                assert torch.equal(values, before[key]), key
+                continue
+            assert values.shape[0] == NEW
+            assert torch.equal(values[:OLD], before[key]), key
+            mean = before[f"weight/{name}"].double().mean(0).float()
+            expected = torch.zeros_like(mean) if kind in MOMENTS else mean
+            torch.testing.assert_close(values[OLD:], expected.expand(NEW - OLD, -1), rtol=0, atol=1e-9)
+            assert values[OLD:].unique(dim=0).shape[0] == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])
