@@ -165,6 +165,7 @@ def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
         "inputs": list(config.inputs),
         "content": config.content,
         **tokenizer,
+        "add_tokens": list(config.add_tokens),
         "lossy_tokenizer": config.lossy_tokenizer,
         "validation_fraction": config.validation_fraction,
         "validation_inputs": list(config.validation_inputs),
@@ -183,6 +184,7 @@ def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[s
     manifest = open_prepared(out)
     before = {
         "content": "text",
+        "add_tokens": [],
         "lossy_tokenizer": False,
         "packing": "stream",
         "compression": "none",
