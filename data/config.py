@@ -59,6 +59,13 @@ class PrepareConfig:
     """`stream`: rows are cut from the stream of all documents, and most begin in the middle of one; or `best-fit`:
     documents that fit into a row stay whole, and the rest of a row is padding."""
 
+    deduplicate: bool = False
+    """Leave out a document if an earlier one, in the order of the inputs, has the same text, held-out text included."""
+
+    decontaminate: tuple[str, ...] = ()
+    """Leave out a document if it shares 13 consecutive words with an example of these evaluation sets: JSON lines,
+    Parquet files, folders of them or `hf:` data sets. `tritrain prepare` takes names of tasks, too."""
+
     compression: Compression = "none"
     """`zstd` makes shards smaller, and verifies their SHA-256 at each reading; training then needs `data.cache`."""
 
