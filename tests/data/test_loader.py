@@ -18,6 +18,7 @@ import torch
 from mixtures import GLOBAL, LENGTH, mixture, open_data, rank_validates, write_text
 from ranks import CONTEXT, run_ranks
 
+from data import reading
 from data.loader import (
     IGNORED_LABEL,
     DataConfig,
@@ -327,7 +328,7 @@ def test_remote_shards_are_fetched_into_the_cache_and_read_as_local_ones(folders
 def test_rows_are_those_of_the_files_without_opening_one_for_each(folders, monkeypatch):
     from streaming import StreamingDataset
 
-    from data import rows
+    from data import reading, rows
 
     config = mixture(folders, workers=0)
     expected = read_steps(open_data(config, 0, 1, 2), 12, GLOBAL // 2)  # over more than an epoch
@@ -352,7 +353,8 @@ def open_shards():
     return [path for path in links if path.suffix == ".mds"]
 
 
-def test_a_shard_that_is_cut_short_while_it_is_read_stops_the_reading(folders, tmp_path):
+def test_a_shard_that_is_cut_short_while_it_is_read_stops_the_reading(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK_TOKENS", 1)
     copies = [shutil.copytree(folder, tmp_path / Path(folder).name) for folder in folders]
     data = open_data(mixture(tuple(map(str, copies))), 0, 1, 2)
     read_steps(data, 1, GLOBAL // 2)
