@@ -12,11 +12,11 @@ test:
 
 # The slow tests start ranks, hosts and clusters of their own, and measure: one after the other.
 test-all: test
-	pytest -n 0 -m "slow and not gpu"
+	pytest -n 0 -m "slow and not gpu" -o faulthandler_timeout=4000
 
 # In several processes on one GPU: most of the time is compilation, on the CPU.
 test-gpu:
-	pytest -n 8 -m gpu
+	pytest -n 8 -m gpu -o faulthandler_timeout=4000
 
 # Results go to benchmarks/results/.
 bench-gpu:
@@ -25,6 +25,8 @@ bench-gpu:
 		training.global_batch_sequences=8
 	python benchmarks/step.py --config configs/llama-1b.yaml --repeats 9
 	python benchmarks/kernels.py --config configs/llama-1b.yaml
+	python benchmarks/documents.py --config configs/llama-1b.yaml --repeats 9 training.micro_batch_sequences=4 \
+		training.global_batch_sequences=8
 
 quickstart:
 	tritrain train configs/quickstart.yaml --ranks 2

@@ -22,11 +22,12 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from model.cache import KeyValueCache, LayerCache
 from model.config import DistillationConfig, ModelConfig
 from model.distillation import Lesson, relation_loss, watched_projections
-from model.documents import MARKED, documents_of
+from model.documents import MARKED, attend, beginnings, mask_of, positions
 from model.loss import GradientOfLogits, distillation_loss, linear_cross_entropy, token_nll_and_misses
 from model.preference import Reference, preference_loss
 from model.rotary import rotary_tables, rotate
@@ -93,12 +94,12 @@ class Attention(nn.Module):
         cos_TE: Tensor,
         sin_TE: Tensor,
         cache: LayerCache | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
         """Return what attention adds to the residual stream, `[B, T, D]`.
 
         The tokens follow those in the cache. Without one, a mask may say what each sees: `[B, 1, T, T]`, added to the
-        scores.
+        scores, or the blocks of flex attention.
         """
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if self.qk_norm == "full":
@@ -114,7 +115,19 @@ class Attention(nn.Module):
             k_BKTE, v_BKTE = cache.extend(k_BKTE, v_BKTE)
             if before and len(cos_TE) > 1:
                 mask = torch.ones(len(cos_TE), k_BKTE.shape[2], dtype=torch.bool, device=x_BTD.device).tril(before)
-        grouped = self.grouped
+        if isinstance(mask, BlockMask):
+            out_BHTE = attend(q_BHTE, k_BKTE, v_BKTE, mask)
+        else:
+            grouped = self.grouped
+            if grouped and x_BTD.device.type == "cuda" and (x_BTD.dtype == torch.float32 or mask is not None):
+                # No fused kernel shares keys in fp32, or with a mask; without one, T x T scores of every head exist.
+                k_BKTE, v_BKTE = (x.repeat_interleave(self.group_size, dim=1) for x in (k_BKTE, v_BKTE))
+                grouped = False
+            causal = mask is None and before == 0
+            out_BHTE = F.scaled_dot_product_attention(
+                q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+            )
+        return self.o_proj(self.attn_sub_norm(out_BHTE.transpose(1, 2).flatten(-2)))
         if grouped and x_BTD.dtype == torch.float32 and x_BTD.device.type == "cuda":
             # No fused kernel shares keys in fp32; without one, T x T scores of every head are in memory.
             k_BKTE, v_BKTE = (x.repeat_interleave(self.group_size, dim=1) for x in (k_BKTE, v_BKTE))
@@ -167,7 +180,7 @@ class Block(nn.Module):
         cos_TE: Tensor,
         sin_TE: Tensor,
         cache: LayerCache | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
         """Return the residual stream after this block, `[B, T, D]`; the arguments are those of `Attention`."""
         if self.norm_position == "pre":
@@ -209,13 +222,12 @@ class Decoder(nn.Module):
             for block, layer in zip(self.layers, cache.layers, strict=True):
                 x_BTD = block(x_BTD, cos_TE, sin_TE, layer)
             return self.norm(x_BTD)
-        given: tuple[Tensor | None, ...] = (cos_TE, sin_TE)
+        given: tuple[Tensor | BlockMask | None, ...] = (cos_TE, sin_TE)
         if self.first_token is not None:
-            positions_BT, mask_B1TT = documents_of(tokens_BT, self.first_token)
-            # Added to scores: of a mask of true and false every layer would make, and keep, such a tensor of its own.
-            bias_B1TT = torch.zeros(mask_B1TT.shape, dtype=x_BTD.dtype, device=x_BTD.device)
-            bias_B1TT.masked_fill_(~mask_B1TT, -torch.inf)
-            given = (cos_TE[positions_BT][:, None], sin_TE[positions_BT][:, None], None, bias_B1TT)
+            first_BT = beginnings(tokens_BT, self.first_token)
+            positions_BT, config = positions(first_BT), self.config
+            mask = mask_of(first_BT, x_BTD.dtype, (config.num_heads, config.kv_heads, config.head_width))
+            given = (cos_TE[positions_BT][:, None], sin_TE[positions_BT][:, None], None, mask)
         for block in self.layers:
             x_BTD = block(x_BTD, *given)
         return self.norm(x_BTD)

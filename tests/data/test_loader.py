@@ -328,7 +328,7 @@ def test_remote_shards_are_fetched_into_the_cache_and_read_as_local_ones(folders
 def test_rows_are_those_of_the_files_without_opening_one_for_each(folders, monkeypatch):
     from streaming import StreamingDataset
 
-    from data import reading, rows
+    from data import rows
 
     config = mixture(folders, workers=0)
     expected = read_steps(open_data(config, 0, 1, 2), 12, GLOBAL // 2)  # over more than an epoch

@@ -1,12 +1,16 @@
 """Documents of a row that do not see each other."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from models import build, every_variant, random_tokens
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from model.config import ModelConfig
-from model.documents import documents_of
+from model.documents import BLOCK, attend, beginnings, block_mask, blocks_work, mask_of, plain_mask, positions
 from model.transformer import Transformer
 from quant.config import QuantConfig
 from quant.linear import quantize_
@@ -42,10 +46,91 @@ def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
 
 
 def test_positions_and_what_a_token_sees() -> None:
-    positions_BT, mask_B1TT = documents_of(torch.tensor([[1, 2, FIRST, 3, FIRST, FIRST, 4]]), FIRST)
-    assert positions_BT.tolist() == [[0, 1, 0, 1, 0, 0, 1]]
-    seen = [[sorted(row.nonzero().flatten().tolist()) for row in mask_B1TT[0, 0]]]
-    assert seen == [[[0], [0, 1], [2], [2, 3], [4], [5], [5, 6]]]
+    first_BT = beginnings(torch.tensor([[1, 2, FIRST, 3, FIRST, FIRST, 4]]), FIRST)
+    assert positions(first_BT).tolist() == [[0, 1, 0, 1, 0, 0, 1]]
+    mask_TT = plain_mask(first_BT, torch.float64)[0, 0]
+    assert [row.isfinite().nonzero().flatten().tolist() for row in mask_TT] == [
+        [0],
+        [0, 1],
+        [2],
+        [2, 3],
+        [4],
+        [5],
+        [5, 6],
+    ]
+    assert set(mask_TT.flatten().tolist()) == {0.0, -torch.inf}
+
+
+@pytest.mark.parametrize("num_tokens", [BLOCK, 3 * BLOCK, 3 * BLOCK + 1, 5 * BLOCK - 1])
+@pytest.mark.parametrize("per_document", [3, 100, 300, 10_000])
+def test_blocks_are_those_that_a_token_sees(num_tokens: int, per_document: int) -> None:
+    """The oracle is torch's own `create_block_mask`, which looks at every pair of tokens."""
+    generator = torch.Generator().manual_seed(num_tokens + per_document)
+    tokens = torch.where(torch.rand(3, num_tokens, generator=generator) * per_document < 1, FIRST, 0)
+    tokens[0, [0, BLOCK - 1]] = FIRST
+    first_BT = beginnings(tokens, FIRST)
+
+    def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (first_BT[row, query] == first_BT[row, key])
+
+    found = block_mask(first_BT)
+    expected = create_block_mask(sees, 3, None, num_tokens, num_tokens, device="cpu", BLOCK_SIZE=BLOCK)
+    assert found.shape == expected.shape
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    for counts in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(found, counts), getattr(expected, counts)), counts
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_blocks_attend_as_the_plain_mask_does(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.documents._compiled", lambda: flex_attention)
+    tokens = torch.zeros(2, 2 * BLOCK + 3, dtype=torch.int64)
+    tokens[0, [7, 8, BLOCK]], tokens[1, 200] = FIRST, FIRST
+    first_BT = beginnings(tokens, FIRST)
+    q, k, v = (
+        torch.randn(2, num, tokens.shape[1], 16, generator=torch.Generator().manual_seed(num))
+        for num in (4, kv_heads, kv_heads)
+    )
+    bias = plain_mask(first_BT, q.dtype)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v, block_mask(first_BT)), expected, rtol=0, atol=1e-5)
+
+
+def test_blocks_of_each_batch_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.documents.blocks_work", lambda *_: True)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    model, plain = build(ModelConfig(**SMALL)), build(ModelConfig(**SMALL))
+    model.model.first_token = plain.model.first_token = FIRST
+    for block in model.model.layers:
+        block.compile(backend=backend)
+    for seed in range(3):
+        tokens = random_tokens(2, BLOCK, seed=seed) % 32
+        found = logits_of(model, tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr("model.documents.blocks_work", lambda *_: False)
+            torch.testing.assert_close(found, logits_of(plain, tokens), rtol=0, atol=1e-5)
+    assert len(graphs) == 1
+
+
+def test_a_processor_has_the_plain_mask() -> None:
+    first_BT = torch.zeros(1, BLOCK, dtype=torch.int64)
+    assert isinstance(mask_of(first_BT, torch.float32, (4, 2, 16)), Tensor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 128), (2, 1, 16)])
+def test_blocks_work_on_a_gpu(dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
+    """Values and gradients, compared with a plain mask where a run begins."""
+    assert blocks_work(torch.device("cuda"), dtype, heads)
+    mask = mask_of(torch.zeros(1, 2 * BLOCK, dtype=torch.int64, device="cuda"), dtype, heads)
+    assert isinstance(mask, BlockMask)
 
 
 @every_variant

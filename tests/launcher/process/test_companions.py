@@ -1,6 +1,7 @@
 """What a rank sees of its launcher and of the other ranks, and what it says of them."""
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -46,11 +47,9 @@ def test_a_launcher_is_watched_where_there_is_no_proc(is_alive: bool, monkeypatc
 
 def ended() -> int:
     """The number of a process that has ended."""
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return pid
+    process = subprocess.Popen(["true"])  # a fork of a process with threads may deadlock
+    process.wait()
+    return process.pid
 
 
 def test_ranks_of_two_hosts_without_proc_are_not_looked_for_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
