@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_files import chat, pair, prepare_chats, prepare_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killed import LENGTH, run_killed
@@ -17,7 +18,6 @@ from data import decontamination, readers, seen, shards
 from data.config import PrepareConfig
 from data.decontamination import NGrams, ngrams_of, read_ngrams
 from data.errors import DataError
-from data.filters import Filters
 from data.prepared import open_prepared
 from data.seen import Seen
 from data.shards import prepare
@@ -402,14 +402,31 @@ def test_columns_of_parquet_files_of_any_name_are_examples(tmp_path):
     assert ngrams.set_of([" ".join(WORDS[2:16])]) == 1
 
 
-def test_chats_and_pairs_are_filtered_by_what_they_say():
-    passage = " ".join(WORDS)
-    filters = Filters("chats", True, ngrams_of({"zoo": [[passage]]}))
+def test_a_worker_elsewhere_needs_no_evaluation_set(corpora, tmp_path):
+    """Examples of tasks are rendered where the command runs; workers of a cluster get their n-grams."""
+    options = options_of(tmp_path, deduplicate=True)
+    known = PrepareConfig(**options, decontaminate=(str(tmp_path / "test.jsonl"),))
+    prepare(known, LENGTH, tmp_path / "alone")
+    ngrams = read_ngrams(known.decontaminate)
+    named = PrepareConfig(**options, decontaminate=("a task",))
+    parts = shards.shared_parts(named, LENGTH, tmp_path / "out", ngrams)
+    for number in parts.missing:
+        shards.tokenize_part(named, LENGTH, tmp_path / "out", parts.plan_id, number)
+    prepare(named, LENGTH, tmp_path / "out", on="shared-folder", ngrams=ngrams)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
-    def findings(text: str) -> tuple[bytes, int]:
-        chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
-        return filters.findings(lambda: [json.dumps(chat)])
 
-    first, second = findings(f"\u00e9\n{passage[:30]}\n{passage[30:]}"), findings("a short one")
-    assert (first[1], second[1]) == (1, 0)
-    assert first[0] == findings(f"\u00e9\n{passage[:30]}\n{passage[30:]}")[0] != second[0]
+@pytest.mark.parametrize("content", ["chats", "pairs"])
+def test_chats_and_pairs_are_filtered_by_what_they_say(tmp_path, content):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": " ".join(WORDS)}) + "\n")
+    record, write = (chat, prepare_chats) if content == "chats" else (pair, prepare_pairs)
+    questions = [f"number {number}" for number in range(20)]
+    questions += ["number 3", f"It says:\n\u00e9 {' '.join(WORDS[:13]).upper()}", "number 3", " ".join(WORDS[:12])]
+    records = [record(question, "Yes.", "No.") for question in questions]
+    sets = (str(tmp_path / "test.jsonl"),)
+    out = write(tmp_path, 300, *records, deduplicate=True, decontaminate=sets)
+    manifest = open_prepared(out)
+    assert manifest["splits"]["train"]["documents"] == 21
+    assert [manifest["filters"][name]["documents"] for name in ("duplicates", "evaluation")] == [2, 1]
+    plain = write(tmp_path, 300, *records[:20], records[-1], out="plain")
+    assert contents(out / "train") == contents(plain / "train")
