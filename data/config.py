@@ -142,8 +142,8 @@ class DataConfig:
     nodes or be a multiple of it. With 1 every node downloads every shard."""
 
     workers: int = 1
-    """Threads per rank that read ahead, or processes if a source is fetched or decompressed; 0 reads in the training
-    process when rows are needed."""
+    """Threads per rank that read ahead where files are slow, or processes if a source is fetched or decompressed; 0
+    reads in the training process when rows are needed."""
 
     cache: str | None = None
     """Folder on each node's own disk for the shards of remote sources; one folder for one run."""

@@ -1,11 +1,13 @@
 """Read the rows of an epoch in blocks, ahead of the training.
 
-Rows of local folders are read by threads, each row from its place in its file straight into the block: what Python does
-for a row is no more than the system call. Sources that are fetched or decompressed are read by processes, which may
-hang in a download and can be killed; their rows come through shared memory.
+Rows of local folders are read each from its place in its file: what Python does for a row is little more than a system
+call. Threads read ahead as long as rows take time. If the operating system holds them, the thread that needs them reads
+them itself, because to hand them over would take longer than to read them. Sources that are fetched or decompressed are
+read by processes, which may hang in a download and can be killed; their rows come through shared memory.
 """
 
 import signal
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +23,8 @@ from data.rows import RowDataset
 
 BLOCK_TOKENS = 1 << 18
 """A block of rows that a thread reads has at least this many, in whole micro-batches."""
+SLOW_ROW_SECONDS = 30e-6
+"""Rows that take longer come from a disk or a network; those that the operating system holds take microseconds."""
 PREFETCHED_BATCHES = 2
 """Blocks, or a rank's parts of global batches, that each thread or process reads ahead."""
 
@@ -29,18 +33,19 @@ Block = tuple[NDArray[Any], NDArray[np.int64]]
 
 
 class LocalReader:
-    """Reads rows of local folders, in threads or when they are asked for.
+    """Reads rows of local folders, ahead if they are slow and when they are asked for otherwise.
 
     Args:
         dataset: the rows.
         block_rows: rows of a block; the last one of an epoch may have fewer.
-        threads: that read ahead; 0 reads in the thread that asks.
+        threads: that read ahead; 0: none do.
     """
 
     def __init__(self, dataset: RowDataset, block_rows: int, threads: int) -> None:
         self.dataset = dataset
         self._rows, self._threads = block_rows, threads
         self._pool: ThreadPoolExecutor | None = None
+        self._is_slow = False
 
     def __iter__(self) -> Iterator[Block]:
         """Yield the blocks of the next epoch."""
@@ -52,11 +57,22 @@ class LocalReader:
         self._pool = self._pool or ThreadPoolExecutor(self._threads, "rows")
         ahead: deque[Future[Block]] = deque()
         for block in blocks:
-            ahead.append(self._pool.submit(self.dataset.read, block))
-            if len(ahead) > PREFETCHED_BATCHES * self._threads:
+            if self._is_slow:
+                ahead.append(self._pool.submit(self._read, block))
+                if len(ahead) > PREFETCHED_BATCHES * self._threads:
+                    yield ahead.popleft().result()
+                continue
+            while ahead:
                 yield ahead.popleft().result()
+            yield self._read(block)
         while ahead:
             yield ahead.popleft().result()
+
+    def _read(self, samples: NDArray[np.int64]) -> Block:
+        began = time.perf_counter()
+        found = self.dataset.read(samples)
+        self._is_slow = time.perf_counter() - began > SLOW_ROW_SECONDS * len(samples)
+        return found
 
     def close(self) -> None:
         """Let the threads finish the blocks that they have begun, and close the files."""

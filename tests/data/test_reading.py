@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 
 import numpy as np
 import pytest
@@ -46,10 +47,24 @@ def stored(folder):
     return source.read_first_rows("train", source.num_rows("train"))
 
 
-@pytest.mark.parametrize(("workers", "block_tokens"), [(0, 1), (0, 1 << 18), (1, 100), (3, 1), (3, 100)])
+@pytest.mark.parametrize(
+    ("workers", "block_tokens", "slow"), [(0, 1, 0), (0, 1 << 18, 0), (1, 100, 0), (3, 1, 0), (3, 100, 1), (2, 1, None)]
+)
 def test_blocks_of_any_size_and_any_number_of_threads_give_the_rows_in_their_order(
-    folders, monkeypatch, workers, block_tokens
+    folders, monkeypatch, workers, block_tokens, slow
 ):
+    """Whether rows are slow always, never or now and then."""
+    read, chance = reading.LocalReader._read, random.Random(0)
+
+    def now_and_then(reader, samples):
+        found = read(reader, samples)
+        reader._is_slow = chance.random() < 0.5
+        return found
+
+    if slow is None:
+        monkeypatch.setattr(reading.LocalReader, "_read", now_and_then)
+    else:
+        monkeypatch.setattr(reading, "SLOW_ROW_SECONDS", float(slow))
     with monkeypatch.context() as patched:
         patched.setattr(rows.RowDataset, "_opened", lambda dataset, number: None)  # the library reads row by row
         by_library = training_data(folders)
@@ -79,6 +94,7 @@ def is_shard(descriptor: str) -> bool:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_failure_while_reading_ahead_comes_when_its_rows_are_due(folders, monkeypatch, workers):
     monkeypatch.setattr(reading, "BLOCK_TOKENS", 1)
+    monkeypatch.setattr(reading, "SLOW_ROW_SECONDS", 0.0)
     data, read, calls = training_data(folders, workers=workers), rows.RowDataset.read, itertools.count()
 
     def failing(dataset, sample_ids):
