@@ -28,12 +28,13 @@ from launcher.training.begin import LoopState, begin
 from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED
 from launcher.training.record import manifest_of, skip_advice, summary
+from launcher.training.reference import open_second_model
 from launcher.training.rollback import give_up, has_not_recovered, rollback_note
 from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
 from launcher.training.step import StepResult, check_objective, data_for, in_pieces, train_step
 from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.tasks import NUM_SCORED
-from launcher.training.teacher import open_teacher
+from launcher.training.teacher import Teacher
 from launcher.training.telemetry import telemetry_of
 from launcher.training.timetable import Timetable, measured_after
 from launcher.watch.heartbeat import Pulse
@@ -124,7 +125,7 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.teacher = None  # the last phase's makes room for the next
     if phase.has_second_model:
         run.saver.wait()  # it may be writing the teacher
-    run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints, run.data.first_token)
+    run.teacher = second_model(run, phase)
     crossing = enter_phase(
         run.engine,
         phase,
@@ -158,6 +159,14 @@ def switch(run: LoopState, phase: Phase) -> None:
     if (given_up := run.rollbacks.get(phase.index)) is not None:
         run.meter.noted(*rollback_note(given_up))
     measure(run, "start of phase")
+
+
+def second_model(run: LoopState, phase: Phase) -> Teacher | None:
+    """Open the teacher or the reference of a phase; a collective."""
+    of_data = run.data.first_token, run.fingerprints[phase.index]
+    return open_second_model(
+        run.plan, phase, run.ranks, run.folder, of_data, run.held_out.pairs, run.console, run.pulse.got_on
+    )
 
 
 def take_step(run: LoopState) -> StepResult:
@@ -228,6 +237,8 @@ def make_up(run: LoopState) -> None:
     if run.phase.quantization is not None:
         set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1, run.at.block_order))
     if evaluating and EVALUATED not in logged:
+        if run.held_out.pairs and run.teacher is None:  # the phase has ended
+            run.teacher = second_model(run, run.phase)
         evaluate(run)
     if tasks and NUM_SCORED not in logged:
         do_tasks(run)

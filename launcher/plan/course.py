@@ -46,7 +46,7 @@ class Phase:
 
     @property
     def has_second_model(self) -> bool:
-        """Whether a frozen model runs beside the one that learns: a teacher, or the reference of preferences."""
+        """Whether a frozen model is read when it begins: a teacher, or the reference of preferences."""
         return self.distillation is not None or self.preference is not None
 
 
@@ -200,21 +200,22 @@ class Course:
         return statistics.mean(self.strengths_at(step)[1])
 
     def flops_per_token_at(self, step: int) -> int:
-        """Model FLOPs of training on one token in the step of this number; a frozen model adds a forward pass.
+        """Model FLOPs of training on one token in the step of this number; a teacher adds a forward pass.
 
-        That one, a teacher or the reference of preferences, counts as of the same size.
+        It counts as of the same size.
         """
         flops = flops_per_token(self.config.model, self.length_at(step))
-        return flops + (flops // 3 if self.phase_of(step).has_second_model else 0)
+        return flops + (flops // 3 if self.phase_of(step).distillation else 0)
 
     @property
     def total_flops(self) -> int:
-        """Model FLOPs of the whole run."""
+        """Model FLOPs of the whole run. A reference adds a forward pass over its phase, as if no row came twice."""
         starts = {start for start, _ in self.lengths} | {phase.start for phase in self.phases}
-        return sum(
-            self.flops_per_token_at(start) * (self.tokens_before(end) - self.tokens_before(start))
+        stretches = [
+            (self.flops_per_token_at(start), self.tokens_before(end) - self.tokens_before(start), self.phase_of(start))
             for start, end in pairwise([*sorted(starts), self.total_steps])
-        )
+        ]
+        return sum((flops + (flops // 3 if phase.preference else 0)) * tokens for flops, tokens, phase in stretches)
 
     def drawn_before(self, step: int, last: Phase) -> dict[tuple[Source, ...], int]:
         """Rows that each mixture has given in the steps before the one of this number, in order of first use.

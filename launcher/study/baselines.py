@@ -93,7 +93,10 @@ def _rounded_at_the_end(config: Config, quantization: QuantConfig | None) -> Con
     ]
     calibration = CalibrationConfig(sequences=CALIBRATION_SEQUENCES)
     transition = TransitionConfig(calibration=calibration)
-    phases.append(PhaseConfig(precision="ternary", steps=1, quantization=quantization, transition=transition))
+    learned = {name: getattr(phases[-1], name) for name in ("objective", "preference")}
+    phases.append(
+        PhaseConfig(precision="ternary", steps=1, quantization=quantization, transition=transition, **learned)
+    )
     tree = to_tree(config) | {"phases": [to_tree(phase) for phase in phases]}
     tree["training"] |= {"total_steps": None, "total_tokens": None}
     tree["schedule"]["horizon_steps"] = config.schedule.horizon_steps or course.total_steps

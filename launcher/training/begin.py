@@ -37,10 +37,11 @@ from launcher.training.held_out import HeldOut
 from launcher.training.meter import Meter
 from launcher.training.mixtures import DrawnTokens, phase_fingerprints, template_of
 from launcher.training.record import check_resumed
+from launcher.training.reference import open_second_model
 from launcher.training.rollback import discard_given_up
 from launcher.training.step import Batches, open_data
 from launcher.training.tasks import TasksInTraining, open_tasks
-from launcher.training.teacher import Teacher, check_teacher, open_teacher
+from launcher.training.teacher import Teacher, check_teacher
 from launcher.training.telemetry import Telemetry, telemetry_of
 from launcher.training.tracing import Tracer
 from launcher.watch.heartbeat import Pulse
@@ -116,13 +117,14 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     if reader is not None:
         console.line(f"Resuming {config.run.name} after step {at.step}, from {reader.folder}")
 
+    held_out = HeldOut(plan, ranks, data, plan.held_out_of(phase or upcoming))
     teacher = None
     if phase is not None and at.step < phase.end:
-        teacher = open_teacher(plan, phase, ranks, folder.checkpoints, data.first_token)
+        of_data = data.first_token, fingerprints[phase.index]
+        teacher = open_second_model(plan, phase, ranks, folder, of_data, held_out.pairs, console, pulse.got_on)
     if reader is not None and teacher is not None:
         check_teacher(reader, teacher)
 
-    held_out = HeldOut(plan, ranks, data, plan.held_out_of(phase or upcoming))
     tasks = open_tasks(plan, ranks, data.tokenizer_path)
     log, tokenizer = None, None
     with failing_alike():

@@ -32,6 +32,8 @@ UNTRAINED_ROWS = 16
 class HeldOut:
     """The held-out rows and the tokenizer. Every method is a collective.
 
+    `pairs` are this rank's micro-batches if the rows are pairs, and empty if not.
+
     Args:
         plan: of the run.
         ranks: this rank among all.
@@ -44,7 +46,7 @@ class HeldOut:
         self.of = of or config.data
         self._plan, self._ranks = plan, ranks
         self._tokenizer_path = data.tokenizer_path
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
         self._batches = []
         if config.data.validation_rows:
             self._batches = validation_rows(
@@ -56,8 +58,8 @@ class HeldOut:
             )
         if any(phase.preference and plan.held_out_of(phase) == self.of for phase in plan.phases):
             # The loss of text is that of the chosen answers; both sides are for `measure_preferences`.
-            self._pairs = self._batches
-            self._batches = [(tokens_BT, chosen_labels(tokens_BT, labels_BT)) for tokens_BT, labels_BT in self._pairs]
+            self.pairs = self._batches
+            self._batches = [(tokens_BT, chosen_labels(tokens_BT, labels_BT)) for tokens_BT, labels_BT in self.pairs]
         self._first_token = held_out_first_token(self.of, config.model.vocab_size)
         self._token_bytes_V = token_bytes(self.of, config.model.vocab_size)
 
@@ -90,14 +92,14 @@ class HeldOut:
 
     def measure_preferences(self, engine: Engine, reference: Teacher | None) -> dict[str, float]:
         """Return the means over the held-out pairs, by keys of the log; nothing where there are none."""
-        if not self._pairs or reference is None:
+        if not self.pairs or reference is None:
             return {}
         sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
         with engine.keeping_apart(self._first_token), torch.no_grad():
-            for tokens_BT, labels_BT in self._pairs:
-                tokens_BT, labels_BT = tokens_BT.to(engine.device), labels_BT.to(engine.device)
+            for batch in self.pairs:
+                tokens_BT, labels_BT = (each.to(engine.device) for each in batch)
                 units = reference.units(tokens_BT, labels_BT).double()
-                with reference.teaching(tokens_BT, labels_BT) as lesson:
+                with reference.teaching(tokens_BT, batch) as lesson:
                     parts = engine.forward(tokens_BT, labels_BT, teacher=lesson).parts
                 assert parts is not None
                 sums += torch.cat([parts.double() * units, units[None]])
