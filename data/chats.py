@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from data.chat_records import MESSAGES_KEY, TOOLS_KEY
 from data.chat_template import ChatTemplate, Message, Tools
 from data.config import PrepareConfig, TooLong
 from data.documents import Document
-from data.encoding import Chunk, Piece
+from data.encoding import PIECE_COUNTS, Chunk, Piece, about_pieces
 from data.errors import DataError
 from data.marks import COUNTS, ids_of, with_marks
 from data.readers import Place
@@ -29,16 +28,8 @@ SPECIAL_NAME = re.compile(r"<\|[^\s|<>]+\|>|<\uff5c[^\s\uff5c<>]+\uff5c>|<\w+_of
 """What templates write where they mean a special token, and nobody writes otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatChunk(Chunk):
-    """The tokens of some chats, with their marks; see `data.marks`."""
-
-    counted_tokens: int
-    """Tokens that are to be predicted."""
-    dropped_chats: int
-    """Chats that are left out because they are too long."""
-    truncated_chats: int
-    """Chats whose end is left out because they are too long."""
+CHAT_COUNTS = (*PIECE_COUNTS, "counted_tokens", "dropped_chats", "truncated_chats")
+"""Of a chat, also the tokens that are to be predicted, and whether it is left out, or its end is, as it is too long."""
 
 
 class ChatEncoder:
@@ -50,7 +41,7 @@ class ChatEncoder:
         too_long: what to do with one that has more: raise an error, leave it out, or leave out its end.
     """
 
-    chunk = ChatChunk
+    counts = CHAT_COUNTS
     dtype = np.uint32
     noun = "chat"
 
@@ -66,17 +57,16 @@ class ChatEncoder:
         for split, place, document in assigned:
             yield split, Piece(document.text, document.origin, (*place, 0), ends=True)
 
-    def encode(self, pieces: Sequence[Piece]) -> ChatChunk:
+    def encode(self, pieces: Sequence[Piece]) -> Chunk:
         """Tokenize chats as `chat_of` gives them.
 
         Raises:
             DataError: a chat cannot be learned from; says which and why.
         """
-        dropped = truncated = 0
         chats: list[NDArray[np.uint32]] = [np.zeros(0, np.uint32)]
-        num_bytes = counted = 0
+        facts = about_pieces(pieces, self.counts)
         sizes = self.template.tokenizer.token_bytes()
-        for piece in pieces:
+        for piece, about in zip(pieces, facts, strict=True):
             try:
                 tokens = self.marked(json.loads(piece.text))
                 is_too_long = len(tokens) > self._most
@@ -90,23 +80,13 @@ class ChatEncoder:
             tokens = tokens[: self._most]
             num_counted = int(np.count_nonzero(tokens & np.uint32(COUNTS)))
             if is_too_long and (self._too_long == "drop" or not num_counted):
-                dropped += 1
+                about["dropped_chats"] = 1
                 continue
-            truncated += is_too_long
-            num_bytes += int(sizes[ids_of(tokens)].sum())
-            counted += num_counted
+            about["documents"], about["truncated_chats"] = 1, is_too_long
+            about["tokens"], about["counted_tokens"] = len(tokens), num_counted
+            about["text_bytes"] = about["token_bytes"] = sizes[ids_of(tokens)].sum()
             chats.append(tokens)
-        return ChatChunk(
-            tokens=np.concatenate(chats),
-            documents=len(chats) - 1,
-            text_bytes=num_bytes,
-            token_bytes=num_bytes,
-            compared_documents=0,
-            changed_documents=0,
-            counted_tokens=counted,
-            dropped_chats=dropped,
-            truncated_chats=truncated,
-        )
+        return Chunk(np.concatenate(chats), facts)
 
     def marked(self, record: Any) -> NDArray[np.uint32]:
         """The tokens of a record, with marks; raises what `encode_chat` does."""

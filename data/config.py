@@ -63,6 +63,13 @@ class PrepareConfig:
     """`stream`: rows are cut from the stream of all documents, and most begin in the middle of one; or `best-fit`:
     documents that fit into a row stay whole, and the rest of a row is padding."""
 
+    deduplicate: bool = False
+    """Leave out a document if an earlier one, in the order of the inputs, has the same text, held-out text included."""
+
+    decontaminate: tuple[str, ...] = ()
+    """Leave out a document if it shares 13 consecutive words with an example of these evaluation sets: JSON lines,
+    Parquet files, folders of them or `hf:` data sets. `tritrain prepare` takes names of tasks, too."""
+
     compression: Compression = "none"
     """`zstd` makes shards smaller, and verifies their SHA-256 at each reading; training then needs `data.cache`."""
 
@@ -143,7 +150,8 @@ class DataConfig:
     nodes or be a multiple of it. With 1 every node downloads every shard."""
 
     workers: int = 1
-    """Processes per rank that read ahead; 0 reads in the training process."""
+    """Threads per rank that read ahead where files are slow, or processes if a source is fetched or decompressed; 0
+    reads in the training process when rows are needed."""
 
     cache: str | None = None
     """Folder on each node's own disk for the shards of remote sources; one folder for one run."""

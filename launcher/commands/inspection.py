@@ -9,6 +9,7 @@ from data.inspection import Inspection, inspect_split
 from data.mixture import Source
 from data.prepared import content_of
 from data.sources import open_source
+from launcher.commands.prepare import filter_sentences
 from launcher.errors import ConfigError
 from launcher.process.console import Console, human_count
 
@@ -42,6 +43,7 @@ def inspect(folder: str, console: Console, *, num_rows: int, num_samples: int, a
     facts = {key: manifest[key] for key in ("sequence_length", "vocab_size", "end_of_document")}
     facts["content"] = content_of(manifest)
     facts["packing"] = manifest["options"].get("packing", "stream")
+    facts["filters"] = manifest.get("filters", {})
     if as_json:
         print(json.dumps(facts | {"splits": {split: asdict(found) for split, found in splits.items()}}))  # noqa: T201
         return
@@ -50,6 +52,8 @@ def inspect(folder: str, console: Console, *, num_rows: int, num_samples: int, a
         f"{folder}: {rows} of {facts['sequence_length']:,} tokens, packing {facts['packing']}, {facts['vocab_size']:,} "
         f"tokens in the vocabulary; token {facts['end_of_document']} ends documents"
     )
+    for line in filter_sentences(facts["filters"]):
+        console.line(line)
     for split, found in splits.items():
         for line in described(split, found, content_of(manifest)):
             console.line(line)

@@ -148,7 +148,7 @@ def _mixture_problems(config: Config, rows: Mapping[str, int]) -> Iterator[tuple
 def _texts(config: Config) -> Iterator[tuple[str, str]]:
     """Inputs that the folder of tokens is to be made from."""
     if prepare := _to_prepare(config):
-        for name in ("inputs", "validation_inputs"):
+        for name in ("inputs", "validation_inputs", "decontaminate"):
             for index, text in enumerate(getattr(prepare, name)):
                 yield f"data.prepare.{name}.{index}", text
 
