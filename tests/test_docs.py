@@ -16,7 +16,8 @@ import pytest
 import yaml
 from places import ROOT
 
-from launcher.config.file import apply_override, json_schema, load_config, parse_config, parse_yaml
+from launcher.config.file import apply_override, load_config, parse_config, parse_yaml
+from launcher.config.schema import json_schema
 from launcher.config.sections import Config
 from launcher.plan.plan import make_plan
 from launcher.run.changes import MAY_CHANGE

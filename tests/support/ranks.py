@@ -30,12 +30,15 @@ IMPORTED_ONCE = (
     *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops", "deepspeed.comm.mori"),
     # What modules of tests import, and runs when they begin.
     *("pytest", "hypothesis", "runs", "tiny", "pydantic.dataclasses", "rich._emoji_codes", "sentencepiece"),
+    *("data.rows", "s3fs"),
 )
 
 if IN_FORK_SERVER in os.environ:
     repair_torchvision()
     for name in IMPORTED_ONCE:
         importlib.import_module(name)
+    tiny: Any = importlib.import_module("tiny")
+    tiny.tiny_config(Path("shards"), Path("run"))  # what it takes to read a configuration is built the first time
     gc.freeze()  # else each rank's first collection would copy all of it
 
 os.environ[IN_FORK_SERVER] = "1"  # the server inherits it, and imports this module by name
