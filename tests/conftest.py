@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,19 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "torchinductor")  # one for ranks and tests
     # multiprocessing removes its own folder in it with priority -100; a lower one comes later.
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-200)
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_timeout_set_timer() -> Iterator[Any]:
+    """Have the alarm of a test that takes too long ring again and again.
+
+    The first one may not end it: Hypothesis takes it for a failing example, which it runs again, and a `finally` may
+    wait for the same thing once more.
+    """
+    is_set = yield
+    seconds, _ = signal.getitimer(signal.ITIMER_REAL)
+    signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, 30))
+    return is_set
 
 
 @pytest.hookimpl(tryfirst=True)

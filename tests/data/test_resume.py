@@ -72,7 +72,7 @@ def run_killed(folder: Path, options: dict, out: Path, points: list) -> list[int
     script = folder / "killed.py"
     script.write_text(textwrap.dedent(SMALL) + textwrap.dedent(KILLED % LENGTH))
     argument = json.dumps([options, str(out), points])
-    done = subprocess.run([sys.executable, str(script), argument], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, str(script), argument], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -24,7 +24,9 @@ from launcher.process.exchange import gather_values, value_of_first
 from launcher.process.ranks import process_group
 with process_group(60) as ranks:
     Path(sys.argv[1], f"met-{ranks.rank}").write_text(str(os.getpid()))
-    while not Path(sys.argv[1], "go").exists():
+    for _ in range(6000):
+        if Path(sys.argv[1], "go").exists():
+            break
         time.sleep(0.02)
     assert gather_values([ranks.rank]) == [[0], [1]]
     assert value_of_first({"from": ranks.rank}) == {"from": 0}
@@ -66,7 +68,9 @@ def no_orphans() -> Iterator[None]:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
         process.kill()
-        process.communicate()
+        process.wait(20)
+        assert process.stdout is not None
+        process.stdout.close()  # not read to its end: a rank that is left may hold the other one
     STARTED.clear()
 
 
