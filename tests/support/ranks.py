@@ -27,6 +27,8 @@ from data.torchvision_repair import repair_torchvision
 
 TIMEOUT_SECONDS = 400
 IN_FORK_SERVER = "TRITRAIN_TEST_FORK_SERVER"
+PRELOADED = "TRITRAIN_TEST_PRELOADED"
+"""Variable of a program that has a fork server of its own: the modules that are enough for it."""
 IMPORTED_ONCE = (
     *("streaming", "launcher.pretrain", "launcher.engine.zero", "launcher.engine.fsdp", "torch._dynamo"),
     # What deepspeed.initialize imports when it is called.
@@ -39,7 +41,7 @@ IMPORTED_ONCE = (
 
 if IN_FORK_SERVER in os.environ:
     repair_torchvision()
-    for name in IMPORTED_ONCE:
+    for name in os.environ.get(PRELOADED, "").split() or IMPORTED_ONCE:
         importlib.import_module(name)
     tiny: Any = importlib.import_module("tiny")
     tiny.tiny_config(Path("shards"), Path("run"))  # what it takes to read a configuration is built the first time
