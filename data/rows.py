@@ -10,6 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -114,10 +115,15 @@ class RowDataset(StreamingDataset):
     def _prepare_thread(self, it: _Iterator) -> None:
         """Fetch shards ahead of the reading, where there is something to fetch."""
         if any(stream.remote not in (None, stream.local) for stream in self.streams):
-            super()._prepare_thread(it)
+            with _counted(it):
+                super()._prepare_thread(it)
             return
         it.prepare_index = it.ready_index = it.total  # the other threads go by these
         it.on_exit()
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        with _counted(it):
+            super()._ready_thread(it)
 
     def on_exception(self, future: Future) -> None:
         """Note why a thread that reads ahead has ended; the base class then makes the others end."""
@@ -145,6 +151,16 @@ class RowDataset(StreamingDataset):
             f"a shard of the training data cannot be read: {redacted(str(error))}; the same command resumes from the "
             "newest checkpoint once it can"
         )
+
+
+@contextmanager
+def _counted(it: _Iterator) -> Iterator[None]:
+    """Count a thread that fails as ended; the base class does not, and waits for two of three that may all fail."""
+    try:
+        yield
+    except BaseException:
+        it.on_exit()
+        raise
 
 
 def _opened(shard: Any) -> tuple[int, int, np.dtype[Any], int] | None:

@@ -127,7 +127,8 @@ def read_history(path: Path, name: str) -> History:
         if not (isinstance(layers, dict) and all(isinstance(figures, list) for figures in layers.values())):
             raise LogError(f"{path}:{line_number}: quant/layers is {str(layers)[:40]!r}, which no run writes")
         step, seen, phase, precision = (row.pop(key) for key in ROW)
-        if steps and (step, phase) < (steps[-1], phases[-1]):
+        is_late = "quant/since_step" in row  # earlier versions wrote telemetry after the losses of later steps
+        if steps and (step, phase) < (steps[-1], phases[-1]) and not is_late:
             first = next(n for n in range(len(steps)) if (steps[n], phases[n]) >= (step, phase))
             for rows, values in columns.values():
                 kept = bisect_left(rows, first)
@@ -159,7 +160,7 @@ def read_history(path: Path, name: str) -> History:
     spans: list[PhaseSpan] = []
     for index in np.unique(axes["phases"]).tolist():
         rows_of_phase = np.flatnonzero(axes["phases"] == index)
-        first, last = int(rows_of_phase[0]), int(rows_of_phase[-1])
+        first, last = int(rows_of_phase[0]), int(rows_of_phase[axes["steps"][rows_of_phase].argmax()])
         begin = (spans[-1].last_step, spans[-1].last_tokens) if spans else (steps[first], tokens[first])
         begin = begins.get(index, (0, 0) if index == 0 else begin)
         spans.append(

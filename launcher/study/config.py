@@ -22,7 +22,8 @@ Keep = Literal["ends", "all", "none"]
 NO_BASELINE = "none"
 """The value of `baseline` in a selector that means the arms of the grid itself."""
 
-RESERVED = ("switch", "seed", "baseline", "rate")
+RESERVED = ("switch", "seed", "baseline", "rate", "arm", "status", "steps", "tokens", "twin")
+RESERVED_BEGINNINGS = ("held_out_", "excess_")
 """Names that selectors and columns of results use besides those of the axes."""
 
 OF_A_STUDY = ("study.yaml", "results.json")
@@ -87,8 +88,11 @@ class Study:
     def __post_init__(self) -> None:
         problems = {}
         for name, values in self.axes.items():
-            if not re.fullmatch(r"[a-z][\w-]*", name) or name in RESERVED:
-                problems[f"axes.{name}"] = f"is no name for an axis; use small letters, and none of {_list(RESERVED)}"
+            if not re.fullmatch(r"[a-z][\w-]*", name) or name in RESERVED or name.startswith(RESERVED_BEGINNINGS):
+                problems[f"axes.{name}"] = (
+                    f"is no name for an axis; use small letters, none of {_list(RESERVED)}, and no beginning of "
+                    f"{_list(RESERVED_BEGINNINGS)}"
+                )
             elif not values:
                 problems[f"axes.{name}"] = "has no values; name at least one, such as {as-it-is: []}"
         for name in ("switch", "seeds", "baselines"):

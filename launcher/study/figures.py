@@ -155,7 +155,7 @@ def _draw_lines(
         moved = 0.7 * (index - (len(lines) - 1) / 2)
         at = [(share or 0.0) + moved for share, _ in found]
         means = [value.mean for _, value in found]
-        style = _line_style(index)
+        style = line_style(index)
         for place, (_, value) in zip(at, found, strict=True):
             if value.low is not None and value.high is not None:
                 axes.plot([place, place], [value.low, value.high], color=style["color"], lw=0.9, alpha=0.8)
@@ -163,7 +163,8 @@ def _draw_lines(
         legend.setdefault(line_name(line), handle)
 
 
-def _line_style(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
+    """Color, dashes and marker of the line of this number."""
     return {
         "color": RUN_COLOURS[index % len(RUN_COLOURS)],
         "ls": RUN_DASHES[index // len(RUN_COLOURS) % len(RUN_DASHES)],

@@ -24,6 +24,7 @@ from launcher.study.held_equal import FIRST, differing, held_equal, sizes
 from launcher.study.intervals import Estimate
 from launcher.study.reading import Findings
 from launcher.study.table import ENOUGH_TOKENS
+from launcher.study.token_figure import token_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +54,11 @@ CAPTIONS = {
         "What the switch costs",
         "Above the 16-bit twin at equal tokens: the largest difference of training losses after the switch; the "
         "differences times their tokens, summed; and the difference of the held-out losses at the end.",
+    ),
+    "tokens": (
+        "How much data",
+        "Against the tokens that are trained in ternary. Left: the held-out loss above the 16-bit baseline of as many "
+        "tokens, paired by seed, mean and 95 % interval; lines are power laws. Right: the losses themselves.",
     ),
     "arms": (
         "All arms",
@@ -133,13 +139,15 @@ def _cautions(findings: Findings, groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _body(findings: Findings, groups: Sequence[Group], figures: "Mapping[str, Figure]") -> Iterator[str]:
-    for name in ("switch", "gap", "loss", "excess", "arms"):
+    for name in ("switch", "gap", "tokens", "loss", "excess", "arms"):
         if name in figures:
             title, caption = CAPTIONS[name]
             yield f"<h2>{title}</h2>"
             yield html_figure(to_svg(figures[name], f"study-{name}", title), caption)
         if name == "gap":
             yield from _gaps(groups)
+        if name == "tokens" and name in figures:
+            yield html_table(_TOKEN_COLUMNS, token_rows(groups))
     yield "<h2>Arms in numbers</h2>"
     yield html_table(_ARM_COLUMNS, (_arm_row(group, groups) for group in groups))
     yield f'<p class="note">{METHOD}</p>'
@@ -178,6 +186,15 @@ def _arm_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
         MISSING if area is None else human_count(area.mean),
         signed_interval(group.mean("excess_at_end")),
     )
+
+
+_TOKEN_COLUMNS = (
+    "Arms",
+    "Exponent",
+    "Twice the tokens multiply the distance by",
+    "Floor, nats/token",
+    "Ternary tokens",
+)
 
 
 def _gaps(groups: Sequence[Group]) -> Iterator[str]:

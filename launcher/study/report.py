@@ -36,6 +36,7 @@ from launcher.study.figures import (
     excess_figure,
     gap_figure,
     has_switch_axis,
+    line_name,
     switch_figure,
 )
 from launcher.study.held_equal import differing, held_equal
@@ -43,6 +44,8 @@ from launcher.study.intervals import Estimate
 from launcher.study.loss_figure import loss_figure
 from launcher.study.page import study_page
 from launcher.study.reading import Findings, read_study
+from launcher.study.token_figure import fits_of, token_figure, token_lines
+from launcher.study.token_fit import TokenFit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,6 +109,8 @@ def figures_of(findings: Findings, groups: Sequence[Group]) -> "dict[str, Figure
             figures["gap"] = gap_figure(groups)
         if any(group.mean("excess_peak") for group in complete):
             figures["excess"] = excess_figure(groups)
+    if any(len(arms) > 1 for arms in token_lines(groups).values()):
+        figures["tokens"] = token_figure(groups)
     if complete:
         figures["arms"] = arms_figure(groups)
     return figures
@@ -151,6 +156,17 @@ def numbers_of(findings: Findings, groups: Sequence[Group]) -> dict[str, Any]:
             {"axis": axis, "value": value, "against": first, "of": of, "difference": _plain(estimate), "pairs": pairs}
             for of in ("held_out_loss", "excess_peak", "excess_area", "excess_at_end")
             for axis, value, first, estimate, pairs in effects_of(groups, of)
+        ],
+        "ternary_tokens": [
+            {
+                "line": line_name(line),
+                "scale": fit.scale,
+                "exponent": _plain(fit.exponent),
+                "floor": _plain(fit.floor),
+                "spread_of_logarithms": fit.spread,
+            }
+            for line, fit in fits_of(groups).items()
+            if isinstance(fit, TokenFit)
         ],
         "differences": [_plain_difference(each) for each in differences_of(groups)],
         "against_best": [_plain_difference(each) for each in against_best(groups)],

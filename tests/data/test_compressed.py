@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -36,15 +37,20 @@ def folders(tmp_path_factory) -> Path:
     return folder
 
 
-def config_of(path: Path, cache: Path | None) -> DataConfig:
+def config_of(path: Path, cache: Path | None, workers: int = 0) -> DataConfig:
     return DataConfig(
-        sources=(Source(path=str(path)),), sequence_length=LENGTH, workers=0, cache=str(cache) if cache else None
+        sources=(Source(path=str(path)),), sequence_length=LENGTH, workers=workers, cache=str(cache) if cache else None
     )
 
 
-def first_rows(path: Path, cache: Path | None, steps: int = 40) -> torch.Tensor:
+def first_rows(path: Path, cache: Path | None, steps: int = 40, workers: int = 0) -> torch.Tensor:
     data = TrainingData(
-        config_of(path, cache), vocab_size=300, global_batch_sequences=4, micro_batch_sequences=4, rank=0, world_size=1
+        config_of(path, cache, workers),
+        vocab_size=300,
+        global_batch_sequences=4,
+        micro_batch_sequences=4,
+        rank=0,
+        world_size=1,
     )
     batches = iter(data)
     try:
@@ -88,6 +94,29 @@ def test_a_flipped_bit_is_found_and_named(folders, tmp_path):
         with pytest.raises(DataError, match=r"shard\.0000\d\.mds\.zstd"):
             read(small, cache)
         assert not list(cache.rglob("shard.*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_threads_that_all_fail_are_not_waited_for(folders, tmp_path, monkeypatch, workers):
+    from streaming import StreamingDataset
+
+    def failing(dataset, it):
+        raise OSError("the store is gone")
+
+    for thread in ("_prepare_thread", "_ready_thread"):
+        monkeypatch.setattr(StreamingDataset, thread, failing)
+    said = []
+
+    def read():
+        with pytest.raises(DataError) as caught:
+            first_rows(folders / "small", tmp_path / "cache", workers=workers)
+        said.append(str(caught.value))
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(60)
+    assert len(said) == 1
+    assert "cannot be read: the store is gone; the same command resumes" in said[0]
 
 
 def test_a_cut_or_missing_shard_is_found_before_training(folders, tmp_path):

@@ -1,5 +1,6 @@
 """Curves of a run and what a switch does to them: levels, thinning, transitions."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.report.history import History, PhaseSpan, Series, curves, find_transitions
+from launcher.report.history import History, PhaseSpan, Series, curves, find_transitions, read_history
 from launcher.report.plots import thin
 
 
@@ -95,3 +96,18 @@ def test_transitions_are_those_of_the_measurement_with_the_held_out_loss_of_that
 def test_there_is_no_transition_without_losses_on_both_sides():
     assert find_transitions(history_of({"16-bit": [2.0] * 20, "ternary": []})) == ()
     assert find_transitions(replace(history_of({"16-bit": [2.0], "ternary": [2.0]}), series={})) == ()
+
+
+def test_telemetry_that_was_written_late_takes_no_losses_away(tmp_path):
+    """Earlier versions wrote it after the losses of later steps."""
+    about = {"tokens": 0, "phase": 0, "precision": "ternary"}
+    rows = [
+        *({"step": step, **about, "train/learning_rate": 1e-3, "train/loss": float(step)} for step in (10, 20)),
+        *({"step": step, **about, "quant/since_step": 1, "quant/scale": 0.1} for step in (11, 12, 16)),
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    history = read_history(path, "late")
+    assert history.series["train/loss"].values.tolist() == [10.0, 20.0]
+    assert history.series["quant/scale"].steps.tolist() == [11, 12, 16]
+    assert history.phases[0].last_step == 20

@@ -160,6 +160,8 @@ def test_arms_have_folders_of_their_own(tmp_path):
     [
         ({"axis": {}}, "axis: unknown key; did you mean axes?"),
         ({"axes": {"seed": {"a": []}}}, "axes.seed: is no name for an axis"),
+        ({"axes": {"tokens": {"a": []}}}, "axes.tokens: is no name for an axis"),
+        ({"axes": {"excess_mine": {"a": []}}}, "axes.excess_mine: is no name for an axis"),
         ({"axes": {"a": {}}}, "axes.a: has no values"),
         ({"axes": {"a": {"b": "x=1"}}}, "axes.a: is 'x=1'; must be a list; write [x=1]"),
         ({"switch": [0.5, 1.0]}, "switch: is 0.5, 1.0; shares must be above 0 and below 1"),

@@ -1,0 +1,126 @@
+"""The power law of the distance from 16 bits over ternary tokens."""
+
+import math
+import random
+import re
+from pathlib import Path
+
+import pytest
+from made_studies import make_study
+
+from launcher.study.analysis import groups_of
+from launcher.study.arms import Arm
+from launcher.study.page import study_page
+from launcher.study.reading import read_study
+from launcher.study.report import figures_of, numbers_of
+from launcher.study.token_fit import TokenFit, axis_of_tokens, distances, fit_tokens, ternary_tokens
+
+TOKENS = [4_096 * 2**power for power in range(9)]
+
+
+def made(exponent: float, floor: float, noise: float, seed: int = 0, seeds: int = 3) -> dict[int, list[float]]:
+    drawn = random.Random(seed)
+    return {
+        tokens: [(50 * tokens**-exponent + floor) * math.exp(drawn.gauss(0, noise)) for _ in range(seeds)]
+        for tokens in TOKENS
+    }
+
+
+def fitted(points: dict[int, list[float]]) -> TokenFit:
+    fit = fit_tokens(points)
+    assert isinstance(fit, TokenFit)
+    return fit
+
+
+@pytest.mark.parametrize("exponent", [0.2, 0.5, 1.1])
+def test_a_power_law_is_found(exponent: float) -> None:
+    fit = fitted(made(exponent, 0.0, 1e-6))
+    assert fit.exponent.mean == pytest.approx(exponent, abs=1e-5)
+    assert fit.scale == pytest.approx(50, rel=1e-4)
+    assert fit.floor is None
+    assert fit.distance(1e6) == pytest.approx(50 * 1e6**-exponent, rel=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [0.4, 0.8])
+@pytest.mark.parametrize("floor", [0.02, 0.2])
+def test_so_is_one_with_a_floor(exponent: float, floor: float) -> None:
+    fit = fitted(made(exponent, floor, 0.0))
+    assert fit.floor is not None
+    assert fit.floor.mean == pytest.approx(floor, rel=1e-4)
+    assert fit.exponent.mean == pytest.approx(exponent, rel=1e-4)
+    assert fit.distance(TOKENS[4]) == pytest.approx(50 * TOKENS[4] ** -exponent + floor, rel=1e-6)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    held = floors = 0
+    for seed in range(200):
+        fit = fitted(made(0.5, 0.0, 0.2, seed))
+        floors += fit.floor is not None
+        if fit.floor is None:
+            assert fit.exponent.has_interval
+            held += (fit.exponent.low or 0.0) <= 0.5 <= (fit.exponent.high or 0.0)
+    assert floors <= 16  # 5 % of 200, and three standard deviations
+    assert held >= 0.9 * (200 - floors)
+
+
+def test_too_few_points_have_no_fit() -> None:
+    points = dict(list(made(0.5, 0.0, 0.1).items())[:3]) | {TOKENS[5]: [-0.01, 0.0]}
+    assert fit_tokens(points) == "arms at fewer than 4 numbers of tokens are complete and above 16 bits"
+
+
+SHARES = {"few": 5, "some": 20, "more": 50, "most": 100}
+
+
+def loss_of(arm: Arm) -> float:
+    point = arm.point
+    dense = 3.0 + 0.1 * int(point["seed"])
+    if point.get("baseline") == "16-bit":
+        return dense
+    wobble = 1 + 1e-4 * (int(point["seed"]) - 1)
+    return dense + wobble * (0.4 if point["teacher"] == "own" else 0.5) * SHARES[point["data"]] ** -0.5
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_study(
+        tmp_path_factory.mktemp("least") / "study",
+        loss_of,
+        sections={"phases": [{"precision": "16-bit", "steps": 100}, {"precision": "ternary", "steps": 5}]},
+        axes={
+            "data": {name: [f"phases.1.steps={steps}"] for name, steps in SHARES.items()},
+            "teacher": {"none": [], "own": ["phases.1.distillation={temperature: 2.0}"]},
+        },
+        seeds=[0, 1, 2],
+        baselines=["16-bit"],
+    )
+
+
+def test_the_axis_of_tokens_is_found_and_distances_are_paired(study: Path) -> None:
+    groups = groups_of(read_study(study))
+    assert axis_of_tokens(groups) == "data"
+    arms = {(group.point["data"], group.point.get("teacher")): group for group in groups if group.baseline == "none"}
+    most = arms["most", "own"]
+    per_step = (ternary_tokens(arms["some", "own"]) or 0) // 20
+    assert ternary_tokens(most) == 100 * per_step
+    assert distances(most, groups) == pytest.approx({"0": 0.04, "1": 0.04, "2": 0.04}, rel=1e-3)
+
+
+def test_the_report_shows_the_curve_and_its_fit(study: Path) -> None:
+    findings = read_study(study)
+    groups = groups_of(findings)
+    figures = figures_of(findings, groups)
+    left, right = figures["tokens"].axes
+    drawn = {line.get_gid(): line for axes in (left, right) for line in axes.get_lines() if line.get_gid()}
+    for index, factor in enumerate((0.5, 0.4)):
+        assert list(drawn[f"distance-{index}"].get_ydata()) == pytest.approx(
+            [factor * steps**-0.5 for steps in SHARES.values()]
+        )
+        fit = drawn[f"fit-{index}"]
+        assert fit.get_ydata()[-1] == pytest.approx(factor * 0.1, rel=1e-3)
+    assert list(drawn["baseline-dense"].get_ydata()) == pytest.approx([3.1] * 4)
+    page = study_page(findings, groups, figures)
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[page.index(">teacher own</th>") :])
+    assert cells[:3] == ["0.500 (0.500 to 0.500)", "0.707 (0.707 to 0.707)", "none found"]
+    (none, own) = numbers_of(findings, groups)["ternary_tokens"]
+    assert (none["line"], own["line"]) == ("teacher none", "teacher own")
+    assert own["exponent"]["mean"] == pytest.approx(0.5, abs=1e-4)
