@@ -53,16 +53,26 @@ def pytest_configure(config: pytest.Config) -> None:
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-200)
 
 
+class TookTooLong(BaseException):
+    """A test's time is over. Hypothesis would take a failure for that of an example, and run it again."""
+
+
 @pytest.hookimpl(wrapper=True, optionalhook=True)
 def pytest_timeout_set_timer() -> Iterator[Any]:
-    """Have the alarm of a test that takes too long ring again and again.
-
-    The first one may not end it: Hypothesis takes it for a failing example, which it runs again, and a `finally` may
-    wait for the same thing once more.
-    """
+    """Have the alarm end a test, whatever the test does; it rings again, for a `finally` may wait as well."""
     is_set = yield
     seconds, _ = signal.getitimer(signal.ITIMER_REAL)
-    signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, 30))
+    ring = signal.getsignal(signal.SIGALRM)
+    if seconds and callable(ring):
+
+        def end(number: int, frame: Any) -> None:
+            try:
+                ring(number, frame)
+            except pytest.fail.Exception as error:
+                raise TookTooLong(str(error)) from None
+
+        signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, 30))
     return is_set
 
 
