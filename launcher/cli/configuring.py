@@ -52,6 +52,6 @@ def explain(
 
 def schema() -> None:
     """Print the JSON schema of configuration files, for editors."""
-    from launcher.config.file import json_schema
+    from launcher.config.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from pydantic import TypeAdapter
 
 from data.pointers import pointer_problem
 from data.urls import url_problem
@@ -331,8 +330,3 @@ def flat_lines(tree: Any, prefix: str = "") -> Iterator[str]:
             yield from flat_lines(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield f"{prefix}: {json.dumps(tree)}"
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of the configuration file, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(Config).json_schema()}
