@@ -11,7 +11,7 @@ Each measurement is a process of its own, in turns; numbers are medians. `wait` 
 of 1 M tokens a second waits for its next micro-batch, after the first. Processor time is that of the reader with its
 workers.
 
-    python benchmarks/loader.py [--rows 20000] [--length 2048] [--workers 2] [--repeats 3]
+    python benchmarks/loader.py [--rows 20000] [--length 2048] [--workers 1] [--repeats 3]
 """
 
 import argparse
@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--reader", choices=READERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -5,18 +5,19 @@ Each chat that cannot be learned from is an error that names the file and the li
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.chat_template import ChatTemplate, Message
+from data.chat_records import MESSAGES_KEY, TOOLS_KEY
+from data.chat_template import ChatTemplate, Message, Tools
 from data.config import PrepareConfig, TooLong
 from data.documents import Document
-from data.encoding import Chunk, Piece
+from data.encoding import PIECE_COUNTS, Chunk, Piece, about_pieces
 from data.errors import DataError
 from data.marks import COUNTS, ids_of, with_marks
 from data.readers import Place
@@ -27,16 +28,8 @@ SPECIAL_NAME = re.compile(r"<\|[^\s|<>]+\|>|<\uff5c[^\s\uff5c<>]+\uff5c>|<\w+_of
 """What templates write where they mean a special token, and nobody writes otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatChunk(Chunk):
-    """The tokens of some chats, with their marks; see `data.marks`."""
-
-    counted_tokens: int
-    """Tokens that are to be predicted."""
-    dropped_chats: int
-    """Chats that are left out because they are too long."""
-    truncated_chats: int
-    """Chats whose end is left out because they are too long."""
+CHAT_COUNTS = (*PIECE_COUNTS, "counted_tokens", "dropped_chats", "truncated_chats")
+"""Of a chat, also the tokens that are to be predicted, and whether it is left out, or its end is, as it is too long."""
 
 
 class ChatEncoder:
@@ -48,7 +41,7 @@ class ChatEncoder:
         too_long: what to do with one that has more: raise an error, leave it out, or leave out its end.
     """
 
-    chunk = ChatChunk
+    counts = CHAT_COUNTS
     dtype = np.uint32
     noun = "chat"
 
@@ -64,17 +57,16 @@ class ChatEncoder:
         for split, place, document in assigned:
             yield split, Piece(document.text, document.origin, (*place, 0), ends=True)
 
-    def encode(self, pieces: Sequence[Piece]) -> ChatChunk:
+    def encode(self, pieces: Sequence[Piece]) -> Chunk:
         """Tokenize chats as `chat_of` gives them.
 
         Raises:
             DataError: a chat cannot be learned from; says which and why.
         """
-        dropped = truncated = 0
         chats: list[NDArray[np.uint32]] = [np.zeros(0, np.uint32)]
-        num_bytes = counted = 0
+        facts = about_pieces(pieces, self.counts)
         sizes = self.template.tokenizer.token_bytes()
-        for piece in pieces:
+        for piece, about in zip(pieces, facts, strict=True):
             try:
                 tokens = self.marked(json.loads(piece.text))
                 is_too_long = len(tokens) > self._most
@@ -88,36 +80,30 @@ class ChatEncoder:
             tokens = tokens[: self._most]
             num_counted = int(np.count_nonzero(tokens & np.uint32(COUNTS)))
             if is_too_long and (self._too_long == "drop" or not num_counted):
-                dropped += 1
+                about["dropped_chats"] = 1
                 continue
-            truncated += is_too_long
-            num_bytes += int(sizes[ids_of(tokens)].sum())
-            counted += num_counted
+            about["documents"], about["truncated_chats"] = 1, is_too_long
+            about["tokens"], about["counted_tokens"] = len(tokens), num_counted
+            about["text_bytes"] = about["token_bytes"] = sizes[ids_of(tokens)].sum()
             chats.append(tokens)
-        return ChatChunk(
-            tokens=np.concatenate(chats),
-            documents=len(chats) - 1,
-            text_bytes=num_bytes,
-            token_bytes=num_bytes,
-            compared_documents=0,
-            changed_documents=0,
-            counted_tokens=counted,
-            dropped_chats=dropped,
-            truncated_chats=truncated,
-        )
+        return Chunk(np.concatenate(chats), facts)
 
     def marked(self, record: Any) -> NDArray[np.uint32]:
         """The tokens of a record, with marks; raises what `encode_chat` does."""
+        if isinstance(record, dict):
+            return with_marks(*self.encode_chat(record[MESSAGES_KEY], record[TOOLS_KEY]))
         return with_marks(*self.encode_chat(record))
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Tools = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The tokens of a chat, and whether each is part of an answer.
 
         Raises:
             DataError: the template refuses the chat, does not tell its answers apart, or needs a special token that the
                 vocabulary does not have.
         """
-        text, answers = self.template.answers(messages)
+        text, answers = self.template.answers(messages, tools)
         self.check_names(text, messages)
         ids, spans = self.template.tokenizer.encode_special_spans(text)
         counts = inside(spans, answers)
@@ -129,14 +115,23 @@ class ChatEncoder:
     def check_names(self, text: str, messages: Sequence[Message]) -> None:
         """Make sure that the special tokens that the template writes are tokens."""
         tokenizer = self.template.tokenizer
-        for name in {*SPECIAL_NAME.findall(text)} - self._known_names:
-            if len(tokenizer.encode_special(name)) == 1:
+        missing = []
+        for name in dict.fromkeys(SPECIAL_NAME.findall(text)):
+            if name in self._known_names or len(tokenizer.encode_special(name)) == 1:
                 self._known_names.add(name)
-            elif not any(name in message["content"] for message in messages):
-                raise DataError(
-                    f"the chat template writes {name}, which is no token of the tokenizer; choose a tokenizer that has "
-                    "it, or another --chat-template"
-                )
+            elif not any(name in _text_of(message) for message in messages):
+                missing.append(name)
+        if missing:
+            raise DataError(
+                f"the chat template writes {' and '.join(missing)}, which the tokenizer does not have as one token; "
+                f"add {' '.join(f'--add-token {shlex.quote(name)}' for name in missing)}, or choose another tokenizer "
+                "or --chat-template"
+            )
+
+
+def _text_of(message: Message) -> str:
+    """What a message says, with the arguments of its calls."""
+    return f"{message.get('content')} {json.dumps(message.get('tool_calls'), ensure_ascii=False)}"
 
 
 def _open_encoder(kind: type[ChatEncoder], tokenizer: Path, most_tokens: int, too_long: TooLong) -> ChatEncoder:

@@ -41,6 +41,10 @@ class PrepareConfig:
     too_long: TooLong = "error"
     """A chat or a pair that does not fit into a row: `error`, or `drop` it, or `truncate` a chat."""
 
+    add_tokens: tuple[str, ...] = ()
+    """Special tokens to add to the tokenizer, such as `<|im_start|>` of a chat template. All folders of a run need the
+    same."""
+
     end_of_document: str | None = None
     """Token that ends a document, such as `<|endoftext|>`; by default the one that the tokenizer's files name, and
     `</s>` for a trained tokenizer."""
@@ -59,6 +63,13 @@ class PrepareConfig:
     """`stream`: rows are cut from the stream of all documents, and most begin in the middle of one; or `best-fit`:
     documents that fit into a row stay whole, and the rest of a row is padding."""
 
+    deduplicate: bool = False
+    """Leave out a document if an earlier one, in the order of the inputs, has the same text, held-out text included."""
+
+    decontaminate: tuple[str, ...] = ()
+    """Leave out a document if it shares 13 consecutive words with an example of these evaluation sets: JSON lines,
+    Parquet files, folders of them or `hf:` data sets. `tritrain prepare` takes names of tasks, too."""
+
     compression: Compression = "none"
     """`zstd` makes shards smaller, and verifies their SHA-256 at each reading; training then needs `data.cache`."""
 
@@ -75,6 +86,10 @@ class PrepareConfig:
             problems["tokenizer"] = "is empty; give a tokenizer's file, bpe:VOCAB or unigram:VOCAB"
         if self.end_of_document is not None and TRAINED_SPEC.fullmatch(self.tokenizer):
             problems["end_of_document"] = "is for a tokenizer's file; one that is trained ends documents with </s>"
+        if any(name != name.strip() or not name for name in self.add_tokens):
+            problems["add_tokens"] = f"is {[*self.add_tokens]}; a token has a name, without spaces around it"
+        elif len({*self.add_tokens}) < len(self.add_tokens):
+            problems["add_tokens"] = f"is {[*self.add_tokens]}; name each token once"
         if not 0 <= self.validation_fraction < 1:
             problems["validation_fraction"] = f"is {self.validation_fraction}; must be 0 or more and below 1"
         if self.validation_inputs and self.validation_fraction:
@@ -135,7 +150,8 @@ class DataConfig:
     nodes or be a multiple of it. With 1 every node downloads every shard."""
 
     workers: int = 1
-    """Processes per rank that read ahead; 0 reads in the training process."""
+    """Threads per rank that read ahead where files are slow, or processes if a source is fetched or decompressed; 0
+    reads in the training process when rows are needed."""
 
     cache: str | None = None
     """Folder on each node's own disk for the shards of remote sources; one folder for one run."""

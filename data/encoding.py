@@ -21,6 +21,7 @@ from data.errors import DataError
 from data.fast_encoding import fast_encoder
 from data.proof import ChangedTextError, changed, check_given_back, is_compared
 from data.readers import Place
+from data.seen import DIGEST
 from data.token_files import checked_tokens
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -44,6 +45,8 @@ class Piece:
     """Whether it is the document's last part."""
     tokens: NDArray[Any] | None = None
     """What the text would become, of a document that is tokens already and has no text."""
+    findings: tuple[bytes, int] | None = None
+    """Of the whole document, if it has several parts and there are filters; see `data.filters`."""
 
     @property
     def is_text(self) -> bool:
@@ -73,28 +76,49 @@ class Work:
     """What was read of each split by then, and is for later work."""
 
 
+PIECE_COUNTS = ("tokens", "documents", "text_bytes", "token_bytes", "compared_documents", "changed_documents")
+"""Of a piece: a document counts with its first one. `token_bytes` are those that the tokens stand for, and those of the
+text unless the tokenizer may change it; compared documents were decoded, and changed ones were not given back."""
+
+
+def about_pieces(pieces: Sequence[Piece], counts: Sequence[str]) -> NDArray[np.void]:
+    """Facts about pieces, [pieces], with the number of the file and whether the document begins; others are 0 yet.
+
+    Args:
+        pieces: of documents.
+        counts: those of their encoder.
+    """
+    facts = np.zeros(len(pieces), piece_type(counts))
+    facts["file"] = [piece.place[0] for piece in pieces]
+    facts["begins"] = [piece.begins for piece in pieces]
+    return facts
+
+
+def piece_type(counts: Sequence[str]) -> np.dtype[np.void]:
+    """The type of facts about a piece; those before the counts are for `data.filters`."""
+    filtering = [("file", "i8"), ("begins", "?"), ("digest", DIGEST), ("evaluation", "u2"), ("size", "i8")]
+    return np.dtype(filtering + [(count, "i8") for count in counts])
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """The tokens of some consecutive pieces of one split, `end_of_document` after each that ends a document."""
 
     tokens: NDArray[np.unsignedinteger]
-    documents: int
-    """Documents that begin here."""
-    text_bytes: int
-    token_bytes: int
-    """The bytes that the tokens stand for; those of the text unless the tokenizer may change it."""
-    compared_documents: int
-    """Documents that were decoded and compared."""
-    changed_documents: int
-    """Those of them that decoding does not give back."""
+    pieces: NDArray[np.void]
+    """Facts about each piece, of `piece_type`."""
+
+    def total(self, count: str) -> int:
+        """The sum of a count over the pieces."""
+        return int(self.pieces[count].sum())
 
 
 class Encoder(Protocol):
     """What turns documents into tokens; to pickle one is to open it again in another process."""
 
     @property
-    def chunk(self) -> type[Chunk]:
-        """The class of its results."""
+    def counts(self) -> tuple[str, ...]:
+        """What it counts of each piece, with `PIECE_COUNTS` first."""
         ...
 
     @property
@@ -134,7 +158,10 @@ def cut_documents(assigned: Iterable[tuple[str, Place, Document]], tokenizer: To
 
 
 def gather_work(
-    pieces: Iterable[tuple[str, Piece]], read: tuple[int, int, int], waiting: Mapping[str, list[Piece]]
+    pieces: Iterable[tuple[str, Piece]],
+    read: tuple[int, int, int],
+    waiting: Mapping[str, list[Piece]],
+    first_held_out: int | None = None,
 ) -> Iterator[Work]:
     """Gather pieces into work of about `CHUNK_CHARS`, each of one split, keeping the order within it.
 
@@ -142,10 +169,16 @@ def gather_work(
         pieces: with the split of each.
         read: place of the last piece that was read before these.
         waiting: pieces of each split that come before these; see `Work`.
+        first_held_out: number of the first file of which all is held out. All work on earlier ones comes first.
     """
     gathered = {split: list(each) for split, each in waiting.items()}
     chars = {split: sum(piece.size for piece in each) for split, each in gathered.items()}
     for split, piece in pieces:
+        if first_held_out is not None and read[0] < first_held_out <= piece.place[0]:
+            for other in list(gathered):
+                if rest := gathered.pop(other):
+                    chars[other] = 0
+                    yield Work(other, rest, read, {})
         read = piece.place
         gathered.setdefault(split, []).append(piece)
         chars[split] = chars.get(split, 0) + piece.size
@@ -184,17 +217,18 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece], *, lossy: bool 
     num_bytes = np.diff(before[np.cumsum([0, *map(len, encoded)])])
     if not lossy:
         check_given_back(tokenizer, pieces, encoded, num_bytes)
-    return Chunk(
-        tokens=tokens,
-        documents=sum(piece.begins for piece in pieces),
-        text_bytes=sum(
-            len(piece.text.encode()) if piece.is_text else int(size)
-            for piece, size in zip(pieces, num_bytes, strict=True)
-        ),
-        token_bytes=int(num_bytes.sum()),
-        compared_documents=sum(piece.begins and is_compared(piece) for piece in pieces),
-        changed_documents=sum(pieces[index].begins for index in changed(tokenizer, pieces, encoded)) if lossy else 0,
-    )
+    facts = about_pieces(pieces, PIECE_COUNTS)
+    facts["tokens"] = [len(ids) for ids in encoded]
+    facts["documents"] = facts["begins"]
+    facts["token_bytes"] = num_bytes
+    facts["text_bytes"] = [
+        len(piece.text.encode()) if piece.is_text else size for piece, size in zip(pieces, num_bytes, strict=True)
+    ]
+    facts["compared_documents"] = [piece.begins and is_compared(piece) for piece in pieces]
+    if lossy:
+        places = changed(tokenizer, pieces, encoded)
+        facts["changed_documents"][places] = facts["begins"][places]
+    return Chunk(tokens, facts)
 
 
 def counted_bytes(tokenizer: Tokenizer, *, lossy: bool) -> NDArray[np.int32]:
@@ -216,7 +250,7 @@ class TextEncoder:
 
     tokenizer: Tokenizer
     lossy: bool
-    chunk: ClassVar = Chunk
+    counts: ClassVar = PIECE_COUNTS
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:

@@ -18,13 +18,14 @@ Labels = int | Literal["marked"] | None
 
 
 def inputs_and_labels(rows: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-    """The tokens and the labels of rows, int64, [rows, T].
+    """The tokens and the labels of rows, int64, [rows, T], which may share memory.
 
     Args:
         rows: as they are stored, [rows, T + 1].
         labels: which count; others are `IGNORED_LABEL`.
     """
-    tokens_BT, labels_BT = rows[:, :-1].long(), rows[:, 1:].long()
+    wide = rows.long()
+    tokens_BT, labels_BT = wide[:, :-1], wide[:, 1:]
     if labels == "marked":
         begins_BT, counts_BT = (tokens_BT & BEGINS).bool(), (labels_BT & COUNTS).bool()
         tokens_BT, labels_BT = tokens_BT & IDS, (labels_BT & IDS).where(counts_BT, IGNORED_LABEL)

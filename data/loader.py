@@ -12,29 +12,31 @@ import hashlib
 import json
 import math
 import os
-import signal
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data.config import Content, DataConfig, PrepareConfig
 from data.errors import DataError
 from data.labels import IGNORED_LABEL, MARKED, Labels, inputs_and_labels
 from data.light_streaming import import_streaming
 from data.mixture import Source, rows_per_epoch
-from data.prepared import COLUMN, SOURCE, TOKEN_BYTES, TRAIN, VALIDATION
+from data.prepared import TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
 from data.shared_memory import numbered
 from data.sources import OpenSource, local_leader_first, open_sources
+
+if TYPE_CHECKING:
+    from data.reading import FetchingReader, LocalReader
 
 __all__ = [
     "IGNORED_LABEL",
@@ -51,7 +53,6 @@ __all__ = [
 # What decides the order besides the configuration. A change of either must change the fingerprint.
 ORDER_VERSION = 1
 SHUFFLE_ALGORITHM = "py1e"
-PREFETCHED_BATCHES = 2
 
 
 class TrainingData:
@@ -116,6 +117,7 @@ class TrainingData:
         self.fingerprint = _fingerprint(config, sources, rows, global_batch_sequences)
 
         import_streaming()
+        from data.reading import BLOCK_TOKENS, FetchingReader, LocalReader
         from data.rows import RowDataset
 
         rank_sequences = global_batch_sequences // world_size
@@ -135,21 +137,14 @@ class TrainingData:
             )
         dataset.vocab_size, dataset.holds_chats = vocab_size, self.content != "text"
         dataset.position = divmod(first_sequence, self.epoch_sequences)
-        is_apart = config.workers > 0
-        self._loader: DataLoader = DataLoader(
-            dataset,
-            batch_size=rank_sequences,
-            num_workers=config.workers,
-            generator=torch.Generator(),  # else it would draw seeds from the process's own, at every start
-            collate_fn=_stack_rows,
-            worker_init_fn=_ignore_signals if is_apart else None,
-            multiprocessing_context="fork" if is_apart else None,  # workers read files; imports take them seconds
-            persistent_workers=is_apart,
-            prefetch_factor=PREFETCHED_BATCHES if is_apart else None,
-        )
-        self._drawn: deque[Tensor] = deque()
-        self._batches = _endless(self._loader, micro_batch_sequences, labels, self._drawn, len(sources))
-        self._finalizer = weakref.finalize(self, _close, self._loader, number)
+        if any(source.is_cached for source in sources):
+            self._reader: LocalReader | FetchingReader = FetchingReader(dataset, rank_sequences, config.workers)
+        else:
+            block_rows = micro_batch_sequences * -(-BLOCK_TOKENS // (micro_batch_sequences * config.sequence_length))
+            self._reader = LocalReader(dataset, block_rows, config.workers)
+        self._drawn: deque[NDArray[np.int64]] = deque()
+        self._batches = _endless(self._reader, micro_batch_sequences, labels, self._drawn, len(sources))
+        self._finalizer = weakref.finalize(self, _close, self._reader, number)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the only iterator; asking again continues at its position."""
@@ -160,7 +155,7 @@ class TrainingData:
 
         They must have been read.
         """
-        return torch.stack([self._drawn.popleft() for _ in range(num_micro_batches)]).sum(0)
+        return torch.from_numpy(np.sum([self._drawn.popleft() for _ in range(num_micro_batches)], axis=0))
 
     def close(self) -> None:
         """Stop the processes and threads that read ahead; this also happens when the program ends."""
@@ -282,16 +277,21 @@ def fingerprints(
 
 
 def _endless(
-    loader: DataLoader, micro_batch_sequences: int, labels: Labels, drawn: deque[Tensor], num_sources: int
+    reader: "LocalReader | FetchingReader",
+    micro_batch_sequences: int,
+    labels: Labels,
+    drawn: deque[NDArray[np.int64]],
+    num_sources: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         try:
-            for rows, sources in loader:  # once around is one epoch
-                for micro, of_micro in zip(
-                    rows.split(micro_batch_sequences), sources.split(micro_batch_sequences), strict=True
-                ):
-                    drawn.append(torch.bincount(of_micro, minlength=num_sources))
-                    yield inputs_and_labels(micro, labels)
+            for rows, sources in reader:  # once around is one epoch
+                of_micro = sources.reshape(-1, micro_batch_sequences)
+                counts = np.stack([(of_micro == source).sum(1) for source in range(num_sources)], axis=1)
+                for place, count in enumerate(counts):
+                    drawn.append(count)
+                    micro = rows[place * micro_batch_sequences : (place + 1) * micro_batch_sequences]
+                    yield inputs_and_labels(torch.from_numpy(micro.astype(np.int64)), labels)
         except DataError as error:  # a worker's comes with its traceback in the message
             raise DataError(str(error).strip().rpartition(f"{DataError.__module__}.DataError: ")[2]) from error
 
@@ -322,12 +322,6 @@ def _labels(sources: list[OpenSource]) -> Labels:
     return packed[0].manifest["end_of_document"] if packed else None
 
 
-def _stack_rows(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Stack samples as they are stored, 2 or 4 bytes a token, for the way between processes; and their sources."""
-    rows = torch.from_numpy(np.stack([sample[COLUMN] for sample in samples]))
-    return rows, torch.tensor([sample[SOURCE] for sample in samples])
-
-
 def _rows_of_epoch(config: DataConfig, sources: Sequence[OpenSource], global_batch_sequences: int) -> tuple[int, ...]:
     """Return how many rows of each source an epoch of a mixture holds."""
     return rows_per_epoch(
@@ -338,21 +332,9 @@ def _rows_of_epoch(config: DataConfig, sources: Sequence[OpenSource], global_bat
     )
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave to the training process the signals that schedulers send to all: it reads on until it has saved."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-
-
-def _close(loader: Any, number: ExitStack) -> None:
-    dataset = loader.dataset
-    if loader.num_workers and loader._iterator is not None:
-        loader._iterator._shutdown_workers()
-        for worker in loader._iterator._workers:
-            worker.kill()  # only one that hangs in a download is still there, and it ignores anything milder
-    elif hasattr(dataset, "_iterator"):
-        dataset._iterator.exit()
-    dataset.close()
+def _close(reader: "LocalReader | FetchingReader", number: ExitStack) -> None:
+    reader.close()
+    dataset = reader.dataset
     for lock in (dataset._shared_barrier.filelock_path, dataset._cache_filelock_path):
         Path(lock).unlink(missing_ok=True)  # `streaming` leaves them for ever, and takes them for signs of a live run
     number.close()

@@ -2,8 +2,9 @@
 
     OUT.parts/plan.json      what decides every byte, and the parts; written last
               tokenizer.*    the one of all parts
-              00007.tokens   the tokens of part 7, piece of work after piece of work
-              00007.json     counts and digest of each; there when the part is complete
+              evaluation.npz the n-grams of the evaluation sets, if documents that share one are left out
+              00007.tokens   of part 7, piece of work after piece of work: the tokens, and facts about each piece
+              00007.json     sizes and digest of each; there when the part is complete
 
 A part is a run of whole files, or, of a file with many documents that is larger than a part, every n-th block of
 documents. Whoever takes a part holds its lock, which ends with the process. If two have one part all the same, because
@@ -20,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ import numpy as np
 
 from data.chat_template import ChatTemplate
 from data.config import PrepareConfig
+from data.decontamination import NGrams
 from data.documents import Document
 from data.encoders import encoder_of
-from data.encoding import Chunk, Tokenize, Work, gather_work, tokenizing
+from data.encoding import Chunk, Tokenize, Work, gather_work, piece_type, tokenizing
 from data.errors import DataError
 from data.fast_encoding import fast_encoder
 from data.new_paths import TakenError, exclusive, file_being_replaced, replace_file
@@ -45,9 +47,10 @@ from data.tokenizer import Tokenizer, load_tokenizer
 SHARED_FOLDER = "shared-folder"
 SUFFIX = ".parts"
 PLAN = "plan.json"
-PLAN_VERSION = 1
-OF_A_TOKENIZER = (".", "tokenizer.", "chat_template.")
-"""Beginnings of the names of files older than the plan: unfinished ones, the tokenizer, its template."""
+PLAN_VERSION = 2
+NGRAMS = "evaluation.npz"
+BEFORE_THE_PLAN = (".", "tokenizer.", "chat_template.", NGRAMS)
+"""Beginnings of the names of files older than the plan: unfinished ones, the tokenizer, its template, n-grams."""
 PART_BYTES = 1 << 28
 """Parts are about as large, in bytes of files."""
 BLOCK_DOCUMENTS = 1024
@@ -151,6 +154,7 @@ class SharedParts:
         files: of the inputs.
         made_by: what decides every byte; processes with another one must not take part.
         place_tokenizer: puts the tokenizer of all parts into a folder.
+        ngrams: of the evaluation sets; None if there are none.
 
     Raises:
         DataError: the parts were begun with other inputs, options or libraries, or their folder holds something else.
@@ -164,6 +168,7 @@ class SharedParts:
         files: Survey,
         made_by: dict[str, Any],
         place_tokenizer: Callable[[Path], Tokenizer],
+        ngrams: NGrams | None,
     ) -> None:
         self._out = out
         self.folder = parts_folder(out)
@@ -171,7 +176,7 @@ class SharedParts:
         self.folder.mkdir(parents=True, exist_ok=True)
         plan = self.folder / PLAN
         with exclusive(plan, wait=True):
-            others = [name for name in sorted(os.listdir(self.folder)) if not name.startswith(OF_A_TOKENIZER)]
+            others = [name for name in sorted(os.listdir(self.folder)) if not name.startswith(BEFORE_THE_PLAN)]
             if not plan.exists():  # others write parts after it, so this is looked up after they are listed
                 if others:
                     raise DataError(
@@ -179,6 +184,8 @@ class SharedParts:
                         "end; choose another --out, or remove the folder if nothing in it is needed"
                     )
                 tokenizer = place_tokenizer(self.folder)
+                if ngrams is not None:
+                    ngrams.save(self.folder / NGRAMS)
                 parts = [asdict(part) for part in cut_parts(config, files)]
                 facts = {"id": secrets.token_hex(8), "made_by": _as_stored(made_by)}
                 replace_file(plan, json.dumps(facts | {"tokenizer": tokenizer.path.name, "parts": parts}) + "\n")
@@ -193,8 +200,8 @@ class SharedParts:
             self.template = ChatTemplate(self.tokenizer)
         else:
             self.tokenizer.fast = fast_encoder(self.tokenizer)
-        self._encoder = encoder_of(config, self.tokenizer, sequence_length)
-        self._counts = [field.name for field in fields(self._encoder.chunk) if field.name != "tokens"]
+        self._encoder = encoder_of(config, self.tokenizer, sequence_length, ngrams)
+        self._first_held_out = len(units(config.inputs, files))
 
     def check_made_by(self, made_by: dict[str, Any]) -> None:
         """Check that inputs, options and libraries are those with which the parts were begun.
@@ -262,16 +269,15 @@ class SharedParts:
         pieces = self._encoder.cut(each for each in assigned if part.has(each[1]))
         by_block = groupby(pieces, lambda each: part.block_of(each[1].place[:2]))
         blocks = [pieces] if part.shares == 1 else (block for _, block in by_block)
-        works = chain.from_iterable(gather_work(block, NOTHING_READ, {}) for block in blocks)
+        works = chain.from_iterable(gather_work(block, NOTHING_READ, {}, self._first_held_out) for block in blocks)
         chunks = []
         with file_being_replaced(self._tokens_file(number)) as building, building.open("xb") as file:
             for work, chunk in tokenize(works):
-                content = chunk.tokens.tobytes()
+                content = chunk.tokens.tobytes() + chunk.pieces.tobytes()
                 file.write(content)
-                counts = {name: getattr(chunk, name) for name in self._counts}
                 block = part.block_of(work.pieces[0].place[:2])
-                about = {"split": work.split, "block": block, "tokens": len(chunk.tokens)}
-                chunks.append(about | counts | {"sha256": hashlib.sha256(content).hexdigest()})
+                about = {"split": work.split, "block": block, "tokens": len(chunk.tokens), "pieces": len(chunk.pieces)}
+                chunks.append(about | {"sha256": hashlib.sha256(content).hexdigest()})
         replace_file(self._facts_file(number), json.dumps(chunks) + "\n")
 
     def merged(self) -> Iterator[tuple[Work, Callable[[], Chunk]]]:
@@ -290,21 +296,23 @@ class SharedParts:
 
     def _stored(self, number: int) -> Iterator[tuple[int, str, Callable[[], Chunk]]]:
         """Each piece of work of a part: the block of its documents, its split, and how to read it."""
-        dtype = np.dtype(self._encoder.dtype)
+        dtype, of_pieces = np.dtype(self._encoder.dtype), piece_type(self._encoder.counts)
         offset = 0
         for about in json.loads(self._content(self._facts_file(number), 0, None)):
+            size = about["tokens"] * dtype.itemsize
+            num_bytes = size + about["pieces"] * of_pieces.itemsize
 
-            def read(about: dict[str, Any] = about, offset: int = offset) -> Chunk:
+            def read(
+                about: dict[str, Any] = about, offset: int = offset, size: int = size, num_bytes: int = num_bytes
+            ) -> Chunk:
                 path = self._tokens_file(number)
-                content = self._content(path, offset, about["tokens"] * dtype.itemsize)
+                content = self._content(path, offset, num_bytes)
                 if hashlib.sha256(content).hexdigest() != about["sha256"]:
                     raise DataError(f"{path}: is damaged; remove it and its .json, and run the same command again")
-                return self._encoder.chunk(
-                    tokens=np.frombuffer(content, dtype), **{name: about[name] for name in self._counts}
-                )
+                return Chunk(np.frombuffer(content[:size], dtype), np.frombuffer(content[size:], of_pieces))
 
             yield about["block"], about["split"], read
-            offset += about["tokens"] * dtype.itemsize
+            offset += num_bytes
 
     def _content(self, path: Path, offset: int, num_bytes: int | None) -> bytes:
         try:

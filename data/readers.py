@@ -27,10 +27,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from data import quickstart_corpus
-from data.chat_records import MESSAGES_KEY, TOOLS_KEY, chat_of
+from data.chat_records import MESSAGES_KEY, TOOLS_KEY, chat_of, without_nulls
 from data.config import Content
 from data.documents import READ_BYTES, Document
 from data.errors import DataError
@@ -73,7 +73,7 @@ def placed_documents(
     *,
     start: Place = (0, 0),
     first_file: int = 0,
-    content: Content = "text",
+    content: Content | Literal["examples"] = "text",
     stop: int | None = None,
 ) -> Iterator[tuple[Place, Document]]:
     """As `read_documents`, with the place of each document.
@@ -112,7 +112,7 @@ def units(inputs: Sequence[str], found: Survey) -> list[tuple[str, Path | None]]
     return [(source, path) for source in inputs for path in found.files.get(source, [None])]
 
 
-def _read_unit(source: str, path: Path | None, content: Content) -> Iterator[Document]:
+def _read_unit(source: str, path: Path | None, content: Content | Literal["examples"]) -> Iterator[Document]:
     keys, text_of = RECORDS[content]
     if path is not None:
         if problem := pointer_problem(path):
@@ -238,6 +238,15 @@ def _text_of(record: Any, origin: str) -> str:
     return text
 
 
+def strings_in(value: Any) -> Iterator[str]:
+    """Yield every text in what JSON can hold, but for the names of keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(each)
+
+
 def _listed(names: Iterable[str]) -> str:
     """Some names, for a message: a stranger's file may have any number of them."""
     known = sorted(names)
@@ -255,9 +264,10 @@ def _read_parquet(path: Path, keys: Sequence[str], text_of: TextOf) -> Iterator[
         raise DataError(f"{path}: is not a Parquet file, or is truncated ({error})") from error
     with file:
         columns = file.schema_arrow.names
-        if keys[0] not in columns:
+        if keys and keys[0] not in columns:
             raise DataError(f'{path}: has no column "{keys[0]}"; its columns are {_listed(columns)}')
-        batches = file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[key for key in keys if key in columns])
+        wanted = [key for key in keys or columns if key in columns]
+        batches = file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=wanted)
         row = 0
         while True:
             try:
@@ -270,7 +280,8 @@ def _read_parquet(path: Path, keys: Sequence[str], text_of: TextOf) -> Iterator[
                 row += 1
                 origin = f"{path}:{row}"
                 try:
-                    record = {key: value.as_py() for key, value in zip(batch.schema.names, values, strict=True)}
+                    cells = zip(batch.schema.names, values, strict=True)
+                    record = {key: without_nulls(value.as_py()) for key, value in cells}
                 except UnicodeDecodeError as error:
                     raise DataError(f"{origin}: byte {error.start} of the text is not UTF-8; repair the row") from error
                 yield Document(text_of(record, origin), origin)
@@ -299,7 +310,7 @@ def _read_hugging_face(source: str, text_of: TextOf) -> Iterator[Document]:
             raise DataError(f"{origin}: `datasets` cannot read this row ({type(error).__name__}: {error})") from error
         if record is None:
             return
-        yield Document(text_of(record, origin), origin)
+        yield Document(text_of({key: without_nulls(value) for key, value in record.items()}, origin), origin)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
@@ -320,9 +331,10 @@ RECORD_READERS: dict[str, Callable[[Path, Sequence[str], TextOf], Iterator[Docum
 }
 """What reads a file of records, which have a key for what is wanted of them."""
 
-RECORDS: dict[Content, tuple[tuple[str, ...], TextOf]] = {
+RECORDS: dict[Content | Literal["examples"], tuple[tuple[str, ...], TextOf]] = {
     "text": ((TEXT_KEY,), _text_of),
     "chats": ((MESSAGES_KEY, TOOLS_KEY), chat_of),
     "pairs": ((*SIDES, PROMPT_KEY, TOOLS_KEY), pair_of),
+    "examples": ((), lambda record, origin: " ".join(strings_in(record))),
 }
-"""The keys of a record that are read, of which it must have the first, and what gives its text."""
+"""The keys of a record that are read, of which it must have the first, or none for all, and what gives its text."""

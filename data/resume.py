@@ -9,8 +9,10 @@ true. What was written after that moment is written again, to the same bytes. Th
 import hashlib
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,6 +24,7 @@ import numpy as np
 from data import quickstart_corpus
 from data.encoding import Piece
 from data.fast_encoding import NAME as FAST
+from data.filters import SEEN
 from data.new_paths import replace_file
 from data.prepared import SHARD_HASH, stored_file
 from data.survey import HF_PREFIX, Survey, split_hub_name
@@ -29,7 +32,7 @@ from data.transformers_files import CHAT_TEMPLATE
 from data.writers import State
 
 RECORD = "progress"
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 NOTHING_READ = (-1, 0, 0)
 """The place before all others."""
 SECONDS_BETWEEN_RECORDS = 30.0
@@ -51,6 +54,8 @@ class Progress:
     """Pieces of each split that were read and not written."""
     writers: dict[str, State]
     """Of each split."""
+    removal: dict[str, Any] | None = None
+    """Of `data.filters.Removal`, if there are filters."""
 
     @property
     def documents(self) -> int:
@@ -95,6 +100,7 @@ def record(folder: Path, made_by: dict[str, Any], progress: Progress) -> None:
         "read": progress.read,
         "waiting": {split: [_listed(piece) for piece in pieces] for split, pieces in progress.waiting.items()},
         "writers": {split: facts for split, (facts, _) in progress.writers.items()},
+        "removal": progress.removal,
     }
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
@@ -104,7 +110,13 @@ def record(folder: Path, made_by: dict[str, Any], progress: Progress) -> None:
 
 def _listed(piece: Piece) -> list[Any]:
     tokens = None if piece.tokens is None else piece.tokens.tolist()
-    return [piece.text, piece.origin, piece.place, piece.ends, tokens]
+    findings = piece.findings and [piece.findings[0].hex(), piece.findings[1]]
+    return [piece.text, piece.origin, piece.place, piece.ends, tokens, findings]
+
+
+def _piece_of(text: str, origin: str, place: Any, ends: bool, tokens: Any, findings: Any) -> Piece:
+    found = findings and (bytes.fromhex(findings[0]), findings[1])
+    return Piece(text, origin, tuple(place), ends, None if tokens is None else np.array(tokens), found)
 
 
 def read_record(folder: Path, made_by: dict[str, Any]) -> Progress | str:
@@ -132,14 +144,9 @@ def read_record(folder: Path, made_by: dict[str, Any]) -> Progress | str:
         tokenizer=facts["tokenizer"],
         fingerprint=facts["fingerprint"],
         read=tuple(facts["read"]),
-        waiting={
-            split: [
-                Piece(text, origin, tuple(place), ends, None if tokens is None else np.array(tokens))
-                for text, origin, place, ends, tokens in pieces
-            ]
-            for split, pieces in facts["waiting"].items()
-        },
+        waiting={split: [_piece_of(*each) for each in pieces] for split, pieces in facts["waiting"].items()},
         writers={split: (of_split, parts[split]) for split, of_split in facts["writers"].items()},
+        removal=facts["removal"],
     )
     return _damage(folder, progress, made_by.get("chat_template")) or progress
 
@@ -152,6 +159,10 @@ def _damage(folder: Path, progress: Progress, template: str | None) -> str | Non
     for split, (facts, _) in progress.writers.items():
         files = [stored_file(shard) for shard in facts["shards"]]
         digests |= {folder / split / file["basename"]: file["hashes"][SHARD_HASH] for file in files}
+    if progress.removal and (seen := progress.removal[SEEN]):
+        digests[folder / SEEN] = seen["sha256"]
+        with suppress(OSError):  # it is looked at below
+            os.truncate(folder / SEEN, seen["bytes"])
     for path, digest in digests.items():
         try:
             with path.open("rb") as file:

@@ -5,15 +5,16 @@ other process of the machine wait for that shard for ever; a download that was d
 The position to resume from is looked up in shared memory, under a number where another job's may be found.
 """
 
-import itertools
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import chain, repeat
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,9 @@ class RowDataset(StreamingDataset):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._open: OrderedDict[int, tuple[int, int, np.dtype[Any], int]] = OrderedDict()
+        self._local = threading.local()
+        self._tables: list[OrderedDict[int, _Open]] = []
+        self._first_samples = np.cumsum([0, *self.samples_per_shard])
         self._event = Event()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -63,6 +66,54 @@ class RowDataset(StreamingDataset):
         if self._failure is not None:
             raise self._error(self._failure) from self._failure
 
+    def sample_ids(self) -> NDArray[np.int64]:
+        """Return this process's samples of the next epoch, in their order; a collective of the node."""
+        self._unique_worker_world = self._unique_rank_world.detect_workers()
+        self._parallel_worker_world = self._parallel_rank_world.detect_workers()
+        found = self._get_work(*self._resume_incr_epoch())
+        return found[found >= 0]
+
+    def read(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Read rows of local folders; several threads may do so at once.
+
+        Args:
+            sample_ids: of the rows, at least one.
+
+        Returns:
+            The rows as they are stored, [rows, sequence_length + 1], and the index of the source of each.
+
+        Raises:
+            DataError: a shard cannot be read, or holds a token that the model does not have.
+        """
+        numbers = np.searchsorted(self._first_samples, sample_ids, side="right") - 1
+        places = (sample_ids - self._first_samples[numbers]).tolist()
+        sources = self.stream_per_shard[numbers]
+        try:
+            rows = self._read(numbers.tolist(), places)
+            if rows is not None and (self.vocab_size is None or self._largest(rows) < self.vocab_size):
+                return rows, sources
+            return np.stack([self.get_item(sample)[COLUMN] for sample in sample_ids.tolist()]), sources
+        except Exception as error:
+            raise self._error(error) from error
+
+    def _read(self, numbers: list[int], places: list[int]) -> NDArray[Any] | None:
+        """Read rows from open files; None if a shard is not as it should be."""
+        shards = {number: self._opened(number) for number in sorted(set(numbers))}
+        opened = {number: shard for number, shard in shards.items() if shard is not None}
+        kinds = {(shard.row_bytes, shard.dtype) for shard in opened.values()}
+        if len(opened) < len(shards) or len(kinds) > 1:
+            return None
+        ((row_bytes, dtype),) = kinds
+        begins = np.array([opened[number].begin for number in numbers]) + np.array(places) * row_bytes
+        descriptors = [opened[number].descriptor for number in numbers]
+        content = b"".join([os.pread(*each) for each in zip(descriptors, repeat(row_bytes), begins.tolist())])
+        self._close_oldest()
+        expected = len(numbers) * row_bytes
+        return np.frombuffer(content, dtype).reshape(len(numbers), -1) if len(content) == expected else None
+
+    def _largest(self, tokens: NDArray[Any]) -> int:
+        return int((ids_of(tokens) if self.holds_chats else tokens).max())
+
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
         """Return the epoch that comes next, if ``epoch`` is what follows those read, and where in it to begin."""
         return max(self.position, (epoch, 0))
@@ -77,8 +128,7 @@ class RowDataset(StreamingDataset):
         found = self._tokens(number, index)
         row: dict[str, Any] = super().get_item(sample_id, retry) if found is None else {COLUMN: found}
         row[SOURCE] = int(self.stream_per_shard[number])
-        tokens = ids_of(row[COLUMN]) if self.holds_chats else row[COLUMN]
-        if self.vocab_size is not None and (largest := int(tokens.max())) >= self.vocab_size:
+        if self.vocab_size is not None and (largest := self._largest(row[COLUMN])) >= self.vocab_size:
             stream, shard = self.streams[row[SOURCE]], self.shards[number]
             path = Path(stream.local, stream.split, shard.file_pairs[0][0].basename)
             raise DataError(
@@ -95,22 +145,36 @@ class RowDataset(StreamingDataset):
         """
         if self._event.is_set():  # a thread that reads ahead has failed
             return None
-        if number in self._open:
-            self._open.move_to_end(number)
-        elif (found := _opened(self.shards[number])) is not None:
-            self._open[number] = found
-            if len(self._open) > MOST_OPEN:
-                os.close(self._open.popitem(last=False)[1][0])
-        else:
+        shard = self._opened(number)
+        if shard is None:
             return None
-        descriptor, begin, dtype, row_bytes = self._open[number]
-        content = os.pread(descriptor, row_bytes, begin + index * row_bytes)
-        return np.frombuffer(content, dtype) if len(content) == row_bytes else None
+        content = os.pread(shard.descriptor, shard.row_bytes, shard.begin + index * shard.row_bytes)
+        self._close_oldest()
+        return np.frombuffer(content, shard.dtype) if len(content) == shard.row_bytes else None
+
+    def _opened(self, number: int) -> "_Open | None":
+        """Return a shard that this thread holds open, or opens now; None if that fails."""
+        table = getattr(self._local, "table", None)
+        if table is None:  # each thread has its own, or one might close what another reads
+            table = self._local.table = OrderedDict()
+            self._tables.append(table)
+        if (shard := table.get(number)) is not None:
+            table.move_to_end(number)
+        elif (shard := _open(self.shards[number])) is not None:
+            table[number] = shard
+        return shard
+
+    def _close_oldest(self) -> None:
+        """Close the shards of this thread that were not read for longest, if too many are open."""
+        table = self._local.table
+        while len(table) > MOST_OPEN:
+            os.close(table.popitem(last=False)[1].descriptor)
 
     def close(self) -> None:
         """Close the shards that are held open."""
-        while self._open:
-            os.close(self._open.popitem()[1][0])
+        for table in self._tables:
+            while table:
+                os.close(table.popitem()[1].descriptor)
 
     def _prepare_thread(self, it: _Iterator) -> None:
         """Fetch shards ahead of the reading, where there is something to fetch."""
@@ -138,7 +202,7 @@ class RowDataset(StreamingDataset):
         except Exception as error:
             stream = self.streams[self.stream_per_shard[shard_id]]
             if stream.remote not in (None, stream.local):
-                for info in itertools.chain(*self.shards[shard_id].file_pairs):
+                for info in chain(*self.shards[shard_id].file_pairs):
                     if info is not None:
                         Path(stream.local, stream.split, info.basename).unlink(missing_ok=True)
             # Those that wait go on, miss the file, and fetch it again.
@@ -163,8 +227,18 @@ def _counted(it: _Iterator) -> Iterator[None]:
         raise
 
 
-def _opened(shard: Any) -> tuple[int, int, np.dtype[Any], int] | None:
-    """Open a shard: descriptor, place of its first row, dtype of tokens, and bytes of a row; None if that fails.
+class _Open(NamedTuple):
+    """A shard that is held open."""
+
+    descriptor: int
+    begin: int
+    """Place of its first row."""
+    dtype: np.dtype[Any]
+    row_bytes: int
+
+
+def _open(shard: Any) -> _Open | None:
+    """Open a shard; None if that fails, or if it is not made of equal rows.
 
     An MDS file has the number of samples, where each begins and where the last ends, uint32; what they are; and them.
     """
@@ -178,4 +252,4 @@ def _opened(shard: Any) -> tuple[int, int, np.dtype[Any], int] | None:
     if len(header) != len(begins) + 1 or not np.array_equal(header[1:] - header[1], begins):
         os.close(descriptor)
         return None
-    return descriptor, int(header[1]), np.dtype(encoding.split(":")[1]), row_bytes
+    return _Open(descriptor, int(header[1]), np.dtype(encoding.split(":")[1]), row_bytes)

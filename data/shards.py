@@ -24,14 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from data.chats import template_for
 from data.config import TRAINED_SPEC, PrepareConfig
+from data.decontamination import NGrams, read_ngrams
 from data.encoders import encoder_of
 from data.encoding import Chunk, LostWorkerError, Piece, Work, counted_bytes, gather_work, tokenizing
 from data.errors import DataError
 from data.fast_encoding import NAME, fast_encoder
+from data.filters import SEEN, Filters, Removal
 from data.new_paths import TakenError, exclusive, folder_being_made
-from data.parts import SHARED_FOLDER, SharedParts, assign_splits, plan_id, remove_parts
+from data.parts import NGRAMS, SHARED_FOLDER, SharedParts, assign_splits, parts_folder, plan_id, remove_parts
 from data.prepared import (
     FILES,
     MANIFEST,
@@ -40,10 +41,11 @@ from data.prepared import (
     VALIDATION,
     VERSIONS,
     is_yet_to_be_prepared,
-    open_prepared,
 )
-from data.resume import NOTHING_READ, RECORD, SECONDS_BETWEEN_RECORDS, Progress, identity, read_record, record
-from data.survey import Survey, survey
+from data.readers import units
+from data.resume import NOTHING_READ, RECORD, SECONDS_BETWEEN_RECORDS, Progress, read_record, record
+from data.survey import Survey
+from data.task import Task, find_done, task_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_training import copied, place_tokenizer
 from data.transformers_files import CHAT_TEMPLATE
@@ -78,6 +80,8 @@ class PrepareProgress:
     """Text that it had tokenized, and that is not tokenized again."""
     parts: tuple[int, int] = (0, 0)
     """Parts that are complete, and all parts."""
+    removed_documents: int = 0
+    """Documents that filters have left out."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -91,6 +95,7 @@ def prepare(
     out: Path,
     progress: Callable[[PrepareProgress], None] | None = None,
     on: str | None = None,
+    ngrams: NGrams | None = None,
 ) -> dict[str, Any]:
     """Write the prepared folder `out` and return its manifest; see the top of this file.
 
@@ -105,6 +110,8 @@ def prepare(
         progress: called about once per MiB of text.
         on: `shared-folder` shares the work with all processes that prepare the same folder so, on this host and on
             others, `dask://HOST:PORT` with the workers of a cluster of Dask; None: this process and its workers.
+        ngrams: of the evaluation sets that documents must not share words with; None: of `config.decontaminate`, which
+            are then files or data sets.
 
     Raises:
         DataError: an input cannot be read, there is too little text, `out` holds something else or cannot be
@@ -115,20 +122,22 @@ def prepare(
     if on not in (None, SHARED_FOLDER) and not re.fullmatch(r"dask://[^/\s]+:\d+", str(on)):
         raise DataError(f"--on {on}: is neither {SHARED_FOLDER} nor dask://HOST:PORT")
     out = Path(os.path.abspath(out))
+    ngrams = ngrams or read_ngrams(config.decontaminate)
     try:
-        if manifest := _find_done(config, sequence_length, out):
+        if manifest := find_done(config, sequence_length, out, ngrams):
             if on:  # a process that was killed at the very end has left them
                 remove_parts(out)
             return manifest
         say = progress or (lambda _: None)
         if on is None:
-            return _make(config, sequence_length, out, say, None)
-        parts = _tokenize_parts(config, sequence_length, out, say, on)
-        manifest = _make(config, sequence_length, out, say, parts)
+            return _make(config, sequence_length, out, say, ngrams, None)
+        parts = _tokenize_parts(config, sequence_length, out, say, ngrams, on)
+        manifest = _make(config, sequence_length, out, say, ngrams, parts)
         remove_parts(out)
         return manifest
     except OSError as error:
-        if on and isinstance(error, FileNotFoundError) and (manifest := _find_done(config, sequence_length, out)):
+        is_gone = on and isinstance(error, FileNotFoundError)
+        if is_gone and (manifest := find_done(config, sequence_length, out, ngrams)):
             return manifest  # another process has merged the parts, and removed them just now
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
 
@@ -138,95 +147,33 @@ def _make(
     sequence_length: int,
     out: Path,
     progress: Callable[[PrepareProgress], None],
+    ngrams: NGrams | None,
     parts: SharedParts | None,
 ) -> dict[str, Any]:
     """Make the folder, or find that another process has."""
     with exclusive(out, wait=True):
-        if manifest := _find_done(config, sequence_length, out):
+        if manifest := find_done(config, sequence_length, out, ngrams):
             return manifest
         try:
-            return _build(config, sequence_length, out, progress, parts)
+            return _build(task_of(config, sequence_length, ngrams), out, progress, parts)
         except TakenError:
-            if manifest := _find_done(config, sequence_length, out):  # by a host that the lock does not reach
+            if manifest := find_done(config, sequence_length, out, ngrams):  # by a host that the lock does not reach
                 return manifest
             raise
 
 
-def _options(config: PrepareConfig, sequence_length: int) -> dict[str, Any]:
-    """Return what decides the result, and so what must agree for a prepared folder to serve."""
-    tokenizer: dict[str, Any] = {"tokenizer": config.tokenizer}
-    if not TRAINED_SPEC.fullmatch(config.tokenizer):
-        loaded = load_tokenizer(config.tokenizer, config.end_of_document)
-        tokenizer = {"tokenizer": f"sha256:{loaded.fingerprint}", "end_of_document": loaded.end_of_document}
-        if config.content != "text":
-            template = hashlib.sha256(template_for(config, loaded).self_contained().encode()).hexdigest()
-            tokenizer |= {"chat_template": f"sha256:{template}", "too_long": config.too_long}
-    return {
-        "inputs": list(config.inputs),
-        "content": config.content,
-        **tokenizer,
-        "lossy_tokenizer": config.lossy_tokenizer,
-        "validation_fraction": config.validation_fraction,
-        "validation_inputs": list(config.validation_inputs),
-        "sequence_length": sequence_length,
-        "packing": config.packing if config.content == "text" else "best-fit",
-        "compression": config.compression,
-    }
-
-
-def _find_done(config: PrepareConfig, sequence_length: int, out: Path) -> dict[str, Any] | None:
-    """Return the manifest of `out` if it is what would be made, None if there is nothing yet."""
-    if is_yet_to_be_prepared(out):
-        return None
-    if not (out / MANIFEST).is_file():
-        raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")
-    manifest = open_prepared(out)
-    before = {
-        "content": "text",
-        "lossy_tokenizer": False,
-        "packing": "stream",
-        "compression": "none",
-        "end_of_document": manifest["end_of_document"],
-    }  # of older versions
-    there, wanted = before | manifest["options"], _options(config, sequence_length)
-    differing = [
-        f"{key} (there {there.get(key)!r}, wanted {wanted[key]!r})" for key in wanted if there.get(key) != wanted[key]
-    ]
-    if differing:
-        raise DataError(f"{out}: was prepared with a different {'; '.join(differing)}; choose another, or remove it")
-    return manifest
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """All that a prepared folder is made of."""
-
-    config: PrepareConfig
-    sequence_length: int
-    files: Survey
-    options: dict[str, Any]
-    made_by: dict[str, Any]
-    """See `data.resume.identity`."""
-
-
-def _task_of(config: PrepareConfig, sequence_length: int) -> _Task:
-    inputs = (*config.inputs, *config.validation_inputs)
-    files, options = survey(inputs), _options(config, sequence_length)
-    return _Task(config, sequence_length, files, options, identity(options, files, inputs))
-
-
-def shared_parts(config: PrepareConfig, sequence_length: int, out: Path) -> SharedParts:
+def shared_parts(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NGrams | None = None) -> SharedParts:
     """The parts that a folder is made of, begun if nobody has.
 
     Raises:
         DataError: an input cannot be read, or other processes have begun with something else.
     """
-    return _parts_of(_task_of(config, sequence_length), out)
+    return _parts_of(task_of(config, sequence_length, ngrams), out)
 
 
-def _parts_of(task: _Task, out: Path) -> SharedParts:
+def _parts_of(task: Task, out: Path) -> SharedParts:
     place = partial(place_tokenizer, task.config, task.files)
-    return SharedParts(out, task.config, task.sequence_length, task.files, task.made_by, place)
+    return SharedParts(out, task.config, task.sequence_length, task.files, task.made_by, place, task.ngrams)
 
 
 def tokenize_part(config: PrepareConfig, sequence_length: int, out: Path, plan: str, number: int) -> None:
@@ -250,14 +197,20 @@ def tokenize_part(config: PrepareConfig, sequence_length: int, out: Path, plan: 
 @lru_cache(maxsize=1)
 def _parts_of_plan(config: PrepareConfig, sequence_length: int, out: Path, plan: str) -> SharedParts:
     """The parts, opened once: a worker outlives a plan and may get parts of another one of the same folder."""
-    return shared_parts(config, sequence_length, out)
+    ngrams = NGrams.load(parts_folder(out) / NGRAMS) if config.decontaminate else None
+    return shared_parts(config, sequence_length, out, ngrams)
 
 
 def _tokenize_parts(
-    config: PrepareConfig, sequence_length: int, out: Path, progress: Callable[[PrepareProgress], None], on: str
+    config: PrepareConfig,
+    sequence_length: int,
+    out: Path,
+    progress: Callable[[PrepareProgress], None],
+    ngrams: NGrams | None,
+    on: str,
 ) -> SharedParts:
     """Tokenize all parts of a folder, or wait until others have."""
-    task, start = _task_of(config, sequence_length), time.monotonic()
+    task, start = task_of(config, sequence_length, ngrams), time.monotonic()
     say = partial(PrepareProgress, files=task.files, documents=0, text_bytes=0, tokens=0)
     if TRAINED_SPEC.fullmatch(config.tokenizer):
         progress(say(stage="tokenizer", seconds=0.0))
@@ -277,13 +230,9 @@ def _tokenize_parts(
 
 
 def _build(
-    config: PrepareConfig,
-    sequence_length: int,
-    out: Path,
-    progress: Callable[[PrepareProgress], None],
-    parts: SharedParts | None,
+    task: Task, out: Path, progress: Callable[[PrepareProgress], None], parts: SharedParts | None
 ) -> dict[str, Any]:
-    task = _task_of(config, sequence_length)
+    config = task.config
     if parts:
         parts.check_made_by(task.made_by)  # an input may have grown
         # the places in a record are others
@@ -315,15 +264,18 @@ def _build(
             tokenizer.fast = fast_encoder(tokenizer)
         library = "" if tokenizer.fast is None else f"{NAME} {version(NAME)}"
         writers = _open_writers(task, tokenizer, building, begun)
+        filters = Filters.of(config, task.ngrams)
+        removal = Removal(building, filters, begun.removal if begun else None) if filters else None
         start = time.monotonic()
         stage = "merging" if parts else "tokens"
-        for _ in _write_rows(task, tokenizer, building, writers, begun, parts):
+        for _ in _write_rows(task, tokenizer, building, writers, removal, begun, parts):
             counts = {key: sum(getattr(each, key) for each in writers.values()) for key in COUNTS_SHOWN}
+            counts["removed_documents"] = removal.documents if removal else 0
             progress(say(stage=stage, library=library, seconds=time.monotonic() - start, **counts))
-        return _finish(task, tokenizer, building, writers)
+        return _finish(task, tokenizer, building, writers, removal)
 
 
-def _open_writers(task: _Task, tokenizer: Tokenizer, out: Path, begun: Progress | None) -> dict[str, RowWriter]:
+def _open_writers(task: Task, tokenizer: Tokenizer, out: Path, begun: Progress | None) -> dict[str, RowWriter]:
     has_validation = task.config.validation_fraction or task.config.validation_inputs
     make = WRITERS[task.config.packing] if task.config.content == "text" else MARKED_WRITERS[task.config.content]
     states = begun.writers if begun else {}
@@ -334,10 +286,11 @@ def _open_writers(task: _Task, tokenizer: Tokenizer, out: Path, begun: Progress 
 
 
 def _write_rows(
-    task: _Task,
+    task: Task,
     tokenizer: Tokenizer,
     out: Path,
     writers: dict[str, RowWriter],
+    removal: Removal | None,
     begun: Progress | None,
     parts: SharedParts | None,
 ) -> Iterator[None]:
@@ -345,7 +298,9 @@ def _write_rows(
 
     def save(read: tuple[int, int, int], waiting: dict[str, list[Piece]]) -> None:
         states = {split: writer.state() for split, writer in writers.items()}
-        record(out, task.made_by, Progress(tokenizer.path.name, tokenizer.fingerprint, read, waiting, states))
+        removed = removal.state() if removal else None
+        progress = Progress(tokenizer.path.name, tokenizer.fingerprint, read, waiting, states, removed)
+        record(out, task.made_by, progress)
 
     read, waiting = (begun.read, begun.waiting) if begun else (NOTHING_READ, {})
     if begun is None:
@@ -357,19 +312,22 @@ def _write_rows(
             chunks = ((work, read_tokens()) for work, read_tokens in parts.merged() if work.read > read)
         else:
             assigned = assign_splits(task.config, task.files, (max(read[0], 0), read[1]))
-            encoder = encoder_of(task.config, tokenizer, task.sequence_length)
+            encoder = encoder_of(task.config, tokenizer, task.sequence_length, task.ngrams)
             pieces = (each for each in encoder.cut(assigned) if each[1].place > read)
             tokenize = stack.enter_context(tokenizing(encoder, task.config.workers))
-            chunks = tokenize(gather_work(pieces, read, waiting))
+            first_held_out = len(units(task.config.inputs, task.files))
+            chunks = tokenize(gather_work(pieces, read, waiting, first_held_out))
         for work, chunk in chunks:
-            writers[work.split].write(chunk)
+            writers[work.split].write(removal.kept(work.split, chunk) if removal else chunk)
             if time.monotonic() - saved >= SECONDS_BETWEEN_RECORDS:
                 save(work.read, work.waiting)
                 saved = time.monotonic()
             yield
 
 
-def _finish(task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, RowWriter]) -> dict[str, Any]:
+def _finish(
+    task: Task, tokenizer: Tokenizer, out: Path, writers: dict[str, RowWriter], removal: Removal | None
+) -> dict[str, Any]:
     """Write what is left and the files about it, and return the manifest."""
     files, is_lossy = task.files, task.config.lossy_tokenizer
     sizes = counted_bytes(tokenizer, lossy=is_lossy)
@@ -390,20 +348,27 @@ def _finish(task: _Task, tokenizer: Tokenizer, out: Path, writers: dict[str, Row
         "end_of_document_token": tokenizer.name_of(tokenizer.end_of_document),
         "compared_documents": sum(writer.compared_documents for writer in writers.values()),
         "changed_documents": sum(writer.changed_documents for writer in writers.values()),
-        "splits": {split: writer.finish() for split, writer in writers.items()},
+        "splits": {split: writer.finish(removal.documents if removal else 0) for split, writer in writers.items()},
         "files": {"read": len(files.read), "left_out": len(files.left_out)},
     }
+    sources = units((*task.config.inputs, *task.config.validation_inputs), files)
+    if removal:
+        manifest["filters"] = removal.counts([source for source, _ in sources])
     listed = {
         "read": list(map(str, files.read)),
         "left_out": {str(path): reason for path, reason in files.left_out.items()},
     }
+    if removal:
+        by_file = removal.counts([str(path or source) for source, path in sources])
+        listed["filters"] = {name: counts["inputs"] for name, counts in by_file.items()}
     (out / FILES).write_text(json.dumps(listed, indent=2) + "\n")
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     (out / RECORD).unlink()
+    (out / SEEN).unlink(missing_ok=True)
     return manifest
 
 
-def _template_facts(task: _Task, out: Path) -> dict[str, Any]:
+def _template_facts(task: Task, out: Path) -> dict[str, Any]:
     if task.config.content == "text":
         return {}
     digest = hashlib.sha256((out / CHAT_TEMPLATE).read_bytes()).hexdigest()

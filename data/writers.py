@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.chats import CHAT_COUNTS
 from data.config import Compression
-from data.encoding import Chunk, token_type
+from data.encoding import PIECE_COUNTS, Chunk, token_type
 from data.errors import DataError
 from data.light_streaming import import_streaming
 from data.marks import BEGINS, ids_of
@@ -22,15 +23,11 @@ State = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 """What JSON can hold, and arrays."""
 SHARD_BYTES = 1 << 26
 """A shard has at most this many."""
-COUNTS = (
-    *("rows", "tokens", "documents", "text_bytes", "token_bytes", "compared_documents", "changed_documents"),
-    "largest_token",
-)
-CHAT_COUNTS = ("counted_tokens", "dropped_chats", "truncated_chats")
+WRITER_COUNTS = ("rows", "largest_token")
 
 
 class RowWriter:
-    """Cuts the stream of documents of one split into rows and writes them as MDS shards; has the counts of `COUNTS`.
+    """Cuts the stream of documents of one split into rows and writes them as MDS shards; has the counts of its pieces.
 
     Args:
         folder: where to write.
@@ -40,7 +37,8 @@ class RowWriter:
         state: of an earlier one that wrote in the same folder, to go on from.
     """
 
-    _counts: tuple[str, ...] = COUNTS
+    _piece_counts: tuple[str, ...] = PIECE_COUNTS
+    tokens = documents = text_bytes = token_bytes = compared_documents = changed_documents = 0
 
     def __init__(
         self,
@@ -71,8 +69,7 @@ class RowWriter:
             [tokenizer.end_of_document], self._dtype
         )  # its first token is predicted by an earlier row
         self._flushed_shards = 0
-        self.rows = self.tokens = self.documents = self.text_bytes = 0
-        self.token_bytes = self.compared_documents = self.changed_documents = 0
+        self.rows = 0
         self.largest_token = tokenizer.end_of_document
         if state is not None:
             self._restore(*state)
@@ -89,11 +86,11 @@ class RowWriter:
         self._flushed_shards = len(shards)
         flush(self._folder)
         rows = np.frombuffer(b"".join(self._writer.new_samples), self._dtype)
-        facts = {key: getattr(self, key) for key in self._counts} | {"shards": shards}
+        facts = {key: getattr(self, key) for key in (*self._piece_counts, *WRITER_COUNTS)} | {"shards": shards}
         return facts, {"rest": self._rest, "rows": rows}
 
     def _restore(self, facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        for key in self._counts:
+        for key in (*self._piece_counts, *WRITER_COUNTS):
             setattr(self, key, facts[key])
         self._rest = arrays["rest"]
         self._writer.shards = facts["shards"]
@@ -105,13 +102,9 @@ class RowWriter:
     def write(self, chunk: Chunk) -> None:
         """Append the tokens of some documents."""
         self._write_rows(self._rows_of(chunk.tokens))
-        self.tokens += len(chunk.tokens)
         self.largest_token = max(self.largest_token, self._largest_of(chunk.tokens))
-        self.documents += chunk.documents
-        self.text_bytes += chunk.text_bytes
-        self.token_bytes += chunk.token_bytes
-        self.compared_documents += chunk.compared_documents
-        self.changed_documents += chunk.changed_documents
+        for count in self._piece_counts:
+            setattr(self, count, getattr(self, count) + chunk.total(count))
 
     def _largest_of(self, tokens: NDArray[np.unsignedinteger]) -> int:
         return int(tokens.max(initial=0))
@@ -130,17 +123,21 @@ class RowWriter:
             self._writer.write({COLUMN: row})
             self.rows += 1
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, removed_documents: int = 0) -> dict[str, Any]:
         """Write what is left and the index, and return the manifest's facts about this split.
+
+        Args:
+            removed_documents: that filters have left out, of all splits.
 
         Raises:
             DataError: the text did not fill one row.
         """
         if not self.rows:
+            left_out = f". {removed_documents} documents were left out by filters" if removed_documents else ""
             raise DataError(
                 f"the {self._folder.name} split has {self.documents} documents with {self.tokens} tokens, too few for "
                 f"one row of {self._sequence_length + 1}; give more text, a larger validation_fraction if it is the "
-                "validation split, or a shorter sequence_length"
+                f"validation split, or a shorter sequence_length{left_out}"
             )
         self._writer.finish()
         return {
@@ -189,16 +186,16 @@ class PackedWriter(RowWriter):
         if begin < len(tokens):
             yield from self._packer.add(tokens[begin:], ends=False)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, removed_documents: int = 0) -> dict[str, Any]:
         """Write the rows that are still open, and the rest as `RowWriter` does."""
         self._write_rows(self._packer.finish())
-        return super().finish() | {"padding_tokens": self._packer.padding_tokens}
+        return super().finish(removed_documents) | {"padding_tokens": self._packer.padding_tokens}
 
 
 class ChatWriter(PackedWriter):
     """Puts the chats of one split into rows by `data.packing`, with their marks."""
 
-    _counts = (*COUNTS, *CHAT_COUNTS)
+    _piece_counts = CHAT_COUNTS
     _at_once, _noun = 1, "chat"
     """Chats that are packed as one, and what these are."""
     counted_tokens = dropped_chats = truncated_chats = 0
@@ -210,12 +207,6 @@ class ChatWriter(PackedWriter):
     def _make_packer(self, sequence_length: int) -> Packer:
         return Packer(self._end, sequence_length, padding=self._end | BEGINS)
 
-    def write(self, chunk: Chunk) -> None:
-        """Append some chats."""
-        super().write(chunk)
-        for key in CHAT_COUNTS:
-            setattr(self, key, getattr(self, key) + getattr(chunk, key))
-
     def _largest_of(self, tokens: NDArray[np.unsignedinteger]) -> int:
         return int(ids_of(tokens).max(initial=0))
 
@@ -223,7 +214,7 @@ class ChatWriter(PackedWriter):
         for chats in np.split(tokens, np.flatnonzero(tokens & np.uint32(BEGINS))[:: self._at_once])[1:]:
             yield from self._packer.add(chats)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, removed_documents: int = 0) -> dict[str, Any]:
         """As of `PackedWriter`.
 
         Raises:
@@ -236,7 +227,9 @@ class ChatWriter(PackedWriter):
                 f"tokens, of {self.dropped_chats}; choose a larger sequence_length, a larger "
                 f"validation_fraction if it is the validation split{truncating}"
             )
-        return super().finish() | {key: getattr(self, key) for key in CHAT_COUNTS}
+        return super().finish(removed_documents) | {
+            key: getattr(self, key) for key in CHAT_COUNTS if key not in PIECE_COUNTS
+        }
 
 
 class PairWriter(ChatWriter):

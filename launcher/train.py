@@ -15,6 +15,7 @@ from data.errors import DataError
 from eval.errors import NotFiniteError
 from launcher.engine import compiling
 from launcher.errors import TrainingError
+from launcher.formats.start import first_progress
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
@@ -23,17 +24,19 @@ from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
 from launcher.run.log_keys import OTHER_TEXT
 from launcher.run.row_losses import note_row_losses
+from launcher.run.samples import Sample, note_samples
 from launcher.training.averaging import carry_average
 from launcher.training.begin import LoopState, begin
 from launcher.training.held_out import HeldOut
 from launcher.training.meter import EVALUATED, TRAINED
 from launcher.training.record import manifest_of, skip_advice, summary
+from launcher.training.reference import open_second_model
 from launcher.training.rollback import give_up, has_not_recovered, rollback_note
 from launcher.training.sensitivity import measure_sensitivity, order_of, sensitivity_note
 from launcher.training.step import StepResult, check_objective, data_for, in_pieces, train_step
 from launcher.training.switch import batches_needed, enter_phase
 from launcher.training.tasks import NUM_SCORED
-from launcher.training.teacher import open_teacher
+from launcher.training.teacher import Teacher
 from launcher.training.telemetry import telemetry_of
 from launcher.training.timetable import Timetable, measured_after
 from launcher.watch.heartbeat import Pulse
@@ -71,6 +74,8 @@ def train(
             ):
                 set_strengths_(engine.model, *strengths)
                 run.strengths = strengths
+            if not run.is_sampled:
+                draw_samples(run)
             result = take_step(run)
             due = timetable.after(at.step, phase, ranks)
             if due.logging and run.telemetry is not None:
@@ -93,6 +98,8 @@ def train(
                 timetable.evaluated()
             if due.tasks:
                 do_tasks(run)
+            if due.phase_ends:
+                draw_samples(run)
             if due.stopping and at.step < plan.total_steps:
                 break
         outcome = finish(run)
@@ -124,7 +131,7 @@ def switch(run: LoopState, phase: Phase) -> None:
     run.teacher = None  # the last phase's makes room for the next
     if phase.has_second_model:
         run.saver.wait()  # it may be writing the teacher
-    run.teacher = open_teacher(plan, phase, ranks, run.folder.checkpoints, run.data.first_token)
+    run.teacher = second_model(run, phase)
     crossing = enter_phase(
         run.engine,
         phase,
@@ -158,6 +165,14 @@ def switch(run: LoopState, phase: Phase) -> None:
     if (given_up := run.rollbacks.get(phase.index)) is not None:
         run.meter.noted(*rollback_note(given_up))
     measure(run, "start of phase")
+
+
+def second_model(run: LoopState, phase: Phase) -> Teacher | None:
+    """Open the teacher or the reference of a phase; a collective."""
+    of_data = run.data.first_token, run.fingerprints[phase.index]
+    return open_second_model(
+        run.plan, phase, run.ranks, run.folder, of_data, run.held_out.pairs, run.console, run.pulse.got_on
+    )
 
 
 def take_step(run: LoopState) -> StepResult:
@@ -220,17 +235,26 @@ def log_steps(run: LoopState, result: StepResult) -> None:
 
 
 def make_up(run: LoopState) -> None:
-    """Measure what a failure has prevented after the step that the run goes on from was saved; a collective."""
+    """Measure what a failure has prevented after the step that the run goes on from was saved; a collective.
+
+    The model that a new run begins with answers the fixed prompts, in ternary after the switch alone.
+    """
     logged = run.logged or ()
     if run.phase is None or TRAINED not in logged:
+        if not (run.is_sampled or run.begins_ternary):
+            draw_samples(run)
         return
     evaluating, tasks = measured_after(run.at.step, run.phase, run.plan.config)
     if run.phase.quantization is not None:
         set_strengths_(run.engine.model, *run.plan.strengths_at(run.at.step - 1, run.at.block_order))
     if evaluating and EVALUATED not in logged:
+        if run.held_out.pairs and run.teacher is None:  # the phase has ended
+            run.teacher = second_model(run, run.phase)
         evaluate(run)
     if tasks and NUM_SCORED not in logged:
         do_tasks(run)
+    if not run.is_sampled:
+        draw_samples(run)
 
 
 def evaluate(run: LoopState) -> None:
@@ -263,6 +287,29 @@ def do_tasks(run: LoopState) -> None:
     run.meter.restart_clock()
 
 
+def draw_samples(run: LoopState) -> None:
+    """Let the model continue the fixed prompts, and note what it writes."""
+    run.is_sampled = True
+    if not run.plan.config.evaluation.sample_prompts:
+        return
+    run.pulse.now("evaluate", run.at.step)
+    try:
+        written = run.held_out.sample(run.engine, run.pulse.got_on)
+    except (DataError, NotFiniteError) as error:  # on all ranks alike
+        run.console.line(f"WARNING: no samples are drawn: {error}")
+        return
+    if run.ranks.is_first:
+        step, phase, is_start = run.at.step, run.at.phase, run.at.step == first_progress(run.plan).step
+        note_samples(
+            run.folder.path,
+            [
+                Sample(step=step, phase=phase, is_start=is_start, prompt=prompt, completion=completion)
+                for prompt, completion in written
+            ],
+        )
+    run.meter.restart_clock()
+
+
 def save(run: LoopState, *, milestone: bool, must: bool) -> None:
     """Write a checkpoint, in the background if the configuration says so."""
     run.pulse.now("save", run.at.step)
@@ -279,13 +326,7 @@ def finish(run: LoopState) -> Outcome:
     run.saver.wait()
     if run.at.step < run.plan.total_steps:
         return "interrupted"
-    sample = None
-    if run.plan.config.evaluation.sample_prompt:
-        try:
-            sample = run.held_out.sample(run.engine)
-        except (DataError, NotFiniteError) as error:  # on all ranks alike, and the run is complete
-            run.console.line(f"WARNING: no sample is drawn: {error}")
     with failing_alike():
         if run.ranks.is_first:
-            run.folder.write_summary(summary(run.plan, run.ranks, run.meter, sample))
+            run.folder.write_summary(summary(run.plan, run.ranks, run.meter))
     return "complete"

@@ -27,8 +27,9 @@ from model.loss import IGNORED_LABEL, GradientOfLogits, token_nll, weighted_cros
 class Reference(NamedTuple):
     """What the reference model gives for a batch."""
 
-    nll: Tensor
-    """Its cross-entropy of every label, `[B, T]`, without gradient."""
+    log_probabilities: Tensor
+    """Its log-probability of each answer, chosen and rejected, `[B, P, 2]`, float64, without gradient; P pairs or
+    more."""
     config: PreferenceConfig
 
 
@@ -70,9 +71,10 @@ def preferences(nll_BT: Tensor, tokens_BT: Tensor, labels_BT: Tensor, reference:
         the margin beta * (g_chosen - g_rejected), and the share of pairs in which it is above 0. All are 0 without
         pairs.
     """
-    counts_BP2 = by_side(labels_BT != IGNORED_LABEL, tokens_BT)
+    num_pairs_at_most = reference.log_probabilities.shape[1]
+    counts_BP2 = by_side(labels_BT != IGNORED_LABEL, tokens_BT)[:, :num_pairs_at_most]
     is_pair_BP = (counts_BP2 > 0).all(-1)
-    gains_BP2 = by_side(reference.nll - nll_BT, tokens_BT)
+    gains_BP2 = -by_side(nll_BT, tokens_BT)[:, :num_pairs_at_most] - reference.log_probabilities
     if reference.config.length_normalized:
         gains_BP2 = gains_BP2 / counts_BP2.clamp(min=1)
     margins_BP = reference.config.beta * (gains_BP2[..., 0] - gains_BP2[..., 1])

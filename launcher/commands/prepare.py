@@ -1,24 +1,34 @@
 """`data.shards.prepare` with something to watch."""
 
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from data.config import Content
-from data.prepared import FILES
+from data.decontamination import NGRAM_WORDS, NGrams
+from data.prepared import FILES, MANIFEST
 from data.shards import PrepareConfig, PrepareProgress, prepare
 from data.survey import Survey
 from launcher.process.console import Console, human_count
 
 SECONDS_BETWEEN_LINES = 5.0
 DOING = {"tokenizer": "reading text for the tokenizer", "tokens": "tokenizing", "merging": "merging the parts"}
+MAX_GROUPS = 20
+"""Inputs and evaluation sets that are shown with what was left out."""
 MAX_REASONS = 8
 """Reasons to leave files out that are shown."""
 
 
 def prepare_with_progress(
-    config: PrepareConfig, sequence_length: int, out: Path, console: Console, *, on: str | None = None
+    config: PrepareConfig,
+    sequence_length: int,
+    out: Path,
+    console: Console,
+    *,
+    on: str | None = None,
+    ngrams: NGrams | None = None,
 ) -> None:
     """Prepare a folder, with a line every few seconds and the result; silent if the folder already exists.
 
@@ -28,6 +38,7 @@ def prepare_with_progress(
         out: the folder.
         console: where to print.
         on: as of `data.shards.prepare`.
+        ngrams: as of `data.shards.prepare`.
     """
     started = time.perf_counter()
     shown: float | None = None
@@ -49,12 +60,13 @@ def prepare_with_progress(
             return
         doing = DOING[progress.stage]
         doing += f" with {progress.library}" if progress.library else ""
+        left_out = f"; {progress.removed_documents:,} documents left out" if progress.removed_documents else ""
         console.line(
             f"{doing}: {human_count(progress.documents)} documents, {human_count(progress.text_bytes)}B of text, "
-            f"{human_count(progress.tokens)} tokens, {progress.bytes_per_second / 1e6:.2f} MB/s"
+            f"{human_count(progress.tokens)} tokens, {progress.bytes_per_second / 1e6:.2f} MB/s{left_out}"
         )
 
-    manifest = prepare(config, sequence_length, out, show, on)
+    manifest = prepare(config, sequence_length, out, show, on, ngrams)
     if shown is None:
         return
     if config.content == "text":
@@ -73,12 +85,39 @@ def prepare_with_progress(
         console.line(
             f"The tokenizer gives text back: {compared:,} documents were decoded and compared, and all bytes add up"
         )
+    for line in filter_sentences(manifest.get("filters", {})):
+        console.line(line)
     for name, split in manifest["splits"].items():
         rows = f"{split['rows']:,} rows of {sequence_length} tokens from {split['documents']:,} documents"
         if "padding_tokens" in split:
             rows += f", {split['padding_tokens'] / (split['rows'] * sequence_length):.2%} of them padding"
         console.line(f"{out}/{name}: {rows}")
     console.line(f"Prepared in {time.perf_counter() - started:.1f} s")
+
+
+def filter_sentences(filters: dict[str, Any]) -> Iterator[str]:
+    """The documents that each filter has left out, and where they were.
+
+    Args:
+        filters: of a manifest.
+    """
+    titles = {"duplicates": "Duplicates of earlier documents", "evaluation": "Documents with evaluation examples"}
+    for name, counts in filters.items():
+        yield f"{titles[name]}: {_left_out(counts)}"
+        groups = counts.get("sets", {}) | (counts["inputs"] if len(counts["inputs"]) > 1 else {})
+        shown = sorted(groups.items(), key=lambda each: -each[1]["documents"])[:MAX_GROUPS]
+        for group, of_group in shown:
+            yield f"  {group}: {_left_out(of_group)}"
+        if len(groups) > MAX_GROUPS:
+            yield f"  and {len(groups) - MAX_GROUPS:,} others; {MANIFEST} has all"
+        short = sum(of_set["short_examples"] for of_set in counts.get("sets", {}).values())
+        if short:
+            examples = sum(of_set["examples"] for of_set in counts["sets"].values())
+            yield f"  {short:,} of {examples:,} examples have fewer than {NGRAM_WORDS} words, and were not looked for"
+
+
+def _left_out(counts: dict[str, Any]) -> str:
+    return f"{counts['documents']:,} left out, {human_count(counts['bytes'])}B of text"
 
 
 def chats_sentence(name: str, split: dict[str, Any], content: Content) -> str:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from data.config import PrepareConfig
+from data.decontamination import NGrams
 from data.errors import DataError
 from data.prepared import MANIFEST, is_yet_to_be_prepared, open_prepared
 from launcher.checkpoint.location import check_writable, create, is_local, reaching, to_location
@@ -18,7 +19,13 @@ def is_url(text: str) -> bool:
 
 
 def prepare_in_store(
-    config: PrepareConfig, sequence_length: int, url: str, scratch: Path | None, console: Console, on: str | None = None
+    config: PrepareConfig,
+    sequence_length: int,
+    url: str,
+    scratch: Path | None,
+    console: Console,
+    on: str | None = None,
+    ngrams: NGrams | None = None,
 ) -> None:
     """Prepare a local folder and send it to a store.
 
@@ -29,6 +36,7 @@ def prepare_in_store(
         scratch: the local folder; it stays.
         console: where to print.
         on: as of `data.shards.prepare`.
+        ngrams: as of `data.shards.prepare`.
 
     Raises:
         ConfigError: there is no local folder.
@@ -36,7 +44,7 @@ def prepare_in_store(
     if scratch is None:
         raise ConfigError("--out: is a URL; name a local folder for the files until they are sent, with --scratch")
     check_store(url, scratch)
-    prepare_with_progress(config, sequence_length, scratch, console, on=on)
+    prepare_with_progress(config, sequence_length, scratch, console, on=on, ngrams=ngrams)
     upload_prepared(scratch, url, console)
 
 

@@ -333,11 +333,11 @@ def check_limits(ranks: Sequence[RankFacts]) -> list[Verdict]:
 def shared_memory_needed(ranks_beside: int, num_gpus: int, plan: Plan | None) -> float:
     """Bytes of `/dev/shm` that the ranks of a host take, generously.
 
-    Each reading process has batches on their way (`data.loader`), with 4 bytes a token; pinned copies of checkpoints
-    are not in it.
+    Each process that reads sources which are fetched or decompressed has batches on their way (`data.reading`), with 4
+    bytes a token; pinned copies of checkpoints are not in it.
     """
     batches = 0.0
-    if plan is not None and plan.config.data.workers:
+    if plan is not None and plan.config.data.workers and plan.config.data.cache is not None:
         rank_tokens = plan.batch.full * plan.config.data.sequence_length / plan.world_size
         batches = 4 * rank_tokens * 3 * plan.config.data.workers * ranks_beside
     return LEAST_SHARED_MEMORY_BYTES + num_gpus * NCCL_SHARED_MEMORY_BYTES + batches

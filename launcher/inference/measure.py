@@ -66,7 +66,7 @@ class TextMeasurement:
 
 
 def check_tasks(
-    tasks: list[str], task_data: str | None, prompting: Prompting = DEFAULT
+    tasks: list[str], task_data: str | None, prompting: Prompting = DEFAULT, option: str = "tasks"
 ) -> tuple[list[Task], list[str]]:
     """The tasks of these names, Tritrain's own and names of lm-evaluation-harness's.
 
@@ -74,6 +74,7 @@ def check_tasks(
         tasks: names.
         task_data: folder of local copies of their data; None loads these from the hub.
         prompting: how lm-evaluation-harness's are asked; Tritrain's own are asked in one way.
+        option: the one that names the tasks.
 
     Raises:
         ConfigError: no task is named, or an unknown one, data are missing, or nothing can run tasks; lists all.
@@ -100,7 +101,8 @@ def check_tasks(
         if task_data is not None and not Path(task_data).is_dir():
             problems.append(("task_data", f"{task_data}: is not a folder"))
     if problems:
-        raise ConfigError("\n".join(f"--{key.replace('_', '-')}: {problem}" for key, problem in problems))
+        options = {"tasks": option, "task_data": "task-data"}
+        raise ConfigError("\n".join(f"--{options[key]}: {problem}" for key, problem in problems))
     return choose_tasks(ours), theirs
 
 

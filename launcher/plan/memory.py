@@ -114,7 +114,8 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see `zero3_held_parameters`), 16-bit
     gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments (arXiv
     1910.02054, section 5). It holds the codes of quantized layers whole. A teacher, taken to be as large as the model,
-    is sharded by FSDP2 in the compute dtype. Averaged weights lie beside the fp32 weights.
+    is sharded by FSDP2 in the compute dtype. The reference of preferences is gone before there are gradients, which are
+    larger. Averaged weights lie beside the fp32 weights.
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)
@@ -159,7 +160,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         del sizes["average"]
     if engine.offload == "all":
         sizes["weights"] = sizes["gradients"] = gathered
-    if any(phase.has_second_model for phase in plan.phases):
+    if any(phase.distillation for phase in plan.phases):
         sizes["teacher"] = gathered + (compute_bytes * parameters / shards if engine.offload != "all" else 0)
     sizes["activations"] = max(
         activation_bytes(

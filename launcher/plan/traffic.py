@@ -84,7 +84,7 @@ def collectives(plan: Plan, *, codes: bool = False) -> list[Collective]:
     if unknown := unmodeled_keys(plan.config):
         raise ValueError(f"what {', '.join(unknown)} would change is not modeled")
     found = _of_fsdp2(plan, codes=codes) if plan.config.engine.name == "fsdp2" else _of_zero(plan)
-    if any(phase.has_second_model for phase in plan.phases):
+    if any(phase.distillation for phase in plan.phases):
         found.append(_of_teacher(plan))
     found += _of_muon(plan)
     found.append(Collective("all-reduce", "scalars", 8, plan.world_size))  # whether to stop, and whether to save

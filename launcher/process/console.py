@@ -132,12 +132,12 @@ class Console:
     def counting(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         """Show how far something is that counts to ``total``, its rate and the remaining time; yields what to count on.
 
-        A log has a line every few seconds.
+        A log has a line every few seconds, and so has a terminal that shows the progress of a run.
         """
         from rich.progress import BarColumn, Progress, TextColumn
 
         began = told = time.perf_counter()
-        done = 0
+        done, is_live = 0, self._live and self._progress is None
         live = Progress(
             TextColumn("{task.description}", style="bold"),
             BarColumn(bar_width=24),
@@ -145,7 +145,7 @@ class Console:
             TextColumn("{task.fields[numbers]}"),
             console=self._rich,
             transient=True,
-            disable=not self._live,
+            disable=not is_live,
         )
         task = live.add_task(what, total=total, numbers="")
 
@@ -156,7 +156,7 @@ class Console:
             left = human_time((total - done) / per_second) if done else "unknown"
             numbers = f"{human_count(per_second)} {unit}/s  {left} left"
             live.update(task, completed=done, numbers=numbers)
-            if not self._live and now - told >= SECONDS_BETWEEN_LINES:
+            if not is_live and now - told >= SECONDS_BETWEEN_LINES:
                 told = now
                 self.line(f"{time.strftime('%H:%M:%S')}  {what}  {done}/{total} {unit}  {numbers}")
 

@@ -13,6 +13,7 @@ RUN/hangs/TIME/      stacks and collectives of each rank when a job hung; only w
 RUN/lock             held by the process that trains here; a second one is refused
 RUN/profile/          traces of steps (`logging.profile_steps`)
 RUN/trackers/         what each tracker has (`logging.trackers`); RUN/wandb/, RUN/trackio/, RUN/mlflow/: their own files
+RUN/reference/       log-probabilities that the references of preferences give (`launcher.run.references`)
 RUN/row_losses.jsonl the loss of each held-out row at the ends of phases
 RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/report.html
 """

@@ -5,11 +5,12 @@ code as any run, and goes on with the same bits.
 """
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from data.new_paths import replace_file
-from launcher.checkpoint.folders import TOKENIZERS, folder_of
+from launcher.checkpoint.folders import MANIFEST, TOKENIZERS, folder_of
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.automatic import ANY_GPU, made_concrete, stored_values
@@ -17,6 +18,7 @@ from launcher.config.sections import Config
 from launcher.plan.course import make_course
 from launcher.run.folder import RunFolder, read_tree
 from launcher.run.metrics_log import read_metrics
+from launcher.run.references import FOLDER as REFERENCES
 from launcher.run.requeue import append_line, read_lines
 from launcher.run.row_losses import ROW_LOSSES
 from launcher.training.meter import EVALUATED
@@ -47,6 +49,9 @@ def branch(config: Config, trunk: Path, step: int) -> None:
         if line["step"] < step:
             append_line(folder.path / ROW_LOSSES, line)
     folder.write_state("converted", source=str(reader.folder))
+    phase = course.phases[max(reader.manifest.progress.phase, 0)]
+    if phase.has_second_model and phase.start < step:
+        _take_second_model(trunk, folder, phase.start)
     writer = CheckpointWriter(folder_of(folder.checkpoints, step))
     writer.begin()
     files = {name: record for name, record in reader.manifest.files.items() if name.endswith(".safetensors")}
@@ -55,3 +60,12 @@ def branch(config: Config, trunk: Path, step: int) -> None:
     tokenizer = next((path for name in TOKENIZERS if (path := reader.folder / name).is_file()), None)
     milestone = step in {phase.end for phase in course.phases}
     writer.finish(files, folder.config_text, tokenizer, replace(reader.manifest, milestone=milestone))
+
+
+def _take_second_model(trunk: Path, folder: RunFolder, start: int) -> None:
+    """Take the checkpoint that a phase begins with, which teaches it or is its reference, and what is kept of one."""
+    taken = folder_of(trunk / "checkpoints", start)
+    if (taken / MANIFEST).is_file():  # else it is another one, that the configuration names
+        shutil.copytree(taken, folder_of(folder.checkpoints, start), dirs_exist_ok=True)
+    if (trunk / REFERENCES).is_dir():
+        shutil.copytree(trunk / REFERENCES, folder.path / REFERENCES, dirs_exist_ok=True)

@@ -32,6 +32,8 @@ UNTRAINED_ROWS = 16
 class HeldOut:
     """The held-out rows and the tokenizer. Every method is a collective.
 
+    `pairs` are this rank's micro-batches if the rows are pairs, and empty if not.
+
     Args:
         plan: of the run.
         ranks: this rank among all.
@@ -44,7 +46,7 @@ class HeldOut:
         self.of = of or config.data
         self._plan, self._ranks = plan, ranks
         self._tokenizer_path = data.tokenizer_path
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
         self._batches = []
         if config.data.validation_rows:
             self._batches = validation_rows(
@@ -56,8 +58,8 @@ class HeldOut:
             )
         if any(phase.preference and plan.held_out_of(phase) == self.of for phase in plan.phases):
             # The loss of text is that of the chosen answers; both sides are for `measure_preferences`.
-            self._pairs = self._batches
-            self._batches = [(tokens_BT, chosen_labels(tokens_BT, labels_BT)) for tokens_BT, labels_BT in self._pairs]
+            self.pairs = self._batches
+            self._batches = [(tokens_BT, chosen_labels(tokens_BT, labels_BT)) for tokens_BT, labels_BT in self.pairs]
         self._first_token = held_out_first_token(self.of, config.model.vocab_size)
         self._token_bytes_V = token_bytes(self.of, config.model.vocab_size)
 
@@ -90,14 +92,14 @@ class HeldOut:
 
     def measure_preferences(self, engine: Engine, reference: Teacher | None) -> dict[str, float]:
         """Return the means over the held-out pairs, by keys of the log; nothing where there are none."""
-        if not self._pairs or reference is None:
+        if not self.pairs or reference is None:
             return {}
         sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
         with engine.keeping_apart(self._first_token), torch.no_grad():
-            for tokens_BT, labels_BT in self._pairs:
-                tokens_BT, labels_BT = tokens_BT.to(engine.device), labels_BT.to(engine.device)
+            for batch in self.pairs:
+                tokens_BT, labels_BT = (each.to(engine.device) for each in batch)
                 units = reference.units(tokens_BT, labels_BT).double()
-                with reference.teaching(tokens_BT, labels_BT) as lesson:
+                with reference.teaching(tokens_BT, batch) as lesson:
                     parts = engine.forward(tokens_BT, labels_BT, teacher=lesson).parts
                 assert parts is not None
                 sums += torch.cat([parts.double() * units, units[None]])
@@ -134,10 +136,14 @@ class HeldOut:
             counts_B1 = torch.arange(first_row, first_row + micro)[:, None] < num_rows
             yield tokens_BT, labels_BT.where(counts_B1, IGNORED_LABEL)
 
-    def sample(self, engine: Engine) -> dict[str, str]:
-        """Return the configured prompt and its continuation by the finished model.
+    def sample(self, engine: Engine, got_on: Callable[[], None] = lambda: None) -> list[tuple[str, str]]:
+        """Return the configured prompts, each with its continuation by the model.
 
-        If its last phase learns from chats, the prompt is a user's message, written as the template writes it.
+        If the last phase learns from chats, a prompt is a user's message, written as the template writes it.
+
+        Args:
+            engine: with the model.
+            got_on: called after each of them.
 
         Raises:
             NotFiniteError: the model's logits are NaN or infinite, on all ranks alike.
@@ -146,25 +152,29 @@ class HeldOut:
         config, problems = self._plan.config, []
         try:
             tokenizer = load_tokenizer(self._tokenizer_path)
-            prompt = config.evaluation.sample_prompt or ""
-            end_tokens = {tokenizer.end_of_document}
-            prompt_tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
+            first, end_tokens = tokenizer.end_of_document, {tokenizer.end_of_document}
+            prompts = [(prompt, [first, *tokenizer.encode(prompt)]) for prompt in config.evaluation.sample_prompts]
             if self._plan.phases[-1].objective != "next-token":
                 template = ChatTemplate(tokenizer, template_of(self._plan))
-                messages: list[Message] = [{"role": "user", "content": prompt}]
-                prompt, end_tokens = template.text(messages, to_answer=True), template.end_tokens()
-                prompt_tokens = template.prompt_tokens(messages)
+                chats: list[list[Message]] = [[{"role": "user", "content": prompt}] for prompt, _ in prompts]
+                prompts = [(template.text(chat, to_answer=True), template.prompt_tokens(chat)) for chat in chats]
+                end_tokens = template.end_tokens()
         except (DataError, OSError) as error:
             problems = [str(error)]
         if problems := everyones(problems, self._ranks):
             raise DataError("; ".join(problems))
-        with torch.no_grad():
-            tokens = sample_tokens(
-                engine.logits,
-                prompt_tokens,
-                num_tokens=config.evaluation.sample_tokens,
-                window_tokens=min(config.data.sequence_length, SAMPLE_WINDOW_TOKENS),
-                end_tokens=end_tokens,
-                seed=config.run.seed,
-            )
-        return {"prompt": prompt, "completion": "".join(pieces_of_text(tokenizer, tokens, prompt_tokens))}
+        found = []
+        for prompt, prompt_tokens in prompts:
+            with torch.no_grad():
+                tokens = sample_tokens(
+                    engine.logits,
+                    prompt_tokens,
+                    num_tokens=config.evaluation.sample_tokens,
+                    window_tokens=min(config.data.sequence_length, SAMPLE_WINDOW_TOKENS),
+                    end_tokens=end_tokens,
+                    seed=config.run.seed,
+                )
+            text = "".join(pieces_of_text(tokenizer, tokens, prompt_tokens))
+            found.append((prompt, text))
+            got_on()
+        return found

@@ -84,13 +84,13 @@ def accumulate_gradients(
     parts_sum = torch.zeros(3, device=engine.device)
     for index in range(num_micro_batches):
         asked = time.perf_counter()
-        tokens_BT, labels_BT = next(batches)
+        batch = next(batches)
         waited_seconds += time.perf_counter() - asked
+        tokens_BT, labels_BT = (to_device(each, engine.device) for each in batch)
         num_tokens += tokens_BT.numel()
-        tokens_BT, labels_BT = to_device(tokens_BT, engine.device), to_device(labels_BT, engine.device)
         if telemetry is not None and index == 0:
             telemetry.look(engine, tokens_BT, labels_BT)
-        with nullcontext() if teacher is None else teacher.teaching(tokens_BT, labels_BT) as lesson:
+        with nullcontext() if teacher is None else teacher.teaching(tokens_BT, batch) as lesson:
             output = engine.forward(tokens_BT, labels_BT, teacher=lesson)
         assert output.loss is not None
         loss = output.loss * weights[index] / num_micro_batches

@@ -10,10 +10,10 @@ Resuming finds the same teacher again where it was: the run's own is a milestone
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -27,13 +27,13 @@ from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
 from launcher.formats.open import check_sound, computed_precision, model_of, open_source
 from launcher.inference.build import sharded_model
+from launcher.inference.vocabulary import grow_vocabulary_
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
-from model.config import PreferenceConfig
 from model.distillation import DistillationConfig, Lesson
 from model.loss import num_labels
-from model.preference import Reference, num_pairs
+from model.preference import Reference
 from model.size import parameter_shapes
 from model.transformer import ModelConfig, Transformer
 
@@ -53,8 +53,13 @@ class Teacher:
         self._config, self._student_layers, self.identity = config, student_layers, identity
 
     @contextmanager
-    def teaching(self, tokens_BT: Tensor, labels_BT: Tensor) -> Iterator[Lesson | Reference]:
-        """Yield the lesson on a micro-batch; the head stays gathered within the block, and is freed after it."""
+    def teaching(self, tokens_BT: Tensor, batch: tuple[Tensor, Tensor]) -> Iterator[Lesson | Reference]:
+        """Yield the lesson on a micro-batch; the head stays gathered within the block, and is freed after it.
+
+        Args:
+            tokens_BT: of the micro-batch, on the device.
+            batch: its tokens and labels in the memory of the host.
+        """
         yield self._model.teach(tokens_BT, self._config, self._student_layers)
         self._model.reshard()
 
@@ -63,36 +68,8 @@ class Teacher:
         return num_labels(labels_BT)
 
 
-class ReferenceModel(Teacher):
-    """The model that a phase of preferences begins with, and is compared with.
-
-    Args:
-        model: as `shard_teacher` returns it.
-        config: of the comparison.
-        identity: as of `Teacher`.
-    """
-
-    def __init__(self, model: Transformer, config: PreferenceConfig, identity: str) -> None:
-        self._model: Any = model
-        self._preference, self.identity = config, identity
-
-    @contextmanager
-    def teaching(self, tokens_BT: Tensor, labels_BT: Tensor) -> Iterator[Lesson | Reference]:
-        """Yield the reference's log-probabilities of a micro-batch."""
-        with torch.no_grad():
-            nll_BT = self._model(tokens_BT, labels_BT, reduction="none").token_nll
-        self._model.reshard()
-        yield Reference(nll_BT, self._preference)
-
-    def units(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """As of `Teacher`: its pairs."""
-        return num_pairs(tokens_BT, labels_BT)
-
-
 def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path, first_token: int | None) -> Teacher | None:
     """Build the teacher of a phase and read its weights; a collective. None where the phase has none.
-
-    The reference of preferences is such a model too, but computes in the precision that its checkpoint says.
 
     Args:
         plan: of the run.
@@ -104,23 +81,35 @@ def open_teacher(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path, firs
     Raises:
         CheckpointError: it is gone, damaged, not in 16 bits, or cannot teach this model.
     """
-    if not phase.has_second_model:
+    if phase.distillation is None:
         return None
+    source, model = teacher_source(plan, phase, ranks, checkpoints)
+    sharded = shard_teacher(source, model, plan, ranks, Precision.in_16_bits(model.num_layers))
+    sharded.model.first_token = first_token
+    return Teacher(sharded, phase.distillation, plan.config.model.num_layers, identity_of(source))
+
+
+def teacher_source(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path) -> tuple[Source, ModelConfig]:
+    """Open and verify the checkpoint of a phase's teacher, or of its reference, and find its model; a collective.
+
+    Raises:
+        CheckpointError: as of `open_teacher`; a reference may be ternary.
+    """
     key = "objective" if phase.distillation is None else "distillation"
     try:
-        source = open_source(teacher_location(plan, phase, checkpoints))
+        location = teacher_location(plan, phase, checkpoints)
+        source = open_source(location)
+        if location == plan.config.checkpoint.start_from:
+            grow_vocabulary_(source, plan.config, ranks)
         check_sound(source, ranks)
-        model = teacher_model(source, plan, may_be_ternary=phase.preference is not None)
+        return source, teacher_model(source, plan, may_be_ternary=phase.preference is not None)
     except CheckpointError as error:
         raise CheckpointError(f"phases.{phase.index}.{key}: no such teacher can be had. {error}") from error
-    identity = source.manifest.digest if isinstance(source, CheckpointReader) else source.location
-    precision = computed_precision(source) if phase.preference else None
-    sharded = shard_teacher(source, model, plan, ranks, precision or Precision.in_16_bits(model.num_layers))
-    sharded.model.first_token = first_token
-    if phase.preference is not None:
-        return ReferenceModel(sharded, phase.preference, identity)
-    assert phase.distillation is not None
-    return Teacher(sharded, phase.distillation, plan.config.model.num_layers, identity)
+
+
+def identity_of(source: Source) -> str:
+    """What tells a teacher from another, in checkpoints."""
+    return source.manifest.digest if isinstance(source, CheckpointReader) else source.location
 
 
 def check_teacher(reader: CheckpointReader, teacher: Teacher) -> None:
@@ -157,6 +146,8 @@ def teacher_model(source: Source, plan: Plan, *, may_be_ternary: bool = False) -
     """
     config = plan.config
     model = model_of(source) or config.model
+    if source.grown:
+        model = replace(model, vocab_size=config.model.vocab_size)
     problems = []
     if is_ternary(source) and not may_be_ternary:
         problems.append("it is ternary; a teacher must be in 16 bits")

@@ -59,9 +59,9 @@ def test_the_tokens_of_the_pieces_are_those_of_the_text(tmp_path, monkeypatch, n
     chunks = [encode_pieces(tokenizer, pieces[at : at + 2]) for at in range(0, len(pieces), 2)]
     ids = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.end_of_document]]
     assert np.concatenate([chunk.tokens for chunk in chunks]).tolist() == ids
-    assert sum(chunk.documents for chunk in chunks) == len(texts)
-    assert sum(chunk.text_bytes for chunk in chunks) == sum(len(text.encode()) for text in texts)
-    assert sum(chunk.token_bytes for chunk in chunks) == sum(len(text.encode()) for text in texts)
+    assert sum(chunk.total("documents") for chunk in chunks) == len(texts)
+    assert sum(chunk.total("text_bytes") for chunk in chunks) == sum(len(text.encode()) for text in texts)
+    assert sum(chunk.total("token_bytes") for chunk in chunks) == sum(len(text.encode()) for text in texts)
 
 
 @pytest.mark.parametrize("packing", ["stream", "best-fit"])

@@ -18,6 +18,7 @@ import torch
 from mixtures import GLOBAL, LENGTH, mixture, open_data, rank_validates, write_text
 from ranks import CONTEXT, run_ranks
 
+from data import reading
 from data.loader import (
     IGNORED_LABEL,
     DataConfig,
@@ -202,7 +203,7 @@ def test_a_source_is_prepared_when_it_is_not_there(tmp_path):
 def read_until_killed(connection, config: DataConfig) -> None:
     os.setsid()
     data = open_data(config, micro=GLOBAL)
-    connection.send(data._loader.dataset._shm_prefix_int)
+    connection.send(data._reader.dataset._shm_prefix_int)
     for tokens_BT, _ in data:
         connection.send(tokens_BT.tolist())
 
@@ -230,10 +231,19 @@ def test_a_killed_run_starts_again_in_the_same_folder_and_ends_quietly(folders):
         receiver, sender = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(target=read_until_killed, args=(sender, config))
         process.start()
-        prefixes.append(receiver.recv())
-        before.append([receiver.recv() for _ in range(5)])
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+        sender.close()  # else nobody would notice that the process has ended
+
+        def received(connection=receiver):
+            assert connection.poll(60)
+            return connection.recv()
+
+        try:
+            prefixes.append(received())
+            before.append([received() for _ in range(5)])
+            os.killpg(process.pid, signal.SIGKILL)
+        finally:
+            process.kill()
+            process.join()
     again = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(ENDS_IN_MID_EPOCH), folders[0]],
         capture_output=True, text=True, timeout=120, check=False,
@@ -252,7 +262,7 @@ def test_a_position_in_shared_memory_is_not_read(folders):
     """`streaming` looks for one there, by a number that another program may use as well."""
     data, other = (open_data(mixture(folders), micro=GLOBAL) for _ in range(2))
     position = {"epoch": 0, "sample_in_epoch": 2 * GLOBAL, "num_canonical_nodes": 1, "shuffle_seed": 1}
-    segment = Path(f"/dev/shm/{data._loader.dataset._shm_prefix_int:06}_resume")
+    segment = Path(f"/dev/shm/{data._reader.dataset._shm_prefix_int:06}_resume")
     segment.write_bytes(json.dumps(position).encode().ljust(4096, b"\0"))
     try:
         assert np.array_equal(read_steps(data, 3, 1), read_steps(other, 3, 1))
@@ -323,11 +333,11 @@ def test_rows_are_those_of_the_files_without_opening_one_for_each(folders, monke
     config = mixture(folders, workers=0)
     expected = read_steps(open_data(config, 0, 1, 2), 12, GLOBAL // 2)  # over more than an epoch
 
-    def read_by_the_library(self, number, index):
+    def read_by_the_library(self, number):
         return None
 
     with monkeypatch.context() as patched:
-        patched.setattr(rows.RowDataset, "_tokens", read_by_the_library)
+        patched.setattr(rows.RowDataset, "_opened", read_by_the_library)
         assert np.array_equal(read_steps(open_data(config, 0, 1, 2), 12, GLOBAL // 2), expected)
     monkeypatch.setattr(StreamingDataset, "get_item", lambda *_: pytest.fail("a file was opened for a row"))
     monkeypatch.setattr(rows, "MOST_OPEN", 1)
@@ -343,7 +353,8 @@ def open_shards():
     return [path for path in links if path.suffix == ".mds"]
 
 
-def test_a_shard_that_is_cut_short_while_it_is_read_stops_the_reading(folders, tmp_path):
+def test_a_shard_that_is_cut_short_while_it_is_read_stops_the_reading(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK_TOKENS", 1)
     copies = [shutil.copytree(folder, tmp_path / Path(folder).name) for folder in folders]
     data = open_data(mixture(tuple(map(str, copies))), 0, 1, 2)
     read_steps(data, 1, GLOBAL // 2)

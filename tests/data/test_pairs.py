@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from chat_files import CHATML, chat_tokenizer, pair, prepare_pairs
+from command import tritrain
 from transformers import PreTrainedTokenizerFast
 
 from data.chat_template import ChatTemplate
@@ -114,7 +115,8 @@ def test_rows_hold_whole_pairs(tmp_path: Path) -> None:
         ({"prompt": [QUESTION], "chosen": [QUESTION], "rejected": [GOOD]}, "its message after it is of user"),
         ({"prompt": [QUESTION], "chosen": [{"role": "x"}], "rejected": [GOOD]}, "chosen, message 1 has the role 'x'"),
         (pair("q" * 300, "a", "b"), "the pair has 6.. tokens, and a row 129; .* or choose --too-long drop$"),
-        ({"tools": [{}], **EXPLICIT}, "has tools"),
+        ({"tools": [1], **EXPLICIT}, '"tools" must be a list of JSON schemas'),
+        ({"tools": [{}], "prompt": "a", "chosen": "b", "rejected": "c"}, "has tools, but its answers are text"),
     ],
 )
 def test_bad_pairs_are_named_by_file_and_line(tmp_path: Path, record: Any, problem: str) -> None:
@@ -129,9 +131,39 @@ def test_templates_that_write_the_prompt_in_another_way_are_refused(tmp_path: Pa
         prepare_pairs(tmp_path, 128, pair("q", "a", "b"), chat_template=str(template))
 
 
+def test_answers_that_become_equal_are_named_by_file_and_line(tmp_path: Path) -> None:
+    template = tmp_path / "trims.jinja"
+    template.write_text(CHATML.replace("message['content']", "message['content'] | trim"))
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2: chosen and rejected are the same tokens"):
+        prepare_pairs(tmp_path, 128, pair("q", "a", "b"), pair("q", "a", " a"), chat_template=str(template))
+
+
 def test_long_pairs_can_be_left_out_but_not_cut(tmp_path: Path) -> None:
     folder = prepare_pairs(tmp_path, 128, pair("q", "a", "b"), pair("q" * 300, "a", "b"), too_long="drop")
     facts = read_manifest(folder)["splits"]["train"]
     assert (facts["documents"], facts["dropped_chats"]) == (1, 1)
     with pytest.raises(ValueError, match="pairs are compared as a whole"):
         prepare_pairs(tmp_path, 128, pair("q", "a", "b"), out="cut", too_long="truncate")
+
+
+def test_what_a_folder_of_pairs_holds_is_shown(tmp_path: Path) -> None:
+    pairs = [pair("q", "a" * (1 + index), "b") for index in range(7)]
+    folder = prepare_pairs(tmp_path, 200, *pairs, pair("q" * 300, "a", "b"), too_long="drop")
+    found = json.loads(tritrain("inspect", folder, "--json"))
+    train = found["splits"]["train"]
+    assert (found["content"], train["documents"], train["whole_documents"]) == ("pairs", 7, 14)
+    sides = [len(side) for side in encoder_sides(folder, pairs)]
+    powers, counts = np.unique([1 << (length.bit_length() - 1) for length in sides], return_counts=True)
+    assert {int(power): count for power, count in train["lengths"].items()} == dict(zip(powers, counts, strict=True))
+    assert train["samples"][0].startswith("<|im_start|>user\nq<|im_end|>")
+    said = tritrain("inspect", folder)
+    assert f"{folder}: pairs in rows of 200 tokens" in said
+    assert ", 7 pairs, " in said
+    assert "Lengths in tokens of the 14 answers, each after its prompt, that are whole in them:" in said
+
+
+def encoder_sides(folder: Path, pairs: list[Any]) -> list[Any]:
+    """The tokens of both sides of each pair, with marks."""
+    ours = PairEncoder(ChatTemplate(load_tokenizer(folder)), 1000, "error")
+    marked = [ours.marked(each) for each in pairs]
+    return [side for each in marked for side in np.split(each, np.flatnonzero(each & BEGINS)[1:])]

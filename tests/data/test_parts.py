@@ -19,7 +19,7 @@ from data.errors import DataError
 from data.parts import Part, cut_parts
 from data.prepared import open_prepared
 from data.shards import prepare
-from data.survey import Survey
+from data.survey import Survey, survey
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def inputs(tmp_path, monkeypatch):
 
 
 def test_parts_are_runs_of_files_and_shares_of_large_ones(inputs, tmp_path):
-    cut = cut_parts(PrepareConfig(inputs=inputs, tokenizer="bpe:300"), shards.survey(inputs))
+    cut = cut_parts(PrepareConfig(inputs=inputs, tokenizer="bpe:300"), survey(inputs))
     files = sorted(path.stat().st_size for path in (tmp_path / "in").iterdir())
     assert files[-1] > 3 * parts.PART_BYTES
     large = [part for part in cut if part.shares == -(-files[-1] // parts.PART_BYTES)]
@@ -261,7 +261,7 @@ def test_parts_without_their_plan_are_not_taken_for_those_of_another(inputs, tmp
 def test_parts_of_another_version_are_refused(inputs, tmp_path, monkeypatch):
     config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
     begun(config, tmp_path / "out")
-    monkeypatch.setattr(parts, "PLAN_VERSION", 2)
+    monkeypatch.setattr(parts, "PLAN_VERSION", 99)
     with pytest.raises(DataError, match=r"out\.parts: was begun with different version of parts; run the same"):
         prepare(config, LENGTH, tmp_path / "out", on="shared-folder")
 

@@ -67,7 +67,7 @@ def numbers_of_a_rank(rank: int, world_size: int, folders: tuple, times: int) ->
     numbers = []
     for _ in range(times):
         data = open_data(mixture(folders), rank, world_size, GLOBAL // world_size)
-        numbers.append(data._loader.dataset._shm_prefix_int)
+        numbers.append(data._reader.dataset._shm_prefix_int)
         data.close()
     return numbers
 

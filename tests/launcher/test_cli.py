@@ -50,7 +50,7 @@ def folder(tmp_path: Path, shards: Path) -> Path:
     tree = tiny_tree(shards, tmp_path / "run")
     tree["phases"] = [{"precision": "16-bit", "steps": 30}, {"precision": "ternary", "steps": 30}]
     tree["logging"] = {"interval_steps": 1}
-    tree["evaluation"] = {"sample_prompt": "a", "sample_tokens": 5}
+    tree["evaluation"] = {"sample_prompts": ["a"], "sample_tokens": 5}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
 
@@ -118,7 +118,7 @@ def test_a_run_is_stopped_goes_on_and_shows_what_it_does_until_it_is_complete(fo
     assert "step 60/60" in output
     assert "left" in output
     assert "bits per byte of held-out text" in output
-    assert "A sample, from the finished model:" in output
+    assert "From the finished model:" in output
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     assert json.loads((run / "state.json").read_text())["status"] == "complete"
     rows = read_metrics(run / "metrics.jsonl")
@@ -132,7 +132,7 @@ def test_a_run_is_stopped_goes_on_and_shows_what_it_does_until_it_is_complete(fo
         "1-loss/validation_bits_per_byte",
     ]
     assert min(scalars(run / "tensorboard")) == "1-loss/train"
-    assert texts(run / "tensorboard") == {"configuration/text_summary", "sample/text_summary"}
+    assert texts(run / "tensorboard") == {"configuration/text_summary", "sample/1/text_summary"}
 
     code, output = finish(folder, STARTS["tritrain"])
     assert code == 0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import PreferenceConfig
-from model.preference import Reference, chosen_labels, num_pairs, preference_loss, preferences
+from model.preference import Reference, by_side, chosen_labels, num_pairs, preference_loss, preferences
 
 VOCAB, HIDDEN = 11, 6
 DOCUMENTS = [[(5, 2), (4, 3), (3, 1), (6, 5), (1, 0)], [(9, 8), (7, 1), (1, 0), (1, 0), (1, 0)]]
@@ -29,6 +29,11 @@ def batch() -> tuple[Tensor, Tensor]:
             at = end
         assert at == 19
     return tokens, labels
+
+
+def reference_of(nll: Tensor, tokens: Tensor, config: PreferenceConfig) -> Reference:
+    """From the reference's cross-entropy of every label; three pairs at most are in a row."""
+    return Reference(-by_side(nll, tokens)[:, :3], config)
 
 
 def by_hand(nll: Tensor, reference: Tensor, config: PreferenceConfig) -> list[Tensor]:
@@ -53,7 +58,7 @@ def test_loss_and_gradients_are_those_of_the_formula(normalized: bool) -> None:
     hidden = torch.randn(38, HIDDEN, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(VOCAB, HIDDEN, dtype=torch.float64, requires_grad=True)
     reference = torch.rand(2, 19, dtype=torch.float64) * (labels != -100)
-    loss, parts = preference_loss(hidden, weight, tokens, labels, 4, Reference(reference, config))
+    loss, parts = preference_loss(hidden, weight, tokens, labels, 4, reference_of(reference, tokens, config))
     (3 * loss).backward()
 
     expected_hidden, expected_weight = (each.detach().clone().requires_grad_() for each in (hidden, weight))
@@ -70,17 +75,17 @@ def test_loss_and_gradients_are_those_of_the_formula(normalized: bool) -> None:
         [expected.item(), margins.mean().item(), (margins > 0).double().mean().item()]
     )
     with torch.no_grad():
-        without, _ = preference_loss(hidden, weight, tokens, labels, 4, Reference(reference, config))
+        without, _ = preference_loss(hidden, weight, tokens, labels, 4, reference_of(reference, tokens, config))
     torch.testing.assert_close(without, expected)
 
 
 def test_a_model_that_is_its_reference_loses_log_two_and_rows_of_padding_count_nothing() -> None:
     tokens, labels = batch()
     nll = torch.rand(2, 19) * (labels != -100)
-    loss, parts = preferences(nll, tokens, labels, Reference(nll, PreferenceConfig()))
+    loss, parts = preferences(nll, tokens, labels, reference_of(nll, tokens, PreferenceConfig()))
     assert loss.item() == pytest.approx(math.log(2))
     assert parts[1:].tolist() == [0, 0]
-    loss, parts = preferences(nll, tokens, torch.full_like(labels, -100), Reference(nll, PreferenceConfig()))
+    loss, parts = preferences(nll, tokens, torch.full_like(labels, -100), reference_of(nll, tokens, PreferenceConfig()))
     assert loss.item() == 0
     assert parts.tolist() == [0, 0, 0]
 

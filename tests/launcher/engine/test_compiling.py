@@ -29,7 +29,7 @@ PHASES = [
     },
     {"precision": "ternary", "steps": 2, "quantization": {"preset": "nielsen-2025"}},
 ]
-EVALUATING = {"interval_steps": 1, "sample_prompt": "a", "sample_tokens": 3}
+EVALUATING = {"interval_steps": 1, "sample_prompts": ["a"], "sample_tokens": 3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointed": {"training": {"activation_checkpointing": True}},
     "looked at": {"logging": {"quantization_interval_steps": 1}},

@@ -81,6 +81,33 @@ def test_a_baseline_reads_what_its_arm_reads(tmp_path):
                 assert (plan.data_at(step), plan.length_at(step)) == (arm.data_at(step), arm.length_at(step))
 
 
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_baseline_learns_what_its_arm_learns(tmp_path, objective):
+    baselines = ["16-bit", "scratch", "post-training"]
+    of_all = [f"phases.{index}.objective={objective}" for index in (0, 1)] + ["checkpoint.start_from=model"]
+    if objective == "dpo":
+        of_all += [f"phases.{index}.preference={{beta: 2.0, length_normalized: true}}" for index in (0, 1)]
+    by_phase = [each for each in of_all if ".0." not in each] + ["phases.1.sources=[{path: chats}]"]
+    for overrides, num_phases in ((of_all, 1), (by_phase, 2)):
+        *found, arm = (each.plan for each in arms_of(tmp_path, overrides=overrides, switch=[0.5], baselines=baselines))
+        assert [len(plan.phases) for plan in found] == [num_phases, num_phases, num_phases + 1]
+        for plan in found:
+            for step in range(plan.total_steps):
+                mine, of_arm = plan.phase_of(step), arm.phase_of(min(step, arm.total_steps - 1))
+                assert (mine.objective, mine.preference) == (of_arm.objective, of_arm.preference)
+
+
+def test_a_baseline_has_the_rates_of_its_arm(tmp_path):
+    """Schedules and peaks of phases, also with the step that follows a rounding."""
+    baselines = ["16-bit", "scratch", "post-training"]
+    own = ["phases.1.schedule={shape: cosine, warmup_steps: 1}", "phases.1.learning_rate=1e-5"]
+    for overrides in (own, own[:1], own[1:], ["schedule={shape: constant}"]):
+        *found, arm = (each.plan for each in arms_of(tmp_path, overrides=overrides, switch=[0.5], baselines=baselines))
+        expected = [arm.learning_rate_at(step) for step in range(arm.total_steps)]
+        for plan in found:
+            assert [plan.learning_rate_at(step) for step in range(arm.total_steps)] == expected
+
+
 def test_a_baseline_has_no_rates_of_its_own_for_what_it_lacks(tmp_path):
     base = {"optimizer": {"learning_rate": 1e-3, "ternary_learning_rate_factor": 2.0, "weight_decay_until": "ternary"}}
     twin, scratch, _ = arms_of(tmp_path, base | {"averaging": {"half_life_tokens": 1024}})

@@ -4,12 +4,15 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from chat_files import pair, prepare_chats, prepare_pairs, prepare_text, some_chats
+from hf_folders import ModelSource
+from models import build
 from ranks import run_group
 from runs import ENGINES, run
 from safetensors.torch import load_file
@@ -26,15 +29,21 @@ from launcher.config.sections import Config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import load_weights
 from launcher.errors import ConfigError
+from launcher.formats.hf_folder import write_hf
 from launcher.plan.inputs import missing_inputs
+from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
+from launcher.plan.traffic import bytes_sent
+from launcher.process.console import Console
 from launcher.process.ranks import Ranks
+from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import read_metrics
+from launcher.study.branch import branch
 from launcher.training.begin import first_value
 from launcher.training.held_out import PREFERENCES, HeldOut
 from launcher.training.meter import PREFERENCE_PARTS
+from launcher.training.reference import open_second_model
 from launcher.training.step import accumulate_gradients, open_data
-from launcher.training.teacher import open_teacher
 from model.transformer import Transformer
 
 LENGTH = 160
@@ -44,9 +53,9 @@ TEXT = {"precision": "16-bit", "steps": 2}
 DPO_16, DPO = ({"precision": precision, "steps": 4, "objective": "dpo"} for precision in ("16-bit", "ternary"))
 
 
-def config_of(data: str, folder: Path, phases: Any, engine: str = "fsdp2", **sections: Any) -> Config:
+def config_of(data: str, folder: Path, phases: Any, engine: Any = "fsdp2", **sections: Any) -> Config:
     given: dict[str, Any] = {
-        "engine": ENGINES[engine],
+        "engine": ENGINES[engine] if isinstance(engine, str) else engine,
         "model": MODEL,
         "data": {"sequence_length": LENGTH, "validation_rows": 8},
         "training": {"global_batch_sequences": 6, "micro_batch_sequences": 1, "compute_dtype": "fp32"},
@@ -89,8 +98,12 @@ def one_batch(pairs: str, start: str, out: str, normalized: bool) -> dict[str, A
     engine = build_engine(plan, plan.phases[0], ranks)
     engine.keep_apart(data.first_token)
     load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, config))
-    reference = open_teacher(plan, plan.phases[0], ranks, Path(out), data.first_token)
-    held_out = HeldOut(plan, ranks, data, plan.held_out_of(plan.phases[0])).measure_preferences(engine, reference)
+    held_out, folder = HeldOut(plan, ranks, data, plan.held_out_of(plan.phases[0])), RunFolder(config)
+    of_data = data.first_token, data.fingerprint
+    reference = open_second_model(
+        plan, plan.phases[0], ranks, folder, of_data, held_out.pairs, Console(silent=True), lambda: None
+    )
+    measured = held_out.measure_preferences(engine, reference)
     result = accumulate_gradients(
         engine, iter(data), plan.micro_batches_at(0), uneven=data.has_padding, teacher=reference
     )
@@ -103,7 +116,7 @@ def one_batch(pairs: str, start: str, out: str, normalized: bool) -> dict[str, A
     return {
         "parts": (parts / ranks.world_size).tolist(),
         "norm": norm.sqrt().item(),
-        "held out": [held_out[key] for key in PREFERENCES],
+        "held out": [measured[key] for key in PREFERENCES],
     }
 
 
@@ -182,8 +195,25 @@ def phases_of(folders: dict[str, str]) -> list[dict[str, Any]]:
 def whole_and_in_pieces(folders: dict[str, str], out: str, engine: str) -> None:
     phases = phases_of(folders)
     assert run(config_of(folders["text"], Path(out) / "whole", phases, engine)) == "complete"
-    for steps in (2, 3, 2, 3, 2, 9):
-        run(config_of(folders["text"], Path(out) / "pieces", phases, engine), steps)
+    measure, calls = HeldOut.measure_preferences, iter(range(1000))
+
+    def failing_once(held_out: HeldOut, engine: Any, reference: Any) -> dict[str, float]:
+        if reference is not None and next(calls) == 1:  # after the last step of the first phase with pairs
+            raise RuntimeError("once")
+        return measure(held_out, engine, reference)
+
+    with patch.object(HeldOut, "measure_preferences", failing_once):
+        for steps in (2, 3, 2):
+            run(config_of(folders["text"], Path(out) / "pieces", phases, engine), steps)
+        if engine == "fsdp2" and dist.get_rank() == 0:
+            branch(config_of(folders["text"], Path(out) / "branched", phases, engine), Path(out) / "pieces", 7)
+        dist.barrier()
+        with pytest.raises(RuntimeError, match="once"):
+            run(config_of(folders["text"], Path(out) / "pieces", phases, engine), 3)
+        for steps in (2, 2, 9):
+            run(config_of(folders["text"], Path(out) / "pieces", phases, engine), steps)
+    if engine == "fsdp2":  # as an arm of a study goes on from its trunk
+        assert run(config_of(folders["text"], Path(out) / "branched", phases, engine)) == "complete"
 
 
 def rows_of(folder: Path) -> list[list[Any]]:
@@ -196,6 +226,8 @@ def test_runs_are_the_same_in_pieces(folders: dict[str, str], tmp_path: Path, en
     run_group(world_size, whole_and_in_pieces, folders, str(tmp_path), engine)
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert rows_of(whole) == rows_of(pieces)
+    if engine == "fsdp2":
+        assert rows_of(whole) == rows_of(tmp_path / "branched")
     for path in sorted(folder_of(whole / "checkpoints", 16).glob("*.safetensors")):
         ours, theirs = load_file(path), load_file(folder_of(pieces / "checkpoints", 16) / path.name)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -210,6 +242,45 @@ def test_runs_are_the_same_in_pieces(folders: dict[str, str], tmp_path: Path, en
     assert ends[2][PREFERENCES[0]] < math.log(2)
     assert ends[2][PREFERENCES[2]] > 0.5
     assert PREFERENCES[0] not in ends[1]
+
+
+def by_codes(folders: dict[str, str], out: str) -> None:
+    phases = [TEXT | {"precision": "ternary"}, DPO | {"sources": [{"path": folders["pairs"]}]}]
+    engine = {"name": "fsdp2", "gather": "codes"}
+    training = {"global_batch_sequences": 6, "micro_batch_sequences": 1, "compute_dtype": "bf16"}
+    assert run(config_of(folders["text"], Path(out), phases, engine=engine, training=training)) == "complete"
+
+
+def from_a_folder(folders: dict[str, str], out: str, engine: str, compiles: bool) -> None:
+    training = {"global_batch_sequences": 6, "micro_batch_sequences": 3, "compute_dtype": "bf16", "compile": compiles}
+    start = {"start_from": folders["model"]}
+    phases = [DPO_16 | {"transition": {"optimizer": "reset"}}]
+    config = config_of(folders["pairs"], Path(out), phases, engine, training=training, checkpoint=start)
+    assert run(config) == "complete"
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (by_codes, ()),
+        (from_a_folder, ("zero-3", False)),
+        pytest.param(from_a_folder, ("fsdp2", True), marks=pytest.mark.slow),
+    ],
+    ids=["codes", "zero-3", "compiled"],
+)
+def test_a_phase_begins_as_its_reference_in_bf16_however_it_computes(
+    folders: dict[str, str], tmp_path: Path, function: Any, options: Any
+) -> None:
+    model = build(config_of(folders["pairs"], tmp_path, [DPO_16], checkpoint={"start_from": "a"}).model)
+    write_hf(ModelSource(model), model.config, tmp_path / "model", torch.float32)
+    run_group(2, function, folders | {"model": str(tmp_path / "model")}, str(tmp_path / "run"), *options)
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if PREFERENCES[0] in row]
+    begins, ends = (
+        next(row for row in rows if row["validation/when"] == f"{each} of phase") for each in ("start", "end")
+    )
+    assert begins[PREFERENCES[0]] == pytest.approx(math.log(2), abs=1e-6)
+    assert begins[PREFERENCES[1]] == pytest.approx(0, abs=1e-5)
+    assert ends[PREFERENCES[0]] < math.log(2)
 
 
 def test_what_does_not_fit_is_refused(folders: dict[str, str], start: str, tmp_path: Path) -> None:
@@ -235,8 +306,14 @@ def test_what_does_not_fit_is_refused(folders: dict[str, str], start: str, tmp_p
         run_group(1, trained, folders["text"], str(tmp_path / "both"), both)
 
 
-def test_the_reference_counts_in_the_plan(folders: dict[str, str], start: str, tmp_path: Path) -> None:
+def test_the_plan_counts_the_reference_once_and_holds_no_second_model(folders: dict[str, str], tmp_path: Path) -> None:
     of_pairs = {"sources": [{"path": folders["pairs"]}]}
-    plan = make_plan(config_of(folders["text"], tmp_path, [TEXT, DPO_16 | of_pairs]), 1)
-    before, after = (plan.flops_per_token_at(step) for step in (0, 2))
-    assert after == before + before // 3
+    plan, of_text = (
+        make_plan(config_of(folders["text"], tmp_path, [TEXT, last]), 2)
+        for last in (DPO_16 | of_pairs, TEXT | {"steps": 4})
+    )
+    assert plan.flops_per_token_at(2) == of_text.flops_per_token_at(2)
+    forward = of_text.flops_per_token_at(2) // 3 * 4 * 6 * LENGTH
+    assert plan.total_flops == of_text.total_flops + forward
+    assert memory_bytes_per_rank(plan).keys() == memory_bytes_per_rank(of_text).keys()
+    assert bytes_sent(plan) == bytes_sent(of_text)

@@ -259,7 +259,8 @@ def held_by_a_teacher(shards: str, out: str) -> list[Any]:
     teacher = open_teacher(plan, plan.phases[1], ranks, Path(out) / "checkpoints", None)
     assert teacher is not None
     parameters = list(teacher._model.parameters())
-    with teacher.teaching(*torch.zeros(2, 2, 8, dtype=torch.int64)):
+    tokens, labels = torch.zeros(2, 2, 8, dtype=torch.int64)
+    with teacher.teaching(tokens, (tokens, labels)):
         gathered = teacher._model.head.numel()
     return [
         sum(parameter.to_local().numel() for parameter in parameters),

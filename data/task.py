@@ -1,0 +1,101 @@
+"""What a prepared folder is to be made of, and whether it is made already."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.chats import template_for
+from data.config import TRAINED_SPEC, PrepareConfig
+from data.decontamination import NGrams
+from data.errors import DataError
+from data.prepared import MANIFEST, is_yet_to_be_prepared, open_prepared
+from data.resume import identity
+from data.survey import Survey, suffix_of, survey
+from data.tokenizer import load_tokenizer
+
+TOKEN_KINDS = (".idx", ".ds")
+"""Files of documents that are tokens already."""
+
+
+def _options(config: PrepareConfig, sequence_length: int, ngrams: NGrams | None) -> dict[str, Any]:
+    """Return what decides the result, and so what must agree for a prepared folder to serve."""
+    tokenizer: dict[str, Any] = {"tokenizer": config.tokenizer}
+    if not TRAINED_SPEC.fullmatch(config.tokenizer):
+        loaded = load_tokenizer(config.tokenizer, config.end_of_document)
+        tokenizer = {"tokenizer": f"sha256:{loaded.fingerprint}", "end_of_document": loaded.end_of_document}
+        if config.content != "text":
+            template = hashlib.sha256(template_for(config, loaded).self_contained().encode()).hexdigest()
+            tokenizer |= {"chat_template": f"sha256:{template}", "too_long": config.too_long}
+    return {
+        "inputs": list(config.inputs),
+        "content": config.content,
+        **tokenizer,
+        "add_tokens": list(config.add_tokens),
+        "lossy_tokenizer": config.lossy_tokenizer,
+        "validation_fraction": config.validation_fraction,
+        "validation_inputs": list(config.validation_inputs),
+        "sequence_length": sequence_length,
+        "deduplicate": config.deduplicate,
+        "decontaminate": ngrams and {"sets": list(ngrams.names), "sha256": ngrams.fingerprint},
+        "packing": config.packing if config.content == "text" else "best-fit",
+        "compression": config.compression,
+    }
+
+
+def find_done(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NGrams | None) -> dict[str, Any] | None:
+    """Return the manifest of `out` if it is what would be made, None if there is nothing yet.
+
+    Raises:
+        DataError: it is something else; says what differs.
+    """
+    if is_yet_to_be_prepared(out):
+        return None
+    if not (out / MANIFEST).is_file():
+        raise DataError(f"{out}: exists but is not a folder of prepared data; choose another --out, or remove it")
+    manifest = open_prepared(out)
+    before = {
+        "content": "text",
+        "add_tokens": [],
+        "lossy_tokenizer": False,
+        "packing": "stream",
+        "compression": "none",
+        "deduplicate": False,
+        "decontaminate": None,
+        "end_of_document": manifest["end_of_document"],
+    }  # of older versions
+    there, wanted = before | manifest["options"], _options(config, sequence_length, ngrams)
+    differing = [
+        f"{key} (there {there.get(key)!r}, wanted {wanted[key]!r})" for key in wanted if there.get(key) != wanted[key]
+    ]
+    if differing:
+        raise DataError(f"{out}: was prepared with a different {'; '.join(differing)}; choose another, or remove it")
+    return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """All that a prepared folder is made of."""
+
+    config: PrepareConfig
+    sequence_length: int
+    files: Survey
+    options: dict[str, Any]
+    ngrams: NGrams | None
+    """Of the evaluation sets; None if there are none."""
+    made_by: dict[str, Any]
+    """See `data.resume.identity`."""
+
+
+def task_of(config: PrepareConfig, sequence_length: int, ngrams: NGrams | None) -> Task:
+    """Look up the inputs.
+
+    Raises:
+        DataError: one does not exist, or holds what filters cannot read.
+    """
+    inputs = (*config.inputs, *config.validation_inputs)
+    files, options = survey(inputs), _options(config, sequence_length, ngrams)
+    tokens = [path for path in files.read if suffix_of(path) in TOKEN_KINDS]
+    if tokens and (config.deduplicate or ngrams):
+        raise DataError(f"{tokens[0]}: is tokens, and filters read text; prepare token files without filters")
+    return Task(config, sequence_length, files, options, ngrams, identity(options, files, inputs))

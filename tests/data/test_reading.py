@@ -1,0 +1,118 @@
+"""Rows of local folders are read in blocks, by threads or when they are asked for."""
+
+import itertools
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny import write_corpus
+
+from data import reading, rows
+from data.config import PrepareConfig
+from data.errors import DataError
+from data.loader import DataConfig, Source, TrainingData
+from data.shards import prepare
+from data.sources import open_source
+
+LENGTH, GLOBAL = 16, 6
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder, found = tmp_path_factory.mktemp("reading"), []
+    for number, size in enumerate((90, 40)):
+        text = write_corpus(folder / f"{number}.jsonl", num_documents=size)
+        text.write_text(text.read_text().replace("a", "A" if number else "a"))  # no two rows of both are equal
+        tokenizer = str(folder / "out0" / "tokenizer.model") if number else "bpe:300"
+        prepare(PrepareConfig(inputs=(str(text),), tokenizer=tokenizer), LENGTH, folder / f"out{number}")
+        found.append(folder / f"out{number}")
+    return found
+
+
+def training_data(folders, **options):
+    sources = tuple(
+        Source(path=str(folder), weight=weight) for folder, weight in zip(folders, (2.0, 1.0), strict=False)
+    )
+    config = DataConfig(sources=sources, sequence_length=LENGTH, **options)
+    return TrainingData(
+        config, vocab_size=300, global_batch_sequences=GLOBAL, micro_batch_sequences=2, rank=0, world_size=1
+    )
+
+
+def stored(folder):
+    """The rows of a folder, as the library reads them."""
+    source = open_source(Source(path=str(folder)), None)
+    return source.read_first_rows("train", source.num_rows("train"))
+
+
+@pytest.mark.parametrize(
+    ("workers", "block_tokens", "slow"), [(0, 1, 0), (0, 1 << 18, 0), (1, 100, 0), (3, 1, 0), (3, 100, 1), (2, 1, None)]
+)
+def test_blocks_of_any_size_and_any_number_of_threads_give_the_rows_in_their_order(
+    folders, monkeypatch, workers, block_tokens, slow
+):
+    """Whether rows are slow always, never or now and then."""
+    read, chance = reading.LocalReader._read, random.Random(0)
+
+    def now_and_then(reader, samples):
+        found = read(reader, samples)
+        reader._is_slow = chance.random() < 0.5
+        return found
+
+    if slow is None:
+        monkeypatch.setattr(reading.LocalReader, "_read", now_and_then)
+    else:
+        monkeypatch.setattr(reading, "SLOW_ROW_SECONDS", float(slow))
+    with monkeypatch.context() as patched:
+        patched.setattr(rows.RowDataset, "_opened", lambda dataset, number: None)  # the library reads row by row
+        by_library = training_data(folders)
+        expected = [tokens_BT for tokens_BT, _ in itertools.islice(by_library, 60)]
+        by_library.close()
+    monkeypatch.setattr(reading, "BLOCK_TOKENS", block_tokens)
+    mixed = training_data(folders, workers=workers)
+    known = [{row.tobytes() for row in stored(folder).astype(np.int64)} for folder in folders]
+    for (tokens_BT, labels_BT), as_expected in zip(mixed, expected, strict=False):
+        assert tokens_BT.dtype == labels_BT.dtype == torch.int64
+        assert torch.equal(tokens_BT, as_expected)
+        whole = np.concatenate([tokens_BT.numpy(), labels_BT.numpy()[:, -1:]], axis=1)
+        of_source = [sum(row.tobytes() in rows_of for row in whole) for rows_of in known]
+        assert mixed.drawn(1).tolist() == of_source
+        assert sum(of_source) == 2
+    mixed.close()
+    assert not [path for path in os.listdir("/proc/self/fd") if is_shard(path)]
+
+
+def is_shard(descriptor: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").endswith(".mds")
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_failure_while_reading_ahead_comes_when_its_rows_are_due(folders, monkeypatch, workers):
+    monkeypatch.setattr(reading, "BLOCK_TOKENS", 1)
+    monkeypatch.setattr(reading, "SLOW_ROW_SECONDS", 0.0)
+    data, read, calls = training_data(folders, workers=workers), rows.RowDataset.read, itertools.count()
+
+    def failing(dataset, sample_ids):
+        if next(calls) == 5:
+            raise DataError("the disk is gone")
+        return read(dataset, sample_ids)
+
+    monkeypatch.setattr(rows.RowDataset, "read", failing)
+    assert len(list(itertools.islice(data, 5))) == 5
+    with pytest.raises(DataError, match="the disk is gone"):
+        next(iter(data))
+    data.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_token_beyond_the_vocabulary_is_found_with_its_shard(folders, workers):
+    data = training_data(folders, workers=workers)
+    data._reader.dataset.vocab_size = 200
+    with pytest.raises(DataError, match=r"shard\.0000\d\.mds: holds token \d+, but the model has 200 tokens"):
+        next(iter(data))
+    data.close()
