@@ -144,7 +144,7 @@ for port in ports:
             attack(port)
         finally:
             os._exit(0)
-os.wait()
+attackers.remove(os.wait()[0])
 time.sleep(1)
 for attacker in attackers:
     os.kill(attacker, signal.SIGKILL)  # a client of what is no store waits for ever
