@@ -63,7 +63,7 @@ def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
         columns.insert(-1, "of averaged weights")
     rows = [
         [
-            phase.precision,
+            phase.label,
             str(phase.steps),
             human_count(phase.tokens),
             number(phase.train_loss),

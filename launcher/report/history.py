@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from launcher.errors import LogError
 from launcher.run.level import curve_of, level_at, middles, noise_of_a_step
-from launcher.run.log_keys import OTHER_TEXT
+from launcher.run.log_keys import OTHER_TEXT, PREFERENCE_LOSS
 from launcher.run.metrics_log import ROW, numbered_rows
 from launcher.run.recovery import NUM_LOSSES, LoggedLoss, Transition, measure
 
@@ -140,7 +140,9 @@ def read_history(path: Path, name: str) -> History:
         precisions[phase] = precision
         if row.get("validation/when") == "start of phase":  # exact, even if the last rows before it are missing
             begins[phase] = step, seen
-        if "train/learning_rate" in row:  # a training step; a loss that is not finite is not written down
+        if f"train/{PREFERENCE_LOSS}" in row:
+            row.pop(LOSS, None)  # the same number: it is of pairs, and no cross-entropy
+        elif "train/learning_rate" in row:  # a training step; a loss that is not finite is not written down
             row.setdefault(LOSS, math.nan)
         if "quant/layers" in row:
             looks.append((step, seen, phase, row["quant/layers"]))

@@ -284,7 +284,7 @@ def _source_rows(summaries: Sequence[RunSummary]) -> Iterator[tuple[str, ...]]:
 
 def _phase_name(number: int, summaries: Sequence[RunSummary], phase: PhaseSummary) -> str:
     """A phase as the page calls it: with its run, if there are several."""
-    return (f"run {number}, " if len(summaries) > 1 else "") + f"phase {phase.index}: {phase.precision}"
+    return (f"run {number}, " if len(summaries) > 1 else "") + f"phase {phase.index}: {phase.label}"
 
 
 _TRANSITION_FACTS = (

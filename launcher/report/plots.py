@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from launcher.process.console import human_count
 from launcher.report.history import AVERAGED, BITS_PER_BYTE, LOSS, History, Series, curves
 from launcher.report.target import MADE_BY
+from launcher.run.log_keys import PREFERENCE_LOSS, REWARD_ACCURACY, REWARD_MARGIN
 from launcher.run.recovery import Transition
 
 if TYPE_CHECKING:
@@ -122,6 +123,9 @@ PANELS = (
     RATE,
     Panel("quant/strength", "Quantization strength (0 off, 1 fully on)"),
     Panel("train/grad_norm", "Gradient norm before clipping (log scale)", is_log=True, is_noisy=True),
+    Panel(f"train/{PREFERENCE_LOSS}", "Preference loss, nats a pair", is_noisy=True),
+    Panel(f"train/{REWARD_MARGIN}", "Reward margin", is_noisy=True),
+    Panel(f"train/{REWARD_ACCURACY}", "Pairs with a reward margin above 0, %", scale=100, is_noisy=True),
     Panel("throughput/tokens_per_second", "Throughput, tokens/s", is_noisy=True),
     Panel("throughput/model_flops_utilization", "Model FLOPs utilization, %", scale=100, is_noisy=True),
     Panel("data/wait_share", "Time spent waiting for data, %", scale=100, is_noisy=True),

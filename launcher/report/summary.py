@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data.config import Content
 from launcher.config.file import parse_yaml
 from launcher.errors import ConfigError, LogError
 from launcher.process.console import human_count
@@ -32,14 +33,25 @@ from launcher.report.history import (
     is_of_other_text,
     read_history,
 )
-from launcher.run.log_keys import DRAWN
+from launcher.run.log_keys import DRAWN, REWARD_ACCURACY
 from launcher.run.recovery import Transition
 from launcher.run.requeue import read_lines
 from launcher.run.samples import Sample, read_samples
 
 THROUGHPUT = "throughput/tokens_per_second"
 
-CONFIG_KINDS: Mapping[str, Any] = {"": dict, "run": dict, "engine": dict, "phase_steps": list, "phase_steps.*": int}
+CONFIG_KINDS: Mapping[str, Any] = {
+    "": dict,
+    "run": dict,
+    "engine": dict,
+    "phase_steps": list,
+    "phase_steps.*": int,
+    "phases": list,
+    "phases.*": dict,
+}
+CONTENTS: Mapping[Any, Content] = {"sft": "chats", "dpo": "pairs"}
+"""What phases of these objectives learn from; others from text."""
+
 
 SUMMARY_KINDS: Mapping[str, Any] = {
     "": dict,
@@ -57,6 +69,8 @@ class PhaseSummary:
 
     index: int
     precision: str
+    content: Content
+    """What it learns from."""
     steps: int
     planned_steps: int | None
     tokens: int
@@ -75,6 +89,14 @@ class PhaseSummary:
     """Tokens that the phase has drawn from each source; empty in a run with a single one."""
     is_of_other_text: bool
     """Whether its losses are of another text, or of chats, than those of the phase before."""
+
+    pairs_in_order: float | None
+    """Share of the held-out pairs whose chosen answer has gained more, 0 to 1; None in other phases."""
+
+    @property
+    def label(self) -> str:
+        """Precision, and what it learns from if that is not text."""
+        return self.precision if self.content == "text" else f"{self.precision}, {self.content}"
 
     @property
     def is_complete(self) -> bool:
@@ -144,6 +166,9 @@ def summarize(run: Path) -> RunSummary:
     of_run, engine, planned = (
         config.get(key, empty) for key, empty in (("run", {}), ("engine", {}), ("phase_steps", []))
     )
+    contents = {
+        index: CONTENTS.get(phase.get("objective"), "text") for index, phase in enumerate(config.get("phases") or [])
+    }
     name = str(of_run.get("name", run.name))
     history = read_history(metrics_path, name)
     elapsed, skipped = (_last(history, key) for key in ("time/elapsed_seconds", "train/skipped_steps"))
@@ -163,7 +188,7 @@ def summarize(run: Path) -> RunSummary:
         skipped_steps=None if skipped is None else int(skipped),
         num_parameters=summary.get("num_parameters"),
         num_ternary_parameters=summary.get("num_ternary_parameters"),
-        phases=tuple(_summarize_phase(history, span, dict(enumerate(planned))) for span in history.phases),
+        phases=tuple(_summarize_phase(history, span, dict(enumerate(planned)), contents) for span in history.phases),
         transitions=find_transitions(history),
         samples=tuple(read_samples(run)),
         config_text=config_text,
@@ -199,14 +224,19 @@ def verdict(summary: RunSummary) -> str:
         values, unit = [phase.train_loss for phase in summary.phases], "nats per token of training loss"
     clauses: list[str] = []
     for position, (phase, value) in enumerate(zip(summary.phases, values, strict=True)):
+        of = "" if phase.content == "text" else f" of {phase.content}"
         if value is None:
-            clauses.append(f"the {phase.precision} phase has no measurement yet")
+            clauses.append(f"the {phase.precision} phase{of} has no measurement yet")
             continue
         before = values[position - 1] if position and not phase.is_of_other_text else None
         is_over = summary.is_complete or phase.is_complete or phase is not summary.phases[-1]
-        clause = f"the {phase.precision} phase {'ended' if is_over else 'stands'} at {value:.3f}"
+        clause = f"the {phase.precision} phase{of} {'ended' if is_over else 'stands'}"
+        if phase.pairs_in_order is not None:
+            clauses.append(f"{clause} with {phase.pairs_in_order:.1%} of the held-out pairs in order")
+            continue
+        clause += f" at {value:.3f}"
         change = f" ({percent(value, before)} after {human_count(phase.tokens)} tokens more)" if before else ""
-        clauses.append(clause + (f" {unit}" if not clauses else "") + change)
+        clauses.append(clause + (f" {unit}" if not clauses else "") + (" of answers" if of else "") + change)
     text = ", ".join(clauses) + "."
     if summary.is_complete:
         return text[0].upper() + text[1:]
@@ -225,11 +255,10 @@ COMPARED = (
 
 def samples_by_prompt(summary: RunSummary) -> dict[str, dict[str, str]]:
     """By prompt, what the model has written to it, by where it was."""
-    precisions = {phase.index: phase.precision for phase in summary.phases}
+    labels = {phase.index: phase.label for phase in summary.phases}
     found: dict[str, dict[str, str]] = {}
     for each in summary.samples:
-        precision = precisions.get(each.phase, "phase")
-        where = "before training" if each.is_start else f"{precision}, step {each.step:,}"
+        where = "before training" if each.is_start else f"{labels.get(each.phase, 'phase')}, step {each.step:,}"
         found.setdefault(each.prompt, {})[where] = each.completion
     return found
 
@@ -279,7 +308,9 @@ def signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[int, int | None]) -> PhaseSummary:
+def _summarize_phase(
+    history: History, span: PhaseSpan, planned_steps: Mapping[int, int | None], contents: Mapping[int, Content]
+) -> PhaseSummary:
     parts = {key: series.of_phase(span.index) for key, series in history.series.items()}
     loss, evaluations = parts.get(LOSS), parts.get(BITS_PER_BYTE)
     at_start = at_end = None
@@ -288,6 +319,7 @@ def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[i
     return PhaseSummary(
         index=span.index,
         precision=span.precision,
+        content=contents.get(span.index, "text"),
         steps=span.last_step - span.first_step,
         planned_steps=planned_steps.get(span.index),
         tokens=span.last_tokens - span.first_tokens,
@@ -299,6 +331,7 @@ def _summarize_phase(history: History, span: PhaseSpan, planned_steps: Mapping[i
         model_flops_utilization=_median(parts.get("throughput/model_flops_utilization")),
         tokens_by_source=_drawn(history, span.index),
         is_of_other_text=is_of_other_text(history, span.index),
+        pairs_in_order=_last_of(parts.get(f"validation/{REWARD_ACCURACY}")),
     )
 
 

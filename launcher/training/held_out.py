@@ -17,13 +17,14 @@ from eval.sample import pieces_of_text, sample_tokens
 from launcher.engine.contract import Engine
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks, everyones
+from launcher.run.log_keys import PREFERENCE_LOSS, REWARD_ACCURACY, REWARD_MARGIN
 from launcher.training.averaging import averaged_weights
 from launcher.training.mixtures import template_of
 from launcher.training.teacher import Teacher
 from model.preference import chosen_labels
 
 SAMPLE_WINDOW_TOKENS = 256
-PREFERENCES = ("validation/preference_loss", "validation/reward_margin", "validation/reward_accuracy")
+PREFERENCES = tuple(f"validation/{end}" for end in (PREFERENCE_LOSS, REWARD_MARGIN, REWARD_ACCURACY))
 """The keys of `model.transformer.Output.parts` of held-out pairs."""
 UNTRAINED_ROWS = 16
 """Held-out rows that an untrained model computes."""

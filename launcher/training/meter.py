@@ -18,6 +18,7 @@ from launcher.plan.gpus import find_gpu
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
+from launcher.run.log_keys import PREFERENCE_LOSS, REWARD_ACCURACY, REWARD_MARGIN
 from launcher.run.metrics_log import MetricsLog
 from launcher.training.mixtures import DrawnTokens
 from launcher.training.step import StepResult
@@ -47,7 +48,7 @@ TRAINED, EVALUATED = "train/learning_rate", "validation/when"
 """Keys that every row of a training step has, and every row of a held-out loss, whatever is not finite in it."""
 
 
-PREFERENCE_PARTS = ("train/preference_loss", "train/reward_margin", "train/reward_accuracy")
+PREFERENCE_PARTS = tuple(f"train/{end}" for end in (PREFERENCE_LOSS, REWARD_MARGIN, REWARD_ACCURACY))
 """The same of a phase of preferences; the first is the loss itself."""
 
 
