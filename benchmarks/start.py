@@ -66,7 +66,7 @@ def run(config: Path, ranks: int, workers: int, folder: Path, repeat: int) -> tu
     command += [f"run.folder={folder / name}", f"data.sources.0.path={folder / 'shards'}", f"data.workers={workers}"]
     command += [f"phases.0.steps={STEPS}", *(f"phases.{index}.steps=1" for index in range(1, phases))]
     command += [f"phases.{index}.transition.ramp.steps=0" for index in range(1, phases)]
-    command += ["schedule.warmup_steps=2", "logging.interval_steps=1", "evaluation.sample_prompt=null"]
+    command += ["schedule.warmup_steps=2", "logging.interval_steps=1", "evaluation.sample_prompts=[]"]
     started, first_step = time.perf_counter(), None
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -37,7 +37,10 @@ from data.transformers_files import (
 )
 
 Message = dict[str, Any]
-"""With `role` (system, user or assistant) and `content`, and what else a template may ask for."""
+"""With `role` and `content`, and what else a template may ask for, such as `tool_calls`."""
+
+Tools = Sequence[dict[str, Any]] | None
+"""JSON schemas of the tools that an assistant may call."""
 
 MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -119,38 +122,39 @@ class ChatTemplate:
         sets = [f"{{% set {name} = {json.dumps(self._tokens[name], ensure_ascii=False)} %}}" for name in sorted(used)]
         return f"{''.join(sets)}\n{self._text}" if sets else self._text  # the newline after a block is not written
 
-    def text(self, messages: Sequence[Message], *, to_answer: bool) -> str:
+    def text(self, messages: Sequence[Message], tools: Tools = None, *, to_answer: bool) -> str:
         """A conversation as text.
 
         Args:
             messages: in order.
+            tools: that the template is to describe.
             to_answer: whether the beginning of the next answer follows.
 
         Raises:
             DataError: the template refuses the conversation.
         """
-        return "".join(self._blocks(messages, to_answer=to_answer))
+        return "".join(self._blocks(messages, tools, to_answer=to_answer))
 
-    def _blocks(self, messages: Sequence[Message], *, to_answer: bool) -> Iterator[str]:
-        values = {"messages": [*messages], "add_generation_prompt": to_answer, "tools": None, "documents": None}
+    def _blocks(self, messages: Sequence[Message], tools: Tools, *, to_answer: bool) -> Iterator[str]:
+        values = {"messages": [*messages], "add_generation_prompt": to_answer, "tools": tools, "documents": None}
         try:
             yield from self._template.generate(**self._tokens | values)
         except Exception as error:  # a program's errors are of any kind
             raise DataError(f"the chat template refuses this conversation: {error}") from error
 
-    def answers(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def answers(self, messages: Sequence[Message], tools: Tools = None) -> tuple[str, list[Span]]:
         """A conversation as text, and the answers in it; see the top of this file.
 
         Raises:
             DataError: the template refuses the conversation, or does not tell its answers apart.
         """
-        return self._marked(messages) if self.marks_answers else self._added(messages)
+        return self._marked(messages, tools) if self.marks_answers else self._added(messages, tools)
 
-    def _marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def _marked(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
         environment, written = self._environment, list[str]()
         environment.written, environment.marked = written, []
         try:
-            written.extend(self._blocks(messages, to_answer=False))
+            written.extend(self._blocks(messages, tools, to_answer=False))
         finally:
             environment.written = None
         text = "".join(written)
@@ -161,13 +165,13 @@ class ChatTemplate:
             )
         return text, [(begin, begin + len(part)) for begin, part in environment.marked]
 
-    def _added(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        whole, spans = self.text(messages, to_answer=False), []
+    def _added(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
+        whole, spans = self.text(messages, tools, to_answer=False), []
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.text(messages[:place], to_answer=True)
-            after = whole if place + 1 == len(messages) else self.text(messages[: place + 1], to_answer=False)
+            before = self.text(messages[:place], tools, to_answer=True)
+            after = whole if place + 1 == len(messages) else self.text(messages[: place + 1], tools, to_answer=False)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise DataError(
                     f"the chat template does not write message {place + 1} of this conversation as it does when the "

@@ -5,6 +5,7 @@ Each chat that cannot be learned from is an error that names the file and the li
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.chat_template import ChatTemplate, Message
+from data.chat_records import MESSAGES_KEY, TOOLS_KEY
+from data.chat_template import ChatTemplate, Message, Tools
 from data.config import PrepareConfig, TooLong
 from data.documents import Document
 from data.encoding import PIECE_COUNTS, Chunk, Piece, about_pieces
@@ -88,16 +90,20 @@ class ChatEncoder:
 
     def marked(self, record: Any) -> NDArray[np.uint32]:
         """The tokens of a record, with marks; raises what `encode_chat` does."""
+        if isinstance(record, dict):
+            return with_marks(*self.encode_chat(record[MESSAGES_KEY], record[TOOLS_KEY]))
         return with_marks(*self.encode_chat(record))
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Tools = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The tokens of a chat, and whether each is part of an answer.
 
         Raises:
             DataError: the template refuses the chat, does not tell its answers apart, or needs a special token that the
                 vocabulary does not have.
         """
-        text, answers = self.template.answers(messages)
+        text, answers = self.template.answers(messages, tools)
         self.check_names(text, messages)
         ids, spans = self.template.tokenizer.encode_special_spans(text)
         counts = inside(spans, answers)
@@ -109,14 +115,23 @@ class ChatEncoder:
     def check_names(self, text: str, messages: Sequence[Message]) -> None:
         """Make sure that the special tokens that the template writes are tokens."""
         tokenizer = self.template.tokenizer
-        for name in {*SPECIAL_NAME.findall(text)} - self._known_names:
-            if len(tokenizer.encode_special(name)) == 1:
+        missing = []
+        for name in dict.fromkeys(SPECIAL_NAME.findall(text)):
+            if name in self._known_names or len(tokenizer.encode_special(name)) == 1:
                 self._known_names.add(name)
-            elif not any(name in message["content"] for message in messages):
-                raise DataError(
-                    f"the chat template writes {name}, which is no token of the tokenizer; choose a tokenizer that has "
-                    "it, or another --chat-template"
-                )
+            elif not any(name in _text_of(message) for message in messages):
+                missing.append(name)
+        if missing:
+            raise DataError(
+                f"the chat template writes {' and '.join(missing)}, which the tokenizer does not have as one token; "
+                f"add {' '.join(f'--add-token {shlex.quote(name)}' for name in missing)}, or choose another tokenizer "
+                "or --chat-template"
+            )
+
+
+def _text_of(message: Message) -> str:
+    """What a message says, with the arguments of its calls."""
+    return f"{message.get('content')} {json.dumps(message.get('tool_calls'), ensure_ascii=False)}"
 
 
 def _open_encoder(kind: type[ChatEncoder], tokenizer: Path, most_tokens: int, too_long: TooLong) -> ChatEncoder:

@@ -41,6 +41,10 @@ class PrepareConfig:
     too_long: TooLong = "error"
     """A chat or a pair that does not fit into a row: `error`, or `drop` it, or `truncate` a chat."""
 
+    add_tokens: tuple[str, ...] = ()
+    """Special tokens to add to the tokenizer, such as `<|im_start|>` of a chat template. All folders of a run need the
+    same."""
+
     end_of_document: str | None = None
     """Token that ends a document, such as `<|endoftext|>`; by default the one that the tokenizer's files name, and
     `</s>` for a trained tokenizer."""
@@ -82,6 +86,10 @@ class PrepareConfig:
             problems["tokenizer"] = "is empty; give a tokenizer's file, bpe:VOCAB or unigram:VOCAB"
         if self.end_of_document is not None and TRAINED_SPEC.fullmatch(self.tokenizer):
             problems["end_of_document"] = "is for a tokenizer's file; one that is trained ends documents with </s>"
+        if any(name != name.strip() or not name for name in self.add_tokens):
+            problems["add_tokens"] = f"is {[*self.add_tokens]}; a token has a name, without spaces around it"
+        elif len({*self.add_tokens}) < len(self.add_tokens):
+            problems["add_tokens"] = f"is {[*self.add_tokens]}; name each token once"
         if not 0 <= self.validation_fraction < 1:
             problems["validation_fraction"] = f"is {self.validation_fraction}; must be 0 or more and below 1"
         if self.validation_inputs and self.validation_fraction:

@@ -19,7 +19,6 @@ from typing import Any
 from unicodedata import category
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from data.documents import Document
@@ -49,7 +48,8 @@ class _Hashes(dict[str, int]):
         if len(self) >= KEPT_TOKENS:
             self.clear()
         word = token if token.isalnum() else "".join(char for char in token if category(char)[0] not in "PS")
-        found = self[token] = (xxhash.xxh3_64_intdigest(word) or 1) if word else 0
+        digest = hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest()
+        found = self[token] = (int.from_bytes(digest, "little") or 1) if word else 0
         return found
 
 

@@ -8,7 +8,7 @@ import json
 from itertools import takewhile
 from typing import Any
 
-from data.chat_records import TOOLS_KEY, message_problem
+from data.chat_records import TOOLS_KEY, message_problem, tools_of
 from data.errors import DataError
 
 PROMPT_KEY = "prompt"
@@ -16,7 +16,7 @@ SIDES = ("chosen", "rejected")
 
 
 def pair_of(record: Any, origin: str) -> str:
-    """The prompt and both answers of a record, checked, as JSON.
+    """The prompt and both answers of a record, checked, as JSON, with its tools if it has any.
 
     Raises:
         DataError: these are not two different answers to one prompt.
@@ -24,8 +24,6 @@ def pair_of(record: Any, origin: str) -> str:
     if not isinstance(record, dict) or not all(record.get(side) is not None for side in SIDES):
         found = f"its keys are {sorted(record)}" if isinstance(record, dict) else f"it is {type(record).__name__}"
         raise DataError(f'{origin}: a pair is an object with the keys "chosen" and "rejected"; {found:.300}')
-    if record.get(TOOLS_KEY):
-        raise DataError(f"{origin}: has tools, of which templates are not told; remove the pair")
     given = {key: record[key] for key in (PROMPT_KEY, *SIDES) if record.get(key) is not None}
     kinds = {type(value) for value in given.values()}
     if kinds not in ({str}, {list}):
@@ -42,6 +40,12 @@ def pair_of(record: Any, origin: str) -> str:
         given = _split(given)
     if problem := _answer_problem(given):
         raise DataError(f"{origin}: {problem}")
+    if tools := tools_of(record, origin):
+        if kinds == {str}:
+            raise DataError(
+                f"{origin}: has tools, but its answers are text, which no template writes; remove the tools"
+            )
+        given[TOOLS_KEY] = tools
     return json.dumps(given, ensure_ascii=False)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.chat_records import TOOLS_KEY
+from data.chat_template import Tools
 from data.chats import ChatEncoder
 from data.errors import DataError
 from data.marks import with_marks
@@ -33,12 +35,13 @@ class PairEncoder(ChatEncoder):
             DataError: the template refuses one, or does not write its prompt as it does alone; or the answers are equal
                 as tokens.
         """
-        sides = [self._side(record[PROMPT_KEY], record[side], side) for side in SIDES]
+        tools = record.get(TOOLS_KEY)
+        sides = [self._side(record[PROMPT_KEY], record[side], tools, side) for side in SIDES]
         if np.array_equal(sides[0], sides[1]):
             raise DataError("chosen and rejected are the same tokens, so there is nothing to prefer; remove the pair")
         return np.concatenate(sides)
 
-    def _side(self, prompt: Any, answer: Any, side: str) -> NDArray[np.uint32]:
+    def _side(self, prompt: Any, answer: Any, tools: Tools, side: str) -> NDArray[np.uint32]:
         tokenizer = self.template.tokenizer
         if isinstance(prompt, str):
             end = tokenizer.end_of_document
@@ -46,8 +49,8 @@ class PairEncoder(ChatEncoder):
             counts = inside(spans, [(len(prompt), len(prompt) + len(answer))])
             ended = ids[-1:] == [end]
             return with_marks([end, *ids, *[end][ended:]], [False, *counts, *[True][ended:]])
-        before = self.template.text(prompt, to_answer=True)
-        text = self.template.text([*prompt, *answer], to_answer=False)
+        before = self.template.text(prompt, tools, to_answer=True)
+        text = self.template.text([*prompt, *answer], tools, to_answer=False)
         if not text.startswith(before):
             raise DataError(
                 f"the chat template does not write the prompt before the {side} answer as it does alone, so that the "

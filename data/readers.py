@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from data import quickstart_corpus
-from data.chat_records import MESSAGES_KEY, TOOLS_KEY, chat_of
+from data.chat_records import MESSAGES_KEY, TOOLS_KEY, chat_of, without_nulls
 from data.config import Content
 from data.documents import READ_BYTES, Document
 from data.errors import DataError
@@ -280,7 +280,8 @@ def _read_parquet(path: Path, keys: Sequence[str], text_of: TextOf) -> Iterator[
                 row += 1
                 origin = f"{path}:{row}"
                 try:
-                    record = {key: value.as_py() for key, value in zip(batch.schema.names, values, strict=True)}
+                    cells = zip(batch.schema.names, values, strict=True)
+                    record = {key: without_nulls(value.as_py()) for key, value in cells}
                 except UnicodeDecodeError as error:
                     raise DataError(f"{origin}: byte {error.start} of the text is not UTF-8; repair the row") from error
                 yield Document(text_of(record, origin), origin)
@@ -309,7 +310,7 @@ def _read_hugging_face(source: str, text_of: TextOf) -> Iterator[Document]:
             raise DataError(f"{origin}: `datasets` cannot read this row ({type(error).__name__}: {error})") from error
         if record is None:
             return
-        yield Document(text_of(record, origin), origin)
+        yield Document(text_of({key: without_nulls(value) for key, value in record.items()}, origin), origin)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Document]]] = {

@@ -31,6 +31,7 @@ def _options(config: PrepareConfig, sequence_length: int, ngrams: NGrams | None)
         "inputs": list(config.inputs),
         "content": config.content,
         **tokenizer,
+        "add_tokens": list(config.add_tokens),
         "lossy_tokenizer": config.lossy_tokenizer,
         "validation_fraction": config.validation_fraction,
         "validation_inputs": list(config.validation_inputs),
@@ -55,6 +56,7 @@ def find_done(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NG
     manifest = open_prepared(out)
     before = {
         "content": "text",
+        "add_tokens": [],
         "lossy_tokenizer": False,
         "packing": "stream",
         "compression": "none",

@@ -1,9 +1,10 @@
 """The tokenizer of prepared data: copied, or trained on a sample of the text."""
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data.added_tokens import with_tokens
 from data.chat_template import ChatTemplate
 from data.chats import template_for
 from data.config import TRAINED_SPEC, PrepareConfig
@@ -21,13 +22,15 @@ TRAINING_SCAN_BYTES = 1_000_000_000  # where to stop looking for that sample
 SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and one that is all there is gives enough
 
 
-def copied(tokenizer: Tokenizer, out: Path, template: ChatTemplate | None = None) -> Tokenizer:
-    """The same tokenizer with its file in a folder, and a chat template beside it."""
+def copied(
+    tokenizer: Tokenizer, out: Path, template: ChatTemplate | None = None, add_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """The same tokenizer with its file in a folder, and a chat template beside it; special tokens may be added."""
     if template is not None:
         (out / CHAT_TEMPLATE).write_text(template.self_contained(), encoding="utf-8", newline="")
         flush(out / CHAT_TEMPLATE)
     path = out / f"tokenizer{tokenizer.path.suffix}"
-    path.write_bytes(tokenizer.file_content())
+    path.write_bytes(with_tokens(tokenizer, add_tokens) if add_tokens else tokenizer.file_content())
     flush(path)
     return load_tokenizer(path)
 
@@ -40,7 +43,8 @@ def place_tokenizer(config: PrepareConfig, files: Survey, out: Path) -> Tokenize
     """
     if not TRAINED_SPEC.fullmatch(config.tokenizer):
         tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
-        return copied(tokenizer, out, None if config.content == "text" else template_for(config, tokenizer))
+        template = None if config.content == "text" else template_for(config, tokenizer)
+        return copied(tokenizer, out, template, config.add_tokens)
     if tokens := [path for path in files.read if suffix_of(path) in TOKEN_KINDS]:
         raise DataError(f"{tokens[0]}: holds tokens, not text to train a tokenizer on; name the one that made it")
     texts = (
@@ -49,7 +53,8 @@ def place_tokenizer(config: PrepareConfig, files: Survey, out: Path) -> Tokenize
     path = out / "tokenizer.model"
     train_tokenizer(sample_texts(texts), config.tokenizer, path)
     flush(path)
-    return load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    return copied(tokenizer, out, None, config.add_tokens) if config.add_tokens else tokenizer
 
 
 def sample_texts(texts: Iterable[str]) -> list[str]:

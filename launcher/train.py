@@ -15,6 +15,7 @@ from data.errors import DataError
 from eval.errors import NotFiniteError
 from launcher.engine import compiling
 from launcher.errors import TrainingError
+from launcher.formats.start import first_progress
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
@@ -23,6 +24,7 @@ from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
 from launcher.run.log_keys import OTHER_TEXT
 from launcher.run.row_losses import note_row_losses
+from launcher.run.samples import Sample, note_samples
 from launcher.training.averaging import carry_average
 from launcher.training.begin import LoopState, begin
 from launcher.training.held_out import HeldOut
@@ -72,6 +74,8 @@ def train(
             ):
                 set_strengths_(engine.model, *strengths)
                 run.strengths = strengths
+            if not run.is_sampled:
+                draw_samples(run)
             result = take_step(run)
             due = timetable.after(at.step, phase, ranks)
             if due.logging and run.telemetry is not None:
@@ -94,6 +98,8 @@ def train(
                 timetable.evaluated()
             if due.tasks:
                 do_tasks(run)
+            if due.phase_ends:
+                draw_samples(run)
             if due.stopping and at.step < plan.total_steps:
                 break
         outcome = finish(run)
@@ -229,9 +235,14 @@ def log_steps(run: LoopState, result: StepResult) -> None:
 
 
 def make_up(run: LoopState) -> None:
-    """Measure what a failure has prevented after the step that the run goes on from was saved; a collective."""
+    """Measure what a failure has prevented after the step that the run goes on from was saved; a collective.
+
+    The model that a new run begins with answers the fixed prompts, in ternary after the switch alone.
+    """
     logged = run.logged or ()
     if run.phase is None or TRAINED not in logged:
+        if not (run.is_sampled or run.begins_ternary):
+            draw_samples(run)
         return
     evaluating, tasks = measured_after(run.at.step, run.phase, run.plan.config)
     if run.phase.quantization is not None:
@@ -242,6 +253,8 @@ def make_up(run: LoopState) -> None:
         evaluate(run)
     if tasks and NUM_SCORED not in logged:
         do_tasks(run)
+    if not run.is_sampled:
+        draw_samples(run)
 
 
 def evaluate(run: LoopState) -> None:
@@ -274,6 +287,29 @@ def do_tasks(run: LoopState) -> None:
     run.meter.restart_clock()
 
 
+def draw_samples(run: LoopState) -> None:
+    """Let the model continue the fixed prompts, and note what it writes."""
+    run.is_sampled = True
+    if not run.plan.config.evaluation.sample_prompts:
+        return
+    run.pulse.now("evaluate", run.at.step)
+    try:
+        written = run.held_out.sample(run.engine, run.pulse.got_on)
+    except (DataError, NotFiniteError) as error:  # on all ranks alike
+        run.console.line(f"WARNING: no samples are drawn: {error}")
+        return
+    if run.ranks.is_first:
+        step, phase, is_start = run.at.step, run.at.phase, run.at.step == first_progress(run.plan).step
+        note_samples(
+            run.folder.path,
+            [
+                Sample(step=step, phase=phase, is_start=is_start, prompt=prompt, completion=completion)
+                for prompt, completion in written
+            ],
+        )
+    run.meter.restart_clock()
+
+
 def save(run: LoopState, *, milestone: bool, must: bool) -> None:
     """Write a checkpoint, in the background if the configuration says so."""
     run.pulse.now("save", run.at.step)
@@ -290,13 +326,7 @@ def finish(run: LoopState) -> Outcome:
     run.saver.wait()
     if run.at.step < run.plan.total_steps:
         return "interrupted"
-    sample = None
-    if run.plan.config.evaluation.sample_prompt:
-        try:
-            sample = run.held_out.sample(run.engine)
-        except (DataError, NotFiniteError) as error:  # on all ranks alike, and the run is complete
-            run.console.line(f"WARNING: no sample is drawn: {error}")
     with failing_alike():
         if run.ranks.is_first:
-            run.folder.write_summary(summary(run.plan, run.ranks, run.meter, sample))
+            run.folder.write_summary(summary(run.plan, run.ranks, run.meter))
     return "complete"

@@ -5,4 +5,4 @@ Pydantic reads it; the folder itself does not need Pydantic.
 
 from typing import Any
 
-STRICT: dict[str, Any] = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True, "allow_inf_nan": False}
+STRICT: dict[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}

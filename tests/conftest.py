@@ -1,7 +1,9 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.util import Finalize
@@ -24,6 +26,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() e
 os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::UserWarning"  # of torch and its kin, in subprocesses
 # Tensors are tiny here, and several processes share the cores: a second thread costs more than it gains.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Many processes import the same modules: without files of bytecode each would compile all of ours, for half a second.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 torch.set_num_threads(1)
 for helper in (Path(__file__).parent / "support").glob("*.py"):
     pytest.register_assert_rewrite(helper.stem)  # so that its asserts show what differs, as those of tests do
@@ -46,6 +51,29 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "torchinductor")  # one for ranks and tests
     # multiprocessing removes its own folder in it with priority -100; a lower one comes later.
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-200)
+
+
+class TookTooLong(BaseException):
+    """A test's time is over. Hypothesis would take a failure for that of an example, and run it again."""
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_timeout_set_timer() -> Iterator[Any]:
+    """Have the alarm end a test, whatever the test does; it rings again, for a `finally` may wait as well."""
+    is_set = yield
+    seconds, _ = signal.getitimer(signal.ITIMER_REAL)
+    ring = signal.getsignal(signal.SIGALRM)
+    if seconds and callable(ring):
+
+        def end(number: int, frame: Any) -> None:
+            try:
+                ring(number, frame)
+            except pytest.fail.Exception as error:
+                raise TookTooLong(str(error)) from None
+
+        signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, 30))
+    return is_set
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from places import ROOT
 
-from launcher.config.file import apply_override, json_schema, load_config, parse_config, parse_yaml
+from launcher.config.file import apply_override, load_config, parse_config, parse_yaml
+from launcher.config.schema import json_schema
 from launcher.config.sections import Config
 from launcher.plan.plan import make_plan
 from launcher.run.changes import MAY_CHANGE
@@ -169,19 +170,20 @@ def test_example_without_the_launcher_runs_on_torch_alone() -> None:
 
 
 def test_cells_of_the_notebook_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one process; with fewer files than the quickstart's, already prepared, and a smaller model."""
+    """In order, in one process; with less data than the quickstart's, already prepared, and a smaller model."""
     from data import quickstart_corpus
     from data.shards import prepare
 
     tree = parse_yaml((ROOT / QUICKSTART).read_text(), QUICKSTART)
-    tree["model"] |= {"hidden_size": 64, "intermediate_size": 128}
-    tree["data"]["validation_rows"], tree["data"]["prepare"]["validation_fraction"] = 8, 0.2
+    tree["model"] |= {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    tree["data"] |= {"sequence_length": 64, "validation_rows": 8}
+    tree["data"]["prepare"] |= {"tokenizer": "bpe:512", "validation_fraction": 0.2}
     tree["training"] |= {"global_batch_sequences": 2, "micro_batch_sequences": 1}
     (tmp_path / "configs").mkdir()
     (tmp_path / QUICKSTART).write_text(yaml.safe_dump(tree))
     config = load_config(tmp_path / QUICKSTART).data
     assert config.prepare is not None
-    files = list(islice(quickstart_corpus.read_standard_library(), 40))
+    files = list(islice(quickstart_corpus.read_standard_library(), 20))
     monkeypatch.setattr(quickstart_corpus, "read_standard_library", lambda: iter(files))
     prepare(config.prepare, config.sequence_length, tmp_path / config.sources[0].path)
     cells = python_blocks("docs/notebook.md")

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -23,6 +24,16 @@ PIECE_ELEMENTS = 4 * 2**20
 """Elements that a conversion reads at once: 16 MiB of fp32."""
 
 
+@dataclass(frozen=True)
+class Grown:
+    """A matrix with more rows than a source has stored, all of them the same."""
+
+    stored: int
+    """Rows that are stored."""
+    row: Tensor
+    """The value of the others, fp32, [H]; their moments are 0."""
+
+
 class Source(ABC):
     """Weights by name, and the optimizer's state if it is stored."""
 
@@ -36,6 +47,8 @@ class Source(ABC):
     """Tokens of the steps in the averaged weights; None if there are none."""
     constants: Mapping[str, float] = {}
     """Parameters that are not stored and have one value in all elements, see `launcher.inference.sub_norms`."""
+    grown: Mapping[str, Grown] = {}
+    """Parameters with rows that are not stored, after those that are, see `launcher.inference.vocabulary`."""
     missing: tuple[str, ...] = ()
     """One sentence for each thing a run has that this format does not carry."""
     is_packed: bool = False
@@ -72,6 +85,21 @@ class Source(ABC):
         """
         if name in self.constants:
             return torch.full((length,), self.constants[name])
+        if name in self.grown:
+            row_H = self.grown[name].row
+            if (after := start + length - prod(self.stored_shape(name))) > 0:
+                stored = max(0, length - after)
+                values = self._stored_finite(kind, name, start, stored) if stored else torch.empty(0)
+                elements = torch.arange(start + stored, start + length) % len(row_H)
+                return torch.cat([values, torch.zeros(len(elements)) if kind in MOMENTS else row_H[elements]])
+        return self._stored_finite(kind, name, start, length)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter as it is stored."""
+        grown = self.grown.get(name)
+        return self.shapes[name] if grown is None else (grown.stored, *self.shapes[name][1:])
+
+    def _stored_finite(self, kind: str, name: str, start: int, length: int) -> Tensor:
         values = self.read(kind, name, start, length)
         if not (finite := values.isfinite()).all():
             first = start + int((~finite).nonzero()[0, 0])

@@ -22,12 +22,19 @@ def init(
     recipe: Annotated[
         str | None, typer.Option(help="Phases, schedule and optimizer of a recipe in configs/recipes, such as muon.")
     ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Go on with the model in this folder of Hugging Face.")
+    ] = None,
 ) -> None:
-    """Write a commented configuration for a model size; asks for what is not given."""
+    """Write a commented configuration for a model size, or for a model; asks for what is not given."""
     from launcher.commands.init import InitOptions, write_configuration
+    from launcher.commands.init_from import write_configuration_from
 
     options = InitOptions(size=size, tokens=tokens, gpus=gpus, gpu=gpu, data=data, engine=engine, recipe=recipe)
-    write_configuration(local_target(to, "TO"), options, Console(silent=False))
+    if start is None:
+        write_configuration(local_target(to, "TO"), options, Console(silent=False))
+    else:
+        write_configuration_from(local_target(to, "TO"), start, options, Console(silent=False))
 
 
 def explain(
@@ -45,6 +52,6 @@ def explain(
 
 def schema() -> None:
     """Print the JSON schema of configuration files, for editors."""
-    from launcher.config.file import json_schema
+    from launcher.config.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))

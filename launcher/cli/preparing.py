@@ -26,6 +26,10 @@ def prepare(
         TooLong,
         typer.Option(help="A chat or pair longer than a row: an error, left out, or, a chat, cut at its end."),
     ] = "error",
+    add_token: Annotated[
+        list[str] | None,
+        typer.Option(help="Add this special token to the tokenizer, such as one of the template; may be repeated."),
+    ] = None,
     end_of_document: Annotated[
         str | None, typer.Option(help="Token that ends a document; default: the one that the tokenizer's files name.")
     ] = None,
@@ -77,6 +81,7 @@ def prepare(
             content=content,
             chat_template=chat_template,
             too_long=too_long,
+            add_tokens=tuple(add_token or ()),
             end_of_document=end_of_document,
             lossy_tokenizer=lossy_tokenizer,
             packing=packing,

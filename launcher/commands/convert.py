@@ -26,6 +26,7 @@ from launcher.formats.hf_folder import to_json, write_hf
 from launcher.formats.open import check_sound, open_source
 from launcher.formats.provenance import source_record
 from launcher.inference.start import put_sub_norms_in
+from launcher.inference.vocabulary import grow_vocabulary_
 from launcher.process.console import Console, print_results
 
 
@@ -130,7 +131,8 @@ def convert_into_run(
     parsed = load_config(config, changes)
     place = "before" if calibrate is None else "at the beginning of"
     console.line(f"{opened.location} to {to}, {place} phase {begins} ({parsed.phases[begins].precision})")
-    notes = [*begins_anew(parsed, opened), *opened.missing, *put_sub_norms_in(opened, parsed)]
+    notes = [*begins_anew(parsed, opened), *opened.missing]
+    notes += [*grow_vocabulary_(opened, parsed), *put_sub_norms_in(opened, parsed)]
     for sentence in notes:
         console.line(f"  {sentence}")
     if dry_run:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import click
 import typer
@@ -83,7 +83,8 @@ def write_configuration(to: Path, options: InitOptions, console: Console) -> Non
     recipe = recipe_file(options.recipe) if options.recipe else None
     name, gpu = named_gpu(options.gpu) if options.gpu else gpu_of_this_machine() or named_gpu("H100")
     answers = answered(options)
-    data = describe_data(answers.data, answers.size)
+    vocab_size, length = vocabulary_for(answers.size), sequence_length_for(answers.size)
+    data = describe_data(answers.data, f"bpe:{vocab_size}", vocab_size, length)
     wish = Wish(
         num_parameters=answers.size,
         num_tokens=answers.tokens,
@@ -96,6 +97,11 @@ def write_configuration(to: Path, options: InitOptions, console: Console) -> Non
     text = commented(propose(wish), wish, data, run_name(to), name)
     if recipe:
         text = "".join(f"{aligned(line)}\n" for line in with_recipe(text, recipe).splitlines())
+    write_checked(to, text, wish, console)
+
+
+def write_checked(to: Path, text: str, wish: Wish, console: Console) -> None:
+    """Write a configuration if there is a plan for it, and say what comes next."""
     config = parse_config(parse_yaml(text, str(to)))
     make_plan(config, wish.num_ranks)
     with new_file(to) as building:
@@ -103,7 +109,7 @@ def write_configuration(to: Path, options: InitOptions, console: Console) -> Non
     console.line(f"Written: {to}, a model of {human_count(num_parameters(config.model))} parameters. Next:")
     written = shlex.quote(str(to))
     console.line(f"  tritrain plan {written} --ranks {wish.num_ranks}")
-    starter = " --with deepspeed" if answers.engine == "deepspeed" else ""
+    starter = " --with deepspeed" if wish.engine == "deepspeed" else ""
     console.line(f"  tritrain train {written} --ranks {wish.num_ranks}{starter}")
 
 
@@ -156,15 +162,20 @@ def run_name(to: Path) -> str:
     return re.sub(r"[^\w.-]", "-", to.stem).lstrip(".-") or "run"
 
 
-def describe_data(text: str, size: int) -> Data:
+def describe_data(text: str, tokenizer: str, vocab_size: int, length: int) -> Data:
     """The section `data` for a prepared folder, for text that is to be prepared, or for a folder that does not exist.
+
+    Args:
+        text: what a person has named.
+        tokenizer: for text, a folder or `bpe:VOCAB`.
+        vocab_size: its tokens.
+        length: of a sequence, for text.
 
     Raises:
         ConfigError: it is none of these.
     """
     if "://" in text:
         raise ConfigError(f"--data {text}: is a URL; name a local copy, and set data.sources and data.cache afterwards")
-    vocab_size, length = vocabulary_for(size), sequence_length_for(size)
     quoted = json.dumps(text)
     if (Path(text) / MANIFEST).is_file():
         manifest = read_manifest(Path(text))
@@ -178,7 +189,7 @@ def describe_data(text: str, size: int) -> Data:
             raise ConfigError(f"--data: {error}") from error
         section = (
             f"  # The folder does not exist yet. This makes it, of text files, JSON lines or parquet:\n"
-            f"  # tritrain prepare TEXT --out {text} --tokenizer bpe:{vocab_size} --sequence-length {length} "
+            f"  # tritrain prepare TEXT --out {text} --tokenizer {tokenizer} --sequence-length {length} "
             "--validation-fraction 0.01\n"
             f"  sources: [{{path: {quoted}}}]\n  sequence_length: {length}\n"
         )
@@ -189,23 +200,32 @@ def describe_data(text: str, size: int) -> Data:
         f"  sequence_length: {length}\n"
         "  prepare:                      # made at the first start\n"
         f"    inputs: [{quoted}]\n"
-        f"    tokenizer: bpe:{vocab_size}        # SentencePiece BPE: every export can hold it\n"
+        f"    tokenizer: {_tokenizer_line(tokenizer)}\n"
         "    validation_fraction: 0.01   # held out, to measure the loss on\n",
         vocab_size,
         length,
     )
 
 
-def commented(tree: Tree, wish: Wish, data: Data, name: str, gpu: str) -> str:
-    """The configuration as YAML, with a reason for each choice."""
+def _tokenizer_line(tokenizer: str) -> str:
+    if tokenizer.startswith("bpe:"):
+        return f"{tokenizer}        # SentencePiece BPE: every export can hold it"
+    return f"{json.dumps(tokenizer)}        # the model's own, whose tokens its embeddings stand for"
+
+
+def commented(
+    tree: Tree, wish: Wish, data: Data, name: str, gpu: str, template: str = "init.yaml.j2", **about: Any
+) -> str:
+    """The configuration as YAML, with a reason for each choice; ``about`` has more variables of the template."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     steps = wish.num_tokens / (tree["training"]["global_batch_sequences"] * wish.sequence_length)
-    text = environment.get_template("init.yaml.j2").render(
+    text = environment.get_template(template).render(
         **tree,
+        **about,
         wish=wish,
         data=data,
         name=json.dumps(name),

@@ -60,6 +60,7 @@ _NAMES = {
     "logging.tensorboard": "enable_tensorboard use_tensorboard",
     "logging.trackers": "wandb report_to use_wandb wandb_log enable_wandb trackio mlflow use_mlflow",
     "logging.project": "wandb_project experiment_name",
+    "evaluation.sample_prompts": "sample_prompt prompts prompt eval_prompts",
     "evaluation.interval_steps": "eval_steps eval_interval eval_every val_check_interval",
 }
 
@@ -82,9 +83,10 @@ _NAMES_IN_SECTION = {
     "phases.N.tokens": "num_tokens max_tokens total_tokens",
     "phases.N.precision": "bits name type",
     "phases.N.sources": "data dataset datasets data_path train_data mixture data_mixture paths path",
+    "phases.N.learning_rate": "lr max_lr peak_lr base_lr",
     "phases.N.sequence_length": "seq_len seq_length max_seq_len max_seq_length max_length block_size",
     "phases.N.quantization": "quant method preset recipe",
-    "phases.N.transition": "ramp optimizer schedule",
+    "phases.N.transition": "ramp optimizer",
     "phases.N.transition.calibration": "gptq ptq calibrate",
     "phases.N.transition.calibration.sequences": "samples num_samples nsamples",
     "phases.N.transition.ramp": "ramp_steps warmup warmup_steps",

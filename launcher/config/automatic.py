@@ -121,6 +121,16 @@ def stored_values(tree: dict[str, Any] | None) -> dict[str, Any]:
     return stored
 
 
+def with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the keys that were renamed since."""
+    evaluation = tree.get("evaluation")
+    if not (isinstance(evaluation, dict) and "sample_prompt" in evaluation):
+        return tree
+    given = evaluation["sample_prompt"]
+    others = {key: value for key, value in evaluation.items() if key != "sample_prompt"}
+    return tree | {"evaluation": {"sample_prompts": [given] if given else [], **others}}
+
+
 def with_former_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """A stored configuration in which none of these keys is missing."""
     for key, automatic in AUTOMATIC.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from data.config import DataConfig
 from launcher.config.averaging import AveragingConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
+from launcher.config.schedules import schedules_of
 from launcher.config.transition import TransitionConfig
 from model.config import ModelConfig
 
@@ -49,14 +50,19 @@ def data_keys_have_an_effect(data: DataConfig) -> Problems:
         yield from _idle(data.sources[0], "data.sources.0", "weight", "there is no other source")
 
 
-def optimizer_keys_have_an_effect(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> Problems:
-    """The schedule has a decay, and the weights have one, where something is said of it."""
-    if schedule.shape != "wsd":
-        for name in ("decay_fraction", "decay"):
-            yield from _idle(schedule, "schedule", name, f"schedule.shape is {schedule.shape}, not wsd")
-    if schedule.shape == "constant":
-        for name in ("final_fraction", "horizon_steps"):
-            yield from _idle(schedule, "schedule", name, "schedule.shape is constant")
+def schedule_keys_have_an_effect(phases: "tuple[PhaseConfig, ...]", schedule: ScheduleConfig) -> Problems:
+    """A schedule has a decay where something is said of it."""
+    for _, path, each in schedules_of(phases, schedule):
+        if each.shape != "wsd":
+            for name in ("decay_fraction", "decay"):
+                yield from _idle(each, path, name, f"{path}.shape is {each.shape}, not wsd")
+        if each.shape == "constant":
+            for name in ("final_fraction", "horizon_steps"):
+                yield from _idle(each, path, name, f"{path}.shape is constant")
+
+
+def optimizer_keys_have_an_effect(optimizer: OptimizerConfig) -> Problems:
+    """The weights have a decay where something is said of it."""
     if not optimizer.weight_decay:
         yield from _idle(optimizer, "optimizer", "decay_embeddings", "optimizer.weight_decay is 0")
 
@@ -97,8 +103,8 @@ def phase_keys_have_an_effect(phases: "tuple[PhaseConfig, ...]") -> Problems:
 
 def evaluation_keys_have_an_effect(evaluation: "EvaluationConfig") -> Problems:
     """A sample has a prompt, and tasks are named."""
-    if evaluation.sample_prompt is None:
-        yield from _idle(evaluation, "evaluation", "sample_tokens", "evaluation.sample_prompt is null")
+    if not evaluation.sample_prompts:
+        yield from _idle(evaluation, "evaluation", "sample_tokens", "evaluation.sample_prompts is empty")
     if not evaluation.tasks:
         for name in ("task_data", "tasks_limit"):
             yield from _idle(evaluation, "evaluation", name, "evaluation.tasks is empty")
@@ -138,8 +144,9 @@ def shares_are_long_enough(
     for index, phase in enumerate(phases):
         if phase.fraction != "rest":
             yield from _too_short(phase, f"phases.{index}", "fraction", LEAST_SHARE)
-    yield from _too_short(schedule, "schedule", "decay_fraction", LEAST_SHARE)
-    yield from _too_short(schedule, "schedule", "drop_at", LEAST_SHARE)
+    for _, path, each in schedules_of(phases, schedule):
+        yield from _too_short(each, path, "decay_fraction", LEAST_SHARE)
+        yield from _too_short(each, path, "drop_at", LEAST_SHARE)
     if optimizer.weight_decay_until != "ternary":
         yield from _too_short(optimizer, "optimizer", "weight_decay_until", LEAST_SHARE)
 
@@ -163,6 +170,7 @@ EFFECTS = (
     model_keys_have_an_effect,
     data_keys_have_an_effect,
     optimizer_keys_have_an_effect,
+    schedule_keys_have_an_effect,
     phases_have_what_the_optimizer_says,
     averaging_keys_have_an_effect,
     phase_keys_have_an_effect,

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from pydantic import TypeAdapter
 
 from data.pointers import pointer_problem
 from data.urls import url_problem
 from launcher.config.advice import no_such_key, suggestion
-from launcher.config.automatic import with_former_defaults
+from launcher.config.automatic import with_former_defaults, with_new_names
 from launcher.config.parts import parse_part
 from launcher.config.rules import spanning_problems, starting_problems
 from launcher.config.sections import Config
@@ -235,7 +234,7 @@ def parse_config(tree: dict[str, Any], *, stored: bool = False) -> Config:
         if key not in sections
     }
     parts: dict[str, Any] = {}
-    expanded = expand_presets(with_former_defaults(tree) if stored else tree)
+    expanded = expand_presets(with_former_defaults(with_new_names(tree)) if stored else tree)
     for name, section in sections.items():
         if name not in tree and section.default_factory is dataclasses.MISSING:
             problems[name] = "the section is missing"
@@ -331,8 +330,3 @@ def flat_lines(tree: Any, prefix: str = "") -> Iterator[str]:
             yield from flat_lines(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield f"{prefix}: {json.dumps(tree)}"
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of the configuration file, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(Config).json_schema()}

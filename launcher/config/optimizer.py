@@ -8,7 +8,7 @@ from launcher.config.strict import STRICT
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Shape of the learning rate over a run, as a factor of the peak."""
+    """Shape of the learning rate over a run, or from a phase on, as a factor of the peak."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -20,18 +20,18 @@ class ScheduleConfig:
     final_fraction: float = 0.1
     """Learning rate at the end, as a factor of the peak."""
     decay_fraction: float = 0.2
-    """Share of the run in which `wsd` decays."""
+    """Share of its steps in which `wsd` decays."""
     decay: Literal["linear", "1-sqrt"] = "linear"
     """How `wsd` decays: `linear`, or `1-sqrt`, which falls faster at first (arXiv 2405.18392)."""
     drop_at: float | None = None
-    """Share of the run after which `two-stage` drops; null: 0.5."""
+    """Share of its steps after which `two-stage` drops; null: 0.5."""
     drop_factor: float | None = None
     """Factor on `two-stage` after the drop; null: 2/3."""
     decay_from_phase: int | None = None
     """Keep `cosine` or `linear` at the peak until the phase of this index begins, and decay from there on, so that the
     cool-down and the training with quantization are one (arXiv 2509.22935); null: decay after the warm-up."""
     horizon_steps: int | None = None
-    """Step at which the schedule ends; null: the end of the run."""
+    """Steps after which the schedule ends; null: where a phase begins a schedule of its own, or with the run."""
 
     def __post_init__(self) -> None:
         problems = {}
@@ -142,7 +142,7 @@ class OptimizerConfig:
     muon: MuonConfig | None = None
     """Settings of Muon; null: the defaults."""
     learning_rate: float
-    """Peak learning rate; the schedule scales it."""
+    """Peak learning rate; the schedule scales it. A phase may have another."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices; norms are not decayed."""
     weight_decay_until: float | Literal["ternary"] | None = None

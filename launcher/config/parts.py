@@ -51,7 +51,7 @@ JUDGED_BY: dict[type, dict[str, tuple[str, ...]]] = {
         "deepspeed": ("name",),
         "offload": ("name", "zero_stage"),
     },
-    CheckpointConfig: {"start_phase": ("start_from",), "sub_norm_sequences": ("start_from",)},
+    CheckpointConfig: dict.fromkeys(("start_phase", "sub_norm_sequences", "grow_vocabulary"), ("start_from",)),
     EvaluationConfig: {"tasks_interval_steps": ("tasks",)},
     WatchConfig: {"lost_seconds": ("beat_seconds",)},
 }

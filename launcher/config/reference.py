@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.config.file import json_schema
+from launcher.config.schema import json_schema
 
 PAGE_HEAD = """\
 # Configuration reference

@@ -24,7 +24,8 @@ from launcher.config.mixtures import (
     remote_sources_have_a_cache,
     rollbacks_compare_one_objective,
 )
-from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
+from launcher.config.optimizer import OptimizerConfig
+from launcher.config.schedules import decay_begins_with_a_phase, no_such_phase, schedules_begin_after_the_first_phase
 from launcher.config.transition import TransitionConfig
 from launcher.config.warmups import batch_stages_lead_to_the_batch, length_stages_divide_the_length
 from model.config import DistillationConfig, ModelConfig
@@ -205,7 +206,7 @@ def sub_norms_that_are_put_in_have_weights(model: ModelConfig, checkpoint: "Chec
 def start_phase_exists(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
     """The run begins in one of its phases."""
     if phases and checkpoint.start_phase >= len(phases):
-        yield "checkpoint.start_phase", _no_such_phase(checkpoint.start_phase, phases)
+        yield "checkpoint.start_phase", no_such_phase(checkpoint.start_phase, phases)
 
 
 def first_phase_keeps_nothing(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
@@ -250,17 +251,6 @@ def optimizer_can_change(phases: "Phases", optimizer: OptimizerConfig) -> Proble
                 "reset",
             )
         name = transition.optimizer_name or name
-
-
-def decay_begins_with_a_phase(phases: "Phases", schedule: ScheduleConfig) -> Problems:
-    """The decay begins in one of the phases, once."""
-    if not phases or schedule.decay_from_phase is None:
-        return
-    if schedule.decay_from_phase >= len(phases):
-        yield "schedule.decay_from_phase", _no_such_phase(schedule.decay_from_phase, phases)
-    for index, phase in enumerate(phases):
-        if phase.transition and phase.transition.schedule == "restart":
-            yield f"phases.{index}.transition.schedule", "is restart, which schedule.decay_from_phase excludes"
 
 
 def rollback_knows_the_loss_before(phases: "Phases", checkpoint: "CheckpointConfig") -> Problems:
@@ -399,10 +389,6 @@ def _dotted_items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{key}", value
 
 
-def _no_such_phase(index: int, phases: "Phases") -> str:
-    return f"is {index}; the last of the {len(phases)} phases is {len(phases) - 1}"
-
-
 def _quantizations(phases: "Phases") -> Iterator[tuple[str, QuantConfig]]:
     """The quantization of each ternary phase, with its path."""
     for index, phase in enumerate(phases):
@@ -437,6 +423,7 @@ RULES: tuple[Rule, ...] = (
     optimizer_can_change,
     averages_are_of_16_bit_phases,
     averaged_weights_are_there,
+    schedules_begin_after_the_first_phase,
     decay_begins_with_a_phase,
     rollback_knows_the_loss_before,
     quantized_layers_exist,

@@ -210,6 +210,12 @@ class PhaseConfig:
     one, from pairs, prepared with `--content pairs`. Chats do not see one another."""
     preference: PreferenceConfig | None = None
     """How the pairs of a `dpo` phase are compared; null: with the defaults."""
+    learning_rate: float | None = None
+    """Peak learning rate from this phase on; null: that of the phase before, at first `optimizer.learning_rate`. Muon's
+    rate changes in proportion."""
+    schedule: ScheduleConfig | None = None
+    """A schedule that begins with this phase, warm-up included, and holds until a later phase begins one; the schedule
+    before ends here. null: go on with that of the phase before, at first `schedule`."""
     quantization: QuantConfig | None = None
     """What is quantized in a ternary phase, and how; null: BitNet b1.58 with scales of least squared error."""
     transition: TransitionConfig | None = None
@@ -224,11 +230,15 @@ class PhaseConfig:
             problems["steps"] = f"give exactly one of steps, tokens and fraction, not {' and '.join(given) or 'none'}"
         for name in ("steps", "tokens", "sequence_length"):
             problems |= _at_least(self, name, 1)
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            problems["learning_rate"] = f"is {self.learning_rate}; must be above 0"
         if self.sources is not None and (problem := sources_problem(self.sources)):
             problems["sources"] = problem
         if isinstance(self.fraction, float | int) and not 0 < self.fraction <= 1:
             problems["fraction"] = f"is {self.fraction}; must be above 0 and at most 1"
         transition = self.transition or TransitionConfig()
+        if self.schedule is not None and transition.schedule == "restart":
+            problems["transition.schedule"] = "is restart, but the phase begins a schedule of its own; leave it out"
         if self.objective == "dpo":
             if self.distillation is not None:
                 problems["distillation"] = "is given for objective dpo, which compares with the phase's own beginning"
@@ -283,6 +293,10 @@ class CheckpointConfig:
     """Put SubLN (`model.sub_norm`) into the 16-bit model of `start_from`, which was trained without, with gains that
     are measured on N training sequences; null: such a model is refused."""
 
+    grow_vocabulary: bool = False
+    """Give tokens that the model of `start_from` lacks rows in the embedding and the head, each the mean of the rows
+    that are there, without moments; false: such a model is refused."""
+
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1) | _above_zero(self, "interval_minutes")
         if self.keep_last < 0 or self.keep_last == 1:
@@ -295,6 +309,8 @@ class CheckpointConfig:
             problems["start_phase"] = f"is {self.start_phase}, but needs start_from"
         if self.sub_norm_sequences is not None and self.start_from is None:
             problems["sub_norm_sequences"] = f"is {self.sub_norm_sequences}, but needs start_from"
+        if self.grow_vocabulary and self.start_from is None:
+            problems["grow_vocabulary"] = "is true, but needs start_from"
         if problems:
             raise ValueError(problems)
 
@@ -343,10 +359,11 @@ class EvaluationConfig:
     """Also evaluate every N steps; null: do not."""
     interval_minutes: float | None = 30.0
     """Also evaluate when the last evaluation was N minutes ago, at the next logged step; null: do not."""
-    sample_prompt: str | None = None
-    """Text that the finished model continues, or answers if its last phase learns from chats; null: no sample."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model continues, or answers if the last phase learns from chats: at the end of each phase and,
+    with `checkpoint.start_from`, at the beginning. The report shows them side by side."""
     sample_tokens: int = 120
-    """Length of the sample, in tokens."""
+    """Length of a sample, in tokens."""
     tasks: tuple[str, ...] = ()
     """Tasks on which the model is scored during training: `paper11`, `paper11-harness`, or single ones such as
     `piqa`."""
@@ -365,6 +382,10 @@ class EvaluationConfig:
             choose_tasks(self.tasks)
         except ValueError as error:
             problems["tasks"] = str(error)
+        if any(not prompt.strip() for prompt in self.sample_prompts):
+            problems["sample_prompts"] = "has one without text; remove it"
+        elif len({*self.sample_prompts}) < len(self.sample_prompts):
+            problems["sample_prompts"] = "has one twice; give each once"
         if bool(self.tasks) != (self.tasks_interval_steps is not None):
             problems["tasks_interval_steps"] = "goes with evaluation.tasks; set both or neither"
         if problems:

@@ -110,14 +110,16 @@ def course_of_conversion(config: Config, source: Source) -> Course:
 
 def tokenizer_for(config: Config, source: Source) -> Path | None:
     """The tokenizer that a run is given which begins with a source; None if there is none."""
-    return tokenizer_of(source) or tokenizer_of_data(config)
+    own, of_data = tokenizer_of(source), tokenizer_of_data(config)
+    return (of_data or own) if source.grown else (own or of_data)
 
 
 def unchanged(
     course: Course, folder: RunFolder, source: Source, writer: CheckpointWriter
 ) -> tuple[dict[str, FileRecord], Manifest]:
     """The `Contents` that are the source's; the transition is left to the run."""
-    if isinstance(source, CheckpointReader) and not isinstance(source, AveragedReader) and not source.constants:
+    is_stored = not (isinstance(source, AveragedReader) or source.constants or source.grown)
+    if isinstance(source, CheckpointReader) and is_stored:
         files = {n: record for n, record in source.manifest.files.items() if n.endswith(".safetensors")}
         for name in files:
             writer.link(source.folder / name)

@@ -176,7 +176,7 @@ class DeepSpeedSource(Source):
         return self.model.first_token(self.location) if self.model else None
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        num_elements = math.prod(self.shapes[name])
+        num_elements = math.prod(self.stored_shape(name))
         if not 0 <= start <= start + length <= num_elements:
             raise CheckpointError(f"{self.location}: {name} has {num_elements} elements, not {start + length}")
         # NumPy asks for huge pages, whose first touch costs a quarter of the time.

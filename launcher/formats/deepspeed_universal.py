@@ -106,7 +106,7 @@ class UniversalSource(Source):
         return file, tensor
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        name, num_elements = self._names[name], math.prod(self.shapes[name])
+        name, num_elements = self._names[name], math.prod(self.stored_shape(name))
         if kind in MOMENTS and name not in self._trained:
             return torch.zeros(min(length, num_elements - start))
         file, tensor = self._tensor(kind, name)

@@ -37,6 +37,10 @@ NO_SUB_NORM = (
     "model.sub_norm is true, and the checkpoint has no SubLN; set it to false, or set "
     "checkpoint.sub_norm_sequences to put SubLN into the model that the run starts from"
 )
+LACKS_ROWS = (
+    "model.vocab_size is {}, and the checkpoint has {} rows; set checkpoint.grow_vocabulary to true to give the other "
+    "tokens the mean of these rows"
+)
 HAS_SUB_NORM = "model.sub_norm is false, and the checkpoint has SubLN, which changes what it computes; set it to true"
 
 
@@ -135,7 +139,12 @@ def check_model(source: Source, model: ModelConfig) -> None:
         CheckpointError: lists every parameter that only one side has, or that has another shape, and every key of the
             model that is another one where the source says so.
     """
+    from launcher.formats.hf_source import EMBEDDING
+
     problems = []
+    rows = source.shapes.get(EMBEDDING, (model.vocab_size,))[0]
+    if rows < model.vocab_size:
+        problems.append(LACKS_ROWS.format(model.vocab_size, rows))
     if theirs := model_of(source):
         if model.sub_norm != theirs.sub_norm and not source.constants:
             problems.append(NO_SUB_NORM if model.sub_norm else HAS_SUB_NORM)

@@ -99,8 +99,8 @@ class PublishedSource(Source):
         if self._read is None or self._read[0] != name:
             weights = self._published.read(name)
             values = weights.values() if isinstance(weights, Coded) else weights
-            if tuple(values.shape) != self.shapes[name]:
-                raise CheckpointError(f"{self.location}: {name} is {tuple(values.shape)}, not {self.shapes[name]}")
+            if tuple(values.shape) != (shape := self.stored_shape(name)):
+                raise CheckpointError(f"{self.location}: {name} is {tuple(values.shape)}, not {shape}")
             self._read = name, values.flatten()
         values = self._read[1]
         if start + length > len(values):

@@ -16,8 +16,9 @@ from launcher.config.sections import Config, Objective
 from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
 from launcher.plan.batches import GlobalBatch, ceil_div, length_stages, shortest_lengths
+from launcher.plan.curves import Curve, curves_of
 from launcher.plan.objectives import check_rows_are_whole
-from launcher.plan.schedule import StepSizes, learning_rate_factor
+from launcher.plan.schedule import StepSizes
 from model.config import DistillationConfig, PreferenceConfig
 from model.size import flops_per_token
 from quant.config import QuantConfig
@@ -59,6 +60,8 @@ class Course:
     lengths: tuple[tuple[int, int], ...]
     """First step and sequence length of each stretch of one length: by `training.sequence_warmup` and by phases."""
     phases: tuple[Phase, ...]
+    curves: tuple[Curve, ...]
+    """The curves of the learning rate, each from a phase on."""
     rollbacks: Mapping[int, int] = field(default_factory=dict)
     """How often the run has gone back to the beginning of a phase, by the phase's index."""
     smoke_steps: int | None = None
@@ -120,21 +123,19 @@ class Course:
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the step of this number, counted from 0."""
-        config, origin = self.config.schedule, 0
-        for phase in self.phases:
-            if phase.start <= step and phase.transition.schedule == "restart":
-                origin = phase.start
-        horizon = config.horizon_steps or self.total_steps
-        decay_start = 0 if config.decay_from_phase is None else self.phases[config.decay_from_phase].start
-        factor = learning_rate_factor(step - origin, horizon - origin, config, decay_start)
-        phase = self.phase_of(step)
+        phase, curve = self.phase_of(step), self.curve_at(step)
+        factor = curve.factor_at(step)
         rewarm_steps = self.steps_of(phase.transition.rewarm_tokens, phase.start)
         if step - phase.start < rewarm_steps:
             factor *= (step - phase.start + 1) / rewarm_steps
         drop = phase.transition.learning_rate_drop
         if drop is not None and step - phase.start < self.steps_of(drop.tokens, phase.start):
             factor *= drop.factor
-        return factor * self.config.optimizer.learning_rate
+        return factor * curve.peak
+
+    def curve_at(self, step: int) -> Curve:
+        """The curve that the learning rate of the step of this number follows."""
+        return next(curve for curve in reversed(self.curves) if curve.start <= step)
 
     def steps_of(self, tokens: int, start: int) -> int:
         """Steps from the one of this number on that train on at least this many tokens."""
@@ -290,27 +291,8 @@ def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> C
                 f"training.{key}.{last}.until_tokens: is {getattr(training, key)[last].until_tokens}, and the run has "
                 f"{batch.before(total_steps) * length} tokens; a warm-up must leave at least a step"
             )
-    warmup_steps, horizon = config.schedule.warmup_steps, config.schedule.horizon_steps or phases[-1].end
-    for phase in phases:
-        remaining = horizon - phase.start
-        restarts = phase.transition.schedule == "restart"
-        if restarts and remaining <= 0:
-            raise ConfigError(
-                f"phases.{phase.index}.transition.schedule: is restart at step {phase.start}, "
-                f"where schedule.horizon_steps {horizon} leaves nothing; set it above {phase.start}"
-            )
-        if warmup_steps >= remaining and (restarts or phase.start == 0):
-            raise ConfigError(
-                f"schedule.warmup_steps: {warmup_steps} leaves nothing of the {remaining} steps "
-                f"from step {phase.start} on; {remaining - 1} at most"
-            )
-    decay_from = config.schedule.decay_from_phase
-    if decay_from is not None and not warmup_steps <= phases[decay_from].start < horizon:
-        raise ConfigError(
-            f"schedule.decay_from_phase: is {decay_from}, which begins at step {phases[decay_from].start}; must lie "
-            f"after the warm-up's {warmup_steps} steps and before the end at {horizon}"
-        )
-    return Course(config=config, batch=batch, lengths=lengths, phases=phases, rollbacks=rollbacks or {})
+    curves = curves_of(config, phases)
+    return Course(config=config, batch=batch, lengths=lengths, phases=phases, curves=curves, rollbacks=rollbacks or {})
 
 
 def check_whole(course: Course) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 from launcher.config.optimizer import RateCurve
 from launcher.plan.course import Course, Phase
-from launcher.plan.schedule import drop_step
 from quant.ramp import RampConfig
 
 OPTIMIZERS = {"muon": "Muon updates the matrices of blocks", "adamw": "AdamW updates all parameters"}
@@ -33,13 +32,20 @@ def _size_events(course: Course) -> Iterator[tuple[int, str]]:
 
 
 def _schedule_events(course: Course) -> Iterator[tuple[int, str]]:
-    schedule, optimizer = course.config.schedule, course.config.optimizer
-    horizon = schedule.horizon_steps or course.total_steps
-    if schedule.shape == "two-stage" and not any(phase.transition.schedule == "restart" for phase in course.phases):
-        yield drop_step(horizon, schedule), "the learning rate drops to its second stage"
-    if schedule.decay_from_phase is not None:
-        start = course.phases[schedule.decay_from_phase].start
-        yield start, f"the learning rate begins to decay, until step {horizon:,}"
+    optimizer = course.config.optimizer
+    ends = [*(curve.start for curve in course.curves[1:]), course.total_steps]
+    peak = optimizer.learning_rate
+    for curve, until in zip(course.curves, ends, strict=True):
+        if curve.key == f"phases.{course.begun_at(curve.start).index}.schedule":
+            about = f"{curve.schedule.shape} from {curve.peak:g}, until step {curve.end:,}"
+            yield curve.start, f"the learning rate begins a schedule of its own: {about}"
+        elif curve.peak != peak:
+            yield curve.start, f"the learning rate has another peak: {curve.peak:g}"
+        peak = curve.peak
+        if curve.drop is not None and curve.start <= curve.drop < until:
+            yield curve.drop, "the learning rate drops to its second stage"
+        if curve.decay_start and curve.origin == curve.start:
+            yield curve.start + curve.decay_start, f"the learning rate begins to decay, until step {curve.end:,}"
     if course.weight_decay_end is not None:
         yield course.weight_decay_end, f"weight decay ends ({optimizer.weight_decay} before)"
 

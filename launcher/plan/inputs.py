@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from data.added_tokens import num_new
 from data.config import PrepareConfig
 from data.errors import DataError
 from data.hub_tokenizer import is_on_hub
@@ -170,10 +171,11 @@ def _text_problems(config: Config) -> Iterator[tuple[str, str]]:
         return
     key = "data.prepare.tokenizer"
     if trained := TRAINED_SPEC.fullmatch(prepare.tokenizer):
-        num_tokens = int(trained[2])
+        num_tokens = int(trained[2]) + len(prepare.add_tokens)
     else:
         try:
-            num_tokens = load_tokenizer(prepare.tokenizer, prepare.end_of_document).vocab_size
+            tokenizer = load_tokenizer(prepare.tokenizer, prepare.end_of_document)
+            num_tokens = tokenizer.vocab_size + num_new(tokenizer, prepare.add_tokens)
         except DataError as error:
             yield key, str(error)
             return

@@ -46,6 +46,8 @@ class Wish:
     vocab_size: int
     """Rows of the embedding."""
     sequence_length: int
+    model: Tree | None = None
+    """The model, if it is not to be of the size alone: it goes on in ternary, with a teacher of its own size."""
 
     @property
     def num_ranks(self) -> int:
@@ -74,7 +76,7 @@ def propose(wish: Wish) -> Tree:
     Raises:
         ConfigError: the tokens are too few for a run, no model has so few parameters, or nothing fits into memory.
     """
-    model = model_for(wish)
+    model = wish.model or model_for(wish)
     per_rank = sequences_per_rank(wish)
     sequences = per_rank * wish.num_ranks
     total_steps = math.ceil(wish.num_tokens / (sequences * wish.sequence_length))
@@ -83,14 +85,14 @@ def propose(wish: Wish) -> Tree:
             f"--tokens: {wish.num_tokens:,} are {total_steps} steps of {sequences * wish.sequence_length:,} tokens on "
             f"{wish.num_ranks} ranks, and a run needs {FEWEST_STEPS} or more: give more tokens or fewer GPUs"
         )
-    ternary_steps = total_steps - round(0.2 * total_steps)
+    ramp_steps = min(1000, 0.8 * total_steps / 20) if wish.model is None else total_steps / 4
     common = {
         "model": model,
         "optimizer": {
             "learning_rate": by_size(wish.num_parameters, (50e6, 1e-3), (0.9e9, 6e-4), (5e9, 4e-4), (math.inf, 3e-4))
         },
         "schedule": {"shape": "cosine", "warmup_steps": rounded(min(2000, total_steps / 20)), "final_fraction": 0.1},
-        "ramp_steps": rounded(min(1000, ternary_steps / 20)),
+        "ramp_steps": rounded(ramp_steps),
         "save_steps": save_interval(wish, model, sequences, total_steps),
         "evaluation_steps": rounded(total_steps / 20),
     }
@@ -197,11 +199,15 @@ def bytes_per_rank(tree: Tree, wish: Wish) -> float:
         {
             "run": {"name": "proposal"},
             "data": {"sources": [{"path": "data"}], "sequence_length": wish.sequence_length},
-            "phases": phases(tree["ramp_steps"]),
+            "phases": phases(tree["ramp_steps"]) if wish.model is None else [TAUGHT],
         }
         | {name: tree[name] for name in ("model", "training", "optimizer", "schedule", "engine")}
     )
     return sum(memory_bytes_per_rank(make_plan(config, wish.num_ranks)).values())
+
+
+TAUGHT: Tree = {"precision": "ternary", "fraction": 1.0, "distillation": {"teacher": "model"}}
+"""The phase of a run that goes on with a model; it needs the most memory that any of them does."""
 
 
 def phases(ramp_steps: int) -> list[Tree]:

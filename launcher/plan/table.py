@@ -51,6 +51,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             {
                 "precision": phase.precision,
                 "objective": phase.objective,
+                "peak_learning_rate": plan.curve_at(phase.start).peak,
                 "first_step": phase.start,
                 "steps": phase.end - phase.start,
                 "tokens": plan.tokens_before(phase.end) - plan.tokens_before(phase.start),

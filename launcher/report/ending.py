@@ -10,6 +10,7 @@ from launcher.report.summary import (
     duration,
     percent,
     recovery_text,
+    samples_by_prompt,
     spike_text,
     summarize,
     verdict,
@@ -31,24 +32,27 @@ def show_ending(folder: RunFolder, console: Console) -> None:
         console.line(transition_sentence(transition))
     if len(summary.phases) > 1:
         console.line(COMPARED)
-    if summary.sample_completion is not None:
+    if written := samples_by_prompt(summary):
         add_to_tensorboard(folder, summary)
-        console.line("A sample, from the finished model:")
-        console.line((summary.sample_prompt or "") + summary.sample_completion)
-        console.line()
+        console.line("From the finished model:")
+        for prompt, by_place in written.items():
+            console.line(prompt + [*by_place.values()][-1])
+            console.line()
     console.line(f"{duration(summary.elapsed_seconds or 0)} in all. The report, to look at: {report}")
     show_next(folder, console)
 
 
 def add_to_tensorboard(folder: RunFolder, summary: RunSummary) -> None:
-    """Add the sample to TensorBoard's files, if the run writes any."""
+    """Add the samples to TensorBoard's files, if the run writes any."""
     logs = folder.path / "tensorboard"
     if logs.is_dir():
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(logs)) as tensorboard:
-            text = (summary.sample_prompt or "") + (summary.sample_completion or "")
-            tensorboard.add_text("sample", as_code(text), summary.step)
+            prompts = [*samples_by_prompt(summary)]
+            for each in summary.samples:
+                text = as_code(each.prompt + each.completion)
+                tensorboard.add_text(f"sample/{1 + prompts.index(each.prompt)}", text, each.step)
 
 
 def phase_table(summary: RunSummary) -> tuple[list[str], list[list[str]]]:

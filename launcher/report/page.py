@@ -16,10 +16,10 @@ from launcher.process.console import human_count
 from launcher.report.elements import MISSING, html_figure, html_page, html_table
 from launcher.report.history import AVERAGED, History
 from launcher.report.plots import (
-    PANELS,
     Panel,
     loss_figure,
     panel_figure,
+    panels_of,
     to_picture,
     to_svg,
     transition_figure,
@@ -32,6 +32,7 @@ from launcher.report.summary import (
     duration,
     percent,
     recovery_text,
+    samples_by_prompt,
     signed,
     spike_text,
     summarize,
@@ -130,7 +131,7 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str], excess: Excess
         yield from _twin(excess)
     yield "<h2>Along the way</h2>"
     yield '<p class="note">Where a curve is noisy, faint is every logged value and bold its level.</p>'
-    yield from _panels(PANELS, histories)
+    yield from _panels(panels_of(histories), histories)
     if any(history.grids for history in histories):
         yield "<h2>Quantization</h2>"
         yield (
@@ -139,13 +140,17 @@ def _body(summaries: Sequence[RunSummary], labels: Sequence[str], excess: Excess
         )
         yield from _panels(QUANT_PANELS, histories)
         yield from _heat_maps(summaries, labels)
-    samples = [(label, s) for label, s in zip(labels, summaries, strict=True) if s.sample_completion is not None]
+    samples = [(label, samples_by_prompt(s)) for label, s in zip(labels, summaries, strict=True) if s.samples]
     if samples:
-        yield '<h2>Sample</h2>\n<p class="note">Bold: the prompt. The rest was written by the model.</p>'
-    for label, summary in samples:
+        yield '<h2>Samples</h2>\n<p class="note">Bold: the prompt. The rest was written by the model.</p>'
+    for label, by_prompt in samples:
         yield f'<p class="note">{escape(label)}</p>' if len(summaries) > 1 else ""
-        prompt, completion = escape(summary.sample_prompt or ""), escape(summary.sample_completion or "")
-        yield f'<pre class="sample"><b>{prompt}</b>{completion}</pre>'
+        for prompt, by_place in by_prompt.items():
+            yield '<div class="samples">'
+            for where, completion in by_place.items():
+                text = f'<pre class="sample"><b>{escape(prompt)}</b>{escape(completion)}</pre>'
+                yield f"<figure><figcaption>{escape(where)}</figcaption>{text}</figure>"
+            yield "</div>"
     yield "<h2>Configuration</h2>"
     for label, summary in zip(labels, summaries, strict=True):
         yield f"<details><summary>{escape(label)}</summary><pre>{escape(redacted(summary.config_text))}</pre></details>"

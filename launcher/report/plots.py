@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -117,8 +117,9 @@ class Panel:
     """Whether the axes fit the values in both directions, instead of beginning at 0 and marking the phases."""
 
 
+RATE = Panel("train/learning_rate", "Learning rate")
 PANELS = (
-    Panel("train/learning_rate", "Learning rate"),
+    RATE,
     Panel("quant/strength", "Quantization strength (0 off, 1 fully on)"),
     Panel("train/grad_norm", "Gradient norm before clipping (log scale)", is_log=True, is_noisy=True),
     Panel("throughput/tokens_per_second", "Throughput, tokens/s", is_noisy=True),
@@ -127,6 +128,19 @@ PANELS = (
     Panel("checkpoint/stall_share", "Time spent waiting for checkpoints, %", scale=100),
     Panel("memory/peak_gib", "Peak memory, GiB"),
 )
+
+
+FAR_APART = 10
+"""Factor between the highest learning rates of phases beyond which one axis from 0 shows the lower ones as nothing."""
+
+
+def panels_of(histories: Sequence[History]) -> tuple[Panel, ...]:
+    """`PANELS`, with the learning rate on a log scale if it is of another order in some phase."""
+    series = [history.series[RATE.key] for history in histories if RATE.key in history.series]
+    peaks = [each.values[each.phases == phase].max() for each in series for phase in np.unique(each.phases)]
+    if not peaks or max(peaks) <= FAR_APART * min(peaks):
+        return PANELS
+    return (replace(RATE, title="Learning rate (log scale)", is_log=True), *PANELS[1:])
 
 
 @contextmanager

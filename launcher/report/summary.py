@@ -35,6 +35,7 @@ from launcher.report.history import (
 from launcher.run.log_keys import DRAWN
 from launcher.run.recovery import Transition
 from launcher.run.requeue import read_lines
+from launcher.run.samples import Sample, read_samples
 
 THROUGHPUT = "throughput/tokens_per_second"
 
@@ -46,9 +47,6 @@ SUMMARY_KINDS: Mapping[str, Any] = {
     "num_ranks": int,
     "num_parameters": int,
     "num_ternary_parameters": int,
-    "sample": dict,
-    "sample.prompt": str,
-    "sample.completion": str,
 }
 """The types of what is read, by key; `null` may be anywhere but at the top."""
 
@@ -86,7 +84,7 @@ class PhaseSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """A run in numbers. What only a complete run writes down (parameters, sample) is None before."""
+    """A run in numbers. What only a complete run writes down (parameters) is None before."""
 
     folder: Path
     name: str
@@ -106,8 +104,7 @@ class RunSummary:
     num_ternary_parameters: int | None
     phases: tuple[PhaseSummary, ...]
     transitions: tuple[Transition, ...]
-    sample_prompt: str | None
-    sample_completion: str | None
+    samples: tuple[Sample, ...]
     config_text: str = field(repr=False)
     history: History = field(repr=False, compare=False)
 
@@ -150,7 +147,6 @@ def summarize(run: Path) -> RunSummary:
     name = str(of_run.get("name", run.name))
     history = read_history(metrics_path, name)
     elapsed, skipped = (_last(history, key) for key in ("time/elapsed_seconds", "train/skipped_steps"))
-    sample = summary.get("sample") or {}
     starts = _starts(run / "starts.jsonl") or [(0, {"world_size": summary.get("num_ranks")})]
     return RunSummary(
         folder=run,
@@ -169,8 +165,7 @@ def summarize(run: Path) -> RunSummary:
         num_ternary_parameters=summary.get("num_ternary_parameters"),
         phases=tuple(_summarize_phase(history, span, dict(enumerate(planned))) for span in history.phases),
         transitions=find_transitions(history),
-        sample_prompt=sample.get("prompt"),
-        sample_completion=sample.get("completion"),
+        samples=tuple(read_samples(run)),
         config_text=config_text,
         history=history,
     )
@@ -226,6 +221,17 @@ COMPARED = (
     "distance from a 16-bit run of as many tokens; what the switch costs, that of the values right before and after it."
 )
 """What a difference between the ends of two phases is not."""
+
+
+def samples_by_prompt(summary: RunSummary) -> dict[str, dict[str, str]]:
+    """By prompt, what the model has written to it, by where it was."""
+    precisions = {phase.index: phase.precision for phase in summary.phases}
+    found: dict[str, dict[str, str]] = {}
+    for each in summary.samples:
+        precision = precisions.get(each.phase, "phase")
+        where = "before training" if each.is_start else f"{precision}, step {each.step:,}"
+        found.setdefault(each.prompt, {})[where] = each.completion
+    return found
 
 
 def spike_text(transition: Transition) -> str:

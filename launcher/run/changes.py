@@ -158,11 +158,13 @@ def course_of(tree: dict[str, Any]) -> Course | None:
 
 
 def schedule_note(before: Course, now: Course, step: int) -> list[str]:
-    """Say what another length means for the learning rate; nothing where the length is the same."""
+    """Say what another length means for the learning rate; nothing where the length or the schedule is the same."""
     if before.total_steps == now.total_steps or not 0 < step < now.total_steps:
         return []
+    earlier, curve = before.curve_at(step - 1), now.curve_at(step)
+    if curve.key != earlier.key or curve == earlier:
+        return []
     last, following = before.learning_rate_at(min(step, before.total_steps) - 1), now.learning_rate_at(step)
-    horizon = before.config.schedule.horizon_steps or before.total_steps
     note = (
         f"The run has {now.total_steps} steps instead of {before.total_steps}, and its schedule is that of the new "
         f"length: the learning rate was {last:.3g} in step {step} and is {following:.3g} in step {step + 1}."
@@ -170,6 +172,7 @@ def schedule_note(before: Course, now: Course, step: int) -> list[str]:
     if following > 1.5 * last:
         note += (
             f" That is a jump up. To keep the old curve, whose end the further steps train at, set "
-            f"schedule.horizon_steps={horizon}; to warm up again, add a phase with transition.schedule: restart."
+            f"{curve.key}.horizon_steps={earlier.horizon_steps}; to warm up again, add a phase with a schedule of its "
+            "own."
         )
     return [note]

@@ -14,7 +14,8 @@ from launcher.errors import LogError
 from launcher.run.folder import set_aside
 from launcher.run.log_keys import DRAWN
 from launcher.run.recovery import SpikeWatch
-from launcher.run.row_losses import keep_row_losses
+from launcher.run.row_losses import ROW_LOSSES, keep_until
+from launcher.run.samples import SAMPLES
 from launcher.run.trackers.feed import Feed, close_feeds, tracked
 from quant.telemetry import DISTANCE_EDGES, MOST_FLIPS
 
@@ -60,7 +61,8 @@ class MetricsLog:
             set_aside(path)
         kept = [row for row in rows if (row["step"], row["phase"]) <= (step, phase)] if step else []
         replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
-        keep_row_losses(folder, step=step, phase=phase)
+        for name in (ROW_LOSSES, SAMPLES):
+            keep_until(folder / name, step=step, phase=phase)
         self._file = path.open("a")
         self.keys_of_step = {key for row in kept if (row["step"], row["phase"]) == (step, phase) for key in row}
         """The keys of all rows of the step that the run goes on from."""

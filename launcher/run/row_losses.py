@@ -28,9 +28,8 @@ class RowLosses:
     """[R], tokens that count."""
 
 
-def keep_row_losses(folder: Path, *, step: int, phase: int) -> None:
-    """Drop what was measured beyond the place where a run goes on; all of it at step 0, which begins a new run."""
-    path = folder / ROW_LOSSES
+def keep_until(path: Path, *, step: int, phase: int) -> None:
+    """Drop the lines from beyond the place where a run goes on; all of them at step 0, which begins a new run."""
     if path.exists():
         lines = [line for line in read_lines(path, "step", "phase") if step and _place(line) <= (step, phase)]
         replace_file(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from launcher.config.averaging import AveragingConfig
-from launcher.config.file import parse_config, to_tree
+from launcher.config.file import apply_override, parse_config, to_tree
 from launcher.config.sections import Config, PhaseConfig
 from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
@@ -43,9 +43,9 @@ def set_switch(tree: dict[str, Any], share: float) -> None:
 def baseline_of(config: Config, baseline: Baseline) -> Config:
     """The baseline of an arm's configuration.
 
-    With `schedule.decay_from_phase`, or phases that have data of their own, the phases keep their lengths, since the
-    schedule or the data depend on them. Otherwise they become one, and arms that differ in the switch alone have one
-    baseline.
+    With `schedule.decay_from_phase`, or phases that have data, a schedule or a learning rate of their own, the phases
+    keep their lengths, since these depend on them. Otherwise they become one, and arms that differ in the switch alone
+    have one baseline.
 
     Raises:
         ConfigError: lists what does not fit.
@@ -60,7 +60,10 @@ def baseline_of(config: Config, baseline: Baseline) -> Config:
         "distillation": None,
     }
     first, *later = config.phases
-    if config.schedule.decay_from_phase is None and not any(phase.sources or phase.sequence_length for phase in later):
+    is_one = config.schedule.decay_from_phase is None and not any(
+        getattr(phase, name) for phase in later for name in ("sources", "sequence_length", "schedule", "learning_rate")
+    )
+    if is_one:
         has_total = config.training.total_steps or config.training.total_tokens
         length: dict[str, Any] = {"fraction": 1.0} if has_total else {"steps": make_course(config).total_steps}
         kept = {name: getattr(first, name) for name in ("sources", "sequence_length", "objective", "preference")}
@@ -99,7 +102,9 @@ def _rounded_at_the_end(config: Config, quantization: QuantConfig | None) -> Con
     )
     tree = to_tree(config) | {"phases": [to_tree(phase) for phase in phases]}
     tree["training"] |= {"total_steps": None, "total_tokens": None}
-    tree["schedule"]["horizon_steps"] = config.schedule.horizon_steps or course.total_steps
+    last = course.curves[-1]
+    if last.schedule.shape != "constant":
+        apply_override(tree, f"{last.key}.horizon_steps={last.horizon_steps}")
     return parse_config(tree)
 
 

@@ -36,6 +36,9 @@ BY_STEP = {
 }
 """Keys by section that act through what the course says of each step."""
 
+BEGINNING = ("start_from", "start_phase", "sub_norm_sequences", "grow_vocabulary")
+"""Keys of `checkpoint` that say what a run begins with."""
+
 LEAST_SHARE = 0.02
 """A stretch that is shorter than this share of an arm is not worth a trunk: it costs a start and a checkpoint."""
 
@@ -132,7 +135,7 @@ class _Search:
         config, phases = arm.config, arm.plan.phases
         about = [replace(phase, quantization=None, distillation=None, preference=None) for phase in phases]
         ternary = [phase.quantization is not None for phase in phases]
-        key = repr((config.schedule, config.optimizer, about, ternary, arm.plan.batch))
+        key = repr((arm.plan.curves, config.optimizer, about, ternary, arm.plan.batch))
         if key not in self._sizes:
             self._sizes[key] = [arm.plan.sizes_at(step) for step in range(arm.plan.total_steps)]
         return self._sizes[key]
@@ -153,7 +156,7 @@ def settings_of(course: Course) -> str:
     """What influences the weights and is the same in all steps, as text to be compared."""
     config = course.config
     tree = _without(_without(to_tree(config), WITHOUT_INFLUENCE), BY_STEP)
-    tree["checkpoint"] = {"start_from": config.checkpoint.start_from, "start_phase": config.checkpoint.start_phase}
+    tree["checkpoint"] = {name: getattr(config.checkpoint, name) for name in BEGINNING}
     ternary = [phase for phase in course.phases if phase.quantization]
     own_rate = config.optimizer.ternary_learning_rate_factor is not None
     learned = sorted(

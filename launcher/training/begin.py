@@ -21,6 +21,7 @@ from launcher.engine.learned_scales import initialize_scales_
 from launcher.formats.open import check_sound
 from launcher.formats.start import check_data, first_progress, open_start
 from launcher.inference.start import put_sub_norms_in
+from launcher.inference.vocabulary import grow_vocabulary_
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
@@ -30,6 +31,7 @@ from launcher.run.belonging import check_owner, claim_checkpoints
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import MetricsLog
 from launcher.run.rollbacks import Rollback, read_rollbacks
+from launcher.run.samples import read_samples
 from launcher.run.trackers.feed import open_feeds
 from launcher.training.averaging import average_note, begin_average
 from launcher.training.guard import SpikeGuard
@@ -41,7 +43,7 @@ from launcher.training.reference import open_second_model
 from launcher.training.rollback import discard_given_up
 from launcher.training.step import Batches, open_data
 from launcher.training.tasks import TasksInTraining, open_tasks
-from launcher.training.teacher import Teacher, check_teacher
+from launcher.training.teacher import Teacher, check_teacher, is_ternary
 from launcher.training.telemetry import Telemetry, telemetry_of
 from launcher.training.tracing import Tracer
 from launcher.watch.heartbeat import Pulse
@@ -80,6 +82,10 @@ class LoopState:
     """The phase that the model is in; None before the first."""
     teacher: Teacher | None
     telemetry: Telemetry | None
+    is_sampled: bool
+    """Whether the model has answered the fixed prompts where it is, or need not."""
+    begins_ternary: bool
+    """Whether a new run begins with the weights of a ternary model."""
     strengths: tuple[list[float], list[float]] | None = None
     """Of weights and of activations, block by block, as the model has them; None if that is not known."""
     compiled: tuple[int, int, int] | None = None
@@ -113,7 +119,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     begin_average(engine, plan, phase if phase and reader else upcoming)
     guards_switch = any(phase.transition.rollback for phase in plan.phases)
     guard = SpikeGuard(config.training.skip_outliers, smooths=guards_switch, ranks=ranks)
-    fill(engine, plan, ranks, reader, fingerprints[max(at.phase, 0)], guard, console)
+    source = fill(engine, plan, ranks, reader, fingerprints[max(at.phase, 0)], guard, console)
     if reader is not None:
         console.line(f"Resuming {config.run.name} after step {at.step}, from {reader.folder}")
 
@@ -187,10 +193,14 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
         phase=phase,
         teacher=teacher,
         telemetry=telemetry,
+        is_sampled=source is None,
+        begins_ternary=source is not None and is_ternary(source),
     )
     closing.callback(lambda: run.data.close())  # another one after a switch to other data
     if reader is not None:
         run.logged = value_of_first(sorted(log.keys_of_step) if log else [])
+        drawn = [(each.step, each.phase) for each in read_samples(folder.path)] if ranks.is_first else []
+        run.is_sampled = value_of_first(phase is None or at.step != phase.end or (at.step, at.phase) in drawn)
     return run
 
 
@@ -202,8 +212,8 @@ def fill(
     data_fingerprint: str,
     guard: SpikeGuard,
     console: Console,
-) -> None:
-    """Fill the engine: from the run's own checkpoint, from `start_from`, or with new weights."""
+) -> Source | None:
+    """Fill the engine: from the run's own checkpoint, from `start_from`, which is returned, or with new weights."""
     config = plan.config
     if reader is not None:
         if reader.manifest.spikes is not None:
@@ -217,6 +227,7 @@ def fill(
         inserted: list[str] = []
 
         def complete(source: Source) -> None:
+            inserted.extend(grow_vocabulary_(source, config, ranks))
             inserted.extend(put_sub_norms_in(source, config, ranks))
 
         source, with_optimizer = open_start(plan, data_fingerprint, complete)
@@ -225,9 +236,11 @@ def fill(
         console.line(f"Beginning {config.run.name} with {source.location}")
         for sentence in [*source.missing, *inserted, *average_note(engine, source)]:
             console.line(f"  {sentence}")
+        return source
     else:
         load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, config))
         initialize_scales_(engine)
+    return None
 
 
 def first_value(name: str, shape: tuple[int, ...], rows: range, config: Config) -> Tensor:

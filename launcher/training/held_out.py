@@ -136,10 +136,14 @@ class HeldOut:
             counts_B1 = torch.arange(first_row, first_row + micro)[:, None] < num_rows
             yield tokens_BT, labels_BT.where(counts_B1, IGNORED_LABEL)
 
-    def sample(self, engine: Engine) -> dict[str, str]:
-        """Return the configured prompt and its continuation by the finished model.
+    def sample(self, engine: Engine, got_on: Callable[[], None] = lambda: None) -> list[tuple[str, str]]:
+        """Return the configured prompts, each with its continuation by the model.
 
-        If its last phase learns from chats, the prompt is a user's message, written as the template writes it.
+        If the last phase learns from chats, a prompt is a user's message, written as the template writes it.
+
+        Args:
+            engine: with the model.
+            got_on: called after each of them.
 
         Raises:
             NotFiniteError: the model's logits are NaN or infinite, on all ranks alike.
@@ -148,25 +152,29 @@ class HeldOut:
         config, problems = self._plan.config, []
         try:
             tokenizer = load_tokenizer(self._tokenizer_path)
-            prompt = config.evaluation.sample_prompt or ""
-            end_tokens = {tokenizer.end_of_document}
-            prompt_tokens = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
+            first, end_tokens = tokenizer.end_of_document, {tokenizer.end_of_document}
+            prompts = [(prompt, [first, *tokenizer.encode(prompt)]) for prompt in config.evaluation.sample_prompts]
             if self._plan.phases[-1].objective != "next-token":
                 template = ChatTemplate(tokenizer, template_of(self._plan))
-                messages: list[Message] = [{"role": "user", "content": prompt}]
-                prompt, end_tokens = template.text(messages, to_answer=True), template.end_tokens()
-                prompt_tokens = template.prompt_tokens(messages)
+                chats: list[list[Message]] = [[{"role": "user", "content": prompt}] for prompt, _ in prompts]
+                prompts = [(template.text(chat, to_answer=True), template.prompt_tokens(chat)) for chat in chats]
+                end_tokens = template.end_tokens()
         except (DataError, OSError) as error:
             problems = [str(error)]
         if problems := everyones(problems, self._ranks):
             raise DataError("; ".join(problems))
-        with torch.no_grad():
-            tokens = sample_tokens(
-                engine.logits,
-                prompt_tokens,
-                num_tokens=config.evaluation.sample_tokens,
-                window_tokens=min(config.data.sequence_length, SAMPLE_WINDOW_TOKENS),
-                end_tokens=end_tokens,
-                seed=config.run.seed,
-            )
-        return {"prompt": prompt, "completion": "".join(pieces_of_text(tokenizer, tokens, prompt_tokens))}
+        found = []
+        for prompt, prompt_tokens in prompts:
+            with torch.no_grad():
+                tokens = sample_tokens(
+                    engine.logits,
+                    prompt_tokens,
+                    num_tokens=config.evaluation.sample_tokens,
+                    window_tokens=min(config.data.sequence_length, SAMPLE_WINDOW_TOKENS),
+                    end_tokens=end_tokens,
+                    seed=config.run.seed,
+                )
+            text = "".join(pieces_of_text(tokenizer, tokens, prompt_tokens))
+            found.append((prompt, text))
+            got_on()
+        return found

@@ -94,7 +94,7 @@ def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) ->
     )
 
 
-def summary(plan: Plan, ranks: Ranks, meter: Meter, sample: dict[str, str] | None) -> dict[str, Any]:
+def summary(plan: Plan, ranks: Ranks, meter: Meter) -> dict[str, Any]:
     """The content of `RUN/summary.json`; that Muon updates its matrices, each of its steps has checked."""
     ternary = any(phase.quantization for phase in plan.phases)
     return {
@@ -105,5 +105,4 @@ def summary(plan: Plan, ranks: Ranks, meter: Meter, sample: dict[str, str] | Non
         "num_matrices_updated_by_muon": len(matrix_shapes(plan)),
         "tokens": plan.total_tokens,
         "elapsed_seconds": meter.elapsed_seconds,
-        "sample": sample,
     }

@@ -10,6 +10,7 @@ Resuming finds the same teacher again where it was: the run's own is a milestone
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
 from launcher.formats.open import check_sound, computed_precision, model_of, open_source
 from launcher.inference.build import sharded_model
+from launcher.inference.vocabulary import grow_vocabulary_
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.ranks import Ranks
@@ -95,7 +97,10 @@ def teacher_source(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path) ->
     """
     key = "objective" if phase.distillation is None else "distillation"
     try:
-        source = open_source(teacher_location(plan, phase, checkpoints))
+        location = teacher_location(plan, phase, checkpoints)
+        source = open_source(location)
+        if location == plan.config.checkpoint.start_from:
+            grow_vocabulary_(source, plan.config, ranks)
         check_sound(source, ranks)
         return source, teacher_model(source, plan, may_be_ternary=phase.preference is not None)
     except CheckpointError as error:
@@ -141,6 +146,8 @@ def teacher_model(source: Source, plan: Plan, *, may_be_ternary: bool = False) -
     """
     config = plan.config
     model = model_of(source) or config.model
+    if source.grown:
+        model = replace(model, vocab_size=config.model.vocab_size)
     problems = []
     if is_ternary(source) and not may_be_ternary:
         problems.append("it is ternary; a teacher must be in 16 bits")

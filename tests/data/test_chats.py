@@ -259,7 +259,16 @@ def test_a_folder_has_its_template_with_its_special_tokens(tmp_path: Path) -> No
         ({"messages": [{"role": "gpt", "content": "a"}]}, "message 1 has the role 'gpt'; choose one of system"),
         ({"messages": [{"role": "assistant", "content": None}]}, r"message 1 \(assistant\) has NoneType as content"),
         ({"messages": [{"role": "assistant", "content": " \n"}]}, r"message 1 \(assistant\) has empty content"),
-        (chat("q", "a") | {"tools": [{}]}, "has tools"),
+        (chat("q", "a") | {"tools": [1]}, '"tools" must be a list of JSON schemas, each an object'),
+        (chat("q", "a") | {"tools": "[{]"}, '"tools" is text that is not JSON'),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
+            r"message 1 \(user\) has tool_calls; only the assistant calls tools",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]},
+            r"message 1 \(assistant\) has tool_calls that are no list of objects",
+        ),
         (chat("q", "a" * 80), r"has 102 tokens, and a row 65; .* --too-long drop or truncate"),
         (chat("<|im_end|", "\ud800"), "half of a surrogate pair"),
     ],
@@ -285,7 +294,7 @@ def test_a_chat_that_cannot_be_learned_from_is_named(tmp_path: Path, record: Any
             "a{% macro m() %}b{% generation %}c{% endgeneration %}{% endmacro %}{{ m() }}",
             r"\{% generation %\} where its text is written later",
         ),
-        ("<|user|>" + CHATML, r"writes <\|user\|>, which is no token of the tokenizer"),
+        ("<|user|>" + CHATML, r"writes <\|user\|>, which the tokenizer does not have as one token"),
     ],
 )
 def test_a_template_that_does_not_serve_is_named(tmp_path: Path, template: str, message: str) -> None:

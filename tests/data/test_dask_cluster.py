@@ -64,7 +64,7 @@ def test_workers_of_dask_make_the_same_and_one_is_killed(inputs, tmp_path, clust
 
     prepare(config, LENGTH, tmp_path / "out", told, on=f"dask://127.0.0.1:{port}")
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
-    assert processes[1].wait() == -signal.SIGKILL
+    assert processes[1].wait(60) == -signal.SIGKILL
     assert processes[2].poll() is None
     assert len(seen) > 5
 

@@ -115,7 +115,8 @@ def test_rows_hold_whole_pairs(tmp_path: Path) -> None:
         ({"prompt": [QUESTION], "chosen": [QUESTION], "rejected": [GOOD]}, "its message after it is of user"),
         ({"prompt": [QUESTION], "chosen": [{"role": "x"}], "rejected": [GOOD]}, "chosen, message 1 has the role 'x'"),
         (pair("q" * 300, "a", "b"), "the pair has 6.. tokens, and a row 129; .* or choose --too-long drop$"),
-        ({"tools": [{}], **EXPLICIT}, "has tools"),
+        ({"tools": [1], **EXPLICIT}, '"tools" must be a list of JSON schemas'),
+        ({"tools": [{}], "prompt": "a", "chosen": "b", "rejected": "c"}, "has tools, but its answers are text"),
     ],
 )
 def test_bad_pairs_are_named_by_file_and_line(tmp_path: Path, record: Any, problem: str) -> None:

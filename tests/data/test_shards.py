@@ -152,12 +152,13 @@ def test_two_that_prepare_at_once_take_turns(corpus, tokenizer_path, tmp_path):
     stages: list[PrepareProgress] = []
     config = PrepareConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_path))
     threads = [
-        threading.Thread(target=prepare, args=(config, LENGTH, tmp_path / "out", stages.append)) for _ in range(3)
+        threading.Thread(target=prepare, args=(config, LENGTH, tmp_path / "out", stages.append), daemon=True)
+        for _ in range(3)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
     assert stages[-1].documents == open_prepared(tmp_path / "out")["splits"]["train"]["documents"]
     assert [stage.documents for stage in stages] == sorted({stage.documents for stage in stages})  # one of them worked
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -29,15 +29,21 @@ def test_jobs_have_numbers_of_their_own_whatever_their_temporary_folders_are(tmp
         ours, theirs = CONTEXT.Pipe()
         process = CONTEXT.Process(target=number_of_a_job, args=(theirs, str(tmp_path / name)))
         process.start()
-        numbers.append(ours.recv())
         jobs.append((process, ours))
-    assert numbers[0] != numbers[1]
-    jobs[0][0].kill()  # lets go
-    jobs[0][0].join()
-    with ExitStack() as held:
-        assert shared_memory.take_number(tmp_path, held) <= numbers[0]
-    jobs[1][1].send("end")
-    jobs[1][0].join()
+    try:
+        for _, ours in jobs:
+            assert ours.poll(60)
+            numbers.append(ours.recv())
+        assert numbers[0] != numbers[1]
+        jobs[0][0].kill()  # lets go
+        jobs[0][0].join(20)
+        with ExitStack() as held:
+            assert shared_memory.take_number(tmp_path, held) <= numbers[0]
+        jobs[1][1].send("end")
+        jobs[1][0].join(20)
+    finally:
+        for process, _ in jobs:
+            process.kill()
 
 
 def test_a_number_of_which_a_segment_is_left_is_not_taken_and_lock_files_do_not_count(tmp_path, monkeypatch):
@@ -78,12 +84,12 @@ def test_ranks_agree_while_other_jobs_come_and_go(folders, tmp_path):
 
     with ExitStack() as held:
         others = [SEGMENTS / f"{shared_memory.take_number(tmp_path, held):06}_locals" for _ in range(2)]
-        thread = threading.Thread(target=come_and_go)
+        thread = threading.Thread(target=come_and_go, daemon=True)
         thread.start()
         try:
             first, second = run_ranks(2, numbers_of_a_rank, folders, 12)
         finally:
             is_over.set()
-            thread.join()
+            thread.join(20)
     assert first == second
     assert not {segment.name[:6] for segment in others} & {f"{number:06}" for number in first}

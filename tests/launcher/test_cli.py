@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from places import ROOT
+from ranks import run_ranks
 from tiny import tiny_tree, write_corpus
 from typer.testing import CliRunner
 
@@ -49,7 +50,7 @@ def folder(tmp_path: Path, shards: Path) -> Path:
     tree = tiny_tree(shards, tmp_path / "run")
     tree["phases"] = [{"precision": "16-bit", "steps": 30}, {"precision": "ternary", "steps": 30}]
     tree["logging"] = {"interval_steps": 1}
-    tree["evaluation"] = {"sample_prompt": "a", "sample_tokens": 5}
+    tree["evaluation"] = {"sample_prompts": ["a"], "sample_tokens": 5}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
 
@@ -117,7 +118,7 @@ def test_a_run_is_stopped_goes_on_and_shows_what_it_does_until_it_is_complete(fo
     assert "step 60/60" in output
     assert "left" in output
     assert "bits per byte of held-out text" in output
-    assert "A sample, from the finished model:" in output
+    assert "From the finished model:" in output
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     assert json.loads((run / "state.json").read_text())["status"] == "complete"
     rows = read_metrics(run / "metrics.jsonl")
@@ -131,7 +132,7 @@ def test_a_run_is_stopped_goes_on_and_shows_what_it_does_until_it_is_complete(fo
         "1-loss/validation_bits_per_byte",
     ]
     assert min(scalars(run / "tensorboard")) == "1-loss/train"
-    assert texts(run / "tensorboard") == {"configuration/text_summary", "sample/text_summary"}
+    assert texts(run / "tensorboard") == {"configuration/text_summary", "sample/1/text_summary"}
 
     code, output = finish(folder, STARTS["tritrain"])
     assert code == 0
@@ -181,14 +182,17 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
     assert counts == Counter(range(1, 61))  # every step once
 
 
-def start_in_terminal(folder: Path, command: list[str]) -> tuple[int, int]:
+def start_in_terminal(folder: Path, command: list[str]) -> tuple["subprocess.Popen[str]", int]:
     """Start a command as the leader of a terminal's session; returns its process and the terminal."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where tests run under nohup, it is ignored
-        os.chdir(folder)
-        os.execvpe(command[0], command, os.environ | {"OMP_NUM_THREADS": "1"})
-    return pid, terminal
+    terminal, its_end = pty.openpty()
+    # Where tests run under nohup, SIGHUP is ignored. No `pty.fork`: a fork of a process with threads may deadlock.
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "env", "--default-signal=HUP", *command], cwd=folder, text=True,
+        stdin=its_end, stdout=its_end, stderr=its_end, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    STARTED.append(process)
+    os.close(its_end)
+    return process, terminal
 
 
 def wait_for_rows(metrics: Path, number: int, terminal: int) -> None:
@@ -202,11 +206,11 @@ def wait_for_rows(metrics: Path, number: int, terminal: int) -> None:
 
 @pytest.mark.parametrize("launcher", ["tritrain", pytest.param("python", marks=pytest.mark.slow)])
 def test_a_run_whose_terminal_is_closed_saves_and_says_so_in_its_folder(folder: Path, launcher: str) -> None:
-    pid, terminal = start_in_terminal(folder, STARTS[launcher])
+    process, terminal = start_in_terminal(folder, STARTS[launcher])
     run = folder / "run"
     wait_for_rows(run / "metrics.jsonl", 3, terminal)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert process.wait(120) == 3
     state = json.loads((run / "state.json").read_text())
     assert (state["status"], state["reason"]) == ("interrupted", "signal")
     assert CheckpointReader(Path(state["checkpoint"])).manifest.step == read_metrics(run / "metrics.jsonl")[-1]["step"]
@@ -243,13 +247,27 @@ def test_ranks_whose_launcher_is_killed_save_and_end(folder: Path, launcher: str
             psutil.Process(pid).wait(30)
 
 
-@pytest.mark.parametrize(
-    "launcher", ["deepspeed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchrun", "python"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "python"])
 def test_every_way_to_start_trains(folder: Path, launcher: str) -> None:
     code, output = finish(folder, [*STARTS[launcher], *SHORT])
     assert code == 0, output
     assert "ternary step 4/4" in output
+    assert (folder / "run" / "report.html").exists()
+
+
+def started_as_by_deepspeed(rank: int, world_size: int, folder: str) -> int:
+    """What DeepSpeed's launcher runs as a rank, with its arguments."""
+    from launcher.pretrain import main
+
+    os.chdir(folder)
+    arguments = STARTS["deepspeed"][STARTS["deepspeed"].index(PRETRAIN) + 1 :]
+    return main([f"--local_rank={rank}", *arguments, *SHORT])
+
+
+def test_a_rank_of_deepspeeds_launcher_trains(folder: Path) -> None:
+    assert run_ranks(1, started_as_by_deepspeed, str(folder)) == [0]
+    assert json.loads((folder / "run" / "state.json").read_text())["status"] == "complete"
     assert (folder / "run" / "report.html").exists()
 
 

@@ -27,11 +27,12 @@ FAILURES = {
     "tasks 0": 3,  # of the step's own interval
     "measure_rows 0": 4,  # the end of the 16-bit phase
     "tasks 1": 4,
+    "sample 0": 4,
     "measure_rows 1": 4,  # the start of the ternary phase
     "collect 3": 8,  # the end of the ternary phase
     "measure_rows 2": 8,
     "tasks 3": 8,
-    "sample 0": 8,
+    "sample 1": 8,
 }
 """The call of each method that fails once, counted by those that went well, and the newest checkpoint then."""
 
@@ -46,7 +47,7 @@ def config_of(shards: str, out: str) -> Config:
         Path(out),
         model={"max_sequence_length": 160},
         checkpoint={"interval_steps": 3},
-        evaluation=tasks | {"sample_prompt": "a", "sample_tokens": 2},
+        evaluation=tasks | {"sample_prompts": ["a"], "sample_tokens": 2},
         logging={"quantization_interval_steps": 1},
     )
 
@@ -101,7 +102,7 @@ def test_a_measurement_that_fails_costs_no_training_and_is_made_up_once(shards: 
     write_tasks(tmp_path / "tasks")
     for failed, went_well in run_group(2, fail_and_go_on, str(shards), str(tmp_path)):
         assert failed == list(FAILURES.items())
-        assert went_well == {"measure_rows": 3, "tasks": 4, "collect": 3, "sample": 1}
+        assert went_well == {"measure_rows": 3, "tasks": 4, "collect": 3, "sample": 2}
     whole, failing = rows_of(tmp_path / "whole"), rows_of(tmp_path / "failing")
     lost = next(row for row in whole if row["step"] == 8 and "quant/layers" in row)
     whole.remove(lost)  # gradients and flips of a step that is over cannot be measured again

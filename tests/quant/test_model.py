@@ -271,7 +271,7 @@ def test_on_the_meta_device_the_strength_is_where_the_model_will_compute():
 @pytest.mark.parametrize("training", [True, False])
 def test_one_graph_for_each_mode(training):
     """Plain, ramp and codes; all strengths of a ramp share theirs."""
-    model, tokens_BT = build_transformer(), tokens()
+    model, tokens_BT = build_transformer(num_layers=1), tokens()
     quantize_(model, QuantConfig())
     torch._dynamo.reset()
     counter = CompileCounter()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import CONTEXT
+from ranks import CONTEXT, end_with_parent
 from safetensors.torch import load_file
 from tiny import tiny_tree
 
@@ -92,7 +92,7 @@ class Job:
             time.sleep(0.01)
         for process in self.processes:
             process.kill()
-            process.join()
+            process.join(20)
         _release_shared_memory(self._shards)
         return codes
 
@@ -105,6 +105,7 @@ def _rank(
     log: str,
     at_start: Callable[[int], None] | None,
 ) -> None:
+    end_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -81,7 +81,13 @@ def make_run(
             "tokens": total * TOKENS_PER_STEP,
             "elapsed_seconds": 4210.0,
             "num_ranks": 4,
-            "sample": {"prompt": "Once upon a time there", "completion": completion},
         }
         (folder / "summary.json").write_text(json.dumps(summary))
+    ends = [sum(phase_steps[: index + 1]) for index in range(len(phase_steps))]
+    samples = [
+        {"step": end, "phase": index, "is_start": False, "prompt": "Once upon a time there", "completion": completion}
+        for index, end in enumerate(ends)
+        if end <= done_steps
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     return folder

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -55,6 +56,8 @@ class RankPool:
         ]
         for process in processes:
             process.start()
+        for connection in theirs:
+            connection.close()  # else the end of a rank would not be the end of what it sends
         return list(ours), processes
 
     def __enter__(self) -> "RankPool":
@@ -65,7 +68,8 @@ class RankPool:
     ) -> None:
         for connections, processes in self._groups.values():
             for connection in connections:
-                connection.send(None)
+                with suppress(BrokenPipeError):
+                    connection.send(None)
             for process in processes:
                 process.join(20)
                 process.kill()

@@ -5,15 +5,19 @@ all once, and the ranks are forked from there.
 """
 
 import atexit
+import ctypes
 import gc
 import importlib
 import multiprocessing
 import os
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -23,6 +27,8 @@ from data.torchvision_repair import repair_torchvision
 
 TIMEOUT_SECONDS = 400
 IN_FORK_SERVER = "TRITRAIN_TEST_FORK_SERVER"
+PRELOADED = "TRITRAIN_TEST_PRELOADED"
+"""Variable of a program that has a fork server of its own: the modules that are enough for it."""
 IMPORTED_ONCE = (
     *("streaming", "launcher.pretrain", "launcher.engine.zero", "launcher.engine.fsdp", "torch._dynamo"),
     # What deepspeed.initialize imports when it is called.
@@ -30,12 +36,15 @@ IMPORTED_ONCE = (
     *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops", "deepspeed.comm.mori"),
     # What modules of tests import, and runs when they begin.
     *("pytest", "hypothesis", "runs", "tiny", "pydantic.dataclasses", "rich._emoji_codes", "sentencepiece"),
+    *("data.rows", "s3fs"),
 )
 
 if IN_FORK_SERVER in os.environ:
     repair_torchvision()
-    for name in IMPORTED_ONCE:
+    for name in os.environ.get(PRELOADED, "").split() or IMPORTED_ONCE:
         importlib.import_module(name)
+    tiny: Any = importlib.import_module("tiny")
+    tiny.tiny_config(Path("shards"), Path("run"))  # what it takes to read a configuration is built the first time
     gc.freeze()  # else each rank's first collection would copy all of it
 
 os.environ[IN_FORK_SERVER] = "1"  # the server inherits it, and imports this module by name
@@ -60,7 +69,7 @@ def run_ranks(
         for process in processes:
             process.start()
         try:
-            results = dict(queue.get(timeout=TIMEOUT_SECONDS) for _ in processes)
+            results = _results(queue, processes)
         finally:
             for process in processes:
                 process.join(20)
@@ -71,9 +80,33 @@ def run_ranks(
     return [results[rank] for rank in range(world_size)]
 
 
+def _results(queue: Any, processes: list[Any]) -> dict[int, Any]:
+    """What each rank gives, by its number; it is an error at once if one has ended without a result."""
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while len(results) < len(processes):
+        codes = {rank: process.exitcode for rank, process in enumerate(processes) if rank not in results}
+        try:
+            rank, result = queue.get(timeout=1)
+        except Empty:
+            ended = {rank: code for rank, code in codes.items() if code is not None}
+            assert not ended, f"ranks have ended without a result; their exit codes: {ended}"
+            assert time.monotonic() < deadline, f"no result of ranks {sorted(codes)}"
+        else:
+            results[rank] = result
+    return results
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the fork server ends, whatever it waits for: nobody else would end it."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _rank(
     queue: Any, store: str, rank: int, world_size: int, ranks_per_node: int, function: Callable[..., Any], args: Any
 ) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),

@@ -62,7 +62,7 @@ class Store:
         )
         for _ in range(600):
             try:
-                urllib.request.urlopen(f"{self.endpoint}/moto-api/").close()
+                urllib.request.urlopen(f"{self.endpoint}/moto-api/", timeout=20).close()
             except OSError:
                 time.sleep(0.1)
             else:
@@ -97,8 +97,8 @@ class Store:
         urllib.request.urlopen(urllib.request.Request(address, requests.encode(), headers, method="POST")).close()
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.wait()
+        self._process.kill()
+        self._process.wait(20)
 
 
 Fault = Callable[[str, str], int | None]

@@ -107,9 +107,13 @@ def run_until_killed(function: Callable[..., Any], *args: Any) -> list[int | Non
     processes = [CONTEXT.Process(target=_rank, args=(queue, group, rank, 2, 2, function, args)) for rank in range(2)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(240)
-    return [process.exitcode for process in processes]
+    try:
+        for process in processes:
+            process.join(120)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def train_with_pid(rank: int, world_size: int, pids: str, *args: Any) -> None:

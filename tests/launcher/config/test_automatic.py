@@ -7,6 +7,7 @@ from minimal import tree
 
 from launcher.config.automatic import ANY_GPU, Device, made_concrete, stored_values
 from launcher.config.file import parse_config, to_tree
+from launcher.errors import ConfigError
 
 KEY = "training.compute_dtype"
 
@@ -64,6 +65,15 @@ def test_an_explicit_value_is_never_changed(dtype):
 def test_values_are_read_from_what_a_run_has_stored(stored, values):
     without_the_key = {"training.compile": False} if isinstance((stored or {}).get("training"), dict) else {}
     assert stored_values(stored) == without_the_key | values
+
+
+def test_a_stored_configuration_may_have_a_key_that_was_renamed() -> None:
+    given_tree = tree()
+    for given, expected in (("a", ("a",)), (None, ())):
+        given_tree["evaluation"] = {"sample_prompt": given, "sample_tokens": 3}
+        assert parse_config(given_tree, stored=True).evaluation.sample_prompts == expected
+        with pytest.raises(ConfigError, match=r"sample_prompt: unknown key; did you mean evaluation\.sample_prompts\?"):
+            parse_config(given_tree)
 
 
 def test_a_stored_configuration_without_the_key_had_the_former_default():

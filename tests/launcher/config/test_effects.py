@@ -35,7 +35,7 @@ RAMP = "phases.1.transition.ramp"
         ("schedule.horizon_steps=5", ["schedule.shape=constant"], ["schedule.shape=linear"], "schedule.shape is const"),
         ("optimizer.decay_embeddings=false", ["optimizer.weight_decay=0"], ["optimizer.weight_decay=1"],
          "optimizer.weight_decay is 0"),
-        ("evaluation.sample_tokens=5", [], ["evaluation.sample_prompt=a"], "evaluation.sample_prompt is null"),
+        ("evaluation.sample_tokens=5", [], ["evaluation.sample_prompts=[a]"], "evaluation.sample_prompts is empty"),
         ("evaluation.task_data=here", [], TASKS, "evaluation.tasks is empty"),
         ("evaluation.tasks_limit=5", [], TASKS, "evaluation.tasks is empty"),
     ],

@@ -184,8 +184,8 @@ def test_a_file_that_is_no_yaml(tmp_path, text, said):
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path):
-    (tmp_path / "x.yaml").write_text(MINIMAL + "evaluation: {sample_prompt: Größe}\n", encoding="utf-8")
-    assert load_config(tmp_path / "x.yaml").evaluation.sample_prompt == "Größe"
+    (tmp_path / "x.yaml").write_text(MINIMAL + "evaluation: {sample_prompts: [Größe]}\n", encoding="utf-8")
+    assert load_config(tmp_path / "x.yaml").evaluation.sample_prompts == ("Größe",)
 
 
 # Writing

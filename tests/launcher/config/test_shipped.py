@@ -8,8 +8,9 @@ import pytest
 from minimal import tree
 from places import ROOT
 
-from launcher.config.file import flat_lines, json_schema, load_config, parse_config, parse_yaml, to_tree
+from launcher.config.file import flat_lines, load_config, parse_config, parse_yaml, to_tree
 from launcher.config.reference import reference_page
+from launcher.config.schema import json_schema
 from launcher.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -7,6 +7,7 @@ such a change does.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -36,6 +37,13 @@ from model.transformer import Transformer
 from quant.config import QuantConfig
 from quant.linear import QuantLinear, quantize_, quantized_layers
 from quant.rounding import quantize_weight
+
+SETS = (("fsdp2", "zero-2", "zero-3"), ("zero-0", "zero-1"))
+"""What a launch tries; the second one is slow."""
+IN_SETS = pytest.mark.parametrize("names", [SETS[0], pytest.param(SETS[1], marks=pytest.mark.slow)], ids="+".join)
+ONE_BY_ONE = pytest.mark.parametrize(
+    "name", [*SETS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SETS[1])]
+)
 
 
 def plain_run(
@@ -99,19 +107,25 @@ def engine_run(name: str, dtype: torch.dtype, *, quantized: bool, num_steps: int
     return {"curve": curve, "first_moments": first_moments, "codes": codes}
 
 
-def all_engines() -> dict[str, Any]:
+def runs_of(names: tuple[str, ...]) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for name in ENGINES:
+    for name in names:
         results[f"{name}/16-bit"] = engine_run(name, torch.float32, quantized=False)
         results[f"{name}/ternary"] = engine_run(name, torch.float32, quantized=True)
     results["fsdp2/fp64"] = engine_run("fsdp2", torch.float64, quantized=True, num_steps=4)
     return results
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> dict[str, Any]:
-    """Every engine on two ranks, in one launch; what rank 0 saw."""
-    return run_group(2, all_engines)[0]
+@cache
+def launch(names: tuple[str, ...]) -> dict[str, Any]:
+    return run_group(2, runs_of, names)[0]
+
+
+@pytest.fixture
+def two_ranks(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Engines on two ranks, those of a set in one launch; what rank 0 saw."""
+    name = request.getfixturevalue("name") if "name" in request.fixturenames else "fsdp2"
+    return launch(next(names for names in SETS if name in names))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +140,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], column: int) -> li
     return [abs(a[column] - b[column]) for a, b in zip(ours["curve"], theirs["curve"], strict=True)]
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@ONE_BY_ONE
 def test_16_bit_phase_agrees_for_20_steps(name: str, two_ranks: dict[str, Any], single: dict[str, Any]) -> None:
     ours, theirs = two_ranks[f"{name}/16-bit"], single["16-bit"]
     assert max(differences(ours, theirs, 0)) < 1e-5
@@ -134,7 +148,7 @@ def test_16_bit_phase_agrees_for_20_steps(name: str, two_ranks: dict[str, Any], 
     assert any(norm > OPTIMIZER.max_grad_norm for _, norm in theirs["curve"])  # clipping took part
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@ONE_BY_ONE
 def test_ternary_phase_starts_equal(name: str, two_ranks: dict[str, Any], single: dict[str, Any]) -> None:
     ours, theirs = two_ranks[f"{name}/ternary"], single["ternary"]
     assert ours["codes"].keys() == theirs["codes"].keys()
@@ -155,7 +169,7 @@ def envelope(single: dict[str, Any]) -> float:
     return max(max(differences(run, single["ternary"], 0)) for run in nudged)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@ONE_BY_ONE
 def test_ternary_phase_stays_inside_the_envelope(
     name: str, two_ranks: dict[str, Any], single: dict[str, Any], envelope: float
 ) -> None:
@@ -185,28 +199,29 @@ def test_every_engine_computes_in_the_compute_dtype() -> None:
 # State
 
 
-def initial_weights() -> dict[str, Any]:
+def initial_weights(names: tuple[str, ...]) -> dict[str, Any]:
     results = {}
-    for name in ENGINES:
+    for name in names:
         for dtype in (torch.float32, torch.bfloat16):
             engine = build(name, dtype)
             results[f"{name}/{dtype}"] = gathered(engine, "weight")
     return results
 
 
+@IN_SETS
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_initial_weights_are_bitwise_the_same_on_any_number_of_ranks(world_size: int) -> None:
+def test_initial_weights_are_bitwise_the_same_on_any_number_of_ranks(world_size: int, names: tuple[str, ...]) -> None:
     plain = Transformer(MODEL)
     initialize_(plain, 0)
-    for name, weights in run_group(world_size, initial_weights)[0].items():
+    for name, weights in run_group(world_size, initial_weights, names)[0].items():
         for parameter, value in plain.named_parameters():
             assert torch.equal(weights[parameter], value), f"{name}: {parameter}"
 
 
-def skipped_steps() -> dict[str, Any]:
+def skipped_steps(names: tuple[str, ...]) -> dict[str, Any]:
     """Per engine: what a poisoned step reports, whether it changed anything, and the step after it."""
     results: dict[str, Any] = {}
-    for name in ENGINES:
+    for name in names:
         for dtype in (torch.float32, torch.bfloat16):
             engine = build(name, dtype)
             twin = build(name, dtype)
@@ -223,8 +238,9 @@ def skipped_steps() -> dict[str, Any]:
     return results
 
 
-def test_a_non_finite_step_changes_nothing_on_any_rank() -> None:
-    for rank in run_group(2, skipped_steps):
+@IN_SETS
+def test_a_non_finite_step_changes_nothing_on_any_rank(names: tuple[str, ...]) -> None:
+    for rank in run_group(2, skipped_steps, names):
         for name, (skipped, unchanged, next_step, updates) in rank.items():
             assert skipped == 1, name
             assert unchanged, name
@@ -232,11 +248,11 @@ def test_a_non_finite_step_changes_nothing_on_any_rank() -> None:
             assert updates == [2.0], name  # two steps were taken; also: no engine begins at step 1
 
 
-def written_weights() -> dict[str, Any]:
+def written_weights(names: tuple[str, ...]) -> dict[str, Any]:
     """Write weights through the shards after a step, and look at what the forward pass then sees."""
     results = {}
     tokens, labels = batch(0)
-    for name in ENGINES:
+    for name in names:
         for dtype in (torch.float32, torch.bfloat16):
             engine = build(name, dtype)
             first = engine.forward(tokens, labels).loss.item()
@@ -247,8 +263,9 @@ def written_weights() -> dict[str, Any]:
     return results
 
 
-def test_written_weights_reach_the_forward_pass() -> None:
-    for name, (first, moved, restored) in run_group(2, written_weights)[0].items():
+@IN_SETS
+def test_written_weights_reach_the_forward_pass(names: tuple[str, ...]) -> None:
+    for name, (first, moved, restored) in run_group(2, written_weights, names)[0].items():
         assert moved != first, name
         assert restored == first, name
 

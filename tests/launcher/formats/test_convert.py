@@ -317,7 +317,7 @@ def convert_when_told(source: str, target: str, into: str, reads: Any, may_read:
 
     def wait_and_read(*arguments: Any) -> Any:
         reads.set()
-        may_read.wait()
+        may_read.wait(100)
         return read(*arguments)
 
     Source.read_finite = wait_and_read  # type: ignore[method-assign]
@@ -336,7 +336,8 @@ def test_two_conversions_to_one_target_at_once(runs: Path, tmp_path: Path, into:
             tritrain("convert", runs / "trunk", "--to", tmp_path / "to", "--format", into)
     finally:
         may_read.set()
-        first.join()
+        first.join(100)
+        first.kill()
     assert first.exitcode == 0
     assert len(reader(tmp_path / "to").shapes) == 20
     assert (tmp_path / "to" / "provenance.json").is_file()

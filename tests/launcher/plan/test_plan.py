@@ -400,9 +400,10 @@ def test_the_numbers_of_a_plan_by_hand():
     assert numbers["total_flops"] == 33_984 * 192 * 10
     assert (numbers["ranks"], numbers["micro_batches_per_step"], numbers["sequences_per_step"]) == (4, 3, 24)
     assert (numbers["tokens_per_step"], numbers["total_steps"], numbers["total_tokens"]) == (192, 10, 1920)
+    about = {"objective": "next-token", "peak_learning_rate": 0.01}
     assert numbers["phases"] == [
-        {"precision": "16-bit", "objective": "next-token", "first_step": 0, "steps": 4, "tokens": 768},
-        {"precision": "ternary", "objective": "next-token", "first_step": 4, "steps": 6, "tokens": 1152},
+        {"precision": "16-bit", **about, "first_step": 0, "steps": 4, "tokens": 768},
+        {"precision": "ternary", **about, "first_step": 4, "steps": 6, "tokens": 1152},
     ]
     assert numbers["checkpoint_bytes"] == checkpoint_bytes(plan_of()) == 12 * 5456
     assert numbers["total_bytes_per_rank"] == pytest.approx(sum(numbers["bytes_per_rank"].values()), abs=2)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from places import ROOT, SUPPORT
+from ranks import IN_FORK_SERVER, PRELOADED
 
 from launcher.config.file import apply_override, parse_config
 from launcher.plan.memory import zero3_held_parameters
@@ -184,7 +185,10 @@ def check_counted(jobs):
         pytest.skip("needs `unshare` and the right to make a network namespace")
     command = [*NAMESPACE, sys.executable, "-W", "ignore", str(COUNTING), json.dumps(jobs)]
     root = str(COUNTING.parents[1])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=480, env=os.environ | {"PYTHONPATH": root})
+    environment = {key: value for key, value in os.environ.items() if key != IN_FORK_SERVER} | {"PYTHONPATH": root}
+    if all(engine["name"] == "fsdp2" for _, engine, _ in jobs):
+        environment[PRELOADED] = "tiny launcher.engine.fsdp launcher.engine.build"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(rows) == 2 * len(jobs)  # of a 16-bit phase, and of a ternary one

@@ -70,14 +70,17 @@ def test_a_rank_that_another_process_is_already_is_refused_while_that_lives(monk
     store = dist.HashStore()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    with subprocess.Popen(["sleep", "600"]) as other:
+    other = subprocess.Popen(["sleep", "600"])
+    try:
         with monkeypatch.context() as of_other:
             of_other.setattr(os, "getpid", lambda: other.pid)
             assert [peer["pid"] for peer in meet(store, 0, 1, 5)] == [other.pid]
         named = rf"process {other.pid} on .* has come as rank 0 to 127.0.0.1:29500 .* Set MASTER_PORT"
         with pytest.raises(StartError, match=named):
             meet(store, 0, 1, 5)
+    finally:
         other.kill()
+        other.wait(20)
     # One that has ended, as in a container that is started again, leaves its place to the next.
     assert [peer["pid"] for peer in meet(store, 0, 1, 5)] == [os.getpid()]
 
@@ -112,12 +115,12 @@ def test_a_rank_that_is_early_waits_for_the_round_of_the_first() -> None:
     before = open_round(store, 2)
     assert join_round(store, 1, 5) == before
     found: list[str] = []
-    early = threading.Thread(target=lambda: found.append(join_round(store, 1, 10)))
+    early = threading.Thread(target=lambda: found.append(join_round(store, 1, 10)), daemon=True)
     early.start()
     time.sleep(0.5)
     assert found == []
     now = open_round(store, 2)
-    early.join()
+    early.join(20)
     assert found == [now]
 
 

@@ -24,7 +24,9 @@ from launcher.process.exchange import gather_values, value_of_first
 from launcher.process.ranks import process_group
 with process_group(60) as ranks:
     Path(sys.argv[1], f"met-{ranks.rank}").write_text(str(os.getpid()))
-    while not Path(sys.argv[1], "go").exists():
+    for _ in range(6000):
+        if Path(sys.argv[1], "go").exists():
+            break
         time.sleep(0.02)
     assert gather_values([ranks.rank]) == [[0], [1]]
     assert value_of_first({"from": ranks.rank}) == {"from": 0}
@@ -66,7 +68,9 @@ def no_orphans() -> Iterator[None]:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
         process.kill()
-        process.communicate()
+        process.wait(20)
+        assert process.stdout is not None
+        process.stdout.close()  # not read to its end: a rank that is left may hold the other one
     STARTED.clear()
 
 
@@ -115,35 +119,43 @@ class Payload:
 
 
 ATTACK = """
-import base64, socket, sys
+import base64, os, signal, socket, sys, time
 from datetime import timedelta
 import torch.distributed as dist
-port, payload = int(sys.argv[1]), bytes.fromhex(sys.argv[2])
-client = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=2))
-keys = client.list_keys()
-for run_id in ("tritrain", "none", "torchelastic", "", *keys):
-    client.set(f"torch.rendezvous.{run_id}", base64.b64encode(payload))
-for key in keys:
-    if "beat" in key or "here" in key:
-        client.set(key, payload)
-print("has written to", len(keys), "keys")
-with socket.create_connection(("127.0.0.1", port)) as connection:
-    connection.sendall(payload)
+payload, ports = bytes.fromhex(sys.argv[1]), [int(port) for port in sys.argv[2:]]
+
+def attack(port):
+    client = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=2))
+    keys = client.list_keys()
+    for run_id in ("tritrain", "none", "torchelastic", "", *keys):
+        client.set(f"torch.rendezvous.{run_id}", base64.b64encode(payload))
+    for key in keys:
+        if "beat" in key or "here" in key:
+            client.set(key, payload)
+    print("has written to", len(keys), "keys", flush=True)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(payload)
+
+attackers = []
+for port in ports:
+    attackers.append(os.fork())
+    if attackers[-1] == 0:
+        try:
+            attack(port)
+        finally:
+            os._exit(0)
+attackers.remove(os.wait()[0])
+time.sleep(1)
+for attacker in attackers:
+    os.kill(attacker, signal.SIGKILL)  # a client of what is no store waits for ever
 """
 """What a client without credentials can do to whatever listens there: write keys, and send bytes."""
 
 
 def attack(ports: Iterable[int], payload: bytes) -> str:
-    """Attack all ports for some seconds; returns what came of it."""
-    commands = [[sys.executable, "-c", ATTACK, str(port), payload.hex()] for port in ports]
-    attackers = [subprocess.Popen(command, stdout=-1, stderr=subprocess.DEVNULL, text=True) for command in commands]
-    deadline = time.monotonic() + 60
-    while all(attacker.poll() is None for attacker in attackers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1)
-    for attacker in attackers:
-        attacker.kill()  # a client of what is no store waits for ever
-    return "".join(attacker.communicate()[0] for attacker in attackers)
+    """Attack all ports at once for some seconds; returns what came of it."""
+    command = [sys.executable, "-c", ATTACK, payload.hex(), *map(str, ports)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
 def test_a_stranger_runs_nothing(tmp_path: Path) -> None:

@@ -94,6 +94,34 @@ def test_the_page_of_one_run_has_everything_in_order(tmp_path):
     assert "throughput-model-flops-utilization-run-0" not in page.ids
 
 
+def test_rates_of_another_order_are_on_a_log_scale(tmp_path):
+    run = make_run(tmp_path / "run", phase_steps=(40, 40))
+    write_report([run], tmp_path / "report.html")
+    assert "Learning rate (log scale)" not in parse(tmp_path / "report.html").text
+    lines = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["phase"] and "train/learning_rate" in row:
+            row["train/learning_rate"] = 1e-6
+        lines.append(json.dumps(row) + "\n")
+    (run / "metrics.jsonl").write_text("".join(lines))
+    write_report([run], tmp_path / "report.html")
+    assert "Learning rate (log scale)" in parse(tmp_path / "report.html").text
+
+
+def test_samples_are_side_by_side(tmp_path):
+    run = make_run(tmp_path / "run", phase_steps=(20, 20), completion=" was\n<b>")
+    write_report([run], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    _, _, samples = text.partition('<div class="samples">')
+    samples, _, _ = samples.partition("</div>")
+    pre = '<pre class="sample"><b>Once upon a time there</b> was\n&lt;b&gt;</pre>'
+    assert samples.split("<figure>")[1:] == [
+        f"<figcaption>16-bit, step 20</figcaption>{pre}</figure>\n",
+        f"<figcaption>ternary, step 40</figcaption>{pre}</figure>\n",
+    ]
+
+
 def test_averaged_weights_have_a_line_and_a_column_where_there_are_some(tmp_path):
     plain, averaged = (make_run(tmp_path / name, name=name) for name in ("plain", "averaged"))
     metrics = averaged / "metrics.jsonl"

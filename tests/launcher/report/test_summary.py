@@ -162,7 +162,7 @@ def test_a_file_of_a_run_that_holds_no_mapping_is_named(tmp_path, name):
 
 WRONG = {
     "config.yaml": ["\xff", "run: 5", "engine: [a]", "phase_steps: x", "phase_steps: [4, x]", "run: [", "5"],
-    "summary.json": ['{"sample": 5}', '{"sample": {"prompt": 5}}', '{"elapsed_seconds": "x"}', '{"num_ranks": "x"}'],
+    "summary.json": ['{"elapsed_seconds": "x"}', '{"num_ranks": "x"}'],
     "metrics.jsonl": [
         f'{{"step": 1, "tokens": 1, "phase": 0, "precision": "16-bit"{more}}}\n'
         for more in (', "step": "x"', ', "step": 1e400', ', "tokens": null', f', "phase": {10**30}', ', "phase": -1',

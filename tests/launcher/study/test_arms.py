@@ -97,6 +97,17 @@ def test_a_baseline_learns_what_its_arm_learns(tmp_path, objective):
                 assert (mine.objective, mine.preference) == (of_arm.objective, of_arm.preference)
 
 
+def test_a_baseline_has_the_rates_of_its_arm(tmp_path):
+    """Schedules and peaks of phases, also with the step that follows a rounding."""
+    baselines = ["16-bit", "scratch", "post-training"]
+    own = ["phases.1.schedule={shape: cosine, warmup_steps: 1}", "phases.1.learning_rate=1e-5"]
+    for overrides in (own, own[:1], own[1:], ["schedule={shape: constant}"]):
+        *found, arm = (each.plan for each in arms_of(tmp_path, overrides=overrides, switch=[0.5], baselines=baselines))
+        expected = [arm.learning_rate_at(step) for step in range(arm.total_steps)]
+        for plan in found:
+            assert [plan.learning_rate_at(step) for step in range(arm.total_steps)] == expected
+
+
 def test_a_baseline_has_no_rates_of_its_own_for_what_it_lacks(tmp_path):
     base = {"optimizer": {"learning_rate": 1e-3, "ternary_learning_rate_factor": 2.0, "weight_decay_until": "ternary"}}
     twin, scratch, _ = arms_of(tmp_path, base | {"averaging": {"half_life_tokens": 1024}})

@@ -107,6 +107,7 @@ def test_what_influences_the_weights_is_not_shared(override: str) -> None:
         "phases.1.transition.data=restart",
         "phases.1.sources=[{path: other}]",
         "phases.1.sequence_length=16",
+        "phases.1.learning_rate=1e-5",
         "optimizer.weight_decay_until=ternary",
     ],
 )
@@ -126,6 +127,23 @@ def test_arms_share_as_far_as_their_data_are_the_same() -> None:
     three += "{precision: ternary, steps: 20}]"
     back = "phases.2.sources=[{path: shards}]"
     assert shared(arm("a", WSD, three), arm("b", WSD, three, back)) == 20
+
+
+def test_schedules_of_phases_share_as_far_as_their_rates_are_equal() -> None:
+    own = [WSD, "phases.1.schedule={shape: constant, warmup_steps: 3}"]
+    # The schedule of the run ends where that of the phase begins: other rates from the decay of 5 steps on.
+    assert shared(arm("a", WSD), arm("b", *own)) == 16
+    assert shared(arm("a", *own), arm("b", *own, "phases.1.learning_rate=1e-5")) == 20
+    # Warm-ups of three steps and the first step after them are the same.
+    cosine = "phases.1.schedule={shape: cosine, warmup_steps: 3}"
+    assert shared(arm("a", *own), arm("b", WSD, cosine)) == 24
+    assert shared(arm("a", *own, switch=20), arm("b", *own, switch=24)) == 16
+
+
+def test_arms_that_begin_with_other_models_share_nothing() -> None:
+    begin = ["checkpoint.start_from=model", "model.sub_norm=true"]
+    arms = [arm("a", WSD, *begin, f"checkpoint.sub_norm_sequences={number}") for number in (4, 8)]
+    assert shared(*arms) == 0
 
 
 def test_a_short_stretch_is_not_worth_a_trunk() -> None:

@@ -102,7 +102,7 @@ def test_an_untrained_model_is_measured_by_the_first_rows_the_same_on_any_number
 
 
 def test_a_sample_that_cannot_be_drawn_is_an_error_that_training_reports(shards, tmp_path):
-    plan = plan_of(shards, tmp_path, sample_prompt="a", sample_tokens=4)
+    plan = plan_of(shards, tmp_path, sample_prompts=["a"], sample_tokens=4)
     held_out = HeldOut(plan, ALONE, SimpleNamespace(tokenizer_path=shards / "tokenizer.model"))
     broken = SimpleNamespace(logits=lambda tokens_BT: torch.full((*tokens_BT.shape, 320), math.nan))
     with pytest.raises(USER_ERRORS, match="the logits of the next token are not finite"):
@@ -118,17 +118,17 @@ def test_a_sample_keeps_the_space_after_its_prompt(shards, tmp_path):
         model_type="bpe", byte_fallback=True, add_dummy_prefix=True, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spaces.model"))
-    plan = plan_of(shards, tmp_path, sample_prompt="no", sample_tokens=1)
+    plan = plan_of(shards, tmp_path, sample_prompts=["no"], sample_tokens=1)
     held_out = HeldOut(plan, ALONE, SimpleNamespace(tokenizer_path=tmp_path / "spaces.model"))
     [word] = pieces.encode("yes")
     certain = torch.nn.functional.one_hot(torch.tensor(word), 320) * 1e4
-    sample = held_out.sample(SimpleNamespace(logits=lambda tokens_BT: certain.expand(*tokens_BT.shape, 320)))
-    assert sample["completion"] == " yes"
+    [sample] = held_out.sample(SimpleNamespace(logits=lambda tokens_BT: certain.expand(*tokens_BT.shape, 320)))
+    assert sample[1] == " yes"
 
 
 def sample_with_a_tokenizer_on_the_first_host_alone(rank, world_size, shards, out):
     """What each rank raises, or the number of its calls of the model, which are collectives."""
-    plan = plan_of(Path(shards), Path(out), sample_prompt="a", sample_tokens=4)
+    plan = plan_of(Path(shards), Path(out), sample_prompts=["a"], sample_tokens=4)
     path = Path(shards) / "tokenizer.model" if rank == 0 else Path(out) / "none.model"
     held_out = HeldOut(plan, Ranks(rank, world_size, rank, torch.device("cpu")), SimpleNamespace(tokenizer_path=path))
     calls = []

@@ -113,7 +113,11 @@ def check_run(out: Path, shards: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("engines", "num_ranks"),
-    [(["fsdp2"], 1), (["zero-2"], 2), pytest.param(["fsdp2", "zero-3"], 2, marks=pytest.mark.slow)],
+    [
+        (["zero-2"], 2),
+        pytest.param(["fsdp2"], 1, marks=pytest.mark.slow),
+        pytest.param(["fsdp2", "zero-3"], 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_reads_its_mixtures_however_often_it_is_stopped(
     shards: Path, other: Path, tmp_path: Path, engines: list[str], num_ranks: int

@@ -20,7 +20,7 @@ from launcher.config.file import parse_config
 from launcher.plan.plan import make_plan
 from launcher.process.ranks import Ranks
 from launcher.run.metrics_log import read_metrics
-from launcher.run.row_losses import ROW_LOSSES, keep_row_losses, note_row_losses, read_row_losses
+from launcher.run.row_losses import ROW_LOSSES, keep_until, note_row_losses, read_row_losses
 from launcher.training.held_out import HeldOut
 
 ROWS = 5
@@ -86,11 +86,11 @@ def test_a_run_keeps_them_at_the_ends_of_its_phases(shards: Path, tmp_path: Path
 def test_rows_beyond_the_place_where_a_run_goes_on_are_dropped(tmp_path: Path) -> None:
     for step, phase, when in [(4, 0, "end of phase"), (4, 1, "start of phase"), (8, 1, "end of phase")]:
         note_row_losses(tmp_path, {"step": step, "phase": phase, "when": when}, [step + 0.12344, 1.0], [3, 3])
-    keep_row_losses(tmp_path, step=6, phase=1)
+    keep_until(tmp_path / ROW_LOSSES, step=6, phase=1)
     assert read_row_losses(tmp_path, phase=1, when="end of phase") is None
     found = read_row_losses(tmp_path, phase=1, when="start of phase")
     assert found is not None
     assert found.nats.tolist() == [4.1234, 1.0]
     assert found.tokens.tolist() == [3, 3]
-    keep_row_losses(tmp_path, step=0, phase=0)
+    keep_until(tmp_path / ROW_LOSSES, step=0, phase=0)
     assert (tmp_path / ROW_LOSSES).read_text() == ""

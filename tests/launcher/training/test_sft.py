@@ -212,7 +212,7 @@ def one_start(text: str, chats: str, out: str, phases: Any) -> None:
 
 def test_a_sample_is_the_answer_to_a_question(folders: tuple[str, str], tmp_path: Path) -> None:
     """Written as the template does, up to the token that ends an answer."""
-    asked = {"sample_prompt": "why", "sample_tokens": 4}
+    asked = {"sample_prompts": ["why"], "sample_tokens": 4}
     tokenizer = load_tokenizer(Path(folders[0]) / "tokenizer.json")
     written = tokenizer.encode_special("hi<|im_end|>x")
     seen = []
@@ -223,8 +223,8 @@ def test_a_sample_is_the_answer_to_a_question(folders: tuple[str, str], tmp_path
 
     config = config_of(*folders, tmp_path / "run", evaluation=asked)
     held_out = HeldOut(plan := make_plan(config, 1), ALONE, open_data(plan, ALONE, 0))
-    sample = held_out.sample(SimpleNamespace(logits=logits))
+    [sample] = held_out.sample(SimpleNamespace(logits=logits))
     prompt = "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"
-    assert sample == {"prompt": prompt, "completion": "hi"}
+    assert sample == (prompt, "hi")
     expected = tokenizer.encode_special(prompt)
     assert seen[0][: len(expected)].tolist() == expected

@@ -50,38 +50,39 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 # What it changes
 
 
-ENGINE_NAMES = ("fsdp2", "hsdp", "zero-2", "zero-3")
+SETS = {"fsdp2": ("fsdp2", "zero-3"), "zero-2": ("zero-2", "hsdp")}
+"""By an engine whose runs are compared bit for bit: those whose runs agree with one process."""
 
 
-def on_two_ranks(shards: str, out: str) -> None:
+def on_two_ranks(shards: str, out: str, name: str) -> None:
     """All runs that the next tests compare, in one launch."""
-    for name in ("fsdp2", "zero-2"):
-        for kind, distillation in (("plain", None), ("weight-0", {"weight": 0.0})):
-            run(config_of(shards, Path(out) / name / kind, distillation, engine=ENGINES[name]))
-    on_engines(shards, out, ENGINE_NAMES)
-    in_pieces(shards, out, {"fsdp2": [3, 2], "zero-2": [5]})  # right at the transition, and behind it
+    for kind, distillation in (("plain", None), ("weight-0", {"weight": 0.0})):
+        run(config_of(shards, Path(out) / name / kind, distillation, engine=ENGINES[name]))
+    on_engines(shards, out, SETS[name])
+    in_pieces(shards, out, name, [3, 2] if name == "fsdp2" else [5])  # right at the transition, and after it
 
 
-@pytest.fixture(scope="module")
-def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["fsdp2", pytest.param("zero-2", marks=pytest.mark.slow)])
+def runs(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """An engine, and its runs."""
     out = tmp_path_factory.mktemp("distilled")
-    run_group(2, on_two_ranks, str(shards), str(out))
-    return out
+    run_group(2, on_two_ranks, str(shards), str(out), request.param)
+    return request.param, out
 
 
-def test_weight_0_is_bitwise_the_run_without_a_teacher(runs: Path) -> None:
-    for name in ("fsdp2", "zero-2"):
-        plain, taught = runs / name / "plain", runs / name / "weight-0"
-        keys = ("train/loss", "train/grad_norm", "quant/strength")
-        assert rows(plain, *keys) == rows(taught, *keys)
-        ours, theirs = weights(taught, 7), weights(plain, 7)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-        assert rows(plain, *LOSS_PARTS) == [[None] * 3] * 7
-        parts = rows(taught, "train/loss", *LOSS_PARTS)
-        assert all(loss == nll and relation == 0 for loss, nll, _, relation in parts[3:])
-        # At a strength of 0, the first step's, the student is its teacher; then it is not any more.
-        assert parts[3][2] == 0
-        assert all(kl > 0 for _, _, kl, _ in parts[4:])
+def test_weight_0_is_bitwise_the_run_without_a_teacher(runs: tuple[str, Path]) -> None:
+    name, out = runs
+    plain, taught = out / name / "plain", out / name / "weight-0"
+    keys = ("train/loss", "train/grad_norm", "quant/strength")
+    assert rows(plain, *keys) == rows(taught, *keys)
+    ours, theirs = weights(taught, 7), weights(plain, 7)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert rows(plain, *LOSS_PARTS) == [[None] * 3] * 7
+    parts = rows(taught, "train/loss", *LOSS_PARTS)
+    assert all(loss == nll and relation == 0 for loss, nll, _, relation in parts[3:])
+    # At a strength of 0, the first step's, the student is its teacher; then it is not any more.
+    assert parts[3][2] == 0
+    assert all(kl > 0 for _, _, kl, _ in parts[4:])
 
 
 def on_engines(shards: str, out: str, names: tuple[str, ...]) -> None:
@@ -90,42 +91,42 @@ def on_engines(shards: str, out: str, names: tuple[str, ...]) -> None:
         run(config_of(shards, Path(out) / name / "taught", distillation, engine=ENGINES[name]))
 
 
-def test_engines_agree_with_a_single_process(shards: Path, runs: Path, tmp_path: Path) -> None:
+def test_engines_agree_with_a_single_process(shards: Path, runs: tuple[str, Path], tmp_path: Path) -> None:
+    compared, out = runs
     run_group(1, on_engines, str(shards), str(tmp_path), ("fsdp2",))
     # Up to the second ternary step; from there on rounding to codes lets tiny differences grow.
     keys = ("train/loss", *LOSS_PARTS, "train/grad_norm")
     expected = rows(tmp_path / "fsdp2" / "taught", *keys)[3:5]
     assert all(value > 0 for value in expected[1])
-    for name in ENGINE_NAMES:
-        for ours, theirs in zip(rows(runs / name / "taught", *keys)[3:5], expected, strict=True):
+    for name in SETS[compared]:
+        for ours, theirs in zip(rows(out / name / "taught", *keys)[3:5], expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5), name
     total, nll, kl, relation, _ = expected[1]
     assert total == pytest.approx(nll + 0.1 * 4 * kl + 0.5 * relation, abs=1e-5)
 
 
-def in_pieces(shards: str, out: str, stops: dict[str, list[int]]) -> None:
-    for name, pieces in stops.items():
-        distillation = {"relation_weight": 0.1}
-        for kind in ("whole", "pieces"):
-            config = config_of(
-                shards,
-                Path(out) / name / kind,
-                distillation,
-                engine=ENGINES[name],
-                training={"compute_dtype": "bf16", "activation_checkpointing": True},
-            )
-            for steps in pieces if kind == "pieces" else []:
-                assert run(config, steps) == "interrupted"
-            assert run(config) == "complete"
+def in_pieces(shards: str, out: str, name: str, pieces: list[int]) -> None:
+    distillation = {"relation_weight": 0.1}
+    for kind in ("whole", "pieces"):
+        config = config_of(
+            shards,
+            Path(out) / name / kind,
+            distillation,
+            engine=ENGINES[name],
+            training={"compute_dtype": "bf16", "activation_checkpointing": True},
+        )
+        for steps in pieces if kind == "pieces" else []:
+            assert run(config, steps) == "interrupted"
+        assert run(config) == "complete"
 
 
-def test_resume_in_mid_distillation_is_bitwise(runs: Path) -> None:
-    for name in ("fsdp2", "zero-2"):
-        whole, pieces = runs / name / "whole", runs / name / "pieces"
-        keys = ("train/loss", "train/grad_norm", *LOSS_PARTS)
-        assert rows(whole, *keys) == rows(pieces, *keys)
-        ours, theirs = weights(pieces, 7), weights(whole, 7)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+def test_resume_in_mid_distillation_is_bitwise(runs: tuple[str, Path]) -> None:
+    name, out = runs
+    whole, pieces = out / name / "whole", out / name / "pieces"
+    keys = ("train/loss", "train/grad_norm", *LOSS_PARTS)
+    assert rows(whole, *keys) == rows(pieces, *keys)
+    ours, theirs = weights(pieces, 7), weights(whole, 7)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def reads_between_steps(shards: str, out: str) -> list[int]:

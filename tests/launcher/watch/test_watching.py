@@ -179,7 +179,7 @@ def end(job: Job) -> None:
     for process in job.processes:
         if process.exitcode is None:
             process.kill()
-        process.join()
+        process.join(20)
 
 
 def failure(job: Job) -> str:
