@@ -12,7 +12,7 @@ def ngrams_of_sets(names: Sequence[str], task_data: str | None) -> NGrams | None
     """The n-grams of evaluation sets; None if none are named.
 
     Args:
-        names: of tasks, as `tritrain evaluate` has them, and of files, folders and data sets with examples.
+        names: of tasks, as `tritrain eval` has them, and of files, folders and data sets with examples.
         task_data: folder of local copies of the tasks' data; None loads these from the hub.
 
     Raises:
