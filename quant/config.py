@@ -31,7 +31,10 @@ OUTPUTS = ("o_proj", "down_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """The quantization of a ternary phase."""
+    """The quantization of a ternary phase.
+
+    In Python, begin with `PRESETS[NAME]` and `dataclasses.replace`: only a configuration file fills in a preset's keys.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
