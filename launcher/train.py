@@ -78,8 +78,6 @@ def train(
                 draw_samples(run)
             result = take_step(run)
             due = timetable.after(at.step, phase, ranks)
-            if due.logging and run.telemetry is not None:
-                run.meter.write_rows(run.telemetry.collect())  # before the row of this step: a log goes forward
             if due.logging:
                 log_steps(run, result)
             if due.phase_ends:
@@ -93,6 +91,8 @@ def train(
             if due.saving:
                 save(run, milestone=due.phase_ends, must=due.phase_ends or due.stopping)
                 timetable.saved()
+            if due.logging and run.telemetry is not None:
+                run.meter.write_rows(run.telemetry.collect())
             if due.evaluating:
                 evaluate(run)
                 timetable.evaluated()

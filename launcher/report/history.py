@@ -127,7 +127,7 @@ def read_history(path: Path, name: str) -> History:
         if not (isinstance(layers, dict) and all(isinstance(figures, list) for figures in layers.values())):
             raise LogError(f"{path}:{line_number}: quant/layers is {str(layers)[:40]!r}, which no run writes")
         step, seen, phase, precision = (row.pop(key) for key in ROW)
-        is_late = "quant/since_step" in row  # earlier versions wrote telemetry after the losses of later steps
+        is_late = "quant/since_step" in row  # telemetry is collected after the losses of later steps
         if steps and (step, phase) < (steps[-1], phases[-1]) and not is_late:
             first = next(n for n in range(len(steps)) if (steps[n], phases[n]) >= (step, phase))
             for rows, values in columns.values():

@@ -98,8 +98,8 @@ def test_there_is_no_transition_without_losses_on_both_sides():
     assert find_transitions(replace(history_of({"16-bit": [2.0], "ternary": [2.0]}), series={})) == ()
 
 
-def test_telemetry_that_was_written_late_takes_no_losses_away(tmp_path):
-    """Earlier versions wrote it after the losses of later steps."""
+def test_telemetry_takes_no_losses_away(tmp_path):
+    """It is collected after the losses of later steps, and after a checkpoint."""
     about = {"tokens": 0, "phase": 0, "precision": "ternary"}
     rows = [
         *({"step": step, **about, "train/learning_rate": 1e-3, "train/loss": float(step)} for step in (10, 20)),
