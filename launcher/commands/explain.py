@@ -52,8 +52,9 @@ def find_key(name: str, keys: list[Key]) -> Key:
     if exact := [key for key in keys if without_indexes(key.path) == wanted]:
         return exact[0]
     ending = [key for key in keys if without_indexes(key.path).endswith(f".{wanted}")]
-    if len(ending) == 1:
-        return ending[0]
+    of_run = [key for key in ending if not key.path.startswith("phases.")]  # a phase may change what a run says
+    if len(chosen := of_run or ending) == 1:
+        return chosen[0]
     if ending:
         raise ConfigError(f"{name}: is the end of several keys; choose {', '.join(key.path for key in ending)}")
     by_path = {without_indexes(key.path): key.path for key in keys}

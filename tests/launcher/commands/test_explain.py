@@ -50,7 +50,8 @@ def test_an_index_may_be_any_or_none(capsys, name):
 
 
 def test_the_end_of_a_path_is_enough_where_it_is_unique(capsys):
-    assert said(capsys, "warmup_steps").startswith("schedule.warmup_steps: ")
+    assert said(capsys, "rewarm_tokens").startswith("phases.N.transition.rewarm_tokens: ")
+    assert said(capsys, "warmup_steps").startswith("schedule.warmup_steps: ")  # the run's before a phase's
     message = refusal("interval_steps")
     assert message.startswith("interval_steps: is the end of several keys; choose checkpoint.interval_steps, ")
 
