@@ -100,13 +100,19 @@ def switch_figure(groups: Sequence[Group]) -> "Figure":
 
 
 def _fit_means(axes: "Axes", groups: Sequence[Group], value_of: Callable[[Group], Estimate | None]) -> None:
-    """Fit an axis to the means; intervals may leave it, and post-training does if it is far off, with a note."""
-    means = {group: found.mean for group in groups if (found := value_of(group)) is not None}
+    """Fit an axis to the means, and to an interval of middle length, so that noise looks like noise.
+
+    Longer intervals may leave it, and post-training does if it is far off, with a note.
+    """
+    values = {group: found for group in groups if (found := value_of(group)) is not None}
+    means = {group: found.mean for group, found in values.items()}
     near = [mean for group, mean in means.items() if group.baseline != POST_TRAINING]
     if not near:
         return
-    size = max(near) - min(near) or 0.1
-    low, high = min(near) - 0.3 * size, max(near) + 0.3 * size
+    lengths = [(found.high or 0.0) - (found.low or 0.0) for found in values.values() if found.has_interval]
+    middle, spread = (max(near) + min(near)) / 2, max(near) - min(near)
+    size = max(1.6 * spread, 1.2 * float(np.median(lengths)) if lengths else 0.0) or 0.16
+    low, high = middle - size / 2, middle + size / 2
     far = sorted(mean for group, mean in means.items() if group.baseline == POST_TRAINING and mean > high)
     if far and far[-1] <= high + size:
         high, far = far[-1] + 0.15 * size, []

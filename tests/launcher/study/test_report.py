@@ -15,7 +15,7 @@ from launcher.errors import ConfigError
 from launcher.run.scores import RESULTS
 from launcher.study.analysis import dense_of, gaps_of, groups_of
 from launcher.study.arms import Arm
-from launcher.study.figures import gap_figure, switch_figure
+from launcher.study.figures import above_dense, gap_figure, switch_figure
 from launcher.study.loss_figure import loss_figure
 from launcher.study.page import study_page
 from launcher.study.reading import read_study
@@ -179,6 +179,23 @@ def test_the_figures_have_a_curve_for_each_arm_and_a_line_for_each_combination(w
     assert list(points) == pytest.approx([0.12, 0.06, 0.08])
     shares = next(line for line in gap_figure(groups).axes[0].lines if line.get_gid() == "gap-0").get_ydata()
     assert list(shares) == pytest.approx([40, 70, 60])
+
+
+def test_noise_looks_like_noise(tmp_path: Path) -> None:
+    """Points that differ by less than their intervals are not spread over the axis."""
+
+    def loss(arm: Arm) -> float:
+        if arm.point.get("baseline") == "16-bit":
+            return 3.0
+        return 3.1 + SEED[arm.point["seed"]] + {"20%": 0.001, "80%": 0.0}[arm.point["switch"]]
+
+    folder = make_study(tmp_path / "study", loss, switch=[0.2, 0.8], seeds=[0, 1, 2], baselines=["16-bit"])
+    groups = groups_of(read_study(folder))
+    above = switch_figure(groups).axes[2]
+    estimate = above_dense(next(group for group in groups if group.baseline == "none"), groups)
+    assert estimate is not None
+    low, high = above.get_ylim()
+    assert low <= (estimate.low or 0.0) < (estimate.high or 0.0) <= high
 
 
 def test_excess_is_over_the_twin_and_arms_are_matched_with_baselines_of_their_schedule(tmp_path: Path) -> None:
