@@ -8,8 +8,8 @@ Chats may hold any token anywhere. There a token that begins a document comes as
 
 On a GPU, flex attention (arXiv 2412.05496) skips blocks of tokens that see nothing of one another. All its tensors have
 shapes that do not depend on the documents, so that no step waits for the device; variable-length attention needs their
-number and lengths. It is tried once for each shape of heads, and left out where it fails or gives other values than a
-plain mask.
+number and lengths. Flex attention is tried once for each shape of heads, and left out where it fails or gives other
+values than a plain mask.
 
 Dimensions: B sequences, T tokens, S tokens of a block, N = ceil(T / S), H query heads, K key-value heads, E width
 of a head.
