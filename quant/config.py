@@ -31,10 +31,7 @@ OUTPUTS = ("o_proj", "down_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """The quantization of a ternary phase.
-
-    In Python, begin with `PRESETS[NAME]` and `dataclasses.replace`: only a configuration file fills in a preset's keys.
-    """
+    """The quantization of a ternary phase."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -139,7 +136,8 @@ PRESETS: dict[str, QuantConfig] = {
     # arXiv 2502.05003, with 8-bit activations by absmax in place of its own 1 to 4 bits.
     "quest": replace(BITNET, preset="quest", weights="gaussian", granularity="row", gradient="trust", hadamard="all"),
 }
-"""Published recipes by name."""
+"""Published recipes by name. In Python, begin with one of these: `QuantConfig(preset=...)` gives the other keys their
+defaults, since only the reader of configuration files fills in a preset's keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
