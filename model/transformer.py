@@ -128,14 +128,6 @@ class Attention(nn.Module):
                 q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=causal, enable_gqa=grouped
             )
         return self.o_proj(self.attn_sub_norm(out_BHTE.transpose(1, 2).flatten(-2)))
-        if grouped and x_BTD.dtype == torch.float32 and x_BTD.device.type == "cuda":
-            # No fused kernel shares keys in fp32; without one, T x T scores of every head are in memory.
-            k_BKTE, v_BKTE = (x.repeat_interleave(self.group_size, dim=1) for x in (k_BKTE, v_BKTE))
-            grouped = False
-        out_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=mask is None and before == 0, enable_gqa=grouped
-        )
-        return self.o_proj(self.attn_sub_norm(out_BHTE.transpose(1, 2).flatten(-2)))
 
 
 class MLP(nn.Module):
