@@ -269,10 +269,8 @@ def measure(run: LoopState, when: str) -> None:
     """Log the held-out loss of the weights and of their average."""
     live, rows_2R = run.held_out.measure_rows(run.engine)
     run.pulse.got_on()
-    averaged, of_pairs = (
-        run.held_out.measure_averaged(run.engine),
-        run.held_out.measure_preferences(run.engine, run.teacher),
-    )
+    averaged = run.held_out.measure_averaged(run.engine)
+    of_pairs = run.held_out.measure_preferences(run.engine, run.teacher)
     run.meter.evaluated(live, when, averaged=averaged, of_pairs=of_pairs)
     if when != "interval" and live is not None and run.ranks.is_first:
         at = {"step": run.at.step, "phase": run.at.phase, "when": when}

@@ -21,6 +21,7 @@ import numpy as np
 from data.config import Content
 from launcher.config.file import parse_yaml
 from launcher.errors import ConfigError, LogError
+from launcher.plan.objectives import LEARNED_FROM
 from launcher.process.console import human_count
 from launcher.report.history import (
     AVERAGED,
@@ -49,9 +50,6 @@ CONFIG_KINDS: Mapping[str, Any] = {
     "phases": list,
     "phases.*": dict,
 }
-CONTENTS: Mapping[Any, Content] = {"sft": "chats", "dpo": "pairs"}
-"""What phases of these objectives learn from; others from text."""
-
 
 SUMMARY_KINDS: Mapping[str, Any] = {
     "": dict,
@@ -167,7 +165,8 @@ def summarize(run: Path) -> RunSummary:
         config.get(key, empty) for key, empty in (("run", {}), ("engine", {}), ("phase_steps", []))
     )
     contents = {
-        index: CONTENTS.get(phase.get("objective"), "text") for index, phase in enumerate(config.get("phases") or [])
+        index: LEARNED_FROM.get(phase.get("objective"), "text")
+        for index, phase in enumerate(config.get("phases") or [])
     }
     name = str(of_run.get("name", run.name))
     history = read_history(metrics_path, name)

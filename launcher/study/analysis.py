@@ -161,6 +161,14 @@ def dense_of(group: Group, groups: Sequence[Group]) -> Group | None:
     return min(matching, key=_mean_loss, default=None)
 
 
+def distances(group: Group, groups: Sequence[Group]) -> dict[str, float]:
+    """Held-out loss of an arm above its 16-bit baseline's, by seed, in nats per token; empty without a baseline."""
+    dense = dense_of(group, groups)
+    if dense is None:
+        return {}
+    return {seed: loss - dense.losses[seed] for seed, loss in group.losses.items() if seed in dense.losses}
+
+
 def scratches_of(group: Group, groups: Sequence[Group]) -> list[Group]:
     """The ternary baselines from scratch that differ from an arm in the quantizer at most, the best one first."""
     dense = dense_of(group, groups)

@@ -28,10 +28,11 @@ from launcher.study.analysis import (
     against_best,
     best_of,
     dense_of,
+    distances,
     gaps_of,
 )
 from launcher.study.config import NO_BASELINE, POST_TRAINING
-from launcher.study.intervals import Estimate, paired
+from launcher.study.intervals import Estimate, mean_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,14 +125,12 @@ def _fit_means(axes: "Axes", groups: Sequence[Group], value_of: Callable[[Group]
 
 def above_dense(group: Group, groups: Sequence[Group]) -> Estimate | None:
     """The held-out loss of an arm minus its 16-bit baseline's, paired by seed."""
-    dense = dense_of(group, groups)
-    return None if dense is None or dense is group else paired(group.losses, dense.losses)
+    values = [*distances(group, groups).values()]
+    return mean_of(values) if values and dense_of(group, groups) is not group else None
 
 
 def mean_score(group: Group, tasks: Sequence[str]) -> Estimate | None:
     """The mean score of these tasks over the seeds that have all of them."""
-    from launcher.study.intervals import mean_of
-
     means = [
         sum(each.scores[task] for task in tasks) / len(tasks)
         for each in group.members

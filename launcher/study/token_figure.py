@@ -7,11 +7,11 @@ import numpy as np
 
 from launcher.process.console import human_count
 from launcher.report.plots import figure_of, styled
-from launcher.study.analysis import Group, dense_of
+from launcher.study.analysis import Group, dense_of, distances
 from launcher.study.config import POST_TRAINING
 from launcher.study.figures import BASELINE_STYLES, SIXTEEN, Line, arms_of, legend_of, line_name, line_style
 from launcher.study.intervals import Estimate, mean_of
-from launcher.study.token_fit import TokenFit, axis_of_tokens, distances, fit_tokens, ternary_tokens, without
+from launcher.study.token_fit import TokenFit, axis_of_tokens, fit_tokens, ternary_tokens, without
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

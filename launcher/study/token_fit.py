@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.study.analysis import Group, dense_of
+from launcher.study.analysis import Group
 from launcher.study.figures import Line, arms_of
 from launcher.study.intervals import Estimate, t_quantile
 from launcher.study.results import switch_step
@@ -34,7 +34,7 @@ class TokenFit:
     """Distance above the floor after one token, in nats per token."""
     exponent: Estimate
     floor: Estimate | None
-    """What no number of tokens removes, in nats per token; None where it is not told from 0."""
+    """What no number of tokens removes, in nats per token; None where it does not differ from 0 beyond noise."""
     spread: float
     """Standard deviation of the logarithms about the fit."""
 
@@ -72,14 +72,6 @@ def without(group: Group, axis: str) -> Line:
     return tuple((name, value) for name, value in group.point.items() if name != axis)
 
 
-def distances(group: Group, groups: Sequence[Group]) -> dict[str, float]:
-    """Held-out loss above the 16-bit baseline of as many tokens, by seed."""
-    dense = dense_of(group, groups)
-    if dense is None:
-        return {}
-    return {seed: loss - dense.losses[seed] for seed, loss in group.losses.items() if seed in dense.losses}
-
-
 def fit_tokens(points: Mapping[int, Sequence[float]]) -> TokenFit | str:
     """Fit the distances of one line of arms.
 
@@ -95,11 +87,10 @@ def fit_tokens(points: Mapping[int, Sequence[float]]) -> TokenFit | str:
     tokens_N, values_N = np.asarray(pairs, np.float64).T
     unit = math.exp(np.log(tokens_N).mean())  # tokens at which slope and level are independent
     plain = _power_law(tokens_N / unit, values_N)
-    floored = max((_with_floor(tokens_N / unit, values_N, start) for start in (0.2, 0.5, 0.9)), key=lambda fit: -fit[1])
+    floored = min((_with_floor(tokens_N / unit, values_N, start) for start in (0.2, 0.5, 0.9)), key=lambda fit: fit[1])
     degrees = len(pairs) - 3
-    is_better = (
-        plain[1] - floored[1] > t_quantile(degrees) ** 2 * floored[1] / degrees
-    )  # F of 1 and n is t of n squared
+    # Of one degree of freedom, F is the square of t.
+    is_better = plain[1] - floored[1] > t_quantile(degrees) ** 2 * floored[1] / degrees
     (theta, rest, inverse), degrees = (floored, degrees) if is_better and floored[0][2] > 0 else (plain, degrees + 1)
     variance = rest / degrees
     estimates = [

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from made_studies import make_study
 
-from launcher.study.analysis import groups_of
+from launcher.study.analysis import distances, groups_of
 from launcher.study.arms import Arm
 from launcher.study.page import study_page
 from launcher.study.reading import read_study
 from launcher.study.report import figures_of, numbers_of
-from launcher.study.token_fit import TokenFit, axis_of_tokens, distances, fit_tokens, ternary_tokens
+from launcher.study.token_fit import TokenFit, axis_of_tokens, fit_tokens, ternary_tokens
 
 TOKENS = [4_096 * 2**power for power in range(9)]
 
