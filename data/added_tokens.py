@@ -1,6 +1,6 @@
 """Add special tokens to a tokenizer: those that a chat template writes and the vocabulary lacks.
 
-They follow the tokens that are there, so that all others keep their ids. No text becomes one of them.
+They come after the existing tokens, which keep their ids. No text becomes one of them.
 """
 
 import json

@@ -294,8 +294,8 @@ class CheckpointConfig:
     are measured on N training sequences; null: such a model is refused."""
 
     grow_vocabulary: bool = False
-    """Give tokens that the model of `start_from` lacks rows in the embedding and the head, each the mean of the rows
-    that are there, without moments; false: such a model is refused."""
+    """Give tokens that the model of `start_from` lacks rows in the embedding and the head, each the mean of the
+    existing rows, without moments; false: such a model is refused."""
 
     def __post_init__(self) -> None:
         problems = _at_least(self, "interval_steps", 1) | _above_zero(self, "interval_minutes")

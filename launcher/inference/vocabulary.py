@@ -1,6 +1,6 @@
 """Give a model rows for tokens that were added to its tokenizer.
 
-Each new row of the embedding, and of a head that is not tied to it, is the mean of the rows that are there. With the
+Each new row of the embedding, and of a head that is not tied to it, is the mean of the existing rows. With the
 mean in the head, a new token gets at most the probability that the others have on average, so that the model's
 distribution hardly changes (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html). Transformers draws
 new rows around the same mean (`resize_token_embeddings` with `mean_resizing=True`), with a variance that it makes tiny.
