@@ -26,7 +26,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() e
 os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::UserWarning"  # of torch and its kin, in subprocesses
 # Tensors are tiny here, and several processes share the cores: a second thread costs more than it gains.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Many processes import the same modules: without files of bytecode each would compile all of the project, which takes half a second.
+# Many processes import the same modules: without files of bytecode each compiles the whole project, for half a second.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 torch.set_num_threads(1)
