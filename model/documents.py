@@ -18,7 +18,7 @@ of a head.
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ BLOCK = 128
 """Tokens of a block: the kernels' own size."""
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+MOST_GRAPHS = 64
+"""Graphs of flex attention, one for each shape and dtype, and with gradients or without."""
 
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-2}
 """Largest difference from a plain mask, relative to the largest value; float32 products may be those of TF32."""
@@ -85,13 +88,21 @@ def _listed(is_chosen_BNN: Tensor) -> tuple[Tensor, Tensor]:
 
 def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: BlockMask) -> Tensor:
     """Attention within the documents, `[B, H, T, E]`."""
-    grouped = q_BHTE.shape[1] != k_BKTE.shape[1]
-    attention = cast(Callable[..., Tensor], flex_attention if torch.compiler.is_compiling() else _compiled())
-    return attention(q_BHTE, k_BKTE, v_BKTE, block_mask=mask, enable_gqa=grouped)
+    attention = cast(Callable[..., Tensor], flex_attention if torch.compiler.is_compiling() else _always_compiled)
+    return attention(q_BHTE, k_BKTE, v_BKTE, block_mask=mask, enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1])
+
+
+@torch.compiler.disable  # inside of what is compiled no stance can be set
+def _always_compiled(*inputs: Tensor, **options: Any) -> Tensor:
+    """Flex attention, compiled even where the caller forces all else to be eager: it has T x T scores of each head."""
+    with torch.compiler.set_stance("default"):
+        return _compiled()(*inputs, **options)
 
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
+    # Beyond this limit it would be eager, without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -28,6 +28,11 @@ def num_labels(labels: Tensor) -> Tensor:
     return (labels != IGNORED_LABEL).sum()
 
 
+def counted_rows(labels_NA: Tensor) -> Tensor:
+    """Rows of which any label counts, int64, in order."""
+    return (labels_NA != IGNORED_LABEL).any(1).nonzero().squeeze(1)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Returns the loss, and of a teacher's apart, without gradient, the cross-entropy and the divergence (else 0)."""
 
@@ -240,7 +245,9 @@ def distillation_loss(
 
 
 @torch.no_grad()
-def token_nll(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:
+def token_nll(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int, rows: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of every label in nats, float32 (float64 for float64), 0 at -100; for evaluation, no gradient.
 
     Only rows that count meet the head. The last chunk of them is filled up to `chunk_tokens` rows (or an eighth of N,
@@ -252,16 +259,23 @@ def token_nll(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_toke
         weight_VD: the head.
         labels_N: int64, `[N]`; or `[N, A]`, where each row is asked for A labels.
         chunk_tokens: rows of logits that exist at once.
+        rows: those that count, int64, in order. Unless they are given, the host waits for the device to count them.
 
     Returns:
         The shape of the labels.
     """
-    return token_nll_and_misses(hidden_ND, weight_VD, labels_N, chunk_tokens, misses=False)[0]
+    return token_nll_and_misses(hidden_ND, weight_VD, labels_N, chunk_tokens, misses=False, rows=rows)[0]
 
 
 @torch.no_grad()
 def token_nll_and_misses(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int, *, misses: bool = True
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    chunk_tokens: int,
+    *,
+    misses: bool = True,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_nll`, and whether greedy decoding would choose another token than the label: 1 if so, 0 if not or at -100.
 
@@ -271,6 +285,7 @@ def token_nll_and_misses(
         labels_N: the labels.
         chunk_tokens: rows of logits that exist at once.
         misses: whether to look for these; zeros otherwise.
+        rows: as of `token_nll`.
 
     Returns:
         Both in the shape and dtype of the result of `token_nll`, whose bits are the same.
@@ -279,7 +294,7 @@ def token_nll_and_misses(
     labels_NA = labels_N if labels_N.dim() == 2 else labels_N[:, None]
     nll_NA = torch.zeros(labels_NA.shape, dtype=dtype, device=hidden_ND.device)
     misses_NA = torch.zeros_like(nll_NA)
-    counted = (labels_NA != IGNORED_LABEL).any(1).nonzero().squeeze(1)
+    counted = counted_rows(labels_NA) if rows is None else rows
     size = min(chunk_tokens, -(-len(labels_NA) // 8))
     for start in range(0, len(counted), size):
         rows_C = counted[start : start + size]

@@ -31,6 +31,8 @@ class Reference(NamedTuple):
     """Its log-probability of each answer, chosen and rejected, `[B, P, 2]`, float64, without gradient; P pairs or
     more."""
     config: PreferenceConfig
+    rows: Tensor | None = None
+    """`model.loss.counted_rows` of the batch's labels, if they are known without asking the device."""
 
 
 def by_side(values_BT: Tensor, tokens_BT: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def preference_loss(
         compiled: as of `linear_cross_entropy`.
     """
     labels_N = labels_BT.flatten()
-    nll_BT = token_nll(hidden_ND, weight_VD, labels_N, chunk_tokens).view_as(labels_BT)
+    nll_BT = token_nll(hidden_ND, weight_VD, labels_N, chunk_tokens, reference.rows).view_as(labels_BT)
     if not torch.is_grad_enabled():
         return preferences(nll_BT, tokens_BT, labels_BT, reference)
     nll_BT.requires_grad_()

@@ -58,7 +58,9 @@ def _yarn(periods: Tensor, scaling: RopeScalingConfig, theta: float) -> Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * num_pairs - 1)
     last += 0.001 if first == last else 0  # against a division by zero, as in Transformers
-    ramp = ((torch.arange(num_pairs, dtype=torch.float32) - first) / (last - first)).clamp(0, 1).to(periods.device)
+    places = torch.arange(num_pairs, dtype=torch.float32, device=periods.device) - first
+    # By a tensor: a GPU multiplies by the reciprocal of a number. And made there: it would wait for a copy.
+    ramp = (places / torch.full((), last - first, dtype=torch.float32, device=periods.device)).clamp(0, 1)
     kept = 1 - ramp
     return 1.0 / (scaling.factor * periods) * (1 - kept) + 1.0 / periods * kept
 

@@ -84,8 +84,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="module")
-def gpu_ranks() -> "Iterator[Ranks]":
-    """This process as the only rank, in a group with gloo and NCCL, and the GPU as its device."""
+def only_rank() -> "Iterator[Ranks]":
+    """This process as the only rank, in a group with gloo; if there is a GPU, with NCCL too, and it is the device."""
     from launcher.process.ranks import process_group
 
     before = dict(os.environ)

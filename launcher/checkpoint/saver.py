@@ -92,6 +92,7 @@ class Saver:
 
         def write() -> None:
             if copied is not None:
+                torch.cuda.set_device(self._ranks.device)  # of this thread: else it takes memory of the first GPU
                 copied.synchronize()
             try:
                 self._write(shards, rng, manifest, config_text)

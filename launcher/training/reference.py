@@ -31,11 +31,11 @@ from launcher.process.exchange import failing_alike, gather_values, value_of_fir
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
 from launcher.run.references import DIGEST_BYTES, Kept, file_of, read_kept, write_kept
-from launcher.training.step import open_data
+from launcher.training.step import open_data, to_device
 from launcher.training.teacher import Teacher, identity_of, open_teacher, shard_teacher, teacher_source
 from model.config import PreferenceConfig
 from model.distillation import Lesson
-from model.loss import IGNORED_LABEL
+from model.loss import IGNORED_LABEL, counted_rows
 from model.preference import Reference, by_side, num_pairs
 from model.transformer import ModelConfig, Transformer
 
@@ -66,7 +66,9 @@ class KnownReference(Teacher):
         values = torch.zeros(len(known), max(map(len, known)), dtype=torch.float64)
         for row, each in zip(values, known, strict=True):
             row[: len(each)] = torch.tensor(each)
-        yield Reference(values.unflatten(1, (-1, 2)).to(tokens_BT.device), self._preference)
+        rows = counted_rows(batch[1].view(-1, 1))
+        values, rows = (to_device(each, tokens_BT.device) for each in (values, rows))
+        yield Reference(values.unflatten(1, (-1, 2)), self._preference, rows)
 
     def units(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """As of `Teacher`: its pairs."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from models import build, every_variant, random_tokens
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from model.config import ModelConfig
@@ -116,6 +117,18 @@ def test_blocks_of_each_batch_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> 
             patch.setattr("model.documents.blocks_work", lambda *_: False)
             torch.testing.assert_close(found, logits_of(plain, tokens), rtol=0, atol=1e-5)
     assert len(graphs) == 1
+
+
+def test_blocks_are_compiled_whatever_is_forced_to_be_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what is evaluated would have T x T scores of every head."""
+    graphs = CompileCounter()
+    monkeypatch.setattr("model.documents._compiled", lambda: torch.compile(flex_attention, backend=graphs))
+    q = torch.randn(1, 2, BLOCK, 16)
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        attend(q, q, q, block_mask(torch.zeros(1, BLOCK, dtype=torch.int64)))
+        assert graphs.frame_count == 1
+        torch.compile(torch.neg, backend=graphs)(q)
+        assert graphs.frame_count == 1
 
 
 def test_a_processor_has_the_plain_mask() -> None:

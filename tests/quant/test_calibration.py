@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import CPU, every_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minimal import only_problem
@@ -271,3 +272,17 @@ def test_what_cannot_be_calibrated_is_refused(keys: dict[str, Any], path: str, s
     overrides += [f"phases.1.transition.calibration.{key}={value}" for key, value in calibration.items()]
     found, problem = only_problem(*overrides)
     assert (found, problem[: len(said)]) == (f"phases.1.{path}", said)
+
+
+@every_device
+@pytest.mark.parametrize("calibration", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("keys", SUPPORTED.values(), ids=SUPPORTED)
+def test_every_device_fits_the_same(keys: dict[str, Any], calibration: CalibrationConfig, device: torch.device) -> None:
+    config, (weight, x) = QuantConfig(**keys), layer_and_inputs(3)
+    expected, found = (
+        calibrate(weight.to(where), moment_of(x).to(where), config, calibration, rotated="hadamard" in keys)
+        for where in (CPU, device)
+    )
+    assert found.weight.device.type == found.errors.device.type == device.type
+    torch.testing.assert_close(found.errors.cpu(), expected.errors, rtol=1e-2, atol=0)
+    assert (found.weight.cpu() - expected.weight).abs().gt(1e-5).float().mean() < 0.02

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "synchronous"])
 @pytest.mark.parametrize("offload", ["none", "all"])
 def test_what_is_written_is_the_state_at_the_moment_of_saving(
-    asynchronous: bool, offload: str, gpu_ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool, offload: str, only_rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("xxhash")
     from engines import MODEL
@@ -37,8 +37,8 @@ def test_what_is_written_is_the_state_at_the_moment_of_saving(
     monkeypatch.setattr(CheckpointWriter, "write_rank", held)
     with torch.device("meta"):
         model = Transformer(MODEL)
-    engine = shard(model, "fsdp2", torch.bfloat16, gpu_ranks.device, offload=offload)
-    saver = Saver(tmp_path, gpu_ranks, tokenizer=None, keep_last=0, asynchronous=asynchronous, say=print)
+    engine = shard(model, "fsdp2", torch.bfloat16, only_rank.device, offload=offload)
+    saver = Saver(tmp_path, only_rank, tokenizer=None, keep_last=0, asynchronous=asynchronous, say=print)
     for number in (1, 2):  # the second uses the memory of the first again
         step_once(engine, number)
         expected = {name: tensor.cpu().clone() for name, tensor in state_of(engine).items()}

@@ -86,31 +86,31 @@ def assert_near_through_the_switch(found: list[float], expected: list[float], li
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero-0", "zero-1", "zero-2", "zero-3"])
-def test_an_engine_on_the_gpu_follows_a_plain_loop(name: str, gpu_ranks: Ranks) -> None:
+def test_an_engine_on_the_gpu_follows_a_plain_loop(name: str, only_rank: Ranks) -> None:
     if name != "fsdp2":
         pytest.importorskip("deepspeed")
-    losses, _ = engine_run(name, torch.float32, gpu_ranks.device)
-    assert_near_through_the_switch(losses, plain_losses(gpu_ranks.device, torch.float32), 1e-5)
+    losses, _ = engine_run(name, torch.float32, only_rank.device)
+    assert_near_through_the_switch(losses, plain_losses(only_rank.device, torch.float32), 1e-5)
     assert_near_through_the_switch(losses, plain_losses(CPU, torch.float32), 1e-5)
 
 
-def test_in_fp64_the_gpu_is_tight_through_the_switch(gpu_ranks: Ranks) -> None:
+def test_in_fp64_the_gpu_is_tight_through_the_switch(only_rank: Ranks) -> None:
     """What is left is the last bit of the weights' scales, which are rounded to fp32."""
-    losses, _ = engine_run("fsdp2", torch.float64, gpu_ranks.device)
+    losses, _ = engine_run("fsdp2", torch.float64, only_rank.device)
     expected = plain_losses(CPU, torch.float64)
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-6
 
 
-def test_bf16_on_the_gpu_follows_the_cpu(gpu_ranks: Ranks) -> None:
-    losses, state = engine_run("fsdp2", torch.bfloat16, gpu_ranks.device)
+def test_bf16_on_the_gpu_follows_the_cpu(only_rank: Ranks) -> None:
+    losses, state = engine_run("fsdp2", torch.bfloat16, only_rank.device)
     expected, _ = engine_run("fsdp2", torch.bfloat16, CPU)
     assert_near_through_the_switch(losses, expected, 2e-2)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_run_can_be_repeated_bit_for_bit(dtype: torch.dtype, gpu_ranks: Ranks) -> None:
-    runs = [engine_run("fsdp2", dtype, gpu_ranks.device) for _ in range(2)]
+def test_a_run_can_be_repeated_bit_for_bit(dtype: torch.dtype, only_rank: Ranks) -> None:
+    runs = [engine_run("fsdp2", dtype, only_rank.device) for _ in range(2)]
     assert runs[0][0] == runs[1][0]
     assert_same_state(runs[0][1], runs[1][1])
 
@@ -123,10 +123,10 @@ def assert_same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("preset", [None, "bitnet-b1.58", "nielsen-2025"])
-def test_gathering_codes_changes_no_bit(preset: str | None, dtype: torch.dtype, gpu_ranks: Ranks) -> None:
+def test_gathering_codes_changes_no_bit(preset: str | None, dtype: torch.dtype, only_rank: Ranks) -> None:
     config = QuantConfig() if preset is None else PRESETS[preset]
-    expected = engine_run("fsdp2", dtype, gpu_ranks.device, config)
-    found = engine_run("fsdp2", dtype, gpu_ranks.device, config, gather="codes")
+    expected = engine_run("fsdp2", dtype, only_rank.device, config)
+    found = engine_run("fsdp2", dtype, only_rank.device, config, gather="codes")
     assert found[0] == expected[0]
     assert_same_state(found[1], expected[1])
 
@@ -136,33 +136,33 @@ def test_gathering_codes_changes_no_bit(preset: str | None, dtype: torch.dtype, 
     [("checkpointed", {}), ("", {"reshard_after_forward": False}), ("checkpointed", {"gather": "codes"})],
     ids=["checkpointed", "kept gathered", "checkpointed and gathered as codes"],
 )
-def test_what_is_kept_changes_no_bit(how: str, keys: dict[str, Any], gpu_ranks: Ranks) -> None:
-    expected = engine_run("fsdp2", torch.bfloat16, gpu_ranks.device)
-    found = engine_run("fsdp2", torch.bfloat16, gpu_ranks.device, how=how, **keys)
+def test_what_is_kept_changes_no_bit(how: str, keys: dict[str, Any], only_rank: Ranks) -> None:
+    expected = engine_run("fsdp2", torch.bfloat16, only_rank.device)
+    found = engine_run("fsdp2", torch.bfloat16, only_rank.device, how=how, **keys)
     assert found[0] == expected[0]
     assert_same_state(found[1], expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_blocks_follow_eager_ones(dtype: torch.dtype, gpu_ranks: Ranks) -> None:
+def test_compiled_blocks_follow_eager_ones(dtype: torch.dtype, only_rank: Ranks) -> None:
     torch._dynamo.reset()
-    expected, _ = engine_run("fsdp2", dtype, gpu_ranks.device)
-    losses, _ = engine_run("fsdp2", dtype, gpu_ranks.device, how="compiled")
+    expected, _ = engine_run("fsdp2", dtype, only_rank.device)
+    losses, _ = engine_run("fsdp2", dtype, only_rank.device, how="compiled")
     assert_near_through_the_switch(losses, expected, 1e-5 if dtype == torch.float32 else 2e-2)
-    codes, _ = engine_run("fsdp2", dtype, gpu_ranks.device, how="compiled", gather="codes")
+    codes, _ = engine_run("fsdp2", dtype, only_rank.device, how="compiled", gather="codes")
     assert_near_through_the_switch(codes, expected, 1e-5 if dtype == torch.float32 else 2e-2)
 
 
-def test_offloaded_state_follows_state_on_the_gpu(gpu_ranks: Ranks) -> None:
-    expected, _ = engine_run("fsdp2", torch.bfloat16, gpu_ranks.device)
-    losses, state = engine_run("fsdp2", torch.bfloat16, gpu_ranks.device, offload="all")
+def test_offloaded_state_follows_state_on_the_gpu(only_rank: Ranks) -> None:
+    expected, _ = engine_run("fsdp2", torch.bfloat16, only_rank.device)
+    losses, state = engine_run("fsdp2", torch.bfloat16, only_rank.device, offload="all")
     assert_near_through_the_switch(losses, expected, 2e-2)
     assert {tensor.device.type for tensor in state.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_changes_nothing(poison: float, gpu_ranks: Ranks) -> None:
-    engine = build("fsdp2", torch.bfloat16, gpu_ranks.device)
+def test_a_step_that_is_not_finite_changes_nothing(poison: float, only_rank: Ranks) -> None:
+    engine = build("fsdp2", torch.bfloat16, only_rank.device)
     step_once(engine, 0)
     before = state_of(engine)
     _, norm, skipped = step_once(engine, 1, poison=poison)
@@ -174,16 +174,16 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float, gpu_ranks: Ran
 
 @pytest.mark.parametrize("strength", [None, 0.5, 1.0], ids=["16-bit", "ramp", "ternary"])
 @pytest.mark.parametrize("how", ["", "checkpointed", "compiled"])
-def test_the_host_does_not_wait_for_the_device(how: str, strength: float | None, gpu_ranks: Ranks) -> None:
+def test_the_host_does_not_wait_for_the_device(how: str, strength: float | None, only_rank: Ranks) -> None:
     pytest.importorskip("streaming")
     from launcher.config.sections import OutlierConfig
     from launcher.training.guard import SpikeGuard
     from launcher.training.step import accumulate_gradients
 
     torch._dynamo.reset()
-    engine = build("fsdp2", torch.bfloat16, gpu_ranks.device, how=how)
-    switch_(engine.model, strength, gpu_ranks.device)
-    guard = SpikeGuard(OutlierConfig(), smooths=True, ranks=gpu_ranks)
+    engine = build("fsdp2", torch.bfloat16, only_rank.device, how=how)
+    switch_(engine.model, strength, only_rank.device)
+    guard = SpikeGuard(OutlierConfig(), smooths=True, ranks=only_rank)
 
     def step(number: int) -> None:
         tokens, labels = batch(number)
