@@ -46,8 +46,8 @@ RUNS = [
     ("dpo", "compiled"),
 ]
 """The data, and what is done to blocks."""
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""How far losses may be from those of eager fp32 or bf16 on the CPU; after the switch a code may differ."""
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+"""How far losses may be from those on the CPU; after the switch a code may differ."""
 
 
 @pytest.fixture
@@ -164,6 +164,10 @@ def assert_near(found: list[float], expected: list[float], limit: float) -> None
     assert max(differences) < 0.1, differences
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).float().norm() / expected.float().norm()).item()
+
+
 @every_device
 @pytest.mark.parametrize(("kind", "how"), RUNS)
 def test_steps_follow_those_of_an_eager_model_on_the_cpu(
@@ -175,11 +179,20 @@ def test_steps_follow_those_of_an_eager_model_on_the_cpu(
     monkeypatch.setattr("model.documents.block_mask", lambda first_BT: masks.append(first_BT) or block_mask(first_BT))
     dtype = torch.bfloat16 if "compiled" in how else torch.float32
     calls_before = compiling.num_calls
-    found = run(build(device, dtype, how=how), kind)
+    engine = build(device, dtype, how=how)
+    found = run(engine, kind)
     num_passes = NUM_MICRO_BATCHES * (len(STRENGTHS) + 2)
     assert len(masks) == num_passes
     assert compiling.num_calls - calls_before == (num_passes * MODEL.num_layers if "compiled" in how else 0)
+    set_strength_(engine.model, 0.0)
+    tokens = micro_batch(0, kind)[0]
+    evaluated = engine.logits(tokens)
+    assert len(masks) == num_passes + 1
     monkeypatch.setattr("model.documents.blocks_work", lambda *_: False)
+    plain = engine.logits(tokens)
+    engine.keep_apart(None)
+    joined = engine.logits(tokens.where(tokens >= 0, ~tokens))
+    assert relative_error(evaluated, plain) < 2e-2 < 5e-2 < relative_error(joined, plain)
     assert_near(found, run(build(CPU, dtype), kind), LIMITS[dtype])
 
 
