@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.transfer import to_device
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
@@ -31,7 +32,7 @@ from launcher.process.exchange import failing_alike, gather_values, value_of_fir
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
 from launcher.run.references import DIGEST_BYTES, Kept, file_of, read_kept, write_kept
-from launcher.training.step import open_data, to_device
+from launcher.training.step import open_data
 from launcher.training.teacher import Teacher, identity_of, open_teacher, shard_teacher, teacher_source
 from model.config import PreferenceConfig
 from model.distillation import Lesson

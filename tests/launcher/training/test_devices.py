@@ -51,10 +51,10 @@ LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture
-def flex_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def flex_attends(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let flex attention run on the CPU too, where torch computes it without a kernel of its own."""
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
+        monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
         compiled = torch.compile(flex_attention, backend="aot_eager", dynamic=False)
         monkeypatch.setattr("model.documents._compiled", lambda: compiled)
         monkeypatch.setattr("model.documents.blocks_work", lambda *_: True)
@@ -171,7 +171,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @every_device
 @pytest.mark.parametrize(("kind", "how"), RUNS)
 def test_steps_follow_those_of_an_eager_model_on_the_cpu(
-    kind: str, how: str, device: torch.device, only_rank: Ranks, flex_on_cpus: None, monkeypatch: pytest.MonkeyPatch
+    kind: str, how: str, device: torch.device, only_rank: Ranks, flex_attends: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There a plain mask keeps documents apart, here flex attention."""
     torch._dynamo.reset()
@@ -217,7 +217,7 @@ def test_muon_follows_the_cpu(device: torch.device, only_rank: Ranks) -> None:
 
 @every_device
 @pytest.mark.parametrize("method", ["error-feedback", "scales"])
-def test_a_calibration_follows_the_cpu(method: str, device: torch.device, only_rank: Ranks, flex_on_cpus: None) -> None:
+def test_a_calibration_follows_the_cpu(method: str, device: torch.device, only_rank: Ranks, flex_attends: None) -> None:
     found = []
     for where in (CPU, device):
         engine = build(where, torch.float32)
