@@ -14,9 +14,11 @@ test:
 test-all: test
 	pytest -n 0 -m "slow and not gpu" -o faulthandler_timeout=4000
 
-# In several processes on one GPU: most of the time is compilation, on the CPU.
+# In several processes on one GPU: most of the time is compilation, on the CPU. Other files need packages that a machine
+# with a GPU may lack.
 test-gpu:
-	pytest -n 8 -m gpu -o faulthandler_timeout=4000
+	pytest -n 8 -m gpu -o faulthandler_timeout=4000 \
+		$$(grep -rlE 'mark\.gpu|every_device' tests --include='test_*.py')
 
 # Results go to benchmarks/results/.
 bench-gpu:
