@@ -17,7 +17,7 @@ from data.errors import DataError
 from data.light_streaming import import_streaming
 from data.marks import ids_of
 from data.mixture import Source
-from data.new_paths import file_being_replaced
+from data.new_paths import NO_ROOM, file_being_replaced
 from data.prepared import (
     COLUMN,
     INDEX,
@@ -224,6 +224,7 @@ def _fetch(source: Source, folder: Path, name: str) -> None:
     _refuse_links(folder, path)
     if path.exists():
         return
+    import_streaming()
     from streaming.base.storage.download import CloudDownloader
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +234,7 @@ def _fetch(source: Source, folder: Path, name: str) -> None:
         except Exception as error:  # every kind of storage has its own
             raise DataError(
                 f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
-                f"{_advice(error)}"
+                f"{_advice(error, folder)}"
             ) from error
 
 
@@ -251,10 +252,12 @@ def _refuse_links(folder: Path, path: Path) -> None:
             return
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: Exception, folder: Path) -> str:
     """Say what to look at; where there is one, the code of the answer tells more than the client's message."""
     if isinstance(error, ImportError):
         return "install what reads this kind of store"
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f"make room for {folder}, in data.cache"
     reason = f"{type(error).__name__} {getattr(error, 'response', {}).get('Error', {}).get('Code', error)}"
     if any(word in reason for word in ("Credentials", "403", "Forbidden", "AccessDenied", "InvalidAccessKeyId")):
         return "check the credentials and what they may read"
