@@ -115,14 +115,11 @@ class OpenSource:
         stored, raw = stored_file(shard), self.folder / split / shard["raw_data"]["basename"]
         if raw.exists():
             return
-        _fetch(self.source, self.folder, f"{split}/{stored['basename']}")
+        _fetch(self.source, self.folder, f"{split}/{stored['basename']}", stored["hashes"][SHARD_HASH])
         if stored is shard["raw_data"]:
             return
         path = self.folder / split / stored["basename"]
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != stored["hashes"][SHARD_HASH]:
-            path.unlink()
-            raise DataError(f"{self.source.path}/{split}/{path.name}: is damaged; copy or prepare the folder again")
         with file_being_replaced(raw) as partial:
             partial.write_bytes(decompress(content, shard["raw_data"]["bytes"], path))
         path.unlink()
@@ -218,8 +215,8 @@ def template_path(source: Source, cache: str | None) -> Path:
     return opened.folder / str(opened.manifest["chat_template"]["file"])
 
 
-def _fetch(source: Source, folder: Path, name: str) -> None:
-    """Download one file of a remote source into `folder`, unless it exists."""
+def _fetch(source: Source, folder: Path, name: str, digest: str | None = None) -> None:
+    """Download one file of a remote source into `folder`, unless it exists; its SHA-256 is compared if it is given."""
     path = folder / name
     _refuse_links(folder, path)
     if path.exists():
@@ -236,6 +233,8 @@ def _fetch(source: Source, folder: Path, name: str) -> None:
                 f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
                 f"{_advice(error, folder)}"
             ) from error
+        if digest not in (None, hashlib.sha256(partial.read_bytes()).hexdigest()):
+            raise DataError(f"{source.path}/{name}: is damaged; copy or prepare the folder again")
 
 
 def _refuse_links(folder: Path, path: Path) -> None:

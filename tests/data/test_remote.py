@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_group
-from stores import BUCKET, SECRET, Store, environment, proxy
+from stores import BUCKET, SECRET, Store, enter, environment, proxy
 from tiny import SEQUENCE_LENGTH
 
 from data.errors import DataError
 from data.loader import DataConfig, TrainingData
 from data.mixture import Source
+from data.sources import open_source
 
 
 def read_shards(source: str, cache: str, variables: dict[str, str], workers: int, steps: int) -> Any:
@@ -116,6 +117,13 @@ def test_a_shard_that_was_damaged_on_the_way_is_fetched_again_next_time(
     for message in remote_shards(store.endpoint, tmp_path / "cache", source=source):
         assert "Checksum failure" in message
     assert not list((tmp_path / "cache").rglob("train/*.mds"))
+    with pytest.MonkeyPatch.context() as patch:
+        enter(patch, environment(store.endpoint))
+        opened = open_source(Source(path=source), str(tmp_path / "other"))
+        with pytest.raises(DataError, match=rf"{source}/train/shard\.00000\.mds: is damaged; copy or prepare"):
+            opened.read_first_rows("train", 1)
+        assert len(opened.read_first_rows("validation", 1)) == 1
+    assert not list((tmp_path / "other").rglob("train/*.mds"))
 
 
 def read_impatiently(*arguments: Any) -> Any:
