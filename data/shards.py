@@ -265,7 +265,7 @@ def _build(
             tokenizer = load_tokenizer(building / begun.tokenizer)
         if config.content == "text":
             tokenizer.fast = fast_encoder(tokenizer)
-        library = "" if tokenizer.fast is None else f"{NAME} {version(NAME)}"
+        library = "" if tokenizer.fast is None or parts else f"{NAME} {version(NAME)}"
         writers = _open_writers(task, tokenizer, building, begun)
         filters = Filters.of(config, task.ngrams)
         removal = Removal(building, filters, begun.removal if begun else None) if filters else None
