@@ -207,7 +207,9 @@ def asked_to_end(rank: int) -> None:
 
 @pytest.mark.parametrize("begins", ["a model", "text"])
 def test_a_stop_is_heard_within_a_batch_and_what_is_known_is_kept(folder: Path, begins: str) -> None:
-    phases = [{"precision": "16-bit", "steps": 2, "objective": "dpo"}]
+    phases: list[dict[str, Any]] = [
+        {"precision": "16-bit", "steps": 2, "objective": "dpo", "transition": {"optimizer": "reset"}}
+    ]
     sections: dict[str, Any] = {"checkpoint": {"start_from": str(folder / "model")}}
     if begins == "text":  # the reference is the run's own checkpoint, and the first phase is its only sign of progress
         phases = [{"precision": "16-bit", "steps": 2}, phases[0] | {"sources": [{"path": str(folder / "pairs")}]}]
