@@ -34,6 +34,7 @@ from data.prepared import TOKEN_BYTES, TRAIN, VALIDATION
 from data.shards import prepare
 from data.shared_memory import numbered
 from data.sources import OpenSource, local_leader_first, open_sources
+from data.transfer import widened
 
 if TYPE_CHECKING:
     from data.reading import FetchingReader, LocalReader
@@ -54,6 +55,8 @@ __all__ = [
 ORDER_VERSION = 1
 SHUFFLE_ALGORITHM = "py1e"
 
+CPU = torch.device("cpu")
+
 
 class TrainingData:
     """An endless iterator of micro-batches `(tokens_BT, labels_BT)`, int64, across epochs.
@@ -71,6 +74,7 @@ class TrainingData:
         rank: this process.
         world_size: number of processes.
         first_sequence: how many sequences were consumed before, a multiple of `global_batch_sequences`.
+        device: where micro-batches are to be.
 
     Raises:
         DataError: a folder is missing, damaged or of another sequence length, tokenizer or vocabulary.
@@ -101,6 +105,7 @@ class TrainingData:
         rank: int,
         world_size: int,
         first_sequence: int = 0,
+        device: torch.device = CPU,
     ) -> None:
         assert global_batch_sequences % (micro_batch_sequences * world_size) == 0
         assert first_sequence % global_batch_sequences == 0
@@ -143,7 +148,7 @@ class TrainingData:
             block_rows = micro_batch_sequences * -(-BLOCK_TOKENS // (micro_batch_sequences * config.sequence_length))
             self._reader = LocalReader(dataset, block_rows, config.workers)
         self._drawn: deque[NDArray[np.int64]] = deque()
-        self._batches = _endless(self._reader, micro_batch_sequences, labels, self._drawn, len(sources))
+        self._batches = _endless(self._reader, micro_batch_sequences, labels, device, self._drawn, len(sources))
         self._finalizer = weakref.finalize(self, _close, self._reader, number)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -280,6 +285,7 @@ def _endless(
     reader: "LocalReader | FetchingReader",
     micro_batch_sequences: int,
     labels: Labels,
+    device: torch.device,
     drawn: deque[NDArray[np.int64]],
     num_sources: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -291,7 +297,7 @@ def _endless(
                 for place, count in enumerate(counts):
                     drawn.append(count)
                     micro = rows[place * micro_batch_sequences : (place + 1) * micro_batch_sequences]
-                    yield inputs_and_labels(torch.from_numpy(micro.astype(np.int64)), labels)
+                    yield inputs_and_labels(widened(micro, device), labels)
         except DataError as error:  # a worker's comes with its traceback in the message
             raise DataError(str(error).strip().rpartition(f"{DataError.__module__}.DataError: ")[2]) from error
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import DataError
-from data.loader import TrainingData
+from data.loader import CPU, TrainingData
+from data.transfer import to_device
 from launcher.engine.contract import Engine
 from launcher.engine.muon import MuonAdamW
 from launcher.plan.course import Phase
@@ -114,7 +115,7 @@ def weights_in_mean(units: Sequence[Tensor], device: torch.device) -> Tensor:
     """Weights of the means of this rank's micro-batches in the mean over the global batch; a collective.
 
     Args:
-        units: how many labels, or pairs, each is the mean of, 0-dim, in the memory of the host.
+        units: how many labels, or pairs, each is the mean of, 0-dim.
         device: of the result.
 
     Returns:
@@ -126,13 +127,12 @@ def weights_in_mean(units: Sequence[Tensor], device: torch.device) -> Tensor:
     return (counts * (len(units) * dist.get_world_size()) / total.clamp(min=1)).float()
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it: CUDA copies pageable memory only when all before is done."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
 def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
-    """Open the stream of the step's phase at the position where the step of this number begins."""
+    """Open the stream of the step's phase at the position where the step of this number begins.
+
+    Micro-batches are on the device, but for those of preferences, which are known by their content on the host.
+    """
+    phase = plan.begun_at(step)
     data = TrainingData(
         plan.data_at(step),
         vocab_size=plan.config.model.vocab_size,
@@ -141,8 +141,9 @@ def open_data(plan: Plan, ranks: Ranks, step: int) -> TrainingData:
         rank=ranks.rank,
         world_size=ranks.world_size,
         first_sequence=plan.first_sequence_at(step),
+        device=ranks.device if phase.preference is None else CPU,
     )
-    check_objective(plan.begun_at(step), data)
+    check_objective(phase, data)
     return data
 
 

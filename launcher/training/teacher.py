@@ -58,7 +58,7 @@ class Teacher:
 
         Args:
             tokens_BT: of the micro-batch, on the device.
-            batch: its tokens and labels in the memory of the host.
+            batch: its tokens and labels, of preferences in the memory of the host.
         """
         yield self._model.teach(tokens_BT, self._config, self._student_layers)
         self._model.reshard()

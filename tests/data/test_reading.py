@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import write_corpus
 
-from data import reading, rows
+from data import reading, rows, transfer
 from data.config import PrepareConfig
 from data.errors import DataError
-from data.loader import DataConfig, Source, TrainingData
+from data.loader import CPU, DataConfig, Source, TrainingData
 from data.shards import prepare
 from data.sources import open_source
 
@@ -31,13 +31,19 @@ def folders(tmp_path_factory):
     return found
 
 
-def training_data(folders, **options):
+def training_data(folders, *, device=CPU, **options):
     sources = tuple(
         Source(path=str(folder), weight=weight) for folder, weight in zip(folders, (2.0, 1.0), strict=False)
     )
     config = DataConfig(sources=sources, sequence_length=LENGTH, **options)
     return TrainingData(
-        config, vocab_size=300, global_batch_sequences=GLOBAL, micro_batch_sequences=2, rank=0, world_size=1
+        config,
+        vocab_size=300,
+        global_batch_sequences=GLOBAL,
+        micro_batch_sequences=2,
+        rank=0,
+        world_size=1,
+        device=device,
     )
 
 
@@ -116,3 +122,38 @@ def test_a_token_beyond_the_vocabulary_is_found_with_its_shard(folders, workers)
     with pytest.raises(DataError, match=r"shard\.0000\d\.mds: holds token \d+, but the model has 200 tokens"):
         next(iter(data))
     data.close()
+
+
+def test_rows_travel_as_they_are_stored(folders, monkeypatch):
+    """`meta` stands for a device that is not the host."""
+    travelled, device = [], torch.device("meta")
+    monkeypatch.setattr(transfer, "to_device", lambda tensor, to: (travelled.append(tensor.clone()), tensor.to(to))[1])
+    here, there = training_data(folders), training_data(folders, device=device)
+    for (tokens_BT, labels_BT), found in itertools.islice(zip(here, there, strict=True), 20):
+        assert [(each.dtype, each.shape, each.device) for each in found] == [
+            (torch.int64, each.shape, device) for each in (tokens_BT, labels_BT)
+        ]
+        row = travelled.pop()
+        assert row.dtype == torch.uint16
+        assert torch.equal(row.long(), torch.cat([tokens_BT, labels_BT[:, -1:]], dim=1))
+        assert not travelled
+    here.close()
+    there.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_rows_are_widened_on_a_gpu_without_a_wait(dtype):
+    largest = np.iinfo(dtype).max
+    stored_rows = np.random.default_rng(0).integers(0, largest, (8, 4097), dtype=dtype, endpoint=True)
+    stored_rows[0, :2] = 0, largest
+    stored_rows.flags.writeable = False
+    transfer.widened(stored_rows, torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = transfer.widened(stored_rows, torch.device("cuda"))
+        again = transfer.to_device(found, torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert again is found
+    assert np.array_equal(found.cpu().numpy(), stored_rows.astype(np.int64))
