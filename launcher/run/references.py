@@ -139,5 +139,5 @@ def write_kept(path: Path, given_by: str, kept: Kept) -> None:
 def _digest(*arrays: NDArray[np.generic]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(array.view(np.uint8))
+        digest.update(array.view(np.uint8).data)
     return digest.hexdigest()
