@@ -124,8 +124,9 @@ def open_second_model(
             kept, problem = read_kept(path, given_by)
             if problem is not None:
                 console.line(problem)
-    are_of, rows = value_of_first(kept.covers), KnownRows(*map(array_of_first, kept.rows.arrays()))
-    written = time.monotonic()
+    digests, ends, values = kept.rows.arrays()
+    rows = KnownRows(array_of_first(digests), array_of_first(ends), array_of_first(values))
+    are_of, written = value_of_first(kept.covers), time.monotonic()
 
     def keep(covers: str | None = None, *, must: bool = False) -> None:
         nonlocal written
