@@ -8,8 +8,9 @@ One process reads rows of random tokens as one rank would, in shuffled order, an
 - `memory map`: the rows in one file of the operating system's, in random order, copied and widened. It is the limit.
 
 Each measurement is a process of its own, in turns; numbers are medians. `wait` is the share of the time that a consumer
-of 1 M tokens a second waits for its next micro-batch, after the first. Processor time is that of the reader with its
-workers.
+of 1 M tokens a second waits for its next micro-batch, after the first. It works in between, as a host that launches
+kernels does, or it sleeps: then the processor has to wake up first, and to fill its caches. Processor time is that of
+the reader with its workers.
 
     python benchmarks/loader.py [--rows 20000] [--length 2048] [--workers 1] [--repeats 3]
 """
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _mapped(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def measured(reader: str, folder: Path, rows: int, length: int, workers: int) -> dict[str, float]:
-    """Read all rows once at full speed, then for ten seconds at most at the consumer's."""
+    """Read all rows once at full speed, then for ten seconds each at the speed of both consumers."""
     began = time.perf_counter()
     batches = batches_of(reader, folder, length, workers)
     next(batches)
@@ -132,19 +133,31 @@ def measured(reader: str, folder: Path, rows: int, length: int, workers: int) ->
     seconds, processor = time.perf_counter() - began, _processor_seconds() - used
     tokens = num_batches * MICRO_BATCH * length
     step = MICRO_BATCH * length / CONSUMED_PER_SECOND
-    waited, began = 0.0, time.perf_counter()
-    while time.perf_counter() - began < 10:
-        time.sleep(step)
-        asked = time.perf_counter()
-        next(batches)
-        waited += time.perf_counter() - asked
     return {
         "first batch, s": first,
         "M tokens/s": tokens / seconds / 1e6,
         "processor s per M tokens": processor / tokens * 1e6,
-        "wait, %": 100 * waited / (time.perf_counter() - began),
+        "wait, %": _waited(batches, lambda: _work(step)),
+        "wait of one that sleeps, %": _waited(batches, lambda: time.sleep(step)),
         "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def _waited(batches: Iterator[Any], consume: Callable[[], None]) -> float:
+    """Percent of the time."""
+    waited, began = 0.0, time.perf_counter()
+    while time.perf_counter() - began < 10:
+        consume()
+        asked = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - asked
+    return 100 * waited / (time.perf_counter() - began)
+
+
+def _work(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
 
 
 def _processor_seconds() -> float:

@@ -20,6 +20,7 @@ from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig
 from launcher.engine.adamw import create_state, parameter_groups, set_step_sizes
 from launcher.engine.contract import MOMENTS, Engine, Shard
+from launcher.engine.deepspeed_keys import check_keys
 from launcher.engine.matrices import Piece
 from launcher.engine.muon import MuonAdamW, build_optimizer
 from launcher.errors import ConfigError
@@ -122,6 +123,7 @@ class ZeroEngine(Engine):
             micro_batch_sequences=micro_batch_sequences,
             num_micro_batches=num_micro_batches,
         )
+        check_keys(settings)
         self.device = device
         self.stage = config.zero_stage
         self.group = dist.group.WORLD if self.stage and dist.get_world_size() > 1 else None

@@ -64,3 +64,33 @@ def shuffled() -> str:
 def test_a_layout_that_deepspeed_s_tables_do_not_tell_is_noticed() -> None:
     for said in run_group(2, shuffled):
         assert "parts of fp32 weights elsewhere than its tables say" in said
+
+
+REFUSED = [
+    ({"steps_per_prnt": 3}, "engine.deepspeed.steps_per_prnt: DeepSpeed", "did you mean steps_per_print?"),
+    ({"use_node_local_storage": True}, "engine.deepspeed.use_node_local_storage: DeepSpeed", "belongs to a section"),
+    ({"zero_optimization": {"overlap_com": True}}, "engine.deepspeed: DeepSpeed", "overlap_com: Extra inputs are not"),
+    ({"sparse_gradients": True}, "engine.deepspeed: DeepSpeed", "has been removed"),
+]
+
+
+def refused() -> list[str]:
+    found = []
+    for settings, *_ in REFUSED:
+        with torch.device("meta"):
+            model = Transformer(MODEL)
+        with pytest.raises(ConfigError) as caught:
+            shard(model, "zero-1", torch.float32, CPU, deepspeed=settings)
+        found.append(str(caught.value))
+    accepted = {"wall_clock_breakdown": False, "comms_logger": {"enabled": False}, "csv_monitor": {"enabled": False}}
+    with torch.device("meta"):
+        model = Transformer(MODEL)
+    shard(model, "zero-1", torch.float32, CPU, deepspeed=accepted)
+    return found
+
+
+def test_keys_that_deepspeed_does_not_know_are_refused() -> None:
+    (found,) = run_group(1, refused)
+    for said, (_, begins, holds) in zip(found, REFUSED, strict=True):
+        assert said.startswith(begins)
+        assert holds in said
