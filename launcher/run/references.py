@@ -52,10 +52,10 @@ class KnownRows:
     def __contains__(self, digest: str) -> bool:
         return digest in self._new or self._place(digest) is not None
 
-    def __getitem__(self, digest: str) -> Sequence[float] | NDArray[np.float64]:
+    def __getitem__(self, digest: str) -> NDArray[np.float64]:
         """The values of a row that is known."""
         if digest in self._new:
-            return self._new[digest]
+            return np.asarray(self._new[digest], np.float64)
         if (place := self._place(digest)) is None:
             raise KeyError(digest)
         return self._values[self._ends[place - 1] if place else 0 : self._ends[place]]

@@ -66,7 +66,7 @@ class KnownReference(Teacher):
         known = [self._rows[digest] if digest else [] for digest in map(digest_of, *batch)]
         values = torch.zeros(len(known), max(map(len, known)), dtype=torch.float64)
         for row, each in zip(values, known, strict=True):
-            row[: len(each)] = torch.as_tensor(each)
+            row[: len(each)] = torch.as_tensor(each, dtype=row.dtype)  # of a list of floats it would be fp32
         yield Reference(values.unflatten(1, (-1, 2)).to(tokens_BT.device), self._preference)
 
     def units(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:

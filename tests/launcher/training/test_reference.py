@@ -36,6 +36,8 @@ from launcher.training.held_out import HeldOut
 from launcher.training.step import open_data
 from launcher.watch.failure import INTERRUPTED
 from launcher.watch.stopping import StopRequest
+from model.config import PreferenceConfig
+from model.preference import Reference
 from model.transformer import Transformer
 
 LENGTH, ROWS = 80, 8
@@ -191,6 +193,20 @@ def test_a_reference_that_is_not_finite_is_an_error(folder: Path) -> None:
     with pytest.raises(TrainingError, match=r"phases\.0\.objective: the model that the phase begins with gives an"):
         run_group(2, opened, str(folder), [("", {})])
     assert not (folder / "run" / "reference").exists()
+
+
+def test_values_are_compared_in_float64_also_those_that_were_just_computed() -> None:
+    tokens, labels = torch.tensor([[~5, 6, ~5, 7]]), torch.tensor([[6, -100, 7, -100]])
+    found = {str(reference.digest_of(tokens[0], labels[0])): [-0.1, -1 / 3]}
+    for sorted_in in (False, True):
+        rows = KnownRows()
+        rows.add(found)
+        if sorted_in:
+            rows.arrays()
+        known = reference.KnownReference(PreferenceConfig(), "it", rows)
+        with known.teaching(tokens, (tokens, labels)) as lesson:
+            assert isinstance(lesson, Reference)
+            assert lesson.log_probabilities.tolist() == [[[-0.1, -1 / 3]]]
 
 
 def asked_to_end(rank: int) -> None:
