@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,10 +64,10 @@ class KnownReference(Teacher):
     @contextmanager
     def teaching(self, tokens_BT: Tensor, batch: tuple[Tensor, Tensor]) -> Iterator[Lesson | Reference]:
         """Yield the log-probabilities of the answers in a micro-batch; no collective."""
-        known = [self._rows[digest] if digest else [] for digest in map(digest_of, *batch)]
+        known = [self._rows[digest] if digest else np.zeros(0) for digest in map(digest_of, *batch)]
         values = torch.zeros(len(known), max(map(len, known)), dtype=torch.float64)
         for row, each in zip(values, known, strict=True):
-            row[: len(each)] = torch.as_tensor(each, dtype=row.dtype)  # of a list of floats it would be fp32
+            row[: len(each)] = torch.from_numpy(each)
         yield Reference(values.unflatten(1, (-1, 2)).to(tokens_BT.device), self._preference)
 
     def units(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
