@@ -5,13 +5,17 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 
 from data.errors import DataError
-from data.parts import SECONDS_BETWEEN_LOOKS, SharedParts
+from data.parts import SECONDS_BETWEEN_LOOKS, Patience, SharedParts, Told, parts_in_words
 
 PREFIX = "dask://"
 CONNECT_SECONDS = 30
+WORKER_SECONDS = 30
+"""A cluster may be without workers for so long."""
+ANSWER_SECONDS = 10
+"""How long an answer is waited for before the progress says so."""
 
 
-def tokenize_on(url: str, parts: SharedParts, tokenize: Callable[[int], None], told: Callable[[int], None]) -> None:
+def tokenize_on(url: str, parts: SharedParts, tokenize: Callable[[int], None], told: Told) -> None:
     """Tokenize all parts that are missing, and return when they are complete.
 
     Args:
@@ -19,11 +23,11 @@ def tokenize_on(url: str, parts: SharedParts, tokenize: Callable[[int], None], t
             same versions installed.
         parts: of the folder.
         tokenize: tokenizes the part of a number; it is sent to the workers.
-        told: called with the number of parts that are complete.
+        told: called when a part is complete, and every few seconds.
 
     Raises:
         DataError: Dask is not installed, the scheduler does not answer or is lost, it has no workers, or these are lost
-            again and again, or do not fit.
+            again and again, do not fit, or do nothing.
     """
     try:
         from distributed import Client, KilledWorker, wait
@@ -36,26 +40,34 @@ def tokenize_on(url: str, parts: SharedParts, tokenize: Callable[[int], None], t
         raise DataError(f"{url}: no scheduler of Dask answers there within {CONNECT_SECONDS} s") from error
     with client:
         try:
-            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+            client.wait_for_workers(1, timeout=WORKER_SECONDS)
+            patience = Patience(parts)
             while missing := parts.missing:
-                told(len(parts.parts) - len(missing))
-                futures = pending = set(client.map(tokenize, missing, pure=False))
+                told(len(parts.parts) - len(missing), "")
+                numbers = dict(zip(client.map(tokenize, missing, pure=False), missing, strict=True))
+                pending = set(numbers)
                 try:
                     while pending:
                         try:
-                            done, pending = wait(pending, CONNECT_SECONDS, "FIRST_COMPLETED")
+                            done, pending = wait(pending, ANSWER_SECONDS, "FIRST_COMPLETED")
                         except TimeoutError:
-                            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+                            client.wait_for_workers(1, timeout=WORKER_SECONDS)
+                            waited_for = parts_in_words({numbers[each]: "the cluster" for each in pending})
+                            told(len(parts.parts) - len(parts.missing), waited_for)
+                            patience.waited(ANSWER_SECONDS, waited_for)
                             continue
                         for future in done:
-                            future.result()
-                        told(len(parts.parts) - len(parts.missing))
+                            if future.status != "finished":  # else there is nothing to fetch
+                                future.result()
+                        told(len(parts.parts) - len(parts.missing), "")
                 finally:
-                    client.cancel(list(futures))
-                time.sleep(SECONDS_BETWEEN_LOOKS if parts.missing == missing else 0)  # other processes have them
+                    client.cancel(list(numbers))
+                if parts.missing == missing:  # other processes have them
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    patience.waited(SECONDS_BETWEEN_LOOKS, parts_in_words(dict.fromkeys(missing, "other processes")))
         except TimeoutError as error:
             raise DataError(
-                f"{url}: has had no worker for {CONNECT_SECONDS} s. Start some with `dask worker`, with the same "
+                f"{url}: has had no worker for {WORKER_SECONDS} s. Start some with `dask worker`, with the same "
                 "versions; the same command goes on with the parts that are left"
             ) from error
         except KilledWorker as error:

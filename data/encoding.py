@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -28,8 +29,12 @@ from data.tokenizer import Tokenizer, load_tokenizer
 CHUNK_CHARS = 1 << 20  # what a worker gets at a time
 
 
+ANSWER_SECONDS, SLOWEST_CHARS_PER_SECOND = 600.0, 5_000
+"""A process must tokenize its work within this time, and as much again as so slow a tokenizer would take for it."""
+
+
 class LostWorkerError(DataError):
-    """A process that tokenized has ended without an answer."""
+    """A process that tokenized has ended without an answer, or gives none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +289,7 @@ Tokenize = Callable[[Iterable[Work]], Iterator[tuple[Work, Chunk]]]
 
 Raises:
     DataError: as the encoder does.
-    LostWorkerError: a process was killed.
+    LostWorkerError: a process was killed, or hangs.
 """
 
 
@@ -311,7 +316,7 @@ def tokenizing(encoder: Encoder, num_workers: int) -> Iterator[Tokenize]:
 
         def finished() -> tuple[Work, Chunk]:
             work, future = pending.popleft()
-            return work, future.result()
+            return work, _answer(work, future)
 
         try:
             for work in works:
@@ -328,8 +333,30 @@ def tokenizing(encoder: Encoder, num_workers: int) -> Iterator[Tokenize]:
 
     try:
         yield in_pool
+    except BaseException:
+        for process in list((pool._processes or {}).values()):  # what they are at is needed no more, and may never end
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _answer(work: Work, future: "Future[Chunk]") -> Chunk:
+    """Wait for a process; time in which this one is suspended, as both may be, does not count."""
+    limit = ANSWER_SECONDS + sum(piece.size for piece in work.pieces) / SLOWEST_CHARS_PER_SECOND
+    waited = 0.0
+    while waited < limit:
+        try:
+            return future.result(timeout=min(1.0, limit))
+        except FutureTimeoutError:
+            if future.done():  # the error is the encoder's
+                raise
+            waited += min(1.0, limit)
+    raise LostWorkerError(
+        f"a tokenizing process has not answered for {limit:.0f} s. It got the text from {work.pieces[0].origin} to "
+        f"{work.pieces[-1].origin}. The same command goes on where this one stopped; if it hangs there again, leave "
+        "that text out"
+    )
 
 
 _worker_encoder: Encoder

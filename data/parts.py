@@ -19,8 +19,8 @@ import random
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -58,6 +58,13 @@ BLOCK_DOCUMENTS = 1024
 WHOLE_KINDS = (".txt", ".md", ".rst", ".py")
 """Files that are one document."""
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_WITHOUT_GROWTH = 3600.0
+"""Parts that others have are waited for no longer than this after something was last added to any of them."""
+SHOWN_PARTS = 3
+
+Told = Callable[[int, str], None]
+"""Takes the number of parts that are complete, and in words those that are waited for, if nothing else is to be done.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,30 +231,43 @@ class SharedParts:
         names = set(os.listdir(self.folder))
         return [number for number in range(len(self.parts)) if self._facts_file(number).name not in names]
 
-    def tokenize_all(self, told: Callable[[int], None] = lambda _: None) -> None:
+    def tokenize_all(self, told: Told = lambda *_: None) -> None:
         """Take one part after the other until all are complete, whoever completes them.
 
         Args:
-            told: called with the number of parts that are complete, about once a second.
+            told: called about once a second.
+
+        Raises:
+            DataError: others have parts and do nothing; or as of `tokenize`.
         """
+        patience = Patience(self)
         with self.tokenizing() as tokenize:
             while missing := self.missing:
+                held = {}
                 for number in random.sample(missing, len(missing)):
-                    told(len(self.parts) - len(self.missing))
-                    self.tokenize(number, tokenize)
-                told(len(self.parts) - len(self.missing))
-                time.sleep(SECONDS_BETWEEN_LOOKS if self.missing else 0)
+                    told(len(self.parts) - len(self.missing), "")
+                    if holder := self.tokenize(number, tokenize):
+                        held[number] = holder
+                left = self.missing
+                waited_for = parts_in_words({number: held[number] for number in left if number in held})
+                told(len(self.parts) - len(left), waited_for)
+                if left:
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    patience.waited(SECONDS_BETWEEN_LOOKS, waited_for)
 
     def tokenizing(self) -> AbstractContextManager[Tokenize]:
         """What tokenizes parts, with the processes that the configuration asks for."""
         return tokenizing(self._encoder, self._config.workers)
 
-    def tokenize(self, number: int, tokenize: Tokenize) -> None:
+    def tokenize(self, number: int, tokenize: Tokenize) -> str | None:
         """Tokenize one part, unless it is complete or another process has it.
 
         Args:
             number: of the part.
             tokenize: of `tokenizing`.
+
+        Returns:
+            The process that has it, if another one does.
 
         Raises:
             DataError: an input cannot be read, or is changed by the tokenizer.
@@ -257,12 +277,24 @@ class SharedParts:
                 stack.enter_context(locked(self.folder / f"{number:05}.lock", "a part is tokenized once", wait=False))
                 if not self._facts_file(number).exists():
                     self._tokenize(number, self.parts[number], tokenize)
-            except HeldError:
-                return
+            except HeldError as holder:
+                return str(holder)
             except FileNotFoundError:
                 if is_yet_to_be_prepared(self._out):
                     raise
                 # another process has merged the parts and removed them
+        return None
+
+    def growth(self) -> tuple[int, dict[str, int]]:
+        """How much there is of the parts: files of complete ones, and the bytes of each that is being made."""
+        complete, begun = 0, {}
+        with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                complete += entry.name.endswith(".json")
+                if entry.name.startswith("."):
+                    with suppress(FileNotFoundError):
+                        begun[entry.name] = os.stat(entry.path).st_size  # a listing may have an earlier size
+        return complete, begun
 
     def _tokenize(self, number: int, part: Part, tokenize: Tokenize) -> None:
         assigned = assign_splits(self._config, self._files, (part.first, 0), part.stop)
@@ -329,6 +361,47 @@ class SharedParts:
 
     def _facts_file(self, number: int) -> Path:
         return self.folder / f"{number:05}.json"
+
+
+class Patience:
+    """Waits for parts that other processes make as long as they make something.
+
+    Time in which this process itself was suspended does not count, as the others may have been too.
+    """
+
+    def __init__(self, parts: SharedParts) -> None:
+        self._parts = parts
+        self._growth, self._seconds = parts.growth(), 0.0
+
+    def waited(self, seconds: float, waited_for: str) -> None:
+        """Note that nothing else was to be done for this time.
+
+        Args:
+            seconds: since the last call.
+            waited_for: the parts, in words.
+
+        Raises:
+            DataError: nothing has been added to any part for `SECONDS_WITHOUT_GROWTH`.
+        """
+        growth = self._parts.growth()
+        self._seconds = self._seconds + seconds if growth == self._growth else 0.0
+        self._growth = growth
+        if self._seconds >= SECONDS_WITHOUT_GROWTH:
+            raise DataError(
+                f"{self._parts.folder}: has not grown for {SECONDS_WITHOUT_GROWTH:g} s, while this process waited for "
+                f"{waited_for or 'parts of other processes'}. End what hangs; the same command goes on with the parts "
+                "that are left"
+            )
+
+
+def parts_in_words(held: Mapping[int, str]) -> str:
+    """Parts that are waited for; empty if there are none.
+
+    Args:
+        held: who has each.
+    """
+    named = [f"part {number} of {holder}" for number, holder in list(held.items())[:SHOWN_PARTS]]
+    return "; ".join([*named, f"{len(held) - SHOWN_PARTS} others"] if len(held) > SHOWN_PARTS else named)
 
 
 def _as_stored(made_by: dict[str, Any]) -> dict[str, Any]:

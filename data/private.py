@@ -19,9 +19,9 @@ from typing import IO
 from data.errors import DataError
 
 SECONDS_BEFORE_MESSAGE = 3.0
-
-
 SECONDS_BETWEEN_TRIES = 0.05
+MOST_SECONDS = 24 * 3600.0
+"""Whoever holds a lock for longer is taken to hang."""
 
 
 class HeldError(DataError):
@@ -74,26 +74,29 @@ def locked(path: Path, purpose: str, *, wait: bool = True) -> Iterator[IO[str]]:
         The file, open.
 
     Raises:
-        HeldError: another process holds it; names that process.
+        HeldError: another process holds it, after `MOST_SECONDS` if it was waited for; names that process.
         OSError: the file can be neither made nor read, or is a link.
     """
     with _open_lock(path) as lock:
-        began = time.monotonic()
+        waited = 0.0  # not by a clock, which would count the time in which both processes are suspended
         has_told = os.environ.get("LOCAL_RANK", "0") != "0"  # a rank's first neighbor says it, or is the one waited for
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                lock.seek(0)
                 if not wait:
-                    lock.seek(0)
                     raise HeldError(lock.read() or "another process") from None
-                if not has_told and time.monotonic() - began > SECONDS_BEFORE_MESSAGE:
-                    lock.seek(0)
+                if waited >= MOST_SECONDS:
+                    holder = lock.read() or "another process"
+                    raise HeldError(f"{holder}, and this one has waited for {MOST_SECONDS / 3600:g} hours") from None
+                if not has_told and waited >= SECONDS_BEFORE_MESSAGE:
                     holder = lock.read() or "another process"
                     print(f"Waiting for {holder}, which holds {path}: {purpose}.", file=sys.stderr, flush=True)  # noqa: T201
                     has_told = True
                 time.sleep(SECONDS_BETWEEN_TRIES)
+                waited += SECONDS_BETWEEN_TRIES
         if lock.writable():
             os.ftruncate(lock.fileno(), 0)
             with contextlib.suppress(OSError):  # of a full disk; the lock holds all the same

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from data.errors import DataError
 from data.light_streaming import import_streaming
 from data.marks import ids_of
+from data.new_paths import NO_ROOM
 from data.prepared import COLUMN, SOURCE
 from data.urls import redacted
 
@@ -207,6 +208,8 @@ class RowDataset(StreamingDataset):
                         Path(stream.local, stream.split, info.basename).unlink(missing_ok=True)
             # Those that wait go on, miss the file, and fetch it again.
             self._shard_states[shard_id] = _ShardState.LOCAL
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise DataError(f"{stream.local}: {os.strerror(error.errno)}, in data.cache") from error
             raise DataError(f"{stream.remote or stream.local}: {type(error).__name__}: {error}") from error
 
     @staticmethod

@@ -80,6 +80,8 @@ class PrepareProgress:
     """Text that it had tokenized, and that is not tokenized again."""
     parts: tuple[int, int] = (0, 0)
     """Parts that are complete, and all parts."""
+    waited_for: str = ""
+    """Parts of other processes, in words, if there is nothing else to do than to wait for them."""
     removed_documents: int = 0
     """Documents that filters have left out."""
 
@@ -216,8 +218,9 @@ def _tokenize_parts(
         progress(say(stage="tokenizer", seconds=0.0))
     parts = _parts_of(task, out)
 
-    def told(complete: int) -> None:
-        progress(say(stage="parts", seconds=time.monotonic() - start, parts=(complete, len(parts.parts))))
+    def told(complete: int, waited_for: str) -> None:
+        counts = (complete, len(parts.parts))
+        progress(say(stage="parts", seconds=time.monotonic() - start, parts=counts, waited_for=waited_for))
 
     if on == SHARED_FOLDER:
         parts.tokenize_all(told)
@@ -262,7 +265,7 @@ def _build(
             tokenizer = load_tokenizer(building / begun.tokenizer)
         if config.content == "text":
             tokenizer.fast = fast_encoder(tokenizer)
-        library = "" if tokenizer.fast is None else f"{NAME} {version(NAME)}"
+        library = "" if tokenizer.fast is None or parts else f"{NAME} {version(NAME)}"
         writers = _open_writers(task, tokenizer, building, begun)
         filters = Filters.of(config, task.ngrams)
         removal = Removal(building, filters, begun.removal if begun else None) if filters else None

@@ -17,7 +17,7 @@ from data.errors import DataError
 from data.light_streaming import import_streaming
 from data.marks import ids_of
 from data.mixture import Source
-from data.new_paths import file_being_replaced
+from data.new_paths import NO_ROOM, file_being_replaced
 from data.prepared import (
     COLUMN,
     INDEX,
@@ -115,14 +115,11 @@ class OpenSource:
         stored, raw = stored_file(shard), self.folder / split / shard["raw_data"]["basename"]
         if raw.exists():
             return
-        _fetch(self.source, self.folder, f"{split}/{stored['basename']}")
+        _fetch(self.source, self.folder, f"{split}/{stored['basename']}", stored["hashes"][SHARD_HASH])
         if stored is shard["raw_data"]:
             return
         path = self.folder / split / stored["basename"]
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != stored["hashes"][SHARD_HASH]:
-            path.unlink()
-            raise DataError(f"{self.source.path}/{split}/{path.name}: is damaged; copy or prepare the folder again")
         with file_being_replaced(raw) as partial:
             partial.write_bytes(decompress(content, shard["raw_data"]["bytes"], path))
         path.unlink()
@@ -218,12 +215,13 @@ def template_path(source: Source, cache: str | None) -> Path:
     return opened.folder / str(opened.manifest["chat_template"]["file"])
 
 
-def _fetch(source: Source, folder: Path, name: str) -> None:
-    """Download one file of a remote source into `folder`, unless it exists."""
+def _fetch(source: Source, folder: Path, name: str, digest: str | None = None) -> None:
+    """Download one file of a remote source into `folder`, unless it exists; its SHA-256 is compared if it is given."""
     path = folder / name
     _refuse_links(folder, path)
     if path.exists():
         return
+    import_streaming()
     from streaming.base.storage.download import CloudDownloader
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,8 +231,10 @@ def _fetch(source: Source, folder: Path, name: str) -> None:
         except Exception as error:  # every kind of storage has its own
             raise DataError(
                 f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
-                f"{_advice(error)}"
+                f"{_advice(error, folder)}"
             ) from error
+        if digest not in (None, hashlib.sha256(partial.read_bytes()).hexdigest()):
+            raise DataError(f"{source.path}/{name}: is damaged; copy or prepare the folder again")
 
 
 def _refuse_links(folder: Path, path: Path) -> None:
@@ -251,10 +251,12 @@ def _refuse_links(folder: Path, path: Path) -> None:
             return
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: Exception, folder: Path) -> str:
     """Say what to look at; where there is one, the code of the answer tells more than the client's message."""
     if isinstance(error, ImportError):
         return "install what reads this kind of store"
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f"make room for {folder}, in data.cache"
     reason = f"{type(error).__name__} {getattr(error, 'response', {}).get('Error', {}).get('Code', error)}"
     if any(word in reason for word in ("Credentials", "403", "Forbidden", "AccessDenied", "InvalidAccessKeyId")):
         return "check the credentials and what they may read"

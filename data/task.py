@@ -11,11 +11,8 @@ from data.decontamination import NGrams
 from data.errors import DataError
 from data.prepared import MANIFEST, is_yet_to_be_prepared, open_prepared
 from data.resume import identity
-from data.survey import Survey, suffix_of, survey
+from data.survey import TOKEN_KINDS, Survey, suffix_of, survey
 from data.tokenizer import load_tokenizer
-
-TOKEN_KINDS = (".idx", ".ds")
-"""Files of documents that are tokens already."""
 
 
 def _options(config: PrepareConfig, sequence_length: int, ngrams: NGrams | None) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def prepare_with_progress(
         shown = time.perf_counter()
         if progress.stage == "parts":
             complete, parts = progress.parts
-            console.line(f"tokenizing: {complete} of {parts} parts are complete{remaining(progress)}")
+            waiting = f"; waiting for {progress.waited_for}" if progress.waited_for else remaining(progress)
+            console.line(f"tokenizing: {complete} of {parts} parts are complete{waiting}")
             return
         doing = DOING[progress.stage]
         doing += f" with {progress.library}" if progress.library else ""

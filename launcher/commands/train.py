@@ -137,4 +137,5 @@ def _kill(process: "subprocess.Popen[str]") -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             descendant.kill()
     psutil.wait_procs(descendants, timeout=SECONDS_TO_DIE)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(SECONDS_TO_DIE)

@@ -1,5 +1,6 @@
 """Prepare data for a store: what is there is complete, or has no manifest, which goes last."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from launcher.checkpoint.location import check_writable, create, is_local, reach
 from launcher.commands.prepare import prepare_with_progress
 from launcher.errors import ConfigError
 from launcher.process.console import Console
+
+BEGUN = "sending"
+"""Mark in a store: the SHA-256 of the manifest of the folder that is sent there."""
 
 
 def is_url(text: str) -> bool:
@@ -66,7 +70,9 @@ def check_store(url: str, local: Path) -> None:
 
 
 def upload_prepared(local: Path, url: str, console: Console) -> None:
-    """Copy a prepared folder to a store; files that it has in full size are not sent again.
+    """Copy a prepared folder to a store; files of it that are there in full size are not sent again.
+
+    While it is sent, a mark says which folder it is: full shards of another one have the same size.
 
     Raises:
         DataError: the folder is damaged.
@@ -75,12 +81,18 @@ def upload_prepared(local: Path, url: str, console: Console) -> None:
     open_prepared(local)
     location = to_location(url)
     files = sorted(path for path in local.rglob("*") if path.is_file() and path.name != MANIFEST)
-    sent = 0
+    digest = hashlib.sha256((local / MANIFEST).read_bytes()).hexdigest()
+    mark, sent = location / BEGUN, 0
     with reaching(location):
+        is_begun = (mark.is_file() and mark.read_text() == digest) or (location / MANIFEST).is_file()
+        if not is_begun:
+            mark.write_text(digest)
         for path in [*files, local / MANIFEST]:
             target = location / path.relative_to(local).as_posix()
-            if not target.is_file() or target.stat().st_size != path.stat().st_size or path.name == MANIFEST:
+            is_there = is_begun and target.is_file() and target.stat().st_size == path.stat().st_size
+            if not is_there or path.name == MANIFEST:
                 with path.open("rb") as source, create(target) as file:
                     shutil.copyfileobj(source, file, 1 << 22)
                 sent += 1
+        mark.unlink(missing_ok=True)
     console.line(f"{url}: {sent} of {len(files) + 1} files sent; {local} may be removed")

@@ -29,6 +29,7 @@ MOST_FLOPS = 2e12
 """FLOPs of a step on a CPU above which it is not measured: that would take minutes."""
 
 SECONDS_TO_MEASURE = 300.0
+SECONDS_TO_DIE = 10.0
 
 Stretch = tuple[Plan, int, int]
 """A plan, and the steps that are finished where a part of it begins and ends."""
@@ -166,7 +167,7 @@ def measured_seconds(jobs: Sequence[Job], place: Place) -> tuple[float | None, s
     except EOFError:
         per_step = {}
     process.kill()
-    process.join()
+    process.join(SECONDS_TO_DIE)
     if not per_step:
         return None, "because its steps could not be measured here; name a GPU with --gpu"
     rate = {name: value / flops for name, value in per_step.items()}

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -150,3 +152,60 @@ def test_a_shard_that_is_longer_than_the_index_says_is_not_decompressed(folders,
     (small / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"does not hold \d+ bytes, as index.json says"):
         held_out(small, tmp_path / "cache")
+
+
+def test_a_fresh_process_reads_them_without_what_text_does_not_need(folders, tmp_path):
+    program = """
+import sys
+from data.mixture import Source
+from data.sources import open_source
+rows = open_source(Source(path=sys.argv[1]), sys.argv[2]).read_first_rows("train", 3)
+print(rows.shape, [name for name in ("torchvision", "transformers", "pandas") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", program, str(folders / "small"), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "(3, 17) []\n", done.stderr
+
+
+def in_small_file_system(folder: Path, num_bytes: int, program: str, *arguments: str) -> list[str]:
+    """Run a program of Python with a file system of so many bytes on a folder; returns the lines that it prints."""
+    mount = f'mount -t tmpfs -o size={num_bytes} none "$0" && exec "$@"'
+    apart = ["unshare", "-rm", "sh", "-c", mount, str(folder)]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    done = subprocess.run(
+        [*apart, sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_full_cache_is_named(folders, tmp_path, workers):
+    program = """
+import sys
+from data.config import DataConfig
+from data.errors import DataError
+from data.loader import TrainingData
+from data.mixture import Source
+source, cache, workers = sys.argv[1:]
+try:
+    config = DataConfig(sources=(Source(path=source),), sequence_length=16, cache=cache, workers=int(workers))
+    batches = dict(global_batch_sequences=4, micro_batch_sequences=4)
+    data = TrainingData(config, vocab_size=300, **batches, rank=0, world_size=1)
+    for _ in zip(range(500), data):
+        pass
+except DataError as error:
+    print(error)
+data.close()
+"""
+    page, cache, small = 4096, tmp_path / "cache", folders / "small"
+    cache.mkdir()
+    arguments = (str(small), str(cache), str(workers))
+    few = sum(-(-path.stat().st_size // page) for path in small.glob("[!f]*.*")) + 3  # index.json of 2 splits
+    [message] = in_small_file_system(cache, (few + 2) * page, program, *arguments)
+    assert message.startswith(f"a shard of the training data cannot be read: {cache}")
+    assert ": No space left on device, in data.cache; the same command resumes" in message
+    [message] = in_small_file_system(cache, 2 * page, program.replace("data.close()", ""), *arguments)
+    assert "cannot be downloaded (OSError: [Errno 28] No space left on device" in message
+    assert f"; make room for {cache}" in message

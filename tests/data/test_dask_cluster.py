@@ -9,7 +9,8 @@ import sys
 import time
 
 import pytest
-from many_parts import LENGTH, contents, write_inputs
+from filtered_texts import options_of, write_corpora
+from many_parts import LENGTH, SMALL, contents, write_inputs
 
 from data import shards
 from data.config import PrepareConfig
@@ -42,6 +43,10 @@ def cluster():
         for _ in range(2)
     ]
     try:
+        from distributed import Client
+
+        with Client(address, timeout=120) as client:  # the machine may be busy
+            client.wait_for_workers(2, timeout=120)
         yield port, processes
     finally:
         for process in processes:
@@ -70,11 +75,64 @@ def test_workers_of_dask_make_the_same_and_one_is_killed(inputs, tmp_path, clust
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("packing", ["stream", "best-fit"])
+def test_filters_leave_out_the_same_on_workers_of_which_one_is_killed(tmp_path, monkeypatch, cluster, packing):
+    port, processes = cluster
+    for (module, name), value in SMALL.items():
+        monkeypatch.setattr(module, name, value)
+    write_corpora(tmp_path)
+    sets = (str(tmp_path / "test.jsonl"),)
+    config = PrepareConfig(**options_of(tmp_path, deduplicate=True, decontaminate=sets, packing=packing))
+    prepare(config, LENGTH, tmp_path / "alone")
+    killed = []
+
+    def told(progress):
+        if progress.stage == "parts" and progress.parts[0] >= 2 and not killed:
+            killed.append(progress.parts)
+            processes[1].kill()
+
+    manifest = prepare(config, LENGTH, tmp_path / "out", told, on=f"dask://127.0.0.1:{port}")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert all(filtered["documents"] > 4 for filtered in manifest["filters"].values())
+    assert len(manifest["filters"]) == 2
+    complete, parts = killed[0]
+    assert complete < parts
+    assert processes[1].wait(60) == -signal.SIGKILL
+    assert processes[2].poll() is None
+
+
+@pytest.mark.slow
+def test_workers_that_hang_are_not_waited_for_for_ever(inputs, tmp_path, cluster, monkeypatch):
+    port, processes = cluster
+    monkeypatch.setattr("data.dask_cluster.ANSWER_SECONDS", 1)
+    monkeypatch.setattr("data.parts.SECONDS_WITHOUT_GROWTH", 3.0)
+    seen = []
+
+    def told(progress):
+        seen.append(progress)
+        if progress.parts[0] == 1:
+            for worker in processes[1:]:
+                worker.send_signal(signal.SIGSTOP)
+
+    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
+    shared = shards.shared_parts(config, LENGTH, tmp_path / "out")
+    with (
+        locked(shared.folder / "00000.lock", "a trial"),
+        pytest.raises(
+            DataError, match=r"has not grown for 3 s, while .* waited for part \d+ of the cluster.* End what"
+        ),
+    ):
+        prepare(config, LENGTH, tmp_path / "out", told, on=f"dask://127.0.0.1:{port}")
+    assert "of the cluster" in seen[-1].waited_for
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "said"), [((1, 2), "has had no worker for 3 s. Start some"), ((0,), "the scheduler was lost; the same")]
 )
 def test_what_is_lost_for_good_is_named(inputs, tmp_path, cluster, monkeypatch, lost, said):
-    monkeypatch.setattr("data.dask_cluster.CONNECT_SECONDS", 3)
+    monkeypatch.setattr("data.dask_cluster.WORKER_SECONDS", 3)
+    monkeypatch.setattr("data.dask_cluster.ANSWER_SECONDS", 3)
     port, processes = cluster
 
     def told(progress):

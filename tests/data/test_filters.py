@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_files import chat, pair, prepare_chats, prepare_pairs
+from filtered_texts import WORDS, options_of, write_corpora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killed import LENGTH, run_killed
@@ -21,9 +22,6 @@ from data.errors import DataError
 from data.prepared import open_prepared
 from data.seen import Seen
 from data.shards import prepare
-
-ANIMALS = "ant bee cat dog elk fox gnu hen ibis jay kiwi lynx mole newt owl pig rat seal toad vole wolf yak zebu"
-WORDS = ANIMALS.split(" ")
 
 
 def plain_words(text: str) -> list[str]:
@@ -163,45 +161,6 @@ def test_digests_need_few_bytes_of_memory(tmp_path, monkeypatch):
 # Prepared folders
 
 
-def corpus(rng, num_documents: int) -> list[str]:
-    """Random texts, of which some are equal, and some hold passages of an evaluation set."""
-    texts = []
-    for _ in range(num_documents):
-        text = " ".join(rng.choice(WORDS, rng.integers(3, 60)))
-        if texts and rng.random() < 0.3:
-            text = texts[rng.integers(len(texts))]
-        texts.append(text)
-    return texts
-
-
-def write_corpora(tmp_path: Path) -> dict[str, list[str]]:
-    """Inputs in many files, held-out text and an evaluation set; the texts of each file, in the order of reading."""
-    rng = np.random.default_rng(3)
-    texts = corpus(rng, 130)
-    passages = [" ".join(rng.choice(WORDS, 20)) for _ in range(40)]
-    for place in rng.choice(130, 25):
-        texts[place] = f"{texts[place][:50]} {rng.choice(passages).upper().replace(' ', ', ')}"
-    files = {
-        "in/a.jsonl": texts[:60],
-        "in/b.jsonl": texts[60:75],
-        "in/c.txt": [texts[0]],
-        "in/d.txt": ["\n".join(texts[3:50])],
-        "in/e.txt": ["\n".join(texts[3:50])],
-        "more.jsonl": texts[75:100] + texts[:10],
-        "held.jsonl": texts[100:] + texts[5:20],
-    }
-    (tmp_path / "in").mkdir()
-    for name, of_file in files.items():
-        path = tmp_path / name
-        if path.suffix == ".txt":
-            path.write_text(of_file[0])
-        else:
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in of_file))
-    examples = [{"question": passage[:40], "choices": [passage[40:], "no"], "number": 3} for passage in passages]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
-    return files
-
-
 def brute_force(tmp_path: Path, files: dict[str, list[str]], names: list[str], *, duplicates: bool, evaluation: bool):
     """The texts that stay of some files, and documents and bytes that are left out, by file and reason."""
     lines = (tmp_path / "test.jsonl").read_text().splitlines()
@@ -236,15 +195,6 @@ def corpora(tmp_path, monkeypatch):
 
 
 NAMES = ["in/a.jsonl", "in/b.jsonl", "in/c.txt", "in/d.txt", "in/e.txt", "more.jsonl", "held.jsonl"]
-
-
-def options_of(tmp_path: Path, **options) -> dict:
-    return {
-        "inputs": (str(tmp_path / "in"), str(tmp_path / "more.jsonl")),
-        "validation_inputs": (str(tmp_path / "held.jsonl"),),
-        "tokenizer": "bpe:340",
-        **options,
-    }
 
 
 def summed(by_file: dict[str, dict[str, int]], tmp_path: Path) -> dict[str, dict[str, int]]:

@@ -18,6 +18,7 @@ from data.config import PrepareConfig
 from data.errors import DataError
 from data.parts import Part, cut_parts
 from data.prepared import open_prepared
+from data.private import locked
 from data.shards import prepare
 from data.survey import Survey, survey
 
@@ -189,6 +190,39 @@ def test_processes_with_other_options_do_not_take_part(inputs, tmp_path):
     other = PrepareConfig(inputs=inputs, tokenizer="bpe:300", validation_fraction=0.1)
     with pytest.raises(DataError, match=r"out\.parts: was begun with different validation_fraction; run the same"):
         prepare(other, LENGTH, tmp_path / "out", on="shared-folder")
+
+
+def test_a_part_that_another_process_has_is_waited_for_by_name_and_not_for_ever(inputs, tmp_path, monkeypatch):
+    config = PrepareConfig(inputs=inputs, tokenizer="bpe:300")
+    prepare(config, LENGTH, tmp_path / "alone")
+    shared = shards.shared_parts(config, LENGTH, tmp_path / "out")
+    grown, told = [0], []
+    monkeypatch.setattr(parts, "SECONDS_WITHOUT_GROWTH", 0.2)
+    monkeypatch.setattr(parts.time, "sleep", lambda seconds: grow(grown[0]))
+
+    def grow(number):
+        """The other process adds to its part, and then hangs."""
+        if number < 20:
+            (shared.folder / ".00000.tokens.its.tritrain-tmp").write_bytes(bytes(number))
+        grown[0] += 1
+
+    holder = f"part 0 of process {os.getpid()} on "
+    with (
+        locked(shared.folder / "00000.lock", "a trial"),
+        pytest.raises(DataError, match=rf"out\.parts: has not grown for 0\.2 s, while .* for {holder}.* End what"),
+    ):
+        prepare(config, LENGTH, tmp_path / "out", told.append, on="shared-folder")
+    assert 20 < grown[0] < 30
+    assert told[-1].waited_for.startswith(holder)
+    assert told[-1].parts[0] == told[-1].parts[1] - 1
+    prepare(config, LENGTH, tmp_path / "out", on="shared-folder")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_many_parts_are_named_in_few_words():
+    assert parts.parts_in_words({}) == ""
+    assert parts.parts_in_words({7: "a", 8: "b"}) == "part 7 of a; part 8 of b"
+    assert parts.parts_in_words(dict.fromkeys(range(9), "a")) == "part 0 of a; part 1 of a; part 2 of a; 6 others"
 
 
 def test_a_damaged_part_is_found(inputs, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from data import private
 from data.errors import DataError
-from data.private import locked, no_follow, users_folder
+from data.private import HeldError, locked, no_follow, users_folder
 
 
 def test_the_folder_is_closed_to_others_and_found_again(tmp_path: Path) -> None:
@@ -76,3 +76,13 @@ def test_who_waits_says_for_whom_and_a_process_that_dies_lets_go(
     said = capsys.readouterr().err
     assert said.startswith(f"Waiting for process {holder.pid} on {os.uname().nodename}, since 20")
     assert said.endswith(f", which holds {lock}: jobs start one at a time.\n")
+
+
+def test_who_waits_gives_up_in_the_end_and_names_the_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "MOST_SECONDS", 0.2)
+    with (
+        locked(tmp_path / "lock", "a test"),
+        pytest.raises(HeldError, match=rf"process {os.getpid()} on .*, and this one has waited for .* hours"),
+        locked(tmp_path / "lock", "a test"),
+    ):
+        pass

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_group
-from stores import BUCKET, SECRET, Store, environment, proxy
+from stores import BUCKET, SECRET, Store, enter, environment, proxy
 from tiny import SEQUENCE_LENGTH
 
 from data.errors import DataError
 from data.loader import DataConfig, TrainingData
 from data.mixture import Source
+from data.sources import open_source
 
 
 def read_shards(source: str, cache: str, variables: dict[str, str], workers: int, steps: int) -> Any:
@@ -115,3 +117,39 @@ def test_a_shard_that_was_damaged_on_the_way_is_fetched_again_next_time(
     for message in remote_shards(store.endpoint, tmp_path / "cache", source=source):
         assert "Checksum failure" in message
     assert not list((tmp_path / "cache").rglob("train/*.mds"))
+    with pytest.MonkeyPatch.context() as patch:
+        enter(patch, environment(store.endpoint))
+        opened = open_source(Source(path=source), str(tmp_path / "other"))
+        with pytest.raises(DataError, match=rf"{source}/train/shard\.00000\.mds: is damaged; copy or prepare"):
+            opened.read_first_rows("train", 1)
+        assert len(opened.read_first_rows("validation", 1)) == 1
+    assert not list((tmp_path / "other").rglob("train/*.mds"))
+
+
+def read_impatiently(*arguments: Any) -> Any:
+    from data.rows import RowDataset
+
+    begin = RowDataset.__init__
+    RowDataset.__init__ = lambda self, **options: begin(self, download_timeout=1.0, **options)
+    return read_shards(*arguments)
+
+
+@pytest.mark.slow
+def test_a_slow_store_is_waited_for_and_one_that_hangs_is_not(store: Store, shards: Path, tmp_path: Path) -> None:
+    [local] = run_group(1, read_shards, str(shards), "", {}, 0, 60)
+    seconds = 0.7
+
+    def fault(method: str, path: str) -> int | None:
+        time.sleep(seconds if path.endswith(".mds") else 0.0)
+        return None
+
+    with proxy(store, fault) as endpoint:
+        arguments = (f"s3://{BUCKET}/shards", str(tmp_path / "slow"), environment(endpoint), 0, 60)
+        [remote] = run_group(1, read_impatiently, *arguments)
+        assert local.equal(remote)
+        seconds = 3600.0
+        began = time.monotonic()
+        [message] = run_group(1, read_impatiently, arguments[0], str(tmp_path / "hangs"), *arguments[2:])
+    assert message.startswith("a shard of the training data cannot be read: ")
+    assert "ReadTimeoutError: Read timeout on endpoint" in message
+    assert time.monotonic() - began < 300

@@ -1,6 +1,7 @@
 """A killed `prepare` goes on where it stopped, and nobody can tell from the result."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -192,19 +193,30 @@ def test_a_full_disk_keeps_what_is_done(inputs, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_lost_worker_is_named_and_what_is_done_is_kept(inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "a tokenizing process was killed"),
+        (signal.SIGSTOP, r"has not answered for \d s\. It got the text from .*jsonl:\d+ to .*jsonl:\d+\. The same"),
+    ],
+)
+def test_a_worker_that_is_lost_or_hangs_is_named_and_what_is_done_is_kept(inputs, tmp_path, monkeypatch, number, said):
     options = {"inputs": inputs, "tokenizer": "bpe:300"}
-    killed: list[int] = []
+    workers: list[int] = []
 
-    def kill_a_worker(progress):
-        if progress.stage == "tokens" and not killed:
+    def harm_workers(progress):
+        if progress.stage == "tokens" and not workers:
             children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-            workers = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-            killed.append(workers[0])
-            os.kill(workers[0], 9)
+            workers.extend(
+                int(each) for each in children if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()
+            )
+            for worker in workers[: 1 if number == signal.SIGKILL else None]:
+                os.kill(worker, number)
+            monkeypatch.setattr(encoding, "ANSWER_SECONDS", 2.0)
 
-    with pytest.raises(DataError, match="a tokenizing process was killed"):
-        prepare(PrepareConfig(**options, workers=2), LENGTH, tmp_path / "out", kill_a_worker)
+    with pytest.raises(DataError, match=said):
+        prepare(PrepareConfig(**options, workers=2), LENGTH, tmp_path / "out", harm_workers)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     assert "going on after " in go_on(options, tmp_path / "out").earlier
     prepare(PrepareConfig(**options), LENGTH, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -51,5 +51,21 @@ def test_a_store_that_fails_in_the_middle_has_no_manifest_and_the_same_command_g
         assert "credentials" in prepared(tmp_path, url, "--scratch", scratch)
     assert MANIFEST not in stored(reachable, "broken")
     enter(monkeypatch, environment(reachable.endpoint))
-    assert "files sent" in prepared(tmp_path, url, "--scratch", scratch)
+    assert "2 of 6 files sent" in prepared(tmp_path, url, "--scratch", scratch)
     assert stored(reachable, "broken")[MANIFEST] == (tmp_path / "scratch" / MANIFEST).read_bytes()
+
+
+def test_files_of_another_folder_that_was_begun_there_are_sent_anew(reachable: Store, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a.jsonl", num_documents=30)
+    url, scratch = f"s3://{BUCKET}/other", tmp_path / "scratch"
+    prepared(tmp_path, str(scratch))
+    local = {str(path.relative_to(scratch)): path.read_bytes() for path in scratch.rglob("*") if path.is_file()}
+    for name, content in local.items():
+        if name != MANIFEST:  # the attempt ended before it came to this
+            reachable.client().put_object(Bucket=BUCKET, Key=f"other/{name}", Body=bytes(len(content)))
+    for mark in (None, b"0123"):
+        if mark:
+            reachable.client().put_object(Bucket=BUCKET, Key="other/sending", Body=mark)
+            reachable.client().delete_object(Bucket=BUCKET, Key=f"other/{MANIFEST}")
+        assert "6 of 6 files sent" in prepared(tmp_path, url, "--scratch", str(scratch))
+        assert stored(reachable, "other") == local

@@ -2,7 +2,9 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +79,33 @@ def test_runs_are_the_same_in_pieces_and_alike_on_two_ranks(packed: Path, tmp_pa
     for ours, theirs in zip(one, two, strict=True):  # the ternary phase is chaotic, see tests of the engines
         if isinstance(ours[0], int) and ours[0] <= 3:
             assert [each for each in ours if each] == pytest.approx([each for each in theirs if each], rel=1e-5)
+
+
+def trained_alike(shards: str, out: str, engine: str, training: dict[str, Any]) -> None:
+    documents = {"documents": "joined"}
+    for name, data, options in (("plain", {}, {}), ("changed", {}, training), ("joined", documents, training)):
+        config = config_of(shards, Path(out) / name, "fsdp2" if name == "plain" else engine, **data)
+        assert run(replace(config, training=replace(config.training, **options))) == "complete"
+
+
+@pytest.mark.parametrize(
+    ("engine", "training"),
+    [
+        ("fsdp2", {"activation_checkpointing": True}),
+        pytest.param("zero-2", {}, marks=pytest.mark.slow),
+        pytest.param("zero-3", {"activation_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_checkpointing_and_engines_keep_documents_apart_alike(
+    packed: Path, tmp_path: Path, engine: str, training: dict[str, Any]
+) -> None:
+    run_group(1, trained_alike, str(packed), str(tmp_path), engine, training)
+    plain, changed, joined = (rows_of(tmp_path / name) for name in ("plain", "changed", "joined"))
+    losses = [[row[1] for row in rows if isinstance(row[0], int) and row[0] <= 3] for rows in (plain, changed, joined)]
+    losses = [[loss for loss in found if loss] for found in losses]
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-4)
 
 
 def test_what_documents_see_is_counted_and_kept(packed: Path, tmp_path: Path) -> None:
