@@ -13,6 +13,8 @@ from typing import Any
 from data.errors import DataError
 
 MESSAGES_KEY, TOOLS_KEY = "messages", "tools"
+WEIGHT_KEY = "weight"
+"""Of a message: other programs leave out an answer whose weight is 0."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -63,6 +65,10 @@ def message_problem(message: Any) -> str | None:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         return f"has the role {role!r:.80}; choose one of {', '.join(ROLES)}"
+    if message.get(WEIGHT_KEY) not in (None, 1):
+        return (
+            f"({role}) has the weight {message[WEIGHT_KEY]!r:.80}; all answers count, so remove the weight or the chat"
+        )
     calls = message.get("tool_calls")
     if calls:
         if role != "assistant":

@@ -52,7 +52,7 @@ class _Generation(Extension):
 
     def __init__(self, environment: Any) -> None:
         super().__init__(environment)
-        environment.extend(written=None, marked=[])
+        environment.extend(num_written=None, marked=[])
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -62,8 +62,8 @@ class _Generation(Extension):
     def _mark(self, caller: Any) -> str:
         text: str = caller()
         environment: Any = self.environment
-        if environment.written is not None:
-            environment.marked.append((sum(map(len, environment.written)), text))
+        if environment.num_written is not None:
+            environment.marked.append((environment.num_written, text))
         return text
 
 
@@ -152,11 +152,13 @@ class ChatTemplate:
 
     def _marked(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
         environment, written = self._environment, list[str]()
-        environment.written, environment.marked = written, []
+        environment.num_written, environment.marked = 0, []
         try:
-            written.extend(self._blocks(messages, tools, to_answer=False))
+            for block in self._blocks(messages, tools, to_answer=False):
+                written.append(block)
+                environment.num_written += len(block)
         finally:
-            environment.written = None
+            environment.num_written = None
         text = "".join(written)
         if not all(text.startswith(part, begin) for begin, part in environment.marked):
             raise DataError(

@@ -231,7 +231,9 @@ def _text_of(record: Any, origin: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f'{origin}: a line must be an object with the key "{TEXT_KEY}", not {type(record).__name__}')
     if TEXT_KEY not in record:
-        raise DataError(f'{origin}: has no key "{TEXT_KEY}"; its keys are {_listed(record)}')
+        others = (content for content, key in (("chats", MESSAGES_KEY), ("pairs", SIDES[0])) if key in record)
+        advice = "".join(f"; --content {content} of `tritrain prepare` reads such records" for content in others)
+        raise DataError(f'{origin}: has no key "{TEXT_KEY}"; its keys are {_listed(record)}{advice}')
     text = record[TEXT_KEY]
     if not isinstance(text, str):
         raise DataError(f'{origin}: "{TEXT_KEY}" is {type(text).__name__}; must be text')

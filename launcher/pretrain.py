@@ -292,7 +292,8 @@ def run_rank(
             if ranks.is_first and outcome == "interrupted":
                 newest = folder.newest_checkpoint()
                 stop.look_again()
-                folder.write_state("interrupted", reason=stop.reason, checkpoint=str(newest), job=slurm_job())
+                saved = None if newest is None else str(newest)
+                folder.write_state("interrupted", reason=stop.reason, checkpoint=saved, job=slurm_job())
                 stop.done()
             elif ranks.is_first:
                 folder.write_state("complete", steps=plan.total_steps)
@@ -303,7 +304,8 @@ def run_rank(
         return COMPLETE if outcome == "complete" else INTERRUPTED
     if outcome == "interrupted":
         next_time = "resumes from there" if smoke_steps is None else "begins the smoke test again"
-        console.line(f"Stopped and saved ({stop.reason}): {newest}. The same command {next_time}.")
+        saved = f"and saved ({stop.reason}): {newest}" if newest else f"({stop.reason}) before the first step"
+        console.line(f"Stopped {saved}. The same command {next_time}.")
         return INTERRUPTED
     if smoke_steps is not None:
         shutil.rmtree(folder.path, ignore_errors=True)

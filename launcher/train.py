@@ -40,7 +40,7 @@ from launcher.training.teacher import Teacher
 from launcher.training.telemetry import telemetry_of
 from launcher.training.timetable import Timetable, measured_after
 from launcher.watch.heartbeat import Pulse
-from launcher.watch.stopping import StopRequest
+from launcher.watch.stopping import StoppedError, StopRequest
 from quant.linear import set_strengths_
 
 Outcome = Literal["complete", "interrupted", "rolled back"]
@@ -60,7 +60,7 @@ def train(
     closing = ExitStack()  # left in order alone: to close may fail or wait, and an error must be reported first
     run = None
     try:
-        run = begin(plan, ranks, folder, console, pulse or Pulse(), closing)
+        run = begin(plan, ranks, folder, console, pulse or Pulse(), stop, closing)
         make_up(run)
         at, engine = run.at, run.engine
         timetable = Timetable(plan, stop)
@@ -105,6 +105,11 @@ def train(
         outcome = finish(run)
         closing.close()
         return outcome
+    except StoppedError:
+        if run is not None:
+            run.saver.wait()
+        closing.close()
+        return "interrupted"
     except Exception:
         if run is not None:
             run.saver.outlast_failure()  # before the error is reported, with the checkpoint to resume from
@@ -171,7 +176,7 @@ def second_model(run: LoopState, phase: Phase) -> Teacher | None:
     """Open the teacher or the reference of a phase; a collective."""
     of_data = run.data.first_token, run.fingerprints[phase.index]
     return open_second_model(
-        run.plan, phase, run.ranks, run.folder, of_data, run.held_out.pairs, run.console, run.pulse.got_on
+        run.plan, phase, run.ranks, run.folder, of_data, run.held_out.pairs, run.console, run.pulse.got_on, run.stop
     )
 
 

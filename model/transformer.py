@@ -28,7 +28,13 @@ from model.cache import KeyValueCache, LayerCache
 from model.config import DistillationConfig, ModelConfig
 from model.distillation import Lesson, relation_loss, watched_projections
 from model.documents import MARKED, attend, beginnings, mask_of, positions
-from model.loss import GradientOfLogits, distillation_loss, linear_cross_entropy, token_nll_and_misses
+from model.loss import (
+    IGNORED_LABEL,
+    GradientOfLogits,
+    distillation_loss,
+    linear_cross_entropy,
+    token_nll_and_misses,
+)
 from model.preference import Reference, preference_loss
 from model.rotary import rotary_tables, rotate
 
@@ -333,7 +339,10 @@ class Transformer(nn.Module):
         )
         relation = torch.zeros_like(nll)
         if relations:
-            relation = relation_loss(relations, lesson.relations, (self.config.kv_heads, lesson.relation_heads))
+            first_token, counts_BT = self.model.first_token, labels_BT != IGNORED_LABEL
+            first_BT = None if first_token is None else beginnings(tokens_BT, first_token)
+            heads = self.config.kv_heads, lesson.relation_heads
+            relation = relation_loss(relations, lesson.relations, heads, counts_BT, first_BT)
             loss = loss + lesson.config.relation_weight * relation
         return Output(loss=loss, parts=torch.stack([nll, divergence, relation]).detach())
 

@@ -13,7 +13,7 @@ import typer
 
 from data.errors import DataError
 from data.new_paths import new_file
-from data.prepared import MANIFEST, read_manifest
+from data.prepared import MANIFEST, VALIDATION, read_manifest
 from data.survey import check_input
 from launcher.commands.recipes import recipe_file, with_recipe
 from launcher.config.engine import EngineName
@@ -181,6 +181,8 @@ def describe_data(text: str, tokenizer: str, vocab_size: int, length: int) -> Da
         manifest = read_manifest(Path(text))
         length = manifest["sequence_length"]
         section = f"  sources: [{{path: {quoted}}}]\n  sequence_length: {length}      # as the folder was prepared\n"
+        if VALIDATION not in manifest["splits"]:
+            section += "  validation_rows: 0            # `prepare` holds some out with --validation-fraction\n"
         return Data(section, manifest["vocab_size"], length)
     try:
         check_input(text)

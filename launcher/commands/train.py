@@ -85,9 +85,9 @@ def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int
         raise ConfigError(refusal or last_lines)
     state = folder.read_state()
     if process.returncode == INTERRUPTED and state.get("status") == "interrupted":
+        saved = f"and has saved {state['checkpoint']}" if state["checkpoint"] else "before its first step"
         raise TrainingError(
-            f"{folder.path}: the run was stopped ({state['reason']}) and has saved {state['checkpoint']}; "
-            "train it again to resume it"
+            f"{folder.path}: the run was stopped ({state['reason']}) {saved}; train it again to resume it"
         )
     has_told = state.get("status") == "failed" and _state_written_ns(folder) != before_ns
     raise TrainingError(state["message"] if has_told else last_lines)

@@ -363,19 +363,6 @@ def relations_can_be_seen(phases: "Phases", training: "TrainingConfig") -> Probl
             )
 
 
-def relations_are_within_documents(phases: "Phases", data: DataConfig) -> Problems:
-    """Attention relations are compared between all tokens of a row."""
-    for index, path, distillation in _distillations(phases):
-        is_of_chats = phases[index].objective != "next-token"
-        if (data.documents == "masked" or is_of_chats) and distillation.relation_weight:
-            apart = "chats do not see one another" if is_of_chats else "data.documents is masked"
-            yield (
-                f"{path}.relation_weight",
-                f"is {distillation.relation_weight}, but attention is compared between all tokens of a row, and "
-                f"{apart}; turn one off",
-            )
-
-
 def _share(phases: "Phases") -> float:
     """The sum of all fractions that are numbers."""
     return sum(phase.fraction for phase in phases if isinstance(phase.fraction, float | int))
@@ -434,7 +421,6 @@ RULES: tuple[Rule, ...] = (
     preferences_have_a_reference,
     relations_are_of_a_block,
     relations_can_be_seen,
-    relations_are_within_documents,
 )
 """Rules of every configuration, that of a finished run as well."""
 

@@ -111,11 +111,13 @@ def gguf_tokens(exportable: Exportable, tokenizer: Path) -> dict[str, object]:
         DataError: llama.cpp would tokenize differently.
     """
     folder, trained = foreign_folder(exportable, tokenizer), trained_template(exportable, tokenizer)
+    # Chats were trained on as the template writes them, and programs put the token in front of a whole chat too.
+    begins_texts = trained is None if folder is None else puts_first_token(folder)
     vocabulary = gguf_vocabulary(
         tokenizer,
         exportable.model.vocab_size,
         first_token=exportable.source.first_token,
-        puts_first_token=folder is None or puts_first_token(folder),
+        puts_first_token=begins_texts,
         has_special=folder is not None or trained is not None,
     )
     if trained is not None:

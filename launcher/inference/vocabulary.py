@@ -49,8 +49,7 @@ def grow_vocabulary_(source: Source, config: Config, ranks: Ranks = ALONE) -> li
     source.grown = {name: Grown(num_rows, torch.tensor(means[name])) for name in names}
     source.shapes = {name: (wanted, *shape[1:]) if name in names else shape for name, shape in source.shapes.items()}
     return [
-        f"{wanted - num_rows} tokens were added to the {num_rows} of {source.location}; their rows are the mean of the "
-        "others."
+        f"{wanted - num_rows} rows were added to the {num_rows} of {source.location}; each is the mean of the others."
     ]
 
 

@@ -7,16 +7,21 @@ code. Connections between ranks have no password, so nothing that arrives is unp
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
 
 from data.errors import DataError
 from launcher.errors import CheckpointError, ConfigError, FirstRankError, UserError
 
 KINDS = (ConfigError, CheckpointError, DataError, UserError, Exception)
 """The errors that ranks tell apart, the closest first."""
+
+Element = TypeVar("Element", bound=np.generic)
 
 
 def gather_values(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -38,12 +43,25 @@ def gather_values(value: Any, group: dist.ProcessGroup | None = None) -> list[An
 def value_of_first(value: Any) -> Any:
     """Return the first rank's value on every rank; a collective, on the host. See `gather_values`."""
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return json.loads(_bytes_of_first(content).numpy().tobytes())
+
+
+def array_of_first(array: NDArray[Element]) -> NDArray[Element]:
+    """Return the first rank's array on every rank; a collective, on the host.
+
+    Args:
+        array: with one dimension; that of another rank has only the type.
+    """
+    return _bytes_of_first(torch.from_numpy(array.view(np.uint8))).numpy().view(array.dtype)
+
+
+def _bytes_of_first(content: Tensor) -> Tensor:
     size = torch.tensor([content.numel()])
     dist.broadcast(size, src=0)
     if dist.get_rank() != 0:
         content = torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(content, src=0)
-    return json.loads(content.numpy().tobytes())
+    return content
 
 
 @contextmanager

@@ -109,11 +109,13 @@ def check_nothing_lost(folder: RunFolder, first_step: int) -> None:
     Raises:
         ConfigError: there was one.
     """
-    saved, status = folder.last_saved_step(), (folder.state_before or folder.read_state()).get("status")
-    starts = folder.starts()
+    saved, state = folder.last_saved_step(), folder.state_before or folder.read_state()
+    starts, status = folder.starts(), state.get("status")
     if saved is None and starts and starts[-1] > first_step:
         saved = starts[-1]
-    if saved is None and status not in ("interrupted", "complete", "converted"):
+    # One that was stopped before its first step has nothing, and says so.
+    was_stopped = status == "interrupted" and state.get("checkpoint", "") is not None
+    if saved is None and not (was_stopped or status in ("complete", "converted")):
         return
     done = "was converted" if status == "converted" else "has trained and saved"
     raise ConfigError(

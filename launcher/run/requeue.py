@@ -2,9 +2,10 @@
 
 Prints the reason and exits with 0 to queue it again, 1 where the run has failed, 4 where it is done: complete, or
 stopped by a person. What the launcher exited with does not matter; the run's own marker `RUN/state.json` does, and
-whether starts get anywhere: after `MAX_STARTS` in a row of the same job with no new checkpoint the run has failed, and
-after as many that found another job in the run's folder this job has. A stop by a person counts for the job that it
-ended, not for others of the run. Each time that a job is queued again is a line of `RUN/requeues.jsonl`.
+whether starts get anywhere: after `MAX_STARTS` in a row of the same job with no new checkpoint, and nothing new of the
+reference of a phase, the run has failed, and after as many that found another job in the run's folder this job has. A
+stop by a person counts for the job that it ended, not for others of the run. Each time that a job is queued again is a
+line of `RUN/requeues.jsonl`.
 
 Chained jobs of one run ask the same before each start but their first.
 
@@ -58,7 +59,9 @@ def verdict(run: Path, checkpoints: str, refused: "Path | None", job: "str | Non
     starts = [line["step"] for line in read_lines(run / "starts.jsonl", "step") if is_of(line, job)]
     began_at = past[-1]["step"] if past else (starts or [step])[0]
     other = holder(run, job)  # whose checkpoints are no progress of this job's
-    idle_starts = 0 if step != began_at and other is None else (past[-1]["idle_starts"] if past else 0) + 1
+    known = sum(path.stat().st_size for path in run.glob("reference/*.safetensors"))
+    has_moved = step != began_at or known != (past[-1].get("reference_bytes", 0) if past else 0)
+    idle_starts = 0 if has_moved and other is None else (past[-1]["idle_starts"] if past else 0) + 1
     if idle_starts >= MAX_STARTS and other is not None:
         return FAILED, f"{idle_starts} starts in a row got nowhere, and another job trains in {run} ({other})"
     if idle_starts >= MAX_STARTS:
@@ -69,7 +72,7 @@ def verdict(run: Path, checkpoints: str, refused: "Path | None", job: "str | Non
             write_state(run, {"status": "failed", "message": message})
         return FAILED, message
     run.mkdir(parents=True, exist_ok=True)
-    line = {"time": time.time(), "job": job, "step": step, "idle_starts": idle_starts}
+    line = {"time": time.time(), "job": job, "step": step, "reference_bytes": known, "idle_starts": idle_starts}
     append_line(run / "requeues.jsonl", line)
     return AGAIN, f"the run is {status or 'not begun'}, its newest checkpoint of step {step}"
 

@@ -47,6 +47,7 @@ from launcher.training.teacher import Teacher, check_teacher, is_ternary
 from launcher.training.telemetry import Telemetry, telemetry_of
 from launcher.training.tracing import Tracer
 from launcher.watch.heartbeat import Pulse
+from launcher.watch.stopping import StopRequest
 from launcher.watch.straggler import Stragglers
 from model.init import initial_value
 from quant.linear import is_learned_scale
@@ -61,6 +62,7 @@ class LoopState:
     folder: RunFolder
     console: Console
     pulse: Pulse
+    stop: StopRequest
     rollbacks: Mapping[int, Rollback]
     at: Progress
     data: TrainingData
@@ -95,8 +97,20 @@ class LoopState:
     if the run has just begun."""
 
 
-def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: Pulse, closing: ExitStack) -> LoopState:
-    """Resume a run from its newest sound checkpoint, or begin it; ``closing`` closes what this opens; a collective."""
+def begin(
+    plan: Plan,
+    ranks: Ranks,
+    folder: RunFolder,
+    console: Console,
+    pulse: Pulse,
+    stop: StopRequest,
+    closing: ExitStack,
+) -> LoopState:
+    """Resume a run from its newest sound checkpoint, or begin it; ``closing`` closes what this opens; a collective.
+
+    Raises:
+        StoppedError: a stop was asked for while the reference of a phase was computed.
+    """
     config = plan.config
     with failing_alike():
         if ranks.is_first:
@@ -127,7 +141,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
     teacher = None
     if phase is not None and at.step < phase.end:
         of_data = data.first_token, fingerprints[phase.index]
-        teacher = open_second_model(plan, phase, ranks, folder, of_data, held_out.pairs, console, pulse.got_on)
+        teacher = open_second_model(plan, phase, ranks, folder, of_data, held_out.pairs, console, pulse.got_on, stop)
     if reader is not None and teacher is not None:
         check_teacher(reader, teacher)
 
@@ -176,6 +190,7 @@ def begin(plan: Plan, ranks: Ranks, folder: RunFolder, console: Console, pulse: 
         folder=folder,
         console=console,
         pulse=pulse,
+        stop=stop,
         rollbacks=rollbacks,
         at=at,
         data=data,

@@ -3,7 +3,8 @@
 It never changes, so the log-probability of each answer is computed once, before the phase's first step, and kept in the
 run's folder (`launcher.run.references`). The ranks share the rows. Then the model is gone, and training holds no second
 copy of the weights. Rows are known by their content, so that any order of them, several epochs, and any number of ranks
-find them again; a run that goes on, or goes on for longer, computes what is missing and nothing else.
+find them again; a run that goes on, or goes on for longer, computes what is missing and nothing else. A request to stop
+is heard after each batch.
 """
 
 import gc
@@ -12,10 +13,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,12 +29,13 @@ from launcher.formats.open import computed_precision
 from launcher.plan.course import Phase
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
-from launcher.process.exchange import failing_alike, gather_values, value_of_first
+from launcher.process.exchange import array_of_first, failing_alike, gather_values, value_of_first
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
-from launcher.run.references import DIGEST_BYTES, Kept, file_of, read_kept, write_kept
+from launcher.run.references import DIGEST_BYTES, Kept, KnownRows, file_of, read_kept, write_kept
 from launcher.training.step import open_data
 from launcher.training.teacher import Teacher, identity_of, open_teacher, shard_teacher, teacher_source
+from launcher.watch.stopping import StoppedError, StopRequest
 from model.config import PreferenceConfig
 from model.distillation import Lesson
 from model.loss import IGNORED_LABEL, counted_rows
@@ -57,16 +59,16 @@ class KnownReference(Teacher):
         rows: as of `Kept`.
     """
 
-    def __init__(self, config: PreferenceConfig, identity: str, rows: Mapping[str, list[float]]) -> None:
+    def __init__(self, config: PreferenceConfig, identity: str, rows: KnownRows) -> None:
         self._preference, self.identity, self._rows = config, identity, rows
 
     @contextmanager
     def teaching(self, tokens_BT: Tensor, batch: tuple[Tensor, Tensor]) -> Iterator[Lesson | Reference]:
         """Yield the log-probabilities of the answers in a micro-batch; no collective."""
-        known = [self._rows[digest] if digest else [] for digest in map(digest_of, *batch)]
+        known = [self._rows[digest] if digest else np.zeros(0) for digest in map(digest_of, *batch)]
         values = torch.zeros(len(known), max(map(len, known)), dtype=torch.float64)
         for row, each in zip(values, known, strict=True):
-            row[: len(each)] = torch.tensor(each)
+            row[: len(each)] = torch.from_numpy(each)
         rows = counted_rows(batch[1].view(-1, 1))
         values, rows = (to_device(each, tokens_BT.device) for each in (values, rows))
         yield Reference(values.unflatten(1, (-1, 2)), self._preference, rows)
@@ -94,6 +96,7 @@ def open_second_model(
     held_out: Sequence[tuple[Tensor, Tensor]],
     console: Console,
     got_on: Callable[[], None],
+    stop: StopRequest,
 ) -> Teacher | None:
     """Open the teacher or the reference of a phase, if it has one; a collective.
 
@@ -106,10 +109,11 @@ def open_second_model(
         held_out: this rank's micro-batches of held-out pairs.
         console: for progress.
         got_on: is called again and again while the reference computes.
+        stop: is asked again and again.
 
     Raises:
         CheckpointError: as of `open_teacher`.
-        TrainingError: as of `_complete_`.
+        TrainingError, StoppedError: as of `_complete_`.
     """
     first_token, fingerprint = data
     if phase.preference is None:
@@ -117,30 +121,36 @@ def open_second_model(
     source, model = teacher_source(plan, phase, ranks, folder.checkpoints)
     precision = computed_precision(source) or Precision.in_16_bits(model.num_layers)
     covers = _of_data(plan, phase, fingerprint, held_out)
-    path, given_by, kept = file_of(folder.path, phase.index), "", Kept(covers=None, rows={})
+    path, given_by, kept = file_of(folder.path, phase.index), "", Kept(covers=None, rows=KnownRows())
     with failing_alike():
         if ranks.is_first:
             given_by = _of_model(plan, source, model, precision)
             kept, problem = read_kept(path, given_by)
             if problem is not None:
                 console.line(problem)
-    kept = Kept(**value_of_first(asdict(kept)))
-    rows, written = dict(kept.rows), time.monotonic()
+    digests, ends, values = kept.rows.arrays()
+    rows = KnownRows(array_of_first(digests), array_of_first(ends), array_of_first(values))
+    are_of, written = value_of_first(kept.covers), time.monotonic()
 
-    def keep(covers: str | None) -> None:
+    def keep(covers: str | None = None, *, must: bool = False) -> None:
         nonlocal written
         with failing_alike():
-            if ranks.is_first and (covers is not None or time.monotonic() - written > SAVE_SECONDS):
+            if ranks.is_first and (must or time.monotonic() - written > SAVE_SECONDS):
                 write_kept(path, given_by, Kept(covers=covers, rows=rows))
                 written = time.monotonic()
+        if must:
+            console.line(f"Log-probabilities of the reference for {len(rows):,} rows are kept in {path}")
 
-    if kept.covers != covers:
+    if are_of != covers:
         reference = shard_teacher(source, model, plan, ranks, precision)
-        _complete_(rows, reference, plan, phase, ranks, held_out, console, got_on, keep=lambda: keep(None))
+        try:
+            _complete_(rows, reference, plan, phase, ranks, held_out, console, got_on, stop, keep=keep)
+        except StoppedError:
+            keep(must=True)
+            raise
         del reference
         gc.collect()  # what torch has hung on its modules refers to them in circles
-        keep(covers)
-        console.line(f"Log-probabilities of the reference for {len(rows):,} rows are kept in {path}")
+        keep(covers, must=True)
     return KnownReference(phase.preference, identity_of(source), rows)
 
 
@@ -172,7 +182,7 @@ def _steps_of(plan: Plan, phase: Phase) -> list[int]:
 
 
 def _complete_(
-    rows: dict[str, list[float]],
+    rows: KnownRows,
     reference: Transformer,
     plan: Plan,
     phase: Phase,
@@ -180,6 +190,7 @@ def _complete_(
     held_out: Sequence[tuple[Tensor, Tensor]],
     console: Console,
     got_on: Callable[[], None],
+    stop: StopRequest,
     *,
     keep: Callable[[], None],
 ) -> None:
@@ -187,6 +198,7 @@ def _complete_(
 
     Raises:
         TrainingError: it gives an answer no finite log-probability.
+        StoppedError: a stop was asked for.
     """
     num_batches = sum(map(plan.micro_batches_at, _steps_of(plan, phase)))
     at_once = ranks.world_size * plan.config.training.micro_batch_sequences
@@ -204,14 +216,16 @@ def _complete_(
                 for others in gather_values([*unknown])[: ranks.rank]:  # a row of several epochs, perhaps
                     for digest in others:
                         unknown.pop(digest, None)
-                for found in gather_values(_log_probabilities(reference, plan, ranks, unknown, got_on)):
-                    rows |= found
+                for found in gather_values(_log_probabilities(reference, plan, ranks, unknown, got_on, stop)):
+                    rows.add(found)
                     if not all(map(math.isfinite, chain.from_iterable(found.values()))):
                         raise TrainingError(
                             f"phases.{phase.index}.objective: the model that the phase begins with gives an answer a "
                             "log-probability that is NaN or infinite, so nothing can be compared with it; begin with "
                             "a sound checkpoint"
                         )
+                if stop.is_asked_for(ranks):
+                    raise StoppedError
                 keep()
                 got_on()
                 advance(len(some) * at_once)
@@ -221,9 +235,17 @@ def _complete_(
 
 @torch.no_grad()
 def _log_probabilities(
-    reference: Any, plan: Plan, ranks: Ranks, unknown: Mapping[str, tuple[Tensor, Tensor]], got_on: Callable[[], None]
+    reference: Any,
+    plan: Plan,
+    ranks: Ranks,
+    unknown: Mapping[str, tuple[Tensor, Tensor]],
+    got_on: Callable[[], None],
+    stop: StopRequest,
 ) -> dict[str, list[float]]:
-    """The log-probabilities of the answers of rows that differ from rank to rank, also in number; a collective."""
+    """The log-probabilities of the answers of rows that differ from rank to rank, also in number; a collective.
+
+    It ends early where a stop is asked for.
+    """
     micro, length = plan.config.training.micro_batch_sequences, plan.config.data.sequence_length
     found: dict[str, list[float]] = {}
     for first in range(0, max(gather_values(len(unknown))), micro):
@@ -235,8 +257,11 @@ def _log_probabilities(
         tokens_BT, labels_BT = tokens_BT.to(ranks.device), labels_BT.to(ranks.device)
         sums_BP2 = by_side(reference(tokens_BT, labels_BT, reduction="none").token_nll, tokens_BT)
         reference.reshard()
-        num_pairs_B = (tokens_BT < 0).sum(1) // 2
+        counts_BP = by_side(labels_BT != IGNORED_LABEL, tokens_BT).sum(2) > 0
+        num_pairs_B = (counts_BP * torch.arange(1, 1 + counts_BP.shape[1], device=counts_BP.device)).amax(1)
         for (digest, _), sums, count in zip(some, (-sums_BP2).flatten(1).tolist(), num_pairs_B.tolist(), strict=False):
-            found[digest] = sums[: 2 * count]
+            found[digest] = sums[: 2 * count]  # what follows are the documents of padding
         got_on()
+        if stop.is_asked_for(ranks):
+            break
     return found

@@ -4,7 +4,8 @@
     touch RUN/save      save and go on
 
 Rank 0 looks for the files and at the clock, at most once a second; signals may reach any rank. Ranks agree at the end
-of each step, since one that acted on its own would leave the others waiting in a collective.
+of each step, and while a phase begins between parts of what may take hours, since one that acted on its own would leave
+the others waiting in a collective.
 """
 
 import math
@@ -43,6 +44,10 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 ASK_SLURM_TIMES, SECONDS_TO_ANSWER, SECONDS_BETWEEN_ASKS = 3, 20.0, 5.0
 """Slurm's controller may be busy or away for a while; the other ranks wait as long."""
+
+
+class StoppedError(Exception):
+    """All ranks stop, as was asked, before the first step of a phase; all that can be kept is."""
 
 
 class StopRequest:
@@ -89,14 +94,21 @@ class StopRequest:
 
         A collective, on the host. Only the first rank looks for files and at the clock, so one number has its flags.
         """
-        if self._folder is not None and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-            self._look(self._folder)
+        self._look_at_times()
         flags = [self._save, *due] if ranks.is_first else []
         asked, flagged = max_over_ranks([self._asked, sum(flag << bit for bit, flag in enumerate(flags))], ranks)
         self._save = False
         self.reason = REASONS[int(asked)]
         return bool(self.reason), *(bool(int(flagged) >> bit & 1) for bit in range(1 + len(due)))
+
+    def is_asked_for(self, ranks: Ranks) -> bool:
+        """Return whether all ranks are to stop, before a step; to save has time until after it.
+
+        A collective, on the host.
+        """
+        self._look_at_times()
+        self.reason = REASONS[int(max_over_ranks([self._asked], ranks)[0])]
+        return bool(self.reason)
 
     def is_at_step(self, step: int) -> bool:
         """Return whether the run is to stop after this many steps; the same on all ranks."""
@@ -104,6 +116,11 @@ class StopRequest:
             return False
         self.reason = self.reason or f"step {step}"
         return True
+
+    def _look_at_times(self) -> None:
+        if self._folder is not None and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
+            self._look(self._folder)
 
     def _look(self, folder: Path) -> None:
         if time.time() >= self._stop_at:

@@ -259,6 +259,10 @@ def test_a_folder_has_its_template_with_its_special_tokens(tmp_path: Path) -> No
         ({"messages": [{"role": "gpt", "content": "a"}]}, "message 1 has the role 'gpt'; choose one of system"),
         ({"messages": [{"role": "assistant", "content": None}]}, r"message 1 \(assistant\) has NoneType as content"),
         ({"messages": [{"role": "assistant", "content": " \n"}]}, r"message 1 \(assistant\) has empty content"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+            r"message 1 \(assistant\) has the weight 0; all answers count, so remove the weight or the chat",
+        ),
         (chat("q", "a") | {"tools": [1]}, '"tools" must be a list of JSON schemas, each an object'),
         (chat("q", "a") | {"tools": "[{]"}, '"tools" is text that is not JSON'),
         (

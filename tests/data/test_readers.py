@@ -125,6 +125,8 @@ def test_the_quickstart_corpus_is_the_standard_library():
     [
         (b'{"text": "a"', r"a\.jsonl:3: not JSON: .*char"),
         (b'{"text": "\xff"}', r"a\.jsonl:3: not JSON: .*utf-8"),
+        (b'{"messages": []}', r"its keys are \['messages'\]; --content chats of `tritrain prepare` reads such records"),
+        (b'{"chosen": "a"}', "--content pairs of `tritrain prepare`"),
         (b'{"body": "a", "id": 1}', r"a\.jsonl:3: has no key \"text\"; its keys are \['body', 'id'\]"),
         (b'{"text": null}', r"a\.jsonl:3: \"text\" is NoneType; must be text"),
         (b'["a"]', r"a\.jsonl:3: a line must be an object with the key \"text\", not list"),

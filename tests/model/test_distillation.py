@@ -152,12 +152,41 @@ def test_relation_loss_is_the_papers():
         return tuple(torch.randn(2, 5, w, generator=generator, dtype=torch.float64).requires_grad_() for w in widths)
 
     student, teacher = states(12, 6, 6), states(16, 8, 8)  # 2 key-value heads, and 4 of the teacher's
-    actual = relation_loss(student, teacher, (2, 4))
+    all_count = torch.ones(2, 5, dtype=torch.bool)
+    actual = relation_loss(student, teacher, (2, 4), all_count)
     expected = plain_relations(student, teacher, 2)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, student), torch.autograd.grad(expected, student))
-    assert relation_loss(student, student, (2, 2)) == 0
-    assert torch.autograd.gradcheck(lambda *s: relation_loss(s, teacher, (2, 4)), student)
+    assert relation_loss(student, student, (2, 2), all_count) == 0
+    assert torch.autograd.gradcheck(lambda *s: relation_loss(s, teacher, (2, 4), all_count), student)
+
+
+def test_relations_are_of_a_document_and_of_the_tokens_that_count():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        tuple(torch.randn(2, 6, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3))
+        for _ in range(2)
+    )
+    first = torch.tensor([[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 1, 1]])  # documents of 3, 2, 1 and 1, 5 tokens
+    counts = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 0, 1, 0, 0, 1]]).bool()
+    actual = relation_loss(student, teacher, (2, 2), counts, first)
+    total = 0
+    for row, begin, end in ((0, 0, 3), (0, 3, 5), (0, 5, 6), (1, 0, 1), (1, 1, 6)):
+        for place in counts[row, begin:end].nonzero().flatten().tolist():
+            parts = [[each[row : row + 1, begin:end] for each in states] for states in (student, teacher)]
+            total = total + relation_loss(*parts, (2, 2), F.one_hot(torch.tensor([place]), end - begin).bool())
+    expected = total / counts.sum()
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, student), torch.autograd.grad(expected, student))
+    of_rows = 0
+    for row in (slice(0, 1), slice(1, 2)):
+        parts = [[each[row] for each in states] for states in (student, teacher)]
+        of_rows = of_rows + relation_loss(*parts, (2, 2), counts[row], first[row]) * counts[row].sum()
+    torch.testing.assert_close(of_rows / counts.sum(), actual)  # so that it is the same in any micro-batches
+    alone = torch.tensor([[0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]).bool()  # as padding is
+    assert relation_loss(student, teacher, (2, 2), alone, first) == 0
+    assert relation_loss(student, teacher, (2, 2), torch.zeros_like(counts), first) == 0
+    assert torch.autograd.gradcheck(lambda *s: relation_loss(s, teacher, (2, 2), counts, first), student)
 
 
 # In the model

@@ -60,16 +60,19 @@ def test_text_is_tokenized_as_the_model_knows_it(tmp_path: Path) -> None:
 
 def test_chats_and_pairs_fine_tune(tmp_path: Path) -> None:
     start = model_in(tmp_path / "model", vocab_size=320, max_sequence_length=128)
-    chats = prepare_chats(tmp_path, 96, *some_chats(300))
+    chats = prepare_chats(tmp_path, 96, *some_chats(300), validation_fraction=0.1)
     config = init(tmp_path / "chats.yaml", start, chats)
     assert missing_inputs(config) == []
+    assert config.data.validation_rows > 0
     plan = make_plan(config, 1)
     assert [(phase.precision, phase.objective) for phase in plan.phases] == [("16-bit", "sft"), ("ternary", "sft")]
     assert [curve.peak for curve in plan.curves] == [1e-5, 1e-4]
     assert plan.curves[1].origin == plan.phases[1].start
     assert open_start(plan)[1] is False
     pairs = prepare_pairs(tmp_path, 96, *[pair(f"{index}?", "a", "b") for index in range(50)])
-    plan = make_plan(init(tmp_path / "pairs.yaml", start, pairs), 1)
+    config = init(tmp_path / "pairs.yaml", start, pairs)
+    assert config.data.validation_rows == 0  # the folder has none
+    plan = make_plan(config, 1)
     assert [(phase.precision, phase.objective) for phase in plan.phases] == [("16-bit", "dpo")]
 
 

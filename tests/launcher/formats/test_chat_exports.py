@@ -69,6 +69,7 @@ def test_gguf_files_have_it_too(tmp_path: Path) -> None:
     _, fields = read_tensors(tmp_path / "model.gguf")
     ours = ChatTemplate(load_tokenizer(tmp_path / "run"))
     assert fields["tokenizer.chat_template"] == ours.self_contained()
+    assert fields["tokenizer.ggml.add_bos_token"] is False  # no chat of training had a token before it
     assert fields["tokenizer.ggml.token_type"][ours.tokenizer.end_of_document] == 3
 
 

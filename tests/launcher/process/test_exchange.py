@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from jobs import Job, job_tree
@@ -11,7 +12,7 @@ from ranks import run_ranks
 from data.errors import DataError
 from launcher.checkpoint.reader import DamageError
 from launcher.errors import ConfigError, LogError
-from launcher.process.exchange import failing_alike, gather_values, value_of_first
+from launcher.process.exchange import array_of_first, failing_alike, gather_values, value_of_first
 
 
 def exchange(rank: int, world_size: int) -> list[Any]:
@@ -28,6 +29,15 @@ def test_every_rank_gets_what_every_rank_gives() -> None:
 
 
 ERRORS = [ConfigError("key: wrong"), DamageError("cut"), DataError("no data"), LogError("line 3"), OSError(28, "full")]
+
+
+def exchange_arrays(rank: int, world_size: int) -> list[Any]:
+    arrays = np.array([b"a", b"bc\0"][: rank + 1], "S3"), np.arange(3.0) / (rank + 7), np.zeros(rank, np.int64)
+    return [array_of_first(array).tolist() for array in arrays]
+
+
+def test_every_rank_gets_the_arrays_of_the_first() -> None:
+    assert run_ranks(3, exchange_arrays) == [[[b"a"], [0, 1 / 7, 2 / 7], []]] * 3
 
 
 def fail_alike(rank: int, world_size: int) -> list[str]:

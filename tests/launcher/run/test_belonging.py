@@ -351,6 +351,11 @@ def test_a_run_of_an_older_version_has_trained_if_its_state_or_its_starts_say_so
         check_nothing_lost(folder, first_step=0)
     (folder.path / "starts.jsonl").unlink()
     check_nothing_lost(folder, first_step=0)
+    folder.write_state("interrupted", reason="signal", checkpoint=None)  # before its first step
+    check_nothing_lost(folder, first_step=0)
+    folder.write_state("interrupted", reason="signal", checkpoint="x/step-00000003")
+    with pytest.raises(ConfigError, match="has trained and saved; it does not begin anew"):
+        check_nothing_lost(folder, first_step=0)
     folder.state_before = {"status": "converted"}
     with pytest.raises(ConfigError, match="was converted; it does not begin anew"):
         check_nothing_lost(folder, first_step=0)

@@ -91,6 +91,16 @@ def test_checkpoints_in_another_folder_count_as_progress(tmp_path: Path) -> None
     assert [ask(run)[0] for _ in range(3)] == [requeue.AGAIN, requeue.AGAIN, requeue.FAILED]
 
 
+def test_what_more_is_known_of_a_reference_counts_as_progress(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "reference").mkdir(parents=True)
+    for number in range(6):
+        (run / "reference" / "phase-0.safetensors").write_bytes(bytes(number))
+        requeue.write_state(run, {"status": "interrupted", "reason": "signal", "checkpoint": None})
+        assert ask(run)[0] == requeue.AGAIN
+    assert [ask(run)[0] for _ in range(3)] == [requeue.AGAIN, requeue.AGAIN, requeue.FAILED]
+
+
 def test_going_back_to_a_switch_is_no_start_that_gets_nowhere(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in (0, 150, 100, 120, 130, 140):

@@ -16,7 +16,6 @@ from tiny import SEQUENCE_LENGTH, tiny_config
 from data.config import PrepareConfig
 from data.shards import prepare
 from launcher.config.sections import Config
-from launcher.errors import ConfigError
 from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
 from launcher.run.metrics_log import read_metrics
@@ -115,11 +114,3 @@ def test_what_documents_see_is_counted_and_kept(packed: Path, tmp_path: Path) ->
     )
     more = memory_bytes_per_rank(make_plan(masked, 1))["activations"]
     assert more - memory_bytes_per_rank(make_plan(joined, 1))["activations"] == 2 * 32 * (32 * 4 + 2 * 12 * 4)
-    distilled = {"precision": "ternary", "steps": 3, "distillation": {"relation_weight": 1.0}}
-    with pytest.raises(ConfigError, match=r"relation_weight.*between all tokens of a row, and data\.documents is"):
-        tiny_config(
-            packed,
-            tmp_path,
-            data={"documents": "masked"},
-            phases=[{"precision": "16-bit", "steps": 3}, distilled],
-        )

@@ -44,6 +44,7 @@ from launcher.training.held_out import PREFERENCES, HeldOut
 from launcher.training.meter import PREFERENCE_PARTS
 from launcher.training.reference import open_second_model
 from launcher.training.step import accumulate_gradients, open_data
+from launcher.watch.stopping import StopRequest
 from model.transformer import Transformer
 
 LENGTH = 160
@@ -101,8 +102,9 @@ def one_batch(pairs: str, start: str, out: str, normalized: bool) -> dict[str, A
     held_out, folder = HeldOut(plan, ranks, data, plan.held_out_of(plan.phases[0])), RunFolder(config)
     of_data = data.first_token, data.fingerprint
     reference = open_second_model(
-        plan, plan.phases[0], ranks, folder, of_data, held_out.pairs, Console(silent=True), lambda: None
-    )
+        plan, plan.phases[0], ranks, folder, of_data, held_out.pairs, Console(silent=True), lambda: None,
+        StopRequest(),
+    )  # fmt: skip
     measured = held_out.measure_preferences(engine, reference)
     result = accumulate_gradients(
         engine, iter(data), plan.micro_batches_at(0), uneven=data.has_padding, teacher=reference

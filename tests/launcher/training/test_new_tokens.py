@@ -147,7 +147,7 @@ def test_a_public_model_goes_on_with_more_tokens(shards: Path, tmp_path: Path, t
     )  # fmt: skip
     source = open_source(str(tmp_path / "hf"))
     [sentence] = grow_vocabulary_(source, config)
-    assert sentence.startswith(f"6 tokens were added to the {model.vocab_size} of ")
+    assert sentence.startswith(f"6 rows were added to the {model.vocab_size} of ")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32)
     theirs.resize_token_embeddings(model.vocab_size + 6, mean_resizing=True)  # around the mean, with noise
     for name, table in ((TABLES[0], theirs.get_input_embeddings()), (TABLES[1], theirs.get_output_embeddings())):
