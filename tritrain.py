@@ -104,9 +104,9 @@ def train(config: str | Path, *overrides: str, ranks: int | None = None) -> "Run
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from launcher.version import tritrain_version
 
-        return version("tritrain")
+        return tritrain_version()
     if name not in _MODULES:
         raise AttributeError(f"module 'tritrain' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

@@ -14,7 +14,6 @@ computed by itself, so the bits depend neither on the machine nor on the order o
 import math
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import accumulate, repeat
 from operator import mul
 from pathlib import Path
@@ -35,6 +34,7 @@ from launcher.formats.convert import write_streamed
 from launcher.formats.open import ROTARY, TRAITS, check_sound, config_of, precision_of
 from launcher.formats.opened import tokenizer_of
 from launcher.run.belonging import OWNER
+from launcher.version import tritrain_version
 from quant.linear import is_learned_scale
 
 REASON = f"{OTHER_CODES}; --across-ternary writes it all the same, to be measured"
@@ -209,7 +209,7 @@ def manifest_of_average(source: AverageSource) -> Manifest:
         zero_stage=None,
         provenance={
             "average": record_of(source),
-            "tritrain_version": version("tritrain"),
+            "tritrain_version": tritrain_version(),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     )

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.formats.open import config_of
 from launcher.plan.course import Course
+from launcher.version import tritrain_version
 
 
 def provenance(source: Source, course: Course) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def provenance(source: Source, course: Course) -> dict[str, Any]:
         "phase": phase.index,
         "transition": dataclasses.asdict(phase.transition),
         "quantization": dataclasses.asdict(phase.quantization) if phase.quantization else None,
-        "tritrain_version": version("tritrain"),
+        "tritrain_version": tritrain_version(),
         "converted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -72,5 +72,5 @@ def source_record(source: Source) -> dict[str, Any]:
         "step": manifest.step if manifest else None,
         "source_digest": source_digest(source),
         **({"average": manifest.average.get("of")} if manifest and manifest.average else {}),
-        "tritrain_version": version("tritrain"),
+        "tritrain_version": tritrain_version(),
     }

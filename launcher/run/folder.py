@@ -25,7 +25,6 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from launcher.errors import ConfigError
 from launcher.plan.course import make_course
 from launcher.run.changes import begun_phase, changes, course_of, schedule_note, too_short, ways_on
 from launcher.run.requeue import append_line, read_lines, read_state
+from launcher.version import tritrain_version
 
 LOCK = "lock"
 
@@ -94,7 +94,7 @@ class RunFolder:
     def take(self, config: Config) -> None:
         """Take the run's configuration; raises as the constructor does."""
         self.config, tree = config, to_tree(config)
-        self.config_text = yaml.safe_dump({"tritrain_version": version("tritrain"), **tree}, sort_keys=False)
+        self.config_text = yaml.safe_dump({"tritrain_version": tritrain_version(), **tree}, sort_keys=False)
         sizes = num_values(tree), len(self.config_text)
         if sizes[0] > MOST_VALUES or sizes[1] > MOST_CHARS:
             longest = max(tree, key=lambda section: num_values(tree[section]))

@@ -1,0 +1,15 @@
+"""The version is known where the project is installed, and where it is not."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+from places import ROOT
+
+from launcher.version import tritrain_version
+
+
+def test_a_checkout_that_is_not_installed_has_the_same_version() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launcher import version; print(version.tritrain_version())"
+    bare = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    assert bare.stdout.strip() == tritrain_version() == version("tritrain")
