@@ -10,6 +10,7 @@ from launcher.version import tritrain_version
 
 
 def test_a_checkout_that_is_not_installed_has_the_same_version() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launcher import version as v; print(v.tritrain_version())"
-    bare = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from launcher.version import *; print(tritrain_version())"
+    command = [sys.executable, "-I", "-S", "-c", code, str(ROOT)]
+    bare = subprocess.run(command, capture_output=True, text=True, check=True)
     assert bare.stdout.strip() == tritrain_version() == version("tritrain")
