@@ -14,9 +14,9 @@ from launcher.errors import ConfigError, report_error
 
 
 def test_every_error_of_the_launcher_belongs_to_the_family() -> None:
-    """All but three: `TensorFileError`, which another module turns into a `CheckpointError`; `StartError`, which is an
-    error of the network: each rank reports it, and its job may be queued again; and `FirstRankError`, with which the
-    other ranks end in silence."""
+    """All but four: `TensorFileError`, which another module turns into a `CheckpointError`; `StartError`, which is an
+    error of the network: each rank reports it, and its job may be queued again; `FirstRankError`, with which the other
+    ranks end in silence; and `StoppedError`, with which all end as they were asked to."""
     classes = [
         node
         for path in (ROOT / "launcher").rglob("*.py")
@@ -33,6 +33,7 @@ def test_every_error_of_the_launcher_belongs_to_the_family() -> None:
         "TensorFileError",
         "StartError",
         "FirstRankError",
+        "StoppedError",
     }
 
 
