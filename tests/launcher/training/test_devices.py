@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
-from devices import CPU, every_device
+from devices import CPU, GPU, every_device
 from engines import LEARNING_RATE, OPTIMIZER, state_of
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -18,6 +19,7 @@ from launcher.engine.contract import load_weights
 from launcher.engine.fsdp import FSDPEngine
 from launcher.plan.schedule import StepSizes
 from launcher.process.ranks import Ranks
+from launcher.run.references import KnownRows
 from launcher.training.calibration import calibrate_
 from launcher.training.reference import KnownReference, digest_of
 from launcher.training.step import accumulate_gradients
@@ -100,12 +102,12 @@ def batches(step: int, kind: str) -> list[tuple[Tensor, Tensor]]:
 
 def reference_of(num_steps: int) -> KnownReference:
     """A made-up one, which knows all rows; each answer has a log-probability of its own."""
-    rows: dict[str, list[float]] = {}
+    rows = KnownRows()
     for step in range(num_steps):
         for batch in batches(step, "dpo"):
             for row in zip(*batch, strict=True):
                 if digest := digest_of(*row):
-                    rows[digest] = [-80.0 - place % 3 for place in range(LENGTH // DOCUMENT)]
+                    rows.add({digest: [-80.0 - place % 3 for place in range(LENGTH // DOCUMENT)]})
     return KnownReference(PreferenceConfig(beta=0.2), "made up", rows)
 
 
@@ -168,8 +170,13 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).float().norm() / expected.float().norm()).item()
 
 
-@every_device
-@pytest.mark.parametrize(("kind", "how"), RUNS)
+@pytest.mark.parametrize(
+    ("kind", "how", "device"),
+    [
+        pytest.param(*each, device, marks=pytest.mark.gpu if device == GPU else pytest.mark.slow if each[1] else ())
+        for each, device in product(RUNS, (CPU, GPU))
+    ],
+)
 def test_steps_follow_those_of_an_eager_model_on_the_cpu(
     kind: str, how: str, device: torch.device, only_rank: Ranks, flex_attends: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
