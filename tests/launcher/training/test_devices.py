@@ -176,6 +176,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
         pytest.param(*each, device, marks=pytest.mark.gpu if device == GPU else pytest.mark.slow if each[1] else ())
         for each, device in product(RUNS, (CPU, GPU))
     ],
+    ids=str,
 )
 def test_steps_follow_those_of_an_eager_model_on_the_cpu(
     kind: str, how: str, device: torch.device, only_rank: Ranks, flex_attends: None, monkeypatch: pytest.MonkeyPatch
