@@ -10,9 +10,9 @@ from data.parts import SECONDS_BETWEEN_LOOKS, Patience, SharedParts, Told, parts
 PREFIX = "dask://"
 CONNECT_SECONDS = 30
 WORKER_SECONDS = 30
-"""A cluster may be without workers for so long."""
+"""A cluster may have no workers for this long."""
 ANSWER_SECONDS = 10
-"""How long an answer is waited for before the progress says so."""
+"""The progress reports a wait for the cluster this often."""
 
 
 def tokenize_on(url: str, parts: SharedParts, tokenize: Callable[[int], None], told: Told) -> None:

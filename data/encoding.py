@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -30,7 +29,7 @@ CHUNK_CHARS = 1 << 20  # what a worker gets at a time
 
 
 ANSWER_SECONDS, SLOWEST_CHARS_PER_SECOND = 600.0, 5_000
-"""A process must tokenize its work within this time, and as much again as so slow a tokenizer would take for it."""
+"""A process may take this many seconds for its work, and the time that a tokenizer of this speed would need."""
 
 
 class LostWorkerError(DataError):
@@ -348,7 +347,7 @@ def _answer(work: Work, future: "Future[Chunk]") -> Chunk:
     while waited < limit:
         try:
             return future.result(timeout=min(1.0, limit))
-        except FutureTimeoutError:
+        except TimeoutError:
             if future.done():  # the error is the encoder's
                 raise
             waited += min(1.0, limit)

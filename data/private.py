@@ -86,13 +86,12 @@ def locked(path: Path, purpose: str, *, wait: bool = True) -> Iterator[IO[str]]:
                 break
             except BlockingIOError:
                 lock.seek(0)
+                holder = lock.read() or "another process"
                 if not wait:
-                    raise HeldError(lock.read() or "another process") from None
+                    raise HeldError(holder) from None
                 if waited >= MOST_SECONDS:
-                    holder = lock.read() or "another process"
                     raise HeldError(f"{holder}, and this one has waited for {MOST_SECONDS / 3600:g} hours") from None
                 if not has_told and waited >= SECONDS_BEFORE_MESSAGE:
-                    holder = lock.read() or "another process"
                     print(f"Waiting for {holder}, which holds {path}: {purpose}.", file=sys.stderr, flush=True)  # noqa: T201
                     has_told = True
                 time.sleep(SECONDS_BETWEEN_TRIES)

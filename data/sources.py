@@ -220,6 +220,7 @@ def _fetch(source: Source, folder: Path, name: str, digest: str | None = None) -
     path = folder / name
     _refuse_links(folder, path)
     if path.exists():
+        _check_digest(source, name, path, digest)
         return
     import_streaming()
     from streaming.base.storage.download import CloudDownloader
@@ -233,8 +234,18 @@ def _fetch(source: Source, folder: Path, name: str, digest: str | None = None) -
                 f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
                 f"{_advice(error, folder)}"
             ) from error
-        if digest not in (None, hashlib.sha256(partial.read_bytes()).hexdigest()):
-            raise DataError(f"{source.path}/{name}: is damaged; copy or prepare the folder again")
+        _check_digest(source, name, partial, digest)
+
+
+def _check_digest(source: Source, name: str, path: Path, digest: str | None) -> None:
+    """Compare a file with its SHA-256, if that is given; one that differs is removed."""
+    if digest is None:
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == digest:
+            return
+    path.unlink()
+    raise DataError(f"{source.path}/{name}: is damaged; copy or prepare the folder again")
 
 
 def _refuse_links(folder: Path, path: Path) -> None:

@@ -70,7 +70,7 @@ def check_store(url: str, local: Path) -> None:
 
 
 def upload_prepared(local: Path, url: str, console: Console) -> None:
-    """Copy a prepared folder to a store; files of it that are there in full size are not sent again.
+    """Copy a prepared folder to a store; files that an earlier attempt has sent whole are not sent again.
 
     While it is sent, a mark says which folder it is: full shards of another one have the same size.
 

@@ -50,7 +50,10 @@ def check_keys(settings: dict[str, Any]) -> None:
         raise ConfigError(f"engine.deepspeed: {version} refuses it: {'; '.join(problems)} ({error.title})") from error
     except DeepSpeedConfigError as error:
         raise ConfigError(f"engine.deepspeed: {version} refuses it: {error}") from error
-    for key in settings.keys() - keys.asked:
+    unknown = []
+    for key in (key for key in settings if key not in keys.asked):
         near = difflib.get_close_matches(key, sorted(map(str, keys.asked)), n=1, cutoff=0.6)
         advice = f"did you mean {near[0]}?" if near else "leave it out, or see whether it belongs to a section"
-        raise ConfigError(f"engine.deepspeed.{key}: {version} reads no such key; {advice}")
+        unknown.append(f"engine.deepspeed.{key}: {version} reads no such key; {advice}")
+    if unknown:
+        raise ConfigError("\n".join(unknown))

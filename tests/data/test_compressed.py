@@ -168,7 +168,7 @@ print(rows.shape, [name for name in ("torchvision", "transformers", "pandas") if
 
 
 def in_small_file_system(folder: Path, num_bytes: int, program: str, *arguments: str) -> list[str]:
-    """Run a program of Python with a file system of so many bytes on a folder; returns the lines that it prints."""
+    """Run Python code with a file system of N bytes mounted on a folder; return the lines that it prints."""
     mount = f'mount -t tmpfs -o size={num_bytes} none "$0" && exec "$@"'
     apart = ["unshare", "-rm", "sh", "-c", mount, str(folder)]
     if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:

@@ -1,4 +1,4 @@
-"""The version is known where the project is installed, and where it is not."""
+"""The version of an installed project, and of a checkout that is not installed."""
 
 import subprocess
 import sys
