@@ -79,6 +79,19 @@ def test_they_give_the_rows_of_plain_ones_and_are_left_alone(folders, tmp_path):
     assert sizes[1] < sizes[0]
 
 
+def test_a_damaged_file_that_was_left_in_the_cache_is_named_and_fetched_again(folders, tmp_path):
+    expected = held_out(folders / "small", tmp_path)
+    raw = min(tmp_path.rglob("validation/shard.*.mds"))
+    raw.unlink()
+    left = raw.with_name(f"{raw.name}.zstd")
+    content = bytearray((folders / "small" / "validation" / left.name).read_bytes())
+    content[-1] ^= 1
+    left.write_bytes(content)  # of its whole size; one that is cut short is removed at once
+    with pytest.raises(DataError, match=rf"small/validation/{left.name}: is damaged; copy or prepare"):
+        held_out(folders / "small", tmp_path)
+    assert torch.equal(held_out(folders / "small", tmp_path), expected)
+
+
 def copied(folders: Path, to: Path) -> Path:
     return Path(shutil.copytree(folders / "small", to / "small"))
 
