@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -105,9 +105,13 @@ class RowDataset(StreamingDataset):
         if len(opened) < len(shards) or len(kinds) > 1:
             return None
         ((row_bytes, dtype),) = kinds
-        begins = np.array([opened[number].begin for number in numbers]) + np.array(places) * row_bytes
-        descriptors = [opened[number].descriptor for number in numbers]
-        content = b"".join([os.pread(*each) for each in zip(descriptors, repeat(row_bytes), begins.tolist())])
+        held = {number: (shard.descriptor, shard.begin) for number, shard in opened.items()}
+        content = b"".join(
+            [
+                os.pread(descriptor, row_bytes, begin + place * row_bytes)
+                for (descriptor, begin), place in zip(map(held.__getitem__, numbers), places, strict=True)
+            ]
+        )
         self._close_oldest()
         expected = len(numbers) * row_bytes
         return np.frombuffer(content, dtype).reshape(len(numbers), -1) if len(content) == expected else None
