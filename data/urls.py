@@ -1,5 +1,7 @@
 """Check URLs of object stores: they end up in configurations, logs and messages, so they may hold no secret.
 
+Messages may also repeat the headers of a request, and the hub's tokens.
+
 A text is looked at word by word and each word once, because a message may be long and of a stranger's making. Quotes
 end a word, unless it is a URL, whose secrets may hold quotes; then only those around it stay.
 """
@@ -29,6 +31,15 @@ any character."""
 QUERY_OF_PATH = re.compile(r"\?(?=[\w.%~-]*=)[^<>)]+")
 """The query of a path: an error may repeat a URL without its host."""
 
+TOKEN = re.compile(
+    r"""\b hf_[a-z0-9]{16,}                                      # of the Hugging Face hub
+      | (?P<scheme> \b bearer \s{1,4}
+        | \b authorization ['"]? \s? [:=,] \s? b?['"]? (?: (?:basic|bearer|token) \s )? ) [^\s'",]{16,}
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+"""A secret outside a URL."""
+
 
 def url_problem(url: str) -> str | None:
     """Say what is wrong with a URL that carries credentials; None if it does not."""
@@ -41,8 +52,9 @@ def url_problem(url: str) -> str | None:
 
 
 def redacted(text: str) -> str:
-    """A message of a library, without the secrets of the URLs in it: passwords, and queries and fragments."""
-    return WORDS.sub(lambda word: _redacted_word(word[0]), text)
+    """A message of a library, without the secrets in it: passwords, queries and fragments of URLs, and tokens."""
+    shown = TOKEN.sub(lambda found: f"{found['scheme'] or ''}***", text)
+    return WORDS.sub(lambda word: _redacted_word(word[0]), shown)
 
 
 def _redacted_word(word: str) -> str:

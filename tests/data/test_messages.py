@@ -67,11 +67,17 @@ def test_no_control_character_is_left(text: str) -> None:
         (f"s3:/b/x?sig={SECRET}", "s3:/b/x?***"),
         (f"['s3://a:{SECRET}@b','s3://c:{SECRET}@d']", "['s3://***@d']"),
         (f"url='/b?sig={SECRET}',x='/y'", "url='/b?***',x='/y'"),
+        (f"the token hf_{SECRET * 5} has expired", "the token *** has expired"),
+        (f"Authorization: Bearer {SECRET * 3}.{SECRET}", "Authorization: Bearer ***"),
+        (f"{{'Authorization': 'Basic {SECRET * 3}==', 'x': 1}}", "{'Authorization': 'Basic ***', 'x': 1}"),
+        (f"('authorization', b'{SECRET * 3}')", "('authorization', b'***')"),
+        (f"-H authorization:{SECRET * 3}", "-H authorization:***"),
         *[
             (text, text)
             for text in (
                 "s3://bucket/a@b", "abfs://container@account.dfs.core.windows.net/x", "hf://datasets/a/b@main/x",
                 "http://127.0.0.1:9000/a@b", "/home/u/my#run=3/x",
+                "Authorization: none", "a bearer token", "basic considerations", "hf_transfer", "hf_a_model_with_a_name",
                 "http://host:80", "did you mean run.name?", "why? (no)", "sftp://me@host/x",
             )
         ],
@@ -83,7 +89,10 @@ def test_passwords_are_hidden(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "piece",
-    ["a://:", "a://b?", "http://", "http://a@", "x://a:1", "?a", "weights_only ", "weights_only=", "verify= ", ". "],
+    [
+        *("a://:", "a://b?", "http://", "http://a@", "x://a:1", "?a", "weights_only ", "weights_only=", "verify= "),
+        *(". ", "hf_", "bearer  ", "authorization: "),
+    ],
 )
 def test_long_messages_of_strangers_take_no_time(piece: str) -> None:
     began = time.process_time()
