@@ -77,7 +77,7 @@ def test_no_control_character_is_left(text: str) -> None:
             for text in (
                 "s3://bucket/a@b", "abfs://container@account.dfs.core.windows.net/x", "hf://datasets/a/b@main/x",
                 "http://127.0.0.1:9000/a@b", "/home/u/my#run=3/x",
-                "Authorization: none", "a bearer token", "basic considerations", "hf_transfer", "hf_a_model_with_a_name",
+                "Authorization: none", "a bearer token", "basic or not", "hf_transfer", "hf_a_model_with_a_name",
                 "http://host:80", "did you mean run.name?", "why? (no)", "sftp://me@host/x",
             )
         ],
