@@ -30,7 +30,7 @@ from data.errors import DataError
 from data.labels import IGNORED_LABEL, MARKED, Labels, inputs_and_labels
 from data.light_streaming import import_streaming
 from data.mixture import Source, rows_per_epoch
-from data.prepared import TOKEN_BYTES, TRAIN, VALIDATION
+from data.prepared import TOKEN_BYTES, TRAIN, VALIDATION, no_held_out_text
 from data.shards import prepare
 from data.shared_memory import numbered
 from data.sources import OpenSource, local_leader_first, open_sources
@@ -185,10 +185,7 @@ def validation_rows(
         : config.validation_rows
     ]
     if not in_turns:
-        raise DataError(
-            f"{', '.join(source.path for source in config.sources)}: has no held-out text; prepare it with "
-            "validation_fraction or validation_inputs, or set data.validation_rows to 0"
-        )
+        raise DataError(no_held_out_text(source.path for source in config.sources))
     with local_leader_first(rank):
         splits = [
             source.read_first_rows(VALIDATION, num_rows)

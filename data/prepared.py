@@ -10,7 +10,7 @@ FOLDER/manifest.json                 what went in and what came out; written las
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,14 @@ def fit_problems(path: str, manifest: dict[str, Any], sequence_length: int, voca
             f"{path}: its tokenizer has {manifest['vocab_size']} tokens, but the model has {vocab_size}; set "
             f"model.vocab_size to {manifest['vocab_size']} or more"
         )
+
+
+def no_held_out_text(paths: Iterable[str]) -> str:
+    """What is wrong with prepared folders of which none has a validation split, if a run asks for one."""
+    return (
+        f"{', '.join(paths)}: has no held-out text; prepare it with validation_fraction or validation_inputs, or set "
+        "data.validation_rows to 0"
+    )
 
 
 def unlike_problem(

@@ -20,10 +20,12 @@ from data.hub_tokenizer import is_on_hub
 from data.mixture import rows_per_epoch
 from data.prepared import (
     TRAIN,
+    VALIDATION,
     content_of,
     fit_problems,
     is_compressed,
     is_yet_to_be_prepared,
+    no_held_out_text,
     read_manifest,
     unlike_problem,
 )
@@ -126,6 +128,7 @@ def _source_problems(config: Config) -> Iterator[tuple[str, str]]:
         if unlike := unlike_problem(path, manifest, first, of_first, Path(first) / of_first["tokenizer"]["file"]):
             yield key, unlike
     yield from _mixture_problems(config, {path: each["splits"][TRAIN]["rows"] for path, each in manifests.items()})
+    yield from _held_out_problems(config, manifests)
 
 
 def _mixture_problems(config: Config, rows: Mapping[str, int]) -> Iterator[tuple[str, str]]:
@@ -143,6 +146,22 @@ def _mixture_problems(config: Config, rows: Mapping[str, int]) -> Iterator[tuple
             except DataError as error:
                 is_own = config.phases[phase.index].sources is not None
                 yield f"phases.{phase.index}.sources" if is_own else "data.sources", str(error)
+
+
+def _held_out_problems(config: Config, manifests: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Held-out text that is asked for and not there, or not to be made; nothing if a source is not known here."""
+    if not config.data.validation_rows:
+        return
+    paths = [source.path for source in config.data.sources]
+    if prepare := _to_prepare(config):
+        if not prepare.validation_fraction and not prepare.validation_inputs:
+            yield (
+                "data.prepare",
+                f"holds no text out, but data.validation_rows is {config.data.validation_rows}; set "
+                "validation_fraction or validation_inputs, or data.validation_rows to 0",
+            )
+    elif all(path in manifests and VALIDATION not in manifests[path]["splits"] for path in paths):
+        yield "data.validation_rows", no_held_out_text(paths)
 
 
 def _texts(config: Config) -> Iterator[tuple[str, str]]:

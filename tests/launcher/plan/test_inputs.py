@@ -16,6 +16,7 @@ from tiny import SEQUENCE_LENGTH, tiny_config, tiny_tree
 from tiny_tasks import EXAMPLES
 
 from data.errors import DataError
+from data.loader import validation_rows
 from data.shards import PrepareConfig, prepare
 from data.sources import Source, open_sources
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
@@ -25,7 +26,8 @@ from launcher.plan.inputs import check_inputs, missing_inputs, needed_paths
 
 
 def text_of(inputs=("python-stdlib",), tokenizer="bpe:320", **keys):
-    return {"prepare": {"inputs": list(inputs), "tokenizer": tokenizer, **keys}}
+    held_out = {} if "validation_inputs" in keys else {"validation_fraction": 0.1}
+    return {"prepare": {"inputs": list(inputs), "tokenizer": tokenizer, **held_out, **keys}}
 
 
 def test_nothing_is_missing_where_all_is_there(shards, tmp_path):
@@ -74,6 +76,22 @@ def test_everything_that_is_wrong_with_a_source_is_reported(shards, tmp_path):
     assert str(caught.value).splitlines() == [f"data.sources.0.path: {problem}" for problem in problems]
     with pytest.raises(DataError, match=r"(?s)sequence_length 32.*\n.*320 tokens"):
         open_sources((Source(path=str(shards)),), None, 16, 64)
+
+
+def test_held_out_text_must_be_there_or_be_made(shards, tmp_path):
+    options = PrepareConfig(inputs=(str(shards.parent / "corpus.jsonl"),), tokenizer=str(shards / "tokenizer.model"))
+    prepare(options, SEQUENCE_LENGTH, tmp_path / "without")
+    both = {"sources": [{"path": str(tmp_path / "without")}, {"path": str(shards)}]}
+    assert missing_inputs(tiny_config(shards, tmp_path / "run", data=both)) == []
+    without = tiny_config(tmp_path / "without", tmp_path / "run")
+    with pytest.raises(DataError) as caught:
+        validation_rows(without.data, vocab_size=320, micro_batch_sequences=1, rank=0, world_size=1)
+    assert missing_inputs(without) == [("data.validation_rows", str(caught.value))]
+    nothing = text_of(validation_fraction=0.0)
+    unmade = tiny_config(tmp_path / "none", tmp_path / "run", data=nothing)
+    assert dict(missing_inputs(unmade))["data.prepare"].startswith("holds no text out, but data.validation_rows is 8;")
+    for data in (nothing | {"validation_rows": 0}, text_of(validation_inputs=["python-stdlib"])):
+        assert missing_inputs(tiny_config(tmp_path / "none", tmp_path / "run", data=data)) == []
 
 
 def test_a_folder_of_tokens_may_be_made_beforehand_and_empty(tmp_path):
