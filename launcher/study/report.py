@@ -68,6 +68,7 @@ def report_study(folder: Path, out: Path | None) -> list[Path]:
     out = out or folder / "report.html"
     if out.suffix != ".html":
         raise ConfigError(f"--out {out}: the name must end in .html; figures and numbers are written next to the page")
+    check_target(out)
     findings = read_study(folder)
     groups = groups_of(findings)
     figures = figures_of(findings, groups)
@@ -82,7 +83,6 @@ def report_study(folder: Path, out: Path | None) -> list[Path]:
     pictures = out.with_name(f"{out.stem}-figures")
     for name, figure in figures.items():
         contents |= {pictures / f"{name}{suffix}": to_picture(figure, suffix[1:]) for suffix in (".png", ".pdf")}
-    check_target(out)
     for path in contents:
         _check_replaceable(path)
     pictures.mkdir(exist_ok=True)

@@ -181,6 +181,22 @@ def test_the_figures_have_a_curve_for_each_arm_and_a_line_for_each_combination(w
     assert list(shares) == pytest.approx([40, 70, 60])
 
 
+def test_losses_are_whole_on_the_axis_that_panels_share_and_arms_that_have_not_begun_have_none(tmp_path: Path) -> None:
+    lengths = {"short": ["training.total_steps=40"], "long": [], "never": ["training.total_steps=60"]}
+    axes = {"length": lengths}
+    folder = make_study(tmp_path / "study", lambda arm: 3.1, switch=[0.5], axes=axes, baselines=[])
+    for file in (folder / "arms" / "length-never").iterdir():
+        file.unlink()
+    findings = read_study(folder)
+    figure = loss_figure(findings, groups_of(findings))
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["length short", "length long"]
+    for axes in panels:
+        for line in axes.lines:
+            assert max(line.get_xdata()) <= axes.get_xlim()[1]
+    figure.draw_without_rendering()  # a mark beyond the axis leaves no room for the panels, which is a warning
+
+
 def test_noise_looks_like_noise(tmp_path: Path) -> None:
     """Points that differ by less than their intervals are not spread over the axis."""
 
@@ -308,6 +324,8 @@ def test_files_that_are_no_report_and_other_folders_are_refused(tmp_path: Path) 
     assert not (folder / "report.html").exists()
     with pytest.raises(ConfigError, match=r"must end in \.html"):
         report_study(folder, tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=r"there is no folder .*none"):
+        report_study(tmp_path, tmp_path / "none" / "a.html")  # before it is read, which takes a while
     with pytest.raises(ConfigError, match="is a study, which has a report of its own"):
         tritrain("report", str(folder), str(folder / "arms"))
     (folder / "results.json").write_text("[{]")
