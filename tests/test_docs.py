@@ -169,6 +169,7 @@ def test_example_without_the_launcher_runs_on_torch_alone() -> None:
     subprocess.run([sys.executable, "-c", f"{example}\n{check}"], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_cells_of_the_notebook_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one process; with less data than the quickstart's, already prepared, and a smaller model."""
     from data import quickstart_corpus

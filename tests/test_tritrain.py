@@ -161,6 +161,7 @@ def test_a_wrong_configuration_is_an_exception_at_once(config: Path, monkeypatch
     assert not (config.parent / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_is_an_exception_with_the_message_that_the_run_left(config: Path) -> None:
     with pytest.raises(tritrain.TrainingError, match="/proc/absent"):
         tritrain.train(config, "checkpoint.folder=/proc/absent", ranks=1)
@@ -217,6 +218,7 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(config: Path) -> None:
     assert (config.parent / "run" / "state.json").stat().st_mtime > began
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_kills_ranks_that_hang(config: Path) -> None:
     process = training_at_step_3(config, ranks=2)
     folder = config.parent / "run" / "ranks"

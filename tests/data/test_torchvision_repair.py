@@ -13,6 +13,7 @@ def run(code: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_streaming_and_llama_import_after_the_repair():
     code = """
 import contextlib, os, sys

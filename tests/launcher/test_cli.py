@@ -104,6 +104,7 @@ def wait_for_step(process: "subprocess.Popen[str]", step: int) -> str:
     raise AssertionError(seen)
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_goes_on_and_shows_what_it_does_until_it_is_complete(folder: Path) -> None:
     let_it_prepare(folder)
     run = folder / "run"
@@ -204,7 +205,8 @@ def wait_for_rows(metrics: Path, number: int, terminal: int) -> None:
             os.read(terminal, 10_000)
 
 
-@pytest.mark.parametrize("launcher", ["tritrain", pytest.param("python", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["tritrain", "python"])
 def test_a_run_whose_terminal_is_closed_saves_and_says_so_in_its_folder(folder: Path, launcher: str) -> None:
     process, terminal = start_in_terminal(folder, STARTS[launcher])
     run = folder / "run"

@@ -97,6 +97,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith(MEASURED)} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_measurement_that_fails_costs_no_training_and_is_made_up_once(shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     write_tasks(tmp_path / "tasks")

@@ -44,7 +44,8 @@ def test_a_first_start_that_fails_in_its_ranks_leaves_no_folder(tmp_path: Path) 
 def test_an_empty_corpus_is_named_once_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     tree = job_tree(tmp_path / "out", tmp_path / "run")
-    tree["data"]["prepare"] = {"inputs": [str(tmp_path / "empty.jsonl")], "tokenizer": "bpe:320", "validation_fraction": 0.1}
+    text = {"inputs": [str(tmp_path / "empty.jsonl")], "tokenizer": "bpe:320", "validation_fraction": 0.1}
+    tree["data"]["prepare"] = text
     job = Job(tree)
     assert job.wait() == [1, 1]
     assert job.output.count("empty.jsonl: contains no text") == 1, job.output

@@ -68,7 +68,7 @@ def compare(out: Path, engines: list[str]) -> None:
         ("fp32", ["fsdp2", "zero-1"]),
         pytest.param("fp32", ["hsdp", "zero-2"], marks=pytest.mark.slow),
         pytest.param("fp32", ["zero-0", "zero-3"], marks=pytest.mark.slow),
-        ("bf16", ["fsdp2", "zero-2"]),
+        pytest.param("bf16", ["fsdp2", "zero-2"], marks=pytest.mark.slow),
         pytest.param("bf16", ["fsdp2-offload", "zero-0", "zero-1", "zero-3"], marks=pytest.mark.slow),
         pytest.param("bf16", ["fsdp2-keep-gathered", "zero-2-offload", "zero-3-offload"], marks=pytest.mark.slow),
     ],

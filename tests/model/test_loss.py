@@ -152,7 +152,8 @@ def test_several_labels_of_a_row_have_the_losses_that_each_has_alone():
     assert torch.equal(together_NA, torch.stack(alone, 1))
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_loss_is_the_one_that_is_done_step_by_step(dtype):
     tensors = example(dtype)
     compiled = torch.compile(gradient_of_logits, dynamic=False)

@@ -110,7 +110,8 @@ def train_with_and_without(shards: str, out: str, engines: list[str], checkpoint
             CodeKeeper.prepare = prepare  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_zero_trains_the_same_bits_with_held_codes(shards: Path, tmp_path: Path, checkpointing: bool) -> None:
     engines = ["zero-0", "zero-1", "zero-2", "zero-3"] if checkpointing else ["zero-1", "zero-3"]
     run_group(2, train_with_and_without, str(shards), str(tmp_path), engines, checkpointing)

@@ -222,6 +222,7 @@ def check_ranks_agree(alone: Path, shared: Path) -> None:
     assert 0 < ours[1]["quant/flip_rate"] < 0.2
 
 
+@pytest.mark.slow
 def test_two_ranks_see_what_one_sees_and_training_is_untouched(shards: Path, tmp_path: Path) -> None:
     options = {"on": 2, "off": None}
     run_group(1, run_with_telemetry, str(shards), str(tmp_path / "1"), ["fsdp2"], options | {"pieces": 2})

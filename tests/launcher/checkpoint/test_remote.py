@@ -122,7 +122,8 @@ def train_with_pid(rank: int, world_size: int, pids: str, *args: Any) -> None:
     train_in_pieces(*args)
 
 
-@pytest.mark.parametrize("name", ["rank-00001.safetensors", pytest.param("manifest.json", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rank-00001.safetensors", "manifest.json"])
 def test_a_kill_in_the_middle_of_an_upload_costs_that_checkpoint_alone(
     name: str, reachable: Store, shards: Path, local_run: Path, tmp_path: Path
 ) -> None:

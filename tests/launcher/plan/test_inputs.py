@@ -265,6 +265,7 @@ def test_train_refuses_before_it_starts_a_rank(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ranks_refuse_before_they_prepare_data(tmp_path):
     tree = tiny_tree(tmp_path / "out", tmp_path / "run")
     tree["data"] |= text_of()

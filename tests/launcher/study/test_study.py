@@ -112,6 +112,7 @@ def check_results(out: Path, names: list[str]) -> None:
     assert rows["16-bit"]["twin"] is None
 
 
+@pytest.mark.slow
 def test_a_16_bit_model_that_is_rounded_after_training_is_a_baseline(shards: Path, tmp_path: Path) -> None:
     path = write_study(tmp_path, shards, switch=[0.5], baselines=["16-bit", "post-training"])
     out = tmp_path / "out"

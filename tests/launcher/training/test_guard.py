@@ -290,6 +290,7 @@ def rolled_back_runs(shards: str, out: str) -> dict[str, Any]:
     return outcomes
 
 
+@pytest.mark.slow
 def test_a_switch_that_does_not_recover_is_rolled_back_whatever_interrupts_it(shards: Path, tmp_path: Path) -> None:
     for outcomes in run_group(2, rolled_back_runs, str(shards), str(tmp_path)):
         assert outcomes["recovers"] == ["complete"]

@@ -22,6 +22,7 @@ def with_and_without(shards: str, out: str) -> None:
         assert run(config) == "complete"
 
 
+@pytest.mark.slow
 def test_steps_of_each_phase_are_traced(shards: Path, tmp_path: Path) -> None:
     run_group(2, with_and_without, str(shards), str(tmp_path))
     assert not (tmp_path / "0" / "profile").exists()

@@ -202,6 +202,7 @@ def compare(out: Path, engines: list[str]) -> list[list[float]]:
     return [[row["train/loss"] for row in steps_of(out / name / "whole")] for name in engines]
 
 
+@pytest.mark.slow
 def test_a_run_with_warm_ups_is_the_same_on_any_ranks_and_in_pieces(shards: Path, tmp_path: Path) -> None:
     found = []
     for num_ranks, pieces in ((1, [4]), (2, [2, 1, 1, 2, 1])):  # stops at every boundary, and between two
