@@ -112,6 +112,11 @@ class PrepareConfig:
         if problems:
             raise ValueError(problems)
 
+    @property
+    def holds_text_out(self) -> bool:
+        """Whether there is to be a validation split."""
+        return bool(self.validation_fraction or self.validation_inputs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

@@ -105,11 +105,10 @@ class RowDataset(StreamingDataset):
         if len(opened) < len(shards) or len(kinds) > 1:
             return None
         ((row_bytes, dtype),) = kinds
-        held = {number: (shard.descriptor, shard.begin) for number, shard in opened.items()}
         content = b"".join(
             [
-                os.pread(descriptor, row_bytes, begin + place * row_bytes)
-                for (descriptor, begin), place in zip(map(held.__getitem__, numbers), places, strict=True)
+                os.pread(shard.descriptor, row_bytes, shard.begin + place * row_bytes)
+                for shard, place in zip(map(opened.__getitem__, numbers), places, strict=True)
             ]
         )
         self._close_oldest()

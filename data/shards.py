@@ -279,12 +279,11 @@ def _build(
 
 
 def _open_writers(task: Task, tokenizer: Tokenizer, out: Path, begun: Progress | None) -> dict[str, RowWriter]:
-    has_validation = task.config.validation_fraction or task.config.validation_inputs
     make = WRITERS[task.config.packing] if task.config.content == "text" else MARKED_WRITERS[task.config.content]
     states = begun.writers if begun else {}
     return {
         split: make(out / split, tokenizer, task.sequence_length, task.config.compression, states.get(split))
-        for split in ([TRAIN, VALIDATION] if has_validation else [TRAIN])
+        for split in ([TRAIN, VALIDATION] if task.config.holds_text_out else [TRAIN])
     }
 
 

@@ -154,7 +154,7 @@ def _held_out_problems(config: Config, manifests: Mapping[str, dict[str, Any]]) 
         return
     paths = [source.path for source in config.data.sources]
     if prepare := _to_prepare(config):
-        if not prepare.validation_fraction and not prepare.validation_inputs:
+        if not prepare.holds_text_out:
             yield (
                 "data.prepare",
                 f"holds no text out, but data.validation_rows is {config.data.validation_rows}; set "

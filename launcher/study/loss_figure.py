@@ -27,8 +27,8 @@ SETTLED = 0.12
 @styled()
 def loss_figure(findings: Findings, groups: Sequence[Group]) -> "Figure":
     """Training loss against tokens: a panel for each line, above the losses, below what is above the 16-bit twin."""
-    begun = [group.line for group in arms_of(groups) if any(record.log for record in group.members)]
-    lines: list[Line] = [line for line in lines_of(groups) if line in begun] or [()]
+    begun = [group for group in groups if any(record.log for record in group.members)]
+    lines: list[Line] = lines_of(begun) or [()]
     columns = 2 if len(lines) == 4 else min(PANELS_PER_ROW, len(lines))
     blocks = math.ceil(len(lines) / columns)
     figure = figure_of(max(5.6, 3.5 * columns), 4.6 * blocks + 0.5)
@@ -65,7 +65,7 @@ def loss_figure(findings: Findings, groups: Sequence[Group]) -> "Figure":
         for axes, label in ((above, "training loss, nats/token"), (below, "above its 16-bit twin")):
             if index % columns == 0:
                 axes.set_ylabel(label)
-    for below in grid[1::2].flat:  # once all curves are there, since panels share the axis, whose end is then fixed
+    for below in grid[1::2].flat:  # after all curves are drawn: the panels share this axis, and this fixes its end
         token_axis(below)
         below.tick_params(labelbottom=True)
     for index in range(len(lines), blocks * columns):
