@@ -281,7 +281,7 @@ def fingerprints(
 def _endless(
     reader: "LocalReader | FetchingReader",
     micro_batch_sequences: int,
-    labels: Labels,
+    counted: Labels,
     device: torch.device,
     drawn: deque[NDArray[np.int64]],
     num_sources: int,
@@ -290,11 +290,9 @@ def _endless(
         try:
             for rows, sources in reader:  # once around is one epoch
                 of_micro = sources.reshape(-1, micro_batch_sequences)
-                counts = np.stack([(of_micro == source).sum(1) for source in range(num_sources)], axis=1)
-                for place, count in enumerate(counts):
-                    drawn.append(count)
-                    micro = rows[place * micro_batch_sequences : (place + 1) * micro_batch_sequences]
-                    yield inputs_and_labels(widened(micro, device), labels)
+                drawn.extend(np.stack([(of_micro == source).sum(1) for source in range(num_sources)], axis=1))
+                tokens, labels = inputs_and_labels(widened(rows, device), counted)
+                yield from zip(tokens.split(micro_batch_sequences), labels.split(micro_batch_sequences), strict=True)
         except DataError as error:  # a worker's comes with its traceback in the message
             raise DataError(str(error).strip().rpartition(f"{DataError.__module__}.DataError: ")[2]) from error
 

@@ -1,8 +1,8 @@
 """Read the rows of an epoch in blocks, ahead of the training.
 
-Rows of local folders are read each from its place in its file: what Python does for a row is little more than a system
-call. Threads read ahead as long as rows take time. If the operating system holds them, the thread that needs them reads
-them itself, because to hand them over would take longer than to read them. Sources that are fetched or decompressed are
+Rows of local folders are read from their places in files that are held open. Threads read ahead as long as rows take
+time. If the operating system holds them in memory, the thread that needs them has it copy those of a block at once: to
+hand them over would take longer. Sources that are fetched or decompressed are
 read by processes, which may hang in a download and can be killed; their rows come through shared memory.
 """
 
@@ -64,13 +64,13 @@ class LocalReader:
                 continue
             while ahead:
                 yield ahead.popleft().result()
-            yield self._read(block)
+            yield self._read(block, in_memory=True)
         while ahead:
             yield ahead.popleft().result()
 
-    def _read(self, samples: NDArray[np.int64]) -> Block:
+    def _read(self, samples: NDArray[np.int64], in_memory: bool = False) -> Block:
         began = time.perf_counter()
-        found = self.dataset.read(samples)
+        found = self.dataset.read(samples, in_memory)
         self._is_slow = time.perf_counter() - began > SLOW_ROW_SECONDS * len(samples)
         return found
 

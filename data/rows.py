@@ -7,14 +7,13 @@ The position to resume from is looked up in shared memory, under a number where 
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from data.errors import DataError
 from data.light_streaming import import_streaming
 from data.marks import ids_of
 from data.new_paths import NO_ROOM
+from data.open_shards import OpenShards
 from data.prepared import COLUMN, SOURCE
 from data.urls import redacted
 
@@ -31,9 +31,6 @@ import_streaming()
 from streaming import StreamingDataset  # noqa: E402
 from streaming.base.dataset import _Iterator, _ShardState  # noqa: E402
 from streaming.base.world import World  # noqa: E402
-
-MOST_OPEN = 64
-"""Shards that are held open: those of a block of the shuffle, about."""
 
 
 class RowDataset(StreamingDataset):
@@ -50,7 +47,7 @@ class RowDataset(StreamingDataset):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._local = threading.local()
-        self._tables: list[OrderedDict[int, _Open]] = []
+        self._of_threads: list[OpenShards] = []
         self._first_samples = np.cumsum([0, *self.samples_per_shard])
         self._event = Event()
 
@@ -74,11 +71,13 @@ class RowDataset(StreamingDataset):
         found = self._get_work(*self._resume_incr_epoch())
         return found[found >= 0]
 
-    def read(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def read(self, sample_ids: NDArray[np.int64], in_memory: bool = False) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Read rows of local folders; several threads may do so at once.
 
         Args:
             sample_ids: of the rows, at least one.
+            in_memory: whether the operating system is believed to hold the rows in memory. It is faster if it does, and
+                slower if it does not.
 
         Returns:
             The rows as they are stored, [rows, sequence_length + 1], and the index of the source of each.
@@ -87,31 +86,27 @@ class RowDataset(StreamingDataset):
             DataError: a shard cannot be read, or holds a token that the model does not have.
         """
         numbers = np.searchsorted(self._first_samples, sample_ids, side="right") - 1
-        places = (sample_ids - self._first_samples[numbers]).tolist()
         sources = self.stream_per_shard[numbers]
         try:
-            rows = self._read(numbers.tolist(), places)
+            rows = self._read(numbers, sample_ids - self._first_samples[numbers], in_memory)
             if rows is not None and (self.vocab_size is None or self._largest(rows) < self.vocab_size):
                 return rows, sources
             return np.stack([self.get_item(sample)[COLUMN] for sample in sample_ids.tolist()]), sources
         except Exception as error:
             raise self._error(error) from error
 
-    def _read(self, numbers: list[int], places: list[int]) -> NDArray[Any] | None:
+    def _read(self, numbers: NDArray[np.int64], places: NDArray[np.int64], in_memory: bool) -> NDArray[Any] | None:
         """Read rows from open files; None if a shard is not as it should be."""
-        shards = {number: self._opened(number) for number in sorted(set(numbers))}
-        opened = {number: shard for number, shard in shards.items() if shard is not None}
-        kinds = {(shard.row_bytes, shard.dtype) for shard in opened.values()}
-        if len(opened) < len(shards) or len(kinds) > 1:
+        distinct, of_row = np.unique(numbers, return_inverse=True)
+        opened = self._opened()
+        found = [opened.open(number, self.shards[number]) for number in distinct.tolist()]
+        shards = [shard for shard in found if shard is not None]
+        kinds = {(shard.row_bytes, shard.dtype) for shard in shards}
+        if len(shards) < len(found) or len(kinds) > 1:
             return None
         ((row_bytes, dtype),) = kinds
-        content = b"".join(
-            [
-                os.pread(shard.descriptor, row_bytes, shard.begin + place * row_bytes)
-                for shard, place in zip(map(opened.__getitem__, numbers), places, strict=True)
-            ]
-        )
-        self._close_oldest()
+        content = opened.rows(shards, of_row, places, in_memory)
+        opened.close_oldest()
         expected = len(numbers) * row_bytes
         return np.frombuffer(content, dtype).reshape(len(numbers), -1) if len(content) == expected else None
 
@@ -144,41 +139,28 @@ class RowDataset(StreamingDataset):
     def _tokens(self, number: int, index: int) -> NDArray[Any] | None:
         """Read a row from an open file; None if the shard is yet to be fetched, or is not as it should be.
 
-        The base class opens the file anew for every row, which takes most of the time of reading it. A file that is
-        mapped into memory instead would end the process when it is cut short.
+        The base class opens the file anew for every row, which takes most of the time of reading it.
         """
         if self._event.is_set():  # a thread that reads ahead has failed
             return None
-        shard = self._opened(number)
-        if shard is None:
+        opened = self._opened()
+        if (shard := opened.open(number, self.shards[number])) is None:
             return None
         content = os.pread(shard.descriptor, shard.row_bytes, shard.begin + index * shard.row_bytes)
-        self._close_oldest()
+        opened.close_oldest()
         return np.frombuffer(content, shard.dtype) if len(content) == shard.row_bytes else None
 
-    def _opened(self, number: int) -> "_Open | None":
-        """Return a shard that this thread holds open, or opens now; None if that fails."""
-        table = getattr(self._local, "table", None)
-        if table is None:  # each thread has its own, or one might close what another reads
-            table = self._local.table = OrderedDict()
-            self._tables.append(table)
-        if (shard := table.get(number)) is not None:
-            table.move_to_end(number)
-        elif (shard := _open(self.shards[number])) is not None:
-            table[number] = shard
-        return shard
-
-    def _close_oldest(self) -> None:
-        """Close the shards of this thread that were not read for longest, if too many are open."""
-        table = self._local.table
-        while len(table) > MOST_OPEN:
-            os.close(table.popitem(last=False)[1].descriptor)
+    def _opened(self) -> OpenShards:
+        """Return the shards that this thread holds open."""
+        if (found := getattr(self._local, "opened", None)) is None:
+            found = self._local.opened = OpenShards()
+            self._of_threads.append(found)
+        return found
 
     def close(self) -> None:
         """Close the shards that are held open."""
-        for table in self._tables:
-            while table:
-                os.close(table.popitem()[1].descriptor)
+        for opened in self._of_threads:
+            opened.close()
 
     def _prepare_thread(self, it: _Iterator) -> None:
         """Fetch shards ahead of the reading, where there is something to fetch."""
@@ -231,31 +213,3 @@ def _counted(it: _Iterator) -> Iterator[None]:
     except BaseException:
         it.on_exit()
         raise
-
-
-class _Open(NamedTuple):
-    """A shard that is held open."""
-
-    descriptor: int
-    begin: int
-    """Place of its first row."""
-    dtype: np.dtype[Any]
-    row_bytes: int
-
-
-def _open(shard: Any) -> _Open | None:
-    """Open a shard; None if that fails, or if it is not made of equal rows.
-
-    An MDS file has the number of samples, where each begins and where the last ends, uint32; what they are; and them.
-    """
-    try:
-        descriptor = os.open(Path(shard.dirname, shard.split, shard.raw_data.basename), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    (row_bytes,), (encoding,) = shard.column_sizes, shard.column_encodings
-    header = np.frombuffer(os.pread(descriptor, 4 * (shard.samples + 2), 0), np.uint32)
-    begins = row_bytes * np.arange(shard.samples + 1)  # after the first
-    if len(header) != len(begins) + 1 or not np.array_equal(header[1:] - header[1], begins):
-        os.close(descriptor)
-        return None
-    return _Open(descriptor, int(header[1]), np.dtype(encoding.split(":")[1]), row_bytes)

@@ -328,37 +328,37 @@ def test_remote_shards_are_fetched_into_the_cache_and_read_as_local_ones(folders
 def test_rows_are_those_of_the_files_without_opening_one_for_each(folders, monkeypatch):
     from streaming import StreamingDataset
 
-    from data import rows
+    from data import open_shards
 
     config = mixture(folders, workers=0)
     expected = read_steps(open_data(config, 0, 1, 2), 12, GLOBAL // 2)  # over more than an epoch
 
-    def read_by_the_library(self, number):
-        return None
-
     with monkeypatch.context() as patched:
-        patched.setattr(rows.RowDataset, "_opened", read_by_the_library)
+        patched.setattr(open_shards.OpenShards, "open", lambda *_: None)  # the library reads row by row
         assert np.array_equal(read_steps(open_data(config, 0, 1, 2), 12, GLOBAL // 2), expected)
     monkeypatch.setattr(StreamingDataset, "get_item", lambda *_: pytest.fail("a file was opened for a row"))
-    monkeypatch.setattr(rows, "MOST_OPEN", 1)
+    monkeypatch.setattr(open_shards, "MOST_OPEN", 1)
     data = open_data(config, 0, 1, 2)
     assert np.array_equal(read_steps(data, 12, GLOBAL // 2), expected)
-    assert len(open_shards()) == 1
+    assert len(set(held_open())) == 1
     data.close()
-    assert not open_shards()
+    assert not held_open()
 
 
-def open_shards():
+def held_open():
     links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     return [path for path in links if path.suffix == ".mds"]
 
 
-def test_a_shard_that_is_cut_short_while_it_is_read_stops_the_reading(folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("cut_at", [1000, -3])
+def test_a_shard_that_is_cut_short_while_it_is_read_stops_the_reading(folders, tmp_path, monkeypatch, cut_at, workers):
+    """To fewer pages, or within the last, of which a map shows the rest as zeros."""
     monkeypatch.setattr(reading, "BLOCK_TOKENS", 1)
     copies = [shutil.copytree(folder, tmp_path / Path(folder).name) for folder in folders]
-    data = open_data(mixture(tuple(map(str, copies))), 0, 1, 2)
+    data = open_data(mixture(tuple(map(str, copies)), workers=workers), 0, 1, 2)
     read_steps(data, 1, GLOBAL // 2)
     for shard in tmp_path.glob("*/train/*.mds"):
-        os.truncate(shard, 1000)
+        os.truncate(shard, cut_at % shard.stat().st_size)
     with pytest.raises(DataError, match="a shard of the training data cannot be read"):
         read_steps(data, 20, GLOBAL // 2)

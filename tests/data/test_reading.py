@@ -1,15 +1,17 @@
 """Rows of local folders are read in blocks, by threads or when they are asked for."""
 
+import errno
 import itertools
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny import write_corpus
 
-from data import reading, rows, transfer
+from data import open_shards, reading, rows, transfer
 from data.config import PrepareConfig
 from data.errors import DataError
 from data.loader import CPU, DataConfig, Source, TrainingData
@@ -62,8 +64,8 @@ def test_blocks_of_any_size_and_any_number_of_threads_give_the_rows_in_their_ord
     """Whether rows are slow always, never or now and then."""
     read, chance = reading.LocalReader._read, random.Random(0)
 
-    def now_and_then(reader, samples):
-        found = read(reader, samples)
+    def now_and_then(reader, samples, **options):
+        found = read(reader, samples, **options)
         reader._is_slow = chance.random() < 0.5
         return found
 
@@ -72,7 +74,7 @@ def test_blocks_of_any_size_and_any_number_of_threads_give_the_rows_in_their_ord
     else:
         monkeypatch.setattr(reading, "SLOW_ROW_SECONDS", float(slow))
     with monkeypatch.context() as patched:
-        patched.setattr(rows.RowDataset, "_opened", lambda dataset, number: None)  # the library reads row by row
+        patched.setattr(open_shards.OpenShards, "open", lambda *_: None)  # the library reads row by row
         by_library = training_data(folders)
         expected = [tokens_BT for tokens_BT, _ in itertools.islice(by_library, 60)]
         by_library.close()
@@ -90,6 +92,25 @@ def test_blocks_of_any_size_and_any_number_of_threads_give_the_rows_in_their_ord
     assert not [path for path in os.listdir("/proc/self/fd") if is_shard(path)]
 
 
+@pytest.mark.parametrize("most_pieces", [1, 3, 1024])
+@pytest.mark.parametrize("maps", [True, False])
+def test_rows_in_memory_are_copied_whatever_the_system_has(folders, monkeypatch, most_pieces, maps):
+    """How many pieces it copies at once, and whether the file system has maps."""
+
+    def no_maps(*_, **__):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(open_shards, "MOST_PIECES", most_pieces)
+    if not maps:
+        monkeypatch.setattr(open_shards, "mmap", SimpleNamespace(mmap=no_maps, PROT_READ=1))
+    data = training_data(folders)
+    dataset = data._reader.dataset
+    samples = np.random.default_rng(0).permutation(dataset.size)
+    for found, expected in zip(dataset.read(samples, in_memory=True), dataset.read(samples), strict=True):
+        assert np.array_equal(found, expected)
+    data.close()
+
+
 def is_shard(descriptor: str) -> bool:
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}").endswith(".mds")
@@ -103,10 +124,10 @@ def test_a_failure_while_reading_ahead_comes_when_its_rows_are_due(folders, monk
     monkeypatch.setattr(reading, "SLOW_ROW_SECONDS", 0.0)
     data, read, calls = training_data(folders, workers=workers), rows.RowDataset.read, itertools.count()
 
-    def failing(dataset, sample_ids):
+    def failing(dataset, sample_ids, *options):
         if next(calls) == 5:
             raise DataError("the disk is gone")
-        return read(dataset, sample_ids)
+        return read(dataset, sample_ids, *options)
 
     monkeypatch.setattr(rows.RowDataset, "read", failing)
     assert len(list(itertools.islice(data, 5))) == 5
@@ -129,14 +150,16 @@ def test_rows_travel_as_they_are_stored(folders, monkeypatch):
     travelled, device = [], torch.device("meta")
     monkeypatch.setattr(transfer, "to_device", lambda tensor, to: (travelled.append(tensor.clone()), tensor.to(to))[1])
     here, there = training_data(folders), training_data(folders, device=device)
+    unread: list[torch.Tensor] = []
     for (tokens_BT, labels_BT), found in itertools.islice(zip(here, there, strict=True), 20):
         assert [(each.dtype, each.shape, each.device) for each in found] == [
             (torch.int64, each.shape, device) for each in (tokens_BT, labels_BT)
         ]
-        row = travelled.pop()
+        unread = unread or list(travelled.pop().split(len(tokens_BT)))
+        assert not travelled
+        row = unread.pop(0)
         assert row.dtype == torch.uint16
         assert torch.equal(row.long(), torch.cat([tokens_BT, labels_BT[:, -1:]], dim=1))
-        assert not travelled
     here.close()
     there.close()
 
