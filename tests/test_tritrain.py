@@ -199,6 +199,7 @@ def training_at_step_3(config: Path, ranks: int) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_the_same_call_goes_on(config: Path) -> None:
     """As in a notebook, whose kernel alone gets the signal."""
     process = training_at_step_3(config, ranks=1)

@@ -193,6 +193,7 @@ def in_small_file_system(folder: Path, num_bytes: int, program: str, *arguments:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_full_cache_is_named(folders, tmp_path, workers):
     program = """

@@ -28,7 +28,9 @@ def test_the_ids_are_those_of_the_tokenizer_s_own_library(tmp_path, name):
     tokenizer = load_tokenizer(tmp_path / name)
     encoder = fast_encoder(tokenizer)
     assert (encoder is not None) == (name in FAST)
-    names = [tokenizer.name_of(token) for token in range(0, tokenizer.vocab_size, 7)]
+    if encoder is None:
+        return
+    names = [tokenizer.name_of(token) for token in range(0, tokenizer.vocab_size, 13)]
     spelled = [*names, "<0x0A>", "x<0x41>y <s></s><unk> <|endoftext|>", *map("a {} b".format, names)]
     texts = [
         *TEXTS,

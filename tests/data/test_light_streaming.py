@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("transformers", "torchvision", "pandas", "pyarrow", "scipy", "streaming.text", "streaming.vision")
 
 
@@ -12,6 +14,7 @@ def output_of(program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_and_all_of_it_can_be() -> None:
     program = f"""
 import sys

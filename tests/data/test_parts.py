@@ -132,6 +132,7 @@ def start(tmp_path, out, killed=0):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_parts_and_one_is_killed(inputs, tmp_path):
     config = PrepareConfig(inputs=inputs, tokenizer="bpe:300", validation_fraction=0.2)
     prepare(config, LENGTH, tmp_path / "alone")

@@ -103,6 +103,7 @@ def test_a_store_that_goes_away_while_shards_are_read_ends_in_one_error(
             assert "Traceback" not in message
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_damaged_on_the_way_is_fetched_again_next_time(
     store: Store, shards: Path, tmp_path: Path
 ) -> None:

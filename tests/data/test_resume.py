@@ -42,9 +42,8 @@ POINTS = {
 record its name, the first one that of the folder that is adopted; `unlink` is of the record."""
 
 
-@pytest.mark.parametrize(
-    "packing", [name if name == "stream" else pytest.param(name, marks=pytest.mark.slow) for name in POINTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", POINTS)
 def test_a_prepare_that_is_killed_again_and_again_makes_the_same(inputs, tmp_path, packing):
     options = {"inputs": inputs, "tokenizer": "bpe:300", "validation_fraction": 0.2, "packing": packing}
     prepare(PrepareConfig(**options), LENGTH, tmp_path / "whole")

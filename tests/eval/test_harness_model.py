@@ -138,13 +138,13 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize(
     ("names", "asked"),
     [
-        (["arc_challenge"], {}),
+        pytest.param(["arc_challenge"], {}, marks=pytest.mark.slow),
         (["arc_challenge"], {"num_fewshot": 2}),
         (["lambada_openai"], {}),
         (["wikitext"], {}),
         (["gsm8k"], {"num_fewshot": 2}),
-        (["triviaqa"], {}),
-        (["wmdp"], {}),
+        pytest.param(["triviaqa"], {}, marks=pytest.mark.slow),
+        pytest.param(["wmdp"], {}, marks=pytest.mark.slow),
         (["arc_challenge", "triviaqa"], {"chat": True, "num_fewshot": 1, "system_instruction": "Be brief."}),
     ],
     ids=["choices", "few-shot", "log-likelihood", "rolling", "generate", "several answers", "group", "chat"],

@@ -232,7 +232,8 @@ def test_a_killed_rank_ends_the_others_within_a_minute_and_is_named(folder: Path
     assert f"rank 1 (process {pid}" in output
 
 
-@pytest.mark.parametrize("launcher", ["tritrain", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["tritrain", "deepspeed"])
 def test_ranks_whose_launcher_is_killed_save_and_end(folder: Path, launcher: str) -> None:
     process = start(folder, [*STARTS["tritrain"], *(BY_DEEPSPEED if launcher == "deepspeed" else [])])
     wait_for_step(process, 2)
@@ -307,6 +308,7 @@ with process_group(60) as ranks:
 """
 
 
+@pytest.mark.slow
 def test_ranks_meet_on_a_machine_whose_name_leads_nowhere(tmp_path: Path) -> None:
     """As in a container without an entry for itself in /etc/hosts."""
     namespace = ["unshare", "--user", "--map-root-user", "--uts"]

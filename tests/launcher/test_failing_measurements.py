@@ -123,6 +123,7 @@ def end_of_phase_fails_on_rank_1(rank: int) -> None:
     HeldOut.measure_rows = measure  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_leaves_the_phase_saved(shards: Path, tmp_path: Path) -> None:
     tree = job_tree(shards, tmp_path / "run") | {"checkpoint": {}}
     job = Job(tree, end_of_phase_fails_on_rank_1)

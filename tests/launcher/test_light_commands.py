@@ -83,6 +83,7 @@ def test_a_command_imports_nothing_heavy(arguments: list[str], code: int, tmp_pa
     assert not modules & {*HEAVY}
 
 
+@pytest.mark.slow
 def test_what_is_imported_shows(tmp_path: Path) -> None:
     """A command that does load torch is seen to, so the test above can fail."""
     code, modules = outcome(tmp_path, "verify", "absent")

@@ -185,6 +185,7 @@ def test_configuration_reports_all_problems_at_once():
         replace(TINY, hidden_size=2**40 + 1)
 
 
+@pytest.mark.slow
 def test_the_package_needs_torch_alone():
     program = """
 import sys

@@ -55,6 +55,7 @@ def tensor_digests(folder: Path) -> dict[str, Any]:
     return {name: record for name, record in files.items() if name != "config.yaml"}
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_goes_on_with_the_same_bits(
     reachable: Store, shards: Path, local_run: Path, tmp_path: Path
 ) -> None:

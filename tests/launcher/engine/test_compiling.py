@@ -83,9 +83,8 @@ def count_calls(shards: str, out: str, names: list[str], expected: int) -> None:
         assert calls == [expected] * STEPS, (name, calls)
 
 
-@pytest.mark.parametrize(
-    "names", [["all"], pytest.param([*VARIANTS][:-1], marks=pytest.mark.slow)], ids=["all", "each"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["all"], [*VARIANTS][:-1]], ids=["all", "each"])
 def test_every_step_is_compiled_whatever_else_a_run_does(shards: Path, tmp_path: Path, names: list[str]) -> None:
     run_group(1, count_calls, str(shards), str(tmp_path), names, BLOCKS * MICRO_BATCHES)
 

@@ -69,6 +69,7 @@ def test_scales_begin_at_the_switch_on_every_engine(shards: Path, tmp_path: Path
             torch.testing.assert_close(scale, alone[parameter], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_learned_scales_resumes_bitwise(shards: Path, tmp_path: Path) -> None:
     for name, pieces in (("whole", []), ("pieces", [2, 2, 1])):
         run_group(2, train_on, str(shards), str(tmp_path / name), ["fsdp2"], {}, pieces)
@@ -77,6 +78,7 @@ def test_a_run_with_learned_scales_resumes_bitwise(shards: Path, tmp_path: Path)
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_plain_16_bit_checkpoint_becomes_a_run_with_learned_scales_and_back(shards: Path, tmp_path: Path) -> None:
     run_group(1, train_on, str(shards), str(tmp_path / "plain"), ["fsdp2"], {"phases": [PLAIN]}, [])
     source = str(tmp_path / "plain" / "fsdp2")

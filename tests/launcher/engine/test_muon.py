@@ -213,8 +213,9 @@ def engine_run(rank: int, world_size: int, name: str, keys: dict[str, Any]) -> t
     [
         (1, "fsdp2", {}),
         (2, "fsdp2", {}),
-        (4, "fsdp2", {"replicas": 2}),
-        *((2, f"zero-{stage}", {}) for stage in range(4)),
+        (2, "zero-2", {}),
+        pytest.param(4, "fsdp2", {"replicas": 2}, marks=pytest.mark.slow),
+        *(pytest.param(2, f"zero-{stage}", {}, marks=pytest.mark.slow) for stage in (0, 1, 3)),
         (2, "zero-3", {"deepspeed": {"zero_optimization": {"sub_group_size": 9000}}}),
     ],
 )

@@ -316,6 +316,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_average_leaves_nothing_under_its_name(make: Any, tmp_path: Path) -> None:
     source, out = make(4), tmp_path / "averages" / "out"
     command = [sys.executable, "-c", KILLED, "finish", "average", source, "--out", out]

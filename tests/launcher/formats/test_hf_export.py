@@ -156,6 +156,7 @@ def run(shards: Path, tmp_path: Path) -> Any:
     return make
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_folder_that_writes_the_same_text(transformers, run, shards, tmp_path):
     folder, model = run()
     assert "Written" in tritrain("export", folder, "--to", tmp_path / "hf", "--format", "hf-ternary")

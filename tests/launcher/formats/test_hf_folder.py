@@ -92,6 +92,7 @@ def test_what_no_family_has_or_does_not_fit_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_memory_stays_small(tmp_path):
     """A process copies a folder of one large embedding; its peak stays far below the tensor."""
     program = """

@@ -190,6 +190,7 @@ def test_a_block_without_a_ternary_layer(tmp_path):
     assert len([module for module in loaded.modules() if isinstance(module, PackedLinear)]) == 7
 
 
+@pytest.mark.slow
 def test_no_whole_copy_of_the_unpacked_model_is_ever_there(tmp_path, monkeypatch):
     """All tensors that are alive when the last one of a block has been read."""
     config = replace(VARIANTS["llama"], num_layers=8, hidden_size=64, intermediate_size=256)

@@ -91,6 +91,7 @@ def scores(path):
     return {(record["step"], record["task"]): record["scores"] for record in read_results(path)}
 
 
+@pytest.mark.slow
 def test_tasks_change_nothing_of_training(runs):
     rows = [
         {

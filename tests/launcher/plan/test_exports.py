@@ -42,6 +42,7 @@ CASES = {
     "int3": (narrow("llama"), {"levels": "int3", "weights": "absmax"}),
     "part": (narrow("llama"), {"include": r"mlp\.\w+_proj$"}),
 }
+SHORT = ("bitnet", "odd widths", "no such family", "learned scales")
 
 
 def options_of(name):
@@ -66,7 +67,9 @@ def stored_bytes(path):
     return total
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in SHORT else pytest.mark.slow) for case in CASES]
+)
 def test_the_plan_says_of_every_export_what_the_export_does(shards, tmp_path, case):
     model, quantization = CASES[case]
     config = ternary_config(shards, tmp_path / "run", model, quantization)

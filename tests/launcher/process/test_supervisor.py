@@ -158,6 +158,7 @@ def attack(ports: Iterable[int], payload: bytes) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
+@pytest.mark.slow
 def test_a_stranger_runs_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "a-stranger-was-here"
     payload = pickle.dumps(Payload(marker))
@@ -200,6 +201,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_so_it_is_without_a_launcher(tmp_path: Path) -> None:
     port = free_port()
     ranks = [start(tmp_path, STUCK, sys.executable, **plain(rank, port)) for rank in range(2)]

@@ -122,6 +122,7 @@ def test_samples_are_side_by_side(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_averaged_weights_have_a_line_and_a_column_where_there_are_some(tmp_path):
     plain, averaged = (make_run(tmp_path / name, name=name) for name in ("plain", "averaged"))
     metrics = averaged / "metrics.jsonl"
@@ -191,6 +192,7 @@ def test_several_runs_stand_side_by_side(tmp_path):
     assert f"ends lowest, at {best:.3f} bits per byte" in page.text
 
 
+@pytest.mark.slow
 def test_a_page_can_be_written_at_every_moment_of_a_run(tmp_path):
     whole = make_run(tmp_path / "whole", phase_steps=(4, 4), evaluate_every=2)
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -224,6 +226,7 @@ def test_everything_from_the_run_is_escaped(tmp_path):
     assert "2: _hidden" in page.text
 
 
+@pytest.mark.slow
 def test_a_long_run_gives_a_small_page(tmp_path):
     run = make_run(tmp_path / "run", phase_steps=(20_000, 5_000))
     write_report([run], tmp_path / "report.html")

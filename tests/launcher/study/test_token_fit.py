@@ -51,6 +51,7 @@ def test_so_is_one_with_a_floor(exponent: float, floor: float) -> None:
     assert fit.distance(TOKENS[4]) == pytest.approx(50 * TOKENS[4] ** -exponent + floor, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     held = floors = 0
     for seed in range(200):

@@ -151,9 +151,8 @@ def saved_again(shards: str, out: str, engines: list[str]) -> None:
         run(config_of(shards, Path(out), engine, phases=[PHASES[0] | {"steps": 6}]), 1)
 
 
-@pytest.mark.parametrize(
-    "engines", [pytest.param(move, marks=[pytest.mark.slow] * bool(i)) for i, move in enumerate(MOVES)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engines", MOVES)
 def test_the_average_moves_between_engines(shards: Path, tmp_path: Path, engines: list[str]) -> None:
     run_group(2, saved_again, str(shards), str(tmp_path), engines)
     weights = [whole(tmp_path, step, "weight") for step in range(1, 5)]

@@ -232,13 +232,14 @@ def whole_and_in_pieces(shards: str, out: str, engines: list[str]) -> None:
         run(calibrated_run(shards, folder / "pieces", engine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engines",
     [
         ["fsdp2"],
-        pytest.param(["hsdp", "fsdp2-offload"], marks=pytest.mark.slow),
-        pytest.param(["zero-0", "zero-1", "zero-2"], marks=pytest.mark.slow),
-        pytest.param(["zero-3", "zero-2-offload", "zero-3-offload"], marks=pytest.mark.slow),
+        ["hsdp", "fsdp2-offload"],
+        ["zero-0", "zero-1", "zero-2"],
+        ["zero-3", "zero-2-offload", "zero-3-offload"],
     ],
 )
 def test_a_calibrated_run_is_resumed_bitwise(shards: Path, tmp_path: Path, engines: list[str]) -> None:
@@ -325,6 +326,7 @@ def weights_of(checkpoint: Path) -> dict[str, Tensor]:
     return {name: source.read("weight", name, 0, torch.Size(shape).numel()) for name, shape in source.shapes.items()}
 
 
+@pytest.mark.slow
 def test_other_programs_checkpoints_are_calibrated_alike(switched: Path, shards: Path, tmp_path: Path) -> None:
     source = switched / "checkpoints" / "step-00000004"
     config = config_file(shards, tmp_path / "given", {"optimizer": "reset"})

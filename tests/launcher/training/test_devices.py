@@ -223,6 +223,7 @@ def test_muon_follows_the_cpu(device: torch.device, only_rank: Ranks) -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 @every_device
 @pytest.mark.parametrize("method", ["error-feedback", "scales"])
 def test_a_calibration_follows_the_cpu(method: str, device: torch.device, only_rank: Ranks, flex_attends: None) -> None:

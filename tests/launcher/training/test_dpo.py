@@ -222,7 +222,8 @@ def rows_of(folder: Path) -> list[list[Any]]:
     return [[row.get(key) for key in KEYS] for row in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero-1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero-1"])
 def test_runs_are_the_same_in_pieces(folders: dict[str, str], tmp_path: Path, engine: str) -> None:
     world_size = 2
     run_group(world_size, whole_and_in_pieces, folders, str(tmp_path), engine)

@@ -241,7 +241,8 @@ def outliers_of(run: Path) -> list[int]:
     return [row["train/outlier_steps"] for row in rows if "train/outlier_steps" in row]
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero-2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero-2"])
 def test_what_stands_out_is_skipped_the_same_in_a_run_that_goes_on(shards: Path, tmp_path: Path, engine: str) -> None:
     run_group(2, watched_runs, str(shards), str(tmp_path), engine)
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"

@@ -111,12 +111,13 @@ def check_run(out: Path, shards: Path, other: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engines", "num_ranks"),
     [
         (["zero-2"], 2),
-        pytest.param(["fsdp2"], 1, marks=pytest.mark.slow),
-        pytest.param(["fsdp2", "zero-3"], 2, marks=pytest.mark.slow),
+        (["fsdp2"], 1),
+        (["fsdp2", "zero-3"], 2),
     ],
 )
 def test_a_run_reads_its_mixtures_however_often_it_is_stopped(

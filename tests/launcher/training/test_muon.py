@@ -63,9 +63,10 @@ def losses_of(folder: Path) -> list[float]:
     return [row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engines",
-    [["fsdp2"], pytest.param(["hsdp", "zero-0", "zero-1", "zero-2", "zero-3"], marks=pytest.mark.slow)],
+    [["fsdp2"], ["hsdp", "zero-0", "zero-1", "zero-2", "zero-3"]],
     ids=lambda engines: "-".join(engines),
 )
 def test_a_run_goes_on_bit_for_bit(shards: Path, tmp_path: Path, engines: list[str]) -> None:
@@ -90,6 +91,7 @@ def begin_and_end(shards: str, out: str, engines: list[str]) -> None:
     assert run(config_of(shards, Path(out, "moved"), "throughout", ENGINES[second])) == "complete"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engines", [["fsdp2", "zero-3"], ["zero-1", "fsdp2"]], ids="-".join)
 def test_momentum_moves_between_engines(shards: Path, tmp_path: Path, engines: list[str]) -> None:
     run_group(2, begin_and_end, str(shards), str(tmp_path), engines)

@@ -71,12 +71,13 @@ def whole_and_in_pieces(shards: str, out: str, engines: list[str], sections: dic
         assert run(pieces) == "complete"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engines", "sections"),
     [
         (["fsdp2"], {}),
-        pytest.param(["zero-0", "zero-1", "zero-2", "zero-3"], {}, marks=pytest.mark.slow),
-        pytest.param(["hsdp", "fsdp2-offload", "fsdp2-keep-gathered"], {}, marks=pytest.mark.slow),
+        (["zero-0", "zero-1", "zero-2", "zero-3"], {}),
+        (["hsdp", "fsdp2-offload", "fsdp2-keep-gathered"], {}),
         pytest.param(
             ["fsdp2", "zero-1"],
             {"training": {"activation_checkpointing": True, "compute_dtype": "bf16"}},
@@ -178,6 +179,7 @@ def measure_then_forget(*arguments: Any) -> list[float]:
     return [0.0] * LAYERS
 
 
+@pytest.mark.slow
 def test_to_measure_leaves_no_trace(shards: Path, tmp_path: Path) -> None:
     """Neither in the data nor in the weights, nor in the loss at the switch, which is of full strength."""
     run_group(1, measuring_leaves_no_trace, str(shards), str(tmp_path))

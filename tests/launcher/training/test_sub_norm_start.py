@@ -80,13 +80,14 @@ def losses_of(config: Config) -> list[float]:
     return [row["train/loss"] for row in read_metrics(config.run.path / "metrics.jsonl") if "train/loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "engine", "kind"),
     [
         (2, "fsdp2", "text"),
-        pytest.param(1, "fsdp2", "chats", marks=pytest.mark.slow),
-        pytest.param(1, "fsdp2", "masked text", marks=pytest.mark.slow),
-        pytest.param(2, "zero-2", "chats", marks=pytest.mark.slow),
+        (1, "fsdp2", "chats"),
+        (1, "fsdp2", "masked text"),
+        (2, "zero-2", "chats"),
     ],
 )
 def test_a_run_puts_in_what_convert_does(tmp_path: Path, world_size: int, engine: str, kind: str) -> None:

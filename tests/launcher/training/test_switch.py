@@ -189,13 +189,14 @@ def runs_with_a_measured_factor(shards: str, out: str, engines: list[str]) -> No
     run(converted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engines",
     [
         ["fsdp2"],
-        pytest.param(["zero-0", "zero-1"], marks=pytest.mark.slow),
-        pytest.param(["zero-2", "zero-3"], marks=pytest.mark.slow),
-        pytest.param(["fsdp2-offload", "hsdp", "zero-2-offload", "zero-3-offload"], marks=pytest.mark.slow),
+        ["zero-0", "zero-1"],
+        ["zero-2", "zero-3"],
+        ["fsdp2-offload", "hsdp", "zero-2-offload", "zero-3-offload"],
     ],
 )
 def test_a_switch_that_measures_is_resumed_and_converted_bitwise(shards: Path, tmp_path: Path, engines: Any) -> None:

@@ -70,6 +70,7 @@ def runs(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.
     return request.param, out
 
 
+@pytest.mark.slow
 def test_weight_0_is_bitwise_the_run_without_a_teacher(runs: tuple[str, Path]) -> None:
     name, out = runs
     plain, taught = out / name / "plain", out / name / "weight-0"
@@ -221,6 +222,7 @@ def other_teachers(shards: str, out: str) -> dict[str, Any]:
     return seen
 
 
+@pytest.mark.slow
 def test_teachers_from_elsewhere(shards: Path, tmp_path: Path) -> None:
     [seen] = run_group(1, other_teachers, str(shards), str(tmp_path))
     assert seen["another shape"] == "complete"
