@@ -37,8 +37,8 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Four workers for the whole suite, on two cores too: tests wait for ranks and servers; else this process alone."""
-    return 4 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
+    """Two workers for the whole suite; what is named on the command line runs in this process."""
+    return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -43,13 +43,14 @@ def test_activation_checkpointing_changes_no_bit(shards: Path, tmp_path: Path, e
         assert losses(tmp_path / f"{engine}-False") == losses(tmp_path / f"{engine}-True"), engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engines",
     [
         ["fsdp2", "fsdp2-keep-gathered", "fsdp2-offload", "hsdp", "zero-3-offload"],
-        pytest.param(["fsdp2", "zero-2-offload"], marks=pytest.mark.slow),
+        ["fsdp2", "zero-2-offload"],
     ],
-    ids=["default", "slow"],
+    ids=["default", "offloaded"],
 )
 def test_sharding_and_offloading_options_agree(shards: Path, tmp_path: Path, engines: list[str]) -> None:
     run_group(2, run_variants, str(shards), str(tmp_path), {engine: [engine, {}] for engine in engines})

@@ -175,7 +175,8 @@ def compare(out: Path) -> None:
             assert torch.equal(value, in_codes[name]), name
 
 
-@pytest.mark.parametrize(("num_ranks", "dtype"), [(2, "bf16"), pytest.param(1, "fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "dtype"), [(2, "bf16"), (1, "fp32")])
 def test_gathering_codes_changes_no_bit(shards: Path, tmp_path: Path, num_ranks: int, dtype: str) -> None:
     run_both(shards, tmp_path, num_ranks, dtype, {})
 

@@ -158,7 +158,6 @@ def attack(ports: Iterable[int], payload: bytes) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
-@pytest.mark.slow
 def test_a_stranger_runs_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "a-stranger-was-here"
     payload = pickle.dumps(Payload(marker))

@@ -196,7 +196,6 @@ def examples(pool: RankPool, sources: dict[str, set[bytes]], number: int, most_w
     some()
 
 
-@pytest.mark.slow
 def test_every_stop_and_every_number_of_ranks_gives_the_same_global_batches(pool, sources) -> None:
     examples(pool, sources, 8, most_workers=0)
 
