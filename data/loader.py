@@ -142,10 +142,12 @@ class TrainingData:
             )
         dataset.vocab_size, dataset.holds_chats = vocab_size, self.content != "text"
         dataset.position = divmod(first_sequence, self.epoch_sequences)
+        block_rows = micro_batch_sequences * -(-BLOCK_TOKENS // (micro_batch_sequences * config.sequence_length))
         if any(source.is_cached for source in sources):
-            self._reader: LocalReader | FetchingReader = FetchingReader(dataset, rank_sequences, config.workers)
+            self._reader: LocalReader | FetchingReader = FetchingReader(
+                dataset, rank_sequences, block_rows, config.workers
+            )
         else:
-            block_rows = micro_batch_sequences * -(-BLOCK_TOKENS // (micro_batch_sequences * config.sequence_length))
             self._reader = LocalReader(dataset, block_rows, config.workers)
         self._drawn: deque[NDArray[np.int64]] = deque()
         self._batches = _endless(self._reader, micro_batch_sequences, labels, device, self._drawn, len(sources))

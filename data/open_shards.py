@@ -10,8 +10,11 @@ import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,22 +25,27 @@ MOST_PIECES = os.sysconf("SC_IOV_MAX")
 """That the operating system copies at once."""
 
 
-class OpenShard(NamedTuple):
+@dataclass(frozen=True)
+class OpenShard:
     """A shard that is held open."""
 
     descriptor: int
-    content: memoryview | None
-    """A map of it, which this process must not touch, where the file system has maps."""
     begin: int
     """Place of its first row."""
     dtype: np.dtype[Any]
     row_bytes: int
 
-    def close(self) -> None:
-        """Give up the file and its map."""
-        if self.content is not None:
-            self.content.release()
-        os.close(self.descriptor)
+    @cached_property
+    def content(self) -> memoryview | None:
+        """A map of the file, which this process must not touch; None: its file system has no maps."""
+        try:
+            return memoryview(mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ))
+        except OSError:
+            return None
+
+    def read(self, place: int) -> bytes:
+        """Read a row; less of it if the file was cut short."""
+        return os.pread(self.descriptor, self.row_bytes, self.begin + place * self.row_bytes)
 
 
 class OpenShards:
@@ -45,7 +53,6 @@ class OpenShards:
 
     def __init__(self) -> None:
         self._table: OrderedDict[int, OpenShard] = OrderedDict()
-        self._copies = os.fdopen(os.memfd_create("rows", os.MFD_CLOEXEC), "r+b", buffering=0)
 
     def open(self, number: int, shard: Any) -> OpenShard | None:
         """Return shard `number`, and open it unless it is; None if that fails."""
@@ -58,12 +65,12 @@ class OpenShards:
     def close_oldest(self) -> None:
         """Close the shards that were not asked for for longest, if too many are open."""
         while len(self._table) > MOST_OPEN:
-            self._table.popitem(last=False)[1].close()
+            os.close(self._table.popitem(last=False)[1].descriptor)
 
     def close(self) -> None:
         """Close them all."""
         while self._table:
-            self._table.popitem()[1].close()
+            os.close(self._table.popitem()[1].descriptor)
 
     def rows(
         self, shards: Sequence[OpenShard], of_row: NDArray[np.int64], places: NDArray[np.int64], in_memory: bool
@@ -76,17 +83,20 @@ class OpenShards:
             places: of the rows in their shards.
             in_memory: whether the operating system is believed to hold the rows in memory; any are read either way.
         """
-        numbers, row_bytes = of_row.tolist(), shards[0].row_bytes
-        begins = (np.array([shard.begin for shard in shards])[of_row] + row_bytes * places).tolist()
-        maps = [shard.content for shard in shards if shard.content is not None]
-        if in_memory and len(maps) == len(shards):
-            ends = [begin + row_bytes for begin in begins]
-            content = self._copied([maps[i][begin:end] for i, begin, end in zip(numbers, begins, ends, strict=True)])
-            sizes = [os.fstat(shard.descriptor).st_size for shard in shards]
-            is_whole = all(size >= len(mapped) for size, mapped in zip(sizes, maps, strict=True))
-            return content if is_whole else b""  # behind the end of a file its last page is zeros
-        files = [shard.descriptor for shard in shards]
-        return b"".join([os.pread(files[i], row_bytes, begin) for i, begin in zip(numbers, begins, strict=True)])
+        maps = [shard.content for shard in shards if shard.content is not None] if in_memory else []
+        if len(maps) < len(shards):
+            return b"".join([shards[i].read(place) for i, place in zip(of_row.tolist(), places.tolist(), strict=True)])
+        row_bytes = shards[0].row_bytes
+        begins = np.array([shard.begin for shard in shards])[of_row] + row_bytes * places
+        ranges = zip(of_row.tolist(), begins.tolist(), (begins + row_bytes).tolist(), strict=True)
+        found = self._copied([maps[i][begin:end] for i, begin, end in ranges])
+        sizes = [os.fstat(shard.descriptor).st_size for shard in shards]
+        is_whole = all(size >= len(mapped) for size, mapped in zip(sizes, maps, strict=True))
+        return found if is_whole else b""  # behind the end of a file its last page is zeros
+
+    @cached_property
+    def _copies(self) -> FileIO:
+        return os.fdopen(os.memfd_create("rows", os.MFD_CLOEXEC), "r+b", buffering=0)
 
     def _copied(self, pieces: list[memoryview]) -> bytes:
         written = 0
@@ -113,8 +123,4 @@ def _opened(shard: Any) -> OpenShard | None:
     if len(header) != len(begins) + 1 or not np.array_equal(header[1:] - header[1], begins):
         os.close(descriptor)
         return None
-    try:
-        content = memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
-    except OSError:
-        content = None
-    return OpenShard(descriptor, content, int(header[1]), np.dtype(encoding.split(":")[1]), row_bytes)
+    return OpenShard(descriptor, int(header[1]), np.dtype(encoding.split(":")[1]), row_bytes)

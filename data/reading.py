@@ -2,8 +2,8 @@
 
 Rows of local folders are read from their places in files that are held open. Threads read ahead as long as rows take
 time. If the operating system holds them in memory, the thread that needs them has it copy those of a block at once: to
-hand them over would take longer. Sources that are fetched or decompressed are
-read by processes, which may hang in a download and can be killed; their rows come through shared memory.
+hand them over would take longer. Sources that are fetched or decompressed are read by processes, which may hang in a
+download and can be killed; their rows come through shared memory.
 """
 
 import signal
@@ -22,7 +22,7 @@ from data.prepared import COLUMN, SOURCE
 from data.rows import RowDataset
 
 BLOCK_TOKENS = 1 << 18
-"""A block of rows that a thread reads has at least this many, in whole micro-batches."""
+"""A block of rows has at least this many, in whole micro-batches."""
 SLOW_ROW_SECONDS = 30e-6
 """Rows that take longer come from a disk or a network; those that the operating system holds take microseconds."""
 PREFETCHED_BATCHES = 2
@@ -86,12 +86,14 @@ class FetchingReader:
 
     Args:
         dataset: the rows.
-        rank_sequences: the rows of a block: a rank's part of a global batch.
+        rank_sequences: a rank's part of a global batch, which a process reads at once.
+        block_rows: rows of a block, of which a part may leave fewer at its end.
         processes: that read ahead; 0 reads in this process.
     """
 
-    def __init__(self, dataset: RowDataset, rank_sequences: int, processes: int) -> None:
+    def __init__(self, dataset: RowDataset, rank_sequences: int, block_rows: int, processes: int) -> None:
         self.dataset = dataset
+        self._rows = block_rows
         is_apart = processes > 0
         self._loader: DataLoader = DataLoader(
             dataset,
@@ -108,7 +110,9 @@ class FetchingReader:
     def __iter__(self) -> Iterator[Block]:
         """Yield the blocks of the next epoch."""
         for rows, sources in self._loader:
-            yield rows.numpy(), sources.numpy()
+            for begin in range(0, len(rows), self._rows):
+                block = slice(begin, begin + self._rows)
+                yield rows[block].numpy(), sources[block].numpy()
 
     def close(self) -> None:
         """End the processes and threads, and close the files."""

@@ -146,7 +146,7 @@ class RowDataset(StreamingDataset):
         opened = self._opened()
         if (shard := opened.open(number, self.shards[number])) is None:
             return None
-        content = os.pread(shard.descriptor, shard.row_bytes, shard.begin + index * shard.row_bytes)
+        content = shard.read(index)
         opened.close_oldest()
         return np.frombuffer(content, shard.dtype) if len(content) == shard.row_bytes else None
 

@@ -50,7 +50,7 @@ def test_activation_checkpointing_changes_no_bit(shards: Path, tmp_path: Path, e
         ["fsdp2", "fsdp2-keep-gathered", "fsdp2-offload", "hsdp", "zero-3-offload"],
         ["fsdp2", "zero-2-offload"],
     ],
-    ids=["default", "offloaded"],
+    ids=["sharded", "offloaded"],
 )
 def test_sharding_and_offloading_options_agree(shards: Path, tmp_path: Path, engines: list[str]) -> None:
     run_group(2, run_variants, str(shards), str(tmp_path), {engine: [engine, {}] for engine in engines})
