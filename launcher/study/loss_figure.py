@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def loss_figure(findings: Findings, groups: Sequence[Group]) -> "Figure":
         share: ORDER_COLOURS[round(place * (len(ORDER_COLOURS) - 1) / max(1, len(shares) - 1))]
         for place, share in enumerate(shares)
     }
-    legend: dict[str, Any] = {}
+    legend: dict[tuple[float, str], Any] = {}
     shown: list[tuple[list[Curve], list[Curve]]] = []
     for index, line in enumerate(lines):
         above, below = (grid[2 * (index // columns) + part, index % columns] for part in (0, 1))
@@ -59,8 +60,11 @@ def loss_figure(findings: Findings, groups: Sequence[Group]) -> "Figure":
                 drawn[part].extend(curves.values())
                 handle = _draw_seeds(axes, curves, style, f"{mark}-{index}")
                 if handle is not None:
-                    legend.setdefault(name, handle)
+                    legend.setdefault((_place(group), name), handle)
             _mark_switch(above, below, group, style)
+        if not drawn[1]:
+            how = {"transform": below.transAxes, "ha": "center", "va": "center", "fontsize": 8, "color": INK}
+            below.text(0.5, 0.25, "no 16-bit twin", **how)
         above.set_title(line_name(line) if line else "", fontsize=9)
         for axes, label in ((above, "training loss, nats/token"), (below, "above its 16-bit twin")):
             if index % columns == 0:
@@ -73,13 +77,23 @@ def loss_figure(findings: Findings, groups: Sequence[Group]) -> "Figure":
             grid[2 * (index // columns) + part, index % columns].set_axis_off()
     for part, axes_of_part in enumerate((grid[0::2].flat, grid[1::2].flat)):
         _fit([curve for drawn in shown for curve in drawn[part]], axes_of_part, spikes=part == 1)
-    legend_of(figure, legend)
+    legend_of(figure, {name: legend[place, name] for place, name in sorted(legend, key=itemgetter(0))})
     return figure
 
 
+def _place(group: Group) -> float:
+    """Where the legend has a group: baselines first, as they are drawn, then arms by their switch points."""
+    return -1.0 if group.baseline != NO_BASELINE or group.switch_share is None else group.switch_share
+
+
 def _baselines_of(arms: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
-    """The baselines with which arms are drawn: of several from scratch or after training, all."""
-    wanted: dict[int, Group] = {}
+    """The baselines with which arms are drawn: of several from scratch or after training, all; also others' twins."""
+    twins = {record.row.get("twin") for group in arms for record in group.members}
+    wanted = {
+        id(each): each
+        for each in groups
+        if each.baseline == SIXTEEN and any(record.name in twins for record in each.members)
+    }
     for group in arms or [each for each in groups if each.baseline == SIXTEEN][:1]:
         for each in (dense_of(group, groups), *scratches_of(group, groups)):
             if each is not None:
