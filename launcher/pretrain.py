@@ -38,10 +38,10 @@ from launcher.plan.plan import Plan, make_plan
 from launcher.process.companions import TICK_SECONDS, Companions, end_without_launcher, say
 from launcher.process.console import Console
 from launcher.process.exchange import failing_alike, value_of_first
-from launcher.process.ranks import Ranks, everyones, has_bf16, process_group, seed_everything
+from launcher.process.ranks import Ranks, everyones, process_group, seed_everything
 from launcher.process.streams import outlive_streams
 from launcher.process.supervisor import SECONDS_TO_SAVE
-from launcher.run.automatic import concrete, values_of_run
+from launcher.run.automatic import concrete, slow_choices, values_of_run
 from launcher.run.belonging import check_owner, release_checkpoints
 from launcher.run.folder import RunFolder, check_place, slurm_job
 from launcher.run.rollbacks import read_rollbacks, restore_rollbacks
@@ -265,11 +265,8 @@ def run_rank(
     seed_everything(config.run.seed, ranks.rank)
     with failing_alike():
         if ranks.is_first:
-            if config.training.compute_dtype == "bf16" and ranks.device.type == "cpu" and has_bf16() is False:
-                console.line(
-                    "WARNING: training.compute_dtype is bf16, which this processor only emulates; with fp32 it trains "
-                    "several times faster, and loses no digits."
-                )
+            for choice in slow_choices(plan, ranks.device):
+                console.line(f"WARNING: {choice}")
             stop.watch(folder.path, time_to_stop(config.run.stop_before_end_seconds, console.line))
             folder.prepare([phase.end - phase.start for phase in plan.phases])
     write_presence(folder.ranks, ranks)

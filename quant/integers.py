@@ -20,7 +20,8 @@ from quant.size import LONGEST_ROW
 
 HAS_TRITON = find_spec("triton") is not None
 
-_CPU_HAS_INT8 = torch.cpu._is_vnni_supported()
+CPU_HAS_INT8 = torch.cpu._is_vnni_supported()
+"""Without VNNI, int8 products on a CPU take longer than those of the same codes in fp32, and are computed so."""
 
 EXACT_IN_FP32 = 1040
 """Products of two int8 codes whose sum fp32 surely has: 1040 * 127 * 127 < 2**24."""
@@ -36,7 +37,7 @@ def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
     """
     N, (O, I) = len(codes_NI), codes_OI.shape  # noqa: E741
     on_cpu = codes_NI.device.type == "cpu"
-    if not (_CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I)):
+    if not (CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I)):
         return F.linear(codes_NI.float(), codes_OI.float())
     if not on_cpu and N <= 16:  # cuBLAS takes more rows
         return torch._int_mm(F.pad(codes_NI, (0, 0, 0, 17 - N)), codes_OI.T)[:N].float()
@@ -76,7 +77,7 @@ def integer_sums(codes_ON: Tensor, codes_NI: Tensor) -> Tensor:
     """Sums over tokens of products of int8 codes, ``codes_ON @ codes_NI``, rounded once to fp32 [O, I]."""
     (O, N), I = codes_ON.shape, codes_NI.shape[1]  # noqa: E741
     on_cpu = codes_NI.device.type == "cpu"
-    has_int8 = _CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I, N)
+    has_int8 = CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I, N)
     longest = EXACT_IN_INT32 if has_int8 else EXACT_IN_FP32
     pieces = zip(codes_ON.split(longest, 1), codes_NI.split(longest), strict=True)
     if has_int8:

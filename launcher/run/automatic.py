@@ -17,9 +17,11 @@ from launcher.config.automatic import Device, made_concrete, stored_values
 from launcher.config.file import parse_yaml
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError, ConfigError
+from launcher.plan.plan import Plan
 from launcher.process.exchange import value_of_first
 from launcher.process.ranks import Ranks, has_bf16
 from launcher.run.folder import RunFolder, configuration_of_run
+from quant.integers import CPU_HAS_INT8
 
 
 def values_of_run(folder: RunFolder) -> dict[str, Any]:
@@ -57,6 +59,26 @@ def device_of(device: torch.device) -> Device:
     if device.type == "cuda":
         return Device("cuda", "this GPU", can_compile=can_compile())
     return Device("cpu", "this processor", has_bf16(), can_compile())
+
+
+def slow_choices(plan: Plan, device: torch.device) -> list[str]:
+    """What a configuration chose though it makes training slow on this device, a sentence each."""
+    if device.type != "cpu":
+        return []
+    found = []
+    if plan.config.training.compute_dtype == "bf16" and has_bf16() is False:
+        found.append(
+            "training.compute_dtype is bf16, which this processor only emulates; with fp32 it trains several times "
+            "faster, and loses no digits."
+        )
+    chosen = (phase.quantization.backward for phase in plan.phases if phase.quantization)
+    backward = next((each for each in chosen if each != "exact"), None)
+    if backward is not None and not CPU_HAS_INT8:
+        found.append(
+            f"quantization.backward is {backward}, but this processor has no 8-bit products (VNNI): the backward pass "
+            "computes the same in fp32 and takes longer than with exact."
+        )
+    return found
 
 
 def can_compile() -> bool:

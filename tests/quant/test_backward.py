@@ -49,7 +49,7 @@ def test_rows_of_zeros_stay_zeros() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 8, 1039, 1040, 1041, 5000])
 def test_sums_over_tokens_are_exact_on_every_path(num_tokens: int, has_int8: bool, monkeypatch) -> None:
     """Also where one sum would not fit fp32, or, in pieces, int32."""
-    monkeypatch.setattr(quant.integers, "_CPU_HAS_INT8", has_int8)
+    monkeypatch.setattr(quant.integers, "CPU_HAS_INT8", has_int8)
     monkeypatch.setattr(quant.integers, "EXACT_IN_INT32", 2048)
     generator = torch.Generator().manual_seed(0)
     left = torch.randint(120, 128, (24, num_tokens), generator=generator, dtype=torch.int8)

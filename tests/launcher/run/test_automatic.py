@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 from launcher.cli import app
 from launcher.config.file import parse_config
 from launcher.errors import ConfigError
+from launcher.plan.plan import make_plan
 from launcher.process.ranks import Ranks
 from launcher.run import automatic
-from launcher.run.automatic import values_of_run
+from launcher.run.automatic import slow_choices, values_of_run
 from launcher.run.folder import RunFolder, holds_run
 from launcher.run.metrics_log import read_metrics
 from launcher.run.smoke import smoke_config
@@ -84,6 +85,25 @@ def test_a_run_goes_on_in_the_dtype_that_the_first_device_chose(shards: Path, tm
     assert last.count(f"{LINE}fp32, as this run began\n") == 1, last
     assert between == stored_dtypes(tmp_path / "run") == {"fp32"}
     assert losses(tmp_path / "run") == losses(tmp_path / "told")
+
+
+@pytest.mark.parametrize(("has_bf16", "has_int8"), [(True, True), (False, False), (None, True)])
+def test_what_is_slow_on_a_processor_is_said(has_bf16: bool | None, has_int8: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(automatic, "has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(automatic, "CPU_HAS_INT8", has_int8)
+    phases = [
+        {"precision": "16-bit", "steps": 2},
+        {"precision": "ternary", "steps": 2},
+        {"precision": "ternary", "steps": 2, "quantization": {"backward": "int8-input"}},
+    ]
+    config = tiny_config(Path("shards"), Path("run"), training={"compute_dtype": "bf16"}, phases=phases)
+    plan = make_plan(config, 1)
+    said = " ".join(slow_choices(plan, torch.device("cpu")))
+    assert ("compute_dtype is bf16" in said) == (has_bf16 is False)
+    assert ("backward is int8-input" in said) == (not has_int8)
+    assert slow_choices(plan, torch.device("cuda")) == []
+    fast = tiny_config(Path("shards"), Path("run"), training={"compute_dtype": "fp32"}, phases=phases[:2])
+    assert slow_choices(make_plan(fast, 1), torch.device("cpu")) == []
 
 
 def begun(tree: dict[str, Any], dtype: str | None) -> RunFolder:
