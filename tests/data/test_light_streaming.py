@@ -39,6 +39,7 @@ print(sys.modules["transformers"] is theirs, "streaming" in sys.modules)
     assert output_of(program) == "True True\n"
 
 
+@pytest.mark.slow
 def test_a_version_that_needs_them_is_imported_as_a_whole(tmp_path) -> None:
     errors = ["AttributeError", "ImportError"]
     for error in errors:

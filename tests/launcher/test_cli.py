@@ -320,6 +320,7 @@ def test_ranks_meet_on_a_machine_whose_name_leads_nowhere(tmp_path: Path) -> Non
     subprocess.run([*namespace, "sh", "-c", launch], check=True, timeout=100, env=environment)
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_starts_meet(tmp_path: Path) -> None:
     (tmp_path / "meet.py").write_text(MEET)
     torchrun = STARTS["torchrun"][: STARTS["torchrun"].index(PRETRAIN)]

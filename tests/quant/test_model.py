@@ -268,7 +268,7 @@ def test_on_the_meta_device_the_strength_is_where_the_model_will_compute():
         assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_graph_for_each_mode(training):
     """Plain, ramp and codes; all strengths of a ramp share theirs."""
     model, tokens_BT = build_transformer(num_layers=1), tokens()

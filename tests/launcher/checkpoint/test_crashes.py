@@ -44,7 +44,7 @@ def reference(shards: Path) -> Path:
     ("num_kills", "victims"),
     [
         (1, "one"),
-        (1, "all"),
+        pytest.param(1, "all", marks=pytest.mark.slow),
         *(pytest.param(50, victims, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]) for victims in ("one", "all")),
     ],
 )

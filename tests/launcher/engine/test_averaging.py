@@ -124,7 +124,10 @@ def check_engine(world_size: int, name: str, dtype: str) -> dict[str, Tensor]:
     return found["average"]
 
 
-@pytest.mark.parametrize(("world_size", "name", "dtype"), [(1, "fsdp2", "float32"), (2, "zero-3", "bfloat16")])
+@pytest.mark.parametrize(
+    ("world_size", "name", "dtype"),
+    [(1, "fsdp2", "float32"), pytest.param(2, "zero-3", "bfloat16", marks=pytest.mark.slow)],
+)
 def test_the_average_is_beside_training(world_size: int, name: str, dtype: str) -> None:
     check_engine(world_size, name, dtype)
 

@@ -150,7 +150,7 @@ def share(some: int, many: int) -> Any:
     return pytest.mark.parametrize("count", [some, pytest.param(many, marks=pytest.mark.slow)])
 
 
-@share(100, 3000)
+@share(50, 3000)
 def test_bytes_of_gguf_files(gguf_file: Path, tmp_path: Path, count: int) -> None:
     whole = gguf_file.read_bytes()
     header = numbers_of(whole)[-1][0]
@@ -159,7 +159,7 @@ def test_bytes_of_gguf_files(gguf_file: Path, tmp_path: Path, count: int) -> Non
     assert outcomes["refused"] > count / 5
 
 
-@share(100, 3000)
+@share(40, 3000)
 def test_numbers_of_gguf_headers(gguf_file: Path, tmp_path: Path, count: int) -> None:
     place = tmp_path / "mutant.gguf"
     outcomes = attacked(lying_numbers(gguf_file.read_bytes(), count), place, place)

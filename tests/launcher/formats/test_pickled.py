@@ -218,7 +218,14 @@ def places(tree: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 JUNK = (None, -1, 2**70, 0.5, "text", [], {}, [3], {"a": 3}, torch.ones(2), torch.ones(0), torch.Size([2, 3]))
 
 
-@pytest.mark.parametrize("name", ["zero0-tied", "zero2-tied", "zero1-frozen", "zero3-frozen"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero0-tied",
+        "zero3-frozen",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2-tied", "zero1-frozen")),
+    ],
+)
 def test_junk_anywhere_in_the_tree_gives_one_error(
     at_2: tuple[Path, dict[str, Any]], tmp_path: Path, name: str
 ) -> None:

@@ -162,7 +162,14 @@ def fill(written: str, folder: Path, tokenizer: Path, compute: Logits) -> None:
     TABLE.check(rows, ORDER)
 
 
-@pytest.mark.parametrize("written", [name for name in OPTIONS if name[1:].startswith(("hf", "compressed"))])
+@pytest.mark.parametrize(
+    "written",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "--activations" in name else ())
+        for name in OPTIONS
+        if name[1:].startswith(("hf", "compressed"))
+    ],
+)
 def test_golden_table_in_transformers(uncompiled_transformers: Any, shards: Path, tmp_path: Path, written: str) -> None:
     run = compressed_logits if OPTIONS[written][0] == "compressed-tensors" else packed_logits
 
@@ -193,7 +200,7 @@ def test_golden_table_in_mlx(shards: Path, tmp_path: Path) -> None:
     fill("`mlx`", tmp_path, shards / "tokenizer.model", compute)
 
 
-@pytest.mark.parametrize("written", ["`onnx`", "`onnx --activations none`"])
+@pytest.mark.parametrize("written", ["`onnx`", pytest.param("`onnx --activations none`", marks=pytest.mark.slow)])
 def test_golden_table_in_onnx_runtime(shards: Path, tmp_path: Path, written: str) -> None:
     def compute(folders: list[Path]) -> list[torch.Tensor]:
         models = [small([*ARCHITECTURES][int(folder.name.partition("-")[0])]) for folder in folders]

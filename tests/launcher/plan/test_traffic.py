@@ -197,6 +197,7 @@ def check_counted(jobs):
         assert row["counted"] == pytest.approx(row["model"], rel=0.05), row
 
 
+@pytest.mark.slow
 def test_two_ranks_of_fsdp2_send_what_the_model_says():
     check_counted([["fsdp2, codes", ENGINES["fsdp2, codes"], 2]])
 

@@ -49,7 +49,7 @@ def terminal() -> tuple[int, int]:
     return os.openpty()
 
 
-@pytest.mark.parametrize("kind", [terminal, os.pipe])
+@pytest.mark.parametrize("kind", [pytest.param(terminal, marks=pytest.mark.slow), os.pipe])
 def test_a_process_goes_on_when_its_streams_are_lost(kind: Callable[[], tuple[int, int]], tmp_path: Path) -> None:
     ours, theirs = kind()
     process = subprocess.Popen(

@@ -239,7 +239,7 @@ subprocess.run([sys.executable, "-m", "launcher.process.supervisor", "2", *sys.a
 """
 
 
-@pytest.mark.parametrize("killed", ["supervisor", "its parent"])
+@pytest.mark.parametrize("killed", ["supervisor", pytest.param("its parent", marks=pytest.mark.slow)])
 def test_ranks_end_when_what_started_them_is_killed(tmp_path: Path, killed: str) -> None:
     launch = (sys.executable, "-c", PARENT) if killed == "its parent" else ()
     process = start(tmp_path, MEET, *launch)

@@ -183,6 +183,7 @@ def switched(shards: str, out: str, trunk: str) -> None:
     assert run(converted) == "complete"
 
 
+@pytest.mark.slow
 def test_a_switch_a_start_and_a_conversion_take_the_averaged_weights(shards: Path, tmp_path: Path, trunk: Path) -> None:
     run_group(1, switched, str(shards), str(tmp_path), str(trunk))
     runs = [tmp_path / name for name in ("switched", "started", "converted")]

@@ -132,7 +132,7 @@ def calibrated_by_hand(recipe: str, world_size: int) -> tuple[dict[str, Tensor],
 @pytest.mark.parametrize(
     ("world_size", "engines", "recipes"),
     [
-        (1, ["fsdp2"], list(RECIPES)),
+        pytest.param(1, ["fsdp2"], list(RECIPES), marks=pytest.mark.slow),
         (2, ["fsdp2", "zero-1"], ["gaussian"]),
         pytest.param(2, ["fsdp2", "zero-0", "zero-1", "zero-2", "zero-3"], list(RECIPES), marks=pytest.mark.slow),
         pytest.param(4, ["fsdp2", "hsdp", "zero-2", "zero-3"], list(RECIPES), marks=pytest.mark.slow),
@@ -289,6 +289,7 @@ def config_file(shards: Path, folder: Path, transition: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_conversion_that_calibrates_is_the_switch_of_a_run(switched: Path, shards: Path, tmp_path: Path) -> None:
     source, made = switched / "checkpoints" / "step-00000004", tmp_path / "made"
     config = config_file(shards, tmp_path / "given", {})

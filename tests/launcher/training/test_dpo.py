@@ -141,7 +141,7 @@ def trained(data: str, out: str, phases: Any) -> None:
     run(config_of(data, Path(out), phases))
 
 
-@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("normalized", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_loss_is_the_mean_over_all_pairs_on_any_number_of_ranks(
     folders: dict[str, str], start: str, tmp_path: Path, normalized: bool
 ) -> None:

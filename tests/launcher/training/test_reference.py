@@ -221,7 +221,7 @@ def asked_to_end(rank: int) -> None:
     StopRequest.is_asked_for = ask_after_signal  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("begins", ["a model", "text"])
+@pytest.mark.parametrize("begins", ["a model", pytest.param("text", marks=pytest.mark.slow)])
 def test_a_stop_is_heard_within_a_batch_and_what_is_known_is_kept(folder: Path, begins: str) -> None:
     phases: list[dict[str, Any]] = [
         {"precision": "16-bit", "steps": 2, "objective": "dpo", "transition": {"optimizer": "reset"}}

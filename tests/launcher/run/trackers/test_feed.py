@@ -93,6 +93,7 @@ def run_with_trackers(shards: str, out: str) -> dict[str, Any]:
     return seen
 
 
+@pytest.mark.slow
 def test_what_fails_or_hangs_is_said_once_and_changes_no_bit(shards: Path, tmp_path: Path, client: Path) -> None:
     [seen] = run_group(1, run_with_trackers, str(shards), str(tmp_path))
     rows = {name: read_metrics(tmp_path / name / "metrics.jsonl") for name in seen}
