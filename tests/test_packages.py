@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,12 @@ def test_light_folders_name_no_heavy_library_at_import(folder):
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             heavy = {name.split(".")[0] for name in names} & set(HEAVY)
             assert not heavy, f"{path.relative_to(ROOT)} imports {heavy}"
+
+
+def test_a_wheel_holds_the_packages_and_the_configurations_that_they_read():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    held = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert {*held} == {*PACKAGES, "configs", "tritrain.py"}
 
 
 def test_no_file_of_the_launcher_hides_another_module():
