@@ -110,7 +110,7 @@ def test_workers_that_hang_are_not_waited_for_for_ever(inputs, tmp_path, cluster
 
     def told(progress):
         seen.append(progress)
-        if progress.parts[0] == 1:
+        if progress.parts[0] >= 1:  # several may end at once
             for worker in processes[1:]:
                 worker.send_signal(signal.SIGSTOP)
 
