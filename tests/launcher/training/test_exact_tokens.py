@@ -203,7 +203,7 @@ def test_every_stop_and_every_number_of_ranks_gives_the_same_global_batches(pool
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_many_more_stops_and_numbers_of_ranks_do(pool, sources) -> None:
-    examples(pool, sources, 60, most_workers=2)
+    examples(pool, sources, 150, most_workers=2)
 
 
 def test_a_mixture_goes_on_where_another_one_interrupted_it(pool, sources) -> None:
