@@ -194,7 +194,6 @@ def test_losses_are_whole_on_the_axis_that_panels_share_and_arms_that_have_not_b
     for axes in panels:
         for line in axes.lines:
             assert max(line.get_xdata()) <= axes.get_xlim()[1]
-    for axes in panels:
         assert not axes.texts
     for below in figure.axes[2:]:
         assert [text.get_text() for text in below.texts] == ["no 16-bit twin"]
