@@ -116,7 +116,9 @@ class QuantLinear(nn.Linear):
             with torch.no_grad():
                 self.held = HeldCodes(*round_weights([self.unrounded()])[0])
         held = self.held
-        needs_weight = held is None or config.learned or config.dead_zone_bias or config.gradient != "identity"
+        # Held codes stand in for the weight's values; a rotated weight also carries the gradient to the latent one.
+        needs_values = config.learned or config.dead_zone_bias or config.gradient != "identity"
+        needs_weight = held is None or needs_values or self.rotated
         weight_OI = self.rotated_weight() if needs_weight else self.weight
         scale = self.rounding_scale(weight_OI) if held is None or config.learned else held.scale
         if self.mode == "codes":

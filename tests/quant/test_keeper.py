@@ -27,17 +27,20 @@ RECIPES = {
     "dead zone": QuantConfig(include="", dead_zone_bias=1e-3),
     "clipped": QuantConfig(include="", gradient="clipped"),
     "16-bit inputs": QuantConfig(include="", activations="none"),
+    "rotated": QuantConfig(include="", hadamard="all"),
+    "rotated 16-bit inputs": QuantConfig(include="", hadamard="all", activations="none"),
 }
 
 
 def build(config: QuantConfig) -> nn.Linear:
     torch.manual_seed(0)
     layer = nn.Linear(24, 10)
+    model = nn.ModuleDict({"o_proj": layer})  # a name of those that hadamard outputs rotates
     if config.learned:
         add_learned_scales_(layer, config)
         with torch.no_grad():
             layer.weight_scale.mul_(0.02)
-    quantize_(layer, config)
+    quantize_(model, config)
     return layer
 
 
