@@ -186,6 +186,21 @@ def test_a_layer_computes_with_the_fitted_codes_in_fp32_and_bf16(
     assert power == pytest.approx(float((x.double() @ weight.double().T).square().sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("weights", ["absmean", "gaussian"])
+def test_a_row_that_is_far_larger_than_the_others_before_it_is_rotated(weights: str, method: str) -> None:
+    """Rounded to bf16 and rotated, it has other codes than were fitted; the errors count those that it has."""
+    weight, x = layer_and_inputs(0, rows=24, columns=256)
+    weight[0] *= 20
+    keys = {"weights": weights, "hadamard": "all"}
+    config = QuantConfig(**{"activations": "none"} | keys)
+    fit = calibrate(weight, moment_of(rotate(x)), config, METHODS[method], rotated=True)
+    plain, fitted, _ = fit.errors.tolist()
+    assert fitted < plain
+    assert error_of(quantized(fit.weight.bfloat16(), keys), weight, x) == pytest.approx(fitted, rel=1e-2)
+    assert error_of(quantized(fit.weight, keys), weight, x) < plain
+
+
 @pytest.mark.parametrize("recipe", [name for name in SUPPORTED if "rotated" not in name and name != "learned"])
 def test_a_latent_weight_has_any_codes_and_level_that_it_is_given(recipe: str) -> None:
     generator = torch.Generator().manual_seed(3)
