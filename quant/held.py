@@ -51,24 +51,37 @@ def round_weights(weights: Sequence[Unrounded]) -> list[tuple[Scale, Tensor]]:
 class SharedInput:
     """What the layers that are given one input make of it, all the same: codes, or a blend.
 
-    The first of them makes it. It is forgotten with the input, and made again if the input has been written to.
-    Compiled, each makes its own, and the compiler sees that they are one. In inference mode, where torch counts no
-    writes, each makes its own as well.
+    The first of them makes it. It is forgotten when the last has taken it, or with the input; a block's own input lives
+    until the backward pass. It is made again if the input has been written to, and in a backward pass that computes
+    the layers once more: activation checkpointing gives them the same tensor, and what is recorded must be recorded
+    again. Compiled, each makes its own, and the compiler sees that they are one. In inference mode, where torch counts
+    no writes, each makes its own as well.
+
+    Args:
+        num_layers: that are given the input; None if that is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int | None = None) -> None:
+        self._num_layers = num_layers
+        self._num_taken = 0
         self._x: weakref.ref[Tensor] | None = None
-        self._how: tuple[object, bool, int] | None = None
+        self._how: tuple[object, bool, int, int] | None = None
         self._made: Any = None
 
     def of(self, x: Tensor, make: Callable[[Tensor], Made]) -> Made:
         """``make(x)``, a method of the layer; what it returns must not hold ``x`` itself."""
         if torch.compiler.is_compiling() or x.is_inference():
             return make(x)
-        how = make.__func__, torch.is_grad_enabled(), x._version  # type: ignore[attr-defined]
+        # As `torch.utils.checkpoint` tells backward passes apart; -1 outside of them.
+        backward = torch._C._current_graph_task_id()
+        how = make.__func__, torch.is_grad_enabled(), x._version, backward  # type: ignore[attr-defined]
         if self._x is None or self._x() is not x or self._how != how:
-            self._x, self._how, self._made = weakref.ref(x, self._forget), how, make(x)
-        return cast(Made, self._made)
+            self._x, self._how, self._made, self._num_taken = weakref.ref(x, self._forget), how, make(x), 0
+        made = cast(Made, self._made)
+        self._num_taken += 1
+        if self._num_taken == self._num_layers:
+            self._x = self._made = None
+        return made
 
     def _forget(self, x: weakref.ref[Tensor]) -> None:
         if self._x is x:

@@ -257,7 +257,7 @@ def quantize_(
         module.quant_config, module.mode, module.probe = config, "codes", None
         module.held, module.holds, module.rounding = None, False, rounding
         together = sharers(name, matches)
-        module.shared_input = inputs.setdefault(together, SharedInput())
+        module.shared_input = inputs.setdefault(together, SharedInput(len(together)))
         module.rotated, module.sharers = is_rotated(name, config), together if config.fused else ()
     return list(matches)
 

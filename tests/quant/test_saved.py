@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import quant.integers
 import quant.linear
@@ -26,9 +27,11 @@ WEIGHTS = {48 * 48, 48 * 112}
 """Elements of the weights, which no activation has."""
 
 
-def build(config: QuantConfig, strength: float = 1.0) -> tuple[Block, Tensor, tuple[Tensor, Tensor]]:
+def build(
+    config: QuantConfig, strength: float = 1.0, model: ModelConfig = CONFIG
+) -> tuple[Block, Tensor, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
-    block = Block(CONFIG)
+    block = Block(model)
     quantize_(block, config)
     set_strength_(block, strength)
     return block, torch.randn(2, T, 48), rotary_tables(CONFIG, T, torch.device("cpu"))
@@ -147,6 +150,42 @@ def test_nothing_is_remembered_of_an_input_that_is_gone(config: QuantConfig) -> 
     del y, given
     gc.collect()
     assert layer.shared_input._made is None
+
+
+RECORDED = {
+    "normalized": QuantConfig(include="_proj", layer_norm=True),
+    "rotated": QuantConfig(include="_proj", hadamard="all"),
+}
+"""Recipes that make something of an input which gradients go through."""
+
+
+@pytest.mark.parametrize("recipe", RECORDED)
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_block_that_reads_its_input_directly_can_be_computed_again(recipe: str, strength: float) -> None:
+    """The backward pass of activation checkpointing gives layers the tensor that the forward pass gave them."""
+    block, x, tables = build(RECORDED[recipe], strength, replace(CONFIG, norm_position="post"))
+    gradients = []
+    for checkpointing in (False, True):
+        block.zero_grad()
+        given = x.clone().requires_grad_()
+        y = checkpoint(block, given, *tables, use_reentrant=False) if checkpointing else block(given, *tables)
+        assert all(layer.shared_input._made is None for layer in quantized_layers(block).values())
+        y.square().sum().backward()
+        gradients.append([given.grad, *(parameter.grad for parameter in block.parameters())])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_layer_that_is_called_twice_can_be_computed_again() -> None:
+    block, x, _ = build(RECORDED["normalized"])
+    layer = block.self_attn.q_proj
+
+    def forward(x: Tensor) -> Tensor:
+        return layer(x) + layer(x)
+
+    plain, again = (x.clone().requires_grad_() for _ in range(2))
+    forward(plain).square().sum().backward()
+    checkpoint(forward, again, use_reentrant=False).square().sum().backward()
+    assert torch.equal(plain.grad, again.grad)
 
 
 def test_what_was_made_without_gradients_is_not_taken_with_them() -> None:
