@@ -149,19 +149,23 @@ def _mixture_problems(config: Config, rows: Mapping[str, int]) -> Iterator[tuple
 
 
 def _held_out_problems(config: Config, manifests: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Held-out text that is asked for and not there, or not to be made; nothing if a source is not known here."""
+    """Held-out rows that are asked for and not there, or not to be made; nothing if a source is not known here."""
     if not config.data.validation_rows:
         return
-    paths = [source.path for source in config.data.sources]
-    if prepare := _to_prepare(config):
-        if not prepare.holds_text_out:
-            yield (
-                "data.prepare",
-                f"holds no text out, but data.validation_rows is {config.data.validation_rows}; set "
-                "validation_fraction or validation_inputs, or data.validation_rows to 0",
-            )
-    elif all(path in manifests and VALIDATION not in manifests[path]["splits"] for path in paths):
-        yield "data.validation_rows", no_held_out_text(paths)
+    course, prepare = make_course(config), _to_prepare(config)
+    measured = {course.held_out_of(phase).sources: phase for phase in reversed(course.phases)}
+    for sources, phase in reversed(measured.items()):  # each where it is measured first
+        paths = [source.path for source in sources]
+        is_own = sources == config.phases[phase.index].sources
+        if prepare and sources == config.data.sources:
+            if not prepare.holds_text_out:
+                yield (
+                    "data.prepare",
+                    f"holds no text out, but data.validation_rows is {config.data.validation_rows}; set "
+                    "validation_fraction or validation_inputs, or data.validation_rows to 0",
+                )
+        elif all(path in manifests and VALIDATION not in manifests[path]["splits"] for path in paths):
+            yield f"phases.{phase.index}.sources" if is_own else "data.validation_rows", no_held_out_text(paths)
 
 
 def _texts(config: Config) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from chat_files import pair, prepare_chats, prepare_pairs, prepare_text, some_chats
 from command import tritrain
 from jobs import Job
 from places import ROOT
@@ -17,6 +18,7 @@ from tiny_tasks import EXAMPLES
 
 from data.errors import DataError
 from data.loader import validation_rows
+from data.prepared import no_held_out_text
 from data.shards import PrepareConfig, prepare
 from data.sources import Source, open_sources
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
@@ -92,6 +94,32 @@ def test_held_out_text_must_be_there_or_be_made(shards, tmp_path):
     assert dict(missing_inputs(unmade))["data.prepare"].startswith("holds no text out, but data.validation_rows is 8;")
     for data in (nothing | {"validation_rows": 0}, text_of(validation_inputs=["python-stdlib"])):
         assert missing_inputs(tiny_config(tmp_path / "none", tmp_path / "run", data=data)) == []
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_phase_that_is_measured_on_its_own_sources_needs_held_out_rows_of_them(objective, shards, tmp_path):
+    pairs = [pair(f"question {n}", "yes", "no") for n in range(24)]
+    make, records = (prepare_chats, some_chats(24)) if objective == "sft" else (prepare_pairs, pairs)
+    text = prepare_text(tmp_path, 96)
+    own = {
+        held_out: make(tmp_path, 96, *records, out=f"own-{held_out}", validation_fraction=held_out)
+        for held_out in (0.0, 0.25)
+    }
+
+    def found(of_run, of_phase, **data):
+        keys = {"precision": "16-bit", "steps": 2}
+        return missing_inputs(
+            tiny_config(
+                of_run,
+                tmp_path / "run",
+                model={"vocab_size": 320, "max_sequence_length": 96},
+                data={"sequence_length": 96, **data},
+                phases=[keys, keys | {"objective": objective, "sources": [{"path": str(of_phase)}]}],
+            )
+        )
+
+    assert found(text, own[0.25]) == found(text, own[0.0], validation_rows=0) == []
+    assert found(text, own[0.0]) == [("phases.1.sources", no_held_out_text([str(own[0.0])]))]
 
 
 def test_a_folder_of_tokens_may_be_made_beforehand_and_empty(tmp_path):
