@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.config.sections import OutlierConfig
-from launcher.errors import CheckpointError
 from launcher.process.ranks import Ranks
 
 SMOOTHED_STEPS = 32
@@ -22,6 +21,7 @@ class Window:
     """The last ``length`` finite values of a quantity that every step has, on the device."""
 
     def __init__(self, length: int, device: torch.device) -> None:
+        self.length = length
         self._values = torch.zeros(length, device=device)
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -110,7 +110,7 @@ class SpikeGuard:
 
     def newly_skipped(self) -> tuple[int, int]:
         """Return the outliers skipped since the last call, and in total; the host waits for the device."""
-        total = int(self._skipped) if self._outliers is not None else 0
+        total = int(self._skipped) if self._outliers is not None else self._reported
         new, self._reported = total - self._reported, total
         return new, total
 
@@ -134,14 +134,12 @@ class SpikeGuard:
     def load(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave.
 
-        Raises:
-            CheckpointError: it is that of other guards.
+        A window that the checkpoint does not have, or has in another length, begins empty, as it does after a switch;
+        whether the guards of a run may change is decided where its configuration is compared.
         """
-        lengths = {name: len(window["values"]) for name, window in state["windows"].items()}
-        expected = {name: len(window.state()["values"]) for name, window in self._windows.items()}
-        if lengths != expected:
-            raise CheckpointError(f"the checkpoint's guards against spikes remember {lengths} steps, these {expected}")
         for name, window in self._windows.items():
-            window.load(state["windows"][name])
+            stored = state["windows"].get(name)
+            if stored is not None and len(stored["values"]) == window.length:
+                window.load(stored)
         self._skipped.fill_(state["skipped"])
         self._reported, self.loss_before = state["skipped"], state["loss_before"]

@@ -42,7 +42,13 @@ def has_not_recovered(
     """Return whether the loss is still above its level before the switch and an attempt is left; a collective."""
     assert phase.transition.rollback is not None
     before, after = guard.loss_before, guard.loss_after
-    if before is None or after is None or not any_rank(after > before, ranks):
+    if before is None:  # a checkpoint from before the run had a rollback has no losses
+        console.line(
+            f"WARNING: Whether the loss has recovered from the switch at step {phase.start} is not known: no losses "
+            "before it were kept. The run continues as it is."
+        )
+        return False
+    if after is None or not any_rank(after > before, ranks):
         return False
     attempts = _attempts(phase, rollbacks)
     losses = (

@@ -22,7 +22,7 @@ from launcher.checkpoint.manifest import check_guard_state
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.sections import Config, OutlierConfig
 from launcher.engine.contract import Engine
-from launcher.errors import CheckpointError
+from launcher.plan.course import make_course
 from launcher.pretrain import plan_of_run
 from launcher.process.console import Console
 from launcher.process.ranks import ALONE, Ranks
@@ -31,6 +31,7 @@ from launcher.run.metrics_log import read_metrics
 from launcher.run.rollbacks import read_rollbacks
 from launcher.train import train
 from launcher.training.guard import SpikeGuard, Window
+from launcher.training.rollback import has_not_recovered
 
 
 def guard_of(**keys: Any) -> SpikeGuard:
@@ -112,9 +113,65 @@ def test_a_guard_that_could_never_act_is_refused(keys: dict[str, Any], named: st
     assert set(caught.value.args[0]) == {named}
 
 
-def test_the_state_of_other_guards_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="guards against spikes"):
-        guard_of(window_steps=64).load(guard_of().state())
+def loaded(before: dict[str, Any], **guards: Any) -> SpikeGuard:
+    """A guard that takes up a state which was stored as a checkpoint stores it."""
+    guard = SpikeGuard(**({"outliers": None, "smooths": False, "ranks": ALONE} | guards))
+    guard.load(json.loads(json.dumps(before)))
+    return guard
+
+
+def guard_with_another_window() -> list[Any]:
+    before = SpikeGuard(OutlierConfig(window_steps=8, sigmas=2.0), smooths=True, ranks=ALONE)
+    for loss in (1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 100.0):
+        judged(before, loss, loss / 2)
+    assert before.newly_skipped() == (1, 1)
+    guards = {
+        "the same": {"outliers": OutlierConfig(window_steps=8, sigmas=2.0), "smooths": True},
+        "longer": {"outliers": OutlierConfig(window_steps=16, sigmas=2.0), "smooths": True},
+        "none": {},
+    }
+    states = {name: loaded(before.state(), **keys).state() for name, keys in guards.items()}
+    assert states["the same"] == before.state()
+    windows = states["longer"]["windows"]
+    assert [windows[name]["count"] for name in ("losses", "grad_norms", "smoothed")] == [0, 0, 9]
+    assert states["none"] == before.state() | {"windows": {}}
+    assert [loaded(before.state(), **keys).newly_skipped() for keys in guards.values()] == [(0, 1)] * 3
+    added = loaded(states["none"], outliers=OutlierConfig(window_steps=8, sigmas=2.0), smooths=True)
+    assert {name: window["count"] for name, window in added.state()["windows"].items()} == dict.fromkeys(windows, 0)
+    return [list(judged(added, 100.0, 1.0))]
+
+
+def test_a_run_whose_guards_are_changed_goes_on_with_what_they_remember() -> None:
+    [seen] = run_group(1, alone_in_group, "guard_with_another_window")
+    assert seen == [[False, False]]  # nothing to compare with yet
+
+
+def test_a_switch_before_which_no_loss_was_kept_says_that_it_is_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phase = make_course(rolling("data", tmp_path, {"steps": 2}, **ROLLBACK)).phases[1]
+    assert not has_not_recovered(SpikeGuard(None, smooths=True, ranks=ALONE), phase, {}, ALONE, Console(silent=False))
+    assert "recovered from the switch at step 4 is not known: no losses before it were kept" in capsys.readouterr().out
+
+
+def guarded_runs(shards: str, out: str) -> list[str]:
+    """A run that is extended by a phase with `rollback`, and then gets `skip_outliers`."""
+    before = {"precision": "16-bit", "steps": 3}
+    after = {"precision": "ternary", "transition": {"rollback": {"after_tokens": 200, "max_attempts": 1}}}
+    run = {"name": "guarded", "folder": out, "allow_changes": ["phases", "training", "schedule"]}
+    ends = []
+    for phases, training in (
+        ([before], {}),
+        ([before, after | {"steps": 9}], {}),
+        ([before, after | {"steps": 10}], {"skip_outliers": {"window_steps": 64}}),
+    ):
+        ends += complete(tiny_config(Path(shards), Path(out), run=run, phases=phases, training=training))
+    return ends
+
+
+@pytest.mark.slow
+def test_guards_can_be_added_to_a_run(shards: Path, tmp_path: Path) -> None:
+    assert run_group(1, guarded_runs, str(shards), str(tmp_path / "run")) == [["complete"] * 3]
 
 
 @pytest.mark.parametrize(
