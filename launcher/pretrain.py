@@ -33,6 +33,7 @@ from launcher.commands.prepare import prepare_with_progress
 from launcher.config.file import load_config
 from launcher.config.sections import Config
 from launcher.errors import USER_ERRORS, CheckpointError, ConfigError, FirstRankError, report_error
+from launcher.plan.course import make_course
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.companions import TICK_SECONDS, Companions, end_without_launcher, say
@@ -122,6 +123,10 @@ def run(
                 if ranks.is_first:
                     print(safe_message(refusal), file=sys.stderr)  # noqa: T201
                 return MISCONFIGURED
+            if folder.found_complete:
+                companions.release()
+                Console(silent=not ranks.is_first).line(folder.completion())
+                return COMPLETE
             heartbeat = Heartbeat(ranks, config.watch.beat_seconds, pulse, folder.write_heartbeats)
             watchdog = Watchdog(config.watch, folder, ranks, pulse, heartbeat)
         except RuntimeError as error:
@@ -187,7 +192,8 @@ def explanation(
 def claim(folder: RunFolder, ranks: Ranks, *, is_smoke: bool) -> str | None:
     """Take the run's folder for this job; returns, on all ranks, why that cannot be.
 
-    What earlier starts have said there goes before any rank can fail: it would keep this one from saying the same.
+    What earlier starts have said there goes before any rank can fail: it would keep this one from saying the same. A
+    complete run is left as it is: it reads nothing any more, and cannot fail.
     """
     refusal: str | None = None
     if ranks.is_first:
@@ -199,15 +205,17 @@ def claim(folder: RunFolder, ranks: Ranks, *, is_smoke: bool) -> str | None:
                 clear_smoke(folder.path)
             folder.state_before = folder.read_state()
             check_checkpoints(folder)
-            for damage in [*folder.set_damaged_aside(), *restore_rollbacks(folder.path)]:
-                print(f"WARNING: {damage}", file=sys.stderr)  # noqa: T201
-            shutil.rmtree(folder.ranks, ignore_errors=True)
-            folder.write_state("running")
+            folder.found_complete = folder.is_complete(make_course(folder.config).total_steps)
+            if not folder.found_complete:
+                for damage in [*folder.set_damaged_aside(), *restore_rollbacks(folder.path)]:
+                    print(f"WARNING: {damage}", file=sys.stderr)  # noqa: T201
+                shutil.rmtree(folder.ranks, ignore_errors=True)
+                folder.write_state("running")
         except (ConfigError, OSError) as error:
             refusal = str(error) if isinstance(error, ConfigError) else f"{folder.path}: {error}"
             if folder.holder and folder.is_of_first_start():
                 shutil.rmtree(folder.path, ignore_errors=True)
-    refusal, folder.holder = value_of_first([refusal, folder.holder])
+    refusal, folder.holder, folder.found_complete = value_of_first([refusal, folder.holder, folder.found_complete])
     return refusal
 
 

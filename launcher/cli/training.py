@@ -33,7 +33,7 @@ def train(
     folder, plan = check_start(config, overrides, num_ranks, is_smoke=stop_after_steps is not None)
     if folder.is_complete(plan.total_steps):
         console = Console(silent=False)
-        console.line(f"The run {plan.config.run.name} is complete: {plan.total_steps} steps, in {folder.path}.")
+        console.line(folder.completion())
         from launcher.report.ending import show_next
 
         show_next(folder, console)

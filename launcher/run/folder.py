@@ -83,6 +83,8 @@ class RunFolder:
         """What the lock says while this job holds it; the same on all of its ranks."""
         self.state_before: dict[str, Any] = {}
         """The status that the rank that holds the lock found, before it wrote its own."""
+        self.found_complete = False
+        """Whether this job found the run complete; the same on all of its ranks."""
         self.places_to_make: list[Path] = []
         """The folder of checkpoints and those above it, as far as this start makes them, the deepest first."""
         self._is_new = False
@@ -312,6 +314,10 @@ class RunFolder:
         """Return whether the run has trained to its end; one that was made longer has not."""
         state = self.read_state()
         return state.get("status") == "complete" and state.get("steps", total_steps) == total_steps
+
+    def completion(self) -> str:
+        """What a start says that finds the run complete."""
+        return f"The run {self.config.run.name} is complete: {make_course(self.config).total_steps} steps, in {self.path}."
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the summary of a complete run."""

@@ -89,6 +89,24 @@ def test_a_disk_that_is_full_at_the_end_ends_all_ranks_with_one_message(
     assert RunFolder(parse_config(tree)).is_complete(3)
 
 
+def test_a_complete_run_is_left_as_it_is_though_its_data_are_gone(tmp_path: Path) -> None:
+    tree = job_tree(tmp_path / "gone", tmp_path / "run")
+    folder = RunFolder(parse_config(tree))
+    folder.prepare([6, 6])
+    folder.note_start(0, 2)
+    folder.write_state("complete", steps=12)
+    before = (folder.path / "state.json").stat().st_mtime_ns
+    job = Job(tree)
+    assert job.wait() == [0, 0], job.output
+    assert job.output.count(f"The run tiny is complete: 12 steps, in {folder.path}.") == 1, job.output
+    assert (folder.path / "state.json").stat().st_mtime_ns == before
+    assert len((folder.path / "starts.jsonl").read_text().splitlines()) == 1
+    tree["phases"][1]["steps"], tree["run"]["allow_changes"] = 8, ["phases", "schedule"]
+    longer = Job(tree)
+    assert longer.wait() == [1, 1]
+    assert f"{tmp_path}/gone: no such folder" in longer.output
+
+
 def past(rank: int) -> None:
     os.environ["TRITRAIN_END_TIME"] = "1"
 
