@@ -54,6 +54,15 @@ def last_quantization(course: Course) -> QuantConfig | None:
     return next((phase.quantization for phase in reversed(course.phases) if phase.quantization), None)
 
 
+def num_ternary_parameters(course: Course) -> int:
+    """Weights of the layers that any ternary phase quantizes, by its `include`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for phase in course.phases:
+        if phase.quantization is not None:
+            shapes |= linear_shapes(course.config.model, phase.quantization.include)
+    return num_elements(shapes)
+
+
 def gathers_codes(course: Course) -> bool:
     """Return whether FSDP2 gathers the layers of the last ternary phase as codes, see `engine.gather`."""
     engine, quantization = course.config.engine, last_quantization(course)

@@ -11,17 +11,13 @@ from launcher.plan.events import events
 from launcher.plan.exports import exports_of
 from launcher.plan.gpus import UTILIZATION, Gpu
 from launcher.plan.inputs import missing_inputs
-from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
+from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank, num_ternary_parameters
 from launcher.plan.muon import muon_flops
 from launcher.plan.plan import Plan
 from launcher.plan.sources import drawn_by_source, source_rows
 from launcher.plan.traffic import describe_traffic
 from launcher.process.console import Console, human_bytes, human_count, human_time
-from model.size import (
-    flops_per_token,
-    num_linear_parameters,
-    num_parameters,
-)
+from model.size import flops_per_token, num_parameters
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -39,7 +35,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     flops = flops_per_token(config.model, config.data.sequence_length)
     return {
         "parameters": num_parameters(config.model),
-        "ternary_parameters": num_linear_parameters(config.model),
+        "ternary_parameters": num_ternary_parameters(plan),
         "flops_per_token": flops,
         "muon_flops_per_step": muon_flops(plan),
         "total_flops": plan.total_flops,

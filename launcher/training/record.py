@@ -8,6 +8,7 @@ from launcher.checkpoint.manifest import Manifest, Progress, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import ConfigError
 from launcher.formats.start import first_progress
+from launcher.plan.memory import num_ternary_parameters
 from launcher.plan.muon import matrix_shapes
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
@@ -17,7 +18,7 @@ from launcher.run.folder import RunFolder
 from launcher.training.guard import SpikeGuard
 from launcher.training.meter import Meter
 from launcher.training.teacher import Teacher
-from model.size import num_linear_parameters, num_parameters
+from model.size import num_parameters
 
 
 def check_resumed(reader: CheckpointReader | None, folder: RunFolder, plan: Plan, console: Console) -> None:
@@ -96,12 +97,11 @@ def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) ->
 
 def summary(plan: Plan, ranks: Ranks, meter: Meter) -> dict[str, Any]:
     """The content of `RUN/summary.json`; that Muon updates its matrices, each of its steps has checked."""
-    ternary = any(phase.quantization for phase in plan.phases)
     return {
         "status": "complete",
         "num_ranks": ranks.world_size,
         "num_parameters": num_parameters(plan.config.model),
-        "num_ternary_parameters": num_linear_parameters(plan.config.model) if ternary else 0,
+        "num_ternary_parameters": num_ternary_parameters(plan),
         "num_matrices_updated_by_muon": len(matrix_shapes(plan)),
         "tokens": plan.total_tokens,
         "elapsed_seconds": meter.elapsed_seconds,

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,8 @@ from launcher.plan.events import events
 from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
 from launcher.plan.plan import make_plan
 from launcher.plan.table import describe
+from launcher.process.ranks import ALONE
+from launcher.training.record import summary
 from model.size import activation_bytes
 from quant.config import QuantConfig
 
@@ -389,6 +392,22 @@ def test_a_phase_has_its_sequence_length_until_another_one():
 
 
 # Sizes
+
+
+def test_ternary_parameters_are_those_that_any_phase_quantizes():
+    def found(*includes, first="16-bit"):
+        ternary = [f"{{precision: ternary, steps: 3, quantization: {{include: '{each}'}}}}" for each in includes]
+        phases = ", ".join([f"{{precision: {first}, steps: 3}}", *ternary])
+        plan = plan_of(f"phases=[{phases}]")
+        written = summary(plan, ALONE, SimpleNamespace(elapsed_seconds=1.0))["num_ternary_parameters"]
+        assert describe(plan)["ternary_parameters"] == written
+        return written
+
+    down, gate = "down_proj$", "gate_proj$"
+    assert found() == 0
+    assert found("layers.0.+_proj$") == LINEAR_PARAMETERS / 2
+    assert found(down) == found(gate) == found(down, down) == found(down, gate) / 2 > 0
+    assert found(down, first="ternary") == LINEAR_PARAMETERS
 
 
 def test_the_numbers_of_a_plan_by_hand():
