@@ -75,6 +75,11 @@ def _merge(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def is_no_skipped_step(record: logging.LogRecord) -> bool:
+    """Filter DeepSpeed's log, which calls all skipped steps non-finite; what was skipped, we report ourselves."""
+    return "OVERFLOW! Skipping step" not in record.getMessage()
+
+
 class ZeroEngine(Engine):
     """Shards ``model`` by DeepSpeed over the ranks of the default process group.
 
@@ -112,6 +117,7 @@ class ZeroEngine(Engine):
         if MuonAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # else DeepSpeed warns that it does not know it
             ZERO_SUPPORTED_OPTIMIZERS.append(MuonAdamW)
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        deepspeed.utils.logger.addFilter(is_no_skipped_step)
         if device.type == "cpu":
             # Else the first init compiles a shared-memory op for minutes, and a killed build hangs every later run.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

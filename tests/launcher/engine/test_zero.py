@@ -1,10 +1,12 @@
 """DeepSpeed's settings that change where it keeps the state: the state is what the model computes with, or none is."""
 
+import logging
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from engines import CPU, MODEL, gathered, shard, step_once
+from engines import CPU, MODEL, build, gathered, shard, step_once
 from ranks import run_group
 
 from launcher.errors import ConfigError
@@ -64,6 +66,27 @@ def shuffled() -> str:
 def test_a_layout_that_deepspeed_s_tables_do_not_tell_is_noticed() -> None:
     for said in run_group(2, shuffled):
         assert "parts of fp32 weights elsewhere than its tables say" in said
+
+
+def skipped_on_purpose() -> dict[str, Any]:
+    """Whether each stage has skipped a step whose norm was beyond its limit, and what DeepSpeed has logged of it."""
+    import deepspeed
+
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    skipped = []
+    for name in ("zero-0", "zero-1", "zero-2", "zero-3"):
+        engine = build(name, torch.bfloat16)
+        deepspeed.utils.logger.addHandler(handler)
+        engine.step = partial(engine.step, grad_norm_limit=torch.tensor(-1.0))  # type: ignore[method-assign]
+        skipped.append(step_once(engine, 0)[2])
+        deepspeed.utils.logger.removeHandler(handler)
+    return {"skipped": skipped, "logged": logged}
+
+
+def test_a_step_that_is_skipped_on_purpose_is_not_called_non_finite() -> None:
+    assert run_group(1, skipped_on_purpose) == [{"skipped": [1.0] * 4, "logged": []}]
 
 
 REFUSED = [
