@@ -64,7 +64,7 @@ def train(
         make_up(run)
         at, engine = run.at, run.engine
         timetable = Timetable(plan, stop)
-        while at.step < plan.total_steps:
+        while at.step < plan.total_steps and not stop.is_at_step(at.step):
             if (phase := plan.phase_of(at.step)) is not run.phase:
                 switch(run, phase)
                 timetable.evaluated()

@@ -317,7 +317,8 @@ class RunFolder:
 
     def completion(self) -> str:
         """What a start says that finds the run complete."""
-        return f"The run {self.config.run.name} is complete: {make_course(self.config).total_steps} steps, in {self.path}."
+        steps = make_course(self.config).total_steps
+        return f"The run {self.config.run.name} is complete: {steps} steps, in {self.path}."
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the summary of a complete run."""

@@ -12,6 +12,7 @@ from tiny import tiny_config
 from launcher.config.file import parse_config
 from launcher.process.ranks import has_bf16
 from launcher.run.folder import RunFolder
+from launcher.watch.failure import INTERRUPTED
 
 
 def end_without_a_report(rank: int, world_size: int, shards: str, out: str) -> int:
@@ -105,6 +106,20 @@ def test_a_complete_run_is_left_as_it_is_though_its_data_are_gone(tmp_path: Path
     longer = Job(tree)
     assert longer.wait() == [1, 1]
     assert f"{tmp_path}/gone: no such folder" in longer.output
+
+
+def stop_at_step_3(rank: int, world_size: int, shards: str, out: str) -> int:
+    from launcher.pretrain import run
+
+    return run(tiny_config(Path(shards), Path(out)), stop_at_step=3)
+
+
+def test_a_run_that_is_at_its_step_trains_no_more(shards: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tiny_config(shards, tmp_path / "run"))
+    for _ in range(2):
+        assert run_ranks(1, stop_at_step_3, str(shards), str(folder.path)) == [INTERRUPTED]
+        assert folder.last_saved_step() == 3
+        assert folder.read_state()["reason"] == "step 3"
 
 
 def past(rank: int) -> None:
