@@ -23,8 +23,8 @@ HAS_TRITON = find_spec("triton") is not None
 CPU_HAS_INT8 = torch.cpu._is_vnni_supported()
 """Without VNNI, int8 products on a CPU take longer than those of the same codes in fp32, and are computed so."""
 
-EXACT_IN_FP32 = 1040
-"""Products of two int8 codes whose sum fp32 surely has: 1040 * 127 * 127 < 2**24."""
+EXACT_IN_FP32 = 1032
+"""Products of two int8 codes whose sum fp32 surely has: 1032 * 127 * 128 < 2**24; those of inputs may be -128."""
 
 EXACT_IN_INT32 = 2**17
 """Products of two int8 codes whose sum surely fits int32."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import quant.integers
 from quant.config import QuantConfig
-from quant.integers import integer_sums
+from quant.integers import EXACT_IN_FP32, integer_sums
 from quant.linear import quantize_
 from quant.rounding import quantize_activation, quantize_rows, quantize_weight
 
@@ -46,7 +46,7 @@ def test_rows_of_zeros_stay_zeros() -> None:
 
 
 @pytest.mark.parametrize("has_int8", [True, False])
-@pytest.mark.parametrize("num_tokens", [1, 8, 1039, 1040, 1041, 5000])
+@pytest.mark.parametrize("num_tokens", [1, 8, 1031, 1032, 1033, 1040, 5000])
 def test_sums_over_tokens_are_exact_on_every_path(num_tokens: int, has_int8: bool, monkeypatch) -> None:
     """Also where one sum would not fit fp32, or, in pieces, int32."""
     monkeypatch.setattr(quant.integers, "CPU_HAS_INT8", has_int8)
@@ -54,7 +54,12 @@ def test_sums_over_tokens_are_exact_on_every_path(num_tokens: int, has_int8: boo
     generator = torch.Generator().manual_seed(0)
     left = torch.randint(120, 128, (24, num_tokens), generator=generator, dtype=torch.int8)
     right = torch.randint(120, 128, (num_tokens, 16), generator=generator, dtype=torch.int8)
+    right[:, ::2] = -128  # of inputs that are rounded as int8-128 or int8-127.5
     assert torch.equal(integer_sums(left, right), (left.long() @ right.long()).float())
+
+
+def test_the_longest_sum_in_fp32_has_room_for_the_largest_codes() -> None:
+    assert EXACT_IN_FP32 * 127 * 128 < 2**24
 
 
 @every_dtype
