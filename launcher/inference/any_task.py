@@ -19,9 +19,10 @@ from typing import Any
 
 import xxhash
 
+from data.chat_template import ChatTemplate
 from data.errors import DataError
 from data.tokenizer_json import tokenizer_files
-from data.transformers_files import has_settings
+from data.transformers_files import CHAT_TEMPLATE, has_settings
 from eval.sample import generate
 from eval.task_index import THEIRS
 from eval.tasks import DEFINITIONS, digest_of
@@ -182,7 +183,7 @@ def opened_model(subject: Subject, prompting: Prompting) -> Iterator[tuple[Any, 
     """
     from eval.harness_model import HarnessModel, Writer
 
-    with tokenizer_folder(subject) as folder:
+    with tokenizer_folder(subject, prompting) as folder:
         tokenizer = transformers_tokenizer(folder)
         ranks = subject.ranks
         ready = partial(gathered, subject)
@@ -192,29 +193,40 @@ def opened_model(subject: Subject, prompting: Prompting) -> Iterator[tuple[Any, 
         model = HarnessModel(subject.scorer, writer, tokenizer, end_tokens_of(subject, folder), prompting.add_bos_token)
         if prompting.chat_template and not tokenizer.chat_template:
             raise ConfigError(
-                f"--chat-template: the tokenizer of {subject.location} has none; choose a model with a chat_template "
-                "in its tokenizer_config.json, or leave the option out"
+                f"--chat-template: the tokenizer of {subject.location} has none, neither in a chat_template.jinja "
+                "beside it nor in its tokenizer_config.json; choose a model with one, or leave the option out"
             )
         named = [path for path in folder.iterdir() if "token" in path.name or "template" in path.name]
         yield model, digest_of_files([*named, *folder.glob("vocab*"), *folder.glob("merges*")])
 
 
 @contextlib.contextmanager
-def tokenizer_folder(subject: Subject) -> Iterator[Path]:
-    """The folder with the model's tokenizer for Transformers: its own, or the one that an export of it would hold."""
+def tokenizer_folder(subject: Subject, prompting: Prompting) -> Iterator[Path]:
+    """The folder with the model's tokenizer for Transformers: its own, or the one that an export of it would hold.
+
+    Raises:
+        DataError: Transformers would make other tokens than the model's own tokenizer.
+    """
     path = subject.tokenizer.path
     if has_settings(path.parent):
         yield path.parent
         return
-    window_tokens = subject.scorer.window_tokens
-    files = tokenizer_files(
+    written = partial(
+        tokenizer_files,
         path,
         vocab_size=subject.model.config.vocab_size,
-        max_sequence_length=window_tokens,
+        max_sequence_length=subject.scorer.window_tokens,
         first_token=subject.first_token,
     )
+    files = None
+    if path.with_name(CHAT_TEMPLATE).is_file():
+        try:
+            files = written(template=ChatTemplate(subject.tokenizer))
+        except DataError:  # texts can be asked without what Transformers cannot make of chats
+            if prompting.chat_template:
+                raise
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
+        for name, content in (files or written()).items():
             Path(folder, name).write_bytes(content)
         yield Path(folder)
 
