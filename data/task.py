@@ -11,7 +11,7 @@ from data.decontamination import NGrams
 from data.errors import DataError
 from data.prepared import MANIFEST, is_yet_to_be_prepared, open_prepared
 from data.resume import identity
-from data.survey import TOKEN_KINDS, Survey, suffix_of, survey
+from data.survey import TOKEN_KINDS, Survey, suffix_of, survey, without_held_out
 from data.tokenizer import load_tokenizer
 
 
@@ -88,10 +88,11 @@ def task_of(config: PrepareConfig, sequence_length: int, ngrams: NGrams | None) 
     """Look up the inputs.
 
     Raises:
-        DataError: one does not exist, or holds what filters cannot read.
+        DataError: one does not exist, is held out and trained on, or holds what filters cannot read.
     """
     inputs = (*config.inputs, *config.validation_inputs)
-    files, options = survey(inputs), _options(config, sequence_length, ngrams)
+    files = without_held_out(survey(inputs), config.inputs, config.validation_inputs)
+    options = _options(config, sequence_length, ngrams)
     tokens = [path for path in files.read if suffix_of(path) in TOKEN_KINDS]
     if tokens and (config.deduplicate or ngrams):
         raise DataError(f"{tokens[0]}: is tokens, and filters read text; prepare token files without filters")
