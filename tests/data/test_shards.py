@@ -380,3 +380,27 @@ def test_held_out_files_of_a_folder_are_not_trained_on(tmp_path):
             prepared(*inputs)
     with pytest.raises(DataError, match="corpus: is to be trained on and held out; name it as one of both"):
         prepared(corpus, held_out=corpus)
+
+
+def test_a_folder_is_not_done_when_its_inputs_have_other_files(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    first = write_corpus(corpus / "a.jsonl", num_documents=60)
+    config = PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:300")
+    manifest = prepare(config, LENGTH, tmp_path / "out")
+    added = write_corpus(corpus / "b.jsonl", num_documents=1)
+    complaint = rf"{tmp_path}/out: was prepared when {corpus} had other files, or files of other sizes"
+    with pytest.raises(DataError, match=complaint):
+        prepare(config, LENGTH, tmp_path / "out")
+    added.unlink()
+    os.utime(first, (0, 0))  # as a copy may have
+    assert prepare(config, LENGTH, tmp_path / "out") == manifest
+    write_corpus(first, num_documents=61)
+    with pytest.raises(DataError, match=complaint):
+        prepare(config, LENGTH, tmp_path / "out")
+    older = {key: value for key, value in manifest.items() if key != "listings"}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(older))
+    assert prepare(config, LENGTH, tmp_path / "out") == older
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    corpus.rename(tmp_path / "elsewhere")
+    assert prepare(config, LENGTH, tmp_path / "out") == manifest  # text may go when it is prepared
