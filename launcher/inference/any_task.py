@@ -26,8 +26,9 @@ from data.transformers_files import CHAT_TEMPLATE, has_settings
 from eval.sample import generate
 from eval.task_index import THEIRS
 from eval.tasks import DEFINITIONS, digest_of
-from launcher.checkpoint.location import check_writable, reaching
+from launcher.checkpoint.location import check_writable, reaching, to_location
 from launcher.errors import ConfigError
+from launcher.formats.hf_source import read_json
 from launcher.inference.results import add_result, write_points
 from launcher.inference.sharded import Subject, digest_of_files, gathered
 from launcher.process.console import Console, without_nan
@@ -253,10 +254,10 @@ def transformers_tokenizer(folder: Path) -> Any:
 
 def end_tokens_of(subject: Subject, folder: Path) -> list[int]:
     """The tokens after which Transformers stops generating."""
-    for place in (Path(subject.location), folder):
+    for place in (to_location(subject.location), folder):
         for name in ("generation_config.json", "config.json"):
             if (place / name).is_file():
-                said = json.loads((place / name).read_bytes()).get("eos_token_id")
+                said = read_json(place / name).get("eos_token_id")
                 if said is not None:
                     return said if isinstance(said, list) else [said]
     return [subject.tokenizer.end_of_document]

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -204,6 +205,14 @@ def test_a_checkpoint_trained_on_chats_is_asked_with_their_template(tmp_path):
     assert theirs.chat_template == CHATML
     assert theirs("a<|im_end|>", add_special_tokens=False).input_ids[1:] == end_of_turn
     assert set(ends) == {subject.tokenizer.end_of_document, *end_of_turn}
+
+
+def test_the_folder_of_a_model_says_where_generation_ends(tmp_path):
+    write_bytes_tokenizer(tmp_path / "tokenizer.json")
+    subject = subject_with(tmp_path)
+    subject.location = "memory://ends"
+    fsspec.filesystem("memory").pipe("/ends/generation_config.json", b'{"eos_token_id": [3, 5]}')
+    assert end_tokens_of(subject, tmp_path) == [3, 5]
 
 
 def test_a_template_that_cannot_be_expressed_is_only_needed_for_chats(tmp_path):
