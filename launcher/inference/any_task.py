@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -35,7 +35,7 @@ from launcher.process.console import Console, without_nan
 from launcher.process.exchange import failing_alike
 from launcher.run.scores import read_results
 
-VERSION = 1
+VERSION = 2
 """Of the way in which the model is asked; raise it with any change after which the same model and task give other
 scores."""
 BOOTSTRAP_ITERATIONS = 100_000
@@ -90,8 +90,7 @@ def score_loaded(
     """
     ranks = subject.ranks
     with opened_model(subject, prompting) as (model, tokenizer_digest):
-        about = {"model": subject.identity, "scoring": VERSION, "harness": version("lm_eval"), **subject.computation}
-        about |= {**asdict(prompting), "transformers_tokenizer": tokenizer_digest}
+        about = way_of_asking(subject, prompting, tokenizer_digest, model.end_tokens)
         keys = {
             name: about
             | {
@@ -126,6 +125,21 @@ def score_loaded(
         if not any(key.items() <= record.items() for record in earlier):
             keep(records[group.name], out, subject, is_part=is_part)
     return [*(records[group.name] for group in groups), *(records[name] for name in loaded.tasks)]
+
+
+def way_of_asking(
+    subject: Subject, prompting: Prompting, tokenizer_digest: str, end_tokens: Iterable[int]
+) -> dict[str, Any]:
+    """What the scores of every task depend on; an earlier result is used again only where all of it is the same."""
+    return {
+        "model": subject.identity,
+        "scoring": VERSION,
+        "harness": version("lm_eval"),
+        **subject.computation,
+        **asdict(prompting),
+        "transformers_tokenizer": tokenizer_digest,
+        "end_tokens": sorted(end_tokens),
+    }
 
 
 def record_of(found: Mapping[str, Any], task_version: Any, subject: Subject) -> dict[str, Any]:

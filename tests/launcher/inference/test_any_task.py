@@ -33,6 +33,7 @@ from launcher.inference.any_task import (
     record_of,
     tokenizer_folder,
     transformers_tokenizer,
+    way_of_asking,
 )
 from launcher.inference.measure import Evaluation, check_tasks, evaluate
 from launcher.process.console import Console
@@ -213,6 +214,13 @@ def test_the_folder_of_a_model_says_where_generation_ends(tmp_path):
     subject.location = "memory://ends"
     fsspec.filesystem("memory").pipe("/ends/generation_config.json", b'{"eos_token_id": [3, 5]}')
     assert end_tokens_of(subject, tmp_path) == [3, 5]
+
+
+def test_a_result_is_another_one_where_other_tokens_end_answers():
+    subject = SimpleNamespace(identity="a", computation={"dtype": "float32"})
+    keys = [way_of_asking(subject, Prompting(), "digest", ends) for ends in ({3, 1}, {1}, {1, 3})]
+    assert keys[0] == keys[2] != keys[1]
+    assert json.loads(json.dumps(keys[0])) == keys[0]
 
 
 def test_a_template_that_cannot_be_expressed_is_only_needed_for_chats(tmp_path):
