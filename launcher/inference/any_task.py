@@ -236,7 +236,8 @@ def tokenizer_folder(subject: Subject, prompting: Prompting) -> Iterator[Path]:
     files = None
     if path.with_name(CHAT_TEMPLATE).is_file():
         try:
-            files = written(template=ChatTemplate(subject.tokenizer))
+            # As in an export of a checkpoint; a file of another program may begin chats with a token.
+            files = written(template=ChatTemplate(subject.tokenizer), puts_first_token=subject.step is None)
         except DataError:  # texts can be asked without what Transformers cannot make of chats
             if prompting.chat_template:
                 raise
