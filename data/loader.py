@@ -189,10 +189,12 @@ def validation_rows(
     if not in_turns:
         raise DataError(no_held_out_text(source.path for source in config.sources))
     with local_leader_first(rank):
-        splits = [
-            source.read_first_rows(VALIDATION, num_rows)
-            for source, num_rows in zip(sources, np.bincount([turn for _, turn in in_turns]), strict=False)
-        ]
+        taken = np.bincount([turn for _, turn in in_turns], minlength=len(sources))
+        splits = {
+            turn: source.read_first_rows(VALIDATION, int(taken[turn]))
+            for turn, source in enumerate(sources)
+            if taken[turn]  # a source without held-out text has no files of it
+        }
     rows = torch.from_numpy(np.stack([splits[turn][row] for row, turn in in_turns]))
     per_round, uncounted = world_size * micro_batch_sequences, _labels(sources)
     batches = []

@@ -352,6 +352,7 @@ def _finish(
         "changed_documents": sum(writer.changed_documents for writer in writers.values()),
         "splits": {split: writer.finish(removal.documents if removal else 0) for split, writer in writers.items()},
         "files": {"read": len(files.read), "left_out": len(files.left_out)},
+        "listings": task.listings,
     }
     sources = units((*task.config.inputs, *task.config.validation_inputs), files)
     if removal:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,7 +184,11 @@ def open_sources(
 
 
 def open_source(source: Source, cache: str | None) -> OpenSource:
-    """Check a source; of a remote or compressed one fetch the small files first, if the cache lacks them."""
+    """Check a source; of a remote or compressed one fetch the small files first, if the cache lacks them.
+
+    Raises:
+        DataError: it is missing or damaged, or the cache holds another version of it.
+    """
     if not source.is_remote:
         folder = Path(os.path.abspath(source.path))
         manifest = open_prepared(folder)
@@ -197,7 +202,7 @@ def open_source(source: Source, cache: str | None) -> OpenSource:
         source = replace(source, path=str(folder))
     assert cache is not None
     folder = Path(os.path.abspath(cache)) / hashlib.sha256(source.path.encode()).hexdigest()[:16]
-    _fetch(source, folder, MANIFEST)
+    _fetch_manifest(source, folder)
     manifest = read_manifest(folder)
     _fetch(source, folder, manifest["tokenizer"]["file"])
     if holds_chats(manifest):
@@ -222,19 +227,44 @@ def _fetch(source: Source, folder: Path, name: str, digest: str | None = None) -
     if path.exists():
         _check_digest(source, name, path, digest)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_being_replaced(path) as partial:
+        _download(source, folder, name, partial)
+        _check_digest(source, name, partial, digest)
+
+
+def _fetch_manifest(source: Source, folder: Path) -> None:
+    """Download the manifest, or make sure that the one in `folder` is still the source's.
+
+    All other files in the cache are those that this one names.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        _fetch(source, folder, MANIFEST)
+        return
+    _refuse_links(folder, path)
+    with tempfile.TemporaryDirectory() as place:
+        current = Path(place, MANIFEST)
+        _download(source, folder, MANIFEST, current)
+        if current.read_bytes() != path.read_bytes():
+            raise DataError(
+                f"{folder}: holds another version of {source.path}, which was prepared anew since; remove the folder, "
+                "or choose another data.cache"
+            )
+
+
+def _download(source: Source, folder: Path, name: str, path: Path) -> None:
+    """Download one file of a remote source to a path; `folder`, its cache, is for messages."""
     import_streaming()
     from streaming.base.storage.download import CloudDownloader
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with file_being_replaced(path) as partial:
-        try:
-            CloudDownloader.direct_download(f"{source.path.rstrip('/')}/{name}", str(partial))
-        except Exception as error:  # every kind of storage has its own
-            raise DataError(
-                f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
-                f"{_advice(error, folder)}"
-            ) from error
-        _check_digest(source, name, partial, digest)
+    try:
+        CloudDownloader.direct_download(f"{source.path.rstrip('/')}/{name}", str(path))
+    except Exception as error:  # every kind of storage has its own
+        raise DataError(
+            f"{source.path}/{name}: cannot be downloaded ({type(error).__name__}: {redacted(str(error))}); "
+            f"{_advice(error, folder)}"
+        ) from error
 
 
 def _check_digest(source: Source, name: str, path: Path, digest: str | None) -> None:

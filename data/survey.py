@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,25 @@ def survey(inputs: Iterable[str]) -> Survey:
             found.files[source], left_out = _find_files(_path_of(source))
             found.left_out.update(left_out)
     return found
+
+
+def without_held_out(files: Survey, inputs: Sequence[str], held_out: Sequence[str]) -> Survey:
+    """The files of inputs and of held-out inputs, those that are held out left out of the folders among the inputs.
+
+    Raises:
+        DataError: a held-out file is named as an input by itself, or a folder has no other.
+    """
+    if both := set(inputs) & set(held_out):
+        raise DataError(f"{min(both)}: is to be trained on and held out; name it as one of both")
+    kept, left_out = dict(files.files), dict(files.left_out)
+    apart = {os.path.realpath(path) for source in held_out for path in files.files.get(source, [])}
+    for source in inputs if apart else ():
+        found = {path: os.path.realpath(path) in apart for path in files.files.get(source, [])}
+        if found and all(found.values()):
+            raise DataError(f"{source}: all of it is held out, so nothing is left to train on; hold out other text")
+        kept[source] = [path for path, is_held_out in found.items() if not is_held_out]
+        left_out |= {path: "held out" for path, is_held_out in found.items() if is_held_out}
+    return Survey(kept, left_out)
 
 
 def _find_files(path: Path) -> tuple[list[Path], dict[Path, str]]:

@@ -1,6 +1,7 @@
 """What a prepared folder is to be made of, and whether it is made already."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from data.chats import template_for
 from data.config import TRAINED_SPEC, PrepareConfig
 from data.decontamination import NGrams
 from data.errors import DataError
-from data.prepared import MANIFEST, is_yet_to_be_prepared, open_prepared
+from data.prepared import FILES, MANIFEST, is_yet_to_be_prepared, open_prepared
 from data.resume import identity
-from data.survey import TOKEN_KINDS, Survey, suffix_of, survey
+from data.survey import TOKEN_KINDS, Survey, is_path, suffix_of, survey, without_held_out
 from data.tokenizer import load_tokenizer
 
 
@@ -44,7 +45,7 @@ def find_done(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NG
     """Return the manifest of `out` if it is what would be made, None if there is nothing yet.
 
     Raises:
-        DataError: it is something else; says what differs.
+        DataError: it is something else, or an input has other files by now; says what differs.
     """
     if is_yet_to_be_prepared(out):
         return None
@@ -67,7 +68,24 @@ def find_done(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NG
     ]
     if differing:
         raise DataError(f"{out}: was prepared with a different {'; '.join(differing)}; choose another, or remove it")
+    inputs = (*config.inputs, *config.validation_inputs)
+    now = listings(survey(source for source in inputs if is_path(source) and Path(source).exists()))
+    then = manifest.get("listings", now)  # older versions have none
+    if changed := [source for source in now if now[source] != then.get(source)]:
+        raise DataError(
+            f"{out}: was prepared when {', '.join(changed)} had other files, or files of other sizes; {FILES} there "
+            "lists those that were read. Choose another, or remove it"
+        )
     return manifest
+
+
+def listings(files: Survey) -> dict[str, str]:
+    """A digest of each input's files: their places below it, and sizes. A copy of the input has the same."""
+    found = {}
+    for source, paths in files.files.items():
+        listing = "".join(f"{os.path.relpath(path, source)}\0{path.stat().st_size}\n" for path in paths)
+        found[source] = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +95,8 @@ class Task:
     config: PrepareConfig
     sequence_length: int
     files: Survey
+    listings: dict[str, str]
+    """See `listings`."""
     options: dict[str, Any]
     ngrams: NGrams | None
     """Of the evaluation sets; None if there are none."""
@@ -88,11 +108,13 @@ def task_of(config: PrepareConfig, sequence_length: int, ngrams: NGrams | None) 
     """Look up the inputs.
 
     Raises:
-        DataError: one does not exist, or holds what filters cannot read.
+        DataError: one does not exist, is held out and trained on, or holds what filters cannot read.
     """
     inputs = (*config.inputs, *config.validation_inputs)
-    files, options = survey(inputs), _options(config, sequence_length, ngrams)
+    found = survey(inputs)
+    files = without_held_out(found, config.inputs, config.validation_inputs)
+    options = _options(config, sequence_length, ngrams)
     tokens = [path for path in files.read if suffix_of(path) in TOKEN_KINDS]
     if tokens and (config.deduplicate or ngrams):
         raise DataError(f"{tokens[0]}: is tokens, and filters read text; prepare token files without filters")
-    return Task(config, sequence_length, files, options, ngrams, identity(options, files, inputs))
+    return Task(config, sequence_length, files, listings(found), options, ngrams, identity(options, files, inputs))

@@ -43,6 +43,7 @@ def tokenizer_files(
     max_sequence_length: int,
     first_token: int | None = None,
     template: ChatTemplate | None = None,
+    puts_first_token: bool = True,
 ) -> dict[str, bytes]:
     """The tokenizer's files in an exported folder, by name; its own file is among them.
 
@@ -52,6 +53,8 @@ def tokenizer_files(
         max_sequence_length: the model's, in tokens.
         first_token: what texts begin with; None: the token that ends a document.
         template: of the chats that the model was trained on; None: it was trained on text alone.
+        puts_first_token: whether Transformers puts that token in front of each text. In training nothing preceded a
+            chat.
 
     Raises:
         DataError: the file cannot be read, its vocabulary is larger than the model's, or `tokenizer.json` cannot
@@ -82,14 +85,13 @@ def tokenizer_files(
         _check_chats(path, definition, template)
     text = {"Sequence": {"id": "A", "type_id": 0}}
     first = {"SpecialToken": {"id": begin_name, "type_id": 0}}
-    definition |= {
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [first, text],
-            "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {begin_name: {"id": begin_name, "ids": [begin], "tokens": [begin_name]}},
-        },
+    begins = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {begin_name: {"id": begin_name, "ids": [begin], "tokens": [begin_name]}},
     }
+    definition["post_processor"] = begins if puts_first_token else None
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": begin_name,

@@ -92,7 +92,9 @@ class HarnessModel(TemplateLM):
         add_bos_token: bool | None = None,
     ) -> None:
         super().__init__()
-        self._scorer, self._writer, self._end_tokens = scorer, writer, frozenset(end_tokens)
+        self._scorer, self._writer = scorer, writer
+        self.end_tokens = frozenset(end_tokens)
+        """Tokens that end what is generated."""
         self.tokenizer, self._add_bos_token = tokenizer, add_bos_token
         self.advance: Callable[[int], None] = lambda num_finished: None
         """Called with the number of requests, or of windows, finished since the last call."""
@@ -239,7 +241,7 @@ class HarnessModel(TemplateLM):
         criteria = stop_sequences_criteria(self.tokenizer, until, 0, 1)
 
         def is_done(tokens: list[int]) -> bool:
-            if tokens[-1] in self._end_tokens:
+            if tokens[-1] in self.end_tokens:
                 return True
             tokens_1T = torch.tensor([tokens])
             return any(bool(each(tokens_1T, None)) for each in criteria)

@@ -139,6 +139,10 @@ def halves_of_rows(values: "Tensor", name: str, config: ModelConfig, architectur
     return values.unflatten(0, (-1, config.head_width // 2, 2)).transpose(1, 2).reshape(values.shape)
 
 
+NOT_COMPUTED = ("attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale")
+"""Keys that change how a graph attends, unless they are 0."""
+
+
 def config_from_gguf(
     fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: "Tensor | None" = None
 ) -> ModelConfig:
@@ -167,6 +171,9 @@ def config_from_gguf(
 
     if field("expert_count", (int,), 0):
         raise ValueError("it has experts, which is not computed here")
+    for key in NOT_COMPUTED:
+        if value := field(key, (float, int), 0):
+            raise ValueError(f"{name}.{key} is {value}, which is not computed here; only 0 is read")
     traits = dict(zip(TRAITS, FAMILIES[name], strict=True))
     eps = "layer_norm_epsilon" if traits["norm"] == "layernorm-nonparametric" else "layer_norm_rms_epsilon"
     heads = field("attention.head_count", (int,))

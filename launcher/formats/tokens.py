@@ -85,13 +85,14 @@ def folder_tokens(exportable: Exportable, tokenizer: Path | None) -> tuple[dict[
     named: dict[str, object] = {"bos_token_id": first, "eos_token_id": end}
     folder = foreign_folder(exportable, tokenizer)
     if folder is None:
-        length = model.max_sequence_length
+        length, template = model.max_sequence_length, trained_template(exportable, tokenizer)
         files = tokenizer_files(
             tokenizer,
             vocab_size=model.vocab_size,
             max_sequence_length=length,
             first_token=first,
-            template=trained_template(exportable, tokenizer),
+            template=template,
+            puts_first_token=template is None,
         )
         return named, files
     if (folder / CONFIG).is_file():

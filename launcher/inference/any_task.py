@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -19,21 +19,23 @@ from typing import Any
 
 import xxhash
 
+from data.chat_template import ChatTemplate
 from data.errors import DataError
 from data.tokenizer_json import tokenizer_files
-from data.transformers_files import has_settings
+from data.transformers_files import CHAT_TEMPLATE, has_settings
 from eval.sample import generate
 from eval.task_index import THEIRS
 from eval.tasks import DEFINITIONS, digest_of
-from launcher.checkpoint.location import check_writable, reaching
+from launcher.checkpoint.location import check_writable, reaching, to_location
 from launcher.errors import ConfigError
+from launcher.formats.hf_source import read_json
 from launcher.inference.results import add_result, write_points
 from launcher.inference.sharded import Subject, digest_of_files, gathered
 from launcher.process.console import Console, without_nan
 from launcher.process.exchange import failing_alike
 from launcher.run.scores import read_results
 
-VERSION = 1
+VERSION = 2
 """Of the way in which the model is asked; raise it with any change after which the same model and task give other
 scores."""
 BOOTSTRAP_ITERATIONS = 100_000
@@ -88,8 +90,7 @@ def score_loaded(
     """
     ranks = subject.ranks
     with opened_model(subject, prompting) as (model, tokenizer_digest):
-        about = {"model": subject.identity, "scoring": VERSION, "harness": version("lm_eval"), **subject.computation}
-        about |= {**asdict(prompting), "transformers_tokenizer": tokenizer_digest}
+        about = way_of_asking(subject, prompting, tokenizer_digest, model.end_tokens)
         keys = {
             name: about
             | {
@@ -124,6 +125,21 @@ def score_loaded(
         if not any(key.items() <= record.items() for record in earlier):
             keep(records[group.name], out, subject, is_part=is_part)
     return [*(records[group.name] for group in groups), *(records[name] for name in loaded.tasks)]
+
+
+def way_of_asking(
+    subject: Subject, prompting: Prompting, tokenizer_digest: str, end_tokens: Iterable[int]
+) -> dict[str, Any]:
+    """What the scores of every task depend on; an earlier result is used again only where all of it is the same."""
+    return {
+        "model": subject.identity,
+        "scoring": VERSION,
+        "harness": version("lm_eval"),
+        **subject.computation,
+        **asdict(prompting),
+        "transformers_tokenizer": tokenizer_digest,
+        "end_tokens": sorted(end_tokens),
+    }
 
 
 def record_of(found: Mapping[str, Any], task_version: Any, subject: Subject) -> dict[str, Any]:
@@ -182,7 +198,7 @@ def opened_model(subject: Subject, prompting: Prompting) -> Iterator[tuple[Any, 
     """
     from eval.harness_model import HarnessModel, Writer
 
-    with tokenizer_folder(subject) as folder:
+    with tokenizer_folder(subject, prompting) as folder:
         tokenizer = transformers_tokenizer(folder)
         ranks = subject.ranks
         ready = partial(gathered, subject)
@@ -192,29 +208,41 @@ def opened_model(subject: Subject, prompting: Prompting) -> Iterator[tuple[Any, 
         model = HarnessModel(subject.scorer, writer, tokenizer, end_tokens_of(subject, folder), prompting.add_bos_token)
         if prompting.chat_template and not tokenizer.chat_template:
             raise ConfigError(
-                f"--chat-template: the tokenizer of {subject.location} has none; choose a model with a chat_template "
-                "in its tokenizer_config.json, or leave the option out"
+                f"--chat-template: the tokenizer of {subject.location} has none, neither in a chat_template.jinja "
+                "beside it nor in its tokenizer_config.json; choose a model with one, or leave the option out"
             )
         named = [path for path in folder.iterdir() if "token" in path.name or "template" in path.name]
         yield model, digest_of_files([*named, *folder.glob("vocab*"), *folder.glob("merges*")])
 
 
 @contextlib.contextmanager
-def tokenizer_folder(subject: Subject) -> Iterator[Path]:
-    """The folder with the model's tokenizer for Transformers: its own, or the one that an export of it would hold."""
+def tokenizer_folder(subject: Subject, prompting: Prompting) -> Iterator[Path]:
+    """The folder with the model's tokenizer for Transformers: its own, or the one that an export of it would hold.
+
+    Raises:
+        DataError: Transformers would make other tokens than the model's own tokenizer.
+    """
     path = subject.tokenizer.path
     if has_settings(path.parent):
         yield path.parent
         return
-    window_tokens = subject.scorer.window_tokens
-    files = tokenizer_files(
+    written = partial(
+        tokenizer_files,
         path,
         vocab_size=subject.model.config.vocab_size,
-        max_sequence_length=window_tokens,
+        max_sequence_length=subject.scorer.window_tokens,
         first_token=subject.first_token,
     )
+    files = None
+    if path.with_name(CHAT_TEMPLATE).is_file():
+        try:
+            # As in an export of a checkpoint; a file of another program may begin chats with a token.
+            files = written(template=ChatTemplate(subject.tokenizer), puts_first_token=subject.step is None)
+        except DataError:  # texts can be asked without what Transformers cannot make of chats
+            if prompting.chat_template:
+                raise
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
+        for name, content in (files or written()).items():
             Path(folder, name).write_bytes(content)
         yield Path(folder)
 
@@ -241,10 +269,10 @@ def transformers_tokenizer(folder: Path) -> Any:
 
 def end_tokens_of(subject: Subject, folder: Path) -> list[int]:
     """The tokens after which Transformers stops generating."""
-    for place in (Path(subject.location), folder):
+    for place in (to_location(subject.location), folder):
         for name in ("generation_config.json", "config.json"):
             if (place / name).is_file():
-                said = json.loads((place / name).read_bytes()).get("eos_token_id")
+                said = read_json(place / name).get("eos_token_id")
                 if said is not None:
                     return said if isinstance(said, list) else [said]
     return [subject.tokenizer.end_of_document]

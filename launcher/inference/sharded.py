@@ -5,7 +5,6 @@ its phase at the strength that it had, so that a ternary model is measured with 
 Hugging Face computes in bf16, or in fp32 where it says so; a packed one with the codes and scales that it holds.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from launcher.checkpoint.source import Source
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
 from launcher.formats.deepspeed_native import DeepSpeedSource
-from launcher.formats.hf_source import CONFIG, dtype_name
+from launcher.formats.hf_source import CONFIG, dtype_name, read_json
 from launcher.formats.onnx_export import GRAPH
 from launcher.formats.onnx_graph import DATA
 from launcher.formats.opened import Exportable, open_exportable
@@ -178,20 +177,20 @@ def compute_dtype_of(opened: Exportable, ranks: Ranks) -> torch.dtype:
     """
     if opened.config is not None:
         return COMPUTE_DTYPES[concrete(opened.config, ranks)[0].training.compute_dtype]
-    return torch.bfloat16 if stored_dtype(Path(opened.source.location)) == "bfloat16" else torch.float32
+    return torch.bfloat16 if stored_dtype(to_location(opened.source.location)) == "bfloat16" else torch.float32
 
 
 def stored_dtype(place: Path) -> str:
     """The dtype that a folder says it is to compute in; a GGUF file, whose programs add in fp32, says none."""
     if place.is_file():
         return "float32"
-    told = json.loads((place / CONFIG).read_bytes())
+    told = read_json(place / CONFIG)
     return str(told.get("dtype") or told.get("torch_dtype") or "float32")
 
 
 def files_of(source: Source) -> list[Path]:
     """The files of a model: a GGUF file, or `config.json` and weights, which DeepSpeed may have written beside it."""
-    folder = Path(source.location)
+    folder = to_location(source.location)
     if folder.is_file():
         return [folder]
     if is_onnx(folder):

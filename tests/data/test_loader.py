@@ -31,6 +31,7 @@ from data.loader import (
     validation_rows,
 )
 from data.private import users_folder
+from data.shards import prepare
 
 
 def read_steps(data: TrainingData, num_steps: int, num_micro_batches: int) -> np.ndarray:
@@ -177,6 +178,21 @@ def test_held_out_rows_of_all_sources_come_in_turns(folders):
 
     big, small = folders
     assert torch.equal(first_row(big, small), torch.stack([first_row(big)[0], first_row(small)[0]]))
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_sources_without_held_out_rows_may_come_first(folders, tmp_path, limit):
+    text = write_text(tmp_path / "text.jsonl", 3, 60)
+    tokenizer = str(Path(folders[0], "tokenizer.model"))
+    prepare(PrepareConfig(inputs=(text,), tokenizer=tokenizer), LENGTH, tmp_path / "without")
+
+    def rows(*paths):
+        config = mixture(folders, sources=tuple(Source(path=path) for path in paths), validation_rows=limit)
+        return validation_rows(config, vocab_size=400, micro_batch_sequences=3, rank=0, world_size=1)[0][0]
+
+    without, (big, small) = str(tmp_path / "without"), folders
+    assert torch.equal(rows(without, big, small), rows(big, small))
+    assert torch.equal(rows(big, without, small), rows(big, small))
 
 
 def test_token_bytes_measure_the_text(folders):

@@ -1,6 +1,7 @@
 """`prepare`: every token is predicted once, the options alone decide the result, and nothing is left half done."""
 
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import write_corpus
 
 from data import encoding, tokenizer_kinds, tokenizer_training
 from data.documents import Document
@@ -355,3 +357,50 @@ def test_options_are_checked(changes, key, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         PrepareConfig(**({"inputs": ("a",), "tokenizer": "bpe:400"} | changes))
     assert message in caught.value.args[0][key]
+
+
+def test_held_out_files_of_a_folder_are_not_trained_on(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name in ("a", "b"):
+        write_corpus(corpus / f"{name}.jsonl", num_documents=60)
+    held_out, other_name, numbers = corpus / "b.jsonl", corpus / ".." / "corpus", itertools.count()
+
+    def prepared(*inputs, held_out=held_out):
+        inputs = tuple(map(str, inputs))
+        config = PrepareConfig(inputs=inputs, validation_inputs=(str(held_out),), tokenizer="bpe:300")
+        return prepare(config, LENGTH, tmp_path / f"made-{next(numbers)}")
+
+    for folder in (corpus, other_name):
+        manifest = prepared(folder)
+        assert [split["documents"] for split in manifest["splits"].values()] == [60, 60]
+        assert manifest["files"] == {"read": 2, "left_out": 1}
+    for inputs in ((held_out,), (corpus, held_out), (other_name / "b.jsonl",)):
+        with pytest.raises(DataError, match=r"b\.jsonl: (is to be trained on and|all of it is) held out"):
+            prepared(*inputs)
+    with pytest.raises(DataError, match="corpus: is to be trained on and held out; name it as one of both"):
+        prepared(corpus, held_out=corpus)
+
+
+def test_a_folder_is_not_done_when_its_inputs_have_other_files(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    first = write_corpus(corpus / "a.jsonl", num_documents=60)
+    config = PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:300")
+    manifest = prepare(config, LENGTH, tmp_path / "out")
+    added = write_corpus(corpus / "b.jsonl", num_documents=1)
+    complaint = rf"{tmp_path}/out: was prepared when {corpus} had other files, or files of other sizes"
+    with pytest.raises(DataError, match=complaint):
+        prepare(config, LENGTH, tmp_path / "out")
+    added.unlink()
+    os.utime(first, (0, 0))  # as a copy may have
+    assert prepare(config, LENGTH, tmp_path / "out") == manifest
+    write_corpus(first, num_documents=61)
+    with pytest.raises(DataError, match=complaint):
+        prepare(config, LENGTH, tmp_path / "out")
+    older = {key: value for key, value in manifest.items() if key != "listings"}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(older))
+    assert prepare(config, LENGTH, tmp_path / "out") == older
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    corpus.rename(tmp_path / "elsewhere")
+    assert prepare(config, LENGTH, tmp_path / "out") == manifest  # text may go when it is prepared

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import SEQUENCE_LENGTH
+from tiny import SEQUENCE_LENGTH, write_corpus
 
+from data.config import PrepareConfig
 from data.errors import DataError
 from data.mixture import Source
+from data.shards import prepare
 from data.sources import open_sources
 
 
@@ -43,6 +45,22 @@ def test_a_download_that_is_cut_leaves_nothing(shards: Path, tmp_path: Path, dow
         with pytest.raises(DataError, match=r"manifest\.json: cannot be downloaded"):
             fetch(shards, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_cache_of_another_version_of_the_source_is_refused(
+    shards: Path, tmp_path: Path, download: pytest.MonkeyPatch
+) -> None:
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    shutil.copytree(shards, source)
+    files = fetch(source, cache)
+    assert fetch(source, cache) == files
+    corpus = write_corpus(tmp_path / "other.jsonl", num_documents=60)
+    shutil.rmtree(source)
+    prepare(PrepareConfig(inputs=(str(corpus),), tokenizer=str(shards / "tokenizer.model")), SEQUENCE_LENGTH, source)
+    with pytest.raises(DataError, match=r"holds another version of s3:/.*source, .*; remove the folder, or"):
+        fetch(source, cache)
+    shutil.rmtree(cache)
+    fetch(source, cache)
 
 
 def test_two_hosts_that_share_a_cache_do_not_write_the_same_file(

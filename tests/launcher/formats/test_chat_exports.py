@@ -51,6 +51,8 @@ def test_exports_have_the_template_of_the_chats(tmp_path: Path) -> None:
     tritrain("export", tmp_path / "run", "--to", tmp_path / "hf", "--format", "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=False)
     assert theirs.apply_chat_template(CONVERSATION, add_generation_prompt=True) == ours.prompt_tokens(CONVERSATION)
+    text = ours.text(CONVERSATION, to_answer=True)
+    assert theirs(text).input_ids == ours.prompt_tokens(CONVERSATION)  # no chat of training had a token before it
     ends = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
     assert ends == ours.tokenizer.end_of_document  # which ends answers too
     exported = ChatTemplate(load_tokenizer(tmp_path / "hf"))

@@ -21,7 +21,14 @@ from data.gguf_vocabulary import gguf_vocabulary
 from data.tokenizer import train_tokenizer
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError, ConfigError
-from model.gguf import ARCHITECTURES, gguf_architecture, gguf_metadata, gguf_name, gguf_rows
+from model.gguf import (
+    ARCHITECTURES,
+    config_from_gguf,
+    gguf_architecture,
+    gguf_metadata,
+    gguf_name,
+    gguf_rows,
+)
 from model.rotary import rotary_tables, rotate
 from model.size import parameter_shapes
 from model.transformer import ModelConfig, Transformer
@@ -301,6 +308,19 @@ def test_every_family_has_names_for_all_its_parameters() -> None:
         assert gguf_architecture(config) == family
         assert len(names) == len(set(names))
         assert gguf_metadata(config)[f"{family}.block_count"] == 1
+
+
+@pytest.mark.parametrize("key", ["clamp_kqv", "max_alibi_bias", "scale"])
+def test_keys_that_change_attention_are_refused(key: str) -> None:
+    model = ModelConfig(
+        vocab_size=64, hidden_size=64, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=16, intermediate_size=128,
+        tie_embeddings=True, norm="layernorm-nonparametric",
+    )  # fmt: skip
+    fields = {"general.architecture": "olmo", **gguf_metadata(model), f"olmo.attention.{key}": 0.0}
+    shapes = {"token_embd.weight": (64, 64)}
+    assert config_from_gguf(fields, shapes) == model
+    with pytest.raises(ValueError, match=rf"olmo\.attention\.{key} is 8\.0, which is not computed here; only 0 is"):
+        config_from_gguf(fields | {f"olmo.attention.{key}": 8.0}, shapes)
 
 
 def test_interleaved_rows_rotated_by_neighbors_give_the_same_scores() -> None:

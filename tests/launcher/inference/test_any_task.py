@@ -3,9 +3,11 @@
 import json
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
+from chat_files import CHATML, NAMES
 from exports import write_checkpoint
 from harness_examples import write_examples
 from hf_folders import edit_config, write_variant
@@ -13,13 +15,26 @@ from ranks import run_group
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config
 from tokenizer_files import write_bytes_tokenizer
+from tokenizer_zoo import sentencepiece_tokenizer
 
 import launcher.inference.any_task
+from data.errors import DataError
+from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
 from launcher.errors import ConfigError
 from launcher.formats.hf_export import export_hf
 from launcher.formats.opened import open_exportable
-from launcher.inference.any_task import Prompting, as_found, curve_of, label_of, record_of
+from launcher.inference.any_task import (
+    Prompting,
+    as_found,
+    curve_of,
+    end_tokens_of,
+    label_of,
+    record_of,
+    tokenizer_folder,
+    transformers_tokenizer,
+    way_of_asking,
+)
 from launcher.inference.measure import Evaluation, check_tasks, evaluate
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
@@ -165,6 +180,62 @@ def test_a_folder_is_asked_with_its_chat_template_as_by_the_hf_model(data, tmp_p
             assert score["value"] == pytest.approx(expected[name][metric if "," in metric else f"{metric},none"])
     plain = {record["task"]: record for record in read_results(tmp_path / "text.json")}
     assert all(plain[name]["examples"] != found[name]["examples"] for name in tasks)
+
+
+def subject_with(folder):
+    """What is asked about a model's tokenizer, for a checkpoint that has one without settings of Transformers."""
+    tokenizer = load_tokenizer(folder)
+    return SimpleNamespace(
+        location=str(folder),
+        step=4,
+        tokenizer=tokenizer,
+        first_token=tokenizer.end_of_document,
+        scorer=SimpleNamespace(window_tokens=64),
+        model=SimpleNamespace(config=SimpleNamespace(vocab_size=1024)),
+    )
+
+
+def test_a_checkpoint_trained_on_chats_is_asked_with_their_template(tmp_path):
+    repair_torchvision()
+    write_bytes_tokenizer(tmp_path / "tokenizer.json", *NAMES)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    subject = subject_with(tmp_path)
+    with tokenizer_folder(subject, Prompting(chat_template=True)) as folder:
+        theirs = transformers_tokenizer(folder)
+        ends = end_tokens_of(subject, folder)
+    end_of_turn = subject.tokenizer.encode_special("<|im_end|>")
+    assert theirs.chat_template == CHATML
+    assert theirs("a<|im_end|>").input_ids == [*subject.tokenizer.encode("a"), *end_of_turn]
+    assert set(ends) == {subject.tokenizer.end_of_document, *end_of_turn}
+
+
+def test_the_folder_of_a_model_says_where_generation_ends(tmp_path):
+    write_bytes_tokenizer(tmp_path / "tokenizer.json")
+    subject = subject_with(tmp_path)
+    subject.location = "memory://ends"
+    fsspec.filesystem("memory").pipe("/ends/generation_config.json", b'{"eos_token_id": [3, 5]}')
+    assert end_tokens_of(subject, tmp_path) == [3, 5]
+
+
+def test_a_result_is_another_one_where_other_tokens_end_answers():
+    subject = SimpleNamespace(identity="a", computation={"dtype": "float32"})
+    keys = [way_of_asking(subject, Prompting(), "digest", ends) for ends in ({3, 1}, {1}, {1, 3})]
+    assert keys[0] == keys[2] != keys[1]
+    assert json.loads(json.dumps(keys[0])) == keys[0]
+
+
+def test_a_template_that_cannot_be_expressed_is_only_needed_for_chats(tmp_path):
+    repair_torchvision()
+    sentencepiece_tokenizer(tmp_path / "tokenizer.model", add_dummy_prefix=True)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    )
+    subject = subject_with(tmp_path)
+    with tokenizer_folder(subject, Prompting()) as folder:
+        assert transformers_tokenizer(folder).chat_template is None
+    asked = tokenizer_folder(subject, Prompting(chat_template=True))
+    with pytest.raises(DataError, match="would make other tokens of chats"), asked:
+        pass
 
 
 @pytest.mark.slow

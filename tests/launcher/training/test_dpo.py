@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from chat_files import pair, prepare_chats, prepare_pairs, prepare_text, some_chats
+from chat_files import pair, prepare_chats, prepare_pairs, prepare_text, some_chats, write_chats
 from hf_folders import ModelSource
 from models import build
 from ranks import run_group
@@ -80,7 +80,8 @@ def uneven_pairs() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("dpo")
-    held_out = {"validation_inputs": (str(folder / "pairs.jsonl"),)}  # the same, so that both have one oracle
+    same = write_chats(folder / "held-out.jsonl", *uneven_pairs())  # so that both have one oracle
+    held_out = {"validation_inputs": (str(same),)}
     made = {
         "pairs": prepare_pairs(folder, LENGTH, *uneven_pairs(), **held_out),
         "chats": prepare_chats(folder, LENGTH, *some_chats(60), validation_fraction=0.3),
