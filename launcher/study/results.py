@@ -21,7 +21,7 @@ from launcher.run.metrics_log import read_metrics
 from launcher.study.arms import Arm
 from launcher.study.config import POST_TRAINING
 from launcher.study.jobs import Job
-from launcher.study.sharing import Sharing, first_step, parting, settings_of
+from launcher.study.sharing import Sharing, first_step, parting
 
 Row = dict[str, Any]
 
@@ -76,8 +76,8 @@ def results_of(arms: Sequence[Arm], sharing: Sharing, standings: Mapping[str, St
         if (twin := twin_of(arm, arms, sharing)) is not None:
             row |= {"twin": twin.name} | excess(logs[arm.name], logs[twin.name], arm.plan)
             end = held_out_of(logs[twin.name], twin)["held_out_loss"]
-            has_both = end is not None and row["held_out_loss"] is not None
-            row["excess_at_end"] = row["held_out_loss"] - end if has_both else None
+            do_compare = end is not None and row["held_out_loss"] is not None and arm.tokens == twin.tokens
+            row["excess_at_end"] = row["held_out_loss"] - end if do_compare else None
         rows.append(row)
     return rows
 
@@ -105,20 +105,52 @@ def switch_step(course: Course) -> int | None:
 
 
 def twin_of(arm: Arm, arms: Sequence[Arm], sharing: Sharing) -> Arm | None:
-    """The run that is the same up to the arm's switch and stays in 16 bits; None if the study has none."""
+    """The run that is the same up to the arm's switch and stays in 16 bits; None if the study has none.
+
+    Of several, it is one with the arm's tokens, and of these the one whose rates and data are most like the arm's from
+    the switch on.
+    """
     step = switch_step(arm.plan)
     if step is None or arm.plan.phases[0].quantization is not None:
         return None
-    settings, sizes = settings_of(arm.plan), sharing.sizes
-    for other in arms:
-        is_longer = other.plan.total_steps > step
-        if is_longer and not any(phase.quantization for phase in other.plan.phases):
-            begin = first_step(arm.plan)
-            if settings_of(other.plan) == settings and step == parting(
-                arm.plan, other.plan, sizes[arm.name], sizes[other.name], begin, step
-            ):
-                return other
-    return None
+    sizes, settings, begin = sharing.sizes, sharing.settings, first_step(arm.plan)
+    twins = [
+        other
+        for other in arms
+        if other.plan.total_steps > step
+        and not any(phase.quantization for phase in other.plan.phases)
+        and settings[other.name] == settings[arm.name]
+        and step == parting(arm.plan, other.plan, sizes[arm.name], sizes[other.name], begin, step)
+    ]
+    return max(
+        twins,
+        key=lambda other: (other.tokens == arm.tokens, _likeness(arm, other, sharing, step)),
+        default=None,
+    )
+
+
+def _likeness(arm: Arm, other: Arm, sharing: Sharing, begin: int) -> int:
+    """Steps from one on in which two arms have the same learning rate, weight decay and data, added up.
+
+    Each counts by itself, since a baseline has no share in some: a rate that is warmed up anew, or weight decay that
+    ends with the switch.
+    """
+    rates = zip(sharing.sizes[arm.name][begin:], sharing.sizes[other.name][begin:], strict=False)
+    alike = sum(
+        (ours.learning_rate == theirs.learning_rate) + (ours.decay_factor == theirs.decay_factor)
+        for ours, theirs in rates
+    )
+    plans = (arm.plan, other.plan)
+    end = min(plan.total_steps for plan in plans)
+    starts = {phase.start for plan in plans for phase in plan.phases if begin < phase.start < end}
+    for first, last in pairwise([begin, *sorted(starts), end]):
+        ours, theirs = (
+            (plan.first_sequence_at(first), plan.length_at(first), phase.sources, phase.objective, phase.preference)
+            for plan in plans
+            for phase in [plan.phase_of(first)]
+        )
+        alike += (last - first) * (ours == theirs)
+    return alike
 
 
 def excess(log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], course: Course) -> Row:

@@ -1,14 +1,19 @@
 """The excess over a twin from logs that the tests write, which may be logged at other steps."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_studies import make_study
 from tiny import tiny_tree
 
 from launcher.config.file import parse_config
 from launcher.plan.plan import make_plan
-from launcher.study.results import differences_from, excess
+from launcher.study.arms import Arm
+from launcher.study.reading import read_study
+from launcher.study.results import Row, differences_from, excess
 
 
 def rows(losses: dict[int, float]) -> list[dict[str, Any]]:
@@ -39,3 +44,84 @@ def test_peak_and_area_are_those_of_the_steps_after_the_switch(tmp_path: Path) -
         "excess_area": pytest.approx((0.5 + 0.1 - 0.1) * 256),
     }
     assert excess(ours[:4], twin, plan) == {"excess_peak": None, "excess_area": None}
+
+
+DECAYS = {
+    "overrides": [
+        "schedule={shape: linear, warmup_steps: 2, final_fraction: 0.0, decay_from_phase: 1}",
+        "training.compile=false",
+    ],
+    "sections": {"phases": [{"precision": "16-bit", "steps": 100}, {"precision": "ternary", "steps": 1}]},
+    "baselines": ["16-bit"],
+}
+"""Keys of a study whose arms decay while they are ternary, and share the 100 steps before."""
+
+
+def twins_of(folder: Path, losses: Callable[[Arm], float | None], **keys: Any) -> dict[str, Row]:
+    """The rows of a made study's arms that switch, by name."""
+    records = read_study(make_study(folder, losses, seeds=[0], **keys)).records
+    return {record.name: record.row for record in records if record.point["baseline"] == "none"}
+
+
+def test_a_twin_has_the_length_of_its_arm(tmp_path: Path) -> None:
+    """Runs in 16 bits that are equal up to the switch decay over 1, 20 or 100 steps."""
+    steps = {"1": 3.0, "20": 2.8, "100": 2.5}
+    axes = {"ternary": {name: [f"phases.1.steps={name}"] for name in steps}}
+
+    def loss(arm: Arm) -> float:
+        return steps[arm.point["ternary"]] + (0.0 if arm.baseline == "16-bit" else 0.01 * len(arm.point["ternary"]))
+
+    found = twins_of(tmp_path / "study", loss, axes=axes, **DECAYS)
+    assert {name: row["twin"] for name, row in found.items()} == {
+        f"ternary-{name}": f"16-bit_ternary-{name}" for name in steps
+    }
+    for name, row in found.items():
+        assert row["excess_at_end"] == pytest.approx(0.01 * len(row["ternary"]))
+        ours, theirs = (
+            {row["step"]: row["train/loss"] for row in map(json.loads, path.open()) if "train/loss" in row}
+            for path in (tmp_path / "study" / "arms" / run / "metrics.jsonl" for run in (name, row["twin"]))
+        )
+        above = [ours[step] - theirs[step] for step in range(101, 101 + int(row["ternary"]))]
+        assert row["excess_peak"] == pytest.approx(max(above))
+        assert row["excess_area"] == pytest.approx(256 * sum(above))
+
+
+def test_a_twin_of_another_length_says_nothing_of_the_end(tmp_path: Path) -> None:
+    axes = {"ternary": {"10": ["phases.1.steps=10"], "20": ["phases.1.steps=20"]}}
+    exclude = [{"baseline": "16-bit", "ternary": "20"}]
+    found = twins_of(tmp_path / "study", lambda arm: 3.0, axes=axes, exclude=exclude, **DECAYS)
+    short, long = found["ternary-10"], found["ternary-20"]
+    assert short["twin"] == long["twin"] == "16-bit"
+    assert (short["excess_at_end"], long["excess_at_end"]) == (0.0, None)
+    assert long["excess_peak"] is not None
+
+
+@pytest.mark.parametrize(
+    "transition", ["{}", "{rewarm_tokens: 1024}", "{learning_rate_drop: {factor: 0.5, tokens: 4096}}"]
+)
+def test_a_twin_decays_with_its_arm(tmp_path: Path, transition: str) -> None:
+    """Also where the arm warms up anew after the switch and the baseline does not."""
+    decays = {"late": 0.2, "middle": 0.3, "early": 0.4}
+    schedules = {
+        name: [f"schedule={{shape: wsd, warmup_steps: 2, decay_fraction: {share}}}"] for name, share in decays.items()
+    }
+
+    def loss(arm: Arm) -> float:
+        return 3.0 - decays[arm.point["decay"]] + (0.0 if arm.baseline == "16-bit" else 0.05)
+
+    overrides = [f"phases.1.transition={transition}"]
+    keys: dict[str, Any] = {"axes": {"decay": schedules}, "overrides": overrides, "baselines": ["16-bit"]}
+    found = twins_of(tmp_path / "study", loss, switch=[0.5], **keys)
+    assert {row["twin"] for row in found.values()} == {f"16-bit_decay-{name}" for name in decays}
+    for row in found.values():
+        assert row["twin"] == f"16-bit_decay-{row['decay']}"
+        assert row["excess_at_end"] == pytest.approx(0.05)
+
+
+def test_a_twin_reads_what_its_arm_reads(tmp_path: Path) -> None:
+    texts = {name: [f"phases.1.sources=[{{path: {name}}}]"] for name in ("books", "code")}
+    keys: dict[str, Any] = {"axes": {"text": texts}, "baselines": ["16-bit"]}
+    found = twins_of(tmp_path / "study", lambda arm: 3.0, switch=[0.5], **keys)
+    assert {name: row["twin"] for name, row in found.items()} == {
+        f"text-{name}": f"16-bit_text-{name}" for name in texts
+    }
