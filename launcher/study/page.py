@@ -176,7 +176,7 @@ def _arm_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
     area = group.mean("excess_area")
     return (
         group.name,
-        f"{len(group.losses)} of {len(group.members)}",
+        f"{len(group.losses)} of {group.num_seeds}",
         rate,
         interval(group.mean("held_out_loss"), 4),
         interval(group.mean("held_out_bits_per_byte"), 4),

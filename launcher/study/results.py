@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from data.new_paths import replace_file
 from launcher.plan.course import Course
@@ -24,6 +24,8 @@ from launcher.study.jobs import Job
 from launcher.study.sharing import Sharing, first_step, parting
 
 Row = dict[str, Any]
+
+Rate = TypeVar("Rate", bound=str | None)
 
 Status = Literal["complete", "failed", "not complete"]
 
@@ -220,28 +222,50 @@ def write_results(rows: Sequence[Row], out: Path) -> None:
     replace_file(out / "results.json", json.dumps([{key: row.get(key) for key in columns} for row in rows], indent=2))
 
 
+def best_rate(rates: Mapping[Rate, Mapping[str, float]]) -> Rate:
+    """The learning rate with the smallest mean loss; two are compared on the seeds that both have.
+
+    Args:
+        rates: by learning rate, the losses by seed. Those with more seeds are compared first; one that has no seed in
+            common with the best of these is not.
+    """
+    most_first = sorted(rates, key=lambda rate: -len(rates[rate]))
+    best = most_first[0]
+    for rate in most_first[1:]:
+        common = rates[rate].keys() & rates[best].keys()
+        if sum(rates[rate][seed] - rates[best][seed] for seed in common) < 0:
+            best = rate
+    return best
+
+
 def table_of(arms: Sequence[Arm], rows: Sequence[Row]) -> list[list[str]]:
     """A row for each arm over its seeds, the columns' names first; of rates that were swept, the best."""
-    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    groups: dict[tuple[tuple[str, str], ...], dict[str | None, list[Row]]] = {}
     for arm, row in zip(arms, rows, strict=True):
-        groups.setdefault(tuple(arm.group.items()), []).append(row)
-    best: dict[tuple[tuple[str, str], ...], tuple[float, list[str]]] = {}
-    for values, members in groups.items():
-        losses = [row["held_out_loss"] for row in members if row["held_out_loss"] is not None]
-        mean = statistics.mean(losses) if losses else float("inf")
-        unswept = tuple((axis, value) for axis, value in values if axis != "rate")
-        cells = [
-            " ".join(value if axis == "baseline" else f"{axis} {value}" for axis, value in values) or "arm",
-            f"{len(losses)} of {len(members)}",
-            f"{mean:.4f}" if losses else "-",
-            f"{min(losses):.4f} to {max(losses):.4f}" if losses else "-",
-            _mean(members, "excess_peak"),
-            _mean(members, "excess_at_end"),
-        ]
-        if unswept not in best or mean < best[unswept][0]:
-            best[unswept] = mean, cells
-    head = ["arm", "seeds", "held-out loss", "range", "excess: peak", "at the end"]
-    return [head, *(cells for _, cells in best.values())]
+        unswept = tuple((axis, value) for axis, value in arm.group.items() if axis != "rate")
+        groups.setdefault(unswept, {}).setdefault(arm.point.get("rate"), []).append(row)
+    table = [["arm", "seeds", "held-out loss", "range", "excess: peak", "at the end"]]
+    for values, rates in groups.items():
+        by_seed = {
+            rate: {str(row["seed"]): row["held_out_loss"] for row in rows_of if row["held_out_loss"] is not None}
+            for rate, rows_of in rates.items()
+        }
+        rate = best_rate(by_seed)
+        losses = list(by_seed[rate].values())
+        named = [value if axis == "baseline" else f"{axis} {value}" for axis, value in values]
+        named += [] if rate is None else [f"rate {rate}"]
+        num_seeds = len({row["seed"] for rows_of in rates.values() for row in rows_of})
+        table.append(
+            [
+                " ".join(named) or "arm",
+                f"{len(losses)} of {num_seeds}",
+                f"{statistics.mean(losses):.4f}" if losses else "-",
+                f"{min(losses):.4f} to {max(losses):.4f}" if losses else "-",
+                _mean(rates[rate], "excess_peak"),
+                _mean(rates[rate], "excess_at_end"),
+            ]
+        )
+    return table
 
 
 def _mean(rows: Sequence[Row], key: str) -> str:
