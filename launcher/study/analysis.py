@@ -8,7 +8,7 @@ baseline and the best ternary one from scratch of them, whatever its quantizer, 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 
@@ -39,6 +39,11 @@ class Group:
     """One for each seed that this rate was planned with, complete or not."""
     num_seeds: int
     """Seeds that any of its rates was planned with."""
+
+    @property
+    def stands_for(self) -> tuple[Mapping[str, str], ...]:
+        """As of its members, all together."""
+        return tuple(point for each in self.members for point in each.stands_for)
 
     @property
     def name(self) -> str:
@@ -155,7 +160,11 @@ def groups_of(findings: Findings) -> tuple[Group, ...]:
 
 
 def _agree(first: Group, second: Group, axes: Sequence[str]) -> bool:
-    return all(first.point[axis] == second.point[axis] for axis in axes if axis in first.point and axis in second.point)
+    """Whether two arms, or arms that they are the baselines of, have the same values on these axes."""
+    return any(
+        all(ours[axis] == theirs[axis] for axis in axes if axis in ours and axis in theirs)
+        for ours, theirs in product(first.stands_for, second.stands_for)
+    )
 
 
 def _mean_loss(group: Group) -> float:

@@ -29,6 +29,9 @@ Rate = TypeVar("Rate", bound=str | None)
 
 Status = Literal["complete", "failed", "not complete"]
 
+STANDS_FOR = "stands_for"
+"""In `results.json`: the points of the grid that a baseline is that of."""
+
 LOSS, HELD_OUT, BYTES = "train/loss", "validation/loss", "validation/bits_per_byte"
 
 
@@ -74,6 +77,8 @@ def results_of(arms: Sequence[Arm], sharing: Sharing, standings: Mapping[str, St
     for arm in arms:
         status, step = standings[arm.name].status, min(standings[arm.name].step, arm.result_step)
         about = {"arm": arm.name, "status": status, **arm.point, "baseline": arm.baseline, "steps": step}
+        if arm.stands_for:
+            about[STANDS_FOR] = [dict(point) for point in arm.stands_for]
         row = about | {"tokens": arm.plan.tokens_before(step)} | held_out_of(logs[arm.name], arm)
         if (twin := twin_of(arm, arms, sharing)) is not None:
             row |= {"twin": twin.name} | excess(logs[arm.name], logs[twin.name], arm.plan)
@@ -215,7 +220,8 @@ def write_results(rows: Sequence[Row], out: Path) -> None:
     """Write `results.csv` and `results.json`."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    flat = [column for column in columns if column != STANDS_FOR]
+    writer = csv.DictWriter(text, flat, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     replace_file(out / "results.csv", text.getvalue())

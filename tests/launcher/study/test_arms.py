@@ -266,3 +266,23 @@ def test_the_study_of_switch_points_has_its_trunks(tmp_path):
 def test_a_shipped_configuration_is_found_by_its_name(tmp_path):
     (arm,) = arms_of(tmp_path, base="quickstart", baselines=[])
     assert arm.config.model.vocab_size == 2048
+
+
+def test_baselines_of_axes_that_vary_together_are_all_there(tmp_path):
+    """Each size has a rate of its own, so no two points differ in one of the two axes alone."""
+    axes = {
+        "size": {"small": ["model.intermediate_size=80"], "big": ["model.intermediate_size=96"]},
+        "speed": {"high": ["optimizer.learning_rate=8e-3"], "low": ["optimizer.learning_rate=4e-3"]},
+    }
+    exclude = [{"size": "small", "speed": "low"}, {"size": "big", "speed": "high"}]
+    arms = arms_of(tmp_path, axes=axes, exclude=exclude, seeds=[0, 1], baselines=["16-bit"])
+    expected = {("small", "high"): (80, 8e-3), ("big", "low"): (96, 4e-3)}
+    assert [arm.name for arm in arms] == [
+        f"{kind}size-{size}_speed-{speed}_seed-{seed}"
+        for kind in ("16-bit_", "")
+        for size, speed in expected
+        for seed in (0, 1)
+    ]
+    for arm in arms:
+        made = arm.config.model.intermediate_size, arm.config.optimizer.learning_rate
+        assert made == expected[arm.point["size"], arm.point["speed"]]

@@ -1,5 +1,6 @@
 """The excess over a twin from logs that the tests write, which may be logged at other steps."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ from tiny import tiny_tree
 
 from launcher.config.file import parse_config
 from launcher.plan.plan import make_plan
+from launcher.study.analysis import groups_of
 from launcher.study.arms import Arm
 from launcher.study.reading import read_study
+from launcher.study.report import row_of
 from launcher.study.results import Row, differences_from, excess
 
 
@@ -125,3 +128,37 @@ def test_a_twin_reads_what_its_arm_reads(tmp_path: Path) -> None:
     assert {name: row["twin"] for name, row in found.items()} == {
         f"text-{name}": f"16-bit_text-{name}" for name in texts
     }
+
+
+def test_a_baseline_is_that_of_all_arms_that_it_stands_for(tmp_path: Path) -> None:
+    """One schedule decays from the switch on, so it has a 16-bit run for each; the other has one for all of them."""
+    switched = "schedule={shape: linear, warmup_steps: 2, final_fraction: 0.0, decay_from_phase: 1}"
+    levels = {"20%": 3.2, "50%": 3.0, "80%": 3.1}
+
+    def loss(arm: Arm) -> float:
+        own = arm.point["decay"] == "own"
+        dense = 2.7 if own else levels[arm.point["switch"]] - 0.5
+        if arm.baseline == "16-bit":
+            return dense
+        return dense + (0.4 if arm.baseline == "scratch" else 0.1 if own else 0.2)
+
+    axes = {"decay": {"own": [], "at-switch": [switched]}}
+    folder = make_study(tmp_path / "study", loss, switch=[0.2, 0.5, 0.8], axes=axes)
+
+    def check() -> list[tuple[str, str, float | None, float | None]]:
+        groups = groups_of(read_study(folder))
+        rows = [row_of(group, groups) for group in groups if group.baseline == "none"]
+        return [(row["switch"], row["decay"], row["above_16_bit"], row["share_of_fair_gap"]) for row in rows]
+
+    found = check()
+    assert len(found) == 6
+    for _, decay, above, share in found:
+        distance = 0.1 if decay == "own" else 0.2
+        assert (above, share) == (pytest.approx(distance), pytest.approx(1 - distance / 0.4))
+    with (folder / "results.csv").open() as file:
+        assert "stands_for" not in next(csv.reader(file))
+    # A folder of before they were recorded: the baseline is that of the arms of its own point.
+    path = folder / "results.json"
+    old = [{key: value for key, value in row.items() if key != "stands_for"} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(old))
+    assert [above for _, decay, above, _ in check() if decay == "own"] == [pytest.approx(0.1), None, None]
