@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
+from launcher.config.file import load_config
 from launcher.config.sections import Config
-from launcher.plan.plan import Plan
+from launcher.plan.plan import Plan, make_plan
 from launcher.run.folder import RunFolder
 from launcher.study.arms import Arm
 from launcher.study.sharing import Sharing, Trunk
@@ -90,11 +91,17 @@ def jobs_of(arms: Sequence[Arm], sharing: Sharing, out: Path) -> list[Job]:
 
 
 def _job_of_trunk(trunk: Trunk, out: Path) -> Job:
-    name, config = f"trunks/{trunk.name}", trunk.arm.config
+    """The job of a trunk; one that has begun goes on with its configuration.
+
+    That may be of another arm than the one that is first now. The trunk's name says that both train the same.
+    """
+    name = f"trunks/{trunk.name}"
+    stored = out / name / "config.yaml"
+    config = load_config(stored, stored=True) if stored.is_file() else trunk.arm.config
     config = replace(config, run=replace(config.run, name=f"trunk-{trunk.name}", folder=str(out / name)))
     return Job(
         name=name,
-        plan=replace(trunk.arm.plan, config=config),
+        plan=make_plan(config, trunk.arm.plan.world_size),
         begin=trunk.begin,
         end=trunk.end,
         needs=f"trunks/{trunk.parent}" if trunk.parent else None,

@@ -11,7 +11,7 @@ from launcher.config.file import apply_override, parse_config
 from launcher.formats.start import first_progress
 from launcher.plan.plan import make_plan
 from launcher.study.arms import Arm
-from launcher.study.jobs import jobs_of
+from launcher.study.jobs import Job, jobs_of
 from launcher.study.results import twin_of
 from launcher.study.sharing import first_step, share
 from launcher.study.table import num_steps, stretches
@@ -245,3 +245,21 @@ def test_a_run_that_starts_from_a_checkpoint_begins_where_training_would() -> No
     plan = make_plan(parse_config(tree), 1)
     assert first_step(plan) == first_progress(plan).step == 4
     assert first_step(arm("a").plan) == first_progress(arm("a").plan).step == 0
+
+
+def test_a_trunk_goes_on_with_the_configuration_that_it_began_with(tmp_path: Path) -> None:
+    """Also where the study has got an arm that is first of those that share it."""
+    arms = [arm("a", switch=20), arm("b", switch=30)]
+
+    def trunk_of(arms: list[Arm]) -> Job:
+        return jobs_of(arms, share(arms), tmp_path)[0]  # parents first
+
+    begun = trunk_of(arms)
+    begun.folder.prepare([20, 20])
+    begun.folder.note_start(0, 1)
+    begun.folder.write_state("interrupted", reason="signal", checkpoint=None, job=None)
+    later = trunk_of([arm("16-bit", switch=None), *arms])
+    assert (later.name, later.begin, later.end) == (begun.name, 0, 20)
+    later.folder.check_configuration()
+    assert later.config == begun.config
+    assert later.plan == begun.plan
