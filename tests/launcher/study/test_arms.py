@@ -286,3 +286,17 @@ def test_baselines_of_axes_that_vary_together_are_all_there(tmp_path):
     for arm in arms:
         made = arm.config.model.intermediate_size, arm.config.optimizer.learning_rate
         assert made == expected[arm.point["size"], arm.point["speed"]]
+
+
+def test_complete_runs_that_a_file_no_longer_names_are_named(tmp_path, capfd):
+    """With a second seed, names have the seed, so the arms of the first one would be trained again."""
+    out = tmp_path / "out"
+    for seeds in ([0], [0, 1]):
+        path = write_study(tmp_path, Path("shards"), switch=[0.25, 0.5], seeds=seeds, baselines=[])
+        assert study(path, out, OPTIONS, Console(silent=False)) == 0
+        said = capfd.readouterr().out
+        for name in ("switch-25", "switch-50"):
+            (out / "arms" / name).mkdir(parents=True, exist_ok=True)
+            status = "complete" if name == "switch-25" else "interrupted"
+            (out / "arms" / name / "state.json").write_text(f'{{"status": "{status}"}}')
+    assert "WARNING: arms/ has complete runs that this file gives no such name: switch-25;" in said
