@@ -5,6 +5,7 @@ ends with the process. So a study that was killed goes on with the same command,
 share the work.
 """
 
+import errno
 import fcntl
 import json
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
 from launcher.config.file import load_config
 from launcher.config.sections import Config
+from launcher.errors import ConfigError
 from launcher.plan.plan import Plan, make_plan
 from launcher.run.folder import RunFolder
 from launcher.study.arms import Arm
@@ -136,13 +138,22 @@ def lock_of(job: Job, out: Path) -> Path:
 
 @contextmanager
 def claimed(job: Job, out: Path) -> Iterator[bool]:
-    """Hold the lock of a job; yields False if another process has it."""
+    """Hold the lock of a job; yields False if another process has it.
+
+    Raises:
+        ConfigError: the folder's file system has no locks.
+    """
     path = lock_of(job, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # POSIX allows both for a lock that is held
+                raise ConfigError(
+                    f"--out {out}: {path.parent}: cannot be locked ({errno.errorcode.get(error.errno or 0)}: "
+                    f"{error.strerror}); a study needs a folder on a file system with locks"
+                ) from error
             yield False
         else:
             yield True

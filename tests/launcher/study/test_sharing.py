@@ -1,5 +1,7 @@
 """Trunks: arms share exactly the steps that are the same in all that influences the weights."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,11 @@ from hypothesis import strategies as st
 from tiny import tiny_tree
 
 from launcher.config.file import apply_override, parse_config
+from launcher.errors import ConfigError
 from launcher.formats.start import first_progress
 from launcher.plan.plan import make_plan
 from launcher.study.arms import Arm
-from launcher.study.jobs import Job, jobs_of
+from launcher.study.jobs import Job, claimed, jobs_of
 from launcher.study.results import twin_of
 from launcher.study.sharing import first_step, share
 from launcher.study.table import num_steps, stretches
@@ -263,3 +266,23 @@ def test_a_trunk_goes_on_with_the_configuration_that_it_began_with(tmp_path: Pat
     later.folder.check_configuration()
     assert later.config == begun.config
     assert later.plan == begun.plan
+
+
+def test_a_folder_without_locks_is_named_and_not_taken_for_a_busy_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs_of([arm("a")], share([arm("a")]), tmp_path)[0]
+
+    def refuse_with(number: int) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("launcher.study.jobs.fcntl.lockf", refuse)
+
+    for number in (errno.EAGAIN, errno.EACCES):
+        refuse_with(number)
+        with claimed(job, tmp_path) as is_mine:
+            assert not is_mine
+    refuse_with(errno.ENOLCK)
+    with pytest.raises(ConfigError, match=r"--out .*claims: .*ENOLCK.*locks"), claimed(job, tmp_path):
+        pass
