@@ -141,6 +141,8 @@ def _config_of(study: Study, shared: dict[str, Any], point: Point) -> Config:
     config = parse_config(tree)
     if config.checkpoint.folder is not None:
         raise ConfigError("checkpoint.folder: must be null; a study keeps checkpoints in the folders of its arms")
+    if not config.data.validation_rows:
+        raise ConfigError("data.validation_rows: is 0; a study compares held-out losses, so it must be above 0")
     baseline = point["baseline"]
     return config if baseline == NO_BASELINE else baseline_of(config, _as_baseline(baseline))
 

@@ -87,7 +87,11 @@ def _verdicts(findings: Findings, groups: Sequence[Group]) -> Iterator[str]:
     yield f"<p>{complete} of {len(findings.records)} arms are complete.</p>"
     best = best_of(groups)
     if best is None:
-        yield '<p class="verdict">No arm that switches is complete, so there is nothing to compare yet.</p>'
+        is_complete = any(
+            each.status == "complete" and each.point["baseline"] == NO_BASELINE for each in findings.records
+        )
+        reason = "complete arms have no held-out loss" if is_complete else "no arm of the grid is complete yet"
+        yield f'<p class="verdict">There is nothing to compare: {reason}.</p>'
         return
     yield f'<p class="verdict">{escape(_sentence(best, groups))}</p>'
     for sentence in _cautions(findings, groups):

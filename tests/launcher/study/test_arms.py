@@ -300,3 +300,8 @@ def test_complete_runs_that_a_file_no_longer_names_are_named(tmp_path, capfd):
             status = "complete" if name == "switch-25" else "interrupted"
             (out / "arms" / name / "state.json").write_text(f'{{"status": "{status}"}}')
     assert "WARNING: arms/ has complete runs that this file gives no such name: switch-25;" in said
+
+
+def test_a_study_without_held_out_text_has_no_result_and_is_refused(tmp_path):
+    problem = problem_of(tmp_path, {"data": {"validation_rows": 0}})
+    assert problem == "all arms: data.validation_rows: is 0; a study compares held-out losses, so it must be above 0"
