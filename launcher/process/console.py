@@ -69,9 +69,7 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """Print a line, above the progress if there is one."""
-        self._rich.print(
-            printable(text), markup=False, emoji=False, soft_wrap=True
-        )  # cut nowhere: a terminal wraps by itself
+        self._rich.print(printable(text), markup=False, soft_wrap=True)  # cut nowhere: a terminal wraps by itself
         if not self._live and not self._silent:
             sys.stdout.flush()
 

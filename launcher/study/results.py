@@ -32,7 +32,8 @@ Status = Literal["complete", "failed", "not complete"]
 STANDS_FOR = "stands_for"
 """In `results.json`: the points of the grid that a baseline is that of."""
 
-LOSS, HELD_OUT, BYTES = "train/loss", "validation/loss", "validation/bits_per_byte"
+LOSS, RATE = "train/loss", "train/learning_rate"
+HELD_OUT, BYTES = "validation/loss", "validation/bits_per_byte"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,9 +212,9 @@ def _means_between(losses: Mapping[tuple[int, int], float], ends: Sequence[int])
 
 def by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
     """Training losses by the finished steps before and after those that each is the mean of."""
-    rows = [row for row in log if LOSS in row]
+    rows = [row for row in log if LOSS in row or RATE in row]  # a loss that is not finite is left out of its row
     befores = [0, *(row["step"] for row in rows)]
-    return {(before, row["step"]): row[LOSS] for before, row in zip(befores, rows, strict=False)}
+    return {(before, row["step"]): row[LOSS] for before, row in zip(befores, rows, strict=False) if LOSS in row}
 
 
 def write_results(rows: Sequence[Row], out: Path) -> None:

@@ -16,7 +16,7 @@ from launcher.study.analysis import groups_of
 from launcher.study.arms import Arm
 from launcher.study.reading import read_study
 from launcher.study.report import row_of
-from launcher.study.results import Row, differences_from, excess
+from launcher.study.results import Row, by_steps, differences_from, excess
 
 
 def rows(losses: dict[int, float]) -> list[dict[str, Any]]:
@@ -36,6 +36,15 @@ def test_steps_of_which_a_row_is_missing_or_crosses_the_switch_are_left_out() ->
     ours = rows({4: 1.0, 5: 3.0, 6: 3.0, 8: 3.0})
     assert differences_from(ours, rows({3: 1.0, 5: 1.0, 6: 1.0, 8: 2.0}), 4) == {(5, 6): 2.0, (6, 8): 1.0}
     assert differences_from(ours, [], 4) == {}
+
+
+def test_steps_with_a_loss_that_is_not_finite_count_as_none_of_the_next_row() -> None:
+    """Such a row has no loss, as JSON has no word for it; what else it has says that it is one."""
+    ours = rows({4: 1.0, 5: 3.0, 7: 3.0, 8: 3.5})
+    ours.insert(2, {"step": 6, "train/learning_rate": 1e-3})
+    assert by_steps(ours) == {(0, 4): 1.0, (4, 5): 3.0, (6, 7): 3.0, (7, 8): 3.5}
+    theirs = rows(dict.fromkeys(range(1, 9), 2.0))
+    assert differences_from(ours, theirs, 4) == {(4, 5): 1.0, (7, 8): 1.5}
 
 
 def test_peak_and_area_are_those_of_the_steps_after_the_switch(tmp_path: Path) -> None:
