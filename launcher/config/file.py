@@ -94,13 +94,20 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Parse YAML text; ``origin`` names it in the error."""
+    """Parse YAML text; ``origin`` names it in the error. What an alias stands for is a value of its own."""
     if len(text) > MAX_YAML_CHARS:
         raise ConfigError(f"{origin}: has more than {MAX_YAML_CHARS:,} characters and cannot be a configuration")
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        return _unshared(yaml.load(text, _Loader))  # a SafeLoader
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
+
+
+def _unshared(tree: Any) -> Any:
+    """A copy in which no two places are one object, so that a change of one is none of another."""
+    if isinstance(tree, dict):
+        return {key: _unshared(value) for key, value in tree.items()}
+    return [_unshared(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), *, stored: bool | None = False) -> Config:

@@ -58,7 +58,7 @@ class Console:
     def __init__(self, *, silent: bool) -> None:
         from rich.console import Console as RichConsole
 
-        self._rich = RichConsole(file=sys.stdout, highlight=False, quiet=silent, soft_wrap=True)
+        self._rich = RichConsole(file=sys.stdout, highlight=False, emoji=False, quiet=silent, soft_wrap=True)
         self._silent = silent
         self._progress: Progress | None = None
         self._task: Any = None
@@ -80,7 +80,7 @@ class Console:
 
         table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
         self._rich.print(table)

@@ -7,7 +7,6 @@ levels, since batches differ by more than most effects.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
+from launcher.config.averaging import without_averaged
 from launcher.config.file import parse_yaml
 from launcher.errors import ConfigError
 from launcher.report.history import LOSS, History, curves
@@ -48,7 +48,7 @@ class Excess:
     offset_tokens: int
     """Tokens before the run's checkpoint that its own count leaves out."""
     at_end: float | None
-    """Difference of the held-out losses at the run's last step, in nats per token, if the twin has one there."""
+    """Difference of the held-out losses at the run's last step, in nats per token, if the twin is in 16 bits there."""
 
     @property
     def peak(self) -> float:
@@ -136,7 +136,7 @@ def _source_of(run: Path) -> Path | None:
     for folder in complete_checkpoints(run / "checkpoints")[-1:] if source is None else ():
         manifest = _manifest_of(folder)
         source = (manifest.get("provenance") or {}).get("source")
-    return Path(source) if isinstance(source, str) and "://" not in source else None
+    return Path(without_averaged(source)) if isinstance(source, str) and "://" not in source else None
 
 
 def _manifest_of(checkpoint: Path) -> dict[str, Any]:
@@ -200,7 +200,11 @@ def _levels(history: History, precision: str) -> tuple[NDArray[np.float64], NDAr
 def _at_end(run: History, twin: History, offset: int) -> float | None:
     if HELD_OUT not in run.series or HELD_OUT not in twin.series:
         return None
-    ours, theirs = run.series[HELD_OUT], twin.series[HELD_OUT]
-    there: Mapping[int, float] = dict(zip(theirs.tokens.tolist(), theirs.values.tolist(), strict=True))
+    ours = run.series[HELD_OUT]
+    there: dict[int, float] = {}
+    for span in twin.phases:
+        if span.precision == "16-bit":
+            theirs = twin.series[HELD_OUT].of_phase(span.index)
+            there |= dict(zip(theirs.tokens.tolist(), theirs.values.tolist(), strict=True))
     other = there.get(int(ours.tokens[-1]) + offset)
     return None if other is None else float(ours.values[-1]) - other

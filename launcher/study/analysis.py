@@ -8,14 +8,14 @@ baseline and the best ternary one from scratch of them, whatever its quantizer, 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 
 from launcher.study.config import NO_BASELINE
 from launcher.study.intervals import Estimate, mean_of, over_rows, paired, ratio_of
 from launcher.study.reading import Findings, Record
-from launcher.study.results import switch_step
+from launcher.study.results import best_rate, switch_step
 from quant.config import QuantConfig
 
 SIXTEEN, SCRATCH = "16-bit", "scratch"
@@ -36,7 +36,14 @@ class Group:
     rates: tuple[str, ...]
     """All that were tried."""
     members: tuple[Record, ...]
-    """One for each seed, complete or not."""
+    """One for each seed that this rate was planned with, complete or not."""
+    num_seeds: int
+    """Seeds that any of its rates was planned with."""
+
+    @property
+    def stands_for(self) -> tuple[Mapping[str, str], ...]:
+        """As of its members, all together."""
+        return tuple(point for each in self.members for point in each.stands_for)
 
     @property
     def name(self) -> str:
@@ -49,8 +56,8 @@ class Group:
     @property
     def name_with_seeds(self) -> str:
         """Its name, and how many of its seeds are complete if some are not."""
-        missing = len(self.members) - len(self.losses)
-        return self.name + (f" [{len(self.losses)} of {len(self.members)} seeds]" if missing else "")
+        missing = self.num_seeds - len(self.losses)
+        return self.name + (f" [{len(self.losses)} of {self.num_seeds} seeds]" if missing else "")
 
     def by_seed(self, column: str) -> dict[str, float]:
         """A figure of each complete member, by seed."""
@@ -133,21 +140,31 @@ def groups_of(findings: Findings) -> tuple[Group, ...]:
         rates.setdefault(record.point.get("rate"), []).append(record)
     groups = []
     for (baseline, point), rates in found.items():
-        best = min(rates, key=lambda rate: _worth(rates[rate]))
-        tried = tuple(rate for rate in rates if rate is not None)
-        members = tuple(rates[best])
-        groups.append(Group(baseline=baseline, point=dict(point), rate=best, rates=tried, members=members))
+        best = best_rate(
+            {
+                rate: {record.seed: record.loss for record in records if record.loss is not None}
+                for rate, records in rates.items()
+            }
+        )
+        groups.append(
+            Group(
+                baseline=baseline,
+                point=dict(point),
+                rate=best,
+                rates=tuple(rate for rate in rates if rate is not None),
+                members=tuple(rates[best]),
+                num_seeds=len({record.seed for records in rates.values() for record in records}),
+            )
+        )
     return tuple(groups)
 
 
-def _worth(members: Sequence[Record]) -> tuple[int, float]:
-    """Smaller is better: a rate with more complete seeds, and of these with the smaller loss."""
-    losses = [record.loss for record in members if record.loss is not None]
-    return -len(losses), statistics.mean(losses) if losses else float("inf")
-
-
 def _agree(first: Group, second: Group, axes: Sequence[str]) -> bool:
-    return all(first.point[axis] == second.point[axis] for axis in axes if axis in first.point and axis in second.point)
+    """Whether two arms, or arms that they are the baselines of, have the same values on these axes."""
+    return any(
+        all(ours[axis] == theirs[axis] for axis in axes if axis in ours and axis in theirs)
+        for ours, theirs in product(first.stands_for, second.stands_for)
+    )
 
 
 def _mean_loss(group: Group) -> float:
@@ -205,6 +222,11 @@ def _problems(dense: Group, scratch: Group, size: Estimate, groups: Sequence[Gro
             yield f"{each.name} was trained at one learning rate; sweep it, for a fair baseline is a tuned one"
         elif each.rate in (min(each.rates, key=float), max(each.rates, key=float)):
             yield f"the best learning rate of {each.name}, {each.rate}, is at the edge of those that were tried"
+        if len(each.rates) > 1 and len(each.members) < each.num_seeds:
+            yield (
+                f"the best learning rate of {each.name}, {each.rate}, was tried with {len(each.members)} of "
+                f"{each.num_seeds} seeds"
+            )
     from_scratch = [each for each in groups if each.baseline == SCRATCH]
     if not any(_has_default_quantizer(each) for each in from_scratch):
         yield "no baseline from scratch has the default quantization, the best that is known; add it as an axis"

@@ -20,6 +20,9 @@ from launcher.study.config import NO_BASELINE, POST_TRAINING, Baseline, Selector
 MOST_NAMED = 3
 """Arms that an error names; of more, it says how many."""
 
+FOR_ALL = ("seed", "rate", "baseline")
+"""Axes that make a difference to every baseline."""
+
 Point = Mapping[str, str]
 """By axis, the value of an arm: `switch`, the study's own axes, `rate`, `baseline` and `seed`."""
 
@@ -33,6 +36,8 @@ class Arm:
     point: Point
     """Its values on the axes that make a difference to it."""
     plan: Plan
+    stands_for: tuple[Point, ...] = ()
+    """Of a baseline, the values on the axes of all points of the grid that it is the baseline of."""
 
     @property
     def config(self) -> Config:
@@ -90,10 +95,11 @@ def make_arms(study: Study, base: Path, out: Path, num_ranks: int) -> list[Arm]:
     raise_problems(problems, len(points))
     named = _named(study, points, configs)
     arms = []
-    for name, point, config in named:
+    for name, point, stands_for, config in named:
         run = replace(config.run, name=name, folder=str(out / "arms" / name))
         try:
-            arms.append(Arm(name=name, point=point, plan=make_plan(replace(config, run=run), num_ranks)))
+            plan = make_plan(replace(config, run=run), num_ranks)
+            arms.append(Arm(name=name, point=point, plan=plan, stands_for=stands_for))
         except ConfigError as error:
             problems[str(error)].append(name)
     raise_problems(problems, len(named))
@@ -135,6 +141,8 @@ def _config_of(study: Study, shared: dict[str, Any], point: Point) -> Config:
     config = parse_config(tree)
     if config.checkpoint.folder is not None:
         raise ConfigError("checkpoint.folder: must be null; a study keeps checkpoints in the folders of its arms")
+    if not config.data.validation_rows:
+        raise ConfigError("data.validation_rows: is 0; a study compares held-out losses, so it must be above 0")
     baseline = point["baseline"]
     return config if baseline == NO_BASELINE else baseline_of(config, _as_baseline(baseline))
 
@@ -144,7 +152,11 @@ def _as_baseline(name: str) -> Baseline:
     return name  # type: ignore[return-value]
 
 
-def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config]) -> list[tuple[str, Point, Config]]:
+Named = tuple[str, Point, tuple[Point, ...], Config]
+"""The name, point, `stands_for` and configuration of an arm."""
+
+
+def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config]) -> list[Named]:
     """Each different run once, with a name and its point on the axes that matter to it.
 
     Raises:
@@ -153,27 +165,32 @@ def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config])
     keys = {index: _key(config) for index, config in configs.items()}
     differences = _differences(points, keys)
     found: dict[tuple[str, str], str] = {}
-    named: dict[str, tuple[str, Point, Config]] = {}
+    named: dict[str, tuple[Point, dict[str, Point], Config]] = {}
     for index, point in enumerate(points):
         baseline = point["baseline"]
-        kept = ("seed", "rate", "baseline") if baseline != NO_BASELINE else tuple(point)
+        kept = FOR_ALL if baseline != NO_BASELINE else tuple(point)
         matters = {axis: value for axis, value in point.items() if axis in kept or (baseline, axis) in differences}
         if baseline == NO_BASELINE:
             del matters["baseline"]
         name = name_of(matters, study.labels)
         earlier = found.setdefault((baseline, keys[index]), name)
-        if earlier != name:
-            if baseline == NO_BASELINE:
-                raise ConfigError(f"axes: the arms {earlier} and {name} are the same run; leave one of them out")
-            continue
-        if name in named and baseline == NO_BASELINE:
+        if earlier == name and name in named and baseline == NO_BASELINE:
             raise ConfigError(f"axes: two arms would have the name {name}; give their values names that differ")
-        named.setdefault(name, (name, matters, configs[index]))
-    return list(named.values())
+        if earlier != name and baseline == NO_BASELINE:
+            raise ConfigError(f"axes: the arms {earlier} and {name} are the same run; leave one of them out")
+        _, stands_for, _ = named.setdefault(earlier, (matters, {}, configs[index]))
+        if baseline != NO_BASELINE:
+            place = {axis: value for axis, value in point.items() if axis not in FOR_ALL}
+            stands_for.setdefault(repr(place), place)
+    return [(name, point, tuple(places.values()), config) for name, (point, places, config) in named.items()]
 
 
 def _differences(points: Sequence[Point], keys: Mapping[int, str]) -> set[tuple[str, str]]:
-    """The baselines and axes for which two points that differ in the axis alone are different runs."""
+    """The baselines and axes that tell different runs apart.
+
+    They are those for which two points that differ in the axis alone are different runs. If runs are different and are
+    not told apart by these, as where each size has a rate of its own, they are also the axes in which those differ.
+    """
     seen: dict[tuple[str, str], str] = {}
     found = set()
     for index, point in enumerate(points):
@@ -181,6 +198,16 @@ def _differences(points: Sequence[Point], keys: Mapping[int, str]) -> set[tuple[
             rest = repr(sorted((name, value) for name, value in point.items() if name != axis))
             if seen.setdefault((axis, rest), keys[index]) != keys[index]:
                 found.add((point["baseline"], axis))
+    alike: dict[str, list[int]] = defaultdict(list)
+    for index, point in enumerate(points):
+        if point["baseline"] != NO_BASELINE:
+            alike[repr([point.get(axis) for axis in FOR_ALL])].append(index)
+    for members in alike.values():
+        for first, second in itertools.combinations(members, 2):
+            baseline = points[first]["baseline"]
+            differ = {(baseline, axis) for axis, value in points[first].items() if points[second][axis] != value}
+            if keys[first] != keys[second] and not differ & found:
+                found |= differ
     return found
 
 

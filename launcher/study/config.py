@@ -22,7 +22,7 @@ Keep = Literal["ends", "all", "none"]
 NO_BASELINE = "none"
 """The value of `baseline` in a selector that means the arms of the grid itself."""
 
-RESERVED = ("switch", "seed", "baseline", "rate", "arm", "status", "steps", "tokens", "twin")
+RESERVED = ("switch", "seed", "baseline", "rate", "arm", "status", "steps", "tokens", "twin", "stands_for")
 RESERVED_BEGINNINGS = ("held_out_", "excess_")
 """Names that selectors and columns of results use besides those of the axes."""
 

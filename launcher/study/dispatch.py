@@ -29,6 +29,9 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_UNTIL_FREE = 5.0
 """How long to wait before a job that another process runs is looked at again."""
 
+SECONDS_OF_A_REQUEST = 1.0
+"""A signal that follows another within this time belongs to the same request: a Ctrl-C may come twice."""
+
 LINES_OF_A_FAILURE = 8
 """Lines at the end of a log that say why a job failed, if its run does not."""
 
@@ -74,7 +77,8 @@ class Queue:
         self._attempts: dict[str, int] = {}
         self._free_at: dict[str, float] = {}
         self._steps: dict[str, int] = {}
-        self._asked = 0
+        self._requests: list[float] = []
+        self._passed_on = 0
         self._outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -90,7 +94,7 @@ class Queue:
                 pass
         wanted = needed(self._jobs)
         outcome, names = self._outcome, {job.name for job in wanted}
-        outcome.is_stopped = bool(self._asked)
+        outcome.is_stopped = bool(self._requests)
         outcome.failed = {name: text for name, text in outcome.failed.items() if name in names}
         if not outcome.is_stopped:
             outcome.blocked = [name for name in names if name not in outcome.failed and name not in outcome.halted]
@@ -100,11 +104,11 @@ class Queue:
         """Start what can be started, wait a moment, and take in what has ended; returns whether there is more."""
         ready, waiting = self._ready()
         free = [slot for slot in range(len(self._places)) if slot not in self._running]
-        for slot, job in zip(free, () if self._asked else ready, strict=False):
+        for slot, job in zip(free, () if self._requests else ready, strict=False):
             self._start(context, slot, job)
-        if not self._running and (self._asked or not waiting):
+        if not self._running and (self._requests or not waiting):
             return False
-        if self._asked:
+        if len(self._requests) > self._passed_on:
             self._stop_all()
         connection.wait([each.process.sentinel for each in self._running.values()], timeout=SECONDS_BETWEEN_LOOKS)
         if not self._running:
@@ -152,7 +156,7 @@ class Queue:
             if job.name not in self._free_at:
                 self._console.line(f"{job.name} is run by another process")
             self._free_at[job.name] = time.monotonic() + SECONDS_UNTIL_FREE
-        elif self._asked:
+        elif self._requests:
             self._console.line(f"{job.name} is stopped at step {job.step} of {job.end}")
         elif code == INTERRUPTED:
             self._outcome.halted.append(job.name)
@@ -171,17 +175,18 @@ class Queue:
 
     def _stop_all(self) -> None:
         """Ask all runs to save and end; at a second request, end them."""
-        number = signal.SIGINT if self._asked == 1 else signal.SIGKILL
+        self._passed_on = len(self._requests)
+        number = signal.SIGINT if self._passed_on == 1 else signal.SIGKILL
         for each in self._running.values():
             if each.process.pid is not None and each.process.is_alive():
                 os.kill(each.process.pid, number)
-        if self._asked == 1:
-            self._asked = -1  # asked and passed on
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def handle(number: int, frame: FrameType | None) -> None:
-            self._asked = 2 if self._asked else 1
+            now = time.monotonic()
+            if not self._requests or now - self._requests[-1] > SECONDS_OF_A_REQUEST:
+                self._requests.append(now)
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         previous = {number: signal.signal(number, handle) for number in numbers}

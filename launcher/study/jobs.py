@@ -5,6 +5,7 @@ ends with the process. So a study that was killed goes on with the same command,
 share the work.
 """
 
+import errno
 import fcntl
 import json
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,10 @@ from functools import cached_property
 from pathlib import Path
 
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
+from launcher.config.file import load_config
 from launcher.config.sections import Config
-from launcher.plan.plan import Plan
+from launcher.errors import ConfigError
+from launcher.plan.plan import Plan, make_plan
 from launcher.run.folder import RunFolder
 from launcher.study.arms import Arm
 from launcher.study.sharing import Sharing, Trunk
@@ -90,11 +93,17 @@ def jobs_of(arms: Sequence[Arm], sharing: Sharing, out: Path) -> list[Job]:
 
 
 def _job_of_trunk(trunk: Trunk, out: Path) -> Job:
-    name, config = f"trunks/{trunk.name}", trunk.arm.config
+    """The job of a trunk; one that has begun goes on with its configuration.
+
+    That may be of another arm than the one that is first now. The trunk's name says that both train the same.
+    """
+    name = f"trunks/{trunk.name}"
+    stored = out / name / "config.yaml"
+    config = load_config(stored, stored=True) if stored.is_file() else trunk.arm.config
     config = replace(config, run=replace(config.run, name=f"trunk-{trunk.name}", folder=str(out / name)))
     return Job(
         name=name,
-        plan=replace(trunk.arm.plan, config=config),
+        plan=make_plan(config, trunk.arm.plan.world_size),
         begin=trunk.begin,
         end=trunk.end,
         needs=f"trunks/{trunk.parent}" if trunk.parent else None,
@@ -129,13 +138,22 @@ def lock_of(job: Job, out: Path) -> Path:
 
 @contextmanager
 def claimed(job: Job, out: Path) -> Iterator[bool]:
-    """Hold the lock of a job; yields False if another process has it."""
+    """Hold the lock of a job; yields False if another process has it.
+
+    Raises:
+        ConfigError: the folder's file system has no locks.
+    """
     path = lock_of(job, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # POSIX allows both for a lock that is held
+                raise ConfigError(
+                    f"--out {out}: {path.parent}: cannot be locked ({errno.errorcode.get(error.errno or 0)}: "
+                    f"{error.strerror}); a study needs a folder on a file system with locks"
+                ) from error
             yield False
         else:
             yield True

@@ -87,7 +87,11 @@ def _verdicts(findings: Findings, groups: Sequence[Group]) -> Iterator[str]:
     yield f"<p>{complete} of {len(findings.records)} arms are complete.</p>"
     best = best_of(groups)
     if best is None:
-        yield '<p class="verdict">No arm that switches is complete, so there is nothing to compare yet.</p>'
+        is_complete = any(
+            each.status == "complete" and each.point["baseline"] == NO_BASELINE for each in findings.records
+        )
+        reason = "complete arms have no held-out loss" if is_complete else "no arm of the grid is complete yet"
+        yield f'<p class="verdict">There is nothing to compare: {reason}.</p>'
         return
     yield f'<p class="verdict">{escape(_sentence(best, groups))}</p>'
     for sentence in _cautions(findings, groups):
@@ -176,7 +180,7 @@ def _arm_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
     area = group.mean("excess_area")
     return (
         group.name,
-        f"{len(group.losses)} of {len(group.members)}",
+        f"{len(group.losses)} of {group.num_seeds}",
         rate,
         interval(group.mean("held_out_loss"), 4),
         interval(group.mean("held_out_bits_per_byte"), 4),

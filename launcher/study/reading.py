@@ -19,7 +19,7 @@ from launcher.run.row_losses import RowLosses, read_row_losses
 from launcher.run.scores import RESULTS, read_results
 from launcher.study.arms import Arm
 from launcher.study.config import NO_BASELINE, POST_TRAINING, Study, parse_study
-from launcher.study.results import Row, Standing, Status, results_of
+from launcher.study.results import STANDS_FOR, Row, Standing, Status, results_of
 from launcher.study.sharing import share
 from model.size import num_linear_parameters
 
@@ -32,6 +32,9 @@ class Record:
     """As in `results.json`."""
     point: Mapping[str, str]
     """Its values on the axes, and its `rate`, `baseline` and `seed`."""
+    stands_for: tuple[Mapping[str, str], ...]
+    """Of a baseline, the values on the axes of the arms that it is the baseline of; of an arm, and where
+    `results.json` has none, its own point."""
     log: Sequence[Mapping[str, Any]]
     """The rows of its `metrics.jsonl`; empty before it has begun."""
     arm: Arm | None
@@ -113,6 +116,7 @@ def read_study(folder: Path) -> Findings:
             Record(
                 row=fresh.get(row["arm"], row),
                 point=point,
+                stands_for=_stands_for(row) or (point,),
                 log=standing.log,
                 arm=arm,
                 rows=None if arm is None else _rows_of(path, arm),
@@ -126,9 +130,17 @@ def read_study(folder: Path) -> Findings:
 
 def _point_of(study: Study, row: Row) -> dict[str, str]:
     point = {axis: str(row[axis]) for axis in study.labels if row.get(axis) is not None}
-    if row["status"] not in ("complete", "failed", "not complete") or "/" in row["arm"]:
+    if (
+        row["status"] not in ("complete", "failed", "not complete")
+        or "/" in row["arm"]
+        or any(not isinstance(each, dict) for each in row.get(STANDS_FOR) or ())
+    ):
         raise ValueError(f"the row of arm {row['arm']}")
     return {"seed": str(study.seeds[0]), "baseline": NO_BASELINE} | point
+
+
+def _stands_for(row: Row) -> tuple[Mapping[str, str], ...]:
+    return tuple(row.get(STANDS_FOR) or ())
 
 
 def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | None, Standing]:
@@ -147,7 +159,8 @@ def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | N
         status = "failed"
     elif status != "failed" or state == "running":
         status = "not complete"
-    return Arm(name=row["arm"], point=point, plan=plan), Standing(status=status, step=step, log=log)
+    arm = Arm(name=row["arm"], point=point, plan=plan, stands_for=_stands_for(row))
+    return arm, Standing(status=status, step=step, log=log)
 
 
 def _rows_of(folder: Path, arm: Arm) -> RowLosses | None:

@@ -119,7 +119,7 @@ def figures_of(findings: Findings, groups: Sequence[Group]) -> "dict[str, Figure
 def row_of(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     """The figures of an arm over its seeds, flat."""
     row: dict[str, Any] = {"baseline": group.baseline, **group.point, "best_rate": group.rate}
-    row |= {"switch_percent": group.switch_share, "seeds": len(group.losses), "seeds_planned": len(group.members)}
+    row |= {"switch_percent": group.switch_share, "seeds": len(group.losses), "seeds_planned": group.num_seeds}
     values = {name: group.mean(name) for name in ("held_out_loss", "held_out_bits_per_byte")}
     values["above_16_bit"] = above_dense(group, groups)
     gaps = gaps_of(group, groups) if group.losses else []

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from data.new_paths import replace_file
 from launcher.plan.course import Course
@@ -21,13 +21,19 @@ from launcher.run.metrics_log import read_metrics
 from launcher.study.arms import Arm
 from launcher.study.config import POST_TRAINING
 from launcher.study.jobs import Job
-from launcher.study.sharing import Sharing, first_step, parting, settings_of
+from launcher.study.sharing import Sharing, first_step, parting
 
 Row = dict[str, Any]
 
+Rate = TypeVar("Rate", bound=str | None)
+
 Status = Literal["complete", "failed", "not complete"]
 
-LOSS, HELD_OUT, BYTES = "train/loss", "validation/loss", "validation/bits_per_byte"
+STANDS_FOR = "stands_for"
+"""In `results.json`: the points of the grid that a baseline is that of."""
+
+LOSS, RATE = "train/loss", "train/learning_rate"
+HELD_OUT, BYTES = "validation/loss", "validation/bits_per_byte"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +78,14 @@ def results_of(arms: Sequence[Arm], sharing: Sharing, standings: Mapping[str, St
     for arm in arms:
         status, step = standings[arm.name].status, min(standings[arm.name].step, arm.result_step)
         about = {"arm": arm.name, "status": status, **arm.point, "baseline": arm.baseline, "steps": step}
+        if arm.stands_for:
+            about[STANDS_FOR] = [dict(point) for point in arm.stands_for]
         row = about | {"tokens": arm.plan.tokens_before(step)} | held_out_of(logs[arm.name], arm)
         if (twin := twin_of(arm, arms, sharing)) is not None:
             row |= {"twin": twin.name} | excess(logs[arm.name], logs[twin.name], arm.plan)
             end = held_out_of(logs[twin.name], twin)["held_out_loss"]
-            has_both = end is not None and row["held_out_loss"] is not None
-            row["excess_at_end"] = row["held_out_loss"] - end if has_both else None
+            do_compare = end is not None and row["held_out_loss"] is not None and arm.tokens == twin.tokens
+            row["excess_at_end"] = row["held_out_loss"] - end if do_compare else None
         rows.append(row)
     return rows
 
@@ -105,20 +113,52 @@ def switch_step(course: Course) -> int | None:
 
 
 def twin_of(arm: Arm, arms: Sequence[Arm], sharing: Sharing) -> Arm | None:
-    """The run that is the same up to the arm's switch and stays in 16 bits; None if the study has none."""
+    """The run that is the same up to the arm's switch and stays in 16 bits; None if the study has none.
+
+    Of several, it is one with the arm's tokens, and of these the one whose rates and data are most like the arm's from
+    the switch on.
+    """
     step = switch_step(arm.plan)
     if step is None or arm.plan.phases[0].quantization is not None:
         return None
-    settings, sizes = settings_of(arm.plan), sharing.sizes
-    for other in arms:
-        is_longer = other.plan.total_steps > step
-        if is_longer and not any(phase.quantization for phase in other.plan.phases):
-            begin = first_step(arm.plan)
-            if settings_of(other.plan) == settings and step == parting(
-                arm.plan, other.plan, sizes[arm.name], sizes[other.name], begin, step
-            ):
-                return other
-    return None
+    sizes, settings, begin = sharing.sizes, sharing.settings, first_step(arm.plan)
+    twins = [
+        other
+        for other in arms
+        if other.plan.total_steps > step
+        and not any(phase.quantization for phase in other.plan.phases)
+        and settings[other.name] == settings[arm.name]
+        and step == parting(arm.plan, other.plan, sizes[arm.name], sizes[other.name], begin, step)
+    ]
+    return max(
+        twins,
+        key=lambda other: (other.tokens == arm.tokens, _likeness(arm, other, sharing, step)),
+        default=None,
+    )
+
+
+def _likeness(arm: Arm, other: Arm, sharing: Sharing, begin: int) -> int:
+    """Steps from one on in which two arms have the same learning rate, weight decay and data, added up.
+
+    Each counts by itself, since a baseline has no share in some: a rate that is warmed up anew, or weight decay that
+    ends with the switch.
+    """
+    rates = zip(sharing.sizes[arm.name][begin:], sharing.sizes[other.name][begin:], strict=False)
+    alike = sum(
+        (ours.learning_rate == theirs.learning_rate) + (ours.decay_factor == theirs.decay_factor)
+        for ours, theirs in rates
+    )
+    plans = (arm.plan, other.plan)
+    end = min(plan.total_steps for plan in plans)
+    starts = {phase.start for plan in plans for phase in plan.phases if begin < phase.start < end}
+    for first, last in pairwise([begin, *sorted(starts), end]):
+        ours, theirs = (
+            (plan.first_sequence_at(first), plan.length_at(first), phase.sources, phase.objective, phase.preference)
+            for plan in plans
+            for phase in [plan.phase_of(first)]
+        )
+        alike += (last - first) * (ours == theirs)
+    return alike
 
 
 def excess(log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], course: Course) -> Row:
@@ -172,44 +212,67 @@ def _means_between(losses: Mapping[tuple[int, int], float], ends: Sequence[int])
 
 def by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
     """Training losses by the finished steps before and after those that each is the mean of."""
-    rows = [row for row in log if LOSS in row]
+    rows = [row for row in log if LOSS in row or RATE in row]  # a loss that is not finite is left out of its row
     befores = [0, *(row["step"] for row in rows)]
-    return {(before, row["step"]): row[LOSS] for before, row in zip(befores, rows, strict=False)}
+    return {(before, row["step"]): row[LOSS] for before, row in zip(befores, rows, strict=False) if LOSS in row}
 
 
 def write_results(rows: Sequence[Row], out: Path) -> None:
     """Write `results.csv` and `results.json`."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    flat = [column for column in columns if column != STANDS_FOR]
+    writer = csv.DictWriter(text, flat, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     replace_file(out / "results.csv", text.getvalue())
     replace_file(out / "results.json", json.dumps([{key: row.get(key) for key in columns} for row in rows], indent=2))
 
 
+def best_rate(rates: Mapping[Rate, Mapping[str, float]]) -> Rate:
+    """The learning rate with the smallest mean loss; two are compared on the seeds that both have.
+
+    Args:
+        rates: by learning rate, the losses by seed. Those with more seeds are compared first; one that has no seed in
+            common with the best of these is not.
+    """
+    most_first = sorted(rates, key=lambda rate: -len(rates[rate]))
+    best = most_first[0]
+    for rate in most_first[1:]:
+        common = rates[rate].keys() & rates[best].keys()
+        if sum(rates[rate][seed] - rates[best][seed] for seed in common) < 0:
+            best = rate
+    return best
+
+
 def table_of(arms: Sequence[Arm], rows: Sequence[Row]) -> list[list[str]]:
     """A row for each arm over its seeds, the columns' names first; of rates that were swept, the best."""
-    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    groups: dict[tuple[tuple[str, str], ...], dict[str | None, list[Row]]] = {}
     for arm, row in zip(arms, rows, strict=True):
-        groups.setdefault(tuple(arm.group.items()), []).append(row)
-    best: dict[tuple[tuple[str, str], ...], tuple[float, list[str]]] = {}
-    for values, members in groups.items():
-        losses = [row["held_out_loss"] for row in members if row["held_out_loss"] is not None]
-        mean = statistics.mean(losses) if losses else float("inf")
-        unswept = tuple((axis, value) for axis, value in values if axis != "rate")
-        cells = [
-            " ".join(value if axis == "baseline" else f"{axis} {value}" for axis, value in values) or "arm",
-            f"{len(losses)} of {len(members)}",
-            f"{mean:.4f}" if losses else "-",
-            f"{min(losses):.4f} to {max(losses):.4f}" if losses else "-",
-            _mean(members, "excess_peak"),
-            _mean(members, "excess_at_end"),
-        ]
-        if unswept not in best or mean < best[unswept][0]:
-            best[unswept] = mean, cells
-    head = ["arm", "seeds", "held-out loss", "range", "excess: peak", "at the end"]
-    return [head, *(cells for _, cells in best.values())]
+        unswept = tuple((axis, value) for axis, value in arm.group.items() if axis != "rate")
+        groups.setdefault(unswept, {}).setdefault(arm.point.get("rate"), []).append(row)
+    table = [["arm", "seeds", "held-out loss", "range", "excess: peak", "at the end"]]
+    for values, rates in groups.items():
+        by_seed = {
+            rate: {str(row["seed"]): row["held_out_loss"] for row in rows_of if row["held_out_loss"] is not None}
+            for rate, rows_of in rates.items()
+        }
+        rate = best_rate(by_seed)
+        losses = list(by_seed[rate].values())
+        named = [value if axis == "baseline" else f"{axis} {value}" for axis, value in values]
+        named += [] if rate is None else [f"rate {rate}"]
+        num_seeds = len({row["seed"] for rows_of in rates.values() for row in rows_of})
+        table.append(
+            [
+                " ".join(named) or "arm",
+                f"{len(losses)} of {num_seeds}",
+                f"{statistics.mean(losses):.4f}" if losses else "-",
+                f"{min(losses):.4f} to {max(losses):.4f}" if losses else "-",
+                _mean(rates[rate], "excess_peak"),
+                _mean(rates[rate], "excess_at_end"),
+            ]
+        )
+    return table
 
 
 def _mean(rows: Sequence[Row], key: str) -> str:

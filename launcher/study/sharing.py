@@ -70,6 +70,8 @@ class Sharing:
     """Sentences about arms that part before any of them switches."""
     sizes: Mapping[str, Sequence[StepSizes]]
     """By the name of an arm, the rates of each of its steps."""
+    settings: Mapping[str, str]
+    """By the name of an arm, what influences its weights in all steps."""
 
     def begin_of(self, arm: Arm) -> int:
         """Steps that are finished where an arm's own training begins."""
@@ -87,13 +89,20 @@ def first_step(course: Course) -> int:
 def share(arms: Sequence[Arm]) -> Sharing:
     """Find the trunks of a study."""
     found = _Search()
+    settings = {arm.name: settings_of(arm.plan) for arm in arms}
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
-        groups.setdefault(settings_of(arm.plan), []).append(arm)
+        groups.setdefault(settings[arm.name], []).append(arm)
     for group in groups.values():
         found.divide(group, at=(begin := first_step(group[0].plan)), parent=None, begin=begin)
     sizes = {arm.name: found.sizes_of(arm) for arm in arms}
-    return Sharing(trunks=tuple(found.trunks), parents=found.parents, partings=tuple(found.partings), sizes=sizes)
+    return Sharing(
+        trunks=tuple(found.trunks),
+        parents=found.parents,
+        partings=tuple(found.partings),
+        sizes=sizes,
+        settings=settings,
+    )
 
 
 class _Search:

@@ -13,7 +13,8 @@ from launcher.plan.inputs import missing_inputs
 from launcher.process.console import Console
 from launcher.process.torchrun import ROOT, num_gpus
 from launcher.run.folder import RunFolder
-from launcher.study.arms import Arm, make_arms, raise_problems
+from launcher.run.requeue import read_state
+from launcher.study.arms import MOST_NAMED, Arm, make_arms, raise_problems
 from launcher.study.config import load_study
 from launcher.study.dispatch import INTERRUPTED, Outcome, Queue
 from launcher.study.jobs import Job, jobs_of, needed
@@ -57,6 +58,7 @@ def study(path: Path, out: Path, options: Options, console: Console) -> int:
     sharing = share(arms)
     jobs = jobs_of(arms, sharing, out)
     places = places_of(out, options)
+    warn_of_others(arms, out, console)
     if options.dry_run:
         show_arms(arms, sharing, console)
     show_totals(arms, sharing, console)
@@ -103,6 +105,24 @@ def places_of(out: Path, options: Options) -> list[Place]:
         )
         for slot in range(num)
     ]
+
+
+def warn_of_others(arms: Sequence[Arm], out: Path, console: Console) -> None:
+    """Name complete runs in the folder that are no arms of the study, as those whose names have got a seed."""
+    names = {arm.name for arm in arms}
+    others = [
+        folder.name
+        for folder in sorted(out.glob("arms/*"))
+        if folder.name not in names and read_state(folder).get("status") == "complete"
+    ]
+    if others:
+        more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+        console.line(
+            f"WARNING: arms/ has complete runs that this file gives no such name: {', '.join(others[:MOST_NAMED])}"
+            f"{more}; results leave them out, and the same runs under new names are trained again. A name holds a "
+            "seed, a rate or an axis that has several values: if that is all that has changed, rename the folders, as "
+            f"`tritrain study` with --dry-run names the arms (such as {arms[0].name})"
+        )
 
 
 def check_arms(arms: Sequence[Arm]) -> None:

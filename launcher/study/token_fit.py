@@ -5,7 +5,8 @@
 The distance is the held-out loss of an arm minus that of the 16-bit baseline with the same seed and as many tokens. It
 spans orders of magnitude, so logarithms are compared: the fit is least squares in them, by Levenberg and Marquardt's
 method (J. Soc. Ind. Appl. Math. 11, 1963). A floor is kept only where it makes the fit better than chance would, by the
-F test for nested models with 95 %. Intervals are those of the linearized fit, with Student's t.
+F test for nested models with 95 %, and not where the points settle no exponent, as a cliff before a plateau. Intervals
+are those of the linearized fit, with Student's t.
 """
 
 import math
@@ -87,7 +88,8 @@ def fit_tokens(points: Mapping[int, Sequence[float]]) -> TokenFit | str:
     tokens_N, values_N = np.asarray(pairs, np.float64).T
     unit = math.exp(np.log(tokens_N).mean())  # tokens at which slope and level are independent
     plain = _power_law(tokens_N / unit, values_N)
-    floored = min((_with_floor(tokens_N / unit, values_N, start) for start in (0.2, 0.5, 0.9)), key=lambda fit: fit[1])
+    tries = [_with_floor(tokens_N / unit, values_N, start) for start in (0.2, 0.5, 0.9)]
+    floored = min((fit for fit in tries if fit is not None), key=lambda fit: fit[1], default=plain)
     degrees = len(pairs) - 3
     # Of one degree of freedom, F is the square of t.
     is_better = plain[1] - floored[1] > t_quantile(degrees) ** 2 * floored[1] / degrees
@@ -117,8 +119,9 @@ def _power_law(tokens_N: NDArray[np.float64], values_N: NDArray[np.float64]) -> 
     return theta, float(rest @ rest), inverse
 
 
-def _with_floor(tokens_N: NDArray[np.float64], values_N: NDArray[np.float64], start: float) -> Fitted:
-    """Fit from a floor of this share of the smallest value."""
+@np.errstate(all="ignore")  # a step too far has no finite sum of squares, and is not taken
+def _with_floor(tokens_N: NDArray[np.float64], values_N: NDArray[np.float64], start: float) -> Fitted | None:
+    """Fit from a floor of this share of the smallest value; None if the points do not settle all three parameters."""
     floor = start * values_N.min()
     theta = np.append(_power_law(tokens_N, values_N - floor)[0], floor)
     damping = 1e-3
@@ -133,7 +136,10 @@ def _with_floor(tokens_N: NDArray[np.float64], values_N: NDArray[np.float64], st
     rest, square, slopes = of(theta)
     for _ in range(ROUNDS):
         normal = slopes.T @ slopes
-        step = np.linalg.solve(normal + damping * np.diag(normal.diagonal()), slopes.T @ rest)
+        try:
+            step = np.linalg.solve(normal + damping * np.diag(normal.diagonal()), slopes.T @ rest)
+        except np.linalg.LinAlgError:
+            return None
         tried = theta + step
         tried[2] = max(tried[2], 0.0)
         found = of(tried)
@@ -141,7 +147,10 @@ def _with_floor(tokens_N: NDArray[np.float64], values_N: NDArray[np.float64], st
             theta, (rest, square, slopes), damping = tried, found, damping / 3
         else:
             damping *= 4
-    return theta, square, np.linalg.inv(slopes.T @ slopes)
+    if not np.isfinite(slopes).all() or np.linalg.matrix_rank(slopes) < slopes.shape[1]:
+        return None
+    inverse = np.linalg.inv(np.linalg.qr(slopes, mode="r"))  # so that the diagonal below cannot be negative
+    return theta, square, inverse @ inverse.T
 
 
 def _estimate(value: float, error: float, degrees: int, num: int) -> Estimate:

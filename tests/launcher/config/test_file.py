@@ -6,7 +6,7 @@ import pytest
 from minimal import MINIMAL, only_problem, tree
 
 from launcher.config.aliases import ALIASES, ALIASES_IN_SECTION, SECTION_ALIASES
-from launcher.config.file import apply_override, flat_lines, load_config, merge, parse_config, to_tree
+from launcher.config.file import apply_override, flat_lines, load_config, merge, parse_config, read_mapping, to_tree
 from launcher.config.reference import configuration_keys
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
@@ -292,3 +292,14 @@ def test_a_section_given_as_one_value_is_answered_with_what_to_write(override, s
     path, found = only_problem(override)
     assert path.removeprefix(override.split("=")[0]) in ("", ".0")
     assert found == said
+
+
+def test_an_override_changes_one_of_the_places_that_an_anchor_names(tmp_path):
+    path = tmp_path / "anchors.yaml"
+    path.write_text("phases:\n  - {transition: &t {ramp: {steps: 50}}}\n  - {transition: *t}\n")
+    tree = read_mapping(path, "sections")
+    apply_override(tree, "phases.1.transition.ramp.steps=10")
+    apply_override(tree, "model=[&m {a: 1}, *m]")
+    apply_override(tree, "model.1.a=2")
+    assert [phase["transition"]["ramp"]["steps"] for phase in tree["phases"]] == [50, 10]
+    assert tree["model"] == [{"a": 1}, {"a": 2}]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+from launcher.process.console import Console
+
 OUTLIVES = """
 import sys, time
 from pathlib import Path
@@ -66,3 +68,14 @@ def test_a_process_goes_on_when_its_streams_are_lost(kind: Callable[[], tuple[in
     assert process.wait(60) == 0
     assert (tmp_path / "done").exists()
     assert '"message": "the reason"' in (tmp_path / "run" / "state.json").read_text()
+
+
+def test_lines_and_tables_print_all_of_a_text_as_it_is(capsys):
+    name = "folder/" * 30 + "end"
+    console = Console(silent=False)
+    console.line("metrics.jsonl:100: not JSON")
+    console.table("table", ["path", "steps"], [[name, "1"]])
+    said = capsys.readouterr().out
+    assert said.startswith("metrics.jsonl:100: not JSON\n")
+    cells = [line.split("│")[1].strip() for line in said.splitlines() if line.startswith("│")]
+    assert "".join(cells) == name

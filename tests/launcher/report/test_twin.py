@@ -106,3 +106,32 @@ def test_without_a_twin_there_is_no_excess_and_a_wrong_one_is_refused(trunk: Pat
         tritrain("report", run, other, "--twin", trunk, "--out", tmp_path / "page.html")
     with pytest.raises(ConfigError, match=r"--twin .*nothing: "):
         tritrain("report", run, "--twin", tmp_path / "nothing", "--out", tmp_path / "page.html")
+
+
+def test_a_run_that_began_from_averaged_weights_has_a_twin(trunk: Path, tmp_path: Path) -> None:
+    start = f"{trunk / 'checkpoints' / 'step-00000100'}@averaged"
+    run = write_run(
+        tmp_path / "run",
+        lambda step: falling(step) + above(step),
+        range(101, 201),
+        precision="ternary",
+        phase=1,
+        checkpoint={"start_from": start},
+    )
+    assert find_twin(run) == trunk
+    found = excess_over(summarize(run), trunk)
+    assert found is not None
+    assert found.offset_tokens == 0
+
+
+def test_the_end_is_not_compared_with_a_twin_that_is_ternary_by_then(tmp_path: Path) -> None:
+    ends = {"dense": "16-bit", "switched": "ternary"}
+    for name, precision in ends.items():
+        twin = write_run(tmp_path / name, falling, range(1, 151), precision="16-bit", phase=0)
+        later = write_run(tmp_path / f"{name}-later", falling, range(151, 201), precision=precision, phase=1)
+        with (twin / "metrics.jsonl").open("a") as log:
+            log.write((later / "metrics.jsonl").read_text())
+    run = write_run(tmp_path / "run", lambda step: falling(step) + 0.2, range(101, 201), precision="ternary", phase=1)
+    found = {name: excess_over(summarize(run), tmp_path / name) for name in ends}
+    at_end = {name: excess.at_end for name, excess in found.items() if excess is not None}
+    assert at_end == {"dense": pytest.approx(0.2), "switched": None}

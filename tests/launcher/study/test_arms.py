@@ -266,3 +266,42 @@ def test_the_study_of_switch_points_has_its_trunks(tmp_path):
 def test_a_shipped_configuration_is_found_by_its_name(tmp_path):
     (arm,) = arms_of(tmp_path, base="quickstart", baselines=[])
     assert arm.config.model.vocab_size == 2048
+
+
+def test_baselines_of_axes_that_vary_together_are_all_there(tmp_path):
+    """Each size has a rate of its own, so no two points differ in one of the two axes alone."""
+    axes = {
+        "size": {"small": ["model.intermediate_size=80"], "big": ["model.intermediate_size=96"]},
+        "speed": {"high": ["optimizer.learning_rate=8e-3"], "low": ["optimizer.learning_rate=4e-3"]},
+    }
+    exclude = [{"size": "small", "speed": "low"}, {"size": "big", "speed": "high"}]
+    arms = arms_of(tmp_path, axes=axes, exclude=exclude, seeds=[0, 1], baselines=["16-bit"])
+    expected = {("small", "high"): (80, 8e-3), ("big", "low"): (96, 4e-3)}
+    assert [arm.name for arm in arms] == [
+        f"{kind}size-{size}_speed-{speed}_seed-{seed}"
+        for kind in ("16-bit_", "")
+        for size, speed in expected
+        for seed in (0, 1)
+    ]
+    for arm in arms:
+        made = arm.config.model.intermediate_size, arm.config.optimizer.learning_rate
+        assert made == expected[arm.point["size"], arm.point["speed"]]
+
+
+def test_complete_runs_that_a_file_no_longer_names_are_named(tmp_path, capfd):
+    """With a second seed, names have the seed, so the arms of the first one would be trained again."""
+    out = tmp_path / "out"
+    for seeds in ([0], [0, 1]):
+        path = write_study(tmp_path, Path("shards"), switch=[0.25, 0.5], seeds=seeds, baselines=[])
+        assert study(path, out, OPTIONS, Console(silent=False)) == 0
+        said = capfd.readouterr().out
+        for name in ("switch-25", "switch-50"):
+            (out / "arms" / name).mkdir(parents=True, exist_ok=True)
+            status = "complete" if name == "switch-25" else "interrupted"
+            (out / "arms" / name / "state.json").write_text(f'{{"status": "{status}"}}')
+    assert "WARNING: arms/ has complete runs that this file gives no such name: switch-25;" in said
+
+
+def test_a_study_without_held_out_text_has_no_result_and_is_refused(tmp_path):
+    problem = problem_of(tmp_path, {"data": {"validation_rows": 0}})
+    assert problem == "all arms: data.validation_rows: is 0; a study compares held-out losses, so it must be above 0"

@@ -20,6 +20,7 @@ from launcher.study.loss_figure import loss_figure
 from launcher.study.page import study_page
 from launcher.study.reading import read_study
 from launcher.study.report import figures_of, numbers_of, report_study
+from launcher.study.results import table_of
 
 SEED = {"0": 0.0, "1": 0.1, "2": -0.07}
 DENSE = {"0": 3.0, "1": 3.02, "2": 2.99}
@@ -336,6 +337,47 @@ def test_a_best_rate_at_the_edge_and_a_missing_default_quantizer_are_named(tmp_p
     text = text_of(page_of(folder))
     assert "the best learning rate of 16-bit, 0.001, is at the edge" in text
     assert "no baseline from scratch has the default quantization" in text
+
+
+LUCKY = {"0": 0.0, "1": 0.5, "2": 0.6}
+
+
+@pytest.mark.parametrize(("higher", "best"), [(-0.1, "0.004"), (0.1, "0.002")])
+def test_rates_are_compared_on_the_seeds_that_both_have(tmp_path: Path, higher: float, best: str) -> None:
+    """Seed 0 is 0.3 below the mean, and the highest rate has no other; the middle one has them all and is best of two.
+
+    A mean over unequal seeds would always choose the highest rate, and most seeds never.
+    """
+    above = {"0.001": 0.05, "0.002": 0.0, "0.004": higher}
+
+    def loss(arm: Arm) -> float:
+        level = {"16-bit": 3.0, "scratch": 3.4}.get(arm.baseline, 3.1)
+        return level + LUCKY[arm.point["seed"]] + above.get(arm.point.get("rate", ""), 0.0)
+
+    folder = make_study(
+        tmp_path / "study",
+        loss,
+        switch=[0.5],
+        seeds=[0, 1, 2],
+        sweep={"rates": [1e-3, 2e-3, 4e-3], "only": [{"baseline": ["16-bit", "scratch"]}]},
+        exclude=[{"rate": 4e-3, "seed": [1, 2]}],
+        sections={"training": {"total_steps": 20}},
+    )
+    findings = read_study(folder)
+    groups = groups_of(findings)
+    numbers = {arm["baseline"]: arm for arm in numbers_of(findings, groups)["arms"]}
+    seeds = ["0"] if best == "0.004" else ["0", "1", "2"]
+    mean = sum(LUCKY[seed] for seed in seeds) / len(seeds) + above[best]
+    arms = [record.arm for record in findings.records if record.arm is not None]
+    table = {cells[0].split()[0]: cells for cells in table_of(arms, [record.row for record in findings.records])}
+    for name, level in (("16-bit", 3.0), ("scratch", 3.4)):
+        assert numbers[name]["best_rate"] == best
+        assert numbers[name]["held_out_loss"] == pytest.approx(level + mean)
+        assert (numbers[name]["seeds"], numbers[name]["seeds_planned"]) == (len(seeds), 3)
+        assert table[name][:3] == [f"{name} rate {best}", f"{len(seeds)} of 3", f"{level + mean:.4f}"]
+    problems = gaps_of(next(group for group in groups if group.baseline == "none"), groups)[0].problems
+    said = [f"the best learning rate of {name}, 0.004, was tried with 1 of 3 seeds" for name in ("16-bit", "scratch")]
+    assert [each for each in problems if "tried with" in each] == (said if best == "0.004" else [])
 
 
 def test_scores_of_tasks_have_a_panel(tmp_path: Path) -> None:

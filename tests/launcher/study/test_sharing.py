@@ -1,5 +1,7 @@
 """Trunks: arms share exactly the steps that are the same in all that influences the weights."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,11 @@ from hypothesis import strategies as st
 from tiny import tiny_tree
 
 from launcher.config.file import apply_override, parse_config
+from launcher.errors import ConfigError
 from launcher.formats.start import first_progress
 from launcher.plan.plan import make_plan
 from launcher.study.arms import Arm
-from launcher.study.jobs import jobs_of
+from launcher.study.jobs import Job, claimed, jobs_of
 from launcher.study.results import twin_of
 from launcher.study.sharing import first_step, share
 from launcher.study.table import num_steps, stretches
@@ -245,3 +248,41 @@ def test_a_run_that_starts_from_a_checkpoint_begins_where_training_would() -> No
     plan = make_plan(parse_config(tree), 1)
     assert first_step(plan) == first_progress(plan).step == 4
     assert first_step(arm("a").plan) == first_progress(arm("a").plan).step == 0
+
+
+def test_a_trunk_goes_on_with_the_configuration_that_it_began_with(tmp_path: Path) -> None:
+    """Also where the study has got an arm that is first of those that share it."""
+    arms = [arm("a", switch=20), arm("b", switch=30)]
+
+    def trunk_of(arms: list[Arm]) -> Job:
+        return jobs_of(arms, share(arms), tmp_path)[0]  # parents first
+
+    begun = trunk_of(arms)
+    begun.folder.prepare([20, 20])
+    begun.folder.note_start(0, 1)
+    begun.folder.write_state("interrupted", reason="signal", checkpoint=None, job=None)
+    later = trunk_of([arm("16-bit", switch=None), *arms])
+    assert (later.name, later.begin, later.end) == (begun.name, 0, 20)
+    later.folder.check_configuration()
+    assert later.config == begun.config
+    assert later.plan == begun.plan
+
+
+def test_a_folder_without_locks_is_named_and_not_taken_for_a_busy_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs_of([arm("a")], share([arm("a")]), tmp_path)[0]
+
+    def refuse_with(number: int) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("launcher.study.jobs.fcntl.lockf", refuse)
+
+    for number in (errno.EAGAIN, errno.EACCES):
+        refuse_with(number)
+        with claimed(job, tmp_path) as is_mine:
+            assert not is_mine
+    refuse_with(errno.ENOLCK)
+    with pytest.raises(ConfigError, match=r"--out .*claims: .*ENOLCK.*locks"), claimed(job, tmp_path):
+        pass

@@ -218,7 +218,7 @@ def test_a_study_that_was_ended_goes_on_with_the_same_command(
     keys = {"switch": [0.5, 0.75], "axes": {"state": STATE}, "seeds": [0, 1]}
     sections = {
         "phases": [{"precision": "16-bit", "steps": 8}, {"precision": "ternary", "steps": 8}],
-        "checkpoint": {"interval_steps": 1},
+        "checkpoint": {"interval_steps": None},
     }
     path = write_study(tmp_path, shards, sections, **keys)
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -229,6 +229,8 @@ def test_a_study_that_was_ended_goes_on_with_the_same_command(
     assert code == (-signal.SIGKILL if ending == signal.SIGKILL else 3)
     if ending == signal.SIGINT:
         assert "arms are not complete. The same command goes on with them." in (tmp_path / "said.log").read_text()
+        states = [json.loads(file.read_text())["status"] for file in out.glob("*/*/state.json")]
+        assert set(states) <= {"complete", "interrupted"}
     complete = {file.parent for file in out.glob("arms/*/summary.json")}
     starts = {folder: (folder / "starts.jsonl").read_text() for folder in complete}
     again = start(path, out)  # at once: runs of the first may be saving still

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,28 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
             held += (fit.exponent.low or 0.0) <= 0.5 <= (fit.exponent.high or 0.0)
     assert floors <= 16  # 5 % of 200, and three standard deviations
     assert held >= 0.9 * (200 - floors)
+
+
+@pytest.mark.parametrize("cliff", [3.0, 10.0, 30.0, 100.0])
+def test_a_cliff_before_a_plateau_has_a_fit(cliff: float) -> None:
+    """Any exponent that is large enough fits with a floor, so the points settle none."""
+    for seed in range(25):
+        drawn = random.Random(seed)
+        num = drawn.randint(4, 8)
+        points = {
+            tokens: [0.01 * (1.0 if index else cliff) * math.exp(drawn.gauss(0, 0.02)) for _ in range(3)]
+            for index, tokens in enumerate(TOKENS[:num])
+        }
+        fit = fitted(points)
+        numbers = [(math.log(tokens), math.log(value)) for tokens, values in points.items() for value in values]
+        slope = statistics.linear_regression(*zip(*numbers, strict=True)).slope
+        if fit.floor is None:
+            assert fit.exponent.mean == pytest.approx(-slope, rel=1e-6)
+        else:
+            assert fit.floor.has_interval
+        assert fit.exponent.has_interval
+        assert math.isfinite(fit.spread)
+        assert math.isfinite(fit.distance(TOKENS[0]))
 
 
 def test_too_few_points_have_no_fit() -> None:
