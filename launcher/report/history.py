@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from launcher.errors import LogError
 from launcher.run.level import curve_of, level_at, middles, noise_of_a_step
-from launcher.run.log_keys import OTHER_TEXT, PREFERENCE_LOSS
+from launcher.run.log_keys import CROSS_ENTROPY, OTHER_TEXT, PREFERENCE_LOSS
 from launcher.run.metrics_log import ROW, numbered_rows
 from launcher.run.recovery import NUM_LOSSES, LoggedLoss, Transition, measure
 
@@ -143,7 +143,7 @@ def read_history(path: Path, name: str) -> History:
         if f"train/{PREFERENCE_LOSS}" in row:
             row.pop(LOSS, None)  # the same number: it is of pairs, and no cross-entropy
         elif "train/learning_rate" in row:  # a training step; a loss that is not finite is not written down
-            row.setdefault(LOSS, math.nan)
+            row[LOSS] = row.get(CROSS_ENTROPY, row.get(LOSS, math.nan))
         if "quant/layers" in row:
             looks.append((step, seen, phase, row["quant/layers"]))
         for key, value in row.items():

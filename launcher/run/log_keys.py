@@ -3,6 +3,9 @@
 DRAWN = "data/tokens/"
 """Beginning of the keys that count the tokens of the run so far by source; its path follows."""
 
+CROSS_ENTROPY = "train/cross_entropy"
+"""Key of phases with a teacher: what of `train/loss` compares with phases and runs without one."""
+
 PREFERENCE_LOSS, REWARD_MARGIN, REWARD_ACCURACY = "preference_loss", "reward_margin", "reward_accuracy"
 """Ends of the keys of phases of pairs, after `train/` and `validation/`."""
 

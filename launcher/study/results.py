@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from data.new_paths import replace_file
 from launcher.plan.course import Course
+from launcher.run.log_keys import CROSS_ENTROPY
 from launcher.run.metrics_log import read_metrics
 from launcher.study.arms import Arm
 from launcher.study.config import POST_TRAINING
@@ -211,10 +212,17 @@ def _means_between(losses: Mapping[tuple[int, int], float], ends: Sequence[int])
 
 
 def by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
-    """Training losses by the finished steps before and after those that each is the mean of."""
+    """Training losses by the finished steps before and after those that each is the mean of.
+
+    With a teacher, its terms are left out: they are of another size, and a run without one has none.
+    """
     rows = [row for row in log if LOSS in row or RATE in row]  # a loss that is not finite is left out of its row
     befores = [0, *(row["step"] for row in rows)]
-    return {(before, row["step"]): row[LOSS] for before, row in zip(befores, rows, strict=False) if LOSS in row}
+    return {
+        (before, row["step"]): row.get(CROSS_ENTROPY, row[LOSS])
+        for before, row in zip(befores, rows, strict=False)
+        if LOSS in row
+    }
 
 
 def write_results(rows: Sequence[Row], out: Path) -> None:

@@ -18,7 +18,7 @@ from launcher.plan.gpus import find_gpu
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
-from launcher.run.log_keys import PREFERENCE_LOSS, REWARD_ACCURACY, REWARD_MARGIN
+from launcher.run.log_keys import CROSS_ENTROPY, PREFERENCE_LOSS, REWARD_ACCURACY, REWARD_MARGIN
 from launcher.run.metrics_log import MetricsLog
 from launcher.training.mixtures import DrawnTokens
 from launcher.training.step import StepResult
@@ -41,7 +41,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-LOSS_PARTS = ("train/cross_entropy", "train/distillation_loss", "train/relation_loss")
+LOSS_PARTS = (CROSS_ENTROPY, "train/distillation_loss", "train/relation_loss")
 """The keys of `model.transformer.Output.parts`, in its order."""
 
 TRAINED, EVALUATED = "train/learning_rate", "validation/when"

@@ -98,6 +98,20 @@ def test_there_is_no_transition_without_losses_on_both_sides():
     assert find_transitions(replace(history_of({"16-bit": [2.0], "ternary": [2.0]}), series={})) == ()
 
 
+def test_the_loss_of_a_phase_with_a_teacher_is_the_cross_entropy(tmp_path):
+    """As before and after it; the terms of the teacher are of another size."""
+    about = {"tokens": 0, "train/learning_rate": 1e-3}
+    rows = [
+        {"step": 1, **about, "phase": 0, "precision": "16-bit", "train/loss": 3.0},
+        {"step": 2, **about, "phase": 1, "precision": "ternary", "train/loss": 9.0, "train/cross_entropy": 3.5},
+        {"step": 3, **about, "phase": 1, "precision": "ternary"},  # not finite
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = read_history(path, "taught").series["train/loss"].values
+    assert losses.tolist() == pytest.approx([3.0, 3.5, math.nan], nan_ok=True)
+
+
 def test_telemetry_takes_no_losses_away(tmp_path):
     """It is collected after the losses of later steps, and after a checkpoint."""
     about = {"tokens": 0, "phase": 0, "precision": "ternary"}

@@ -47,6 +47,12 @@ def test_steps_with_a_loss_that_is_not_finite_count_as_none_of_the_next_row() ->
     assert differences_from(ours, theirs, 4) == {(4, 5): 1.0, (7, 8): 1.5}
 
 
+def test_losses_with_a_teacher_are_compared_without_its_terms() -> None:
+    taught = [{"step": step, "train/loss": 7.0, "train/cross_entropy": 2.5} for step in (5, 6)]
+    untaught = rows(dict.fromkeys((4, 5, 6), 2.0))
+    assert differences_from(rows({4: 2.0}) + taught, untaught, 4) == {(4, 5): 0.5, (5, 6): 0.5}
+
+
 def test_peak_and_area_are_those_of_the_steps_after_the_switch(tmp_path: Path) -> None:
     plan = make_plan(parse_config(tiny_tree(tmp_path, tmp_path)), 1)  # four steps of 256 tokens, then four ternary ones
     twin = rows(dict.fromkeys(range(1, 9), 3.0))
