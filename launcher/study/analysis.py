@@ -8,13 +8,14 @@ baseline and the best ternary one from scratch of them, whatever its quantizer, 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 
 from launcher.study.config import NO_BASELINE
 from launcher.study.intervals import Estimate, mean_of, over_rows, paired, ratio_of
-from launcher.study.reading import Findings, Record
+from launcher.study.reading import Findings, Place, Record
 from launcher.study.results import best_rate, switch_step
 from quant.config import QuantConfig
 
@@ -40,10 +41,10 @@ class Group:
     num_seeds: int
     """Seeds that any of its rates was planned with."""
 
-    @property
-    def stands_for(self) -> tuple[Mapping[str, str], ...]:
+    @cached_property
+    def stands_for(self) -> frozenset[Place]:
         """As of its members, all together."""
-        return tuple(point for each in self.members for point in each.stands_for)
+        return frozenset().union(*(each.stands_for for each in self.members))
 
     @property
     def name(self) -> str:
@@ -159,22 +160,14 @@ def groups_of(findings: Findings) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _agree(first: Group, second: Group, axes: Sequence[str]) -> bool:
-    """Whether two arms, or arms that they are the baselines of, have the same values on these axes."""
-    return any(
-        all(ours[axis] == theirs[axis] for axis in axes if axis in ours and axis in theirs)
-        for ours, theirs in product(first.stands_for, second.stands_for)
-    )
-
-
 def _mean_loss(group: Group) -> float:
     return statistics.mean(group.losses.values())
 
 
 def dense_of(group: Group, groups: Sequence[Group]) -> Group | None:
     """The 16-bit baseline with the architecture, optimizer and schedule of an arm; None if none is complete."""
-    matching = [each for each in groups if each.baseline == SIXTEEN and each.losses]
-    matching = [each for each in matching if _agree(each, group, tuple(each.point))]
+    found = [each for each in groups if each.baseline == SIXTEEN and each.losses]
+    matching = [each for each in found if each.stands_for & group.stands_for]
     return min(matching, key=_mean_loss, default=None)
 
 
@@ -188,10 +181,9 @@ def distances(group: Group, groups: Sequence[Group]) -> dict[str, float]:
 
 def scratches_of(group: Group, groups: Sequence[Group]) -> list[Group]:
     """The ternary baselines from scratch that differ from an arm in the quantizer at most, the best one first."""
-    dense = dense_of(group, groups)
-    axes = tuple(group.point) if dense is None else tuple(dense.point)
-    matching = [each for each in groups if each.baseline == SCRATCH and each.losses]
-    return sorted((each for each in matching if _agree(each, group, axes)), key=_mean_loss)
+    alike = dense_of(group, groups) or group
+    found = [each for each in groups if each.baseline == SCRATCH and each.losses]
+    return sorted((each for each in found if each.stands_for & alike.stands_for), key=_mean_loss)
 
 
 def gaps_of(group: Group, groups: Sequence[Group]) -> list[Gap]:

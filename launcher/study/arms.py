@@ -1,5 +1,6 @@
 """The arms of a study: one resolved configuration for each point of the grid, baseline and seed."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -37,7 +38,7 @@ class Arm:
     """Its values on the axes that make a difference to it."""
     plan: Plan
     stands_for: tuple[Point, ...] = ()
-    """Of a baseline, the values on the axes of all points of the grid that it is the baseline of."""
+    """Of a baseline, the values on the axes of all places in the grid that it is the baseline of."""
 
     @property
     def config(self) -> Config:
@@ -163,9 +164,9 @@ def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config])
         ConfigError: two points of the grid are the same run, or two runs have the same name.
     """
     keys = {index: _key(config) for index, config in configs.items()}
-    differences = _differences(points, keys)
+    differences = _differences(points, keys, {index: _key_but_rate(config) for index, config in configs.items()})
     found: dict[tuple[str, str], str] = {}
-    named: dict[str, tuple[Point, dict[str, Point], Config]] = {}
+    named: dict[str, tuple[Point, Config]] = {}
     for index, point in enumerate(points):
         baseline = point["baseline"]
         kept = FOR_ALL if baseline != NO_BASELINE else tuple(point)
@@ -178,18 +179,50 @@ def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config])
             raise ConfigError(f"axes: two arms would have the name {name}; give their values names that differ")
         if earlier != name and baseline == NO_BASELINE:
             raise ConfigError(f"axes: the arms {earlier} and {name} are the same run; leave one of them out")
-        _, stands_for, _ = named.setdefault(earlier, (matters, {}, configs[index]))
-        if baseline != NO_BASELINE:
-            place = {axis: value for axis, value in point.items() if axis not in FOR_ALL}
-            stands_for.setdefault(repr(place), place)
-    return [(name, point, tuple(places.values()), config) for name, (point, places, config) in named.items()]
+        named.setdefault(earlier, (matters, configs[index]))
+    places = _places(study, points, configs)
+    return [
+        (name, point, tuple(places[point.get("baseline", NO_BASELINE), _key_but_rate(config)].values()), config)
+        for name, (point, config) in named.items()
+    ]
 
 
-def _differences(points: Sequence[Point], keys: Mapping[int, str]) -> set[tuple[str, str]]:
+def _places(
+    study: Study, points: Sequence[Point], configs: Mapping[int, Config]
+) -> defaultdict[tuple[str, str], dict[str, Point]]:
+    """By a baseline and its run but for the learning rate, the places in the grid that have it.
+
+    Also those for which the study leaves the baseline out, if another place has the same, or the arm.
+    """
+    found: defaultdict[tuple[str, str], dict[str, Point]] = defaultdict(dict)
+    for index, point in enumerate(points):
+        place, config = place_of(point), configs[index]
+        if point["baseline"] != NO_BASELINE:
+            found[point["baseline"], _key_but_rate(config)][repr(place)] = place
+            continue
+        for baseline in study.baselines:
+            with contextlib.suppress(ConfigError):  # of one that is left out, for it cannot be
+                found[baseline, _key_but_rate(baseline_of(config, baseline))][repr(place)] = place
+    return found
+
+
+def place_of(point: Point) -> Point:
+    """The values of a point on the axes that make no difference to every baseline."""
+    return {axis: value for axis, value in point.items() if axis not in FOR_ALL}
+
+
+def _differences(
+    points: Sequence[Point], keys: Mapping[int, str], keys_but_rate: Mapping[int, str]
+) -> set[tuple[str, str]]:
     """The baselines and axes that tell different runs apart.
 
     They are those for which two points that differ in the axis alone are different runs. If runs are different and are
     not told apart by these, as where each size has a rate of its own, they are also the axes in which those differ.
+
+    Args:
+        points: of the study.
+        keys: by the index of a point, what tells its run from others.
+        keys_but_rate: the same without its learning rate, for points with swept rates of their own.
     """
     seen: dict[tuple[str, str], str] = {}
     found = set()
@@ -201,12 +234,14 @@ def _differences(points: Sequence[Point], keys: Mapping[int, str]) -> set[tuple[
     alike: dict[str, list[int]] = defaultdict(list)
     for index, point in enumerate(points):
         if point["baseline"] != NO_BASELINE:
-            alike[repr([point.get(axis) for axis in FOR_ALL])].append(index)
+            alike[repr((point["seed"], point["baseline"]))].append(index)
     for members in alike.values():
         for first, second in itertools.combinations(members, 2):
-            baseline = points[first]["baseline"]
-            differ = {(baseline, axis) for axis, value in points[first].items() if points[second][axis] != value}
-            if keys[first] != keys[second] and not differ & found:
+            ours, theirs = points[first], points[second]
+            told = keys if ours.get("rate") == theirs.get("rate") else keys_but_rate
+            places = zip(place_of(ours).items(), place_of(theirs).items(), strict=True)
+            differ = {(ours["baseline"], axis) for (axis, value), (_, other) in places if value != other}
+            if told[first] != told[second] and not differ & found:
                 found |= differ
     return found
 
@@ -214,6 +249,10 @@ def _differences(points: Sequence[Point], keys: Mapping[int, str]) -> set[tuple[
 def _key(config: Config) -> str:
     """What tells one run from another, whatever its name."""
     return json.dumps(to_tree(replace(config, run=replace(config.run, name="any", folder=None))), sort_keys=True)
+
+
+def _key_but_rate(config: Config) -> str:
+    return _key(replace(config, optimizer=replace(config.optimizer, learning_rate=1.0)))
 
 
 def name_of(point: Point, labels: Mapping[str, Sequence[str]]) -> str:

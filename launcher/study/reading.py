@@ -17,11 +17,14 @@ from launcher.run.metrics_log import read_metrics
 from launcher.run.requeue import read_state
 from launcher.run.row_losses import RowLosses, read_row_losses
 from launcher.run.scores import RESULTS, read_results
-from launcher.study.arms import Arm
+from launcher.study.arms import Arm, Point, place_of
 from launcher.study.config import NO_BASELINE, POST_TRAINING, Study, parse_study
 from launcher.study.results import STANDS_FOR, Row, Standing, Status, results_of
 from launcher.study.sharing import share
 from model.size import num_linear_parameters
+
+Place = frozenset[tuple[str, str]]
+"""The values of an arm on the axes of its study, but for rate and seed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,9 +35,8 @@ class Record:
     """As in `results.json`."""
     point: Mapping[str, str]
     """Its values on the axes, and its `rate`, `baseline` and `seed`."""
-    stands_for: tuple[Mapping[str, str], ...]
-    """Of a baseline, the values on the axes of the arms that it is the baseline of; of an arm, and where
-    `results.json` has none, its own point."""
+    stands_for: frozenset[Place]
+    """Of a baseline, the places of the arms that it is the baseline of; of an arm, its own."""
     log: Sequence[Mapping[str, Any]]
     """The rows of its `metrics.jsonl`; empty before it has begun."""
     arm: Arm | None
@@ -116,7 +118,7 @@ def read_study(folder: Path) -> Findings:
             Record(
                 row=fresh.get(row["arm"], row),
                 point=point,
-                stands_for=_stands_for(row) or (point,),
+                stands_for=_stands_for(row, point, points),
                 log=standing.log,
                 arm=arm,
                 rows=None if arm is None else _rows_of(path, arm),
@@ -139,8 +141,16 @@ def _point_of(study: Study, row: Row) -> dict[str, str]:
     return {"seed": str(study.seeds[0]), "baseline": NO_BASELINE} | point
 
 
-def _stands_for(row: Row) -> tuple[Mapping[str, str], ...]:
-    return tuple(row.get(STANDS_FOR) or ())
+def _stands_for(row: Row, point: Point, points: Sequence[Point]) -> frozenset[Place]:
+    """The places that a row is about.
+
+    Studies of earlier versions did not record those of a baseline; then they are the arms that have its own values.
+    """
+    if STANDS_FOR in row and point["baseline"] != NO_BASELINE:
+        return frozenset(frozenset(each.items()) for each in row[STANDS_FOR] or ())
+    ours = place_of(point).items()
+    alike = [each for each in points if each["baseline"] == NO_BASELINE and ours <= each.items()]
+    return frozenset(frozenset(place_of(each).items()) for each in alike or [point])
 
 
 def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | None, Standing]:
@@ -159,7 +169,7 @@ def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | N
         status = "failed"
     elif status != "failed" or state == "running":
         status = "not complete"
-    arm = Arm(name=row["arm"], point=point, plan=plan, stands_for=_stands_for(row))
+    arm = Arm(name=row["arm"], point=point, plan=plan, stands_for=tuple(row.get(STANDS_FOR) or ()))
     return arm, Standing(status=status, step=step, log=log)
 
 

@@ -305,3 +305,31 @@ def test_complete_runs_that_a_file_no_longer_names_are_named(tmp_path, capfd):
 def test_a_study_without_held_out_text_has_no_result_and_is_refused(tmp_path):
     problem = problem_of(tmp_path, {"data": {"validation_rows": 0}})
     assert problem == "all arms: data.validation_rows: is 0; a study compares held-out losses, so it must be above 0"
+
+
+def test_a_baseline_with_swept_rates_is_told_from_one_of_another_schedule(tmp_path):
+    """The sweep is of one schedule alone, so that no two baselines differ in nothing but the schedule."""
+    axes = {"decay": {"late": [], "whole": ["schedule={shape: cosine, warmup_steps: 2}"]}}
+    sweep = {"rates": [1e-3, 2e-3], "only": [{"baseline": ["16-bit"], "decay": "late"}]}
+    arms = arms_of(tmp_path, axes=axes, sweep=sweep, baselines=["16-bit"])
+    assert [(arm.name, arm.config.schedule.shape) for arm in arms if arm.baseline == "16-bit"] == [
+        ("16-bit_decay-late_rate-0.001", "wsd"),
+        ("16-bit_decay-late_rate-0.002", "wsd"),
+        ("16-bit_decay-whole", "cosine"),
+    ]
+
+
+def test_a_baseline_stands_for_all_arms_that_have_it_left_out_or_not(tmp_path):
+    """Which optimizer state an arm keeps makes no difference in 16 bits, the decay does."""
+    axes = {
+        "decay": {"late": [], "whole": ["schedule={shape: cosine, warmup_steps: 2}"]},
+        "state": {"keep": [], "reset": ["phases.1.transition.optimizer=reset"]},
+    }
+    sweep = {"rates": [1e-3, 2e-3], "only": [{"baseline": ["16-bit"]}]}
+    exclude = [{"baseline": "16-bit", "decay": "whole"}, {"baseline": "16-bit", "state": "reset"}]
+    arms = arms_of(tmp_path, axes=axes, sweep=sweep, exclude=exclude, baselines=["16-bit"])
+    dense = [arm for arm in arms if arm.baseline == "16-bit"]
+    assert [arm.name for arm in dense] == ["16-bit_rate-0.001", "16-bit_rate-0.002"]
+    expected = [{"decay": "late", "state": "keep"}, {"decay": "late", "state": "reset"}]
+    assert [list(arm.stands_for) for arm in dense] == [expected, expected]
+    assert [arm.stands_for for arm in arms if arm.baseline != "16-bit"] == [()] * 4

@@ -177,3 +177,28 @@ def test_a_baseline_is_that_of_all_arms_that_it_stands_for(tmp_path: Path) -> No
     old = [{key: value for key, value in row.items() if key != "stands_for"} for row in json.loads(path.read_text())]
     path.write_text(json.dumps(old))
     assert [above for _, decay, above, _ in check() if decay == "own"] == [pytest.approx(0.1), None, None]
+
+
+def test_an_arm_has_no_baseline_of_another_schedule(tmp_path: Path) -> None:
+    """Where the 16-bit run of a schedule is left out, that of the other says nothing of its arms."""
+    axes = {
+        "decay": {"late": [], "whole": ["schedule={shape: cosine, warmup_steps: 2}"]},
+        "state": {"keep": [], "reset": ["phases.1.transition.optimizer=reset"]},
+    }
+    exclude = [{"baseline": "16-bit", "decay": "whole"}, {"baseline": "16-bit", "state": "reset"}]
+    levels = {"16-bit": 2.5, "scratch": 3.0, "none": 2.6}
+    folder = make_study(
+        tmp_path / "study",
+        lambda arm: levels[arm.baseline],
+        axes=axes,
+        exclude=exclude,
+        baselines=["16-bit", "scratch"],
+    )
+    groups = groups_of(read_study(folder))
+    rows = [row_of(group, groups) for group in groups if group.baseline == "none"]
+    assert [(row["decay"], row["state"], row["above_16_bit"], row["share_of_fair_gap"]) for row in rows] == [
+        ("late", "keep", pytest.approx(0.1), pytest.approx(0.8)),
+        ("late", "reset", pytest.approx(0.1), pytest.approx(0.8)),
+        ("whole", "keep", None, None),
+        ("whole", "reset", None, None),
+    ]
