@@ -329,7 +329,7 @@ def test_a_window_that_is_shorter_than_the_context_is_refused() -> None:
     shapes = {gguf_name(name, model): shape for name, shape in parameter_shapes(model).items()}
     for window in (0, 64, 4096):
         assert config_from_gguf(fields | {"llama.attention.sliding_window": window}, shapes) == model
-    with pytest.raises(ValueError, match="llama.attention.sliding_window is 63: .* context_length, 64, no larger"):
+    with pytest.raises(ValueError, match=r"llama\.attention\.sliding_window is 63: .*context_length, 64, no larger"):
         config_from_gguf(fields | {"llama.attention.sliding_window": 63}, shapes)
 
 
