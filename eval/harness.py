@@ -29,17 +29,19 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task t
 class Encoding:
     """The tokens of a context and of a continuation.
 
-    A context begins with the model's first token if that has no other use, as Llama's ``<s>``: its tokenizer puts it
-    there in lm-evaluation-harness as well. A token that also ends documents, as OLMo's and that of models trained here,
-    is put in front only where a continuation would have no context.
+    A context begins with the model's first token if its tokenizer puts that there, as Llama's ``<s>``, and as it does
+    in lm-evaluation-harness. A token that no tokenizer puts there, as Qwen's, or that also ends documents, as OLMo's
+    and that of models trained here, is put in front only where a continuation would have no context.
     """
 
     tokenizer: Tokenizer
     first_token: int
-    """The token that a text begins with."""
+    """The token before a text."""
     separately: bool = False
     """Tokenize contexts and continuations separately, as OLMo does; otherwise a continuation has the tokens that are
     left when those of the context are taken from those of both together, as in lm-evaluation-harness."""
+    puts_first_token: bool = False
+    """Whether the tokenizer puts the first token in front of every text."""
 
     @cached_property
     def _adds_space(self) -> bool:
@@ -59,7 +61,8 @@ class Encoding:
             question = context.rstrip()
             before = encode(question)
             after = encode(context + continuation)[len(before) :]
-        if not before or self.first_token != self.tokenizer.end_of_document:
+        begins = self.puts_first_token and self.first_token != self.tokenizer.end_of_document
+        if begins or not before:
             before = [self.first_token, *before]
         return before, after
 

@@ -26,7 +26,7 @@ from eval.score import POSITIVE
 GROUP = "paper11"
 NOT_INSTALLED = "lm-evaluation-harness is not installed: `pip install -e '.[eval]'` brings it"
 HARNESS = "-harness"
-VERSION = 2
+VERSION = 3
 """Of the prompts and of the scores; a finished task's result is of use as long as it stays. Raise it with any change
 after which the same model and data give other scores."""
 

@@ -22,6 +22,10 @@ class ConfigError(UserError):
     """The configuration is wrong; one problem a line, each beginning with the key's path."""
 
 
+class NoTimeError(ConfigError):
+    """The job ends before a run could train and save; a study starts no other run in it."""
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be written or read; says which file, what is wrong and what to do."""
 

@@ -32,7 +32,7 @@ from data.messages import safe_message
 from launcher.commands.prepare import prepare_with_progress
 from launcher.config.file import load_config
 from launcher.config.sections import Config
-from launcher.errors import USER_ERRORS, CheckpointError, ConfigError, FirstRankError, report_error
+from launcher.errors import USER_ERRORS, CheckpointError, ConfigError, FirstRankError, NoTimeError, report_error
 from launcher.plan.course import make_course
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.plan import Plan, make_plan
@@ -53,6 +53,7 @@ from launcher.watch.failure import (
     FAILED,
     INTERRUPTED,
     MISCONFIGURED,
+    NO_TIME,
     SECONDS_TO_BE_SEEN_DEAD,
     has_failed,
     leave_presence,
@@ -147,7 +148,14 @@ def run(
             except Exception:  # the disk may be gone, where the newest checkpoint and the ranks' notes are looked for
                 print(safe_message(traceback.format_exc()), file=sys.stderr)  # noqa: T201
             # The process group cannot be left in order: the others may be anywhere.
-            os._exit(MISCONFIGURED if isinstance(error, ConfigError) else FAILED)
+            os._exit(exit_code_of(error))
+
+
+def exit_code_of(error: Exception) -> int:
+    """The exit code of a rank that this has ended."""
+    if isinstance(error, NoTimeError):
+        return NO_TIME
+    return MISCONFIGURED if isinstance(error, ConfigError) else FAILED
 
 
 def stop_without_launcher(message: str, stop: StopRequest, pulse: Pulse) -> None:

@@ -198,6 +198,12 @@ def config_from_gguf(
         model = ModelConfig(**config | traits)
     except ValueError as error:
         raise ValueError(f"its keys describe no model: {error}") from error
+    window = field("attention.sliding_window", (int,), 0)
+    if window and window < model.max_sequence_length:
+        raise ValueError(
+            f"{name}.attention.sliding_window is {window}: attention here always sees the whole sequence; 0 would be "
+            f"right, or {name}.context_length, {model.max_sequence_length}, no larger than the window"
+        )
     if field("rope.dimension_count", (int,), model.head_width) != model.head_width:
         raise ValueError("it rotates a part of each head, which is not computed here")
     return replace(model, rope_scaling=scaling_from_gguf(field, factors, model))

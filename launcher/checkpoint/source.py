@@ -53,10 +53,12 @@ class Source(ABC):
     """One sentence for each thing a run has that this format does not carry."""
     is_packed: bool = False
     """Whether quantized matrices are stored as codes and their levels, and not as weights."""
+    puts_first_token: bool | None = None
+    """Whether `first_token` is in front of every text; None leaves it to the tokenizer's files."""
 
     @property
     def first_token(self) -> int | None:
-        """The token that a text begins with; None if the source does not say it."""
+        """The token before a text, see `launcher.formats.tokens.puts_first`; None if the source does not say it."""
         return None
 
     def kinds(self, name: str) -> tuple[str, ...]:

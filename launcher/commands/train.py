@@ -61,7 +61,7 @@ def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int
         TrainingError: the run failed or was stopped; with its own message.
         KeyboardInterrupt: after an interrupt, when the run has saved.
     """
-    from launcher.watch.failure import COMPLETE, INTERRUPTED, MISCONFIGURED  # which need torch
+    from launcher.watch.failure import COMPLETE, INTERRUPTED, MISCONFIGURED, NO_TIME  # which need torch
 
     folder, plan = check_start(config, overrides, num_ranks)
     if folder.is_complete(plan.total_steps):
@@ -81,7 +81,7 @@ def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int
         refusal = refused.read_text() if refused.exists() else None
     if process.returncode == COMPLETE:
         return folder.path
-    if process.returncode == MISCONFIGURED:
+    if process.returncode in (MISCONFIGURED, NO_TIME):
         raise ConfigError(refusal or last_lines)
     state = folder.read_state()
     if process.returncode == INTERRUPTED and state.get("status") == "interrupted":

@@ -128,7 +128,7 @@ class FolderModel:
         return tuple(name for name in parameter_shapes(self.config) if packing and packing.applies_to(name))
 
     def first_token(self, location: str) -> int | None:
-        """What a text begins with; None where the tokenizer says it.
+        """The token before a text; None where the tokenizer says it.
 
         Raises:
             CheckpointError: what is written there is no token.

@@ -55,7 +55,9 @@ class Published(ABC):
     only_ternary: bool = False
     """Whether the format of the codes has no others than -1, 0 and +1."""
     first_token: int | None = None
-    """The token that a text begins with, as far as the model says it."""
+    """The token before a text, as far as the model says it."""
+    puts_first_token: bool | None = None
+    """See `launcher.checkpoint.source.Source`."""
     vocabulary_size: int | None = None
     """Tokens of the vocabulary that the file itself holds; None if the tokenizer is a file of its own."""
 

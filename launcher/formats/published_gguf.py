@@ -110,8 +110,8 @@ class PublishedGGUF(Published):
                     f"tokenizer.ggml.{key}_token_id {token!r} is no token of the vocabulary, which has 0 to "
                     f"{len(tokens) - 1}"
                 )
-        if file.fields.get("tokenizer.ggml.add_bos_token", True):
-            self.first_token = file.fields.get("tokenizer.ggml.bos_token_id")
+        self.first_token = file.fields.get("tokenizer.ggml.bos_token_id")
+        self.puts_first_token = bool(file.fields.get("tokenizer.ggml.add_bos_token", True))
 
     def tokenizer_file(self) -> Path | None:
         if self._file is None or self.vocabulary_size is None:

@@ -25,11 +25,34 @@ NAMED = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def first_token_of(source: Source, end_of_document: int | None) -> int | None:
-    """The token that a text begins with, in generation, perplexity and tasks alike.
+    """The token before a text that has nothing else before it, in generation, perplexity and tasks alike.
 
-    A folder or file of other programs may name it. In training a document comes after the end of another.
+    A folder or file of other programs may name it. In training a document comes after the end of another. Whether it
+    is in front of every text: `puts_first`.
     """
     return end_of_document if source.first_token is None else source.first_token
+
+
+def puts_first(source: Source, tokenizer: Path) -> bool:
+    """Return whether a model's tokenizer puts the first token in front of every text.
+
+    Many name such a token and put it nowhere, as those of Qwen. Where nobody says, it is as in training.
+
+    Args:
+        source: of the model.
+        tokenizer: the tokenizer's file.
+
+    Raises:
+        DataError: a file beside it cannot be read.
+    """
+    if source.puts_first_token is not None:
+        return source.puts_first_token
+    if isinstance(source, CheckpointReader):
+        # Chats were trained on as the template writes them, and programs put the token in front of a whole chat too.
+        return not _was_trained_on_chats(source, tokenizer)
+    if source.first_token is None and not has_settings(tokenizer.parent):
+        return True
+    return puts_first_token(tokenizer.parent)
 
 
 def fitting_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
@@ -60,10 +83,12 @@ def trained_template(exportable: Exportable, tokenizer: Path) -> ChatTemplate | 
     Raises:
         DataError: it cannot be read.
     """
-    source = exportable.source
-    if not isinstance(source, CheckpointReader) or CHAT_TEMPLATE not in source.manifest.files:
-        return None
-    return ChatTemplate(load_tokenizer(tokenizer)) if tokenizer.with_name(CHAT_TEMPLATE).is_file() else None
+    return ChatTemplate(load_tokenizer(tokenizer)) if _was_trained_on_chats(exportable.source, tokenizer) else None
+
+
+def _was_trained_on_chats(source: Source, tokenizer: Path) -> bool:
+    is_trained = isinstance(source, CheckpointReader) and CHAT_TEMPLATE in source.manifest.files
+    return is_trained and tokenizer.with_name(CHAT_TEMPLATE).is_file()
 
 
 def folder_tokens(exportable: Exportable, tokenizer: Path | None) -> tuple[dict[str, object], dict[str, bytes]]:
@@ -92,7 +117,7 @@ def folder_tokens(exportable: Exportable, tokenizer: Path | None) -> tuple[dict[
             max_sequence_length=length,
             first_token=first,
             template=template,
-            puts_first_token=template is None,
+            puts_first_token=puts_first(exportable.source, tokenizer),
         )
         return named, files
     if (folder / CONFIG).is_file():
@@ -112,13 +137,11 @@ def gguf_tokens(exportable: Exportable, tokenizer: Path) -> dict[str, object]:
         DataError: llama.cpp would tokenize differently.
     """
     folder, trained = foreign_folder(exportable, tokenizer), trained_template(exportable, tokenizer)
-    # Chats were trained on as the template writes them, and programs put the token in front of a whole chat too.
-    begins_texts = trained is None if folder is None else puts_first_token(folder)
     vocabulary = gguf_vocabulary(
         tokenizer,
         exportable.model.vocab_size,
         first_token=exportable.source.first_token,
-        puts_first_token=begins_texts,
+        puts_first_token=puts_first(exportable.source, tokenizer),
         has_special=folder is not None or trained is not None,
     )
     if trained is not None:

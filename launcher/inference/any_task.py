@@ -232,12 +232,14 @@ def tokenizer_folder(subject: Subject, prompting: Prompting) -> Iterator[Path]:
         vocab_size=subject.model.config.vocab_size,
         max_sequence_length=subject.scorer.window_tokens,
         first_token=subject.first_token,
+        puts_first_token=subject.puts_first_token,
     )
     files = None
     if path.with_name(CHAT_TEMPLATE).is_file():
         try:
             # As in an export of a checkpoint; a file of another program may begin chats with a token.
-            files = written(template=ChatTemplate(subject.tokenizer), puts_first_token=subject.step is None)
+            puts_first_token = subject.puts_first_token and subject.step is None
+            files = written(template=ChatTemplate(subject.tokenizer), puts_first_token=puts_first_token)
         except DataError:  # texts can be asked without what Transformers cannot make of chats
             if prompting.chat_template:
                 raise

@@ -16,15 +16,15 @@ from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source
 from launcher.engine.frozen import shard_frozen_
 from launcher.formats.opened import Exportable
-from launcher.formats.tokens import first_token_of, fitting_tokenizer
+from launcher.formats.tokens import first_token_of, fitting_tokenizer, puts_first
 from launcher.process.ranks import Ranks
 from model.transformer import ModelConfig, Transformer
 from quant.linear import QuantLinear, add_learned_scales_, quantize_, quantized_layers, set_strengths_
 from quant.rounding import Scale
 
 
-def tokenizer_for(opened: Exportable, path: str | Path | None) -> tuple[Tokenizer | None, int | None, str | None]:
-    """The tokenizer of a model, the token that a text begins with, and why its own tokenizer cannot be read.
+def tokenizer_for(opened: Exportable, path: str | Path | None) -> tuple[Tokenizer | None, int | None, bool, str | None]:
+    """The tokenizer of a model, the token before a text, whether every text has it, and why there is no tokenizer.
 
     Tokens can be computed without a tokenizer, so only one that is named has to be readable.
 
@@ -35,15 +35,18 @@ def tokenizer_for(opened: Exportable, path: str | Path | None) -> tuple[Tokenize
     Raises:
         DataError: the tokenizer that is named is none, or of another model.
     """
-    loaded, problem = None, None
+    loaded, puts, problem = None, False, None
     if path is not None:
         loaded = fitting_tokenizer(path, opened.model)
+        puts = puts_first(opened.source, loaded.path)
     elif opened.tokenizer is not None:
         try:
             loaded = fitting_tokenizer(opened.tokenizer, opened.model)
+            puts = puts_first(opened.source, loaded.path)
         except DataError as error:
             problem = str(error)
-    return loaded, first_token_of(opened.source, None if loaded is None else loaded.end_of_document), problem
+    first = first_token_of(opened.source, None if loaded is None else loaded.end_of_document)
+    return loaded, first, puts, problem
 
 
 def unfilled_model(

@@ -41,6 +41,7 @@ class LlamaModel(TextModel):
     config: ModelConfig
     tokenizer: Tokenizer | None
     first_token: int | None
+    puts_first_token: bool
     tokenizer_problem: str | None = None
 
     @property
@@ -84,7 +85,7 @@ def load_llama(path: str, *, tokenizer: str | Path | None = None) -> LlamaModel:
             "--with llama.cpp needs the `llama-cpp-python` package: pip install -e '.[llama]', which compiles llama.cpp"
         ) from error
     opened = open_exportable(path, ternary=False)
-    loaded, first_token, problem = tokenizer_for(opened, tokenizer)
+    loaded, first_token, puts_first_token, problem = tokenizer_for(opened, tokenizer)
     with tempfile.TemporaryDirectory(prefix="tritrain-") as folder:
         file, start = Path(folder, "model.gguf"), time.perf_counter()
         into = _write(opened, file)
@@ -100,7 +101,7 @@ def load_llama(path: str, *, tokenizer: str | Path | None = None) -> LlamaModel:
             verbose=False,
         )  # which keeps the pages of the file
     atexit.register(llama.close)  # later, its module is gone already
-    return LlamaModel(llama, num_bytes, opened.model, loaded, first_token, problem)
+    return LlamaModel(llama, num_bytes, opened.model, loaded, first_token, puts_first_token, problem)
 
 
 def _write(opened: Exportable, to: Path) -> BlockType:

@@ -41,6 +41,7 @@ class LoadedModel(TextModel):
     config: ModelConfig
     tokenizer: Tokenizer | None
     first_token: int | None
+    puts_first_token: bool
     tokenizer_problem: str | None = None
 
     @property
@@ -101,8 +102,8 @@ def load_model(
             except ValueError as error:
                 raise CheckpointError(f"{source.location}: {error}; packed=False loads it") from error
     _read_(model, "", source, dtype, device)
-    loaded, first_token, problem = tokenizer_for(opened, tokenizer)
-    return LoadedModel(model.requires_grad_(False).eval(), opened.model, loaded, first_token, problem)
+    loaded, first_token, puts_first_token, problem = tokenizer_for(opened, tokenizer)
+    return LoadedModel(model.requires_grad_(False).eval(), opened.model, loaded, first_token, puts_first_token, problem)
 
 
 def _precision(opened: Exportable) -> Precision:

@@ -143,6 +143,7 @@ def key_of(task: Task, rows: list[dict[str, Any]], subject: Subject) -> dict[str
         "examples": digest_of(rows),
         "scoring": VERSION,
         "harness": version("lm_eval"),
+        "puts_first_token": subject.puts_first_token,
         **subject.computation,
     }
 
@@ -187,7 +188,12 @@ def score_tasks(
         task: open_questions(
             task.label,
             rows[task],
-            Encoding(subject.tokenizer, subject.first_token, separately=not task.is_harness),
+            Encoding(
+                subject.tokenizer,
+                subject.first_token,
+                separately=not task.is_harness,
+                puts_first_token=subject.puts_first_token,
+            ),
             subject.scorer.window_tokens,
         )
         for task in to_do

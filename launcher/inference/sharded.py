@@ -32,7 +32,7 @@ from launcher.formats.onnx_export import GRAPH
 from launcher.formats.onnx_graph import DATA
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.formats.published_onnx import is_onnx
-from launcher.formats.tokens import first_token_of, fitting_tokenizer
+from launcher.formats.tokens import first_token_of, fitting_tokenizer, puts_first
 from launcher.inference.build import sharded_model
 from launcher.process.ranks import Ranks
 from launcher.run.automatic import concrete
@@ -54,7 +54,9 @@ class Subject:
     """The folder of its run, where that was found."""
     tokenizer: Tokenizer
     first_token: int
-    """The token that a text begins with."""
+    """The token before a text."""
+    puts_first_token: bool
+    """Whether the tokenizer puts it in front of every text."""
     computation: dict[str, Any]
     """How its results are computed, beside its files: `key_of` in `launcher.inference.measure`."""
     scorer: Scorer
@@ -126,6 +128,7 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
         run=opened.run,
         tokenizer=loaded,
         first_token=first_token,
+        puts_first_token=puts_first(source, loaded.path),
         computation={
             "tokenizer": loaded.fingerprint,
             "end_of_document": loaded.end_of_document,

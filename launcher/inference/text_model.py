@@ -18,7 +18,9 @@ class TextModel(ABC):
     tokenizer: Tokenizer | None
     """None where there is none, or none that can be read."""
     first_token: int | None
-    """The token that a text begins with; None where neither the model nor a tokenizer says."""
+    """The token before a text; None where neither the model nor a tokenizer says."""
+    puts_first_token: bool
+    """Whether the tokenizer puts it in front of every text."""
     tokenizer_problem: str | None
     """Why the model's own tokenizer cannot be read, if it was found."""
 
@@ -39,6 +41,9 @@ class TextModel(ABC):
     def prompt_tokens(self, prompt: str) -> list[int]:
         """The tokens of a text that the model shall continue.
 
+        The first token is in front of them if the tokenizer puts it there, if it ends documents, so that each document
+        of training came after it, or if there is no other.
+
         Raises:
             CheckpointError: there is no tokenizer.
             DataError: it cannot be read, or the prompt is not text.
@@ -49,7 +54,9 @@ class TextModel(ABC):
             prompt.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"the prompt is not text: {error}; write it in UTF-8") from error
-        return [self.first_token, *tokenizer.encode(prompt)]
+        tokens = tokenizer.encode(prompt)
+        begins = self.puts_first_token or self.first_token == tokenizer.end_of_document or not tokens
+        return [self.first_token, *tokens] if begins else tokens
 
     def generate(self, prompt: str, **choice: Any) -> Iterator[str]:
         """Continue a text; yields pieces as they come.

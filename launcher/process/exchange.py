@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.errors import DataError
-from launcher.errors import CheckpointError, ConfigError, FirstRankError, UserError
+from launcher.errors import CheckpointError, ConfigError, FirstRankError, NoTimeError, UserError
 
-KINDS = (ConfigError, CheckpointError, DataError, UserError, Exception)
+KINDS = (NoTimeError, ConfigError, CheckpointError, DataError, UserError, Exception)
 """The errors that ranks tell apart, the closest first."""
 
 Element = TypeVar("Element", bound=np.generic)

@@ -35,8 +35,9 @@ SECONDS_OF_A_REQUEST = 1.0
 LINES_OF_A_FAILURE = 8
 """Lines at the end of a log that say why a job failed, if its run does not."""
 
-INTERRUPTED = 3
-"""Exit code of a run that was asked to stop (`launcher.watch.failure`, which needs torch)."""
+INTERRUPTED, NO_TIME = 3, 4
+"""Exit codes of a run that was asked to stop, and of one that was refused because the job ends too soon
+(`launcher.watch.failure`, which needs torch)."""
 
 
 @dataclass(kw_only=True)
@@ -50,7 +51,7 @@ class Outcome:
     halted: list[str] = field(default_factory=list)
     """Runs that were asked to stop one by one, or have no time left."""
     is_stopped: bool = False
-    """Whether the study itself was asked to stop."""
+    """Whether the study itself was asked to stop, or its job has no time left for a run."""
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Queue:
         self._steps: dict[str, int] = {}
         self._requests: list[float] = []
         self._passed_on = 0
+        self._has_time = True
         self._outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -94,19 +96,23 @@ class Queue:
                 pass
         wanted = needed(self._jobs)
         outcome, names = self._outcome, {job.name for job in wanted}
-        outcome.is_stopped = bool(self._requests)
+        outcome.is_stopped = self._starts_no_more
         outcome.failed = {name: text for name, text in outcome.failed.items() if name in names}
         if not outcome.is_stopped:
             outcome.blocked = [name for name in names if name not in outcome.failed and name not in outcome.halted]
         return outcome
 
+    @property
+    def _starts_no_more(self) -> bool:
+        return bool(self._requests) or not self._has_time
+
     def _go_on(self, context: "multiprocessing.context.ForkServerContext", advance: Callable[[int], None]) -> bool:
         """Start what can be started, wait a moment, and take in what has ended; returns whether there is more."""
         ready, waiting = self._ready()
         free = [slot for slot in range(len(self._places)) if slot not in self._running]
-        for slot, job in zip(free, () if self._requests else ready, strict=False):
+        for slot, job in zip(free, () if self._starts_no_more else ready, strict=False):
             self._start(context, slot, job)
-        if not self._running and (self._requests or not waiting):
+        if not self._running and (self._starts_no_more or not waiting):
             return False
         if len(self._requests) > self._passed_on:
             self._stop_all()
@@ -156,6 +162,9 @@ class Queue:
             if job.name not in self._free_at:
                 self._console.line(f"{job.name} is run by another process")
             self._free_at[job.name] = time.monotonic() + SECONDS_UNTIL_FREE
+        elif code == NO_TIME:
+            self._has_time = False
+            self._console.line(f"{job.name} is not trained in this job, which ends too soon; nor is any other")
         elif self._requests:
             self._console.line(f"{job.name} is stopped at step {job.step} of {job.end}")
         elif code == INTERRUPTED:

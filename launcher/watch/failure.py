@@ -20,8 +20,9 @@ from launcher.run.folder import RunFolder
 from launcher.run.smoke import is_smoke_test
 from launcher.watch.heartbeat import Heartbeat
 
-COMPLETE, FAILED, MISCONFIGURED, INTERRUPTED = 0, 1, 2, 3
-"""Exit codes. A stop that was asked for is not a failure, but not the end of the run either."""
+COMPLETE, FAILED, MISCONFIGURED, INTERRUPTED, NO_TIME = 0, 1, 2, 3, 4
+"""Exit codes. A stop that was asked for is not a failure, but not the end of the run either; nor is a job that ends too
+soon to train in."""
 
 
 SECONDS_TO_BE_SEEN_DEAD = 3.0

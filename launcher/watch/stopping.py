@@ -22,7 +22,7 @@ from pathlib import Path
 from signal import SIG_IGN
 from types import FrameType
 
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, NoTimeError
 from launcher.process.ranks import Ranks, max_over_ranks
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
@@ -150,11 +150,11 @@ def time_to_stop(margin_seconds: int, say: Callable[[str], None]) -> float:
         say: tells people that nobody knows when the job ends.
 
     Raises:
-        ConfigError: that would be at once.
+        NoTimeError: that would be at once.
     """
     end = end_of_job(say)
     if end - time.time() <= margin_seconds:
-        raise ConfigError(
+        raise NoTimeError(
             f"run.stop_before_end_seconds: is {margin_seconds}, but the job ends in {max(0, end - time.time()):.0f} s; "
             "request a longer job, or lower it to the time that saving takes"
         )

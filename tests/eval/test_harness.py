@@ -13,6 +13,7 @@ from tokenizer_files import write_bytes_tokenizer
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
+from data.transformers_files import puts_first_token
 from eval.errors import NotFiniteError
 from eval.rows import Scorer
 from eval.score import scores_of
@@ -120,15 +121,17 @@ def test_a_continuation_without_context_comes_after_the_first_token(context, sep
     before, after = Encoding(Characters(), END, separately).pair(context, "ab")
     assert before == ([ord(context), END] if separately and context else [END])[:1]
     assert after == [ord(character) for character in ("ab" if separately else context + "ab")]
-    before, _ = Encoding(Characters(), BEGIN, separately).pair(context, "ab")
-    assert before[0] == BEGIN
+    for puts in (True, False):
+        before, _ = Encoding(Characters(), BEGIN, separately, puts_first_token=puts).pair(context, "ab")
+        assert (before[0] == BEGIN) is (puts or not (separately and context))
 
 
 @pytest.mark.parametrize("separately", [False, True])
-def test_a_token_that_only_begins_texts_is_in_front_of_every_context(separately):
-    """As Llama's is; one that ends documents too is not, as OLMo's."""
-    assert Encoding(Characters(), BEGIN, separately).pair("ab", "c") == ([BEGIN, 97, 98], [99])
-    assert Encoding(Characters(), END, separately).pair("ab", "c") == ([97, 98], [99])
+def test_a_token_that_only_begins_texts_is_in_front_of_every_context_if_the_tokenizer_puts_it_there(separately):
+    """As Llama's does; Qwen's does not. One that ends documents too is not in front, as OLMo's."""
+    for first, puts, before in ((BEGIN, True, [BEGIN, 97, 98]), (BEGIN, False, [97, 98]), (END, True, [97, 98])):
+        encoding = Encoding(Characters(), first, separately, puts_first_token=puts)
+        assert encoding.pair("ab", "c") == (before, [99])
 
 
 class Words(Characters):
@@ -234,8 +237,10 @@ def test_scores_equal_those_of_the_harness_s_own_hf_model(folder, tmp_path):
         assert scores_of(found, definition.metric)[definition.metric].value == pytest.approx(reference_score)
 
 
-def test_contexts_begin_as_the_harness_s_own_hf_model_begins_them(folder, tmp_path):
-    """A folder whose tokenizer puts a token of its own in front, as Llama's; an empty context too."""
+@pytest.mark.parametrize("puts", [True, False])
+def test_contexts_begin_as_the_harness_s_own_hf_model_begins_them(folder, tmp_path, puts):
+    """A folder whose tokenizer has a token of its own for that, and puts it in front, as Llama's, or does not, as
+    Qwen's; an empty context begins with it in any case."""
     pytest.importorskip("accelerate")
     repair_torchvision()
     from lm_eval.models.huggingface import HFLM
@@ -247,13 +252,15 @@ def test_contexts_begin_as_the_harness_s_own_hf_model_begins_them(folder, tmp_pa
     tokenizer = Tokenizer.from_file(str(files[0]))
     tokenizer.add_special_tokens(["<s>"])
     begin = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    single = "<s> $A" if puts else "$A"
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", begin)])
     tokenizer.save(str(files[0]))
     files[1].write_text(json.dumps(json.loads(files[1].read_text()) | {"bos_token": "<s>"}))
     theirs = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=2)
     scorer = Scorer(lambda tokens, labels: model(tokens, labels, reduction="none").token_nll, 256)
     rows = [asked(["ab", "abc"], 0), {"query": "", "choices": ["x", "yes no"], "gold": 1}, asked(["é"] * 2, 0)]
     task = harness_task("task", rows)
-    questions = open_questions("task", rows, Encoding(load_tokenizer(tmp_path / "hf"), begin), 256)
+    encoding = Encoding(load_tokenizer(tmp_path / "hf"), begin, puts_first_token=puts_first_token(tmp_path / "hf"))
+    questions = open_questions("task", rows, encoding, 256)
     for found, expected in zip(answer_questions("task", questions, scorer), ask(task, theirs), strict=True):
         assert found.log_likelihoods == pytest.approx(expected.log_likelihoods, rel=2e-6)

@@ -323,6 +323,16 @@ def test_keys_that_change_attention_are_refused(key: str) -> None:
         config_from_gguf(fields | {f"olmo.attention.{key}": 8.0}, shapes)
 
 
+def test_a_window_that_is_shorter_than_the_context_is_refused() -> None:
+    model = narrow("llama", max_sequence_length=64, head_dim=64)
+    fields = {"general.architecture": "llama"} | gguf_metadata(model)
+    shapes = {gguf_name(name, model): shape for name, shape in parameter_shapes(model).items()}
+    for window in (0, 64, 4096):
+        assert config_from_gguf(fields | {"llama.attention.sliding_window": window}, shapes) == model
+    with pytest.raises(ValueError, match=r"llama\.attention\.sliding_window is 63: .*context_length, 64, no larger"):
+        config_from_gguf(fields | {"llama.attention.sliding_window": 63}, shapes)
+
+
 def test_interleaved_rows_rotated_by_neighbors_give_the_same_scores() -> None:
     config = narrow(num_kv_heads=2)
     torch.manual_seed(0)

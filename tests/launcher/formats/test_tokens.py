@@ -89,14 +89,14 @@ def test_gguf_files_begin_texts_as_the_model_does_and_have_its_template(
     assert fields["tokenizer.ggml.token_type"][BEGIN : LAST + 1] == [3, 3, 3, 3]
     opened = open_exportable(str(tmp_path / "model.gguf"), ternary=False)
     assert opened.tokenizer is not None
-    assert opened.source.first_token == (BEGIN if adds is None else None)
+    assert (opened.source.first_token, opened.source.puts_first_token) == (BEGIN, adds is None)
     read = ChatTemplate(load_tokenizer(opened.tokenizer))
     assert START in read.prompt_tokens(CONVERSATION)
-    if adds is None:  # a file has the beginning of texts; a folder that is made of it has it too
-        tritrain("export", tmp_path / "model.gguf", "--to", tmp_path / "again", "--format", "hf")
-        config = json.loads((tmp_path / "again" / "config.json").read_text())
-        assert (config["bos_token_id"], config["eos_token_id"]) == (BEGIN, END)
-        assert puts_first_token(tmp_path / "again")
+    # A file says how texts begin; a folder that is made of it does too.
+    tritrain("export", tmp_path / "model.gguf", "--to", tmp_path / "again", "--format", "hf")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (BEGIN, END)
+    assert puts_first_token(tmp_path / "again") is (adds is None)
 
 
 def test_the_tokenizer_of_another_model_is_refused(chat_model: Path, tmp_path: Path) -> None:

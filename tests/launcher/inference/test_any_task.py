@@ -190,6 +190,7 @@ def subject_with(folder):
         step=4,
         tokenizer=tokenizer,
         first_token=tokenizer.end_of_document,
+        puts_first_token=True,
         scorer=SimpleNamespace(window_tokens=64),
         model=SimpleNamespace(config=SimpleNamespace(vocab_size=1024)),
     )

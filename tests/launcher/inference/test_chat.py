@@ -136,7 +136,7 @@ def test_a_template_of_a_stranger_reaches_nothing(tmp_path: Path, template: str,
 class Parrot(TextModel):
     """Answers with what it was told to, and remembers what it was asked."""
 
-    first_token, tokenizer_problem, weights_bytes = None, None, 0
+    first_token, puts_first_token, tokenizer_problem, weights_bytes = None, False, None, 0
 
     def __init__(self, tokenizer: Tokenizer, answers: Sequence[str], context: int = 4096) -> None:
         self.tokenizer, self.asked, self._answers = tokenizer, [], iter(answers)  # type: ignore[var-annotated]

@@ -14,7 +14,8 @@ import pytest
 
 from launcher.process.console import Console
 from launcher.study import dispatch
-from launcher.study.dispatch import INTERRUPTED, Outcome, Queue
+from launcher.study.dispatch import INTERRUPTED, NO_TIME, Outcome, Queue
+from launcher.study.study import ending
 from launcher.study.worker import Place
 
 WORKER = f"""
@@ -94,3 +95,24 @@ def test_a_second_request_ends_runs_at_once(stopped: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(dispatch, "SECONDS_OF_A_REQUEST", 0.2)
     _, said = stopped((0.0, signal.SIGINT), (0.5, signal.SIGINT))
     assert said == ["started", "asked"]
+
+
+def test_a_job_that_ends_too_soon_for_a_run_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other arm is started, none is tried again, and none has failed."""
+    started: list[str] = []
+
+    def process(name: str, **keys: Any) -> Any:
+        started.append(name)
+        sentinel = os.pidfd_open(os.getpid())
+        nothing = {"start": lambda: None, "join": lambda: os.close(sentinel), "is_alive": lambda: False}
+        return SimpleNamespace(pid=None, sentinel=sentinel, exitcode=NO_TIME, **nothing)
+
+    monkeypatch.setattr(dispatch, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(dispatch, "start_fork_server", lambda: SimpleNamespace(Process=process))
+    folder = SimpleNamespace(path=tmp_path / "run", read_state=dict)
+    about = {"is_trunk": False, "is_done": False, "has_begun": False, "begin": 0, "step": 0, "end": 8}
+    jobs: list[Any] = [SimpleNamespace(name=name, needs=None, folder=folder, **about) for name in ("one", "two")]
+    outcome = Queue(jobs, [Place(out=tmp_path, num_ranks=1, threads=1)], "ends", Console(silent=True)).run()
+    assert started == ["one"]
+    assert (outcome.failed, outcome.blocked) == ({}, [])
+    assert ending(outcome, jobs, Console(silent=True)) == INTERRUPTED
