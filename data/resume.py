@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -68,10 +68,12 @@ class Progress:
         return sum(facts["text_bytes"] for facts, _ in self.writers.values())
 
 
-def identity(options: dict[str, Any], files: Survey, inputs: Sequence[str]) -> dict[str, Any]:
+def identity(
+    options: dict[str, Any], files: Survey, inputs: Sequence[str], stats: Mapping[Path, os.stat_result]
+) -> dict[str, Any]:
     """What decides every byte: two attempts of one identity write the same.
 
-    Of files, it takes path, size and time of change; what a hub holds is not looked at.
+    Of files, it takes path, size and time of change, from `stats`; what a hub holds is not looked at.
     """
     paths = list(files.read)
     for source in inputs:
@@ -79,7 +81,7 @@ def identity(options: dict[str, Any], files: Survey, inputs: Sequence[str]) -> d
             paths += sorted(path for path in folder.rglob("*") if path.is_file())
     digest = hashlib.sha256()
     for path in paths:
-        found = path.stat()
+        found = stats.get(path) or path.stat()
         digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
     names = [*LIBRARIES, *([FAST] if find_spec(FAST) else [])]
     versions = {name: version(name) for name in names} | {"record": RECORD_VERSION}

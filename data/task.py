@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def find_done(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NG
     if differing:
         raise DataError(f"{out}: was prepared with a different {'; '.join(differing)}; choose another, or remove it")
     inputs = (*config.inputs, *config.validation_inputs)
-    now = listings(survey(source for source in inputs if is_path(source) and Path(source).exists()))
+    found = survey(source for source in inputs if is_path(source) and Path(source).exists())
+    now = listings(found, stats_of(found))
     then = manifest.get("listings", now)  # older versions have none
     if changed := [source for source in now if now[source] != then.get(source)]:
         raise DataError(
@@ -79,11 +81,16 @@ def find_done(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NG
     return manifest
 
 
-def listings(files: Survey) -> dict[str, str]:
+def stats_of(files: Survey) -> dict[Path, os.stat_result]:
+    """What the file system says of each file; asked once, since it may be far away."""
+    return {path: path.stat() for path in files.read}
+
+
+def listings(files: Survey, stats: Mapping[Path, os.stat_result]) -> dict[str, str]:
     """A digest of each input's files: their places below it, and sizes. A copy of the input has the same."""
     found = {}
     for source, paths in files.files.items():
-        listing = "".join(f"{os.path.relpath(path, source)}\0{path.stat().st_size}\n" for path in paths)
+        listing = "".join(f"{os.path.relpath(path, source)}\0{stats[path].st_size}\n" for path in paths)
         found[source] = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
     return found
 
@@ -117,4 +124,6 @@ def task_of(config: PrepareConfig, sequence_length: int, ngrams: NGrams | None) 
     tokens = [path for path in files.read if suffix_of(path) in TOKEN_KINDS]
     if tokens and (config.deduplicate or ngrams):
         raise DataError(f"{tokens[0]}: is tokens, and filters read text; prepare token files without filters")
-    return Task(config, sequence_length, files, listings(found), options, ngrams, identity(options, files, inputs))
+    stats = stats_of(found)
+    made_by = identity(options, files, inputs, stats)
+    return Task(config, sequence_length, files, listings(found, stats), options, ngrams, made_by)

@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> Path:
         (["schema"], 0),
         (["explain", "optimizer.learning_rate"], 0),
         (["init", "--help"], 0),
-        (["plan", "configs/quickstart.yaml"], 0),
+        (["plan", "configs/quickstart.yaml", "data.sources.0.path=RUN/data"], 0),
         (["plan", "absent.yaml"], 2),
         (["study", "configs/studies/switch-point.yaml", "--out", "RUN/new", "--dry-run", "--gpu", "H100"], 0),
         (["study", "absent.yaml", "--out", "RUN/new"], 2),

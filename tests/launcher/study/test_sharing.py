@@ -145,7 +145,7 @@ def test_schedules_of_phases_share_as_far_as_their_rates_are_equal() -> None:
 
 def test_arms_that_begin_with_other_models_share_nothing() -> None:
     begin = ["checkpoint.start_from=model", "model.sub_norm=true"]
-    arms = [arm("a", WSD, *begin, f"checkpoint.sub_norm_sequences={number}") for number in (4, 8)]
+    arms = [arm(f"of-{number}", WSD, *begin, f"checkpoint.sub_norm_sequences={number}") for number in (4, 8)]
     assert shared(*arms) == 0
 
 

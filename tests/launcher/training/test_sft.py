@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from chat_files import CHATML, chat, prepare_chats, prepare_text, some_chats
+from chat_files import CHATML, chat, prepare_chats, prepare_text, some_chats, write_chats
 from ranks import run_group
 from runs import ENGINES, run
 from safetensors.torch import load_file
@@ -98,8 +98,8 @@ def one_batch(chats: str, out: str) -> dict[str, Any]:
 
 
 def test_the_loss_is_the_mean_over_all_answers_on_any_number_of_ranks(tmp_path: Path) -> None:
-    held_out = (str(tmp_path / "chats.jsonl"),)  # the same, so that both losses have one oracle
-    prepared = prepare_chats(tmp_path, LENGTH, *uneven_chats(), validation_inputs=held_out)
+    same = write_chats(tmp_path / "held-out.jsonl", *uneven_chats())  # so that both losses have one oracle
+    prepared = prepare_chats(tmp_path, LENGTH, *uneven_chats(), validation_inputs=(str(same),))
     manifest = json.loads((prepared / "manifest.json").read_text())
     assert manifest["splits"]["train"]["rows"] == 6
     encoder = ChatEncoder(ChatTemplate(load_tokenizer(prepared)), LENGTH + 1, "error")
