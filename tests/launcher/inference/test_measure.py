@@ -282,7 +282,7 @@ def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
 
 def test_results_that_cannot_be_written_are_known_before_the_work(tmp_path):
     (tmp_path / "file").touch()
-    task, subject = choose_tasks(["copa"])[0], SimpleNamespace(identity="a", computation={})
+    task, subject = choose_tasks(["copa"])[0], SimpleNamespace(identity="a", computation={}, puts_first_token=False)
     with pytest.raises(CheckpointError, match="file: FileExistsError"):
         score_tasks(
             {task: []},
