@@ -97,7 +97,9 @@ def make_arms(study: Study, base: Path, out: Path, num_ranks: int) -> list[Arm]:
     named = _named(study, points, configs)
     arms = []
     for name, point, stands_for, config in named:
-        run = replace(config.run, name=name, folder=str(out / "arms" / name))
+        # A folder that got another name, as `warn_of_others` advises, holds the run under its old one.
+        allowed = (*config.run.allow_changes, "run.name")
+        run = replace(config.run, name=name, folder=str(out / "arms" / name), allow_changes=allowed)
         try:
             plan = make_plan(replace(config, run=run), num_ranks)
             arms.append(Arm(name=name, point=point, plan=plan, stands_for=stands_for))

@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+from made_studies import make_study
 from studies import write_study
 
 from launcher.errors import ConfigError
 from launcher.process.console import Console
+from launcher.run.changes import changes
+from launcher.run.folder import RunFolder, read_tree
 from launcher.study.arms import Arm, make_arms
 from launcher.study.config import load_study
 from launcher.study.sharing import share
@@ -300,6 +303,17 @@ def test_complete_runs_that_a_file_no_longer_names_are_named(tmp_path, capfd):
             status = "complete" if name == "switch-25" else "interrupted"
             (out / "arms" / name / "state.json").write_text(f'{{"status": "{status}"}}')
     assert "WARNING: arms/ has complete runs that this file gives no such name: switch-25;" in said
+
+
+def test_a_renamed_folder_is_that_of_its_arm(tmp_path):
+    """As the warning above advises; the run in it goes on under its new name."""
+    folder = make_study(tmp_path / "study", lambda arm: 3.0, seeds=[0], baselines=[])
+    (folder / "arms" / "arm").rename(folder / "arms" / "seed-0")
+    path = write_study(folder / "files", folder / "shards", seeds=[0, 1], baselines=[])
+    arms = make_arms(*load_study(path, folder), folder, 1)
+    found = changes(read_tree(folder / "arms" / "seed-0" / "config.yaml"), arms[0].config)
+    assert [change.key for change in found if not change.is_allowed] == []
+    assert [RunFolder(arm.config).is_complete(arm.plan.total_steps) for arm in arms] == [True, False]
 
 
 def test_a_study_without_held_out_text_has_no_result_and_is_refused(tmp_path):
