@@ -116,7 +116,7 @@ class QuantLinear(nn.Linear):
             with torch.no_grad():
                 self.held = HeldCodes(*round_weights([self.unrounded()])[0])
         held = self.held
-        # Held codes stand in for the weight's values; a rotated weight also carries the gradient to the latent one.
+        # Held codes replace the weight's values. Where it is rotated, its gradient reaches the latent one through it.
         needs_values = config.learned or config.dead_zone_bias or config.gradient != "identity"
         needs_weight = held is None or needs_values or self.rotated
         weight_OI = self.rotated_weight() if needs_weight else self.weight

@@ -166,9 +166,10 @@ def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config])
         ConfigError: two points of the grid are the same run, or two runs have the same name.
     """
     keys = {index: _key(config) for index, config in configs.items()}
-    differences = _differences(points, keys, {index: _key_but_rate(config) for index, config in configs.items()})
+    keys_but_rate = {index: _key_but_rate(config) for index, config in configs.items()}
+    differences = _differences(points, keys, keys_but_rate)
     found: dict[tuple[str, str], str] = {}
-    named: dict[str, tuple[Point, Config]] = {}
+    named: dict[str, tuple[Point, int]] = {}
     for index, point in enumerate(points):
         baseline = point["baseline"]
         kept = FOR_ALL if baseline != NO_BASELINE else tuple(point)
@@ -181,16 +182,16 @@ def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config])
             raise ConfigError(f"axes: two arms would have the name {name}; give their values names that differ")
         if earlier != name and baseline == NO_BASELINE:
             raise ConfigError(f"axes: the arms {earlier} and {name} are the same run; leave one of them out")
-        named.setdefault(earlier, (matters, configs[index]))
-    places = _places(study, points, configs)
+        named.setdefault(earlier, (matters, index))
+    places = _places(study, points, configs, keys_but_rate)
     return [
-        (name, point, tuple(places[point.get("baseline", NO_BASELINE), _key_but_rate(config)].values()), config)
-        for name, (point, config) in named.items()
+        (name, point, tuple(places[points[index]["baseline"], keys_but_rate[index]].values()), configs[index])
+        for name, (point, index) in named.items()
     ]
 
 
 def _places(
-    study: Study, points: Sequence[Point], configs: Mapping[int, Config]
+    study: Study, points: Sequence[Point], configs: Mapping[int, Config], keys_but_rate: Mapping[int, str]
 ) -> defaultdict[tuple[str, str], dict[str, Point]]:
     """By a baseline and its run but for the learning rate, the places in the grid that have it.
 
@@ -200,7 +201,7 @@ def _places(
     for index, point in enumerate(points):
         place, config = place_of(point), configs[index]
         if point["baseline"] != NO_BASELINE:
-            found[point["baseline"], _key_but_rate(config)][repr(place)] = place
+            found[point["baseline"], keys_but_rate[index]][repr(place)] = place
             continue
         for baseline in study.baselines:
             with contextlib.suppress(ConfigError):  # of one that is left out, for it cannot be

@@ -53,16 +53,16 @@ def trunk(tmp_path: Path) -> Path:
     return write_run(tmp_path / "trunk", falling, range(1, 301), precision="16-bit", phase=0, data=data)
 
 
+def write_started(folder: Path, start: str, **sections: dict[str, Any]) -> Path:
+    """Write a ternary run of steps 101 to 200 that started from a checkpoint, above the 16-bit run."""
+    sections |= {"checkpoint": {"start_from": start}}
+    steps = range(101, 201)
+    return write_run(folder, lambda step: falling(step) + above(step), steps, precision="ternary", phase=1, **sections)
+
+
 def test_a_started_run_is_compared_step_by_step_with_the_run_of_its_checkpoint(trunk: Path, tmp_path: Path) -> None:
-    run = write_run(
-        tmp_path / "run",
-        lambda step: falling(step) + above(step),
-        range(101, 201),
-        precision="ternary",
-        phase=1,
-        data={"shuffle_seed": 1, "workers": 0},
-        checkpoint={"start_from": str(trunk / "checkpoints" / "step-00000100")},
-    )
+    start = str(trunk / "checkpoints" / "step-00000100")
+    run = write_started(tmp_path / "run", start, data={"shuffle_seed": 1, "workers": 0})
     assert find_twin(run) == trunk
     found = excess_over(summarize(run), trunk)
     assert found is not None
@@ -109,15 +109,7 @@ def test_without_a_twin_there_is_no_excess_and_a_wrong_one_is_refused(trunk: Pat
 
 
 def test_a_run_that_began_from_averaged_weights_has_a_twin(trunk: Path, tmp_path: Path) -> None:
-    start = f"{trunk / 'checkpoints' / 'step-00000100'}@averaged"
-    run = write_run(
-        tmp_path / "run",
-        lambda step: falling(step) + above(step),
-        range(101, 201),
-        precision="ternary",
-        phase=1,
-        checkpoint={"start_from": start},
-    )
+    run = write_started(tmp_path / "run", f"{trunk / 'checkpoints' / 'step-00000100'}@averaged")
     assert find_twin(run) == trunk
     found = excess_over(summarize(run), trunk)
     assert found is not None

@@ -50,7 +50,7 @@ class Worker:
 
 @pytest.fixture
 def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Outcome, list[str]]]:
-    """Run a queue of one job, and send it these signals, each so many seconds after the job has begun."""
+    """Run a queue of one job and send it signals, each at its time in seconds after the start of the job."""
     said = tmp_path / "said"
     monkeypatch.setattr(dispatch, "SECONDS_BETWEEN_LOOKS", 0.05)
     context = SimpleNamespace(Process=lambda **keys: Worker(said))
