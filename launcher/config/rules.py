@@ -6,6 +6,7 @@ configuration, and `RULES_TO_START` those that a run must obey from now on: a fi
 them, and its checkpoints can still be opened.
 """
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -90,11 +91,16 @@ def starting_problems(parts: Mapping[str, Any]) -> dict[str, str]:
 def _problems(rules: Iterable[Rule], parts: Mapping[str, Any]) -> dict[str, str]:
     problems: dict[str, str] = {}
     for rule in rules:
-        needed = inspect.signature(rule).parameters
-        if needed.keys() <= parts.keys():
+        needed = _sections_of(rule)
+        if parts.keys() >= needed:
             for path, problem in rule(**{name: parts[name] for name in needed}):
                 problems.setdefault(path, problem)
     return problems
+
+
+@functools.cache
+def _sections_of(rule: Rule) -> frozenset[str]:
+    return frozenset(inspect.signature(rule).parameters)
 
 
 def sequences_fit_the_model(model: ModelConfig, data: DataConfig) -> Problems:

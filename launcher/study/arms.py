@@ -165,8 +165,9 @@ def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config])
     Raises:
         ConfigError: two points of the grid are the same run, or two runs have the same name.
     """
-    keys = {index: _key(config) for index, config in configs.items()}
-    keys_but_rate = {index: _key_but_rate(config) for index, config in configs.items()}
+    both = {index: _keys(config) for index, config in configs.items()}
+    keys = {index: key for index, (key, _) in both.items()}
+    keys_but_rate = {index: key for index, (_, key) in both.items()}
     differences = _differences(points, keys, keys_but_rate)
     found: dict[tuple[str, str], str] = {}
     named: dict[str, tuple[Point, int]] = {}
@@ -205,7 +206,7 @@ def _places(
             continue
         for baseline in study.baselines:
             with contextlib.suppress(ConfigError):  # of one that is left out, for it cannot be
-                found[baseline, _key_but_rate(baseline_of(config, baseline))][repr(place)] = place
+                found[baseline, _keys(baseline_of(config, baseline))[1]][repr(place)] = place
     return found
 
 
@@ -249,13 +250,13 @@ def _differences(
     return found
 
 
-def _key(config: Config) -> str:
-    """What tells one run from another, whatever its name."""
-    return json.dumps(to_tree(replace(config, run=replace(config.run, name="any", folder=None))), sort_keys=True)
-
-
-def _key_but_rate(config: Config) -> str:
-    return _key(replace(config, optimizer=replace(config.optimizer, learning_rate=1.0)))
+def _keys(config: Config) -> tuple[str, str]:
+    """What tells one run from another, whatever its name; and the same without the learning rate."""
+    tree = to_tree(config)
+    tree["run"] |= {"name": None, "folder": None}
+    key = json.dumps(tree, sort_keys=True)
+    tree["optimizer"]["learning_rate"] = None
+    return key, json.dumps(tree, sort_keys=True)
 
 
 def name_of(point: Point, labels: Mapping[str, Sequence[str]]) -> str:
