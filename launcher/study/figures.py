@@ -4,6 +4,7 @@ Colors: the switch points of the curves run from dark to bright; lines of the ot
 for each combination of the other axes. Baselines are black and gray.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
@@ -51,6 +52,14 @@ BAND_ALPHA, MOST_BANDS, PAIRED_PANEL = 0.08, 3, 2
 
 BASELINE_DASHES = (*RUN_DASHES, (0, (6, 1.5, 1, 1.5)), (0, (2, 2)))
 
+CHARACTERS_PER_INCH = 14
+"""Of names beside an axis."""
+
+LEGEND_ROW_INCHES = 0.18
+
+MOST_MOVED = 3.0
+"""Percent of a run by which a point is moved at most, so that intervals stay apart."""
+
 LARGEST_SHARE = 1.6
 """Of the gap that a figure shows, in either direction from its middle."""
 
@@ -87,8 +96,7 @@ def switch_figure(groups: Sequence[Group]) -> "Figure":
     ]
     if scored:
         panels.append((f"score, mean of {len(scored)} tasks", lambda group: mean_score(group, scored)))
-    num_lines = len({(group.baseline, group.line) for group in groups})
-    figure = figure_of(3.7 * len(panels), 4.0 + 0.1 * num_lines)
+    figure = figure_of(3.7 * len(panels), 3.7)
     legend: dict[str, Any] = {}
     for number, (axes, (label, value_of)) in enumerate(zip(figure.subplots(1, len(panels)), panels, strict=True)):
         _draw_baselines(axes, groups, value_of, legend, number)
@@ -148,6 +156,7 @@ def _draw_lines(
 ) -> None:
     """Draw a line for each combination of the other axes; points are moved a little, so that intervals stay apart."""
     lines = lines_of(groups)
+    step = min(0.7, 2 * MOST_MOVED / len(lines))
     for index, line in enumerate(lines):
         found = [
             (group.switch_share, value)
@@ -157,7 +166,7 @@ def _draw_lines(
         if not found:
             continue
         found.sort(key=lambda point: point[0] or 0.0)
-        moved = 0.7 * (index - (len(lines) - 1) / 2)
+        moved = step * (index - (len(lines) - 1) / 2)
         at = [(share or 0.0) + moved for share, _ in found]
         means = [value.mean for _, value in found]
         style = line_style(index)
@@ -224,7 +233,7 @@ def gap_figure(groups: Sequence[Group]) -> "Figure":
         ends = [None if end is None else 100 * max(-10.0, min(10.0, end)) for end in (found.low, found.high)]
         return Estimate(mean=100 * found.mean, low=ends[0], high=ends[1], standard_error=None, num=found.num)
 
-    figure = figure_of(8.0, 4.2)
+    figure = figure_of(8.0, 3.8)
     axes, legend = figure.subplots(), dict[str, Any]()
     _draw_lines(axes, groups, share, legend, "gap")
     means = [found.mean for group in arms_of(groups) if (found := share(group)) is not None]
@@ -248,7 +257,7 @@ def excess_figure(groups: Sequence[Group]) -> "Figure":
         ("excess_area", "area, nats"),
         ("excess_at_end", "at the end, held-out nats/token"),
     )
-    figure = figure_of(11.1, 3.6)
+    figure = figure_of(11.1, 3.3)
     legend: dict[str, Any] = {}
     for axes, (column, label) in zip(figure.subplots(1, 3), panels, strict=True):
         axes.axhline(0, color=INK, lw=0.8)
@@ -270,7 +279,8 @@ def arms_figure(groups: Sequence[Group]) -> "Figure":
         (group for group in groups if group.losses),
         key=lambda group: -(differences[id(group)].mean if id(group) in differences else 0.0),
     )
-    figure = figure_of(9.0, 1.1 + 0.24 * len(complete))
+    longest = max((len(group.name_with_seeds) for group in complete), default=0)
+    figure = figure_of(max(9.0, 5.0 + longest / CHARACTERS_PER_INCH), 1.1 + 0.24 * len(complete))
     left, right = figure.subplots(1, 2, sharey=True)
     for place, group in enumerate(complete):
         color = RUN_COLOURS[0] if group.baseline == NO_BASELINE else BASELINE_STYLES[group.baseline]["color"]
@@ -309,10 +319,11 @@ def _switch_axis(axes: "Axes") -> None:
 
 
 def legend_of(figure: "Figure", handles: Mapping[str, Any]) -> None:
-    """Put a legend above the panels of a figure."""
+    """Put a legend above the panels of a figure, which grows by it."""
     if handles:
         widest = max(map(len, handles))
-        columns = max(1, min(len(handles), int(figure.get_size_inches()[0] * 12 / (widest + 8))))
+        columns = max(1, min(len(handles), int(figure.get_figwidth() * 12 / (widest + 8))))
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW_INCHES * math.ceil(len(handles) / columns))
         figure.legend(
             list(handles.values()),
             list(handles),

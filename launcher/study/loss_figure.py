@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 PANELS_PER_ROW = 3
 
+CHARACTERS_OF_A_TITLE = 48
+"""In a line above a panel."""
+
 SETTLED = 0.12
 """Share of a run after which the losses decide what an axis shows."""
 
@@ -32,7 +36,7 @@ def loss_figure(findings: Findings, groups: Sequence[Group]) -> "Figure":
     lines: list[Line] = lines_of(begun) or [()]
     columns = 2 if len(lines) == 4 else min(PANELS_PER_ROW, len(lines))
     blocks = math.ceil(len(lines) / columns)
-    figure = figure_of(max(5.6, 3.5 * columns), 4.6 * blocks + 0.5)
+    figure = figure_of(max(5.6, 3.5 * columns), 4.6 * blocks + 0.3)
     grid = figure.subplots(2 * blocks, columns, sharex=True, squeeze=False, height_ratios=[1.35, 1] * blocks)
     shares = sorted({share for group in arms_of(groups) if (share := group.switch_share) is not None})
     colors = {
@@ -65,7 +69,8 @@ def loss_figure(findings: Findings, groups: Sequence[Group]) -> "Figure":
         if not drawn[1]:
             how = {"transform": below.transAxes, "ha": "center", "va": "center", "fontsize": 8, "color": INK}
             below.text(0.5, 0.25, "no 16-bit twin", **how)
-        above.set_title(line_name(line) if line else "", fontsize=9)
+        title = fill(line_name(line), CHARACTERS_OF_A_TITLE, break_on_hyphens=False) if line else ""
+        above.set_title(title, fontsize=9)
         for axes, label in ((above, "training loss, nats/token"), (below, "above its 16-bit twin")):
             if index % columns == 0:
                 axes.set_ylabel(label)

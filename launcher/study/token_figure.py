@@ -43,7 +43,7 @@ def fits_of(groups: Sequence[Group]) -> dict[Line, TokenFit | str]:
 def token_figure(groups: Sequence[Group]) -> "Figure":
     """Distance from 16 bits, with its fits, and held-out loss against ternary tokens."""
     lines, fits = token_lines(groups), fits_of(groups)
-    figure = figure_of(9.0, 4.2 + 0.1 * len(lines))
+    figure = figure_of(9.0, 4.0)
     left, right = figure.subplots(1, 2)
     legend: dict[str, Any] = {}
     for index, (line, arms) in enumerate(lines.items()):
