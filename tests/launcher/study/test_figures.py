@@ -2,7 +2,6 @@
 
 import warnings
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 from made_studies import make_study
