@@ -15,8 +15,10 @@ from launcher.study.analysis import (
     Group,
     against_best,
     best_of,
+    dense_of,
     effects_of,
     gaps_of,
+    scratches_of,
 )
 from launcher.study.config import NO_BASELINE
 from launcher.study.figures import above_dense, arms_of, has_switch_axis
@@ -94,7 +96,7 @@ def _verdicts(findings: Findings, groups: Sequence[Group]) -> Iterator[str]:
         yield f'<p class="verdict">There is nothing to compare: {reason}.</p>'
         return
     yield f'<p class="verdict">{escape(_sentence(best, groups))}</p>'
-    for sentence in _cautions(findings, groups):
+    for sentence in _cautions(findings, groups, best):
         yield f"<p>{escape(sentence)}</p>"
 
 
@@ -112,13 +114,18 @@ def _sentence(best: Group, groups: Sequence[Group]) -> str:
     return text
 
 
-def _cautions(findings: Findings, groups: Sequence[Group]) -> Iterator[str]:
+def _cautions(findings: Findings, groups: Sequence[Group], best: Group) -> Iterator[str]:
     """What the study cannot say, and why."""
     if all(len(group.members) < 2 for group in groups):
         yield "There is one seed, so nothing says what is noise; seeds often differ by more than recipes do."
-    for baseline in (SIXTEEN, SCRATCH):
+    for baseline, own in ((SIXTEEN, dense_of(best, groups)), (SCRATCH, scratches_of(best, groups))):
         if not any(group.baseline == baseline and group.losses for group in groups):
             yield f"There is no complete {baseline} baseline, so no gap can be measured, nor a share of it."
+        elif not own:
+            yield (
+                f"Warning: no complete {baseline} baseline has the architecture, optimizer and schedule of the best "
+                "arm. What sets it apart from baselines with others may be these alone; add its own."
+            )
     if not has_switch_axis(groups):
         yield "No switch points are compared, so nothing here says when to switch."
     ratios = [ratio for record in findings.records if (ratio := record.tokens_per_parameter) is not None]

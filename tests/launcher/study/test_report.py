@@ -274,6 +274,25 @@ def test_excess_is_over_the_twin_and_arms_are_matched_with_baselines_of_their_sc
             assert peak.mean == pytest.approx(0.1 + 0.8, abs=0.1)  # at a step, with a shared noise that cancels
 
 
+@pytest.mark.parametrize("baseline", ["16-bit", "scratch"])
+def test_the_best_arm_without_a_baseline_of_its_schedule_is_warned_of(tmp_path: Path, baseline: str) -> None:
+    schedules = {"wsd": [], "cosine": ["schedule={shape: cosine, warmup_steps: 2}"]}
+
+    def text_with(best: str) -> str:
+        folder = make_study(
+            tmp_path / best,
+            lambda arm: 3.0 + 0.1 * (arm.point.get("schedule") != best),
+            switch=[0.5],
+            axes={"schedule": schedules},
+            exclude=[{"baseline": baseline, "schedule": "cosine"}],
+        )
+        return text_of(page_of(folder))
+
+    warning = f"no complete {baseline} baseline has the architecture, optimizer and schedule of the best arm"
+    assert warning in text_with("cosine")
+    assert warning not in text_with("wsd")
+
+
 def test_a_study_on_its_way_says_what_it_cannot_say(tmp_path: Path) -> None:
     def loss(arm: Arm) -> float | None:
         return None if arm.name.startswith("switch-80") or "scratch" in arm.name else loss_of(arm)
