@@ -155,6 +155,9 @@ def _as_baseline(name: str) -> Baseline:
     return name  # type: ignore[return-value]
 
 
+Key = tuple[str, float]
+"""What tells one run from another: all but its learning rate, and that."""
+
 Named = tuple[str, Point, tuple[Point, ...], Config]
 """The name, point, `stands_for` and configuration of an arm."""
 
@@ -165,11 +168,10 @@ def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config])
     Raises:
         ConfigError: two points of the grid are the same run, or two runs have the same name.
     """
-    both = {index: _keys(config) for index, config in configs.items()}
-    keys = {index: key for index, (key, _) in both.items()}
-    keys_but_rate = {index: key for index, (_, key) in both.items()}
+    keys_but_rate = {index: _key_but_rate(config) for index, config in configs.items()}
+    keys = {index: (keys_but_rate[index], config.optimizer.learning_rate) for index, config in configs.items()}
     differences = _differences(points, keys, keys_but_rate)
-    found: dict[tuple[str, str], str] = {}
+    found: dict[tuple[str, Key], str] = {}
     named: dict[str, tuple[Point, int]] = {}
     for index, point in enumerate(points):
         baseline = point["baseline"]
@@ -206,7 +208,7 @@ def _places(
             continue
         for baseline in study.baselines:
             with contextlib.suppress(ConfigError):  # of one that is left out, for it cannot be
-                found[baseline, _keys(baseline_of(config, baseline))[1]][repr(place)] = place
+                found[baseline, _key_but_rate(baseline_of(config, baseline))][repr(place)] = place
     return found
 
 
@@ -216,7 +218,7 @@ def place_of(point: Point) -> Point:
 
 
 def _differences(
-    points: Sequence[Point], keys: Mapping[int, str], keys_but_rate: Mapping[int, str]
+    points: Sequence[Point], keys: Mapping[int, Key], keys_but_rate: Mapping[int, str]
 ) -> set[tuple[str, str]]:
     """The baselines and axes that tell different runs apart.
 
@@ -228,7 +230,7 @@ def _differences(
         keys: by the index of a point, what tells its run from others.
         keys_but_rate: the same without its learning rate, for points with swept rates of their own.
     """
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[tuple[str, str], Key] = {}
     found = set()
     for index, point in enumerate(points):
         for axis in point:
@@ -242,7 +244,7 @@ def _differences(
     for members in alike.values():
         for first, second in itertools.combinations(members, 2):
             ours, theirs = points[first], points[second]
-            told = keys if ours.get("rate") == theirs.get("rate") else keys_but_rate
+            told: Mapping[int, object] = keys if ours.get("rate") == theirs.get("rate") else keys_but_rate
             places = zip(place_of(ours).items(), place_of(theirs).items(), strict=True)
             differ = {(ours["baseline"], axis) for (axis, value), (_, other) in places if value != other}
             if told[first] != told[second] and not differ & found:
@@ -250,13 +252,12 @@ def _differences(
     return found
 
 
-def _keys(config: Config) -> tuple[str, str]:
-    """What tells one run from another, whatever its name; and the same without the learning rate."""
+def _key_but_rate(config: Config) -> str:
+    """What tells one run from another, whatever its name and its learning rate."""
     tree = to_tree(config)
     tree["run"] |= {"name": None, "folder": None}
-    key = json.dumps(tree, sort_keys=True)
     tree["optimizer"]["learning_rate"] = None
-    return key, json.dumps(tree, sort_keys=True)
+    return json.dumps(tree, sort_keys=True)
 
 
 def name_of(point: Point, labels: Mapping[str, Sequence[str]]) -> str:
