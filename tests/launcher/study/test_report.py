@@ -182,56 +182,6 @@ def test_the_figures_have_a_curve_for_each_arm_and_a_line_for_each_combination(w
     assert list(shares) == pytest.approx([40, 70, 60])
 
 
-def test_losses_are_whole_on_the_axis_that_panels_share_and_arms_that_have_not_begun_have_none(tmp_path: Path) -> None:
-    lengths = {"short": ["training.total_steps=40"], "long": [], "never": ["training.total_steps=60"]}
-    axes = {"length": lengths}
-    folder = make_study(tmp_path / "study", lambda arm: 3.1, switch=[0.5], axes=axes, baselines=[])
-    for file in (folder / "arms" / "length-never").iterdir():
-        file.unlink()
-    findings = read_study(folder)
-    figure = loss_figure(findings, groups_of(findings))
-    panels = [axes for axes in figure.axes if axes.get_title()]
-    assert [axes.get_title() for axes in panels] == ["length short", "length long"]
-    for axes in panels:
-        for line in axes.lines:
-            assert max(line.get_xdata()) <= axes.get_xlim()[1]
-        assert not axes.texts
-    for below in figure.axes[2:]:
-        assert [text.get_text() for text in below.texts] == ["no 16-bit twin"]
-    figure.draw_without_rendering()  # a mark beyond the axis leaves no room for the panels, which is a warning
-
-
-def test_the_losses_of_a_twin_are_in_every_panel_that_begins_with_them(tmp_path: Path) -> None:
-    """Also where the 16-bit baseline is that of another schedule, which parts from the arm's at the switch."""
-    schedules = {
-        "wsd": [],
-        "sooner": ["schedule={shape: wsd, warmup_steps: 2, decay_fraction: 0.4}"],
-        "cosine": ["schedule={shape: cosine, warmup_steps: 2}"],
-    }
-    base = {"schedule": {"shape": "wsd", "warmup_steps": 2, "decay_fraction": 0.2}}
-    exclude = [{"baseline": "16-bit", "schedule": "sooner"}]
-    axes = {"schedule": schedules}
-    keys: dict[str, Any] = {"switch": [0.5], "axes": axes, "exclude": exclude, "baselines": ["16-bit"]}
-    findings = read_study(make_study(tmp_path / "study", lambda arm: 3.1, sections=base, **keys))
-    panels = loss_figure(findings, groups_of(findings)).axes[:3]
-    for index, panel in enumerate(panels):
-        (dense,) = (line for line in panel.lines if str(line.get_gid()).startswith(f"arm-{index}-16-bit"))
-        assert min(dense.get_xdata()) < 0.1 * max(dense.get_xdata())
-
-
-def test_the_legend_of_losses_is_in_the_order_of_switch_points(tmp_path: Path) -> None:
-    """Also where panels have different ones."""
-    exclude = [{"state": "first", "switch": ["20%"]}, {"state": "second", "switch": ["80%"]}]
-    states = {"first": [], "second": ["phases.1.transition.optimizer=reset"]}
-    folder = make_study(
-        tmp_path / "study", lambda arm: 3.1, switch=[0.8, 0.5, 0.2], axes={"state": states}, exclude=exclude
-    )
-    findings = read_study(folder)
-    (legend,) = loss_figure(findings, groups_of(findings)).legends
-    names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["scratch", "16-bit", "switch at 20 %", "switch at 50 %", "switch at 80 %"]
-
-
 def test_noise_looks_like_noise(tmp_path: Path) -> None:
     """Points that differ by less than their intervals are not spread over the axis."""
 
