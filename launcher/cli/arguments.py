@@ -55,7 +55,7 @@ def local_target(text: str, option: str) -> Path:
     Raises:
         ConfigError: the path would be the working directory or a folder named `s3:` or `~`, which nobody means.
     """
-    from launcher.config.rules import local_problem
+    from launcher.config.paths import local_problem
 
     if problem := local_problem(text) if text else "is empty; name what is to be written":
         raise ConfigError(f"{option}: {problem}")

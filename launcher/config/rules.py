@@ -11,7 +11,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isqrt
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig
@@ -20,12 +19,12 @@ from launcher.config.averaging import averaged_weights_are_there, averages_are_o
 from launcher.config.effects import EFFECTS, LENGTHS
 from launcher.config.engine import OWNED_DEEPSPEED_KEYS, REFUSED_DEEPSPEED_KEYS, EngineConfig
 from launcher.config.mixtures import (
-    named_sources,
     phase_lengths_divide_the_length,
     remote_sources_have_a_cache,
     rollbacks_compare_one_objective,
 )
 from launcher.config.optimizer import OptimizerConfig
+from launcher.config.paths import data_paths_name_no_home
 from launcher.config.schedules import decay_begins_with_a_phase, no_such_phase, schedules_begin_after_the_first_phase
 from launcher.config.transition import TransitionConfig
 from launcher.config.warmups import batch_stages_lead_to_the_batch, length_stages_divide_the_length
@@ -46,25 +45,6 @@ MOST_TRIED, MOST_LISTED = 10**6, 30
 """Divisors that are looked for, up to this one, and how many of them are listed."""
 
 NOT_THE_WHOLE = "the fractions add up to {:g}, not to 1; change one, or write fraction: rest for one"
-
-
-def local_problem(text: str) -> str | None:
-    """Say what is wrong with a path that must be on this machine's file systems; None if nothing is."""
-    if "://" in text:
-        return f"{text!r} is a URL; give a folder on this machine's file systems"
-    return mistaken_path(text)
-
-
-def mistaken_path(text: str) -> str | None:
-    """Say what is wrong with a path that is meant as another; None if nothing is.
-
-    It begins with `~`, which the shell replaces only at the beginning of a word, or is a URL that lacks a slash.
-    """
-    if text.startswith("~/"):
-        return f"{text!r} would be a folder named '~'; write {str(Path.home() / text[2:])!r}"
-    if scheme := re.match(r"([a-z][a-z0-9]+):/(?!/)", text):
-        return f"{text!r} would be a folder named '{scheme[1]}:'; a URL begins with '{scheme[1]}://'"
-    return None
 
 
 def divisors(number: int) -> str:
@@ -108,15 +88,6 @@ def sequences_fit_the_model(model: ModelConfig, data: DataConfig) -> Problems:
     length, longest = data.sequence_length, model.max_sequence_length
     if length > longest:
         yield "data.sequence_length", f"is {length}; must be at most model.max_sequence_length {longest}"
-
-
-def data_paths_name_no_home(data: DataConfig, phases: "Phases") -> Problems:
-    """No shell replaces a `~` in the paths of the data."""
-    if problem := mistaken_path(data.cache or ""):
-        yield "data.cache", problem
-    for path, source in named_sources(data, phases):
-        if problem := mistaken_path(source.path):
-            yield f"{path}.path", problem
 
 
 def batch_is_whole_sequences(data: DataConfig, training: "TrainingConfig") -> Problems:

@@ -18,7 +18,8 @@ from eval.tasks import choose_tasks
 from launcher.config.averaging import AveragingConfig
 from launcher.config.engine import EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
-from launcher.config.rules import local_problem, mistaken_path, spanning_problems
+from launcher.config.paths import local_problem, mistaken_path
+from launcher.config.rules import spanning_problems
 from launcher.config.strict import STRICT
 from launcher.config.transition import TransitionConfig
 from launcher.config.warmups import BatchStage, LengthStage, order_problems
