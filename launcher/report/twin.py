@@ -21,6 +21,7 @@ from launcher.errors import ConfigError
 from launcher.report.history import LOSS, History, curves
 from launcher.report.plots import INK, RUN_COLOURS, figure_of, styled, thin, token_axis
 from launcher.report.summary import RunSummary, summarize
+from launcher.run.level import Curve, highest_level
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,8 +53,8 @@ class Excess:
 
     @property
     def peak(self) -> float:
-        """The largest difference, in nats per token."""
-        return float(self.values.max())
+        """The highest level of the difference, in nats per token."""
+        return highest_level(Curve(at=self.tokens, num_steps=np.maximum(self.weights, 1), values=self.values))[0]
 
     @property
     def area(self) -> float:

@@ -123,6 +123,28 @@ def level_at(curve: Curve, at: float, noise: float) -> Level:
     return found[-1]
 
 
+def highest_level(curve: Curve) -> tuple[float, float]:
+    """The highest level of a curve of one value or more, and the middle of the steps that have it.
+
+    Means of 1, 2, 4 and so on neighboring values are looked at, for the largest of many noisy values is always large.
+    The mean counts that is highest after as many of its errors are taken off as the highest of that many means of noise
+    has, and two more: of a spike that is a single value's, and of a plateau nearly the plateau's (the multiscale
+    statistic of L. Duembgen and V. G. Spokoiny, Annals of Statistics 29, 2001).
+    """
+    noise = noise_of_a_step(curve)
+    noise = 0.0 if math.isnan(noise) else noise
+    sums = np.stack([np.append(0, each.cumsum()) for each in (curve.num_steps, curve.num_steps * curve.values)])
+    found: list[tuple[float, float, float]] = []
+    for window in (2**power for power in range(len(curve.at).bit_length())):
+        num_steps, weighted = sums[:, window:] - sums[:, :-window]
+        errors = math.sqrt(2 * math.log(len(curve.at) / window)) + 2
+        surely = weighted / num_steps - errors * noise / np.sqrt(num_steps)
+        best = int(surely.argmax())
+        middle = (curve.at[best] + curve.at[best + window - 1]) / 2
+        found.append((float(surely[best]), float(weighted[best] / num_steps[best]), float(middle)))
+    return max(found)[1:]
+
+
 def _nearest(places: NDArray[np.float64], at: float, window: int) -> int:
     """Index at which the ``window`` places nearest to ``at`` begin."""
     begin, end = 0, len(places) - window

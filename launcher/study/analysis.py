@@ -16,7 +16,7 @@ import numpy as np
 from launcher.study.config import NO_BASELINE
 from launcher.study.intervals import Estimate, mean_of, over_rows, paired, ratio_of
 from launcher.study.reading import Findings, Place, Record
-from launcher.study.results import best_rate, switch_step
+from launcher.study.results import best_of_seeds, distance_on_common, switch_step
 from quant.config import QuantConfig
 
 SIXTEEN, SCRATCH = "16-bit", "scratch"
@@ -36,6 +36,8 @@ class Group:
     """The best learning rate; None if none were tried."""
     rates: tuple[str, ...]
     """All that were tried."""
+    promising: Mapping[str, int]
+    """Rates that have fewer complete seeds than the best, and are better on these; and how many they are."""
     members: tuple[Record, ...]
     """One for each seed that this rate was planned with, complete or not."""
     num_seeds: int
@@ -108,9 +110,12 @@ class Gap:
     """Reasons why a share of it says little, or why it is not known to be fair."""
 
     def share_of(self, group: Group) -> Estimate | None:
-        """The share of it that an arm closes, over the seeds that all three have; None if there is none."""
+        """The share of it that an arm closes, over the seeds that all three have; None if there is none.
+
+        Nor is there a share of a gap that is none: ternary from scratch is not worse than 16 bits.
+        """
         seeds = [seed for seed in group.losses if seed in self.dense.losses and seed in self.scratch.losses]
-        if not seeds:
+        if not seeds or self.size.mean <= 0:
             return None
         return ratio_of(
             [self.scratch.losses[seed] - group.losses[seed] for seed in seeds],
@@ -141,18 +146,22 @@ def groups_of(findings: Findings) -> tuple[Group, ...]:
         rates.setdefault(record.point.get("rate"), []).append(record)
     groups = []
     for (baseline, point), rates in found.items():
-        best = best_rate(
-            {
-                rate: {record.seed: record.loss for record in records if record.loss is not None}
-                for rate, records in rates.items()
-            }
-        )
+        losses = {
+            rate: {record.seed: record.loss for record in records if record.loss is not None}
+            for rate, records in rates.items()
+        }
+        best = best_of_seeds(losses)
         groups.append(
             Group(
                 baseline=baseline,
                 point=dict(point),
                 rate=best,
                 rates=tuple(rate for rate in rates if rate is not None),
+                promising={
+                    rate: len(own)
+                    for rate, own in losses.items()
+                    if rate is not None and len(own) < len(losses[best]) and distance_on_common(own, losses[best]) < 0
+                },
                 members=tuple(rates[best]),
                 num_seeds=len({record.seed for records in rates.values() for record in records}),
             )
@@ -160,15 +169,15 @@ def groups_of(findings: Findings) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _mean_loss(group: Group) -> float:
-    return statistics.mean(group.losses.values())
+def best_among(groups: Sequence[Group]) -> Group | None:
+    """The one with the smallest loss, as `best_of_seeds` compares them; None if none is complete."""
+    complete = [group for group in groups if group.losses]
+    return complete[best_of_seeds({place: group.losses for place, group in enumerate(complete)})] if complete else None
 
 
 def dense_of(group: Group, groups: Sequence[Group]) -> Group | None:
     """The 16-bit baseline with the architecture, optimizer and schedule of an arm; None if none is complete."""
-    found = [each for each in groups if each.baseline == SIXTEEN and each.losses]
-    matching = [each for each in found if each.stands_for & group.stands_for]
-    return min(matching, key=_mean_loss, default=None)
+    return best_among([each for each in groups if each.baseline == SIXTEEN and each.stands_for & group.stands_for])
 
 
 def distances(group: Group, groups: Sequence[Group]) -> dict[str, float]:
@@ -182,8 +191,9 @@ def distances(group: Group, groups: Sequence[Group]) -> dict[str, float]:
 def scratches_of(group: Group, groups: Sequence[Group]) -> list[Group]:
     """The ternary baselines from scratch that differ from an arm in the quantizer at most, the best one first."""
     alike = dense_of(group, groups) or group
-    found = [each for each in groups if each.baseline == SCRATCH and each.losses]
-    return sorted((each for each in found if each.stands_for & alike.stands_for), key=_mean_loss)
+    found = [each for each in groups if each.baseline == SCRATCH and each.losses and each.stands_for & alike.stands_for]
+    best = best_among(found)
+    return sorted(found, key=lambda each: (each is not best, statistics.mean(each.losses.values())))
 
 
 def gaps_of(group: Group, groups: Sequence[Group]) -> list[Gap]:
@@ -207,6 +217,8 @@ def _problems(dense: Group, scratch: Group, size: Estimate, groups: Sequence[Gro
             f"it is {size.mean:.4f} nats, {size.sigmas:.1f} standard errors from 0; below {ENOUGH_SIGMAS}, a share of "
             "it says little"
         )
+    elif size.is_within_noise:
+        yield f"it is {size.mean:.4f} nats, which is within noise with {size.num} seeds, so a share of it says little"
     if not is_fair:
         return
     for each in (dense, scratch):
@@ -214,10 +226,10 @@ def _problems(dense: Group, scratch: Group, size: Estimate, groups: Sequence[Gro
             yield f"{each.name} was trained at one learning rate; sweep it, for a fair baseline is a tuned one"
         elif each.rate in (min(each.rates, key=float), max(each.rates, key=float)):
             yield f"the best learning rate of {each.name}, {each.rate}, is at the edge of those that were tried"
-        if len(each.rates) > 1 and len(each.members) < each.num_seeds:
+        for rate, num in each.promising.items():
             yield (
-                f"the best learning rate of {each.name}, {each.rate}, was tried with {len(each.members)} of "
-                f"{each.num_seeds} seeds"
+                f"{each.name} is better at the learning rate {rate} than at {each.rate}, on the {num} of "
+                f"{each.num_seeds} seeds that it was trained with; train it with the others"
             )
     from_scratch = [each for each in groups if each.baseline == SCRATCH]
     if not any(_has_default_quantizer(each) for each in from_scratch):
@@ -274,9 +286,8 @@ def against_best(groups: Sequence[Group]) -> list[Difference]:
 
 
 def best_of(groups: Sequence[Group]) -> Group | None:
-    """The arm of the grid with the smallest mean loss, of those with the most seeds; None if none is complete."""
-    arms = [group for group in groups if group.baseline == NO_BASELINE and group.losses]
-    return min(arms, key=lambda group: (-len(group.losses), _mean_loss(group)), default=None)
+    """The best arm of the grid; None if none is complete."""
+    return best_among([group for group in groups if group.baseline == NO_BASELINE])
 
 
 def effects_of(groups: Sequence[Group], column: str = "held_out_loss") -> list[tuple[str, str, str, Estimate, int]]:

@@ -22,8 +22,11 @@ Keep = Literal["ends", "all", "none"]
 NO_BASELINE = "none"
 """The value of `baseline` in a selector that means the arms of the grid itself."""
 
-RESERVED = ("switch", "seed", "baseline", "rate", "arm", "status", "steps", "tokens", "twin", "stands_for")
-RESERVED_BEGINNINGS = ("held_out_", "excess_")
+RESERVED = (
+    *("switch", "seed", "seeds", "seeds_planned", "baseline", "rate", "best_rate", "switch_percent"),
+    *("arm", "study_arm", "status", "steps", "tokens", "stands_for"),
+)
+RESERVED_BEGINNINGS = ("held_out_", "excess_", "twin", "above_16_bit", "share_of_fair_gap")
 """Names that selectors and columns of results use besides those of the axes."""
 
 OF_A_STUDY = ("study.yaml", "results.json")

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from launcher.plan.course import Course
 from launcher.study.analysis import Group, dense_of
+from launcher.study.excess import by_steps, differences_from
 from launcher.study.reading import Findings, Record
-from launcher.study.results import by_steps, differences_from, switch_step
+from launcher.study.results import IS_ALIKE, switch_step
 
 LOSS_BINS, EXCESS_BINS = 50, 100
 """Stretches of equal length in which a run's logged losses are averaged; a switch begins another one."""
@@ -72,10 +73,12 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
 
 def reference_of(record: Record, group: Group, groups: Sequence[Group], findings: Findings) -> Record | None:
-    """The run that an arm's excess is over: its twin, or else the 16-bit baseline of its seed; None without either."""
-    twin = next((each for each in findings.records if each.name == record.row.get("twin")), None)
-    if twin is not None:
-        return twin
+    """The run that an arm's excess is over: its twin, or else the 16-bit baseline of its seed; None without either.
+
+    A twin that is not alike after the switch is none.
+    """
+    if record.row.get(IS_ALIKE):
+        return next((each for each in findings.records if each.name == record.row["twin"]), None)
     dense = dense_of(group, groups)
     if dense is None or dense is group:
         return None

@@ -145,3 +145,26 @@ def _within(value: float, degrees: int) -> float:
         total += term
         term *= power / (power + 1) * cosine**2
     return 2 / math.pi * (angle + sine * total) if degrees % 2 else sine * total
+
+
+def f_exceeds(value: float, top_degrees: int, bottom_degrees: int) -> float:
+    """Probability that the F distribution exceeds ``value``.
+
+    An incomplete beta function, by its continued fraction (NIST Digital Library of Mathematical Functions, 8.17.22).
+    """
+    if value <= 0 or math.isinf(value):
+        return float(value <= 0)
+    at = bottom_degrees / (bottom_degrees + top_degrees * value)
+    return _incomplete_beta(at, bottom_degrees / 2, top_degrees / 2)
+
+
+def _incomplete_beta(x: float, a: float, b: float) -> float:
+    if x > (a + 1) / (a + b + 2):  # the fraction converges slowly there
+        return 1 - _incomplete_beta(1 - x, b, a)
+    fraction = 1.0
+    for m in range(100, -1, -1):
+        fraction = 1 - (a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)) / fraction
+        if m:
+            fraction = 1 + m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)) / fraction
+    factor = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    return math.exp(factor) / a / fraction

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launcher.report.plots import INK, ORDER_COLOURS, RUN_COLOURS, figure_of, styled, token_axis
-from launcher.study.analysis import SCRATCH, SIXTEEN, Group, dense_of, scratches_of
+from launcher.study.analysis import SCRATCH, SIXTEEN, Group, best_among, dense_of, scratches_of
 from launcher.study.config import NO_BASELINE
 from launcher.study.curves import Curve, excess_curve, loss_curve, mean_curve, reference_of, switch_tokens
 from launcher.study.figures import BASELINE_STYLES, Line, arms_of, legend_of, line_name, lines_of
@@ -115,7 +115,7 @@ def _curve_style(
         style = BASELINE_STYLES[group.baseline]
         same = [each for each in _baselines_of(arms, groups) if each.baseline == group.baseline]
         if group.baseline == SCRATCH and len(same) > 1:
-            best = min(same, key=lambda each: np.mean(list(each.losses.values())))
+            best = best_among(same)
             return (style, "scratch, the best") if group is best else (style | {"ls": (0, (4, 2))}, "scratch, others")
         return style, group.baseline
     share = group.switch_share

@@ -54,13 +54,16 @@ CAPTIONS = {
     ),
     "excess": (
         "What the switch costs",
-        "Above the 16-bit twin at equal tokens: the largest difference of training losses after the switch; the "
-        "differences times their tokens, summed; and the difference of the held-out losses at the end.",
+        "Above the 16-bit twin at equal tokens: the highest level of the difference of training losses after the "
+        "switch; the differences times their tokens, summed; and the difference of the held-out losses at the end. A "
+        "peak that is no higher than the end is no spike, but what ternary costs. An arm whose learning rate differs "
+        "from that of all twins in the second half of the steps after its switch is not shown.",
     ),
     "tokens": (
         "How much data",
         "Against the tokens that are trained in ternary. Left: the held-out loss above the 16-bit baseline of as many "
-        "tokens, paired by seed, mean and 95 % interval; lines are power laws. Right: the losses themselves.",
+        "tokens, paired by seed, mean and 95 % interval, which is cut at a fifth of the mean where it reaches 0; lines "
+        "are power laws. Right: the losses themselves.",
     ),
     "arms": (
         "All arms",
@@ -85,8 +88,10 @@ def study_page(findings: Findings, groups: Sequence[Group], figures: "Mapping[st
 
 
 def _verdicts(findings: Findings, groups: Sequence[Group]) -> Iterator[str]:
-    complete = sum(record.status == "complete" for record in findings.records)
-    yield f"<p>{complete} of {len(findings.records)} arms are complete.</p>"
+    complete = [record for record in findings.records if record.status == "complete"]
+    without = sum(record.loss is None for record in complete)
+    but = f", {without} of them without a held-out loss at the end" if without else ""
+    yield f"<p>{len(complete)} of {len(findings.records)} arms are complete{but}.</p>"
     best = best_of(groups)
     if best is None:
         is_complete = any(
@@ -107,8 +112,7 @@ def _sentence(best: Group, groups: Sequence[Group]) -> str:
     if above is not None:
         text += f" That is {signed_interval(above)} from 16 bits at equal tokens, paired by seed."
     gaps = gaps_of(best, groups)
-    if gaps:
-        share = gaps[0].share_of(best)
+    if gaps and (share := gaps[0].share_of(best)) is not None:
         known = "fair gap" if not gaps[0].problems else "gap (see below why it may not be fair, or say little)"
         text += f" It closes {percent(share)} of the {known}, {signed_interval(gaps[0].size)} nats per token."
     return text
@@ -116,6 +120,12 @@ def _sentence(best: Group, groups: Sequence[Group]) -> str:
 
 def _cautions(findings: Findings, groups: Sequence[Group], best: Group) -> Iterator[str]:
     """What the study cannot say, and why."""
+    num_arms = sum(bool(group.losses) for group in arms_of(groups))
+    if num_arms > 1:
+        yield (
+            f"It is the best of {num_arms} arms, chosen by the losses that are shown here, which favors luck: on other "
+            "seeds expect less of it."
+        )
     if all(len(group.members) < 2 for group in groups):
         yield "There is one seed, so nothing says what is noise; seeds often differ by more than recipes do."
     for baseline, own in ((SIXTEEN, dense_of(best, groups)), (SCRATCH, scratches_of(best, groups))):
@@ -164,7 +174,7 @@ def _body(findings: Findings, groups: Sequence[Group], figures: "Mapping[str, Fi
     yield f'<p class="note">{METHOD}</p>'
     yield from _differences(groups)
     yield from _equal(findings)
-    yield from _not_complete(findings)
+    yield from _without_result(findings)
 
 
 _ARM_COLUMNS = (
@@ -193,10 +203,18 @@ def _arm_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
         interval(group.mean("held_out_bits_per_byte"), 4),
         signed_interval(above_dense(group, groups)),
         percent(gaps[0].share_of(group)) if gaps else MISSING,
-        interval(group.mean("excess_peak"), 3),
+        _peak(group),
         MISSING if area is None else human_count(area.mean),
         signed_interval(group.mean("excess_at_end")),
     )
+
+
+def _peak(group: Group) -> str:
+    """The excess's peak, and where it is."""
+    peak, steps = group.mean("excess_peak"), group.mean("excess_peak_steps")
+    if peak is None or steps is None:
+        return MISSING
+    return f"{interval(peak, 3)}, at step {steps.mean:.0f}"
 
 
 _TOKEN_COLUMNS = (
@@ -272,6 +290,8 @@ def _differences(groups: Sequence[Group]) -> Iterator[str]:
         yield html_table(
             ("Arm", "Nats/token, paired by seed", "", "Paired by held-out row, for these models"), rows_of_best
         )
+        if len(nearest) > MOST_SHOWN:
+            yield f'<p class="note">The {MOST_SHOWN} nearest of {len(nearest)}; all are in the JSON file.</p>'
     if not effects and not nearest:
         yield "<p>No two arms have a complete seed in common.</p>"
 
@@ -320,10 +340,10 @@ def _equal(findings: Findings) -> Iterator[str]:
     yield html_table(("Key", "Values"), rows)
 
 
-def _not_complete(findings: Findings) -> Iterator[str]:
-    left = [record for record in findings.records if record.status != "complete"]
+def _without_result(findings: Findings) -> Iterator[str]:
+    left = [record for record in findings.records if record.loss is None]
     if left:
-        yield "<h2>Arms that are not complete</h2>"
+        yield "<h2>Arms without a result</h2>"
         rows = ((each.name, each.status, f"{each.row.get('steps') or 0:,}", each.message or MISSING) for each in left)
         yield html_table(("Arm", "Status", "Steps", "Message"), rows)
 

@@ -46,7 +46,7 @@ class Record:
     scores: Mapping[str, float]
     """The score of each task, by its name and metric, if it was evaluated."""
     message: str | None
-    """Why it failed."""
+    """Why it failed, or has no result although it is complete."""
 
     @property
     def name(self) -> str:
@@ -123,7 +123,7 @@ def read_study(folder: Path) -> Findings:
                 arm=arm,
                 rows=None if arm is None else _rows_of(path, arm),
                 scores=_scores_of(path / RESULTS),
-                message=read_state(path).get("message") if standing.status == "failed" else None,
+                message=_message_of(path, fresh.get(row["arm"], row), standing.status),
             )
         )
     axes = tuple(axis for axis in study.labels if axis not in ("rate", "seed", "baseline"))
@@ -171,6 +171,12 @@ def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | N
         status = "not complete"
     arm = Arm(name=row["arm"], point=point, plan=plan, stands_for=tuple(row.get(STANDS_FOR) or ()))
     return arm, Standing(status=status, step=step, log=log)
+
+
+def _message_of(folder: Path, row: Row, status: Status) -> str | None:
+    if status == "complete" and row.get("held_out_loss") is None:
+        return "no held-out loss at the end: it was not measured, or not finite"
+    return read_state(folder).get("message") if status == "failed" else None
 
 
 def _rows_of(folder: Path, arm: Arm) -> RowLosses | None:

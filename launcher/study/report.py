@@ -124,7 +124,7 @@ def row_of(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     values["above_16_bit"] = above_dense(group, groups)
     gaps = gaps_of(group, groups) if group.losses else []
     values["share_of_fair_gap"] = gaps[0].share_of(group) if gaps else None
-    values |= {name: group.mean(name) for name in ("excess_peak", "excess_area", "excess_at_end")}
+    values |= {name: group.mean(name) for name in ("excess_peak", "excess_peak_steps", "excess_area", "excess_at_end")}
     for name, value in values.items():
         row |= {name: value and value.mean, f"{name}_low": value and value.low, f"{name}_high": value and value.high}
     return row
@@ -172,8 +172,8 @@ def numbers_of(findings: Findings, groups: Sequence[Group]) -> dict[str, Any]:
         "against_best": [_plain_difference(each) for each in against_best(groups)],
         "held_equal": held_equal(findings),
         "differing": differing(findings),
-        "not_complete": {
-            record.name: record.message or record.status for record in findings.records if record.status != "complete"
+        "without_result": {
+            record.name: record.message or record.status for record in findings.records if record.loss is None
         },
     }
 

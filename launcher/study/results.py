@@ -1,15 +1,14 @@
 """What the arms of a study came to: one row for each, and a table with mean and range over the seeds.
 
-An arm's twin is a run that stays in 16 bits where the arm switches, and is the same run up to there. Both see the same
-batches, so the difference of their training losses has little noise: the excess.
+An arm's twin is a run that stays in 16 bits where the arm switches, and is the same run up to there. How far the arm is
+above it is the excess (`launcher.study.excess`).
 """
 
 import csv
 import io
 import json
 import statistics
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,23 +16,24 @@ from typing import Any, Literal, TypeVar
 
 from data.new_paths import replace_file
 from launcher.plan.course import Course
-from launcher.run.log_keys import CROSS_ENTROPY
 from launcher.run.metrics_log import read_metrics
 from launcher.study.arms import Arm
 from launcher.study.config import POST_TRAINING
+from launcher.study.excess import excess
 from launcher.study.jobs import Job
 from launcher.study.sharing import Sharing, first_step, parting
 
 Row = dict[str, Any]
 
-Rate = TypeVar("Rate", bound=str | None)
+Key = TypeVar("Key", bound=Hashable)
 
 Status = Literal["complete", "failed", "not complete"]
+
+IS_ALIKE = "twin_is_alike"
 
 STANDS_FOR = "stands_for"
 """In `results.json`: the points of the grid that a baseline is that of."""
 
-LOSS, RATE = "train/loss", "train/learning_rate"
 HELD_OUT, BYTES = "validation/loss", "validation/bits_per_byte"
 
 
@@ -83,10 +83,12 @@ def results_of(arms: Sequence[Arm], sharing: Sharing, standings: Mapping[str, St
             about[STANDS_FOR] = [dict(point) for point in arm.stands_for]
         row = about | {"tokens": arm.plan.tokens_before(step)} | held_out_of(logs[arm.name], arm)
         if (twin := twin_of(arm, arms, sharing)) is not None:
-            row |= {"twin": twin.name} | excess(logs[arm.name], logs[twin.name], arm.plan)
-            end = held_out_of(logs[twin.name], twin)["held_out_loss"]
-            do_compare = end is not None and row["held_out_loss"] is not None and arm.tokens == twin.tokens
-            row["excess_at_end"] = row["held_out_loss"] - end if do_compare else None
+            row |= {"twin": twin.name, IS_ALIKE: is_alike(arm, twin, sharing)}
+            if row[IS_ALIKE]:
+                row |= excess(logs[arm.name], logs[twin.name], arm.plan, _switch_of(arm))
+                end = held_out_of(logs[twin.name], twin)["held_out_loss"]
+                do_compare = end is not None and row["held_out_loss"] is not None and arm.tokens == twin.tokens
+                row["excess_at_end"] = row["held_out_loss"] - end if do_compare else None
         rows.append(row)
     return rows
 
@@ -113,15 +115,21 @@ def switch_step(course: Course) -> int | None:
     return next((phase.start for phase in course.phases[1:] if phase.quantization), None)
 
 
+def _switch_of(arm: Arm) -> int:
+    step = switch_step(arm.plan)
+    assert step is not None
+    return step
+
+
 def twin_of(arm: Arm, arms: Sequence[Arm], sharing: Sharing) -> Arm | None:
     """The run that is the same up to the arm's switch and stays in 16 bits; None if the study has none.
 
     Of several, it is one with the arm's tokens, and of these the one whose rates and data are most like the arm's from
     the switch on.
     """
-    step = switch_step(arm.plan)
-    if step is None or arm.plan.phases[0].quantization is not None:
+    if switch_step(arm.plan) is None or arm.plan.phases[0].quantization is not None:
         return None
+    step = _switch_of(arm)
     sizes, settings, begin = sharing.sizes, sharing.settings, first_step(arm.plan)
     twins = [
         other
@@ -138,6 +146,19 @@ def twin_of(arm: Arm, arms: Sequence[Arm], sharing: Sharing) -> Arm | None:
     )
 
 
+def is_alike(arm: Arm, twin: Arm, sharing: Sharing) -> bool:
+    """Whether a twin has the arm's learning rates and data in the second half of the steps after the switch.
+
+    Until then a transition may have rates of its own, such as a warm-up. If the twin's decay is another one, what the
+    arm is above it says what the schedule does, and not what the switch costs.
+    """
+    begin = (_switch_of(arm) + min(arm.plan.total_steps, twin.plan.total_steps)) // 2
+    ours, theirs = ([size.learning_rate for size in sharing.sizes[each.name][begin:]] for each in (arm, twin))
+    return all(one == other for one, other in zip(ours, theirs, strict=False)) and all(
+        is_same for _, is_same in _stretches(arm, twin, begin)
+    )
+
+
 def _likeness(arm: Arm, other: Arm, sharing: Sharing, begin: int) -> int:
     """Steps from one on in which two arms have the same learning rate, weight decay and data, added up.
 
@@ -149,6 +170,11 @@ def _likeness(arm: Arm, other: Arm, sharing: Sharing, begin: int) -> int:
         (ours.learning_rate == theirs.learning_rate) + (ours.decay_factor == theirs.decay_factor)
         for ours, theirs in rates
     )
+    return alike + sum(num_steps * is_same for num_steps, is_same in _stretches(arm, other, begin))
+
+
+def _stretches(arm: Arm, other: Arm, begin: int) -> Iterator[tuple[int, bool]]:
+    """The stretches of steps from one on that both have: how many steps, and whether their data are the same."""
     plans = (arm.plan, other.plan)
     end = min(plan.total_steps for plan in plans)
     starts = {phase.start for plan in plans for phase in plan.phases if begin < phase.start < end}
@@ -158,71 +184,7 @@ def _likeness(arm: Arm, other: Arm, sharing: Sharing, begin: int) -> int:
             for plan in plans
             for phase in [plan.phase_of(first)]
         )
-        alike += (last - first) * (ours == theirs)
-    return alike
-
-
-def excess(log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], course: Course) -> Row:
-    """How far the training loss is above the twin's from the switch on.
-
-    Means over the same steps are compared.
-
-    Returns:
-        The largest difference, in nats per token, and the area: the differences times their tokens, summed.
-    """
-    step = switch_step(course)
-    assert step is not None
-    differences = differences_from(log, twin, step)
-    if not differences:
-        return {"excess_peak": None, "excess_area": None}
-    tokens = {steps: course.tokens_before(steps[1]) - course.tokens_before(steps[0]) for steps in differences}
-    area = sum(difference * tokens[steps] for steps, difference in differences.items())
-    return {"excess_peak": max(differences.values()), "excess_area": area}
-
-
-def differences_from(
-    log: Sequence[Mapping[str, Any]], twin: Sequence[Mapping[str, Any]], begin: int
-) -> dict[tuple[int, int], float]:
-    """The training loss of a run minus its twin's from a step on, by the finished steps before and after.
-
-    Where one has logged more often than the other, the mean of its losses over the same steps counts.
-    """
-    ours, theirs = (by_steps(rows) for rows in (log, twin))
-    ends = sorted({begin} | (_ends(ours, begin) & _ends(theirs, begin)))
-    means = [_means_between(losses, ends) for losses in (ours, theirs)]
-    return {
-        steps: means[0][steps] - means[1][steps] for steps in pairwise(ends) if all(steps in part for part in means)
-    }
-
-
-def _ends(losses: Mapping[tuple[int, int], float], begin: int) -> set[int]:
-    return {last for _, last in losses if last > begin}
-
-
-def _means_between(losses: Mapping[tuple[int, int], float], ends: Sequence[int]) -> dict[tuple[int, int], float]:
-    """The mean loss between every two ends, where no row is missing, as of a loss that was not finite."""
-    sums: dict[tuple[int, int], tuple[int, float]] = {}
-    for (first, last), loss in losses.items():
-        place = bisect_right(ends, first)
-        if 0 < place < len(ends) and last <= ends[place]:
-            steps = ends[place - 1], ends[place]
-            num, total = sums.get(steps, (0, 0.0))
-            sums[steps] = num + last - first, total + (last - first) * loss
-    return {steps: total / num for steps, (num, total) in sums.items() if num == steps[1] - steps[0]}
-
-
-def by_steps(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
-    """Training losses by the finished steps before and after those that each is the mean of.
-
-    With a teacher, its terms are left out: they are of another size, and a run without one has none.
-    """
-    rows = [row for row in log if LOSS in row or RATE in row]  # a loss that is not finite is left out of its row
-    befores = [0, *(row["step"] for row in rows)]
-    return {
-        (before, row["step"]): row.get(CROSS_ENTROPY, row[LOSS])
-        for before, row in zip(befores, rows, strict=False)
-        if LOSS in row
-    }
+        yield last - first, ours == theirs
 
 
 def write_results(rows: Sequence[Row], out: Path) -> None:
@@ -237,20 +199,24 @@ def write_results(rows: Sequence[Row], out: Path) -> None:
     replace_file(out / "results.json", json.dumps([{key: row.get(key) for key in columns} for row in rows], indent=2))
 
 
-def best_rate(rates: Mapping[Rate, Mapping[str, float]]) -> Rate:
-    """The learning rate with the smallest mean loss; two are compared on the seeds that both have.
+def best_of_seeds(losses: Mapping[Key, Mapping[str, float]]) -> Key:
+    """The key with the smallest mean loss of those with the most seeds; two are compared on the seeds that both have.
 
     Args:
-        rates: by learning rate, the losses by seed. Those with more seeds are compared first; one that has no seed in
-            common with the best of these is not.
+        losses: by key, the losses by seed.
     """
-    most_first = sorted(rates, key=lambda rate: -len(rates[rate]))
-    best = most_first[0]
-    for rate in most_first[1:]:
-        common = rates[rate].keys() & rates[best].keys()
-        if sum(rates[rate][seed] - rates[best][seed] for seed in common) < 0:
-            best = rate
+    most = max(map(len, losses.values()))
+    first, *others = (key for key in losses if len(losses[key]) == most)
+    best = first
+    for key in others:
+        if distance_on_common(losses[key], losses[best]) < 0:
+            best = key
     return best
+
+
+def distance_on_common(first: Mapping[str, float], second: Mapping[str, float]) -> float:
+    """Sum of the first's losses minus the second's, over the seeds that both have."""
+    return sum(first[seed] - second[seed] for seed in first if seed in second)
 
 
 def table_of(arms: Sequence[Arm], rows: Sequence[Row]) -> list[list[str]]:
@@ -265,7 +231,7 @@ def table_of(arms: Sequence[Arm], rows: Sequence[Row]) -> list[list[str]]:
             rate: {str(row["seed"]): row["held_out_loss"] for row in rows_of if row["held_out_loss"] is not None}
             for rate, rows_of in rates.items()
         }
-        rate = best_rate(by_seed)
+        rate = best_of_seeds(by_seed)
         losses = list(by_seed[rate].values())
         named = [value if axis == "baseline" else f"{axis} {value}" for axis, value in values]
         named += [] if rate is None else [f"rate {rate}"]

@@ -104,11 +104,17 @@ def _remarks(fit: Fit | str, ratio: float) -> list[str]:
     """What a fit is from, and what limits it."""
     if isinstance(fit, str):
         return [f"{fit}."]
-    seeds = "one seed" if fit.num_seeds == 1 else f"{fit.num_seeds} seeds"
-    seeds += ", too few points for an interval" if fit.low is None else ""
-    found = [f"a parabola through {len(fit.tried)} switch points of {fit.line}, {seeds}."]
-    if fit.low is not None and fit.high is not None and (fit.low, fit.high) == (min(fit.tried), max(fit.tried)):
-        found.append("its interval covers all that was tried: these arms do not tell where the best switch is.")
+    seeds = "one seed, so without an interval" if fit.num_seeds == 1 else f"{fit.num_seeds} seeds"
+    points = f"{len(fit.tried)} switch points of {fit.line}"
+    if fit.is_parabola:
+        found = [f"a parabola through {points}, {seeds}."]
+    else:
+        interval = ", and the interval spans those within noise of it" if fit.num_seeds > 1 else ""
+        found = [
+            f"the losses at {points} are no parabola with a lowest place, {seeds}: this is the best arm{interval}."
+        ]
+    if len(fit.within_noise) == len(fit.tried):
+        found.append("these arms do not tell where the best switch is.")
     if fit.is_at_edge:
         found.append(
             f"the best share is at the edge of those that were tried, {min(fit.tried):.0%} to {max(fit.tried):.0%}; it "

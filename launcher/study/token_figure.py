@@ -11,7 +11,7 @@ from launcher.study.analysis import Group, dense_of, distances
 from launcher.study.config import POST_TRAINING
 from launcher.study.figures import BASELINE_STYLES, SIXTEEN, Line, arms_of, legend_of, line_name, line_style
 from launcher.study.intervals import Estimate, mean_of
-from launcher.study.token_fit import TokenFit, axis_of_tokens, fit_tokens, ternary_tokens, without
+from launcher.study.token_fit import TokenFit, above_dense_at, axis_of_tokens, fit_tokens, ternary_tokens, without
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,10 +33,12 @@ def token_lines(groups: Sequence[Group]) -> dict[Line, list[Group]]:
 
 def fits_of(groups: Sequence[Group]) -> dict[Line, TokenFit | str]:
     """The power law of each line, or why there is none."""
-    return {
-        line: fit_tokens({ternary_tokens(arm) or 0: list(distances(arm, groups).values()) for arm in arms})
-        for line, arms in token_lines(groups).items()
-    }
+    return {line: fit_tokens(_points(arms, groups)) for line, arms in token_lines(groups).items()}
+
+
+def _points(arms: Sequence[Group], groups: Sequence[Group]) -> dict[int, list[float]]:
+    """The distances of a line's arms from 16 bits, by their ternary tokens."""
+    return {ternary_tokens(arm) or 0: list(distances(arm, groups).values()) for arm in arms}
 
 
 @styled()
@@ -48,7 +50,8 @@ def token_figure(groups: Sequence[Group]) -> "Figure":
     legend: dict[str, Any] = {}
     for index, (line, arms) in enumerate(lines.items()):
         style = line_style(index)
-        near = [(tokens, mean_of(values)) for tokens, values in _above(arms, groups)]
+        points = {tokens: mean_of(values) for tokens, values in _points(arms, groups).items() if values}
+        near = [(tokens, value) for tokens, value in points.items() if value.mean > 0]
         for tokens, value in near:
             if value.low is not None and value.high is not None:
                 low = max(value.low, value.mean / 5)  # an axis of logarithms has no 0
@@ -82,12 +85,6 @@ def _label(axis: "Axis", words: Callable[[float], str]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _above(arms: Sequence[Group], groups: Sequence[Group]) -> Iterator[tuple[int, list[float]]]:
-    for arm in arms:
-        if values := [value for value in distances(arm, groups).values() if value > 0]:
-            yield ternary_tokens(arm) or 0, values
-
-
 def _draw_baselines(
     left: "Axes", right: "Axes", lines: Mapping[Line, Sequence[Group]], groups: Sequence[Group], legend: dict[str, Any]
 ) -> None:
@@ -109,7 +106,7 @@ def _draw_baselines(
 
 
 def token_rows(groups: Sequence[Group]) -> Iterator[tuple[str, ...]]:
-    """A row of the table for each line: arms, exponent, what doubling does, floor, and tokens of the fit."""
+    """A row of the table for each line: arms, exponent, what doubling does, floor, and tokens that were fitted."""
     for line, fit in fits_of(groups).items():
         if isinstance(fit, str):
             yield line_name(line), fit, "", "", ""
@@ -121,13 +118,15 @@ def token_rows(groups: Sequence[Group]) -> Iterator[tuple[str, ...]]:
             standard_error=None,
             num=fit.exponent.num,
         )
-        tokens = [ternary_tokens(arm) or 0 for arm in token_lines(groups)[line]]
+        points = _points(token_lines(groups)[line], groups)
+        tokens = above_dense_at(points)
+        left_out = f", {len(points) - len(tokens)} left out" if len(tokens) < len(points) else ""
         yield (
             line_name(line),
             _with_ends(fit.exponent),
             _with_ends(shrinks),
             "none found" if fit.floor is None else _with_ends(fit.floor),
-            f"{human_count(min(tokens))} to {human_count(max(tokens))}",
+            f"{human_count(min(tokens))} to {human_count(max(tokens))}{left_out}",
         )
 
 

@@ -73,6 +73,15 @@ def without(group: Group, axis: str) -> Line:
     return tuple((name, value) for name, value in group.point.items() if name != axis)
 
 
+def above_dense_at(points: Mapping[int, Sequence[float]]) -> dict[int, Sequence[float]]:
+    """The points of which all seeds are above 16 bits.
+
+    Others have no logarithm. A point is left out as a whole, since the mean of those seeds alone that are above would
+    be too high.
+    """
+    return {tokens: values for tokens, values in points.items() if values and min(values) > 0}
+
+
 def fit_tokens(points: Mapping[int, Sequence[float]]) -> TokenFit | str:
     """Fit the distances of one line of arms.
 
@@ -82,9 +91,10 @@ def fit_tokens(points: Mapping[int, Sequence[float]]) -> TokenFit | str:
     Returns:
         The fit, or in words why there is none.
     """
-    pairs = [(tokens, value) for tokens, values in points.items() for value in values if value > 0]
-    if len({tokens for tokens, _ in pairs}) < FEWEST_POINTS:
-        return f"arms at fewer than {FEWEST_POINTS} numbers of tokens are complete and above 16 bits"
+    above = above_dense_at(points)
+    if len(above) < FEWEST_POINTS:
+        return f"arms at fewer than {FEWEST_POINTS} numbers of tokens are complete and above 16 bits with all seeds"
+    pairs = [(tokens, value) for tokens, values in above.items() for value in values]
     tokens_N, values_N = np.asarray(pairs, np.float64).T
     unit = math.exp(np.log(tokens_N).mean())  # tokens at which slope and level are independent
     plain = _power_law(tokens_N / unit, values_N)

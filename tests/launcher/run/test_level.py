@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.run.level import Curve, curve_of, level_at, middles, noise_of_a_step
+from launcher.run.level import Curve, curve_of, highest_level, level_at, middles, noise_of_a_step
 
 
 def every_step(values: np.ndarray, first: int = 0) -> Curve:
@@ -86,3 +86,24 @@ def test_the_level_does_not_cross_a_break_but_follows_a_peak():
     noise = noise_of_a_step(curve)
     assert level_at(curve, 100, noise).value == pytest.approx(5, abs=0.05)
     assert level_at(curve, 40, noise).value == pytest.approx(3, abs=0.02)
+
+
+def test_the_highest_level_is_not_the_largest_of_many_noisy_values():
+    """A plateau has none above itself, however long it is; a spike of one value or of many is found in the noise."""
+    for seed in range(20):
+        noise = np.random.default_rng(seed).normal(0, 0.02, 1000)
+        assert highest_level(every_step(0.13 + noise))[0] == pytest.approx(0.13, abs=0.012)
+        assert noise.max() > 0.045
+        single, hump = np.zeros(1000), np.zeros(1000)
+        single[700], hump[100:132] = 0.3, 0.1
+        assert highest_level(every_step(0.13 + noise + single)) == (pytest.approx(0.43 + noise[700]), 700)
+        value, at = highest_level(every_step(0.13 + noise + hump))
+        assert value == pytest.approx(0.23, abs=0.02)
+        assert at == pytest.approx(115.5, abs=12)
+
+
+def test_the_highest_level_of_few_values_is_the_highest_value():
+    assert highest_level(every_step(np.asarray([0.2]))) == (0.2, 0)
+    assert highest_level(curve_of(np.asarray([8, 12]), np.asarray([0.1, 0.3]), 0)) == (0.3, 9.5)
+    uneven = Curve(np.asarray([2.0, 10.0, 50.0]), np.asarray([4.0, 12.0, 68.0]), np.asarray([0.1, 0.1, 0.1]))
+    assert highest_level(uneven)[0] == pytest.approx(0.1)

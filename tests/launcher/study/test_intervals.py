@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from launcher.study.intervals import mean_of, over_rows, paired, ratio_of, t_quantile
+from launcher.study.intervals import f_exceeds, mean_of, over_rows, paired, ratio_of, t_quantile
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -14,6 +14,12 @@ stats = pytest.importorskip("scipy.stats")
 def test_students_quantiles_are_scipys() -> None:
     for degrees in (1, 2, 3, 4, 5, 9, 30, 101):
         assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-9)
+
+
+def test_probabilities_of_f_are_scipys() -> None:
+    for top, bottom in ((1, 1), (1, 2), (2, 4), (3, 6), (1, 100), (40, 3)):
+        for value in (0.0, 1e-3, 0.5, 1.0, 4.0, 30.0, 1e4, math.inf):
+            assert f_exceeds(value, top, bottom) == pytest.approx(stats.f.sf(value, top, bottom), rel=1e-9)
 
 
 def test_the_interval_of_a_mean_is_scipys_and_one_value_has_none() -> None:

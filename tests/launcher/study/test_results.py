@@ -14,9 +14,11 @@ from launcher.config.file import parse_config
 from launcher.plan.plan import make_plan
 from launcher.study.analysis import groups_of
 from launcher.study.arms import Arm
+from launcher.study.excess import by_steps, differences_from, excess
+from launcher.study.loss_figure import loss_figure
 from launcher.study.reading import read_study
 from launcher.study.report import row_of
-from launcher.study.results import Row, by_steps, differences_from, excess
+from launcher.study.results import Row
 
 
 def rows(losses: dict[int, float]) -> list[dict[str, Any]]:
@@ -57,11 +59,25 @@ def test_peak_and_area_are_those_of_the_steps_after_the_switch(tmp_path: Path) -
     plan = make_plan(parse_config(tiny_tree(tmp_path, tmp_path)), 1)  # four steps of 256 tokens, then four ternary ones
     twin = rows(dict.fromkeys(range(1, 9), 3.0))
     ours = rows({1: 9.0, 2: 3.0, 3: 3.0, 4: 3.0, 5: 3.5, 6: 3.1, 7: 2.9, 8: 3.0})
-    assert excess(ours, twin, plan) == {
+    assert excess(ours, twin, plan, 4) == {
         "excess_peak": pytest.approx(0.5),
+        "excess_peak_steps": 1,
         "excess_area": pytest.approx((0.5 + 0.1 - 0.1) * 256),
     }
-    assert excess(ours[:4], twin, plan) == {"excess_peak": None, "excess_area": None}
+
+
+def test_a_run_that_is_not_complete_or_diverged_has_no_excess(tmp_path: Path) -> None:
+    plan = make_plan(parse_config(tiny_tree(tmp_path, tmp_path)), 1)
+    whole = rows(dict.fromkeys(range(1, 9), 3.0))
+    diverged = [*whole[:5], {"step": 6, "train/learning_rate": 1e-3}, *whole[6:]]
+    for ours, theirs in ((whole[:4], whole), (whole[:7], whole), (whole, whole[:7]), (diverged, whole), (whole, [])):
+        assert set(excess(ours, theirs, plan, 4).values()) == {None}
+
+
+def test_a_twin_that_logged_no_row_at_the_switch_is_compared_from_its_next_row_on(tmp_path: Path) -> None:
+    plan = make_plan(parse_config(tiny_tree(tmp_path, tmp_path)), 1)
+    found = excess(rows({4: 3.0, 6: 3.5, 8: 3.2}), rows({3: 3.0, 6: 3.0, 8: 3.0}), plan, 4)
+    assert found["excess_area"] == pytest.approx(0.2 * 2 * 256)
 
 
 DECAYS = {
@@ -104,14 +120,43 @@ def test_a_twin_has_the_length_of_its_arm(tmp_path: Path) -> None:
         assert row["excess_area"] == pytest.approx(256 * sum(above))
 
 
-def test_a_twin_of_another_length_says_nothing_of_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", ["10", "20"])
+def test_a_twin_of_another_length_says_nothing_of_the_end_and_a_shorter_one_nothing_at_all(
+    tmp_path: Path, length: str
+) -> None:
+    """Only one of the two lengths has a run in 16 bits; all rates are the same."""
     axes = {"ternary": {"10": ["phases.1.steps=10"], "20": ["phases.1.steps=20"]}}
-    exclude = [{"baseline": "16-bit", "ternary": "20"}]
-    found = twins_of(tmp_path / "study", lambda arm: 3.0, axes=axes, exclude=exclude, **DECAYS)
-    short, long = found["ternary-10"], found["ternary-20"]
-    assert short["twin"] == long["twin"] == "16-bit"
-    assert (short["excess_at_end"], long["excess_at_end"]) == (0.0, None)
-    assert long["excess_peak"] is not None
+    constant = "schedule={shape: constant, warmup_steps: 2}"
+    keys: dict[str, Any] = DECAYS | {"overrides": [constant, "training.compile=false"]}
+    exclude = [{"baseline": "16-bit", "ternary": "10" if length == "20" else "20"}]
+    found = twins_of(tmp_path / "study", lambda arm: 3.0, axes=axes, exclude=exclude, **keys)
+    has = {name: (row["excess_peak"] is not None, row["excess_at_end"]) for name, row in found.items()}
+    assert {row["twin"] for row in found.values()} == {"16-bit"}
+    assert has[f"ternary-{length}"] == (True, 0.0)
+    assert has[f"ternary-{30 - int(length)}"] == (length == "20", None)
+
+
+def test_a_twin_that_decays_at_other_times_is_none_to_compare_with(tmp_path: Path) -> None:
+    """What an arm is above it is due to the schedule; the figure then has no curve above 16 bits."""
+    decays = {
+        "late": "{shape: wsd, warmup_steps: 2, decay_fraction: 0.2}",
+        "at-switch": "{shape: linear, warmup_steps: 2, decay_from_phase: 1}",
+    }
+    axes = {"decay": {name: [f"schedule={schedule}"] for name, schedule in decays.items()}}
+    exclude = [{"baseline": "16-bit", "decay": "at-switch"}]
+    keys: dict[str, Any] = {"axes": axes, "exclude": exclude, "baselines": ["16-bit"], "seeds": [0]}
+    findings = read_study(make_study(tmp_path / "study", lambda arm: 3.0, switch=[0.5], **keys))
+    groups = groups_of(findings)
+    rows_of = {record.name: record.row for record in findings.records}
+    late, at_switch = rows_of["decay-late"], rows_of["decay-at-switch"]
+    assert late["twin"] == at_switch["twin"] == "16-bit"
+    assert (late["twin_is_alike"], at_switch["twin_is_alike"]) == (True, False)
+    assert late["excess_peak"] > 0
+    assert late["excess_at_end"] == 0
+    assert not any(key.startswith("excess_") for key in at_switch)
+    lines = [str(line.get_gid()) for axes in loss_figure(findings, groups).axes for line in axes.lines]
+    above = [gid.split("-", 2)[2] for gid in lines if gid.startswith("excess-")]
+    assert above == ["decay-late"]
 
 
 @pytest.mark.parametrize(

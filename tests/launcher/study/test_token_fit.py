@@ -89,7 +89,12 @@ def test_a_cliff_before_a_plateau_has_a_fit(cliff: float) -> None:
 
 def test_too_few_points_have_no_fit() -> None:
     points = dict(list(made(0.5, 0.0, 0.1).items())[:3]) | {TOKENS[5]: [-0.01, 0.0]}
-    assert fit_tokens(points) == "arms at fewer than 4 numbers of tokens are complete and above 16 bits"
+    assert fit_tokens(points) == "arms at fewer than 4 numbers of tokens are complete and above 16 bits with all seeds"
+
+
+def test_a_point_of_which_a_seed_is_not_above_16_bits_is_left_out_as_a_whole() -> None:
+    points = made(0.5, 0.0, 0.1)
+    assert fit_tokens(points | {TOKENS[-1] * 2: [0.5, 0.5, -0.01]}) == fit_tokens(points)
 
 
 SHARES = {"few": 5, "some": 20, "more": 50, "most": 100}
