@@ -51,8 +51,8 @@ class Law:
 def qat_share(setting: Setting) -> float | None:
     """Share of a run that is best trained with quantization, by arXiv 2509.22935.
 
-    exp(-a / ln S), where S are the tokens for each byte of quantized parameters, D / (N B / 8). None where S is at most
-    1, for which it has no value.
+    exp(-a / ln S), where S are the tokens for each byte of the model, D / (N B / 8), with all N parameters counted at B
+    bits. None where S is at most 1, for which it has no value.
     """
     per_byte = setting.tokens / (setting.parameters * setting.bits / 8)
     return math.exp(-QAT_CONSTANT / math.log(per_byte)) if per_byte > 1 else None

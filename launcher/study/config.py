@@ -32,7 +32,7 @@ RESERVED_BEGINNINGS = ("held_out_", "excess_", "twin", "above_16_bit", "share_of
 OF_A_STUDY = ("study.yaml", "results.json")
 """Files of a study's folder, by which it is recognized."""
 
-Selector = dict[str, str | int | float | tuple[str | int | float, ...]]
+Selector = dict[str, str | bool | int | float | tuple[str | bool | int | float, ...]]
 """By the name of an axis, a value or several; an arm is selected if it has one of them on each axis that is named."""
 
 
@@ -136,7 +136,8 @@ class Study:
 
 def chosen(given: Any) -> set[str]:
     """The values of an axis that a selector names."""
-    return {str(value) for value in (given if isinstance(given, tuple | list) else (given,))}
+    values = given if isinstance(given, tuple | list) else (given,)
+    return {str(value).lower() if isinstance(value, bool) else str(value) for value in values}  # YAML's words
 
 
 def share_label(share: float) -> str:

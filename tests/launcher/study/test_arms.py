@@ -152,6 +152,15 @@ def test_only_and_exclude_cut_the_grid(tmp_path):
     ]
 
 
+def test_a_word_that_yaml_reads_as_true_selects_the_value_of_that_name(tmp_path):
+    norms = {"true": ["model.sub_norm=true"], "false": []}
+    arms = arms_of(tmp_path, axes={"sub-norm": norms}, baselines=[], exclude=[{"sub-norm": True}])
+    assert [arm.point["sub-norm"] for arm in arms] == ["false"]
+    assert "sub-norm: names true; the values are a, b" in problem_of(
+        tmp_path, axes={"sub-norm": {"a": [], "b": []}}, only=[{"sub-norm": True}]
+    )
+
+
 def test_a_wrong_key_is_named_with_its_arms(tmp_path):
     problem = problem_of(
         tmp_path, axes={"a": {"good": [], "bad": ["phases.1.transition.optimiser=reset"]}}, seeds=[0, 1]
@@ -191,6 +200,7 @@ def test_arms_have_folders_of_their_own(tmp_path):
         ({"axis": {}}, "axis: unknown key; did you mean axes?"),
         ({"axes": {"seed": {"a": []}}}, "axes.seed: is no name for an axis"),
         ({"axes": {"tokens": {"a": []}}}, "axes.tokens: is no name for an axis"),
+        ({"axes": {"seeds": {"a": []}}}, "axes.seeds: is no name for an axis"),  # a column of the report
         ({"axes": {"excess_mine": {"a": []}}}, "axes.excess_mine: is no name for an axis"),
         ({"axes": {"a": {}}}, "axes.a: has no values"),
         ({"axes": {"a": {"b": "x=1"}}}, "axes.a: is 'x=1'; must be a list; write [x=1]"),
