@@ -57,6 +57,9 @@ CHARACTERS_PER_INCH = 14
 
 LEGEND_ROW_INCHES = 0.18
 
+MANY_AXES = 3
+"""Axes of a line from which on a legend would repeat their names too often."""
+
 MOST_MOVED = 3.0
 """Percent of a run by which a point is moved at most, so that intervals stay apart."""
 
@@ -85,6 +88,11 @@ def line_name(line: Line) -> str:
     return ", ".join(f"{axis} {value}" for axis, value in line) or "arms"
 
 
+def legend_name(line: Line) -> str:
+    """What a line is called in a legend: of many axes its values alone, as `legend_of` names the axes above them."""
+    return ", ".join(value for _, value in line) if len(line) >= MANY_AXES else line_name(line)
+
+
 @styled()
 def switch_figure(groups: Sequence[Group]) -> "Figure":
     """Held-out loss at the end against the switch point, absolute and against the 16-bit baseline of the same seed."""
@@ -104,7 +112,7 @@ def switch_figure(groups: Sequence[Group]) -> "Figure":
         _fit_means(axes, groups, value_of)
         axes.set_ylabel(label)
         _switch_axis(axes)
-    legend_of(figure, legend)
+    legend_of(figure, legend, lines_of(groups))
     return figure
 
 
@@ -174,7 +182,7 @@ def _draw_lines(
             if value.low is not None and value.high is not None:
                 axes.plot([place, place], [value.low, value.high], color=style["color"], lw=0.9, alpha=0.8)
         (handle,) = axes.plot(at, means, **style, lw=1.3, ms=4.5, gid=f"{mark}-{index}")
-        legend.setdefault(line_name(line), handle)
+        legend.setdefault(legend_name(line), handle)
 
 
 def line_style(index: int) -> dict[str, Any]:
@@ -201,7 +209,7 @@ def _draw_baselines(
         lines = list(dict.fromkeys(group.line for group in own))
         for turn, line in enumerate(lines):
             style = BASELINE_STYLES[baseline] | ({"ls": BASELINE_DASHES[turn % len(BASELINE_DASHES)]} if turn else {})
-            name = f"{baseline} ({line_name(line)})" if len(lines) > 1 else baseline
+            name = f"{baseline} ({legend_name(line)})" if len(lines) > 1 else baseline
             members = [(group, value) for group in own if group.line == line and (value := value_of(group)) is not None]
             points = [
                 (float(group.point["switch"].rstrip("%")), value) for group, value in members if "switch" in group.point
@@ -243,7 +251,7 @@ def gap_figure(groups: Sequence[Group]) -> "Figure":
         axes.axhline(level, lw=1.2, **style)
     axes.set_ylabel("share of the fair gap closed, %")
     _switch_axis(axes)
-    legend_of(figure, legend)
+    legend_of(figure, legend, lines_of(groups))
     return figure
 
 
@@ -266,7 +274,7 @@ def excess_figure(groups: Sequence[Group]) -> "Figure":
         _switch_axis(axes)
         if column == "excess_area":
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
-    legend_of(figure, legend)
+    legend_of(figure, legend, lines_of(groups))
     return figure
 
 
@@ -318,12 +326,21 @@ def _switch_axis(axes: "Axes") -> None:
     axes.set_xticks(range(0, 101, 20))
 
 
-def legend_of(figure: "Figure", handles: Mapping[str, Any]) -> None:
-    """Put a legend above the panels of a figure, which grows by it."""
+def legend_of(figure: "Figure", handles: Mapping[str, Any], lines: Sequence[Line] = ()) -> None:
+    """Put a legend above the panels of a figure, which grows by it.
+
+    Args:
+        figure: to put it on.
+        handles: what it explains, by name.
+        lines: that have a `legend_name` among these.
+    """
     if handles:
         widest = max(map(len, handles))
         columns = max(1, min(len(handles), int(figure.get_figwidth() * 12 / (widest + 8))))
-        figure.set_figheight(figure.get_figheight() + LEGEND_ROW_INCHES * math.ceil(len(handles) / columns))
+        most = max(lines, key=len, default=())
+        title = ", ".join(axis for axis, _ in most) if len(most) >= MANY_AXES else None
+        rows = math.ceil(len(handles) / columns) + (title is not None)
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW_INCHES * rows)
         figure.legend(
             list(handles.values()),
             list(handles),
@@ -331,4 +348,6 @@ def legend_of(figure: "Figure", handles: Mapping[str, Any]) -> None:
             ncols=columns,
             frameon=False,
             fontsize=8.5,
+            title=title,
+            title_fontsize=8.5,
         )

@@ -9,7 +9,16 @@ from launcher.process.console import human_count
 from launcher.report.plots import figure_of, styled
 from launcher.study.analysis import Group, dense_of, distances
 from launcher.study.config import POST_TRAINING
-from launcher.study.figures import BASELINE_STYLES, SIXTEEN, Line, arms_of, legend_of, line_name, line_style
+from launcher.study.figures import (
+    BASELINE_STYLES,
+    SIXTEEN,
+    Line,
+    arms_of,
+    legend_name,
+    legend_of,
+    line_name,
+    line_style,
+)
 from launcher.study.intervals import Estimate, mean_of
 from launcher.study.token_fit import TokenFit, above_dense_at, axis_of_tokens, fit_tokens, ternary_tokens, without
 
@@ -62,7 +71,7 @@ def token_figure(groups: Sequence[Group]) -> "Figure":
             at = np.geomspace(near[0][0], near[-1][0], 100)
             left.plot(at, [fit.distance(each) for each in at], color=style["color"], lw=1.2, gid=f"fit-{index}")
         own = [(ternary_tokens(arm) or 0, estimate.mean) for arm in arms if (estimate := arm.mean("held_out_loss"))]
-        (legend[line_name(line)],) = right.plot(*zip(*own, strict=True), **style, lw=1.3, ms=4.5, gid=f"line-{index}")
+        (legend[legend_name(line)],) = right.plot(*zip(*own, strict=True), **style, lw=1.3, ms=4.5, gid=f"line-{index}")
     _draw_baselines(left, right, lines, groups, legend)
     left.set_yscale("log")
     left.set_ylabel("above 16 bits of as many tokens, nats/token")
@@ -72,7 +81,7 @@ def token_figure(groups: Sequence[Group]) -> "Figure":
         axes.set_xscale("log")
         _label(axes.xaxis, human_count)
         axes.set_xlabel("ternary tokens")
-    legend_of(figure, legend)
+    legend_of(figure, legend, list(lines))
     return figure
 
 

@@ -66,6 +66,16 @@ def test_the_legend_is_above_all_panels(figures: dict[str, Figure], name: str) -
     assert min(axes.get_window_extent().height for axes in figure.axes) > 1.2 * figure.dpi
 
 
+def test_lines_of_many_axes_are_named_by_their_values_below_the_names_of_the_axes(figures: dict[str, Figure]) -> None:
+    (legend,) = figures["switch"].legends
+    assert legend.get_title().get_text() == (
+        "state-of-the-optimizer, ramp-after-the-switch, quantization, learning-rate-schedule"
+    )
+    names = [text.get_text() for text in legend.get_texts()]
+    assert "keep-all-of-it, none-at-all, the-default, warmup-stable-decay" in names
+    assert len(names) == len(set(names))
+
+
 def test_losses_are_whole_on_the_axis_that_panels_share_and_arms_that_have_not_begun_have_none(tmp_path: Path) -> None:
     lengths = {"short": ["training.total_steps=40"], "long": [], "never": ["training.total_steps=60"]}
     axes = {"length": lengths}
