@@ -98,8 +98,8 @@ class ChatTemplate:
         if text is None:
             raise DataError(
                 f"{folder}: there is no chat template beside the tokenizer, neither {CHAT_TEMPLATE} nor "
-                f"chat_template in {TOKENIZER_CONFIG}. `tritrain generate` continues a text with any model; "
-                "--tokenizer FOLDER names a tokenizer with a template"
+                f"chat_template in {TOKENIZER_CONFIG}. --tokenizer FOLDER names a tokenizer with one; "
+                "`tritrain prepare` takes one with --chat-template FILE, and `tritrain generate` needs none"
             )
         self._text, self.marks_answers = text, MARKS_ANSWERS.search(text) is not None
         self._environment: Any = ImmutableSandboxedEnvironment(

@@ -221,11 +221,11 @@ class ChatWriter(PackedWriter):
             DataError: there is no chat.
         """
         if not self.documents:
-            truncating = ", or --too-long truncate" if self._noun == "chat" else ""
+            begins = " or, with --too-long truncate, begins an answer there" if self._noun == "chat" else ""
             raise DataError(
-                f"the {self._folder.name} split has no {self._noun} that fits into {self._sequence_length + 1} "
-                f"tokens, of {self.dropped_chats}; choose a larger sequence_length, a larger "
-                f"validation_fraction if it is the validation split{truncating}"
+                f"the {self._folder.name} split has none of {self.dropped_chats} {self._noun}s: none fits into "
+                f"{self._sequence_length + 1} tokens{begins}; choose a larger sequence_length, or a larger "
+                "validation_fraction if it is the validation split"
             )
         return super().finish(removed_documents) | {
             key: getattr(self, key) for key in CHAT_COUNTS if key not in PIECE_COUNTS

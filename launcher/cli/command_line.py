@@ -8,6 +8,7 @@ import typer
 
 from launcher.cli import configuring, converting, preparing, training, using, watching
 from launcher.errors import report_error
+from launcher.process.streams import lack_characters
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,6 +68,7 @@ def options(
 
 def main() -> None:
     """Run the command; an error that the user can put right is reported in a sentence, without a traceback."""
+    lack_characters()
     try:
         app()
     except Exception as error:

@@ -28,6 +28,7 @@ from launcher.inference.sharded import Subject, open_subject
 from launcher.process.console import Console, print_results, without_nan
 from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks, process_group
+from launcher.process.streams import lack_characters
 from launcher.run.scores import HARNESS_COLUMNS, TASK_COLUMNS, harness_table_of, read_results, table_of
 
 TIMEOUT_SECONDS = 1800
@@ -227,11 +228,10 @@ def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None
     longest = subject.scorer.window_tokens
     window = asked.window_tokens or longest
     stride = asked.stride_tokens or window
-    if not 0 < stride <= window <= longest:
-        raise ConfigError(
-            f"--stride {stride}, --window {window}: a stride must be no longer than the window, and that no longer "
-            f"than the model's {longest} tokens"
-        )
+    if window > longest:
+        raise ConfigError(f"--window {window}: must be no longer than the model's {longest} tokens")
+    if stride > window:
+        raise ConfigError(f"--stride {stride}: must be no longer than the window's {window} tokens")
     scorer = Scorer(**{**vars(subject.scorer), "window_tokens": window})
     total = sum(len(document.text.encode()) for document in read_documents(asked.files, files))
     with console.counting("text", total, "bytes") as advance:
@@ -295,4 +295,5 @@ def main(text: str) -> int:
 
 
 if __name__ == "__main__":
+    lack_characters()
     sys.exit(main(sys.argv[1]))

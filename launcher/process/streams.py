@@ -1,6 +1,7 @@
-"""Standard streams that a process may lose: its terminal is closed, or the reader of its pipe has ended.
+"""Standard streams that a process may lose, or whose encoding lacks a character.
 
-Training must save then, and record why it stopped; no write to a stream, whoever prints, may keep it from that.
+The terminal is closed, or the reader of a pipe has ended: training must save then, and record why it stopped; no write
+to a stream, whoever prints, may keep it from that. Nor may a name or a plus-minus sign.
 """
 
 import io
@@ -24,8 +25,14 @@ def outlive_streams() -> None:
     sys.stdout, sys.stderr = losable(sys.stdout), losable(sys.stderr)
 
 
+def lack_characters() -> None:
+    """From now on a character that stdout's encoding lacks is written as a question mark, and is no error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def losable(stream: TextIO) -> TextIO:
     """A stream to the same file that raises no errors, and writes each line at once."""
     stream.flush()
     file = io.BufferedWriter(LosableStream(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(file, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
+    return io.TextIOWrapper(file, encoding=stream.encoding, errors="replace", line_buffering=True)

@@ -107,7 +107,7 @@ def test_the_tokens_that_end_an_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, r"no chat template beside the tokenizer.*`tritrain generate` continues.*--tokenizer FOLDER"),
+        (None, r"no chat template beside the tokenizer.*--tokenizer FOLDER names.*`tritrain generate` needs none"),
         ("{% if %}", "the chat template is no Jinja template"),
         ([{"name": "tools", "template": "x"}], "no chat template"),
     ],

@@ -1,5 +1,6 @@
 """A terminal that is closed, and a pipe whose reader has ended: what prints there goes on."""
 
+import io
 import os
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+from launcher.cli import command_line
 from launcher.process.console import Console
 
 OUTLIVES = """
 import sys, time
 from pathlib import Path
 from launcher.errors import ConfigError, report_error
+from launcher.cli import command_line
 from launcher.process.console import Console
 from launcher.process.companions import say
 from launcher.process.ranks import ALONE
@@ -79,3 +82,27 @@ def test_lines_and_tables_print_all_of_a_text_as_it_is(capsys):
     assert said.startswith("metrics.jsonl:100: not JSON\n")
     cells = [line.split("│")[1].strip() for line in said.splitlines() if line.startswith("│")]
     assert "".join(cells) == name
+
+
+def test_a_character_that_the_encoding_of_stdout_lacks_is_a_question_mark(tmp_path, monkeypatch):
+    """Of a name, of a table and of its frame, of text that a model wrote."""
+    ends = 0
+
+    def command() -> None:
+        nonlocal ends
+        console = Console(silent=False)
+        console.line("Written: d\u2014x")
+        console.table("table", ["loss"], [["3.1 \u00b1 0.2"]])
+        sys.stdout.write("na\u00efve\n")
+        ends += 1
+
+    raw = io.BytesIO()
+    monkeypatch.setattr(command_line, "app", command)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    command_line.main()
+    sys.stdout.flush()
+    said = raw.getvalue().decode("ascii")
+    assert "Written: d?x" in said
+    assert "3.1 ? 0.2" in said
+    assert "na?ve" in said
+    assert ends == 1
