@@ -67,7 +67,11 @@ def prepare_with_progress(
             f"{human_count(progress.tokens)} tokens, {progress.bytes_per_second / 1e6:.2f} MB/s{left_out}"
         )
 
-    manifest = prepare(config, sequence_length, out, show, on, ngrams)
+    try:
+        manifest = prepare(config, sequence_length, out, show, on, ngrams)
+    except KeyboardInterrupt:
+        console.line(f"Stopped. The same command goes on from what is done, which is kept hidden beside {out}.")
+        raise
     if shown is None:
         return
     if config.content == "text":

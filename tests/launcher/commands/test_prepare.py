@@ -9,6 +9,7 @@ import pytest
 from tiny import write_corpus
 
 from data.config import PrepareConfig
+from data.shards import PrepareProgress, prepare
 from data.survey import check_input
 from launcher.commands.prepare import prepare_with_progress
 from launcher.process.console import Console
@@ -78,3 +79,26 @@ def test_inputs_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     check_input(str(folder))  # as every rank does
     assert asked["scandir"] <= 3
     assert asked["stat"] + asked["lstat"] <= 2
+
+
+def test_where_it_is_stopped_it_says_that_it_goes_on(tmp_path, capsys, monkeypatch):
+    text = tmp_path / "a.txt"
+    text.write_text("once upon a time there was a text. " * 300)
+    config, out = PrepareConfig(inputs=(str(text),), tokenizer="bpe:300"), tmp_path / "out"
+
+    def stopped(config, sequence_length, out, show, *rest):
+        def interrupt(progress: PrepareProgress) -> None:
+            show(progress)
+            if progress.stage == "tokens":
+                raise KeyboardInterrupt
+
+        return prepare(config, sequence_length, out, interrupt, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("launcher.commands.prepare.prepare", stopped)
+        prepare_with_progress(config, 16, out, Console(silent=False))
+    said = f"Stopped. The same command goes on from what is done, which is kept hidden beside {out}."
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    assert not out.exists()
+    prepare_with_progress(config, 16, out, Console(silent=False))
+    assert out.exists()
