@@ -94,9 +94,10 @@ def test_where_it_is_stopped_it_says_that_it_goes_on(tmp_path, capsys, monkeypat
 
         return prepare(config, sequence_length, out, interrupt, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("launcher.commands.prepare.prepare", stopped)
-        prepare_with_progress(config, 16, out, Console(silent=False))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_with_progress(config, 16, out, Console(silent=False))
     said = f"Stopped. The same command goes on from what is done, which is kept hidden beside {out}."
     assert capsys.readouterr().out.splitlines()[-1] == said
     assert not out.exists()
