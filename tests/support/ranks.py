@@ -49,6 +49,7 @@ if IN_FORK_SERVER in os.environ:
     for library in list(weakref.finalize._registry):
         if (state := library.peek()) is not None and state[1] is torch.library._del_library:
             library.atexit = False  # to take back each kernel of torch's at the end costs a rank 80 ms
+    os.fsync = lambda descriptor: None  # as in conftest.py
     gc.freeze()  # else each rank's first collection would copy all of it
 
 os.environ[IN_FORK_SERVER] = "1"  # the server inherits it, and imports this module by name
