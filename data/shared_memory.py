@@ -66,7 +66,10 @@ def take_number(lock_files: Path, held: ExitStack) -> int:
         lock_files: the folder of `streaming`'s.
         held: other jobs do not get the number until it is closed, or this process ends.
     """
-    return next(number for number in itertools.count() if _take(f"{number:06}", lock_files, held))
+    # Killed jobs can leave hundreds of numbers: one listing passes over all of them.
+    left = {segment.name.partition("_")[0] for segment in SHARED_MEMORY.glob("*_*")}
+    numbers = (f"{number:06}" for number in itertools.count())
+    return next(int(number) for number in numbers if number not in left and _take(number, lock_files, held))
 
 
 def _take(number: str, lock_files: Path, held: ExitStack) -> bool:
@@ -74,6 +77,7 @@ def _take(number: str, lock_files: Path, held: ExitStack) -> bool:
     path = users_folder(SHARED_MEMORY) / f"{number}.lock"
     with contextlib.suppress(HeldError), ExitStack() as lock:
         lock.enter_context(locked(path, "a job has this number", wait=False))
+        # Programs that use `streaming` without this lock may have come in between.
         if not any(SHARED_MEMORY.glob(f"{number}_*")):
             for left in lock_files.glob(f"{number}_*"):
                 left.unlink(missing_ok=True)

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ if not Path("/dev/nvidiactl").exists():
 import hypothesis
 import pytest
 import torch
+import typer.testing
 
 if TYPE_CHECKING:
     from stores import Store
@@ -30,6 +32,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # no test takes the power away, and a busy disk takes long for all of them
+typer.testing._get_command = functools.cache(typer.testing._get_command)  # else each call of `tritrain` makes them all
 for helper in (Path(__file__).parent / "support").glob("*.py"):
     pytest.register_assert_rewrite(helper.stem)  # so that its asserts show what differs, as those of tests do
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure

@@ -7,12 +7,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.testing
 import yaml
 from places import ROOT
 
@@ -29,7 +29,6 @@ QUICKSTART = "configs/quickstart.yaml"
 COPIES = {"mine.yaml": "configs/tiny-150m.yaml"}  # a configuration that the pages make before
 RUN_COMMAND = "pip install -e . && tritrain train configs/quickstart.yaml --ranks 2"
 TEST_COMMAND = "pip install -e '.[test]' && pytest"
-schema = cache(json_schema)  # made once: it takes longer than all that is looked up in it
 
 
 def fenced_blocks(page: Path) -> list[tuple[str, str]]:
@@ -74,11 +73,9 @@ def test_readme_has_the_command_on_a_line_of_its_own(command: str) -> None:
 
 @pytest.mark.parametrize("words", commands_with("tritrain"))
 def test_tritrain_command_parses(words: list[str]) -> None:
-    import typer
-
     from launcher.cli import app
 
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.testing._get_command(app)  # made once in a process
     arguments = words[words.index("tritrain") + 1 :]
     if arguments == ["--help"]:
         return
@@ -205,7 +202,7 @@ assert run.status.state == "complete"
 
 def schema_has(path: str) -> bool:
     """Whether the configuration has this dotted key; one that ends in a dot stands for a section."""
-    definitions, nodes = schema()["$defs"], [schema()]
+    definitions, nodes = json_schema()["$defs"], [json_schema()]
     for key in path.rstrip(".").split("."):
         nodes = [definitions[node["$ref"].rpartition("/")[2]] if "$ref" in node else node for node in expand(nodes)]
         nodes = [
@@ -234,7 +231,7 @@ def test_schema_has_keys_and_lacks_others() -> None:
 
 def mentioned_keys(page: Path) -> list[str]:
     """Inline code that looks like a key of the configuration, with or without `=value`."""
-    sections = "|".join(schema()["properties"])
+    sections = "|".join(json_schema()["properties"])
     spans = [span.partition("=")[0] for span in code_spans(page)]
     keys = [span for span in spans if re.fullmatch(rf"({sections})\.[a-z0-9_.]*", span)]
     return [key for key in keys if not key.endswith(".py")]

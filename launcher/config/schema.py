@@ -4,6 +4,7 @@ The docstrings are read from the source, which takes longer than to read a confi
 """
 
 import ast
+import functools
 import inspect
 import textwrap
 from itertools import pairwise
@@ -15,8 +16,9 @@ from pydantic.json_schema import GenerateJsonSchema
 from launcher.config.sections import Config
 
 
+@functools.cache
 def json_schema() -> dict[str, Any]:
-    """JSON schema of the configuration file, for editors."""
+    """JSON schema of the configuration file, for editors; one object for all callers, not to be changed."""
     schema = TypeAdapter(Config).json_schema(schema_generator=_Documented)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

@@ -4,7 +4,10 @@ import tempfile
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
+import pytest
 from mixtures import GLOBAL, mixture, open_data
 from ranks import CONTEXT, run_ranks
 
@@ -60,6 +63,36 @@ def test_a_number_of_which_a_segment_is_left_is_not_taken_and_lock_files_do_not_
         (segments / "000000_resume").unlink()
     with ExitStack() as held:
         assert [shared_memory.take_number(lock_files, held) for _ in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize("left", [1, 40])
+def test_numbers_that_killed_jobs_have_left_cost_neither_locks_nor_listings(left, tmp_path, monkeypatch):
+    segments, lock_files = tmp_path / "segments", tmp_path / "lock-files"
+    segments.mkdir()
+    lock_files.mkdir()
+    for number in range(left):
+        (segments / f"{number:06}_locals").touch()
+    locks, listings = Mock(wraps=shared_memory.locked), Mock(wraps=Path.glob)
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", segments)
+    monkeypatch.setattr(shared_memory, "locked", locks)
+    monkeypatch.setattr(Path, "glob", lambda *arguments: listings(*arguments))
+    with ExitStack() as held:
+        assert shared_memory.take_number(lock_files, held) == left
+    assert locks.call_count == 1
+    assert sum(call.args[0] == segments for call in listings.call_args_list) == 2  # before, and under the lock
+
+
+def test_a_number_of_which_a_segment_appears_before_the_lock_is_not_taken(tmp_path, monkeypatch):
+    def locked_late(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "000000.lock":
+            (tmp_path / "000000_locals").touch()
+        return locked(path, *arguments, **options)
+
+    locked = shared_memory.locked
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shared_memory, "locked", locked_late)
+    with ExitStack() as held:
+        assert shared_memory.take_number(tmp_path / "lock-files", held) == 1
 
 
 def numbers_of_a_rank(rank: int, world_size: int, folders: tuple, times: int) -> list[int]:

@@ -11,7 +11,7 @@ from data.errors import DataError
 from eval.task_index import definitions, known_names, split_names
 
 pytest.importorskip("lm_eval")
-from eval.harness_tasks import load_tasks
+from eval.harness_tasks import _index, load_tasks
 
 
 @pytest.fixture(autouse=True)
@@ -204,3 +204,15 @@ def test_one_task_in_two_groups_is_asked_for_in_two_commands(tmp_path):
     data = write_examples(tmp_path)
     with pytest.raises(DataError, match=r"Duplicate task 'wmdp_bio'.*two commands"):
         load_tasks(["wmdp", "wmdp_bio"], data, None)
+
+
+def test_a_tag_that_a_file_names_has_its_task_only_in_that_call(tmp_path):
+    members = set(_index()["ai2_arc"].tags)
+    (tmp_path / "own.yaml").write_text(
+        "task: own\ntag: ai2_arc\ndataset_path: json\noutput_type: loglikelihood\ntest_split: test\n"
+        "doc_to_text: '{{a}}'\ndoc_to_target: '{{b}}'\nmetric_list:\n  - metric: acc\n"
+    )
+    (tmp_path / "own_test.jsonl").write_text('{"a": "x", "b": " y"}\n')
+    assert list(load_tasks([str(tmp_path / "own.yaml")], tmp_path, None).tasks) == ["own"]
+    assert _index()["ai2_arc"].tags == members
+    assert "own" not in _index()

@@ -14,6 +14,7 @@ import signal
 import tempfile
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +46,10 @@ if IN_FORK_SERVER in os.environ:
         importlib.import_module(name)
     tiny: Any = importlib.import_module("tiny")
     tiny.tiny_config(Path("shards"), Path("run"))  # what it takes to read a configuration is built the first time
+    for library in list(weakref.finalize._registry):
+        if (state := library.peek()) is not None and state[1] is torch.library._del_library:
+            library.atexit = False  # to take back each kernel of torch's at the end costs a rank 80 ms
+    os.fsync = lambda descriptor: None  # as in conftest.py
     gc.freeze()  # else each rank's first collection would copy all of it
 
 os.environ[IN_FORK_SERVER] = "1"  # the server inherits it, and imports this module by name

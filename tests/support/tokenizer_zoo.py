@@ -1,5 +1,9 @@
-"""Small tokenizers of every kind, made as published ones are, with the libraries themselves as oracles."""
+"""Small tokenizers of every kind, made as published ones are, with the libraries themselves as oracles.
 
+Each is trained once in a process.
+"""
+
+import functools
 import io
 import json
 from collections.abc import Callable
@@ -30,15 +34,22 @@ class Oracle(NamedTuple):
 
 def sentencepiece_tokenizer(path: Path, **settings: Any) -> Oracle:
     """Train a SentencePiece model."""
+    path.write_bytes(_trained_sentencepiece(json.dumps(settings)))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return Oracle(model.encode, model.decode)
+
+
+@functools.cache
+def _trained_sentencepiece(settings: str) -> bytes:
     file = io.BytesIO()
     defaults = {
         "model_type": "bpe", "vocab_size": 700, "byte_fallback": True, "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "minloglevel": 2,
     }  # fmt: skip
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=file, **(defaults | settings))
-    path.write_bytes(file.getvalue())
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return Oracle(model.encode, model.decode)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_writer=file, **(defaults | json.loads(settings))
+    )
+    return file.getvalue()
 
 
 def library_tokenizer(
@@ -61,14 +72,14 @@ def library_tokenizer(
     if isinstance(model, models.Unigram):
         settings["unk_token"] = "<unk>"
     if isinstance(decoder, decoders.ByteLevel):
-        settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+        settings["initial_alphabet"] = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = {
         models.BPE: trainers.BpeTrainer, models.Unigram: trainers.UnigramTrainer,
         models.WordPiece: trainers.WordPieceTrainer, models.WordLevel: trainers.WordLevelTrainer,
     }[type(model)]  # fmt: skip
     if isinstance(model, models.BPE) and model.end_of_word_suffix:
         settings["end_of_word_suffix"] = model.end_of_word_suffix
-    tokenizer.train_from_iterator(LINES, trainer(**settings))
+    tokenizer = tokenizers.Tokenizer.from_str(_trained(tokenizer.to_str(), trainer, json.dumps(settings)))
     tokenizer.add_special_tokens([end])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))]
@@ -83,6 +94,13 @@ def library_tokenizer(
         lambda text: loaded.encode(text, add_special_tokens=False).ids,
         lambda ids: loaded.decode(ids, skip_special_tokens=False),
     )
+
+
+@functools.cache
+def _trained(untrained: str, trainer: Callable[..., Any], settings: str) -> str:
+    tokenizer = tokenizers.Tokenizer.from_str(untrained)
+    tokenizer.train_from_iterator(LINES, trainer(**json.loads(settings)))
+    return str(tokenizer.to_str())
 
 
 def byte_level(path: Path, end: str, *before: Any, prefix: bool = False, regex: bool = True, **parts: Any) -> Oracle:

@@ -1,12 +1,27 @@
 """Files of configurations and overrides: how they are read, and written out."""
 
 from dataclasses import fields, is_dataclass
+from unittest.mock import patch
 
 import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from minimal import MINIMAL, only_problem, tree
+from places import ROOT
 
 from launcher.config.aliases import ALIASES, ALIASES_IN_SECTION, SECTION_ALIASES
-from launcher.config.file import apply_override, flat_lines, load_config, merge, parse_config, read_mapping, to_tree
+from launcher.config.file import (
+    MAX_YAML_DEPTH,
+    apply_override,
+    flat_lines,
+    load_config,
+    merge,
+    parse_config,
+    parse_yaml,
+    read_mapping,
+    to_tree,
+)
 from launcher.config.reference import configuration_keys
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
@@ -303,3 +318,81 @@ def test_an_override_changes_one_of_the_places_that_an_anchor_names(tmp_path):
     apply_override(tree, "model.1.a=2")
     assert [phase["transition"]["ramp"]["steps"] for phase in tree["phases"]] == [50, 10]
     assert tree["model"] == [{"a": 1}, {"a": 2}]
+
+
+# Two parsers
+
+
+def outcomes(text):
+    """What libyaml's parser and the one in Python make of a text: a tree, or the error's message."""
+    found = []
+    for fast in (True, False):
+        with patch.object(yaml, "__with_libyaml__", fast):
+            try:
+                found.append(repr(parse_yaml(text, "here")))
+            except ConfigError as error:
+                found.append(f"error: {error}")
+    return found
+
+
+def is_parsed_in_python(text):
+    with patch("launcher.config.file._Loader", side_effect=AssertionError):
+        try:
+            parse_yaml(text, "here")
+        except AssertionError:
+            return True
+    return False
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")
+def test_configurations_are_parsed_by_libyaml_with_the_same_result():
+    shipped = [path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))]
+    stored = yaml.safe_dump(to_tree(parse_config(parse_yaml(MINIMAL, "minimal"))), sort_keys=False)
+    assert len(shipped) > 3
+    for text in [*shipped, stored]:
+        fast, slow = outcomes(text)
+        assert fast == slow
+        assert not fast.startswith("error")
+        assert not is_parsed_in_python(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: !", "- ! ", "a:\tb", "a\t", "a: [b\t]", "\ufeffa: 1", "a: 1\n\ufeffb: 2", "[a?b]", "{a: who?}", "a: |#",
+        "a: >2#\n  b", "a: 1\na: 2", "run:\n\tname: x", "[1", "a: *b", "&a [*a]", "a: !!python/name:os.getcwd", "\0",
+        "a: \ud800", "--- 1\n--- 2", f"a: {2**63}", "[" * 1500,
+        "[" * (MAX_YAML_DEPTH + 1) + "]" * (MAX_YAML_DEPTH + 1),
+    ],
+)  # fmt: skip
+def test_texts_that_libyaml_reads_differently_or_refuses_have_one_outcome(text):
+    fast, slow = outcomes(text)
+    assert fast == slow
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(max_size=12),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(max_size=6), values, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=30)
+@given(TREES, st.sampled_from([None, "'", '"', "|", ">"]), st.booleans())
+def test_whatever_is_dumped_has_one_outcome(value, style, flow):
+    fast, slow = outcomes(yaml.safe_dump(value, default_style=style, default_flow_style=flow, allow_unicode=True))
+    assert fast == slow
+
+
+PIECES = [
+    *"[]{},\"'?!|>%@`\\~=#ab1:- \n\t\r\x85\u2028\ufeff", ": ", "- ", " #", "\n  ", "? ", "&a ", "*a", "|-\n  ", "<<: ",
+    "key: ", "k:\n  - ", "---\n", "...\n", "%YAML 1.1\n", "!!str ", ".5", "\\x41", "'it''s'",
+]  # fmt: skip
+
+
+@settings(max_examples=200)
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+@example("[null?%'it''s'&a , b]")
+def test_whatever_is_written_has_one_outcome(text):
+    fast, slow = outcomes(text)
+    assert fast == slow
