@@ -87,6 +87,12 @@ def page_of(folder: Path) -> str:
     return study_page(findings, groups, figures_of(findings, groups))
 
 
+def text_of_page(folder: Path) -> str:
+    """Without its figures, which take long to draw."""
+    findings = read_study(folder)
+    return text_of(study_page(findings, groups_of(findings), {}))
+
+
 def numbers_of_folder(folder: Path) -> dict[str, Any]:
     findings = read_study(folder)
     found: dict[str, Any] = json.loads(json.dumps(numbers_of(findings, groups_of(findings))))
@@ -241,7 +247,7 @@ def test_the_best_arm_without_a_baseline_of_its_schedule_is_warned_of(tmp_path: 
             axes={"schedule": schedules},
             exclude=[{"baseline": baseline, "schedule": "cosine"}],
         )
-        return text_of(page_of(folder))
+        return text_of_page(folder)
 
     warning = f"no complete {baseline} baseline has the architecture, optimizer and schedule of the best arm"
     assert warning in text_with("cosine")
@@ -256,7 +262,7 @@ def test_a_study_on_its_way_says_what_it_cannot_say(tmp_path: Path) -> None:
     (folder / "arms" / "scratch" / "state.json").write_text(
         '{"status": "failed", "message": "no space left on <disk>"}'
     )
-    text = text_of(page_of(folder))
+    text = text_of_page(folder)
     assert "2 of 4 arms are complete" in text
     assert "There is one seed" in text
     assert "There is no complete scratch baseline" in text
@@ -291,7 +297,7 @@ def test_gaps_that_say_little_are_warned_of(tmp_path: Path) -> None:
         return 3.0 + (0.01 + noise if arm.point.get("baseline") == "scratch" else 0.0)
 
     folder = make_study(tmp_path / "study", loss, switch=[0.5, 0.8], seeds=[0, 1, 2])
-    text = text_of(page_of(folder))
+    text = text_of_page(folder)
     assert "it is 0.0100 nats, 0.7 standard errors from 0; below 3, a share of it says little" in text
     assert "16-bit was trained at one learning rate; sweep it" in text
     assert "no limits: the gap itself is within noise" in text
@@ -308,7 +314,7 @@ def test_a_best_rate_at_the_edge_and_a_missing_default_quantizer_are_named(tmp_p
         overrides=quantization,
         sweep={"rates": [1e-3, 2e-3], "only": [{"baseline": ["16-bit", "scratch"]}]},
     )
-    text = text_of(page_of(folder))
+    text = text_of_page(folder)
     assert "the best learning rate of 16-bit, 0.001, is at the edge" in text
     assert "no baseline from scratch has the default quantization" in text
 
@@ -387,7 +393,7 @@ def test_the_best_arm_and_scratch_are_chosen_on_the_seeds_that_both_have(tmp_pat
 def test_a_ternary_model_that_is_better_than_16_bits_closes_no_share_of_a_gap(tmp_path: Path) -> None:
     level = {"16-bit": 3.0, "scratch": 2.9, "none": 2.8}
     folder = make_study(tmp_path / "study", lambda arm: level[arm.baseline], switch=[0.2, 0.5], seeds=[0, 1])
-    text = text_of(page_of(folder))
+    text = text_of_page(folder)
     assert "ternary from scratch is not worse than 16 bits, so there is no gap to close" in text
     assert "It closes" not in text
     assert {row.get("share_of_fair_gap") for row in numbers_of_folder(folder)["arms"]} == {None}
@@ -402,18 +408,18 @@ def test_a_gap_of_two_seeds_that_is_within_noise_is_warned_of(tmp_path: Path) ->
         switch=[0.5],
         seeds=[0, 1],
     )
-    assert "it is 0.4000 nats, which is within noise with 2 seeds" in text_of(page_of(folder))
+    assert "it is 0.4000 nats, which is within noise with 2 seeds" in text_of_page(folder)
 
 
 def test_the_page_says_of_how_many_arms_the_best_one_is_and_names_those_without_a_loss(tmp_path: Path) -> None:
     axes = {"state": STATE, "quantizer": QUANTIZER, "decay": {"late": [], "cosine": [COSINE]}}
     folder = make_study(tmp_path / "study", lambda arm: 3.0 + len(arm.name) / 1e3, switch=[0.2, 0.5], axes=axes)
-    text = text_of(page_of(folder))
+    text = text_of_page(folder)
     assert "It is the best of 16 arms, chosen by the losses that are shown here" in text
     assert "The 12 nearest of 21; all are in the JSON file." in text
     log = next((folder / "arms").glob("switch-20*")) / "metrics.jsonl"
     log.write_text("".join(line for line in log.open() if "end of phase" not in line))
-    text = text_of(page_of(folder))
+    text = text_of_page(folder)
     assert "22 of 22 arms are complete, 1 of them without a held-out loss at the end." in text
     assert f"{log.parent.name} complete 200 no held-out loss at the end: it was not measured, or not finite" in text
     assert list(numbers_of_folder(folder)["without_result"]) == [log.parent.name]
