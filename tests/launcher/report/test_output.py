@@ -15,6 +15,12 @@ from launcher.report.output import report
 from launcher.report.page import write_report
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without figures, which take seconds to draw and are nothing to their files."""
+    monkeypatch.setattr("launcher.report.page.to_svg", lambda *_: "<svg></svg>")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "runs" / "one", name="one", phase_steps=(12, 8))

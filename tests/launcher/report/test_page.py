@@ -67,6 +67,12 @@ def test_what_keeps_a_report_from_being_made_is_a_sentence(tmp_path, monkeypatch
         assert sentence in capsys.readouterr().err
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """A page without its figures, which take seconds to draw."""
+    monkeypatch.setattr("launcher.report.page.to_svg", lambda *_: "<svg></svg>")
+
+
 def test_the_page_of_one_run_has_everything_in_order(tmp_path):
     run = make_run(tmp_path / "run")
     write_report([run], tmp_path / "report.html")
@@ -109,6 +115,7 @@ def test_rates_of_another_order_are_on_a_log_scale(tmp_path):
     assert "Learning rate (log scale)" in parse(tmp_path / "report.html").text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_samples_are_side_by_side(tmp_path):
     run = make_run(tmp_path / "run", phase_steps=(20, 20), completion=" was\n<b>")
     write_report([run], tmp_path / "report.html")
@@ -252,6 +259,7 @@ def test_a_page_fits_a_phone(tmp_path):
     assert {"loss-narrow-raw-0", "loss-raw-0"} <= set(page.ids)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_numbers_break_at_spaces_alone_on_a_phone(tmp_path):
     """Beside a long name a value would else be one letter wide; a word that does not fit a line still breaks."""
     write_report([make_run(tmp_path / "a", phase_steps=(20, 20))], tmp_path / "report.html")
