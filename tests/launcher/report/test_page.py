@@ -100,6 +100,7 @@ def test_the_page_of_one_run_has_everything_in_order(tmp_path):
     assert "throughput-model-flops-utilization-run-0" not in page.ids
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_rates_of_another_order_are_on_a_log_scale(tmp_path):
     run = make_run(tmp_path / "run", phase_steps=(40, 40))
     write_report([run], tmp_path / "report.html")
