@@ -367,4 +367,6 @@ def plan_of_run(config: Config, folder: RunFolder, ranks: Ranks, smoke_steps: in
 
 if __name__ == "__main__":
     outlive_streams()
+    # A rank that fails ends at once, and leaves it to multiprocessing to remove its shared memory, which warns of that.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     sys.exit(main())

@@ -86,9 +86,9 @@ class MetricsLog:
                 self._tensorboard.add_text("configuration", as_code((folder / "config.yaml").read_text()), step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; values that are not finite are left out, as JSON has no word for them."""
-        row = {key: value for key, value in row.items() if not (isinstance(value, float) and not math.isfinite(value))}
-        self._file.write(json.dumps(row) + "\n")
+        """Append one row; numbers that are not finite are left out, in a list null, as JSON has no word for them."""
+        row = {key: plain for key, value in row.items() if (plain := _without_nan(value)) is not None or value is None}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for key, value in row.items():
@@ -121,14 +121,23 @@ def as_code(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_histograms(tensorboard: Any, row: dict[str, Any]) -> None:
     """Write histograms to TensorBoard: of each quantization figure over layers, of distances and flips over weights.
 
     Counts of weights are written as shares of a million.
     """
     for name, values in row["quant/layers"].items():
-        if name != "names":
-            tensorboard.add_histogram(f"layers/{name}", np.asarray(values), row["step"])
+        known = [value for value in values if value is not None]
+        if name != "names" and known:
+            tensorboard.add_histogram(f"layers/{name}", np.asarray(known), row["step"])
     for key, edges in HISTOGRAM_EDGES.items():
         counts = [1e6 * share for share in row[key]]
         middles = [(low + high) / 2 for low, high in pairwise(edges)]

@@ -284,6 +284,15 @@ def test_two_runs_by_deepspeed_train_at_once(folder: Path) -> None:
         assert "ternary step 4/4" in output
 
 
+@pytest.mark.slow
+def test_a_run_that_fails_says_why_and_nothing_of_shared_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONWARNINGS")
+    code, output = finish(folder, [*TRITRAIN, "train", "config.yaml", "--ranks", "1", "optimizer.learning_rate=1e30"])
+    assert code == 1
+    assert "5 steps in a row, up to step 6, had a loss or gradient that is not finite" in output
+    assert "shared_memory" not in output
+
+
 def test_plan_trains_nothing(folder: Path) -> None:
     code, output = finish(folder, [*TRITRAIN, "plan", "config.yaml", "--ranks", "2", "--json"])
     assert code == 0
