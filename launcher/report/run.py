@@ -14,8 +14,8 @@ from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import reaching, to_location
 from launcher.config.file import load_config
 from launcher.config.sections import Config
-from launcher.errors import ConfigError
-from launcher.report.status import RunStatus, find_runs, status_of
+from launcher.report.runs import find_run
+from launcher.report.status import RunStatus, status_of
 from launcher.run.metrics_log import read_metrics
 
 if TYPE_CHECKING:
@@ -105,7 +105,4 @@ def open_run(path: str | Path) -> Run:
     Raises:
         ConfigError: it is no run's folder.
     """
-    folder = Path(path)
-    if find_runs([folder]) != [folder]:
-        raise ConfigError(f"{folder}: is no run but holds some; name one of them")
-    return Run(folder)
+    return Run(find_run(Path(path)))
