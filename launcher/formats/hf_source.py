@@ -406,8 +406,13 @@ def _problems(found: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]],
 
 
 def listed(what: str, problems: list[str]) -> str:
-    """Problems, each in a line of its own."""
-    return "\n  ".join([f"{what}:", *problems])
+    """Problems, each in a line of its own; what is said alike of several parameters is said of the first."""
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        name, _, rest = problem.partition(" ")
+        alike.setdefault(rest if name.endswith((".weight", ".bias")) else problem, []).append(problem)
+    lines = (first + (f" (and {len(more)} more like it)" if more else "") for first, *more in alike.values())
+    return "\n  ".join([f"{what}:", *lines])
 
 
 def dtype_name(dtype: torch.dtype) -> str:
