@@ -95,10 +95,11 @@ def train(config: str | Path, *overrides: str, ranks: int | None = None) -> "Run
         TrainingError: the run failed or was stopped; with the message that it left.
         KeyboardInterrupt: after an interrupt, when the run has saved.
     """
-    from launcher.commands.train import train_in_subprocesses
+    from launcher.commands.train import check_arguments, train_in_subprocesses
     from launcher.process.torchrun import default_ranks
     from launcher.report.run import Run
 
+    check_arguments(config, overrides, ranks)
     return Run(train_in_subprocesses(Path(config), overrides, ranks or default_ranks()))
 
 

@@ -50,6 +50,12 @@ class LogError(UserError):
     """A file in a run's folder is not what a run writes; says which file, which line, and what is wrong."""
 
 
+class MetricError(UserError, KeyError):
+    """A run has logged no metric of this name, or none that can be drawn; a `KeyError` too, as of any mapping."""
+
+    __str__ = Exception.__str__  # a KeyError's is in quotes
+
+
 USER_ERRORS = (UserError, DataError, NotFiniteError)
 """For `except`: all errors that a user can put right."""
 

@@ -6,6 +6,7 @@ llama.cpp's names, continued; it ignores them, and they are read here.
 """
 
 from collections.abc import Callable
+from ctypes import c_float
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,23 +96,35 @@ def scaling_from_gguf(field: Field, factors: "Tensor | None", plain: ModelConfig
     if method == "linear":
         return _checked(method="linear", factor=float(factor))
     betas = {name: float(field(f"rope.scaling.yarn_{name}", (float, int), USUAL[name])) for name in BETAS}
-    attention = field("rope.scaling.attn_factor", (float, int), 1.0)
+    attention, usual = field("rope.scaling.attn_factor", (float, int), 1.0), yarn_attention(factor)
     if field("rope.scaling.yarn_log_multiplier", (float, int), 0.0):
         raise ValueError("its rope.scaling.yarn_log_multiplier changes the attention, which is not computed here")
     return _checked(
         method="yarn",
         factor=float(factor),
         original_max_sequence_length=field("rope.scaling.original_context_length", (int,), plain.max_sequence_length),
-        attention_factor=None if attention == 1 else attention * yarn_attention(factor),
+        attention_factor=None if attention == 1 else _shortest(attention * usual, lambda value: value / usual),
         **betas,
     )
 
 
+def _shortest(value: float, stored: Callable[[float], float]) -> float:
+    """The shortest decimal of which a file holds the same float32 as of a value.
+
+    Args:
+        value: what was read.
+        stored: gives what a file holds of it, before that becomes float32.
+    """
+    decimals = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+    return next((each for each in decimals if c_float(stored(each)).value == c_float(stored(value)).value), value)
+
+
 def _llama3(field: Field, factors: "Tensor", plain: ModelConfig) -> RopeScalingConfig:
     """The scaling whose factors a file holds; llama.cpp's own conversion does not write how they were made."""
+    largest = float(f"{factors.max().item() if len(factors) else 0.0:.6g}")  # all digits that are float32's for certain
     scaling = _checked(
         method="llama3",
-        factor=float(field("rope.scaling.llama3_factor", (float, int), factors.max().item() if len(factors) else 0.0)),
+        factor=float(field("rope.scaling.llama3_factor", (float, int), largest)),
         original_max_sequence_length=field("rope.scaling.original_context_length", (int,), 8192),
         low_freq_factor=float(field("rope.scaling.llama3_low_freq_factor", (float, int), 1.0)),
         high_freq_factor=float(field("rope.scaling.llama3_high_freq_factor", (float, int), 4.0)),

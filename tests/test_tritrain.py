@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,12 +105,45 @@ def test_a_run_is_trained_and_opened(config: Path, capsys: pytest.CaptureFixture
     assert len(frame) == history.num_rows == len(rows)
     assert np.array_equal(frame["train/loss"].to_numpy(), history["train/loss"], equal_nan=True)
 
-    loaded = tritrain.load_model(run.path)
+    loaded = tritrain.load_model(run)
     assert isinstance("".join(loaded.generate("te", max_tokens=3)), str)
+    too_long = ["te"] * 100
+    for mistake, said in (
+        (lambda: loaded.generate(" ".join(too_long)), r"the prompt has \d+ tokens, but the model's context is "),
+        (lambda: loaded.generate_tokens([1], temperature=-1), "temperature -1, .* they must be"),
+        (lambda: history.curve("train/los"), r"train/los: no such metric was logged; did you mean train/loss\?"),
+        (lambda: history["tokns"], r"tokns: no such metric was logged; did you mean tokens\?"),
+        (lambda: history.curve("precision"), "precision: is text, which has no curve"),
+        (lambda: tritrain.load_model(run, dtype="fp32"), r"dtype is 'fp32'; must be torch.bfloat16, torch.float32 or"),
+        (lambda: tritrain.load_model(run, dtype=torch.float16), r"dtype is torch.float16; must be torch.bfloat16"),
+        (lambda: tritrain.load_model(run, device="gpu"), "device is 'gpu': "),
+        (lambda: tritrain.load_model(run, device="cuda:99"), "device is 'cuda:99': "),
+        (lambda: tritrain.load_model(run, device=None), "device is 'None': "),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(tritrain.UserError, match=said):
+            mistake()
+    assert history.get("train/los") is None
 
     again = tritrain.train(config, "phases.1.steps=2", ranks=1)
     assert again == run
     assert capsys.readouterr().out == ""  # nothing was trained
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "options", "said"),
+    [
+        (None, (), {}, "config is None; must be the path of a configuration file"),
+        ({"run": {}}, (), {}, "config is {'run': {}}; must be the path"),
+        ("config.yaml", (None,), {}, 'override None: must be text, "key.sub=value"'),
+        ("config.yaml", ({"phases.0.steps": 2},), {}, "override {'phases.0.steps': 2}: must be text"),
+        ("config.yaml", (), {"ranks": "2"}, "ranks is '2'; must be 1 or more, or None"),
+        ("config.yaml", (), {"ranks": 0}, "ranks is 0; must be 1 or more, or None"),
+        ("config.yaml", (), {"ranks": -1}, "ranks is -1; must be 1 or more, or None"),
+    ],
+)
+def test_what_train_cannot_take_is_named(config: Any, overrides: Any, options: Any, said: str) -> None:
+    with pytest.raises(tritrain.ConfigError, match=re.escape(said)):
+        tritrain.train(config, *overrides, **options)
 
 
 def test_a_history_keeps_both_rows_of_a_switch_when_the_run_is_resumed_there(tmp_path: Path) -> None:

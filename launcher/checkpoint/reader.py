@@ -19,6 +19,7 @@ from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import READABLE_VERSIONS, Manifest, manifest_digest, manifest_of
 from launcher.checkpoint.ranges import parameters_of
 from launcher.checkpoint.source import Source
+from launcher.checkpoint.strangers import not_a_model
 from launcher.checkpoint.tensor_file import TensorFile, TensorFileError
 from launcher.errors import CheckpointError
 from launcher.process.exchange import failing_alike, value_of_first
@@ -131,6 +132,8 @@ def _read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: not a complete checkpoint (it has no {MANIFEST})") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if problem := not_a_model(folder):
+            raise CheckpointError(f"{folder} {problem}") from error
         raise DamageError(f"{path}: damaged, or not the manifest of a checkpoint") from error
     if not sound:
         raise DamageError(f"{path}: damaged: it does not have the digest it was written with")

@@ -9,6 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launcher.config.file import load_config
 from launcher.errors import ConfigError, TrainingError
@@ -45,6 +46,21 @@ def check_start(
         check_place(config, overrides, parsed)
         folder.check_configuration()
     return folder, plan
+
+
+def check_arguments(config: Any, overrides: Sequence[Any], ranks: Any) -> None:
+    """Check what a program in Python has passed, of which a shell has only text.
+
+    Raises:
+        ConfigError: says what is of another kind than it must be.
+    """
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(f"config is {config!r:.80}; must be the path of a configuration file")
+    for override in overrides:
+        if not isinstance(override, str):
+            raise ConfigError(f'override {override!r:.80}: must be text, "key.sub=value"')
+    if ranks is not None and (type(ranks) is not int or ranks < 1):
+        raise ConfigError(f"ranks is {ranks!r:.80}; must be 1 or more, or None for one per GPU")
 
 
 def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int) -> Path:

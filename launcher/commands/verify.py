@@ -9,6 +9,7 @@ from data.tokenizer import load_tokenizer
 from launcher.checkpoint.folders import MANIFEST, checkpoints_under
 from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
+from launcher.checkpoint.strangers import not_a_model
 from launcher.config.averaging import AVERAGED, without_averaged
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.hf_source import CONFIG, is_hf
@@ -40,7 +41,7 @@ def verify(
         An exit code: 0, or 1 if anything is wrong.
 
     Raises:
-        CheckpointError: a folder does not exist, or a store cannot be reached.
+        CheckpointError: a folder does not exist or holds something else, or a store cannot be reached.
         ConfigError: an option does not belong to what is verified.
         DataError: the text or the tokenizer cannot be read.
     """
@@ -57,6 +58,9 @@ def verify(
             inside = checkpoints_under(location)
             is_checkpoint = (location / MANIFEST).is_file()
         exports = [] if inside or is_checkpoint else list(published_in(location))
+        with reaching(location):
+            if not (inside or exports) and (problem := not_a_model(location)):
+                raise CheckpointError(f"{place} {problem}")
         if not exports:
             if text is not None or tokenizer is not None:
                 raise ConfigError(f"--text and --tokenizer belong to exports, and {place} is a checkpoint or run")

@@ -23,6 +23,7 @@ from launcher.checkpoint.source import Source, in_pieces
 from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.choices import EmbeddingType
 from launcher.formats.codes import CodedMatrices
+from launcher.formats.hf_source import listed
 from launcher.formats.opened import Exportable
 from launcher.formats.provenance import name_of
 from launcher.formats.tokens import gguf_tokens
@@ -144,7 +145,7 @@ def _tensors(
     shapes = parameter_shapes(config)
     types = gguf_types(shapes, coded.names if coded else (), into, embeddings)
     if problems := gguf_problems(config, types):
-        raise CheckpointError(f"{at} cannot be written as GGUF: {'; '.join(problems)}")
+        raise CheckpointError(listed(f"{at} cannot be written as GGUF", problems))
     check_fits(opened.source, shapes)
     tensors = [GGUFTensor(gguf_name(name, config), name, shapes[name], kind) for name, kind in types.items()]
     if gguf_architecture(config) == "olmo2" and config.tie_embeddings:  # its graph has no tied head

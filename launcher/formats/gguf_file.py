@@ -166,6 +166,8 @@ class GGUFFile:
             return [self._value(of, depth + 1) for _ in range(length)]
         if kind not in SCALARS:
             raise TensorFileError(f"is damaged: its header has a value of kind {kind}")
+        if SCALARS[kind] == "f4":  # as it was written before it became one: 1e-05, not 9.999999747378752e-06
+            return float(str(np.float32(self._number("f4"))))
         return self._number(SCALARS[kind])
 
     def _info(self) -> tuple[str, int, tuple[int, ...], int]:

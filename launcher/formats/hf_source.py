@@ -50,11 +50,16 @@ DERIVED = "rotary_emb.inv_freq"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-NOT_IN_A_FOLDER = (
-    "A Hugging Face folder holds no optimizer moments: the optimizer starts over.",
-    "A Hugging Face folder holds no data position: the data start at their beginning.",
-    "A Hugging Face folder holds no state of random generators and no counters of steps and tokens: they start over.",
-)
+HF_FOLDER = "Hugging Face folder"
+
+
+def weights_alone(form: str) -> tuple[str, ...]:
+    """What a folder or file of weights alone does not hold, a sentence each."""
+    return (
+        f"The {form} holds no optimizer moments: the optimizer starts over.",
+        f"The {form} holds no data position: the data start at their beginning.",
+        f"The {form} holds no state of random generators and no counters of steps and tokens: they start over.",
+    )
 
 
 NOT_IN_16_BITS = "The folder holds weights in {}: what fp32 weights had below that was rounded away."
@@ -67,9 +72,9 @@ ROUNDED_WHILE_COMPUTING = (
 
 
 NOT_IN_CODES = (
-    "The folder holds packed ternary codes: what the latent weights were between the codes is not in it. Code times "
+    "The {} holds packed ternary codes: what the latent weights were between the codes is not in it. Code times "
     "scale is read instead. For these an absmean quantizer finds the same codes, but a scale that is smaller by the "
-    "share of zeros; absmedian finds the folder's own scale where fewer than half of the codes are zeros."
+    "share of zeros; absmedian finds the stored scale where fewer than half of the codes are zeros."
 )
 
 
@@ -203,11 +208,11 @@ class HuggingFaceSource(Source):
         self.ternary = self.model.ternary
         if problems := _problems(found, self.shapes, self._packing):
             raise CheckpointError(listed(f"{folder} does not hold the model that its {CONFIG} describes", problems))
-        self.missing = NOT_IN_A_FOLDER
+        self.missing = weights_alone(HF_FOLDER)
         if narrow := {found[name].dtype for name in self.shapes} & {torch.bfloat16, torch.float16}:
             self.missing += (NOT_IN_16_BITS.format(" and ".join(sorted(map(dtype_name, narrow)))),)
         if self._packing:
-            self.missing += (NOT_IN_CODES,)
+            self.missing += (NOT_IN_CODES.format(HF_FOLDER),)
         elif self.ternary:
             self.missing += (ROUNDED_WHILE_COMPUTING,)
 
@@ -401,8 +406,13 @@ def _problems(found: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]],
 
 
 def listed(what: str, problems: list[str]) -> str:
-    """Problems, each in a line of its own."""
-    return "\n  ".join([f"{what}:", *problems])
+    """Problems, each in a line of its own; what is said alike of several parameters is said of the first."""
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        name, _, rest = problem.partition(" ")
+        alike.setdefault(rest if name.endswith((".weight", ".bias")) else problem, []).append(problem)
+    lines = (first + (f" (and {len(more)} more like it)" if more else "") for first, *more in alike.values())
+    return "\n  ".join([f"{what}:", *lines])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

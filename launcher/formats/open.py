@@ -12,6 +12,7 @@ from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.checkpoint.manifest import Precision, precision_at
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
+from launcher.checkpoint.strangers import not_a_model
 from launcher.config.averaging import AVERAGED, without_averaged
 from launcher.config.file import DERIVED_KEYS, parse_config, parse_yaml
 from launcher.config.sections import Config
@@ -79,6 +80,9 @@ def open_source(text: str) -> Source:
         return source
     if is_hf(folder):
         return HuggingFaceSource(folder)
+    with reaching(folder):
+        if problem := not_a_model(folder):
+            raise CheckpointError(f"{text} {problem}")
     raise CheckpointError(
         f"{text}: not a checkpoint of a known kind. Tritrain's have {MANIFEST}, a Hugging Face folder config.json, "
         "a DeepSpeed folder `latest` or *_model_states.pt, a universal one zero/ as well; DeepSpeed's must be local"

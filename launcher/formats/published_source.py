@@ -19,7 +19,7 @@ from data.errors import DataError
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
-from launcher.formats.hf_source import NOT_IN_A_FOLDER, NOT_IN_CODES, listed
+from launcher.formats.hf_source import NOT_IN_CODES, listed, weights_alone
 from launcher.formats.published import Coded, Published
 from model.size import parameter_shapes
 from quant.codes import CODES_PER_BYTE, pack
@@ -54,10 +54,11 @@ class PublishedSource(Source):
         self._levels = {name: level for name, level in levels.items() if level is not None}
         self.is_packed = bool(self._levels)
         self.precision = Precision.in_16_bits(config.num_layers)
-        self.missing = NOT_IN_A_FOLDER
+        form = published.form.partition(",")[0]
+        self.missing = weights_alone(form)
         if self.is_packed:
             self.precision = Precision.full(self._recipe(), config.num_layers)
-            self.missing += (NOT_IN_CODES,)
+            self.missing += (NOT_IN_CODES.format(form),)
 
     @property
     def first_token(self) -> int | None:

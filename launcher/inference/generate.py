@@ -82,7 +82,7 @@ def write_texts(model: TextModel, prompts: Sequence[str], *, as_json: bool = Fal
         prompt_tokens = model.prompt_tokens(prompt)
         try:
             continued.append((prompt, prompt_tokens, model.generate_tokens(prompt_tokens, **choice)))
-        except ValueError as error:
+        except ConfigError as error:
             raise ConfigError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
     for number, (prompt, prompt_tokens, tokens) in enumerate(continued):
         start = time.perf_counter()

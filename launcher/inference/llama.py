@@ -49,9 +49,9 @@ class LlamaModel(TextModel):
         """Size of the GGUF file."""
         return self.file_bytes
 
-    def generate_tokens(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
+    def continuation(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
         """Continue tokens; see `TextModel`."""
-        return continuation(self.next_logits, prompt_tokens, self.config.max_sequence_length, **self.end_tokens(choice))
+        return continuation(self.next_logits, prompt_tokens, self.config.max_sequence_length, **choice)
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits [V] of the token that follows; those of tokens that llama.cpp has seen already are kept."""

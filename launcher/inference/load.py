@@ -4,6 +4,7 @@ Ternary layers become packed ones (`quant.packed`) block by block while they are
 than the packed model and one block of the unpacked one.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.source import Source, in_pieces
 from launcher.config.automatic import compute_dtype_for
 from launcher.engine.build import COMPUTE_DTYPES
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, ConfigError
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.inference.build import tokenizer_for, unfilled_model
 from launcher.inference.text_model import TextModel
@@ -49,13 +50,13 @@ class LoadedModel(TextModel):
         """Memory of all parameters and codes."""
         return memory_bytes(self.model)
 
-    def generate_tokens(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
+    def continuation(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
         """Continue tokens; see `TextModel`."""
-        return generate(self.model, prompt_tokens, **self.end_tokens(choice))
+        return generate(self.model, prompt_tokens, **choice)
 
 
 def load_model(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -65,8 +66,8 @@ def load_model(
     """Load a model to compute with.
 
     Args:
-        path: a Tritrain checkpoint, or a run, of which the newest is taken; or a folder or GGUF file of another
-            program, as `launcher.formats.open.open_source` takes them.
+        path: a Tritrain checkpoint, or a run (its folder or a `Run`), of which the newest is taken; or a folder or GGUF
+            file of another program, as `launcher.formats.open.open_source` takes them.
         dtype: of everything but the codes and their scales: bfloat16 or float32. None: bfloat16 where the device
             computes it in hardware, else float32, as `training.compute_dtype: auto`.
         device: where it computes.
@@ -75,12 +76,19 @@ def load_model(
         tokenizer: a file or folder; by default the one that the model was trained with or exported with, if found.
 
     Raises:
+        ConfigError: there is no such dtype or device.
         CheckpointError: there is no such model, it is damaged, or it cannot be had like this; says why.
         DataError: the tokenizer that is named is none, or of another model.
     """
-    assert dtype in (None, torch.bfloat16, torch.float32), dtype
-    opened = open_exportable(str(path), ternary=False)
-    source, device = opened.source, torch.device(device)
+    if dtype not in (None, torch.bfloat16, torch.float32):
+        raise ConfigError(f"dtype is {dtype!r:.80}; must be torch.bfloat16, torch.float32 or, to have it chosen, None")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ConfigError(f"device is {str(device)!r:.80}: {str(error).splitlines()[0]}") from error
+    opened = open_exportable(os.fspath(path) if isinstance(path, os.PathLike) else str(path), ternary=False)
+    source = opened.source
     dtype = dtype or COMPUTE_DTYPES[compute_dtype_for(device_of(device))[0]]
     precision = _precision(opened)
     if packed and precision.quantization is None and not source.is_packed:

@@ -7,7 +7,7 @@ from typing import Any
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 from eval.sample import pieces_of_text
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, ConfigError
 from model.config import ModelConfig
 
 
@@ -30,13 +30,25 @@ class TextModel(ABC):
         """Size of the weights."""
 
     @abstractmethod
+    def continuation(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
+        """Continue tokens, as `eval.sample.generate` does, with its choices and errors."""
+
     def generate_tokens(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
         """Continue tokens; see `generate`. Without a tokenizer the model does not end the document.
 
         Args:
             prompt_tokens: at least one.
             choice: as for `eval.sample.generate`.
+
+        Raises:
+            ConfigError: the prompt fills the context; or a number is out of its range.
+            NotFiniteError: the model's logits are NaN or infinite; raised when the token is due.
         """
+        own = () if self.tokenizer is None else (self.tokenizer.end_of_document,)
+        try:
+            return self.continuation(prompt_tokens, **{"end_tokens": own, **choice})
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """The tokens of a text that the model shall continue.
@@ -70,7 +82,7 @@ class TextModel(ABC):
         Raises:
             CheckpointError: there is no tokenizer.
             DataError: it cannot be read.
-            ValueError: the prompt fills the context.
+            ConfigError: the prompt fills the context; or a number is out of its range.
             NotFiniteError: the model's logits are NaN or infinite; raised when the piece is due.
         """
         prompt_tokens = self.prompt_tokens(prompt)
@@ -88,8 +100,3 @@ class TextModel(ABC):
         if self.tokenizer is None:
             raise CheckpointError("the model's tokenizer was not found; name its file (--tokenizer, tokenizer=)")
         return self.tokenizer
-
-    def end_tokens(self, choice: dict[str, Any]) -> dict[str, Any]:
-        """The choice with the tokens that end a text: those that it names, else the one that ends documents."""
-        own = () if self.tokenizer is None else (self.tokenizer.end_of_document,)
-        return {"end_tokens": own, **choice}

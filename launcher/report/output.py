@@ -15,7 +15,7 @@ from pathlib import Path
 from data.new_paths import replace_file
 from launcher.errors import ConfigError, LogError
 from launcher.report.page import page_of, picture_of
-from launcher.report.status import find_runs
+from launcher.report.runs import find_runs
 from launcher.report.summary import RunSummary, summarize
 from launcher.report.target import CSV_COLUMNS, check_target
 from launcher.report.twin import Excess, excess_over, find_twin, named_excess

@@ -1,5 +1,6 @@
 """A run's folder, opened to look at: its configuration, checkpoints, status and metrics."""
 
+import difflib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,9 @@ from launcher.checkpoint.folders import complete_checkpoints
 from launcher.checkpoint.location import reaching, to_location
 from launcher.config.file import load_config
 from launcher.config.sections import Config
-from launcher.errors import ConfigError
-from launcher.report.status import RunStatus, find_runs, status_of
+from launcher.errors import MetricError
+from launcher.report.runs import find_run
+from launcher.report.status import RunStatus, status_of
 from launcher.run.metrics_log import read_metrics
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ class MetricsTable(Mapping[str, NDArray[Any]]):
         self._columns = {key: np.asarray([row.get(key, math.nan) for row in rows]) for key in scalars}
 
     def __getitem__(self, key: str) -> NDArray[Any]:
+        if key not in self._columns:
+            near = difflib.get_close_matches(str(key), self._columns, n=1)
+            known = f"did you mean {near[0]}?" if near else f"logged: {', '.join(self) or 'nothing yet'}"
+            raise MetricError(f"{key}: no such metric was logged; {known}")
         return self._columns[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -47,7 +53,13 @@ class MetricsTable(Mapping[str, NDArray[Any]]):
         return f"<{self.num_rows} rows of {', '.join(self)}>"
 
     def curve(self, key: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Steps and values of one metric where it was logged, to plot."""
+        """Steps and values of one metric where it was logged, to plot.
+
+        Raises:
+            MetricError: it was not logged, or is text.
+        """
+        if self[key].dtype.kind not in "biuf":
+            raise MetricError(f"{key}: is text, which has no curve")
         logged = ~np.isnan(self[key])
         return self["step"][logged], self[key][logged]
 
@@ -64,6 +76,10 @@ class Run:
 
     path: Path
     """Its folder."""
+
+    def __fspath__(self) -> str:
+        """The folder, for what takes a path, as `load_model` does."""
+        return str(self.path)
 
     @property
     def config(self) -> Config:
@@ -105,7 +121,4 @@ def open_run(path: str | Path) -> Run:
     Raises:
         ConfigError: it is no run's folder.
     """
-    folder = Path(path)
-    if find_runs([folder]) != [folder]:
-        raise ConfigError(f"{folder}: is no run but holds some; name one of them")
-    return Run(folder)
+    return Run(find_run(Path(path)))

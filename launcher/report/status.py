@@ -5,7 +5,6 @@ killed nobody is left to write that word, so a run that says `running` and has b
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +28,7 @@ from launcher.config.sections import SILENT_BEATS
 from launcher.errors import ConfigError, UserError
 from launcher.plan.batches import GlobalBatch
 from launcher.process.console import human_count, human_time
+from launcher.report.runs import find_runs
 from launcher.run.log_keys import DRAWN
 from launcher.run.requeue import read_lines
 
@@ -93,34 +93,6 @@ class RunStatus:
     """Why it failed or was stopped, or who is not heard of."""
     notes: list[str] = field(default_factory=list)
     """Files that are not as they should be."""
-
-
-def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The runs at or inside these folders.
-
-    Raises:
-        ConfigError: some are or hold none; names them all.
-    """
-    runs, strangers = [], []
-    for folder in folders:
-        found = [folder] if _is_run(folder) else [path for path in sorted(folder.glob("*")) if _is_run(path)]
-        runs += found
-        if not found:
-            strangers.append(folder)
-    if strangers:
-        raise ConfigError(
-            "\n".join(
-                f"{folder}: {'is not a run and contains none' if folder.is_dir() else 'no such folder'}; "
-                "a run's folder has a config.yaml or state.json"
-                for folder in strangers
-            )
-        )
-    return list(dict.fromkeys(runs))
-
-
-def _is_run(folder: Path) -> bool:
-    # Not `Path.is_file`, to which a folder that others may not look into is an error.
-    return any(os.path.isfile(folder / name) for name in ("state.json", "config.yaml"))
 
 
 def status_of(run: Path, now: float) -> RunStatus:

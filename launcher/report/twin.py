@@ -20,6 +20,7 @@ from launcher.config.file import parse_yaml
 from launcher.errors import ConfigError
 from launcher.report.history import LOSS, History, curves
 from launcher.report.plots import INK, RUN_COLOURS, figure_of, styled, thin, token_axis
+from launcher.report.runs import find_run
 from launcher.report.summary import RunSummary, summarize
 from launcher.run.level import Curve, highest_level
 
@@ -122,9 +123,9 @@ def named_excess(run: RunSummary, twin: Path) -> Excess:
         ConfigError: it is no run, or has nothing to compare with.
     """
     try:
-        found = excess_over(run, twin)
-    except FileNotFoundError as error:
-        raise ConfigError(f"--twin {twin}: {error}") from None
+        found = excess_over(run, find_run(twin))
+    except (ConfigError, FileNotFoundError) as error:
+        raise ConfigError(f"--twin {error}") from None
     if found is None:
         raise ConfigError(f"--twin {twin}: has no logged 16-bit steps after the switch of {run.name} to compare with")
     return found

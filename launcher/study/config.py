@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from launcher.checkpoint.strangers import is_study
 from launcher.config.file import is_file, load_as
 from launcher.config.strict import STRICT
 from launcher.errors import ConfigError
@@ -28,9 +29,6 @@ RESERVED = (
 )
 RESERVED_BEGINNINGS = ("held_out_", "excess_", "twin", "above_16_bit", "share_of_fair_gap")
 """Names that selectors and columns of results use besides those of the axes."""
-
-OF_A_STUDY = ("study.yaml", "results.json")
-"""Files of a study's folder, by which it is recognized."""
 
 Selector = dict[str, str | bool | int | float | tuple[str | bool | int | float, ...]]
 """By the name of an axis, a value or several; an arm is selected if it has one of them on each axis that is named."""
@@ -208,7 +206,7 @@ def is_of_study(folders: Sequence[Path]) -> bool:
     Raises:
         ConfigError: one of several is.
     """
-    studies = [folder for folder in folders if all((folder / name).is_file() for name in OF_A_STUDY)]
+    studies = [folder for folder in folders if is_study(folder)]
     if studies and len(folders) > 1:
         raise ConfigError(f"{studies[0]}: is a study, which has a report of its own; name it alone")
     return bool(studies)

@@ -231,6 +231,17 @@ def test_a_device_chooses_the_type(checkpoint: Any, tmp_path: Path, device: str,
         tritrain(*export, "--to", tmp_path / "other.gguf", "--type", "f16")
 
 
+def test_what_holds_for_several_matrices_is_said_once(checkpoint: Any, tmp_path: Path) -> None:
+    _, run = checkpoint(narrow(hidden_size=192, intermediate_size=320))
+    with pytest.raises(CheckpointError) as caught:
+        export(run, tmp_path / "model.gguf")
+    blocks = "tq2_0 has blocks of 256, which must divide them; q2_0 has blocks of 64, which fit"
+    assert str(caught.value).splitlines()[1:] == [
+        f"  model.layers.0.self_attn.q_proj.weight has rows of 192 weights; {blocks} (and 5 more like it)",
+        f"  model.layers.0.mlp.down_proj.weight has rows of 320 weights; {blocks}",
+    ]
+
+
 def test_narrow_rows_and_groups_are_told_of_the_type_that_has_them(checkpoint: Any, tmp_path: Path) -> None:
     _, run = checkpoint(narrow(intermediate_size=320), {"granularity": "group", "group_size": 64})
     with pytest.raises(CheckpointError, match=r"one scale for 256 weights; .* q2_0 has blocks of 64, which fit"):

@@ -312,7 +312,8 @@ def test_recipes_that_transformers_cannot_compute(tmp_path, recipe, message):
 def test_what_cannot_be_written_leaves_nothing(run, shards, tmp_path, monkeypatch):
     folder, _ = run(replace(MODEL, intermediate_size=50))
     arguments = ("export", folder, "--to", tmp_path / "hf", "--format", "hf-ternary")
-    with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj.weight has 50 rows, and only a multiple of 4"):
+    said = r"layers.0.mlp.gate_proj.weight has 50 rows, and only a multiple of 4 .* \(and 3 more like it\)$"
+    with pytest.raises(CheckpointError, match=said):
         tritrain(*arguments)
     folder, _ = run()
     for changed, message in (

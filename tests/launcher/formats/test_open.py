@@ -11,6 +11,7 @@ import fsspec
 import pytest
 import torch
 import yaml
+from command import outcome
 from exports import model_tree, write_checkpoint
 from hf_folders import write_variant
 from models import VARIANTS, build
@@ -37,7 +38,7 @@ from launcher.plan.course import make_course
 from launcher.plan.plan import make_plan
 from launcher.report.run import open_run
 from launcher.run.changes import changes, course_of
-from launcher.run.folder import holds_run
+from launcher.run.folder import RunFolder, holds_run
 
 MODEL = {**model_tree(VARIANTS["llama"]), "max_sequence_length": 128}
 SHORTER = {
@@ -161,3 +162,27 @@ def test_a_remote_folder_s_tokenizer_comes_with_the_files_that_name_its_token(tm
     assert opened.tokenizer is not None
     tokenizer = load_tokenizer(opened.tokenizer)
     assert tokenizer.name_of(tokenizer.end_of_document) == "</s>"
+
+
+def test_what_holds_no_model_is_named_with_what_to_name_instead(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(shards, tmp_path / "study" / "arms" / "a-seed17")
+    RunFolder(config).prepare([4, 4])
+    for name in ("study.yaml", "results.json"):
+        (tmp_path / "study" / name).write_text("{}")
+    (tmp_path / "data").symlink_to(shards)
+    instead = {
+        "data": "data is prepared data (of `tritrain prepare`), not a model; name a run, a checkpoint or an export",
+        "study": "study is a study, not a model; name one of its runs, which are in study/arms",
+        "study/arms": "study/arms holds runs, and is no model; name one of them, such as study/arms/a-seed17",
+        "study/arms/a-seed17": "study/arms/a-seed17 is a run without a complete checkpoint; where checkpoint.folder "
+        "puts them elsewhere, name that folder",
+    }
+    for folder, said in instead.items():
+        for opening in (open_source, load_model):
+            with pytest.raises(CheckpointError) as caught:
+                opening(folder)
+            assert str(caught.value) == said
+        assert outcome("verify", folder) == (2, "", f"{said}\n")

@@ -126,12 +126,28 @@ def test_a_run_that_begins_with_an_export_has_its_codes(shards: Path, tmp_path: 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_tree(config)))
     arguments = ("--to", tmp_path / "run", "--config", tmp_path / "config.yaml", "--optimizer", "reset")
     said = tritrain("convert", tmp_path / "first", *arguments)
-    assert "holds packed ternary codes" in said
+    form = {"compressed-tensors": "Hugging Face folder", "mlx": "MLX folder", "onnx": "ONNX folder"}[weights]
+    assert f"The {form} holds no data position" in said
+    assert f"The {form} holds packed ternary codes" in said
     opened = open_exportable(str(tmp_path / "run"), ternary=False)
     computing = replace(opened, precision=Precision.full(recipe, model.config.num_layers))
     export_again(computing, tmp_path / "second", weights)
     name = "model.onnx.data" if weights == "onnx" else "model.safetensors"
     assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_run_begins_with_a_gguf_file_of_its_own_model(shards: Path, tmp_path: Path) -> None:
+    """The file holds its numbers in float32, which has no 1e-5."""
+    pytest.importorskip("gguf")
+    model, file = model_of("llama", norm_eps=1e-5), tmp_path / "first.gguf"
+    export_gguf(exportable(model), file, tokenizer=shards / "tokenizer.model")
+    phases = [{"precision": "ternary", "steps": 4}]
+    config = tiny_config(shards, tmp_path / "run", model=model_tree(model.config), phases=phases)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_tree(config)))
+    arguments = ("--to", tmp_path / "run", "--config", tmp_path / "config.yaml", "--optimizer", "reset")
+    said = tritrain("convert", file, *arguments)
+    assert "The GGUF file holds no optimizer moments" in said
+    assert "The GGUF file holds packed ternary codes" in said
 
 
 def damaged(folder: Path, **changes: Any) -> Path:

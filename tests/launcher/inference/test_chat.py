@@ -142,7 +142,7 @@ class Parrot(TextModel):
         self.tokenizer, self.asked, self._answers = tokenizer, [], iter(answers)  # type: ignore[var-annotated]
         self.config = replace(TINY, max_sequence_length=context)
 
-    def generate_tokens(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
+    def continuation(self, prompt_tokens: Sequence[int], **choice: Any) -> Iterator[int]:
         assert self.tokenizer is not None
         self.asked.append(self.tokenizer.decode(prompt_tokens))
         yield from self.tokenizer.encode(next(self._answers))

@@ -18,11 +18,13 @@ from tiny import tiny_config
 
 from launcher.errors import ConfigError
 from launcher.report import status as module
+from launcher.report.output import report
+from launcher.report.run import open_run
+from launcher.report.runs import find_runs
 from launcher.report.status import (
     HEARTBEAT_SECONDS,
     SILENT_SECONDS,
     TAIL_BYTES,
-    find_runs,
     human_age,
     last_logged_row,
     show,
@@ -278,6 +280,51 @@ def test_runs_are_found_and_strangers_named(tmp_path: Path) -> None:
     assert find_runs([tmp_path / "runs", b]) == [a, b]
     with pytest.raises(ConfigError, match=r"notes: is not a run and contains none.*\n.*none: no such folder"):
         find_runs([a, tmp_path / "runs" / "notes", tmp_path / "none"])
+
+
+def test_checkpoints_and_data_are_no_runs_and_say_what_they_are(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, averaged = write_run(Path("runs/mine")), Path("runs/mine/averaged")
+    saved = run / "checkpoints" / "step-00000004"
+    unfinished = run / "checkpoints" / "step-00000006"
+    elsewhere = Path("elsewhere/step-00000004")
+    for folder, manifest in (
+        (saved, {"provenance": None}),
+        (unfinished, None),
+        (elsewhere, {"provenance": None}),
+        (averaged, {"provenance": {"average": {"sources": []}}}),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text((run / "config.yaml").read_text())
+        if manifest is not None:
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+    Path("data").symlink_to(shards)
+    for folder, said in (
+        (saved, "is a checkpoint of runs/mine; name the run"),
+        (unfinished, "is a checkpoint of runs/mine; name the run"),
+        (saved.parent, "holds checkpoints of runs/mine; name the run"),
+        (elsewhere, "is a checkpoint; name the folder of its run"),
+        (averaged, "is an average of checkpoints, which has no log; name a run"),
+        (Path("data"), "is prepared data (of `tritrain prepare`), not a run; `tritrain inspect` shows them"),
+    ):
+        for opening in (open_run, lambda path: find_runs([path]), lambda path: report([path], None, print)):
+            with pytest.raises(ConfigError) as caught:
+                opening(folder)
+            assert str(caught.value) == f"{folder}: {said}"
+    monkeypatch.chdir(saved)
+    with pytest.raises(ConfigError, match=r"is a checkpoint of \.\./\.\.; name the run"):
+        find_runs([Path()])
+
+
+def test_the_runs_of_a_study_are_found_in_it(tmp_path: Path) -> None:
+    for name in ("study.yaml", "results.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match="is a study, and none of its runs has begun"):
+        find_runs([tmp_path])
+    trunk, arm = write_run(tmp_path / "trunks" / "00000004-1"), write_run(tmp_path / "arms" / "a-seed17")
+    assert find_runs([tmp_path]) == [arm, trunk]
 
 
 def test_checkpoints_in_a_store_are_not_asked(tmp_path: Path) -> None:

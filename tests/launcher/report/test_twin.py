@@ -104,6 +104,11 @@ def test_without_a_twin_there_is_no_excess_and_a_wrong_one_is_refused(trunk: Pat
         named_excess(summarize(run), other)
     with pytest.raises(ConfigError, match="--twin: needs a single run"):
         tritrain("report", run, other, "--twin", trunk, "--out", tmp_path / "page.html")
+    checkpoint = trunk / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"--twin .*step-\d+: is a checkpoint of .*trunk; name the run"):
+        named_excess(summarize(run), checkpoint)
     with pytest.raises(ConfigError, match=r"--twin .*nothing: "):
         tritrain("report", run, "--twin", tmp_path / "nothing", "--out", tmp_path / "page.html")
 
