@@ -80,6 +80,15 @@ def is_yet_to_be_prepared(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
+def is_prepared(folder: Path) -> bool:
+    """Return whether a folder has a sound manifest of prepared data."""
+    try:
+        read_manifest(folder)
+    except DataError:
+        return False
+    return True
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a prepared folder, with the types of its values and the names in it checked.
 

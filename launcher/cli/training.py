@@ -97,6 +97,7 @@ def plan(
     """Show what a run would do and need: sizes, memory, time, disk, exports, missing files. Trains nothing."""
     from launcher.config.automatic import ANY_GPU, made_concrete, stored_values
     from launcher.config.file import load_config
+    from launcher.inference.inputs import input_problems
     from launcher.plan.gpus import gpu_of_this_machine, named_gpu
     from launcher.plan.plan import make_plan
     from launcher.plan.table import show_plan
@@ -116,6 +117,7 @@ def plan(
         as_json=as_json,
         gpu=named_gpu(gpu) if gpu else gpu_of_this_machine(),
         utilization=utilization,
+        missing=input_problems(parsed),
         counted_as=counted_as,
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launcher.config.file import load_config
 from launcher.errors import ConfigError, TrainingError
-from launcher.plan.inputs import check_inputs
+from launcher.inference.inputs import check_inputs
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.launchers import with_launcher
 from launcher.process.torchrun import environment_of_ranks, pretrain_command, ranks_command
@@ -33,7 +33,7 @@ def check_start(
 
     Raises:
         ConfigError: lists what is wrong.
-        DataError: lists what the run reads and is missing or does not fit.
+        DataError: lists what the run reads and is missing, or cannot be used.
     """
     parsed = load_config(config, overrides)
     if is_smoke:

@@ -325,6 +325,21 @@ class RunFolder:
         replace_file(self.path / "summary.json", json.dumps(summary, indent=2))
 
 
+def is_complete_run(config: Config) -> bool:
+    """Return whether this run is complete, so that it reads nothing any more.
+
+    A complete run with another configuration is not this one, even if it has the name.
+    """
+    if read_state(config.run.path).get("status") != "complete":
+        return False
+    folder = RunFolder(config)
+    try:
+        folder.check_configuration()
+    except ConfigError:
+        return False
+    return folder.is_complete(make_course(config).total_steps)
+
+
 def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
     """Check that a run's own `config.yaml` leads to that run, even if it was moved.
 
