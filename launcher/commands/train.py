@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.file import load_config
-from launcher.errors import ConfigError, TrainingError
+from launcher.config.sections import Config
+from launcher.errors import USER_ERRORS, ConfigError, TrainingError
 from launcher.inference.inputs import check_inputs
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.launchers import with_launcher
@@ -40,11 +41,28 @@ def check_start(
         parsed = smoke_config(parsed)
     plan = make_plan(parsed, num_ranks)
     check_inputs(parsed)
+    return RunFolder(parsed) if is_smoke else check_folder(config, overrides, parsed), plan
+
+
+def check_folder(config: Path, overrides: Sequence[str], parsed: Config) -> RunFolder:
+    """Check that the folder of a run is this one's, or free.
+
+    Raises:
+        ConfigError: it is another run's, or holds something else.
+    """
     folder = RunFolder(parsed)
-    if not is_smoke:
-        check_place(config, overrides, parsed)
-        folder.check_configuration()
-    return folder, plan
+    check_place(config, overrides, parsed)
+    folder.check_configuration()
+    return folder
+
+
+def refusal(config: Path, overrides: Sequence[str], parsed: Config) -> str | None:
+    """Say why `check_folder` refuses a run; None if it does not."""
+    try:
+        check_folder(config, overrides, parsed)
+    except USER_ERRORS as error:  # the package for a remote store may be missing, too
+        return str(error)
+    return None
 
 
 def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int) -> Path:

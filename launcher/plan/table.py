@@ -18,7 +18,6 @@ from launcher.plan.traffic import describe_traffic
 from launcher.process.console import Console, human_bytes, human_count, human_time
 from model.size import flops_per_token, num_parameters
 
-
 MOST_LINES = 12
 """Of one problem in the table."""
 
@@ -69,7 +68,11 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def describe_surroundings(
-    plan: Plan, gpu: tuple[str, Gpu] | None, utilization: float, missing: Sequence[tuple[str, str]]
+    plan: Plan,
+    gpu: tuple[str, Gpu] | None,
+    utilization: float,
+    missing: Sequence[tuple[str, str]],
+    refused: str | None = None,
 ) -> dict[str, Any]:
     """The needs of a run, in time, disk space and files, and the exports that its model can have.
 
@@ -78,6 +81,7 @@ def describe_surroundings(
         gpu: name and speed of each rank's GPU; None where there is none that is known.
         utilization: share of the peak that training reaches.
         missing: what the run reads and is missing, or cannot be used: the key, and a sentence.
+        refused: why a start would not take the run's folder; None if it would.
     """
     numbers, exports = describe(plan), exports_of(plan)
     hours = None
@@ -89,6 +93,7 @@ def describe_surroundings(
         "disk": disk_of(plan, numbers["checkpoints_kept"], exports),
         "exports": [{"name": each.name, "problems": each.problems, "bytes": each.num_bytes} for each in exports],
         "missing": [{"key": key, "problem": problem} for key, problem in missing],
+        "refused": refused,
     }
 
 
@@ -100,6 +105,7 @@ def show_plan(
     gpu: tuple[str, Gpu] | None = None,
     utilization: float = UTILIZATION,
     missing: Sequence[tuple[str, str]],
+    refused: str | None = None,
     counted_as: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Print what a run would do and need, and its resolved configuration.
@@ -111,11 +117,12 @@ def show_plan(
         gpu: as in `describe_surroundings`.
         utilization: as there.
         missing: as there.
+        refused: as there.
         counted_as: the keys that are `auto`, each with the value that the plan counts with and the reason, in words.
     """
     tree = to_tree(plan.config)
     numbers = describe(plan) | describe_traffic(plan) | {"events": events(plan), "counted_as": dict(counted_as)}
-    surroundings = describe_surroundings(plan, gpu, utilization, missing)
+    surroundings = describe_surroundings(plan, gpu, utilization, missing, refused)
     if as_json:
         console.line(json.dumps({"config": tree, "plan": numbers | surroundings}, indent=2))
         return
@@ -142,6 +149,7 @@ def surrounding_rows(found: dict[str, Any]) -> list[list[str]]:
         *[[f"export {each['name']}", _export_in_words(each)] for each in found["exports"]],
         *[[f"missing: {each['key']}", _problem_in_words(each["problem"])] for each in found["missing"]],
         *([] if found["missing"] else [["missing", "nothing"]]),
+        *([["a start is refused", _problem_in_words(found["refused"])]] if found["refused"] else []),
     ]
 
 

@@ -26,10 +26,12 @@ from data.prepared import no_held_out_text
 from data.shards import PrepareConfig, prepare
 from data.sources import Source, open_sources
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
+from launcher.errors import ConfigError
 from launcher.inference.inputs import check_inputs, input_problems
 from launcher.plan.course import make_course
 from launcher.plan.disk import disk_of
 from launcher.plan.inputs import missing_inputs, needed_paths
+from launcher.run.folder import RunFolder
 
 
 def text_of(inputs=("python-stdlib",), tokenizer="bpe:320", **keys):
@@ -270,6 +272,30 @@ def test_a_complete_run_needs_nothing(tmp_path):
         assert input_problems(config)
     (tmp_path / "run" / "state.json").write_text('{"status": "complete"}')
     assert input_problems(config) == []
+
+
+def test_a_complete_run_of_the_same_name_spares_another_configuration_nothing(shards, tmp_path):
+    run, tree = tmp_path / "run", tiny_tree(shards, tmp_path / "run")
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({"tritrain_version": "0.1.0", **tree}))
+    (run / "state.json").write_text('{"status": "complete"}')
+    (run / "starts.jsonl").write_text('{"step": 0}\n')
+
+    def plan(path):
+        copied = tree | {"data": tree["data"] | {"sources": [{"path": path}]}}
+        (tmp_path / "copied.yaml").write_text(yaml.safe_dump(copied))
+        found = json.loads(tritrain("plan", tmp_path / "copied.yaml", "--json"))["plan"]
+        return [each["key"] for each in found["missing"]], found["refused"]
+
+    assert plan(str(shards)) == ([], None)
+    missing, refused = plan("my-dta")
+    assert missing == ["data.sources.0.path"]
+    with pytest.raises(ConfigError) as caught:
+        RunFolder(tiny_config(Path("my-dta"), run)).check_configuration()
+    assert refused == str(caught.value)
+    assert "holds a run with another configuration" in refused
+    assert "data.sources.0.path" in refused
+    assert "a start is refused" in tritrain("plan", tmp_path / "copied.yaml")
 
 
 def test_train_refuses_at_once(tmp_path):
