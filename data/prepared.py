@@ -16,6 +16,7 @@ from typing import Any
 
 from data.config import Content
 from data.errors import DataError
+from data.messages import looked_for_in
 from data.names import bare_name
 from data.pointers import pointer_problem
 
@@ -97,7 +98,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     how = "`tritrain prepare INPUT... --out DIR --tokenizer FILE|bpe:VOCAB` makes one"
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of prepared data; {how}")
+        raise DataError(f"{folder}: no such folder of prepared data{looked_for_in(folder)}; {how}")
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder}: has no {MANIFEST}, so it is not a folder of prepared data; {how}")

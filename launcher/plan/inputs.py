@@ -16,6 +16,7 @@ from data.added_tokens import num_new
 from data.config import PrepareConfig
 from data.errors import DataError
 from data.hub_tokenizer import is_on_hub
+from data.messages import looked_for_in
 from data.mixture import rows_per_epoch
 from data.prepared import (
     TRAIN,
@@ -226,7 +227,11 @@ def _checkpoints(config: Config) -> Iterator[tuple[str, str]]:
 def _checkpoint_problems(config: Config) -> Iterator[tuple[str, str]]:
     for key, path in _checkpoints(config):
         if not Path(path).is_dir():
-            there = "is a file, and a checkpoint is a folder" if Path(path).exists() else "no such folder"
+            there = (
+                "is a file, and a checkpoint is a folder"
+                if Path(path).exists()
+                else f"no such folder{looked_for_in(path)}"
+            )
             yield key, f"{path}: {there}; name a checkpoint, a run, or a folder of DeepSpeed or Hugging Face"
 
 

@@ -52,6 +52,23 @@ def test_a_missing_source_says_how_to_make_one(tmp_path):
     )
 
 
+def test_what_is_missing_under_a_relative_path_is_said_to_be_missing_in_this_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = {
+        "data.sources.0.path": "my-data: no such folder of prepared data in ",
+        "checkpoint.start_from": "trunk: no such folder in ",
+        "phases.1.distillation.teacher": "big: no such folder in ",
+        "data.prepare.inputs.0": "none.txt: no such file or folder in ",
+        "data.prepare.tokenizer": "none.model: no such tokenizer file in ",
+    }
+    named = {"checkpoint": {"start_from": "trunk"}, "phases": phases("big")}
+    found = dict(missing_inputs(tiny_config(Path("my-data"), tmp_path / "run", **named)))
+    found |= missing_inputs(tiny_config(Path("out"), tmp_path / "run", data=text_of(["none.txt"], "none.model")))
+    assert found.keys() == here.keys()
+    for key, problem in found.items():
+        assert problem.startswith(f"{here[key]}{tmp_path};"), key
+
+
 def test_a_source_must_fit_the_model_and_the_other_sources(shards, tmp_path):
     def found(**sections):
         return dict(missing_inputs(tiny_config(shards, tmp_path / "run", **sections)))
