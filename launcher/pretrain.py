@@ -15,6 +15,7 @@ import contextlib
 import errno
 import gc
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -338,7 +339,8 @@ def run_rank(
         if not isinstance(error, (*USER_ERRORS, OSError)):
             traceback.print_exc()
         console.line(f"WARNING: the run is complete, but its report could not be written: {error}")
-        console.line(f"Write it with: tritrain report {folder.path} --out {folder.path / 'report.html'}")
+        place, page = (shlex.quote(str(path)) for path in (folder.path, folder.path / "report.html"))
+        console.line(f"Write it with: tritrain report {place} --out {page}")
     return COMPLETE
 
 

@@ -1,5 +1,6 @@
 """Commands that train, or show what training would do."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +76,7 @@ def submit(
         return
     job, folder = submit_job(parsed, cluster, request)
     console.line(f"Submitted: job {job}, in {folder}")
-    console.line(f"To save and stop it: touch {parsed.run.path}/stop")
+    console.line(f"To save and stop it: touch {shlex.quote(str(parsed.run.path / 'stop'))}")
 
 
 def plan(

@@ -21,6 +21,7 @@ RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/rep
 import fcntl
 import json
 import os
+import shlex
 import socket
 import time
 import uuid
@@ -360,7 +361,7 @@ def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
         another = "run.folder=FOLDER run.name=NAME" if config.run.folder else "run.name=NAME"
         raise ConfigError(
             f"run.folder: {file} is that of the run in {folder}, and leads to {target.absolute()} from here. "
-            f"To resume the run, add run.folder={folder.absolute()}; to begin another one, {another}"
+            f"To resume the run, add {shlex.quote(f'run.folder={folder.absolute()}')}; to begin another one, {another}"
         )
 
 
