@@ -33,21 +33,25 @@ def input_problems(config: Config, *, with_remote: bool = False) -> list[tuple[s
 
     Args:
         config: of the run.
-        with_remote: whether checkpoints in remote stores are opened as well.
+        with_remote: whether the first start opens checkpoints in remote stores as well. Later ones do not: what a run
+            with checkpoints in a store still needs is not known here, and may be gone once it is done with.
     """
     if is_complete_run(config):
         return []
     missing = missing_inputs(config)
     keys = {key for key, _ in missing}
+    has_begun = bool(read_lines(config.run.path / "saves.jsonl", "step"))
     to_open = [
         named
         for named in named_checkpoints(config)
-        if named.key not in keys and (with_remote or named.path is not None)
+        if named.key not in keys and (named.path is not None or (with_remote and not has_begun))
     ]
-    return [*missing, *(_checkpoint_problems(config, to_open) if to_open else ())]
+    return [*missing, *(_checkpoint_problems(config, to_open, has_begun=has_begun) if to_open else ())]
 
 
-def _checkpoint_problems(config: Config, to_open: list[NamedCheckpoint]) -> Iterator[tuple[str, str]]:
+def _checkpoint_problems(
+    config: Config, to_open: list[NamedCheckpoint], *, has_begun: bool
+) -> Iterator[tuple[str, str]]:
     # These need torch, which takes seconds to import.
     from launcher.formats.open import open_source
     from launcher.formats.start import check_start
@@ -55,12 +59,10 @@ def _checkpoint_problems(config: Config, to_open: list[NamedCheckpoint]) -> Iter
     from launcher.inference.start import complete_shapes_
     from launcher.inference.vocabulary import grow_shapes_
 
-    # A run that has begun may be one that began elsewhere; what it began with may have trained on since.
-    has_begun = bool(read_lines(config.run.path / "saves.jsonl", "step"))
     for named in to_open:
         is_start = named.text == config.checkpoint.start_from
         try:
-            if named.is_begun_with and not has_begun:
+            if named.is_begun_with and not has_begun:  # what a run began with may have trained on since
                 source = open_source(named.text)
                 complete_shapes_(source, config)
                 check_start(source, make_course(config))
