@@ -6,6 +6,7 @@ URLs, and some advise to turn off what keeps a stranger's code from running.
 """
 
 import re
+from pathlib import Path
 
 from data.urls import redacted
 
@@ -24,6 +25,11 @@ RISKY_ADVICE = re.compile(
     re.IGNORECASE,
 )
 """In sentences that say how to make a library open what could run anything, or talk to anyone."""
+
+
+def looked_for_in(path: str | Path) -> str:
+    """For a sentence that says that there is no such file: where it was looked for, if the path does not say it."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
 def printable(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from data.config import Content
 from data.errors import DataError
+from data.messages import looked_for_in
 from data.names import bare_name
 from data.pointers import pointer_problem
 
@@ -80,6 +81,15 @@ def is_yet_to_be_prepared(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
+def is_prepared(folder: Path) -> bool:
+    """Return whether a folder has a sound manifest of prepared data."""
+    try:
+        read_manifest(folder)
+    except DataError:
+        return False
+    return True
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a prepared folder, with the types of its values and the names in it checked.
 
@@ -88,7 +98,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     how = "`tritrain prepare INPUT... --out DIR --tokenizer FILE|bpe:VOCAB` makes one"
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of prepared data; {how}")
+        raise DataError(f"{folder}: no such folder of prepared data{looked_for_in(folder)}; {how}")
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder}: has no {MANIFEST}, so it is not a folder of prepared data; {how}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data import quickstart_corpus
 from data.errors import DataError
+from data.messages import looked_for_in
 from data.prepared import INDEX, MANIFEST
 
 HF_PREFIX = "hf:"
@@ -119,8 +120,8 @@ def _find_files(path: Path) -> tuple[list[Path], dict[Path, str]]:
         return files, left_out
     if not path.exists():
         raise DataError(
-            f"{path}: no such file or folder; an input is one of these, {HF_PREFIX}NAME[:CONFIG]:SPLIT or "
-            f"{quickstart_corpus.NAME}"
+            f"{path}: no such file or folder{looked_for_in(path)}; an input is one of these, "
+            f"{HF_PREFIX}NAME[:CONFIG]:SPLIT or {quickstart_corpus.NAME}"
         )
     if suffix_of(path) not in KINDS:
         raise DataError(f"{path}: this kind of file is not known; choose one of {kinds}")

@@ -18,6 +18,7 @@ from data.config import TRAINED_SPEC
 from data.errors import DataError
 from data.fast_encoding import FastEncoder
 from data.hub_tokenizer import fetch_tokenizer, is_on_hub
+from data.messages import looked_for_in
 from data.pointers import pointer_problem
 from data.spans import Span
 from data.tokenizer_definition import read_definition, vocabulary
@@ -147,7 +148,8 @@ def load_tokenizer(path: str | Path, end_of_document: str | None = None) -> Toke
         path = found
     if not path.is_file():
         raise DataError(
-            f"{path}: no such tokenizer file; name a SentencePiece .model, a tokenizer.json, hf:NAME or bpe:VOCAB"
+            f"{path}: no such tokenizer file{looked_for_in(path)}; name a SentencePiece .model, a tokenizer.json, "
+            "hf:NAME or bpe:VOCAB"
         )
     if problem := pointer_problem(path):
         raise DataError(f"{path}: {problem}")

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import gc
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -33,8 +34,8 @@ from launcher.commands.prepare import prepare_with_progress
 from launcher.config.file import load_config
 from launcher.config.sections import Config
 from launcher.errors import USER_ERRORS, CheckpointError, ConfigError, FirstRankError, NoTimeError, report_error
+from launcher.inference.inputs import input_problems
 from launcher.plan.course import make_course
-from launcher.plan.inputs import missing_inputs
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.companions import TICK_SECONDS, Companions, end_without_launcher, say
 from launcher.process.console import Console
@@ -286,7 +287,8 @@ def run_rank(
             stop.watch(folder.path, time_to_stop(config.run.stop_before_end_seconds, console.line))
             folder.prepare([phase.end - phase.start for phase in plan.phases])
     write_presence(folder.ranks, ranks)
-    if problems := everyones([f"{key}: {problem}" for key, problem in missing_inputs(config)], ranks):
+    mine = input_problems(config, with_remote=ranks.is_first)  # of folders, each host has its own
+    if problems := everyones([f"{key}: {problem}" for key, problem in mine], ranks):
         raise DataError("\n".join(problems))
     if config.data.prepare is not None:
         # One rank of a machine does it, with a console of its own, and the others find it done.
@@ -337,7 +339,8 @@ def run_rank(
         if not isinstance(error, (*USER_ERRORS, OSError)):
             traceback.print_exc()
         console.line(f"WARNING: the run is complete, but its report could not be written: {error}")
-        console.line(f"Write it with: tritrain report {folder.path} --out {folder.path / 'report.html'}")
+        place, page = (shlex.quote(str(path)) for path in (folder.path, folder.path / "report.html"))
+        console.line(f"Write it with: tritrain report {place} --out {page}")
     return COMPLETE
 
 

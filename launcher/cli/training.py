@@ -1,5 +1,6 @@
 """Commands that train, or show what training would do."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +76,7 @@ def submit(
         return
     job, folder = submit_job(parsed, cluster, request)
     console.line(f"Submitted: job {job}, in {folder}")
-    console.line(f"To save and stop it: touch {parsed.run.path}/stop")
+    console.line(f"To save and stop it: touch {shlex.quote(str(parsed.run.path / 'stop'))}")
 
 
 def plan(
@@ -95,15 +96,17 @@ def plan(
     ] = None,
 ) -> None:
     """Show what a run would do and need: sizes, memory, time, disk, exports, missing files. Trains nothing."""
+    from launcher.commands.train import refusal
     from launcher.config.automatic import ANY_GPU, made_concrete, stored_values
     from launcher.config.file import load_config
+    from launcher.inference.inputs import input_problems
     from launcher.plan.gpus import gpu_of_this_machine, named_gpu
     from launcher.plan.plan import make_plan
     from launcher.plan.table import show_plan
     from launcher.run.folder import configuration_of_run
 
-    parsed = load_config(config, overrides or ())
-    parsed, counted_as = made_concrete(parsed, ANY_GPU, stored_values(configuration_of_run(parsed.run.path)))
+    given = load_config(config, overrides or ())
+    parsed, counted_as = made_concrete(given, ANY_GPU, stored_values(configuration_of_run(given.run.path)))
     planned = make_plan(parsed, ranks or default_ranks())
     if switch or studies:
         from launcher.study.switch_plan import show_switch
@@ -116,6 +119,8 @@ def plan(
         as_json=as_json,
         gpu=named_gpu(gpu) if gpu else gpu_of_this_machine(),
         utilization=utilization,
+        missing=input_problems(parsed),
+        refused=refusal(config, overrides or (), given),
         counted_as=counted_as,
     )
 

@@ -68,9 +68,15 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine for what would stop or slow down a run. Exits with 1 if there are problems."""
-    from launcher.doctor import doctor as doctor_of_rank
+    from launcher.config.file import load_config
+    from launcher.plan.plan import make_plan
 
+    num_ranks = ranks or default_ranks()
+    if config is not None:
+        make_plan(load_config(config, overrides or ()), num_ranks)  # what is wrong with it, no rank need be started for
     arguments = [*(["--config", str(config)] if config else []), *(["--json"] if as_json else []), *(overrides or [])]
-    if (num_ranks := ranks or default_ranks()) == 1:
+    if num_ranks == 1:
+        from launcher.doctor import doctor as doctor_of_rank
+
         sys.exit(doctor_of_rank.main(arguments))
     become_ranks(num_ranks, ["-m", "launcher.doctor", *arguments])

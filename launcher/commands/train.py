@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.file import load_config
-from launcher.errors import ConfigError, TrainingError
-from launcher.plan.inputs import check_inputs
+from launcher.config.sections import Config
+from launcher.errors import USER_ERRORS, ConfigError, TrainingError
+from launcher.inference.inputs import check_inputs
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.launchers import with_launcher
 from launcher.process.torchrun import environment_of_ranks, pretrain_command, ranks_command
@@ -34,18 +35,35 @@ def check_start(
 
     Raises:
         ConfigError: lists what is wrong.
-        DataError: lists what the run reads and is missing or does not fit.
+        DataError: lists what the run reads and is missing, or cannot be used.
     """
     parsed = load_config(config, overrides)
     if is_smoke:
         parsed = smoke_config(parsed)
     plan = make_plan(parsed, num_ranks)
     check_inputs(parsed)
+    return RunFolder(parsed) if is_smoke else check_folder(config, overrides, parsed), plan
+
+
+def check_folder(config: Path, overrides: Sequence[str], parsed: Config) -> RunFolder:
+    """Check that the folder of a run is this one's, or free.
+
+    Raises:
+        ConfigError: it is another run's, or holds something else.
+    """
     folder = RunFolder(parsed)
-    if not is_smoke:
-        check_place(config, overrides, parsed)
-        folder.check_configuration()
-    return folder, plan
+    check_place(config, overrides, parsed)
+    folder.check_configuration()
+    return folder
+
+
+def refusal(config: Path, overrides: Sequence[str], parsed: Config) -> str | None:
+    """Say why `check_folder` refuses a run; None if it does not."""
+    try:
+        check_folder(config, overrides, parsed)
+    except USER_ERRORS as error:  # the package for a remote store may be missing, too
+        return str(error)
+    return None
 
 
 def check_arguments(config: Any, overrides: Sequence[Any], ranks: Any) -> None:

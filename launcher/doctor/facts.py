@@ -27,6 +27,7 @@ from launcher.hidden import PACKAGES, ROOT
 from launcher.plan.inputs import needed_paths
 from launcher.process.exchange import gather_values
 from launcher.process.ranks import Ranks
+from launcher.run.folder import is_complete_run
 
 MIB = 2**20
 
@@ -173,6 +174,7 @@ def look_around(ranks: Ranks, config: Config | None, required: Sequence[Requirem
     on_gpu = ranks.device.type == "cuda"
     free, total = torch.cuda.mem_get_info(ranks.device) if on_gpu else (0, 0)
     shm = shutil.disk_usage(SHARED_MEMORY)
+    needed = () if config is None or is_complete_run(config) else needed_paths(config)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return RankFacts(
@@ -198,7 +200,7 @@ def look_around(ranks: Ranks, config: Config | None, required: Sequence[Requirem
         cores=len(os.sched_getaffinity(0)),
         settings=slow_settings(os.environ),
         has_plan=config is not None,
-        paths={path: digest_of(Path(path)) for _, path in needed_paths(config)} if config else {},
+        paths={path: digest_of(Path(path)) for _, path in needed},
     )
 
 

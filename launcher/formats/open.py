@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.messages import looked_for_in
+from data.prepared import is_prepared
 from launcher.checkpoint.averaged import AveragedReader
 from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under
 from launcher.checkpoint.load import check_fits
@@ -66,14 +68,20 @@ def open_source(text: str) -> Source:
         if text.endswith(AVERAGED) and not folder.exists():
             return _averaged(text)
         if (folder / MANIFEST).is_file():
+            if is_local(folder) and is_prepared(folder):
+                raise CheckpointError(
+                    f"{text}: is a folder of prepared data, not a checkpoint; name a checkpoint or a run"
+                )
             return CheckpointReader(folder)
         if found := checkpoints_under(folder):
             return CheckpointReader(found[-1])
         if published := published_at(folder):
             return PublishedSource(published)
         if not folder.is_dir():
-            there = "is a file, and checkpoints are folders" if folder.exists() else "there is no such folder"
-            raise CheckpointError(f"{text}: {there}")
+            if folder.exists():
+                raise CheckpointError(f"{text}: is a file, and checkpoints are folders")
+            place = looked_for_in(folder) if is_local(folder) else ""
+            raise CheckpointError(f"{text}: there is no such folder{place}")
     from launcher.formats.hf_source import HuggingFaceSource, is_hf
 
     if is_local(folder) and (source := _deepspeed_source(folder)):

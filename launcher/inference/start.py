@@ -1,5 +1,6 @@
 """Complete the model that a run starts from."""
 
+import math
 from typing import Any
 
 from data.labels import texts_of
@@ -7,10 +8,17 @@ from data.loader import first_training_rows
 from launcher.checkpoint.source import Source
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
-from launcher.inference.sub_norms import insert_sub_norms_, lacks_sub_norms, measure_sub_norms
+from launcher.inference.sub_norms import (
+    check_takes_sub_norms,
+    insert_sub_norms_,
+    lacks_sub_norms,
+    measure_sub_norms,
+)
+from launcher.inference.vocabulary import grow_shapes_
 from launcher.plan.course import make_course
 from launcher.process.exchange import failing_alike, value_of_first
 from launcher.process.ranks import ALONE, Ranks
+from model.size import parameter_shapes
 
 
 def put_sub_norms_in(source: Source, config: Config, ranks: Ranks = ALONE) -> list[str]:
@@ -28,11 +36,7 @@ def put_sub_norms_in(source: Source, config: Config, ranks: Ranks = ALONE) -> li
     num_sequences = config.checkpoint.sub_norm_sequences
     if num_sequences is None:
         return []
-    if not lacks_sub_norms(source, config.model):
-        raise CheckpointError(
-            f"{source.location} has SubLN already, or the run has none (model.sub_norm); leave out "
-            "checkpoint.sub_norm_sequences"
-        )
+    _check_lacks_sub_norms(source, config)
     found: Any = None
     with failing_alike():
         if ranks.rank == 0:
@@ -44,3 +48,25 @@ def put_sub_norms_in(source: Source, config: Config, ranks: Ranks = ALONE) -> li
     gains, sentence = value_of_first(found) if ranks is not ALONE else found
     insert_sub_norms_(source, config.model, gains)
     return [sentence]
+
+
+def complete_shapes_(source: Source, config: Config) -> None:
+    """Let a source have the shapes of all that a run puts into it, but no values: enough to check what fits.
+
+    Raises:
+        CheckpointError: as `grow_vocabulary_` and `put_sub_norms_in`, as far as no weights or data must be read.
+    """
+    grow_shapes_(source, config)
+    if config.checkpoint.sub_norm_sequences is not None:
+        _check_lacks_sub_norms(source, config)
+        check_takes_sub_norms(source, config.model)
+        added = parameter_shapes(config.model).keys() - source.shapes.keys()
+        insert_sub_norms_(source, config.model, dict.fromkeys(added, math.nan))
+
+
+def _check_lacks_sub_norms(source: Source, config: Config) -> None:
+    if not lacks_sub_norms(source, config.model):
+        raise CheckpointError(
+            f"{source.location} has SubLN already, or the run has none (model.sub_norm); leave out "
+            "checkpoint.sub_norm_sequences"
+        )

@@ -61,6 +61,21 @@ def lacks_sub_norms(source: Source, model: ModelConfig) -> bool:
     return model.sub_norm and not any(name.removesuffix(".weight").endswith("_sub_norm") for name in source.shapes)
 
 
+def check_takes_sub_norms(source: Source, model: ModelConfig) -> None:
+    """Check that SubLN can be put into a source without; no weight is read.
+
+    Raises:
+        CheckpointError: the source is ternary, or not this model.
+    """
+    precision = computed_precision(source)
+    if precision is not None and precision.quantization is not None:
+        raise CheckpointError(
+            f"{source.location} is ternary; SubLN can be put into 16-bit weights alone. Set model.sub_norm to false, "
+            "or begin with the 16-bit model"
+        )
+    check_model(source, replace(model, sub_norm=False))
+
+
 @torch.no_grad()
 def measure_sub_norms(
     source: Source, model: ModelConfig, texts: Sequence[tuple[Tensor, Tensor]], device: torch.device
@@ -74,16 +89,10 @@ def measure_sub_norms(
         device: where a block computes.
 
     Raises:
-        CheckpointError: the source is ternary, or not this model.
+        CheckpointError: as `check_takes_sub_norms`.
     """
-    precision = computed_precision(source)
-    if precision is not None and precision.quantization is not None:
-        raise CheckpointError(
-            f"{source.location} is ternary; SubLN can be put into 16-bit weights alone. Set model.sub_norm to false, "
-            "or begin with the 16-bit model"
-        )
+    check_takes_sub_norms(source, model)
     plain = replace(model, sub_norm=False)
-    check_model(source, plain)
     embedding_VD = _read(source, EMBEDDING, device)
     hidden = [embedding_VD[tokens_T.to(device)][None] for tokens_T, _ in texts]
     changed = [x_BTD.clone() for x_BTD in hidden]

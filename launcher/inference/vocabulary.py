@@ -34,6 +34,28 @@ def grow_vocabulary_(source: Source, config: Config, ranks: Ranks = ALONE) -> li
     """
     if not config.checkpoint.grow_vocabulary:
         return []
+    names, num_rows, wanted = _lacking(source, config)
+    means: dict[str, list[float]] = {}
+    with failing_alike():
+        if ranks.rank == 0:
+            means = {name: _mean_row(source, name).tolist() for name in names}
+    means = value_of_first(means) if ranks is not ALONE else means
+    _grow_(source, {name: Grown(num_rows, torch.tensor(means[name])) for name in names}, wanted)
+    return [
+        f"{wanted - num_rows} rows were added to the {num_rows} of {source.location}; each is the mean of the others."
+    ]
+
+
+def grow_shapes_(source: Source, config: Config) -> None:
+    """Do as `grow_vocabulary_`, but for the values of the new rows: no weight is read, and none of these can be."""
+    if config.checkpoint.grow_vocabulary:
+        names, num_rows, wanted = _lacking(source, config)
+        grown = {name: Grown(num_rows, torch.empty(source.shapes[name][1:], device="meta")) for name in names}
+        _grow_(source, grown, wanted)
+
+
+def _lacking(source: Source, config: Config) -> tuple[list[str], int, int]:
+    """The matrices to grow, the rows that are stored of each, and those that the run's model has."""
     names, wanted = [name for name in (EMBEDDING, HEAD) if name in source.shapes], config.model.vocab_size
     num_rows = min((source.shapes[name][0] for name in names), default=wanted)
     if num_rows >= wanted:
@@ -41,16 +63,12 @@ def grow_vocabulary_(source: Source, config: Config, ranks: Ranks = ALONE) -> li
             f"{source.location} has {num_rows} rows, and model.vocab_size is {wanted}; leave out "
             "checkpoint.grow_vocabulary"
         )
-    means: dict[str, list[float]] = {}
-    with failing_alike():
-        if ranks.rank == 0:
-            means = {name: _mean_row(source, name).tolist() for name in names}
-    means = value_of_first(means) if ranks is not ALONE else means
-    source.grown = {name: Grown(num_rows, torch.tensor(means[name])) for name in names}
-    source.shapes = {name: (wanted, *shape[1:]) if name in names else shape for name, shape in source.shapes.items()}
-    return [
-        f"{wanted - num_rows} rows were added to the {num_rows} of {source.location}; each is the mean of the others."
-    ]
+    return names, num_rows, wanted
+
+
+def _grow_(source: Source, grown: dict[str, Grown], wanted: int) -> None:
+    source.grown = grown
+    source.shapes = {name: (wanted, *shape[1:]) if name in grown else shape for name, shape in source.shapes.items()}
 
 
 def _mean_row(source: Source, name: str) -> Tensor:

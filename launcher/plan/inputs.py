@@ -1,14 +1,13 @@
 """Files and folders that a run reads: which of them are missing or do not fit, before anything is built.
 
-`tritrain plan` shows what is missing. A run refuses to start without it: text that is tokenized for hours is of no use
-to a model with a smaller vocabulary, and a teacher that is missing is no surprise for the second day. Only names, sizes
-and small manifests are read here; URLs and data sets of a hub are left to the libraries that read them.
+Only names, sizes and small manifests are read here; URLs and data sets of a hub are left to the libraries that read
+them. What is in checkpoints is looked at by `launcher.inference.inputs`, which `tritrain plan` and a start ask.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from data.added_tokens import num_new
 from data.config import PrepareConfig
 from data.errors import DataError
 from data.hub_tokenizer import is_on_hub
+from data.messages import looked_for_in
 from data.mixture import rows_per_epoch
 from data.prepared import (
     TRAIN,
@@ -35,27 +35,12 @@ from eval.tasks import task_problems
 from launcher.config.averaging import without_averaged
 from launcher.config.mixtures import named_sources
 from launcher.config.sections import Config
-from launcher.plan.course import make_course
+from launcher.plan.course import Phase, make_course
 from launcher.plan.objectives import objective_problem
 
 
-def check_inputs(config: Config) -> None:
-    """Make sure that everything that a run reads exists.
-
-    Raises:
-        DataError: lists every problem, each with the key that names the file or folder.
-    """
-    if problems := missing_inputs(config):
-        raise DataError("\n".join(f"{key}: {problem}" for key, problem in problems))
-
-
 def missing_inputs(config: Config) -> list[tuple[str, str]]:
-    """List what is missing or does not fit: pairs of a key and a sentence that says what would be right.
-
-    A run that is complete reads nothing any more.
-    """
-    if _is_complete(config):
-        return []
+    """List what is missing or does not fit: pairs of a key and a sentence that says what would be right."""
     return [
         *_source_problems(config),
         *_text_problems(config),
@@ -67,24 +52,12 @@ def missing_inputs(config: Config) -> list[tuple[str, str]]:
 
 def needed_paths(config: Config) -> Iterator[tuple[str, str]]:
     """Yield each local file and folder that the run still reads, after the key that names it."""
-    if _is_complete(config):
-        return
     yield from _sources(config)
     yield from ((key, text) for key, text in _texts(config) if is_path(text))
     yield from _tokenizers(config)
     yield from _checkpoints(config)
     if config.evaluation.task_data is not None:
         yield "evaluation.task_data", config.evaluation.task_data
-
-
-def _is_complete(config: Config) -> bool:
-    try:
-        state = json.loads((config.run.path / "state.json").read_bytes())
-    except (OSError, ValueError, RecursionError):  # no start yet, or cut off by a full disk
-        return False
-    if not isinstance(state, dict) or state.get("status") != "complete":
-        return False
-    return "steps" not in state or state["steps"] == make_course(config).total_steps  # else it was made longer
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:
@@ -210,29 +183,55 @@ def _text_problems(config: Config) -> Iterator[tuple[str, str]]:
         )
 
 
-def _checkpoints(config: Config) -> Iterator[tuple[str, str]]:
-    """Local folders of the checkpoint that the run begins with, and of its teachers, as far as it needs them."""
-    named = []
+@dataclass(frozen=True)
+class NamedCheckpoint:
+    """A checkpoint that a configuration names, and what the run still needs it for."""
+
+    key: str
+    text: str
+    is_begun_with: bool = False
+    """Whether the run begins with its weights."""
+    teaches: Phase | None = None
+    """The phase whose teacher, or reference, it is."""
+
+    @property
+    def path(self) -> str | None:
+        """The local folder of it; None of a URL."""
+        if "://" in self.text:
+            return None
+        return self.text if Path(self.text).exists() else without_averaged(self.text)
+
+
+def named_checkpoints(config: Config) -> Iterator[NamedCheckpoint]:
+    """Yield the checkpoint that the run begins with, and its teachers, as far as it still needs them."""
     saved, phases, checkpoint = _saved_steps(config), make_course(config).phases, config.checkpoint
     to_do = [phase for phase in phases if phase.end > max(saved, default=0)]
     if checkpoint.start_from is not None:
         first = phases[checkpoint.start_phase]
         is_teacher = first.has_second_model and (first.distillation is None or first.distillation.teacher is None)
         # A run that `tritrain convert` has made holds what it begins with.
-        if not saved or (is_teacher and first in to_do and first.start not in saved):
-            named.append(("checkpoint.start_from", checkpoint.start_from))
+        teaches = first if is_teacher and first in to_do and first.start not in saved else None
+        if not saved or teaches:
+            yield NamedCheckpoint("checkpoint.start_from", checkpoint.start_from, not saved, teaches)
     for phase in to_do:
         if phase.distillation and phase.distillation.teacher is not None:
-            named.append((f"phases.{phase.index}.distillation.teacher", phase.distillation.teacher))
-    yield from (
-        (key, path if Path(path).exists() else without_averaged(path)) for key, path in named if "://" not in path
-    )
+            key = f"phases.{phase.index}.distillation.teacher"
+            yield NamedCheckpoint(key, phase.distillation.teacher, teaches=phase)
+
+
+def _checkpoints(config: Config) -> Iterator[tuple[str, str]]:
+    """Local folders of checkpoints that the run still needs."""
+    yield from ((named.key, named.path) for named in named_checkpoints(config) if named.path is not None)
 
 
 def _checkpoint_problems(config: Config) -> Iterator[tuple[str, str]]:
     for key, path in _checkpoints(config):
         if not Path(path).is_dir():
-            there = "is a file, and a checkpoint is a folder" if Path(path).exists() else "no such folder"
+            there = (
+                "is a file, and a checkpoint is a folder"
+                if Path(path).exists()
+                else f"no such folder{looked_for_in(path)}"
+            )
             yield key, f"{path}: {there}; name a checkpoint, a run, or a folder of DeepSpeed or Hugging Face"
 
 

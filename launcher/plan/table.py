@@ -1,7 +1,7 @@
 """The output of `tritrain plan`: all numbers for a program, or a table for a person."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -10,7 +10,6 @@ from launcher.plan.disk import disk_of
 from launcher.plan.events import events
 from launcher.plan.exports import exports_of
 from launcher.plan.gpus import UTILIZATION, Gpu
-from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank, num_ternary_parameters
 from launcher.plan.muon import muon_flops
 from launcher.plan.plan import Plan
@@ -18,6 +17,9 @@ from launcher.plan.sources import drawn_by_source, source_rows
 from launcher.plan.traffic import describe_traffic
 from launcher.process.console import Console, human_bytes, human_count, human_time
 from model.size import flops_per_token, num_parameters
+
+MOST_LINES = 12
+"""Of one problem in the table."""
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -65,13 +67,21 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def describe_surroundings(plan: Plan, gpu: tuple[str, Gpu] | None, utilization: float) -> dict[str, Any]:
+def describe_surroundings(
+    plan: Plan,
+    gpu: tuple[str, Gpu] | None,
+    utilization: float,
+    missing: Sequence[tuple[str, str]],
+    refused: str | None = None,
+) -> dict[str, Any]:
     """The needs of a run, in time, disk space and files, and the exports that its model can have.
 
     Args:
         plan: of the run.
         gpu: name and speed of each rank's GPU; None where there is none that is known.
         utilization: share of the peak that training reaches.
+        missing: what the run reads and is missing, or cannot be used: the key, and a sentence.
+        refused: why a start would not take the run's folder; None if it would.
     """
     numbers, exports = describe(plan), exports_of(plan)
     hours = None
@@ -82,7 +92,8 @@ def describe_surroundings(plan: Plan, gpu: tuple[str, Gpu] | None, utilization: 
         "time": {"hours": hours, "gpu": gpu and gpu[0], "utilization": utilization},
         "disk": disk_of(plan, numbers["checkpoints_kept"], exports),
         "exports": [{"name": each.name, "problems": each.problems, "bytes": each.num_bytes} for each in exports],
-        "missing": [{"key": key, "problem": problem} for key, problem in missing_inputs(plan.config)],
+        "missing": [{"key": key, "problem": problem} for key, problem in missing],
+        "refused": refused,
     }
 
 
@@ -93,6 +104,8 @@ def show_plan(
     as_json: bool,
     gpu: tuple[str, Gpu] | None = None,
     utilization: float = UTILIZATION,
+    missing: Sequence[tuple[str, str]],
+    refused: str | None = None,
     counted_as: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Print what a run would do and need, and its resolved configuration.
@@ -103,11 +116,13 @@ def show_plan(
         as_json: all numbers instead of a table.
         gpu: as in `describe_surroundings`.
         utilization: as there.
+        missing: as there.
+        refused: as there.
         counted_as: the keys that are `auto`, each with the value that the plan counts with and the reason, in words.
     """
     tree = to_tree(plan.config)
     numbers = describe(plan) | describe_traffic(plan) | {"events": events(plan), "counted_as": dict(counted_as)}
-    surroundings = describe_surroundings(plan, gpu, utilization)
+    surroundings = describe_surroundings(plan, gpu, utilization, missing, refused)
     if as_json:
         console.line(json.dumps({"config": tree, "plan": numbers | surroundings}, indent=2))
         return
@@ -132,9 +147,17 @@ def surrounding_rows(found: dict[str, Any]) -> list[list[str]]:
         ["time", took],
         ["disk", f"{parts}; {free} in {disk['place']}{': TOO LITTLE' if lacks else ''}"],
         *[[f"export {each['name']}", _export_in_words(each)] for each in found["exports"]],
-        *[[f"missing: {each['key']}", each["problem"]] for each in found["missing"]],
+        *[[f"missing: {each['key']}", _problem_in_words(each["problem"])] for each in found["missing"]],
         *([] if found["missing"] else [["missing", "nothing"]]),
+        *([["a start is refused", _problem_in_words(found["refused"])]] if found["refused"] else []),
     ]
+
+
+def _problem_in_words(problem: str) -> str:
+    """All of it, unless it lists the parameters of a large model."""
+    lines = problem.splitlines()
+    more = [f"(and {len(lines) - MOST_LINES} more lines, with --json)"] if len(lines) > MOST_LINES else []
+    return "\n".join(lines[:MOST_LINES] + more)
 
 
 def _export_in_words(export: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ RUN/metrics.jsonl, RUN/tensorboard/, RUN/checkpoints/, RUN/summary.json, RUN/rep
 import fcntl
 import json
 import os
+import shlex
 import socket
 import time
 import uuid
@@ -325,6 +326,21 @@ class RunFolder:
         replace_file(self.path / "summary.json", json.dumps(summary, indent=2))
 
 
+def is_complete_run(config: Config) -> bool:
+    """Return whether this run is complete, so that it reads nothing any more.
+
+    A complete run with another configuration is not this one, even if it has the name.
+    """
+    if read_state(config.run.path).get("status") != "complete":
+        return False
+    folder = RunFolder(config)
+    try:
+        folder.check_configuration()
+    except ConfigError:
+        return False
+    return folder.is_complete(make_course(config).total_steps)
+
+
 def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
     """Check that a run's own `config.yaml` leads to that run, even if it was moved.
 
@@ -345,7 +361,7 @@ def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
         another = "run.folder=FOLDER run.name=NAME" if config.run.folder else "run.name=NAME"
         raise ConfigError(
             f"run.folder: {file} is that of the run in {folder}, and leads to {target.absolute()} from here. "
-            f"To resume the run, add run.folder={folder.absolute()}; to begin another one, {another}"
+            f"To resume the run, add {shlex.quote(f'run.folder={folder.absolute()}')}; to begin another one, {another}"
         )
 
 

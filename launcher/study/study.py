@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.new_paths import replace_file
 from launcher.errors import ConfigError
-from launcher.plan.inputs import missing_inputs
+from launcher.inference.inputs import input_problems
 from launcher.process.console import Console
 from launcher.process.torchrun import ROOT, num_gpus
 from launcher.run.folder import RunFolder
@@ -137,7 +137,7 @@ def check_arms(arms: Sequence[Arm]) -> None:
             RunFolder(arm.config).check_configuration()
         except ConfigError as error:
             problems[str(error)].append(arm.name)
-        for key, problem in missing_inputs(arm.config):
+        for key, problem in input_problems(arm.config):
             problems[f"{key}: {problem}"].append(arm.name)
     raise_problems(problems, len(arms))
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from multiprocessing.connection import Connection
 
+from launcher.inference.inputs import input_problems
 from launcher.plan.disk import existing_part
 from launcher.plan.gpus import named_gpu
-from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import checkpoint_bytes
 from launcher.plan.plan import Plan, make_plan
 from launcher.process.console import Console, human_bytes, human_count, human_time
@@ -129,7 +129,7 @@ def show_needs(
         seconds, by = measured_seconds(jobs, place)
     took = "not estimated" if seconds is None else f"about {human_time(seconds / num_places)}"
     rows = [["time", f"{took} with {num_places} at once, {by}"], ["disk", disk_in_words(jobs, place, keep, num_places)]]
-    missing = {key: problem for job in jobs if not job.is_trunk for key, problem in missing_inputs(job.config)}
+    missing = {key: problem for job in jobs if not job.is_trunk for key, problem in input_problems(job.config)}
     console.aligned(rows + [[f"missing: {key}", problem] for key, problem in missing.items()])
 
 

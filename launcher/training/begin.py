@@ -20,6 +20,7 @@ from launcher.engine.contract import Engine, load_weights
 from launcher.engine.learned_scales import initialize_scales_
 from launcher.formats.open import check_sound
 from launcher.formats.start import check_data, first_progress, open_start
+from launcher.formats.teacher import is_ternary
 from launcher.inference.start import put_sub_norms_in
 from launcher.inference.vocabulary import grow_vocabulary_
 from launcher.plan.course import Phase
@@ -43,7 +44,7 @@ from launcher.training.reference import open_second_model
 from launcher.training.rollback import discard_given_up
 from launcher.training.step import Batches, open_data
 from launcher.training.tasks import TasksInTraining, open_tasks
-from launcher.training.teacher import Teacher, check_teacher, is_ternary
+from launcher.training.teacher import Teacher, check_teacher
 from launcher.training.telemetry import Telemetry, telemetry_of
 from launcher.training.tracing import Tracer
 from launcher.watch.heartbeat import Pulse

@@ -10,22 +10,19 @@ Resuming finds the same teacher again where it was: the run's own is a milestone
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from launcher.checkpoint.folders import MANIFEST, folder_of
-from launcher.checkpoint.load import check_fits
-from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import Precision
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import CheckpointError
-from launcher.formats.open import check_sound, computed_precision, model_of, open_source
+from launcher.formats.open import check_sound, open_source
+from launcher.formats.teacher import teacher_location, teacher_model
 from launcher.inference.build import sharded_model
 from launcher.inference.vocabulary import grow_vocabulary_
 from launcher.plan.course import Phase
@@ -34,7 +31,6 @@ from launcher.process.ranks import Ranks
 from model.distillation import DistillationConfig, Lesson
 from model.loss import num_labels
 from model.preference import Reference
-from model.size import parameter_shapes
 from model.transformer import ModelConfig, Transformer
 
 
@@ -102,7 +98,7 @@ def teacher_source(plan: Plan, phase: Phase, ranks: Ranks, checkpoints: Path) ->
         if location == plan.config.checkpoint.start_from:
             grow_vocabulary_(source, plan.config, ranks)
         check_sound(source, ranks)
-        return source, teacher_model(source, plan, may_be_ternary=phase.preference is not None)
+        return source, teacher_model(source, plan.config, phase)
     except CheckpointError as error:
         raise CheckpointError(f"phases.{phase.index}.{key}: no such teacher can be had. {error}") from error
 
@@ -124,48 +120,6 @@ def check_teacher(reader: CheckpointReader, teacher: Teacher) -> None:
             f"{reader.folder}: its phase had another teacher ({before}, now {teacher.identity}); put that one back, or "
             "begin a new run with checkpoint.start_from"
         )
-
-
-def teacher_location(plan: Plan, phase: Phase, checkpoints: Path) -> str:
-    """The location of a phase's teacher: as configured, or else the checkpoint with which the phase begins."""
-    if phase.distillation is not None and phase.distillation.teacher is not None:
-        return phase.distillation.teacher
-    own, checkpoint = folder_of(checkpoints, phase.start), plan.config.checkpoint
-    if checkpoint.start_from is not None and checkpoint.start_phase == phase.index:
-        with reaching(own):
-            # A run that `tritrain convert` has made holds what it begins with.
-            return str(own) if (own / MANIFEST).is_file() else checkpoint.start_from
-    return str(own)
-
-
-def teacher_model(source: Source, plan: Plan, *, may_be_ternary: bool = False) -> ModelConfig:
-    """The architecture of a teacher: what it says of itself, or, where it says nothing, the run's.
-
-    Raises:
-        CheckpointError: it is ternary, has another vocabulary or too short sequences, or other parameters.
-    """
-    config = plan.config
-    model = model_of(source) or config.model
-    if source.grown:
-        model = replace(model, vocab_size=config.model.vocab_size)
-    problems = []
-    if is_ternary(source) and not may_be_ternary:
-        problems.append("it is ternary; a teacher must be in 16 bits")
-    if model.vocab_size != config.model.vocab_size:
-        problems.append(f"its vocab_size is {model.vocab_size}, the model's {config.model.vocab_size}")
-    if model.max_sequence_length < config.data.sequence_length:
-        wanted = config.data.sequence_length
-        problems.append(f"its max_sequence_length is {model.max_sequence_length}, data.sequence_length {wanted}")
-    if problems:
-        raise CheckpointError(f"{source.location} cannot teach this model:\n" + "\n".join(problems))
-    check_fits(source, parameter_shapes(model))
-    return model
-
-
-def is_ternary(source: Source) -> bool:
-    """Return whether a source says that it computes with ternary weights."""
-    precision = computed_precision(source)
-    return precision is not None and precision.quantization is not None
 
 
 def shard_teacher(source: Source, config: ModelConfig, plan: Plan, ranks: Ranks, precision: Precision) -> Transformer:

@@ -4,6 +4,7 @@ Trackio knows a run by its name, so a part of the run's id is in it.
 """
 
 import os
+import shlex
 from pathlib import Path
 
 from launcher.run.trackers.contract import TrackedRow, TrackedRun
@@ -27,7 +28,8 @@ class TrackioTracker:
             trackio.context_vars.current_server.set(None)
             self._run = trackio.init(**options, resume="allow", embed=False)
             space, problem = None, f"{space} cannot be reached ({type(error).__name__}); "
-        shown = f"`TRACKIO_DIR={folder} trackio show --project {run.project}` shows it"
+        place, project = shlex.quote(str(folder)), shlex.quote(run.project)
+        shown = f"`TRACKIO_DIR={place} trackio show --project {project}` shows it"
         self.where = f"in the Space {space}" if space else f"{problem}in {folder}; {shown}"
 
     def enter_phase(self, index: int, precision: str, start_step: int) -> None:

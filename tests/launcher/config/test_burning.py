@@ -140,7 +140,7 @@ def test_huge_numbers(key: str, capsys: pytest.CaptureFixture[str]) -> None:
             except ConfigError as error:
                 assert len(str(error)) < 3000  # noqa: PT017
                 continue
-            show_plan(plan, Console(silent=False), as_json=False, gpu=None, utilization=0.4)
+            show_plan(plan, Console(silent=False), as_json=False, gpu=None, utilization=0.4, missing=())
             for step in (0, plan.total_steps // 2, plan.total_steps - 1):
                 plan.sizes_at(step)
                 plan.strengths_at(step)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command import tritrain
 from packaging.requirements import Requirement
 from places import ROOT
 from ranks import run_ranks
@@ -41,7 +42,7 @@ from launcher.doctor.facts import (
     requirements,
     slow_settings,
 )
-from launcher.errors import CheckpointError, PlacementError
+from launcher.errors import CheckpointError, ConfigError, PlacementError
 from launcher.plan.disk import existing_part
 from launcher.plan.plan import Plan, make_plan
 from launcher.plan.table import describe
@@ -386,6 +387,15 @@ def run_doctor(folder: Path, arguments: str) -> tuple[int, str]:
         capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
+
+
+def test_a_wrong_configuration_is_told_before_ranks_are_started(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_tree(shards, tmp_path / "run")))
+    monkeypatch.setattr("launcher.cli.watching.become_ranks", lambda *_: pytest.fail("ranks were started"))
+    with pytest.raises(ConfigError, match="8 sequences do not divide into micro-batches of 2 on 3 ranks"):
+        tritrain("doctor", tmp_path / "config.yaml", "--ranks", "3")
 
 
 @pytest.mark.slow

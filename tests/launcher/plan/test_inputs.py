@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,10 @@ import pytest
 import yaml
 from chat_files import pair, prepare_chats, prepare_pairs, prepare_text, some_chats
 from command import tritrain
+from exports import model_tree
+from hf_folders import pack_folder, write_variant
 from jobs import Job
+from models import VARIANTS
 from places import ROOT
 from tiny import SEQUENCE_LENGTH, tiny_config, tiny_tree
 from tiny_tasks import EXAMPLES
@@ -22,9 +26,12 @@ from data.prepared import no_held_out_text
 from data.shards import PrepareConfig, prepare
 from data.sources import Source, open_sources
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
+from launcher.errors import ConfigError
+from launcher.inference.inputs import check_inputs, input_problems
 from launcher.plan.course import make_course
 from launcher.plan.disk import disk_of
-from launcher.plan.inputs import check_inputs, missing_inputs, needed_paths
+from launcher.plan.inputs import missing_inputs, needed_paths
+from launcher.run.folder import RunFolder
 
 
 def text_of(inputs=("python-stdlib",), tokenizer="bpe:320", **keys):
@@ -43,6 +50,23 @@ def test_a_missing_source_says_how_to_make_one(tmp_path):
     assert found["data.sources.0.path"].startswith(
         f"{tmp_path}/none: no such folder of prepared data; `tritrain prepare"
     )
+
+
+def test_what_is_missing_under_a_relative_path_is_said_to_be_missing_in_this_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = {
+        "data.sources.0.path": "my-data: no such folder of prepared data in ",
+        "checkpoint.start_from": "trunk: no such folder in ",
+        "phases.1.distillation.teacher": "big: no such folder in ",
+        "data.prepare.inputs.0": "none.txt: no such file or folder in ",
+        "data.prepare.tokenizer": "none.model: no such tokenizer file in ",
+    }
+    named = {"checkpoint": {"start_from": "trunk"}, "phases": phases("big")}
+    found = dict(missing_inputs(tiny_config(Path("my-data"), tmp_path / "run", **named)))
+    found |= missing_inputs(tiny_config(Path("out"), tmp_path / "run", data=text_of(["none.txt"], "none.model")))
+    assert found.keys() == here.keys()
+    for key, problem in found.items():
+        assert problem.startswith(f"{here[key]}{tmp_path};"), key
 
 
 def test_a_source_must_fit_the_model_and_the_other_sources(shards, tmp_path):
@@ -242,8 +266,6 @@ def test_what_is_needed_is_each_path_after_its_key(shards, tmp_path):
     reach(tmp_path / "run", 8)
     shutil.copytree(shards, tmp_path / "out")
     assert [*needed_paths(config)] == [("data.sources.0.path", str(tmp_path / "out")), *tasks]
-    (tmp_path / "run" / "state.json").write_text('{"status": "complete"}')
-    assert [*needed_paths(config)] == []
 
 
 def test_tasks_need_their_examples(shards, tmp_path):
@@ -264,9 +286,33 @@ def test_a_complete_run_needs_nothing(tmp_path):
     (tmp_path / "run").mkdir()
     for state in ('{"status": "interrupted"}', "", '{"status": "compl', "[]"):
         (tmp_path / "run" / "state.json").write_text(state)
-        assert missing_inputs(config)
+        assert input_problems(config)
     (tmp_path / "run" / "state.json").write_text('{"status": "complete"}')
-    assert missing_inputs(config) == []
+    assert input_problems(config) == []
+
+
+def test_a_complete_run_of_the_same_name_spares_another_configuration_nothing(shards, tmp_path):
+    run, tree = tmp_path / "run", tiny_tree(shards, tmp_path / "run")
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({"tritrain_version": "0.1.0", **tree}))
+    (run / "state.json").write_text('{"status": "complete"}')
+    (run / "starts.jsonl").write_text('{"step": 0}\n')
+
+    def plan(path):
+        copied = tree | {"data": tree["data"] | {"sources": [{"path": path}]}}
+        (tmp_path / "copied.yaml").write_text(yaml.safe_dump(copied))
+        found = json.loads(tritrain("plan", tmp_path / "copied.yaml", "--json"))["plan"]
+        return [each["key"] for each in found["missing"]], found["refused"]
+
+    assert plan(str(shards)) == ([], None)
+    missing, refused = plan("my-dta")
+    assert missing == ["data.sources.0.path"]
+    with pytest.raises(ConfigError) as caught:
+        RunFolder(tiny_config(Path("my-dta"), run)).check_configuration()
+    assert refused == str(caught.value)
+    assert "holds a run with another configuration" in refused
+    assert "data.sources.0.path" in refused
+    assert "a start is refused" in tritrain("plan", tmp_path / "copied.yaml")
 
 
 def test_train_refuses_at_once(tmp_path):
@@ -291,6 +337,74 @@ def test_train_refuses_before_it_starts_a_rank(tmp_path, monkeypatch):
         "checkpoint.start_from",
     ]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of Hugging Face: one that fits `tiny`'s vocabulary, its ternary export, and one of another vocabulary."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, vocab_size in (("sound", 320), ("ternary", 320), ("words", 64)):
+        write_variant(folder / name, vocab_size=vocab_size)
+    pack_folder(folder / "ternary", "bitlinear")
+    return folder
+
+
+def told_of(tree, tmp_path, monkeypatch):
+    """What `plan` says is missing; a start refuses with the same sentences, or starts ranks if there are none."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    missing = json.loads(tritrain("plan", tmp_path / "config.yaml", "--json"))["plan"]["missing"]
+    started = []
+    monkeypatch.setattr("launcher.cli.training.become_run", lambda *_: started.append(True))
+    with pytest.raises(DataError) if missing else nullcontext() as caught:
+        tritrain("train", tmp_path / "config.yaml")
+    if missing:
+        assert str(caught.value) == "\n".join(f"{each['key']}: {each['problem']}" for each in missing)
+    assert bool(started) == (not missing)
+    return {each["key"]: each["problem"] for each in missing}
+
+
+def test_a_teacher_that_cannot_teach_is_found_before_the_first_step(shards, models, tmp_path, monkeypatch):
+    teachers = [models / "ternary", models / "sound", models / "words", shards, shards.parent]
+    tree = tiny_tree(shards, tmp_path / "run")
+    tree["phases"] = phases(*map(str, teachers))
+    told = told_of(tree, tmp_path, monkeypatch)
+    ternary, words, data, no_model = (told.pop(f"phases.{phase}.distillation.teacher") for phase in (1, 3, 4, 5))
+    assert told == {}
+    assert ternary == f"{models}/ternary cannot teach this model:\nit is ternary; a teacher must be in 16 bits"
+    assert words == f"{models}/words cannot teach this model:\nits vocab_size is 64, the model's 320"
+    assert data.startswith(f"{shards}: is a folder of prepared data, not a checkpoint")
+    assert no_model.startswith(f"{shards.parent}: not a checkpoint of a known kind.")
+
+
+def test_what_a_run_cannot_begin_with_is_found_at_once(shards, models, tmp_path, monkeypatch):
+    def told(name, **keys):
+        tree = tiny_tree(shards, tmp_path / "run")
+        tree["model"] = model_tree(VARIANTS["llama"]) | {"vocab_size": 320} | keys.pop("model", {})
+        tree["checkpoint"] = {"start_from": str(models / name), **keys}
+        tree["phases"][0]["transition"] = {"optimizer": "reset"}
+        return told_of(tree, tmp_path, monkeypatch).get("checkpoint.start_from")
+
+    assert told("sound") is None
+    assert told(shards).startswith(f"{shards}: is a folder of prepared data")
+    assert "has no SubLN" in told("sound", model={"sub_norm": True})
+    assert told("sound", model={"sub_norm": True}, sub_norm_sequences=4) is None
+    assert "is ternary; SubLN" in told("ternary", model={"sub_norm": True}, sub_norm_sequences=4)
+    assert "set checkpoint.grow_vocabulary to true" in told("words")
+    assert told("words", grow_vocabulary=True) is None
+    assert "leave out checkpoint.grow_vocabulary" in told("sound", grow_vocabulary=True)
+
+
+def test_a_start_that_teaches_is_looked_at_as_a_teacher(shards, models, tmp_path, monkeypatch):
+    tree = tiny_tree(shards, tmp_path / "run")
+    tree["model"] = model_tree(VARIANTS["llama"]) | {"vocab_size": 320}
+    tree["phases"] = [{"precision": "ternary", "steps": 4, "distillation": {}, "transition": {"optimizer": "reset"}}]
+    for name, told in (
+        ("sound", {}),
+        ("ternary", {"checkpoint.start_from": f"{models}/ternary cannot teach this model:\nit is ternary; a teacher "
+                                              "must be in 16 bits"}),
+    ):  # fmt: skip
+        tree["checkpoint"] = {"start_from": str(models / name)}
+        assert told_of(tree, tmp_path, monkeypatch) == told
 
 
 @pytest.mark.slow

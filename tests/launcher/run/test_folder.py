@@ -1,6 +1,7 @@
 """Whose a run's folder is, when hosts are lost and come back."""
 
 import json
+import shlex
 import shutil
 import socket
 from dataclasses import replace
@@ -182,6 +183,18 @@ def test_a_runs_own_configuration_leads_to_it_or_is_refused(tmp_path: Path) -> N
     elsewhere = tmp_path / "config.yaml"
     moved.rename(elsewhere)
     check_place(elsewhere, [], config)
+
+
+def test_the_way_to_a_moved_run_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    config = tiny_config(Path("shards"), tmp_path / "run")
+    folder = RunFolder(config)
+    folder.prepare([4, 4])
+    folder.write_state("interrupted")
+    moved = (tmp_path / "run").rename(tmp_path / "wörk space")
+    with pytest.raises(ConfigError, match=r"add 'run\.folder=") as caught:
+        check_place(moved / "config.yaml", [], config)
+    told = str(caught.value).partition(" add ")[2].partition(";")[0]
+    assert shlex.split(told) == [f"run.folder={moved}"]
 
 
 OF_OTHERS = {

@@ -285,7 +285,7 @@ def test_compressed_shards_need_the_cache_that_remote_ones_do(shards: Path, tmp_
 
 def test_the_plan_says_what_each_phase_reads(shards: Path, other: Path, tmp_path: Path) -> None:
     plan = make_plan(config_of(shards, other, tmp_path / "run"), 1)
-    found = describe_surroundings(plan, None, 0.4)
+    found = describe_surroundings(plan, None, 0.4, ())
     rows = [read_manifest(folder)["splits"][TRAIN]["rows"] for folder in (shards, other)]
     assert [(each["phase"], each["path"], each["share"]) for each in found["sources"]] == [
         (0, str(shards), 1.0),

@@ -16,13 +16,14 @@ from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.file import parse_config
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError, ConfigError
+from launcher.formats.teacher import teacher_location
 from launcher.plan.memory import memory_bytes_per_rank
 from launcher.plan.plan import make_plan
 from launcher.plan.table import describe
 from launcher.process.ranks import Ranks
 from launcher.run.metrics_log import read_metrics
 from launcher.training.meter import LOSS_PARTS, Meter
-from launcher.training.teacher import open_teacher, teacher_location
+from launcher.training.teacher import open_teacher
 from model.size import num_parameters
 
 SIXTEEN_BITS = {"precision": "16-bit", "steps": 3}

@@ -163,7 +163,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run_starts(
 
     from data.errors import DataError
     from launcher.errors import ConfigError
-    from launcher.plan.inputs import check_inputs
+    from launcher.inference.inputs import check_inputs
 
     monkeypatch.setattr("launcher.plan.inputs.find_spec", lambda name: None if name == "mlflow" else find_spec("json"))
     config = tiny_config(shards, tmp_path / "run", logging={"trackers": ["wandb", "mlflow"]})
