@@ -4,11 +4,9 @@ Checkpoints and prepared data both have a `manifest.json`, checkpoints and runs 
 """
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
-from data.errors import DataError
-from data.prepared import read_manifest
+from data.prepared import is_prepared
 from launcher.checkpoint.folders import CONFIG, MANIFEST, NAME
 from launcher.checkpoint.location import is_local
 
@@ -37,13 +35,6 @@ def is_checkpoint(folder: Path) -> bool:
 def is_study(folder: Path) -> bool:
     """Return whether a folder is that of a study."""
     return all((folder / name).is_file() for name in OF_A_STUDY)
-
-
-def is_prepared(folder: Path) -> bool:
-    """Return whether a folder holds prepared data."""
-    with suppress(DataError):
-        return bool(read_manifest(folder))
-    return False
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.messages import looked_for_in
-from data.prepared import is_prepared
 from launcher.checkpoint.averaged import AveragedReader
 from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under
 from launcher.checkpoint.load import check_fits
@@ -68,10 +67,6 @@ def open_source(text: str) -> Source:
         if text.endswith(AVERAGED) and not folder.exists():
             return _averaged(text)
         if (folder / MANIFEST).is_file():
-            if is_local(folder) and is_prepared(folder):
-                raise CheckpointError(
-                    f"{text}: is a folder of prepared data, not a checkpoint; name a checkpoint or a run"
-                )
             return CheckpointReader(folder)
         if found := checkpoints_under(folder):
             return CheckpointReader(found[-1])

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from data.prepared import is_prepared
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
-from launcher.checkpoint.strangers import is_checkpoint, is_prepared, is_run, is_study, runs_in
+from launcher.checkpoint.strangers import is_checkpoint, is_run, is_study, runs_in
 from launcher.errors import ConfigError
 
 OF_A_RUN = "a run's folder has a config.yaml or state.json"

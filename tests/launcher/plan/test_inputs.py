@@ -372,7 +372,7 @@ def test_a_teacher_that_cannot_teach_is_found_before_the_first_step(shards, mode
     assert told == {}
     assert ternary == f"{models}/ternary cannot teach this model:\nit is ternary; a teacher must be in 16 bits"
     assert words == f"{models}/words cannot teach this model:\nits vocab_size is 64, the model's 320"
-    assert data.startswith(f"{shards}: is a folder of prepared data, not a checkpoint")
+    assert data.startswith(f"{shards} is prepared data (of `tritrain prepare`), not a model")
     assert no_model.startswith(f"{shards.parent}: not a checkpoint of a known kind.")
 
 
@@ -385,7 +385,7 @@ def test_what_a_run_cannot_begin_with_is_found_at_once(shards, models, tmp_path,
         return told_of(tree, tmp_path, monkeypatch).get("checkpoint.start_from")
 
     assert told("sound") is None
-    assert told(shards).startswith(f"{shards}: is a folder of prepared data")
+    assert told(shards).startswith(f"{shards} is prepared data")
     assert "has no SubLN" in told("sound", model={"sub_norm": True})
     assert told("sound", model={"sub_norm": True}, sub_norm_sequences=4) is None
     assert "is ternary; SubLN" in told("ternary", model={"sub_norm": True}, sub_norm_sequences=4)
