@@ -136,7 +136,8 @@ def rows_of(folder: Path) -> list[list[object]]:
     return [[row.get(key) for key in KEYS] for row in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero-1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero-1"])
 def test_runs_are_the_same_in_pieces_and_alike_on_two_ranks(
     folders: tuple[str, str], tmp_path: Path, engine: str
 ) -> None:

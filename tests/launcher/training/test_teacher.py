@@ -93,6 +93,7 @@ def on_engines(shards: str, out: str, names: tuple[str, ...]) -> None:
         run(config_of(shards, Path(out) / name / "taught", distillation, engine=ENGINES[name]))
 
 
+@pytest.mark.slow
 def test_engines_agree_with_a_single_process(shards: Path, runs: tuple[str, Path], tmp_path: Path) -> None:
     compared, out = runs
     run_group(1, on_engines, str(shards), str(tmp_path), ("fsdp2",))
