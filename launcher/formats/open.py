@@ -199,6 +199,12 @@ def computed_precision(source: Source) -> Precision | None:
     return precision_of(source) if isinstance(source, CheckpointReader) else None
 
 
+def is_ternary(source: Source) -> bool:
+    """Return whether a source says that it computes with ternary weights."""
+    precision = computed_precision(source)
+    return precision is not None and precision.quantization is not None
+
+
 def precision_of_folder(model: "FolderModel") -> Precision:
     """The precision that Transformers computes in: 8-bit activations and codes in a folder's ternary layers.
 

@@ -12,7 +12,7 @@ from launcher.checkpoint.manifest import Progress
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS, Source
 from launcher.errors import CheckpointError
-from launcher.formats.open import check_model, computed_precision, open_source
+from launcher.formats.open import check_model, is_ternary, open_source
 from launcher.plan.course import Course
 
 
@@ -69,13 +69,11 @@ def check_start(source: Source, course: Course, data_fingerprint: str | None = N
         )
     if phase.transition.optimizer != "reset" and phase.optimizer == "adamw":
         check_moments(source, dict.fromkeys(source.shapes, KINDS))
-    if phase.transition.calibration is not None:
-        precision = computed_precision(source)
-        if precision is not None and precision.quantization is not None:
-            raise CheckpointError(
-                f"{source.location} is ternary, and phases.{phase.index}.transition.calibration fits codes to 16-bit "
-                "weights; begin with a checkpoint in 16 bits, or leave it out"
-            )
+    if phase.transition.calibration is not None and is_ternary(source):
+        raise CheckpointError(
+            f"{source.location} is ternary, and phases.{phase.index}.transition.calibration fits codes to 16-bit "
+            "weights; begin with a checkpoint in 16 bits, or leave it out"
+        )
     if isinstance(source, CheckpointReader) and phase.index:
         manifest = source.manifest
         tokens = course.tokens_before(phase.start)

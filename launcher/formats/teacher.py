@@ -12,7 +12,7 @@ from launcher.checkpoint.location import reaching
 from launcher.checkpoint.source import Source
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
-from launcher.formats.open import computed_precision, model_of
+from launcher.formats.open import is_ternary, model_of
 from launcher.plan.course import Course, Phase
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
@@ -56,9 +56,3 @@ def teacher_model(source: Source, config: Config, phase: Phase) -> ModelConfig:
         raise CheckpointError(f"{source.location} cannot teach this model:\n" + "\n".join(problems))
     check_fits(source, parameter_shapes(model))
     return model
-
-
-def is_ternary(source: Source) -> bool:
-    """Return whether a source says that it computes with ternary weights."""
-    precision = computed_precision(source)
-    return precision is not None and precision.quantization is not None

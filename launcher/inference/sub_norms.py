@@ -25,7 +25,7 @@ from data.labels import IGNORED_LABEL
 from launcher.checkpoint.source import Source
 from launcher.errors import CheckpointError
 from launcher.formats.hf_source import EMBEDDING, HEAD
-from launcher.formats.open import check_model, computed_precision
+from launcher.formats.open import check_model, is_ternary
 from model.config import ModelConfig
 from model.loss import token_nll
 from model.rotary import rotary_tables
@@ -67,8 +67,7 @@ def check_takes_sub_norms(source: Source, model: ModelConfig) -> None:
     Raises:
         CheckpointError: the source is ternary, or not this model.
     """
-    precision = computed_precision(source)
-    if precision is not None and precision.quantization is not None:
+    if is_ternary(source):
         raise CheckpointError(
             f"{source.location} is ternary; SubLN can be put into 16-bit weights alone. Set model.sub_norm to false, "
             "or begin with the 16-bit model"

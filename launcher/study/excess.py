@@ -40,7 +40,8 @@ def excess(
     """
     differences = differences_from(log, twin, begin)
     # A twin has no phase that ends at the switch, and perhaps no row.
-    first = begin if begin in _ends(by_steps(twin), 0) else min((step for step, _ in differences), default=begin)
+    has_row = any(row["step"] == begin and LOSS in row for row in twin)
+    first = begin if has_row else min((step for step, _ in differences), default=begin)
     if not differences or sum(after - before for before, after in differences) < course.total_steps - first:
         return {"excess_peak": None, "excess_peak_steps": None, "excess_area": None}
     ends = np.asarray(list(differences), np.float64)

@@ -114,16 +114,17 @@ def read_study(folder: Path) -> Findings:
     records = []
     for row, point in zip(rows, points, strict=True):
         (arm, standing), path = read[row["arm"]], folder / "arms" / row["arm"]
+        known = fresh.get(row["arm"], row)
         records.append(
             Record(
-                row=fresh.get(row["arm"], row),
+                row=known,
                 point=point,
                 stands_for=_stands_for(row, point, points),
                 log=standing.log,
                 arm=arm,
                 rows=None if arm is None else _rows_of(path, arm),
                 scores=_scores_of(path / RESULTS),
-                message=_message_of(path, fresh.get(row["arm"], row), standing.status),
+                message=_message_of(path, known, standing.status),
             )
         )
     axes = tuple(axis for axis in study.labels if axis not in ("rate", "seed", "baseline"))

@@ -18,9 +18,8 @@ from launcher.config.sections import Config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import Engine, load_weights
 from launcher.engine.learned_scales import initialize_scales_
-from launcher.formats.open import check_sound
+from launcher.formats.open import check_sound, is_ternary
 from launcher.formats.start import check_data, first_progress, open_start
-from launcher.formats.teacher import is_ternary
 from launcher.inference.start import put_sub_norms_in
 from launcher.inference.vocabulary import grow_vocabulary_
 from launcher.plan.course import Phase
