@@ -146,6 +146,9 @@ class ModelConfig:
     """`normal`: one standard deviation, residual projections smaller; `mitchell`: by fan-in and depth (OLMo)."""
     init_std: float = 0.02
     """Standard deviation of the `normal` initialization."""
+    embedding_init_std: float | None = None
+    """Standard deviation of the embedding's initial values, so also of a tied head; null: as of other matrices. 1 is
+    to avoid spikes of the loss (arXiv 2312.16903)."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition in the loss (PaLM, arXiv 2204.02311); OLMo 2 takes 1e-5."""
     loss_chunk_tokens: int = 1024
@@ -161,9 +164,10 @@ class ModelConfig:
                 problems[name] = f"is {value}; must be 1 or more"
             elif value is not None and value > MOST[name]:
                 problems[name] = f"is {value}; must be {MOST[name]} or less"
-        for name in ("norm_eps", "rope_theta", "init_std"):
-            if getattr(self, name) <= 0:
-                problems[name] = f"is {getattr(self, name)}; must be above 0"
+        for name in ("norm_eps", "rope_theta", "init_std", "embedding_init_std"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                problems[name] = f"is {value}; must be above 0"
         if not 0 <= self.sub_norm_init < inf:
             problems["sub_norm_init"] = f"is {self.sub_norm_init}; must be 0 or more, and finite"
         if self.rope_scaling is not None and self.rope_scaling.method == "yarn" and self.rope_theta <= 1:

@@ -25,7 +25,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
     "normal" the standard deviation is `init_std`, for the two projections that write to the residual stream (o_proj,
     down_proj) divided by sqrt(2 * num_layers) (GPT-2). With "mitchell" (OLMo, arXiv 2402.00838) it is 1 /
     sqrt(hidden_size), for these two projections 1 / sqrt(2 * fan_in * (layer + 1)), layers counted from 0, and the
-    normal is cut off at three standard deviations.
+    normal is cut off at three standard deviations. Of the embedding it is `embedding_init_std`, unless that is None.
     A name or shape that the model of this configuration does not have raises ValueError.
     """
     expected = parameter_shapes(config).get(name)
@@ -55,17 +55,24 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
 def _draw_(value: Tensor, name: str, config: ModelConfig, digest: bytes) -> None:
     """Fill a block of a matrix with its values."""
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    writes_to_residual = name.split(".")[-2] in ("o_proj", "down_proj")
+    std = _standard_deviation(name, value.shape[1], config)
     if config.initialization == "normal":
-        std = config.init_std / (2 * config.num_layers) ** 0.5 if writes_to_residual else config.init_std
         nn.init.normal_(value, std=std, generator=generator)
-        return
-    variance = 1 / config.hidden_size
+    else:
+        nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+def _standard_deviation(name: str, fan_in: int, config: ModelConfig) -> float:
+    module = name.split(".")[-2]
+    writes_to_residual = module in ("o_proj", "down_proj")
+    if module == "embed_tokens" and config.embedding_init_std is not None:
+        return config.embedding_init_std
+    if config.initialization == "normal":
+        return config.init_std / (2 * config.num_layers) ** 0.5 if writes_to_residual else config.init_std
     if writes_to_residual:
         layer = int(name.split(".")[2])
-        variance = 1 / (2 * value.shape[1] * (layer + 1))
-    std = variance**0.5
-    nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=generator)
+        return (1 / (2 * fan_in * (layer + 1))) ** 0.5
+    return (1 / config.hidden_size) ** 0.5
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ _NAMES = {
     "model.norm_eps": "rms_norm_eps layer_norm_eps layernorm_epsilon",
     "model.tie_embeddings": "tie_word_embeddings weight_tying untie_embeddings_and_output_weights",
     "model.init_std": "initializer_range init_scale init_method_std",
+    "model.embedding_init_std": "embedding_init_method_std",
     "model.vocab_size": "padded_vocab_size vocabulary_size",
     "model.head_dim": "head_size kv_channels",
     "model.norm": "normalization norm_type norm_class_name",

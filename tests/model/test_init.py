@@ -63,9 +63,10 @@ def test_values_are_pinned():
     torch.testing.assert_close(value[0, :4], pinned, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("embedding_std", [None, 0.5])
 @pytest.mark.parametrize("initialization", ["normal", "mitchell"])
-def test_standard_deviations(initialization):
-    config = replace(WIDE, initialization=initialization)
+def test_standard_deviations(initialization, embedding_std):
+    config = replace(WIDE, initialization=initialization, embedding_init_std=embedding_std)
     for name, shape in parameter_shapes(config).items():
         value = initial_value(name, shape, config, 0)
         assert value.dtype == torch.float32
@@ -77,7 +78,7 @@ def test_standard_deviations(initialization):
             std = {"normal": 0.02 / math.sqrt(6), "mitchell": 1 / math.sqrt(2 * shape[1] * (layer + 1))}
         else:
             std = {"normal": 0.02, "mitchell": 1 / math.sqrt(256)}
-        expected = std[initialization]
+        expected = std[initialization] if embedding_std is None or "embed_tokens" not in name else embedding_std
         if initialization == "mitchell":
             assert value.abs().max() <= 3 * expected
             expected *= 0.98658  # standard deviation of a normal that is cut off at 3

@@ -173,9 +173,19 @@ def test_configuration_reports_all_problems_at_once():
         "num_kv_heads": "7 does not divide num_heads 12; choose 3, 4 or 6",
     }
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        replace(TINY, num_layers=0, num_kv_heads=0, z_loss=-1.0, norm_eps=0.0, sub_norm_init=-0.1, loss_chunk_tokens=-5)
+        replace(
+            TINY,
+            num_layers=0,
+            num_kv_heads=0,
+            z_loss=-1.0,
+            norm_eps=0.0,
+            sub_norm_init=-0.1,
+            embedding_init_std=0.0,
+            loss_chunk_tokens=-5,
+        )
     assert set(caught.value.args[0]) == {
-        *("num_layers", "num_kv_heads", "z_loss", "norm_eps", "sub_norm_init", "loss_chunk_tokens")
+        *("num_layers", "num_kv_heads", "z_loss", "norm_eps"),
+        *("sub_norm_init", "embedding_init_std", "loss_chunk_tokens"),
     }
     with pytest.raises(ValueError, match=r"head_dim.*7 is odd"):
         replace(TINY, head_dim=7)
