@@ -24,7 +24,7 @@ from launcher.checkpoint.location import check_writable, reaching
 from launcher.errors import ConfigError, report_error
 from launcher.inference.any_task import Prompting, score_loaded
 from launcher.inference.results import add_result, default_results, write_points
-from launcher.inference.sharded import Subject, open_subject
+from launcher.inference.sharded import Subject, open_measurable, open_subject
 from launcher.process.console import Console, print_results, without_nan
 from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks, process_group
@@ -110,6 +110,8 @@ def check_tasks(
 def evaluate(asked: Evaluation, ranks: Ranks, console: Console) -> None:
     """Score models on tasks, one after the other, without those already in the results; a collective."""
     tasks, names = check_tasks(asked.tasks, asked.task_data, asked.prompting)
+    for text in asked.models:
+        open_measurable(text, asked.tokenizer)  # before data are fetched, which may take minutes
     folder = Path(asked.task_data) if asked.task_data else None
     rows = {task: load_rows(task, folder)[: asked.limit] for task in tasks}
     loaded = None

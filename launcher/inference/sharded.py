@@ -81,12 +81,11 @@ def locations_of(text: str, *, every: bool) -> list[str]:
     return [str(checkpoint) for checkpoint in found]
 
 
-def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subject:
-    """Open a model and shard it over all ranks; a collective.
+def open_measurable(text: str, tokenizer: str | None = None) -> tuple[Exportable, Tokenizer]:
+    """Find a model and its tokenizer, without its weights.
 
     Args:
         text: a Tritrain checkpoint, or a run, of which the newest is taken; or an export.
-        ranks: this rank among all.
         tokenizer: file or folder; None takes the one that the model was trained with or exported with.
 
     Raises:
@@ -100,7 +99,18 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
             f"{opened.source.location}: its tokenizer was not found (no tokenizer.model or tokenizer.json); "
             "name it with --tokenizer"
         )
-    loaded = fitting_tokenizer(found, opened.model)
+    return opened, fitting_tokenizer(found, opened.model)
+
+
+def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subject:
+    """Open a model and shard it over all ranks; a collective.
+
+    Args:
+        text: see `open_measurable`, as for the last and for errors.
+        ranks: this rank among all.
+        tokenizer: of the model.
+    """
+    opened, loaded = open_measurable(text, tokenizer)
     source = opened.source
     dtype = compute_dtype_of(opened, ranks)
     model = sharded_model(source, opened.model, opened.precision, dtype, ranks)

@@ -21,6 +21,7 @@ from eval.tasks import DEFINITIONS, choose_tasks
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.config.file import parse_config, to_tree
 from launcher.errors import CheckpointError, ConfigError
+from launcher.inference import measure
 from launcher.inference.measure import (
     Evaluation,
     TextMeasurement,
@@ -278,6 +279,14 @@ def test_bad_input_is_one_clear_error(tmp_path, runs, mirror):
     large = write_tokenizer(tmp_path / "tokenizer.json", 500)
     with pytest.raises(DataError, match=r"has 500 tokens and the model \d+; .*another model"):
         open_subject(str(tmp_path / "hf"), Ranks(0, 1, 0, torch.device("cpu")), str(large))
+
+
+def test_models_are_looked_at_before_data_are_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "load_rows", lambda task, folder: pytest.fail("data were fetched"))
+    write_variant(tmp_path / "hf")
+    asked = Evaluation([str(tmp_path / "hf")], ["copa", "piqa"], None, None, None, None)
+    with pytest.raises(CheckpointError, match="tokenizer was not found"):
+        evaluate(asked, Ranks(0, 1, 0, torch.device("cpu")), Console(silent=True))
 
 
 def test_results_that_cannot_be_written_are_known_before_the_work(tmp_path):
