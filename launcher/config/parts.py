@@ -63,7 +63,7 @@ def parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
 
     A part checks itself as a whole only once every key of it is well-formed. So what is not is left out and the part
     read again, until nothing new is found. A problem does not count if it depends on a key that was left out, for
-    that key's default may have caused it.
+    that key's default may have caused it, or its absence from a mapping.
     """
     tree = json.loads(json.dumps(tree, default=str))  # a copy, in JSON's types
     adapter = _adapter(kind)
@@ -75,13 +75,14 @@ def parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
         except ValidationError as error:
             removed: list[str] = []
             is_mended = False
-            for location, detail in _by_location(error, kind).items():
+            for location, detail in _by_location(error, kind, tree).items():
                 where = ".".join((path, *location))
                 if detail["type"] == "int_type" and _make_whole(tree, location):
                     is_mended = True
                     continue
                 for problem, reason, needed in _reasons(detail, kind, location, path):
-                    if left_out.isdisjoint((problem, *needed)):
+                    is_whole = not any(key.startswith(f"{problem}.") for key in left_out)
+                    if is_whole and left_out.isdisjoint((problem, *needed)):
                         problems.setdefault(problem, reason)
                 if not detail["type"].startswith("missing") and _remove(tree, location):
                     removed.append(where)
@@ -90,11 +91,13 @@ def parse_part(kind: Any, tree: Any, path: str) -> tuple[Any, dict[str, str]]:
             left_out.update(removed)
 
 
-def _by_location(error: ValidationError, kind: Any) -> dict[tuple[str, ...], Any]:
-    """Each of pydantic's errors by its keys; those of a key that takes several kinds of values are one."""
+def _by_location(error: ValidationError, kind: Any, tree: Any) -> dict[tuple[str, ...], Any]:
+    """Each of pydantic's errors by its keys in the tree; those of a key that takes several kinds of values are one."""
     found: dict[tuple[str, ...], Any] = {}
     for detail in error.errors():
-        location, is_alternative = _without_kind(tuple(str(key) for key in detail["loc"]), kind, detail["type"])
+        location, is_alternative = tuple(str(key) for key in detail["loc"]), False
+        if not _is_in(tree, location):
+            location, is_alternative = _without_kind(location, kind, detail["type"])
         if is_alternative and isinstance(detail["input"], dict):
             continue  # the kind that is meant is the section
         if location in found and detail["type"] == "dataclass_type":
@@ -159,6 +162,16 @@ def _make_whole(tree: Any, location: tuple[str, ...]) -> bool:
     if not (isinstance(node[last], float) and node[last].is_integer() and abs(node[last]) < 2**53):
         return False
     node[last] = int(node[last])
+    return True
+
+
+def _is_in(tree: Any, location: tuple[str, ...]) -> bool:
+    """Return whether there is a value at ``location``."""
+    try:
+        for key in location:
+            tree = tree[int(key)] if isinstance(tree, list) else tree[key]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return False
     return True
 
 

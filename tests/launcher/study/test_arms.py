@@ -203,7 +203,7 @@ def test_arms_have_folders_of_their_own(tmp_path):
         ({"axes": {"seeds": {"a": []}}}, "axes.seeds: is no name for an axis"),  # a column of the report
         ({"axes": {"excess_mine": {"a": []}}}, "axes.excess_mine: is no name for an axis"),
         ({"axes": {"a": {}}}, "axes.a: has no values"),
-        ({"axes": {"a": {"b": "x=1"}}}, "axes.a: is 'x=1'; must be a list; write [x=1]"),
+        ({"axes": {"a": {"b": "x=1"}}}, "axes.a.b: is 'x=1'; must be a list; write [x=1]"),
         ({"switch": [0.5, 1.0]}, "switch: is 0.5, 1.0; shares must be above 0 and below 1"),
         ({"seeds": []}, "seeds: is empty"),
         ({"seeds": [1, 1]}, "seeds: names a value twice"),
