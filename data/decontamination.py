@@ -5,15 +5,21 @@ words are what whitespace separates, and a document is contaminated if 13 words 
 GPT-3 did at first, and datatrove does, the whole document is left out. GPT-3 later cut out the passage alone, to keep
 long books, which makes texts that nobody wrote. It also ignored n-grams of more than 10 training documents, which a
 stream cannot know before its end. Here the wording of a task is ignored: n-grams of more than 10 examples, and of more
-than a twentieth of the task's examples. An example without 13 words in a row is not looked for.
+than a twentieth of the task's examples.
+
+An example is looked for as its evaluation set has it, each of its texts by itself and in front of each other, such as a
+question in front of its answers; and as a task asks it, with words of the task between. An example whose own texts have
+no 13 words in a row counts as short: no page quotes it in the words of the task.
 
 Words and n-grams are compared by 64-bit hashes.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 from unicodedata import category
@@ -34,11 +40,24 @@ KEPT_TOKENS = 1 << 18
 """Words with their punctuation, whose hashes are kept."""
 MOST_WORD_CHARS = 1000
 """Of a longer word, in a text that is read in blocks, the beginning is left out."""
+MOST_PAIRED = 16
+"""Texts of an example; of more, each is put in front of the next one only."""
 SLOTS_FOR_EACH = 8
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
-Examples = Mapping[str, Iterable[Sequence[str]]]
-"""Of each evaluation set, by name, its examples: each is one text or several, such as a prompt with each answer."""
+
+@dataclass(frozen=True)
+class Example:
+    """An example of an evaluation set."""
+
+    texts: Sequence[str]
+    """As the set has them: a question, answers, names of things."""
+    prompts: Sequence[str] = ()
+    """As a task asks it, with each answer."""
+
+
+Examples = Mapping[str, Iterable[Example]]
+"""Of each evaluation set, by name."""
 
 
 class _Hashes(dict[str, int]):
@@ -72,6 +91,29 @@ def _ngrams(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return found
 
 
+def _places(hashes: NDArray[np.uint64], ascending: NDArray[np.uint64]) -> NDArray[np.intp]:
+    """Where these are among others, of those that are."""
+    places = np.minimum(np.searchsorted(ascending, hashes), len(ascending) - 1)
+    return places[ascending[places] == hashes]
+
+
+def _different_ngrams(texts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    """The hashes of the n-grams within some texts, which are given as words, each once."""
+    between = np.zeros(1, np.uint64)  # no word
+    words = np.concatenate([np.zeros(NGRAM_WORDS, np.uint64), *(part for text in texts for part in (text, between))])
+    is_whole = np.lib.stride_tricks.sliding_window_view(words, NGRAM_WORDS).all(axis=1)
+    return np.unique(_ngrams(words)[is_whole])
+
+
+def _ngrams_of_texts(texts: Sequence[str]) -> NDArray[np.uint64]:
+    """The hashes of the n-grams of an example's own texts, also where one stands in front of another."""
+    words = [_words(text) for text in texts]
+    pairs = permutations(words, 2) if len(words) <= MOST_PAIRED else pairwise(words)
+    beside = (np.concatenate([one[1 - NGRAM_WORDS :], other[: NGRAM_WORDS - 1]]) for one, other in pairs)
+    together = np.concatenate([np.zeros(0, np.uint64), *words])
+    return _different_ngrams([together, *(both for both in beside if len(both) >= NGRAM_WORDS)])
+
+
 @dataclass(frozen=True, eq=False)
 class NGrams:
     """The n-grams of evaluation sets."""
@@ -85,7 +127,7 @@ class NGrams:
     examples: tuple[int, ...]
     """Of each set."""
     short_examples: tuple[int, ...]
-    """Examples of each set that have no n-gram."""
+    """Examples of each set whose own texts have no n-gram."""
 
     @property
     def fingerprint(self) -> str:
@@ -116,8 +158,7 @@ class NGrams:
             before = words[len(words) - min(NGRAM_WORDS - 1, len(words)) :]
             found = _ngrams(words)
             found = found[self._slots[self._slot_of(found, len(self._slots))]]
-            places = np.minimum(np.searchsorted(self.hashes, found), len(self.hashes) - 1)
-            if len(shared := places[self.hashes[places] == found]):
+            if len(shared := _places(found, self.hashes)):
                 return int(self.sets[shared[0]])
         return 0
 
@@ -162,7 +203,11 @@ def ngrams_of(examples: Examples) -> NGrams:
     """
     names, hashes, sets, counts, short = [], [], [], [], []
     for number, (name, of_set) in enumerate(examples.items(), start=1):
-        found = [np.unique(np.concatenate([_ngrams(_words(text)) for text in texts])) for texts in of_set]
+        own_texts, found = [], []
+        for example in of_set:
+            own_texts.append(_ngrams_of_texts(example.texts))
+            asked = _different_ngrams([_words(prompt) for prompt in example.prompts])
+            found.append(np.union1d(own_texts[-1], asked))
         unique, num_examples = np.unique(np.concatenate([np.zeros(0, np.uint64), *found]), return_counts=True)
         own = unique[num_examples <= max(COMMON_EXAMPLES, len(found) * COMMON_SHARE)]
         if not len(own):
@@ -174,20 +219,20 @@ def ngrams_of(examples: Examples) -> NGrams:
         hashes.append(own)
         sets.append(np.full(len(own), number, np.uint16))
         counts.append(len(found))
-        short.append(sum(not len(each) for each in found))
+        short.append(sum(not len(_places(each, own)) for each in own_texts))
     unique, first = np.unique(np.concatenate(hashes), return_index=True)
     return NGrams(tuple(names), unique, np.concatenate(sets)[first], tuple(counts), tuple(short))
 
 
-def read_examples(inputs: Sequence[str]) -> dict[str, Iterable[Sequence[str]]]:
+def read_examples(inputs: Sequence[str]) -> dict[str, Iterable[Example]]:
     """The examples in files, folders and data sets: each record is one, with all texts in it whatever their keys.
 
     Raises:
         DataError: there is no such file.
     """
 
-    def of(documents: Iterable[tuple[Any, Document]]) -> Iterator[Sequence[str]]:
-        return ([document.text] for _, document in documents)
+    def of(documents: Iterable[tuple[Any, Document]]) -> Iterator[Example]:
+        return (Example(json.loads(document.text)) for _, document in documents)
 
     found = survey(inputs)
     return {name: of(placed_documents([name], found, content="examples")) for name in inputs}

@@ -337,6 +337,7 @@ RECORDS: dict[Content | Literal["examples"], tuple[tuple[str, ...], TextOf]] = {
     "text": ((TEXT_KEY,), _text_of),
     "chats": ((MESSAGES_KEY, TOOLS_KEY), chat_of),
     "pairs": ((*SIDES, PROMPT_KEY, TOOLS_KEY), pair_of),
-    "examples": ((), lambda record, origin: " ".join(strings_in(record))),
+    "examples": ((), lambda record, origin: json.dumps(texts) if (texts := [*strings_in(record)]) else ""),
 }
-"""The keys of a record that are read, of which it must have the first, or none for all, and what gives its text."""
+"""The keys of a record that are read, of which it must have the first, or none for all, and what gives its text; of an
+example this is the list of all its texts, as JSON."""

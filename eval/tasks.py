@@ -107,6 +107,16 @@ def load_rows(task: Task, task_data: Path | None) -> list[dict[str, Any]]:
     """The examples of a task, in its style: `query`, `choices` and `gold`, or `contexts`, `continuation` and `gold`.
 
     Args:
+        task: see `load_examples`, as for the last and for errors.
+        task_data: of the task.
+    """
+    return [row for _, row in load_examples(task, task_data)]
+
+
+def load_examples(task: Task, task_data: Path | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The examples of a task, each as its mirror has it and as a row of `load_rows`.
+
+    Args:
         task: the task.
         task_data: folder of JSON lines, `NAME_SPLIT.jsonl`; None loads the data set from the hub.
 
@@ -126,7 +136,7 @@ def load_rows(task: Task, task_data: Path | None) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"has no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{where}:{number}: not an example of {task.label}: {what}") from error
-        rows.append(row)
+        rows.append((example, row))
     if not rows:
         raise DataError(f"{where}: contains no example")
     return rows

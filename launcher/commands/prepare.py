@@ -118,7 +118,7 @@ def filter_sentences(filters: dict[str, Any]) -> Iterator[str]:
         short = sum(of_set["short_examples"] for of_set in counts.get("sets", {}).values())
         if short:
             examples = sum(of_set["examples"] for of_set in counts["sets"].values())
-            yield f"  {short:,} of {examples:,} examples have fewer than {NGRAM_WORDS} words, and were not looked for"
+            yield f"  {short:,} of {examples:,} examples have no {NGRAM_WORDS} words of their own, and are not found"
 
 
 def _left_out(counts: dict[str, Any]) -> str:

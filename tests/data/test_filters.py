@@ -3,7 +3,7 @@
 import json
 import string
 import tracemalloc
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from many_parts import SMALL, contents
 
 from data import decontamination, readers, seen, shards
 from data.config import PrepareConfig
-from data.decontamination import NGrams, ngrams_of, read_ngrams
+from data.decontamination import Example, NGrams, ngrams_of, read_ngrams
 from data.errors import DataError
 from data.prepared import open_prepared
 from data.seen import Seen
@@ -45,15 +45,21 @@ TEXTS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(TEXTS, min_size=1, max_size=3), min_size=1, max_size=4), TEXTS, st.data())
 def test_a_text_is_contaminated_if_it_shares_13_words_in_a_row(examples, text, data):
-    sets = {f"set {number}": [texts] for number, texts in enumerate(examples)}
-    known = {name: set().union(*map(plain_ngrams, texts)) for name, [texts] in sets.items()}
+    sets = {f"set {number}": [Example(texts)] for number, texts in enumerate(examples)}
+    known = {
+        name: set().union(
+            *(plain_ngrams(" ".join(some)) for num in (1, 2) for some in permutations(example.texts, num))
+        )
+        | plain_ngrams(" ".join(example.texts))
+        for name, [example] in sets.items()
+    }
     with_ngrams = {name: sets[name] for name in sets if known[name]}
     if not with_ngrams:
         with pytest.raises(DataError, match="none of its 1 examples has 13 words in a row of its own"):
             ngrams_of(sets)
         return
     if data.draw(st.booleans()):  # else almost none is
-        source = " ".join(data.draw(st.sampled_from([texts for [texts] in with_ngrams.values()])))
+        source = " ".join(data.draw(st.sampled_from([example.texts for [example] in with_ngrams.values()])))
         text = f"{text} {source[: data.draw(st.integers(0, len(source)))]}"
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
     blocks = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -77,23 +83,41 @@ def test_a_text_is_contaminated_if_it_shares_13_words_in_a_row(examples, text, d
     ],
 )
 def test_punctuation_case_and_kinds_of_spaces_do_not_matter(text, is_found):
-    assert ngrams_of({"zoo": [[" ".join(WORDS[:13])]]}).set_of([text]) == is_found
+    assert ngrams_of({"zoo": [Example([" ".join(WORDS[:13])])]}).set_of([text]) == is_found
+
+
+def test_texts_of_an_example_are_found_beside_each_other_and_as_they_are_asked():
+    question, prompt = " ".join(WORDS[:11]), f"Question: {' '.join(WORDS[:11])}? Answer: one answer"
+    ngrams = ngrams_of({"quiz": [Example(["one answer", "other answer", question], [prompt])]})
+    for text in (f"{question} one answer", f"{question} other answer", f"one answer: {question}", prompt):
+        assert ngrams.set_of([text])
+    assert not ngrams.set_of([f"{question} or other answer"])
+    assert ngrams.short_examples == (0,)
+    many = ngrams_of({"quiz": [Example([question, *(f"answer {number}" for number in range(20))])]})
+    assert many.set_of([f"{question} answer 0"])
+    assert not many.set_of([f"{question} answer 19"])
 
 
 def test_the_wording_of_a_task_is_ignored_and_a_passage_of_several_questions_is_not():
     wording = "Answer the following question about animals with exactly one of the four letters A B C D"
     passage = " ".join(WORDS)
-    examples = [[f"{wording} {number}"] for number in range(300)] + [[f"{passage} {number}"] for number in range(14)]
+    texts = [f"{wording} {number}" for number in range(300)] + [f"{passage} {number}" for number in range(14)]
+    examples = [Example([text]) for text in texts]
     ngrams = ngrams_of({"letters": examples})
     assert not ngrams.set_of([wording])
     assert ngrams.set_of([passage])  # of 14 of 314 examples
-    assert ngrams_of({"few": [[f"{wording} {number}"] for number in range(10)]}).set_of([wording])
+    assert ngrams_of({"few": [Example([f"{wording} {number}"]) for number in range(10)]}).set_of([wording])
     assert ngrams.examples == (314,)
-    assert ngrams_of({"zoo": [[passage], ["too short"], ["short", passage]]}).short_examples == (1,)
+    zoo = [Example([passage]), Example(["too short"]), Example(["short", passage]), Example(["short"], [passage])]
+    assert ngrams_of({"zoo": zoo}).short_examples == (2,)  # the prompt is one of a task
+    own = [Example([f"animal {number}"], [f"{wording} animal {number}"]) for number in range(300)]
+    assert ngrams_of({"zoo": [Example([passage]), *own]}).short_examples == (300,)
 
 
 def test_a_file_of_ngrams_is_read_again(tmp_path):
-    ngrams = ngrams_of({"a": [[" ".join(WORDS[:15])]], "b": [[" ".join(WORDS[3:20])], ["x"]]})
+    ngrams = ngrams_of(
+        {"a": [Example([" ".join(WORDS[:15])])], "b": [Example([" ".join(WORDS[3:20])]), Example(["x"])]}
+    )
     ngrams.save(tmp_path / "evaluation.npz")
     again = NGrams.load(tmp_path / "evaluation.npz")
     assert (again.names, again.examples, again.short_examples) == (("a", "b"), (1, 2), (0, 1))
@@ -110,7 +134,7 @@ def test_a_word_of_any_length_in_a_file_needs_a_bounded_memory(monkeypatch):
         longest = max(longest, len(text))
         return original(text)
 
-    ngrams = ngrams_of({"zoo": [[" ".join(WORDS[:13])]]})
+    ngrams = ngrams_of({"zoo": [Example([" ".join(WORDS[:13])])]})
     monkeypatch.setattr(decontamination, "_words", words)
     assert ngrams.set_of([*["x" * 5000] * 100, " ", *map("{} ".format, WORDS)])
     assert longest < 10_000

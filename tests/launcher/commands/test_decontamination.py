@@ -54,10 +54,13 @@ def test_examples_of_other_tasks_and_of_files_count_too(tmp_path):
         (["ret"], None, "--decontaminate: task 'ret' is not known; did you mean rte"),
         (["rte"], "none", "--task-data: .*: lacks rte_validation.jsonl"),
         (["none/a.jsonl"], None, "none/a.jsonl: no such file or folder"),
+        (["piqa"], None, r"piqa: is a task and also a file or folder here; write \./piqa"),
         ([], "none", "--task-data: is for tasks that --decontaminate names"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path, names, data, message):
+def test_what_is_not_there_is_named(tmp_path, monkeypatch, names, data, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "piqa").mkdir()
     with pytest.raises((ConfigError, DataError), match=message):
         ngrams_of_sets(names, data and str(tmp_path / data))
 
@@ -82,7 +85,7 @@ def test_the_command_says_what_was_left_out(tmp_path):
         "Documents with evaluation examples: 1 left out, 77B of text",
         "  rte: 1 left out, 77B of text",
         "  /own.jsonl: 0 left out, 0B of text",
-        "  1 of 5 examples have fewer than 13 words, and were not looked for",
+        "  4 of 5 examples have no 13 words of their own, and are not found",
     ]
     again = run("prepare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *options, *filters)
     assert again.exit_code == 0
