@@ -144,6 +144,7 @@ def switch(run: LoopState, phase: Phase) -> None:
         ranks,
         upcoming,
         run.teacher,
+        before=run.trained_with,
         uneven=run.data.has_padding,
         got_on=lambda line: run.pulse.got_on(),
     )
@@ -153,7 +154,7 @@ def switch(run: LoopState, phase: Phase) -> None:
         rises = measure_sensitivity(run.engine, ahead, plan.config.model.num_layers, run.pulse.got_on)
     at.block_order = None if rises is None else order_of(rises)
     carry_average(run.engine, plan, phase)
-    run.phase, at.phase, run.strengths = phase, phase.index, None
+    run.phase, at.phase, run.strengths, run.trained_with = phase, phase.index, None, phase.quantization
     run.telemetry = telemetry_of(plan, phase, run.engine)
     run.guard.enter_phase()
     if other_text is not None:

@@ -305,8 +305,15 @@ a slope of 1 beyond it although the outermost ternary level is at 2/3 of it, and
 
 
 def learned_scale(alpha_O: Tensor, levels: Levels) -> Scale:
-    """The scale of rows with learned alphas, differentiable by these."""
-    return Scale((alpha_O.float() * LEARNED[levels].unit).clamp(min=SMALLEST_SCALE)[:, None])
+    """The scale of rows with learned alphas, as bf16 has them, so that master copies in fp32 give no other codes.
+
+    Alphas get the gradient of their values. Below the floor they get that of the floor, as in the authors' code, so
+    that a row comes back if its alpha has crossed 0.
+    """
+    unit = LEARNED[levels].unit
+    alphas_O = alpha_O.float() * unit
+    used_O = (bf16_values(alpha_O.detach()) * unit).clamp(min=SMALLEST_SCALE)
+    return Scale((used_O + (alphas_O - alphas_O.detach()))[:, None])
 
 
 def first_alpha(largest_O: Tensor, levels: Levels) -> Tensor:

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from quant.config import QuantConfig
 from quant.linear import QuantLinear
-from quant.rounding import LARGEST_CODE, LEARNED, Scale, bf16_values, by_ones, dequantize, over_blocks, weight_codes
+from quant.rounding import (
+    LARGEST_CODE,
+    LEARNED,
+    SMALLEST_SCALE,
+    Scale,
+    bf16_values,
+    by_ones,
+    dequantize,
+    over_blocks,
+    weight_codes,
+)
 
 WEIGHT_FIGURES = (
     "zero_share",
@@ -61,7 +71,8 @@ def weight_figures(weight_OI: Tensor, codes_OI: Tensor, scale: Scale, config: Qu
 
         Shares are of the matrix's weights: with code 0, with the largest and with the smallest code. The scale is what
         codes are multiplied by, the mean over rows and groups. The error is the L2 norm of what rounding changes,
-        relative to the weight's own. A dead row has no code but 0: its output is constant.
+        relative to the weight's own. A dead row has no code but 0, or a learned scale at its floor: its output is
+        constant, or next to nothing.
     """
     weight_OI = bf16_values(weight_OI)
     smallest, largest = code_range(config)
@@ -75,7 +86,7 @@ def weight_figures(weight_OI: Tensor, codes_OI: Tensor, scale: Scale, config: Qu
         scale.level.float().mean(),
         distance_OI.mean(),
         error,
-        is_zero_OI.all(dim=1).float().mean(),
+        (is_zero_OI.all(dim=1) | (config.learned and scale.level[:, 0] <= SMALLEST_SCALE)).float().mean(),
     )
     farthest = DISTANCE_EDGES[-1]
     histogram = torch.histc(distance_OI.clamp(max=farthest), bins=len(DISTANCE_EDGES) - 1, min=0, max=farthest)

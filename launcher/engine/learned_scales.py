@@ -2,28 +2,38 @@
 
 They are part of the model from the first step, so that a switch adds no parameter to an optimizer. Before the switch
 they are ones without a gradient. At the switch each starts at its row's largest weight, so that a checkpoint without
-them, such as a 16-bit one from elsewhere, loads just as well.
+them, such as a 16-bit one from elsewhere, loads just as well. Scales that were trained for the same levels stay.
 """
 
 import math
+import re
 
 import torch
 import torch.distributed as dist
 
 from launcher.engine.contract import MOMENTS, Engine
+from quant.config import QuantConfig
 from quant.linear import LEARNED_SCALE, is_learned_scale, quantized_layers
 from quant.rounding import bf16_values, first_alpha
 
 
 @torch.no_grad()
-def initialize_scales_(engine: Engine) -> None:
+def initialize_scales_(engine: Engine, before: QuantConfig | None = None) -> None:
     """Set the learned scales of the quantized layers to their rows' largest weights, and their moments to 0.
 
     Each rank looks at its ranges of the matrices, and the largest of all ranks' is taken, which is exact: the scales do
     not depend on how the model is sharded. A collective.
+
+    Args:
+        engine: with the model quantized.
+        before: what the weights were trained with so far; scales that it has for the same levels stay as they are.
     """
     layers = quantized_layers(engine.model)
-    levels = {name: layer.quant_config.levels for name, layer in layers.items() if layer.quant_config.learned}
+    levels = {
+        name: layer.quant_config.levels
+        for name, layer in layers.items()
+        if layer.quant_config.learned and not _was_trained(name, layer.quant_config, before)
+    }
     if not levels:
         return
     shards = list(engine.shards())
@@ -47,3 +57,10 @@ def initialize_scales_(engine: Engine) -> None:
                 shard.tensors[moment].zero_()
             shard.step.zero_()
     engine.refresh_weights()
+
+
+def _was_trained(name: str, config: QuantConfig, before: QuantConfig | None) -> bool:
+    """Whether a layer's scales were trained for its levels."""
+    if before is None or not before.learned or before.levels != config.levels:
+        return False
+    return re.search(before.include, name) is not None

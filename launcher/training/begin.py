@@ -18,7 +18,7 @@ from launcher.config.sections import Config
 from launcher.engine.build import build_engine
 from launcher.engine.contract import Engine, load_weights
 from launcher.engine.learned_scales import initialize_scales_
-from launcher.formats.open import check_sound, is_ternary
+from launcher.formats.open import check_sound, computed_precision, is_ternary
 from launcher.formats.start import check_data, first_progress, open_start
 from launcher.inference.start import put_sub_norms_in
 from launcher.inference.vocabulary import grow_vocabulary_
@@ -50,6 +50,7 @@ from launcher.watch.heartbeat import Pulse
 from launcher.watch.stopping import StopRequest
 from launcher.watch.straggler import Stragglers
 from model.init import initial_value
+from quant.config import QuantConfig
 from quant.linear import is_learned_scale
 
 
@@ -88,6 +89,8 @@ class LoopState:
     """Whether the model has answered the fixed prompts where it is, or need not."""
     begins_ternary: bool
     """Whether a new run begins with the weights of a ternary model."""
+    trained_with: QuantConfig | None
+    """What the weights were trained with last, in this run or before it; None: 16 bits."""
     strengths: tuple[list[float], list[float]] | None = None
     """Of weights and of activations, block by block, as the model has them; None if that is not known."""
     compiled: tuple[int, int, int] | None = None
@@ -210,6 +213,7 @@ def begin(
         telemetry=telemetry,
         is_sampled=source is None,
         begins_ternary=source is not None and is_ternary(source),
+        trained_with=trained_with(reader or source, phase),
     )
     closing.callback(lambda: run.data.close())  # another one after a switch to other data
     if reader is not None:
@@ -256,6 +260,17 @@ def fill(
         load_weights(engine, lambda name, shape, rows: first_value(name, shape, rows, config))
         initialize_scales_(engine)
     return None
+
+
+def trained_with(loaded: Source | None, phase: Phase | None) -> QuantConfig | None:
+    """What weights were trained with that a run goes on from: as their checkpoint says, or else as the phase does."""
+    if isinstance(loaded, CheckpointReader):  # of this run, or converted for it
+        precision = loaded.manifest.precision
+    else:
+        precision = computed_precision(loaded) if loaded is not None else None
+    if precision is not None:
+        return precision.quantization
+    return phase.quantization if phase is not None else None
 
 
 def first_value(name: str, shape: tuple[int, ...], rows: range, config: Config) -> Tensor:

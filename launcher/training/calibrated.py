@@ -67,7 +67,9 @@ def calibrating(console: Console) -> Contents:
                 if line is not None:
                     console.line(line)
 
-            crossing = enter_phase(engine, phase, plan, ranks, upcoming, teacher, uneven=data.has_padding, got_on=say)
+            crossing = enter_phase(
+                engine, phase, plan, ranks, upcoming, teacher, before=None, uneven=data.has_padding, got_on=say
+            )  # fmt: skip
             order = None
             if phase.transition.measures_order:
                 ahead = upcoming[: plan.micro_batches_at(at.step)]

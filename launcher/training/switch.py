@@ -19,6 +19,7 @@ from launcher.training.averaging import take_averaged_
 from launcher.training.calibration import Calibrated, calibrate_
 from launcher.training.step import accumulate_gradients
 from launcher.training.teacher import Teacher
+from quant.config import QuantConfig
 from quant.linear import dequantize_, quantize_, quantized_layers
 
 
@@ -86,6 +87,7 @@ def enter_phase(
     upcoming: Sequence[tuple[Tensor, Tensor]],
     teacher: Teacher | None,
     *,
+    before: QuantConfig | None,
     uneven: bool = False,
     got_on: Callable[[str | None], None] = lambda line: None,
 ) -> Crossing:
@@ -103,6 +105,7 @@ def enter_phase(
         ranks: this rank among all.
         upcoming: micro-batches that come next, `batches_needed`.
         teacher: of the phase.
+        before: what the weights were trained with so far; None: 16 bits.
         uneven: as of `accumulate_gradients`.
         got_on: as of `calibrate_`.
 
@@ -117,27 +120,25 @@ def enter_phase(
         grad_norm, _ = engine.step(StepSizes(0.0), grad_norm_limit=torch.tensor(-1.0, device=engine.device))
         return min(float(grad_norm), max_grad_norm) if grad_norm.isfinite() else math.nan
 
-    before = clipped_norm(None) if measures else 1.0
+    norm_before = clipped_norm(None) if measures else 1.0
     if transition.weights == "averaged":
         take_averaged_(engine)
-    had_scales = any(layer.quant_config.learned for layer in quantized_layers(engine.model).values())
     if quantized_layers(engine.model):
         dequantize_(engine.model)
     if phase.quantization is not None:
         quantize_(engine.model, phase.quantization, ranks.device, rounding=transition.ramp.rounding)
-    if not had_scales:
-        initialize_scales_(engine)
+    initialize_scales_(engine, before)
     calibrated = None
     if transition.calibration is not None:
         calibrated = calibrate_(engine, transition.calibration, upcoming[: calibration_batches(phase, plan)], got_on)
     factor = transition.rescale_factor
     if measures:
-        after = clipped_norm(teacher)
-        factor = after / before if before else math.nan
+        norm_after = clipped_norm(teacher)
+        factor = norm_after / norm_before if norm_before else math.nan
         if not 0 < factor < math.inf:
             raise TrainingError(
-                f"phases.{phase.index}.transition.optimizer: rescale finds gradient norms of {before} before and "
-                f"{after} after the switch; set transition.rescale_factor, or choose another optimizer transition"
+                f"phases.{phase.index}.transition.optimizer: rescale finds gradient norms of {norm_before} before and "
+                f"{norm_after} after the switch; set transition.rescale_factor, or choose another optimizer transition"
             )
     carry_optimizer_(engine, transition.optimizer, factor or 1.0)
     if engine.muon is not None and engine.muon.is_on != (phase.optimizer == "muon"):

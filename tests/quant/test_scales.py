@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from layers import bf16_normal
 
 from quant.config import SCALES_OF_LEVELS, QuantConfig
-from quant.rounding import GAUSSIAN_CLIP, LARGEST_CODE, dequantize, quantize_weight
+from quant.rounding import (
+    GAUSSIAN_CLIP,
+    LARGEST_CODE,
+    LEARNED,
+    SMALLEST_SCALE,
+    dequantize,
+    learned_scale,
+    quantize_weight,
+)
 
 
 def gaussian_mse(levels, clip):
@@ -99,3 +107,19 @@ def test_groups_are_quantized_each_alone():
             alone_codes, alone_level = quantize_weight(part[None], QuantConfig())
             assert torch.equal(codes[row, 4 * group : 4 * group + 4], alone_codes[0])
             assert level[row, group] == alone_level
+
+
+@pytest.mark.parametrize("levels", sorted(LEARNED))
+def test_a_row_whose_learned_scale_has_crossed_0_gets_a_gradient_that_brings_it_back(levels):
+    alpha_O = torch.tensor([-0.05, 0.0, 1e-7, 0.0371], requires_grad=True)
+    scale = learned_scale(alpha_O, levels)
+    assert scale.level[:3].flatten().tolist() == [pytest.approx(SMALLEST_SCALE)] * 3
+    scale.level.sum().backward()
+    assert alpha_O.grad.tolist() == [pytest.approx(LEARNED[levels].unit)] * 4
+
+
+@pytest.mark.parametrize("levels", sorted(LEARNED))
+def test_master_copies_of_learned_scales_give_the_scales_of_training_in_bf16(levels):
+    alpha_O = torch.rand(1000) / 10
+    assert torch.equal(learned_scale(alpha_O, levels).level, learned_scale(alpha_O.bfloat16(), levels).level)
+    assert not torch.equal(alpha_O, alpha_O.bfloat16().float())

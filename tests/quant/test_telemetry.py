@@ -76,6 +76,9 @@ def test_figures_of_a_matrix_by_hand() -> None:
     assert by_name["minus_share"] == pytest.approx(2 / 12)
     assert by_name["scale"] == 0.5
     assert by_name["dead_row_share"] == pytest.approx(1 / 3)
+    learned = QuantConfig(weights="learned", granularity="row", activations="none", gradient="clipped")
+    fallen = Scale(torch.tensor([[0.5], [0.5], [1e-5]]))
+    assert weight_figures(weight, codes, fallen, learned)[0][-1] == pytest.approx(2 / 3)
     distances = torch.tensor([[0.25, 0.0, 0.5, 1.5], [0.5, 0.25, 0.25, 0.25], [0.5, 0.25, 0.25, 0.0]])
     torch.testing.assert_close(
         threshold_distance(weight, codes, Scale(torch.tensor([[0.5]])), QuantConfig()), distances

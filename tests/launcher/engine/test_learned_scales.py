@@ -11,7 +11,7 @@ from tiny import tiny_config
 
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.errors import CheckpointError
-from launcher.formats.convert import not_carried
+from launcher.formats.convert import convert_to_run, not_carried
 from launcher.formats.open import open_source
 from launcher.run.metrics_log import read_metrics
 from quant.linear import is_learned_scale
@@ -92,6 +92,34 @@ def test_a_plain_16_bit_checkpoint_becomes_a_run_with_learned_scales_and_back(sh
     back = {"phases": [PLAIN, PLAIN], "checkpoint": INTERVAL | {"start_from": learned.location}}
     run_group(1, train_on, str(shards), str(tmp_path / "back"), ["fsdp2"], back, [])
     assert not scales(tmp_path / "back" / "fsdp2", 6)
+
+
+def test_scales_that_were_trained_for_the_same_levels_stay(shards: Path, tmp_path: Path) -> None:
+    """In the next phase, in a run that starts from the checkpoint, and in one that it is converted for."""
+    of_mlp = PARETOQ | {"quantization": {"preset": "paretoq", "include": r"mlp\.\w+_proj$"}}
+    four_bits = PARETOQ | {"quantization": PARETOQ["quantization"] | {"levels": "int4"}}
+    run_group(1, train_on, str(shards), str(tmp_path), ["fsdp2"], {"phases": [of_mlp, PARETOQ, four_bits]}, [])
+    first = tmp_path / "fsdp2"
+    source = str(first / "checkpoints" / "step-00000006")
+    start = {"phases": [PARETOQ], "checkpoint": INTERVAL | {"start_from": source}}
+    run_group(1, train_on, str(shards), str(tmp_path / "started"), ["fsdp2"], start, [])
+    converted = tiny_config(shards, tmp_path / "converted" / "fsdp2", engine=ENGINES["fsdp2"], **start)
+    convert_to_run(converted, open_source(source))
+    run_group(1, train_on, str(shards), str(tmp_path / "converted"), ["fsdp2"], start, [])
+    reached = 3e-3 * 1.001, 1 / 128  # the learning rate, and bf16's half step of what scales are used with
+
+    def is_near(scale: torch.Tensor, other: torch.Tensor) -> bool:
+        return bool(((scale - other).abs() <= reached[0] + reached[1] * other.abs()).all())
+
+    weights, moved = tensors(first, 6), []
+    for name, scale in scales(first, 6).items():
+        largest = bf16_values(weights[name.replace("_scale", "")]).abs().amax(1)
+        moved.append(not is_near(scale, largest))
+        assert is_near(scales(first, 4)[name], scales(first, 3)[name]) == (".mlp." in name), name
+        assert is_near(scales(first, 7)[name], largest / 7)
+        for folder in ("started", "converted"):
+            assert is_near(scales(tmp_path / folder / "fsdp2", 1)[name], scale)
+    assert any(moved)  # so far that an initial value would not do
 
 
 def test_a_checkpoint_without_scales_is_refused_within_their_phase(shards: Path, tmp_path: Path) -> None:
