@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from launcher.process.ranks import Ranks
 SAVER_GROUP = "saver"
 """Description of the process group of the threads that save, whose collectives go their own pace."""
 
+
+LONGEST_WAIT = timedelta(hours=12)
+"""For the slowest rank's file. torch's own limit is half an hour; the watchdog sees to ranks that hang."""
 
 SECONDS_TO_WRITE = 600
 """How long a run that fails waits for a checkpoint that is being written."""
@@ -57,7 +61,9 @@ class Saver:
         self._checkpoints, self._ranks, self._keep_last = checkpoints, ranks, keep_last
         self._asynchronous, self._say, self._note = asynchronous, say, note
         # The thread's collectives must not mix with training's.
-        self._group = dist.new_group(backend="gloo", group_desc=SAVER_GROUP) if ranks.world_size > 1 else None
+        self._group = None
+        if ranks.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT, group_desc=SAVER_GROUP)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._staging: dict[str, Tensor] = {}

@@ -87,7 +87,7 @@ class EngineConfig:
     deepspeed: dict[str, Any] | None = None
     """Additional DeepSpeed configuration keys, passed through; keys that Tritrain derives are refused."""
     timeout_seconds: int = 600
-    """A collective that takes longer than this ends the job."""
+    """A collective over all ranks that takes longer than this ends the job."""
 
     def __post_init__(self) -> None:
         problems = {}

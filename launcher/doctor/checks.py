@@ -175,8 +175,8 @@ def check_gpu_memory(ranks: Sequence[RankFacts], needed_bytes: float | None) -> 
     found = f"{human_bytes(needed_bytes)} of {human_bytes(tightest.gpu_free_bytes)} are needed on {named([tightest])}"
     level = _level(tightest.gpu_free_bytes, needed_bytes, needed_bytes / RESERVE)
     advice = "" if level == "ok" else (
-        "Lower training.micro_batch_sequences, set training.activation_checkpointing, a higher engine.zero_stage or "
-        "engine.offload; and see nvidia-smi for what else is there."
+        "Lower training.micro_batch_sequences, set training.activation_checkpointing, engine.reduce_gradients: "
+        "micro-batch (FSDP2), a higher engine.zero_stage or engine.offload; and see nvidia-smi for what else is there."
     )  # fmt: skip
     return Verdict("GPU memory", level, found, advice)
 

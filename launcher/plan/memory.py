@@ -142,9 +142,9 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         in_16_bits = compute_bytes * (once + min(each, 2 * in_blocks / config.model.num_layers))
         codes = coded / CODES_PER_BYTE * (1 + 1 / shards)
         gathered = max(gathered, in_16_bits + codes)
+    sums_whole = plan.most_micro_batches > 1 and engine.reduce_gradients == "step"
     if engine.name == "fsdp2":
         copies = gathered if shards > 1 or compute_bytes == 2 else codes
-        sums_whole = plan.most_micro_batches > 1 and engine.reduce_gradients == "step"
         sizes = {
             "weights": 4 * parameters / shards + copies,
             "gradients": 4 * parameters * (1 / shards + (sums_whole and shards > 1)),
@@ -169,6 +169,8 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         del sizes["average"]
     if engine.offload == "all":
         sizes["weights"] = sizes["gradients"] = gathered
+        if engine.name == "fsdp2":  # only reduced gradients go to the host
+            sizes["gradients"] += 4 * parameters * sums_whole
     if any(phase.distillation for phase in plan.phases):
         sizes["teacher"] = gathered + (compute_bytes * parameters / shards if engine.offload != "all" else 0)
     sizes["activations"] = max(

@@ -9,7 +9,9 @@ may have been changed, lost, or be that of a start that failed.
 
 import contextlib
 import json
+import os
 import socket
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,10 +23,15 @@ from launcher.config.file import DERIVED_KEYS, parse_yaml
 from launcher.errors import ConfigError
 from launcher.plan.course import Course
 from launcher.plan.plan import Plan
+from launcher.process.exchange import failing_alike, value_of_first
+from launcher.process.ranks import Ranks, everyones
 from launcher.run.changes import changes, course_of, new_phase, schedule_note, too_short, ways_on
 from launcher.run.folder import RunFolder
 
 OWNER = "owner.json"
+
+SECONDS_TO_APPEAR = 10.0
+"""Of a new file, on the other hosts."""
 
 
 def check_owner(folder: RunFolder) -> bool:
@@ -83,6 +90,32 @@ def release_checkpoints(folder: RunFolder) -> None:
         with contextlib.suppress(OSError):  # there is something in it, or it was never made
             for place in folder.places_to_make:
                 place.rmdir()
+
+
+def check_shared(folder: RunFolder, ranks: Ranks) -> None:
+    """Check that all ranks find what the first one writes in the folder of checkpoints; a collective.
+
+    Raises:
+        CheckpointError: the store cannot be reached.
+        ConfigError: names the hosts that find nothing.
+    """
+    note = folder.checkpoints / f"for-all-{value_of_first(os.getpid())}"
+    with failing_alike(), reaching(note):
+        if ranks.is_first:
+            note.write_bytes(b"to be found by all ranks")
+    until = time.monotonic() + SECONDS_TO_APPEAR
+    with reaching(note):
+        while not (found := note.exists()) and time.monotonic() < until:
+            time.sleep(0.1)
+    without = everyones([] if found else [socket.gethostname()], ranks)
+    if ranks.is_first:
+        note.unlink(missing_ok=True)
+    if without:
+        raise ConfigError(
+            f"checkpoint.folder: what the first rank writes to {folder.checkpoints.absolute()} is not there on "
+            f"{', '.join(without)}. It must lie on a disk that all hosts share, under one path; a relative path begins "
+            "in the folder that a rank was started in."
+        )
 
 
 def read_owner(folder: RunFolder) -> dict[str, Any] | None:

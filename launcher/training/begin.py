@@ -27,7 +27,7 @@ from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.exchange import failing_alike, value_of_first
 from launcher.process.ranks import Ranks
-from launcher.run.belonging import check_owner, claim_checkpoints
+from launcher.run.belonging import check_owner, check_shared, claim_checkpoints
 from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import MetricsLog
 from launcher.run.rollbacks import Rollback, read_rollbacks
@@ -119,6 +119,8 @@ def begin(
         if ranks.is_first:
             check_writable(folder.checkpoints)
             check_owner(folder)
+    if ranks.world_size > 1:
+        check_shared(folder, ranks)
     rollbacks = read_rollbacks(folder.path)
     discard_given_up(folder, rollbacks, ranks)
     reader = newest_sound_checkpoint(folder.checkpoints, ranks, console.line)

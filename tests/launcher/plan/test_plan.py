@@ -513,6 +513,16 @@ def test_offloaded_moments_leave_the_device():
     assert sizes("engine.offload=all", world_size=2)["moments"] == 0
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_that_several_micro_batches_sum_stay_on_the_device_if_all_is_offloaded(world_size):
+    """FSDP2 moves gradients to the host once they are reduced."""
+    summed, reduced_each = (
+        sizes("engine.offload=all", f"engine.reduce_gradients={when}", world_size=world_size)["gradients"]
+        for when in ("step", "micro-batch")
+    )
+    assert summed == reduced_each + 4 * PARAMETERS
+
+
 def test_activations_are_the_models_and_those_of_the_largest_phase():
     def held(*overrides):
         return memory_bytes_per_rank(plan_of(*overrides))["activations"]

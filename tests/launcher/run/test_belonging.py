@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import shutil
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import yaml
 from ranks import run_group
 from runs import run
@@ -31,6 +33,22 @@ LONGER = [{"precision": "16-bit", "steps": 4}, {"precision": "ternary", "steps":
 def interrupted(shards: str, out: str, **sections: Any) -> None:
     """Train three steps of a run, of which each has a checkpoint."""
     assert run(tiny_config(Path(shards), Path(out), checkpoint={"interval_steps": 1}, **sections), 3) == "interrupted"
+
+
+def start_on_a_disk_of_its_own(shards: str, out: str) -> str:
+    belonging.SECONDS_TO_APPEAR = 0.3
+    here = Path(out) / str(dist.get_rank())
+    here.mkdir()
+    with contextlib.chdir(here), pytest.raises(ConfigError) as caught:
+        run(tiny_config(Path(shards), Path("run")))
+    return str(caught.value)
+
+
+def test_a_folder_that_hosts_do_not_share_is_refused_before_the_first_step(shards: Path, tmp_path: Path) -> None:
+    for said in run_group(2, start_on_a_disk_of_its_own, str(shards), str(tmp_path)):
+        assert f"the first rank writes to {tmp_path}" in said
+        assert f"is not there on {socket.gethostname()}. It must lie on a disk that all hosts share" in said
+    assert not list((tmp_path / "0" / "run" / "checkpoints").glob("*"))
 
 
 def outcome_of(shards: str, out: str, steps: int = 10**6, named: str = "tiny", allow: Any = (), **sections: Any) -> str:
