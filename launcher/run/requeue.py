@@ -1,4 +1,4 @@
-"""Decide whether a job is queued again: `python launcher/run/requeue.py RUN [--checkpoints FOLDER] [--refused FILE]`.
+"""Decide whether a job is queued again: `python launcher/run/requeue.py RUN [OPTIONS]`, or --help.
 
 Prints the reason and exits with 0 to queue it again, 1 where the run has failed, 4 where it is done: complete, or
 stopped by a person. What the launcher exited with does not matter; the run's own marker `RUN/state.json` does, and
@@ -36,18 +36,22 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoints", help="folder or URL; by default checkpoints in RUN")
     parser.add_argument("--refused", type=Path, help="file that exists if the configuration was refused")
+    parser.add_argument("--steps", type=int, help="of the run that the job trains; one with others is not complete")
     options = parser.parse_args()
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
-    code, reason = verdict(options.run, options.checkpoints or str(options.run / "checkpoints"), options.refused, job)
+    checkpoints = options.checkpoints or str(options.run / "checkpoints")
+    code, reason = verdict(options.run, checkpoints, options.refused, job, options.steps)
     print({AGAIN: "again", FAILED: "failed", DONE: "done"}[code], reason, sep=": ", flush=True)  # noqa: T201
     return code
 
 
-def verdict(run: Path, checkpoints: str, refused: "Path | None", job: "str | None") -> "tuple[int, str]":
+def verdict(
+    run: Path, checkpoints: str, refused: "Path | None", job: "str | None", steps: "int | None" = None
+) -> "tuple[int, str]":
     """The exit code and the reason; both are recorded in the run's folder."""
     state = read_state(run)
     status = state.get("status")
-    if status == "complete":
+    if status == "complete" and (steps is None or state.get("steps", steps) == steps):  # else it was made longer
         return DONE, "the run is complete"
     if status == "interrupted" and state.get("reason") == "stop file" and (job is None or is_of(state, job)):
         return DONE, "a person stopped the run"

@@ -27,6 +27,7 @@ from launcher.config.file import to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.hidden import PACKAGES
+from launcher.plan.course import make_course
 from launcher.plan.plan import make_plan
 from launcher.process.torchrun import JobLauncher
 from launcher.run.folder import RunFolder
@@ -186,6 +187,7 @@ def render(config: Config, site: SiteConfig, request: Request, folder: Path) -> 
         log=folder / "job-%j.log",
         run=run,
         submitted=folder,
+        steps=make_course(config).total_steps,
         checkpoints=checkpoints if "://" in checkpoints else Path(checkpoints).absolute(),
         python=python,
         host_python="python3" if site.container else python,

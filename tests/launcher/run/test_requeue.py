@@ -19,8 +19,8 @@ def start(run: Path, step: int, job: str) -> None:
         file.write(json.dumps({"time": 0.0, "step": step, "world_size": 2, "host": "a", "job": job}) + "\n")
 
 
-def ask(run: Path, job: str | None = "17", refused: Path | None = None) -> tuple[int, str]:
-    return requeue.verdict(run, str(run / "checkpoints"), refused, job)
+def ask(run: Path, job: str | None = "17", refused: Path | None = None, steps: int | None = None) -> tuple[int, str]:
+    return requeue.verdict(run, str(run / "checkpoints"), refused, job, steps)
 
 
 def test_requeue_ends_with_the_run_or_by_a_person(tmp_path: Path) -> None:
@@ -47,6 +47,12 @@ def test_requeue_ends_with_the_run_or_by_a_person(tmp_path: Path) -> None:
         requeue.FAILED,
         "the configuration was refused: engine.zero_stage: no",
     )
+
+
+def test_a_run_that_was_made_longer_is_not_complete(tmp_path: Path) -> None:
+    requeue.write_state(tmp_path, {"status": "complete", "steps": 100})
+    assert ask(tmp_path, steps=100)[0] == requeue.DONE
+    assert ask(tmp_path, steps=200)[0] == requeue.AGAIN
 
 
 def test_requeue_ends_when_starts_get_nowhere(tmp_path: Path) -> None:

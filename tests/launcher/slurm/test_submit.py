@@ -365,8 +365,9 @@ def test_ranks_of_one_node_have_as_many_threads_as_under_torchrun(
     assert f"threads: {threads}\n" in run_script(f"{given}\n{script}", programs).stdout
 
 
-def run_template(name: str, programs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_template(name: str, programs: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "2", "SECONDS_BETWEEN_LOOKS": "0.01"}
+    environment |= variables
     command = ["bash", str(ROOT / "launcher" / "slurm" / name), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
 
@@ -379,15 +380,32 @@ def test_template_that_evaluates_new_checkpoints(programs: Path, tmp_path: Path)
     (programs / "tritrain").write_text(
         f"""#!/bin/bash
         printf '%s\\0' tritrain "$@" >> {programs}/calls; echo >> {programs}/calls
-        [ ! -d "$2/checkpoints/step-00000008" ] || echo '{{"status": "complete"}}' > "$2/state.json"
-        mkdir -p "$2/checkpoints/step-00000008"; touch "$2/checkpoints/step-00000008/manifest.json"
+        [ ! -d "$2/step-00000008" ] || echo '{{"status": "complete"}}' > "{run}/state.json"
+        mkdir -p "$2/step-00000008"; touch "$2/step-00000008/manifest.json"
         """
     )
     (programs / "tritrain").chmod(0o755)
     done = run_template("eval.sbatch", programs, str(run), "paper11", "--limit", "5")
     assert done.returncode == 0, done.stderr
-    expected = ["eval", str(run), "--all", "--tasks", "paper11", "--out", f"{run}/scores.json", "--limit", "5"]
+    options = ["--all", "--tasks", "paper11", "--out", f"{run}/scores.json"]
+    expected = ["eval", f"{run}/checkpoints", *options, "--limit", "5"]
     assert calls(programs, "tritrain") == [expected, expected]
+
+
+def test_template_that_evaluates_checkpoints_elsewhere(programs: Path, tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "other disk"
+    run.mkdir()
+    requeue.write_state(run, {"status": "complete"})
+    shutil.copy(programs / "srun", programs / "tritrain")
+    done = run_template("eval.sbatch", programs, str(run), "paper11")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"{run} is complete, and there is no checkpoint in {run}/checkpoints\n",
+    )
+    (elsewhere / "step-00000008").mkdir(parents=True)
+    (elsewhere / "step-00000008" / "manifest.json").touch()
+    assert run_template("eval.sbatch", programs, str(run), "paper11", CHECKPOINTS=str(elsewhere)).returncode == 0
+    assert calls(programs, "srun")[0][:2] == ["eval", str(elsewhere)]
 
 
 def test_template_of_tasks_that_share_a_preparation(programs: Path, tmp_path: Path) -> None:
