@@ -25,7 +25,9 @@ class Inspection:
     read_rows: int
     """The first rows, which the rest is measured on."""
     padding: float
-    """Share of their tokens that are padding."""
+    """Share of tokens that are padding: of all rows, or, of chats, of those that were read."""
+    is_sorted: bool
+    """Whether the fullest rows come first, as best fit writes them; documents there are longer than most."""
     whole_documents: int
     """Documents of which these rows hold beginning and end."""
     lengths: dict[int, int]
@@ -58,7 +60,7 @@ def inspect_split(source: OpenSource, split: str, num_rows: int, num_samples: in
         rows_RT = ids_of(rows_RT)
     else:
         lengths = document_lengths(rows_RT, end, is_packed=is_packed)
-        padding = float(is_padding(rows_RT, end).mean()) if is_packed else 0.0
+        padding = facts["padding_tokens"] / (facts["rows"] * manifest["sequence_length"]) if is_packed else 0.0
     powers, counts = np.unique(1 << np.log2(lengths).astype(np.int64), return_counts=True)
     tokens = np.unique(rows_RT)
     tokenizer = load_tokenizer(source.tokenizer_path)
@@ -70,6 +72,7 @@ def inspect_split(source: OpenSource, split: str, num_rows: int, num_samples: in
         bytes_per_token=facts.get("text_bytes", 0) / max(facts.get("tokens", 0), 1),
         read_rows=len(rows_RT),
         padding=padding,
+        is_sorted=is_packed and not source.holds_chats,
         whole_documents=len(lengths),
         lengths=dict(zip(powers.tolist(), counts.tolist(), strict=True)),
         used_tokens=len(tokens),
@@ -77,11 +80,6 @@ def inspect_split(source: OpenSource, split: str, num_rows: int, num_samples: in
         largest_token=int(tokens[-1]),
         samples=[decoded(tokenizer, rows_RT[place, :SAMPLE_TOKENS], end) for place in places],
     )
-
-
-def is_padding(rows_RT: NDArray[Any], end: int) -> NDArray[np.bool_]:
-    """Where the label of a position is padding, [rows, sequence_length]: an end of document after another."""
-    return (rows_RT[:, :-1] == end) & (rows_RT[:, 1:] == end)
 
 
 def document_lengths(rows_RT: NDArray[Any], end: int, *, is_packed: bool) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from data.tokenizer import load_tokenizer
 def read_split(index: Path) -> Iterator[Document]:
     """Yield the documents of a split, decoded.
 
-    The tokens that filled no row were dropped, and with them the end of the last document, which is left out.
+    The tokens that filled no row were dropped, and with them all documents that end in these, which are left out.
 
     Args:
         index: its `index.json`.

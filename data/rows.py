@@ -6,6 +6,7 @@ The position to resume from is looked up in shared memory, under a number where 
 """
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -24,6 +25,7 @@ from data.marks import ids_of
 from data.new_paths import NO_ROOM
 from data.open_shards import OpenShards
 from data.prepared import COLUMN, SOURCE
+from data.shared_memory import ORDER_BYTES, SHARED_MEMORY
 from data.urls import redacted
 
 import_streaming()
@@ -112,6 +114,21 @@ class RowDataset(StreamingDataset):
 
     def _largest(self, tokens: NDArray[Any]) -> int:
         return int((ids_of(tokens) if self.holds_chats else tokens).max())
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        """As of streaming, whose first process of a node puts the order of the whole epoch into shared memory.
+
+        Raises:
+            DataError: there is no room for it; to write there all the same would end the process by a signal.
+        """
+        needed = ORDER_BYTES * self.epoch_size
+        if self._unique_rank_world.is_local_leader and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+            raise DataError(
+                f"{SHARED_MEMORY}: the order of an epoch of {self.epoch_size:,} rows takes {needed:,} bytes, and "
+                f"{free:,} are free; make it larger (`docker run --shm-size` or --ipc=host; on a host `mount -o "
+                "remount,size=`)"
+            )
+        return super()._get_work(epoch, sample_in_epoch)
 
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
         """Return the epoch that comes next, if ``epoch`` is what follows those read, and where in it to begin."""

@@ -87,7 +87,7 @@ class PrepareProgress:
 
     @property
     def bytes_per_second(self) -> float:
-        """Text read and tokenized per second of this stage, in this attempt."""
+        """Text tokenized per second of this stage, in this attempt; not what filters have left out."""
         return (self.text_bytes - self.earlier_bytes) / self.seconds if self.seconds else 0.0
 
 

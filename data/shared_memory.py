@@ -21,6 +21,9 @@ from data.private import HeldError, locked, users_folder
 
 SHARED_MEMORY = Path("/dev/shm")
 
+ORDER_BYTES = 8
+"""There, for each row of an epoch."""
+
 
 def is_local_leader(rank: int) -> bool:
     """Return whether this is the first rank of its node."""

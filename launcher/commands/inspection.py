@@ -63,13 +63,14 @@ def described(split: str, found: Inspection, content: Content) -> list[str]:
     """One split, for a person."""
     counted, measured = UNITS[content]
     most = max(found.lengths.values(), default=1)
+    fullest = ", the fullest" if found.is_sorted and found.read_rows < found.rows else ""
     none = "; no document is whole in them" if not found.whole_documents else ""
     return [
         "",
         f"{split}: {found.rows:,} rows, {human_count(found.tokens)} tokens, {found.documents:,} {counted}, "
-        f"{found.bytes_per_token:.2f} bytes per token",
-        f"In the first {found.read_rows:,} rows: {found.padding:.2%} padding, {found.used_tokens:,} of "
-        f"{found.vocab_size:,} tokens of the vocabulary used, the largest is {found.largest_token}{none}",
+        f"{found.bytes_per_token:.2f} bytes per token, {found.padding:.2%} padding",
+        f"In the first {found.read_rows:,} rows{fullest}: {found.used_tokens:,} of {found.vocab_size:,} tokens of the "
+        f"vocabulary used, the largest is {found.largest_token}{none}",
         *([] if none else [f"Lengths in tokens of the {found.whole_documents:,} {measured} that are whole in them:"]),
         *(
             f"  {f'{power:,} to {2 * power - 1:,}':>24} {count:>9,} {'#' * round(count / most * BAR_CHARS)}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from data.config import Content
 from data.decontamination import NGRAM_WORDS, NGrams
-from data.prepared import FILES, MANIFEST
+from data.prepared import FILES, INDEX, MANIFEST, read_manifest
 from data.shards import PrepareConfig, PrepareProgress, prepare
 from data.survey import Survey
 from launcher.process.console import Console, human_count
@@ -42,13 +42,18 @@ def prepare_with_progress(
     """
     started = time.perf_counter()
     shown: float | None = None
+    parts_before = -1
 
     def show(progress: PrepareProgress) -> None:
-        nonlocal shown
+        nonlocal shown, parts_before
+        if progress.stage == "parts" and parts_before < 0:
+            parts_before = progress.parts[0]
         if shown is None:
             console.line(f"Preparing {out} from {', '.join(config.inputs)}")
             if files := files_sentence(progress.files, out):
                 console.line(files)
+            for sentence in dropped_sentences(progress.files):
+                console.line(sentence)
             if progress.earlier:
                 console.line(progress.earlier)
         elif time.perf_counter() - shown < SECONDS_BETWEEN_LINES:
@@ -56,7 +61,8 @@ def prepare_with_progress(
         shown = time.perf_counter()
         if progress.stage == "parts":
             complete, parts = progress.parts
-            waiting = f"; waiting for {progress.waited_for}" if progress.waited_for else remaining(progress)
+            time_left = remaining(progress, parts_before)
+            waiting = f"; waiting for {progress.waited_for}" if progress.waited_for else time_left
             console.line(f"tokenizing: {complete} of {parts} parts are complete{waiting}")
             return
         doing = DOING[progress.stage]
@@ -133,12 +139,28 @@ def chats_sentence(name: str, split: dict[str, Any], content: Content) -> str:
     return f"{name}: {split['documents']:,} {content}, {share:.2%} of their tokens are answers{more}"
 
 
-def remaining(progress: PrepareProgress) -> str:
-    """The time that is left for the other parts, if those so far took as long; empty if it is too early to say."""
+def remaining(progress: PrepareProgress, parts_before: int) -> str:
+    """The time that is left for the other parts, if those so far took as long; empty if it is too early to say.
+
+    Args:
+        progress: of this attempt.
+        parts_before: those that were complete when it began.
+    """
     complete, parts = progress.parts
-    if not 0 < complete < parts:
+    if not parts_before < complete < parts:
         return ""
-    return f", {timedelta(seconds=round(progress.seconds / complete * (parts - complete)))} left"
+    seconds = progress.seconds / (complete - parts_before) * (parts - complete)
+    return f", {timedelta(seconds=round(seconds))} left"
+
+
+def dropped_sentences(files: Survey) -> Iterator[str]:
+    """What is missing in splits of prepared data that are read as text."""
+    for split in (path.parent for path in files.read if path.name == INDEX):
+        if dropped := read_manifest(split.parent)["splits"][split.name].get("dropped_tokens"):
+            yield (
+                f"{split}: its last {dropped:,} tokens, which filled no row, are not there, nor are the documents that "
+                "end in them"
+            )
 
 
 def files_sentence(files: Survey, out: Path) -> str:

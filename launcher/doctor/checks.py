@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
+from data.shared_memory import ORDER_BYTES
 from launcher.doctor.facts import SLOW_SETTINGS, AllReduce, DiskProbe, RankFacts
 from launcher.plan.plan import Plan
+from launcher.plan.sources import most_rows
 from launcher.plan.table import describe
 from launcher.process.console import human_bytes
 
@@ -334,13 +336,13 @@ def shared_memory_needed(ranks_beside: int, num_gpus: int, plan: Plan | None) ->
     """Bytes of `/dev/shm` that the ranks of a host take, generously.
 
     Each process that reads sources which are fetched or decompressed has batches on their way (`data.reading`), with 4
-    bytes a token; pinned copies of checkpoints are not in it.
+    bytes a token. The order of an epoch (`data.rows`) is there once. Pinned copies of checkpoints are not in it.
     """
-    batches = 0.0
+    batches, order = 0.0, 0 if plan is None else ORDER_BYTES * most_rows(plan)
     if plan is not None and plan.config.data.workers and plan.config.data.cache is not None:
         rank_tokens = plan.batch.full * plan.config.data.sequence_length / plan.world_size
         batches = 4 * rank_tokens * 3 * plan.config.data.workers * ranks_beside
-    return LEAST_SHARED_MEMORY_BYTES + num_gpus * NCCL_SHARED_MEMORY_BYTES + batches
+    return LEAST_SHARED_MEMORY_BYTES + num_gpus * NCCL_SHARED_MEMORY_BYTES + batches + order
 
 
 def check_shared_memory(ranks: Sequence[RankFacts], plan: Plan | None) -> Verdict:

@@ -1,5 +1,6 @@
 """The data of a run by source: the tokens that each phase is to draw, and how often a source is read."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def drawn_by_source(course: Course) -> list[dict[str, Any]]:
         for source in phase.sources:
             share = source.weight / weights
             tokens[source.path] = tokens.get(source.path, 0.0) + share * of_phase
-            available = _available_tokens(source)
+            available = math.prod(_rows(source))
             found.append(
                 {
                     "phase": phase.index,
@@ -48,11 +49,17 @@ def _in_words(each: dict[str, Any]) -> str:
     return f"{each['share']:.1%}, {human_count(each['tokens'])} tokens{epochs}"
 
 
-def _available_tokens(source: Source) -> int | None:
+def most_rows(course: Course) -> int:
+    """The rows of the longest epoch of a phase, of the sources that are there."""
+    return max(sum(_rows(source)[0] for source in phase.sources) for phase in course.phases)
+
+
+def _rows(source: Source) -> tuple[int, int]:
+    """The rows of a source and their length; 0 where it cannot be read here."""
     if source.is_remote:
-        return None
+        return 0, 0
     try:
         manifest = read_manifest(Path(source.path))
     except DataError:
-        return None
-    return int(manifest["splits"][TRAIN]["rows"] * manifest["sequence_length"])
+        return 0, 0
+    return manifest["splits"][TRAIN]["rows"], manifest["sequence_length"]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mixtures import LENGTH, mixture, open_data, rank_validates, write_text
@@ -50,6 +51,18 @@ def test_an_index_that_lies_is_found_out(folders, tmp_path):
     path.write_text(original[:20])
     with pytest.raises(DataError, match=r"index\.json: not an index"):
         open_data(mixture((str(copy), folders[1])))
+
+
+def test_an_order_that_shared_memory_has_no_room_for_is_told_before_it_is_written(folders, monkeypatch):
+    usage = SimpleNamespace(free=100)
+    monkeypatch.setattr("data.rows.shutil.disk_usage", lambda path: usage)
+    data = open_data(mixture(folders))
+    with pytest.raises(
+        DataError, match=r"/dev/shm: the order of an epoch of \d+ rows takes [\d,]+ bytes, and 100 are free"
+    ):
+        next(iter(data))
+    usage.free = 1 << 20
+    next(iter(data))
 
 
 def test_what_is_missing_is_named(folders, tmp_path):

@@ -51,6 +51,17 @@ def test_the_numbers_are_those_of_the_text(tmp_path, packing):
         assert 45 <= sum(split["whole_documents"] for split in splits.values()) <= 50
 
 
+def test_padding_is_that_of_all_rows(tmp_path):
+    """Best fit writes the fullest rows first."""
+    corpus = write_corpus(tmp_path / "a.jsonl", num_documents=50)
+    config = PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:300", packing="best-fit")
+    facts = prepare(config, 256, tmp_path / "out")["splits"]["train"]
+    output = inspected(tmp_path / "out", "--rows", "3")
+    assert (
+        f"{facts['padding_tokens'] / (facts['rows'] * 256):.2%} padding\nIn the first 3 rows, the fullest: " in output
+    )
+
+
 def _by_power(lengths):
     return np.unique([1 << (tokens.bit_length() - 1) for tokens in lengths], return_counts=True)
 
@@ -60,7 +71,7 @@ def test_a_person_gets_lines_and_few_rows_are_read(tmp_path):
     prepare(PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:300"), 32, tmp_path / "out")
     output = inspected(tmp_path / "out", "--rows", "3", "--samples", "1")
     assert "rows of 32 tokens, packing stream, 300 tokens in the vocabulary" in output
-    assert "In the first 3 rows: 0.00% padding" in output
+    assert " bytes per token, 0.00% padding\nIn the first 3 rows: " in output
     assert output.count("\n> ") == 1
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "nowhere")])
     assert "no such folder of prepared data" in str(result.exception)

@@ -10,8 +10,8 @@ from tiny import write_corpus
 
 from data.config import PrepareConfig
 from data.shards import PrepareProgress, prepare
-from data.survey import check_input
-from launcher.commands.prepare import prepare_with_progress
+from data.survey import check_input, survey
+from launcher.commands.prepare import prepare_with_progress, remaining
 from launcher.process.console import Console
 
 
@@ -79,6 +79,24 @@ def test_inputs_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     check_input(str(folder))  # as every rank does
     assert asked["scandir"] <= 3
     assert asked["stat"] + asked["lstat"] <= 2
+
+
+def test_the_time_that_is_left_is_by_the_parts_of_this_attempt(tmp_path: Path) -> None:
+    progress = PrepareProgress(survey([]), "parts", 0, 0, 0, seconds=60.0, parts=(901, 1000))
+    assert remaining(progress, 900) == ", 1:39:00 left"
+    assert remaining(progress, 901) == ""
+
+
+def test_what_prepared_data_lack_as_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_corpus(tmp_path / "x.jsonl", num_documents=40)
+    first = PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:300")
+    prepare_with_progress(first, 500, tmp_path / "first", Console(silent=True))
+    split = tmp_path / "first" / "train"
+    dropped = json.loads((split.parent / "manifest.json").read_text())["splits"]["train"]["dropped_tokens"]
+    second = PrepareConfig(inputs=(str(split),), tokenizer="bpe:300")
+    prepare_with_progress(second, 16, tmp_path / "second", Console(silent=False))
+    said = f"{split}: its last {dropped} tokens, which filled no row, are not there, nor are the documents that end in"
+    assert f"{said} them" in capsys.readouterr().out.splitlines()
 
 
 def test_where_it_is_stopped_it_says_that_it_goes_on(tmp_path, capsys, monkeypatch):
