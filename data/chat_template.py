@@ -10,8 +10,10 @@ prompt: the tokens that generation would be asked for. That holds only if both a
 checked.
 """
 
+import contextlib
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.errors import DataError
 from data.spans import Span
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from data.transformers_files import (
     CHAT_TEMPLATE,
     GENERATION_CONFIG,
@@ -215,6 +217,23 @@ class ChatTemplate:
         ):
             ends |= {*first}
         return ends | {self.tokenizer.end_of_document}
+
+
+@contextlib.contextmanager
+def self_contained(path: Path) -> Iterator[Path]:
+    """A temporary copy of a tokenizer's file that says by itself which token ends documents, beside its chat template.
+
+    Raises:
+        DataError: the tokenizer or the template cannot be read.
+    """
+    tokenizer = load_tokenizer(path)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        copy.write_bytes(tokenizer.file_content())
+        if chat_template(path.parent) is not None:
+            text = ChatTemplate(tokenizer).self_contained()
+            copy.with_name(CHAT_TEMPLATE).write_text(text, encoding="utf-8", newline="")
+        yield copy
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

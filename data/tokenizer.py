@@ -6,10 +6,8 @@ and bytes for what the vocabulary lacks (newline and tab among them), hence `dec
 The counts of `token_bytes` turn a loss in nats per token into bits per byte, which compares across vocabularies.
 """
 
-import contextlib
 import io
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -158,15 +156,6 @@ def load_tokenizer(path: str | Path, end_of_document: str | None = None) -> Toke
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, end_of_document)
     raise DataError(f"{path}: must be a SentencePiece .model or a Hugging Face .json file, not {path.suffix!r}")
-
-
-@contextlib.contextmanager
-def self_contained(path: Path) -> Iterator[Path]:
-    """A temporary copy of a tokenizer's file that says by itself which token ends documents."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, path.name)
-        copy.write_bytes(load_tokenizer(path).file_content())
-        yield copy
 
 
 def file_in(folder: Path) -> Path | None:

@@ -16,6 +16,7 @@ from launcher.formats.convert import (
     begins_anew,
     check_hf,
     convert_to_run,
+    first_token_note,
     not_carried,
     preview,
     starting_phase,
@@ -131,7 +132,7 @@ def convert_into_run(
     parsed = load_config(config, changes)
     place = "before" if calibrate is None else "at the beginning of"
     console.line(f"{opened.location} to {to}, {place} phase {begins} ({parsed.phases[begins].precision})")
-    notes = [*begins_anew(parsed, opened), *opened.missing]
+    notes = [*begins_anew(parsed, opened), *opened.missing, *first_token_note(opened)]
     notes += [*grow_vocabulary_(opened, parsed), *put_sub_norms_in(opened, parsed)]
     for sentence in notes:
         console.line(f"  {sentence}")

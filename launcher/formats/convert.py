@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import load_tokenizer, self_contained
+from data.chat_template import self_contained
+from data.tokenizer import load_tokenizer
 from launcher.checkpoint.averaged import AveragedReader
 from launcher.checkpoint.folders import complete_checkpoints, folder_of
 from launcher.checkpoint.location import reaching
@@ -60,6 +61,16 @@ def begins_anew(config: Config, source: Source) -> list[str]:
     return [
         f"The checkpoint is at step {source.manifest.step}, and the phases begin at {starts}. The run "
         "begins with the first of them: steps, schedule and data start over."
+    ]
+
+
+def first_token_note(source: Source) -> list[str]:
+    """A sentence if texts of the source begin with a token of their own, which no run puts there."""
+    if source.first_token is None:
+        return []
+    return [
+        f"The token that texts begin with, {source.first_token}, is not carried: in the run and its exports, texts "
+        "come after the end of a document, and chats are as the template writes them."
     ]
 
 

@@ -62,7 +62,7 @@ def test_an_order_that_shared_memory_has_no_room_for_is_told_before_it_is_writte
     ):
         next(iter(data))
     usage.free = 1 << 20
-    next(iter(data))
+    next(iter(open_data(mixture(folders))))
 
 
 def test_what_is_missing_is_named(folders, tmp_path):

@@ -59,6 +59,14 @@ def test_exports_have_the_template_of_the_chats(tmp_path: Path) -> None:
     assert exported.prompt_tokens(CONVERSATION) == ours.prompt_tokens(CONVERSATION)
     assert exported.end_tokens() == ours.end_tokens()
 
+    # A checkpoint that is converted has the template, so its exports are of chats as well.
+    chats_again = ["run.name=again", "checkpoint.keep_last=0", f"data.sources.0.path={chats}", "phases.0.steps=2"]
+    config = tmp_path / "run" / "config.yaml"
+    tritrain("convert", tmp_path / "run", "--to", tmp_path / "again", "--config", config, *chats_again)
+    tritrain("export", tmp_path / "again", "--to", tmp_path / "converted", "--format", "hf")
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "converted" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
 
 def test_gguf_files_have_it_too(tmp_path: Path) -> None:
     sentencepiece_tokenizer(tmp_path / "tokenizer.model")
