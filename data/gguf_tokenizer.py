@@ -10,14 +10,14 @@ from data.gguf_byte_level import byte_level_definition
 from data.gguf_vocabulary import unused_name
 from data.sentencepiece_model import BPE, CONTROL, UNKNOWN, UNUSED, ending_documents, parse_model
 from data.tokenizer_definition import ENDS_DOCUMENTS, special_token_
-from data.transformers_files import CHAT_TEMPLATE
+from data.transformers_files import CHAT_TEMPLATE, GENERATION_CONFIG, SPECIAL_TOKENS
 
 KINDS = range(UNKNOWN - 1, 7)
 """Kinds of tokens, numbered as in SentencePiece."""
 
 
 def gguf_tokenizer_file(fields: Mapping[str, Any], folder: Path) -> Path:
-    """Write the tokenizer that a file's keys `tokenizer.ggml.*` describe.
+    """Write the tokenizer that a file's keys `tokenizer.ggml.*` describe, with its chat template and what that needs.
 
     Args:
         fields: the file's keys and values.
@@ -49,6 +49,11 @@ def gguf_tokenizer_file(fields: Mapping[str, Any], folder: Path) -> Path:
         size -= 1
     if isinstance(template := fields.get("tokenizer.chat_template"), str):
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        ids = {f"{key}_token": field(f"{key}_token_id") for key in ("bos", "eos")}
+        names = {key: str(tokens[id_]) for key, id_ in ids.items() if type(id_) is int and 0 <= id_ < len(tokens)}
+        (folder / SPECIAL_TOKENS).write_text(json.dumps(names))
+        ends = [id_ for id_ in (end, field("eot_token_id")) if type(id_) is int]
+        (folder / GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": ends}))
     if kind == "gpt2":
         merges = field("merges", [])
         if not isinstance(merges, list) or not all(isinstance(each, str) and " " in each for each in merges):

@@ -63,6 +63,8 @@ def gguf_vocabulary(
             raise DataError(f"{path}: {error}; llama.cpp would not make the same tokens of a text") from error
     tokens, types = vocabulary["tokens"], vocabulary["token_type"]
     for token in (first, end):
+        if token >= len(tokens):
+            raise DataError(f"{path}: has {len(tokens)} tokens, and {token} is to begin or end texts; name one of them")
         types[token] = CONTROL
     vocabulary["tokens"] = tokens + [unused_name(row) for row in range(len(tokens), num_rows)]
     vocabulary["token_type"] = types + [UNUSED] * (num_rows - len(types))

@@ -21,6 +21,7 @@ from data.pointers import pointer_problem
 from data.spans import Span
 from data.tokenizer_definition import read_definition, vocabulary
 from data.tokenizer_kinds import SPACE_MARK, HuggingFaceTokenizer, SentencePieceTokenizer, sentencepiece_model
+from data.transformers_files import added_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,7 +153,13 @@ def load_tokenizer(path: str | Path, end_of_document: str | None = None) -> Toke
     if problem := pointer_problem(path):
         raise DataError(f"{path}: {problem}")
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path, end_of_document)
+        tokenizer = SentencePieceTokenizer(path, end_of_document)
+        if lacking := [name for name, token in added_tokens(path.parent).items() if token >= tokenizer.vocab_size]:
+            raise DataError(
+                f"{path}: lacks tokens that files beside it add, such as {lacking[0]!r}; save the tokenizer as "
+                "tokenizer.json, which has them (`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`)"
+            )
+        return tokenizer
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, end_of_document)
     raise DataError(f"{path}: must be a SentencePiece .model or a Hugging Face .json file, not {path.suffix!r}")

@@ -12,9 +12,10 @@ from data.errors import DataError
 from data.tokenizer_definition import read_definition, steps_of
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 CHAT_TEMPLATE, GENERATION_CONFIG = "chat_template.jinja", "generation_config.json"
 TOKENIZER_FILES = (
-    *("tokenizer.model", "tokenizer.json", TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json", "vocab.json"),
+    *("tokenizer.model", "tokenizer.json", TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, "vocab.json"),
     *("merges.txt", CHAT_TEMPLATE, GENERATION_CONFIG),
 )
 """Their names, and that of the file that says where generation ends."""
@@ -42,6 +43,20 @@ def own_files(folder: Path) -> dict[str, bytes]:
     if config.pop("auto_map", None) is not None:
         files[TOKENIZER_CONFIG] = json.dumps(config, indent=2, ensure_ascii=False).encode()
     return files
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """The tokens that files say Transformers adds to a vocabulary, with their ids.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    found = {name: token for name, token in json_object(folder / ADDED_TOKENS).items() if type(token) is int}
+    decoder = json_object(folder / TOKENIZER_CONFIG).get("added_tokens_decoder")
+    for token, value in (decoder if isinstance(decoder, dict) else {}).items():
+        if isinstance(value, dict) and token.isdecimal():
+            found[str(value.get("content"))] = int(token)
+    return found
 
 
 def chat_template(folder: Path) -> str | None:

@@ -85,14 +85,15 @@ def scaling_from_gguf(field: Field, factors: "Tensor | None", plain: ModelConfig
     Raises:
         ValueError: it is not computed here; says why.
     """
-    method = field("rope.scaling.type", (str,), "none")
+    factor = field("rope.scaling.factor", (float, int), field("rope.scale_linear", (float, int), 0.0))
+    # llama.cpp takes a factor without a type for a linear one, and 0 for none.
+    method = field("rope.scaling.type", (str,), "none" if factor in (0, 1) else "linear")
     if factors is not None and method == "none":
         return _llama3(field, factors, plain)
     if factors is not None or method not in ("none", "linear", "yarn"):
         raise ValueError(f"its rotary positions are scaled by {method!r}, which is not computed here")
     if method == "none":
         return None
-    factor = field("rope.scaling.factor", (float, int), 0.0)
     if method == "linear":
         return _checked(method="linear", factor=float(factor))
     betas = {name: float(field(f"rope.scaling.yarn_{name}", (float, int), USUAL[name])) for name in BETAS}

@@ -14,6 +14,7 @@ from launcher.formats.choices import ConvertFormat, Dtype
 from launcher.formats.convert import (
     Contents,
     begins_anew,
+    check_begins_calibrated,
     check_hf,
     convert_to_run,
     first_token_note,
@@ -26,6 +27,7 @@ from launcher.formats.deepspeed_universal import check_universal, write_universa
 from launcher.formats.hf_folder import to_json, write_hf
 from launcher.formats.open import check_sound, open_source
 from launcher.formats.provenance import source_record
+from launcher.inference.inputs import check_inputs
 from launcher.inference.start import put_sub_norms_in
 from launcher.inference.vocabulary import grow_vocabulary_
 from launcher.process.console import Console, print_results
@@ -112,6 +114,7 @@ def convert_into_run(
     Raises:
         ConfigError: the configuration is missing or wrong, or the folder already holds a run.
         CheckpointError: the source is unknown or damaged, or does not fit.
+        DataError: data that a calibration or its measurement reads are missing.
     """
     if config is None:
         raise ConfigError("--config: is missing; a run needs a configuration")
@@ -136,6 +139,9 @@ def convert_into_run(
     notes += [*grow_vocabulary_(opened, parsed), *put_sub_norms_in(opened, parsed)]
     for sentence in notes:
         console.line(f"  {sentence}")
+    if calibrate is not None:  # which reads what training does
+        check_begins_calibrated(parsed)
+        check_inputs(parsed)
     if dry_run:
         rows = [["tensor", "shape", "weight", "moments"], *preview(parsed, opened)]
         if as_json:

@@ -64,6 +64,25 @@ def begins_anew(config: Config, source: Source) -> list[str]:
     ]
 
 
+def check_begins_calibrated(config: Config) -> None:
+    """Check that a run can begin with the weights after the transition into its first phase, which were calibrated.
+
+    Raises:
+        ConfigError: the phase needs the weights before the transition.
+    """
+    phase = make_course(config).phases[config.checkpoint.start_phase]
+    if phase.preference is not None:
+        raise ConfigError(
+            f"phases.{phase.index}.objective: is dpo, which compares with the model that the phase begins with; a run "
+            "that begins calibrated does not hold it"
+        )
+    if phase.distillation is not None and phase.distillation.teacher is None:
+        raise ConfigError(
+            f"phases.{phase.index}.distillation.teacher: is missing; a run that begins calibrated does not hold the "
+            "16-bit weights, so name the teacher"
+        )
+
+
 def first_token_note(source: Source) -> list[str]:
     """A sentence if texts of the source begin with a token of their own, which no run puts there."""
     if source.first_token is None:

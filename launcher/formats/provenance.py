@@ -1,6 +1,7 @@
 """The provenance of files that were made from a checkpoint."""
 
 import dataclasses
+import os
 import time
 import zipfile
 from pathlib import Path
@@ -43,7 +44,7 @@ def source_digest(source: Source) -> str:
     folder = to_location(source.location)
     paths = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
     for path in sorted(paths, key=str):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0")
         with path.open("rb") as file:
             if zipfile.is_zipfile(file):  # as `.pt` files are, which hold a checksum of each record
                 records = [

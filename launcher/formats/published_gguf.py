@@ -22,6 +22,12 @@ from quant.gguf import BLOCK_WIDTHS, Q2_0_TYPE
 WIDTHS_OF_TYPES = {34: BLOCK_WIDTHS["tq1_0"], 35: BLOCK_WIDTHS["tq2_0"], Q2_0_TYPE: BLOCK_WIDTHS["q2_0"]}
 """Weights that share a level, by the numbers of the ternary types."""
 
+BEGINNING = (
+    *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+    *("tekken", "chameleon"),
+)
+"""The byte-level vocabularies before whose texts llama.cpp puts the first token where a file does not say."""
+
 NOT_COMPUTED = ("rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that change the rotary positions, as no model here does."""
 
@@ -111,7 +117,9 @@ class PublishedGGUF(Published):
                     f"{len(tokens) - 1}"
                 )
         self.first_token = file.fields.get("tokenizer.ggml.bos_token_id")
-        self.puts_first_token = bool(file.fields.get("tokenizer.ggml.add_bos_token", True))
+        is_byte_level = file.fields.get("tokenizer.ggml.model") == "gpt2"
+        usual = not is_byte_level or file.fields.get("tokenizer.ggml.pre") in BEGINNING
+        self.puts_first_token = bool(file.fields.get("tokenizer.ggml.add_bos_token", usual))
 
     def tokenizer_file(self) -> Path | None:
         if self._file is None or self.vocabulary_size is None:

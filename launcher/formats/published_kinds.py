@@ -24,5 +24,7 @@ def published_at(location: Path) -> Published | None:
         return None
     config = read_json(location / CONFIG)
     quantization = config.get("quantization_config")
-    compressed = isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors"
-    return PublishedFolder(location) if compressed or (quantization is None and "quantization" in config) else None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    # mlx-lm writes the same under both names.
+    of_mlx = "quantization" in config and quantization in (None, config["quantization"]) and method is None
+    return PublishedFolder(location) if of_mlx or method == "compressed-tensors" else None

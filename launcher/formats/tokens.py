@@ -18,6 +18,7 @@ from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.formats.hf_source import CONFIG, read_json
 from launcher.formats.opened import Exportable
+from launcher.formats.published_source import PublishedSource
 from model.config import ModelConfig
 
 NAMED = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -77,13 +78,16 @@ def foreign_folder(exportable: Exportable, tokenizer: Path) -> Path | None:
     return tokenizer.parent if has_settings(tokenizer.parent) else None
 
 
-def trained_template(exportable: Exportable, tokenizer: Path) -> ChatTemplate | None:
-    """The template of the chats that Tritrain has trained a model on; None of any other model.
+def own_template(exportable: Exportable, tokenizer: Path) -> ChatTemplate | None:
+    """The template of the chats that Tritrain has trained a model on, or that a GGUF file has; None of any other model.
 
     Raises:
         DataError: it cannot be read.
     """
-    return ChatTemplate(load_tokenizer(tokenizer)) if _was_trained_on_chats(exportable.source, tokenizer) else None
+    source = exportable.source
+    is_file = isinstance(source, PublishedSource) and not has_settings(tokenizer.parent)
+    has_template = is_file and tokenizer.with_name(CHAT_TEMPLATE).is_file()
+    return ChatTemplate(load_tokenizer(tokenizer)) if has_template or _was_trained_on_chats(source, tokenizer) else None
 
 
 def _was_trained_on_chats(source: Source, tokenizer: Path) -> bool:
@@ -110,7 +114,7 @@ def folder_tokens(exportable: Exportable, tokenizer: Path | None) -> tuple[dict[
     named: dict[str, object] = {"bos_token_id": first, "eos_token_id": end}
     folder = foreign_folder(exportable, tokenizer)
     if folder is None:
-        length, template = model.max_sequence_length, trained_template(exportable, tokenizer)
+        length, template = model.max_sequence_length, own_template(exportable, tokenizer)
         files = tokenizer_files(
             tokenizer,
             vocab_size=model.vocab_size,
@@ -136,19 +140,19 @@ def gguf_tokens(exportable: Exportable, tokenizer: Path) -> dict[str, object]:
     Raises:
         DataError: llama.cpp would tokenize differently.
     """
-    folder, trained = foreign_folder(exportable, tokenizer), trained_template(exportable, tokenizer)
+    folder, template = foreign_folder(exportable, tokenizer), own_template(exportable, tokenizer)
     vocabulary = gguf_vocabulary(
         tokenizer,
         exportable.model.vocab_size,
         first_token=exportable.source.first_token,
         puts_first_token=puts_first(exportable.source, tokenizer),
-        has_special=folder is not None or trained is not None,
+        has_special=folder is not None or template is not None,
     )
-    if trained is not None:
-        template: str | None = trained.self_contained()
-        others = trained.end_tokens() - {vocabulary["eos_token_id"]}
+    if template is not None:
+        text: str | None = template.self_contained()
+        others = template.end_tokens() - {vocabulary["eos_token_id"]}
         vocabulary |= {"eot_token_id": min(others)} if others else {}
     else:
-        template = None if isinstance(exportable.source, CheckpointReader) else chat_template(tokenizer.parent)
+        text = None if isinstance(exportable.source, CheckpointReader) else chat_template(tokenizer.parent)
     keys: dict[str, object] = {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
-    return keys if template is None else keys | {"tokenizer.chat_template": template}
+    return keys if text is None else keys | {"tokenizer.chat_template": text}

@@ -43,7 +43,9 @@ class LoadedModel(TextModel):
     tokenizer: Tokenizer | None
     first_token: int | None
     puts_first_token: bool
-    tokenizer_problem: str | None = None
+    tokenizer_problem: str | None
+    source: Source
+    """Where it was read; keeps the files of a tokenizer that are made for it."""
 
     @property
     def weights_bytes(self) -> int:
@@ -110,8 +112,8 @@ def load_model(
             except ValueError as error:
                 raise CheckpointError(f"{source.location}: {error}; packed=False loads it") from error
     _read_(model, "", source, dtype, device)
-    loaded, first_token, puts_first_token, problem = tokenizer_for(opened, tokenizer)
-    return LoadedModel(model.requires_grad_(False).eval(), opened.model, loaded, first_token, puts_first_token, problem)
+    found = tokenizer_for(opened, tokenizer)
+    return LoadedModel(model.requires_grad_(False).eval(), opened.model, *found, source)
 
 
 def _precision(opened: Exportable) -> Precision:

@@ -14,7 +14,6 @@ from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.engine import EngineConfig
 from launcher.config.sections import Config
 from launcher.engine.build import build_engine
-from launcher.errors import ConfigError
 from launcher.formats.convert import Contents, manifest_of_conversion
 from launcher.formats.open import check_sound
 from launcher.formats.start import first_progress
@@ -41,16 +40,6 @@ def calibrating(console: Console) -> Contents:
     ) -> tuple[dict[str, FileRecord], Manifest]:
         phase, at = course.phases[course.config.checkpoint.start_phase], first_progress(course)
         assert phase.quantization is not None
-        if phase.preference is not None:
-            raise ConfigError(
-                f"phases.{phase.index}.objective: is dpo, which compares with the model that the phase begins with; a "
-                "run that begins calibrated does not hold it"
-            )
-        if phase.distillation is not None and phase.distillation.teacher is None:
-            raise ConfigError(
-                f"phases.{phase.index}.distillation.teacher: is missing; a run that begins calibrated does not hold "
-                "the 16-bit weights, so name the teacher"
-            )
         with process_group(course.config.engine.timeout_seconds) as ranks:
             plan = make_plan(on_one_rank(concrete(course.config, ranks)[0]), 1)
             check_sound(source, ranks)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from texts import SPECIAL, TEXTS
-from tokenizer_zoo import LOSSLESS, LOSSY, MARK, byte_level
+from tokenizer_zoo import LOSSLESS, LOSSY, MARK, byte_level, sentencepiece_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from data import tokenizer_kinds
@@ -183,3 +183,19 @@ def test_a_lossy_tokenizer_gives_plain_words_back(zoo, name):
     assert tokenizer.decode(ids) == text == oracle.decode(ids)
     assert counted(tokenizer, ids) == len(text)
     assert ids == oracle.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<|im_end|>": 320}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"320": {"content": "<|im_end|>"}}}),
+    ],
+)
+def test_a_sentencepiece_model_without_tokens_that_are_added_to_it_is_refused(tmp_path, name, content):
+    sentencepiece_tokenizer(tmp_path / "tokenizer.model")
+    load_tokenizer(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content).replace("320", "100000"))
+    lacks = r"lacks tokens that files beside it add, such as '<\|im_end\|>'; save the tokenizer as tokenizer\.json"
+    with pytest.raises(DataError, match=lacks):
+        load_tokenizer(tmp_path)

@@ -47,6 +47,7 @@ def test_configuration_survives_the_round_trip(config):
             "layer_types sliding_attention",
         ),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16}, "sliding_window 16"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_position_embeddings": 8192}, "sliding_window 4096"),
         ({"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0]}, r"'smollm3' is not known.*NoPE"),
         ({"no_rope_layers": [1, 0]}, r"no_rope_layers \[1, 0\]"),
         ({"vocab_size": None}, "vocab_size: missing"),

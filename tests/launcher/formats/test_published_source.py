@@ -28,6 +28,7 @@ from launcher.formats.hf_export import export_hf
 from launcher.formats.onnx_export import export_onnx
 from launcher.formats.open import open_source
 from launcher.formats.opened import Exportable, open_exportable
+from launcher.formats.published_source import PublishedSource
 from launcher.inference.load import load_model
 from launcher.inference.verdict import SAMPLE
 from quant.codes import unpack
@@ -235,3 +236,14 @@ def test_the_commands_take_exports(tmp_path: Path) -> None:
         measured = json.loads(tritrain("perplexity", tmp_path / name, tmp_path / "text.txt", "--json"))
         perplexities.append(measured["results"][0]["perplexity"])
     assert max(perplexities) < 1.01 * min(perplexities)
+
+
+def test_a_folder_of_mlx_may_describe_its_codes_twice(tmp_path: Path) -> None:
+    """As mlx-lm writes it."""
+    write(model_of("llama"), QuantConfig(), tmp_path / "mlx", "mlx")
+    once = open_source(str(tmp_path / "mlx"))
+    described = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
+    edit_config(tmp_path / "mlx", quantization_config=described)
+    twice = open_source(str(tmp_path / "mlx"))
+    assert isinstance(twice, PublishedSource)
+    assert (twice.model_config, twice.precision) == (once.model_config, once.precision)

@@ -112,6 +112,27 @@ def test_a_gguf_file_describes_the_model_that_it_was_written_from(shards: Path, 
     check_model(open_source(str(tmp_path / "model.gguf")), built.config)
 
 
+@pytest.mark.parametrize(
+    ("fields", "method"),
+    [
+        ({"rope.scaling.factor": 4.0}, "linear"),
+        ({"rope.scale_linear": 4.0}, "linear"),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+    ],
+)
+def test_a_factor_without_a_type_is_a_linear_one(
+    shards: Path, tmp_path: Path, monkeypatch: Any, fields: dict[str, Any], method: str | None
+) -> None:
+    """As in llama.cpp, which also reads the key that older files have."""
+    monkeypatch.setattr("model.gguf.rope_fields", lambda config: fields)
+    built = random_model(narrow("llama"))
+    export_gguf(exportable(built), tmp_path / "model.gguf", tokenizer=shards / "tokenizer.model")
+    config = PublishedGGUF(tmp_path / "model.gguf").config
+    assert config is not None
+    assert config.rope_scaling == (method and RopeScalingConfig(method=method, factor=4.0))
+
+
 def test_frequencies_of_another_making_are_refused(shards: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """llama.cpp's own conversion writes no more than the factors; those of Llama 3.1 are recognized."""
     llama31 = RopeScalingConfig(method="llama3", factor=6.7, original_max_sequence_length=8192)

@@ -1,11 +1,13 @@
 """Exports of other programs' models keep the tokens that these were trained on; Transformers is the oracle."""
 
+import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import tritrain
+from command import outcome, tritrain
 from gguf_files import read_tensors
 from hf_folders import edit_config, write_variant
 from tokenizer_files import write_bytes_tokenizer
@@ -16,6 +18,9 @@ from data.torchvision_repair import repair_torchvision
 from data.transformers_files import puts_first_token
 from launcher.errors import CheckpointError
 from launcher.formats.opened import open_exportable
+from launcher.formats.published_gguf import PublishedGGUF
+from launcher.formats.tokens import gguf_tokens
+from launcher.inference.load import load_model
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -90,13 +95,23 @@ def test_gguf_files_begin_texts_as_the_model_does_and_have_its_template(
     opened = open_exportable(str(tmp_path / "model.gguf"), ternary=False)
     assert opened.tokenizer is not None
     assert (opened.source.first_token, opened.source.puts_first_token) == (BEGIN, adds is None)
-    read = ChatTemplate(load_tokenizer(opened.tokenizer))
-    assert START in read.prompt_tokens(CONVERSATION)
+    read, source = ChatTemplate(load_tokenizer(opened.tokenizer)), ChatTemplate(load_tokenizer(chat_model))
+    assert read.prompt_tokens(CONVERSATION) == source.prompt_tokens(CONVERSATION)
+    assert read.prompt_tokens(CONVERSATION)[:2] == [BEGIN, START]
+    loaded = load_model(tmp_path / "model.gguf")  # with all that the template needs, as long as it is there
+    del opened
+    gc.collect()
+    assert ChatTemplate(loaded.tokenizer).prompt_tokens(CONVERSATION) == read.prompt_tokens(CONVERSATION)
     # A file says how texts begin; a folder that is made of it does too.
     tritrain("export", tmp_path / "model.gguf", "--to", tmp_path / "again", "--format", "hf")
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (BEGIN, END)
     assert puts_first_token(tmp_path / "again") is (adds is None)
+    again = ChatTemplate(load_tokenizer(tmp_path / "again"))
+    assert again.prompt_tokens(CONVERSATION) == source.prompt_tokens(CONVERSATION)
+    tritrain("export", tmp_path / "model.gguf", "--to", tmp_path / "again.gguf", "--format", "gguf", "--type", "f16")
+    _, second = read_tensors(tmp_path / "again.gguf")
+    assert second["tokenizer.ggml.token_type"][BEGIN : LAST + 1] == [3, 3, 3, 3]
 
 
 def test_the_tokenizer_of_another_model_is_refused(chat_model: Path, tmp_path: Path) -> None:
@@ -118,3 +133,28 @@ def test_what_puts_the_first_token(tmp_path: Path, settings: Any, files: tuple[s
     for name in files:
         write_bytes_tokenizer(tmp_path / name)
     assert puts_first_token(tmp_path) is expected
+
+
+@pytest.mark.parametrize(("changes", "puts"), [({}, False), ({"pre": "llama-bpe"}, True), ({"model": "llama"}, True)])
+def test_a_gguf_file_that_does_not_say_begins_texts_as_llama_cpp_does(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], puts: bool
+) -> None:
+    def tokens(*asked: Any) -> dict[str, object]:
+        keys = gguf_tokens(*asked) | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+        return {key: value for key, value in keys.items() if not key.endswith("add_bos_token")}
+
+    monkeypatch.setattr("launcher.formats.gguf_export.gguf_tokens", tokens)
+    tritrain("export", chat_model, "--to", tmp_path / "model.gguf", "--format", "gguf", "--type", "f16")
+    assert PublishedGGUF(tmp_path / "model.gguf").puts_first_token is puts
+
+
+def test_a_first_token_in_rows_that_are_no_tokens_is_refused(chat_model: Path, tmp_path: Path) -> None:
+    edit_config(chat_model, bos_token_id=300)
+    asked = ["export", chat_model, "--to", tmp_path / "model.gguf", "--format", "gguf", "--type", "f16"]
+    code, _, said = outcome(*asked)
+    assert (code, "has 260 tokens, and 300 is to begin or end texts" in said) == (2, True)
+
+
+def test_file_names_that_are_no_text_are_no_hindrance(chat_model: Path, tmp_path: Path) -> None:
+    (Path(os.fsdecode(os.fsencode(chat_model) + b"/\xff.txt"))).touch()
+    tritrain("export", chat_model, "--to", tmp_path / "out", "--format", "hf")

@@ -358,6 +358,10 @@ def test_what_cannot_be_calibrated_is_refused(switched: Path, shards: Path, tmp_
     source = switched / "checkpoints" / "step-00000004"
     code, _, said = outcome("convert", source, *asked[2:], "phases.1.quantization.weights=absmedian")
     assert (code, "phases.1.quantization.weights: is absmedian; a calibration needs" in said) == (2, True)
-    code, _, said = outcome("convert", source, *asked[2:], "phases.1.distillation={}", "phases.1.transition.ramp={}")
-    assert "phases.1.distillation.teacher: is missing; a run that begins calibrated does not hold" in said
+    for dry_run in ([], ["--dry-run"]):
+        changes = ["phases.1.distillation={}", "phases.1.transition.ramp={}"]
+        code, _, said = outcome("convert", source, *asked[2:], *dry_run, *changes)
+        assert "phases.1.distillation.teacher: is missing; a run that begins calibrated does not hold" in said
+        code, _, said = outcome("convert", source, *asked[2:], *dry_run, f"data.sources.0.path={tmp_path / 'none'}")
+        assert (code, "data.sources.0.path: " in said) == (2, True)
     assert not (tmp_path / "made").exists()
