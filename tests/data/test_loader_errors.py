@@ -62,7 +62,10 @@ def test_an_order_that_shared_memory_has_no_room_for_is_told_before_it_is_writte
     ):
         next(iter(data))
     usage.free = 1 << 20
-    next(iter(open_data(mixture(folders))))
+    again = open_data(mixture(folders))
+    next(iter(again))
+    for each in (data, again):
+        each.close()
 
 
 def test_what_is_missing_is_named(folders, tmp_path):
