@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from launcher.checkpoint.location import check_writable, reaching
 from launcher.errors import ConfigError, report_error
 from launcher.inference.any_task import Prompting, score_loaded
 from launcher.inference.results import add_result, default_results, write_points
-from launcher.inference.sharded import Subject, open_measurable, open_subject
+from launcher.inference.sharded import Subject, open_measurable, open_subject, subject_of
 from launcher.process.console import Console, print_results, without_nan
 from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks, process_group
@@ -110,8 +111,8 @@ def check_tasks(
 def evaluate(asked: Evaluation, ranks: Ranks, console: Console) -> None:
     """Score models on tasks, one after the other, without those already in the results; a collective."""
     tasks, names = check_tasks(asked.tasks, asked.task_data, asked.prompting)
-    for text in asked.models:
-        open_measurable(text, asked.tokenizer)  # before data are fetched, which may take minutes
+    models = (open_measurable(text, asked.tokenizer) for text in asked.models)
+    first = next(models)  # is looked at before data are fetched, which may take minutes
     folder = Path(asked.task_data) if asked.task_data else None
     rows = {task: load_rows(task, folder)[: asked.limit] for task in tasks}
     loaded = None
@@ -120,8 +121,8 @@ def evaluate(asked: Evaluation, ranks: Ranks, console: Console) -> None:
 
         loaded = load_tasks(names, folder, asked.prompting.num_fewshot)
     answered = []
-    for text in asked.models:
-        subject = open_subject(text, ranks, asked.tokenizer)
+    for opened, tokenizer in chain([first], models):
+        subject = subject_of(opened, tokenizer, ranks)
         out = Path(asked.out) if asked.out else default_results(subject)
         is_part = bool(asked.limit or asked.tokenizer)
         title = f"{subject.location}{f', step {subject.step:,}' if subject.step is not None else ''}"

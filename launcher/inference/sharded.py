@@ -82,7 +82,7 @@ def locations_of(text: str, *, every: bool) -> list[str]:
 
 
 def open_measurable(text: str, tokenizer: str | None = None) -> tuple[Exportable, Tokenizer]:
-    """Find a model and its tokenizer, without its weights.
+    """Find a model and its tokenizer, and verify every byte of a Tritrain checkpoint.
 
     Args:
         text: a Tritrain checkpoint, or a run, of which the newest is taken; or an export.
@@ -110,7 +110,11 @@ def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subje
         ranks: this rank among all.
         tokenizer: of the model.
     """
-    opened, loaded = open_measurable(text, tokenizer)
+    return subject_of(*open_measurable(text, tokenizer), ranks)
+
+
+def subject_of(opened: Exportable, loaded: Tokenizer, ranks: Ranks) -> Subject:
+    """Shard a model that `open_measurable` has opened over all ranks; a collective."""
     source = opened.source
     dtype = compute_dtype_of(opened, ranks)
     model = sharded_model(source, opened.model, opened.precision, dtype, ranks)
