@@ -92,7 +92,7 @@ def _ngrams(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _places(hashes: NDArray[np.uint64], ascending: NDArray[np.uint64]) -> NDArray[np.intp]:
-    """Where these are among others, of those that are."""
+    """The places, in an ascending array, of those hashes that it holds."""
     places = np.minimum(np.searchsorted(ascending, hashes), len(ascending) - 1)
     return places[ascending[places] == hashes]
 
@@ -106,7 +106,7 @@ def _different_ngrams(texts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]
 
 
 def _ngrams_of_texts(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """The hashes of the n-grams of an example's own texts, also where one stands in front of another."""
+    """The hashes of the n-grams in an example's own texts, and of those that begin in one text and end in another."""
     words = [_words(text) for text in texts]
     pairs = permutations(words, 2) if len(words) <= MOST_PAIRED else pairwise(words)
     beside = (np.concatenate([one[1 - NGRAM_WORDS :], other[: NGRAM_WORDS - 1]]) for one, other in pairs)

@@ -19,10 +19,11 @@ def ngrams_of_sets(names: Sequence[str], task_data: str | None) -> NGrams | None
         ConfigError: a name is neither or both, or a task's data are missing.
         DataError: examples cannot be read.
     """
-    tasks = [name for name in names if not _is_path(name)]
+    paths = [name for name in names if _is_path(name)]
+    tasks = [name for name in names if name not in paths]
     if task_data is not None and not tasks:
         raise ConfigError("--task-data: is for tasks that --decontaminate names, and it names none")
-    sets = read_examples([name for name in names if _is_path(name)])
+    sets = read_examples(paths)
     if tasks:
         from eval.examples import examples_of
         from launcher.inference.measure import check_tasks

@@ -50,7 +50,7 @@ def _in_words(each: dict[str, Any]) -> str:
 
 
 def most_rows(course: Course) -> int:
-    """The rows of the longest epoch of a phase, of the sources that are there."""
+    """The largest number of rows in an epoch of any phase, not counting sources that cannot be read here."""
     return max(sum(_rows(source)[0] for source in phase.sources) for phase in course.phases)
 
 
