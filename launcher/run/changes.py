@@ -51,7 +51,9 @@ class Change:
         return f"  {self.key}: {self.before} in {where}, {self.now} now"
 
 
-def changes(before: dict[str, Any], now: Config, phase: int | None = None) -> list[Change]:
+def changes(
+    before: dict[str, Any], now: Config, phase: int | None = None, kept: tuple[str, ...] = ()
+) -> list[Change]:
     """The keys in which a run's configuration differs from an earlier one, but for those that decide how it runs.
 
     A key that the earlier one does not have, because it is of a version without it, counts as its default. A key that
@@ -62,6 +64,7 @@ def changes(before: dict[str, Any], now: Config, phase: int | None = None) -> li
         before: the earlier one, resolved, as a tree.
         now: that of the run.
         phase: index of the last phase that has begun; None if that is not known.
+        kept: keys of `MAY_CHANGE` that count here all the same.
     """
     with suppress(ConfigError):
         before = to_tree(parse_config(before, stored=True))
@@ -76,7 +79,7 @@ def changes(before: dict[str, Any], now: Config, phase: int | None = None) -> li
         )
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and not key.startswith(MAY_CHANGE)
+        and (key in kept or not key.startswith(MAY_CHANGE))
         and not is_automatic(key, old, new)
         and not is_of_later_mixture(key, phase)
     ]

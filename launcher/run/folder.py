@@ -155,10 +155,13 @@ class RunFolder:
             more = ", ..." if len(others) > 3 else ""
             raise ConfigError(f"{self.path}: holds other files ({', '.join(others[:3])}{more}); name a new folder")
 
-    def check_configuration(self) -> None:
+    def check_configuration(self, kept: tuple[str, ...] = ()) -> None:
         """Check that the folder's content belongs to this configuration.
 
         A start that ended before its first step, because a path was wrong, say, has left nothing to go on with.
+
+        Args:
+            kept: keys that may not differ here, though they may where a run resumes.
 
         Raises:
             ConfigError: lists the keys that differ; or the folder, or the `config.yaml` there, is not a run's.
@@ -178,7 +181,7 @@ class RunFolder:
             return
         before, step = course_of(there), self.last_saved_step() or 0
         begun = begun_phase(before, step).index if before else None
-        if refused := [change for change in changes(there, self.config, begun) if not change.is_allowed]:
+        if refused := [change for change in changes(there, self.config, begun, kept) if not change.is_allowed]:
             lines = [f"{self.path} holds a run with another configuration, and a resumed run must keep its own:"]
             lines += [change.line(str(self.path)) for change in refused]
             course = make_course(self.config)

@@ -16,7 +16,7 @@ import numpy as np
 from launcher.study.config import NO_BASELINE
 from launcher.study.intervals import Estimate, mean_of, over_rows, paired, ratio_of
 from launcher.study.reading import Findings, Place, Record
-from launcher.study.results import best_of_seeds, distance_on_common, switch_step
+from launcher.study.results import best_of_seeds, distance_on_common, switch_share
 from quant.config import QuantConfig
 
 SIXTEEN, SCRATCH = "16-bit", "scratch"
@@ -87,8 +87,8 @@ class Group:
             return None
         plan = next((each.arm.plan for each in self.members if each.arm is not None), None)
         if plan is not None:
-            step = switch_step(plan)
-            return None if step is None else 100 * step / plan.total_steps
+            share = switch_share(plan)
+            return None if share is None else 100 * share
         label = self.point.get("switch")
         return None if label is None else float(label.rstrip("%"))
 
@@ -112,15 +112,14 @@ class Gap:
     def share_of(self, group: Group) -> Estimate | None:
         """The share of it that an arm closes, over the seeds that all three have; None if there is none.
 
-        Nor is there a share of a gap that is none: ternary from scratch is not worse than 16 bits.
+        Nor is there a share of a gap that is none, over all seeds or these: ternary from scratch is not worse than 16
+        bits.
         """
         seeds = [seed for seed in group.losses if seed in self.dense.losses and seed in self.scratch.losses]
-        if not seeds or self.size.mean <= 0:
+        gaps = [self.scratch.losses[seed] - self.dense.losses[seed] for seed in seeds]
+        if self.size.mean <= 0 or sum(gaps) <= 0:
             return None
-        return ratio_of(
-            [self.scratch.losses[seed] - group.losses[seed] for seed in seeds],
-            [self.scratch.losses[seed] - self.dense.losses[seed] for seed in seeds],
-        )
+        return ratio_of([self.scratch.losses[seed] - group.losses[seed] for seed in seeds], gaps)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,7 +14,6 @@ from launcher.errors import ConfigError
 from launcher.plan.course import make_course
 from launcher.study.config import POST_TRAINING, Baseline
 from quant.config import CalibrationConfig, QuantConfig
-from quant.ramp import RampConfig
 
 CALIBRATION_SEQUENCES = 128
 """Training sequences that the codes of `post-training` are fitted to."""
@@ -43,9 +42,9 @@ def set_switch(tree: dict[str, Any], share: float) -> None:
 def baseline_of(config: Config, baseline: Baseline) -> Config:
     """The baseline of an arm's configuration.
 
-    With `schedule.decay_from_phase`, or phases that have data, a schedule or a learning rate of their own, the phases
-    keep their lengths, since these depend on them. Otherwise they become one, and arms that differ in the switch alone
-    have one baseline.
+    With `schedule.decay_from_phase`, or phases that have data, a schedule or a learning rate of their own or begin one
+    anew, the phases keep their lengths, since these depend on them; so they do if the first of them is not trained.
+    Otherwise they become one, and arms that differ in the switch alone have one baseline.
 
     Raises:
         ConfigError: lists what does not fit.
@@ -60,8 +59,16 @@ def baseline_of(config: Config, baseline: Baseline) -> Config:
         "distillation": None,
     }
     first, *later = config.phases
-    is_one = config.schedule.decay_from_phase is None and not any(
-        getattr(phase, name) for phase in later for name in ("sources", "sequence_length", "schedule", "learning_rate")
+    transitions = [phase.transition for phase in later if phase.transition is not None]
+    is_one = (
+        config.schedule.decay_from_phase is None
+        and not config.checkpoint.start_phase
+        and not any(
+            getattr(phase, name)
+            for phase in later
+            for name in ("sources", "sequence_length", "schedule", "learning_rate")
+        )
+        and not any("restart" in (each.schedule, each.data) for each in transitions)
     )
     if is_one:
         has_total = config.training.total_steps or config.training.total_tokens
@@ -69,7 +76,7 @@ def baseline_of(config: Config, baseline: Baseline) -> Config:
         kept = {name: getattr(first, name) for name in ("sources", "sequence_length", "objective", "preference")}
         phases = [PhaseConfig(**length, **about, **kept)]
     else:
-        phases = [replace(phase, transition=_without_ramps(phase.transition), **about) for phase in config.phases]
+        phases = [replace(phase, transition=_restarts_of(phase.transition), **about) for phase in config.phases]
     optimizer = config.optimizer
     if precision == "16-bit" and optimizer.ternary_learning_rate_factor is not None:
         optimizer = replace(optimizer, ternary_learning_rate_factor=None)
@@ -108,17 +115,7 @@ def _rounded_at_the_end(config: Config, quantization: QuantConfig | None) -> Con
     return parse_config(tree)
 
 
-def _without_ramps(transition: TransitionConfig | None) -> TransitionConfig:
-    """A transition that changes nothing but the schedule and the data."""
+def _restarts_of(transition: TransitionConfig | None) -> TransitionConfig:
+    """A transition that only begins the schedule or the data anew where another one does."""
     given = transition or TransitionConfig()
-    return replace(
-        given,
-        optimizer="keep",
-        optimizer_name=None,
-        rescale_factor=None,
-        weights="live",
-        calibration=None,
-        ramp=RampConfig(),
-        activation_ramp=None,
-        rollback=None,
-    )
+    return TransitionConfig(schedule=given.schedule, data=given.data)

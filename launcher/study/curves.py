@@ -73,12 +73,13 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
 
 def reference_of(record: Record, group: Group, groups: Sequence[Group], findings: Findings) -> Record | None:
-    """The run that an arm's excess is over: its twin, or else the 16-bit baseline of its seed; None without either.
+    """The run that a curve is above: of an arm that switches its twin, of others the 16-bit baseline of its seed.
 
-    A twin that is not alike after the switch is none.
+    None if the study has none, or the twin is not alike after the switch.
     """
-    if record.row.get(IS_ALIKE):
-        return next((each for each in findings.records if each.name == record.row["twin"]), None)
+    if switch_tokens(record) is not None:
+        name = record.row["twin"] if record.row.get(IS_ALIKE) else None
+        return next((each for each in findings.records if each.name == name), None)
     dense = dense_of(group, groups)
     if dense is None or dense is group:
         return None

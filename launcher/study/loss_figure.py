@@ -31,7 +31,7 @@ SETTLED = 0.12
 
 @styled()
 def loss_figure(findings: Findings, groups: Sequence[Group]) -> "Figure":
-    """Training loss against tokens: a panel for each line, above the losses, below what is above the 16-bit twin."""
+    """Training loss against tokens: a panel for each line, above the losses, below what is above 16 bits."""
     begun = [group for group in groups if any(record.log for record in group.members)]
     lines: list[Line] = lines_of(begun) or [()]
     columns = 2 if len(lines) == 4 else min(PANELS_PER_ROW, len(lines))
@@ -71,7 +71,7 @@ def loss_figure(findings: Findings, groups: Sequence[Group]) -> "Figure":
             below.text(0.5, 0.25, "no 16-bit twin", **how)
         title = fill(line_name(line), CHARACTERS_OF_A_TITLE, break_on_hyphens=False) if line else ""
         above.set_title(title, fontsize=9)
-        for axes, label in ((above, "training loss, nats/token"), (below, "above its 16-bit twin")):
+        for axes, label in ((above, "training loss, nats/token"), (below, "above 16 bits, nats/token")):
             if index % columns == 0:
                 axes.set_ylabel(label)
     for below in grid[1::2].flat:  # after all curves are drawn: the panels share this axis, and this fixes its end

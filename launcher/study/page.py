@@ -38,8 +38,9 @@ CAPTIONS = {
     "loss": (
         "Training loss",
         "A panel for each combination of the other axes. Above: faint, each seed; bold, their mean. Arms are drawn "
-        "from their switch on, since before it they are their 16-bit twin. Below: the same minus the twin's loss on "
-        "the same batches; dots mark the switches. High spikes leave the axis.",
+        "from their switch on, since before it they are their 16-bit twin. Below: the same minus the loss of the twin, "
+        "or of the 16-bit baseline for what does not switch, on the same batches; dots mark the switches. High spikes "
+        "leave the axis.",
     ),
     "switch": (
         "When to switch",
@@ -101,6 +102,12 @@ def _verdicts(findings: Findings, groups: Sequence[Group]) -> Iterator[str]:
         yield f'<p class="verdict">There is nothing to compare: {reason}.</p>'
         return
     yield f'<p class="verdict">{escape(_sentence(best, groups))}</p>'
+    for record in findings.records:
+        if record.num_damaged:
+            yield (
+                f"<p>Warning: {record.num_damaged} lines of the log of {escape(record.name)} are damaged, and what they "
+                "said is missing here.</p>"
+            )
     for sentence in _cautions(findings, groups, best):
         yield f"<p>{escape(sentence)}</p>"
 

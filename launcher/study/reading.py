@@ -13,7 +13,7 @@ from typing import Any, cast
 from launcher.config.file import load_config
 from launcher.errors import ConfigError
 from launcher.plan.plan import make_plan
-from launcher.run.metrics_log import read_metrics
+from launcher.run.metrics_log import sound_rows
 from launcher.run.requeue import read_state
 from launcher.run.row_losses import RowLosses, read_row_losses
 from launcher.run.scores import RESULTS, read_results
@@ -38,7 +38,9 @@ class Record:
     stands_for: frozenset[Place]
     """Of a baseline, the places of the arms that it is the baseline of; of an arm, its own."""
     log: Sequence[Mapping[str, Any]]
-    """The rows of its `metrics.jsonl`; empty before it has begun."""
+    """The rows of its `metrics.jsonl` that are sound; empty before it has begun."""
+    num_damaged: int
+    """Lines of it that are damaged."""
     arm: Arm | None
     """Its configuration and course; None before it has begun."""
     rows: RowLosses | None
@@ -95,7 +97,6 @@ def read_study(folder: Path) -> Findings:
 
     Raises:
         ConfigError: its files are damaged.
-        LogError: the log of an arm is.
     """
     study = parse_study(folder / "study.yaml")
     try:
@@ -108,12 +109,12 @@ def read_study(folder: Path) -> Findings:
     read = {
         row["arm"]: _read_arm(folder / "arms" / row["arm"], row, point) for row, point in zip(rows, points, strict=True)
     }
-    begun = [arm for arm, _ in read.values() if arm is not None]
-    standings = {name: standing for name, (arm, standing) in read.items() if arm is not None}
+    begun = [arm for arm, _, _ in read.values() if arm is not None]
+    standings = {name: standing for name, (arm, standing, _) in read.items() if arm is not None}
     fresh = {row["arm"]: row for row in results_of(begun, share(begun), standings)}
     records = []
     for row, point in zip(rows, points, strict=True):
-        (arm, standing), path = read[row["arm"]], folder / "arms" / row["arm"]
+        (arm, standing, num_damaged), path = read[row["arm"]], folder / "arms" / row["arm"]
         known = fresh.get(row["arm"], row)
         records.append(
             Record(
@@ -121,6 +122,7 @@ def read_study(folder: Path) -> Findings:
                 point=point,
                 stands_for=_stands_for(row, point, points),
                 log=standing.log,
+                num_damaged=num_damaged,
                 arm=arm,
                 rows=None if arm is None else _rows_of(path, arm),
                 scores=_scores_of(path / RESULTS),
@@ -154,14 +156,18 @@ def _stands_for(row: Row, point: Point, points: Sequence[Point]) -> frozenset[Pl
     return frozenset(frozenset(place_of(each).items()) for each in alike or [point])
 
 
-def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | None, Standing]:
-    """An arm's configuration and log; without an arm, what `results.json` says."""
+def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | None, Standing, int]:
+    """An arm's configuration, its log, and the number of lines there that are damaged.
+
+    Without a configuration, what `results.json` says.
+    """
     status: Status = row["status"]
     try:
-        plan = make_plan(load_config(folder / "config.yaml", stored=True), 1)
+        config = load_config(folder / "config.yaml", stored=True)
+        plan = make_plan(config, config.engine.replicas)  # the fewest ranks that it can have
     except (ConfigError, OSError):
-        return None, Standing(status=status, step=0, log=())
-    log = read_metrics(folder / "metrics.jsonl")
+        return None, Standing(status=status, step=0, log=()), 0
+    log, num_damaged = sound_rows(folder / "metrics.jsonl")
     step = max((each["step"] for each in log), default=0)
     state = read_state(folder).get("status")
     if state == "complete" and step >= plan.total_steps:
@@ -171,7 +177,7 @@ def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | N
     elif status != "failed" or state == "running":
         status = "not complete"
     arm = Arm(name=row["arm"], point=point, plan=plan, stands_for=tuple(row.get(STANDS_FOR) or ()))
-    return arm, Standing(status=status, step=step, log=log)
+    return arm, Standing(status=status, step=step, log=log), num_damaged
 
 
 def _message_of(folder: Path, row: Row, status: Status) -> str | None:

@@ -63,7 +63,6 @@ def report_study(folder: Path, out: Path | None) -> list[Path]:
 
     Raises:
         ConfigError: the study's files are damaged, or a file may not be written.
-        LogError: the log of an arm is damaged.
     """
     out = out or folder / "report.html"
     if out.suffix != ".html":

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from data.new_paths import replace_file
 from launcher.plan.course import Course
-from launcher.run.metrics_log import read_metrics
+from launcher.run.metrics_log import sound_rows
 from launcher.study.arms import Arm
 from launcher.study.config import POST_TRAINING
 from launcher.study.excess import excess
@@ -45,7 +45,7 @@ class Standing:
     step: int
     """Steps that are finished."""
     log: Sequence[Mapping[str, Any]]
-    """The rows of its `metrics.jsonl`."""
+    """The rows of its `metrics.jsonl` that are sound."""
 
 
 def standings_of(arms: Sequence[Arm], jobs: Sequence[Job], failed: Mapping[str, str]) -> dict[str, Standing]:
@@ -61,7 +61,7 @@ def standings_of(arms: Sequence[Arm], jobs: Sequence[Job], failed: Mapping[str, 
     for arm in arms:
         job = by_name[f"arms/{arm.name}"]
         status: Status = "complete" if job.is_done else "failed" if job.name in failed else "not complete"
-        log = read_metrics(job.folder.path / "metrics.jsonl")
+        log, _ = sound_rows(job.folder.path / "metrics.jsonl")
         found[arm.name] = Standing(status=status, step=job.step, log=log)
     return found
 
@@ -113,6 +113,18 @@ def held_out_of(log: Sequence[Mapping[str, Any]], arm: Arm) -> Row:
 def switch_step(course: Course) -> int | None:
     """Steps before the first switch from 16 bits to ternary; None if there is none."""
     return next((phase.start for phase in course.phases[1:] if phase.quantization), None)
+
+
+def switch_share(course: Course) -> float | None:
+    """Share of the run before that switch: of the tokens if the run has a number of these, of the steps otherwise.
+
+    So it is what `fraction` and a study's `switch` say.
+    """
+    if (step := switch_step(course)) is None:
+        return None
+    if course.config.training.total_tokens:
+        return course.tokens_before(step) / course.total_tokens
+    return step / course.total_steps
 
 
 def _switch_of(arm: Arm) -> int:

@@ -18,13 +18,17 @@ from launcher.study.arms import MOST_NAMED, Arm, make_arms, raise_problems
 from launcher.study.config import load_study
 from launcher.study.dispatch import INTERRUPTED, Outcome, Queue
 from launcher.study.jobs import Job, jobs_of, needed
-from launcher.study.sharing import share
+from launcher.study.sharing import BEGINNING, share
 from launcher.study.table import show_arms, show_needs, show_totals
 from launcher.study.worker import Place
 
 SHIPPED = ROOT / "configs"
 
 COMPLETE, FAILED = 0, 1
+
+KEPT = (*(f"checkpoint.{key}" for key in BEGINNING), "data.validation_rows")
+"""Keys that a run may change when it resumes, but an arm may not: what it began with, and what its loss is the mean of.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +138,7 @@ def check_arms(arms: Sequence[Arm]) -> None:
     problems: dict[str, list[str]] = defaultdict(list)
     for arm in arms:
         try:
-            RunFolder(arm.config).check_configuration()
+            RunFolder(arm.config).check_configuration(KEPT)
         except ConfigError as error:
             problems[str(error)].append(arm.name)
         for key, problem in input_problems(arm.config):

@@ -13,7 +13,7 @@ from launcher.process.console import Console, human_count
 from launcher.study.analysis import groups_of
 from launcher.study.config import is_of_study
 from launcher.study.reading import read_study
-from launcher.study.results import switch_step
+from launcher.study.results import switch_share
 from launcher.study.switch_fit import Fit, fit_switch
 from model.size import num_linear_parameters, num_parameters
 
@@ -35,8 +35,7 @@ def show_switch(plan: Plan, studies: Sequence[Path], console: Console, *, as_jso
     """
     model = plan.config.model
     setting = Setting(parameters=num_parameters(model), tokens=plan.total_tokens, bits=TERNARY_BITS)
-    step = switch_step(plan)
-    own = None if step is None else step / plan.total_steps
+    own = switch_share(plan)
     fits = {str(folder): _fit(folder) for folder in studies}
     shares = {law.name: law.share(setting) for law in LAWS}
     if as_json:

@@ -4,6 +4,7 @@ import multiprocessing
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.connection import Connection
 
@@ -157,9 +158,8 @@ def measured_seconds(jobs: Sequence[Job], place: Place) -> tuple[float | None, s
     if num_gpus() == 0 and flops > MOST_FLOPS:
         return None, f"because a step has {human_count(flops)} FLOPs; name a GPU with --gpu"
     parent, child = multiprocessing.Pipe(duplex=False)
-    process = start_fork_server().Process(
-        target=send_seconds_apart, args=(make_plan(plan.config, 1), place.threads, child)
-    )
+    alone = make_plan(replace(plan.config, engine=replace(plan.config.engine, replicas=1)), 1)
+    process = start_fork_server().Process(target=send_seconds_apart, args=(alone, place.threads, child))
     process.start()
     child.close()
     try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launcher.process.console import human_count
-from launcher.report.plots import figure_of, styled
+from launcher.report.plots import INK, figure_of, styled
 from launcher.study.analysis import Group, dense_of, distances
 from launcher.study.config import POST_TRAINING
 from launcher.study.figures import (
@@ -65,18 +65,23 @@ def token_figure(groups: Sequence[Group]) -> "Figure":
             if value.low is not None and value.high is not None:
                 low = max(value.low, value.mean / 5)  # an axis of logarithms has no 0
                 left.plot([tokens, tokens], [low, value.high], color=style["color"], lw=0.9, alpha=0.8)
-        means = [value.mean for _, value in near]
-        left.plot([tokens for tokens, _ in near], means, **style | {"ls": ""}, ms=4.5, gid=f"distance-{index}")
+        if near:
+            at, means = [tokens for tokens, _ in near], [value.mean for _, value in near]
+            left.plot(at, means, **style | {"ls": ""}, ms=4.5, gid=f"distance-{index}")
         if isinstance(fit := fits[line], TokenFit) and near:
-            at = np.geomspace(near[0][0], near[-1][0], 100)
-            left.plot(at, [fit.distance(each) for each in at], color=style["color"], lw=1.2, gid=f"fit-{index}")
+            curve = np.geomspace(near[0][0], near[-1][0], 100)
+            left.plot(curve, [fit.distance(each) for each in curve], color=style["color"], lw=1.2, gid=f"fit-{index}")
         own = [(ternary_tokens(arm) or 0, estimate.mean) for arm in arms if (estimate := arm.mean("held_out_loss"))]
         (legend[legend_name(line)],) = right.plot(*zip(*own, strict=True), **style, lw=1.3, ms=4.5, gid=f"line-{index}")
     _draw_baselines(left, right, lines, groups, legend)
-    left.set_yscale("log")
     left.set_ylabel("above 16 bits of as many tokens, nats/token")
     right.set_ylabel("held-out loss, mean over seeds, nats/token")
-    _label(left.yaxis, "{:g}".format)
+    if left.lines:
+        left.set_yscale("log")
+        _label(left.yaxis, "{:g}".format)
+    else:
+        left.set_yticks([])
+        left.text(0.5, 0.5, "nothing above a 16-bit baseline", transform=left.transAxes, ha="center", color=INK)
     for axes in (left, right):
         axes.set_xscale("log")
         _label(axes.xaxis, human_count)

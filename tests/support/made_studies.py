@@ -31,6 +31,7 @@ def make_study(
     *,
     rows: Callable[[Arm], list[float]] | None = None,
     spike: float = 0.5,
+    num_ranks: int = 1,
     sections: dict[str, Any] | None = None,
     **keys: Any,
 ) -> Path:
@@ -41,12 +42,13 @@ def make_study(
         losses: the held-out loss at the end of each arm; None for an arm that has stopped halfway.
         rows: the loss of each held-out row.
         spike: of the training loss at a switch.
+        num_ranks: of each run.
         sections: of the base configuration.
         **keys: of the study.
     """
     given = ({"training": {"total_steps": STEPS}} if "switch" in keys else {}) | (sections or {})
     path = write_study(folder / "files", folder / "shards", given, **keys)
-    arms = make_arms(*load_study(path, folder), folder, 1)
+    arms = make_arms(*load_study(path, folder), folder, num_ranks)
     replace_file(folder / "study.yaml", path.read_text())
     begun = {arm.name: Standing(status="not complete", step=0, log=()) for arm in arms}
     write_results(results_of(arms, share(arms), begun), folder)

@@ -28,6 +28,15 @@ def test_a_recipe_fits_every_shipped_configuration(recipe):
 
 
 @every_recipe
+def test_nothing_is_left_of_another_recipe(recipe):
+    base, steps = ROOT / "configs" / "english-4m.yaml", "training.total_steps=1000"
+    own = load_config(base, [str(recipe), steps])
+    for before in FILES:
+        both = load_config(base, [str(before), str(recipe), steps])
+        assert (both.optimizer, both.schedule, both.phases) == (own.optimizer, own.schedule, own.phases), before.stem
+
+
+@every_recipe
 def test_init_writes_what_the_files_merge_to(tmp_path, recipe):
     options = ("--size", "20M", "--gpus", 1, "--gpu", "H100", "--data", "shards")
     tritrain("init", tmp_path / "plain.yaml", *options)

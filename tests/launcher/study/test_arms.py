@@ -13,7 +13,7 @@ from launcher.run.changes import changes
 from launcher.run.folder import RunFolder, read_tree
 from launcher.study.arms import Arm, make_arms
 from launcher.study.config import load_study
-from launcher.study.sharing import share
+from launcher.study.sharing import first_step, share
 from launcher.study.study import SHIPPED, Options, study
 
 OPTIONS = Options(jobs=2, num_ranks=1, dry_run=True, gpu="H100", utilization=0.4)
@@ -109,6 +109,33 @@ def test_a_baseline_has_the_rates_of_its_arm(tmp_path):
         expected = [arm.learning_rate_at(step) for step in range(arm.total_steps)]
         for plan in found:
             assert [plan.learning_rate_at(step) for step in range(arm.total_steps)] == expected
+
+
+@pytest.mark.parametrize("restarted", ["schedule", "data"])
+def test_a_baseline_begins_anew_what_its_arm_does(tmp_path, restarted):
+    overrides = [f"phases.1.transition.{restarted}=restart"]
+    baselines = ["16-bit", "scratch", "post-training"]
+    *found, arm = (each.plan for each in arms_of(tmp_path, overrides=overrides, switch=[0.5], baselines=baselines))
+    expected = [(arm.first_sequence_at(step), arm.learning_rate_at(step)) for step in range(8)]
+    assert len({first for first, _ in expected}) == (4 if restarted == "data" else 8)
+    for plan in found:
+        assert [(plan.first_sequence_at(step), plan.learning_rate_at(step)) for step in range(8)] == expected
+
+
+def test_a_baseline_has_nothing_of_what_a_switch_needs(tmp_path):
+    overrides = [
+        "phases.1.transition.rewarm_tokens=600",
+        "phases.1.transition.learning_rate_drop={factor: 0.1, tokens: 600}",
+    ]
+    twin, arm = (each.plan for each in arms_of(tmp_path, overrides=overrides, switch=[0.5], baselines=["16-bit"]))
+    assert arm.learning_rate_at(4) < 0.1 * twin.learning_rate_at(4)
+    assert len(twin.phases) == 1
+
+
+def test_a_baseline_of_a_run_that_begins_with_a_later_phase_does_too(tmp_path):
+    arms = arms_of(tmp_path, {"checkpoint": {"start_from": "model", "start_phase": 1}}, baselines=["16-bit", "scratch"])
+    for arm in arms:
+        assert (first_step(arm.plan), arm.plan.total_steps) == (4, 8)
 
 
 def test_a_baseline_has_no_rates_of_its_own_for_what_it_lacks(tmp_path):

@@ -15,6 +15,7 @@ from launcher.errors import ConfigError
 from launcher.run.scores import RESULTS
 from launcher.study.analysis import dense_of, gaps_of, groups_of
 from launcher.study.arms import Arm
+from launcher.study.curves import curve_rows
 from launcher.study.figures import above_dense, gap_figure, switch_figure
 from launcher.study.loss_figure import loss_figure
 from launcher.study.page import study_page
@@ -280,6 +281,36 @@ def test_a_study_without_switch_points_or_baselines_has_a_page(tmp_path: Path, k
     assert ("no complete 16-bit baseline" in page) == (keys.get("baselines") == [])
 
 
+def test_an_arm_is_above_no_run_of_another_learning_rate(tmp_path: Path) -> None:
+    folder = make_study(
+        tmp_path / "study",
+        lambda arm: 3.0 + 0.1 * (arm.baseline == "none"),
+        switch=[0.2, 0.5],
+        baselines=["16-bit"],
+        sweep={"rates": [1e-3, 9e-3], "only": [{"baseline": "16-bit"}]},
+    )
+    findings = read_study(folder)
+    groups = groups_of(findings)
+    assert not [row for row in curve_rows(groups, findings) if row["curve"] == "excess"]
+    below = loss_figure(findings, groups).axes[1]
+    assert [text.get_text() for text in below.texts] == ["no 16-bit twin"]
+
+
+def test_ranks_in_replicas_hide_no_arm(tmp_path: Path) -> None:
+    sections = {"engine": {"name": "fsdp2", "replicas": 2}}
+    folder = make_study(tmp_path / "study", lambda arm: 3.1, num_ranks=2, sections=sections, baselines=[])
+    assert "1 of 1 arms are complete" in text_of_page(folder)
+
+
+def test_damaged_lines_of_a_log_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "study", lambda arm: 3.1, baselines=[], axes={"state": STATE})
+    log = folder / "arms" / "state-reset" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'{"step": 3,', b"\0" * 11, 1))
+    text = text_of_page(folder)
+    assert "2 of 2 arms are complete" in text
+    assert "1 lines of the log of state-reset are damaged" in text
+
+
 def test_a_study_that_has_not_begun_has_a_page(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "study", lambda arm: 3.1, switch=[0.5])
     for run in (folder / "arms").iterdir():
@@ -325,6 +356,20 @@ def test_a_ternary_model_that_is_better_than_16_bits_closes_no_share_of_a_gap(tm
     assert "ternary from scratch is not worse than 16 bits, so there is no gap to close" in text
     assert "It closes" not in text
     assert {row.get("share_of_fair_gap") for row in numbers_of_folder(folder)["arms"]} == {None}
+
+
+def test_nor_does_an_arm_whose_only_seeds_have_none(tmp_path: Path) -> None:
+    gaps = {"0": -0.05, "1": 0.2, "2": 0.21}
+
+    def loss(arm: Arm) -> float | None:
+        own = {"16-bit": 0.0, "scratch": gaps[arm.point["seed"]]}.get(arm.baseline, 0.05)
+        return None if arm.baseline == "none" and arm.point["seed"] != "0" else 3.0 + own
+
+    groups = groups_of(read_study(make_study(tmp_path / "study", loss, switch=[0.5], seeds=[0, 1, 2])))
+    arm = next(group for group in groups if group.baseline == "none")
+    (gap,) = gaps_of(arm, groups)
+    assert gap.size.mean == pytest.approx(0.12)
+    assert gap.share_of(arm) is None
 
 
 def test_a_gap_of_two_seeds_that_is_within_noise_is_warned_of(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import tritrain
+from made_studies import make_study
 from places import ROOT
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -147,6 +148,17 @@ def test_the_same_command_runs_nothing_again(shards: Path, tmp_path: Path, capfd
     with pytest.raises(ConfigError, match=r"arm arm: .* holds a run with another configuration") as caught:
         train(path, out)
     assert "optimizer.weight_decay: 0.1" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["data.validation_rows=16", "checkpoint.start_from=/models/other"])
+def test_an_arm_that_began_otherwise_or_is_measured_otherwise_is_not_this_one(tmp_path: Path, key: str) -> None:
+    made = make_study(tmp_path / "out", lambda arm: 3.0, baselines=[])
+    (made / "arms" / "arm" / "starts.jsonl").write_text('{"step": 0, "world_size": 1, "time": 1}\n')
+    (made / "arms" / "arm" / "saves.jsonl").write_text('{"step": 8}\n')
+    path = write_study(tmp_path, made / "shards", baselines=[], overrides=[key])
+    with pytest.raises(ConfigError, match="holds a run with another configuration") as caught:
+        train(path, made)
+    assert key.split("=")[0] in str(caught.value)
 
 
 def test_an_arm_that_fails_is_tried_again_and_named_and_the_rest_goes_on(

@@ -120,6 +120,33 @@ def test_a_study_is_fitted_with_an_interval_over_its_seeds(tmp_path: Path) -> No
     assert 0.2 not in fit.within_noise
 
 
+def test_shares_are_of_tokens_where_the_length_of_the_run_is(tmp_path: Path) -> None:
+    """A warm-up of the batch has many steps of few tokens."""
+
+    def loss(arm: Arm) -> float:
+        return 3 + 0.4 * (float(arm.point["switch"][:-1]) / 100 - 0.5) ** 2
+
+    folder = make_study(
+        tmp_path / "study",
+        loss,
+        sections={
+            "training": {
+                "total_tokens": 51_200,
+                "micro_batch_sequences": 2,
+                "batch_warmup": [{"sequences": 2, "until_tokens": 12_800}],
+            },
+            "schedule": {"warmup_steps": 2},
+        },
+        switch=[0.2, 0.5, 0.8],
+        baselines=[],
+    )
+    groups = groups_of(read_study(folder))
+    assert [group.switch_share for group in groups] == pytest.approx([20, 50, 80], abs=0.5)
+    fit = fit_of(folder)
+    assert isinstance(fit, Fit)
+    assert fit.share == pytest.approx(0.5, abs=0.005)
+
+
 def test_an_optimum_at_the_edge_one_seed_and_too_few_points_are_said(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tiny_tree(tmp_path / "shards", tmp_path / "run")))

@@ -153,3 +153,27 @@ def test_the_report_shows_the_curve_and_its_fit(study: Path) -> None:
     (none, own) = numbers_of(findings, groups)["ternary_tokens"]
     assert (none["line"], own["line"]) == ("teacher none", "teacher own")
     assert own["exponent"]["mean"] == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("baselines", "dense"),
+    [([], 3.0), (["16-bit"], None), (["16-bit"], 9.0)],
+    ids=["no baseline", "baseline not complete", "none above it"],
+)
+def test_losses_are_shown_where_nothing_is_above_16_bits(
+    tmp_path: Path, baselines: list[str], dense: float | None
+) -> None:
+    folder = make_study(
+        tmp_path / "study",
+        lambda arm: 3.1 if arm.baseline == "none" else dense,
+        axes={"data": {name: [f"phases.1.steps={steps}"] for name, steps in SHARES.items()}},
+        baselines=baselines,
+        sections={"phases": [{"precision": "16-bit", "steps": 100}, {"precision": "ternary", "steps": 5}]},
+    )
+    findings = read_study(folder)
+    groups = groups_of(findings)
+    figures = figures_of(findings, groups)
+    left, right = figures["tokens"].axes
+    assert [text.get_text() for text in left.texts] == ["nothing above a 16-bit baseline"]
+    assert "line-0" in {line.get_gid() for line in right.get_lines()}
+    assert "How much data" in study_page(findings, groups, figures)
