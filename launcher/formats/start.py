@@ -21,8 +21,7 @@ def first_progress(course: Course) -> Progress:
     checkpoint = course.config.checkpoint
     if checkpoint.start_from is None:
         return Progress(step=0, phase=0, skipped_steps=0)
-    start = course.phases[checkpoint.start_phase].start
-    return Progress(step=start, phase=checkpoint.start_phase - 1, skipped_steps=0)
+    return Progress(step=course.first_step, phase=checkpoint.start_phase - 1, skipped_steps=0)
 
 
 def open_start(

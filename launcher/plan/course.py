@@ -78,6 +78,11 @@ class Course:
         return averaging.half_life_tokens is not None and (phase.quantization is None or averaging.across_ternary)
 
     @property
+    def first_step(self) -> int:
+        """Steps that count as finished before the run trains: those of the phases before `checkpoint.start_phase`."""
+        return self.phases[self.config.checkpoint.start_phase].start
+
+    @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.phases[-1].end
@@ -210,8 +215,12 @@ class Course:
 
     @property
     def total_flops(self) -> int:
-        """Model FLOPs of the whole run. A reference adds a forward pass over its phase, as if no row came twice."""
+        """Model FLOPs of all that the run trains.
+
+        A reference adds a forward pass over its phase, as if no row came twice.
+        """
         starts = {start for start, _ in self.lengths} | {phase.start for phase in self.phases}
+        starts = {self.first_step, *(start for start in starts if start > self.first_step)}
         stretches = [
             (self.flops_per_token_at(start), self.tokens_before(end) - self.tokens_before(start), self.phase_of(start))
             for start, end in pairwise([*sorted(starts), self.total_steps])
@@ -296,12 +305,12 @@ def make_course(config: Config, rollbacks: Mapping[int, int] | None = None) -> C
 
 
 def check_whole(course: Course) -> None:
-    """Check that phases with fractions make the whole run together.
+    """Check that phases with fractions make the whole run together, and that it ends at full strength.
 
-    A finished run of an earlier version may have trained on less; no run starts like that.
+    A finished run of an earlier version may be otherwise; no run starts like that.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they do not, or it does not.
     """
     total_steps, whole = _whole(course.config, course.batch)
     if any(phase.fraction for phase in course.config.phases) and course.total_steps != total_steps:
@@ -309,6 +318,13 @@ def check_whole(course: Course) -> None:
             f"phases: have {course.total_steps} steps together, which are not {whole}; change a length, or write "
             "fraction: rest for one phase"
         )
+    last = course.phases[-1]
+    for key, ramp in zip(("ramp", "activation_ramp"), last.transition.ramps, strict=True):
+        if 0 < last.end - last.start <= ramp.end_steps:
+            raise ConfigError(
+                f"phases.{last.index}.transition.{key}: is as long as the phase, {ramp.end_steps} steps, so no step "
+                "has full strength, and the model would not be ternary; make it shorter, or the phase longer"
+            )
 
 
 def _steps_of(batch: GlobalBatch, tokens: int, start: int, sequence_length: int) -> int:
@@ -384,6 +400,11 @@ def _resolve_phases(config: Config, batch: GlobalBatch, rollbacks: Mapping[int, 
                 raise ConfigError(
                     f"phases.{index}.transition.{key}.steps: is {ramp.steps}{delay}, longer than the phase's {steps}"
                 )
+        if (rewarm_steps := _steps_of(batch, transition.rewarm_tokens, start, config.data.sequence_length)) > steps:
+            raise ConfigError(
+                f"phases.{index}.transition.rewarm_tokens: {transition.rewarm_tokens} come to {rewarm_steps} steps, "
+                f"longer than the phase's {steps}"
+            )
         if transition.rollback is not None:
             after_tokens, length = transition.rollback.after_tokens, config.data.sequence_length
             after_steps = _steps_of(batch, after_tokens, start, length)

@@ -18,6 +18,7 @@ def events(course: Course) -> list[dict[str, Any]]:
             found.append((phase.start, OPTIMIZERS[phase.optimizer]))
             before = phase.optimizer
         found += _switch_events(course, phase)
+    found = [(step, what) for step, what in found if step >= course.first_step]
     return [{"step": step, "what": what} for step, what in sorted(found, key=lambda event: event[0])]
 
 
@@ -52,7 +53,8 @@ def _schedule_events(course: Course) -> Iterator[tuple[int, str]]:
 
 def _switch_events(course: Course, phase: Phase) -> Iterator[tuple[int, str]]:
     transition, start = phase.transition, phase.start
-    if start and transition.optimizer != "keep":
+    begins_with_another = start or course.config.checkpoint.start_from is not None
+    if begins_with_another and transition.optimizer != "keep":
         rescale = "a measured factor" if transition.rescale_factor is None else f"{transition.rescale_factor:g}"
         choices = {
             "reset": "the optimizer is reset",
@@ -60,6 +62,15 @@ def _switch_events(course: Course, phase: Phase) -> Iterator[tuple[int, str]]:
             "rescale": f"the optimizer's moments are rescaled by {rescale}",
         }
         yield start, choices[transition.optimizer]
+    if transition.weights == "averaged":
+        yield start, "the phase begins with the averaged weights"
+    if transition.data == "restart":
+        yield start, "the data begin anew"
+    if transition.schedule == "restart":
+        yield start, "the learning rate begins its schedule anew"
+    if transition.rewarm_tokens:
+        end = start + course.steps_of(transition.rewarm_tokens, start)
+        yield start, f"the learning rate is warmed up anew, until step {end:,}"
     if phase.quantization is not None:
         if transition.calibration is not None:
             yield start, f"codes are fitted to the next {transition.calibration.sequences:,} sequences"

@@ -18,7 +18,7 @@ def drawn_by_source(course: Course) -> list[dict[str, Any]]:
     not on this machine's file systems, or cannot be read.
     """
     found, tokens = [], dict[str, float]()
-    for phase in course.phases:
+    for phase in course.phases[course.config.checkpoint.start_phase :]:
         weights = sum(source.weight for source in phase.sources)
         of_phase = course.tokens_before(phase.end) - course.tokens_before(phase.start)
         for source in phase.sources:

@@ -27,10 +27,12 @@ def describe(plan: Plan) -> dict[str, Any]:
     config = plan.config
     memory = memory_bytes_per_rank(plan)
     interval = config.checkpoint.interval_steps
-    milestones = {phase.end for phase in plan.phases}
+    milestones = {phase.end for phase in plan.phases if phase.end > plan.first_step}
     num_saves = len(milestones)
     if interval:  # counted, not listed: there may be millions
-        num_saves += plan.total_steps // interval - sum(end % interval == 0 for end in milestones)
+        num_saves += (
+            plan.total_steps // interval - plan.first_step // interval - sum(end % interval == 0 for end in milestones)
+        )
     kept = len(milestones) + config.checkpoint.keep_last
     if not config.checkpoint.keep_last or (config.checkpoint.interval_minutes is None and num_saves < kept):
         kept = num_saves  # and, of those that time decides, as many as the hours bring or none
@@ -53,6 +55,7 @@ def describe(plan: Plan) -> dict[str, Any]:
                 "first_step": phase.start,
                 "steps": phase.end - phase.start,
                 "tokens": plan.tokens_before(phase.end) - plan.tokens_before(phase.start),
+                "is_trained": phase.start >= plan.first_step,
             }
             for phase in plan.phases
         ],
@@ -193,7 +196,11 @@ def plan_rows(numbers: dict[str, Any]) -> list[list[str]]:
         ["tokens per step", f"{numbers['tokens_per_step']:,} ({numbers['sequences_per_step']} sequences)"],
         ["micro-batches per step", str(numbers["micro_batches_per_step"])],
         *[
-            [_phase_in_words(index, phase), f"{phase['steps']:,} steps, {human_count(phase['tokens'])} tokens"]
+            [
+                _phase_in_words(index, phase),
+                f"{phase['steps']:,} steps, {human_count(phase['tokens'])} tokens"
+                + ("" if phase["is_trained"] else ", done before"),
+            ]
             for index, phase in enumerate(numbers["phases"])
         ],
         *[[f"step {event['step']:,}", str(event["what"])] for event in numbers["events"]],

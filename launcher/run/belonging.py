@@ -21,11 +21,11 @@ from launcher.checkpoint.location import is_local, reaching
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.config.file import DERIVED_KEYS, parse_yaml
 from launcher.errors import ConfigError
-from launcher.plan.course import Course
+from launcher.plan.course import Course, make_course
 from launcher.plan.plan import Plan
 from launcher.process.exchange import failing_alike, value_of_first
 from launcher.process.ranks import Ranks, everyones
-from launcher.run.changes import changes, course_of, new_phase, schedule_note, too_short, ways_on
+from launcher.run.changes import changes, check_strength, course_of, new_phase, schedule_note, too_short, ways_on
 from launcher.run.folder import RunFolder
 
 OWNER = "owner.json"
@@ -182,6 +182,8 @@ def check_checkpoint(reader: CheckpointReader, folder: RunFolder, plan: Plan) ->
         ways = too_short(plan.total_steps, step, folder.config) or ways_on(refused, folder.config, earlier, step)
         raise ConfigError("\n".join([*lines, *note, ways]))
     check_position(reader, earlier, plan)
+    if earlier is not None:
+        check_strength(make_course(earlier.config, plan.rollbacks), plan, step)
     return [change.line(reader.folder.name) for change in differing] + note if differing else []
 
 

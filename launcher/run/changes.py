@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ MAY_CHANGE = (
 )
 """Keys that may differ when a run resumes: they decide how it runs, not what it trains."""
 
+NOTABLE_RISE = 1.02
+"""Factor by which a factor must rise at once to be told of; by itself it changes slowly."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -51,9 +55,7 @@ class Change:
         return f"  {self.key}: {self.before} in {where}, {self.now} now"
 
 
-def changes(
-    before: dict[str, Any], now: Config, phase: int | None = None, kept: tuple[str, ...] = ()
-) -> list[Change]:
+def changes(before: dict[str, Any], now: Config, phase: int | None = None, kept: tuple[str, ...] = ()) -> list[Change]:
     """The keys in which a run's configuration differs from an earlier one, but for those that decide how it runs.
 
     A key that the earlier one does not have, because it is of a version without it, counts as its default. A key that
@@ -161,9 +163,23 @@ def course_of(tree: dict[str, Any]) -> Course | None:
 
 
 def schedule_note(before: Course, now: Course, step: int) -> list[str]:
-    """Say what another length means for the learning rate; nothing where the length or the schedule is the same."""
+    """Say what another length means for learning rates and weight decay; nothing where they go on as they were."""
     if before.total_steps == now.total_steps or not 0 < step < now.total_steps:
         return []
+    last = before.sizes_at(min(step, before.total_steps) - 1)
+    following = now.sizes_at(step)
+    pairs = [
+        ("the factor of quantized layers on the learning rate", last.ternary_factor, following.ternary_factor),
+        ("the factor on weight decay", last.decay_factor, following.decay_factor),
+    ]
+    return _learning_rate_note(before, now, step) + [
+        f"Since the run has another length, {what} was {was:.3g} in step {step} and is {now_is:.3g} in step {step + 1}."
+        for what, was, now_is in pairs
+        if now_is > NOTABLE_RISE * was
+    ]
+
+
+def _learning_rate_note(before: Course, now: Course, step: int) -> list[str]:
     earlier, curve = before.curve_at(step - 1), now.curve_at(step)
     if curve.key != earlier.key or curve == earlier:
         return []
@@ -179,3 +195,32 @@ def schedule_note(before: Course, now: Course, step: int) -> list[str]:
             "own."
         )
     return [note]
+
+
+def check_strength(before: Course, now: Course, step: int) -> None:
+    """Check that another length does not turn quantization back: a ramp's `fraction` is of its phase's length.
+
+    Args:
+        before: the course that a run was on.
+        now: the one that it is to go on with.
+        step: that it has reached.
+
+    Raises:
+        ConfigError: the next step would have less strength than the last one.
+    """
+    if not 0 < step < now.total_steps or (phase := now.phase_of(step)).index != begun_phase(before, step).index:
+        return
+    last = min(step, before.total_steps) - 1
+    for key, were, are in zip(
+        ("ramp", "activation_ramp"), before.strengths_at(last), now.strengths_at(step), strict=True
+    ):
+        if any(one > other for one, other in zip(were, are, strict=True)):
+            transition = before.phases[phase.index].transition
+            if transition.activation_ramp is None:
+                key = "ramp"
+            length = transition.ramps[key == "activation_ramp"].steps
+            raise ConfigError(
+                f"phases.{phase.index}.transition.{key}: quantization would go back from strength "
+                f"{statistics.mean(were):.3g} in step {step} to {statistics.mean(are):.3g} in step {step + 1}; keep "
+                f"the ramp as it was with phases.{phase.index}.transition.{key}.steps={length} in place of a fraction"
+            )

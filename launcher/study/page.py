@@ -105,8 +105,8 @@ def _verdicts(findings: Findings, groups: Sequence[Group]) -> Iterator[str]:
     for record in findings.records:
         if record.num_damaged:
             yield (
-                f"<p>Warning: {record.num_damaged} lines of the log of {escape(record.name)} are damaged, and what they "
-                "said is missing here.</p>"
+                f"<p>Warning: {record.num_damaged} lines of the log of {escape(record.name)} are damaged, and what "
+                "they said is missing here.</p>"
             )
     for sentence in _cautions(findings, groups, best):
         yield f"<p>{escape(sentence)}</p>"

@@ -21,7 +21,7 @@ from launcher.study.arms import Arm
 from launcher.study.config import POST_TRAINING
 from launcher.study.excess import excess
 from launcher.study.jobs import Job
-from launcher.study.sharing import Sharing, first_step, parting
+from launcher.study.sharing import Sharing, parting
 
 Row = dict[str, Any]
 
@@ -142,7 +142,7 @@ def twin_of(arm: Arm, arms: Sequence[Arm], sharing: Sharing) -> Arm | None:
     if switch_step(arm.plan) is None or arm.plan.phases[0].quantization is not None:
         return None
     step = _switch_of(arm)
-    sizes, settings, begin = sharing.sizes, sharing.settings, first_step(arm.plan)
+    sizes, settings, begin = sharing.sizes, sharing.settings, arm.plan.first_step
     twins = [
         other
         for other in arms

@@ -77,13 +77,7 @@ class Sharing:
         """Steps that are finished where an arm's own training begins."""
         parent = self.parents[arm.name]
         trunk = next((trunk for trunk in self.trunks if trunk.name == parent), None)
-        return first_step(arm.plan) if trunk is None else trunk.end
-
-
-def first_step(course: Course) -> int:
-    """Steps that count as finished before a run trains, as in `launcher.formats.start`."""
-    checkpoint = course.config.checkpoint
-    return 0 if checkpoint.start_from is None else course.phases[checkpoint.start_phase].start
+        return arm.plan.first_step if trunk is None else trunk.end
 
 
 def share(arms: Sequence[Arm]) -> Sharing:
@@ -94,7 +88,7 @@ def share(arms: Sequence[Arm]) -> Sharing:
     for arm in arms:
         groups.setdefault(settings[arm.name], []).append(arm)
     for group in groups.values():
-        found.divide(group, at=(begin := first_step(group[0].plan)), parent=None, begin=begin)
+        found.divide(group, at=(begin := group[0].plan.first_step), parent=None, begin=begin)
     sizes = {arm.name: found.sizes_of(arm) for arm in arms}
     return Sharing(
         trunks=tuple(found.trunks),
@@ -153,11 +147,12 @@ class _Search:
         if any(phase.start == step for arm in arms for phase in arm.plan.phases):
             return
         first, second = arms[:2]
-        rates = " and ".join(f"{arm.plan.learning_rate_at(step):.4g}" for arm in (first, second))
-        if rates == " and ".join([f"{first.plan.learning_rate_at(step):.4g}"] * 2):
+        rates = [arm.plan.learning_rate_at(step) for arm in (first, second)]
+        if rates[0] == rates[1]:
             reason = "weight decay or the rate of ternary layers differs"
         else:
-            reason = f"their learning rates are {rates}"
+            digits = 4 if f"{rates[0]:.4g}" != f"{rates[1]:.4g}" else 12
+            reason = f"their learning rates are {' and '.join(f'{rate:.{digits}g}' for rate in rates)}"
         self.partings.append(f"{first.name} and {second.name} part at step {step}, where neither switches: {reason}.")
 
 
@@ -172,7 +167,7 @@ def settings_of(course: Course) -> str:
         {repr(phase.quantization) for phase in ternary if phase.quantization and phase.quantization.learned}
     )
     tree["of the whole run"] = {
-        "first step": first_step(course),
+        "first step": course.first_step,
         # The engine has parameters, groups of them and a guard from the first step for what comes later.
         "muon": [config.optimizer.learning_rate] if course.has_muon else None,
         "own rate": sorted({phase.quantization.include for phase in ternary if phase.quantization})

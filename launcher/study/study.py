@@ -94,9 +94,12 @@ def study(path: Path, out: Path, options: Options, console: Console) -> int:
 
 
 def places_of(out: Path, options: Options) -> list[Place]:
-    """One place for each run at once, with the GPUs or the threads that it has."""
+    """One place for each run at once, with the GPUs or the threads that it has.
+
+    Of GPUs of another machine (``options.gpu``) as many are counted as there are here, or else those of one run.
+    """
     ranks, gpus, cores = options.num_ranks, num_gpus(), len(os.sched_getaffinity(0))
-    num = options.jobs or max(1, (gpus or cores) // ranks)
+    num = options.jobs or max(1, (gpus or (cores if options.gpu is None else ranks)) // ranks)
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // (num * ranks)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     names = visible if len(visible) == gpus else [str(number) for number in range(gpus)]

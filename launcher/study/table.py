@@ -19,7 +19,7 @@ from launcher.study.arms import Arm
 from launcher.study.config import Keep
 from launcher.study.dispatch import start_fork_server
 from launcher.study.jobs import Job
-from launcher.study.sharing import Sharing, first_step
+from launcher.study.sharing import Sharing
 from launcher.study.worker import Place
 from model.size import flops_per_token, num_linear_parameters
 
@@ -38,7 +38,7 @@ Stretch = tuple[Plan, int, int]
 
 def stretches(arms: Sequence[Arm], sharing: Sharing) -> tuple[list[Stretch], list[Stretch]]:
     """What is trained: all arms, each by itself; and trunks, each once, with what follows them of each arm."""
-    alone = [(arm.plan, first_step(arm.plan), arm.plan.total_steps) for arm in arms]
+    alone = [(arm.plan, arm.plan.first_step, arm.plan.total_steps) for arm in arms]
     trunks = [(trunk.arm.plan, trunk.begin, trunk.end) for trunk in sharing.trunks]
     return alone, trunks + [(arm.plan, sharing.begin_of(arm), arm.plan.total_steps) for arm in arms]
 

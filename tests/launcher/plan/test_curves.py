@@ -3,9 +3,11 @@
 import pytest
 from plans import plan_of, refusal
 
+from launcher.errors import ConfigError
+from launcher.plan.course import Course
 from launcher.plan.events import events
 from launcher.plan.table import describe
-from launcher.run.changes import schedule_note
+from launcher.run.changes import check_strength, schedule_note
 
 PHASES = "phases=[{precision: 16-bit, steps: 4}, {precision: ternary, steps: 6}, {precision: ternary, steps: 5}]"
 SHAPE = "shape: cosine, warmup_steps: 1, final_fraction: 0.2"
@@ -155,3 +157,41 @@ def test_a_phase_with_a_schedule_of_its_own_extends_a_run_without_a_jump() -> No
     assert "set schedule.horizon_steps=10; to warm up again, add a phase with a schedule of its own" in note
     [note] = schedule_note(plan_of(*OWN), plan_of(*OWN, "phases.2.steps=50"), 15)
     assert "set phases.1.schedule.horizon_steps=11;" in note
+
+
+def test_factors_that_rise_with_the_length_of_a_run_are_told() -> None:
+    two = "phases=[{{precision: 16-bit, steps: 4}}, {{precision: ternary, steps: {}}}]"
+    own = "optimizer.ternary_learning_rate_factor={start: 2.0, end: 1.0}"
+    before, now = plan_of(two.format(6), own), plan_of(two.format(20), own)
+    _, factor = schedule_note(before, now, 10)
+    assert "the factor of quantized layers on the learning rate was 1.17 in step 10 and is 1.7 in step 11" in factor
+    until = "optimizer.weight_decay_until=0.5"
+    _, decay = schedule_note(plan_of(two.format(6), until), plan_of(two.format(20), until), 10)
+    assert "the factor on weight decay was 0 in step 10 and is 1 in step 11" in decay
+
+
+def test_a_longer_phase_does_not_turn_quantization_back() -> None:
+    def course(steps: int, ramp: str = "{fraction: 0.5}") -> Course:
+        second = f"{{precision: ternary, steps: {steps}, transition: {{ramp: {ramp}}}}}"
+        return plan_of(f"phases=[{{precision: 16-bit, steps: 4}}, {second}]")
+
+    before = course(4)
+    assert before.strengths_at(7)[0][0] == 1
+    check_strength(before, course(12, "{steps: 2}"), 8)
+    check_strength(before, course(12), 4)  # nothing of the phase is trained
+    with pytest.raises(ConfigError) as caught:
+        check_strength(before, course(12), 8)
+    assert str(caught.value) == (
+        "phases.1.transition.ramp: quantization would go back from strength 1 in step 8 to 0.667 in step 9; keep the "
+        "ramp as it was with phases.1.transition.ramp.steps=2 in place of a fraction"
+    )
+
+
+def test_the_last_phase_reaches_full_strength_and_no_warm_up_is_longer_than_its_phase() -> None:
+    two = "phases=[{{precision: 16-bit, steps: 4}}, {{precision: ternary, steps: 4, transition: {}}}]"
+    assert plan_of(two.format("{ramp: {steps: 3}}")).strengths_at(7)[0][0] == 1
+    for ramp in ("{steps: 4}", "{fraction: 1.0}", "{steps: 1, delay_steps: 3}"):
+        assert "phases.1.transition.ramp: is as long as the phase, 4 steps" in refusal(two.format(f"{{ramp: {ramp}}}"))
+    told = refusal(two.format("{rewarm_tokens: 1000000000}"))
+    assert told.startswith("phases.1.transition.rewarm_tokens: 1000000000 come to ")
+    assert told.endswith("longer than the phase's 4")

@@ -15,7 +15,9 @@ from launcher.errors import ConfigError
 from launcher.plan.events import events
 from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
 from launcher.plan.plan import make_plan
-from launcher.plan.table import describe
+from launcher.plan.sources import drawn_by_source
+from launcher.plan.table import describe, plan_rows
+from launcher.plan.traffic import describe_traffic
 from launcher.process.ranks import ALONE
 from launcher.training.record import summary
 from model.size import activation_bytes
@@ -254,7 +256,7 @@ def test_strengths_in_a_measured_order():
 
 
 def test_the_mean_strength_of_equal_blocks_is_theirs_exactly():
-    plan = plan_of("model.num_layers=3", "phases.1.transition.ramp={shape: tanh, steps: 6}")
+    plan = plan_of("model.num_layers=3", "phases.1.transition.ramp={shape: tanh, steps: 5}")
     assert all({plan.strength_at(step)} == set(plan.strengths_at(step)[0]) for step in range(10))
 
 
@@ -329,19 +331,49 @@ def test_strength_over_all_phases():
 
 def test_a_ramp_must_fit_into_its_phase():
     ramp = "phases.1.transition.ramp.steps"
-    assert plan_of(f"{ramp}=6").strength_at(9) == 5 / 6
+    assert plan_of(f"{ramp}=5").strength_at(8) == 4 / 5
     assert refusal(f"{ramp}=7") == "phases.1.transition.ramp.steps: is 7, longer than the phase's 6"
     by_fraction = [*phases("fraction: 0.5", "fraction: 0.5"), "training.total_steps=10"]
     assert refusal(*by_fraction, f"{ramp}=6") == "phases.1.transition.ramp.steps: is 6, longer than the phase's 5"
 
 
 def test_a_ramp_of_a_share_of_its_phase_is_that_ramp_in_steps():
-    ramps = "phases.1.transition={ramp: {fraction: 0.5}, activation_ramp: {fraction: 1.0, delay_steps: 0}}"
-    in_steps = "phases.1.transition={ramp: {steps: 3}, activation_ramp: {steps: 6}}"
+    ramps = "phases.1.transition={ramp: {fraction: 0.5}, activation_ramp: {fraction: 0.8, delay_steps: 0}}"
+    in_steps = "phases.1.transition={ramp: {steps: 3}, activation_ramp: {steps: 5}}"
     assert plan_of(ramps).phases == plan_of(in_steps).phases
-    assert refusal(ramps.replace("delay_steps: 0", "delay_steps: 1")) == (
-        "phases.1.transition.activation_ramp.steps: is 6 and 1 of delay_steps, longer than the phase's 6"
+    assert refusal(ramps.replace("delay_steps: 0", "delay_steps: 2")) == (
+        "phases.1.transition.activation_ramp.steps: is 5 and 2 of delay_steps, longer than the phase's 6"
     )
+
+
+def test_what_a_start_leaves_out_is_not_counted():
+    begun = ["checkpoint.interval_steps=3", "checkpoint.start_from=model", "checkpoint.start_phase=1"]
+    whole, late = plan_of(begun[0]), plan_of(*begun)
+    assert (whole.first_step, late.first_step) == (0, 4)
+    assert late.total_flops == whole.total_flops * 6 // 10
+    assert drawn_by_source(late)[0]["tokens"] == drawn_by_source(whole)[1]["tokens"]
+    numbers, of_whole = describe(late), describe(whole)
+    assert of_whole["checkpoints_written"] - numbers["checkpoints_written"] == 2  # at steps 3 and 4
+    assert [phase["is_trained"] for phase in numbers["phases"]] == [False, True]
+    rows = dict(plan_rows(numbers | describe_traffic(late) | {"events": events(late), "counted_as": {}}))
+    assert rows["phase 0: 16-bit"].endswith(", done before")
+    assert not rows["phase 1: ternary"].endswith(", done before")
+
+
+def test_every_choice_of_a_transition_is_listed():
+    transition = "{schedule: restart, data: restart, rewarm_tokens: 193, optimizer: reset, weights: averaged}"
+    averaging = "averaging.half_life_tokens=1000"
+    listed = [each["what"] for each in events(plan_of(f"phases.1.transition={transition}", averaging))]
+    for what in (
+        "the optimizer is reset",
+        "the phase begins with the averaged weights",
+        "the data begin anew",
+        "the learning rate begins its schedule anew",
+        "the learning rate is warmed up anew, until step 6",
+    ):
+        assert what in listed
+    begun = plan_of("checkpoint.start_from=model", "phases.0.transition.optimizer=reset")
+    assert {"step": 0, "what": "the optimizer is reset"} in events(begun)
 
 
 def test_data_goes_on_or_restarts():
@@ -421,8 +453,8 @@ def test_the_numbers_of_a_plan_by_hand():
     assert (numbers["tokens_per_step"], numbers["total_steps"], numbers["total_tokens"]) == (192, 10, 1920)
     about = {"objective": "next-token", "peak_learning_rate": 0.01}
     assert numbers["phases"] == [
-        {"precision": "16-bit", **about, "first_step": 0, "steps": 4, "tokens": 768},
-        {"precision": "ternary", **about, "first_step": 4, "steps": 6, "tokens": 1152},
+        {"precision": "16-bit", **about, "first_step": 0, "steps": 4, "tokens": 768, "is_trained": True},
+        {"precision": "ternary", **about, "first_step": 4, "steps": 6, "tokens": 1152, "is_trained": True},
     ]
     assert numbers["checkpoint_bytes"] == checkpoint_bytes(plan_of()) == 12 * 5456
     assert numbers["total_bytes_per_rank"] == pytest.approx(sum(numbers["bytes_per_rank"].values()), abs=2)

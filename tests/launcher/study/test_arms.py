@@ -13,7 +13,7 @@ from launcher.run.changes import changes
 from launcher.run.folder import RunFolder, read_tree
 from launcher.study.arms import Arm, make_arms
 from launcher.study.config import load_study
-from launcher.study.sharing import first_step, share
+from launcher.study.sharing import share
 from launcher.study.study import SHIPPED, Options, study
 
 OPTIONS = Options(jobs=2, num_ranks=1, dry_run=True, gpu="H100", utilization=0.4)
@@ -135,7 +135,7 @@ def test_a_baseline_has_nothing_of_what_a_switch_needs(tmp_path):
 def test_a_baseline_of_a_run_that_begins_with_a_later_phase_does_too(tmp_path):
     arms = arms_of(tmp_path, {"checkpoint": {"start_from": "model", "start_phase": 1}}, baselines=["16-bit", "scratch"])
     for arm in arms:
-        assert (first_step(arm.plan), arm.plan.total_steps) == (4, 8)
+        assert (arm.plan.first_step, arm.plan.total_steps) == (4, 8)
 
 
 def test_a_baseline_has_no_rates_of_its_own_for_what_it_lacks(tmp_path):

@@ -16,7 +16,7 @@ from launcher.plan.plan import make_plan
 from launcher.study.arms import Arm
 from launcher.study.jobs import Job, claimed, jobs_of
 from launcher.study.results import twin_of
-from launcher.study.sharing import first_step, share
+from launcher.study.sharing import share
 from launcher.study.table import num_steps, stretches
 
 WSD = "schedule={shape: wsd, warmup_steps: 2, decay_fraction: 0.25}"
@@ -246,8 +246,8 @@ def test_a_run_that_starts_from_a_checkpoint_begins_where_training_would() -> No
     tree = tiny_tree(Path("shards"), Path("run"))
     tree["checkpoint"] = {"start_from": "source", "start_phase": 1}
     plan = make_plan(parse_config(tree), 1)
-    assert first_step(plan) == first_progress(plan).step == 4
-    assert first_step(arm("a").plan) == first_progress(arm("a").plan).step == 0
+    assert plan.first_step == first_progress(plan).step == 4
+    assert arm("a").plan.first_step == first_progress(arm("a").plan).step == 0
 
 
 def test_a_trunk_goes_on_with_the_configuration_that_it_began_with(tmp_path: Path) -> None:
