@@ -34,6 +34,7 @@ from data.tokenizer_definition import (
     vocabulary,
     without_prefix,
 )
+from data.transformers_files import prefixes_every_part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -210,6 +211,10 @@ class SentencePieceTokenizer(_InParts):
         model = self._model
         return {self.name_of(token): token for token in range(self.vocab_size) if model.is_control(token)}
 
+    @cached_property
+    def _prefixes_parts(self) -> bool:
+        return prefixes_every_part(self.path.parent)
+
     def encode_special(self, text: str) -> list[int]:
         """Return the ids of a text with special tokens; see `data.tokenizer.Tokenizer`."""
         return [token for part in self._special_parts(text) for token in part[1]]
@@ -220,7 +225,10 @@ class SentencePieceTokenizer(_InParts):
         return list(self._special.values())
 
     def _special_parts(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        """The names of special tokens in a text and what is between them, each with its ids."""
+        """The names of special tokens in a text and what is between them, each with its ids.
+
+        As in Transformers, whose `legacy` tokenizers put the dummy prefix in front of each part.
+        """
         names = sorted(map(re.escape, self._special), key=len, reverse=True)
         parts = re.split(f"({'|'.join(names)})", text) if names else [text]
         is_first = True
@@ -228,7 +236,8 @@ class SentencePieceTokenizer(_InParts):
             if place % 2:
                 yield part, [self._special[part]]
             elif part:
-                yield part, self.encode(part) if is_first else self.encode_parts([part], [False])[0]
+                begins = is_first or self._prefixes_parts
+                yield part, self.encode(part) if begins else self.encode_parts([part], [False])[0]
             is_first = is_first and not part
 
     def encode_special_spans(self, text: str) -> tuple[list[int], list[Span]]:
@@ -240,7 +249,7 @@ class SentencePieceTokenizer(_InParts):
         sizes: list[int] = []
         for part, tokens in self._special_parts(text):
             num_bytes = [len(part.encode())] if part in self._special else self.token_bytes()[tokens].tolist()
-            if self._prefix and not ids and part not in self._special:
+            if self._prefix and (not ids or self._prefixes_parts) and part not in self._special:
                 num_bytes[0] -= len(self._prefix)
             if sum(num_bytes) != len(part.encode()):
                 raise DataError(f"{self.path}: changes the text {part!r:.80}, so its tokens have no places in it")

@@ -26,6 +26,19 @@ def has_settings(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (TOKENIZER_CONFIG, "config.json"))
 
 
+def prefixes_every_part(folder: Path) -> bool:
+    """Return whether Transformers puts the dummy prefix of a SentencePiece model after special tokens too.
+
+    It does so for Llama's classes unless their settings say `legacy: false`.
+
+    Raises:
+        DataError: the settings cannot be read.
+    """
+    settings = json_object(folder / TOKENIZER_CONFIG)
+    is_llama = str(settings.get("tokenizer_class")) in ("LlamaTokenizer", "LlamaTokenizerFast")
+    return is_llama and settings.get("legacy") in (None, True)
+
+
 def own_files(folder: Path) -> dict[str, bytes]:
     """The files as they are, by name, but without the name of code that would have to be trusted.
 

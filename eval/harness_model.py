@@ -217,6 +217,8 @@ class HarnessModel(TemplateLM):
         """The tokens of a prompt, options of `eval.sample.generate`, and the stop sequences."""
         context, given = request.args
         said: dict[str, Any] = dict(normalize_gen_kwargs(given, MAX_NEW_TOKENS))
+        if said.get("num_beams") == 1:  # a single one is greedy
+            del said["num_beams"]
         if unknown := said.keys() - UNDERSTOOD:
             raise DataError(f"{_origin(request)}: generates with {', '.join(sorted(unknown))}, which is not supported")
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)

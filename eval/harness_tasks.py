@@ -28,6 +28,8 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 FEWSHOT_SEED = 1234
 """lm-evaluation-harness's own, of the choice of few-shot examples."""
+CODE = {".py", ".yaml", ".yml"}
+"""What a task is defined by, and the functions that it names."""
 SENTENCES = "tokenizers/punkt_tab"
 """What NLTK has learned of where sentences end."""
 
@@ -40,6 +42,10 @@ class Loaded:
     """Single tasks, of groups and tags too."""
     groups: dict[str, Any]
     """Groups, in which others may be."""
+    own: frozenset[str] = frozenset()
+    """Names of the tasks that files of one's own define."""
+    own_files: tuple[Path, ...] = ()
+    """These files, and the others beside them that definitions and their code may use."""
 
 
 def load_tasks(names: Sequence[str], folder: Path | None, num_fewshot: int | None) -> Loaded:
@@ -71,7 +77,15 @@ def load_tasks(names: Sequence[str], folder: Path | None, num_fewshot: int | Non
     for task in found["tasks"].values():
         shots = shots_of(num_fewshot, task.get_config("num_fewshot"), task.OUTPUT_TYPE)
         task.set_config(key="num_fewshot", value=shots)
-    return Loaded(dict(found["tasks"]), dict(found.get("groups", {})))
+    folders = {Path(name).resolve().parent for name in names if name not in _index()}
+    return Loaded(
+        tasks=dict(found["tasks"]),
+        groups=dict(found.get("groups", {})),
+        own=frozenset(found["tasks"].keys() - _index().keys()),
+        own_files=tuple(
+            sorted(file for folder in folders for file in folder.iterdir() if file.suffix in CODE and file.is_file())
+        ),
+    )
 
 
 @cache

@@ -10,6 +10,7 @@ from launcher.checkpoint.folders import MANIFEST, folder_of
 from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.source import Source
+from launcher.config.averaging import AVERAGED
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
 from launcher.formats.open import is_ternary, model_of
@@ -19,7 +20,10 @@ from model.transformer import ModelConfig
 
 
 def teacher_location(course: Course, phase: Phase, checkpoints: Path) -> str:
-    """The location of a phase's teacher: as configured, or else the checkpoint with which the phase begins."""
+    """The location of a phase's teacher: as configured, or else the checkpoint with which the phase begins.
+
+    Of that it is the averaged weights if the phase begins with these.
+    """
     if phase.distillation is not None and phase.distillation.teacher is not None:
         return phase.distillation.teacher
     own, checkpoint = folder_of(checkpoints, phase.start), course.config.checkpoint
@@ -27,7 +31,7 @@ def teacher_location(course: Course, phase: Phase, checkpoints: Path) -> str:
         with reaching(own):
             # A run that `tritrain convert` has made holds what it begins with.
             return str(own) if (own / MANIFEST).is_file() else checkpoint.start_from
-    return str(own)
+    return str(own) + AVERAGED * (phase.transition.weights == "averaged")
 
 
 def teacher_model(source: Source, config: Config, phase: Phase) -> ModelConfig:

@@ -35,7 +35,7 @@ from launcher.process.console import Console, without_nan
 from launcher.process.exchange import failing_alike
 from launcher.run.scores import read_results
 
-VERSION = 2
+VERSION = 3
 """Of the way in which the model is asked; raise it with any change after which the same model and task give other
 scores."""
 BOOTSTRAP_ITERATIONS = 100_000
@@ -98,6 +98,7 @@ def score_loaded(
                 "examples": build_requests(task, model, prompting, limit),
                 "num_fewshot": task.get_config("num_fewshot"),
             }
+            | ({"definition": digest_of_files(loaded.own_files)} if name in loaded.own else {})
             for name, task in loaded.tasks.items()
         }
         earlier = read_results(out)

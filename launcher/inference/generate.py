@@ -77,17 +77,17 @@ def write_texts(model: TextModel, prompts: Sequence[str], *, as_json: bool = Fal
         DataError: a prompt is not text, or the tokenizer cannot be read.
     """
     tokenizer = model.required_tokenizer()
-    continued = []
+    as_tokens = []
     for number, prompt in enumerate(prompts, start=1):
-        prompt_tokens = model.prompt_tokens(prompt)
+        as_tokens.append(model.prompt_tokens(prompt))
         try:
-            continued.append((prompt, prompt_tokens, model.generate_tokens(prompt_tokens, **choice)))
+            model.generate_tokens(as_tokens[-1], **choice)  # checks them, and computes nothing yet
         except ConfigError as error:
             raise ConfigError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
-    for number, (prompt, prompt_tokens, tokens) in enumerate(continued):
+    for number, (prompt, prompt_tokens) in enumerate(zip(prompts, as_tokens, strict=True)):
         start = time.perf_counter()
         times: list[float] = []
-        pieces = pieces_of_text(tokenizer, _timed(tokens, times), prompt_tokens)
+        pieces = pieces_of_text(tokenizer, _timed(model.generate_tokens(prompt_tokens, **choice), times), prompt_tokens)
         if as_json:
             text = "".join(pieces)
             seconds = round(time.perf_counter() - start, 3)

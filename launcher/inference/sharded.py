@@ -103,23 +103,30 @@ def open_measurable(text: str, tokenizer: str | None = None) -> tuple[Exportable
 
 
 def open_subject(text: str, ranks: Ranks, tokenizer: str | None = None) -> Subject:
-    """Open a model and shard it over all ranks; a collective.
+    """Open a model to measure text and shard it over all ranks; a collective.
+
+    Of a run that keeps documents apart, a text ends where its end token stands, as in training.
 
     Args:
         text: see `open_measurable`, as for the last and for errors.
         ranks: this rank among all.
         tokenizer: of the model.
     """
-    return subject_of(*open_measurable(text, tokenizer), ranks)
+    opened, loaded = open_measurable(text, tokenizer)
+    subject = subject_of(opened, loaded, ranks)
+    if opened.config is not None and opened.config.data.documents == "masked":
+        subject.model.model.first_token = loaded.end_of_document
+    return subject
 
 
 def subject_of(opened: Exportable, loaded: Tokenizer, ranks: Ranks) -> Subject:
-    """Shard a model that `open_measurable` has opened over all ranks; a collective."""
+    """Shard a model that `open_measurable` has opened over all ranks; a collective.
+
+    All that stands before a token is seen from it: a chat may end each of its turns with the end of a document.
+    """
     source = opened.source
     dtype = compute_dtype_of(opened, ranks)
     model = sharded_model(source, opened.model, opened.precision, dtype, ranks)
-    if opened.config is not None and opened.config.data.documents == "masked":
-        model.model.first_token = loaded.end_of_document
 
     def nll_and_misses(tokens_BT: Tensor, labels_BTA: Tensor) -> tuple[Tensor, Tensor]:
         found = model(tokens_BT.to(ranks.device), labels_BTA.to(ranks.device), reduction="greedy")

@@ -166,7 +166,7 @@ class HeldOut:
             raise DataError("; ".join(problems))
         found = []
         for prompt, prompt_tokens in prompts:
-            with torch.no_grad():
+            with engine.keeping_apart(None), torch.no_grad():  # a chat may end its turns with the end of a document
                 tokens = sample_tokens(
                     engine.logits,
                     prompt_tokens,

@@ -58,7 +58,8 @@ class TasksInTraining:
         words = []
         for task, questions in self._questions.items():
             try:
-                examples = answer_questions(task.label, questions, scorer, lambda num_rows: got_on())
+                with engine.keeping_apart(None):
+                    examples = answer_questions(task.label, questions, scorer, lambda num_rows: got_on())
             except NotFiniteError as error:
                 words.append(f"no score ({error})")
                 continue

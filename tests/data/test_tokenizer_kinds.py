@@ -15,6 +15,7 @@ from data.config import PrepareConfig
 from data.errors import DataError
 from data.shards import prepare
 from data.tokenizer import load_tokenizer
+from data.torchvision_repair import repair_torchvision
 
 CORPUS = "".join(TEXTS[:8])
 PIECES = st.builds(lambda at, size: CORPUS[at : at + size], st.integers(0, len(CORPUS) - 1), st.integers(1, 80))
@@ -199,3 +200,22 @@ def test_a_sentencepiece_model_without_tokens_that_are_added_to_it_is_refused(tm
     lacks = r"lacks tokens that files beside it add, such as '<\|im_end\|>'; save the tokenizer as tokenizer\.json"
     with pytest.raises(DataError, match=lacks):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+def test_special_tokens_are_followed_by_what_transformers_puts_there(tmp_path, legacy):
+    """`legacy` classes of Llama, which most published chat models name, begin each part as a text of its own."""
+    repair_torchvision()
+    from transformers import AutoTokenizer
+
+    sentencepiece_tokenizer(tmp_path / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": legacy}))
+    theirs, ours = AutoTokenizer.from_pretrained(str(tmp_path)), load_tokenizer(tmp_path)
+    for text in ("<s>the cat</s>sat on</s> the mat", "the</s>", "</s></s>a"):
+        expected = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode_special(text) == expected
+        ids, spans = ours.encode_special_spans(text)
+        assert ids == expected
+        assert spans == sorted(spans)
+        assert {place for span in spans for place in range(*span)} == set(range(len(text)))

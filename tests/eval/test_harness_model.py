@@ -267,6 +267,14 @@ def test_what_cannot_be_asked_is_one_clear_error():
         broken.loglikelihood([instance("loglikelihood", Letters.text([1]), Letters.text([2]))])
 
 
+def test_a_single_beam_is_greedy():
+    ours = ours_of(make_model()[1], Letters())
+    asked = {"until": ["\n"], "max_gen_toks": 2}
+    request = instance("generate_until", Letters.text([1]), asked)
+    with_a_beam = instance("generate_until", Letters.text([1]), asked | {"num_beams": 1, "do_sample": False})
+    assert ours._prompt_of(with_a_beam) == ours._prompt_of(request)
+
+
 def test_samples_are_drawn_from_a_seed_of_their_own_and_within_top_p():
     ours = ours_of(make_model()[1], Letters())
     given = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}

@@ -216,3 +216,15 @@ def test_a_tag_that_a_file_names_has_its_task_only_in_that_call(tmp_path):
     assert list(load_tasks([str(tmp_path / "own.yaml")], tmp_path, None).tasks) == ["own"]
     assert _index()["ai2_arc"].tags == members
     assert "own" not in _index()
+
+
+def test_what_a_task_of_one_s_own_is_defined_by_is_known(tmp_path):
+    (tmp_path / "mine_test.jsonl").write_text('{"q": "2+2?", "a": "4"}\n')
+    (tmp_path / "utils.py").write_text("def answer(doc):\n    return doc['a']\n")
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ntest_split: test\noutput_type: generate_until\ndoc_to_text: '{{q}}'\n"
+        "doc_to_target: !function utils.answer\nmetric_list: [{metric: exact_match}]\n"
+    )
+    loaded = load_tasks([str(tmp_path / "mine.yaml")], tmp_path, None)
+    assert loaded.own == {"mine"}
+    assert loaded.own_files == (tmp_path / "mine.yaml", tmp_path / "utils.py")

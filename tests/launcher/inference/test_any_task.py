@@ -7,7 +7,7 @@ import fsspec
 import pytest
 import torch
 import torch.distributed as dist
-from chat_files import CHATML, NAMES
+from chat_files import CHATML, NAMES, chat, prepare_chats
 from exports import write_checkpoint
 from harness_examples import write_examples
 from hf_folders import edit_config, write_variant
@@ -30,12 +30,14 @@ from launcher.inference.any_task import (
     curve_of,
     end_tokens_of,
     label_of,
+    opened_model,
     record_of,
     tokenizer_folder,
     transformers_tokenizer,
     way_of_asking,
 )
 from launcher.inference.measure import Evaluation, check_tasks, evaluate
+from launcher.inference.sharded import open_measurable, subject_of
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
 from launcher.run.scores import harness_table_of, read_results
@@ -180,6 +182,38 @@ def test_a_folder_is_asked_with_its_chat_template_as_by_the_hf_model(data, tmp_p
             assert score["value"] == pytest.approx(expected[name][metric if "," in metric else f"{metric},none"])
     plain = {record["task"]: record for record in read_results(tmp_path / "text.json")}
     assert all(plain[name]["examples"] != found[name]["examples"] for name in tasks)
+
+
+def log_likelihoods_after(folder, questions):
+    """Of an answer to each question, by a chat template whose turns end with the end of a document."""
+    from lm_eval.api.instance import Instance
+
+    subject = subject_of(*open_measurable(str(folder)), this_rank())
+    with opened_model(subject, Prompting(chat_template=True)) as (model, _):
+        contexts = [model.apply_chat_template([{"role": "user", "content": question}]) for question in questions]
+        requests = [Instance("loglikelihood", {}, (context, "4"), 0, ("t", 0, 1)) for context in contexts]
+        return [found for found, _ in model.loglikelihood(requests)]
+
+
+def test_an_answer_is_asked_after_its_question_by_a_model_that_kept_documents_apart(tmp_path, alone):
+    prepared = prepare_chats(tmp_path, 32, *[chat("2?", "4"), chat("1?", "2")] * 4)
+    found = {}
+    for documents in ("joined", "masked"):
+        config = tiny_config(
+            prepared,
+            tmp_path / documents,
+            model={"vocab_size": 320, "max_sequence_length": 288},
+            data={"documents": documents},
+            phases=[{"precision": "16-bit", "steps": 4, "objective": "sft"}],
+        )
+        torch.manual_seed(0)
+        model = Transformer(config.model)
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1)
+        write_checkpoint(config, model, step=4, phase=0, tokenizer=prepared / "tokenizer.json")
+        found[documents] = log_likelihoods_after(config.run.path, ["What is 2 + 2?", "Name a colour."])
+    assert found["masked"] == found["joined"]
+    assert found["masked"][0] != found["masked"][1]
 
 
 def subject_with(folder):

@@ -3,6 +3,7 @@
 import builtins
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from launcher.errors import ConfigError
 from launcher.formats.gguf_export import export_gguf
 from launcher.formats.hf_folder import write_hf
 from launcher.formats.opened import open_exportable
+from launcher.inference.generate import write_texts
 from launcher.inference.load import load_model
+from model.transformer import Transformer
 
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
 
@@ -64,6 +67,22 @@ def test_each_prompt_of_a_file_is_continued_as_it_is_alone(model: Path, tmp_path
         assert [json.loads(line) | {"seconds": 0} for line in lines] == [each | {"seconds": 0} for each in expected]
     readable = generated(model, "--prompts", tmp_path / "lines.txt", *OPTIONS).stdout
     assert readable == "\n".join(generated(model, p, *OPTIONS).stdout for p in prompts)
+
+
+def test_the_cache_of_a_prompt_is_gone_before_the_next_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(model, dtype=torch.float32)
+    caches: weakref.WeakSet[Any] = weakref.WeakSet()
+    alive: list[int] = []
+    make = Transformer.new_cache
+
+    def watched(*given: Any) -> Any:
+        caches.add(cache := make(*given))
+        alive.append(len(caches))
+        return cache
+
+    monkeypatch.setattr(Transformer, "new_cache", watched)
+    write_texts(loaded, ["a", "b", "c", "d"], max_tokens=8, seed=5, end_tokens=tuple(range(0, 260, 2)))
+    assert alive == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -322,3 +322,26 @@ def test_the_plan_counts_the_reference_once_and_holds_no_second_model(folders: d
     assert plan.total_flops == of_text.total_flops + forward
     assert memory_bytes_per_rank(plan).keys() == memory_bytes_per_rank(of_text).keys()
     assert bytes_sent(plan) == bytes_sent(of_text)
+
+
+def from_averaged(folders: dict[str, str], out: str) -> None:
+    phases = [
+        TEXT,
+        DPO_16
+        | {"steps": 1, "sources": [{"path": folders["pairs"]}]}
+        | {"transition": {"weights": "averaged", "optimizer": "reset"}},
+    ]
+    config = config_of(folders["text"], Path(out), phases, averaging={"half_life_tokens": 2000})
+    assert run(config) == "complete"
+
+
+def test_the_reference_is_what_the_phase_begins_with_averaged_weights_too(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    run_group(1, from_averaged, folders, str(tmp_path / "run"))
+    (begin,) = [
+        row for row in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if row["phase"] == 1 and row.get("validation/when") == "start of phase"
+    ]  # fmt: skip
+    loss, *_ = (begin[key] for key in PREFERENCES)
+    assert loss == pytest.approx(math.log(2), abs=1e-6)

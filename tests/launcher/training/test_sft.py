@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from launcher.config.sections import Config
 from launcher.engine.build import build_engine
-from launcher.engine.contract import load_weights
+from launcher.engine.contract import Engine, load_weights
 from launcher.errors import ConfigError
 from launcher.plan.inputs import missing_inputs
 from launcher.plan.memory import memory_bytes_per_rank
@@ -227,3 +228,31 @@ def test_a_sample_is_the_answer_to_a_question(folders: tuple[str, str], tmp_path
     assert sample == (prompt, "hi")
     expected = tokenizer.encode_special(prompt)
     assert seen[0][: len(expected)].tolist() == expected
+
+
+def asked_of_masked_text(text: str, chats: str, out: str) -> list[int | None]:
+    """By which token the engine kept documents apart at each token that it wrote."""
+    config = config_of(
+        text, chats, Path(out),
+        data={"sequence_length": LENGTH, "validation_rows": 8, "documents": "masked"},
+        evaluation={"sample_prompts": ["What is 2 + 2?"], "sample_tokens": 2},
+        schedule={"warmup_steps": 0},
+        phases=[{"precision": "16-bit", "steps": 1}, SFT_16 | {"steps": 1, "sources": [{"path": chats}]}],
+    )  # fmt: skip
+    found, logits = [], Engine.logits
+
+    def watched(engine: Engine, tokens_BT: torch.Tensor) -> torch.Tensor:
+        found.append(engine._decoder.first_token)
+        return logits(engine, tokens_BT)
+
+    with patch.object(Engine, "logits", watched):
+        assert run(config) == "complete"
+    return found
+
+
+def test_a_model_of_masked_text_sees_the_question_that_ends_like_a_document(
+    folders: tuple[str, str], tmp_path: Path
+) -> None:
+    [found] = run_group(1, asked_of_masked_text, *folders, str(tmp_path))
+    assert len(found) >= 2
+    assert set(found) == {None}
