@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quant.config import CalibrationConfig, QuantConfig
-from quant.hadamard import rotate
+from quant.hadamard import rotate, rotate_weight
 from quant.rounding import (
     GAUSSIAN_CLIP,
     LEARNED,
@@ -82,8 +82,9 @@ def calibrate(
         rotated: whether the layer rotates its weight before it rounds it.
     """
     stored_OI = weight_OI.float()
-    weight_OI = rotate(stored_OI) if rotated else stored_OI
-    exact_OI, by_row = weight_OI.double(), config.granularity != "matrix"
+    weight_OI = rotate_weight(stored_OI) if rotated else stored_OI
+    exact_OI = (rotate(stored_OI) if rotated else stored_OI).double()
+    by_row = config.granularity != "matrix"
 
     def errors(codes_OI: Tensor, level: Tensor) -> Tensor:
         errors_O = output_errors(exact_OI - dequantize(codes_OI.double(), level), moment_II)
@@ -104,9 +105,9 @@ def calibrate(
     latent_OI = latent_of(values_OI, codes_OI.double(), level, config).float()
     fitted_alpha_O = (level[:, 0] / LEARNED[config.levels].unit).float() if config.learned else None
     latent_OI = rotate(latent_OI) if rotated else latent_OI
-    # As in bf16, where rotating back brings errors: relative to the row, and codes of one that is far above the level
-    # can change. What is kept is judged by the codes that the layer will have.
-    rounded_OI = rotate(latent_OI.bfloat16()) if rotated else latent_OI
+    # The layer rotates the bf16 values, which brings errors: relative to the row, and codes of one that is far above
+    # the level can change. What is kept is judged by the codes that the layer will have.
+    rounded_OI = rotate_weight(latent_OI) if rotated else latent_OI
     new_codes_OI, new_level = rounded(rounded_OI, fitted_alpha_O, config)
     new_O = errors(new_codes_OI, new_level)
     is_new_O = is_new_O & (new_O < plain_O)

@@ -36,6 +36,23 @@ def rotate(x: Tensor) -> Tensor:
     return _CastToBf16.apply(rotated) if x.dtype == torch.bfloat16 else rotated.to(x.dtype)
 
 
+def rotate_weight(weight_OI: Tensor) -> Tensor:
+    """Rotate a weight that is to be rounded: its bf16 values, so that codes are the same whatever a run computes in."""
+    return rotate(weight_OI if weight_OI.dtype == torch.bfloat16 else _Bf16Values.apply(weight_OI))
+
+
+class _Bf16Values(torch.autograd.Function):
+    """The values of the cast to bf16, with the gradient straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return bf16_values(x).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 class _CastToBf16(torch.autograd.Function):
     """The cast to bf16, which `bf16_values` keeps in compiled code, with the gradient of a cast."""
 

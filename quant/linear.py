@@ -59,7 +59,7 @@ from torch import Tensor, nn
 
 from quant.codes import from_held
 from quant.config import QuantConfig, is_rotated, width_problem
-from quant.hadamard import rotate
+from quant.hadamard import rotate, rotate_weight
 from quant.held import HeldCodes, SharedInput, Unrounded, round_weights
 from quant.integers import activation_codes
 from quant.product import BlendedProduct, CodeProduct, StraightThrough
@@ -139,7 +139,7 @@ class QuantLinear(nn.Linear):
 
     def rotated_weight(self) -> Tensor:
         """The latent weight to be rounded, [O, I]."""
-        return rotate(self.weight) if self.rotated else self.weight
+        return rotate_weight(self.weight) if self.rotated else self.weight
 
     def rounded_input(self, x: Tensor) -> Tensor:
         """The input to be rounded: normalized and rotated, if the configuration says so."""

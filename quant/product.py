@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant.codes import from_held
 from quant.config import QuantConfig
-from quant.hadamard import rotate
+from quant.hadamard import rotate, rotate_weight
 from quant.integers import integer_product, rounded_product, scaled_product, summed_product
 from quant.ramp import Rounding
 from quant.rounding import Scale, dequantize, over_blocks, weight_codes, weight_gradients, weight_in_codes
@@ -224,7 +224,7 @@ def _blend(weight_OI: Tensor, level: Tensor, threshold: Tensor | None, strength:
     `torch.lerp` is exact at both ends: strength 0 is the latent weight and strength 1 the rounded one, bit for bit.
     """
     scale = Scale(level, threshold)
-    rotated_OI = rotate(weight_OI) if ctx.rotated else weight_OI
+    rotated_OI = rotate_weight(weight_OI) if ctx.rotated else weight_OI
     codes_OI = values_OI = weight_codes(rotated_OI, scale, ctx.config)
     share, slope_OI = strength, None
     if ctx.rounding == "softmax":

@@ -362,7 +362,8 @@ def weight_gradients(
     elif quantizer is not None:
         passes = ~(low | high)
     else:
-        passes = in_codes.abs() <= LARGEST_CODE[config.levels]
+        # A largest weight is its own outermost level, which the division may miss by its last bit.
+        passes = in_codes.abs() <= LARGEST_CODE[config.levels] * (1 + 2**-20)
     return grad_OI * passes, grad_level
 
 

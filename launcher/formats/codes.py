@@ -9,7 +9,7 @@ from launcher.checkpoint.source import Source
 from model.transformer import ModelConfig, Transformer
 from quant.codes import unpack
 from quant.config import QuantConfig, is_rotated
-from quant.hadamard import rotate
+from quant.hadamard import rotate, rotate_weight
 from quant.linear import LEARNED_SCALE, matching_layers, sharers
 from quant.rounding import dequantize, learned_scale, weight_codes, weight_scale
 
@@ -71,4 +71,4 @@ class CodedMatrices:
         name = f"{layer}.weight"
         shape = self._source.shapes[name]
         weight_OI = self._source.read_finite("weight", name, 0, prod(shape)).view(shape)
-        return rotate(weight_OI) if is_rotated(layer, self.config) else weight_OI
+        return rotate_weight(weight_OI) if is_rotated(layer, self.config) else weight_OI

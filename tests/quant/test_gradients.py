@@ -13,6 +13,15 @@ from quant.linear import quantize_, set_strength_
 from quant.rounding import LARGEST_CODE, bf16_values, dequantize, quantize_weight, weight_gradients
 
 
+@pytest.mark.parametrize("granularity", ["row", "group"])
+@pytest.mark.parametrize("levels", ["int2", "int3", "int4"])
+def test_absmax_clips_nothing(levels, granularity):
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    config = QuantConfig(weights="absmax", levels=levels, granularity=granularity, gradient="clipped")
+    codes, level = quantize_weight(weight, config)
+    assert weight_gradients(torch.ones_like(weight), weight, codes, level, config)[0].all()
+
+
 @pytest.mark.parametrize("levels", ["ternary", "binary", "int2", "int4"])
 def test_gradients_stop_where_they_should(levels):
     weight = bf16_normal(4, 64, seed=6, size=2.0)

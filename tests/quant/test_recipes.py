@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from model.init import initialize_
 from model.transformer import ModelConfig, Transformer
 from quant.config import PRESETS, QuantConfig
-from quant.hadamard import rotate
+from quant.hadamard import rotate, rotate_weight
 from quant.linear import add_learned_scales_, quantize_, set_strength_
 from quant.rounding import bf16_values, first_alpha, quantize_weight
 
@@ -205,6 +206,28 @@ def test_rotated_products_are_those_of_rotated_codes():
     x_codes = (rotated * (127 / rotated.abs().amax(1, keepdim=True))).round()
     assert torch.equal(layer(x), (x_codes @ codes.T) * (scale * level[:, 0]))
     assert (layer(x) - x @ layer.weight.T).norm() < 0.6 * (x @ layer.weight.T).norm()
+
+
+@pytest.mark.parametrize("name", ["quest", "bitnet-v2"])
+def test_rotated_codes_are_the_same_whatever_is_computed_in(name):
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(3)) * 0.02  # fp32, as masters are
+    config, found = replace(PRESETS[name], include=""), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.ModuleDict({"o_proj": nn.Linear(256, 96, bias=False)})
+        with torch.no_grad():
+            model["o_proj"].weight.copy_(weight)
+        quantize_(model.to(dtype), config)
+        found[dtype] = model["o_proj"].weight_codes()
+    (codes, level), (in_bf16, level_in_bf16) = found.values()
+    assert torch.equal(codes, in_bf16)
+    assert torch.equal(level, level_in_bf16)
+
+
+def test_a_rotated_weight_has_the_gradient_of_the_rotation_alone():
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    grad = torch.randn(8, 32, generator=torch.Generator().manual_seed(5))
+    (found,) = torch.autograd.grad(rotate_weight(weight), weight, grad)
+    assert torch.equal(found, rotate(grad))
 
 
 def test_dead_weights_add_their_share_and_get_a_gradient_of_their_own():

@@ -121,7 +121,8 @@ def test_strength_1_is_the_rounded_weight_bit_for_bit(dtype, keys, gradient):
 def reference(layer, config, strength):
     """The weight of a soft layer as a formula that autograd differentiates."""
     weight = layer.weight
-    rotated = rotate(weight) if config.hadamard == "all" else weight
+    stored = weight + (weight.bfloat16().float() - weight).detach()  # what is rotated
+    rotated = rotate(stored) if config.hadamard == "all" else weight
     with torch.no_grad():
         scale = weight_scale([rotated], config)
         moved = rotated.bfloat16().float() - rotated
