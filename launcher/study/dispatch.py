@@ -177,10 +177,12 @@ class Queue:
             self._console.line(f"{job.name} failed{again}: {message}")
 
     def _count(self, advance: Callable[[int], None]) -> None:
-        for each in self._running.values():
-            name, step = each.job.name, each.job.step
-            advance(max(0, step - self._steps[name]))
-            self._steps[name] = max(step, self._steps[name])
+        """Count new steps, those of other commands on this folder too."""
+        for name, counted in self._steps.items():
+            job = self._by_name[name]
+            if counted < job.end and (step := job.step) > counted:
+                advance(step - counted)
+                self._steps[name] = step
 
     def _stop_all(self) -> None:
         """Ask all runs to save and end; at a second request, end them."""

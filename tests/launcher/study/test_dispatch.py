@@ -116,3 +116,14 @@ def test_a_job_that_ends_too_soon_for_a_run_ends_the_study(tmp_path: Path, monke
     assert started == ["one"]
     assert (outcome.failed, outcome.blocked) == ({}, [])
     assert ending(outcome, jobs, Console(silent=True)) == INTERRUPTED
+
+
+def test_steps_of_other_commands_on_the_folder_count(tmp_path: Path) -> None:
+    ours, theirs = (SimpleNamespace(name=name, step=0, end=8) for name in ("ours", "theirs"))
+    jobs: Any = [ours, theirs]
+    queue = Queue(jobs, [Place(out=tmp_path, num_ranks=1, threads=1)], "ends", Console(silent=True))
+    queue._steps = {"ours": 0, "theirs": 0}
+    advanced: list[int] = []
+    for ours.step, theirs.step in ((2, 0), (3, 8), (3, 8), (8, 0)):  # theirs is done, and its folder removed
+        queue._count(advanced.append)
+    assert sum(advanced) == 16
