@@ -1,6 +1,7 @@
 """Phases of supervised fine-tuning: the loss against every chat by itself, runs in pieces, and what is refused."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,7 +224,7 @@ def test_a_sample_is_the_answer_to_a_question(folders: tuple[str, str], tmp_path
 
     config = config_of(*folders, tmp_path / "run", evaluation=asked)
     held_out = HeldOut(plan := make_plan(config, 1), ALONE, open_data(plan, ALONE, 0))
-    [sample] = held_out.sample(SimpleNamespace(logits=logits))
+    [sample] = held_out.sample(SimpleNamespace(keeping_apart=lambda first_token: nullcontext(), logits=logits))
     prompt = "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"
     assert sample == (prompt, "hi")
     expected = tokenizer.encode_special(prompt)
