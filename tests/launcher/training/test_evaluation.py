@@ -25,6 +25,11 @@ from launcher.training.tasks import TasksInTraining
 pytest.importorskip("lm_eval")
 
 
+def engine_of(**functions):
+    """An engine that has these alone, and documents that need not be kept apart."""
+    return SimpleNamespace(keeping_apart=lambda first_token: nullcontext(), **functions)
+
+
 @pytest.fixture
 def group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -51,9 +56,7 @@ def test_a_task_that_is_not_finite_has_no_score_and_the_line_says_so(shards, tmp
         value = math.nan if len(calls) == 1 else 1.0
         return torch.where(labels_BTA == IGNORED_LABEL, 0.0, value)
 
-    values, line = tasks.measure(
-        SimpleNamespace(token_nll=token_nll, keeping_apart=lambda first_token: nullcontext()), lambda: None
-    )
+    values, line = tasks.measure(engine_of(token_nll=token_nll), lambda: None)
     assert values.keys() == {"eval/sst2/acc", "eval/sst2/bits_per_byte", "tasks/num_scored"}
     assert values["tasks/num_scored"] == 1  # the row shows that both were tried
     assert "no score (copa, example " in line
@@ -80,7 +83,7 @@ def untrained_loss(rank, world_size, shards, out):
         computed.append(len(tokens_BT))
         return labels_BT.where(labels_BT != IGNORED_LABEL, 0).double()
 
-    engine = SimpleNamespace(token_nll=token_nll, keeping_apart=lambda first_token: nullcontext())
+    engine = engine_of(token_nll=token_nll)
     return held_out.estimate_untrained(engine), sum(computed)
 
 
