@@ -109,9 +109,7 @@ def test_an_untrained_model_is_measured_by_the_first_rows_the_same_on_any_number
 def test_a_sample_that_cannot_be_drawn_is_an_error_that_training_reports(shards, tmp_path):
     plan = plan_of(shards, tmp_path, sample_prompts=["a"], sample_tokens=4)
     held_out = HeldOut(plan, ALONE, SimpleNamespace(tokenizer_path=shards / "tokenizer.model"))
-    broken = engine_of(
-        logits=lambda tokens_BT: torch.full((*tokens_BT.shape, 320), math.nan),
-    )
+    broken = engine_of(logits=lambda tokens_BT: torch.full((*tokens_BT.shape, 320), math.nan))
     with pytest.raises(USER_ERRORS, match="the logits of the next token are not finite"):
         held_out.sample(broken)
 
@@ -129,11 +127,7 @@ def test_a_sample_keeps_the_space_after_its_prompt(shards, tmp_path):
     held_out = HeldOut(plan, ALONE, SimpleNamespace(tokenizer_path=tmp_path / "spaces.model"))
     [word] = pieces.encode("yes")
     certain = torch.nn.functional.one_hot(torch.tensor(word), 320) * 1e4
-    [sample] = held_out.sample(
-        engine_of(
-            logits=lambda tokens_BT: certain.expand(*tokens_BT.shape, 320),
-        )
-    )
+    [sample] = held_out.sample(engine_of(logits=lambda tokens_BT: certain.expand(*tokens_BT.shape, 320)))
     assert sample[1] == " yes"
 
 
@@ -144,11 +138,7 @@ def sample_with_a_tokenizer_on_the_first_host_alone(rank, world_size, shards, ou
     held_out = HeldOut(plan, Ranks(rank, world_size, rank, torch.device("cpu")), SimpleNamespace(tokenizer_path=path))
     calls = []
     try:
-        held_out.sample(
-            engine_of(
-                logits=lambda tokens_BT: calls.append(1) or torch.zeros(1, 1, 320),
-            )
-        )
+        held_out.sample(engine_of(logits=lambda tokens_BT: calls.append(1) or torch.zeros(1, 1, 320)))
     except DataError as error:
         return str(error)
     return str(len(calls))
