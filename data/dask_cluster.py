@@ -33,7 +33,7 @@ def tokenize_on(url: str, parts: SharedParts, tokenize: Callable[[int], None], t
         from distributed import Client, KilledWorker, wait
         from distributed.comm import CommClosedError
     except ImportError as error:
-        raise DataError("--on dask://...: needs Dask; install tritrain[dask]") from error
+        raise DataError("--on dask://...: needs Dask: pip install -e '.[dask]'") from error
     try:
         client = Client(f"tcp://{url.removeprefix(PREFIX)}", timeout=CONNECT_SECONDS)
     except (OSError, TimeoutError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Encode with `fastokens` where it is installed and gives the ids of the tokenizer's own library.
 
-It is an optional package (`pip install 'tritrain[fast]'`) that reads a `tokenizer.json` and encodes many times as fast.
+It is an optional package (`pip install -e '.[fast]'`) that reads a `tokenizer.json` and encodes many times as fast.
 That its ids are the same is not taken on trust: before the work, texts that libraries disagree about are encoded by
 both, and a tokenizer for which they differ is left to its own library. During the work, the beginning of each piece of
 work is encoded by both, and a difference is an error.
