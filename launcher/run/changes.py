@@ -36,7 +36,7 @@ MAY_CHANGE = (
 """Keys that may differ when a run resumes: they decide how it runs, not what it trains."""
 
 NOTABLE_RISE = 1.02
-"""Factor by which a factor must rise at once to be told of; by itself it changes slowly."""
+"""A factor that rises by more than this ratio between two steps is reported; within a run it changes more slowly."""
 
 
 @dataclass(frozen=True)
@@ -211,16 +211,13 @@ def check_strength(before: Course, now: Course, step: int) -> None:
     if not 0 < step < now.total_steps or (phase := now.phase_of(step)).index != begun_phase(before, step).index:
         return
     last = min(step, before.total_steps) - 1
-    for key, were, are in zip(
-        ("ramp", "activation_ramp"), before.strengths_at(last), now.strengths_at(step), strict=True
-    ):
+    strengths = zip(before.strengths_at(last), now.strengths_at(step), strict=True)
+    ramps = zip(("ramp", "activation_ramp"), before.phases[phase.index].transition.ramps, strict=True)
+    for (key, ramp), (were, are) in zip(ramps, strengths, strict=True):
         if any(one > other for one, other in zip(were, are, strict=True)):
-            transition = before.phases[phase.index].transition
-            if transition.activation_ramp is None:
-                key = "ramp"
-            length = transition.ramps[key == "activation_ramp"].steps
             raise ConfigError(
                 f"phases.{phase.index}.transition.{key}: quantization would go back from strength "
                 f"{statistics.mean(were):.3g} in step {step} to {statistics.mean(are):.3g} in step {step + 1}; keep "
-                f"the ramp as it was with phases.{phase.index}.transition.{key}.steps={length} in place of a fraction"
+                f"the ramp as it was with phases.{phase.index}.transition.{key}.steps={ramp.steps} in place of a "
+                "fraction"
             )

@@ -109,12 +109,12 @@ def read_study(folder: Path) -> Findings:
     read = {
         row["arm"]: _read_arm(folder / "arms" / row["arm"], row, point) for row, point in zip(rows, points, strict=True)
     }
-    begun = [arm for arm, _, _ in read.values() if arm is not None]
-    standings = {name: standing for name, (arm, standing, _) in read.items() if arm is not None}
+    begun = [arm for arm, _ in read.values() if arm is not None]
+    standings = {name: standing for name, (arm, standing) in read.items() if arm is not None}
     fresh = {row["arm"]: row for row in results_of(begun, share(begun), standings)}
     records = []
     for row, point in zip(rows, points, strict=True):
-        (arm, standing, num_damaged), path = read[row["arm"]], folder / "arms" / row["arm"]
+        (arm, standing), path = read[row["arm"]], folder / "arms" / row["arm"]
         known = fresh.get(row["arm"], row)
         records.append(
             Record(
@@ -122,7 +122,7 @@ def read_study(folder: Path) -> Findings:
                 point=point,
                 stands_for=_stands_for(row, point, points),
                 log=standing.log,
-                num_damaged=num_damaged,
+                num_damaged=standing.num_damaged,
                 arm=arm,
                 rows=None if arm is None else _rows_of(path, arm),
                 scores=_scores_of(path / RESULTS),
@@ -156,17 +156,14 @@ def _stands_for(row: Row, point: Point, points: Sequence[Point]) -> frozenset[Pl
     return frozenset(frozenset(place_of(each).items()) for each in alike or [point])
 
 
-def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | None, Standing, int]:
-    """An arm's configuration, its log, and the number of lines there that are damaged.
-
-    Without a configuration, what `results.json` says.
-    """
+def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | None, Standing]:
+    """An arm's configuration and log; without an arm, what `results.json` says."""
     status: Status = row["status"]
     try:
         config = load_config(folder / "config.yaml", stored=True)
         plan = make_plan(config, config.engine.replicas)  # the fewest ranks that it can have
     except (ConfigError, OSError):
-        return None, Standing(status=status, step=0, log=()), 0
+        return None, Standing(status=status, step=0, log=())
     log, num_damaged = sound_rows(folder / "metrics.jsonl")
     step = max((each["step"] for each in log), default=0)
     state = read_state(folder).get("status")
@@ -177,7 +174,7 @@ def _read_arm(folder: Path, row: Row, point: Mapping[str, str]) -> tuple[Arm | N
     elif status != "failed" or state == "running":
         status = "not complete"
     arm = Arm(name=row["arm"], point=point, plan=plan, stands_for=tuple(row.get(STANDS_FOR) or ()))
-    return arm, Standing(status=status, step=step, log=log), num_damaged
+    return arm, Standing(status=status, step=step, log=log, num_damaged=num_damaged)
 
 
 def _message_of(folder: Path, row: Row, status: Status) -> str | None:

@@ -46,6 +46,8 @@ class Standing:
     """Steps that are finished."""
     log: Sequence[Mapping[str, Any]]
     """The rows of its `metrics.jsonl` that are sound."""
+    num_damaged: int = 0
+    """Lines there that are damaged."""
 
 
 def standings_of(arms: Sequence[Arm], jobs: Sequence[Job], failed: Mapping[str, str]) -> dict[str, Standing]:
@@ -61,8 +63,8 @@ def standings_of(arms: Sequence[Arm], jobs: Sequence[Job], failed: Mapping[str, 
     for arm in arms:
         job = by_name[f"arms/{arm.name}"]
         status: Status = "complete" if job.is_done else "failed" if job.name in failed else "not complete"
-        log, _ = sound_rows(job.folder.path / "metrics.jsonl")
-        found[arm.name] = Standing(status=status, step=job.step, log=log)
+        log, num_damaged = sound_rows(job.folder.path / "metrics.jsonl")
+        found[arm.name] = Standing(status=status, step=job.step, log=log, num_damaged=num_damaged)
     return found
 
 
