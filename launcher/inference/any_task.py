@@ -91,6 +91,7 @@ def score_loaded(
     ranks = subject.ranks
     with opened_model(subject, prompting) as (model, tokenizer_digest):
         about = way_of_asking(subject, prompting, tokenizer_digest, model.end_tokens)
+        own = {"definition": digest_of_files(loaded.own_files)}
         keys = {
             name: about
             | {
@@ -98,7 +99,7 @@ def score_loaded(
                 "examples": build_requests(task, model, prompting, limit),
                 "num_fewshot": task.get_config("num_fewshot"),
             }
-            | ({"definition": digest_of_files(loaded.own_files)} if name in loaded.own else {})
+            | (own if name in loaded.own else {})
             for name, task in loaded.tasks.items()
         }
         earlier = read_results(out)
