@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from data.documents import Document
 from data.errors import DataError
 from data.fast_encoding import fast_encoder
-from data.proof import ChangedTextError, changed, check_given_back, is_compared
+from data.proof import ChangedTextError, changed, check_ends, check_given_back, is_compared
 from data.readers import Place
 from data.seen import DIGEST
 from data.token_files import checked_tokens
@@ -219,7 +219,9 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece], *, lossy: bool 
     sizes = counted_bytes(tokenizer, lossy=lossy)
     before = np.cumsum(np.concatenate([[0], sizes[tokens]]), dtype=np.int64)
     num_bytes = np.diff(before[np.cumsum([0, *map(len, encoded)])])
-    if not lossy:
+    if lossy:
+        check_ends(tokenizer, pieces, encoded)
+    else:
         check_given_back(tokenizer, pieces, encoded, num_bytes)
     facts = about_pieces(pieces, PIECE_COUNTS)
     facts["tokens"] = [len(ids) for ids in encoded]

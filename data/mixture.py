@@ -7,6 +7,7 @@ rows that do not fill a global batch.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -49,9 +50,11 @@ def sources_problem(sources: Sequence[Source]) -> str | None:
     """Say why folders make no mixture; None if they do."""
     if not sources:
         return "is empty; name at least one prepared folder"
-    paths = [source.path for source in sources]
-    if repeated := sorted({path for path in paths if paths.count(path) > 1}):
-        return f"names {', '.join(repeated)} more than once; add the weights instead"
+    places = [source.path.rstrip("/") if source.is_remote else os.path.abspath(source.path) for source in sources]
+    if repeated := sorted(
+        {source.path for source, place in zip(sources, places, strict=True) if places.count(place) > 1}
+    ):
+        return f"names {' and '.join(repeated)} more than once; add the weights instead"
     return None
 
 

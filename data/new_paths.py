@@ -16,12 +16,13 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from data.errors import DataError
 from data.private import HeldError, is_at, locked
+from data.processes import began
 
 SUFFIX = ".tritrain-tmp"
 LOCK_SUFFIX = ".tritrain-lock"
@@ -75,7 +76,11 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_being_made(
-    path: Path, *, adopt: Callable[[Path], bool] | None = None, keep: tuple[type[BaseException], ...] = ()
+    path: Path,
+    *,
+    adopt: Callable[[Path], bool] | None = None,
+    keep: tuple[type[BaseException], ...] = (),
+    drop: Sequence[str] = (),
 ) -> Iterator[Path]:
     """As `new_folder`, where the caller has locked the path with `exclusive`.
 
@@ -84,8 +89,9 @@ def folder_being_made(
         adopt: says of a folder that a dead process has left whether it can be completed; the first such one is given
             to the block, and others are removed.
         keep: exceptions that leave what was made, for `adopt`.
+        drop: files in it that only `adopt` needs; they are removed when all has reached the disk.
     """
-    with _new(path, is_folder=True, adopt=adopt, keep=keep) as building:
+    with _new(path, is_folder=True, adopt=adopt, keep=keep, drop=drop) as building:
         building.mkdir(exist_ok=True)
         yield building
 
@@ -200,6 +206,7 @@ def _new(
     is_folder: bool,
     adopt: Callable[[Path], bool] | None = None,
     keep: tuple[type[BaseException], ...] = (),
+    drop: Sequence[str] = (),
 ) -> Iterator[Path]:
     """A private name of a path that is locked, renamed to it at the end."""
     path = Path(os.path.realpath(path))
@@ -211,7 +218,11 @@ def _new(
                 begun = path.parent / name
             else:
                 _remove(path.parent / name)
-    with _renamed(path, check=lambda: check_free(path, is_folder=is_folder), begun=begun, keep=keep) as building:
+
+    def check() -> None:
+        check_free(path, is_folder=is_folder)
+
+    with _renamed(path, check=check, begun=begun, keep=keep, drop=drop) as building:
         yield building
 
 
@@ -223,9 +234,11 @@ def _renamed(
     check: Callable[[], None] = lambda: None,
     begun: Path | None = None,
     keep: tuple[type[BaseException], ...] = (),
+    drop: Sequence[str] = (),
 ) -> Iterator[Path]:
     """A private name, of ``begun`` if there is one, renamed to ``path`` if ``check`` raises no error at the end."""
-    building = path.with_name(f"{_private_prefix(path)}{os.getpid()}.{secrets.token_hex(8)}{SUFFIX}")
+    number = f"{os.getpid()}-{began(os.getpid())}"
+    building = path.with_name(f"{_private_prefix(path)}{number}.{secrets.token_hex(8)}{SUFFIX}")
     if begun is not None:
         os.replace(begun, building)
     try:
@@ -233,6 +246,8 @@ def _renamed(
         if durable:
             _flush_all(building)
         check()
+        for name in drop:
+            (building / name).unlink(missing_ok=True)
         try:
             os.replace(building, path)
         except OSError:
@@ -277,25 +292,16 @@ def _stem(path: Path) -> str:
 
 def _is_leftover(name: str, path: Path) -> bool:
     """Return whether a name is one that a process of this host gave to a path, which is locked, and has left behind."""
-    found = re.fullmatch(rf"{re.escape(_private_prefix(path))}(\d+)\.[0-9a-f]{{16}}{re.escape(SUFFIX)}", name)
-    return found is not None and not _is_other_process(int(found[1]))
+    prefix, suffix = re.escape(_private_prefix(path)), re.escape(SUFFIX)
+    found = re.fullmatch(rf"{prefix}(\d+)(?:-(\d*))?\.[0-9a-f]{{16}}{suffix}", name)
+    return found is not None and not _is_at_work(int(found[1]), found[2])
 
 
-def _is_other_process(pid: int) -> bool:
-    """Return whether another process of this host has this number; where one has, it may be at work."""
+def _is_at_work(pid: int, start: str | None) -> bool:
+    """Return whether another process of this host has this number, and began then; where that is not known, it may."""
     # A container gives its processes the numbers of those of the one before.
-    return pid != os.getpid() and process_exists(pid)
-
-
-def process_exists(pid: int) -> bool:
-    """Return whether a process of this host has this number."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # of another user
-        pass
-    return True
+    now = None if pid == os.getpid() else began(pid)
+    return now is not None and (not start or not now or now == start)
 
 
 def check_free(path: Path, *, is_folder: bool) -> None:

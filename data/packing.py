@@ -3,7 +3,8 @@
 A stream of documents cuts almost every row in the middle of a document, whose rest then lacks its beginning. Here a
 document that fits into a row is never cut ("Fewer Truncations Improve Language Modeling", arXiv 2404.10830). Each goes
 into the open row with the least room that it fits into, or else into a new one, in the order of the text; of more than
-`OPEN_ROWS` rows, the fullest is closed. So the result needs a bounded memory, and no second pass.
+`OPEN_ROWS` rows, or `OPEN_TOKENS` in them, the fullest is closed. So the result needs a bounded memory, and no second
+pass.
 
 A document longer than a row fills rows of its own, and its rest goes to the beginning of a row, where a stretch that
 begins in the middle of a document is one that sees nothing before it.
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-OPEN_ROWS = 4096
+OPEN_ROWS, OPEN_TOKENS = 4096, 1 << 25
 
 
 class Packer:
@@ -40,6 +41,7 @@ class Packer:
         self._between = padding is None
         self._end = end_of_document if padding is None else padding
         self._length = sequence_length + (not self._between)
+        self._most_open = max(min(OPEN_ROWS, OPEN_TOKENS // self._length), 1)
         self._rows: dict[int, list[NDArray[np.unsignedinteger]]] = {}
         self._room: list[tuple[int, int]] = []
         """Room and number of the open rows, in order."""
@@ -66,7 +68,7 @@ class Packer:
             return
         place = len(self._room) if is_rest else bisect_left(self._room, (len(stream), -1))
         if place == len(self._room):
-            if len(self._rows) >= OPEN_ROWS:
+            if len(self._rows) >= self._most_open:
                 yield self._close(*self._room.pop(0))
             room, number = self._length, self._opened
             self._opened, self._rows[number] = number + 1, []

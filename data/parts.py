@@ -37,17 +37,17 @@ from data.encoding import Chunk, Tokenize, Work, gather_work, piece_type, tokeni
 from data.errors import DataError
 from data.fast_encoding import fast_encoder
 from data.new_paths import TakenError, exclusive, file_being_replaced, replace_file
-from data.prepared import TRAIN, VALIDATION, is_yet_to_be_prepared
+from data.prepared import INDEX, TRAIN, VALIDATION, is_yet_to_be_prepared
 from data.private import HeldError, locked
 from data.readers import Place, placed_documents, units
 from data.resume import NOTHING_READ
-from data.survey import Survey, suffix_of
+from data.survey import MEGATRON, Survey, suffix_of
 from data.tokenizer import Tokenizer, load_tokenizer
 
 SHARED_FOLDER = "shared-folder"
 SUFFIX = ".parts"
 PLAN = "plan.json"
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 NGRAMS = "evaluation.npz"
 BEFORE_THE_PLAN = (".", "tokenizer.", "chat_template.", NGRAMS)
 """Beginnings of the names of files older than the plan: unfinished ones, the tokenizer, its template, n-grams."""
@@ -89,12 +89,19 @@ class Part:
         return place[1] // self.block_documents
 
 
+def _stored_bytes(path: Path) -> int:
+    """The bytes that a file of an input stands for, with those of the files that it names."""
+    if path.name == INDEX:  # of a split of prepared data
+        return sum(entry.stat().st_size for entry in os.scandir(path.parent))
+    return (path.with_suffix(".bin") if suffix_of(path) == MEGATRON else path).stat().st_size
+
+
 def cut_parts(config: PrepareConfig, files: Survey) -> list[Part]:
     """Divide all that is read into parts of about `PART_BYTES`, in the order in which it is read."""
     parts: list[Part] = []
     begin = size = number = 0
     for number, (_, path) in enumerate(units((*config.inputs, *config.validation_inputs), files)):
-        found = 0 if path is None else path.stat().st_size
+        found = 0 if path is None else _stored_bytes(path)
         shares = 1 if path is None or suffix_of(path) in WHOLE_KINDS else -(-found // PART_BYTES)
         if path is None or shares > 1 or size + found > PART_BYTES:
             parts += [Part(begin, number)] if begin < number else []

@@ -85,6 +85,22 @@ def _given_back(tokenizer: Tokenizer, part: Part, ids: list[int]) -> str:
     return f" {text}" if not part.begins and f" {text}" == part.text else text
 
 
+def check_ends(tokenizer: Tokenizer, parts: Sequence[Part], encoded: Sequence[list[int]]) -> None:
+    """Check that no text becomes the token that ends documents, which would end one in its middle.
+
+    Raises:
+        ChangedTextError: one does.
+    """
+    end = tokenizer.end_of_document
+    for index, (part, ids) in enumerate(zip(parts, encoded, strict=True)):
+        if ids.count(end) > part.ends:
+            raise ChangedTextError(
+                index,
+                f"its text becomes {tokenizer.name_of(end)!r}, the token that ends documents; name another token with "
+                "data.prepare.end_of_document (--end-of-document)",
+            )
+
+
 def check_given_back(
     tokenizer: Tokenizer, parts: Sequence[Part], encoded: Sequence[list[int]], num_bytes: NDArray[np.int64]
 ) -> None:
@@ -100,13 +116,7 @@ def check_given_back(
         ChangedTextError: the proof failed.
     """
     end = tokenizer.end_of_document
-    for index, (part, ids) in enumerate(zip(parts, encoded, strict=True)):
-        if ids.count(end) > part.ends:
-            raise ChangedTextError(
-                index,
-                f"its text becomes {tokenizer.name_of(end)!r}, the token that ends documents; name another token with "
-                "data.prepare.end_of_document (--end-of-document)",
-            )
+    check_ends(tokenizer, parts, encoded)
     added = -int(tokenizer.token_bytes()[end])  # to the first part; the end takes it back
     expected = [
         len(part.text.encode()) + added * (part.begins - part.ends) if part.is_text else int(size)

@@ -32,7 +32,7 @@ from data.transformers_files import CHAT_TEMPLATE
 from data.writers import State
 
 RECORD = "progress"
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 NOTHING_READ = (-1, 0, 0)
 """The place before all others."""
 SECONDS_BETWEEN_RECORDS = 30.0

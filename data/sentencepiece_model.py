@@ -7,6 +7,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of pieces, as numbered in SentencePiece's `sentencepiece_model.proto`."""
 BPE = 2
 """Its model type, likewise."""
+PREFIXES_PARTS = 200
+"""Number of a field that SentencePiece leaves to others, for `prefixing_parts`."""
 
 
 def read_model(path: Path) -> Any:
@@ -27,6 +29,20 @@ def ending_documents(content: bytes, token: int) -> bytes:
     model.trainer_spec.eos_piece = model.pieces[token].piece
     model.pieces[token].type = CONTROL
     return bytes(model.SerializeToString(deterministic=True))
+
+
+def prefixing_parts(content: bytes) -> bytes:
+    """A model whose file says that the dummy prefix comes after special tokens too, which others say beside it."""
+    if does_prefix_parts(content):
+        return content
+    return content + bytes([PREFIXES_PARTS << 3 & 0x7F | 0x80, PREFIXES_PARTS >> 4, 1])  # a field of one number, 1
+
+
+def does_prefix_parts(content: bytes) -> bool:
+    """Return whether a model is one of `prefixing_parts`."""
+    from google.protobuf.unknown_fields import UnknownFieldSet
+
+    return any(field.field_number == PREFIXES_PARTS for field in UnknownFieldSet(parse_model(content)))
 
 
 def without_dummy_prefix(content: bytes) -> bytes:

@@ -253,7 +253,7 @@ def _build(
         begun, earlier = found, f"An earlier attempt was stopped; going on after {found.documents:,} documents"
         return True
 
-    with folder_being_made(out, adopt=adopt, keep=KEPT_AFTER) as building:
+    with folder_being_made(out, adopt=adopt, keep=KEPT_AFTER, drop=(RECORD, SEEN)) as building:
         say = partial(PrepareProgress, files=files, earlier=earlier, earlier_bytes=begun.text_bytes if begun else 0)
         if begun is None:
             if TRAINED_SPEC.fullmatch(config.tokenizer) and parts is None:
@@ -366,8 +366,6 @@ def _finish(
         listed["filters"] = {name: counts["inputs"] for name, counts in by_file.items()}
     (out / FILES).write_text(json.dumps(listed, indent=2) + "\n")
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    (out / RECORD).unlink()
-    (out / SEEN).unlink(missing_ok=True)
     return manifest
 
 

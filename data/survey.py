@@ -10,10 +10,11 @@ from pathlib import Path
 from data import quickstart_corpus
 from data.errors import DataError
 from data.messages import looked_for_in
-from data.prepared import INDEX, MANIFEST
+from data.prepared import INDEX, MANIFEST, is_prepared
 
 HF_PREFIX = "hf:"
-TOKEN_KINDS = (".idx", ".ds")
+MEGATRON = ".idx"
+TOKEN_KINDS = (MEGATRON, ".ds")
 """Ends of the names of files of tokens; see `data.token_files`."""
 KINDS = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", *TOKEN_KINDS)
 """Ends of the names of files that can be read."""
@@ -106,7 +107,7 @@ def without_held_out(files: Survey, inputs: Sequence[str], held_out: Sequence[st
 def _find_files(path: Path) -> tuple[list[Path], dict[Path, str]]:
     """Find the path itself, or the readable files below it in a fixed order; and what is left out of it, and why."""
     kinds = " ".join(KINDS)
-    if (path / MANIFEST).is_file():
+    if is_prepared(path):
         raise DataError(f"{path}: is prepared data; to prepare its text again, name a split, such as {path / 'train'}")
     if (path / INDEX).is_file() and (path.parent / MANIFEST).is_file():
         return [path / INDEX], {}

@@ -26,6 +26,7 @@ def _options(config: PrepareConfig, sequence_length: int, ngrams: NGrams | None)
         if config.content != "text":
             template = hashlib.sha256(template_for(config, loaded).self_contained().encode()).hexdigest()
             tokenizer |= {"chat_template": f"sha256:{template}", "too_long": config.too_long}
+            tokenizer["prefix_after_special_tokens"] = getattr(loaded, "prefixes_parts", False)
     return {
         "inputs": list(config.inputs),
         "content": config.content,
@@ -61,6 +62,7 @@ def find_done(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NG
         "compression": "none",
         "deduplicate": False,
         "decontaminate": None,
+        "prefix_after_special_tokens": False,
         "end_of_document": manifest["end_of_document"],
     }  # of older versions
     there, wanted = before | manifest["options"], _options(config, sequence_length, ngrams)

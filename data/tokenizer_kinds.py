@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from data.end_of_document import USUAL_NAMES, find_end_of_document
 from data.errors import DataError
 from data.fast_encoding import FastEncoder
-from data.sentencepiece_model import ending_documents, without_dummy_prefix
+from data.sentencepiece_model import does_prefix_parts, ending_documents, without_dummy_prefix
 from data.spans import Span, spans_of_bytes
 from data.tokenizer_definition import (
     ENDS_DOCUMENTS,
@@ -212,8 +212,9 @@ class SentencePieceTokenizer(_InParts):
         return {self.name_of(token): token for token in range(self.vocab_size) if model.is_control(token)}
 
     @cached_property
-    def _prefixes_parts(self) -> bool:
-        return prefixes_every_part(self.path.parent)
+    def prefixes_parts(self) -> bool:
+        """Whether the dummy prefix, if there is one, comes after special tokens too."""
+        return self._prefix != "" and (prefixes_every_part(self.path.parent) or does_prefix_parts(self._content))
 
     def encode_special(self, text: str) -> list[int]:
         """Return the ids of a text with special tokens; see `data.tokenizer.Tokenizer`."""
@@ -236,7 +237,7 @@ class SentencePieceTokenizer(_InParts):
             if place % 2:
                 yield part, [self._special[part]]
             elif part:
-                begins = is_first or self._prefixes_parts
+                begins = is_first or self.prefixes_parts
                 yield part, self.encode(part) if begins else self.encode_parts([part], [False])[0]
             is_first = is_first and not part
 
@@ -249,7 +250,7 @@ class SentencePieceTokenizer(_InParts):
         sizes: list[int] = []
         for part, tokens in self._special_parts(text):
             num_bytes = [len(part.encode())] if part in self._special else self.token_bytes()[tokens].tolist()
-            if self._prefix and (not ids or self._prefixes_parts) and part not in self._special:
+            if self._prefix and (not ids or self.prefixes_parts) and part not in self._special:
                 num_bytes[0] -= len(self._prefix)
             if sum(num_bytes) != len(part.encode()):
                 raise DataError(f"{self.path}: changes the text {part!r:.80}, so its tokens have no places in it")

@@ -13,8 +13,10 @@ from data.errors import DataError
 from data.new_paths import flush
 from data.parts import assign_splits
 from data.prepared import TRAIN
+from data.sentencepiece_model import prefixing_parts
 from data.survey import TOKEN_KINDS, Survey, suffix_of
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer_kinds import SentencePieceTokenizer
 from data.transformers_files import CHAT_TEMPLATE
 
 TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
@@ -25,12 +27,18 @@ SAMPLE_PIECE_CHARS = 1 << 16  # one long document is not the whole sample, and o
 def copied(
     tokenizer: Tokenizer, out: Path, template: ChatTemplate | None = None, add_tokens: Sequence[str] = ()
 ) -> Tokenizer:
-    """The same tokenizer with its file in a folder, and a chat template beside it; special tokens may be added."""
+    """The same tokenizer with its file in a folder, and a chat template beside it; special tokens may be added.
+
+    For chats the file says by itself what other files beside it say of special tokens.
+    """
+    content = with_tokens(tokenizer, add_tokens) if add_tokens else tokenizer.file_content()
     if template is not None:
         (out / CHAT_TEMPLATE).write_text(template.self_contained(), encoding="utf-8", newline="")
         flush(out / CHAT_TEMPLATE)
+        if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.prefixes_parts:
+            content = prefixing_parts(content)
     path = out / f"tokenizer{tokenizer.path.suffix}"
-    path.write_bytes(with_tokens(tokenizer, add_tokens) if add_tokens else tokenizer.file_content())
+    path.write_bytes(content)
     flush(path)
     return load_tokenizer(path)
 

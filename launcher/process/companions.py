@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from data.messages import safe_message
+from data.processes import began
 from launcher.errors import StartError
-from launcher.process.launchers import began, launchers
+from launcher.process.launchers import launchers
 
 TICK_SECONDS = 0.5
 

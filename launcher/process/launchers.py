@@ -6,9 +6,8 @@ name the launcher nor wait for a save, and the programs between a launcher and i
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
-from data.new_paths import process_exists
+from data.processes import began
 
 LAUNCHERS = "TRITRAIN_LAUNCHERS"
 """Variable with the numbers of the processes of this host that must live as long as the ranks do."""
@@ -25,12 +24,3 @@ def launchers() -> dict[int, str | None]:
     if "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_SIZE" in os.environ:  # of torchrun, of deepspeed
         found[os.getppid()] = began(os.getppid())
     return found
-
-
-def began(pid: int) -> str | None:
-    """When a process of this host began, in ticks of its kernel; None if it has ended, "" where no kernel says when."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # a name may have blanks
-    except OSError:
-        return None if Path("/proc/self/stat").exists() or not process_exists(pid) else ""
-    return None if fields[0] in "ZX" else fields[19]

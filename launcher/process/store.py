@@ -18,9 +18,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.processes import began
 from launcher.errors import StartError
 from launcher.process.companions import myself
-from launcher.process.launchers import began
 from launcher.process.supervisor import LISTENER
 
 SECONDS_TO_MEET = 300

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 from data.messages import safe_message
+from data.processes import began
 from launcher.config.sections import SILENT_BEATS
 from launcher.errors import CheckpointError
-from launcher.process.launchers import began
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
 from launcher.run.smoke import is_smoke_test

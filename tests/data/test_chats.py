@@ -18,9 +18,11 @@ from data.chats import ChatEncoder
 from data.config import DataConfig, PrepareConfig
 from data.errors import DataError
 from data.loader import IGNORED_LABEL, MARKED, TrainingData, validation_rows
+from data.marks import ids_of
 from data.mixture import Source
 from data.parts import SHARED_FOLDER
 from data.shards import PrepareProgress, prepare
+from data.sources import open_source
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.torchvision_repair import repair_torchvision
 
@@ -360,3 +362,35 @@ def test_the_commands(tmp_path: Path) -> None:
     assert found["whole_documents"] == found["documents"]
     assert sum(found["lengths"].values()) == found["documents"]
     assert found["samples"][0].startswith("<|im_start|>user\n")
+
+
+@pytest.mark.parametrize("legacy", [None, False])
+def test_rows_of_a_llama_tokenizer_are_those_of_transformers(tmp_path: Path, legacy: bool | None) -> None:
+    """Of `legacy` ones each text after a special token begins with the dummy prefix."""
+    repair_torchvision()
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    sentencepiece_tokenizer(folder / "tokenizer.model", add_dummy_prefix=True)
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": legacy}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **named}))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% else %}"
+        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    source = write_chats(tmp_path / "chats.jsonl", chat("the cat", "sat", "on the mat"))
+    theirs = AutoTokenizer.from_pretrained(str(folder))
+    expected = theirs.apply_chat_template(chat("the cat", "sat", "on the mat")["messages"])
+    for out, on in (("out", None), ("shared", SHARED_FOLDER)):
+        prepare(options(folder, source), 200, tmp_path / out, on=on)
+        [row] = open_source(Source(path=str(tmp_path / out)), None).read_first_rows("train", 1)
+        assert ids_of(row)[: len(expected)].tolist() == expected
+    (tmp_path / "copy.model").write_bytes(load_tokenizer(tmp_path / "out").file_content())  # as runs keep it
+    text = theirs.decode(expected)
+    assert load_tokenizer(tmp_path / "copy.model").encode_special(text) == load_tokenizer(folder).encode_special(text)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", **named, "legacy": legacy is False})
+    )
+    with pytest.raises(DataError, match="was prepared with a different prefix_after_special_tokens"):
+        prepare(options(folder, source), 200, tmp_path / "out")

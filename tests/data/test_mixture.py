@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.mixture import Source, rows_per_epoch
+from data.mixture import Source, rows_per_epoch, sources_problem
 
 SOURCES = st.lists(st.tuples(st.integers(1, 10_000), st.floats(0.01, 100)), min_size=1, max_size=6)
 
@@ -39,3 +39,14 @@ def test_too_few_rows_are_an_error():
 def test_weights_are_positive_numbers(weight):
     with pytest.raises(ValueError, match="must be above 0"):
         Source(path="a", weight=weight)
+
+
+@pytest.mark.parametrize("other", ["made/", "./made", "more/../made"])
+def test_a_folder_is_one_however_it_is_spelled(other):
+    assert sources_problem([Source(path="made"), Source(path="made2")]) is None
+    said = " and ".join(sorted(["made", other]))
+    assert sources_problem([Source(path="made"), Source(path=other)]) == (
+        f"names {said} more than once; add the weights instead"
+    )
+    urls = [Source(path="s3://bucket/made"), Source(path="s3://bucket/made/")]
+    assert "more than once" in sources_problem(urls)

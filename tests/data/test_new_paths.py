@@ -18,6 +18,7 @@ from places import ROOT
 
 from data import new_paths
 from data.new_paths import TakenError, exclusive, is_mount_point, new_file, new_folder, replace_file
+from data.processes import began
 
 MAKES_AND_WAITS = """
 import sys, time
@@ -180,10 +181,14 @@ def ended_process() -> int:
 @pytest.mark.parametrize("make", [new_folder, new_file])
 def test_only_what_a_killed_process_of_this_host_has_left_is_removed(tmp_path, make):
     here, token = socket.gethostname(), "0123456789abcdef.tritrain-tmp"
-    for name in (f".made.{here}.{ended_process()}.{token}", f".made.{here}.{2**40}.{token}"):
+    parent = os.getppid()
+    gone = [f".made.{here}.{ended_process()}.{token}", f".made.{here}.{2**40}.{token}"]
+    gone += [f".made.{here}.{ended_process()}-123.{token}", f".made.{here}.{parent}-1.{token}"]  # one of that number
+    for name in gone:
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").touch()
-    others = [f".made.{here}.{os.getppid()}.{token}", f".made.{here}-2.{ended_process()}.{token}"]
+    others = [f".made.{here}.{parent}.{token}", f".made.{here}-2.{ended_process()}.{token}"]
+    others += [f".made.{here}.{parent}-{began(parent)}.{token}", f".made.{here}.{parent}-.{token}"]
     others += [f".made.{token}", f".made.more.{here}.{ended_process()}.{token}"]
     for name in others:
         (tmp_path / name).mkdir()

@@ -105,3 +105,14 @@ def test_prepared_rows_are_read_with_labels_that_count(tmp_path: Path) -> None:
     assert again == manifest
     other = prepare(PrepareConfig(**{**vars(config), "workers": 2}), 64, tmp_path / "other")
     assert other["splits"] == manifest["splits"]
+
+
+def test_open_rows_hold_a_bounded_number_of_tokens(monkeypatch) -> None:
+    monkeypatch.setattr(data.packing, "OPEN_TOKENS", 40)
+    packer, open_rows = Packer(END, 9), []
+    for _ in range(20):
+        list(packer.add(np.ones(5, np.uint32)))
+        open_rows.append(len(packer.state()[0]["rows"]))
+    assert max(open_rows) == 4
+    monkeypatch.setattr(data.packing, "OPEN_TOKENS", 3)
+    assert len(packed([5, 5, 5], 9)[1]) == 3

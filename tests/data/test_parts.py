@@ -350,3 +350,18 @@ def test_parts_that_were_left_at_the_very_end_are_removed(inputs, tmp_path, monk
     assert (tmp_path / "out.parts").exists()
     prepare(config, LENGTH, tmp_path / "out", on="shared-folder")
     assert not (tmp_path / "out.parts").exists()
+
+
+def test_parts_are_as_large_as_what_their_files_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "PART_BYTES", 2000)
+    write_corpus(tmp_path / "a.jsonl", num_documents=60)
+    options = PrepareConfig(inputs=(str(tmp_path / "a.jsonl"),), tokenizer="bpe:300")
+    prepare(options, LENGTH, tmp_path / "made")
+    (tmp_path / "b.idx").write_bytes(b"1")
+    (tmp_path / "b.bin").write_bytes(bytes(9000))
+    for source, num_bytes in (("made/train", None), ("b.idx", 9000)):
+        inputs = (str(tmp_path / source),)
+        cut = cut_parts(PrepareConfig(inputs=inputs, tokenizer="bpe:300"), survey(inputs))
+        size = num_bytes or sum(path.stat().st_size for path in (tmp_path / source).iterdir())
+        assert [part.share for part in cut] == list(range(-(-size // 2000)))
+        assert len(cut) > 3

@@ -131,3 +131,24 @@ def test_dropout_does_not_draw_the_ids(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "t.json")
     for _ in range(9):
         assert tokenizer.encode(WORDS) == oracle.encode(WORDS)
+
+
+def test_a_lossy_tokenizer_ends_no_document_where_the_text_goes_on(tmp_path):
+    """What is unknown to it may be lost, but is no end."""
+    words = {word: number for number, word in enumerate(["<|endoftext|>", "the", "cat", "sat"])}
+    definition = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<|endoftext|>"},
+    }
+    (tmp_path / "t.json").write_text(json.dumps(definition))
+    file = write(tmp_path / "a.jsonl", "the cat", "the red cat")
+    config = PrepareConfig(
+        inputs=(file,), tokenizer=str(tmp_path / "t.json"), lossy_tokenizer=True, end_of_document="<|endoftext|>"
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl:2: its text becomes '<\|endoftext\|>', the token that ends"):
+        prepare(config, 4, tmp_path / "out")

@@ -9,12 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import write_corpus
 
 from data import open_shards, reading, rows, transfer
 from data.config import PrepareConfig
 from data.errors import DataError
 from data.loader import CPU, DataConfig, Source, TrainingData
+from data.rows import drawn_of_shards
 from data.shards import prepare
 from data.sources import open_source
 
@@ -180,3 +183,20 @@ def test_rows_are_widened_on_a_gpu_without_a_wait(dtype):
         torch.cuda.set_sync_debug_mode("default")
     assert again is found
     assert np.array_equal(found.cpu().numpy(), stored_rows.astype(np.int64))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20),
+    times=st.floats(0.01, 4.0),
+    seed=st.integers(0, 2**31),
+    epoch=st.integers(0, 5),
+    use_epoch=st.booleans(),
+)
+def test_rows_of_an_epoch_are_drawn_as_streaming_draws_them(sizes, times, seed, epoch, use_epoch):
+    choose = max(int(sum(sizes) * times), 1)
+    from streaming.base.sampling import get_sampling  # `data.rows` makes it importable
+
+    drawn = np.array(sizes), choose, 1, seed, epoch, use_epoch
+    ours, theirs = drawn_of_shards(*drawn), get_sampling(*drawn)
+    assert ours.tolist() == theirs.tolist()
+    assert ours.sum() == choose

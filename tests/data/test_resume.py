@@ -1,5 +1,6 @@
 """A killed `prepare` goes on where it stopped, and nobody can tell from the result."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from killed import LENGTH, run_killed
 from tiny import write_corpus
 
-from data import encoding, shards, writers
+from data import encoding, new_paths, shards, writers
 from data.config import PrepareConfig
 from data.errors import DataError
 from data.prepared import open_prepared
@@ -219,3 +220,22 @@ def test_a_worker_that_is_lost_or_hangs_is_named_and_what_is_done_is_kept(inputs
     assert "going on after " in go_on(options, tmp_path / "out").earlier
     prepare(PrepareConfig(**options), LENGTH, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.EDQUOT, "Disk quota exceeded")], ids=repr)
+def test_a_stop_while_the_result_reaches_the_disk_keeps_what_is_done(inputs, tmp_path, monkeypatch, stop):
+    options = {"inputs": inputs, "tokenizer": "bpe:300"}
+
+    def stopped(path):
+        if (path / "manifest.json").exists():
+            raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(new_paths, "_flush_all", stopped)
+        with pytest.raises((KeyboardInterrupt, DataError)):
+            prepare(PrepareConfig(**options), LENGTH, tmp_path / "out")
+    prepare(PrepareConfig(**options), LENGTH, tmp_path / "whole")
+    monkeypatch.setattr(encoding, "encode_pieces", lambda *_, **__: pytest.fail("a document was tokenized again"))
+    prepare(PrepareConfig(**options), LENGTH, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out*"))

@@ -404,3 +404,14 @@ def test_a_folder_is_not_done_when_its_inputs_have_other_files(tmp_path):
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     corpus.rename(tmp_path / "elsewhere")
     assert prepare(config, LENGTH, tmp_path / "out") == manifest  # text may go when it is prepared
+
+
+def test_a_folder_of_text_may_have_a_manifest_of_its_own(tmp_path):
+    (tmp_path / "site").mkdir()
+    write_corpus(tmp_path / "site" / "a.jsonl", num_documents=60)
+    (tmp_path / "site" / "manifest.json").write_text('{"name": "my corpus"}')
+    config = PrepareConfig(inputs=(str(tmp_path / "site"),), tokenizer="bpe:300")
+    assert prepare(config, LENGTH, tmp_path / "out")["files"]["read"] == 1
+    again = PrepareConfig(inputs=(str(tmp_path / "out"),), tokenizer="bpe:300")
+    with pytest.raises(DataError, match="out: is prepared data; to prepare its text again, name a split"):
+        prepare(again, LENGTH, tmp_path / "again")
