@@ -312,6 +312,8 @@ def run_rank(
                 stop.done()
             elif ranks.is_first:
                 folder.write_state("complete", steps=plan.total_steps)
+                stop.look_again()
+                stop.done()
         dist.barrier()
     watchdog.stop()
     leave_presence(folder.ranks, ranks)

@@ -7,11 +7,14 @@ A step is logged, then saved, and then the model is measured: what fails in a me
 goes on from such a step does what is missing (`make_up`).
 """
 
+import sys
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain, islice
 from typing import Literal
 
 from data.errors import DataError
+from data.messages import safe_message
 from eval.errors import NotFiniteError
 from launcher.engine import compiling
 from launcher.errors import TrainingError
@@ -93,13 +96,20 @@ def train(
                 timetable.saved()
             if due.logging and run.telemetry is not None:
                 run.meter.write_rows(run.telemetry.collect())
-            if due.evaluating:
-                evaluate(run)
-                timetable.evaluated()
-            if due.tasks:
-                do_tasks(run)
-            if due.phase_ends:
-                draw_samples(run)
+            if due.hurried and at.step < plan.total_steps:
+                break  # the next start measures
+            try:
+                if due.evaluating:
+                    evaluate(run)
+                    timetable.evaluated()
+                if due.tasks:
+                    do_tasks(run)
+                if due.phase_ends:
+                    draw_samples(run)
+            except StoppedError:
+                if not due.saving:
+                    save(run, milestone=False, must=True)
+                raise
             if due.stopping and at.step < plan.total_steps:
                 break
         outcome = finish(run)
@@ -110,12 +120,24 @@ def train(
             run.saver.wait()
         closing.close()
         return "interrupted"
-    except Exception:
+    except Exception as error:
         if run is not None:
-            run.saver.outlast_failure()  # before the error is reported, with the checkpoint to resume from
+            outlast_failure(run, error)
         raise
     finally:
         console.stop()
+
+
+def outlast_failure(run: LoopState, error: Exception) -> None:
+    """Let a checkpoint that is being written be completed, since the process is about to end with an error.
+
+    The error is reported after that, with the checkpoint to resume from; but the job may be killed in these minutes.
+    """
+    run.pulse.now("end", run.at.step)  # the others wait, in their steps, until this rank ends
+    if run.saver.is_writing:
+        message = safe_message(f"rank {run.ranks.rank}: {type(error).__name__}: {error}")
+        print(f"{message}\nThe run fails. First the checkpoint that is being written is completed.", file=sys.stderr)  # noqa: T201
+    run.saver.outlast_failure(run.pulse.got_on)
 
 
 def switch(run: LoopState, phase: Phase) -> None:
@@ -263,6 +285,17 @@ def make_up(run: LoopState) -> None:
         draw_samples(run)
 
 
+def get_on(run: LoopState) -> None:
+    """Say that a measurement gets on; a collective.
+
+    Raises:
+        StoppedError: a stop was asked for, which may not have the time that is left of it.
+    """
+    run.pulse.got_on()
+    if run.stop.is_asked_for(run.ranks):
+        raise StoppedError
+
+
 def evaluate(run: LoopState) -> None:
     """Measure the held-out loss after a step."""
     assert run.phase is not None
@@ -273,10 +306,10 @@ def evaluate(run: LoopState) -> None:
 
 def measure(run: LoopState, when: str) -> None:
     """Log the held-out loss of the weights and of their average."""
-    live, rows_2R = run.held_out.measure_rows(run.engine)
-    run.pulse.got_on()
-    averaged = run.held_out.measure_averaged(run.engine)
-    of_pairs = run.held_out.measure_preferences(run.engine, run.teacher)
+    got_on = partial(get_on, run)
+    live, rows_2R = run.held_out.measure_rows(run.engine, got_on)
+    averaged = run.held_out.measure_averaged(run.engine, got_on)
+    of_pairs = run.held_out.measure_preferences(run.engine, run.teacher, got_on)
     run.meter.evaluated(live, when, averaged=averaged, of_pairs=of_pairs)
     if when != "interval" and live is not None and run.ranks.is_first:
         at = {"step": run.at.step, "phase": run.at.phase, "when": when}
@@ -287,7 +320,7 @@ def do_tasks(run: LoopState) -> None:
     """Score the model on the run's tasks."""
     assert run.tasks is not None
     run.pulse.now("tasks", run.at.step)
-    run.meter.noted(*run.tasks.measure(run.engine, run.pulse.got_on))
+    run.meter.noted(*run.tasks.measure(run.engine, partial(get_on, run)))
     run.meter.restart_clock()
 
 
@@ -298,7 +331,7 @@ def draw_samples(run: LoopState) -> None:
         return
     run.pulse.now("evaluate", run.at.step)
     try:
-        written = run.held_out.sample(run.engine, run.pulse.got_on)
+        written = run.held_out.sample(run.engine, partial(get_on, run))
     except (DataError, NotFiniteError) as error:  # on all ranks alike
         run.console.line(f"WARNING: no samples are drawn: {error}")
         return

@@ -6,6 +6,10 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 
 
+DAMAGED_MANIFEST = "manifest.damaged.json"
+"""What the manifest of a damaged checkpoint is called once it was set aside."""
+
+
 CONFIG = "config.yaml"
 
 
@@ -28,9 +32,18 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """All folders with a manifest, oldest first."""
+    return [folder for folder in _named(checkpoints) if (folder / MANIFEST).is_file()]
+
+
+def unfinished_checkpoints(checkpoints: Path) -> list[Path]:
+    """All folders that have no manifest, not even a damaged one: what saving, or removing, has left that was killed."""
+    names = (MANIFEST, DAMAGED_MANIFEST)
+    return [folder for folder in _named(checkpoints) if not any((folder / name).exists() for name in names)]
+
+
+def _named(checkpoints: Path) -> list[Path]:
     folders = checkpoints.glob("step-*") if checkpoints.is_dir() else []
-    named = (folder for folder in folders if NAME.fullmatch(folder.name))
-    return sorted((folder for folder in named if (folder / MANIFEST).is_file()), key=lambda folder: folder.name)
+    return sorted((folder for folder in folders if NAME.fullmatch(folder.name)), key=lambda folder: folder.name)
 
 
 def checkpoints_under(folder: Path) -> list[Path]:

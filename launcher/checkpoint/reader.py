@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from data.pointers import pointer_problem
-from launcher.checkpoint.folders import MANIFEST, complete_checkpoints
+from launcher.checkpoint.folders import DAMAGED_MANIFEST, MANIFEST, complete_checkpoints
 from launcher.checkpoint.location import reaching
 from launcher.checkpoint.manifest import READABLE_VERSIONS, Manifest, manifest_digest, manifest_of
 from launcher.checkpoint.ranges import parameters_of
@@ -104,12 +104,17 @@ class CheckpointReader(Source):
         return {name.removeprefix("rng/"): file.read(name) for name in names if file}
 
     def damage(self, rank: int = 0, world_size: int = 1) -> Iterator[str]:
-        """Read every byte of this rank's share of the files; yield a sentence for each damaged tensor or file."""
-        for name in sorted(self._files)[rank::world_size]:
-            path = self.folder / name
+        """Read this rank's share of the bytes of all tensors; yield a sentence for each damaged tensor or file."""
+        total, begin = sum(sum(file.sizes.values()) for file in self._files.values()), 0
+        for name in sorted(self._files):
+            path, mine = self.folder / name, []
+            for tensor, num_bytes in self._files[name].sizes.items():
+                if (2 * begin + num_bytes) * world_size // max(2 * total, 1) == rank:  # its middle is in the share
+                    mine.append(tensor)
+                begin += num_bytes
             with reaching(self.folder):
                 try:
-                    for tensor in self._files[name].damaged():
+                    for tensor in self._files[name].damaged(mine):
                         yield f"{path}: {tensor} is damaged: it does not have the digest it was written with"
                 except TensorFileError as error:
                     yield f"{path} {error}"
@@ -181,7 +186,7 @@ def newest_sound_checkpoint(checkpoints: Path, ranks: Ranks, say: Callable[[str]
                 say(f"WARNING: {folder.name} is set aside; the run resumes from {name}.")
                 with failing_alike(), reaching(checkpoints):
                     if ranks.is_first:
-                        (folder / MANIFEST).rename(folder / "manifest.damaged.json")
+                        (folder / MANIFEST).rename(folder / DAMAGED_MANIFEST)
             return reader
         say("WARNING: " + "\n".join(problems))
         found += problems

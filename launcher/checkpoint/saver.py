@@ -130,11 +130,21 @@ class Saver:
             failure, self._failure = self._failure, None
             raise failure
 
-    def outlast_failure(self) -> None:
-        """Let a checkpoint that is being written be completed when the run fails, and the process is about to end."""
-        if self._thread is not None and self._thread.is_alive():
-            self._say("The run fails. First the checkpoint that is being written is completed.")
-            self._thread.join(SECONDS_TO_WRITE)
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def outlast_failure(self, got_on: Callable[[], None] = lambda: None) -> None:
+        """Let a checkpoint that is being written be completed when the run fails, and the process is about to end.
+
+        Args:
+            got_on: called every second.
+        """
+        deadline = time.monotonic() + SECONDS_TO_WRITE
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
+            got_on()
+            self._thread.join(1.0)
         if isinstance(self._failure, CheckpointError):
             self._say(f"WARNING: {self._failure}")
 

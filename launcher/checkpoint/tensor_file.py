@@ -12,7 +12,7 @@ in a remote store cannot be mapped.
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -198,10 +198,16 @@ class TensorFile:
         data = self._read_bytes(entry.start + start * size, length * size)
         return torch.frombuffer(data, dtype=entry.dtype)
 
-    def damaged(self) -> Iterator[str]:
-        """Read everything; yield the names of damaged tensors."""
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor that has a digest."""
+        return {name: self.entries[name].end - self.entries[name].start for name in self._digests}
+
+    def damaged(self, names: Collection[str] | None = None) -> Iterator[str]:
+        """Read tensors, by default all; yield the names of damaged ones."""
         chunk = memoryview(bytearray(CHUNK_BYTES))
-        for name, expected in self._digests.items():
+        for name in self._digests if names is None else names:
+            expected = self._digests[name]
             entry, digest = self.entries[name], xxhash.xxh3_128()
             for start in range(entry.start, entry.end, CHUNK_BYTES):
                 length = min(CHUNK_BYTES, entry.end - start)

@@ -29,7 +29,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from launcher.checkpoint.folders import CHAT_TEMPLATE, CONFIG, MANIFEST, complete_checkpoints
+from launcher.checkpoint.folders import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    MANIFEST,
+    complete_checkpoints,
+    unfinished_checkpoints,
+)
 from launcher.checkpoint.location import create, flush_folder, is_local, remove_folder
 from launcher.checkpoint.manifest import FileRecord, Manifest, manifest_digest
 from launcher.checkpoint.tensor_file import write_tensors
@@ -53,6 +59,9 @@ class CheckpointWriter:
         if is_local(self.final):
             for leftover in self.final.parent.glob("step-*.tmp"):
                 remove_folder(leftover)
+        else:  # the name of a folder in a store is that of its files
+            for folder in unfinished_checkpoints(self.final.parent):
+                remove_folder(folder)
         remove_checkpoint(self.final)
         if is_local(self.final):
             self._building.mkdir(parents=True)

@@ -171,9 +171,12 @@ class FSDPEngine(Engine):
         *,
         grad_norm_limit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        # Learned scales have no gradient in a 16-bit phase; Adam then leaves them as they are.
-        pairs = [pair for pair in zip(self._local, self._sharded, strict=True) if pair[1].grad is not None]
-        gradients = [sharded.grad.to_local() for _, sharded in pairs]
+        # Learned scales have no gradient where the strength is 0: it is one of zeros then, as in the flat groups of
+        # ZeRO, or their moments and steps would not be those of the other engines.
+        pairs = list(zip(self._local, self._sharded, strict=True))
+        gradients = [
+            torch.zeros_like(local) if sharded.grad is None else sharded.grad.to_local() for local, sharded in pairs
+        ]
         squares = torch.stack([norm.square() for norm in torch._foreach_norm(gradients)]).sum().to(self.device)
         dist.all_reduce(squares, group=self.mesh.get_group(self.mesh.ndim - 1))
         grad_norm = squares.sqrt()

@@ -2,7 +2,8 @@
 
 They are part of the model from the first step, so that a switch adds no parameter to an optimizer. Before the switch
 they are ones without a gradient. At the switch each starts at its row's largest weight, so that a checkpoint without
-them, such as a 16-bit one from elsewhere, loads just as well. Scales that were trained for the same levels stay.
+them, such as a 16-bit one from elsewhere, loads just as well. Scales that were trained for the same levels stay. In a
+phase that does not use them they rest: their gradient is 0, and their moments are cleared.
 """
 
 import math
@@ -28,15 +29,24 @@ def initialize_scales_(engine: Engine, before: QuantConfig | None = None) -> Non
         engine: with the model quantized.
         before: what the weights were trained with so far; scales that it has for the same levels stay as they are.
     """
+    if not any(is_learned_scale(name) for name, _ in engine.model.named_parameters()):
+        return
     layers = quantized_layers(engine.model)
+    shards = list(engine.shards())
+    for shard in shards:
+        if is_learned_scale(shard.name):
+            layer = layers.get(shard.name.removesuffix(f".{LEARNED_SCALE}"))
+            if layer is None or not layer.quant_config.learned:
+                for moment in MOMENTS:
+                    shard.tensors[moment].zero_()
     levels = {
         name: layer.quant_config.levels
         for name, layer in layers.items()
         if layer.quant_config.learned and not _was_trained(name, layer.quant_config, before)
     }
     if not levels:
+        engine.refresh_weights()
         return
-    shards = list(engine.shards())
     rows = {name: layers[name].out_features for name in levels}
     everything = torch.zeros(sum(rows.values()), device=engine.device)
     largest = dict(zip(rows, everything.split(list(rows.values())), strict=True))

@@ -379,9 +379,23 @@ class ZeroEngine(Engine):
                 outer._reassign_or_swap_out_partitioned_parameters(group)
             if outer.persistent_parameters:
                 outer.persistent_parameters[0].all_gather(outer.persistent_parameters)
+            self._forget_gradients()
         else:
             outer.update_lp_params()
         self._check_places()
+
+    def _forget_gradients(self) -> None:
+        """Clear the gradients of stage 3, which takes the last one that it had for a parameter that has none any more.
+
+        Those are learned scales, in a phase that does not use them.
+        """
+        outer = self._outer
+        outer.grad_partitions_flat_buffer.zero_()
+        if outer.offload_optimizer:
+            outer.norm_for_param_grads.clear()
+            for flat in outer.fp32_partitioned_groups_flat:
+                if flat.grad is not None:
+                    flat.grad.zero_()
 
     def _check_places(self) -> None:
         """Make sure that the state is where `_locate` says: what is written there must be what the model computes with.

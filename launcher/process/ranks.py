@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data.private import users_folder
+from launcher.errors import StartError
 from launcher.process.companions import Companions
 from launcher.process.exchange import gather_values
 from launcher.process.placement import place_rank
@@ -129,7 +130,11 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def _complete_environment() -> bool:
-    """Set what the launcher left out of the environment; returns whether this process was started without one."""
+    """Set what the launcher left out of the environment; returns whether this process was started without one.
+
+    Raises:
+        StartError: it is incomplete, or has values that cannot be.
+    """
     env = os.environ
     # Only `srun` sets the variables of a step. Those of the job are in its batch script too, which is one process.
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -140,13 +145,41 @@ def _complete_environment() -> bool:
         port = 20_000 + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"])) % 10_000
         env.setdefault("MASTER_PORT", str(port))
     # The second is what this leaves for the processes that this one starts.
-    is_alone = "RANK" not in env or (env["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in env)
+    is_alone = "RANK" not in env or (env.get("WORLD_SIZE") == "1" and "MASTER_ADDR" not in env)
     if is_alone:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         env.setdefault("LOCAL_RANK", "0")  # one that is given says which GPU
+    _check_environment(is_alone)
     if "LOCAL_SIZE" in env:  # what the `deepspeed` launcher calls it
         env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
     return is_alone
+
+
+def _check_environment(is_alone: bool) -> None:
+    """Check the variables that say which rank this process is, and where rank 0 is.
+
+    Raises:
+        StartError: one is missing, or has a value that cannot be.
+    """
+    numbers = {"RANK": 0, "WORLD_SIZE": 0} if is_alone else {"RANK": 0, "WORLD_SIZE": 0, "MASTER_PORT": 0}
+    needed = [*numbers] if is_alone else [*numbers, "MASTER_ADDR"]
+    if missing := [name for name in needed if name not in os.environ]:
+        raise StartError(
+            f"{' and '.join(missing)}: not in the environment, but RANK is; whoever sets one of RANK, WORLD_SIZE, "
+            "MASTER_ADDR and MASTER_PORT must set all four"
+        )
+    for name in numbers:
+        try:
+            numbers[name] = int(os.environ[name])
+        except ValueError:
+            raise StartError(f"{name}: is {os.environ[name]!r} in the environment; must be a whole number") from None
+    if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+        raise StartError(
+            f"RANK: is {numbers['RANK']} in the environment, where WORLD_SIZE is {numbers['WORLD_SIZE']}; ranks are "
+            "numbered from 0"
+        )
+    if not 0 <= numbers.get("MASTER_PORT", 0) < 2**16:
+        raise StartError(f"MASTER_PORT: is {numbers['MASTER_PORT']} in the environment; must be below 65536")
 
 
 def first_host(nodelist: str) -> str:

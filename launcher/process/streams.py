@@ -15,9 +15,10 @@ class LosableStream(io.FileIO):
     def write(self, data: Any, /) -> int:
         """Write a buffer of bytes; returns the number of bytes that are done with."""
         try:
-            return super().write(data)
+            written: int | None = super().write(data)
         except OSError:
-            return len(data)
+            written = None
+        return len(data) if written is None else written  # None: another program has made a full pipe non-blocking
 
 
 def outlive_streams() -> None:

@@ -64,14 +64,19 @@ class HeldOut:
         self._first_token = held_out_first_token(self.of, config.model.vocab_size)
         self._token_bytes_V = token_bytes(self.of, config.model.vocab_size)
 
-    def measure(self, engine: Engine) -> HeldOutLoss | None:
-        """Return the held-out loss of the current model; None if no rows are held out."""
+    def measure(self, engine: Engine, got_on: Callable[[], None] = lambda: None) -> HeldOutLoss | None:
+        """Return the held-out loss of the current model; None if no rows are held out.
+
+        ``got_on`` is called after every few rows, on all ranks alike.
+        """
         if not self._plan.config.data.validation_rows:
             return None
         with engine.keeping_apart(self._first_token):
-            return self._loss(engine.token_nll, self._batches)
+            return self._loss(engine.token_nll, _watched(self._batches, got_on))
 
-    def measure_rows(self, engine: Engine) -> tuple[HeldOutLoss | None, Tensor]:
+    def measure_rows(
+        self, engine: Engine, got_on: Callable[[], None] = lambda: None
+    ) -> tuple[HeldOutLoss | None, Tensor]:
         """As `measure`, with the nats and the tokens of each of R rows, float64 [2, R] on the CPU."""
         micro, world_size = self._plan.config.training.micro_batch_sequences, self._ranks.world_size
         sums_2R = torch.zeros(2, len(self._batches) * micro * world_size, dtype=torch.float64)
@@ -87,17 +92,19 @@ class HeldOut:
         if not self._batches:
             return None, sums_2R
         with engine.keeping_apart(self._first_token):
-            loss = self._loss(counted, self._batches)
+            loss = self._loss(counted, _watched(self._batches, got_on))
         dist.all_reduce(sums_2R)
         return loss, sums_2R[:, sums_2R[1] > 0]
 
-    def measure_preferences(self, engine: Engine, reference: Teacher | None) -> dict[str, float]:
+    def measure_preferences(
+        self, engine: Engine, reference: Teacher | None, got_on: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Return the means over the held-out pairs, by keys of the log; nothing where there are none."""
         if not self.pairs or reference is None:
             return {}
         sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
         with engine.keeping_apart(self._first_token), torch.no_grad():
-            for batch in self.pairs:
+            for batch in _watched(self.pairs, got_on):
                 tokens_BT, labels_BT = (each.to(engine.device) for each in batch)
                 units = reference.units(tokens_BT, labels_BT).double()
                 with reference.teaching(tokens_BT, batch) as lesson:
@@ -108,12 +115,12 @@ class HeldOut:
         *totals, count = sums.tolist()
         return {key: total / count for key, total in zip(PREFERENCES, totals, strict=True)}
 
-    def measure_averaged(self, engine: Engine) -> HeldOutLoss | None:
+    def measure_averaged(self, engine: Engine, got_on: Callable[[], None] = lambda: None) -> HeldOutLoss | None:
         """Return the held-out loss of the averaged weights; None if no step is averaged, or no rows are held out."""
         if engine.average is None or not int(engine.average.tokens):
             return None
         with averaged_weights(engine):
-            return self.measure(engine)
+            return self.measure(engine, got_on)
 
     def estimate_untrained(self, engine: Engine) -> HeldOutLoss | None:
         """As `measure`, from the loss of the first rows: an untrained model predicts all tokens equally badly."""
@@ -179,3 +186,10 @@ class HeldOut:
             found.append((prompt, text))
             got_on()
         return found
+
+
+def _watched(batches: Iterable[tuple[Tensor, Tensor]], got_on: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, with a call after each."""
+    for batch in batches:
+        yield batch
+        got_on()

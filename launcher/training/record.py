@@ -89,7 +89,7 @@ def skip_advice(plan: Plan, at: Progress, in_a_row: int, newest: Path | None) ->
     """The message when gradients stay non-finite, with what to try."""
     return (
         f"{in_a_row} steps in a row, up to step {at.step}, had a loss or gradient that is not finite; they were "
-        f"skipped and nothing was saved since. Learning rate: {plan.learning_rate_at(at.step - 1):.3g}. Try a lower "
+        f"skipped. Learning rate: {plan.learning_rate_at(at.step - 1):.3g}. Try a lower "
         "optimizer.learning_rate, a longer schedule.warmup_steps, a smaller optimizer.max_grad_norm or a model.z_loss "
         f"of 1e-5. The newest good checkpoint: {newest or 'none yet'}."
     )

@@ -20,6 +20,8 @@ class Due:
 
     phase_ends: bool
     stopping: bool
+    hurried: bool
+    """Whether the stop was asked for, by whom or what may not wait until the model is measured."""
     saving: bool
     evaluating: bool
     tasks: bool
@@ -43,14 +45,14 @@ class Timetable:
     def after(self, step: int, phase: Phase, ranks: Ranks) -> Due:
         """Decide what to do after the step that has just finished; a collective, on the host."""
         config = self._plan.config
-        stopping, asked_to_save, save_by_time, evaluate_by_time = self._stop.agree(
+        hurried, asked_to_save, save_by_time, evaluate_by_time = self._stop.agree(
             ranks,
             [
                 is_over(self._saved, config.checkpoint.interval_minutes),
                 is_over(self._evaluated, config.evaluation.interval_minutes),
             ],
         )
-        stopping = self._stop.is_at_step(step) or stopping
+        stopping = self._stop.is_at_step(step) or hurried
         phase_ends = step == phase.end
         saving = phase_ends or stopping or asked_to_save or is_due(step, config.checkpoint.interval_steps)
         evaluating, tasks = measured_after(step, phase, config)
@@ -58,7 +60,7 @@ class Timetable:
         logging = saving or evaluating or tasks or deciding or is_due(step, config.logging.interval_steps)
         logging = logging or is_around_switch(step, phase, self._plan)
         saving, evaluating = saving or (logging and save_by_time), evaluating or (logging and evaluate_by_time)
-        return Due(phase_ends, stopping, saving, evaluating, tasks, deciding, logging)
+        return Due(phase_ends, stopping, hurried, saving, evaluating, tasks, deciding, logging)
 
     def saved(self) -> None:
         """Count `checkpoint.interval_minutes` from now; to save may take longer than that."""

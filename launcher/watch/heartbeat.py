@@ -101,6 +101,8 @@ class Heartbeat:
         self.store: dist.Store | None = None
         self.silent: list[int] = []
         """Ranks that have missed `SILENT_BEATS`, as the first rank sees it, or saw it when last heard of."""
+        self.ending = False
+        """Whether a rank is ending, as the first rank sees it: what it still writes may take longer than a step."""
         self.contact = time.monotonic()
         """When the store last answered."""
         self.alarmed = False
@@ -159,7 +161,10 @@ class Heartbeat:
 
     def _write_on(self) -> None:
         while not self._stop.wait(self.beat_seconds):
-            beats = [{key: beat[key] for key in beat if key not in ("number", "silent")} for beat in self._pulse.beats]
+            beats = [
+                {key: beat[key] for key in beat if key not in ("number", "silent", "ending")}
+                for beat in self._pulse.beats
+            ]
             if beats:
                 with contextlib.suppress(OSError):  # a disk that fails is found by who must write there
                     self._write(beats)
@@ -184,7 +189,9 @@ class Heartbeat:
             self.contact = time.monotonic()
             self._gather(beats)
         else:
-            self.silent = sorted(ranks_in(json.loads(client.get("beat-0"))["silent"], self._ranks.world_size))
+            of_first = json.loads(client.get("beat-0"))
+            self.silent = sorted(ranks_in(of_first["silent"], self._ranks.world_size))
+            self.ending = bool(of_first.get("ending"))
             self.contact = time.monotonic()
         self.alarmed = client.check(["alarm"])
 
@@ -198,6 +205,7 @@ class Heartbeat:
             beat["seen"] = round(time.time() - (now - self._seen[rank]), 1)
         self._pulse.beats = gathered
         self.silent = [rank for rank, seen in enumerate(self._seen) if now - seen > SILENT_BEATS * self.beat_seconds]
+        self.ending = any(beat["doing"] == "end" and beat["rank"] not in self.silent for beat in gathered)
 
     def _beat(self) -> str:
         at, steps = self._pulse.at, tuple(self._pulse.steps)
@@ -216,5 +224,5 @@ class Heartbeat:
             "number": self._number,
         }
         if self._ranks.is_first:
-            beat["silent"] = self.silent
+            beat |= {"silent": self.silent, "ending": self.ending}
         return json.dumps(beat)

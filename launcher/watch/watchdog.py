@@ -123,6 +123,8 @@ class Watchdog:
     def _passed_limit(self, now: float) -> str:
         """Which limit is passed, as a sentence; empty if none is."""
         at, limit, lost_seconds = self._pulse.at, limit_seconds(self._config, self._pulse), self._config.lost_seconds
+        if self._heartbeat.ending and at.doing != "end":
+            limit = None  # it is for that rank that this one waits
         if limit is not None and now - max(at.since, self._forgiven) > limit:
             return f"Nothing has come of {at.doing} after step {at.step} for {limit:g} s."
         if lost_seconds is not None and self._heartbeat.silence_seconds() > lost_seconds:

@@ -1,6 +1,7 @@
 """Saving behind training's back: what is written is the state at the moment of saving, one checkpoint at a time."""
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from ranks import run_group
 from variants import build, manifest, step_once
 
 from launcher.checkpoint.folders import complete_checkpoints, folder_of
+from launcher.checkpoint.location import to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.source import KINDS
+from launcher.checkpoint.tensor_file import TensorFile
 from launcher.checkpoint.writer import CheckpointWriter
 from launcher.engine.contract import Engine, load_weights
 from launcher.errors import CheckpointError
@@ -127,3 +130,47 @@ def test_a_failure_is_told_or_raised_on_all_ranks_and_the_next_save_works(tmp_pa
             assert "No space left on device" in text
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000003"]
     assert list(CheckpointReader(tmp_path / "step-00000003").damage()) == []
+
+
+def save_once(folder: str) -> None:
+    saver = make_saver(folder)
+    save(saver, make_engine(), 1)
+    saver.wait()
+
+
+def test_ranks_share_the_bytes_of_one_file_to_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_group(1, save_once, str(tmp_path))
+    reader, folder = CheckpointReader(folder_of(tmp_path, 1)), folder_of(tmp_path, 1)
+    [name] = [name for name in reader.manifest.files if name.endswith(".safetensors")]
+    file = TensorFile(folder / name, reader.manifest.files[name].digest)
+    shares: list[list[str]] = []
+
+    def damaged(self: TensorFile, names: list[str]) -> Iterator[str]:
+        shares.append(names)
+        return iter(())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorFile, "damaged", damaged)
+        for rank in range(3):
+            assert list(reader.damage(rank, 3)) == []
+    assert [tensor for share in shares for tensor in share] == list(file.sizes)
+    num_bytes = [sum(file.sizes[tensor] for tensor in share) for share in shares]
+    assert max(num_bytes) - min(num_bytes) <= 2 * max(file.sizes.values())
+    for tensor in (shares[0][0], shares[2][-1]):
+        entry = file.entries[tensor]
+        with (folder / name).open("r+b") as damaged_file:
+            damaged_file.seek(entry.start)
+            byte = damaged_file.read(1)[0]
+            damaged_file.seek(entry.start)
+            damaged_file.write(bytes([byte ^ 1]))
+    found = [list(CheckpointReader(folder).damage(rank, 3)) for rank in range(3)]
+    assert [len(problems) for problems in found] == [1, 0, 1]
+
+
+def test_what_a_killed_save_has_left_in_a_store_is_removed_by_the_next(tmp_path: Path) -> None:
+    store = to_location(f"memory://bucket{tmp_path}/checkpoints")
+    for step, name in ((7, "rank-00000.safetensors"), (8, "manifest.damaged.json"), (9, "manifest.json")):
+        (folder_of(store, step) / name).write_bytes(b"{}")
+    (store / "owner.json").write_bytes(b"{}")
+    CheckpointWriter(folder_of(store, 12)).begin()
+    assert sorted(path.name for path in store.iterdir()) == ["owner.json", "step-00000008", "step-00000009"]

@@ -139,3 +139,28 @@ def test_a_ramp_is_looked_at_while_scales_have_no_gradient(shards: Path, tmp_pat
         norms = [row["quant/grad_norm"] for row in rows if "quant/grad_norm" in row]
         assert norms
         assert min(norms) > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero-1",
+        "zero-3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero-0", "zero-2", "zero-3-offload")),
+    ],
+)
+def test_scales_without_a_gradient_take_the_steps_that_they_take_on_other_engines(
+    shards: Path, tmp_path: Path, name: str
+) -> None:
+    """Of the block that a ramp reaches last, and of all blocks in a phase without learned scales."""
+    ramp = {"shape": "linear", "steps": 4, "order": "front-to-back"}
+    phases = [PLAIN, PARETOQ | {"steps": 5, "transition": {"ramp": ramp}}, PLAIN]
+    run_group(1, train_on, str(shards), str(tmp_path), ["fsdp2", name], {"phases": phases}, [])
+    for step in range(4, 12):
+        folders = (tmp_path / each / "checkpoints" / f"step-{step:08}" for each in ("fsdp2", name))
+        ours, theirs = map(CheckpointReader, folders)
+        for parameter, scale in scales(tmp_path / "fsdp2", step).items():
+            assert ours.read_step(parameter) == theirs.read_step(parameter)
+            torch.testing.assert_close(scale, scales(tmp_path / name, step)[parameter], rtol=1e-4, atol=2e-5)
+    at_end, later = (scales(tmp_path / "fsdp2", step) for step in (8, 11))
+    assert all(torch.equal(later[parameter], scale) for parameter, scale in at_end.items())

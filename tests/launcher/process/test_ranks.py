@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from launcher.errors import StartError
 from launcher.process.ranks import LAUNCH_VARIABLES, process_group
 
 
@@ -23,3 +24,28 @@ def test_the_environment_is_a_ranks_while_the_group_lasts(monkeypatch: pytest.Mo
     with process_group(60):
         assert os.environ["LOCAL_RANK"] == "3"
     assert {name for name in LAUNCH_VARIABLES if name in os.environ} == {"LOCAL_RANK"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_PORT and MASTER_ADDR: not in the environment, but RANK is; whoever"),
+        ({"RANK": "0"}, "WORLD_SIZE and MASTER_PORT and MASTER_ADDR: not in the environment"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "abc"}, "MASTER_PORT: is 'abc'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "70000"}, "must be below 65536"),
+        (
+            {"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+            "RANK: is 'one' in the environment; must be",
+        ),
+        ({"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "RANK: is 1 .* WORLD_SIZE is 1;"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_one_sentence(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StartError, match=said), process_group(60):
+        pass

@@ -12,6 +12,7 @@ from places import ROOT
 
 from launcher.cli import command_line
 from launcher.process.console import Console
+from launcher.process.streams import losable
 
 OUTLIVES = """
 import sys, time
@@ -106,3 +107,16 @@ def test_a_character_that_the_encoding_of_stdout_lacks_is_a_question_mark(tmp_pa
     assert "3.1 ? 0.2" in said
     assert "na?ve" in said
     assert ends == 1
+
+
+def test_a_full_pipe_that_does_not_block_takes_what_it_can():
+    """As where the terminal is shared with a program that has made it so."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with open(writer, "w") as pipe:
+        stream = losable(pipe)
+        for _ in range(20):
+            stream.write("x" * 10_000 + "\n")
+        assert len(os.read(reader, 10**6)) > 10_000
+        print("goes on", file=stream)
+    os.close(reader)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from minimal import tree
 from ranks import run_group, run_ranks
 from runs import run
@@ -15,12 +16,16 @@ import launcher.training.timetable as timetable
 from launcher.checkpoint.folders import complete_checkpoints
 from launcher.config.file import parse_config
 from launcher.plan.plan import Plan, make_plan
+from launcher.process.console import Console
 from launcher.process.ranks import ALONE, Ranks
+from launcher.run.folder import RunFolder
 from launcher.run.metrics_log import read_metrics
+from launcher.train import train
 from launcher.training.held_out import HeldOut
 from launcher.training.timetable import Timetable
 from launcher.watch.stopping import StopRequest
 
+ONE = Ranks(0, 1, 0, torch.device("cpu"))
 LENGTHS = ["phases.0.steps=100", "phases.1.steps=100", "logging.interval_steps=4", "schedule.warmup_steps=0"]
 
 
@@ -156,3 +161,56 @@ def test_a_run_saves_and_stops_at_the_step_that_was_given() -> None:
         assert not table.after(step, plan.phase_of(step - 1), ALONE).stopping
     due = table.after(30, plan.phase_of(29), ALONE)
     assert (due.stopping, due.saving, due.logging, stop.reason) == (True, True, True, "step 30")
+
+
+def test_a_stop_that_is_asked_for_does_not_wait_for_measurements() -> None:
+    plan, stop = plan_of(), StopRequest()
+    table = Timetable(plan, stop)
+    assert not table.after(1, plan.phase_of(0), ALONE).hurried
+    stop.launcher_is_lost()
+    due = table.after(2, plan.phase_of(1), ALONE)
+    assert (due.stopping, due.hurried, due.saving) == (True, True, True)
+
+
+class AskedWhileMeasuring(StopRequest):
+    """A stop is asked for in the course of the measurements after a step."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__()
+        self.metrics, self.step = folder / "metrics.jsonl", step
+
+    def is_asked_for(self, ranks: Ranks) -> bool:
+        if self.metrics.exists() and read_metrics(self.metrics)[-1]["step"] == self.step:
+            self.launcher_is_lost()
+        return super().is_asked_for(ranks)
+
+
+def stopped_while_measuring(shards: str, out: str) -> list[Any]:
+    evaluation = {"interval_steps": 3, "sample_prompts": ["te"]}
+    found: list[Any] = []
+    for name, steps in (("whole", []), ("pieces", [3, 4, 8])):
+        config = tiny_config(
+            Path(shards), Path(out) / name, evaluation=evaluation, checkpoint={"interval_minutes": None, "keep_last": 0}
+        )
+        folder, plan = RunFolder(config), make_plan(config, 1)
+        folder.prepare([phase.end - phase.start for phase in plan.phases])
+        for stop in [*(AskedWhileMeasuring(folder.path, step) for step in steps), StopRequest()]:
+            outcome = train(plan, ONE, folder, stop, Console(silent=True))
+            newest = folder.newest_checkpoint()
+            found.append([name, outcome, newest.name if newest else ""])
+    return found
+
+
+def test_a_run_stops_within_a_measurement_which_the_next_start_makes_up(shards: Path, tmp_path: Path) -> None:
+    [found] = run_group(1, stopped_while_measuring, str(shards), str(tmp_path))
+    assert found == [
+        ["whole", "complete", "step-00000008"],
+        ["pieces", "interrupted", "step-00000003"],
+        ["pieces", "interrupted", "step-00000004"],
+        ["pieces", "interrupted", "step-00000008"],
+        ["pieces", "complete", "step-00000008"],
+    ]
+    rows = {name: read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "pieces")}
+    for key in ("train/loss", "validation/loss", "validation/when"):
+        whole, pieces = ([(row["step"], row[key]) for row in rows[name] if key in row] for name in rows)
+        assert whole == pieces, key

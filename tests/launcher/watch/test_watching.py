@@ -14,7 +14,10 @@ import pytest
 import torch.distributed as dist
 from jobs import Job, has_begun, job_tree, logged_step
 
+import launcher.train
 from data.loader import TrainingData
+from launcher.checkpoint.folders import complete_checkpoints
+from launcher.checkpoint.writer import CheckpointWriter
 from launcher.config.sections import WatchConfig
 from launcher.process.ranks import ALONE
 from launcher.run.metrics_log import read_metrics
@@ -322,5 +325,44 @@ def test_a_collective_that_times_out_names_the_straggler_too(shards: Path, tmp_p
         message = failure(job)
         assert message.startswith("A collective took longer than engine.timeout_seconds.")
         assert f"rank 1 (process {job.processes[1].pid} on {HOST}) is behind" in message
+    finally:
+        end(job)
+
+
+def fail_while_saving(rank: int) -> None:
+    """A save takes six seconds, and while it goes on the second rank fails."""
+    write = CheckpointWriter.write_rank
+
+    def slow(self: CheckpointWriter, *arguments: Any) -> Any:
+        time.sleep(6)
+        return write(self, *arguments)
+
+    CheckpointWriter.write_rank = slow  # type: ignore[method-assign]
+    if rank == 1:
+        step = launcher.train.train_step
+
+        def failing(*arguments: Any, **options: Any) -> Any:
+            if arguments[3] == 3:
+                raise ValueError("the real cause")
+            return step(*arguments, **options)
+
+        launcher.train.train_step = failing
+
+
+def test_a_run_that_fails_tells_why_completes_its_checkpoint_and_is_not_taken_for_hanging(
+    shards: Path, tmp_path: Path
+) -> None:
+    tree = watched_tree(shards, tmp_path / "run", step_seconds=2.0)
+    tree["checkpoint"] = {"interval_steps": 2}
+    job = Job(tree, at_start=fail_while_saving)
+    try:
+        assert job.wait() == [1, 1], job.output
+        assert "the real cause" in failure(job)
+        assert "is behind" not in job.output
+        first = job.output.index(
+            "rank 1: ValueError: the real cause\nThe run fails. First the checkpoint that is being"
+        )
+        assert first < job.output.index("Traceback")
+        assert [folder.name for folder in complete_checkpoints(job.run / "checkpoints")] == ["step-00000002"]
     finally:
         end(job)
