@@ -161,7 +161,14 @@ def load_tokenizer(path: str | Path, end_of_document: str | None = None) -> Toke
             )
         return tokenizer
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path, end_of_document)
+        fast = HuggingFaceTokenizer(path, end_of_document)
+        there = vocabulary(fast.definition)
+        if lacking := [name for name in added_tokens(path.parent) if name not in there]:
+            raise DataError(
+                f"{path}: lacks tokens that files beside it add, such as {lacking[0]!r}; save the tokenizer anew, "
+                "with them (`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`)"
+            )
+        return fast
     raise DataError(f"{path}: must be a SentencePiece .model or a Hugging Face .json file, not {path.suffix!r}")
 
 

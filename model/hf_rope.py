@@ -41,6 +41,11 @@ def rope_from_hf(given: Mapping[str, Any]) -> tuple[float, RopeScalingConfig | N
     theta = rope.get("rope_theta", given["rope_theta"])
     if not _is_number(theta):
         raise ValueError(f"rope_theta {theta!r}: is no float")
+    if name == "rope_scaling" and theta != given["rope_theta"]:
+        raise ValueError(
+            f"rope_scaling has rope_theta {theta!r}, and the model {given['rope_theta']!r}: Transformers reads the one "
+            "or the other by its version; remove the wrong one"
+        )
     if others := sorted(map(str, rope.keys() - READ)):
         raise ValueError(f"{name} has {', '.join(others)}: not known; the model has one setting for all of its layers")
     if (part := rope.get("partial_rotary_factor")) not in (None, 1):

@@ -25,6 +25,11 @@ NAME = re.compile(r"step-\d{8}")
 """Names of the checkpoints of a run."""
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder has the manifest of a checkpoint; many others have a file of that name."""
+    return (folder / MANIFEST).is_file() and ((folder / CONFIG).is_file() or not (folder / "config.json").is_file())
+
+
 def folder_of(checkpoints: Path, step: int) -> Path:
     """The folder of the checkpoint after ``step`` steps."""
     return checkpoints / f"step-{step:08d}"

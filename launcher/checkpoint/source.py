@@ -51,6 +51,8 @@ class Source(ABC):
     """Parameters with rows that are not stored, after those that are, see `launcher.inference.vocabulary`."""
     missing: tuple[str, ...] = ()
     """One sentence for each thing a run has that this format does not carry."""
+    stored_dtypes: frozenset[torch.dtype] = frozenset()
+    """In which the weights are stored, as far as another program chose them."""
     is_packed: bool = False
     """Whether quantized matrices are stored as codes and their levels, and not as weights."""
     puts_first_token: bool | None = None

@@ -25,8 +25,10 @@ from launcher.formats.convert import (
 )
 from launcher.formats.deepspeed_universal import check_universal, write_universal
 from launcher.formats.hf_folder import to_json, write_hf
+from launcher.formats.hf_source import rounding_note
 from launcher.formats.open import check_sound, open_source
 from launcher.formats.provenance import source_record
+from launcher.formats.tokens import named_tokens
 from launcher.inference.inputs import check_inputs
 from launcher.inference.start import put_sub_norms_in
 from launcher.inference.vocabulary import grow_vocabulary_
@@ -185,6 +187,8 @@ def convert_into_format(
     opened = open_source(source)
     given = load_config(config, overrides, stored=None) if config else None
     notes = [*opened.missing, *not_carried(opened, into)]
+    if into == "hf" and (rounding := rounding_note(opened, COMPUTE_DTYPES[dtype])):
+        notes.append(rounding)
     for sentence in notes:
         console.line(f"  {sentence}")
     if to.exists():
@@ -202,7 +206,8 @@ def convert_into_format(
         return
     files = {"provenance.json": to_json(source_record(opened))}
     if model is not None:
-        write_hf(opened, model, to, dtype=COMPUTE_DTYPES[dtype], quantization=quantization, files=files)
+        tokens = named_tokens(opened)
+        write_hf(opened, model, to, dtype=COMPUTE_DTYPES[dtype], quantization=quantization, files=files, tokens=tokens)
     else:
         write_universal(opened, to, files=files)
     console.line(f"Written: {to}")

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.tokenizer import load_tokenizer
 from launcher.commands.push import check_push, push
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
@@ -18,7 +19,8 @@ from launcher.formats.choices import (
     LinearClass,
 )
 from launcher.formats.gguf_export import export_gguf
-from launcher.formats.hf_export import HfWeights, export_hf
+from launcher.formats.hf_export import HfWeights, default_dtype, export_hf
+from launcher.formats.hf_source import rounding_note
 from launcher.formats.onnx_export import export_onnx
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.process.console import Console
@@ -124,11 +126,14 @@ def export_checkpoint(checkpoint: str, to: Path, options: ExportOptions, console
         export_onnx(opened, to, inputs=options.inputs, tokenizer=tokenizer, license_name=options.license_name)
     else:
         assert weights is not None
+        dtype = COMPUTE_DTYPES[options.dtype] if options.dtype else default_dtype(opened)
+        if rounding := rounding_note(opened.source, dtype):
+            console.line(rounding)
         export_hf(
             opened,
             to,
             weights=weights,
-            dtype=COMPUTE_DTYPES[options.dtype] if options.dtype else None,
+            dtype=dtype,
             linear_class=options.linear_class or "bitlinear",
             inputs=options.inputs,
             tokenizer=tokenizer,
@@ -172,7 +177,9 @@ def tokenizer_of(opened: Exportable, options: ExportOptions) -> Path | None:
     """The tokenizer's file; None if it is left out."""
     if options.no_tokenizer:
         return None
-    file = options.tokenizer or opened.tokenizer
+    if options.tokenizer is not None:
+        return load_tokenizer(options.tokenizer).path  # of a folder, the file in it
+    file = opened.tokenizer
     if file is None:
         raise ConfigError(
             f"{opened.source.location}: its tokenizer was not found; name it with --tokenizer"

@@ -22,6 +22,7 @@ from launcher.commands.init import (
 from launcher.config.file import to_tree
 from launcher.errors import ConfigError
 from launcher.formats.open import computed_precision, described_model, open_source
+from launcher.formats.vocabularies import vocabulary_problem
 from launcher.plan.gpus import gpu_of_this_machine, named_gpu
 from launcher.plan.proposal import FEWEST_STEPS, Tree, Wish, propose
 from launcher.process.console import Console
@@ -69,6 +70,8 @@ def write_configuration_from(to: Path, start: str, options: InitOptions, console
     manifest = read_manifest(Path(options.data)) if (Path(options.data) / MANIFEST).is_file() else None
     data = describe_data(options.data, start, model.vocab_size, min(SEQUENCE_LENGTH, model.max_sequence_length))
     content = "text" if manifest is None else content_of(manifest)
+    if manifest and (problem := vocabulary_problem(source, Path(options.data, manifest["tokenizer"]["file"]))):
+        raise ConfigError(f"--from {start}: {problem}")
     rows = model.vocab_size
     if data.vocab_size > rows:
         rows = VOCABULARY_MULTIPLE * -(-data.vocab_size // VOCABULARY_MULTIPLE)

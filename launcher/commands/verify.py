@@ -6,7 +6,7 @@ from typing import Any
 
 from data.readers import read_documents
 from data.tokenizer import load_tokenizer
-from launcher.checkpoint.folders import MANIFEST, checkpoints_under
+from launcher.checkpoint.folders import checkpoints_under, is_checkpoint
 from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.strangers import not_a_model
@@ -56,15 +56,15 @@ def verify(
             if is_local(location) and not location.exists():
                 raise CheckpointError(f"{place}: there is no such folder")
             inside = checkpoints_under(location)
-            is_checkpoint = (location / MANIFEST).is_file()
-        exports = [] if inside or is_checkpoint else list(published_in(location))
+            is_one = is_checkpoint(location)
+        exports = [] if inside or is_one else list(published_in(location))
         with reaching(location):
             if not (inside or exports) and (problem := not_a_model(location)):
                 raise CheckpointError(f"{place} {problem}")
         if not exports:
             if text is not None or tokenizer is not None:
                 raise ConfigError(f"--text and --tokenizer belong to exports, and {place} is a checkpoint or run")
-            found += damage_of(inside if inside and not is_checkpoint else [location], console, as_json=as_json)
+            found += damage_of(inside if inside and not is_one else [location], console, as_json=as_json)
         for export in exports:
             verdict = judge(export, sample, text or "", loaded)
             found.append(verdict.as_json())

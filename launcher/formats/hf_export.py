@@ -76,6 +76,12 @@ INPUTS: dict[InputBits, str] = {
 }
 
 
+def default_dtype(exportable: Exportable) -> torch.dtype:
+    """The dtype that a run computes in; bf16 of other models."""
+    config = exportable.config
+    return torch.float32 if config and config.training.compute_dtype == "fp32" else torch.bfloat16
+
+
 def export_hf(
     exportable: Exportable,
     folder: Path,
@@ -110,9 +116,7 @@ def export_hf(
     model, quantization, source = exportable.model, exportable.quantization, exportable.source
     if weights == "latent" and source.is_packed:
         raise CheckpointError(f"{source.location} holds packed codes, and no latent weights; {AS_WEIGHTS}")
-    if dtype is None:
-        config = exportable.config
-        dtype = torch.float32 if config and config.training.compute_dtype == "fp32" else torch.bfloat16
+    dtype = dtype or default_dtype(exportable)
     tensors = stored_weights(source, model, dtype)
     quantized: dict[str, object] = {}
     if weights != "latent":

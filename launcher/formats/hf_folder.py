@@ -48,6 +48,7 @@ def write_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     quantization: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    tokens: Mapping[str, object] | None = None,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` opens, and with the same parameters as the source.
 
@@ -61,6 +62,7 @@ def write_hf(
         max_shard_bytes: a file holds no more, unless one tensor alone is larger; several files come with an index.
         quantization: the `quantization_config`, if Transformers is to round the weights while it computes.
         files: what else is put there, by name.
+        tokens: the keys of `config.json` that name tokens.
 
     Raises:
         CheckpointError: no Hugging Face family has this configuration, the source does not fit it (all that differs is
@@ -68,7 +70,7 @@ def write_hf(
     """
     assert dtype in (torch.bfloat16, torch.float32), dtype
     with naming(folder):
-        hf_config = {**config_to_hf(config), "torch_dtype": dtype_name(dtype)}
+        hf_config = config_to_hf(config) | dict(tokens or {}) | {"torch_dtype": dtype_name(dtype)}
     if quantization is not None:
         hf_config["quantization_config"] = quantization
     start_checking(source, ("weight",))

@@ -78,6 +78,14 @@ NOT_IN_CODES = (
 )
 
 
+def rounding_note(source: Source, dtype: torch.dtype) -> str | None:
+    """A sentence if writing weights in a dtype rounds those that a source has stored; None if it does not."""
+    wider = source.stored_dtypes & {torch.float16, torch.float32}
+    if dtype != torch.bfloat16 or not wider:
+        return None
+    return f"Weights in {' and '.join(sorted(map(dtype_name, wider)))} are rounded to bf16; --dtype fp32 keeps them."
+
+
 def is_hf(folder: Path) -> bool:
     """Return whether a folder is meant to be one of Hugging Face's; it may still be damaged."""
     with reaching(folder):
@@ -209,7 +217,8 @@ class HuggingFaceSource(Source):
         if problems := _problems(found, self.shapes, self._packing):
             raise CheckpointError(listed(f"{folder} does not hold the model that its {CONFIG} describes", problems))
         self.missing = weights_alone(HF_FOLDER)
-        if narrow := {found[name].dtype for name in self.shapes} & {torch.bfloat16, torch.float16}:
+        self.stored_dtypes = frozenset(found[name].dtype for name in self.shapes if found[name].dtype.is_floating_point)
+        if narrow := self.stored_dtypes & {torch.bfloat16, torch.float16}:
             self.missing += (NOT_IN_16_BITS.format(" and ".join(sorted(map(dtype_name, narrow)))),)
         if self._packing:
             self.missing += (NOT_IN_CODES.format(HF_FOLDER),)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from data.messages import looked_for_in
 from launcher.checkpoint.averaged import AveragedReader
-from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under
+from launcher.checkpoint.folders import CONFIG, MANIFEST, checkpoints_under, is_checkpoint
 from launcher.checkpoint.load import check_fits
 from launcher.checkpoint.location import is_local, reaching, to_location
 from launcher.checkpoint.manifest import Precision, precision_at
@@ -66,7 +66,7 @@ def open_source(text: str) -> Source:
     with reaching(folder):
         if text.endswith(AVERAGED) and not folder.exists():
             return _averaged(text)
-        if (folder / MANIFEST).is_file():
+        if is_checkpoint(folder):
             return CheckpointReader(folder)
         if found := checkpoints_under(folder):
             return CheckpointReader(found[-1])

@@ -46,13 +46,13 @@ def source_digest(source: Source) -> str:
     for path in sorted(paths, key=str):
         digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0")
         with path.open("rb") as file:
-            if zipfile.is_zipfile(file):  # as `.pt` files are, which hold a checksum of each record
-                records = [
-                    (record.filename, record.CRC, record.file_size) for record in zipfile.ZipFile(file).infolist()
-                ]
-                digest.update(repr(records).encode())
+            try:  # `.pt` files are archives, which hold a checksum of each record
+                infos = zipfile.ZipFile(file).infolist()
+            except zipfile.BadZipFile:
+                file.seek(0)
+            else:
+                digest.update(repr([(info.filename, info.CRC, info.file_size) for info in infos]).encode())
                 continue
-            file.seek(0)
             while chunk := file.read(16 * 2**20):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -76,6 +76,10 @@ class Published(ABC):
             CheckpointError: it cannot be read, or is not what belongs there.
         """
 
+    def tied_problem(self) -> str | None:
+        """What is wrong with a head that is stored besides the embedding that it is tied to; None if nothing is."""
+        return None
+
     def is_coded(self, name: str) -> bool:
         """Return whether the format has codes for a parameter, of 2 bits or more."""
         return False

@@ -44,6 +44,8 @@ class PublishedSource(Source):
         config, problems = published.config, list(published.problems)
         if config is None:
             problems = problems or list(published.notes)
+        elif not problems and (problem := published.tied_problem()):
+            problems = [problem]
         if problems:
             raise CheckpointError(listed(f"{self.location} cannot be read", problems))
         assert config is not None

@@ -14,6 +14,7 @@ from launcher.config.averaging import AVERAGED
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
 from launcher.formats.open import is_ternary, model_of
+from launcher.formats.vocabularies import tokenizer_to_compare, vocabulary_problem
 from launcher.plan.course import Course, Phase
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
@@ -43,7 +44,8 @@ def teacher_model(source: Source, config: Config, phase: Phase) -> ModelConfig:
         phase: that it teaches; a reference of preferences may be ternary.
 
     Raises:
-        CheckpointError: it is ternary, has another vocabulary or too short sequences, or other parameters.
+        CheckpointError: it is ternary, has another vocabulary, another tokenizer or too short sequences, or other
+            parameters.
     """
     model = model_of(source) or config.model
     if source.grown:
@@ -53,6 +55,8 @@ def teacher_model(source: Source, config: Config, phase: Phase) -> ModelConfig:
         problems.append("it is ternary; a teacher must be in 16 bits")
     if model.vocab_size != config.model.vocab_size:
         problems.append(f"its vocab_size is {model.vocab_size}, the model's {config.model.vocab_size}")
+    elif problem := vocabulary_problem(source, tokenizer_to_compare(config)):
+        problems.append(problem)
     if model.max_sequence_length < config.data.sequence_length:
         wanted = config.data.sequence_length
         problems.append(f"its max_sequence_length is {model.max_sequence_length}, data.sequence_length {wanted}")

@@ -14,10 +14,11 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_json import tokenizer_files
 from data.transformers_files import chat_template, has_settings, own_files, puts_first_token
 from launcher.checkpoint.folders import CHAT_TEMPLATE
+from launcher.checkpoint.location import to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
 from launcher.formats.hf_source import CONFIG, read_json
-from launcher.formats.opened import Exportable
+from launcher.formats.opened import Exportable, tokenizer_of
 from launcher.formats.published_source import PublishedSource
 from model.config import ModelConfig
 
@@ -93,6 +94,23 @@ def own_template(exportable: Exportable, tokenizer: Path) -> ChatTemplate | None
 def _was_trained_on_chats(source: Source, tokenizer: Path) -> bool:
     is_trained = isinstance(source, CheckpointReader) and CHAT_TEMPLATE in source.manifest.files
     return is_trained and tokenizer.with_name(CHAT_TEMPLATE).is_file()
+
+
+def named_tokens(source: Source) -> dict[str, object]:
+    """The keys of `config.json` that name tokens, of a model whose tokenizer is not written; empty if nobody says them.
+
+    Raises:
+        CheckpointError: the source's `config.json` is damaged.
+        DataError: its tokenizer cannot be read.
+    """
+    folder = to_location(source.location)
+    if not isinstance(source, CheckpointReader) and (folder / CONFIG).is_file():
+        config = read_json(folder / CONFIG)
+        return {key: config[key] for key in NAMED if key in config}
+    if (tokenizer := tokenizer_of(source)) is None:
+        return {}
+    end = load_tokenizer(tokenizer).end_of_document
+    return {"bos_token_id": first_token_of(source, end), "eos_token_id": end}
 
 
 def folder_tokens(exportable: Exportable, tokenizer: Path | None) -> tuple[dict[str, object], dict[str, bytes]]:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from data.tokenizer import Tokenizer
 from eval.rows import BATCH_TOKENS, CPU_BATCH_TOKENS, Scorer
 from eval.tasks import digest_of
-from launcher.checkpoint.folders import MANIFEST, checkpoints_under
+from launcher.checkpoint.folders import checkpoints_under, is_checkpoint
 from launcher.checkpoint.location import reaching, to_location
 from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import Source
@@ -76,7 +76,7 @@ def locations_of(text: str, *, every: bool) -> list[str]:
         return [text]
     with reaching(folder):
         found = checkpoints_under(folder)
-        if (folder / MANIFEST).is_file() or not found:
+        if is_checkpoint(folder) or not found:
             raise CheckpointError(f"{text}: is not a run with checkpoints, which --all needs")
     return [str(checkpoint) for checkpoint in found]
 

@@ -102,19 +102,13 @@ def judge(
     """
     verdict = Verdict(published.location, published.form, published.problems, published.notes)
     levels = _look_at_parameters(published, verdict)
-    if tied := _tied_problem(published):
+    if tied := published.tied_problem():
         verdict.problems.append(tied)
     tokenizer = _fitting(published, verdict, tokenizer)
     damaged = bool(verdict.problems)
     if levels or text is not None:
         _compute(published, verdict, levels, tokenizer, text, place, damaged=damaged)
     return verdict
-
-
-def _tied_problem(published: Published) -> str | None:
-    from launcher.formats.published_folder import PublishedFolder
-
-    return published.tied_problem() if isinstance(published, PublishedFolder) else None
 
 
 def _look_at_parameters(published: Published, verdict: Verdict) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import example, given, settings
@@ -219,3 +220,16 @@ def test_special_tokens_are_followed_by_what_transformers_puts_there(tmp_path, l
         assert ids == expected
         assert spans == sorted(spans)
         assert {place for span in spans for place in range(*span)} == set(range(len(text)))
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_a_definition_without_tokens_that_are_added_to_it_is_refused(tmp_path, file):
+    byte_level(tmp_path / "tokenizer.json", "<|endoftext|>")
+    size = load_tokenizer(tmp_path).vocab_size
+    there = {"<|endoftext|>": load_tokenizer(tmp_path).end_of_document}
+    for added, said in ((there, None), (there | {"<|tool|>": size}, r"lacks tokens that .* add, such as '<\|tool\|>'")):
+        content = {str(token): {"content": name} for name, token in added.items()}
+        told = added if file == "added_tokens.json" else {"added_tokens_decoder": content}
+        (tmp_path / file).write_text(json.dumps(told))
+        with pytest.raises(DataError, match=said) if said else nullcontext():
+            load_tokenizer(tmp_path)

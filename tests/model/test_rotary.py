@@ -144,6 +144,12 @@ def test_settings_that_two_versions_read_differently_are_refused():
     both = {**hf_config(8, 64, 1e4, yarn), "rope_parameters": {**yarn, "rope_theta": 1e4}}
     with pytest.raises(ValueError, match="rope_scaling and rope_parameters differ"):
         config_from_hf(both)
+    inner = hf_config(8, 64, 1e4, {"type": "linear", "factor": 2.0, "rope_theta": 5e5})
+    with pytest.raises(
+        ValueError, match=r"rope_scaling has rope_theta 500000\.0, and the model 10000\.0: Transformers"
+    ):
+        config_from_hf(inner)
+    assert config_from_hf({**inner, "rope_theta": 5e5}).rope_theta == 5e5
     with pytest.raises(ValueError, match="original_max_position_embeddings is 64 beside rope_scaling and 32 in it"):
         config_from_hf({**hf_config(8, 64, 1e4, yarn), "original_max_position_embeddings": 64})
 

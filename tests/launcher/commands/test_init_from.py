@@ -9,10 +9,14 @@ from chat_files import NAMES, pair, prepare_chats, prepare_pairs, some_chats
 from command import outcome, tritrain
 from hf_folders import ModelSource, pack_folder
 from models import FAMILIES, build
+from tiny import write_corpus
 from tokenizer_files import write_bytes_tokenizer
 
+from data.config import PrepareConfig
+from data.shards import prepare
 from launcher.config.file import load_config
 from launcher.config.sections import Config
+from launcher.errors import ConfigError
 from launcher.formats.hf_folder import write_hf
 from launcher.formats.open import model_of, open_source
 from launcher.formats.start import check_start, open_start
@@ -104,4 +108,14 @@ def test_what_does_not_go_with_it_is_refused(tmp_path: Path) -> None:
         assert (code, said in error) == (2, True), error
     code, _, error = outcome("init", tmp_path / "a.yaml", "--from", tmp_path, "--gpus", 0, "--data", "x")
     assert "not a checkpoint of a known kind" in error
+    assert not (tmp_path / "a.yaml").exists()
+
+
+def test_data_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    start = model_in(tmp_path / "model", vocab_size=320, max_sequence_length=128)
+    write_corpus(tmp_path / "text.jsonl", num_documents=60)
+    config = PrepareConfig(inputs=(str(tmp_path / "text.jsonl"),), tokenizer="bpe:300")
+    prepare(config, 96, tmp_path / "data")
+    with pytest.raises(ConfigError, match=f"--from {start}: its tokenizer, .* is another than that of the data"):
+        init(tmp_path / "a.yaml", start, tmp_path / "data")
     assert not (tmp_path / "a.yaml").exists()

@@ -135,7 +135,7 @@ def test_a_tokenizer_of_hugging_face_keeps_its_end_of_documents(runs: Path, shar
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
     tokenizer.save(str(hf / "tokenizer.json"))
     (hf / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    config = write_config(tmp_path / "config.yaml", tiny_tree(shards, tmp_path))
+    config = write_config(tmp_path / "config.yaml", tiny_tree(tmp_path / "yet-to-be-prepared", tmp_path))
     tritrain("convert", hf, "--to", tmp_path / "run", "--config", config, "--optimizer", "reset")
     assert load_tokenizer(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]).end_of_document == 2
 

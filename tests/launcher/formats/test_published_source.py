@@ -157,7 +157,9 @@ def damaged(folder: Path, **changes: Any) -> Path:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {name: change(tensors[name]) for name, change in changes.items()}, copy / "model.safetensors")
+    save_file(
+        tensors | {name: change(tensors.get(name)) for name, change in changes.items()}, copy / "model.safetensors"
+    )
     return copy
 
 
@@ -179,6 +181,11 @@ def test_what_is_wrong_with_an_export_is_an_error(tmp_path: Path) -> None:
             open_source(str(damaged(folder, **{name: change})))
     edit_config(damaged(compressed), num_hidden_layers=3)
     with pytest.raises(CheckpointError, match=r"cannot be read:(?s:.*)9 parameters of the architecture are missing"):
+        open_source(str(tmp_path / "damaged"))
+    embedding = load_file(compressed / "model.safetensors")["model.embed_tokens.weight"]
+    damaged(compressed, **{"lm_head.weight": lambda _: embedding + 1})
+    edit_config(tmp_path / "damaged", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         open_source(str(tmp_path / "damaged"))
     edit_config(damaged(mlx), model_type="falcon_h1")
     with pytest.raises(CheckpointError, match="model_type 'falcon_h1' is not known"):

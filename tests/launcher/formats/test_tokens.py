@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command import outcome, tritrain
 from gguf_files import read_tensors
 from hf_folders import edit_config, write_variant
+from safetensors.torch import load_file, save_file
 from tokenizer_files import write_bytes_tokenizer
 
 from data.chat_template import ChatTemplate
@@ -17,7 +19,9 @@ from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
 from data.transformers_files import puts_first_token
 from launcher.errors import CheckpointError
+from launcher.formats.hf_source import HuggingFaceSource
 from launcher.formats.opened import open_exportable
+from launcher.formats.provenance import source_digest
 from launcher.formats.published_gguf import PublishedGGUF
 from launcher.formats.tokens import gguf_tokens
 from launcher.inference.load import load_model
@@ -158,3 +162,49 @@ def test_a_first_token_in_rows_that_are_no_tokens_is_refused(chat_model: Path, t
 def test_file_names_that_are_no_text_are_no_hindrance(chat_model: Path, tmp_path: Path) -> None:
     (Path(os.fsdecode(os.fsencode(chat_model) + b"/\xff.txt"))).touch()
     tritrain("export", chat_model, "--to", tmp_path / "out", "--format", "hf")
+
+
+def test_a_tokenizer_is_the_same_by_its_folder_and_by_its_file(chat_model: Path, tmp_path: Path) -> None:
+    for name, tokenizer in (("folder", chat_model), ("file", chat_model / "tokenizer.json")):
+        tritrain("export", chat_model, "--to", tmp_path / name, "--format", "hf", "--tokenizer", tokenizer)
+        gguf = tmp_path / f"{name}.gguf"
+        tritrain("export", chat_model, "--to", gguf, "--format", "gguf", "--type", "f16", "--tokenizer", tokenizer)
+    for file in (tmp_path / "file").iterdir():
+        if file.name != "README.md":
+            assert (tmp_path / "folder" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert (tmp_path / "folder.gguf").read_bytes() == (tmp_path / "file.gguf").read_bytes()
+
+
+def test_a_folder_of_hugging_face_names_the_tokens_of_its_source(chat_model: Path, tmp_path: Path) -> None:
+    tritrain("convert", chat_model, "--to", tmp_path / "out", "--format", "hf")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (BEGIN, [END, LAST])
+    tritrain("export", chat_model, "--to", tmp_path / "model.gguf", "--format", "gguf", "--type", "f16")
+    tritrain("convert", tmp_path / "model.gguf", "--to", tmp_path / "again", "--format", "hf")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (BEGIN, END)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.bfloat16])
+def test_weights_that_are_rounded_are_said_to_be(chat_model: Path, tmp_path: Path, stored: torch.dtype) -> None:
+    file = chat_model / "model.safetensors"
+    save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file)
+    said = f"Weights in {str(stored).removeprefix('torch.')} are rounded to bf16; --dtype fp32 keeps them."
+    for command in ("convert", "export"):
+        for dtype in ((), ("--dtype", "fp32")):
+            out = tmp_path / f"{command}{len(dtype)}"
+            output = tritrain(command, chat_model, "--to", out, "--format", "hf", *dtype)
+            assert (said in output) == (stored != torch.bfloat16 and not dtype), (command, output)
+
+
+def test_a_manifest_of_something_else_hides_no_model(chat_model: Path) -> None:
+    (chat_model / "manifest.json").write_text(json.dumps({"name": "x"}))
+    assert open_exportable(str(chat_model), ternary=False).source.first_token == BEGIN
+    assert "sound" in tritrain("verify", chat_model)
+
+
+def test_a_damaged_archive_beside_a_model_is_a_file_as_any(chat_model: Path, tmp_path: Path) -> None:
+    source = HuggingFaceSource(chat_model)
+    before = source_digest(source)
+    (chat_model / "original.zip").write_bytes(os.urandom(1000) + b"PK\x05\x06" + b"\x01\x00" * 9)
+    assert source_digest(source) != before

@@ -1,6 +1,7 @@
 """Files and folders that a run reads, and what `plan` and `train` say of those that are missing."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from data.loader import validation_rows
 from data.prepared import no_held_out_text
 from data.shards import PrepareConfig, prepare
 from data.sources import Source, open_sources
+from data.tokenizer import train_tokenizer
 from launcher.checkpoint.folders import MANIFEST, complete_checkpoints, folder_of
 from launcher.errors import ConfigError
 from launcher.inference.inputs import check_inputs, input_problems
@@ -429,3 +431,28 @@ def test_disk_space_is_for_checkpoints_and_possible_exports(shards, tmp_path):
     assert abs(found["free_bytes"] - shutil.disk_usage(tmp_path).free) < 2**30
     remote = tiny_config(shards, tmp_path / "run", checkpoint={"folder": "s3://bucket/run"})
     assert disk_of(make_course(remote), 3, exports)["free_bytes"] is None
+
+
+def test_a_model_of_another_vocabulary_of_the_same_size_is_found_at_once(shards, models, tmp_path, monkeypatch):
+    train_tokenizer(
+        ["other words make other pieces, as zebras and quizzes do. " * 40], "bpe:320", tmp_path / "other.model"
+    )
+    same = shards / "tokenizer.model"
+    for name, tokenizer in (("own", same), ("other", tmp_path / "other.model")):
+        shutil.copytree(models / "sound", tmp_path / name)
+        shutil.copy(tokenizer, tmp_path / name / "tokenizer.model")
+    tree = tiny_tree(shards, tmp_path / "run")
+    tree["model"] = model_tree(VARIANTS["llama"]) | {"vocab_size": 320}
+    tree["checkpoint"] = {"start_from": str(tmp_path / "own")}
+    tree["phases"] = [{"precision": "ternary", "steps": 4, "transition": {"optimizer": "reset"}}]
+    tree["phases"][0]["distillation"] = {"teacher": str(tmp_path / "own")}
+    assert told_of(tree, tmp_path, monkeypatch) == {}
+    tree["checkpoint"]["start_from"] = tree["phases"][0]["distillation"]["teacher"] = str(tmp_path / "other")
+    told = told_of(tree, tmp_path, monkeypatch)
+    said = (
+        rf"its tokenizer, {tmp_path}/other/tokenizer\.model, is another than that of the data, {same}: \d+ of 320 ids "
+        r"stand for other tokens, such as \d+ for '.*' and '.*'\. Prepare the data with the model's\."
+    )
+    assert re.match(rf"{tmp_path}/other: {said}", told["checkpoint.start_from"])
+    teacher = told["phases.0.distillation.teacher"]
+    assert re.match(rf"{tmp_path}/other cannot teach this model:\n{said}", teacher)
