@@ -48,8 +48,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
 
 
-def temporary_place() -> str:
-    """Where temporary files are, in memory if there is enough: writing them takes a fifth of the suite's time."""
+def temporary_place(config: pytest.Config) -> str:
+    """Where temporary files are, in memory if there is enough: writing them takes a fifth of the suite's time.
+
+    Hosts and clusters of slow tests have a `/dev/shm` of their own.
+    """
+    if "not slow" not in config.option.markexpr:
+        return tempfile.gettempdir()
     in_memory = Path("/dev/shm")
     has_room = in_memory.is_dir() and shutil.disk_usage(in_memory).free >= ENOUGH_MEMORY_BYTES
     return str(in_memory) if has_room and "TMPDIR" not in os.environ else tempfile.gettempdir()
@@ -59,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give the session one temporary folder, for its workers and all that they start; it is removed at the end."""
     if hasattr(config, "workerinput"):
         return
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", place := temporary_place())  # the folders of failed tests stay
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", place := temporary_place(config))  # the folders of failed tests stay
     folder = tempfile.mkdtemp(prefix="tritrain-tests-", dir=place)
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "torchinductor")  # one for ranks and tests

@@ -141,6 +141,7 @@ def test_a_run_goes_on_bit_for_bit_with_a_damaged_file(shards: Path, tmp_path: P
     shutil.copytree(reference, run)
     for step in range(8, NUM_STEPS + 1):
         shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+    (run / "state.json").write_text('{"status": "running"}')  # a complete one would be left as it is
     content = (run / name).read_bytes()
     middle = len(content) // 2
     (run / name).write_bytes(b"" if name != "metrics.jsonl" else content[:middle] + b"\0\n" + content[middle:])
