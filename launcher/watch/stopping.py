@@ -102,13 +102,14 @@ class StopRequest:
         return bool(self.reason), *(bool(int(flagged) >> bit & 1) for bit in range(1 + len(due)))
 
     def is_asked_for(self, ranks: Ranks) -> bool:
-        """Return whether all ranks are to stop, before a step; to save has time until after it.
+        """Return whether all ranks are asked to stop, before a step or after it; to save has time.
 
         A collective, on the host.
         """
         self._look_at_times()
-        self.reason = REASONS[int(max_over_ranks([self._asked], ranks)[0])]
-        return bool(self.reason)
+        asked = REASONS[int(max_over_ranks([self._asked], ranks)[0])]
+        self.reason = asked or self.reason  # it may be at the step where it is to stop
+        return bool(asked)
 
     def is_at_step(self, step: int) -> bool:
         """Return whether the run is to stop after this many steps; the same on all ranks."""

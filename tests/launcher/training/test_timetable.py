@@ -161,6 +161,8 @@ def test_a_run_saves_and_stops_at_the_step_that_was_given() -> None:
         assert not table.after(step, plan.phase_of(step - 1), ALONE).stopping
     due = table.after(30, plan.phase_of(29), ALONE)
     assert (due.stopping, due.saving, due.logging, stop.reason) == (True, True, True, "step 30")
+    assert not stop.is_asked_for(ALONE)  # while the model is measured
+    assert stop.reason == "step 30"
 
 
 def test_a_stop_that_is_asked_for_does_not_wait_for_measurements() -> None:
