@@ -56,6 +56,7 @@ def test_what_two_ranks_wrote(at_2: tuple[Path, dict[str, Any]], name: str) -> N
     assert any("numbers" in sentence for sentence in source.missing) == ("zero0" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _, _ in AT_3])
 def test_what_three_ranks_wrote(at_3: tuple[Path, dict[str, Any]], name: str) -> None:
     root, results = at_3

@@ -219,6 +219,8 @@ def test_golden_table_in_llama_cpp(ask: Any, shards: Path, tmp_path: Path, into:
     fill(f"`gguf --type {into}`", tmp_path, shards / "tokenizer.model", compute)
 
 
-@pytest.mark.parametrize("into", TERNARY_TYPES)
+@pytest.mark.parametrize(
+    "into", [pytest.param(into, marks=() if into == "tq2_0" else pytest.mark.slow) for into in TERNARY_TYPES]
+)
 def test_golden_table_of_gguf_without_its_logits(shards: Path, tmp_path: Path, into: str) -> None:
     fill(f"`gguf --type {into}`", tmp_path, shards / "tokenizer.model", lambda files: [])

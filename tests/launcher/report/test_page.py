@@ -73,10 +73,27 @@ def no_figures(monkeypatch):
     monkeypatch.setattr("launcher.report.page.to_svg", lambda *_: "<svg></svg>")
 
 
-def test_the_page_of_one_run_has_everything_in_order(tmp_path):
-    run = make_run(tmp_path / "run")
-    write_report([run], tmp_path / "report.html")
-    page = parse(tmp_path / "report.html")
+@pytest.fixture(scope="module")
+def page_of_one(tmp_path_factory):
+    """A run, and its page."""
+    folder = tmp_path_factory.mktemp("one")
+    run = make_run(folder / "run")
+    write_report([run], folder / "report.html")
+    return run, folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def page_of_two(tmp_path_factory):
+    """The page of two runs."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [make_run(folder / name, name=name, phase_steps=(20, 20)) for name in ("a", "b")]
+    write_report(runs, folder / "report.html")
+    return folder / "report.html"
+
+
+def test_the_page_of_one_run_has_everything_in_order(page_of_one):
+    run, file = page_of_one
+    page = parse(file)
     summary = summarize(run)
     parts = (
         *("demo", verdict(summary), "124 M, of which 84.9 M ternary (68%)", "deepspeed, ZeRO stage 2", "1 h 10 min"),
@@ -152,10 +169,8 @@ def test_averaged_weights_have_a_line_and_a_column_where_there_are_some(tmp_path
     assert "averaged weights" not in parse(tmp_path / "plain.html").text
 
 
-def test_the_page_loads_nothing_and_its_ids_are_unique(tmp_path):
-    runs = [make_run(tmp_path / name, name=name) for name in ("a", "b")]
-    write_report(runs, tmp_path / "report.html")
-    text, page = (tmp_path / "report.html").read_text(), parse(tmp_path / "report.html")
+def test_the_page_loads_nothing_and_its_ids_are_unique(page_of_two):
+    text, page = page_of_two.read_text(), parse(page_of_two)
     assert "http:" not in text
     assert "https:" not in text
     assert "default-src 'none'" in text
@@ -170,9 +185,8 @@ def test_the_page_loads_nothing_and_its_ids_are_unique(tmp_path):
     assert references <= set(page.ids)
 
 
-def test_the_colors_follow_the_readers_theme(tmp_path):
-    write_report([make_run(tmp_path / "run")], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
+def test_the_colors_follow_the_readers_theme(page_of_one):
+    text = page_of_one[1].read_text()
     assert "prefers-color-scheme: dark" in text
     body = text[text.index("<body>") :]
     assert "var(--run-0)" in body
@@ -248,10 +262,8 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path):
     assert to_svg(loss_figure([history]), "loss", "loss") == to_svg(loss_figure([history]), "loss", "loss")
 
 
-def test_a_page_fits_a_phone(tmp_path):
-    runs = [make_run(tmp_path / name, name=name, phase_steps=(20, 20)) for name in ("a", "b")]
-    write_report(runs, tmp_path / "report.html")
-    text, page = (tmp_path / "report.html").read_text(), parse(tmp_path / "report.html")
+def test_a_page_fits_a_phone(page_of_two):
+    text, page = page_of_two.read_text(), parse(page_of_two)
     cells = [attributes for tag, attributes in page.tags if tag == "td"]
     assert {cell.get("data-column") for cell in cells} >= {"1: a", "2: b", "Steps", "Tokens", "run 1, to ternary"}
     assert "@media screen and (max-width: 40rem)" in text
