@@ -66,8 +66,8 @@ def train_with_and_without_tasks(shards, folder, mirror):
         )
         train_run(config)
     assert set(got_on) == {"switch", "tasks", "evaluate"}
-    # In both runs 2 batches, in 16 bits and with one block rounded, and after the held-out text.
-    assert got_on.count("switch") == 2 * (2 * (1 + 2) + 1)
+    # In both runs 2 batches, in 16 bits and with one block rounded, and 2 of the held-out text.
+    assert got_on.count("switch") == 2 * (2 * (1 + 2) + 2)
     assert got_on.count("tasks") >= 3 * 12  # after 3 and 6 steps and at the ends of phases; each batch of each task
 
 

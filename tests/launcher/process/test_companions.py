@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from data import processes
 from launcher.errors import StartError
 from launcher.process import companions, launchers
 from launcher.process.companions import Companions, myself
@@ -33,7 +34,7 @@ def without_proc(path: str) -> Path:
 
 @pytest.mark.parametrize("is_alive", [True, False])
 def test_a_launcher_is_watched_where_there_is_no_proc(is_alive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "Path", without_proc)
+    monkeypatch.setattr(processes, "Path", without_proc)
     pid = os.getpid() if is_alive else ended()
     monkeypatch.setenv(launchers.LAUNCHERS, str(pid))
     lost: list[str] = []
