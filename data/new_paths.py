@@ -18,6 +18,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from data.errors import DataError
@@ -218,10 +219,7 @@ def _new(
                 begun = path.parent / name
             else:
                 _remove(path.parent / name)
-
-    def check() -> None:
-        check_free(path, is_folder=is_folder)
-
+    check = partial(check_free, path, is_folder=is_folder)
     with _renamed(path, check=check, begun=begun, keep=keep, drop=drop) as building:
         yield building
 

@@ -26,7 +26,7 @@ def _options(config: PrepareConfig, sequence_length: int, ngrams: NGrams | None)
         if config.content != "text":
             template = hashlib.sha256(template_for(config, loaded).self_contained().encode()).hexdigest()
             tokenizer |= {"chat_template": f"sha256:{template}", "too_long": config.too_long}
-            tokenizer["prefix_after_special_tokens"] = getattr(loaded, "prefixes_parts", False)
+            tokenizer["prefix_after_special_tokens"] = loaded.prefixes_parts
     return {
         "inputs": list(config.inputs),
         "content": config.content,

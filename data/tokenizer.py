@@ -88,6 +88,11 @@ class Tokenizer(Protocol):
         """Return the ids of the special tokens that stand for no text, as the tokenizer's file marks them."""
         ...
 
+    @property
+    def prefixes_parts(self) -> bool:
+        """Whether the space that the tokenizer puts in front of a text comes after special tokens too."""
+        ...
+
     def encode_special_spans(self, text: str) -> tuple[list[int], list[Span]]:
         """Return what `encode_special` gives, and of each id the first character of its text and the one after it.
 
@@ -152,24 +157,24 @@ def load_tokenizer(path: str | Path, end_of_document: str | None = None) -> Toke
         )
     if problem := pointer_problem(path):
         raise DataError(f"{path}: {problem}")
+    added = added_tokens(path.parent)
     if path.suffix == ".model":
-        tokenizer = SentencePieceTokenizer(path, end_of_document)
-        if lacking := [name for name, token in added_tokens(path.parent).items() if token >= tokenizer.vocab_size]:
-            raise DataError(
-                f"{path}: lacks tokens that files beside it add, such as {lacking[0]!r}; save the tokenizer as "
-                "tokenizer.json, which has them (`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`)"
-            )
-        return tokenizer
-    if path.suffix == ".json":
-        fast = HuggingFaceTokenizer(path, end_of_document)
-        there = vocabulary(fast.definition)
-        if lacking := [name for name in added_tokens(path.parent) if name not in there]:
-            raise DataError(
-                f"{path}: lacks tokens that files beside it add, such as {lacking[0]!r}; save the tokenizer anew, "
-                "with them (`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`)"
-            )
-        return fast
-    raise DataError(f"{path}: must be a SentencePiece .model or a Hugging Face .json file, not {path.suffix!r}")
+        tokenizer: Tokenizer = SentencePieceTokenizer(path, end_of_document)
+        lacking = [name for name, token in added.items() if token >= tokenizer.vocab_size]
+        advice = "as tokenizer.json, which has them"
+    elif path.suffix == ".json":
+        tokenizer = fast = HuggingFaceTokenizer(path, end_of_document)
+        there = vocabulary(fast.definition) if added else {}
+        lacking = [name for name in added if name not in there]
+        advice = "anew, with them"
+    else:
+        raise DataError(f"{path}: must be a SentencePiece .model or a Hugging Face .json file, not {path.suffix!r}")
+    if lacking:
+        raise DataError(
+            f"{path}: lacks tokens that files beside it add, such as {lacking[0]!r}; save the tokenizer {advice} "
+            "(`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`)"
+        )
+    return tokenizer
 
 
 def file_in(folder: Path) -> Path | None:

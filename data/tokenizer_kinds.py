@@ -286,6 +286,8 @@ class SentencePieceTokenizer(_InParts):
 class HuggingFaceTokenizer(_InParts):
     """A `tokenizer.json`, read by the `tokenizers` library; see `data.tokenizer.Tokenizer`."""
 
+    prefixes_parts = False
+
     def __init__(self, path: Path, end_of_document: str | None) -> None:
         # One process is one worker: `prepare` starts more itself, and a process that ran threads should not fork.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -16,7 +16,6 @@ from data.prepared import TRAIN
 from data.sentencepiece_model import prefixing_parts
 from data.survey import TOKEN_KINDS, Survey, suffix_of
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from data.tokenizer_kinds import SentencePieceTokenizer
 from data.transformers_files import CHAT_TEMPLATE
 
 TRAINING_SAMPLE_BYTES = 10_000_000  # more text hardly changes a vocabulary
@@ -35,7 +34,7 @@ def copied(
     if template is not None:
         (out / CHAT_TEMPLATE).write_text(template.self_contained(), encoding="utf-8", newline="")
         flush(out / CHAT_TEMPLATE)
-        if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.prefixes_parts:
+        if tokenizer.prefixes_parts:
             content = prefixing_parts(content)
     path = out / f"tokenizer{tokenizer.path.suffix}"
     path.write_bytes(content)

@@ -135,7 +135,7 @@ class Saver:
         """Whether a checkpoint is being written in the background."""
         return self._thread is not None and self._thread.is_alive()
 
-    def outlast_failure(self, got_on: Callable[[], None] = lambda: None) -> None:
+    def outlast_failure(self, got_on: Callable[[], None]) -> None:
         """Let a checkpoint that is being written be completed when the run fails, and the process is about to end.
 
         Args:

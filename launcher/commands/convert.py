@@ -24,8 +24,7 @@ from launcher.formats.convert import (
     unchanged,
 )
 from launcher.formats.deepspeed_universal import check_universal, write_universal
-from launcher.formats.hf_folder import to_json, write_hf
-from launcher.formats.hf_source import rounding_note
+from launcher.formats.hf_folder import rounding_note, to_json, write_hf
 from launcher.formats.open import check_sound, open_source
 from launcher.formats.provenance import source_record
 from launcher.formats.tokens import named_tokens

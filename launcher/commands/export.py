@@ -20,7 +20,7 @@ from launcher.formats.choices import (
 )
 from launcher.formats.gguf_export import export_gguf
 from launcher.formats.hf_export import HfWeights, default_dtype, export_hf
-from launcher.formats.hf_source import rounding_note
+from launcher.formats.hf_folder import rounding_note
 from launcher.formats.onnx_export import export_onnx
 from launcher.formats.opened import Exportable, open_exportable
 from launcher.process.console import Console

@@ -12,7 +12,7 @@ import re
 import torch
 import torch.distributed as dist
 
-from launcher.engine.contract import MOMENTS, Engine
+from launcher.engine.contract import MOMENTS, Engine, Shard
 from quant.config import QuantConfig
 from quant.linear import LEARNED_SCALE, is_learned_scale, quantized_layers
 from quant.rounding import bf16_values, first_alpha
@@ -21,6 +21,8 @@ from quant.rounding import bf16_values, first_alpha
 @torch.no_grad()
 def initialize_scales_(engine: Engine, before: QuantConfig | None = None) -> None:
     """Set the learned scales of the quantized layers to their rows' largest weights, and their moments to 0.
+
+    The moments of scales that the phase does not use are cleared too.
 
     Each rank looks at its ranges of the matrices, and the largest of all ranks' is taken, which is exact: the scales do
     not depend on how the model is sharded. A collective.
@@ -37,15 +39,14 @@ def initialize_scales_(engine: Engine, before: QuantConfig | None = None) -> Non
         if is_learned_scale(shard.name):
             layer = layers.get(shard.name.removesuffix(f".{LEARNED_SCALE}"))
             if layer is None or not layer.quant_config.learned:
-                for moment in MOMENTS:
-                    shard.tensors[moment].zero_()
+                _forget_moments(shard)
     levels = {
         name: layer.quant_config.levels
         for name, layer in layers.items()
         if layer.quant_config.learned and not _was_trained(name, layer.quant_config, before)
     }
     if not levels:
-        engine.refresh_weights()
+        engine.refresh_weights()  # no weight has changed, but stage 3 of ZeRO forgets the last gradients with it
         return
     rows = {name: layers[name].out_features for name in levels}
     everything = torch.zeros(sum(rows.values()), device=engine.device)
@@ -63,10 +64,14 @@ def initialize_scales_(engine: Engine, before: QuantConfig | None = None) -> Non
         if is_learned_scale(shard.name) and (name := shard.name.removesuffix(f".{LEARNED_SCALE}")) in levels:
             end = shard.start + len(shard.tensors["weight"])
             shard.tensors["weight"].copy_(first_alpha(largest[name], levels[name])[shard.start : end])
-            for moment in MOMENTS:
-                shard.tensors[moment].zero_()
+            _forget_moments(shard)
             shard.step.zero_()
     engine.refresh_weights()
+
+
+def _forget_moments(shard: Shard) -> None:
+    for moment in MOMENTS:
+        shard.tensors[moment].zero_()
 
 
 def _was_trained(name: str, config: QuantConfig, before: QuantConfig | None) -> bool:

@@ -40,6 +40,14 @@ class Stored(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
+def rounding_note(source: Source, dtype: torch.dtype) -> str | None:
+    """A sentence if writing weights in a dtype rounds those that a source has stored; None if it does not."""
+    wider = source.stored_dtypes & {torch.float16, torch.float32}
+    if dtype != torch.bfloat16 or not wider:
+        return None
+    return f"Weights in {' and '.join(sorted(map(dtype_name, wider)))} are rounded to bf16; --dtype fp32 keeps them."
+
+
 def write_hf(
     source: Source,
     config: ModelConfig,

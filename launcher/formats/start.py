@@ -13,8 +13,9 @@ from launcher.checkpoint.reader import CheckpointReader
 from launcher.checkpoint.source import KINDS, Source
 from launcher.errors import CheckpointError
 from launcher.formats.open import check_model, is_ternary, open_source
-from launcher.formats.vocabularies import tokenizer_to_compare, vocabulary_problem
+from launcher.formats.vocabularies import vocabulary_problem
 from launcher.plan.course import Course
+from launcher.plan.exports import tokenizer_file
 
 
 def first_progress(course: Course) -> Progress:
@@ -61,7 +62,7 @@ def check_start(source: Source, course: Course, data_fingerprint: str | None = N
         CheckpointError: the source does not fit the model, the data, or the phase that the run begins in.
     """
     check_model(source, course.config.model)
-    if problem := vocabulary_problem(source, tokenizer_to_compare(course.config)):
+    if problem := vocabulary_problem(source, tokenizer_file(course.config)):
         raise CheckpointError(f"{source.location}: {problem}")
     phase = course.phases[course.config.checkpoint.start_phase]
     if phase.transition.optimizer != "reset" and not source.has_moments:

@@ -14,8 +14,9 @@ from launcher.config.averaging import AVERAGED
 from launcher.config.sections import Config
 from launcher.errors import CheckpointError
 from launcher.formats.open import is_ternary, model_of
-from launcher.formats.vocabularies import tokenizer_to_compare, vocabulary_problem
+from launcher.formats.vocabularies import vocabulary_problem
 from launcher.plan.course import Course, Phase
+from launcher.plan.exports import tokenizer_file
 from model.size import parameter_shapes
 from model.transformer import ModelConfig
 
@@ -55,7 +56,7 @@ def teacher_model(source: Source, config: Config, phase: Phase) -> ModelConfig:
         problems.append("it is ternary; a teacher must be in 16 bits")
     if model.vocab_size != config.model.vocab_size:
         problems.append(f"its vocab_size is {model.vocab_size}, the model's {config.model.vocab_size}")
-    elif problem := vocabulary_problem(source, tokenizer_to_compare(config)):
+    elif problem := vocabulary_problem(source, tokenizer_file(config)):
         problems.append(problem)
     if model.max_sequence_length < config.data.sequence_length:
         wanted = config.data.sequence_length

@@ -103,10 +103,8 @@ def named_tokens(source: Source) -> dict[str, object]:
         CheckpointError: the source's `config.json` is damaged.
         DataError: its tokenizer cannot be read.
     """
-    folder = to_location(source.location)
-    if not isinstance(source, CheckpointReader) and (folder / CONFIG).is_file():
-        config = read_json(folder / CONFIG)
-        return {key: config[key] for key in NAMED if key in config}
+    if not isinstance(source, CheckpointReader) and (named := _named_in(to_location(source.location))):
+        return named
     if (tokenizer := tokenizer_of(source)) is None:
         return {}
     end = load_tokenizer(tokenizer).end_of_document
@@ -142,10 +140,15 @@ def folder_tokens(exportable: Exportable, tokenizer: Path | None) -> tuple[dict[
             puts_first_token=puts_first(exportable.source, tokenizer),
         )
         return named, files
-    if (folder / CONFIG).is_file():
-        config = read_json(folder / CONFIG)
-        named |= {key: config[key] for key in NAMED if key in config}
-    return named, own_files(folder)
+    return named | _named_in(folder), own_files(folder)
+
+
+def _named_in(folder: Path) -> dict[str, object]:
+    """The keys of a folder's `config.json` that name tokens; empty if it has none."""
+    if not (folder / CONFIG).is_file():
+        return {}
+    config = read_json(folder / CONFIG)
+    return {key: config[key] for key in NAMED if key in config}
 
 
 def gguf_tokens(exportable: Exportable, tokenizer: Path) -> dict[str, object]:

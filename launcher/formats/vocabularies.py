@@ -2,15 +2,11 @@
 
 from pathlib import Path
 
-from data.config import TRAINED_SPEC
 from data.errors import DataError
-from data.hub_tokenizer import is_on_hub
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_kinds import SPACE_MARK
 from launcher.checkpoint.source import Source
-from launcher.config.sections import Config
 from launcher.formats.opened import tokenizer_of
-from launcher.plan.exports import tokenizer_of_data
 
 OTHER_SHARE = 0.1
 """Of the ids that both have, this many may stand for other tokens: names that a model reserves are given to others."""
@@ -27,12 +23,10 @@ def vocabulary_problem(source: Source, of_data: Path | None) -> str | None:
     """
     try:
         own = tokenizer_of(source)
-        if own is None or of_data is None or own == of_data:
+        if own is None or of_data is None or own.read_bytes() == of_data.read_bytes():
             return None
         ours, theirs = load_tokenizer(of_data), load_tokenizer(own)
-    except DataError:  # what is wrong with it is said where it is needed
-        return None
-    if ours.fingerprint == theirs.fingerprint:
+    except (DataError, OSError):  # what is wrong with it is said where it is needed
         return None
     total = min(ours.vocab_size, theirs.vocab_size)
     other = [token for token in range(total) if _spelled(ours, token) != _spelled(theirs, token)]
@@ -45,16 +39,6 @@ def vocabulary_problem(source: Source, of_data: Path | None) -> str | None:
         "the data with the model's. To give the model another vocabulary all the same, begin with a copy of it "
         "without a tokenizer, as `tritrain convert MODEL --to DIR --format hf` writes one"
     )
-
-
-def tokenizer_to_compare(config: Config) -> Path | None:
-    """The tokenizer of a run's data, prepared or not; None where it is yet to be trained or fetched."""
-    prepare = config.data.prepare
-    if (found := tokenizer_of_data(config)) is not None or prepare is None:
-        return found
-    if TRAINED_SPEC.fullmatch(prepare.tokenizer) or is_on_hub(prepare.tokenizer):
-        return None
-    return Path(prepare.tokenizer)
 
 
 def _spelled(tokenizer: Tokenizer, token: int) -> str:

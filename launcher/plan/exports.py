@@ -14,7 +14,7 @@ from typing import Literal
 from data.errors import DataError
 from data.gguf_byte_level import byte_level_vocabulary
 from data.prepared import read_manifest
-from data.tokenizer import TRAINED_SPEC
+from data.tokenizer import TRAINED_SPEC, file_in
 from data.tokenizer_definition import read_definition
 from data.tokenizer_json import UNIGRAM, sentencepiece_problem
 from launcher.config.sections import Config
@@ -305,7 +305,7 @@ def tokenizer_file(config: Config) -> Path | None:
     if found is not None or prepare is None or TRAINED_SPEC.fullmatch(prepare.tokenizer):
         return found
     path = Path(prepare.tokenizer)
-    return path if path.is_file() else None
+    return file_in(path) if path.is_dir() else path if path.is_file() else None
 
 
 def tokenizer_problems(config: Config) -> list[str]:

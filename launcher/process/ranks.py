@@ -30,6 +30,8 @@ RECORDED_COLLECTIVES = 2000
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that say which rank a process is."""
+MEETING_NUMBERS = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+"""Those of them that whoever starts ranks by hand must set, beside the address."""
 
 
 @dataclass(frozen=True)
@@ -149,37 +151,37 @@ def _complete_environment() -> bool:
     if is_alone:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         env.setdefault("LOCAL_RANK", "0")  # one that is given says which GPU
-    _check_environment(is_alone)
+    else:
+        _check_environment()
     if "LOCAL_SIZE" in env:  # what the `deepspeed` launcher calls it
         env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
     return is_alone
 
 
-def _check_environment(is_alone: bool) -> None:
+def _check_environment() -> None:
     """Check the variables that say which rank this process is, and where rank 0 is.
 
     Raises:
         StartError: one is missing, or has a value that cannot be.
     """
-    numbers = {"RANK": 0, "WORLD_SIZE": 0} if is_alone else {"RANK": 0, "WORLD_SIZE": 0, "MASTER_PORT": 0}
-    needed = [*numbers] if is_alone else [*numbers, "MASTER_ADDR"]
-    if missing := [name for name in needed if name not in os.environ]:
+    if missing := [name for name in (*MEETING_NUMBERS, "MASTER_ADDR") if name not in os.environ]:
         raise StartError(
             f"{' and '.join(missing)}: not in the environment, but RANK is; whoever sets one of RANK, WORLD_SIZE, "
             "MASTER_ADDR and MASTER_PORT must set all four"
         )
-    for name in numbers:
+    numbers = []
+    for name in MEETING_NUMBERS:
         try:
-            numbers[name] = int(os.environ[name])
+            numbers.append(int(os.environ[name]))
         except ValueError:
             raise StartError(f"{name}: is {os.environ[name]!r} in the environment; must be a whole number") from None
-    if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+    rank, world_size, port = numbers
+    if not 0 <= rank < world_size:
         raise StartError(
-            f"RANK: is {numbers['RANK']} in the environment, where WORLD_SIZE is {numbers['WORLD_SIZE']}; ranks are "
-            "numbered from 0"
+            f"RANK: is {rank} in the environment, where WORLD_SIZE is {world_size}; ranks are numbered from 0"
         )
-    if not 0 <= numbers.get("MASTER_PORT", 0) < 2**16:
-        raise StartError(f"MASTER_PORT: is {numbers['MASTER_PORT']} in the environment; must be below 65536")
+    if not 0 <= port < 2**16:
+        raise StartError(f"MASTER_PORT: is {port} in the environment; must be below 65536")
 
 
 def first_host(nodelist: str) -> str:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from minimal import tree
 from ranks import run_group, run_ranks
 from runs import run
@@ -25,7 +24,6 @@ from launcher.training.held_out import HeldOut
 from launcher.training.timetable import Timetable
 from launcher.watch.stopping import StopRequest
 
-ONE = Ranks(0, 1, 0, torch.device("cpu"))
 LENGTHS = ["phases.0.steps=100", "phases.1.steps=100", "logging.interval_steps=4", "schedule.warmup_steps=0"]
 
 
@@ -197,7 +195,7 @@ def stopped_while_measuring(shards: str, out: str) -> list[Any]:
         folder, plan = RunFolder(config), make_plan(config, 1)
         folder.prepare([phase.end - phase.start for phase in plan.phases])
         for stop in [*(AskedWhileMeasuring(folder.path, step) for step in steps), StopRequest()]:
-            outcome = train(plan, ONE, folder, stop, Console(silent=True))
+            outcome = train(plan, ALONE, folder, stop, Console(silent=True))
             newest = folder.newest_checkpoint()
             found.append([name, outcome, newest.name if newest else ""])
     return found
