@@ -13,13 +13,11 @@ Published tokenizers name it in different places. The first of these that names 
 Where the place that decides names several tokens, and not exactly one of them has a usual name, nothing is guessed.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from data.errors import DataError
-from data.pointers import pointer_problem
+from data.transformers_files import json_object
 
 USUAL_NAMES = (
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|end▁of▁sentence|>",
@@ -91,7 +89,7 @@ def _named(
         yield str(path), own
     for name, key in NAMING_FILES.items():
         file = path.with_name(name)
-        value = _value(file, key)
+        value = json_object(file).get(key)
         if isinstance(value, dict):
             value = value.get("content")
         values = value if isinstance(value, list) else [value]
@@ -109,15 +107,3 @@ def _is_of_a_run(path: Path) -> bool:
         return False
     with config.open("rb") as file:
         return file.read(len(FIRST_OF_A_RUN)) == FIRST_OF_A_RUN
-
-
-def _value(file: Path, key: str) -> Any:
-    if not file.is_file():
-        return None
-    if problem := pointer_problem(file):
-        raise DataError(f"{file}: {problem}; it may name the token that ends a document")
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not JSON: {error}; it may name the token that ends a document") from error
-    return content.get(key) if isinstance(content, dict) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.pointers import pointer_problem
 from data.tokenizer_definition import read_definition, steps_of
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
@@ -125,8 +126,12 @@ def json_object(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
+    if problem := pointer_problem(file):
+        raise DataError(f"{file}: {problem}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON: {error}") from error
     return content if isinstance(content, dict) else {}

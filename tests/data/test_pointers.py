@@ -81,7 +81,7 @@ def test_tokenizers(name: str, tmp_path: Path) -> None:
 
 def test_files_beside_a_tokenizer(shards: Path, tmp_path: Path) -> None:
     shutil.copy(shards / "tokenizer.model", tmp_path)
-    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json", "added_tokens.json"):
         refused(tmp_path / name, lambda: load_tokenizer(tmp_path))
         (tmp_path / name).unlink()
 
