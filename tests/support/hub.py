@@ -1,8 +1,7 @@
 """A server on loopback that speaks as much of the Hugging Face hub's protocol as uploads and downloads of files need.
 
-Repositories are created, files are classified, large ones go through Git LFS, and a commit names them all. It checks
-what the hub checks: the token, that a repository exists, and the digests of
-large files.
+Repositories are created, files are classified, large ones go through Git LFS, and a commit names them all. It checks what
+the hub checks: the token, that a repository and a file to delete exist, and the digests of large files.
 """
 
 import base64
@@ -114,18 +113,23 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         self.answer({"commitUrl": f"{url}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
-        """The list of a repository's files, and the files; without an account, as of a public repository."""
+        """The list of a repository's files, and the files; without the token, those of public repositories only."""
         self.server.requests.append(f"{self.command} {self.path}")
         name, files = self.named()
         parts = self.path.partition("?")[0].split("/")
-        if files is None or self.server.private.get(name):
+        knows = self.headers.get("Authorization") == f"Bearer {self.server.token}"
+        if files is None or (self.server.private.get(name) and not knows):
             self.answer({"error": "Repository not found"}, 404)
+        elif parts[5:6] == ["tree"]:
+            self.answer([{"type": "file", "path": file, "size": len(files[file]), "oid": "0"} for file in sorted(files)])
         elif parts[1] == "api":
             self.answer({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in sorted(files)]})
         elif (content := files.get("/".join(parts[parts.index("resolve") + 2 :]))) is None:

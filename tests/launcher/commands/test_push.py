@@ -70,6 +70,24 @@ def test_what_is_exported_is_in_the_repository(run: Path, tmp_path: Path, hub: H
     assert hub.private == {"me/model": False}
 
 
+def test_files_of_an_earlier_export_do_not_stay_to_be_read(run: Path, tmp_path: Path, hub: Hub) -> None:
+    older = {
+        **{f"model-0000{number}-of-00002.safetensors": b"older" for number in (1, 2)},
+        **{"model.safetensors.index.json": b"{}", "chat_template.jinja": b"older", "added_tokens.json": b"{}"},
+    }
+    own = {"LICENSE": b"mine", "other.gguf": b"another format", "model.onnx": b"too", "8-bit/model.safetensors": b"too"}
+    hub.repositories["me/model"], hub.private["me/model"] = {**older, **own}, True
+    code, output = export(run, tmp_path / "out", "--format", "hf-ternary", "--push", "me/model")
+    assert code == 0, output
+    written = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert hub.repositories == {"me/model": {**own, **written}}
+    assert len(hub.messages) == 1
+    assert all(name in output for name in older)
+    code, output = export(run, tmp_path / "a.gguf", "--format", "gguf", "--type", "q2_0", "--push", "me/model")
+    assert code == 0, output
+    assert hub.repositories == {"me/model": {**own, **written, "a.gguf": (tmp_path / "a.gguf").read_bytes()}}
+
+
 def test_nothing_is_uploaded_that_verify_refuses(
     run: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
