@@ -25,13 +25,13 @@ from launcher.process.console import Console
 from launcher.process.exchange import failing_alike
 from launcher.process.ranks import Ranks
 from launcher.run.folder import RunFolder
-from launcher.run.log_keys import OTHER_TEXT
+from launcher.run.log_keys import OTHER_TEXT, TRAINED
 from launcher.run.row_losses import note_row_losses
 from launcher.run.samples import Sample, note_samples
 from launcher.training.averaging import carry_average
 from launcher.training.begin import LoopState, begin
 from launcher.training.held_out import HeldOut
-from launcher.training.meter import EVALUATED, TRAINED
+from launcher.training.meter import EVALUATED
 from launcher.training.record import manifest_of, skip_advice, summary
 from launcher.training.reference import open_second_model
 from launcher.training.rollback import give_up, has_not_recovered, rollback_note

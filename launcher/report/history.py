@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from launcher.errors import LogError
 from launcher.run.level import curve_of, level_at, middles, noise_of_a_step
-from launcher.run.log_keys import CROSS_ENTROPY, OTHER_TEXT, PREFERENCE_LOSS
+from launcher.run.log_keys import LOSS, OTHER_TEXT, TRAINED, cross_entropy_of
 from launcher.run.metrics_log import ROW, numbered_rows
 from launcher.run.recovery import NUM_LOSSES, LoggedLoss, Transition, measure
 
-LOSS, BITS_PER_BYTE = "train/loss", "validation/bits_per_byte"
+BITS_PER_BYTE = "validation/bits_per_byte"
 AVERAGED = "validation/bits_per_byte_averaged"
 """Held-out loss of the averaged weights."""
 
@@ -140,10 +140,8 @@ def read_history(path: Path, name: str) -> History:
         precisions[phase] = precision
         if row.get("validation/when") == "start of phase":  # exact, even if the last rows before it are missing
             begins[phase] = step, seen
-        if f"train/{PREFERENCE_LOSS}" in row:
-            row.pop(LOSS, None)  # the same number: it is of pairs, and no cross-entropy
-        elif "train/learning_rate" in row:  # a training step; a loss that is not finite is not written down
-            row[LOSS] = row.get(CROSS_ENTROPY, row.get(LOSS, math.nan))
+        if TRAINED in row:
+            row[LOSS] = cross_entropy_of(row)
         if "quant/layers" in row:
             looks.append((step, seen, phase, row["quant/layers"]))
         for key, value in row.items():

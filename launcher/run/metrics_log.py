@@ -12,7 +12,7 @@ import numpy as np
 from data.new_paths import replace_file
 from launcher.errors import LogError
 from launcher.run.folder import set_aside
-from launcher.run.log_keys import DRAWN
+from launcher.run.log_keys import DRAWN, LOSS, TRAINED
 from launcher.run.recovery import SpikeWatch
 from launcher.run.row_losses import ROW_LOSSES, keep_until
 from launcher.run.samples import SAMPLES
@@ -26,7 +26,7 @@ HISTOGRAM_EDGES = {
 """Edges of the bins of what is logged as a list of shares of all quantized weights."""
 
 TENSORBOARD_TAGS = {
-    "train/loss": "1-loss/train",
+    LOSS: "1-loss/train",
     "validation/loss": "1-loss/validation",
     "validation/bits_per_byte": "1-loss/validation_bits_per_byte",
     "validation/loss_averaged": "1-loss/validation_averaged",
@@ -67,14 +67,13 @@ class MetricsLog:
         self.keys_of_step = {key for row in kept if (row["step"], row["phase"]) == (step, phase) for key in row}
         """The keys of all rows of the step that the run goes on from."""
         self.elapsed_seconds = max((row.get("time/elapsed_seconds", 0.0) for row in kept), default=0.0)
-        self.spikes = SpikeWatch()
+        self._spikes = SpikeWatch()
         self.drawn: dict[int, dict[str, int]] = {}
         """By phase, the last counts of tokens by source that it has, as they are in the row."""
         for row in kept:
-            if "train/learning_rate" in row:
-                self.spikes.add(row)
-                if tokens := {key: value for key, value in row.items() if key.startswith(DRAWN)}:
-                    self.drawn[row["phase"]] = tokens
+            self._spikes.add(row)
+            if TRAINED in row and (tokens := {key: count for key, count in row.items() if key.startswith(DRAWN)}):
+                self.drawn[row["phase"]] = tokens
         self._feeds = feeds
         self._tensorboard = None
         self._tags = {} if has_old_tags(folder / "tensorboard") else TENSORBOARD_TAGS
@@ -85,8 +84,12 @@ class MetricsLog:
             if (folder / "config.yaml").is_file():
                 self._tensorboard.add_text("configuration", as_code((folder / "config.yaml").read_text()), step)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row; numbers that are not finite are left out, in a list null, as JSON has no word for them."""
+    def write(self, row: dict[str, Any], *, phase_ends: bool = False) -> None:
+        """Append one row, with the numbers of a transition that is over by it.
+
+        Numbers that are not finite are left out, in a list null, as JSON has no word for them.
+        """
+        row = row | self._spikes.add(row, phase_ends=phase_ends)
         row = {key: plain for key, value in row.items() if (plain := _without_nan(value)) is not None or value is None}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()

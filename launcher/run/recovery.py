@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from launcher.run.level import WINDOWS, Curve, Level, curve_of, level_at, noise_of_a_step
+from launcher.run.log_keys import OTHER_TEXT, TRAINED, cross_entropy_of
 
 NUM_LOSSES = 64
 """Logged losses on each side of a switch that levels and noise are taken from."""
@@ -200,29 +201,40 @@ class Recovery:
 
 
 class SpikeWatch:
-    """Follows a run's logged training steps and measures its transitions."""
+    """Follows a run's logged rows and measures its transitions, where the losses of both sides compare."""
 
     def __init__(self) -> None:
         self._row: dict[str, Any] = {}
         self._switch: dict[str, Any] | None = None
         """The last row before a switch whose numbers are still to be logged."""
+        self._other_text: int | None = None
+        """The last phase whose text is another than that of the phase before."""
         self._recent = deque[LoggedLoss](maxlen=NUM_LOSSES)
         self._before: list[LoggedLoss] = []
         self._after: list[LoggedLoss] = []
         self._recovery: Recovery | None = None
 
     def add(self, row: dict[str, Any], *, phase_ends: bool = False) -> dict[str, float]:
-        """Take the row of the next logged training step.
+        """Take the next logged row.
 
         Returns:
             What is to be logged with it: the transition's numbers where the loss is back and `NUM_LOSSES` losses have
             been logged, or where the phase ends; else nothing.
         """
+        if OTHER_TEXT in row:  # written as the phase begins
+            self._other_text = row["phase"]
+        if TRAINED not in row:
+            return {}
+        loss = cross_entropy_of(row)
         if self._row and row["phase"] != self._row["phase"]:
-            self._switch, self._before, self._after, self._recovery = self._row, [*self._recent], [], None
+            compares = loss is not None and self._recent and self._other_text != row["phase"]
+            self._switch = self._row if compares else None
+            self._before, self._after, self._recovery = [*self._recent], [], None
             self._recent.clear()
         self._row = row
-        point = LoggedLoss(row["step"], row["tokens"], row.get("train/loss", math.nan), row["quant/strength"])
+        if loss is None:
+            return {}
+        point = LoggedLoss(row["step"], row["tokens"], loss, row["quant/strength"])
         self._recent.append(point)
         if self._switch is None:
             return {}

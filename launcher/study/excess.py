@@ -14,9 +14,7 @@ import numpy as np
 
 from launcher.plan.course import Course
 from launcher.run.level import Curve, highest_level
-from launcher.run.log_keys import CROSS_ENTROPY
-
-LOSS, RATE = "train/loss", "train/learning_rate"
+from launcher.run.log_keys import LOSS, TRAINED, cross_entropy_of
 
 Steps = tuple[int, int]
 """The finished steps before and after those that a loss is the mean of."""
@@ -88,10 +86,10 @@ def by_steps(log: Sequence[Mapping[str, Any]]) -> dict[Steps, float]:
 
     With a teacher, its terms are left out: they are of another size, and a run without one has none.
     """
-    rows = [row for row in log if LOSS in row or RATE in row]  # a loss that is not finite is left out of its row
+    rows = [row for row in log if LOSS in row or TRAINED in row]
     befores = [0, *(row["step"] for row in rows)]
     return {
-        (before, row["step"]): row.get(CROSS_ENTROPY, row[LOSS])
+        (before, row["step"]): loss
         for before, row in zip(befores, rows, strict=False)
-        if LOSS in row
+        if (loss := cross_entropy_of(row)) is not None and math.isfinite(loss)
     }

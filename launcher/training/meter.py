@@ -18,7 +18,7 @@ from launcher.plan.gpus import find_gpu
 from launcher.plan.plan import Plan
 from launcher.process.console import Console
 from launcher.process.ranks import Ranks
-from launcher.run.log_keys import CROSS_ENTROPY, PREFERENCE_LOSS, REWARD_ACCURACY, REWARD_MARGIN
+from launcher.run.log_keys import CROSS_ENTROPY, LOSS, PREFERENCE_LOSS, REWARD_ACCURACY, REWARD_MARGIN, TRAINED
 from launcher.run.metrics_log import MetricsLog
 from launcher.training.mixtures import DrawnTokens
 from launcher.training.step import StepResult
@@ -44,7 +44,7 @@ def peak_memory_gib(device: torch.device) -> float:
 LOSS_PARTS = (CROSS_ENTROPY, "train/distillation_loss", "train/relation_loss")
 """The keys of `model.transformer.Output.parts`, in its order."""
 
-TRAINED, EVALUATED = "train/learning_rate", "validation/when"
+EVALUATED = "validation/when"
 """Keys that every row of a training step has, and every row of a held-out loss, whatever is not finite in it."""
 
 
@@ -137,7 +137,7 @@ class Meter:
             self._row()
             | compared
             | {
-                "train/loss": mean_loss,
+                LOSS: mean_loss,
                 "train/grad_norm": float(grad_norm),
                 TRAINED: learning_rate,
                 "train/skipped_steps": self._at.skipped_steps,
@@ -168,7 +168,7 @@ class Meter:
         row |= self._drawn.log(self._at.phase)
         if self._log is not None:
             phase_ends = self._at.step == self._plan.phases[self._at.phase].end
-            self._log.write(row | self._log.spikes.add(row, phase_ends=phase_ends))
+            self._log.write(row, phase_ends=phase_ends)
         if skipped_steps:
             self._console.line(
                 f"WARNING: {skipped_steps} of the {self._steps} steps up to step {self._at.step} had no finite "

@@ -1,7 +1,7 @@
 """A server on loopback that speaks as much of the Hugging Face hub's protocol as uploads and downloads of files need.
 
-Repositories are created, files are classified, large ones go through Git LFS, and a commit names them all. It checks what
-the hub checks: the token, that a repository and a file to delete exist, and the digests of large files.
+Repositories are created, files are classified, large ones go through Git LFS, and a commit names them all. It checks
+what the hub checks: the token, that a repository and a file to delete exist, and the digests of large files.
 """
 
 import base64
@@ -129,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         if files is None or (self.server.private.get(name) and not knows):
             self.answer({"error": "Repository not found"}, 404)
         elif parts[5:6] == ["tree"]:
-            self.answer([{"type": "file", "path": file, "size": len(files[file]), "oid": "0"} for file in sorted(files)])
+            self.answer([{"type": "file", "path": each, "size": len(files[each]), "oid": ""} for each in sorted(files)])
         elif parts[1] == "api":
             self.answer({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in sorted(files)]})
         elif (content := files.get("/".join(parts[parts.index("resolve") + 2 :]))) is None:

@@ -73,7 +73,9 @@ def test_what_is_exported_is_in_the_repository(run: Path, tmp_path: Path, hub: H
 def test_files_of_an_earlier_export_do_not_stay_to_be_read(run: Path, tmp_path: Path, hub: Hub) -> None:
     older = {
         **{f"model-0000{number}-of-00002.safetensors": b"older" for number in (1, 2)},
-        **{"model.safetensors.index.json": b"{}", "chat_template.jinja": b"older", "added_tokens.json": b"{}"},
+        "model.safetensors.index.json": b"{}",
+        "chat_template.jinja": b"older",
+        "added_tokens.json": b"{}",
     }
     own = {"LICENSE": b"mine", "other.gguf": b"another format", "model.onnx": b"too", "8-bit/model.safetensors": b"too"}
     hub.repositories["me/model"], hub.private["me/model"] = {**older, **own}, True

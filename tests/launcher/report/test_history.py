@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.report.history import History, PhaseSpan, Series, curves, find_transitions, read_history
 from launcher.report.plots import thin
+from launcher.run.metrics_log import MetricsLog, read_metrics
 
 
 def history_of(losses: dict[str, list[float]], strength: list[float] | None = None, log_every: int = 1) -> History:
@@ -72,6 +74,45 @@ def test_thinning_keeps_ends_and_extremes_in_order(values, num_stretches):
     if np.isfinite(array).any():
         assert np.nanmin(array[kept]) == np.nanmin(array)
         assert np.nanmax(array[kept]) == np.nanmax(array)
+
+
+@pytest.mark.parametrize("resumed_at", [None, 130, 230])
+@pytest.mark.parametrize("second", ["ternary", "with a teacher", "of chats", "of pairs", "after pairs"])
+def test_a_running_job_measures_the_transitions_that_a_report_shows(tmp_path, second, resumed_at):
+    noise = np.random.default_rng(0).normal(0, 0.01, 400).tolist()
+
+    def row(step: int) -> dict[str, Any]:
+        phase, loss = int(step > 200), 3 + noise[step - 1]
+        of_pairs = second == ("after pairs", "of pairs")[phase]
+        row = {"step": step, "tokens": 100 * step, "phase": phase, "precision": ("16-bit", "ternary")[phase]}
+        row |= {"train/loss": loss + 0.25 * phase, "train/learning_rate": 1e-3, "quant/strength": float(phase)}
+        if of_pairs:
+            row |= {"train/loss": 0.7, "train/preference_loss": 0.7}
+        if phase and second == "with a teacher":
+            row |= {"train/loss": row["train/loss"] + 2, "train/cross_entropy": row["train/loss"]}
+        return row
+
+    def train(after: int, to: int) -> None:
+        log = MetricsLog(tmp_path, step=after, phase=int(after > 200), tensorboard=False)
+        for step in range(after + 1, to + 1):
+            if step == 201 and second == "of chats":
+                head = {"step": 200, "tokens": 20_000, "phase": 1, "precision": "ternary"}
+                log.write(head | {"validation/other_text": 1.0})
+            log.write(row(step), phase_ends=step in (200, 400))
+        log.close()
+
+    train(0, resumed_at or 400)
+    if resumed_at:
+        train(resumed_at, 400)
+    logged = [
+        {key: value for key, value in each.items() if key.startswith("transition/")}
+        for each in read_metrics(tmp_path / "metrics.jsonl")
+        if "transition/spike" in each
+    ]
+    shown = [found.as_row() for found in find_transitions(read_history(tmp_path / "metrics.jsonl", "run"))]
+    assert logged == shown
+    expected = [0.25] if second in ("ternary", "with a teacher") else []
+    assert [found["transition/spike"] for found in shown] == pytest.approx(expected, abs=0.01)
 
 
 def test_transitions_are_those_of_the_measurement_with_the_held_out_loss_of_that_very_step():

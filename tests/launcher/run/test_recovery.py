@@ -177,7 +177,7 @@ def watched(before: list[LoggedLoss], after: list[LoggedLoss], *, phase_ends: bo
     return [
         watch.add(
             {"step": p.step, "tokens": p.tokens, "phase": phase, "precision": ("16-bit", "ternary")[phase]}
-            | {"quant/strength": p.strength, "train/loss": p.loss},
+            | {"quant/strength": p.strength, "train/loss": p.loss, "train/learning_rate": 1e-3},
             phase_ends=phase_ends and p is (before, after)[phase][-1],
         )
         for phase, side in enumerate((before, after))
@@ -206,6 +206,7 @@ def test_each_of_several_switches_is_measured_by_its_own_sides():
     for phase, height in enumerate((3.0, 3.4, 3.1)):
         for step in range(100 * phase + 1, 100 * phase + 101):
             row = {"step": step, "tokens": 10 * step, "phase": phase, "precision": ("16-bit", "ternary")[phase % 2]}
-            said.append(watch.add(row | {"quant/strength": 1.0, "train/loss": height}, phase_ends=step % 100 == 0))
+            row |= {"quant/strength": 1.0, "train/loss": height, "train/learning_rate": 1e-3}
+            said.append(watch.add(row, phase_ends=step % 100 == 0))
     spikes = [row["transition/spike"] for row in said if row]
     assert spikes == [pytest.approx(0.4), pytest.approx(-0.3)]
