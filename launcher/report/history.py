@@ -140,6 +140,8 @@ def read_history(path: Path, name: str) -> History:
         precisions[phase] = precision
         if row.get("validation/when") == "start of phase":  # exact, even if the last rows before it are missing
             begins[phase] = step, seen
+        for key in [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]:
+            del row[key]  # as MetricsLog leaves it out
         if TRAINED in row:
             row[LOSS] = cross_entropy_of(row)
         if "quant/layers" in row:
@@ -173,19 +175,27 @@ def read_history(path: Path, name: str) -> History:
                 last_tokens=tokens[last],
             )
         )
-    grids = tuple(_grid(index, [look for look in looks if look[2] == index]) for index in sorted({k[2] for k in looks}))
-    return History(name=name, phases=tuple(spans), series=series, grids=grids)
+    try:
+        grids = [_grid(index, [look for look in looks if look[2] == index]) for index in sorted({k[2] for k in looks})]
+    except (TypeError, ValueError) as error:
+        raise LogError(f"{path}: quant/layers of its rows make no table: {error}") from None
+    return History(name=name, phases=tuple(spans), series=series, grids=tuple(filter(None, grids)))
 
 
-def _grid(phase: int, looks: list[tuple[int, int, int, dict[str, Any]]]) -> LayerGrid:
-    """Arrange what was seen of one phase's layers; their names stand where a job first looked at them."""
+def _grid(phase: int, looks: list[tuple[int, int, int, dict[str, Any]]]) -> LayerGrid | None:
+    """Arrange what was seen of one phase's layers; None if the row is lost that has their names.
+
+    They stand where a job first looked at them, and again where one went on.
+    """
+    names = next((look[3]["names"] for look in looks if "names" in look[3]), None)
+    if names is None:
+        return None
     steps, tokens, _, figures = zip(*looks, strict=True)
-    names = figures[0]["names"]
     missing = [math.nan] * len(names)
     keys = sorted({key for look in figures for key in look} - {"names"})
     return LayerGrid(
         phase=phase,
-        names=tuple(names),
+        names=tuple(map(str, names)),
         steps=np.asarray(steps),
         tokens=np.asarray(tokens),
         values={key: np.asarray([look.get(key, missing) for look in figures], dtype=np.float64) for key in keys},

@@ -46,6 +46,37 @@ def rows_of(path: Path, *rows: dict[str, object] | str) -> Path:
     return path
 
 
+def looks_of(path: Path, *looks: dict[str, object]) -> Path:
+    return rows_of(path, *({"step": 10 + index, "quant/layers": look} for index, look in enumerate(looks)))
+
+
+def test_names_of_layers_are_found_in_any_row_that_has_them(tmp_path):
+    path = looks_of(tmp_path / "metrics.jsonl", {"scale": [1, 2]}, {"names": ["a", "b"], "scale": [3, 4]})
+    (grid,) = read_history(path, "x").grids
+    assert (grid.names, grid.values["scale"].tolist()) == (("a", "b"), [[1, 2], [3, 4]])
+    nameless = looks_of(tmp_path / "nameless.jsonl", {"scale": [1, 2]}, {"scale": [3, 4]})
+    assert read_history(nameless, "x").grids == ()  # the row that had them was damaged, and is set aside
+
+
+@pytest.mark.parametrize("look", [{"scale": [1.0]}, {"scale": [1.0, "x"]}, {"scale": [1.0, [2.0]]}])
+def test_figures_of_layers_that_no_run_writes_are_refused(tmp_path, look):
+    path = looks_of(tmp_path / "metrics.jsonl", {"names": ["a", "b"], "scale": [3.0, 4.0]}, look)
+    with pytest.raises(LogError, match="quant/layers"):
+        read_history(path, "x")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_a_number_without_a_value_is_left_out(tmp_path, number):
+    run = make_run(tmp_path / "run", phase_steps=(20, 20))
+    with (run / "metrics.jsonl").open("a") as log:
+        row = '{"step": 41, "tokens": 99999, "phase": 1, "precision": "ternary"'
+        log.write(f'{row}, "train/skipped_steps": {number}, "time/elapsed_seconds": {number}}}\n')
+    summary = summarize(run)
+    assert summary.step == 41
+    assert summary.skipped_steps == 2
+    assert summary.elapsed_seconds == 4210
+
+
 def test_a_torn_last_line_is_left_out(tmp_path):
     path = rows_of(tmp_path / "metrics.jsonl", {"step": 1, "train/loss": 3.0}, '{"step": 2, "tok')
     assert read_history(path, "x").series["train/loss"].steps.tolist() == [1]
