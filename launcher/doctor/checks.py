@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from data.shared_memory import ORDER_BYTES
 from launcher.doctor.facts import SLOW_SETTINGS, AllReduce, DiskProbe, RankFacts
+from launcher.plan.memory import offloaded_bytes_per_rank
 from launcher.plan.plan import Plan
 from launcher.plan.sources import most_rows
 from launcher.plan.table import describe
@@ -159,13 +160,10 @@ def planned_bytes(plan: Plan, *, on_gpu: bool) -> tuple[float, float]:
 
     In the host's: all that the GPU's lacks, what is offloaded, and the copy that a checkpoint is written from.
     """
-    numbers, config = describe(plan), plan.config
-    state_bytes = float(numbers["checkpoint_bytes"])
-    device, host = float(numbers["total_bytes_per_rank"]), 0.0
-    if config.checkpoint.asynchronous:
-        host += state_bytes / plan.world_size
-    if config.engine.offload != "none":
-        host += state_bytes / plan.world_size
+    numbers = describe(plan)
+    device, host = float(numbers["total_bytes_per_rank"]), offloaded_bytes_per_rank(plan)
+    if plan.config.checkpoint.asynchronous:
+        host += float(numbers["checkpoint_bytes"]) / plan.world_size
     return (device, host) if on_gpu else (0.0, device + host)
 
 

@@ -112,6 +112,27 @@ def modes(plan: Plan) -> set[Literal["no", "ramp", "codes"]]:
     return found
 
 
+def num_shards(plan: Plan) -> int:
+    """Ranks that one copy of the optimizer's state is sharded over."""
+    engine = plan.config.engine
+    return plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
+
+
+def offloaded_bytes_per_rank(plan: Plan) -> float:
+    """Estimate the bytes of host memory that a rank needs for what `engine.offload` moves there.
+
+    Weights in fp32, moments and average; gradients, of which ZeRO-3 has two copies; and ZeRO-3's 16-bit weights with
+    `all`.
+    """
+    engine, parameters = plan.config.engine, num_parameters(plan.config.model)
+    if engine.offload == "none":
+        return 0
+    total = checkpoint_bytes(plan) + 4 * parameters
+    if engine.zero_stage == 3:
+        total += (4 + (plan.config.training.compute_bytes if engine.offload == "all" else 0)) * parameters
+    return total / num_shards(plan)
+
+
 def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     """Estimate the bytes that one rank holds on its device, without allocator overhead and temporary buffers.
 
@@ -122,7 +143,8 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
 
     ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see `zero3_held_parameters`), 16-bit
     gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments (arXiv
-    1910.02054, section 5). It holds the codes of quantized layers whole. A teacher, taken to be as large as the model,
+    1910.02054, section 5). Offloaded masters and moments are in host memory, and so are ZeRO-3's gradients; stages 1
+    and 2 sum theirs on the device first. ZeRO holds the codes of quantized layers whole. A teacher, taken to be as large as the model,
     is sharded by FSDP2 in the compute dtype. The reference of preferences is gone before there are gradients, which are
     larger. Averaged weights lie beside the fp32 weights.
     """
@@ -131,7 +153,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     moments = 4 * (2 * parameters - spared_elements(plan))
     average = 4 * parameters * any(map(plan.averages, plan.phases))
     compute_bytes = config.training.compute_bytes
-    shards = plan.world_size // (engine.replicas if engine.name == "fsdp2" else 1)
+    shards = num_shards(plan)
     in_blocks = num_elements(
         {name: shape for name, shape in parameter_shapes(config.model).items() if is_in_block(name)}
     )
@@ -154,7 +176,7 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     else:
         stage = engine.zero_stage or 0
         state_shards = shards if stage >= 1 else 1
-        masters = 4 * parameters / state_shards if compute_bytes == 2 or stage else 0
+        masters = 4 * parameters / state_shards if engine.offload == "none" and (compute_bytes == 2 or stage) else 0
         held = sum(zero3_held_parameters(config)) if stage == 3 else 0
         codes = held_code_bytes(plan)
         sizes = {
@@ -165,6 +187,8 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
         }
     if engine.offload != "none":
         sizes["moments"] = sizes["average"] = 0
+        if engine.zero_stage == 3:
+            sizes["gradients"] = gathered
     if not average:
         del sizes["average"]
     if engine.offload == "all":

@@ -13,7 +13,7 @@ from plans import phases, plan_of, refusal, steps_of
 from launcher.config.file import load_config
 from launcher.errors import ConfigError
 from launcher.plan.events import events
-from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank
+from launcher.plan.memory import checkpoint_bytes, memory_bytes_per_rank, offloaded_bytes_per_rank
 from launcher.plan.plan import make_plan
 from launcher.plan.table import describe
 from launcher.process.ranks import ALONE
@@ -507,9 +507,33 @@ def test_the_embedding_stays_gathered_beside_two_blocks():
     assert sizes("model.num_layers=5", world_size=4)["weights"] == 4 * (PARAMETERS + 3 * block) / 4 + 2 * PARAMETERS
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_an_offloaded_optimizer_of_zero_leaves_on_the_device(stage):
+    """DeepSpeed makes masters, moments and, at stage 3, the gradients' buffer on its own device, which is the host."""
+    zero = ["engine.name=deepspeed", f"engine.zero_stage={stage}", "training.compute_dtype=bf16"]
+    kept, moved = sizes(*zero, world_size=2), sizes(*zero, "engine.offload=optimizer", world_size=2)
+    assert moved["weights"] == kept["weights"] - 4 * PARAMETERS / 2
+    assert moved["gradients"] == (2 * PARAMETERS if stage == 3 else kept["gradients"])  # two blocks are all there are
+    assert moved["moments"] == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "a_parameter"),
+    [
+        (["engine.offload=none"], 0),
+        (["engine.offload=all"], 16 / 4),
+        (["engine.offload=all", "engine.replicas=2"], 16 / 2),
+        (["engine.name=deepspeed", "engine.zero_stage=2", "engine.offload=optimizer"], 16 / 4),
+        (["engine.name=deepspeed", "engine.zero_stage=3", "engine.offload=optimizer"], 20 / 4),
+        (["engine.name=deepspeed", "engine.zero_stage=3", "engine.offload=all"], 22 / 4),
+    ],
+)
+def test_what_is_offloaded_is_sharded_as_the_optimizer_is(overrides, a_parameter):
+    plan = plan_of("training.compute_dtype=bf16", *overrides, world_size=4)
+    assert offloaded_bytes_per_rank(plan) == a_parameter * PARAMETERS
+
+
 def test_offloaded_moments_leave_the_device():
-    zero = ["engine.name=deepspeed", "engine.zero_stage=2"]
-    assert sizes(*zero, "engine.offload=optimizer", world_size=2)["moments"] == 0
     assert sizes("engine.offload=all", world_size=2)["moments"] == 0
 
 
