@@ -96,6 +96,7 @@ def plan(
     ] = None,
 ) -> None:
     """Show what a run would do and need: sizes, memory, time, disk, exports, missing files. Trains nothing."""
+    from launcher.checkpoint.folders import complete_checkpoints
     from launcher.commands.train import refusal
     from launcher.config.automatic import ANY_GPU, made_concrete, stored_values
     from launcher.config.file import load_config
@@ -121,6 +122,7 @@ def plan(
         utilization=utilization,
         missing=input_problems(parsed),
         refused=refusal(config, overrides or (), given),
+        checkpoints_there=0 if "://" in parsed.checkpoints else len(complete_checkpoints(Path(parsed.checkpoints))),
         counted_as=counted_as,
     )
 

@@ -79,12 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if ranks.is_first:
                 show(verdicts, ranks.world_size, as_json=options.as_json)
             return int(any(verdict.level == "failure" for verdict in verdicts))
-    except USER_ERRORS as error:
-        code = report_error(error, rank)
-        if rank is not None:
-            os._exit(code)  # the process group cannot be left in order: the others may be anywhere
-        return code
     except Exception as error:
+        if isinstance(error, USER_ERRORS) or (joined and isinstance(error, OSError)):
+            code = report_error(error, rank)
+            if rank is not None:
+                os._exit(code)  # the process group cannot be left in order: the others may be anywhere
+            return code
         text = traceback.format_exc() if joined else not_joined(error)
         text = safe_message(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {text}")
         print(text, file=sys.stderr, flush=True)  # noqa: T201
@@ -151,13 +151,14 @@ def examine_folder(
     run = RunFolder(plan.config) if plan else None
     shared = ["", "", ""]  # where, what was written there, why it could not be
     if ranks.is_first:
-        where = existing_part(run.path if run else Path())
+        wanted = run.path if run else Path()
         try:
-            folder, written = tempfile.mkdtemp(prefix="tritrain-doctor-", dir=where), os.urandom(16).hex()
+            folder = tempfile.mkdtemp(prefix="tritrain-doctor-", dir=existing_part(wanted))
+            written = os.urandom(16).hex()
             Path(folder, "written").write_text(written)
             shared = [folder, written, ""]
         except OSError as error:
-            shared = [str(where), "", str(error)]
+            shared = [str(wanted), "", str(error)]
     folder, written, problem = value_of_first(shared) if ranks.world_size > 1 else shared
     place = str(Path(folder).parent)
     if problem:

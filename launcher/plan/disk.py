@@ -10,19 +10,20 @@ from launcher.plan.exports import Export
 from launcher.plan.memory import checkpoint_bytes
 
 
-def disk_of(course: Course, checkpoints_kept: int, exports: Sequence[Export]) -> dict[str, Any]:
-    """Bytes for checkpoints (those kept, and one that is being written) and for one of each export, and bytes free.
+def disk_of(course: Course, checkpoints_kept: int, there: int, exports: Sequence[Export]) -> dict[str, Any]:
+    """Bytes for checkpoints still to come (of those kept, and one that is being written), for exports, and bytes free.
 
     Args:
         course: of the run.
         checkpoints_kept: at the end.
-        exports: that are asked about; those that cannot be made need no space.
+        there: complete ones that are on the disk already.
+        exports: that are asked about, one of each; those that cannot be made need no space.
 
     Returns:
         Numbers by name with unit. `free_bytes` is of the checkpoints' disk, None for a store.
     """
     place = course.config.checkpoints
-    checkpoints = (checkpoints_kept + 1) * checkpoint_bytes(course)
+    checkpoints = max(0, checkpoints_kept + 1 - there) * checkpoint_bytes(course)
     exported = sum(export.num_bytes for export in exports if not export.problems)
     free = None if "://" in place else shutil.disk_usage(existing_part(Path(place))).free
     return {

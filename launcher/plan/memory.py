@@ -144,9 +144,9 @@ def memory_bytes_per_rank(plan: Plan) -> dict[str, float]:
     ZeRO keeps 16-bit weights (sharded at stage 3, which also holds some whole, see `zero3_held_parameters`), 16-bit
     gradients as they come (summed into sharded fp32 ones from stage 2 on), and sharded fp32 masters and moments (arXiv
     1910.02054, section 5). Offloaded masters and moments are in host memory, and so are ZeRO-3's gradients; stages 1
-    and 2 sum theirs on the device first. ZeRO holds the codes of quantized layers whole. A teacher, taken to be as large as the model,
-    is sharded by FSDP2 in the compute dtype. The reference of preferences is gone before there are gradients, which are
-    larger. Averaged weights lie beside the fp32 weights.
+    and 2 sum theirs on the device first. ZeRO holds the codes of quantized layers whole. A teacher, taken to be as
+    large as the model, is sharded by FSDP2 in the compute dtype. The reference of preferences is gone before there are
+    gradients, which are larger. Averaged weights lie beside the fp32 weights.
     """
     config, engine = plan.config, plan.config.engine
     parameters = num_parameters(config.model)

@@ -76,6 +76,7 @@ def describe_surroundings(
     utilization: float,
     missing: Sequence[tuple[str, str]],
     refused: str | None = None,
+    checkpoints_there: int = 0,
 ) -> dict[str, Any]:
     """The needs of a run, in time, disk space and files, and the exports that its model can have.
 
@@ -85,6 +86,7 @@ def describe_surroundings(
         utilization: share of the peak that training reaches.
         missing: what the run reads and is missing, or cannot be used: the key, and a sentence.
         refused: why a start would not take the run's folder; None if it would.
+        checkpoints_there: complete ones that the run has already.
     """
     numbers, exports = describe(plan), exports_of(plan)
     hours = None
@@ -93,7 +95,7 @@ def describe_surroundings(
     return {
         "sources": drawn_by_source(plan),
         "time": {"hours": hours, "gpu": gpu and gpu[0], "utilization": utilization},
-        "disk": disk_of(plan, numbers["checkpoints_kept"], exports),
+        "disk": disk_of(plan, numbers["checkpoints_kept"], checkpoints_there, exports),
         "exports": [{"name": each.name, "problems": each.problems, "bytes": each.num_bytes} for each in exports],
         "missing": [{"key": key, "problem": problem} for key, problem in missing],
         "refused": refused,
@@ -109,6 +111,7 @@ def show_plan(
     utilization: float = UTILIZATION,
     missing: Sequence[tuple[str, str]],
     refused: str | None = None,
+    checkpoints_there: int = 0,
     counted_as: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Print what a run would do and need, and its resolved configuration.
@@ -121,11 +124,12 @@ def show_plan(
         utilization: as there.
         missing: as there.
         refused: as there.
+        checkpoints_there: as there.
         counted_as: the keys that are `auto`, each with the value that the plan counts with and the reason, in words.
     """
     tree = to_tree(plan.config)
     numbers = describe(plan) | describe_traffic(plan) | {"events": events(plan), "counted_as": dict(counted_as)}
-    surroundings = describe_surroundings(plan, gpu, utilization, missing, refused)
+    surroundings = describe_surroundings(plan, gpu, utilization, missing, refused, checkpoints_there)
     if as_json:
         console.line(json.dumps({"config": tree, "plan": numbers | surroundings}, indent=2))
         return

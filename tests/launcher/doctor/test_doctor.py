@@ -321,6 +321,14 @@ def test_an_error_of_one_rank_is_reported_by_it(
     assert capsys.readouterr().err == "rank 1: runs/a/checkpoints: cannot be read\n"
 
 
+def test_a_folder_that_cannot_be_is_an_error_to_act_on(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_tree(shards, tmp_path / ("x" * 300))))
+    assert doctor.main(["--config", str(tmp_path / "config.yaml")]) == 2
+    assert capsys.readouterr().err.endswith("File name too long\n")
+
+
 def test_settings_that_slow_down() -> None:
     assert slow_settings({"NCCL_DEBUG": "INFO", "NCCL_IB_DISABLE": "0", "HOME": "/root"}) == {}
     assert slow_settings({"NCCL_DEBUG": "TRACE", "CUDA_LAUNCH_BLOCKING": "1"}).keys() == {

@@ -33,6 +33,7 @@ from launcher.inference.inputs import check_inputs, input_problems
 from launcher.plan.course import make_course
 from launcher.plan.disk import disk_of
 from launcher.plan.inputs import missing_inputs, needed_paths
+from launcher.plan.memory import checkpoint_bytes
 from launcher.run.folder import RunFolder
 
 
@@ -304,10 +305,14 @@ def test_a_complete_run_of_the_same_name_spares_another_configuration_nothing(sh
         copied = tree | {"data": tree["data"] | {"sources": [{"path": path}]}}
         (tmp_path / "copied.yaml").write_text(yaml.safe_dump(copied))
         found = json.loads(tritrain("plan", tmp_path / "copied.yaml", "--json"))["plan"]
-        return [each["key"] for each in found["missing"]], found["refused"]
+        return [each["key"] for each in found["missing"]], found["refused"], found["disk"]["checkpoints_bytes"]
 
-    assert plan(str(shards)) == ([], None)
-    missing, refused = plan("my-dta")
+    missing, refused, still_to_write = plan(str(shards))
+    assert (missing, refused) == ([], None)
+    folder_of(run / "checkpoints", 4).mkdir(parents=True)
+    (folder_of(run / "checkpoints", 4) / MANIFEST).write_text("{}")
+    missing, refused, then_to_write = plan("my-dta")
+    assert then_to_write == still_to_write - checkpoint_bytes(make_course(tiny_config(shards, run)))
     assert missing == ["data.sources.0.path"]
     with pytest.raises(ConfigError) as caught:
         RunFolder(tiny_config(Path("my-dta"), run)).check_configuration()
@@ -424,13 +429,15 @@ def test_ranks_refuse_before_they_prepare_data(tmp_path):
 def test_disk_space_is_for_checkpoints_and_possible_exports(shards, tmp_path):
     config = tiny_config(shards, tmp_path / "run" / "deep")
     exports = [SimpleNamespace(problems=[], num_bytes=7), SimpleNamespace(problems=["no"], num_bytes=100)]
-    found = disk_of(make_course(config), 3, exports)
+    found = disk_of(make_course(config), 3, 0, exports)
     parameters = 320 * 36 + 2 * (2 * 36 * 36 + 2 * 12 * 36 + 3 * 36 * 51 + 2 * 36) + 36
     assert found["checkpoints_bytes"] == 4 * 12 * parameters
     assert found["needed_bytes"] == found["checkpoints_bytes"] + 7
     assert abs(found["free_bytes"] - shutil.disk_usage(tmp_path).free) < 2**30
+    assert disk_of(make_course(config), 3, 3, exports)["checkpoints_bytes"] == 12 * parameters
+    assert disk_of(make_course(config), 3, 9, exports)["checkpoints_bytes"] == 0
     remote = tiny_config(shards, tmp_path / "run", checkpoint={"folder": "s3://bucket/run"})
-    assert disk_of(make_course(remote), 3, exports)["free_bytes"] is None
+    assert disk_of(make_course(remote), 3, 0, exports)["free_bytes"] is None
 
 
 def test_a_model_of_another_vocabulary_of_the_same_size_is_found_at_once(shards, models, tmp_path, monkeypatch):
