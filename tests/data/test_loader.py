@@ -62,7 +62,11 @@ def as_sets(per_rank: list[np.ndarray]) -> list[Counter]:
     return [Counter(row.tobytes() for row in np.concatenate(step)) for step in zip(*per_rank, strict=True)]
 
 
-def test_every_global_batch_is_the_same_for_any_number_of_ranks_and_resumes_bitwise(folders):
+@pytest.mark.parametrize(
+    "launches", [[(2, 2)], pytest.param([(2, 2), (4, 4), (4, 2)], marks=pytest.mark.slow)], ids=str
+)
+def test_every_global_batch_is_the_same_for_any_number_of_ranks_and_resumes_bitwise(folders, launches):
+    """On one rank, and in launches of so many ranks, with so many on each host."""
     mixed = mixture(folders)
     with_workers = mixture(folders, workers=2)
     epoch_steps = open_data(mixed).epoch_sequences // GLOBAL
@@ -74,20 +78,22 @@ def test_every_global_batch_is_the_same_for_any_number_of_ranks_and_resumes_bitw
     nodes = mixture(folders, canonical_nodes=4, workers=1)
     jobs += [(nodes, 0, 6, 1), (nodes, 3, 3, 1)]
 
-    results = {1: run_ranks(1, rank_reads, jobs), 2: run_ranks(2, rank_reads, jobs), 4: run_ranks(4, rank_reads, jobs)}
-    results["two nodes"] = run_ranks(4, rank_reads, jobs, ranks_per_node=2)
+    alone = run_ranks(1, rank_reads, jobs)
+    results = {(1, 1): alone} | {
+        (ranks, per_node): run_ranks(ranks, rank_reads, jobs, ranks_per_node=per_node) for ranks, per_node in launches
+    }
 
     for world_size, ranks in results.items():
         for rank, (whole, *others) in enumerate(ranks):
             for start, resumed in zip([*starts, 5], others, strict=False):
                 assert np.array_equal(resumed, whole[start:]), (world_size, rank, start)
             assert np.array_equal(others[-1], others[-2][3:])
-    single = as_sets([rank[0] for rank in results[1]])
-    single_nodes = as_sets([rank[-2] for rank in results[1]])
+    single = as_sets([rank[0] for rank in alone])
+    single_nodes = as_sets([rank[-2] for rank in alone])
     for name, ranks in results.items():
         assert as_sets([rank[0] for rank in ranks]) == single, name
         assert as_sets([rank[-2] for rank in ranks]) == single_nodes, name
-    assert single != as_sets([rank[0][::-1] for rank in results[1]])
+    assert single != as_sets([rank[0][::-1] for rank in alone])
 
 
 def test_an_epoch_has_every_row_at_most_once_and_another_order_next_time(folders):

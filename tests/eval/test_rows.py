@@ -88,8 +88,11 @@ def test_every_token_of_a_long_continuation_counts_once_behind_what_is_before_it
         assert seen >= min(last, window - window // 2 if number else 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recipe", [None, "bitnet-b1.58", "nielsen-2025", "quest"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [None, "bitnet-b1.58", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nielsen-2025", "quest"))],
+)
 def test_other_rows_change_no_bit_of_a_score(recipe, dtype):
     model = model_of(recipe, dtype)
     scorer, rows = scorer_of(model), random_rows(60)

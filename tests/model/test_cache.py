@@ -36,7 +36,7 @@ def test_logits_are_those_of_the_whole_sequence(config, chunks):
 
 @every_variant
 @pytest.mark.parametrize("build_model", [build, frozen], ids=["16-bit", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_greedy_tokens_are_those_without_a_cache(config, build_model, dtype):
     model = build_model(config).to(dtype)
     prompt = random_tokens(4).tolist()

@@ -131,7 +131,15 @@ def test_tied_head_is_the_embedding(tie):
     assert names.count("lm_head.weight") == (0 if tie else 1)
 
 
-@every_variant
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            config, id=name, marks=() if name in ("llama", "olmo2", "bitnet", "no-family") else pytest.mark.slow
+        )
+        for name, config in VARIANTS.items()
+    ],
+)
 def test_blocks_compile_to_one_graph(config):
     model, compiled = build(config), build(config)
     torch._dynamo.reset()

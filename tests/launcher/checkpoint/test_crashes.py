@@ -112,7 +112,9 @@ def fill(place: Path, *, but_for_bytes: int) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize("num_disks", [2, pytest.param(24, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_disks", [2, 24])
 def test_a_full_disk_loses_nothing(
     reference: Path,
     shards: Path,

@@ -94,6 +94,7 @@ def test_a_plain_16_bit_checkpoint_becomes_a_run_with_learned_scales_and_back(sh
     assert not scales(tmp_path / "back" / "fsdp2", 6)
 
 
+@pytest.mark.slow
 def test_scales_that_were_trained_for_the_same_levels_stay(shards: Path, tmp_path: Path) -> None:
     """In the next phase, in a run that starts from the checkpoint, and in one that it is converted for."""
     of_mlp = PARETOQ | {"quantization": {"preset": "paretoq", "include": r"mlp\.\w+_proj$"}}
@@ -141,13 +142,8 @@ def test_a_ramp_is_looked_at_while_scales_have_no_gradient(shards: Path, tmp_pat
         assert min(norms) > 0
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "zero-3",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero-0", "zero-1", "zero-2", "zero-3-offload")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero-0", "zero-1", "zero-2", "zero-3", "zero-3-offload"])
 def test_scales_without_a_gradient_take_the_steps_that_they_take_on_other_engines(
     shards: Path, tmp_path: Path, name: str
 ) -> None:

@@ -83,7 +83,7 @@ def all_engines() -> dict[str, Any]:
     return {name: engine_run(name) for name in ENGINES}
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 4))])
 def runs(request: Any) -> dict[str, Any]:
     return run_group(request.param, all_engines)[0]
 

@@ -90,7 +90,7 @@ WRITTEN: dict[str, set[str]] = {
 }
 """The targets that each source has."""
 
-SHORT = ("ternary", "online", "packed for bitlinear", "DeepSpeed")
+SHORT = ("ternary", "packed for bitlinear")
 
 
 def made(config: ModelConfig = MODEL) -> Transformer:

@@ -204,7 +204,10 @@ def test_bytes_of_folders(tmp_path: Path, weights: str, name: str, count: int) -
     attacked(changed_bytes(whole, header, count), folder, folder / name)
 
 
-@pytest.mark.parametrize("weights", ["compressed-tensors", "mlx", "onnx", "packed"])
+@pytest.mark.parametrize(
+    "weights",
+    ["compressed-tensors", "packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlx", "onnx"))],
+)
 def test_configurations_that_lie(tmp_path: Path, weights: str) -> None:
     folder = tmp_path / "out"
     write(model_of("llama", num_layers=1, max_sequence_length=64), QuantConfig(), folder, weights)

@@ -47,6 +47,7 @@ def texts_of(axes: Axes) -> list[Bbox]:
     return [text.get_window_extent() for text in texts if text.get_text() and axes.axison]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss", "switch", "gap", "excess", "arms"])
 def test_texts_do_not_touch_each_other_and_are_not_cut(figures: dict[str, Figure], name: str) -> None:
     figure = figures[name]
@@ -58,6 +59,7 @@ def test_texts_do_not_touch_each_other_and_are_not_cut(figures: dict[str, Figure
     assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss", "switch", "gap", "excess"])
 def test_the_legend_is_above_all_panels(figures: dict[str, Figure], name: str) -> None:
     figure = figures[name]
@@ -66,6 +68,7 @@ def test_the_legend_is_above_all_panels(figures: dict[str, Figure], name: str) -
     assert min(axes.get_window_extent().height for axes in figure.axes) > 1.2 * figure.dpi
 
 
+@pytest.mark.slow
 def test_lines_of_many_axes_are_named_by_their_values_below_the_names_of_the_axes(figures: dict[str, Figure]) -> None:
     (legend,) = figures["switch"].legends
     assert legend.get_title().get_text() == (

@@ -267,7 +267,7 @@ def from_a_folder(folders: dict[str, str], out: str, engine: str, compiles: bool
     ("function", "options"),
     [
         (by_codes, ()),
-        (from_a_folder, ("zero-3", False)),
+        pytest.param(from_a_folder, ("zero-3", False), marks=pytest.mark.slow),
         pytest.param(from_a_folder, ("fsdp2", True), marks=pytest.mark.slow),
     ],
     ids=["codes", "zero-3", "compiled"],

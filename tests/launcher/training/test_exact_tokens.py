@@ -197,7 +197,7 @@ def examples(pool: RankPool, sources: dict[str, set[bytes]], number: int, most_w
 
 
 def test_every_stop_and_every_number_of_ranks_gives_the_same_global_batches(pool, sources) -> None:
-    examples(pool, sources, 8, most_workers=0)
+    examples(pool, sources, 4, most_workers=0)
 
 
 @pytest.mark.slow

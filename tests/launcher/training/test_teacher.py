@@ -123,6 +123,7 @@ def in_pieces(shards: str, out: str, name: str, pieces: list[int]) -> None:
         assert run(config) == "complete"
 
 
+@pytest.mark.slow
 def test_resume_in_mid_distillation_is_bitwise(runs: tuple[str, Path]) -> None:
     name, out = runs
     whole, pieces = out / name / "whole", out / name / "pieces"

@@ -201,6 +201,7 @@ def stopped_while_measuring(shards: str, out: str) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_stops_within_a_measurement_which_the_next_start_makes_up(shards: Path, tmp_path: Path) -> None:
     [found] = run_group(1, stopped_while_measuring, str(shards), str(tmp_path))
     assert found == [

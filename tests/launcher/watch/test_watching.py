@@ -349,6 +349,7 @@ def fail_while_saving(rank: int) -> None:
         launcher.train.train_step = failing
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_tells_why_completes_its_checkpoint_and_is_not_taken_for_hanging(
     shards: Path, tmp_path: Path
 ) -> None:
