@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quant.config import is_rotatable
-from quant.rounding import bf16_values
+from quant.rounding import bf16_values, without_autocast
 
 LARGEST_FACTOR = 128
 """A larger matrix is the Kronecker product of two, so that a row costs a few hundred multiply-adds an element."""
@@ -29,9 +29,10 @@ def rotate(x: Tensor) -> Tensor:
     size = min(width & -width, LARGEST_FACTOR**2)
     inner = min(size, LARGEST_FACTOR)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pieces = wide.reshape(*x.shape[:-1], width // size, size // inner, inner) @ _hadamard(inner, wide)
-    if size > inner:
-        pieces = _hadamard(size // inner, wide) @ pieces
+    with without_autocast(x):
+        pieces = wide.reshape(*x.shape[:-1], width // size, size // inner, inner) @ _hadamard(inner, wide)
+        if size > inner:
+            pieces = _hadamard(size // inner, wide) @ pieces
     rotated = pieces.reshape(x.shape)
     return _CastToBf16.apply(rotated) if x.dtype == torch.bfloat16 else rotated.to(x.dtype)
 

@@ -104,6 +104,8 @@ def gradient_codes(grad_NO: Tensor) -> tuple[Tensor, Tensor]:
 
 def summed_product(grad_NO: Tensor, codes_NI: Tensor, scale_N1: Tensor) -> Tensor:
     """``grad.T @ (codes * scale)`` of gradients whose columns are rounded to int8, [O, I] in the gradients' dtype."""
+    if not len(grad_NO):
+        return grad_NO.new_zeros(grad_NO.shape[1], codes_NI.shape[1])
     if _has_kernels(grad_NO) and len(grad_NO) <= EXACT_IN_INT32:
         codes_ON, scale_O1 = torch.ops.tritrain.quantize_columns(grad_NO.contiguous(), scale_N1)
         # Compilers put a copy that turns a matrix around into other kernels, which then write it element by element.

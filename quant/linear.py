@@ -64,7 +64,15 @@ from quant.held import HeldCodes, SharedInput, Unrounded, round_weights
 from quant.integers import activation_codes
 from quant.product import BlendedProduct, CodeProduct, StraightThrough
 from quant.ramp import Rounding
-from quant.rounding import Scale, learned_scale, quantize_activation, weight_codes, weight_scale
+from quant.rounding import (
+    Scale,
+    autocast_dtype,
+    learned_scale,
+    quantize_activation,
+    weight_codes,
+    weight_scale,
+    without_autocast,
+)
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections that are one matrix in fused implementations, in order."""
@@ -106,11 +114,20 @@ class QuantLinear(nn.Linear):
         return shown if self.quant_config.activations == "none" else f"{shown}, activation_strength={activations:g}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is [..., I], the result [..., O]; both in the dtype of the weight."""
+        """``x`` is [..., I], the result [..., O]; both in the dtype of the weight.
+
+        Under ``torch.autocast`` codes are those of the same ``x`` without it, and are multiplied exactly, for a result
+        in the dtype of ``x``. Modes "plain" and "ramp" multiply as autocast does.
+        """
         if self.probe is not None:
             self.probe(self, x.detach())
         if self.mode == "plain":
             return F.linear(x, self.weight, self.bias)
+        ramp_dtype = autocast_dtype(x) or x.dtype
+        with without_autocast(x):
+            return self._rounding_forward(x, ramp_dtype)
+
+    def _rounding_forward(self, x: Tensor, ramp_dtype: torch.dtype) -> Tensor:
         config = self.quant_config
         if self.holds and self.held is None and self.mode == "codes":
             with torch.no_grad():
@@ -129,7 +146,7 @@ class QuantLinear(nn.Linear):
         else:
             blended = x if config.activations == "none" else self.shared_input.of(x, self._blended_input)
             how = config, self.rotated, self.rounding
-            y = BlendedProduct.apply(blended, self.weight, *scale, self.weight_strength, self.bias, *how)
+            y = BlendedProduct.apply(blended.to(ramp_dtype), self.weight, *scale, self.weight_strength, self.bias, *how)
         return y + self._dead_zone(weight_OI, scale).to(y.dtype) if config.dead_zone_bias else y
 
     def dead_zone(self) -> Tensor:

@@ -19,6 +19,7 @@ from quant.held import SharedInput
 from quant.integers import activation_codes, integer_product
 from quant.linear import prepared_input, quantized_layers
 from quant.product import grouped_product, unrounded_product
+from quant.rounding import without_autocast
 
 BLOCK_BYTES = 2**19
 """Packed bytes that are taken apart at once: the codes of a block stay in a core's cache until they are multiplied."""
@@ -73,13 +74,17 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is [..., I], the result [..., O], both in the same dtype; without gradient."""
+        """``x`` is [..., I], the result [..., O], both in the same dtype, under autocast too; without gradient."""
+        with without_autocast(x):
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         level = self.level
         if self.quant_config.activations == "none":
             y = unrounded_product(self._prepared(x), self.codes(), level)
         else:
             codes, scale = self.shared_input.of(x, self._input_codes)
-            codes_NI, scale_N1 = codes.flatten(0, -2), scale.flatten(0, -2)
+            codes_NI, scale_N1 = codes.reshape(-1, self.in_features), scale.reshape(-1, 1)
             if level.shape[1] > 1:
                 product = grouped_product(codes_NI, self.codes(), level) * scale_N1
             else:

@@ -37,6 +37,11 @@ def grouped_product(codes_NI: Tensor, codes_OI: Tensor, level_OG: Tensor) -> Ten
     return total
 
 
+def _rows(x: Tensor) -> Tensor:
+    """A matrix of all last dimensions, of which a vector has one."""
+    return x.reshape(-1, x.shape[-1])
+
+
 _OPERATORS = torch.library.Library("tritrain", "FRAGMENT")
 _OPERATORS.define("late_zero(Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -92,7 +97,7 @@ class CodeProduct(torch.autograd.Function):
         if scale is None:
             # A view, as below: compiled by torch 2.11, a cast without effect at the end got zeros as its gradient.
             return unrounded_product(x, codes_OI, level).view(*x.shape[:-1], len(codes_OI))
-        codes_NI, scale_N1 = codes.flatten(0, -2), scale.flatten(0, -2)
+        codes_NI, scale_N1 = _rows(codes), _rows(scale)
         if level.shape[1] > 1:
             product = grouped_product(codes_NI, codes_OI, level) * scale_N1
         else:
@@ -104,13 +109,13 @@ class CodeProduct(torch.autograd.Function):
         """Gradients by x, the latent weight and, where it is learned, the level."""
         codes, scale, weight_OI, level, threshold, held = ctx.saved_tensors
         config, grad_x, grad_weight, grad_level = ctx.config, None, None, None
-        grad_NO = grad.flatten(0, -2)
+        grad_NO = _rows(grad)
         again = made_again(level, grad) if held is None else level
         codes_OI = _codes(weight_OI, again, threshold, None if held is None else made_again(held, grad), ctx)
         if ctx.needs_input_grad[0]:
             grad_x = _input_gradient(grad_NO, codes_OI, level, config).view(codes.shape)
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            grad_OI = _weight_gradient(grad_NO, codes.flatten(0, -2), scale, config)
+            grad_OI = _weight_gradient(grad_NO, _rows(codes), scale, config)
             grad_weight, grad_level = weight_gradients(grad_OI, weight_OI, codes_OI, level, config)
         return grad_x, None, None, grad_weight, grad_level, None, None, None
 
@@ -136,7 +141,7 @@ def _weight_gradient(grad_NO: Tensor, codes_NI: Tensor, scale: Tensor | None, co
     """``grad.T @ (codes * scale)`` in the dtype of the gradient."""
     if scale is None:
         return grad_NO.T @ codes_NI
-    scale_N1 = scale.flatten(0, -2)
+    scale_N1 = _rows(scale)
     if config.backward != "int8":
         return grad_NO.T @ (codes_NI * scale_N1).to(grad_NO.dtype)
     return summed_product(grad_NO, codes_NI, scale_N1)
@@ -167,7 +172,7 @@ class BlendedProduct(torch.autograd.Function):
         Args:
             ctx: of the function.
             x: [..., I], blended.
-            weight_OI: latent, not rotated.
+            weight_OI: latent, not rotated; multiplied in the dtype of ``x``.
             level: as in `CodeProduct`.
             threshold: of the same shape.
             strength: 0-dim.
@@ -178,17 +183,19 @@ class BlendedProduct(torch.autograd.Function):
         """
         ctx.config, ctx.rotated, ctx.rounding = config, rotated, rounding
         ctx.save_for_backward(x, weight_OI, level, threshold, strength)
-        return F.linear(x, _blend(weight_OI, level, threshold, strength, ctx).weight, bias)
+        weight = _blend(weight_OI, level, threshold, strength, ctx).weight.to(x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients by x, the latent weight, the bias and, where it is learned, the level."""
         x, weight_OI, level, threshold, strength = ctx.saved_tensors
         blend = _blend(weight_OI, made_again(level, grad), threshold, strength, ctx)
-        grad_x = grad @ blend.weight if ctx.needs_input_grad[0] else None
+        grad_NO = _rows(grad)
+        grad_x = grad @ blend.weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = grad_level = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_OI = grad.flatten(0, -2).T @ x.flatten(0, -2)
+            grad_OI = grad_NO.T @ _rows(x)
             if blend.slope is None and ctx.config.gradient == "identity" and not ctx.config.learned:
                 grad_weight = grad_OI
             else:
@@ -199,7 +206,7 @@ class BlendedProduct(torch.autograd.Function):
                 of_rounded = of_rounded if blend.slope is None else of_rounded * blend.slope.to(grad.dtype)
                 of_rounded = rotate(of_rounded) if ctx.rotated else of_rounded
                 grad_weight = grad_OI * (1 - share) + of_rounded
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
+        grad_bias = grad_NO.sum(0) if ctx.needs_input_grad[5] else None
         return grad_x, grad_weight, grad_level, None, None, grad_bias, None, None, None
 
 

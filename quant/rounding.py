@@ -13,7 +13,8 @@ of a block's row.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +55,19 @@ class Scale(NamedTuple):
     def divisor(self) -> Tensor:
         """What weights are divided by before rounding."""
         return self.level if self.threshold is None else 2 * self.threshold
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that ``torch.autocast`` computes products of ``x`` in; None where it is off, or leaves ``x`` alone."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """In it, what is computed of ``x`` keeps its dtypes: products of codes are exact only in their own."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def bf16_values(x: Tensor) -> Tensor:

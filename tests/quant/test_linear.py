@@ -7,12 +7,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import EVERYTHING, assert_same_bits, build_input, build_linear, dequantized, every_dtype, forward_backward
+from layers import (
+    EVERYTHING,
+    I,
+    O,
+    assert_same_bits,
+    bf16_normal,
+    build_input,
+    build_layer,
+    build_linear,
+    dequantized,
+    every_dtype,
+    forward_backward,
+)
 from torch import nn
 
 from quant.config import PRESETS, QuantConfig
 from quant.integers import integer_product
 from quant.linear import quantize_, set_strength_, set_strengths_
+from quant.packed import freeze_
 from quant.product import StraightThrough
 from quant.rounding import quantize_activation, quantize_weight
 
@@ -151,6 +164,25 @@ def test_rounding_takes_no_gradient_where_none_is_wanted():
     assert layer(x).requires_grad  # the bias
     layer.bias.requires_grad_(False)
     assert not layer(x).requires_grad
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("keys", [{}, {"granularity": "group", "group_size": 8}, {"backward": "int8"}], ids=str)
+def test_a_vector_is_a_matrix_of_one_row_and_no_rows_give_none(keys, strength):
+    layer, vector = build_layer(QuantConfig(include="", **keys), bias=True), bf16_normal(I)
+    set_strength_(layer, strength)
+    expected, found = (forward_backward(layer, x) for x in (vector[None], vector))
+    for name in ("y", "x"):
+        expected[name] = expected[name][0]
+    assert_same_bits(found, expected)
+    empty = forward_backward(layer, torch.empty(0, I))
+    assert (empty["y"].shape, empty["x"].shape) == ((0, O), (0, I))
+    assert not empty["weight"].any()
+    if strength == 1:
+        model = nn.ModuleDict({"down_proj": layer})
+        freeze_(model)
+        assert torch.equal(model["down_proj"](vector), expected["y"])
+        assert model["down_proj"](torch.empty(0, I)).shape == (0, O)
 
 
 def test_a_zero_matrix_and_a_zero_token_stay_finite():
