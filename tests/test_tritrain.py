@@ -195,6 +195,13 @@ def test_a_wrong_configuration_is_an_exception_at_once(config: Path, monkeypatch
     assert not (config.parent / "run").exists()
 
 
+def test_output_that_is_not_utf_8_ends_no_run(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = r"import sys; sys.stderr.buffer.write(b'caf\xe9\n'); sys.exit(3)"
+    monkeypatch.setattr("launcher.commands.train.ranks_command", lambda *_: [sys.executable, "-c", code])
+    with pytest.raises(tritrain.TrainingError, match="caf\ufffd"):
+        tritrain.train(config, ranks=1)
+
+
 @pytest.mark.slow
 def test_a_failure_is_an_exception_with_the_message_that_the_run_left(config: Path) -> None:
     with pytest.raises(tritrain.TrainingError, match="/proc/absent"):

@@ -1,12 +1,11 @@
 """`tritrain convert`: make a run that begins with a checkpoint, or a checkpoint in another format."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint.source import Source
-from launcher.config.file import load_config
+from launcher.config.file import load_config, override_of
 from launcher.config.transition import OptimizerChoice
 from launcher.engine.build import COMPUTE_DTYPES
 from launcher.errors import ConfigError
@@ -122,7 +121,7 @@ def convert_into_run(
     for set_by, key in (("--to", "run.folder"), ("SOURCE", "checkpoint.start_from")):
         if any(change.startswith(f"{key}=") for change in overrides):
             raise ConfigError(f"{key}: {set_by} sets it; leave it out")
-    changes = [*overrides, f"run.folder={json.dumps(str(to))}", f"checkpoint.start_from={json.dumps(source)}"]
+    changes = [*overrides, override_of("run.folder", str(to)), override_of("checkpoint.start_from", source)]
     opened = open_source(source)
     begins = phase
     if begins is None:

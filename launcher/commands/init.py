@@ -191,7 +191,7 @@ def describe_data(text: str, tokenizer: str, vocab_size: int, length: int) -> Da
             raise ConfigError(f"--data: {error}") from error
         section = (
             f"  # The folder does not exist yet. This makes it, of text files, JSON lines or parquet:\n"
-            f"  # tritrain prepare TEXT --out {text} --tokenizer {tokenizer} --sequence-length {length} "
+            f"  # tritrain prepare TEXT --out {shlex.quote(text)} --tokenizer {tokenizer} --sequence-length {length} "
             "--validation-fraction 0.01\n"
             f"  sources: [{{path: {quoted}}}]\n  sequence_length: {length}\n"
         )
@@ -240,5 +240,5 @@ def commented(
 
 def aligned(line: str) -> str:
     """A line of YAML with its comment in a column."""
-    code, mark, comment = line.partition(" # ")
-    return f"{code.rstrip():<{COMMENT_COLUMN}} # {comment}" if mark and code.strip() else line
+    found = re.fullmatch(r'((?:"(?:\\.|[^"\\])*"|[^"])*?) # (.*)', line)
+    return f"{found[1].rstrip():<{COMMENT_COLUMN}} # {found[2]}" if found and found[1].strip() else line

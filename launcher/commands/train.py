@@ -108,7 +108,8 @@ def train_in_subprocesses(config: Path, overrides: Sequence[str], num_ranks: int
             env=with_launcher(environment_of_ranks() | {"TRITRAIN_REFUSED": str(refused)}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,  # a terminal's Ctrl-C reaches them once, through us
         )
         last_lines = _follow(process)
@@ -143,7 +144,7 @@ def _follow(process: "subprocess.Popen[str]") -> str:
             try:
                 for line in process.stdout:
                     lines.append(line)
-                    with contextlib.suppress(OSError):  # the terminal may be closed, and the run goes on
+                    with contextlib.suppress(OSError, ValueError):  # a terminal that is closed, or lacks a character
                         sys.stdout.write(line)
                 process.wait()
             except KeyboardInterrupt:

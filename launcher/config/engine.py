@@ -1,7 +1,10 @@
 """The section `engine`: what shards and steps the model."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator
+from pydantic_core import PydanticKnownError
 
 from launcher.config.strict import STRICT
 
@@ -41,6 +44,7 @@ REFUSED_DEEPSPEED_KEYS: dict[str, tuple[Any, str]] = {
     "zero_optimization.compute_grad_norm": (True, "the gradient norm is needed"),
     "zero_optimization.legacy_stage1": (False, "DeepSpeed has removed it"),
     "zero_optimization.mics_shard_size": (-1, "weights that are sharded over some of the ranks are not supported"),
+    "gradient_allreduce_op": ("mean", "the gradient of a step is the mean over its tokens"),
     "sequence_parallel_size": (1, "each rank trains on whole sequences of its own"),
     **dict.fromkeys(
         (
@@ -61,6 +65,13 @@ REFUSED_DEEPSPEED_KEYS: dict[str, tuple[Any, str]] = {
 """DeepSpeed keys that may have one value only, and why."""
 
 
+def _no_truth_value(value: Any) -> Any:
+    """Refuse true, which equals 1."""
+    if isinstance(value, bool):
+        raise PydanticKnownError("literal_error", {"expected": "0, 1, 2 or 3"})
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """The engine, which shards and steps the model."""
@@ -69,7 +80,7 @@ class EngineConfig:
 
     name: EngineName = "fsdp2"
     """PyTorch FSDP2, or DeepSpeed ZeRO."""
-    zero_stage: Literal[0, 1, 2, 3] | None = None
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_truth_value)] | None = None
     """DeepSpeed shards: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
     replicas: int = 1
     """FSDP2: number of replicas; above 1, each replica shards over its own ranks (HSDP)."""
@@ -93,8 +104,8 @@ class EngineConfig:
         problems = {}
         if self.replicas < 1:
             problems["replicas"] = f"is {self.replicas}; 1 (full sharding) or more"
-        if self.timeout_seconds < 1:
-            problems["timeout_seconds"] = f"is {self.timeout_seconds}; must be 1 or more"
+        if not 1 <= self.timeout_seconds <= 1e9:
+            problems["timeout_seconds"] = f"is {self.timeout_seconds}; must be 1 or more, and at most 1e9, 31 years"
         if self.name == "deepspeed":
             if self.zero_stage is None:
                 problems["zero_stage"] = "is missing; engine.name deepspeed needs 0, 1, 2 or 3"

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 import typing
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import fields
@@ -98,7 +99,26 @@ for _tag, _pattern, _first in (
     _Rules.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$", re.ASCII), _first)
 
 
-_Rules.yaml_constructors = SafeConstructor.yaml_constructors | {"tag:yaml.org,2002:int": _Rules.construct_integer}
+_Rules.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in SafeConstructor.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "float", "str", "seq", "map")  # None refuses others
+} | {"tag:yaml.org,2002:int": _Rules.construct_integer}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what our rules, or those of YAML 1.1, would not read as text."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*_Rules.yaml_implicit_resolvers.get(first, ()), *yaml.SafeDumper.yaml_implicit_resolvers.get(first, ())]
+    for first in _Rules.yaml_implicit_resolvers | yaml.SafeDumper.yaml_implicit_resolvers
+}
+
+
+def dump_yaml(tree: dict[str, Any]) -> str:
+    """A tree as YAML that `parse_yaml` reads as it was."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(_Rules, yaml.SafeLoader):
@@ -127,7 +147,8 @@ def parse_yaml(text: str, origin: str) -> Any:
     """Parse YAML text; ``origin`` names it in the error. What an alias stands for is a value of its own."""
     if len(text) > MAX_YAML_CHARS:
         raise ConfigError(f"{origin}: has more than {MAX_YAML_CHARS:,} characters and cannot be a configuration")
-    problems = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
+    of_tags = KeyError, IndexError, AttributeError, TypeError  # where a value is not what its tag says
+    problems = (yaml.YAMLError, ValueError, OverflowError, RecursionError, *of_tags)
     if yaml.__with_libyaml__ and not READ_DIFFERENTLY.search(text):
         with contextlib.suppress(*problems):  # what is refused, and why, the parser in Python says
             return _unshared(yaml.load(text, _FastLoader))  # a SafeLoader
@@ -211,6 +232,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         )
     if not value.strip():  # of a shell's variable that is not set; YAML would read null
         raise ConfigError(f"{override!r}: has no value; write {path}=null if none is meant")
+    if value.lstrip().startswith("&") or _ends_in_comment(value):
+        quoted = shlex.quote(override_of(path, value))
+        raise ConfigError(
+            f"{override!r}: YAML takes `&` for an anchor and ` #` for a comment; write {quoted} for a text"
+        )
     *parents, last = path.split(".")
     if len(parents) >= MAX_YAML_DEPTH:
         raise ConfigError(f"{override:.80}...: has {len(parents) + 1} keys, one inside the other; no key is so deep")
@@ -231,6 +257,23 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node[int(last)] = parsed
     else:
         raise ConfigError(f"{override!r}: {path} does not exist")
+
+
+def override_of(path: str, text: str) -> str:
+    """The override that sets a text, in quotes where YAML would read another value; not yet quoted for a shell."""
+    try:
+        is_plain = parse_yaml(text, "") == text
+    except ConfigError:
+        is_plain = False
+    return f"{path}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
+
+
+def _ends_in_comment(value: str) -> bool:
+    """Return whether what comes last in a YAML text is a comment: more of it changes no value."""
+    try:
+        return bool(parse_yaml(value, "") == parse_yaml(f"{value}~", ""))
+    except ConfigError:
+        return False
 
 
 def is_file(override: str) -> bool:
@@ -304,8 +347,9 @@ def secret_problems(tree: Any) -> dict[str, str]:
 
 def blank_problems(tree: Any) -> dict[str, str]:
     """The texts without a letter, by path: a blank path would be the current folder, or as good as none."""
-    problem = "is blank; write null, or leave it out, if none is meant"
-    return {path: problem for path, text in _leaves(tree) if not text.strip()}
+    blank = "is blank; write null, or leave it out, if none is meant"
+    null = "has a null character, which no path can have"
+    return {path: null if text.strip() else blank for path, text in _leaves(tree) if not text.strip() or "\0" in text}
 
 
 def allowance_problems(parts: dict[str, Any]) -> dict[str, str]:

@@ -32,6 +32,12 @@ Objective = Literal["next-token", "sft", "dpo"]
 TrackerName = Literal["wandb", "trackio", "mlflow"]
 """As its package and Tritrain's extra are named."""
 
+MOST_SECONDS = 1e9
+"""The longest limit: a timer of the system takes it."""
+
+MOST_SIGMAS = 1000
+"""The outliers of so many deviations need a window of a million steps."""
+
 SILENT_BEATS = 3
 """A rank that misses this many beats is silent; it is gone if other signs confirm it."""
 
@@ -55,6 +61,12 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         problems = {}
+        for name in ("beat_seconds", "lost_seconds", "step_seconds", "first_step_seconds"):
+            value = getattr(self, name)
+            if value is not None and value > MOST_SECONDS:
+                problems[name] = f"is {value:g}; must be at most {MOST_SECONDS:g}, 31 years"
+        if problems:
+            raise ValueError(problems)
         if self.beat_seconds <= 0:
             problems["beat_seconds"] = f"is {self.beat_seconds:g}; must be above 0"
         elif self.lost_seconds is not None and self.lost_seconds < SILENT_BEATS * self.beat_seconds:
@@ -82,8 +94,8 @@ class OutlierConfig:
 
     def __post_init__(self) -> None:
         problems = {}
-        if self.sigmas <= 0:
-            problems["sigmas"] = f"is {self.sigmas}; must be above 0"
+        if not 0 < self.sigmas <= MOST_SIGMAS:
+            problems["sigmas"] = f"is {self.sigmas:g}; must be above 0, and at most {MOST_SIGMAS}"
         elif self.window_steps < self.sigmas**2 + 2:
             problems["window_steps"] = (
                 f"is {self.window_steps}; must be {math.ceil(self.sigmas**2) + 2} or more, or no single step can be "

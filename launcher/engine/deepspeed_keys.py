@@ -48,7 +48,7 @@ def check_keys(settings: dict[str, Any]) -> None:
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise ConfigError(f"engine.deepspeed: {version} refuses it: {'; '.join(problems)} ({error.title})") from error
-    except DeepSpeedConfigError as error:
+    except (DeepSpeedConfigError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise ConfigError(f"engine.deepspeed: {version} refuses it: {error}") from error
     unknown = []
     for key in (key for key in settings if key not in keys.asked):

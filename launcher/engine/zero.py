@@ -52,7 +52,7 @@ def deepspeed_config(
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
+        "steps_per_print": (config.deepspeed or {}).get("steps_per_print"),
         "bf16": {"enabled": compute_dtype == torch.bfloat16},
         # Stage 0 in fp32 is clipped by us, see ZeroEngine._plain_step; left out, this would be 1.
         "gradient_clipping": 0.0 if _is_plain(config, compute_dtype) else optimizer.max_grad_norm,

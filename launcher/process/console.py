@@ -35,8 +35,8 @@ def human_bytes(size: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """A duration as h:mm:ss, with days where there are any."""
-    return str(timedelta(seconds=round(seconds)))
+    """A duration as h:mm:ss, with days where there are any, or as more than a million days."""
+    return str(timedelta(seconds=round(seconds))) if seconds < 86400e6 else "over 1,000,000 days"
 
 
 def print_results(command: str, results: list[dict[str, Any]], **about: Any) -> None:

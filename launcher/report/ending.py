@@ -2,6 +2,7 @@
 
 import shlex
 
+from launcher.config.file import override_of
 from launcher.process.console import Console, human_count
 from launcher.report.page import write_report
 from launcher.report.summary import (
@@ -104,5 +105,5 @@ def show_next(folder: RunFolder, console: Console) -> None:
     console.line(f"    tensorboard --logdir {run}")
     if (newest := folder.newest_checkpoint()) is not None:
         console.line("  begin another run with its weights:")
-        start_from = shlex.quote(f"checkpoint.start_from={newest}")
+        start_from = shlex.quote(override_of("checkpoint.start_from", str(newest)))
         console.line(f"    tritrain train CONFIG {folder.config.run.key_of_path}=NEW {start_from}")

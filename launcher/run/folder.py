@@ -29,8 +29,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.new_paths import replace_file
 from data.private import holder_text, is_at, no_follow
 from data.tokenizer import load_tokenizer
@@ -40,7 +38,9 @@ from launcher.config.file import (
     DERIVED_KEYS,
     MAX_YAML_CHARS,
     MAX_YAML_VALUES,
+    dump_yaml,
     num_values,
+    override_of,
     parse_yaml,
     to_tree,
 )
@@ -97,7 +97,7 @@ class RunFolder:
     def take(self, config: Config) -> None:
         """Take the run's configuration; raises as the constructor does."""
         self.config, tree = config, to_tree(config)
-        self.config_text = yaml.safe_dump({"tritrain_version": tritrain_version(), **tree}, sort_keys=False)
+        self.config_text = dump_yaml({"tritrain_version": tritrain_version(), **tree})
         sizes = num_values(tree), len(self.config_text)
         if sizes[0] > MOST_VALUES or sizes[1] > MOST_CHARS:
             longest = max(tree, key=lambda section: num_values(tree[section]))
@@ -246,7 +246,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._run_id = self.run_id or uuid.uuid4().hex
-        self.config_text += yaml.safe_dump({"run_id": self._run_id, "phase_steps": list(phase_steps)})
+        self.config_text += dump_yaml({"phase_steps": list(phase_steps), "run_id": self._run_id})
         if not (self.path / "starts.jsonl").exists():
             replace_file(self.path / "config.yaml", self.config_text)
 
@@ -362,9 +362,10 @@ def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
         return
     if not (target.exists() and folder.samefile(target)):
         another = "run.folder=FOLDER run.name=NAME" if config.run.folder else "run.name=NAME"
+        this = shlex.quote(override_of("run.folder", str(folder.absolute())))
         raise ConfigError(
             f"run.folder: {file} is that of the run in {folder}, and leads to {target.absolute()} from here. "
-            f"To resume the run, add {shlex.quote(f'run.folder={folder.absolute()}')}; to begin another one, {another}"
+            f"To resume the run, add {this}; to begin another one, {another}"
         )
 
 

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from launcher.config.file import to_tree
+from launcher.config.file import dump_yaml, to_tree
 from launcher.config.sections import Config
 from launcher.errors import ConfigError
 from launcher.hidden import PACKAGES
@@ -113,7 +112,7 @@ def snapshot(config: Config, folder: Path) -> None:
                 copy = folder / "code" / path.relative_to(ROOT)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(path.read_bytes())  # permissions are the umask's
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
+    (folder / "config.yaml").write_text(dump_yaml(to_tree(config)))
 
 
 class Quoted(str):

@@ -14,9 +14,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from launcher.config.file import to_tree
+from launcher.config.file import dump_yaml, to_tree
 from launcher.process.launchers import LAUNCHERS
 from launcher.process.torchrun import environment_of_ranks, pretrain_command, ranks_command
 from launcher.study.config import Keep
@@ -83,7 +81,7 @@ def _run(job: Job, trunk: Path | None, place: Place, keep: Keep) -> int:
         branch(job.config, trunk, job.begin)
     config = place.out / "configs" / f"{job.name.replace('/', '-')}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(yaml.safe_dump(to_tree(job.config), sort_keys=False))
+    config.write_text(dump_yaml(to_tree(job.config)))
     options = ["--no-report", *(["--stop-at-step", str(job.end)] if job.is_trunk else [])]
     code = _train(config, options, place)
     if not job.is_done:

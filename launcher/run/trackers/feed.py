@@ -46,7 +46,8 @@ class Feed:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # the packages of this process
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,  # so that Ctrl-C does not reach it, and that its own processes end with it
         )
         threading.Thread(target=self._send, name=f"{name}-rows", daemon=True).start()

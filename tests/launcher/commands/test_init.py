@@ -145,3 +145,6 @@ def test_names_and_comments(tmp_path):
     assert [run_name(tmp_path / name) for name in ("my run.yaml", "-.yaml", "a.b.yaml")] == ["my-run", "run", "a.b"]
     assert aligned("  a: 1 # why") == f"{'  a: 1':<33} # why"
     assert aligned("  # about") == "  # about"
+    assert aligned('  a: "b # c"') == '  a: "b # c"'
+    code, comment = r'  a: "b\" # c"', ' # why "d" # e'
+    assert aligned(code + comment) == f"{code:<33}{comment}"

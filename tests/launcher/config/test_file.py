@@ -1,5 +1,6 @@
 """Files of configurations and overrides: how they are read, and written out."""
 
+import shlex
 from dataclasses import fields, is_dataclass
 from unittest.mock import patch
 
@@ -14,9 +15,11 @@ from launcher.config.aliases import ALIASES, ALIASES_IN_SECTION, SECTION_ALIASES
 from launcher.config.file import (
     MAX_YAML_DEPTH,
     apply_override,
+    dump_yaml,
     flat_lines,
     load_config,
     merge,
+    override_of,
     parse_config,
     parse_yaml,
     read_mapping,
@@ -73,6 +76,49 @@ def test_override_without_a_value(override):
     path = override.partition("=")[0]
     with pytest.raises(ConfigError, match=f"has no value; write {path}=null if none is meant"):
         apply_override(tree(), override)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("/data/my text #1", "/data/my text #1"), ("# c", "# c"), ("&x y", "&x y"), ("[a, b] # why", "[a, b] # why")],
+)
+def test_an_override_is_not_cut_at_a_comment(value, text):
+    with pytest.raises(ConfigError, match="YAML takes `&` for an anchor and ` #` for a comment; write ") as caught:
+        apply_override(tree(), f"run.folder={value}")
+    [advice] = shlex.split(str(caught.value).partition("; write ")[2].removesuffix(" for a text"))
+    changed = tree()
+    apply_override(changed, advice)
+    assert changed["run"]["folder"] == text
+
+
+@pytest.mark.parametrize(
+    "text", ["/data/a#1", "a & b", "#", "08", "1e9", "null", "", "- a", "x: y", "schön", '"a', "~"]
+)
+def test_an_override_that_is_advised_sets_its_text(text):
+    changed = tree()
+    apply_override(changed, override_of("run.folder", text))
+    assert changed["run"]["folder"] == text
+
+
+TEXTS = ["0913", "08", "0o7", "1e9", "5e3", "-.5", "12e4567", "1_000", "0x10", "1:30", "on", "no", "~", "null", ".inf",
+         "2001-01-01", "<<", "=", "!x", "&a", "*a", "# c", "a # b", "a\tb", "a\nb", " a ", "", "\x85", "\ufeff"]  # fmt: skip
+
+
+@given(st.one_of(st.sampled_from(TEXTS), st.text(max_size=8), st.text("0123456789.eE+-_:", max_size=6)))
+def test_what_is_written_is_read_as_it_was(text):
+    written = {"a": text, text or "b": [text, 1, 1e-5, 1e20, True, None, {"c": text}]}
+    assert parse_yaml(dump_yaml(written), "x") == written
+    assert yaml.safe_load(dump_yaml(written)) == written  # by the rules of YAML 1.1 too
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!bool maybe", "!!timestamp foo", "!!float ''", "!!binary aGk=", "!!set {a, b}", "!!timestamp 2001-01-01: 1",
+     "{!!binary aGk=: 1}", "!!python/none x", "!!omap [a: 1]", "!!pairs [a: 1]", "!!int x"],
+)  # fmt: skip
+def test_a_tag_gives_one_error(text):
+    with pytest.raises(ConfigError, match=r"^x: not valid YAML: "):
+        parse_yaml(text, "x")
 
 
 @pytest.mark.parametrize(

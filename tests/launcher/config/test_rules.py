@@ -144,6 +144,8 @@ DEEPSPEED = ["engine.name=deepspeed", "engine.zero_stage=2"]
          "engine.deepspeed.zero_optimization.compute_grad_norm", "the gradient norm is needed"),
         (["engine.deepspeed={zero_optimization: {mics_shard_size: 2}}"],
          "engine.deepspeed.zero_optimization.mics_shard_size", "sharded over some of the ranks are not supported"),
+        (["engine.deepspeed={gradient_allreduce_op: sum}"],
+         "engine.deepspeed.gradient_allreduce_op", "the gradient of a step is the mean over its tokens"),
         (["engine.deepspeed={zero_optimization: null}"], "engine.deepspeed.zero_optimization", "must be a mapping"),
         (["engine.deepspeed={zero_optimization: true}"], "engine.deepspeed.zero_optimization", "must be a mapping"),
         (["engine.deepspeed={sequence_parallel_size: 2}"], "engine.deepspeed.sequence_parallel_size", "sequences of"),

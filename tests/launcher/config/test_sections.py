@@ -107,6 +107,9 @@ def test_an_unknown_key_anywhere_is_named_with_its_whole_path(path, key):
         ("phases.1.steps=six", "is 'six'; must be a valid integer"),
         ("training.global_batch_sequences=4.5", "is 4.5; must be a valid integer"),
         ("engine.zero_stage=4", "is 4; must be 0, 1, 2 or 3"),
+        ("engine.zero_stage=true", "is True; must be 0, 1, 2 or 3"),
+        ("engine.timeout_seconds=10000000000000000", "is 10000000000000000; must be 1 or more, and at most 1e9"),
+        ('run.folder="a\\0b"', "has a null character, which no path can have"),
         ("schedule.warmup_steps=0.1", "is 0.1; must be a valid integer"),
     ],
 )

@@ -94,6 +94,9 @@ REFUSED = [
     ({"use_node_local_storage": True}, "engine.deepspeed.use_node_local_storage: DeepSpeed", "belongs to a section"),
     ({"zero_optimization": {"overlap_com": True}}, "engine.deepspeed: DeepSpeed", "overlap_com: Extra inputs are not"),
     ({"sparse_gradients": True}, "engine.deepspeed: DeepSpeed", "has been removed"),
+    ({"activation_checkpointing": True}, "engine.deepspeed: DeepSpeed", "'bool' object has no attribute 'get'"),
+    ({"flops_profiler": 3}, "engine.deepspeed: DeepSpeed", "refuses it"),
+    ({"comms_logger": [1]}, "engine.deepspeed: DeepSpeed", "refuses it"),
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from made_runs import TOKENS_PER_STEP, make_run
 
 from launcher.errors import LogError
-from launcher.process.console import human_count
+from launcher.process.console import human_count, human_time
 from launcher.report.history import read_history
 from launcher.report.summary import duration, summarize, verdict
 
@@ -35,6 +35,14 @@ def test_human_count_counts(value, text):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(59.6, "0:01:00"), (90_000, "1 day, 1:00:00"), (1e30, "over 1,000,000 days"), (math.inf, "over")],
+)
+def test_times_that_are_left(seconds, text):
+    assert human_time(seconds).startswith(text)
 
 
 # Reading

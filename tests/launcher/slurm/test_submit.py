@@ -428,3 +428,20 @@ def test_template_of_tasks_that_share_a_study(programs: Path) -> None:
 def test_configuration_of_a_snapshot_is_yaml(config: Config, tmp_path: Path) -> None:
     snapshot(config, tmp_path / "kept")
     assert yaml.safe_load((tmp_path / "kept/config.yaml").read_text())["run"]["name"] == "tiny"
+
+
+def test_what_a_site_sets_for_its_own_lines_does_not_end_the_script(
+    config: Config, programs: Path, tmp_path: Path
+) -> None:
+    for setup in ((), ("set -euo pipefail", "trap 'exit 3' ERR EXIT")):
+        script_of("rendered", config, programs, tmp_path / "run")
+        script = render(config, SiteConfig(setup=setup), REQUEST, tmp_path / "run" / "submitted" / "1")
+        (programs / "srun").write_text("#!/bin/bash\nexit 1\n")
+        (programs / "calls").write_text("")
+        done = run_script(script, programs)
+        assert "again: the run is not begun" in done.stdout, done.stderr
+        assert ["requeue", "17"] in calls(programs, "scontrol"), setup
+    refusing = render(config, SiteConfig(setup=("set -e", "false")), REQUEST, tmp_path / "run" / "submitted" / "1")
+    (programs / "calls").write_text("")
+    run_script(refusing, programs)
+    assert not calls(programs, "srun")  # nothing is trained where the site's own lines fail
