@@ -1,6 +1,7 @@
 """The `README.md` of an export: what the model is, what it was trained on and how, and how to load it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from launcher.config.sections import Config
 from launcher.formats.opened import Exportable
 from launcher.plan.course import make_course
 from launcher.process.console import human_count
+from launcher.run.log_keys import TRAINED, cross_entropy_of
 from launcher.run.requeue import read_lines
 from launcher.run.scores import (
     HARNESS_COLUMNS,
@@ -25,14 +27,6 @@ from launcher.run.scores import (
     table_of,
 )
 from model.size import num_linear_parameters, num_parameters
-
-LAST = {
-    "train/loss": "training loss, nats per token",
-    "validation/loss": "held-out loss, nats per token",
-    "validation/bits_per_byte": "held-out loss, bits per byte of text",
-}
-"""The measurements that a card quotes, and their units."""
-
 
 Reader = Literal["Transformers", "mlx-lm", "ONNX Runtime"]
 """A program that a folder is written for."""
@@ -106,7 +100,7 @@ def model_card(
         ),
     ]
     if config is not None and isinstance(exportable.source, CheckpointReader):
-        lines += [*_training(exportable, config, exportable.source.manifest), *_measured(exportable)]
+        lines += [*_training(exportable, config, exportable.source.manifest), *_measured(exportable, config)]
     lines += ["## Provenance", "", *_table(["", ""], [[key, f"`{value}`"] for key, value in record.items()])]
     return "\n".join(lines)
 
@@ -114,7 +108,7 @@ def model_card(
 def _training(exportable: Exportable, config: Config, manifest: Manifest) -> list[str]:
     course = make_course(config)
     phases = [
-        [str(phase.index), phase.precision, f"{phase.start:,}", f"{min(phase.end, manifest.step):,}"]
+        [str(phase.index), phase.precision, phase.objective, f"{phase.start:,}", f"{min(phase.end, manifest.step):,}"]
         for phase in course.phases
         if phase.start < manifest.step
     ]
@@ -127,7 +121,7 @@ def _training(exportable: Exportable, config: Config, manifest: Manifest) -> lis
         f"{manifest.step:,} steps of {up_to}{largest:,} tokens, {tokens:,} ({human_count(tokens)}) in all, "
         f"in sequences of {'up to ' if len(lengths) > 1 else ''}{max(lengths):,}.",
         "",
-        *_table(["phase", "precision", "from step", "to step"], phases),
+        *_table(["phase", "precision", "objective", "from step", "to step"], phases),
     ]
     begun = [phase for phase in course.phases if phase.start < max(1, manifest.step)]
     mixtures = [phase for phase in begun if not phase.index or phase.sources != begun[phase.index - 1].sources]
@@ -166,18 +160,25 @@ def _public(location: str) -> str:
     return location if on_hub else kind + colon + (Path(name).name or name)
 
 
-def _measured(exportable: Exportable) -> list[str]:
-    """The last measurements up to the checkpoint, and its scores in tasks; damaged files and lines are left out."""
+def _measured(exportable: Exportable, config: Config) -> list[str]:
+    """What was measured last of the checkpoint's phase, and its scores in tasks; what is damaged is left out."""
     assert isinstance(exportable.source, CheckpointReader)
     if exportable.run is None:
         return []
-    step = exportable.source.manifest.step
-    rows = [row for row in read_lines(exportable.run / "metrics.jsonl", "step") if row["step"] <= step]
-    found = [
-        [unit, f"{last[key]:.4f}", f"{last['step']:,}"]
-        for key, unit in LAST.items()
-        if (last := next((row for row in reversed(rows) if isinstance(row.get(key), int | float)), None))
-    ]
+    step, phase = exportable.source.manifest.step, exportable.source.manifest.progress.phase
+    logged = read_lines(exportable.run / "metrics.jsonl", "step", "phase")
+    rows = [row for row in logged if row["step"] <= step and row["phase"] == phase]
+    of = "text" if config.phases[phase].objective == "next-token" else "answers"
+    measured = {
+        "training loss, nats per token": [cross_entropy_of(row) if TRAINED in row else None for row in rows],
+        "held-out loss, nats per token": [row.get("validation/loss") for row in rows],
+        f"held-out loss, bits per byte of {of}": [row.get("validation/bits_per_byte") for row in rows],
+    }
+    found = []
+    for name, values in measured.items():
+        numbers = [(value, row) for value, row in zip(values, rows, strict=True) if isinstance(value, int | float)]
+        if finite := [(value, row["step"]) for value, row in numbers if math.isfinite(value)]:
+            found.append([name, f"{finite[-1][0]:.4f}", f"{finite[-1][1]:,}"])
     lines = ["Last measured:", "", *_table(["", "", "after step"], found)] if found else []
     digest = exportable.source.manifest.digest
     with suppress(DataError):

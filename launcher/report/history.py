@@ -7,7 +7,7 @@ value from before it.
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -226,8 +226,13 @@ def curves(history: History, key: str) -> Iterator[PhaseCurve]:
         )
 
 
-def find_transitions(history: History) -> tuple[Transition, ...]:
-    """Measure every transition that has a logged loss on both of its sides, of one kind of text."""
+def find_transitions(history: History, begin_averaged: Collection[int] = ()) -> tuple[Transition, ...]:
+    """Measure every transition that has a logged loss on both of its sides, of one kind of text.
+
+    Args:
+        history: of the run.
+        begin_averaged: the phases that begin with averaged weights; the held-out loss before is then that of these.
+    """
     if LOSS not in history.series:
         return ()
     found = []
@@ -243,8 +248,10 @@ def find_transitions(history: History) -> tuple[Transition, ...]:
             tokens=after.first_tokens,
             precisions=(before.precision, after.precision),
         )
-        held_out = [_held_out_at(history, span.index, after.first_step) for span in (before, after)]
-        found.append(replace(transition, bits_per_byte_before=held_out[0], bits_per_byte_after=held_out[1]))
+        key = AVERAGED if after.index in begin_averaged else BITS_PER_BYTE
+        held_out = _at(history, key, before.index, after.first_step)
+        then = _at(history, BITS_PER_BYTE, after.index, after.first_step)
+        found.append(replace(transition, bits_per_byte_before=held_out, bits_per_byte_after=then))
     return tuple(found)
 
 
@@ -262,9 +269,9 @@ def _logged_losses(history: History, phase: int) -> list[LoggedLoss]:
     return [LoggedLoss(*point) for point in zip(*columns, strict=True)]
 
 
-def _held_out_at(history: History, phase: int, step: int) -> float | None:
-    """Held-out loss of a phase at exactly this step, bits per byte."""
-    if BITS_PER_BYTE not in history.series:
+def _at(history: History, key: str, phase: int, step: int) -> float | None:
+    """What was measured of a phase at exactly this step."""
+    if key not in history.series:
         return None
-    series = history.series[BITS_PER_BYTE].of_phase(phase)
+    series = history.series[key].of_phase(phase)
     return next((float(value) for value in series.values[series.steps == step]), None)

@@ -398,8 +398,10 @@ def _mark_phases(axes: "Axes", histories: Sequence[History], with_labels: bool =
             )
             if with_labels:
                 is_left = phase.first_tokens > 0.6 * end
+                before = next(each for each in reversed(history.phases) if each.index < phase.index)
+                changed = f"to {phase.precision}" if phase.precision != before.precision else f"phase {phase.index}"
                 axes.annotate(
-                    f"{'' if is_shared else f'{index + 1}: '}to {phase.precision} at step {phase.first_step:,}",
+                    f"{'' if is_shared else f'{index + 1}: '}{changed} at step {phase.first_step:,}",
                     xy=(phase.first_tokens, 0.98 - 0.06 * next(rows)),
                     xycoords=("data", "axes fraction"),
                     xytext=(-4 if is_left else 4, 0),

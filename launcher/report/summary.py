@@ -168,6 +168,10 @@ def summarize(run: Path) -> RunSummary:
         index: LEARNED_FROM.get(phase.get("objective"), "text")
         for index, phase in enumerate(config.get("phases") or [])
     }
+    transitions = {index: phase.get("transition") for index, phase in enumerate(config.get("phases") or [])}
+    begin_averaged = {
+        index for index, each in transitions.items() if isinstance(each, dict) and each.get("weights") == "averaged"
+    }
     name = str(of_run.get("name", run.name))
     history = read_history(metrics_path, name)
     elapsed, skipped = (_last(history, key) for key in ("time/elapsed_seconds", "train/skipped_steps"))
@@ -188,7 +192,7 @@ def summarize(run: Path) -> RunSummary:
         num_parameters=summary.get("num_parameters"),
         num_ternary_parameters=summary.get("num_ternary_parameters"),
         phases=tuple(_summarize_phase(history, span, dict(enumerate(planned)), contents) for span in history.phases),
-        transitions=find_transitions(history),
+        transitions=find_transitions(history, begin_averaged),
         samples=tuple(read_samples(run)),
         config_text=config_text,
         history=history,

@@ -6,7 +6,7 @@ the noise, with those through fewer (Lepskii, Theory of Probability and Its Appl
 agree any more, the line before the longest that did is taken, whose bias is small against its error.
 
 The noise comes from second differences, which neither a level nor a slope enters: each value against the line through
-its two neighbors.
+its two neighbors. With fewer than `FEWEST` values none of this is tried.
 """
 
 import math
@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 
 WINDOWS = (4, 8, 16, 32, 64, 128)
 """Numbers of values that a line is tried through."""
+
+FEWEST = 12
+"""Values of which a line can be taken. Of fewer, second differences cannot tell a bend from noise, and the line of a
+curve that bends overshoots its end."""
 
 AGREES = 3.0
 """Errors of the shorter line by which a longer one may differ from it."""
@@ -107,9 +111,14 @@ def level_at(curve: Curve, at: float, noise: float) -> Level:
         curve: where ``at`` is beyond its end, the line goes on; without values the level is NaN.
         at: finished steps.
         noise: of a step, as `noise_of_a_step` has it.
+
+    Returns:
+        Of fewer than `FEWEST` values the one nearest to ``at``, with an error that is not known.
     """
     if not len(curve.at):
         return Level(math.nan, math.nan)
+    if len(curve.at) < FEWEST:
+        return Level(float(curve.values[np.abs(curve.at - at).argmin()]), math.nan)
     found: list[Level] = []
     for window in WINDOWS:
         begin = _nearest(curve.at, at, window)

@@ -101,7 +101,7 @@ def test_an_override_that_is_advised_sets_its_text(text):
 
 
 TEXTS = ["0913", "08", "0o7", "1e9", "5e3", "-.5", "12e4567", "1_000", "0x10", "1:30", "on", "no", "~", "null", ".inf",
-         "2001-01-01", "<<", "=", "!x", "&a", "*a", "# c", "a # b", "a\tb", "a\nb", " a ", "", "\x85", "\ufeff"]  # fmt: skip
+         "<<", "=", "!x", "&a", "*a", "# c", "a # b", "a\tb", "a\nb", " a ", "", "\x85", "\ufeff"]  # fmt: skip
 
 
 @given(st.one_of(st.sampled_from(TEXTS), st.text(max_size=8), st.text("0123456789.eE+-_:", max_size=6)))

@@ -330,7 +330,7 @@ def test_a_killed_average_leaves_nothing_under_its_name(make: Any, tmp_path: Pat
 def test_an_average_loads_and_is_exported_as_what_it_is(make: Any, tmp_path: Path) -> None:
     sources, out = [make(6), make(8)], tmp_path / "out"
     run = tmp_path / "run"
-    row = {"step": 8, "validation/loss": 1.2345}
+    row = {"step": 8, "phase": 0, "validation/loss": 1.2345}
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     tritrain("average", *sources, "--out", out)
     expected = Transformer(LLAMA)

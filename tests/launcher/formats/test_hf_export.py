@@ -134,9 +134,11 @@ def run(shards: Path, tmp_path: Path) -> Any:
         built = build(config.model)
         write_checkpoint(config, built, step=step, phase=phase)
         (tmp_path / "run" / "metrics.jsonl").write_text(
-            '{"step": 7, "train/loss": 3.25, "validation/loss": null}\n'
-            '{"step": 8, "validation/loss": 3.5, "validation/bits_per_byte": 1.75}\n'
-            '{"step": 9, "train/loss": 9.99}\n'
+            '{"step": 4, "phase": 0, "validation/loss": 2.5, "validation/bits_per_byte": 1.25}\n'
+            '{"step": 4, "phase": 1, "validation/loss": 9.5, "validation/bits_per_byte": 9.25}\n'
+            '{"step": 7, "phase": 1, "train/loss": 4.25, "train/cross_entropy": 3.25, "train/learning_rate": 0.1}\n'
+            '{"step": 8, "phase": 1, "validation/loss": 3.5, "validation/bits_per_byte": 1.75}\n'
+            '{"step": 9, "phase": 1, "train/loss": 9.99, "train/learning_rate": 0.1}\n'
         )
         digest = CheckpointReader(tmp_path / "run" / "checkpoints" / f"step-{step:08}").manifest.digest
         score = {"value": 0.625, "standard_error": 0.01}
@@ -176,7 +178,8 @@ def test_a_run_becomes_a_folder_that_writes_the_same_text(transformers, run, sha
         assert torch.equal(found[len(tokens) :], logits_TV.argmax(-1)), prompt
     card = (tmp_path / "hf" / "README.md").read_text()
     for line in (
-        "# tiny", "8 steps of 256 tokens, 2,048 (2.05 k)", "| 1 | ternary | 4 | 8 |", "| `shards` | 1 | corpus.jsonl |",
+        "# tiny", "8 steps of 256 tokens, 2,048 (2.05 k)", "| 1 | ternary | next-token | 4 | 8 |",
+        "| `shards` | 1 | corpus.jsonl |",
         "| `weights` | `gaussian` |", r"\.(self_attn\|mlp)\.", "| training loss, nats per token | 3.2500 | 7 |",
         "| held-out loss, bits per byte of text | 1.7500 | 8 |", "source_digest", "AutoTokenizer", "(bitlinear)",
     ):  # fmt: skip
@@ -187,6 +190,20 @@ def test_a_run_becomes_a_folder_that_writes_the_same_text(transformers, run, sha
     assert (record["source"], record["step"]) == ("tiny", 8)
     assert not list(tmp_path.glob("*.tmp"))
     assert HuggingFaceSource(tmp_path / "hf").is_packed
+
+
+def test_a_card_has_the_measurements_of_its_own_phase_and_without_a_teacher_s_losses(run, tmp_path):
+    folder, _ = run()
+    tritrain("export", folder, "--to", tmp_path / "ternary", "--format", "hf-ternary")
+    card = (tmp_path / "ternary" / "README.md").read_text()
+    assert "| training loss, nats per token | 3.2500 | 7 |" in card
+    assert "| held-out loss, nats per token | 3.5000 | 8 |" in card
+    run(step=4, phase=0)
+    tritrain("export", folder / "checkpoints" / "step-00000004", "--to", tmp_path / "16-bit", "--format", "hf")
+    card = (tmp_path / "16-bit" / "README.md").read_text()
+    assert "| held-out loss, nats per token | 2.5000 | 4 |" in card
+    assert "| held-out loss, bits per byte of text | 1.2500 | 4 |" in card
+    assert "training loss" not in card
 
 
 @pytest.mark.parametrize(
@@ -222,7 +239,8 @@ def test_cards_name_data_without_their_folders():
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff\n", b"[1]\n", b'{"a": 1}\n', b'{"step": 8, "train/loss": "x"}\n', b"[" * 10**5]
+    "content",
+    [b"", b"\xff\n", b"[1]\n", b'{"a": 1}\n', b'{"step": 8, "phase": 1, "validation/loss": "x"}\n', b"[" * 10**5],
 )
 def test_damaged_measurements_stop_no_export(run, tmp_path, content):
     folder, _ = run()

@@ -130,6 +130,11 @@ def test_transitions_are_those_of_the_measurement_with_the_held_out_loss_of_that
     (both,) = find_transitions(replace(history, series={**history.series, "validation/bits_per_byte": held_out}))
     assert (both.bits_per_byte_before, both.bits_per_byte_after) == (2.4, 2.6)
     late = replace(held_out, steps=np.asarray([0, 250, 290, 310, 600]))
+    of_average = Series(**{**vars(held_out), "values": held_out.values + 0.5})
+    series = {**history.series, "validation/bits_per_byte": held_out, "validation/bits_per_byte_averaged": of_average}
+    (averaged,) = find_transitions(replace(history, series=series), {1})
+    assert averaged.bits_per_byte_before == both.bits_per_byte_before + 0.5
+    assert averaged.bits_per_byte_after == both.bits_per_byte_after
     (neither,) = find_transitions(replace(history, series={**history.series, "validation/bits_per_byte": late}))
     assert (neither.bits_per_byte_before, neither.bits_per_byte_after) == (None, None)
 

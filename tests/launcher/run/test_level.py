@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.run.level import Curve, curve_of, highest_level, level_at, middles, noise_of_a_step
+from launcher.run.level import FEWEST, WINDOWS, Curve, curve_of, highest_level, level_at, middles, noise_of_a_step
 
 
 def every_step(values: np.ndarray, first: int = 0) -> Curve:
     return curve_of(first + np.arange(1, len(values) + 1), values, first)
 
 
-@given(st.floats(-100, 100), st.floats(-1, 1), st.integers(3, 300), st.integers(1, 20))
+@given(st.floats(-100, 100), st.floats(-1, 1), st.integers(FEWEST, 300), st.integers(1, 20))
 def test_a_line_is_met_exactly_wherever_it_is_asked(height, slope, count, interval):
     ends = interval * np.arange(1, count + 1)
     curve = curve_of(ends, height + slope * (ends - (interval + 1) / 2), 0)
@@ -25,9 +25,22 @@ def test_a_line_is_met_exactly_wherever_it_is_asked(height, slope, count, interv
 
 def test_the_weights_are_those_of_least_squares():
     rng = np.random.default_rng(0)
-    at, num_steps, values = np.asarray([0.0, 1.0, 4.5]), np.asarray([1.0, 1.0, 6.0]), rng.normal(size=3)
-    slope, height = np.polyfit(at, values, 1, w=np.sqrt(num_steps))
-    assert level_at(Curve(at, num_steps, values), 7.0, math.nan).value == pytest.approx(7 * slope + height)
+    at, num_steps, values = (
+        np.arange(12) + rng.uniform(size=12),
+        rng.integers(1, 7, 12).astype(float),
+        rng.normal(size=12),
+    )
+    nearest = slice(-WINDOWS[0], None)
+    slope, height = np.polyfit(at[nearest], values[nearest], 1, w=np.sqrt(num_steps[nearest]))
+    assert level_at(Curve(at, num_steps, values), 14.0, math.nan).value == pytest.approx(14 * slope + height)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, FEWEST - 1])
+def test_of_few_values_the_nearest_is_the_level_and_its_error_is_not_known(count):
+    values = np.geomspace(6, 1.4, count)
+    level = level_at(every_step(values), count, noise_of_a_step(every_step(values)))
+    assert level.value == values[-1]
+    assert math.isnan(level.error)
 
 
 def test_a_value_lies_in_the_middle_of_its_steps_and_missing_rows_do_not_stretch_it():

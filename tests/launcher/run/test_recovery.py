@@ -118,14 +118,28 @@ def test_losses_that_are_logged_seldom_lie_in_the_middle_of_their_steps():
 
 
 def test_short_phases_say_what_they_know():
-    for steps in ((3, 3), (4, 4), (8, 2)):
-        found = measured(*losses("falling", 0.2, steps=steps))
-        assert found.spike == pytest.approx(0.2)
-        assert found.noise == pytest.approx(0, abs=1e-9)
-    unknown = measured(*losses("falling", 0.2, steps=(2, 2)))
-    assert math.isnan(unknown.noise)
-    assert not unknown.is_beyond_noise
-    assert measured(*losses("flat", 0.2, steps=(1, 1))).spike == pytest.approx(0.2)
+    found = measured(*losses("falling", 0.2, steps=(12, 12)))
+    assert found.spike == pytest.approx(0.2)
+    assert found.noise == pytest.approx(0, abs=1e-9)
+    for steps in ((1, 1), (2, 2), (8, 40), (40, 8), (11, 11)):
+        unknown = measured(*losses("flat", 0.2, steps=steps))
+        assert unknown.spike == pytest.approx(0.2)
+        assert math.isnan(unknown.noise)
+        assert not unknown.is_beyond_noise
+
+
+@pytest.mark.parametrize("count", [5, 6, 8, 12, 16, 40])
+def test_a_switch_early_in_a_run_whose_loss_bends_has_no_spike_by_that(count):
+    t, every, found = np.arange(5 * (count + 40)), 5, []
+    for seed in range(40):
+        of_steps = 3.2 + 3.2 / (1 + t / 12) + np.random.default_rng(seed).normal(0, 0.05, len(t))
+        points = [
+            LoggedLoss(step + every, 512 * (step + every), float(of_steps[step : step + every].mean()), 1.0)
+            for step in range(0, len(t), every)
+        ]
+        found.append(measured(points[:count], points[count:]))
+    assert sum(each.is_beyond_noise for each in found) <= 1
+    assert np.mean([each.loss_before for each in found]) == pytest.approx(3.2 + 3.2 / (1 + every * count / 12), abs=0.1)
 
 
 def test_rows_that_are_missing_and_losses_that_are_not_finite_change_little():
