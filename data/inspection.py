@@ -1,6 +1,7 @@
 """Look into a prepared folder: what its rows hold, measured on the first of them."""
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class Inspection:
     read_rows: int
     """The first rows, which the rest is measured on."""
     padding: float
-    """Share of tokens that are padding: of all rows, or, of chats, of those that were read."""
+    """Share of tokens that are padding."""
     is_sorted: bool
     """Whether the fullest rows come first, as best fit writes them; documents there are longer than most."""
     whole_documents: int
@@ -56,11 +57,11 @@ def inspect_split(source: OpenSource, split: str, num_rows: int, num_samples: in
     rows_RT = source.read_first_rows(split, min(num_rows, facts["rows"]))
     end, is_packed = manifest["end_of_document"], "padding_tokens" in facts
     if source.holds_chats:
-        lengths, padding = chat_lengths(rows_RT)
+        lengths = chat_lengths(rows_RT)
         rows_RT = ids_of(rows_RT)
     else:
         lengths = document_lengths(rows_RT, end, is_packed=is_packed)
-        padding = facts["padding_tokens"] / (facts["rows"] * manifest["sequence_length"]) if is_packed else 0.0
+    padding = facts["padding_tokens"] / (facts["rows"] * manifest["sequence_length"]) if is_packed else 0.0
     powers, counts = np.unique(1 << np.log2(lengths).astype(np.int64), return_counts=True)
     tokens = np.unique(rows_RT)
     tokenizer = load_tokenizer(source.tokenizer_path)
@@ -78,7 +79,7 @@ def inspect_split(source: OpenSource, split: str, num_rows: int, num_samples: in
         used_tokens=len(tokens),
         vocab_size=manifest["vocab_size"],
         largest_token=int(tokens[-1]),
-        samples=[decoded(tokenizer, rows_RT[place, :SAMPLE_TOKENS], end) for place in places],
+        samples=[decoded(tokenizer, rows_RT[place, :SAMPLE_TOKENS]) for place in places],
     )
 
 
@@ -96,16 +97,16 @@ def document_lengths(rows_RT: NDArray[Any], end: int, *, is_packed: bool) -> NDA
     return gaps[gaps > 0].astype(np.int64)
 
 
-def chat_lengths(rows_RT: NDArray[Any]) -> tuple[NDArray[np.int64], float]:
-    """Tokens of each chat in these rows, and the share of their tokens that are padding: chats of one token."""
+def chat_lengths(rows_RT: NDArray[Any]) -> NDArray[np.int64]:
+    """Tokens of each chat in these rows; padding consists of chats of one token."""
     begins_RT = (rows_RT & rows_RT.dtype.type(BEGINS)).astype(bool)
     begins_RT = np.pad(begins_RT, ((0, 0), (0, 1)), constant_values=True)
     lengths = np.concatenate([np.diff(np.flatnonzero(row)) for row in begins_RT])
-    return lengths[lengths > 1], float((lengths == 1).sum() / rows_RT.size)
+    return lengths[lengths > 1]
 
 
-def decoded(tokenizer: Tokenizer, tokens: NDArray[Any], end: int) -> str:
-    """Tokens as text, with ends of documents by name."""
-    parts = np.split(tokens, np.flatnonzero(tokens == end))
-    texts = [tokenizer.decode([token for token in part.tolist() if token != end]) for part in parts]
-    return tokenizer.name_of(end).join(texts)
+def decoded(tokenizer: Tokenizer, tokens: NDArray[Any]) -> str:
+    """Tokens as text, with ends of documents and other special tokens by name."""
+    named = {tokenizer.end_of_document, *tokenizer.control_tokens}
+    runs = [[*run] for _, run in groupby(tokens.tolist(), named.__contains__)]
+    return "".join("".join(map(tokenizer.name_of, run)) if run[0] in named else tokenizer.decode(run) for run in runs)

@@ -65,7 +65,10 @@ def find_done(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NG
         "prefix_after_special_tokens": False,
         "end_of_document": manifest["end_of_document"],
     }  # of older versions
-    there, wanted = before | manifest["options"], _options(config, sequence_length, ngrams)
+    there, wanted = (
+        options | {key: [*map(_spelled_plainly, options[key])] for key in ("inputs", "validation_inputs")}
+        for options in (before | manifest["options"], _options(config, sequence_length, ngrams))
+    )
     differing = [
         f"{key} (there {there.get(key)!r}, wanted {wanted[key]!r})" for key in wanted if there.get(key) != wanted[key]
     ]
@@ -74,13 +77,18 @@ def find_done(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NG
     inputs = (*config.inputs, *config.validation_inputs)
     found = survey(source for source in inputs if is_path(source) and Path(source).exists())
     now = listings(found, stats_of(found))
-    then = manifest.get("listings", now)  # older versions have none
-    if changed := [source for source in now if now[source] != then.get(source)]:
+    then = {_spelled_plainly(source): each for source, each in manifest.get("listings", now).items()}  # older: none
+    if changed := [source for source in now if now[source] != then.get(_spelled_plainly(source))]:
         raise DataError(
             f"{out}: was prepared when {', '.join(changed)} had other files, or files of other sizes; {FILES} there "
             "lists those that were read. Choose another, or remove it"
         )
     return manifest
+
+
+def _spelled_plainly(source: str) -> str:
+    """An input without what does not change a path, such as the `/` that a shell puts at its end."""
+    return os.path.normpath(source) if is_path(source) else source
 
 
 def stats_of(files: Survey) -> dict[Path, os.stat_result]:

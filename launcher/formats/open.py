@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.messages import looked_for_in
 from launcher.checkpoint.averaged import AveragedReader
@@ -246,11 +246,16 @@ def run_of(reader: CheckpointReader, config: Config) -> Path | None:
     if reader.manifest.average is not None:
         return None
     around = reader.folder.parent.parent if is_local(reader.folder) else config.run.path
-    return next((path for path in (around, config.run.path) if holds_run(path, config)), None)
+    run_id = _tree_of(reader).get("run_id")
+    return next((path for path in (around, config.run.path) if holds_run(path, config, run_id)), None)
 
 
 def config_of(reader: CheckpointReader) -> Config:
     """The configuration of the run that wrote a checkpoint."""
+    return parse_config({key: value for key, value in _tree_of(reader).items() if key not in DERIVED_KEYS}, stored=True)
+
+
+def _tree_of(reader: CheckpointReader) -> dict[str, Any]:
     path = reader.folder / CONFIG
-    tree = parse_yaml(path.read_text(), str(path))
-    return parse_config({key: value for key, value in tree.items() if key not in DERIVED_KEYS}, stored=True)
+    tree: dict[str, Any] = parse_yaml(path.read_text(), str(path))
+    return tree

@@ -330,7 +330,9 @@ def _remedy(published: Published) -> str:
 
 
 def _rows(published: Published, tokenizer: Tokenizer, text: str, most: int) -> list[list[int]]:
-    """The first tokens of a text in windows, each after the token that texts begin with.
+    """The first tokens of a text in windows, after the token that texts begin with.
+
+    A window begins with the last token of the one before, as in `tritrain perplexity`.
 
     Raises:
         DataError: the text has none.
@@ -341,5 +343,6 @@ def _rows(published: Published, tokenizer: Tokenizer, text: str, most: int) -> l
     if not tokens:
         raise DataError("the text is empty")
     first = tokenizer.end_of_document if published.first_token is None else published.first_token
-    width = max(1, min(WINDOW_TOKENS, config.max_sequence_length) - 1)
-    return [[first, *tokens[start : start + width]] for start in range(0, len(tokens), width)]
+    width = min(WINDOW_TOKENS, config.max_sequence_length)
+    stream = [first, *tokens]
+    return [stream[start : start + width + 1] for start in range(0, len(tokens), width)]

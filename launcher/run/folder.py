@@ -369,13 +369,22 @@ def check_place(file: Path, overrides: Sequence[str], config: Config) -> None:
         )
 
 
-def holds_run(folder: Path, config: Config) -> bool:
-    """Return whether a folder is that of a run with this configuration, or with one that differs only in `MAY_CHANGE`.
+def holds_run(folder: Path, config: Config, run_id: str | None = None) -> bool:
+    """Return whether a folder is that of a run, which may have gone on with changes since.
 
     A relative `run.folder` leads elsewhere from another directory, and perhaps to another run.
+
+    Args:
+        folder: of a run.
+        config: what the run was configured as.
+        run_id: of the run. Where one has no id, configurations are compared, but for `MAY_CHANGE`.
     """
     there = read_tree(folder / "config.yaml")
-    return there is not None and not changes(without_derived_keys(there), config)
+    if there is None:
+        return False
+    if run_id is not None and "run_id" in there:
+        return bool(run_id == there["run_id"])
+    return not changes(without_derived_keys(there), config)
 
 
 def configuration_of_run(folder: Path) -> dict[str, Any] | None:

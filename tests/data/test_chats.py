@@ -17,6 +17,7 @@ from data.chat_template import ChatTemplate
 from data.chats import ChatEncoder
 from data.config import DataConfig, PrepareConfig
 from data.errors import DataError
+from data.inspection import decoded
 from data.loader import IGNORED_LABEL, MARKED, TrainingData, validation_rows
 from data.marks import ids_of
 from data.mixture import Source
@@ -362,6 +363,17 @@ def test_the_commands(tmp_path: Path) -> None:
     assert found["whole_documents"] == found["documents"]
     assert sum(found["lengths"].values()) == found["documents"]
     assert found["samples"][0].startswith("<|im_start|>user\n")
+    facts = json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["train"]
+    assert found["padding"] == facts["padding_tokens"] / (facts["rows"] * 64) > 0
+
+
+def test_samples_show_special_tokens_by_name(tmp_path: Path) -> None:
+    sentencepiece_tokenizer(tmp_path / "tokenizer.model", add_dummy_prefix=True)
+    tokenizer = load_tokenizer(tmp_path)
+    control, text = tokenizer.control_tokens[0], tokenizer.encode("a b")
+    tokens = np.asarray([control, *text, tokenizer.end_of_document, tokenizer.end_of_document, *text])
+    end = tokenizer.name_of(tokenizer.end_of_document)
+    assert decoded(tokenizer, tokens) == f"{tokenizer.name_of(control)}a b{end}{end}a b"
 
 
 @pytest.mark.parametrize("legacy", [None, False])

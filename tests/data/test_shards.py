@@ -130,6 +130,8 @@ def test_a_prepared_folder_serves_again_only_with_the_same_options(corpus, token
     copied.write_bytes(tokenizer_path.read_bytes())
     same = PrepareConfig(inputs=(str(corpus),), tokenizer=str(copied), workers=4)
     assert prepare(same, LENGTH, tmp_path / "out") == manifest
+    spelled = PrepareConfig(inputs=(f"{corpus.parent}/./{corpus.name}/",), tokenizer=str(tokenizer_path))
+    assert prepare(spelled, LENGTH, tmp_path / "out") == manifest
     assert os.stat(tmp_path / "out" / "manifest.json").st_mtime_ns == before
     other = PrepareConfig(inputs=(str(corpus),), tokenizer="bpe:400", validation_fraction=0.5)
     with pytest.raises(DataError) as caught:

@@ -1,6 +1,7 @@
 """`tritrain verify` on exports: sound ones of every format, and each again after it was damaged here."""
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import tritrain
 from exports import exportable
 from gguf_files import read_tensors
 from hf_folders import edit_config
@@ -112,6 +114,18 @@ def test_sound_exports(made: Path, name: str) -> None:
         nll = model(tokens[:, :-1], tokens[:, 1:], reduction="none").token_nll.mean().item()
     assert found["text"]["nats_per_token"] == pytest.approx(nll, abs=1e-3)
     assert found["notes"] == []
+
+
+def test_a_text_is_measured_as_by_perplexity(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.inference.verdict.WINDOW_TOKENS", 16)
+    text = made / "long.txt"
+    text.write_text(f"{SAMPLE} " * 3)
+    code, found = verify(made / "packed", "--text", text)
+    assert code == 0
+    measured = json.loads(tritrain("perplexity", made / "packed", text, "--window", "16", "--json"))
+    [loss] = measured["results"]
+    assert found["text"]["num_tokens"] == loss["num_tokens"]
+    assert math.exp(found["text"]["nats_per_token"]) == pytest.approx(loss["perplexity"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", CODES)

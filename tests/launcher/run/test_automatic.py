@@ -128,6 +128,9 @@ def test_auto_is_no_change_and_another_value_is_one(tmp_path: Path, stored: str 
     assert values_of_run(folder)[KEY] == (stored or "bf16")
     changed = parse_config(tree | {"training": tree["training"] | {"compute_dtype": other}})
     assert not holds_run(folder.path, changed)
+    run_id = yaml.safe_load((folder.path / "config.yaml").read_text())["run_id"]
+    assert holds_run(folder.path, changed, run_id)
+    assert not holds_run(folder.path, config, "another")
     with pytest.raises(ConfigError, match=rf"{KEY}: \"{stored or 'bf16'}\" in .*, \"{other}\" now"):
         RunFolder(changed).check_configuration()
 
