@@ -33,6 +33,9 @@ from launcher.process.streams import lack_characters
 from launcher.run.scores import HARNESS_COLUMNS, TASK_COLUMNS, harness_table_of, read_results, table_of
 
 TIMEOUT_SECONDS = 1800
+COLLECTIVE_SECONDS = 7 * 86_400
+"""For hours of work that one rank does alone, such as the bootstrap of 40,000 examples; a rank that fails ends all."""
+
 DEFAULT = Prompting()
 
 
@@ -271,7 +274,7 @@ def measure_text(asked: TextMeasurement, ranks: Ranks, console: Console) -> None
 
 def run(asked: Evaluation | TextMeasurement) -> int:
     """Join the other ranks and measure; returns an exit code."""
-    with process_group(TIMEOUT_SECONDS) as ranks:
+    with process_group(TIMEOUT_SECONDS, collective_seconds=COLLECTIVE_SECONDS) as ranks:
         console = Console(silent=asked.as_json or not ranks.is_first)
         try:
             if isinstance(asked, Evaluation):

@@ -54,15 +54,18 @@ ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @contextmanager
-def process_group(timeout_seconds: int, companions: Companions | None = None) -> Iterator[Ranks]:
+def process_group(
+    timeout_seconds: int, companions: Companions | None = None, *, collective_seconds: int | None = None
+) -> Iterator[Ranks]:
     """Join the process group that torchrun, `deepspeed`, Slurm or plain `python` started this process for.
 
     While it lasts, the environment has every variable that torch's launcher would set; then it is as it was, since
     processes that are started later are no ranks of this group.
 
     Args:
-        timeout_seconds: of a collective.
+        timeout_seconds: until all have joined, and of a collective.
         companions: given here, they go on watching the other ranks after all have joined, until `release`.
+        collective_seconds: of a collective, where a rank may be at work alone for longer.
 
     Raises:
         StartError: ranks do not meet or cannot connect.
@@ -88,7 +91,7 @@ def process_group(timeout_seconds: int, companions: Companions | None = None) ->
             try:
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
-                    timeout=timedelta(seconds=timeout_seconds),
+                    timeout=timedelta(seconds=collective_seconds or timeout_seconds),
                     store=store,
                     rank=rank,
                     world_size=world_size,

@@ -1,8 +1,11 @@
 """The group of a process that nobody launched."""
 
 import os
+from datetime import timedelta
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from launcher.errors import StartError
 from launcher.process.ranks import LAUNCH_VARIABLES, process_group
@@ -24,6 +27,20 @@ def test_the_environment_is_a_ranks_while_the_group_lasts(monkeypatch: pytest.Mo
     with process_group(60):
         assert os.environ["LOCAL_RANK"] == "3"
     assert {name for name in LAUNCH_VARIABLES if name in os.environ} == {"LOCAL_RANK"}
+
+
+def test_a_collective_may_take_longer_than_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, join = [], dist.init_process_group
+
+    def joining(*arguments: Any, timeout: timedelta, **options: Any) -> None:
+        given.append(timeout.total_seconds())
+        join(*arguments, timeout=timeout, **options)
+
+    monkeypatch.setattr(dist, "init_process_group", joining)
+    for options in ({}, {"collective_seconds": 86_400}):
+        with process_group(60, **options):
+            pass
+    assert given == [60, 86_400]
 
 
 @pytest.mark.parametrize(
