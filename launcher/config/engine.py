@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator
-from pydantic_core import PydanticKnownError
-
 from launcher.config.strict import STRICT
 
 EngineName = Literal["fsdp2", "deepspeed"]
@@ -65,11 +62,18 @@ REFUSED_DEEPSPEED_KEYS: dict[str, tuple[Any, str]] = {
 """DeepSpeed keys that may have one value only, and why."""
 
 
-def _no_truth_value(value: Any) -> Any:
-    """Refuse true, which equals 1."""
-    if isinstance(value, bool):
-        raise PydanticKnownError("literal_error", {"expected": "0, 1, 2 or 3"})
-    return value
+class NoTruthValue:
+    """Has pydantic refuse true, which equals 1."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import PydanticKnownError, core_schema  # not there where only the engine is
+
+        def check(value: Any) -> Any:
+            if isinstance(value, bool):
+                raise PydanticKnownError("literal_error", {"expected": "0, 1, 2 or 3"})
+            return value
+
+        return core_schema.no_info_before_validator_function(check, handler(source))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,7 @@ class EngineConfig:
 
     name: EngineName = "fsdp2"
     """PyTorch FSDP2, or DeepSpeed ZeRO."""
-    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_truth_value)] | None = None
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NoTruthValue()] | None = None
     """DeepSpeed shards: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
     replicas: int = 1
     """FSDP2: number of replicas; above 1, each replica shards over its own ranks (HSDP)."""

@@ -232,7 +232,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         )
     if not value.strip():  # of a shell's variable that is not set; YAML would read null
         raise ConfigError(f"{override!r}: has no value; write {path}=null if none is meant")
-    if value.lstrip().startswith("&") or _ends_in_comment(value):
+    if value.lstrip().startswith("&") or ("#" in value and _ends_in_comment(value)):
         quoted = shlex.quote(override_of(path, value))
         raise ConfigError(
             f"{override!r}: YAML takes `&` for an anchor and ` #` for a comment; write {quoted} for a text"
