@@ -91,6 +91,15 @@ def page_of_two(tmp_path_factory):
     return folder / "report.html"
 
 
+def test_a_phase_that_changes_no_precision_is_named_by_its_number(tmp_path):
+    run = make_run(tmp_path / "run", phase_steps=(20, 20, 20))
+    for name in ("config.yaml", "metrics.jsonl"):  # its third phase as one of chats, after the ternary one
+        before, mark, after = (run / name).read_text().rpartition("ternary")
+        (run / name).write_text(before + mark + after.replace("16-bit", "ternary"))
+    labels = [text.get_text() for text in loss_figure([summarize(run).history]).axes[0].texts]
+    assert labels == ["to ternary at step 20", "phase 2 at step 40"]
+
+
 def test_the_page_of_one_run_has_everything_in_order(page_of_one):
     run, file = page_of_one
     page = parse(file)
