@@ -133,7 +133,9 @@ class CodeGather:
         for block in self._blocks:
             block.set_reshard_after_forward(self._reshard_after_forward and block not in self._kept, recurse=False)
         if coded:
-            self._round()
+            # As compiled as ever: a measurement forces all else to be eager, and training goes on with these codes.
+            with torch.compiler.set_stance("default"):
+                self._round()
         self.fresh = True
 
     def keep(self, keep: bool) -> None:

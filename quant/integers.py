@@ -109,7 +109,7 @@ def summed_product(grad_NO: Tensor, codes_NI: Tensor, scale_N1: Tensor) -> Tenso
     if _has_kernels(grad_NO) and len(grad_NO) <= EXACT_IN_INT32:
         codes_ON, scale_O1 = torch.ops.tritrain.quantize_columns(grad_NO.contiguous(), scale_N1)
         # Compilers put a copy that turns a matrix around into other kernels, which then write it element by element.
-        codes_IN = torch.ops.tritrain.transposed(codes_NI)
+        codes_IN = torch.ops.tritrain.transposed(codes_NI.contiguous())
         return scaled_product(codes_ON, codes_IN, scale_O1, _one(grad_NO), grad_NO.dtype, small=False)
     codes_ON, scale_O1 = quantize_rows((grad_NO * scale_N1).T)
     return (integer_sums(codes_ON, codes_NI) * scale_O1).to(grad_NO.dtype)
@@ -138,7 +138,8 @@ def _in_one_kernel(x: Tensor) -> bool:
 def _rows_in_one_kernel(x: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
     from quant.kernels.rounding import quantize_rows
 
-    codes_NI, scale_N1 = quantize_rows(x.reshape(-1, x.shape[-1]).contiguous(), smallest)
+    with torch.cuda.device_of(x):  # Triton takes the current one
+        codes_NI, scale_N1 = quantize_rows(x.reshape(-1, x.shape[-1]).contiguous(), smallest)
     return codes_NI.view(x.shape), scale_N1.view(*x.shape[:-1], 1)
 
 
@@ -176,9 +177,10 @@ def _scaled_product(
                 found[f"Triton's product by {way}"] = partial(products.scaled_product, dtype=dtype, way=way)
         return found
 
-    streamed = products.can_stream(codes_NI, codes_OI, dtype)
-    key = *codes_NI.shape, len(codes_OI), dtype, small, streamed, codes_NI.device
-    return fastest(key, ways, (codes_NI, codes_OI, scale_N1, level), cuda_seconds)
+    with torch.cuda.device_of(codes_NI):
+        streamed = products.can_stream(codes_NI, codes_OI, dtype)
+        key = *codes_NI.shape, len(codes_OI), dtype, small, streamed, codes_NI.device
+        return fastest(key, ways, (codes_NI, codes_OI, scale_N1, level), cuda_seconds)
 
 
 @torch.library.register_fake("tritrain::scaled_product", lib=_OPERATORS)
@@ -190,7 +192,8 @@ def _(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype
 def _quantize_columns(x_NO: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
     from quant.kernels.rounding import quantize_columns
 
-    return quantize_columns(x_NO, scale_N1, SMALLEST_GRADIENT)
+    with torch.cuda.device_of(x_NO):
+        return quantize_columns(x_NO, scale_N1, SMALLEST_GRADIENT)
 
 
 @torch.library.register_fake("tritrain::quantize_columns", lib=_OPERATORS)
@@ -203,7 +206,8 @@ def _(x_NO: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
 def _transposed(codes_NI: Tensor) -> Tensor:
     from quant.kernels.rounding import transposed
 
-    return transposed(codes_NI)
+    with torch.cuda.device_of(codes_NI):
+        return transposed(codes_NI)
 
 
 @torch.library.register_fake("tritrain::transposed", lib=_OPERATORS)

@@ -45,6 +45,9 @@ class CodeKeeper:
                 # A median counts magnitudes, which compiled code does slowly.
                 is_median = coded[0].quant_config.weights == "absmedian"
                 round_ = round_weights if is_median else self._compiled
-                for layer, made in zip(coded, round_([layer.unrounded() for layer in coded]), strict=True):
+                # As compiled as ever: a measurement forces all else to be eager, and training goes on with these codes.
+                with torch.compiler.set_stance("default"):
+                    rounded = round_([layer.unrounded() for layer in coded])
+                for layer, made in zip(coded, rounded, strict=True):
                     layer.held = HeldCodes(*made)
         self.fresh = True

@@ -97,10 +97,10 @@ class Saver:
             copied.record()
 
         def write() -> None:
-            if copied is not None:
-                torch.cuda.set_device(self._ranks.device)  # of this thread: else it takes memory of the first GPU
-                copied.synchronize()
             try:
+                if copied is not None:
+                    torch.cuda.set_device(self._ranks.device)  # of this thread: else it takes memory of the first GPU
+                    copied.synchronize()
                 self._write(shards, rng, manifest, config_text)
             except Exception as error:
                 if must or not isinstance(error, CheckpointError):

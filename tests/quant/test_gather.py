@@ -213,6 +213,23 @@ def test_compiled_models_gather_codes_too(shards: Path, tmp_path: Path) -> None:
     assert in_codes[2:] == pytest.approx(in_weights[2:], abs=0.01)
 
 
+@pytest.mark.slow
+def test_measuring_changes_no_bit_of_a_compiled_run(shards: Path, tmp_path: Path) -> None:
+    for name, options in (("alone", {}), ("measured", {"evaluation": {"interval_steps": 1}})):
+        options = {"training": {"compile": True}} | options
+        run_group(1, train_in, str(shards), str(tmp_path / name), "fp32", options, {"codes": []})
+    alone, measured = (
+        [
+            (row["train/loss"], row["train/grad_norm"])
+            for row in read_metrics(tmp_path / name / "codes" / "metrics.jsonl")
+            if "train/loss" in row
+        ]
+        for name in ("alone", "measured")
+    )
+    assert len(alone) == 12
+    assert measured == alone
+
+
 def memory_and_references(gathers: list[str]) -> list[Any]:
     """Of engines that take a step of two micro-batches: the sums held amid it, and whether they go when let go of."""
     found = []

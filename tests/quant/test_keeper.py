@@ -68,6 +68,20 @@ def test_a_ramp_holds_nothing() -> None:
     assert layer.held is None
 
 
+def test_codes_are_made_by_compiled_code_where_a_measurement_is_eager() -> None:
+    layer = build(QuantConfig(include=""))
+    keeper, stances = CodeKeeper(layer, whole=True, compiled=False), []
+
+    def rounding(*given: Any) -> Any:
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+        return quant.held.round_weights(*given)
+
+    keeper._compiled = rounding
+    with torch.compiler.set_stance("force_eager"):
+        keeper.prepare()
+    assert stances == ["default"]
+
+
 def test_codes_are_made_once_for_as_long_as_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 

@@ -184,3 +184,9 @@ def test_the_fastest_way_with_the_same_bits_is_taken() -> None:
         calls.clear()
         assert fastest.fastest(key, lambda: ways, (torch.ones(3),), lambda *_: 0.0).tolist() == [2.0] * 3
         assert calls == ["right"]
+    spoiled = torch.tensor([1.0, torch.nan, torch.inf])
+    del ways["wrong"], ways["broken"], ways["too large"]
+    fastest.fastest("spoiled", lambda: ways, (spoiled,), lambda product, _: seconds[names[product]])
+    calls.clear()
+    assert fastest.fastest("spoiled", lambda: ways, (spoiled,), lambda *_: 0.0)[0] == 2
+    assert calls == ["right"]  # as of the same bits, for all that they are no numbers
