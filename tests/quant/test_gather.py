@@ -28,7 +28,7 @@ from model.init import initial_value
 from model.size import num_parameters
 from quant.codes import pack_rows, unpack_rows
 from quant.config import PRESETS, SCALES_OF_LEVELS, QuantConfig, gather_problems
-from quant.gather import _fsdp_params
+from quant.gather import CodeGather, _fsdp_params
 from quant.linear import quantized_layers
 from quant.rounding import (
     SUMMED,
@@ -213,21 +213,28 @@ def test_compiled_models_gather_codes_too(shards: Path, tmp_path: Path) -> None:
     assert in_codes[2:] == pytest.approx(in_weights[2:], abs=0.01)
 
 
-@pytest.mark.slow
-def test_measuring_changes_no_bit_of_a_compiled_run(shards: Path, tmp_path: Path) -> None:
-    for name, options in (("alone", {}), ("measured", {"evaluation": {"interval_steps": 1}})):
-        options = {"training": {"compile": True}} | options
-        run_group(1, train_in, str(shards), str(tmp_path / name), "fp32", options, {"codes": []})
-    alone, measured = (
-        [
-            (row["train/loss"], row["train/grad_norm"])
-            for row in read_metrics(tmp_path / name / "codes" / "metrics.jsonl")
-            if "train/loss" in row
-        ]
-        for name in ("alone", "measured")
+def stances_while_measured() -> list[str]:
+    """Whether code may be compiled where codes are made for a measurement, which forces all else to be eager."""
+    found, round_ = [], CodeGather._round
+
+    def rounding(self: CodeGather) -> None:
+        found.append(torch._dynamo.eval_frame._stance.stance)
+        round_(self)
+
+    CodeGather._round = rounding  # type: ignore[method-assign]
+    config = tiny_config(
+        Path("shards"), Path("run"), engine={"gather": "codes"}, phases=[{"precision": "ternary", "steps": 9}]
     )
-    assert len(alone) == 12
-    assert measured == alone
+    plan = make_plan(config, 1)
+    engine: Any = build_engine(plan, plan.phases[0], Ranks(0, 1, 0, torch.device("cpu")))
+    load_weights(engine, lambda name, shape, rows: initial_value(name, shape, config.model, 0, rows))
+    tokens = torch.arange(33).expand(2, -1)
+    engine.token_nll(tokens[:, :-1], tokens[:, 1:])
+    return found
+
+
+def test_codes_are_made_by_compiled_code_where_a_measurement_is_eager() -> None:
+    assert run_group(1, stances_while_measured) == [["default"]]
 
 
 def memory_and_references(gathers: list[str]) -> list[Any]:
