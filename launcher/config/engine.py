@@ -7,6 +7,9 @@ from launcher.config.strict import STRICT
 
 EngineName = Literal["fsdp2", "deepspeed"]
 
+MOST_SECONDS = 1e9
+"""The longest time limit, 31 years; the system's timers can hold it."""
+
 OWNED_DEEPSPEED_KEYS = {
     "train_batch_size": "training.global_batch_sequences",
     "train_micro_batch_size_per_gpu": "training.micro_batch_sequences",
@@ -108,7 +111,7 @@ class EngineConfig:
         problems = {}
         if self.replicas < 1:
             problems["replicas"] = f"is {self.replicas}; 1 (full sharding) or more"
-        if not 1 <= self.timeout_seconds <= 1e9:
+        if not 1 <= self.timeout_seconds <= MOST_SECONDS:
             problems["timeout_seconds"] = f"is {self.timeout_seconds}; must be 1 or more, and at most 1e9, 31 years"
         if self.name == "deepspeed":
             if self.zero_stage is None:

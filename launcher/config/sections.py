@@ -16,7 +16,7 @@ from data.mixture import Source, sources_problem
 from data.urls import url_problem
 from eval.tasks import choose_tasks
 from launcher.config.averaging import AveragingConfig
-from launcher.config.engine import EngineConfig
+from launcher.config.engine import MOST_SECONDS, EngineConfig
 from launcher.config.optimizer import OptimizerConfig, ScheduleConfig
 from launcher.config.paths import local_problem, mistaken_path
 from launcher.config.rules import spanning_problems
@@ -32,11 +32,8 @@ Objective = Literal["next-token", "sft", "dpo"]
 TrackerName = Literal["wandb", "trackio", "mlflow"]
 """As its package and Tritrain's extra are named."""
 
-MOST_SECONDS = 1e9
-"""The longest limit: a timer of the system takes it."""
-
 MOST_SIGMAS = 1000
-"""The outliers of so many deviations need a window of a million steps."""
+"""So many standard deviations need a window of a million steps."""
 
 SILENT_BEATS = 3
 """A rank that misses this many beats is silent; it is gone if other signs confirm it."""

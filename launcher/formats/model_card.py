@@ -176,9 +176,11 @@ def _measured(exportable: Exportable, config: Config) -> list[str]:
     }
     found = []
     for name, values in measured.items():
-        numbers = [(value, row) for value, row in zip(values, rows, strict=True) if isinstance(value, int | float)]
-        if finite := [(value, row["step"]) for value, row in numbers if math.isfinite(value)]:
-            found.append([name, f"{finite[-1][0]:.4f}", f"{finite[-1][1]:,}"])
+        latest_first = reversed([*zip(values, rows, strict=True)])
+        for value, row in latest_first:
+            if isinstance(value, int | float) and math.isfinite(value):
+                found.append([name, f"{value:.4f}", f"{row['step']:,}"])
+                break
     lines = ["Last measured:", "", *_table(["", "", "after step"], found)] if found else []
     digest = exportable.source.manifest.digest
     with suppress(DataError):

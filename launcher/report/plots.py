@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from launcher.process.console import human_count
 from launcher.report.history import AVERAGED, BITS_PER_BYTE, LOSS, History, Series, curves
 from launcher.report.target import MADE_BY
-from launcher.run.log_keys import PREFERENCE_LOSS, REWARD_ACCURACY, REWARD_MARGIN
+from launcher.run.log_keys import PREFERENCE_LOSS, REWARD_ACCURACY, REWARD_MARGIN, TRAINED
 from launcher.run.recovery import Transition
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Panel:
     """Whether the axes fit the values in both directions, instead of beginning at 0 and marking the phases."""
 
 
-RATE = Panel("train/learning_rate", "Learning rate")
+RATE = Panel(TRAINED, "Learning rate")
 PANELS = (
     RATE,
     Panel("quant/strength", "Quantization strength (0 off, 1 fully on)"),

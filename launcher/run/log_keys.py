@@ -8,7 +8,7 @@ LOSS = "train/loss"
 """Key of the mean loss since the row before, of all that is trained on: with what a teacher adds, or of pairs."""
 
 TRAINED = "train/learning_rate"
-"""Key of the rows of training steps, and of no others; the loss is left out where it is not finite."""
+"""A key that every row of a training step has, and no other row; such a row has no loss where that is not finite."""
 
 DRAWN = "data/tokens/"
 """Beginning of the keys that count the tokens of the run so far by source; its path follows."""

@@ -66,7 +66,7 @@ def as_sets(per_rank: list[np.ndarray]) -> list[Counter]:
     "launches", [[(2, 2)], pytest.param([(2, 2), (4, 4), (4, 2)], marks=pytest.mark.slow)], ids=str
 )
 def test_every_global_batch_is_the_same_for_any_number_of_ranks_and_resumes_bitwise(folders, launches):
-    """On one rank, and in launches of so many ranks, with so many on each host."""
+    """``launches`` are numbers of ranks, each with the number on a host; one rank alone is the reference."""
     mixed = mixture(folders)
     with_workers = mixture(folders, workers=2)
     epoch_steps = open_data(mixed).epoch_sequences // GLOBAL
