@@ -132,7 +132,7 @@ def packed_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
     products = []
     for block_RI in packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1])):
         bits = torch.bitwise_and(block_RI, masks_411)
-        product = integer_product(codes_NI, bits.view(torch.int8).flatten(0, 1))
+        product = integer_product(codes_NI, bits.view(torch.int8).flatten(0, 1), small=False)
         products.append(product.unflatten(1, (CODES_PER_BYTE, -1)))
     product = products[0] if len(products) == 1 else torch.cat(products, 2)
     sum_N11 = codes_NI.sum(1, dtype=torch.int32).float()[:, None, None]

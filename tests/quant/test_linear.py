@@ -29,6 +29,8 @@ from quant.packed import freeze_
 from quant.product import StraightThrough
 from quant.rounding import quantize_activation, quantize_weight
 
+HAS_AVX2 = torch.cpu._is_avx2_supported()
+QLINEAR = torch.ops.onednn.qlinear_pointwise
 LOOSE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.float64: {"rtol": 1e-5, "atol": 1e-5},  # the scales are fp32
@@ -97,14 +99,51 @@ def test_strength_1_without_activations_is_the_product_with_codes(dtype, granula
 
 @pytest.mark.parametrize("num_tokens", [1, 17, 64])
 def test_integer_products_are_exact_on_every_path(num_tokens, monkeypatch):
-    """int8 instructions and fp32 give the integers of int64."""
+    """int8 instructions, pairs added up in 16 bits, and fp32 give the integers of int64."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-127, 128, (num_tokens, 4096), generator=generator, dtype=torch.int8)
+    x = torch.randint(-128, 128, (num_tokens, 4096), generator=generator, dtype=torch.int8)
     weight = torch.randint(-1, 2, (24, 4096), generator=generator, dtype=torch.int8)
     expected = (x.long() @ weight.long().T).float()
-    for has_int8 in (True, False):
+    monkeypatch.setattr("quant.integers.LEAST_IN_PAIRS", 0)
+    for has_int8, has_pairs in ((True, False), (False, HAS_AVX2), (False, False)):
         monkeypatch.setattr("quant.integers.CPU_HAS_INT8", has_int8)
+        monkeypatch.setattr("quant.integers.CPU_HAS_PAIRS", has_pairs)
         assert torch.equal(integer_product(x, weight), expected)
+        assert torch.equal(integer_product(x, weight.T.contiguous().T), expected)
+        half, of_half = x[:, ::2], weight[:, ::2]
+        assert torch.equal(integer_product(half, of_half), (half.long() @ of_half.long().T).float())
+
+
+@pytest.mark.skipif(not HAS_AVX2, reason="needs a CPU with AVX2")
+def test_pairs_of_the_largest_products_fit_16_bits(monkeypatch):
+    """At 65 a pair would not: twice 255 * 65 is above 2**15. Codes of gradients are that large."""
+    monkeypatch.setattr("quant.integers.CPU_HAS_PAIRS", True)
+    monkeypatch.setattr("quant.integers.LEAST_IN_PAIRS", 0)
+    x = torch.tensor([[-128], [127]], dtype=torch.int8).expand(2, 500)
+    weight = torch.tensor([[-64], [64]], dtype=torch.int8).expand(2, 500)
+    assert torch.equal(integer_product(x, weight), (x.long() @ weight.long().T).float())
+    large = torch.full((2, 500), 127, dtype=torch.int8)
+    assert torch.equal(integer_product(x, large, small=False), (x.long() @ large.long().T).float())
+
+
+@pytest.mark.skipif(not HAS_AVX2, reason="needs a CPU with AVX2")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_layer_has_the_same_bits_whichever_way_it_multiplies(compiled, monkeypatch):
+    """Forward, and backward with rounded gradients."""
+    layer, x = build_linear(), build_input()
+    quantize_(layer, QuantConfig(include="", backward="int8-input"))
+    monkeypatch.setattr("quant.integers.CPU_HAS_INT8", False)
+    monkeypatch.setattr("quant.integers.CPU_HAS_PAIRS", False)
+    expected = forward_backward(layer, x)
+    monkeypatch.setattr("quant.integers.CPU_HAS_PAIRS", True)
+    monkeypatch.setattr("quant.integers.LEAST_IN_PAIRS", 0)
+    calls = []
+    monkeypatch.setattr("torch.ops.onednn.qlinear_pointwise", lambda *args: calls.append(1) or QLINEAR(*args))
+    if compiled:
+        torch._dynamo.reset()
+        layer.compile(fullgraph=True)
+    assert_same_bits(forward_backward(layer, x), expected)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0])

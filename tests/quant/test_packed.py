@@ -68,13 +68,17 @@ def test_wide_layers_are_multiplied_in_blocks(monkeypatch):
     assert torch.equal(layer(x[:1]), expected[:1])  # batches do not matter
 
 
-def test_without_integer_products_it_is_the_same(monkeypatch):
+@pytest.mark.parametrize("has_pairs", [False, torch.cpu._is_avx2_supported()])
+def test_without_integer_products_it_is_the_same(has_pairs, monkeypatch):
+    """Bits under a mask are up to 128, too large for pairs in 16 bits."""
     layer = nn.Sequential(nn.Linear(64, 16))
     quantize_(layer, QuantConfig(include="0"))
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     expected = layer(x)
     freeze_(layer)
     monkeypatch.setattr("quant.integers.CPU_HAS_INT8", False)
+    monkeypatch.setattr("quant.integers.CPU_HAS_PAIRS", has_pairs)
+    monkeypatch.setattr("quant.integers.LEAST_IN_PAIRS", 0)
     assert torch.equal(layer(x), expected)
 
 
