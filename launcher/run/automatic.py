@@ -75,8 +75,8 @@ def slow_choices(plan: Plan, device: torch.device) -> list[str]:
     backward = next((each for each in chosen if each != "exact"), None)
     if backward is not None and not (CPU_HAS_INT8 or CPU_HAS_PAIRS):
         found.append(
-            f"quantization.backward is {backward}, but this processor has no 8-bit products (VNNI or AVX2): the backward pass "
-            "computes the same in fp32 and takes longer than with exact."
+            f"quantization.backward is {backward}, but this processor has no 8-bit products (VNNI or AVX2): the "
+            "backward pass computes the same in fp32 and takes longer than with exact."
         )
     return found
 
