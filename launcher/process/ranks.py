@@ -96,15 +96,13 @@ def process_group(
                     rank=rank,
                     world_size=world_size,
                 )
-                place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device
+                place = place_rank(rank, world_size)  # over gloo: NCCL must not start before each rank has its device
             except RuntimeError as error:
                 watching.explain(error)
         if companions is None:
             watching.release()
         local_rank = int(os.environ["LOCAL_RANK"])
-        # Slurm may show each rank its own GPU alone.
-        gpu = local_rank if torch.cuda.device_count() > 1 else 0
-        device = torch.device("cuda", gpu) if has_cuda else torch.device("cpu")
+        device = torch.device("cpu") if place.gpu is None else torch.device("cuda", place.gpu)
         if has_cuda:
             torch.cuda.set_device(device)
         yield Ranks(rank, world_size, local_rank, device)

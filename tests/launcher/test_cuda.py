@@ -26,12 +26,16 @@ KEYS = (
 )
 
 
-def start(config: Path, *overrides: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    done = subprocess.run(
-        [*command, str(ROOT / "launcher" / "pretrain.py"), "--config", str(config), *overrides],
+def start(config: Path, num_ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    return subprocess.run(
+        [*command, str(ROOT / "launcher" / "pretrain.py"), "--config", str(config)],
         capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
+
+
+def run_through(config: Path) -> str:
+    done = start(config)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -67,13 +71,13 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(
     tree["training"]["compute_dtype"] = dtype
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps(tree))
-    start(config)
+    run_through(config)
     whole, state = rows(run), run / "checkpoints" / "step-00000009"
     expected = {path.name: load_file(path) for path in state.glob("*.safetensors")}
     assert [row[4] for row in whole if row[2] is not None] == [0.0] * 4 + [0.0, 1 / 3, 2 / 3, 1.0, 1.0]
     for step in (6, 7, 8, 9):  # on from inside the ramp
         shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
-    start(config)
+    run_through(config)
     found = {path.name: load_file(path) for path in state.glob("*.safetensors")}
     assert found.keys() == expected.keys()
     assert expected
@@ -109,7 +113,20 @@ def test_a_run_takes_no_more_memory_than_the_plan_says(request: pytest.FixtureRe
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps(tree))
     estimate = sum(memory_bytes_per_rank(make_plan(parse_config(tree), 1)).values())
-    start(config)
+    run_through(config)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     peak = max(row["memory/peak_gib"] for row in map(json.loads, lines) if "memory/peak_gib" in row) * 2**30
     assert 0.6 * estimate < peak <= estimate
+
+
+def test_more_ranks_than_gpus_are_refused(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    for package in ("streaming", "pydantic"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    config = tmp_path / "run.yaml"
+    tree = tiny_tree(request.getfixturevalue("shards"), tmp_path / "run") | {"engine": {"name": "fsdp2"}}
+    tree["training"] = {"global_batch_sequences": 8 * (torch.cuda.device_count() + 1), "micro_batch_sequences": 4}
+    config.write_text(json.dumps(tree))
+    done = start(config, torch.cuda.device_count() + 1)
+    assert done.returncode != 0
+    assert "each rank needs one of its own" in done.stdout + done.stderr

@@ -7,7 +7,7 @@ from ranks import run_ranks
 
 from launcher.errors import PlacementError
 from launcher.process import placement
-from launcher.process.placement import Place, check_places, completed, place_rank
+from launcher.process.placement import Place, check_gpus, check_places, completed, place_rank
 
 
 def places(*rows: tuple[str, int | None, int | None]) -> list[Place]:
@@ -57,3 +57,54 @@ def place_on_two_hosts(rank: int, world_size: int) -> tuple[str, str]:
 
 def test_ranks_tell_each_other_where_they_are() -> None:
     assert run_ranks(4, place_on_two_hosts) == [("0", "2"), ("1", "2"), ("0", "2"), ("1", "2")]
+
+
+def with_gpus(*rows: tuple[str, int, str]) -> list[Place]:
+    """Of hosts, local ranks, and the GPUs that are seen, a letter each."""
+    return [Place(host, local_rank, None, tuple(gpus)) for host, local_rank, gpus in rows]
+
+
+@pytest.mark.parametrize(
+    ("found", "taken"),
+    [
+        ([("a", 0, "xy"), ("a", 1, "xy"), ("b", 0, "zw"), ("b", 1, "zw")], [0, 1, 0, 1]),
+        ([("a", 0, "x"), ("a", 1, "y")], [0, 0]),  # Slurm shows each its own
+        ([("a", 0, "xyz")], [0]),
+        ([("a", 2, "xyz")], [2]),  # alone, with a LOCAL_RANK that says which
+        ([("a", 3, "x")], [0]),
+        ([("a", 0, ""), ("a", 1, "")], [None, None]),
+    ],
+)
+def test_each_rank_takes_a_gpu_of_its_own(found: list[tuple[str, int, str]], taken: list[int | None]) -> None:
+    places = with_gpus(*found)
+    check_gpus(places)
+    assert [place.gpu for place in places] == taken
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([("a", rank, "xy") for rank in range(4)], "4 ranks on a, where 2 GPUs are seen; .* --ranks 2,"),
+        ([("a", 0, "x"), ("a", 1, "x")], "2 ranks on a, where 1 GPU is seen; .* --ranks 1,"),
+        ([("a", 0, "xy"), ("a", 1, "xy"), ("b", 0, "z"), ("b", 1, "z")], "2 ranks on b, where 1 GPU is"),
+        ([("a", 5, "xy")], "LOCAL_RANK is 5 .* 2 GPUs"),
+    ],
+)
+def test_ranks_without_a_gpu_of_their_own_are_refused(found: list[tuple[str, int, str]], said: str) -> None:
+    with pytest.raises(PlacementError, match=said):
+        check_gpus(with_gpus(*found))
+
+
+def place_on_one_gpu(rank: int, world_size: int) -> str:
+    placement.visible_gpus = lambda: ["x"]
+    try:
+        place_rank(rank, world_size)
+    except PlacementError as error:
+        return str(error)
+    return "placed"
+
+
+def test_ranks_find_that_they_share_a_gpu() -> None:
+    first, second = run_ranks(2, place_on_one_gpu)
+    assert first == second
+    assert "1 GPU is seen" in first
