@@ -16,6 +16,7 @@ from torch import Tensor
 from launcher.checkpoint.folders import folder_of
 from launcher.checkpoint.location import is_local, reaching
 from launcher.checkpoint.manifest import FileRecord, Manifest
+from launcher.checkpoint.staging import Staging
 from launcher.checkpoint.writer import CheckpointWriter, prune_checkpoints
 from launcher.engine.contract import Engine, Shard
 from launcher.errors import CheckpointError
@@ -66,7 +67,7 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT, group_desc=SAVER_GROUP)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._staging: dict[str, Tensor] = {}
+        self._staging = Staging(pinned=ranks.device.type == "cuda")
         self.stalled_seconds = 0.0
         """How long training has waited for saving, in all."""
 
@@ -149,28 +150,18 @@ class Saver:
             self._say(f"WARNING: {self._failure}")
 
     def _copy(self, shards: list[Shard]) -> list[Shard]:
-        """Copy shards into host memory that is reused for every checkpoint, and pinned if there is a GPU."""
+        """Copy shards into host memory."""
         if not shards:
             return []
-        held = {"steps", *(f"{kind}/{shard.name}" for shard in shards for kind in shard.tensors)}
-        self._staging = {key: tensor for key, tensor in self._staging.items() if key in held}
+        tensors = {f"{kind}/{shard.name}": tensor for shard in shards for kind, tensor in shard.tensors.items()}
         # In one piece: the writer reads each step, and would wait for the device as often.
-        steps = self._staged("steps", torch.stack([shard.step for shard in shards]))
+        copies = self._staging.copy(tensors | {"steps": torch.stack([shard.step for shard in shards])})
         return [
             dataclasses.replace(
-                shard,
-                tensors={kind: self._staged(f"{kind}/{shard.name}", tensor) for kind, tensor in shard.tensors.items()},
-                step=step,
+                shard, tensors={kind: copies[f"{kind}/{shard.name}"] for kind in shard.tensors}, step=step
             )
-            for shard, step in zip(shards, steps, strict=True)
+            for shard, step in zip(shards, copies["steps"], strict=True)
         ]
-
-    def _staged(self, key: str, tensor: Tensor) -> Tensor:
-        if key not in self._staging:
-            self._staging[key] = torch.empty(
-                tensor.shape, dtype=tensor.dtype, pin_memory=self._ranks.device.type == "cuda"
-            )
-        return self._staging[key].copy_(tensor, non_blocking=True)
 
     def _write(self, shards: list[Shard], rng: dict[str, Tensor], manifest: Manifest, config_text: str) -> None:
         """Write one checkpoint, in step with the other ranks."""
