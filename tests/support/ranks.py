@@ -24,24 +24,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.torchvision_repair import repair_torchvision
-
 TIMEOUT_SECONDS = 400
 IN_FORK_SERVER = "TRITRAIN_TEST_FORK_SERVER"
 PRELOADED = "TRITRAIN_TEST_PRELOADED"
 """Variable of a program that has a fork server of its own: the modules that are enough for it."""
 IMPORTED_ONCE = (
-    *("streaming", "launcher.pretrain", "launcher.engine.zero", "launcher.engine.fsdp", "torch._dynamo"),
+    *("data.rows", "launcher.pretrain", "launcher.engine.zero", "launcher.engine.fsdp", "torch._dynamo"),
     # What deepspeed.initialize imports when it is called.
     *("deepspeed", "deepspeed.compile.backend", "deepspeed.module_inject.auto_ep_layer"),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops", "deepspeed.comm.mori"),
     # What modules of tests import, and runs when they begin.
     *("pytest", "hypothesis", "runs", "tiny", "pydantic.dataclasses", "rich._emoji_codes", "sentencepiece"),
-    *("data.rows", "s3fs"),
+    "s3fs",
 )
 
 if IN_FORK_SERVER in os.environ:
-    repair_torchvision()
     for name in os.environ.get(PRELOADED, "").split() or IMPORTED_ONCE:
         importlib.import_module(name)
     tiny: Any = importlib.import_module("tiny")
