@@ -40,19 +40,23 @@ EXACT_IN_INT32 = 2**17
 """Products of two int8 codes whose sum surely fits int32."""
 
 
-def integer_product(codes_NI: Tensor, codes_OI: Tensor, *, small: bool = True) -> Tensor:
+def in_pairs(codes_NI: Tensor, weight_size: int) -> bool:
+    """Whether a product with a weight of so many codes adds up pairs in 16 bits, so that these may be 64 at most."""
+    return CPU_HAS_PAIRS and codes_NI.device.type == "cpu" and len(codes_NI) * weight_size >= LEAST_IN_PAIRS
+
+
+def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
     """Sums of products of int8 codes, ``codes_NI @ codes_OI.T``, as fp32 [N, O].
 
     Exact while sums stay below 2**24: with 8-bit activations and ternary weights, up to 132,104 input features.
 
     Args:
         codes_NI: int8.
-        codes_OI: int8.
-        small: whether those of the second matrix are at most 64, as a weight's are.
+        codes_OI: int8, a weight's: at most 64 where it is multiplied `in_pairs`.
     """
     N, (O, I) = len(codes_NI), codes_OI.shape  # noqa: E741
     on_cpu = codes_NI.device.type == "cpu"
-    if on_cpu and small and CPU_HAS_PAIRS and N * O * I >= LEAST_IN_PAIRS:
+    if in_pairs(codes_NI, codes_OI.numel()):
         return torch.ops.tritrain.product_in_pairs(codes_NI.contiguous().view(torch.uint8) ^ SIGN, codes_OI)
     if not (CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I)):
         return F.linear(codes_NI.float(), codes_OI.float())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quant.codes import CODES_PER_BYTE, pack, unpack
 from quant.config import BITNET, IN_2_BITS, QuantConfig
 from quant.held import SharedInput
-from quant.integers import activation_codes, integer_product
+from quant.integers import activation_codes, in_pairs, integer_product
 from quant.linear import prepared_input, quantized_layers
 from quant.product import grouped_product, unrounded_product
 from quant.rounding import without_autocast
@@ -120,9 +120,9 @@ def packed_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
     """`integer_product` with packed codes, fp32 [N, 4 * R].
 
     Under a mask, the two bits of a row in a byte are (code + 1) * 4**b, an int8, so one operation takes all four rows
-    apart. In the highest bits the sign is flipped, so that they are (code - 1) * 4**3. The powers of two and the sum of
-    the inputs are taken off the result. All of this is exact; in fp32, on machines without products of integers, up to
-    65,536 input features.
+    apart. In the highest bits the sign is flipped, so that they are (code - 1) * 4**3, or code - 1 where that is too
+    large. The powers of two and the sum of the inputs are taken off the result. All of this is exact; in fp32, on
+    machines without products of integers, up to 65,536 input features.
 
     Args:
         codes_NI: int8.
@@ -131,9 +131,14 @@ def packed_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
     masks_411, factors_41, signs_41 = _of_rows(packed_RI.device)
     products = []
     for block_RI in packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1])):
-        bits = torch.bitwise_and(block_RI, masks_411)
-        product = integer_product(codes_NI, bits.view(torch.int8).flatten(0, 1), small=False)
-        products.append(product.unflatten(1, (CODES_PER_BYTE, -1)))
+        bits_4RI = torch.bitwise_and(block_RI, masks_411).view(torch.int8)
+        too_large = in_pairs(codes_NI, bits_4RI.numel())
+        if too_large:
+            bits_4RI[-1] >>= 6
+        product_N4R = integer_product(codes_NI, bits_4RI.flatten(0, 1)).unflatten(1, (CODES_PER_BYTE, -1))
+        if too_large:
+            product_N4R[:, -1] *= 2.0**6
+        products.append(product_N4R)
     product = products[0] if len(products) == 1 else torch.cat(products, 2)
     sum_N11 = codes_NI.sum(1, dtype=torch.int32).float()[:, None, None]
     return (product * factors_41).addcmul_(sum_N11, signs_41).flatten(1)

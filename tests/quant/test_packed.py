@@ -70,7 +70,7 @@ def test_wide_layers_are_multiplied_in_blocks(monkeypatch):
 
 @pytest.mark.parametrize("has_pairs", [False, torch.cpu._is_avx2_supported()])
 def test_without_integer_products_it_is_the_same(has_pairs, monkeypatch):
-    """Bits under a mask are up to 128, too large for pairs in 16 bits."""
+    """Bits under a mask are up to 128, too large for pairs in 16 bits, and are shifted."""
     layer = nn.Sequential(nn.Linear(64, 16))
     quantize_(layer, QuantConfig(include="0"))
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
