@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from quant.integers import CPU_HAS_INT8, CPU_HAS_PAIRS
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -73,13 +75,14 @@ def table(seconds: dict[str, list[float]], baseline: str) -> str:
 
 
 def hardware() -> str:
-    """The GPU, or the CPU with its cores."""
+    """The GPU, or the CPU with its instructions for 8-bit products and its cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
+    instructions = "VNNI" if CPU_HAS_INT8 else "AVX2 without VNNI" if CPU_HAS_PAIRS else "no 8-bit products"
+    return f"{name} ({instructions}), {torch.get_num_threads()} threads"
 
 
 def report(name: str, text: str, numbers: dict[str, Any], packages: tuple[str, ...] = ("torch",)) -> None:
