@@ -74,6 +74,11 @@ def table(seconds: dict[str, list[float]], baseline: str) -> str:
     return "\n".join(lines)
 
 
+def instructions() -> str:
+    """The CPU's for 8-bit products."""
+    return "VNNI" if CPU_HAS_INT8 else "AVX2" if CPU_HAS_PAIRS else "none"
+
+
 def hardware() -> str:
     """The GPU, or the CPU with its instructions for 8-bit products and its cores."""
     if torch.cuda.is_available():
@@ -81,8 +86,7 @@ def hardware() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    instructions = "VNNI" if CPU_HAS_INT8 else "AVX2 without VNNI" if CPU_HAS_PAIRS else "no 8-bit products"
-    return f"{name} ({instructions}), {torch.get_num_threads()} threads"
+    return f"{name}, 8-bit products by {instructions()}, {torch.get_num_threads()} threads"
 
 
 def report(name: str, text: str, numbers: dict[str, Any], packages: tuple[str, ...] = ("torch",)) -> None:

@@ -12,7 +12,8 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "README.md"
 LINK = "benchmarks/results/"
 BEGIN, END = "<!-- made by benchmarks/readme.py -->\n", "<!-- end -->"
-PEERS, PHASES = "peers-1024-cpu-fp32", "phases-llama-1b-cuda-bf16"
+VNNI, AVX2 = "peers-1024-cpu-vnni-fp32", "peers-1024-cpu-avx2-fp32"
+PHASES = "phases-llama-1b-cuda-bf16"
 ROWS = {
     "16-bit, compiled": "16 bits",
     "naive fake quantization": "fake quantization in plain PyTorch",
@@ -26,21 +27,23 @@ ROWS = {
 
 def table() -> str:
     """Markdown: time and bytes kept of a block's step, and time of a whole one, relative to 16 bits."""
-    peers, phases = numbers(PEERS), numbers(PHASES)
+    vnni, avx2, phases = numbers(VNNI), numbers(AVX2), numbers(PHASES)
     heads = [
-        f"[a block's step, CPU, fp32]({LINK}{PEERS}.md)",
+        f"[a block's step, fp32, CPU with VNNI]({LINK}{VNNI}.md)",
+        f"[with AVX2 alone]({LINK}{AVX2}.md)",
         "kept for backward",
         f"[a whole step, 1.2 B, H200, bf16]({LINK}{PHASES}.md)",
     ]
-    lines = [f"| compiled | {' | '.join(heads)} |", "| --- | ---: | ---: | ---: |"]
+    lines = [f"| compiled | {' | '.join(heads)} |", "| --- | ---: | ---: | ---: | ---: |"]
     for variant, shown in ROWS.items():
-        cells = ["not measured", "", "not measured"]
-        if (found := peers.get(variant)) is not None:
-            base = peers["16-bit, compiled"]
-            cells[:2] = [f"{found['ratio']:.2f}", f"{found['saved_bytes'] / base['saved_bytes']:.2f}"]
+        cells = ["not measured", "not measured", "", "not measured"]
+        for column, peers in enumerate((vnni, avx2)):
+            if (found := peers.get(variant)) is not None:
+                cells[column] = f"{found['ratio']:.2f}"
+                cells[2] = f"{found['saved_bytes'] / peers['16-bit, compiled']['saved_bytes']:.2f}"
         times = phases.get("median_seconds", {})
         if (seconds := times.get(variant.removesuffix(", compiled"))) is not None:
-            cells[2] = f"{seconds / times['16-bit']:.2f}"
+            cells[3] = f"{seconds / times['16-bit']:.2f}"
         lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

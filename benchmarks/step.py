@@ -16,7 +16,7 @@ from typing import Any
 
 import peers
 import torch
-from measure import interleaved, parser_of, report, table
+from measure import instructions, interleaved, parser_of, report, table
 from torch import nn
 
 from launcher.config.automatic import made_concrete
@@ -127,7 +127,8 @@ def compare_with_peers(options: argparse.Namespace, device: torch.device) -> Non
         for name, step in steps.items()
     }
     packages = tuple(name for name in ("torch", "torchao", "bitlinear", "onebitllms") if find_spec(name))
-    report(f"peers-{width}-{device.type}-{dtype}", text, numbers | {"not measured": left_out}, packages)
+    where = f"cpu-{instructions().lower()}" if device.type == "cpu" else device.type
+    report(f"peers-{width}-{where}-{dtype}", text, numbers | {"not measured": left_out}, packages)
 
 
 def main() -> None:
