@@ -20,6 +20,22 @@ from torch import Tensor
 from quant.config import IN_2_BITS, Levels
 from quant.size import CODES_PER_BYTE
 
+CPU_HAS_AVX512 = torch.cpu._is_avx512_supported()
+"""Without it, what is compiled for a CPU shifts bytes one by one, in ten times the time that torch's operators take."""
+
+_OPERATORS = torch.library.Library("tritrain", "FRAGMENT")
+_OPERATORS.define("unpack_rows(Tensor packed_OJ, int width) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl(_OPERATORS, "unpack_rows", "CPU")
+def _(packed_OJ: Tensor, width: int) -> Tensor:
+    return _unpack_rows(packed_OJ, width).contiguous()  # of a new tensor, where no column is cut off too
+
+
+@torch.library.register_fake("tritrain::unpack_rows", lib=_OPERATORS)
+def _(packed_OJ: Tensor, width: int) -> Tensor:
+    return packed_OJ.new_empty(len(packed_OJ), width, dtype=torch.int8)
+
 
 def pack(codes_OI: Tensor) -> Tensor:
     """Pack codes -1, 0 and +1 of any dtype; uint8 of a fourth of the rows.
@@ -79,6 +95,12 @@ def pack_rows(codes_OI: Tensor) -> Tensor:
 
 def unpack_rows(packed_OJ: Tensor, width: int) -> Tensor:
     """Undo `pack_rows`; int8 [O, width]."""
+    if torch.compiler.is_compiling() and packed_OJ.device.type == "cpu" and not CPU_HAS_AVX512:
+        return torch.ops.tritrain.unpack_rows(packed_OJ, width)
+    return _unpack_rows(packed_OJ, width)
+
+
+def _unpack_rows(packed_OJ: Tensor, width: int) -> Tensor:
     shifts = 2 * torch.arange(CODES_PER_BYTE, dtype=torch.uint8, device=packed_OJ.device)
     bits = packed_OJ[:, None] >> shifts[:, None]
     return bits.bitwise_and_(3).view(torch.int8).sub_(1).flatten(1)[:, :width]

@@ -57,7 +57,7 @@ def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
     N, (O, I) = len(codes_NI), codes_OI.shape  # noqa: E741
     on_cpu = codes_NI.device.type == "cpu"
     if in_pairs(codes_NI, codes_OI.numel()):
-        return torch.ops.tritrain.product_in_pairs(codes_NI.contiguous().view(torch.uint8) ^ SIGN, codes_OI)
+        return torch.ops.tritrain.product_in_pairs(codes_NI, codes_OI)
     if not (CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I)):
         return F.linear(codes_NI.float(), codes_OI.float())
     if not on_cpu and N <= 16:  # cuBLAS takes more rows
@@ -172,7 +172,7 @@ _OPERATORS.define(
     "-> Tensor",
     tags=_TAGS,
 )
-_OPERATORS.define("product_in_pairs(Tensor unsigned_NI, Tensor codes_OI) -> Tensor", tags=_TAGS)
+_OPERATORS.define("product_in_pairs(Tensor codes_NI, Tensor codes_OI) -> Tensor", tags=_TAGS)
 _OPERATORS.define("quantize_columns(Tensor x_NO, Tensor scale_N1) -> (Tensor, Tensor)", tags=_TAGS)
 _OPERATORS.define("transposed(Tensor codes_NI) -> Tensor", tags=_TAGS)
 
@@ -211,8 +211,10 @@ def _(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype
 
 
 @torch.library.impl(_OPERATORS, "product_in_pairs", "CPU")
-def _product_in_pairs(unsigned_NI: Tensor, codes_OI: Tensor) -> Tensor:
-    # Whichever way the codes lie, they are not turned around.
+def _product_in_pairs(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
+    # Flipped here: without AVX512, what is compiled takes bytes one by one.
+    unsigned_NI = codes_NI.contiguous().view(torch.uint8) ^ SIGN
+    # Whichever way the weight's codes lie, they are not turned around.
     upright = codes_OI.T.is_contiguous()
     weight_IO = codes_OI.T.to_mkldnn() if upright else codes_OI.contiguous().to_mkldnn().transpose(0, 1)
     scale, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
@@ -222,8 +224,8 @@ def _product_in_pairs(unsigned_NI: Tensor, codes_OI: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("tritrain::product_in_pairs", lib=_OPERATORS)
-def _(unsigned_NI: Tensor, codes_OI: Tensor) -> Tensor:
-    return unsigned_NI.new_empty(len(unsigned_NI), len(codes_OI), dtype=torch.float32)
+def _(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
+    return codes_NI.new_empty(len(codes_NI), len(codes_OI), dtype=torch.float32)
 
 
 @torch.library.impl(_OPERATORS, "quantize_columns", "CUDA")
