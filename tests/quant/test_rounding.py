@@ -208,7 +208,7 @@ def test_int8_of_a_zero_token():
 # Compiled
 
 
-def test_compiled_code_rounds_where_eager_code_does(monkeypatch):
+def test_compiled_code_rounds_where_eager_code_does():
     """Inductor would leave out a cast to bf16 whose result is cast to fp32 again."""
 
     def quantized(weight, unusual):  # one graph: each costs a run of the C++ compiler
@@ -223,9 +223,9 @@ def test_compiled_code_rounds_where_eager_code_does(monkeypatch):
     unusual = torch.cat([bits, bits | 1 << 31]).to(torch.uint32).view(torch.float32)
     torch._dynamo.reset()
     # Translating torch's headers once takes as long as ten kernels gain by it.
-    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
     operands = weight, torch.cat([unusual, unusual[:1]])
-    codes, level, packed, unpacked, rounded = torch.compile(quantized, fullgraph=True)(*operands)
+    with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
+        codes, level, packed, unpacked, rounded = torch.compile(quantized, fullgraph=True)(*operands)
     expected, expected_level, expected_packed, _, expected_rounded = quantized(*operands)
     assert torch.equal(level, expected_level)
     assert torch.equal(codes, expected)
