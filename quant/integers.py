@@ -28,7 +28,7 @@ CPU_HAS_PAIRS = not CPU_HAS_INT8 and torch.cpu._is_avx2_supported() and torch.ba
 if the signed one is at most 64, as a weight's code is, in half the time that fp32 takes."""
 
 SIGN = 128
-"""The highest bit: flipped, int8 codes are unsigned ones plus 128."""
+"""The highest bit of a byte: with it flipped, an int8 is a uint8 that is larger by 128."""
 
 LEAST_IN_PAIRS = 2**24
 """Products of two codes below which fp32 is faster, because oneDNN takes 0.2 ms to begin."""
@@ -41,7 +41,10 @@ EXACT_IN_INT32 = 2**17
 
 
 def in_pairs(codes_NI: Tensor, weight_size: int) -> bool:
-    """Whether a product with a weight of so many codes adds up pairs in 16 bits, so that these may be 64 at most."""
+    """Return whether a product with a weight of ``weight_size`` codes adds up pairs in 16 bits.
+
+    No code of the weight may be larger than 64 then.
+    """
     return CPU_HAS_PAIRS and codes_NI.device.type == "cpu" and len(codes_NI) * weight_size >= LEAST_IN_PAIRS
 
 

@@ -16,16 +16,13 @@ from torch import Tensor, nn
 from quant.codes import CODES_PER_BYTE, pack, unpack
 from quant.config import BITNET, IN_2_BITS, QuantConfig
 from quant.held import SharedInput
-from quant.integers import activation_codes, in_pairs, integer_product
+from quant.integers import SIGN, activation_codes, in_pairs, integer_product
 from quant.linear import prepared_input, quantized_layers
 from quant.product import grouped_product, unrounded_product
 from quant.rounding import without_autocast
 
 BLOCK_BYTES = 2**19
 """Packed bytes that are taken apart at once: the codes of a block stay in a core's cache until they are multiplied."""
-
-SIGN = 128
-"""The highest bit of a byte."""
 
 
 class PackedLinear(nn.Module):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.torchvision_repair import repair_torchvision
-from quant.codes import pack, unpack, unpack_block
+from quant.codes import pack, pack_rows, unpack, unpack_block, unpack_rows
 
 DTYPES = (torch.int8, torch.float32, torch.bfloat16)
 
@@ -56,3 +56,12 @@ def test_what_is_no_code_is_refused():
             pack(torch.full((4, 2), value))
     with pytest.raises(ValueError, match="a code other than"):
         unpack(torch.tensor([[0b10_01_11_00]], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("width", [1, 8, 509])
+def test_the_operator_for_compiled_code_takes_rows_apart_too(width):
+    codes_OI = torch.randint(-1, 2, (5, width), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    packed_OJ, operator = pack_rows(codes_OI), torch.ops.tritrain.unpack_rows.default
+    assert torch.equal(operator(packed_OJ, width), codes_OI)
+    assert torch.equal(unpack_rows(packed_OJ, width), codes_OI)
+    torch.library.opcheck(operator, (packed_OJ, width), test_utils=("test_schema", "test_faketensor"))

@@ -121,6 +121,8 @@ def test_pairs_of_the_largest_products_fit_16_bits(monkeypatch):
     x = torch.tensor([[-128], [127]], dtype=torch.int8).expand(2, 500)
     weight = torch.tensor([[-64], [64]], dtype=torch.int8).expand(2, 500)
     assert torch.equal(integer_product(x, weight), (x.long() @ weight.long().T).float())
+    operator = torch.ops.tritrain.product_in_pairs.default
+    torch.library.opcheck(operator, (x.contiguous(), weight), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.skipif(not HAS_AVX2, reason="needs a CPU with AVX2")

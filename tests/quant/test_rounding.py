@@ -222,8 +222,8 @@ def test_compiled_code_rounds_where_eager_code_does():
     bits = torch.tensor([*numbers, 0x7F800001, 0x7FC00000, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF])
     unusual = torch.cat([bits, bits | 1 << 31]).to(torch.uint32).view(torch.float32)
     torch._dynamo.reset()
-    # Translating torch's headers once takes as long as ten kernels gain by it.
     operands = weight, torch.cat([unusual, unusual[:1]])
+    # Translating torch's headers once takes as long as ten kernels gain by it.
     with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
         codes, level, packed, unpacked, rounded = torch.compile(quantized, fullgraph=True)(*operands)
     expected, expected_level, expected_packed, _, expected_rounded = quantized(*operands)
