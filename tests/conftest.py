@@ -11,7 +11,9 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if not Path("/dev/nvidiactl").exists():
+if "PYTEST_XDIST_WORKER" not in os.environ and "gpu" not in sys.argv:
+    # Several ranks would have to share a GPU: only `pytest -m gpu` sees any. Workers have this environment.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, which torch does
 
 import hypothesis
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 ENOUGH_MEMORY_BYTES = 8 * 2**30
 """Free in `/dev/shm`: several times what the tests that run at once write."""
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::UserWarning"  # of torch and its kin, in subprocesses
 # Tensors are tiny here, and several processes share the cores: a second thread costs more than it gains.
 os.environ["OMP_NUM_THREADS"] = "1"

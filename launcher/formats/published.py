@@ -58,6 +58,8 @@ class Published(ABC):
     """The token before a text, as far as the model says it."""
     puts_first_token: bool | None = None
     """See `launcher.checkpoint.source.Source`."""
+    stored_dtypes: frozenset[torch.dtype] = frozenset()
+    """Of the matrices that are stored as weights; formats have norms in fp32, whatever they were in."""
     vocabulary_size: int | None = None
     """Tokens of the vocabulary that the file itself holds; None if the tokenizer is a file of its own."""
 

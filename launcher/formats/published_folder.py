@@ -143,6 +143,10 @@ class PublishedFolder(Published):
                 weight = (found["weight"] or f"{found['layer']}.weight") if found else name
                 self._parts[weight][(found["part"] or found[4]) if found else ""] = name
         self.stored = list(self._parts)
+        whole = [self._files[parts[""]].entries[parts[""]] for parts in self._parts.values() if [*parts] == [""]]
+        self.stored_dtypes = frozenset(
+            entry.dtype for entry in whole if entry.dtype.is_floating_point and len(entry.shape) > 1
+        )
         if complete:
             self.compare_names(ignored=(HEAD,) if self.config and self.config.tie_embeddings else ())
         self._check_kinds()

@@ -22,6 +22,9 @@ from quant.gguf import BLOCK_WIDTHS, Q2_0_TYPE
 WIDTHS_OF_TYPES = {34: BLOCK_WIDTHS["tq1_0"], 35: BLOCK_WIDTHS["tq2_0"], Q2_0_TYPE: BLOCK_WIDTHS["q2_0"]}
 """Weights that share a level, by the numbers of the ternary types."""
 
+DTYPES_OF_TYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+"""Dtypes by the numbers of GGUF's types."""
+
 BEGINNING = (
     *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
     *("tekken", "chameleon"),
@@ -59,6 +62,8 @@ class PublishedGGUF(Published):
             self.problems.append(str(error))
             return
         file = self._file
+        matrices = [entry.type_number for entry in file.entries.values() if len(entry.shape) > 1]
+        self.stored_dtypes = frozenset(DTYPES_OF_TYPES[number] for number in matrices if number in DTYPES_OF_TYPES)
         self.form += f", architecture {file.fields.get('general.architecture')}"
         self._check_types(file)
         self.config = self._config(file)

@@ -44,6 +44,7 @@ class PublishedONNX(Published):
     """
 
     form = "ONNX folder"
+    stored_dtypes = frozenset({torch.float32})
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))

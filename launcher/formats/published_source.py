@@ -40,7 +40,7 @@ class PublishedSource(Source):
 
     def __init__(self, published: Published) -> None:
         self.location, self._published = published.location, published
-        self.puts_first_token = published.puts_first_token
+        self.puts_first_token, self.stored_dtypes = published.puts_first_token, published.stored_dtypes
         config, problems = published.config, list(published.problems)
         if config is None:
             problems = problems or list(published.notes)

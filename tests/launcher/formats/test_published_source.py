@@ -228,6 +228,41 @@ def test_weights_of_more_bits_are_read_as_weights(tmp_path: Path) -> None:
     assert torch.equal(values, codes * level.half().float())
 
 
+ROUNDED = "Weights in {} are rounded to bf16; --dtype fp32 keeps them."
+
+
+@pytest.mark.parametrize(
+    ("into", "embeddings", "dtype"),
+    [("f16", None, "float16"), ("tq2_0", "f16", "float16"), ("tq2_0", "q8_0", None)],
+)
+def test_weights_of_gguf_files_that_are_rounded_are_said_to_be(
+    tmp_path: Path, into: Any, embeddings: Any, dtype: str | None
+) -> None:
+    pytest.importorskip("gguf")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.model")
+    export_gguf(
+        exportable(model_of("llama")), tmp_path / "a.gguf", into=into, tokenizer=tokenizer, embeddings=embeddings
+    )
+    command = ("export", tmp_path / "a.gguf", "--format", "hf", *(("--weights", "dequantized") if embeddings else ()))
+    said = tritrain(*command, "--to", tmp_path / "bf16")
+    assert "rounded" not in said if dtype is None else ROUNDED.format(dtype) in said
+    assert "rounded" not in tritrain(*command, "--to", tmp_path / "fp32", "--dtype", "fp32")
+
+
+@pytest.mark.parametrize("weights", FOLDERS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_weights_of_folders_that_are_rounded_are_said_to_be(tmp_path: Path, weights: str, stored: torch.dtype) -> None:
+    write(model_of("llama"), QuantConfig(), tmp_path / "out", weights)
+    if weights != "onnx":
+        file = tmp_path / "out" / "model.safetensors"
+        tensors = load_file(file)
+        name = "model.embed_tokens.weight"
+        save_file(tensors | {name: tensors[name].to(stored)}, file)
+    how = ("--format", "hf", "--weights", "dequantized", "--no-tokenizer")
+    said = tritrain("export", tmp_path / "out", "--to", tmp_path / "hf", *how)
+    assert ROUNDED.format("float32" if weights == "onnx" else str(stored).removeprefix("torch.")) in said
+
+
 def test_the_commands_take_exports(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer.model")
     model = speaking(tokenizer)
