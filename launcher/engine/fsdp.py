@@ -177,7 +177,9 @@ class FSDPEngine(Engine):
         gradients = [
             torch.zeros_like(local) if sharded.grad is None else sharded.grad.to_local() for local, sharded in pairs
         ]
-        squares = torch.stack([norm.square() for norm in torch._foreach_norm(gradients)]).sum().to(self.device)
+        # The zeros are left out of the norm: as terms of the sum they would change its last bit.
+        norms = torch._foreach_norm([sharded.grad.to_local() for _, sharded in pairs if sharded.grad is not None])
+        squares = torch.stack([norm.square() for norm in norms]).sum().to(self.device)
         dist.all_reduce(squares, group=self.mesh.get_group(self.mesh.ndim - 1))
         grad_norm = squares.sqrt()
         skipped = (~grad_norm.isfinite()).float()

@@ -48,8 +48,13 @@ def test_products_are_exact(M: int, N: int, K: int, dtype: torch.dtype) -> None:
     assert torch.equal(products.scaled_product(a, b, rows, columns, dtype), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", products.WAYS)
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        *((way, torch.bfloat16) for way in products.WAYS),
+        *(pytest.param(way, torch.float32, marks=pytest.mark.slow) for way in products.WAYS),
+    ],
+)
 def test_every_way_gives_the_same(way: products.Way, dtype: torch.dtype) -> None:
     for M, N, K in [(70, 304, 160), (130, 272, 400)] + ([] if DEVICE.type == "cpu" else [(4104, 2056, 1040)]):
         a, b = codes(M, K, largest=127), codes(N, K, largest=127)

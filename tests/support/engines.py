@@ -14,6 +14,7 @@ from launcher.engine.zero import ZeroEngine
 from launcher.plan.schedule import StepSizes
 from model.init import initial_value
 from model.transformer import ModelConfig, Transformer
+from quant.linear import is_learned_scale
 
 # Rows that neither 2 nor 3 ranks divide, and gradients that are clipped.
 MODEL = ModelConfig(
@@ -72,8 +73,12 @@ def shard(
             muon=muon,
         )
     list(engine.shards())  # looking at the state before the first step must not move Adam to step 1
-    load_weights(engine, lambda name, shape, rows: initial_value(name, shape, MODEL, 0, rows))
+    load_weights(engine, first_value)
     return engine
+
+
+def first_value(name: str, shape: tuple[int, ...], rows: range) -> Tensor:
+    return torch.ones(len(rows)) if is_learned_scale(name) else initial_value(name, shape, MODEL, 0, rows)
 
 
 def step_once(engine: Engine, step: int, poison: float = 1.0) -> tuple[float, float, float]:

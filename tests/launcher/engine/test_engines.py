@@ -38,7 +38,7 @@ from quant.config import QuantConfig
 from quant.linear import QuantLinear, quantize_, quantized_layers
 from quant.rounding import quantize_weight
 
-SETS = (("fsdp2", "zero-2", "zero-3"), ("zero-0", "zero-1"))
+SETS = (("fsdp2", "zero-3"), ("zero-0", "zero-1", "zero-2"))
 """What a launch tries; the second one is slow."""
 IN_SETS = pytest.mark.parametrize("names", [SETS[0], pytest.param(SETS[1], marks=pytest.mark.slow)], ids="+".join)
 ONE_BY_ONE = pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import MODEL, shard, step_once
 from ranks import run_group
 from runs import ENGINES, run
 from tiny import tiny_config
@@ -14,7 +15,9 @@ from launcher.errors import CheckpointError
 from launcher.formats.convert import convert_to_run, not_carried
 from launcher.formats.open import open_source
 from launcher.run.metrics_log import read_metrics
-from quant.linear import is_learned_scale
+from model.transformer import Transformer
+from quant.config import PRESETS
+from quant.linear import add_learned_scales_, is_learned_scale
 from quant.rounding import bf16_values
 
 PARETOQ = {"precision": "ternary", "steps": 3, "quantization": {"preset": "paretoq"}}
@@ -76,6 +79,24 @@ def test_a_run_with_learned_scales_resumes_bitwise(shards: Path, tmp_path: Path)
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         whole, pieces = (tensors(tmp_path / name / "fsdp2", 6, kind) for name in ("whole", "pieces"))
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def steps_with_and_without_scales() -> list[list[tuple[float, ...]]]:
+    found = []
+    for learned in (False, True):
+        with torch.device("meta"):
+            model = Transformer(MODEL)
+            if learned:
+                add_learned_scales_(model, PRESETS["paretoq"])
+        engine = shard(model, "fsdp2", torch.float32)
+        found.append([step_once(engine, step) for step in range(8)])
+    return found
+
+
+def test_scales_change_no_bit_of_a_16_bit_phase() -> None:
+    """Its norm of gradients, which clips them, has no terms for scales: arms share a trunk that knows of none."""
+    [(without, with_scales)] = run_group(1, steps_with_and_without_scales)
+    assert with_scales == without
 
 
 @pytest.mark.slow

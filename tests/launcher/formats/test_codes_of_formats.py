@@ -35,10 +35,18 @@ GRANULARITIES: dict[str, QuantConfig] = {
     "binary": QuantConfig(levels="binary"),
     "part": QuantConfig(include=r"mlp\.(up|down)_proj$|layers\.1\."),
 }
+EACH_ONCE = [("llama", granularity) for granularity in GRANULARITIES] + [
+    (architecture, "fused") for architecture in ("qwen2", "bitnet", "olmo")
+]
+OTHERS = [
+    pytest.param(architecture, granularity, marks=pytest.mark.slow)
+    for architecture in ("qwen2", "bitnet", "olmo")
+    for granularity in GRANULARITIES
+    if granularity != "fused"
+]
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "bitnet", "olmo"])
+@pytest.mark.parametrize(("architecture", "granularity"), EACH_ONCE + OTHERS)
 @pytest.mark.parametrize("weights", READERS)
 def test_codes_and_levels_in_folders_are_those_of_training(
     tmp_path: Path, weights: Any, architecture: str, granularity: str

@@ -42,8 +42,13 @@ COMPRESSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("activations", ["none", "int8-127.5"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "activations"),
+    [
+        *((family, "int8-127.5") for family in FAMILIES),
+        *(pytest.param(family, "none", marks=() if family == "llama" else pytest.mark.slow) for family in FAMILIES),
+    ],
+)
 def test_compressed_tensors_compute_codes_times_level_bit_for_bit(
     transformers: Any, tmp_path: Path, family: str, activations: Any
 ) -> None:

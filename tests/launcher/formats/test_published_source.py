@@ -64,7 +64,13 @@ def export_again(opened: Exportable, to: Path, weights: Any) -> None:
         export_hf(opened, to, weights=weights, dtype=torch.float32, tokenizer=None)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("matrix", "64", "part", "128 on the other grid"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("row", "256", "binary")),
+    ],
+)
 @pytest.mark.parametrize("weights", FOLDERS)
 def test_folders_are_read_back_with_all_their_codes(tmp_path: Path, weights: str, recipe: str) -> None:
     model = model_of("llama with a head" if recipe == "part" else "qwen3")

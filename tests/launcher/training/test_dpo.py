@@ -200,10 +200,10 @@ def whole_and_in_pieces(folders: dict[str, str], out: str, engine: str) -> None:
     assert run(config_of(folders["text"], Path(out) / "whole", phases, engine)) == "complete"
     measure, calls = HeldOut.measure_preferences, iter(range(1000))
 
-    def failing_once(held_out: HeldOut, engine: Any, reference: Any) -> dict[str, float]:
+    def failing_once(held_out: HeldOut, engine: Any, reference: Any, *options: Any) -> dict[str, float]:
         if reference is not None and next(calls) == 1:  # after the last step of the first phase with pairs
             raise RuntimeError("once")
-        return measure(held_out, engine, reference)
+        return measure(held_out, engine, reference, *options)
 
     with patch.object(HeldOut, "measure_preferences", failing_once):
         for steps in (2, 3, 2):
