@@ -17,7 +17,7 @@ test-all: test
 # In several processes on one GPU: most of the time is compilation, on the CPU. Other files need packages that a machine
 # with a GPU may lack.
 test-gpu:
-	pytest -n 8 -m gpu --continue-on-collection-errors -o faulthandler_timeout=4000 \
+	pytest -n 8 --dist worksteal -m gpu --continue-on-collection-errors -o faulthandler_timeout=4000 \
 		$$(grep -rlE 'mark\.gpu|every_device' tests --include='test_*.py')
 
 # Results go to benchmarks/results/.

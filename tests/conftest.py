@@ -1,4 +1,5 @@
 import functools
+import gc
 import json
 import os
 import shutil
@@ -46,8 +47,8 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two workers for the whole suite; what is named on the command line runs in this process."""
-    return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
+    """Three workers for the whole suite, one of which often waits; what is named on the command line runs here."""
+    return 3 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
 
 
 def temporary_place(config: pytest.Config) -> str:
@@ -72,6 +73,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "torchinductor")  # one for ranks and tests
     # multiprocessing removes its own folder in it with priority -100; a lower one comes later.
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-200)
+
+
+def pytest_collection_finish() -> None:
+    """Keep all that is imported and collected out of the rounds of the garbage collector."""
+    gc.collect()
+    gc.freeze()
 
 
 class TookTooLong(BaseException):
