@@ -180,7 +180,7 @@ def fine_tuned(chats: str, pairs: str, start: str, out: str) -> None:
 def test_teachers_and_references_have_the_new_tokens_too(old: Path, tmp_path: Path) -> None:
     chats = prepare_chats(tmp_path, 96, *some_chats(24))
     pairs = prepare_pairs(tmp_path, 96, *({"prompt": "a", "chosen": c, "rejected": "x"} for c in "bcdefghi"))
-    # The chats have another tokenizer, which a model that has one of its own would be told of.
+    # The chats have a tokenizer of their own, with which a model that has another is refused.
     tritrain("convert", old / "True", "--to", tmp_path / "model", "--format", "hf", "--dtype", "fp32")
     run_group(1, fine_tuned, str(chats), str(pairs), str(tmp_path / "model"), str(tmp_path))
     rows = {
