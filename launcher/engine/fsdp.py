@@ -171,14 +171,16 @@ class FSDPEngine(Engine):
         *,
         grad_norm_limit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        # Learned scales have no gradient where the strength is 0: it is one of zeros then, as in the flat groups of
-        # ZeRO, or their moments and steps would not be those of the other engines.
         pairs = list(zip(self._local, self._sharded, strict=True))
+        found = [None if sharded.grad is None else sharded.grad.to_local() for _, sharded in pairs]
+        # Learned scales have no gradient where the strength is 0: it is one of zeros then, as in the flat groups of
+        # ZeRO, or their moments and steps would not be those of the other engines. The norm has no terms for them,
+        # which would change its last bit.
         gradients = [
-            torch.zeros_like(local) if sharded.grad is None else sharded.grad.to_local() for local, sharded in pairs
+            torch.zeros_like(local) if gradient is None else gradient
+            for local, gradient in zip(self._local, found, strict=True)
         ]
-        # The zeros are left out of the norm: as terms of the sum they would change its last bit.
-        norms = torch._foreach_norm([sharded.grad.to_local() for _, sharded in pairs if sharded.grad is not None])
+        norms = torch._foreach_norm([gradient for gradient in found if gradient is not None])
         squares = torch.stack([norm.square() for norm in norms]).sum().to(self.device)
         dist.all_reduce(squares, group=self.mesh.get_group(self.mesh.ndim - 1))
         grad_norm = squares.sqrt()
