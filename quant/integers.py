@@ -7,6 +7,7 @@ and export has the same integers, bit for bit. Scales are applied afterwards, on
 Dimensions: N rows (tokens), O output features, I input features.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 
@@ -23,15 +24,15 @@ HAS_TRITON = find_spec("triton") is not None
 CPU_HAS_INT8 = torch.cpu._is_vnni_supported()
 """Without VNNI, products of any two int8 codes on a CPU take longer than in fp32, and are computed so."""
 
-CPU_HAS_PAIRS = not CPU_HAS_INT8 and torch.cpu._is_avx2_supported() and torch.backends.mkldnn.is_available()
-"""Whether a CPU without VNNI has AVX2, which adds up two products of an unsigned and a signed byte in 16 bits: exactly
-if the signed one is at most 64, as a weight's code is, in half the time that fp32 takes."""
+CPU_HAS_PAIRS = not CPU_HAS_INT8 and torch.cpu._is_avx2_supported()
+"""Whether a CPU without VNNI has AVX2, for which `quant.kernels.avx2` has products of codes: a weight's, of at most 64,
+are added up in pairs in a third of the time that fp32 takes, others in two thirds."""
 
 SIGN = 128
 """The highest bit of a byte: with it flipped, an int8 is a uint8 that is larger by 128."""
 
-LEAST_IN_PAIRS = 2**24
-"""Products of two codes below which fp32 is faster, because oneDNN takes 0.2 ms to begin."""
+LEAST_IN_PAIRS = 2**21
+"""Products of two codes below which fp32 is faster, because the weight's are packed first."""
 
 EXACT_IN_FP32 = 1032
 """Products of two int8 codes whose sum fp32 surely has: 1032 * 127 * 128 < 2**24; those of inputs may be -128."""
@@ -43,7 +44,7 @@ EXACT_IN_INT32 = 2**17
 def in_pairs(codes_NI: Tensor, weight_size: int) -> bool:
     """Return whether a product with a weight of ``weight_size`` codes adds up pairs in 16 bits.
 
-    No code of the weight may be larger than 64 then.
+    No code of the weight may be larger than 64 then, and it is fastest if none is larger than 1.
     """
     return CPU_HAS_PAIRS and codes_NI.device.type == "cpu" and len(codes_NI) * weight_size >= LEAST_IN_PAIRS
 
@@ -101,16 +102,25 @@ def integer_sums(codes_ON: Tensor, codes_NI: Tensor) -> Tensor:
     """Sums over tokens of products of int8 codes, ``codes_ON @ codes_NI``, rounded once to fp32 [O, I]."""
     (O, N), I = codes_ON.shape, codes_NI.shape[1]  # noqa: E741
     on_cpu = codes_NI.device.type == "cpu"
-    has_int8 = CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I, N)
-    longest = EXACT_IN_INT32 if has_int8 else EXACT_IN_FP32
-    pieces = zip(codes_ON.split(longest, 1), codes_NI.split(longest), strict=True)
-    if has_int8:
+    pieces = _pieces(codes_ON, codes_NI, EXACT_IN_INT32)
+    if CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I, N):
         products = [torch._int_mm(left_ON.contiguous(), right_NI) for left_ON, right_NI in pieces]
+    elif on_cpu and CPU_HAS_PAIRS and O * N * I >= LEAST_IN_PAIRS:
+        products = [torch.ops.tritrain.sums_in_words(left_ON, right_NI) for left_ON, right_NI in pieces]
     else:
-        products = [left_ON.float() @ right_NI.float() for left_ON, right_NI in pieces]
+        products = _in_fp32(codes_ON, codes_NI)
     if len(products) == 1:
         return products[0].float()
     return torch.stack([product.long() for product in products]).sum(0).float()
+
+
+def _in_fp32(codes_ON: Tensor, codes_NI: Tensor) -> list[Tensor]:
+    """Sums over pieces of the tokens, exact."""
+    return [left_ON.float() @ right_NI.float() for left_ON, right_NI in _pieces(codes_ON, codes_NI, EXACT_IN_FP32)]
+
+
+def _pieces(codes_ON: Tensor, codes_NI: Tensor, longest: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(codes_ON.split(longest, 1), codes_NI.split(longest), strict=True)
 
 
 def activation_codes(x: Tensor, activations: Activations) -> tuple[Tensor, Tensor]:
@@ -176,6 +186,7 @@ _OPERATORS.define(
     tags=_TAGS,
 )
 _OPERATORS.define("product_in_pairs(Tensor codes_NI, Tensor codes_OI) -> Tensor", tags=_TAGS)
+_OPERATORS.define("sums_in_words(Tensor codes_ON, Tensor codes_NI) -> Tensor", tags=_TAGS)
 _OPERATORS.define("quantize_columns(Tensor x_NO, Tensor scale_N1) -> (Tensor, Tensor)", tags=_TAGS)
 _OPERATORS.define("transposed(Tensor codes_NI) -> Tensor", tags=_TAGS)
 
@@ -215,20 +226,30 @@ def _(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype
 
 @torch.library.impl(_OPERATORS, "product_in_pairs", "CPU")
 def _product_in_pairs(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
-    # Flipped here: without AVX512, what is compiled takes bytes one by one.
-    unsigned_NI = codes_NI.contiguous().view(torch.uint8) ^ SIGN
-    # Whichever way the weight's codes lie, they are not turned around.
-    upright = codes_OI.T.is_contiguous()
-    weight_IO = codes_OI.T.to_mkldnn() if upright else codes_OI.contiguous().to_mkldnn().transpose(0, 1)
-    scale, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise(
-        unsigned_NI, 1.0, SIGN, weight_IO, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    from quant.kernels import avx2
+
+    product_NO = avx2.product_in_pairs(codes_NI, codes_OI)
+    return F.linear(codes_NI.float(), codes_OI.float()) if product_NO is None else product_NO
 
 
 @torch.library.register_fake("tritrain::product_in_pairs", lib=_OPERATORS)
 def _(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
     return codes_NI.new_empty(len(codes_NI), len(codes_OI), dtype=torch.float32)
+
+
+@torch.library.impl(_OPERATORS, "sums_in_words", "CPU")
+def _sums_in_words(codes_ON: Tensor, codes_NI: Tensor) -> Tensor:
+    from quant.kernels import avx2
+
+    sums_OI = avx2.product_in_words(codes_ON, codes_NI.T)
+    if sums_OI is None:
+        sums_OI = torch.stack([product.int() for product in _in_fp32(codes_ON, codes_NI)]).sum(0, dtype=torch.int32)
+    return sums_OI
+
+
+@torch.library.register_fake("tritrain::sums_in_words", lib=_OPERATORS)
+def _(codes_ON: Tensor, codes_NI: Tensor) -> Tensor:
+    return codes_ON.new_empty(len(codes_ON), codes_NI.shape[1], dtype=torch.int32)
 
 
 @torch.library.impl(_OPERATORS, "quantize_columns", "CUDA")

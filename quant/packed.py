@@ -116,29 +116,30 @@ class PackedLinear(nn.Module):
 def packed_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
     """`integer_product` with packed codes, fp32 [N, 4 * R].
 
-    Under a mask, the two bits of a row in a byte are (code + 1) * 4**b, an int8, so one operation takes all four rows
-    apart. In the highest bits the sign is flipped, so that they are (code - 1) * 4**3, or code - 1 where that is too
-    large. The powers of two and the sum of the inputs are taken off the result. All of this is exact; in fp32, on
-    machines without products of integers, up to 65,536 input features.
-
     Args:
         codes_NI: int8.
         packed_RI: of `quant.codes.pack`, with `SIGN` flipped.
     """
+    blocks = packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1]))
+    products = [_block_product(codes_NI, block_RI) for block_RI in blocks]
+    return (products[0] if len(products) == 1 else torch.cat(products, 2)).flatten(1)
+
+
+def _block_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
+    """As fp32 [N, 4, R].
+
+    Under a mask, the two bits of a row in a byte are (code + 1) * 4**b, an int8, so one operation takes all four rows
+    apart. In the highest bits the sign is flipped, so that they are (code - 1) * 4**3. The powers of two and the sum of
+    the inputs are taken off the result. All of this is exact; in fp32, on machines without products of integers, up to
+    65,536 input features. Pairs are added up in 16 bits, for which that is too large.
+    """
+    if in_pairs(codes_NI, CODES_PER_BYTE * packed_RI.numel()):
+        return integer_product(codes_NI, unpack(packed_RI ^ SIGN)).unflatten(1, (CODES_PER_BYTE, -1))
     masks_411, factors_41, signs_41 = _of_rows(packed_RI.device)
-    products = []
-    for block_RI in packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1])):
-        bits_4RI = torch.bitwise_and(block_RI, masks_411).view(torch.int8)
-        too_large = in_pairs(codes_NI, bits_4RI.numel())
-        if too_large:
-            bits_4RI[-1] >>= 6
-        product_N4R = integer_product(codes_NI, bits_4RI.flatten(0, 1)).unflatten(1, (CODES_PER_BYTE, -1))
-        if too_large:
-            product_N4R[:, -1] *= 2.0**6
-        products.append(product_N4R)
-    product = products[0] if len(products) == 1 else torch.cat(products, 2)
+    bits_4RI = torch.bitwise_and(packed_RI, masks_411).view(torch.int8)
+    product_N4R = integer_product(codes_NI, bits_4RI.flatten(0, 1)).unflatten(1, (CODES_PER_BYTE, -1))
     sum_N11 = codes_NI.sum(1, dtype=torch.int32).float()[:, None, None]
-    return (product * factors_41).addcmul_(sum_N11, signs_41).flatten(1)
+    return (product_N4R * factors_41).addcmul_(sum_N11, signs_41)
 
 
 @cache

@@ -22,6 +22,7 @@ from launcher.process.exchange import value_of_first
 from launcher.process.ranks import Ranks, has_bf16
 from launcher.run.folder import RunFolder, configuration_of_run
 from quant.integers import CPU_HAS_INT8, CPU_HAS_PAIRS
+from quant.kernels import avx2
 
 
 def values_of_run(folder: RunFolder) -> dict[str, Any]:
@@ -73,9 +74,9 @@ def slow_choices(plan: Plan, device: torch.device) -> list[str]:
         )
     chosen = (phase.quantization.backward for phase in plan.phases if phase.quantization)
     backward = next((each for each in chosen if each != "exact"), None)
-    if backward is not None and not (CPU_HAS_INT8 or CPU_HAS_PAIRS):
+    if backward is not None and not (CPU_HAS_INT8 or (CPU_HAS_PAIRS and avx2.library())):
         found.append(
-            f"quantization.backward is {backward}, but this processor has no 8-bit products (VNNI or AVX2): the "
+            f"quantization.backward is {backward}, but there are no 8-bit products here (VNNI, or AVX2 and gcc): the "
             "backward pass computes the same in fp32 and takes longer than with exact."
         )
     return found

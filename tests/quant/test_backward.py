@@ -45,12 +45,18 @@ def test_rows_of_zeros_stay_zeros() -> None:
     assert scale.isfinite().all()
 
 
-@pytest.mark.parametrize("has_int8", [True, False])
+@pytest.mark.parametrize("path", ["int8", "words", "words without a compiler", "fp32"])
 @pytest.mark.parametrize("num_tokens", [1, 8, 1031, 1032, 1033, 1040, 5000])
-def test_sums_over_tokens_are_exact_on_every_path(num_tokens: int, has_int8: bool, monkeypatch) -> None:
+def test_sums_over_tokens_are_exact_on_every_path(num_tokens: int, path: str, monkeypatch) -> None:
     """Also where one sum would not fit fp32, or, in pieces, int32."""
-    monkeypatch.setattr(quant.integers, "CPU_HAS_INT8", has_int8)
+    if path == "words" and not torch.cpu._is_avx2_supported():
+        pytest.skip("needs a CPU with AVX2")
+    monkeypatch.setattr(quant.integers, "CPU_HAS_INT8", path == "int8")
+    monkeypatch.setattr(quant.integers, "CPU_HAS_PAIRS", path.startswith("words"))
+    monkeypatch.setattr(quant.integers, "LEAST_IN_PAIRS", 0)
     monkeypatch.setattr(quant.integers, "EXACT_IN_INT32", 2048)
+    if path == "words without a compiler":
+        monkeypatch.setattr("quant.kernels.avx2.library", lambda: None)
     generator = torch.Generator().manual_seed(0)
     left = torch.randint(120, 128, (24, num_tokens), generator=generator, dtype=torch.int8)
     right = torch.randint(120, 128, (num_tokens, 16), generator=generator, dtype=torch.int8)

@@ -88,15 +88,22 @@ def test_a_run_goes_on_in_the_dtype_that_the_first_device_chose(shards: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("has_bf16", "has_int8", "has_pairs"),
-    [(True, True, False), (False, False, False), (None, True, False), (False, False, True)],
+    ("has_bf16", "has_int8", "has_pairs", "has_gcc"),
+    [
+        (True, True, False, False),
+        (False, False, False, True),
+        (None, True, False, False),
+        (False, False, True, True),
+        (False, False, True, False),
+    ],
 )
 def test_what_is_slow_on_a_processor_is_said(
-    has_bf16: bool | None, has_int8: bool, has_pairs: bool, monkeypatch: pytest.MonkeyPatch
+    has_bf16: bool | None, has_int8: bool, has_pairs: bool, has_gcc: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(automatic, "has_bf16", lambda: has_bf16)
     monkeypatch.setattr(automatic, "CPU_HAS_INT8", has_int8)
     monkeypatch.setattr(automatic, "CPU_HAS_PAIRS", has_pairs)
+    monkeypatch.setattr("quant.kernels.avx2.library", lambda: object() if has_gcc else None)
     phases = [
         {"precision": "16-bit", "steps": 2},
         {"precision": "ternary", "steps": 2},
@@ -106,7 +113,7 @@ def test_what_is_slow_on_a_processor_is_said(
     plan = make_plan(config, 1)
     said = " ".join(slow_choices(plan, torch.device("cpu")))
     assert ("compute_dtype is bf16" in said) == (has_bf16 is False)
-    assert ("backward is int8-input" in said) == (not has_int8 and not has_pairs)
+    assert ("backward is int8-input" in said) == (not has_int8 and not (has_pairs and has_gcc))
     assert slow_choices(plan, torch.device("cuda")) == []
     fast = tiny_config(Path("shards"), Path("run"), training={"compute_dtype": "fp32"}, phases=phases[:2])
     assert slow_choices(make_plan(fast, 1), torch.device("cpu")) == []

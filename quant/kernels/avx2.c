@@ -1,0 +1,205 @@
+/* Products of int8 codes by AVX2, for CPUs without VNNI; `quant.kernels.avx2` compiles and calls them.
+
+   A word is 32 bits of terms that are multiplied and added up at once: four codes in pairs, or two that are widened to
+   16 bits. The right matrix is packed in panels of 16 rows, the words of a panel's rows side by side, and so is the left
+   one if it is widened, in panels of 24. A tile of 6 x 16 sums stays in registers, while a word of each of its 6 left
+   rows meets the words of 16 right ones.
+
+   AVX2 multiplies unsigned by signed bytes and adds up two products in 16 bits, with saturation. So `largest`, the size
+   of the largest right code, is added to the right codes, which are 0 to 2 * largest then; what that adds to a sum,
+   `largest` times the sum of the left row, is taken off at the end. The left codes being -128 at least, a pair of
+   products is within 512 * largest of 0, and 64 / largest pairs fit 16 bits before they are added up in 32.
+
+   Dimensions: N left rows, O right rows, K terms of a row, W words of them. */
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+enum {
+    PAIRS = 4, /* terms of a word */
+    WIDE = 2,  /* terms of a word that are widened */
+    ROWS = 6,  /* of a tile */
+    LEFT_PANEL = 24,
+    RIGHT_PANEL = 16,
+    DEPTH = 128, /* words: a right panel's, 8 KiB, stay in the first cache */
+    BLOCK = 96,  /* left rows that they meet there, which stay in the second */
+};
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    const int8_t *codes;
+    long by_row, by_term; /* steps in memory */
+    long rows;
+} matrix;
+
+typedef struct {
+    matrix left, right;
+    long K;
+    void *left_packed, *right_packed; /* whole panels of words, aligned */
+    int32_t *left_sums;               /* [N], of codes */
+    void *result;                     /* [N, O], fp32 of pairs, else int32 */
+} task;
+
+INLINE long smaller(long a, long b) { return a < b ? a : b; }
+
+INLINE __m128i load(const int8_t *codes) { return _mm_loadl_epi64((const __m128i *)codes); }
+
+/* A word of each of 8 rows from `row` and `term` on; 0 where there are no codes. */
+INLINE __m256i words_of(matrix from, long row, long term, long K, int terms)
+{
+    const int8_t *const codes = from.codes + row * from.by_row + term * from.by_term;
+    const int is_whole = row + 8 <= from.rows && term + terms <= K;
+    if (is_whole && from.by_row == 1) {
+        const __m128i low = _mm_unpacklo_epi8(load(codes), load(codes + from.by_term));
+        if (terms == WIDE)
+            return _mm256_cvtepi8_epi16(low);
+        const __m128i high = _mm_unpacklo_epi8(load(codes + 2 * from.by_term), load(codes + 3 * from.by_term));
+        return _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
+    }
+    if (is_whole && from.by_term == 1 && terms == PAIRS) {
+        const __m256i rows = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        const __m256i steps = _mm256_mullo_epi32(rows, _mm256_set1_epi32((int)from.by_row));
+        return _mm256_i32gather_epi32((const int *)codes, steps, 1);
+    }
+    int8_t some[8 * PAIRS] __attribute__((aligned(32))) = {0};
+    for (long i = 0; i < smaller(8, from.rows - row); i++)
+        for (long k = 0; k < smaller(terms, K - term); k++)
+            some[i * terms + k] = codes[i * from.by_row + k * from.by_term];
+    return terms == PAIRS ? *(const __m256i *)some : _mm256_cvtepi8_epi16(*(const __m128i *)some);
+}
+
+/* A thread's part of packing a matrix, with `shift` added to each code. */
+INLINE void pack(matrix from, int panel, long K, int terms, int shift, __m256i *packed)
+{
+    const long W = (K + terms - 1) / terms;
+    #pragma omp for collapse(2) schedule(static) nowait
+    for (long begin = 0; begin < W; begin += 32) /* few rows in memory at a time */
+        for (long row = 0; row < from.rows; row += panel)
+            for (long word = begin; word < smaller(W, begin + 32); word++)
+                for (int i = 0; i < panel / 8; i++) {
+                    const __m256i words = words_of(from, row + 8 * i, word * terms, K, terms);
+                    packed[row / 8 * W + word * (panel / 8) + i] =
+                        terms == PAIRS ? _mm256_add_epi8(words, _mm256_set1_epi8((char)shift)) : words;
+                }
+}
+
+/* Add up the products of words of 6 left rows, `step` apart, and of a right panel; sums [ROWS, RIGHT_PANEL]. */
+INLINE void add_tile(const int32_t *left[ROWS], int step, const __m256i *right, long depth, long spill, int terms,
+                     __m256i *sums)
+{
+    for (long begin = 0; begin < depth; begin += spill) {
+        __m256i tile[ROWS][2];
+        for (int row = 0; row < ROWS; row++)
+            tile[row][0] = tile[row][1] = _mm256_setzero_si256();
+        for (long word = begin; word < smaller(depth, begin + spill); word++)
+            for (int row = 0; row < ROWS; row++) {
+                const __m256i x = _mm256_set1_epi32(left[row][word * step]);
+                for (int half = 0; half < 2; half++) {
+                    const __m256i y = right[2 * word + half];
+                    /* As assembly, because GCC copies the sums otherwise, and has no registers for that. */
+                    if (terms == PAIRS)
+                        __asm__("vpaddw %1, %0, %0" : "+x"(tile[row][half]) : "x"(_mm256_maddubs_epi16(y, x)));
+                    else
+                        __asm__("vpaddd %1, %0, %0" : "+x"(tile[row][half]) : "x"(_mm256_madd_epi16(y, x)));
+                }
+            }
+        for (int row = 0; row < ROWS; row++)
+            for (int half = 0; half < 2; half++) {
+                const __m256i found = tile[row][half];
+                const __m256i more = terms == PAIRS ? _mm256_madd_epi16(found, _mm256_set1_epi16(1)) : found;
+                sums[2 * row + half] = _mm256_add_epi32(sums[2 * row + half], more);
+            }
+    }
+}
+
+/* Copy numbers of 4 bytes, mostly a panel's. */
+INLINE void copy_row(void *to, const void *from, long count)
+{
+    if (count == RIGHT_PANEL)
+        memcpy(to, from, RIGHT_PANEL * 4);
+    else
+        memcpy(to, from, count * 4);
+}
+
+/* A thread's part of a product. */
+INLINE void multiply(task of, int terms, int largest)
+{
+    const long N = of.left.rows, O = of.right.rows, W = (of.K + terms - 1) / terms;
+    const long spill = terms == PAIRS ? 64 / largest : DEPTH;
+    const int step = terms == PAIRS ? 1 : LEFT_PANEL;
+    pack(of.right, RIGHT_PANEL, of.K, terms, largest, of.right_packed);
+    if (terms == WIDE)
+        pack(of.left, LEFT_PANEL, of.K, terms, 0, of.left_packed);
+    else {
+        #pragma omp for schedule(static) nowait
+        for (long row = 0; row < N; row++) {
+            int32_t sum = 0;
+            for (long term = 0; term < of.K; term++)
+                sum += of.left.codes[row * of.K + term];
+            of.left_sums[row] = sum;
+        }
+    }
+    #pragma omp barrier
+    #pragma omp for collapse(2) schedule(static)
+    for (long begin = 0; begin < N; begin += BLOCK)
+        for (long column = 0; column < O; column += RIGHT_PANEL) {
+            const long rows = smaller(BLOCK, N - begin), width = smaller(RIGHT_PANEL, O - column);
+            int32_t sums[BLOCK * RIGHT_PANEL] __attribute__((aligned(32))) = {0};
+            for (long word = 0; word < W; word += DEPTH)
+                for (long row = 0; row < rows; row += ROWS) {
+                    const __m256i *const right = (const __m256i *)of.right_packed + column / 8 * W + 2 * word;
+                    const int32_t *left[ROWS];
+                    for (long i = 0; i < ROWS; i++) {
+                        const long at = smaller(begin + row + i, N - 1); /* what is too much is not looked at */
+                        left[i] = terms == PAIRS ? (const int32_t *)of.left.codes + at * W + word
+                                                 : (const int32_t *)of.left_packed + at / LEFT_PANEL * LEFT_PANEL * W +
+                                                       word * LEFT_PANEL + at % LEFT_PANEL;
+                    }
+                    add_tile(left, step, right, smaller(DEPTH, W - word), spill, terms,
+                             (__m256i *)(sums + row * RIGHT_PANEL));
+                }
+            for (long row = 0; row < rows; row++) {
+                int32_t *const found = sums + row * RIGHT_PANEL;
+                float in_fp32[RIGHT_PANEL];
+                if (terms == PAIRS)
+                    for (int i = 0; i < RIGHT_PANEL; i++)
+                        in_fp32[i] = (float)(found[i] - largest * of.left_sums[begin + row]);
+                copy_row((int32_t *)of.result + (begin + row) * O + column, terms == PAIRS ? (void *)in_fp32 : found, width);
+            }
+        }
+}
+
+INLINE uint8_t largest_of(const int8_t *codes, long count)
+{
+    uint8_t largest = 1;
+    for (long i = 0; i < count; i++) {
+        const uint8_t size = codes[i] < 0 ? -codes[i] : codes[i];
+        largest = size > largest ? size : largest;
+    }
+    return largest;
+}
+
+/* Left rows that lie one after another, in whole words, times right ones, dense and at most 64. */
+void product_in_pairs(const task *of, int threads)
+{
+    const long count = of->right.rows * of->K, piece = 1 << 14;
+    uint8_t largest = 1;
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for schedule(static) reduction(max : largest)
+        for (long begin = 0; begin < count; begin += piece) {
+            const uint8_t found = largest_of(of->right.codes + begin, smaller(piece, count - begin));
+            largest = found > largest ? found : largest;
+        }
+        multiply(*of, PAIRS, largest);
+    }
+}
+
+/* Left rows times right ones, both packed fastest if rows lie side by side. */
+void product_in_words(const task *of, int threads)
+{
+    #pragma omp parallel num_threads(threads)
+    multiply(*of, WIDE, 0);
+}

@@ -1,0 +1,130 @@
+"""Products of int8 codes on CPUs with AVX2 and without VNNI, by functions in C (`avx2.c`).
+
+gcc compiles them at their first call, in a second, because its OpenMP is torch's. They are kept for later processes, in
+`~/.cache/tritrain` or below `XDG_CACHE_HOME`.
+
+Dimensions: N and O rows, K terms of each.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+COMMAND = ("gcc", "-O3", "-mavx2", "-fopenmp", "-shared", "-fPIC")
+LEFT_PANEL, RIGHT_PANEL = 24, 16
+"""Rows that are packed side by side."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("codes", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("by_row", "by_term", "rows")))
+
+
+class _Task(ctypes.Structure):
+    _fields_ = (
+        ("left", _Matrix),
+        ("right", _Matrix),
+        ("terms", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("left_packed", "right_packed", "left_sums", "result")),
+    )
+
+
+def product_in_pairs(codes_NK: Tensor, codes_OK: Tensor) -> Tensor | None:
+    """``codes_NK @ codes_OK.T`` as fp32 [N, O], exact while sums stay below 2**24; None if nothing could be compiled.
+
+    Args:
+        codes_NK: int8.
+        codes_OK: int8, at most 64.
+    """
+    functions = library()
+    if functions is None:
+        return None
+    missing = -codes_NK.shape[1] % 4
+    if missing:
+        codes_NK, codes_OK = F.pad(codes_NK, (0, missing)), F.pad(codes_OK, (0, missing))
+    (N, K), O = codes_NK.shape, len(codes_OK)  # noqa: E741
+    sums, result = torch.empty(N, dtype=torch.int32), torch.empty(N, O)
+    packed = _panels(O, RIGHT_PANEL, K // 4)
+    left, right = codes_NK.contiguous(), _dense(codes_OK)
+    task = _Task(_matrix(left), _matrix(right), K, None, packed.data_ptr(), sums.data_ptr(), result.data_ptr())
+    functions.product_in_pairs(task, torch.get_num_threads())
+    return result
+
+
+def product_in_words(codes_NK: Tensor, codes_OK: Tensor) -> Tensor | None:
+    """``codes_NK @ codes_OK.T`` as int32 [N, O]; None if nothing could be compiled.
+
+    Fastest if each matrix lies in memory the other way round, as the gradient of a weight has them.
+
+    Args:
+        codes_NK: int8.
+        codes_OK: int8.
+    """
+    functions = library()
+    if functions is None:
+        return None
+    (N, K), O = codes_NK.shape, len(codes_OK)  # noqa: E741
+    result = torch.empty(N, O, dtype=torch.int32)
+    left_packed, right_packed = _panels(N, LEFT_PANEL, -(-K // 2)), _panels(O, RIGHT_PANEL, -(-K // 2))
+    left, right = _dense(codes_NK), _dense(codes_OK)
+    packed = left_packed.data_ptr(), right_packed.data_ptr()
+    task = _Task(_matrix(left), _matrix(right), K, *packed, None, result.data_ptr())
+    functions.product_in_words(task, torch.get_num_threads())
+    return result
+
+
+def _panels(rows: int, panel: int, words: int) -> Tensor:
+    return torch.empty(-(-rows // panel) * panel, words, dtype=torch.int32)
+
+
+def _dense(codes: Tensor) -> Tensor:
+    return codes if codes.T.is_contiguous() else codes.contiguous()
+
+
+def _matrix(codes: Tensor) -> _Matrix:
+    return _Matrix(codes.data_ptr(), *codes.stride(), len(codes))
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None, with a warning, if that is not possible."""
+    try:
+        try:
+            loaded = _kept()
+        except (OSError, RuntimeError):  # no home, or none that can be written to
+            with tempfile.TemporaryDirectory() as folder:
+                loaded = ctypes.CDLL(str(_compiled(Path(folder, "products.so"))))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or (error if shutil.which(COMMAND[0]) else "gcc is not installed")
+        warnings.warn(f"8-bit products are computed in fp32, which is slower: {reason}", stacklevel=2)
+        return None
+    for function in (loaded.product_in_pairs, loaded.product_in_words):
+        function.argtypes, function.restype = (ctypes.POINTER(_Task), ctypes.c_int), None
+    return loaded
+
+
+def _kept() -> ctypes.CDLL:
+    made_from = SOURCE.read_bytes() + " ".join(COMMAND).encode()
+    name = f"products-{hashlib.sha256(made_from).hexdigest()[:16]}.so"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritrain" / name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several ranks may come here at once
+            _compiled(Path(folder, name)).replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def _compiled(path: Path) -> Path:
+    command = [*COMMAND, str(SOURCE), "-o", str(path)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    return path

@@ -1,0 +1,156 @@
+"""Products by AVX2 against sums in int64, and how their functions are compiled."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant import integers
+from quant.kernels import avx2
+
+pytestmark = pytest.mark.skipif(
+    not torch.cpu._is_avx2_supported() or shutil.which("gcc") is None, reason="needs a CPU with AVX2, and gcc"
+)
+NONE = [(4, 16, 0), (0, 3, 4), (3, 0, 4)]
+SHAPES = [(1, 1, 1), (5, 3, 7), (6, 16, 4), (24, 16, 256), (97, 33, 1029), (25, 40, 4099), *NONE]
+"""N, O and K: less than a panel or a word, whole ones, one more; several blocks of rows and of words; none."""
+
+
+def codes(rows: int, terms: int, largest: int) -> Tensor:
+    """Random, with both extremes."""
+    found = torch.randint(-largest, largest + 1, (rows, terms), generator=torch.Generator().manual_seed(rows))
+    found[:, : terms // 3] = largest
+    found[:, terms // 3 : terms // 2] = -largest
+    return found.clamp(-128, 127).to(torch.int8)
+
+
+def both_ways(matrix: Tensor) -> list[Tensor]:
+    """The same matrix, with either dimension dense in memory, and with neither."""
+    spread = torch.zeros(len(matrix), 2 * matrix.shape[1], dtype=matrix.dtype)
+    spread[:, ::2] = matrix
+    return [matrix, matrix.T.contiguous().T, spread[:, ::2]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("largest", [1, 2, 3, 5, 7, 64])
+def test_products_in_pairs_are_exact(shape: tuple[int, int, int], largest: int) -> None:
+    """At 65 a pair would not fit 16 bits: 128 * 65 * 2 * 2 is above 2**15."""
+    (N, O, K), expected = shape, None  # noqa: E741
+    for left in both_ways(codes(N, K, 128)):
+        for right in both_ways(codes(O, K, largest)):
+            expected = (left.long() @ right.long().T).float() if expected is None else expected
+            found = avx2.product_in_pairs(left, right)
+            assert found is not None
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_in_words_are_exact(shape: tuple[int, int, int]) -> None:
+    (N, O, K), expected = shape, None  # noqa: E741
+    for left in both_ways(codes(N, K, 128)):
+        for right in both_ways(codes(O, K, 127)):
+            expected = left.long() @ right.long().T if expected is None else expected
+            found = avx2.product_in_words(left, right)
+            assert found is not None
+            assert found.dtype == torch.int32
+            assert torch.equal(found.long(), expected)
+
+
+def test_a_sum_may_fill_int32() -> None:
+    terms = 2**17 - 1
+    found = avx2.product_in_words(torch.full((1, terms), -128).char(), torch.full((1, terms), -128).char())
+    assert found is not None
+    assert found.item() == 128 * 128 * terms
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+def test_any_number_of_threads_gives_the_same(num_threads: int) -> None:
+    left, right, before = codes(200, 300, 128), codes(70, 300, 1), torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        in_pairs, in_words = avx2.product_in_pairs(left, right), avx2.product_in_words(left, right)
+    finally:
+        torch.set_num_threads(before)
+    assert in_pairs is not None
+    assert in_words is not None
+    expected = left.long() @ right.long().T
+    assert torch.equal(in_pairs.long(), expected)
+    assert torch.equal(in_words.long(), expected)
+
+
+def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
+    command = [*avx2.COMMAND, "-Wall", "-Wextra", "-Werror", str(avx2.SOURCE), "-o", str(tmp_path / "products.so")]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
+
+
+def load(folder: str) -> bool:
+    os.environ["XDG_CACHE_HOME"] = folder
+    avx2.library.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return avx2.library() is not None
+
+
+def test_processes_that_begin_at_once_keep_one(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert pool.map(load, [str(tmp_path)] * 3) == [True] * 3
+    (kept,) = (tmp_path / "tritrain").iterdir()
+    written = kept.stat().st_mtime_ns
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(load, [str(tmp_path)]) == [True]
+    assert kept.stat().st_mtime_ns == written
+
+
+@pytest.fixture
+def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As in a process that has compiled nothing, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    avx2.library.cache_clear()
+    yield
+    avx2.library.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_without_a_folder_to_keep_it_in_it_is_compiled_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "tritrain").write_text("in the way")
+    assert avx2.library() is not None
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_a_damaged_file_is_not_used(tmp_path: Path) -> None:
+    assert avx2.library() is not None
+    (kept,) = (tmp_path / "tritrain").iterdir()
+    kept.unlink()
+    kept.write_bytes(b"")
+    avx2.library.cache_clear()
+    assert avx2.library() is not None
+
+
+@pytest.mark.usefixtures("fresh_library")
+@pytest.mark.parametrize(("command", "reason"), [("no-gcc", "gcc is not installed"), ("false", "returned non-zero")])
+def test_where_nothing_can_be_compiled_fp32_gives_the_same(
+    command: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(avx2, "COMMAND", (command,))
+    left, right = codes(8, 64, 128), codes(5, 64, 1)
+    monkeypatch.setattr(integers, "CPU_HAS_INT8", False)
+    monkeypatch.setattr(integers, "CPU_HAS_PAIRS", True)
+    monkeypatch.setattr(integers, "LEAST_IN_PAIRS", 0)
+    with pytest.warns(UserWarning, match=f"8-bit products are computed in fp32, which is slower: .*{reason}"):
+        found = integers.integer_product(left, right)
+    expected = (left.long() @ right.long().T).float()
+    assert torch.equal(found, expected)
+    assert torch.equal(integers.integer_sums(left, right.T), expected)
+
+
+def test_the_operators_keep_their_contracts() -> None:
+    left, right = codes(8, 64, 128), codes(5, 64, 1)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.tritrain.product_in_pairs.default, (left, right), test_utils=tests)
+    torch.library.opcheck(torch.ops.tritrain.sums_in_words.default, (left, right.T), test_utils=tests)
