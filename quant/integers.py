@@ -24,7 +24,9 @@ HAS_TRITON = find_spec("triton") is not None
 CPU_HAS_INT8 = torch.cpu._is_vnni_supported()
 """Without VNNI, products of any two int8 codes on a CPU take longer than in fp32, and are computed so."""
 
-CPU_HAS_PAIRS = not CPU_HAS_INT8 and torch.cpu._is_avx2_supported()
+CPU_HAS_AVX2 = torch.cpu._is_avx2_supported()
+
+CPU_HAS_PAIRS = not CPU_HAS_INT8 and CPU_HAS_AVX2
 """Whether a CPU without VNNI has AVX2, for which `quant.kernels.avx2` has products of codes: a weight's, of at most 64,
 are added up in pairs in a third of the time that fp32 takes, others in two thirds."""
 

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from quant.codes import CODES_PER_BYTE, pack, unpack
 from quant.config import BITNET, IN_2_BITS, QuantConfig
 from quant.held import SharedInput
-from quant.integers import SIGN, activation_codes, in_pairs, integer_product
+from quant.integers import CPU_HAS_AVX2, CPU_HAS_INT8, SIGN, activation_codes, integer_product
 from quant.linear import prepared_input, quantized_layers
 from quant.product import grouped_product, unrounded_product
 from quant.rounding import without_autocast
 
 BLOCK_BYTES = 2**19
 """Packed bytes that are taken apart at once: the codes of a block stay in a core's cache until they are multiplied."""
+
+FEW_ROWS = 5
+"""That `quant.kernels.avx2` multiplies by packed bytes as it reads them; with VNNI more are faster by its products."""
 
 
 class PackedLinear(nn.Module):
@@ -120,26 +123,47 @@ def packed_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
         codes_NI: int8.
         packed_RI: of `quant.codes.pack`, with `SIGN` flipped.
     """
+    by_avx2 = packed_RI.device.type == "cpu" and CPU_HAS_AVX2
+    if by_avx2 and len(codes_NI) <= FEW_ROWS:
+        return torch.ops.tritrain.product_in_bits(codes_NI, packed_RI)  # type: ignore[no-any-return]
+    product_of = torch.ops.tritrain.product_in_bits if by_avx2 and not CPU_HAS_INT8 else _under_masks
     blocks = packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1]))
-    products = [_block_product(codes_NI, block_RI) for block_RI in blocks]
+    products = [product_of(codes_NI, block_RI).unflatten(1, (CODES_PER_BYTE, -1)) for block_RI in blocks]
     return (products[0] if len(products) == 1 else torch.cat(products, 2)).flatten(1)
 
 
-def _block_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
-    """As fp32 [N, 4, R].
+def _under_masks(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
+    """As fp32 [N, 4 * R].
 
     Under a mask, the two bits of a row in a byte are (code + 1) * 4**b, an int8, so one operation takes all four rows
     apart. In the highest bits the sign is flipped, so that they are (code - 1) * 4**3. The powers of two and the sum of
     the inputs are taken off the result. All of this is exact; in fp32, on machines without products of integers, up to
-    65,536 input features. Pairs are added up in 16 bits, for which that is too large.
+    65,536 input features.
     """
-    if in_pairs(codes_NI, CODES_PER_BYTE * packed_RI.numel()):
-        return integer_product(codes_NI, unpack(packed_RI ^ SIGN)).unflatten(1, (CODES_PER_BYTE, -1))
     masks_411, factors_41, signs_41 = _of_rows(packed_RI.device)
     bits_4RI = torch.bitwise_and(packed_RI, masks_411).view(torch.int8)
     product_N4R = integer_product(codes_NI, bits_4RI.flatten(0, 1)).unflatten(1, (CODES_PER_BYTE, -1))
     sum_N11 = codes_NI.sum(1, dtype=torch.int32).float()[:, None, None]
-    return (product_N4R * factors_41).addcmul_(sum_N11, signs_41)
+    return (product_N4R * factors_41).addcmul_(sum_N11, signs_41).flatten(1)
+
+
+_OPERATORS = torch.library.Library("tritrain", "FRAGMENT")
+_OPERATORS.define(
+    "product_in_bits(Tensor codes_NI, Tensor packed_RI) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+@torch.library.impl(_OPERATORS, "product_in_bits", "CPU")
+def _product_in_bits(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
+    from quant.kernels import avx2
+
+    product_NO = avx2.product_in_bits(codes_NI, packed_RI)
+    return _under_masks(codes_NI, packed_RI) if product_NO is None else product_NO
+
+
+@torch.library.register_fake("tritrain::product_in_bits", lib=_OPERATORS)
+def _(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
+    return codes_NI.new_empty(len(codes_NI), CODES_PER_BYTE * len(packed_RI), dtype=torch.float32)
 
 
 @cache

@@ -42,9 +42,30 @@ typedef struct {
     void *result;                     /* [N, O], fp32 of pairs, else int32 */
 } task;
 
+#define SIGNS _mm256_set1_epi8((char)128)
+#define LOWEST _mm256_set1_epi8(3)
+
 INLINE long smaller(long a, long b) { return a < b ? a : b; }
 
 INLINE __m128i load(const int8_t *codes) { return _mm_loadl_epi64((const __m128i *)codes); }
+
+/* The same of rows whose codes lie in 2 bits, plus 1: a byte has those of `row` in each quarter of the rows. */
+INLINE __m256i words_in_bits(matrix from, long row, long term, long K)
+{
+    const long in_quarter = from.rows / 4, quarter = row / in_quarter, first = row % in_quarter;
+    if (first + 8 <= in_quarter && term + PAIRS <= K) {
+        const __m256i rows = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        const __m256i steps = _mm256_mullo_epi32(rows, _mm256_set1_epi32((int)K));
+        const __m256i bytes = _mm256_i32gather_epi32((const int *)(from.codes + first * K + term), steps, 1);
+        return _mm256_and_si256(_mm256_srli_epi32(_mm256_xor_si256(bytes, SIGNS), 2 * quarter), LOWEST);
+    }
+    int8_t some[8 * PAIRS] __attribute__((aligned(32))) = {0};
+    for (long i = 0; i < smaller(8, from.rows - row); i++)
+        for (long k = 0; k < smaller(PAIRS, K - term); k++)
+            some[i * PAIRS + k] = ((uint8_t)from.codes[(row + i) % in_quarter * K + term + k] ^ 128) >>
+                                      2 * ((row + i) / in_quarter) & 3;
+    return *(const __m256i *)some;
+}
 
 /* A word of each of 8 rows from `row` and `term` on; 0 where there are no codes. */
 INLINE __m256i words_of(matrix from, long row, long term, long K, int terms)
@@ -71,7 +92,7 @@ INLINE __m256i words_of(matrix from, long row, long term, long K, int terms)
 }
 
 /* A thread's part of packing a matrix, with `shift` added to each code. */
-INLINE void pack(matrix from, int panel, long K, int terms, int shift, __m256i *packed)
+INLINE void pack(matrix from, int panel, long K, int terms, int in_bits, int shift, __m256i *packed)
 {
     const long W = (K + terms - 1) / terms;
     #pragma omp for collapse(2) schedule(static) nowait
@@ -79,9 +100,14 @@ INLINE void pack(matrix from, int panel, long K, int terms, int shift, __m256i *
         for (long row = 0; row < from.rows; row += panel)
             for (long word = begin; word < smaller(W, begin + 32); word++)
                 for (int i = 0; i < panel / 8; i++) {
-                    const __m256i words = words_of(from, row + 8 * i, word * terms, K, terms);
-                    packed[row / 8 * W + word * (panel / 8) + i] =
-                        terms == PAIRS ? _mm256_add_epi8(words, _mm256_set1_epi8((char)shift)) : words;
+                    __m256i words;
+                    if (in_bits)
+                        words = words_in_bits(from, row + 8 * i, word * terms, K);
+                    else
+                        words = words_of(from, row + 8 * i, word * terms, K, terms);
+                    if (terms == PAIRS && !in_bits)
+                        words = _mm256_add_epi8(words, _mm256_set1_epi8((char)shift));
+                    packed[row / 8 * W + word * (panel / 8) + i] = words;
                 }
 }
 
@@ -124,20 +150,20 @@ INLINE void copy_row(void *to, const void *from, long count)
 }
 
 /* A thread's part of a product. */
-INLINE void multiply(task of, int terms, int largest)
+INLINE void multiply(task of, int terms, int in_bits, int largest)
 {
     const long N = of.left.rows, O = of.right.rows, W = (of.K + terms - 1) / terms;
     const long spill = terms == PAIRS ? 64 / largest : DEPTH;
     const int step = terms == PAIRS ? 1 : LEFT_PANEL;
-    pack(of.right, RIGHT_PANEL, of.K, terms, largest, of.right_packed);
+    pack(of.right, RIGHT_PANEL, of.K, terms, in_bits, largest, of.right_packed);
     if (terms == WIDE)
-        pack(of.left, LEFT_PANEL, of.K, terms, 0, of.left_packed);
+        pack(of.left, LEFT_PANEL, of.K, terms, 0, 0, of.left_packed);
     else {
         #pragma omp for schedule(static) nowait
         for (long row = 0; row < N; row++) {
             int32_t sum = 0;
-            for (long term = 0; term < of.K; term++)
-                sum += of.left.codes[row * of.K + term];
+            for (long term = 0; term < 4 * W; term++)
+                sum += of.left.codes[row * 4 * W + term];
             of.left_sums[row] = sum;
         }
     }
@@ -193,7 +219,7 @@ void product_in_pairs(const task *of, int threads)
             const uint8_t found = largest_of(of->right.codes + begin, smaller(piece, count - begin));
             largest = found > largest ? found : largest;
         }
-        multiply(*of, PAIRS, largest);
+        multiply(*of, PAIRS, 0, largest);
     }
 }
 
@@ -201,5 +227,60 @@ void product_in_pairs(const task *of, int threads)
 void product_in_words(const task *of, int threads)
 {
     #pragma omp parallel num_threads(threads)
-    multiply(*of, WIDE, 0);
+    multiply(*of, WIDE, 0, 0);
+}
+
+/* Add up the products of a left row and of the four rows in packed bytes, whose codes have 1 added. */
+INLINE void add_dots(const int8_t *left, const int8_t *packed, long K, int32_t sums[4])
+{
+    const long step = sizeof(__m256i), whole = K / step * step;
+    __m256i total[4];
+    for (int quarter = 0; quarter < 4; quarter++)
+        total[quarter] = _mm256_setzero_si256();
+    for (long begin = 0; begin < whole; begin += 64 * step) {
+        __m256i found[4];
+        for (int quarter = 0; quarter < 4; quarter++)
+            found[quarter] = _mm256_setzero_si256();
+        for (long term = begin; term < smaller(whole, begin + 64 * step); term += step) {
+            const __m256i x = _mm256_loadu_si256((const __m256i *)(left + term));
+            const __m256i bytes = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(packed + term)), SIGNS);
+            for (int quarter = 0; quarter < 4; quarter++) {
+                const __m256i y = _mm256_and_si256(_mm256_srli_epi32(bytes, 2 * quarter), LOWEST);
+                found[quarter] = _mm256_add_epi16(found[quarter], _mm256_maddubs_epi16(y, x));
+            }
+        }
+        for (int quarter = 0; quarter < 4; quarter++)
+            total[quarter] = _mm256_add_epi32(total[quarter], _mm256_madd_epi16(found[quarter], _mm256_set1_epi16(1)));
+    }
+    for (int quarter = 0; quarter < 4; quarter++) {
+        int32_t each[8];
+        memcpy(each, &total[quarter], sizeof each);
+        for (int i = 0; i < 8; i++)
+            sums[quarter] += each[i];
+        for (long term = whole; term < K; term++)
+            sums[quarter] += left[term] * (((uint8_t)packed[term] ^ 128) >> 2 * quarter & 3);
+    }
+}
+
+/* Left rows that lie one after another, in whole words, times right ones in bytes of four, of [O / 4, K]. */
+void product_in_bits(const task *of, int threads)
+{
+    const long N = of->left.rows, O = of->right.rows, step = of->left.by_row;
+    #pragma omp parallel num_threads(threads)
+    if (N >= ROWS)
+        multiply(*of, PAIRS, 1, 1);
+    else {
+        int32_t added[ROWS] = {0};
+        for (long row = 0; row < N; row++)
+            for (long term = 0; term < of->K; term++)
+                added[row] += of->left.codes[row * step + term];
+        #pragma omp for schedule(static)
+        for (long column = 0; column < O / 4; column++)
+            for (long row = 0; row < N; row++) {
+                int32_t sums[4] = {0};
+                add_dots(of->left.codes + row * step, of->right.codes + column * of->K, of->K, sums);
+                for (int quarter = 0; quarter < 4; quarter++)
+                    ((float *)of->result)[row * O + quarter * (O / 4) + column] = (float)(sums[quarter] - added[row]);
+            }
+    }
 }

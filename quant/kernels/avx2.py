@@ -46,18 +46,29 @@ def product_in_pairs(codes_NK: Tensor, codes_OK: Tensor) -> Tensor | None:
         codes_NK: int8.
         codes_OK: int8, at most 64.
     """
+    right_OK = _dense(codes_OK)
+    return _in_pairs("product_in_pairs", codes_NK, right_OK, len(right_OK))
+
+
+def product_in_bits(codes_NK: Tensor, packed_RK: Tensor) -> Tensor | None:
+    """`product_in_pairs` with the rows of `quant.codes.pack`, with `quant.integers.SIGN` flipped, fp32 [N, 4 * R].
+
+    Few rows are multiplied by the bytes as they are read.
+    """
+    return _in_pairs("product_in_bits", codes_NK, packed_RK.contiguous(), 4 * len(packed_RK))
+
+
+def _in_pairs(name: str, codes_NK: Tensor, right: Tensor, O: int) -> Tensor | None:  # noqa: E741
     functions = library()
     if functions is None:
         return None
-    missing = -codes_NK.shape[1] % 4
-    if missing:
-        codes_NK, codes_OK = F.pad(codes_NK, (0, missing)), F.pad(codes_OK, (0, missing))
-    (N, K), O = codes_NK.shape, len(codes_OK)  # noqa: E741
-    sums, result = torch.empty(N, dtype=torch.int32), torch.empty(N, O)
-    packed = _panels(O, RIGHT_PANEL, K // 4)
-    left, right = codes_NK.contiguous(), _dense(codes_OK)
-    task = _Task(_matrix(left), _matrix(right), K, None, packed.data_ptr(), sums.data_ptr(), result.data_ptr())
-    functions.product_in_pairs(task, torch.get_num_threads())
+    N, K = codes_NK.shape
+    left = F.pad(codes_NK, (0, -K % 4)) if K % 4 else codes_NK.contiguous()
+    result = torch.empty(N, O)
+    packed, sums = _panels(O, RIGHT_PANEL, -(-K // 4)), torch.empty(N, dtype=torch.int32)
+    pointers = packed.data_ptr(), sums.data_ptr(), result.data_ptr()
+    task = _Task(_matrix(left, N), _matrix(right, O), K, None, *pointers)
+    getattr(functions, name)(task, torch.get_num_threads())
     return result
 
 
@@ -78,7 +89,7 @@ def product_in_words(codes_NK: Tensor, codes_OK: Tensor) -> Tensor | None:
     left_packed, right_packed = _panels(N, LEFT_PANEL, -(-K // 2)), _panels(O, RIGHT_PANEL, -(-K // 2))
     left, right = _dense(codes_NK), _dense(codes_OK)
     packed = left_packed.data_ptr(), right_packed.data_ptr()
-    task = _Task(_matrix(left), _matrix(right), K, *packed, None, result.data_ptr())
+    task = _Task(_matrix(left, N), _matrix(right, O), K, *packed, None, result.data_ptr())
     functions.product_in_words(task, torch.get_num_threads())
     return result
 
@@ -91,8 +102,8 @@ def _dense(codes: Tensor) -> Tensor:
     return codes if codes.T.is_contiguous() else codes.contiguous()
 
 
-def _matrix(codes: Tensor) -> _Matrix:
-    return _Matrix(codes.data_ptr(), *codes.stride(), len(codes))
+def _matrix(codes: Tensor, rows: int) -> _Matrix:
+    return _Matrix(codes.data_ptr(), *codes.stride(), rows)
 
 
 @cache
@@ -108,7 +119,7 @@ def library() -> ctypes.CDLL | None:
         reason = getattr(error, "stderr", None) or (error if shutil.which(COMMAND[0]) else "gcc is not installed")
         warnings.warn(f"8-bit products are computed in fp32, which is slower: {reason}", stacklevel=2)
         return None
-    for function in (loaded.product_in_pairs, loaded.product_in_words):
+    for function in (loaded.product_in_pairs, loaded.product_in_bits, loaded.product_in_words):
         function.argtypes, function.restype = (ctypes.POINTER(_Task), ctypes.c_int), None
     return loaded
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quant import integers
+from quant.codes import pack
 from quant.kernels import avx2
 
 pytestmark = pytest.mark.skipif(
@@ -60,6 +61,17 @@ def test_products_in_words_are_exact(shape: tuple[int, int, int]) -> None:
             assert found is not None
             assert found.dtype == torch.int32
             assert torch.equal(found.long(), expected)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 6, 30])
+@pytest.mark.parametrize(("O", "K"), [(4, 1), (36, 31), (24, 32), (100, 2085), (64, 4096)])
+def test_products_with_packed_bytes_are_exact(num_rows: int, O: int, K: int) -> None:  # noqa: E741
+    """Also where all codes are the largest, so that sums in 16 bits are as far from 0 as they get."""
+    for right in (codes(O, K, 1), torch.ones(O, K).char(), -torch.ones(O, K).char()):
+        for left in (codes(num_rows, K, 128), torch.full((num_rows, K), -128).char()):
+            found = avx2.product_in_bits(left, pack(right) ^ integers.SIGN)
+            assert found is not None
+            assert torch.equal(found, (left.long() @ right.long().T).float())
 
 
 def test_a_sum_may_fill_int32() -> None:
