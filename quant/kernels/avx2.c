@@ -1,4 +1,4 @@
-/* Products of int8 codes by AVX2, for CPUs without VNNI; `quant.kernels.avx2` compiles and calls them.
+/* Products of int8 codes by AVX2; `quant.kernels.avx2` compiles and calls them.
 
    A word is 32 bits of terms that are multiplied and added up at once: four codes in pairs, or two that are widened to
    16 bits. The right matrix is packed in panels of 16 rows, the words of a panel's rows side by side, and so is the left

@@ -1,4 +1,4 @@
-"""Products of int8 codes on CPUs with AVX2 and without VNNI, by functions in C (`avx2.c`).
+"""Products of int8 codes by AVX2, functions in C (`avx2.c`): all on CPUs without VNNI, and those of few rows on others.
 
 gcc compiles them at their first call, in a second, because its OpenMP is torch's. They are kept for later processes, in
 `~/.cache/tritrain` or below `XDG_CACHE_HOME`.
@@ -117,7 +117,7 @@ def library() -> ctypes.CDLL | None:
                 loaded = ctypes.CDLL(str(_compiled(Path(folder, "products.so"))))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or (error if shutil.which(COMMAND[0]) else "gcc is not installed")
-        warnings.warn(f"8-bit products are computed in fp32, which is slower: {reason}", stacklevel=2)
+        warnings.warn(f"products of codes by AVX2 are not used, and others take longer: {reason}", stacklevel=2)
         return None
     for function in (loaded.product_in_pairs, loaded.product_in_bits, loaded.product_in_words):
         function.argtypes, function.restype = (ctypes.POINTER(_Task), ctypes.c_int), None

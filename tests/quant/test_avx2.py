@@ -153,8 +153,9 @@ def test_where_nothing_can_be_compiled_fp32_gives_the_same(
     left, right = codes(8, 64, 128), codes(5, 64, 1)
     monkeypatch.setattr(integers, "CPU_HAS_INT8", False)
     monkeypatch.setattr(integers, "CPU_HAS_PAIRS", True)
+    monkeypatch.setattr(integers, "CPU_HAS_WORDS", True)
     monkeypatch.setattr(integers, "LEAST_IN_PAIRS", 0)
-    with pytest.warns(UserWarning, match=f"8-bit products are computed in fp32, which is slower: .*{reason}"):
+    with pytest.warns(UserWarning, match=f"products of codes by AVX2 are not used, and others take longer: .*{reason}"):
         found = integers.integer_product(left, right)
     expected = (left.long() @ right.long().T).float()
     assert torch.equal(found, expected)

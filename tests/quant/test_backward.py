@@ -52,7 +52,7 @@ def test_sums_over_tokens_are_exact_on_every_path(num_tokens: int, path: str, mo
     if path == "words" and not torch.cpu._is_avx2_supported():
         pytest.skip("needs a CPU with AVX2")
     monkeypatch.setattr(quant.integers, "CPU_HAS_INT8", path == "int8")
-    monkeypatch.setattr(quant.integers, "CPU_HAS_PAIRS", path.startswith("words"))
+    monkeypatch.setattr(quant.integers, "CPU_HAS_WORDS", path.startswith("words"))
     monkeypatch.setattr(quant.integers, "LEAST_IN_PAIRS", 0)
     monkeypatch.setattr(quant.integers, "EXACT_IN_INT32", 2048)
     if path == "words without a compiler":

@@ -127,6 +127,7 @@ def test_a_layer_has_the_same_bits_whichever_way_it_multiplies(compiled, monkeyp
     found, calls = [], []
     for has_pairs in (False, True):
         monkeypatch.setattr("quant.integers.CPU_HAS_PAIRS", has_pairs)
+        monkeypatch.setattr("quant.integers.CPU_HAS_WORDS", has_pairs)
         layer = build_linear()
         quantize_(layer, QuantConfig(include="", backward="int8"))
         if compiled:

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from quant.config import BITNET, PRESETS, QuantConfig
 from quant.integers import activation_codes, integer_product
+from quant.kernels import avx2
 from quant.linear import add_learned_scales_, quantize_, quantized_layers, set_strength_
 from quant.packed import PackedLinear, freeze_, memory_bytes
 
@@ -68,18 +70,24 @@ def test_wide_layers_are_multiplied_in_blocks(monkeypatch):
     assert torch.equal(layer(x[:1]), expected[:1])  # batches do not matter
 
 
-@pytest.mark.parametrize("has_pairs", [False, torch.cpu._is_avx2_supported()])
-def test_without_integer_products_it_is_the_same(has_pairs, monkeypatch):
-    """Bits under a mask are up to 128, too large for pairs in 16 bits, and are shifted."""
-    layer = nn.Sequential(nn.Linear(64, 16))
+@pytest.mark.parametrize("has_int8", [True, False])
+@pytest.mark.parametrize("has_avx2", [False, torch.cpu._is_avx2_supported()])
+@pytest.mark.parametrize("num_tokens", [1, 5, 6, 7])
+def test_every_way_to_multiply_gives_the_same(num_tokens, has_avx2, has_int8, monkeypatch):
+    """By bytes as they are read, by panels of codes, and by bits under a mask, in int8 and in fp32."""
+    layer = nn.Sequential(nn.Linear(62, 18))
     quantize_(layer, QuantConfig(include="0"))
-    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(num_tokens, 62, generator=torch.Generator().manual_seed(0))
     expected = layer(x)
     freeze_(layer)
-    monkeypatch.setattr("quant.integers.CPU_HAS_INT8", False)
-    monkeypatch.setattr("quant.integers.CPU_HAS_PAIRS", has_pairs)
-    monkeypatch.setattr("quant.integers.LEAST_IN_PAIRS", 0)
+    for module in ("integers", "packed"):
+        monkeypatch.setattr(f"quant.{module}.CPU_HAS_INT8", has_int8)
+    monkeypatch.setattr("quant.integers.CPU_HAS_PAIRS", has_avx2 and not has_int8)
+    monkeypatch.setattr("quant.packed.CPU_HAS_AVX2", has_avx2)
+    by_avx2 = Mock(wraps=avx2.product_in_bits)
+    monkeypatch.setattr(avx2, "product_in_bits", by_avx2)
     assert torch.equal(layer(x), expected)
+    assert by_avx2.called == (has_avx2 and (num_tokens <= 5 or not has_int8))
 
 
 def test_what_several_layers_are_given_is_rounded_once(monkeypatch):
