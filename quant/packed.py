@@ -148,9 +148,7 @@ def _under_masks(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
 
 
 _OPERATORS = torch.library.Library("tritrain", "FRAGMENT")
-_OPERATORS.define(
-    "product_in_bits(Tensor codes_NI, Tensor packed_RI) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+_OPERATORS.define("product_in_bits(Tensor codes_NI, Tensor packed_RI) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.impl(_OPERATORS, "product_in_bits", "CPU")
