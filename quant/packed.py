@@ -125,7 +125,7 @@ def packed_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
     """
     by_avx2 = packed_RI.device.type == "cpu" and CPU_HAS_AVX2
     if by_avx2 and len(codes_NI) <= FEW_ROWS:
-        return torch.ops.tritrain.product_in_bits(codes_NI, packed_RI)  # type: ignore[no-any-return]
+        return torch.ops.tritrain.product_in_bits(codes_NI, packed_RI)
     product_of = torch.ops.tritrain.product_in_bits if by_avx2 and not CPU_HAS_INT8 else _under_masks
     blocks = packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1]))
     products = [product_of(codes_NI, block_RI).unflatten(1, (CODES_PER_BYTE, -1)) for block_RI in blocks]
