@@ -1,5 +1,5 @@
-"""Triton kernels for CUDA, each with a twin in PyTorch that is its oracle and what CPUs run.
+"""Kernels in Triton for CUDA and in C for CPUs with AVX2, each with a twin in PyTorch that gives the same bits.
 
-They are imported where they are used, because Triton is there on GPUs alone. With `TRITON_INTERPRET=1` they run on a
-CPU, step by step, which is how they are tested without a GPU.
+They are imported where they are used: Triton is there on GPUs alone, and C is compiled at its first call. With
+`TRITON_INTERPRET=1` those in Triton run on a CPU, step by step, which is how they are tested without a GPU.
 """

@@ -49,11 +49,11 @@ INLINE long smaller(long a, long b) { return a < b ? a : b; }
 
 INLINE __m128i load(const int8_t *codes) { return _mm_loadl_epi64((const __m128i *)codes); }
 
-/* The same of rows whose codes lie in 2 bits, plus 1: a byte has those of `row` in each quarter of the rows. */
+/* A word of each of 8 rows whose codes, with 1 added, lie in 2 bits: a byte has one of each quarter of the rows. */
 INLINE __m256i words_in_bits(matrix from, long row, long term, long K)
 {
     const long in_quarter = from.rows / 4, quarter = row / in_quarter, first = row % in_quarter;
-    if (first + 8 <= in_quarter && term + PAIRS <= K) {
+    if (row + 8 <= from.rows && first + 8 <= in_quarter && term + PAIRS <= K) {
         const __m256i rows = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         const __m256i steps = _mm256_mullo_epi32(rows, _mm256_set1_epi32((int)K));
         const __m256i bytes = _mm256_i32gather_epi32((const int *)(from.codes + first * K + term), steps, 1);
