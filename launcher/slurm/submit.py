@@ -32,7 +32,7 @@ from launcher.process.torchrun import JobLauncher
 from launcher.run.folder import RunFolder
 from launcher.slurm.cluster import SiteConfig, time_problem
 
-CODE_SUFFIXES = (".py", ".j2", ".html", ".sbatch", ".yaml")
+CODE_SUFFIXES = (".py", ".c", ".j2", ".html", ".sbatch", ".yaml")
 
 
 ROOT = Path(__file__).resolve().parents[2]
