@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from launcher.report.history import read_history
@@ -21,7 +22,9 @@ def start(run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("is_old", [True, False])
-def test_a_run_that_goes_on_keeps_its_tags(tmp_path: Path, is_old: bool) -> None:
+def test_a_run_that_goes_on_keeps_its_tags(tmp_path: Path, is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Files of one second are read by the number of the writer in its process, and 10 sorts before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     if is_old:
         with SummaryWriter(str(tmp_path / "tensorboard")) as old:
             old.add_text("configuration", "    run:", 0)
