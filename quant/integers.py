@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.config import Activations
+from quant.kernels import avx2
 from quant.rounding import SMALLEST_GRADIENT, SMALLEST_SCALE, quantize_activation, quantize_rows
 from quant.size import LONGEST_ROW
 
@@ -46,14 +47,6 @@ EXACT_IN_INT32 = 2**17
 """Products of two int8 codes whose sum surely fits int32."""
 
 
-def in_pairs(codes_NI: Tensor, weight_size: int) -> bool:
-    """Return whether a product with a weight of ``weight_size`` codes adds up pairs in 16 bits.
-
-    No code of the weight may be larger than 64 then, and it is fastest if none is larger than 1.
-    """
-    return CPU_HAS_PAIRS and codes_NI.device.type == "cpu" and len(codes_NI) * weight_size >= LEAST_IN_PAIRS
-
-
 def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
     """Sums of products of int8 codes, ``codes_NI @ codes_OI.T``, as fp32 [N, O].
 
@@ -61,11 +54,11 @@ def integer_product(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
 
     Args:
         codes_NI: int8.
-        codes_OI: int8, a weight's: at most 64 where it is multiplied `in_pairs`.
+        codes_OI: int8, a weight's. Where `CPU_HAS_PAIRS`, at most 64; fastest then if none is larger than 1.
     """
     N, (O, I) = len(codes_NI), codes_OI.shape  # noqa: E741
     on_cpu = codes_NI.device.type == "cpu"
-    if in_pairs(codes_NI, codes_OI.numel()):
+    if on_cpu and CPU_HAS_PAIRS and N * codes_OI.numel() >= LEAST_IN_PAIRS:
         return torch.ops.tritrain.product_in_pairs(codes_NI, codes_OI)
     if not (CPU_HAS_INT8 if on_cpu else _gpu_has_int8(O, I)):
         return F.linear(codes_NI.float(), codes_OI.float())
@@ -231,8 +224,6 @@ def _(codes_NI: Tensor, codes_OI: Tensor, scale_N1: Tensor, level: Tensor, dtype
 
 @torch.library.impl(_OPERATORS, "product_in_pairs", "CPU")
 def _product_in_pairs(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
-    from quant.kernels import avx2
-
     product_NO = avx2.product_in_pairs(codes_NI, codes_OI)
     return F.linear(codes_NI.float(), codes_OI.float()) if product_NO is None else product_NO
 
@@ -244,8 +235,6 @@ def _(codes_NI: Tensor, codes_OI: Tensor) -> Tensor:
 
 @torch.library.impl(_OPERATORS, "sums_in_words", "CPU")
 def _sums_in_words(codes_ON: Tensor, codes_NI: Tensor) -> Tensor:
-    from quant.kernels import avx2
-
     sums_OI = avx2.product_in_words(codes_ON, codes_NI.T)
     if sums_OI is None:
         sums_OI = torch.stack([product.int() for product in _in_fp32(codes_ON, codes_NI)]).sum(0, dtype=torch.int32)

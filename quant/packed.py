@@ -17,15 +17,13 @@ from quant.codes import CODES_PER_BYTE, pack, unpack
 from quant.config import BITNET, IN_2_BITS, QuantConfig
 from quant.held import SharedInput
 from quant.integers import CPU_HAS_AVX2, CPU_HAS_INT8, SIGN, activation_codes, integer_product
+from quant.kernels import avx2
 from quant.linear import prepared_input, quantized_layers
 from quant.product import grouped_product, unrounded_product
 from quant.rounding import without_autocast
 
 BLOCK_BYTES = 2**19
 """Packed bytes that are taken apart at once: the codes of a block stay in a core's cache until they are multiplied."""
-
-FEW_ROWS = 5
-"""That `quant.kernels.avx2` multiplies by packed bytes as it reads them; with VNNI more are faster by its products."""
 
 
 class PackedLinear(nn.Module):
@@ -124,7 +122,7 @@ def packed_product(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
         packed_RI: of `quant.codes.pack`, with `SIGN` flipped.
     """
     by_avx2 = packed_RI.device.type == "cpu" and CPU_HAS_AVX2
-    if by_avx2 and len(codes_NI) <= FEW_ROWS:
+    if by_avx2 and len(codes_NI) <= avx2.FEW_ROWS:  # with VNNI, others are faster by its products
         return torch.ops.tritrain.product_in_bits(codes_NI, packed_RI)
     product_of = torch.ops.tritrain.product_in_bits if by_avx2 and not CPU_HAS_INT8 else _under_masks
     blocks = packed_RI.split(max(1, BLOCK_BYTES // packed_RI.shape[1]))
@@ -153,8 +151,6 @@ _OPERATORS.define("product_in_bits(Tensor codes_NI, Tensor packed_RI) -> Tensor"
 
 @torch.library.impl(_OPERATORS, "product_in_bits", "CPU")
 def _product_in_bits(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
-    from quant.kernels import avx2
-
     product_NO = avx2.product_in_bits(codes_NI, packed_RI)
     return _under_masks(codes_NI, packed_RI) if product_NO is None else product_NO
 

@@ -1,7 +1,7 @@
 /* Products of int8 codes by AVX2; `quant.kernels.avx2` compiles and calls them.
 
    A word is 32 bits of terms that are multiplied and added up at once: four codes in pairs, or two that are widened to
-   16 bits. The right matrix is packed in panels of 16 rows, the words of a panel's rows side by side, and so is the left
+   16 bits. The right matrix is packed in panels of 16 rows, the words of a panel's rows side by side; so is the left
    one if it is widened, in panels of 24. A tile of 6 x 16 sums stays in registers, while a word of each of its 6 left
    rows meets the words of 16 right ones.
 
@@ -37,7 +37,7 @@ typedef struct {
 typedef struct {
     matrix left, right;
     long K;
-    void *left_packed, *right_packed; /* whole panels of words, aligned */
+    void *left_packed, *right_packed; /* whole panels of words, aligned; NULL where none are packed */
     int32_t *left_sums;               /* [N], of codes */
     void *result;                     /* [N, O], fp32 of pairs, else int32 */
 } task;
@@ -49,6 +49,12 @@ INLINE long smaller(long a, long b) { return a < b ? a : b; }
 
 INLINE __m128i load(const int8_t *codes) { return _mm_loadl_epi64((const __m128i *)codes); }
 
+/* Of packed bytes the codes of one quarter of the rows, with 1 added. */
+INLINE __m256i codes_of(__m256i bytes, long quarter)
+{
+    return _mm256_and_si256(_mm256_srli_epi32(_mm256_xor_si256(bytes, SIGNS), 2 * quarter), LOWEST);
+}
+
 /* A word of each of 8 rows whose codes, with 1 added, lie in 2 bits: a byte has one of each quarter of the rows. */
 INLINE __m256i words_in_bits(matrix from, long row, long term, long K)
 {
@@ -56,8 +62,7 @@ INLINE __m256i words_in_bits(matrix from, long row, long term, long K)
     if (row + 8 <= from.rows && first + 8 <= in_quarter && term + PAIRS <= K) {
         const __m256i rows = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         const __m256i steps = _mm256_mullo_epi32(rows, _mm256_set1_epi32((int)K));
-        const __m256i bytes = _mm256_i32gather_epi32((const int *)(from.codes + first * K + term), steps, 1);
-        return _mm256_and_si256(_mm256_srli_epi32(_mm256_xor_si256(bytes, SIGNS), 2 * quarter), LOWEST);
+        return codes_of(_mm256_i32gather_epi32((const int *)(from.codes + first * K + term), steps, 1), quarter);
     }
     int8_t some[8 * PAIRS] __attribute__((aligned(32))) = {0};
     for (long i = 0; i < smaller(8, from.rows - row); i++)
@@ -95,19 +100,15 @@ INLINE __m256i words_of(matrix from, long row, long term, long K, int terms)
 INLINE void pack(matrix from, int panel, long K, int terms, int in_bits, int shift, __m256i *packed)
 {
     const long W = (K + terms - 1) / terms;
+    const __m256i shifts = _mm256_set1_epi8((char)shift);
     #pragma omp for collapse(2) schedule(static) nowait
     for (long begin = 0; begin < W; begin += 32) /* few rows in memory at a time */
         for (long row = 0; row < from.rows; row += panel)
             for (long word = begin; word < smaller(W, begin + 32); word++)
                 for (int i = 0; i < panel / 8; i++) {
-                    __m256i words;
-                    if (in_bits)
-                        words = words_in_bits(from, row + 8 * i, word * terms, K);
-                    else
-                        words = words_of(from, row + 8 * i, word * terms, K, terms);
-                    if (terms == PAIRS && !in_bits)
-                        words = _mm256_add_epi8(words, _mm256_set1_epi8((char)shift));
-                    packed[row / 8 * W + word * (panel / 8) + i] = words;
+                    const __m256i words = in_bits ? words_in_bits(from, row + 8 * i, word * terms, K)
+                                                  : words_of(from, row + 8 * i, word * terms, K, terms);
+                    packed[row / 8 * W + word * (panel / 8) + i] = _mm256_add_epi8(words, shifts);
                 }
 }
 
@@ -149,24 +150,29 @@ INLINE void copy_row(void *to, const void *from, long count)
         memcpy(to, from, count * 4);
 }
 
+/* A thread's part of the sums of left rows that lie one after another. */
+INLINE void sum_rows(task of)
+{
+    #pragma omp for schedule(static) nowait
+    for (long row = 0; row < of.left.rows; row++) {
+        int32_t sum = 0;
+        for (long term = 0; term < of.K; term++)
+            sum += of.left.codes[row * of.left.by_row + term];
+        of.left_sums[row] = sum;
+    }
+}
+
 /* A thread's part of a product. */
 INLINE void multiply(task of, int terms, int in_bits, int largest)
 {
     const long N = of.left.rows, O = of.right.rows, W = (of.K + terms - 1) / terms;
     const long spill = terms == PAIRS ? 64 / largest : DEPTH;
     const int step = terms == PAIRS ? 1 : LEFT_PANEL;
-    pack(of.right, RIGHT_PANEL, of.K, terms, in_bits, largest, of.right_packed);
+    pack(of.right, RIGHT_PANEL, of.K, terms, in_bits, in_bits ? 0 : largest, of.right_packed);
     if (terms == WIDE)
         pack(of.left, LEFT_PANEL, of.K, terms, 0, 0, of.left_packed);
-    else {
-        #pragma omp for schedule(static) nowait
-        for (long row = 0; row < N; row++) {
-            int32_t sum = 0;
-            for (long term = 0; term < 4 * W; term++)
-                sum += of.left.codes[row * 4 * W + term];
-            of.left_sums[row] = sum;
-        }
-    }
+    else
+        sum_rows(of);
     #pragma omp barrier
     #pragma omp for collapse(2) schedule(static)
     for (long begin = 0; begin < N; begin += BLOCK)
@@ -192,7 +198,8 @@ INLINE void multiply(task of, int terms, int in_bits, int largest)
                 if (terms == PAIRS)
                     for (int i = 0; i < RIGHT_PANEL; i++)
                         in_fp32[i] = (float)(found[i] - largest * of.left_sums[begin + row]);
-                copy_row((int32_t *)of.result + (begin + row) * O + column, terms == PAIRS ? (void *)in_fp32 : found, width);
+                copy_row((int32_t *)of.result + (begin + row) * O + column, terms == PAIRS ? (void *)in_fp32 : found,
+                         width);
             }
         }
 }
@@ -243,11 +250,9 @@ INLINE void add_dots(const int8_t *left, const int8_t *packed, long K, int32_t s
             found[quarter] = _mm256_setzero_si256();
         for (long term = begin; term < smaller(whole, begin + 64 * step); term += step) {
             const __m256i x = _mm256_loadu_si256((const __m256i *)(left + term));
-            const __m256i bytes = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(packed + term)), SIGNS);
-            for (int quarter = 0; quarter < 4; quarter++) {
-                const __m256i y = _mm256_and_si256(_mm256_srli_epi32(bytes, 2 * quarter), LOWEST);
-                found[quarter] = _mm256_add_epi16(found[quarter], _mm256_maddubs_epi16(y, x));
-            }
+            const __m256i bytes = _mm256_loadu_si256((const __m256i *)(packed + term));
+            for (int quarter = 0; quarter < 4; quarter++)
+                found[quarter] = _mm256_add_epi16(found[quarter], _mm256_maddubs_epi16(codes_of(bytes, quarter), x));
         }
         for (int quarter = 0; quarter < 4; quarter++)
             total[quarter] = _mm256_add_epi32(total[quarter], _mm256_madd_epi16(found[quarter], _mm256_set1_epi16(1)));
@@ -262,25 +267,30 @@ INLINE void add_dots(const int8_t *left, const int8_t *packed, long K, int32_t s
     }
 }
 
-/* Left rows that lie one after another, in whole words, times right ones in bytes of four, of [O / 4, K]. */
+/* The products of `product_in_bits` from the bytes as they are read: a thread's part. */
+INLINE void multiply_few(task of)
+{
+    const long N = of.left.rows, O = of.right.rows, in_quarter = O / 4;
+    sum_rows(of);
+    #pragma omp barrier
+    #pragma omp for schedule(static)
+    for (long column = 0; column < in_quarter; column++)
+        for (long row = 0; row < N; row++) {
+            int32_t sums[4] = {0};
+            add_dots(of.left.codes + row * of.left.by_row, of.right.codes + column * of.K, of.K, sums);
+            for (int quarter = 0; quarter < 4; quarter++)
+                ((float *)of.result)[row * O + quarter * in_quarter + column] =
+                    (float)(sums[quarter] - of.left_sums[row]);
+        }
+}
+
+/* Left rows that lie one after another, in whole words, times right ones in bytes of four, of [O / 4, K]; few left rows
+   without packing. */
 void product_in_bits(const task *of, int threads)
 {
-    const long N = of->left.rows, O = of->right.rows, step = of->left.by_row;
     #pragma omp parallel num_threads(threads)
-    if (N >= ROWS)
+    if (of->right_packed)
         multiply(*of, PAIRS, 1, 1);
-    else {
-        int32_t added[ROWS] = {0};
-        for (long row = 0; row < N; row++)
-            for (long term = 0; term < of->K; term++)
-                added[row] += of->left.codes[row * step + term];
-        #pragma omp for schedule(static)
-        for (long column = 0; column < O / 4; column++)
-            for (long row = 0; row < N; row++) {
-                int32_t sums[4] = {0};
-                add_dots(of->left.codes + row * step, of->right.codes + column * of->K, of->K, sums);
-                for (int quarter = 0; quarter < 4; quarter++)
-                    ((float *)of->result)[row * O + quarter * (O / 4) + column] = (float)(sums[quarter] - added[row]);
-            }
-    }
+    else
+        multiply_few(*of);
 }

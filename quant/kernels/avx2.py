@@ -23,7 +23,9 @@ from torch import Tensor
 SOURCE = Path(__file__).with_suffix(".c")
 COMMAND = ("gcc", "-O3", "-mavx2", "-fopenmp", "-shared", "-fPIC")
 LEFT_PANEL, RIGHT_PANEL = 24, 16
-"""Rows that are packed side by side."""
+"""Rows that are packed side by side, as in `avx2.c`."""
+FEW_ROWS = 5
+"""That are multiplied by packed bytes as these are read."""
 
 
 class _Matrix(ctypes.Structure):
@@ -46,27 +48,25 @@ def product_in_pairs(codes_NK: Tensor, codes_OK: Tensor) -> Tensor | None:
         codes_NK: int8.
         codes_OK: int8, at most 64.
     """
-    right_OK = _dense(codes_OK)
-    return _in_pairs("product_in_pairs", codes_NK, right_OK, len(right_OK))
+    return _in_pairs("product_in_pairs", codes_NK, _dense(codes_OK), len(codes_OK), packs=True)
 
 
 def product_in_bits(codes_NK: Tensor, packed_RK: Tensor) -> Tensor | None:
-    """`product_in_pairs` with the rows of `quant.codes.pack`, with `quant.integers.SIGN` flipped, fp32 [N, 4 * R].
-
-    Few rows are multiplied by the bytes as they are read.
-    """
-    return _in_pairs("product_in_bits", codes_NK, packed_RK.contiguous(), 4 * len(packed_RK))
+    """`product_in_pairs` with the rows of `quant.codes.pack`, with `quant.integers.SIGN` flipped, fp32 [N, 4 * R]."""
+    packs = len(codes_NK) > FEW_ROWS
+    return _in_pairs("product_in_bits", codes_NK, packed_RK.contiguous(), 4 * len(packed_RK), packs=packs)
 
 
-def _in_pairs(name: str, codes_NK: Tensor, right: Tensor, O: int) -> Tensor | None:  # noqa: E741
+def _in_pairs(name: str, codes_NK: Tensor, right: Tensor, O: int, *, packs: bool) -> Tensor | None:  # noqa: E741
     functions = library()
     if functions is None:
         return None
     N, K = codes_NK.shape
     left = F.pad(codes_NK, (0, -K % 4)) if K % 4 else codes_NK.contiguous()
     result = torch.empty(N, O)
-    packed, sums = _panels(O, RIGHT_PANEL, -(-K // 4)), torch.empty(N, dtype=torch.int32)
-    pointers = packed.data_ptr(), sums.data_ptr(), result.data_ptr()
+    packed = _panels(O, RIGHT_PANEL, -(-K // 4)) if packs else None
+    sums = torch.empty(N, dtype=torch.int32)
+    pointers = packed.data_ptr() if packed is not None else None, sums.data_ptr(), result.data_ptr()
     task = _Task(_matrix(left, N), _matrix(right, O), K, None, *pointers)
     getattr(functions, name)(task, torch.get_num_threads())
     return result
