@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.config import IN_2_BITS, Levels
+from quant.kernels import avx2
+from quant.kernels.avx2 import CPU_HAS_AVX2
 from quant.size import CODES_PER_BYTE
 
 CPU_HAS_AVX512 = torch.cpu._is_avx512_supported()
@@ -29,7 +31,10 @@ _OPERATORS.define("unpack_rows(Tensor packed_OJ, int width) -> Tensor", tags=(to
 
 @torch.library.impl(_OPERATORS, "unpack_rows", "CPU")
 def _(packed_OJ: Tensor, width: int) -> Tensor:
-    return _unpack_rows(packed_OJ, width).contiguous()  # of a new tensor, where no column is cut off too
+    codes_OI = avx2.unpack_rows(packed_OJ, width) if CPU_HAS_AVX2 else None
+    if codes_OI is None:
+        codes_OI = _unpack_rows(packed_OJ, width).contiguous()  # of a new tensor, where no column is cut off too
+    return codes_OI
 
 
 @torch.library.register_fake("tritrain::unpack_rows", lib=_OPERATORS)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quant.config import Activations
 from quant.kernels import avx2
+from quant.kernels.avx2 import CPU_HAS_AVX2
 from quant.rounding import SMALLEST_GRADIENT, SMALLEST_SCALE, quantize_activation, quantize_rows
 from quant.size import LONGEST_ROW
 
@@ -24,8 +25,6 @@ HAS_TRITON = find_spec("triton") is not None
 
 CPU_HAS_INT8 = torch.cpu._is_vnni_supported()
 """Without VNNI, products of any two int8 codes on a CPU take longer than in fp32, and are computed so."""
-
-CPU_HAS_AVX2 = torch.cpu._is_avx2_supported()
 
 CPU_HAS_PAIRS = CPU_HAS_AVX2 and not CPU_HAS_INT8
 """Whether products with a weight's codes, of at most 64, are those of `quant.kernels.avx2` that add up pairs in 16
@@ -143,7 +142,11 @@ def summed_product(grad_NO: Tensor, codes_NI: Tensor, scale_N1: Tensor) -> Tenso
         # Compilers put a copy that turns a matrix around into other kernels, which then write it element by element.
         codes_IN = torch.ops.tritrain.transposed(codes_NI.contiguous())
         return scaled_product(codes_ON, codes_IN, scale_O1, _one(grad_NO), grad_NO.dtype, small=False)
-    codes_ON, scale_O1 = quantize_rows((grad_NO * scale_N1).T)
+    if grad_NO.device.type == "cpu" and CPU_HAS_WORDS and grad_NO.dtype != torch.float64:
+        # A compiler would read a column at a time, which takes a CPU's caches three times as long.
+        codes_ON, scale_O1 = torch.ops.tritrain.quantize_columns(grad_NO.float().contiguous(), scale_N1)
+    else:
+        codes_ON, scale_O1 = quantize_rows((grad_NO * scale_N1).T)
     return (integer_sums(codes_ON, codes_NI) * scale_O1).to(grad_NO.dtype)
 
 
@@ -254,10 +257,19 @@ def _quantize_columns(x_NO: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_columns(x_NO, scale_N1, SMALLEST_GRADIENT)
 
 
+@torch.library.impl(_OPERATORS, "quantize_columns", "CPU")
+def _(x_NO: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
+    rounded = avx2.quantize_columns(x_NO, scale_N1, SMALLEST_GRADIENT)
+    return quantize_rows((x_NO * scale_N1).T) if rounded is None else rounded
+
+
 @torch.library.register_fake("tritrain::quantize_columns", lib=_OPERATORS)
 def _(x_NO: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
     N, O = x_NO.shape  # noqa: E741
-    return x_NO.new_empty(O, N, dtype=torch.int8), x_NO.new_empty(O, 1, dtype=torch.float32)
+    codes_ON = x_NO.new_empty(N, O, dtype=torch.int8).T
+    if x_NO.device.type != "cpu":
+        codes_ON = codes_ON.contiguous()
+    return codes_ON, x_NO.new_empty(O, 1, dtype=torch.float32)
 
 
 @torch.library.impl(_OPERATORS, "transposed", "CUDA")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from quant.codes import CODES_PER_BYTE, pack, unpack
 from quant.config import BITNET, IN_2_BITS, QuantConfig
 from quant.held import SharedInput
-from quant.integers import CPU_HAS_AVX2, CPU_HAS_INT8, SIGN, activation_codes, integer_product
+from quant.integers import CPU_HAS_INT8, SIGN, activation_codes, integer_product
 from quant.kernels import avx2
+from quant.kernels.avx2 import CPU_HAS_AVX2
 from quant.linear import prepared_input, quantized_layers
 from quant.product import grouped_product, unrounded_product
 from quant.rounding import without_autocast

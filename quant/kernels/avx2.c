@@ -1,4 +1,4 @@
-/* Products of int8 codes by AVX2; `quant.kernels.avx2` compiles and calls them.
+/* Products of int8 codes by AVX2, and what makes such codes; `quant.kernels.avx2` compiles and calls it.
 
    A word is 32 bits of terms that are multiplied and added up at once: four codes in pairs, or two that are widened to
    16 bits. The right matrix is packed in panels of 16 rows, the words of a panel's rows side by side; so is the left
@@ -24,6 +24,7 @@ enum {
     RIGHT_PANEL = 16,
     DEPTH = 128, /* words: a right panel's, 8 KiB, stay in the first cache */
     BLOCK = 96,  /* left rows that they meet there, which stay in the second */
+    COLUMNS = 64, /* that are rounded at once, whole lines of the caches; they are read twice */
 };
 
 #define INLINE static inline __attribute__((always_inline))
@@ -293,4 +294,83 @@ void product_in_bits(const task *of, int threads)
         multiply(*of, PAIRS, 1, 1);
     else
         multiply_few(*of);
+}
+
+/* `x * scale`, [N, O] and [N], whose columns are rounded to codes of -127 to 127. */
+typedef struct {
+    const float *x, *scale;
+    long N, O;
+    float smallest; /* floor of a column's largest magnitude */
+    int8_t *codes;  /* [N, O] */
+    float *scales;  /* [O], of columns */
+} columns;
+
+INLINE int32_t bits_of(float x)
+{
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE float float_of(int32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Magnitudes are compared by their bits, whose order is the same; what is no number comes last. Added to 1.5 * 2**23,
+   a number is rounded to the nearest integer, ties to even, which is in the lowest bits then. */
+INLINE void round_columns(columns of, long first, long count)
+{
+    int32_t largest[COLUMNS];
+    float factors[COLUMNS];
+    for (long i = 0; i < count; i++)
+        largest[i] = bits_of(of.smallest);
+    for (long row = 0; row < of.N; row++)
+        for (long i = 0; i < count; i++) {
+            const int32_t size = bits_of(of.x[row * of.O + first + i] * of.scale[row]) & INT32_MAX;
+            largest[i] = size > largest[i] ? size : largest[i];
+        }
+    for (long i = 0; i < count; i++) {
+        factors[i] = 1 / float_of(largest[i]) * 127;
+        of.scales[first + i] = float_of(largest[i]) / 127;
+    }
+    for (long row = 0; row < of.N; row++)
+        for (long i = 0; i < count; i++) {
+            const float x = of.x[row * of.O + first + i] * of.scale[row] * factors[i];
+            of.codes[row * of.O + first + i] = bits_of(x + 0x1.8p23f);
+        }
+}
+
+void quantize_columns(const float *x, const float *scale, long N, long O, float smallest, int8_t *codes, float *scales,
+                      int threads)
+{
+    const columns of = {x, scale, N, O, smallest, codes, scales};
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long first = 0; first < O; first += COLUMNS)
+        if (first + COLUMNS <= O)
+            round_columns(of, first, COLUMNS);
+        else
+            round_columns(of, first, O - first);
+}
+
+/* Codes of `quant.codes.pack_rows`: [O, J] bytes to [O, width]. */
+void unpack_rows(const uint8_t *packed, int8_t *codes, long O, long J, long width, int threads)
+{
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long row = 0; row < O; row++)
+        for (long first = 0, shift = 0; first < width; first += J, shift += 2) {
+            const long count = smaller(J, width - first);
+            const uint8_t *const from = packed + row * J;
+            int8_t *const to = codes + row * width + first;
+            long i = 0;
+            for (; i + (long)sizeof(__m256i) <= count; i += sizeof(__m256i)) {
+                const __m256i bytes = _mm256_loadu_si256((const __m256i *)(from + i));
+                const __m256i bits = _mm256_and_si256(_mm256_srli_epi32(bytes, shift), LOWEST);
+                _mm256_storeu_si256((__m256i *)(to + i), _mm256_sub_epi8(bits, _mm256_set1_epi8(1)));
+            }
+            for (; i < count; i++)
+                to[i] = (from[i] >> shift & 3) - 1;
+        }
 }

@@ -1,4 +1,6 @@
-"""Products of int8 codes by AVX2, functions in C (`avx2.c`): all on CPUs without VNNI, and those of few rows on others.
+"""Products of int8 codes by AVX2, and what makes such codes, as functions in C (`avx2.c`).
+
+CPUs without VNNI use all of them, others the products of few rows.
 
 gcc compiles them at their first call, in a second, because its OpenMP is torch's. They are kept for later processes, in
 `~/.cache/tritrain` or below `XDG_CACHE_HOME`.
@@ -19,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+CPU_HAS_AVX2 = torch.cpu._is_avx2_supported()
 
 SOURCE = Path(__file__).with_suffix(".c")
 COMMAND = ("gcc", "-O3", "-mavx2", "-fopenmp", "-shared", "-fPIC")
@@ -94,6 +98,38 @@ def product_in_words(codes_NK: Tensor, codes_OK: Tensor) -> Tensor | None:
     return result
 
 
+def quantize_columns(x_NO: Tensor, scale_N1: Tensor, smallest: float) -> tuple[Tensor, Tensor] | None:
+    """Quantize the columns of ``x * scale`` to -127 to 127 by the largest magnitude of each.
+
+    Args:
+        x_NO: fp32, in one piece.
+        scale_N1: fp32.
+        smallest: floor of the largest magnitude.
+
+    Returns:
+        int8 codes [O, N], of which columns lie in one piece, and fp32 scales [O, 1]; None if nothing could be compiled.
+    """
+    functions = library()
+    if functions is None:
+        return None
+    codes_NO, scale_O1 = torch.empty(x_NO.shape, dtype=torch.int8), torch.empty(x_NO.shape[1], 1)
+    scale_N1 = scale_N1.contiguous()
+    given = x_NO.data_ptr(), scale_N1.data_ptr(), *x_NO.shape, smallest
+    functions.quantize_columns(*given, codes_NO.data_ptr(), scale_O1.data_ptr(), torch.get_num_threads())
+    return codes_NO.T, scale_O1
+
+
+def unpack_rows(packed_OJ: Tensor, width: int) -> Tensor | None:
+    """`quant.codes.unpack_rows`; None if nothing could be compiled."""
+    functions = library()
+    if functions is None:
+        return None
+    packed_OJ, codes_OI = packed_OJ.contiguous(), torch.empty(len(packed_OJ), width, dtype=torch.int8)
+    pointers = packed_OJ.data_ptr(), codes_OI.data_ptr()
+    functions.unpack_rows(*pointers, *packed_OJ.shape, width, torch.get_num_threads())
+    return codes_OI
+
+
 def _panels(rows: int, panel: int, words: int) -> Tensor:
     return torch.empty(-(-rows // panel) * panel, words, dtype=torch.int32)
 
@@ -117,10 +153,14 @@ def library() -> ctypes.CDLL | None:
                 loaded = ctypes.CDLL(str(_compiled(Path(folder, "products.so"))))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or (error if shutil.which(COMMAND[0]) else "gcc is not installed")
-        warnings.warn(f"products of codes by AVX2 are not used, and others take longer: {reason}", stacklevel=2)
+        warnings.warn(f"functions that use AVX2 are not used, and others take longer: {reason}", stacklevel=2)
         return None
+    pointer, size, number, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
     for function in (loaded.product_in_pairs, loaded.product_in_bits, loaded.product_in_words):
-        function.argtypes, function.restype = (ctypes.POINTER(_Task), ctypes.c_int), None
+        function.argtypes, function.restype = (ctypes.POINTER(_Task), threads), None
+    columns, rows = loaded.quantize_columns, loaded.unpack_rows
+    columns.argtypes, columns.restype = (pointer, pointer, size, size, number, pointer, pointer, threads), None
+    rows.argtypes, rows.restype = (pointer, pointer, size, size, size, threads), None
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""Products by AVX2 against sums in int64, and how their functions are compiled."""
+"""Functions in C against sums in int64 and against torch, and how they are compiled."""
 
 import multiprocessing
 import os
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from quant import integers
-from quant.codes import pack
+from quant.codes import pack, pack_rows
 from quant.kernels import avx2
+from quant.rounding import SMALLEST_GRADIENT, quantize_rows
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_avx2_supported() or shutil.which("gcc") is None, reason="needs a CPU with AVX2, and gcc"
@@ -96,6 +97,42 @@ def test_any_number_of_threads_gives_the_same(num_threads: int) -> None:
     assert torch.equal(in_words.long(), expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (200, 67), (4000, 300), (5, 0)])
+def test_columns_are_rounded_as_rows_of_the_transposed(shape: tuple[int, int]) -> None:
+    """Also those of zeros, of the smallest numbers, and with what is halfway between two codes.
+
+    Of a million numbers, some ten are so close to it that the order of the operations decides.
+    """
+    (N, O), generator = shape, torch.Generator().manual_seed(0)  # noqa: E741
+    x_NO, scale_N1 = torch.randn(N, O, generator=generator), torch.rand(N, 1, generator=generator)
+    x_NO[:, ::5], x_NO[:, 1::5] = 0, 1e-38
+    x_NO[:, 2::5] = torch.arange(N)[:, None] % 127 + 0.5
+    x_NO[0, 2::5], scale_N1[: N // 2 + 1] = 127, 1
+    found = avx2.quantize_columns(x_NO, scale_N1, SMALLEST_GRADIENT)
+    assert found is not None
+    assert all(map(torch.equal, found, quantize_rows((x_NO * scale_N1).T)))
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_what_is_not_finite_spoils_its_whole_column(broken: float) -> None:
+    x_NO = torch.ones(40, 70)
+    x_NO[7, 3] = broken
+    found = avx2.quantize_columns(x_NO, torch.ones(40, 1), SMALLEST_GRADIENT)
+    assert found is not None
+    codes_ON, scale_O1 = found
+    is_finite_O = scale_O1.isfinite()[:, 0]
+    assert is_finite_O.tolist() == [column != 3 for column in range(70)]
+    assert (codes_ON[is_finite_O] == 127).all()
+
+
+@pytest.mark.parametrize(("O", "width"), [(1, 1), (3, 5), (8, 256), (7, 1021), (0, 8)])
+def test_rows_are_unpacked(O: int, width: int) -> None:  # noqa: E741
+    codes_OI = codes(O, width, 1)
+    found = avx2.unpack_rows(pack_rows(codes_OI), width)
+    assert found is not None
+    assert torch.equal(found, codes_OI)
+
+
 def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
     command = [*avx2.COMMAND, "-Wall", "-Wextra", "-Werror", str(avx2.SOURCE), "-o", str(tmp_path / "products.so")]
     assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
@@ -155,11 +192,14 @@ def test_where_nothing_can_be_compiled_fp32_gives_the_same(
     monkeypatch.setattr(integers, "CPU_HAS_PAIRS", True)
     monkeypatch.setattr(integers, "CPU_HAS_WORDS", True)
     monkeypatch.setattr(integers, "LEAST_IN_PAIRS", 0)
-    with pytest.warns(UserWarning, match=f"products of codes by AVX2 are not used, and others take longer: .*{reason}"):
+    with pytest.warns(UserWarning, match=f"functions that use AVX2 are not used, and others take longer: .*{reason}"):
         found = integers.integer_product(left, right)
     expected = (left.long() @ right.long().T).float()
     assert torch.equal(found, expected)
     assert torch.equal(integers.integer_sums(left, right.T), expected)
+    x_NO, scale_N1 = torch.randn(8, 5), torch.rand(8, 1)
+    rounded = torch.ops.tritrain.quantize_columns(x_NO, scale_N1)
+    assert all(map(torch.equal, rounded, quantize_rows((x_NO * scale_N1).T)))
 
 
 def test_the_operators_keep_their_contracts() -> None:
@@ -167,3 +207,5 @@ def test_the_operators_keep_their_contracts() -> None:
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.tritrain.product_in_pairs.default, (left, right), test_utils=tests)
     torch.library.opcheck(torch.ops.tritrain.sums_in_words.default, (left, right.T), test_utils=tests)
+    columns = torch.ops.tritrain.quantize_columns.default
+    torch.library.opcheck(columns, (torch.randn(8, 5), torch.rand(8, 1)), test_utils=tests)
