@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def report(name: str, text: str, numbers: dict[str, Any], packages: tuple[str, .
         f"- versions: python {platform.python_version()}, "
         + ", ".join(f"{package} {version}" for package, version in versions.items())
         + f", commit {commit.stdout.strip() or 'unknown'}\n"
-        f"- command: `python {' '.join(sys.argv)}`\n"
+        f"- command: `{shlex.join(['python', *sys.argv])}`\n"
     )
     document = f"{head}\n{text}\n\n```json\n{json.dumps(numbers)}\n```\n"
     print(document)
