@@ -75,7 +75,7 @@ def data_set(path: Path) -> Any:
     """A split as `datasets.Dataset`, in memory.
 
     Raises:
-        DataError: it holds no JSON objects, or columns of several types.
+        DataError: it holds no JSON objects, or columns of several types, or a line lacks a column.
     """
     from datasets import Dataset
 
@@ -87,8 +87,11 @@ def data_set(path: Path) -> Any:
             raise DataError(f"{path}:{number}: an example must be a JSON object with the columns of the data set")
     rows = [row | row["fields"] if isinstance(row.get("fields"), dict) and "gold" in row else row for row in rows]
     columns = dict.fromkeys(column for row in rows for column in row)
+    for number, row in enumerate(rows, start=1):
+        if missing := [column for column in columns if column not in row]:
+            raise DataError(f"{path}:{number}: has no {missing[0]!r}, which other lines have; null if it has no value")
     try:
-        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+        return Dataset.from_dict({column: [row[column] for row in rows] for column in columns})
     except Exception as error:  # of pyarrow, of several kinds
         raise DataError(f"{path}: a column has values of several types: {error}") from error
 

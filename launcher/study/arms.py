@@ -180,8 +180,9 @@ def _named(study: Study, points: Sequence[Point], configs: Mapping[int, Config])
         if baseline == NO_BASELINE:
             del matters["baseline"]
         name = name_of(matters, study.labels)
+        is_new = (baseline, keys[index]) not in found
         earlier = found.setdefault((baseline, keys[index]), name)
-        if earlier == name and name in named and baseline == NO_BASELINE:
+        if earlier == name and name in named and (is_new or baseline == NO_BASELINE):
             raise ConfigError(f"axes: two arms would have the name {name}; give their values names that differ")
         if earlier != name and baseline == NO_BASELINE:
             raise ConfigError(f"axes: the arms {earlier} and {name} are the same run; leave one of them out")

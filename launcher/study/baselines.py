@@ -109,6 +109,8 @@ def _rounded_at_the_end(config: Config, quantization: QuantConfig | None) -> Con
     )
     tree = to_tree(config) | {"phases": [to_tree(phase) for phase in phases]}
     tree["training"] |= {"total_steps": None, "total_tokens": None}
+    if course.weight_decay_end and config.optimizer.weight_decay_until != "ternary":
+        tree["optimizer"]["weight_decay_until"] = course.weight_decay_end / (course.total_steps + 1)
     last = course.curves[-1]
     if last.schedule.shape != "constant":
         apply_override(tree, f"{last.key}.horizon_steps={last.horizon_steps}")

@@ -26,6 +26,9 @@ from model.size import num_linear_parameters
 Place = frozenset[tuple[str, str]]
 """The values of an arm on the axes of its study, but for rate and seed."""
 
+SHARES = frozenset({"acc", "acc_bytes", "acc_norm", "em", "exact_match", "f1"})
+"""Metrics of tasks from 0 to 1, more of which is better, so that they have a mean."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
@@ -46,7 +49,7 @@ class Record:
     rows: RowLosses | None
     """The losses of the held-out rows that its result is the mean of, if it kept them."""
     scores: Mapping[str, float]
-    """The score of each task, by its name and metric, if it was evaluated."""
+    """The score of each task at the arm's end, one of `SHARES`, by its name and metric, if it was evaluated."""
     message: str | None
     """Why it failed, or has no result although it is complete."""
 
@@ -125,7 +128,7 @@ def read_study(folder: Path) -> Findings:
                 num_damaged=standing.num_damaged,
                 arm=arm,
                 rows=None if arm is None else _rows_of(path, arm),
-                scores=_scores_of(path / RESULTS),
+                scores=_scores_of(path / RESULTS, standing.step),
                 message=_message_of(path, known, standing.status),
             )
         )
@@ -188,11 +191,20 @@ def _rows_of(folder: Path, arm: Arm) -> RowLosses | None:
     return read_row_losses(folder, phase=arm.plan.phases[-1].index, when=when)
 
 
-def _scores_of(path: Path) -> dict[str, float]:
-    """The newest score of each task."""
-    found = {}
+def _scores_of(path: Path, step: int) -> dict[str, float]:
+    """Scores at the end: of each task, asked in one way, that of the most examples, and of equals the newest.
+
+    Groups are left out, because their tasks are there.
+    """
+    best: dict[str, tuple[int, float]] = {}
     for record in read_results(path):
-        score = record["scores"].get(record["metric"], {}).get("value")
-        if score is not None:
-            found[f"{record['task']} {record['metric']}"] = float(score)
-    return found
+        metrics = [record["metric"], *record["scores"]]
+        metric = next((each for each in metrics if each.partition(",")[0] in SHARES), None)
+        score = record["scores"].get(metric, {}).get("value")
+        if score is None or record.get("step") != step or "tasks" in record:
+            continue
+        shots = f" {record['num_fewshot']}-shot" if record.get("num_fewshot") else ""
+        name = f"{record['task']}{shots}{' chat' * bool(record.get('chat_template'))} {metric}"
+        if record["num_examples"] >= best.get(name, (0, 0.0))[0]:
+            best[name] = record["num_examples"], float(score)
+    return {name: score for name, (_, score) in best.items()}

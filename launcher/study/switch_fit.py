@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from launcher.study.analysis import Group, difference_of
 from launcher.study.figures import arms_of, line_name, lines_of
 from launcher.study.intervals import CONFIDENCE, Estimate, f_exceeds, ratio_of
-from launcher.study.reading import Findings
 
 FEWEST_POINTS = 3
 
@@ -54,7 +53,7 @@ class Fit:
         return self.share <= min(self.tried) or self.share >= max(self.tried)
 
 
-def fit_switch(findings: Findings, groups: Sequence[Group]) -> Fit | str:
+def fit_switch(groups: Sequence[Group]) -> Fit | str:
     """Fit a study.
 
     Returns:
@@ -83,7 +82,8 @@ def fit_switch(findings: Findings, groups: Sequence[Group]) -> Fit | str:
     else:
         share = _share(lowest)
         low, high = (tied[0], tied[-1]) if len(seeds) > 1 else (None, None)
-    ratios = [ratio for record in findings.records if (ratio := record.tokens_per_parameter) is not None]
+    members = [each for group in arms for each in group.members]
+    ratios = [ratio for each in members if (ratio := each.tokens_per_parameter) is not None]
     return Fit(
         line=line_name(line),
         share=share,

@@ -85,7 +85,7 @@ def _fit(folder: Path) -> Fit | str:
     if not is_of_study([folder]):
         raise ConfigError(f"--study {folder}: is no study's folder; it needs study.yaml and results.json")
     findings = read_study(folder)
-    return fit_switch(findings, groups_of(findings))
+    return fit_switch(groups_of(findings))
 
 
 def _percent(share: float | None) -> str:

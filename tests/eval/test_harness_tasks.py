@@ -98,6 +98,7 @@ def test_a_missing_split_is_named_where_it_belongs_and_only_if_it_is_needed(tmp_
         ('{"page": "a"}\n{"page"', r"wikitext_test\.jsonl:2: not an example"),
         ("[1]\n", r"wikitext_test\.jsonl:1: an example must be a JSON object"),
         ('{"page": "a"}\n{"page": {"b": 1}}\n', r"wikitext_test\.jsonl: a column has values of several types"),
+        ('{"page": "a"}\n{"text": "b"}\n', r"wikitext_test\.jsonl:1: has no 'text', which other lines have"),
         ('{"text": "a"}\n', r"wikitext: cannot be made from the files in .*each example must have the columns"),
     ],
 )

@@ -21,12 +21,14 @@ import launcher.inference.any_task
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from data.torchvision_repair import repair_torchvision
+from eval.harness_tasks import load_tasks
 from launcher.errors import ConfigError
 from launcher.formats.hf_export import export_hf
 from launcher.formats.opened import open_exportable
 from launcher.inference.any_task import (
     Prompting,
     as_found,
+    build_requests,
     curve_of,
     end_tokens_of,
     label_of,
@@ -306,6 +308,18 @@ def test_a_stopped_evaluation_goes_on_and_a_finished_one_is_kept(run, data, tmp_
             found = points[f"eval/{curve_of(record)}/{metric}"]
             assert {step for step, _ in found} == {4}  # other trials evaluate the same checkpoint
             assert found[-1][1] == pytest.approx(score["value"])
+
+
+@pytest.mark.parametrize(("label", "shown"), [(7, "7"), (-1, "-1"), (None, "None")])
+def test_a_right_answer_that_is_no_choice_is_refused(tmp_path, label, shown):
+    """lm-evaluation-harness would count it as wrong, and fail after the model has run where there is none."""
+    rows = [{"passage": "P", "question": "is it", "label": each} for each in (0, 1, label)]
+    (tmp_path / "boolq_validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_tasks(["boolq"], tmp_path, None).tasks["boolq"]
+    assert build_requests(task, None, Prompting(), 2)
+    message = rf"boolq: example 3: its answer {shown} is none of its choices \['no', 'yes'\]"
+    with pytest.raises(DataError, match=message):
+        build_requests(task, None, Prompting(), None)
 
 
 def test_records_hold_what_groups_are_made_of():

@@ -111,6 +111,19 @@ def test_a_baseline_has_the_rates_of_its_arm(tmp_path):
             assert [plan.learning_rate_at(step) for step in range(arm.total_steps)] == expected
 
 
+def test_weight_decay_ends_in_one_step_in_all_runs(tmp_path):
+    baselines, sections = ["16-bit", "scratch", "post-training"], {"training": {"total_steps": 1000}}
+    overrides = ["optimizer.weight_decay_until=0.8"]
+    for arm in arms_of(tmp_path, sections, overrides=overrides, switch=[0.9], baselines=baselines):
+        assert arm.plan.weight_decay_end == 800
+
+
+def test_two_baselines_are_not_one_because_their_names_are(tmp_path):
+    decays = {"+0": ["optimizer.weight_decay=0.1"], "-0": ["optimizer.weight_decay=0.2"]}
+    with pytest.raises(ConfigError, match="two arms would have the name 16-bit_wd-0"):
+        arms_of(tmp_path, axes={"wd": decays}, exclude=[{"wd": "-0", "baseline": "none"}])
+
+
 @pytest.mark.parametrize("restarted", ["schedule", "data"])
 def test_a_baseline_begins_anew_what_its_arm_does(tmp_path, restarted):
     overrides = [f"phases.1.transition.{restarted}=restart"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from command import tritrain
-from made_studies import BITS, make_study
+from made_studies import BITS, STEPS, make_study
 
 from launcher.errors import ConfigError
 from launcher.run.scores import RESULTS
@@ -398,12 +398,37 @@ def test_the_page_says_of_how_many_arms_the_best_one_is_and_names_those_without_
     assert list(numbers_of_folder(folder)["without_result"]) == [log.parent.name]
 
 
+def score_of(task: str, value: float, metric: str = "acc_norm", **about: Any) -> dict[str, Any]:
+    scores = {metric: {"value": value}}
+    return {"model": "m", "task": task, "num_examples": 9, "step": STEPS, "metric": metric, "scores": scores} | about
+
+
+def write_scores(run: Path, records: list[dict[str, Any]]) -> None:
+    (run / RESULTS).write_text(json.dumps({"results": records}))
+
+
+def test_scores_are_those_of_the_end_with_the_most_examples_and_have_a_mean(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "study", lambda arm: 3.0, switch=[0.2, 0.5], seeds=[0])
+    records = [
+        score_of("piqa", 0.1, step=STEPS // 2),
+        score_of("piqa", 0.2),
+        score_of("piqa", 0.3),
+        score_of("piqa", 0.4, num_examples=1),
+        score_of("piqa", 0.5, step=STEPS // 2),
+        score_of("piqa", 0.6, num_fewshot=5),
+        score_of("lambada", 20, "perplexity", scores={"perplexity": {"value": 20}, "acc": {"value": 0.2}}),
+        score_of("wikitext", 30, "word_perplexity", num_fewshot=0),
+        score_of("mmlu", 0.7, tasks=["a", "b"]),
+    ]
+    write_scores(folder / "arms" / "switch-50", records)
+    (scores,) = [each.scores for each in read_study(folder).records if each.name == "switch-50"]
+    assert scores == {"piqa acc_norm": 0.3, "piqa 5-shot acc_norm": 0.6, "lambada acc": 0.2}
+
+
 def test_scores_of_tasks_have_a_panel(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "study", lambda arm: 3.0, switch=[0.2, 0.5], seeds=[0])
     for run in (folder / "arms").iterdir():
-        score = {"model": "m", "task": "piqa", "num_examples": 9, "metric": "accuracy"}
-        value = 0.6 if run.name == "switch-50" else 0.5
-        (run / RESULTS).write_text(json.dumps({"results": [score | {"scores": {"accuracy": {"value": value}}}]}))
+        write_scores(run, [score_of("piqa", 0.6 if run.name == "switch-50" else 0.5)])
     axes = switch_figure(groups_of(read_study(folder))).axes
     assert axes[3].get_ylabel() == "score, mean of 1 tasks"
     points = next(line for line in axes[3].lines if line.get_gid() == "line-3-0").get_ydata()

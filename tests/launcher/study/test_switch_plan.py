@@ -23,8 +23,22 @@ SHARES = [0.2, 0.4, 0.6, 0.8, 0.9]
 
 
 def fit_of(folder: Path) -> Fit | str:
-    findings = read_study(folder)
-    return fit_switch(findings, groups_of(findings))
+    return fit_switch(groups_of(read_study(folder)))
+
+
+def test_tokens_for_each_parameter_are_those_of_the_arms_that_were_fitted(tmp_path: Path) -> None:
+    losses = {"20%": 3.1, "50%": 3.0, "80%": 3.2}
+
+    def loss(arm: Arm) -> float:
+        return losses.get(arm.point.get("switch", ""), 3.0) + 0.5 * (arm.point.get("size") == "large")
+
+    sizes = {"small": [], "large": ["model.intermediate_size=1024"]}
+    folder = make_study(tmp_path / "study", loss, switch=[0.2, 0.5, 0.8], axes={"size": sizes}, seeds=[0])
+    fit = fit_of(folder)
+    assert isinstance(fit, Fit)
+    assert fit.line == "size small"
+    of_small = {each.tokens_per_parameter for each in read_study(folder).records if each.name.endswith("small")}
+    assert {fit.tokens_per_parameter} == of_small
 
 
 def test_the_law_is_the_formula_of_its_source_and_grows_with_tokens() -> None:
