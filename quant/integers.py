@@ -157,7 +157,7 @@ def rounded_product(grad_NO: Tensor, codes_OI: Tensor, dtype: torch.dtype) -> Te
 
 
 def _one(like: Tensor) -> Tensor:
-    return torch.ones(1, 1, device=like.device)
+    return torch.ones(1, 1, dtype=torch.float32, device=like.device)
 
 
 def _has_kernels(x: Tensor) -> bool:

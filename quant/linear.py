@@ -142,7 +142,7 @@ class QuantLinear(nn.Linear):
             prepared, *rounded = self.shared_input.of(x, self._input_codes)
             codes_OI = None if held is None else held.codes
             y = CodeProduct.apply(x if prepared is None else prepared, *rounded, weight_OI, *scale, codes_OI, config)
-            y = y if self.bias is None else y + self.bias
+            y = y if self.bias is None else y + self.bias.to(y.dtype)
         else:
             blended = x if config.activations == "none" else self.shared_input.of(x, self._blended_input)
             how = config, self.rotated, self.rounding
@@ -269,7 +269,8 @@ def quantize_(
         assert isinstance(module, QuantLinear)
         module.depth = depth_of(name)
         if module.depth not in strengths:
-            strengths[module.depth] = torch.ones((), device=device), torch.ones((), device=device)
+            weights, activations = torch.ones(2, dtype=torch.float32, device=device).unbind()
+            strengths[module.depth] = weights, activations
         module.weight_strength, module.activation_strength = strengths[module.depth]
         module.quant_config, module.mode, module.probe = config, "codes", None
         module.held, module.holds, module.rounding = None, False, rounding

@@ -89,7 +89,7 @@ class PackedLinear(nn.Module):
             else:
                 product = packed_product(codes_NI, self.packed)[:, : self.out_features] * (scale_N1 * level[:, 0])
             y = product.to(x.dtype).view(*x.shape[:-1], self.out_features)
-        y = y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y if self.dead_zone is None else y + self.dead_zone.to(y.dtype)
 
     def _prepared(self, x: Tensor) -> Tensor:
@@ -165,8 +165,8 @@ def _(codes_NI: Tensor, packed_RI: Tensor) -> Tensor:
 def _of_rows(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """For the four rows in a byte: masks, factors of the products with what is under them, and signs of the sum."""
     masks = torch.tensor([3 << 2 * row for row in range(CODES_PER_BYTE)], dtype=torch.uint8, device=device)
-    factors = torch.tensor([4.0**-row for row in range(CODES_PER_BYTE)], device=device)
-    signs = torch.tensor([-1.0, -1.0, -1.0, 1.0], device=device)
+    factors = torch.tensor([4.0**-row for row in range(CODES_PER_BYTE)], dtype=torch.float32, device=device)
+    signs = torch.tensor([-1.0, -1.0, -1.0, 1.0], dtype=torch.float32, device=device)
     return masks[:, None, None], factors[:, None], signs[:, None]
 
 

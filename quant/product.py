@@ -31,7 +31,7 @@ def grouped_product(codes_NI: Tensor, codes_OI: Tensor, level_OG: Tensor) -> Ten
     """Integer products, each group's times its level, added up in fp32 in the order of the groups; [N, O]."""
     size = codes_OI.shape[1] // level_OG.shape[1]
     parts = zip(codes_NI.split(size, 1), codes_OI.split(size, 1), level_OG.unbind(1), strict=True)
-    total = torch.zeros(len(codes_NI), len(codes_OI), device=codes_NI.device)
+    total = torch.zeros(len(codes_NI), len(codes_OI), dtype=torch.float32, device=codes_NI.device)
     for codes_NK, codes_OK, level_O in parts:
         total += integer_product(codes_NK.contiguous(), codes_OK.contiguous()) * level_O
     return total

@@ -18,6 +18,7 @@
 
 enum {
     PAIRS = 4, /* terms of a word */
+    LARGEST = 64, /* right code of them */
     WIDE = 2,  /* terms of a word that are widened */
     ROWS = 6,  /* of a tile */
     LEFT_PANEL = 24,
@@ -167,7 +168,7 @@ INLINE void sum_rows(task of)
 INLINE void multiply(task of, int terms, int in_bits, int largest)
 {
     const long N = of.left.rows, O = of.right.rows, W = (of.K + terms - 1) / terms;
-    const long spill = terms == PAIRS ? 64 / largest : DEPTH;
+    const long spill = terms == PAIRS ? LARGEST / largest : DEPTH;
     const int step = terms == PAIRS ? 1 : LEFT_PANEL;
     pack(of.right, RIGHT_PANEL, of.K, terms, in_bits, in_bits ? 0 : largest, of.right_packed);
     if (terms == WIDE)
@@ -215,8 +216,9 @@ INLINE uint8_t largest_of(const int8_t *codes, long count)
     return largest;
 }
 
-/* Left rows that lie one after another, in whole words, times right ones, dense and at most 64. */
-void product_in_pairs(const task *of, int threads)
+/* Left rows that lie one after another, in whole words, times right ones, dense and at most 64; returns the largest,
+   and does nothing if it is larger. */
+int product_in_pairs(const task *of, int threads)
 {
     const long count = of->right.rows * of->K, piece = 1 << 14;
     uint8_t largest = 1;
@@ -227,8 +229,10 @@ void product_in_pairs(const task *of, int threads)
             const uint8_t found = largest_of(of->right.codes + begin, smaller(piece, count - begin));
             largest = found > largest ? found : largest;
         }
-        multiply(*of, PAIRS, 0, largest);
+        if (largest <= LARGEST)
+            multiply(*of, PAIRS, 0, largest);
     }
+    return largest;
 }
 
 /* Left rows times right ones, both packed fastest if rows lie side by side. */
@@ -285,15 +289,15 @@ INLINE void multiply_few(task of)
         }
 }
 
-/* Left rows that lie one after another, in whole words, times right ones in bytes of four, of [O / 4, K]; few left rows
-   without packing. */
-void product_in_bits(const task *of, int threads)
+/* `product_in_pairs` of right rows in bytes of four, of [O / 4, K]; few left rows without packing. */
+int product_in_bits(const task *of, int threads)
 {
     #pragma omp parallel num_threads(threads)
     if (of->right_packed)
         multiply(*of, PAIRS, 1, 1);
     else
         multiply_few(*of);
+    return 1;
 }
 
 /* `x * scale`, [N, O] and [N], whose columns are rounded to codes of -127 to 127. */

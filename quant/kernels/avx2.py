@@ -26,6 +26,8 @@ CPU_HAS_AVX2 = torch.cpu._is_avx2_supported()
 
 SOURCE = Path(__file__).with_suffix(".c")
 COMMAND = ("gcc", "-O3", "-mavx2", "-fopenmp", "-shared", "-fPIC")
+LARGEST = 64
+"""Code on the right in pairs, as in `avx2.c`."""
 LEFT_PANEL, RIGHT_PANEL = 24, 16
 """Rows that are packed side by side, as in `avx2.c`."""
 FEW_ROWS = 5
@@ -51,6 +53,9 @@ def product_in_pairs(codes_NK: Tensor, codes_OK: Tensor) -> Tensor | None:
     Args:
         codes_NK: int8.
         codes_OK: int8, at most 64.
+
+    Raises:
+        ValueError: the numbers of terms differ, or a code is larger.
     """
     return _in_pairs("product_in_pairs", codes_NK, _dense(codes_OK), len(codes_OK), packs=True)
 
@@ -65,14 +70,16 @@ def _in_pairs(name: str, codes_NK: Tensor, right: Tensor, O: int, *, packs: bool
     functions = library()
     if functions is None:
         return None
-    N, K = codes_NK.shape
+    N, K = _terms_of(codes_NK, right)
     left = F.pad(codes_NK, (0, -K % 4)) if K % 4 else codes_NK.contiguous()
-    result = torch.empty(N, O)
-    packed = _panels(O, RIGHT_PANEL, -(-K // 4)) if packs else None
-    sums = torch.empty(N, dtype=torch.int32)
+    result = codes_NK.new_empty(N, O, dtype=torch.float32)
+    packed = _panels(right, O, RIGHT_PANEL, -(-K // 4)) if packs else None
+    sums = codes_NK.new_empty(N, dtype=torch.int32)
     pointers = packed.data_ptr() if packed is not None else None, sums.data_ptr(), result.data_ptr()
     task = _Task(_matrix(left, N), _matrix(right, O), K, None, *pointers)
-    getattr(functions, name)(task, torch.get_num_threads())
+    largest = getattr(functions, name)(task, torch.get_num_threads())
+    if largest > LARGEST:
+        raise ValueError(f"a code is {largest} or its opposite; products in pairs have codes of at most {LARGEST}")
     return result
 
 
@@ -84,14 +91,17 @@ def product_in_words(codes_NK: Tensor, codes_OK: Tensor) -> Tensor | None:
     Args:
         codes_NK: int8.
         codes_OK: int8.
+
+    Raises:
+        ValueError: the numbers of terms differ.
     """
     functions = library()
     if functions is None:
         return None
-    (N, K), O = codes_NK.shape, len(codes_OK)  # noqa: E741
-    result = torch.empty(N, O, dtype=torch.int32)
-    left_packed, right_packed = _panels(N, LEFT_PANEL, -(-K // 2)), _panels(O, RIGHT_PANEL, -(-K // 2))
+    (N, K), O = _terms_of(codes_NK, codes_OK), len(codes_OK)  # noqa: E741
     left, right = _dense(codes_NK), _dense(codes_OK)
+    result = left.new_empty(N, O, dtype=torch.int32)
+    left_packed, right_packed = _panels(left, N, LEFT_PANEL, -(-K // 2)), _panels(right, O, RIGHT_PANEL, -(-K // 2))
     packed = left_packed.data_ptr(), right_packed.data_ptr()
     task = _Task(_matrix(left, N), _matrix(right, O), K, *packed, None, result.data_ptr())
     functions.product_in_words(task, torch.get_num_threads())
@@ -112,7 +122,7 @@ def quantize_columns(x_NO: Tensor, scale_N1: Tensor, smallest: float) -> tuple[T
     functions = library()
     if functions is None:
         return None
-    codes_NO, scale_O1 = torch.empty(x_NO.shape, dtype=torch.int8), torch.empty(x_NO.shape[1], 1)
+    codes_NO, scale_O1 = x_NO.new_empty(x_NO.shape, dtype=torch.int8), x_NO.new_empty(x_NO.shape[1], 1)
     scale_N1 = scale_N1.contiguous()
     given = x_NO.data_ptr(), scale_N1.data_ptr(), *x_NO.shape, smallest
     functions.quantize_columns(*given, codes_NO.data_ptr(), scale_O1.data_ptr(), torch.get_num_threads())
@@ -124,14 +134,22 @@ def unpack_rows(packed_OJ: Tensor, width: int) -> Tensor | None:
     functions = library()
     if functions is None:
         return None
-    packed_OJ, codes_OI = packed_OJ.contiguous(), torch.empty(len(packed_OJ), width, dtype=torch.int8)
+    packed_OJ, codes_OI = packed_OJ.contiguous(), packed_OJ.new_empty(len(packed_OJ), width, dtype=torch.int8)
     pointers = packed_OJ.data_ptr(), codes_OI.data_ptr()
     functions.unpack_rows(*pointers, *packed_OJ.shape, width, torch.get_num_threads())
     return codes_OI
 
 
-def _panels(rows: int, panel: int, words: int) -> Tensor:
-    return torch.empty(-(-rows // panel) * panel, words, dtype=torch.int32)
+def _terms_of(left: Tensor, right: Tensor) -> tuple[int, int]:
+    """Rows of the left matrix, and the terms of both."""
+    N, K = left.shape
+    if right.shape[1] != K:
+        raise ValueError(f"rows of {K} and of {right.shape[1]} codes cannot be multiplied")
+    return N, K
+
+
+def _panels(of: Tensor, rows: int, panel: int, words: int) -> Tensor:
+    return of.new_empty(-(-rows // panel) * panel, words, dtype=torch.int32)
 
 
 def _dense(codes: Tensor) -> Tensor:
@@ -157,7 +175,8 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, size, number, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
     for function in (loaded.product_in_pairs, loaded.product_in_bits, loaded.product_in_words):
-        function.argtypes, function.restype = (ctypes.POINTER(_Task), threads), None
+        function.argtypes = ctypes.POINTER(_Task), threads
+    loaded.product_in_words.restype = None
     columns, rows = loaded.quantize_columns, loaded.unpack_rows
     columns.argtypes, columns.restype = (pointer, pointer, size, size, number, pointer, pointer, threads), None
     rows.argtypes, rows.restype = (pointer, pointer, size, size, size, threads), None

@@ -39,6 +39,7 @@ def test_no_bit_changes_at_full_strength(name, dtype, has_int8, monkeypatch):
     plain = layer(x)
     with torch.autocast(**AUTOCAST):
         y = layer(x)
+    assert y.dtype == dtype  # also with a bias in fp32
     for found, expected in zip((y, *gradients(y, x, layer)), (plain, *gradients(plain, x, layer)), strict=True):
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected)

@@ -133,6 +133,49 @@ def test_rows_are_unpacked(O: int, width: int) -> None:  # noqa: E741
     assert torch.equal(found, codes_OI)
 
 
+def test_matrices_of_different_widths_are_refused() -> None:
+    """Where one ended, C would read on."""
+    for product, right in (
+        (avx2.product_in_pairs, codes(64, 512, 1)),
+        (avx2.product_in_words, codes(64, 512, 127)),
+        (avx2.product_in_bits, pack(codes(64, 512, 1)) ^ integers.SIGN),
+    ):
+        for width in (256, 768):
+            with pytest.raises(ValueError, match=f"rows of {width} and of 512 codes cannot be multiplied"):
+                product(codes(64, width, 128), right)
+
+
+@pytest.mark.parametrize("largest", [65, -65, -128])
+def test_codes_that_are_too_large_for_pairs_are_refused(largest: int) -> None:
+    right = torch.full((70, 256), largest, dtype=torch.int8)
+    with pytest.raises(ValueError, match=f"a code is {abs(largest)} or its opposite; .* at most 64"):
+        avx2.product_in_pairs(codes(100, 256, 128), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_results_do_not_depend_on_torch_s_default_dtype(dtype: torch.dtype) -> None:
+    """C writes fp32 into them."""
+    left, right, packed = codes(64, 64, 128), codes(48, 64, 1), pack(codes(48, 64, 1)) ^ integers.SIGN
+    x_NO, scale_N1 = torch.randn(64, 48), torch.rand(64, 1)
+
+    def made() -> list[Tensor | None]:
+        rounded = avx2.quantize_columns(x_NO, scale_N1, SMALLEST_GRADIENT)
+        assert rounded is not None
+        return [avx2.product_in_pairs(left, right), avx2.product_in_bits(left, packed), *rounded]
+
+    expected, before = made(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(before)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
 def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
     command = [*avx2.COMMAND, "-Wall", "-Wextra", "-Werror", str(avx2.SOURCE), "-o", str(tmp_path / "products.so")]
     assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
