@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig
 from model.gguf_rope import rope_fields, rope_problem, scaling_from_gguf
-from model.hf import FAMILIES, TRAITS
+from model.hf import FAMILIES, LARGEST, TRAITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,6 +167,8 @@ def config_from_gguf(
         value = fields.get(f"{name}.{key}", default)
         if value is not None and type(value) not in kinds:
             raise ValueError(f"{name}.{key} {value!r:.40}: is no {kinds[0].__name__}")
+        if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
+            raise ValueError(f"{name}.{key} {value!r:.40}: is no number of a model")
         return value
 
     if field("expert_count", (int,), 0):

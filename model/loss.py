@@ -80,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # d(nll) = softmax - one_hot(label); d(log_partition^2) = 2 * log_partition * softmax
                 factor_C = share_C * (1 + 2 * z_loss * log_partition_C)
                 grad_CV = logits_CV.sub_(log_partition_C[:, None]).exp_().mul_(factor_C[:, None])
-                grad_CV.scatter_add_(1, labels_N[rows, None].clamp(min=0), -share_C[:, None])
+                grad_CV.scatter_add_(1, _tokens_of(labels_N[rows])[:, None], -share_C[:, None])
                 if kl_grad_CV is not None:
                     grad_CV += kl_grad_CV.mul_((teacher_weight * temperature**2 * share_C)[:, None])
                 grad_CV = grad_CV.to(weight_VD.dtype)
@@ -151,10 +151,15 @@ def _divergence(logits_CV: Tensor, teacher_logits_CV: Tensor, temperature: float
     return kl_C, log_p_CV.exp_().sub_(q_CV).div_(temperature)
 
 
+def _tokens_of(labels: Tensor) -> Tensor:
+    """Labels, with token 0 in the place of those that do not count; other numbers below 0 are left, and an error."""
+    return labels.masked_fill(labels == IGNORED_LABEL, 0)
+
+
 def _log_partition_and_nll(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithm of the softmax's denominator, and cross-entropy (of label 0 where the label does not count)."""
     log_partition_C = logits_CV.logsumexp(-1)
-    label_logits_C = logits_CV.gather(1, labels_C.clamp(min=0)[:, None]).squeeze(1)
+    label_logits_C = logits_CV.gather(1, _tokens_of(labels_C)[:, None]).squeeze(1)
     return log_partition_C, log_partition_C - label_logits_C
 
 
@@ -295,12 +300,12 @@ def token_nll_and_misses(
     nll_NA = torch.zeros(labels_NA.shape, dtype=dtype, device=hidden_ND.device)
     misses_NA = torch.zeros_like(nll_NA)
     counted = counted_rows(labels_NA) if rows is None else rows
-    size = min(chunk_tokens, -(-len(labels_NA) // 8))
+    size = max(1, min(chunk_tokens, -(-len(labels_NA) // 8)))
     for start in range(0, len(counted), size):
         rows_C = counted[start : start + size]
         filled_C = F.pad(rows_C, (0, size - len(rows_C)))
         logits_CV = (hidden_ND[filled_C] @ weight_VD.t()).to(dtype)
-        label_logits_CA = logits_CV.gather(1, labels_NA[filled_C].clamp(min=0))
+        label_logits_CA = logits_CV.gather(1, _tokens_of(labels_NA[filled_C]))
         nll_NA[rows_C] = (logits_CV.logsumexp(-1)[:, None] - label_logits_CA)[: len(rows_C)]
         if misses:
             misses_NA[rows_C] = (logits_CV.argmax(-1)[: len(rows_C), None] != labels_NA[rows_C]).to(dtype)

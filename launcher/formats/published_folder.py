@@ -4,10 +4,11 @@ The layouts are described in `quant.codes`, `quant.compressed_tensors` and `quan
 from the tensors that are stored for it.
 """
 
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,12 +47,25 @@ WIDTHS = (2, 4, 8)
 
 GENERATION = "generation_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+UNSAID = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+"""What compressed-tensors takes for keys that are not there."""
+INT8_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+WHOLE_INPUTS = {"num_bits": 16, "type": "float"}
+"""Which are not rounded."""
 FORMS = {
     "bitnet": "Hugging Face folder, BitNet",
     "compressed-tensors": "Hugging Face folder, compressed-tensors",
     "mlx": "MLX folder",
     None: "Hugging Face folder",
 }
+
+
+def _rounding_of(inputs: Any) -> Literal["none", "int8-127.5"] | None:
+    """How compressed-tensors rounds inputs, by a group's `input_activations`; None for what is not computed here."""
+    given = UNSAID | inputs if isinstance(inputs, dict) else {}
+    if inputs is None or given.items() >= WHOLE_INPUTS.items():
+        return "none"
+    return "int8-127.5" if given.items() >= INT8_INPUTS.items() else None
 
 
 class PublishedFolder(Published):
@@ -115,8 +129,14 @@ class PublishedFolder(Published):
                 group.get("input_activations") for group in (groups.values() if isinstance(groups, dict) else ())
                 if isinstance(group, dict)
             ]  # fmt: skip
-            if any(isinstance(each, dict) and each.get("num_bits") == 8 for each in inputs):
+            ways = {_rounding_of(each) for each in inputs}
+            if ways == {"int8-127.5"}:
                 self.inputs = "int8-127.5"
+            elif ways - {"none"}:
+                self.problems.append(
+                    f"{CONFIG} rounds inputs of layers in another way than all to 8 bits by a scale for each token, "
+                    f"which is not computed here: {json.dumps(inputs)[:200]}"
+                )
 
     def _open_weights(self) -> None:
         paths: list[Path] = []

@@ -95,6 +95,22 @@ def test_loss_of_every_row(dtype):
     assert (nll_N[labels_N == -100] == 0).all()
 
 
+@pytest.mark.parametrize("body", [None, gradient_of_logits])
+def test_a_label_that_is_no_token_is_an_error(body):
+    hidden_ND, weight_VD, labels_N = example()
+    for wrong in (-1, VOCAB):
+        labels_N[3] = wrong
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            linear_cross_entropy(hidden_ND, weight_VD, labels_N, 7, 0.1, body)
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            token_nll(hidden_ND, weight_VD, labels_N, 7)
+
+
+def test_no_row_has_no_loss():
+    hidden_ND, weight_VD, labels_N = example()
+    assert token_nll(hidden_ND[:0], weight_VD, labels_N[:0], 7).shape == (0,)
+
+
 def test_no_label_that_counts_gives_zero():
     hidden_ND, weight_VD, labels_N = example()
     labels_N[:] = -100

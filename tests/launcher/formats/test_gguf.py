@@ -3,6 +3,7 @@
 What llama.cpp itself makes of them is in `test_gguf_client.py`.
 """
 
+import math
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -332,6 +333,16 @@ def test_keys_that_change_attention_are_refused(key: str) -> None:
     assert config_from_gguf(fields, shapes) == model
     with pytest.raises(ValueError, match=rf"olmo\.attention\.{key} is 8\.0, which is not computed here; only 0 is"):
         config_from_gguf(fields | {f"olmo.attention.{key}": 8.0}, shapes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 2.0**41, 2**63])
+def test_numbers_that_no_model_has_are_refused(value: float) -> None:
+    model = narrow("llama", max_sequence_length=64, head_dim=64)
+    fields = {"general.architecture": "llama"} | gguf_metadata(model)
+    shapes = {gguf_name(name, model): shape for name, shape in parameter_shapes(model).items()}
+    for key in ("rope.freq_base", "attention.layer_norm_rms_epsilon", "rope.scaling.factor"):
+        with pytest.raises(ValueError, match=rf"llama\.{key} .*: is no number of a model"):
+            config_from_gguf(fields | {f"llama.{key}": value}, shapes)
 
 
 def test_a_window_that_is_shorter_than_the_context_is_refused() -> None:

@@ -172,6 +172,24 @@ def damaged(folder: Path, **changes: Any) -> Path:
 UP = "model.layers.1.mlp.up_proj"
 
 
+@pytest.mark.parametrize(
+    "change", [{"type": "float"}, {"strategy": "tensor"}, {"symmetric": False}, {"dynamic": False}, {"num_bits": 4}]
+)
+def test_inputs_that_are_rounded_in_another_way_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    write(model_of("llama"), replace(QuantConfig(), activations="int8-127.5"), tmp_path, "compressed-tensors")
+    quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    open_source(str(tmp_path))
+    group = quantization["config_groups"]["group_0"]
+    group["input_activations"] |= change
+    edit_config(tmp_path, quantization_config=quantization)
+    with pytest.raises(CheckpointError, match="rounds inputs of layers in another way than all to 8 bits"):
+        open_source(str(tmp_path))
+    quantization["config_groups"]["group_1"] = group | {"input_activations": None}
+    edit_config(tmp_path, quantization_config=quantization)
+    with pytest.raises(CheckpointError, match="rounds inputs of layers in another way"):
+        open_source(str(tmp_path))
+
+
 def test_what_is_wrong_with_an_export_is_an_error(tmp_path: Path) -> None:
     for weights in ("compressed-tensors", "mlx"):
         write(model_of("llama"), QuantConfig(), tmp_path / weights, weights)
