@@ -155,11 +155,13 @@ def scaled_product(
         way: how it is computed, which does not change the result.
 
     Raises:
-        ValueError: an operand is not in one piece, or the way is not for operands like these, see `can_stream`.
+        ValueError: an operand is not in one piece, the numbers of terms differ, or the way is not for operands like these, see `can_stream`.
     """
     if not (a_MK.is_contiguous() and b_NK.is_contiguous()):
         raise ValueError(f"operands with strides {a_MK.stride()} and {b_NK.stride()}; must be in one piece")
     (M, K), N = a_MK.shape, len(b_NK)
+    if b_NK.shape[1] != K:
+        raise ValueError(f"rows of {K} and of {b_NK.shape[1]} codes cannot be multiplied")
     c_MN = torch.empty(M, N, dtype=dtype, device=a_MK.device)
     num_tiles = triton.cdiv(M, way.m) * triton.cdiv(N, way.n)
     strides = {"ROW_STRIDE": int(row_scale.numel() > 1), "COLUMN_STRIDE": int(column_scale.numel() > 1)}

@@ -67,10 +67,12 @@ def test_every_way_gives_the_same(way: products.Way, dtype: torch.dtype) -> None
         assert torch.equal(found, expected)
 
 
-def test_operands_that_are_not_in_one_piece_are_refused() -> None:
+def test_operands_that_do_not_fit_or_are_not_in_one_piece_are_refused() -> None:
     a, b, one = codes(20, 33, largest=127).T, codes(40, 20, largest=127), torch.ones(1, 1, device=DEVICE)
     with pytest.raises(ValueError, match=r"must be in one piece"):
         products.scaled_product(a, b, one, one, torch.float32)
+    with pytest.raises(ValueError, match="rows of 20 and of 33 codes cannot be multiplied"):
+        products.scaled_product(b, a.T, one, one, torch.float32)
 
 
 @pytest.mark.parametrize(("K", "N", "dtype"), [(24, 64, torch.float32), (32, 12, torch.bfloat16)])
