@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,22 @@ class Document:
             for begin in range(0, max(len(self.content), 1), BLOCK_CHARS):
                 yield self.content[begin : begin + BLOCK_CHARS]
 
-    def uniform(self) -> float:
-        """Return a number in [0, 1) that depends on the text alone and is spread evenly over texts."""
+    def uniform(self, *, is_record: bool = False) -> float:
+        """Return a number in [0, 1) that depends on the content alone and is spread evenly over contents.
+
+        Args:
+            is_record: whether it is a record as JSON, in which the order of keys means nothing.
+        """
+        if is_record:
+            return uniform([canonical(self.text).encode()])
         if isinstance(self.content, str | Path):
             return uniform(block.encode() for block in self.blocks())
-        return uniform([self.content.tobytes()])
+        return uniform([self.content.astype("<i8").tobytes()])
+
+
+def canonical(record: str) -> str:
+    """JSON with its keys in order, so that equal records are equal texts."""
+    return json.dumps(json.loads(record), sort_keys=True)
 
 
 def uniform(blocks: Iterable[bytes]) -> float:

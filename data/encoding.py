@@ -148,7 +148,9 @@ def cut_documents(assigned: Iterable[tuple[str, Place, Document]], tokenizer: To
     for split, place, document in assigned:
         if not document.is_text:
             tokens = checked_tokens(document, tokenizer.vocab_size, tokenizer.end_of_document)
-            for number, begin in enumerate(range(0, max(len(tokens), 1), CHUNK_CHARS)):
+            if not len(tokens):  # it was its end alone
+                continue
+            for number, begin in enumerate(range(0, len(tokens), CHUNK_CHARS)):
                 part, ends = tokens[begin : begin + CHUNK_CHARS], begin + CHUNK_CHARS >= len(tokens)
                 yield split, Piece("", document.origin, (*place, number), ends, np.array(part))
             continue

@@ -17,7 +17,7 @@ import numpy as np
 
 from data.config import Content, PrepareConfig
 from data.decontamination import NGrams
-from data.documents import Document
+from data.documents import Document, canonical
 from data.encoding import Chunk, Encoder, Piece, about_pieces
 from data.readers import Place, strings_in
 from data.seen import DIGEST_BYTES, Seen
@@ -50,7 +50,9 @@ class Filters:
             blocks: gives its text, at each call; records of chats and pairs as JSON.
         """
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        for block in blocks() if self.duplicates else ():
+        if self.duplicates and self.content != "text":
+            digest.update(canonical("".join(blocks())).encode())
+        for block in blocks() if self.duplicates and self.content == "text" else ():
             digest.update(block.encode())
         if self.ngrams is None:
             return digest.digest(), 0

@@ -47,7 +47,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 SHARED_FOLDER = "shared-folder"
 SUFFIX = ".parts"
 PLAN = "plan.json"
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 NGRAMS = "evaluation.npz"
 BEFORE_THE_PLAN = (".", "tokenizer.", "chat_template.", NGRAMS)
 """Beginnings of the names of files older than the plan: unfinished ones, the tokenizer, its template, n-grams."""
@@ -148,7 +148,8 @@ def assign_splits(
         stop: number of the first file that is not read.
     """
     for place, document in placed_documents(config.inputs, files, start=start, stop=stop, content=config.content):
-        is_held_out = config.validation_fraction and document.uniform() < config.validation_fraction
+        share = config.validation_fraction
+        is_held_out = share and document.uniform(is_record=config.content != "text") < share
         yield VALIDATION if is_held_out else TRAIN, place, document
     if config.validation_inputs:
         first_file = len(units(config.inputs, files))

@@ -241,10 +241,10 @@ def _text_of(record: Any, origin: str) -> str:
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """Yield every text in what JSON can hold, but for the names of keys."""
+    """Yield every text in what JSON can hold, but for the names of keys; those of Parquet's maps come in tuples."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
+    elif isinstance(value, dict | list | tuple):
         for each in value.values() if isinstance(value, dict) else value:
             yield from strings_in(each)
 

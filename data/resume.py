@@ -27,12 +27,12 @@ from data.fast_encoding import NAME as FAST
 from data.filters import SEEN
 from data.new_paths import replace_file
 from data.prepared import SHARD_HASH, stored_file
-from data.survey import HF_PREFIX, Survey, split_hub_name
+from data.survey import HF_PREFIX, Survey, split_hub_name, with_beside
 from data.transformers_files import CHAT_TEMPLATE
 from data.writers import State
 
 RECORD = "progress"
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 NOTHING_READ = (-1, 0, 0)
 """The place before all others."""
 SECONDS_BETWEEN_RECORDS = 30.0
@@ -80,7 +80,7 @@ def identity(
         if source.startswith(HF_PREFIX) and (folder := Path(split_hub_name(source)[0][0])).is_dir():
             paths += sorted(path for path in folder.rglob("*") if path.is_file())
     digest = hashlib.sha256()
-    for path in paths:
+    for path in (each for named in paths for each in with_beside(named)):
         found = stats.get(path) or path.stat()
         digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
     names = [*LIBRARIES, *([FAST] if find_spec(FAST) else [])]

@@ -85,14 +85,31 @@ def survey(inputs: Iterable[str]) -> Survey:
     return found
 
 
+def with_beside(path: Path) -> list[Path]:
+    """A file of an input, and those beside it that are read with it."""
+    suffix, beside = suffix_of(path), []
+    if suffix == MEGATRON:
+        beside = [path.with_suffix(".bin")]
+    elif suffix in TOKEN_KINDS:
+        beside = [path.with_name(f"{path.name}.{end}") for end in ("index", "metadata")]
+    return [path, *(each for each in beside if each.is_file())]
+
+
 def without_held_out(files: Survey, inputs: Sequence[str], held_out: Sequence[str]) -> Survey:
     """The files of inputs and of held-out inputs, those that are held out left out of the folders among the inputs.
 
     Raises:
-        DataError: a held-out file is named as an input by itself, or a folder has no other.
+        DataError: a held-out file or a split of a hub's is named as an input by itself, or a folder has no other.
     """
     if both := set(inputs) & set(held_out):
         raise DataError(f"{min(both)}: is to be trained on and held out; name it as one of both")
+    of_hub = {_split_of(source): source for source in inputs if source.startswith(HF_PREFIX)}
+    for source in held_out:
+        if source.startswith(HF_PREFIX) and (same := of_hub.get(_split_of(source))):
+            raise DataError(
+                f"{source}: is held out, and rows of {same}, which is trained on, are of the same split; hold out "
+                "another one, or a share by --validation-fraction"
+            )
     kept, left_out = dict(files.files), dict(files.left_out)
     apart = {os.path.realpath(path) for source in held_out for path in files.files.get(source, [])}
     for source in inputs if apart else ():
@@ -186,6 +203,12 @@ def suffix_of(path: Path) -> str:
     """Return `.jsonl.zst` for `a.b.jsonl.zst`, `.txt` for `a.b.txt`."""
     compressed = path.suffix in (".zst", ".gz")
     return "".join(path.suffixes[-2:] if compressed else path.suffixes[-1:]).lower()
+
+
+def _split_of(source: str) -> tuple[str, ...]:
+    """What an input from a hub names, of which it may be a part; a local folder by its place."""
+    (name, *others), _ = split_hub_name(source)
+    return os.path.realpath(name) if Path(name).is_dir() else name, *others
 
 
 def split_hub_name(source: str) -> tuple[list[str], int | None]:

@@ -13,7 +13,7 @@ from data.decontamination import NGrams
 from data.errors import DataError
 from data.prepared import FILES, MANIFEST, is_yet_to_be_prepared, open_prepared
 from data.resume import identity
-from data.survey import TOKEN_KINDS, Survey, is_path, suffix_of, survey, without_held_out
+from data.survey import TOKEN_KINDS, Survey, is_path, suffix_of, survey, with_beside, without_held_out
 from data.tokenizer import load_tokenizer
 
 
@@ -76,9 +76,10 @@ def find_done(config: PrepareConfig, sequence_length: int, out: Path, ngrams: NG
         raise DataError(f"{out}: was prepared with a different {'; '.join(differing)}; choose another, or remove it")
     inputs = (*config.inputs, *config.validation_inputs)
     found = survey(source for source in inputs if is_path(source) and Path(source).exists())
-    now = listings(found, stats_of(found))
+    stats = stats_of(found)
+    now, older = listings(found, stats), listings(found, stats, has_beside=False)
     then = {_spelled_plainly(source): each for source, each in manifest.get("listings", now).items()}  # older: none
-    if changed := [source for source in now if now[source] != then.get(_spelled_plainly(source))]:
+    if changed := [each for each in now if then.get(_spelled_plainly(each)) not in (now[each], older[each])]:
         raise DataError(
             f"{out}: was prepared when {', '.join(changed)} had other files, or files of other sizes; {FILES} there "
             "lists those that were read. Choose another, or remove it"
@@ -93,13 +94,20 @@ def _spelled_plainly(source: str) -> str:
 
 def stats_of(files: Survey) -> dict[Path, os.stat_result]:
     """What the file system says of each file; asked once, since it may be far away."""
-    return {path: path.stat() for path in files.read}
+    return {each: each.stat() for path in files.read for each in with_beside(path)}
 
 
-def listings(files: Survey, stats: Mapping[Path, os.stat_result]) -> dict[str, str]:
-    """A digest of each input's files: their places below it, and sizes. A copy of the input has the same."""
+def listings(files: Survey, stats: Mapping[Path, os.stat_result], *, has_beside: bool = True) -> dict[str, str]:
+    """A digest of each input's files: their places below it, and sizes. A copy of the input has the same.
+
+    Args:
+        files: of the inputs.
+        stats: of `stats_of`.
+        has_beside: whether files that are read with others count; folders of earlier versions have digests without.
+    """
     found = {}
     for source, paths in files.files.items():
+        paths = [each for path in paths for each in (with_beside(path) if has_beside else [path])]
         listing = "".join(f"{os.path.relpath(path, source)}\0{stats[path].st_size}\n" for path in paths)
         found[source] = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
     return found

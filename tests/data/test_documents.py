@@ -1,5 +1,6 @@
 """Long texts: read in blocks, cut into pieces, and tokenized as if they were whole."""
 
+import json
 import tracemalloc
 
 import numpy as np
@@ -13,6 +14,7 @@ from data.config import PrepareConfig
 from data.documents import Document
 from data.encoding import Piece, cut_documents, encode_pieces, gather_work
 from data.errors import DataError
+from data.filters import Filters
 from data.readers import read_documents
 from data.shards import prepare
 from data.tokenizer import load_tokenizer
@@ -31,6 +33,15 @@ def test_a_file_in_blocks_is_its_text(tmp_path, text, read_bytes, block_chars):
         assert list(Document(path, "a").blocks()) == list(Document(text, "a").blocks())
         assert Document(path, "a").text == text
         assert Document(path, "a").uniform() == Document(text, "a").uniform()
+
+
+def test_the_order_of_keys_does_not_decide_whether_a_record_is_held_out() -> None:
+    one, two = (
+        json.dumps([message]) for message in ({"role": "user", "content": "é"}, {"content": "é", "role": "user"})
+    )
+    assert Document(one, "a").uniform(is_record=True) == Document(two, "a").uniform(is_record=True)
+    assert Filters("chats", True, None).findings(lambda: [one]) == Filters("chats", True, None).findings(lambda: [two])
+    assert Filters("text", True, None).findings(lambda: [one]) != Filters("text", True, None).findings(lambda: [two])
 
 
 @pytest.mark.parametrize(("content", "at"), [(b"abc\xff", 3), ("é".encode() * 5 + b"\xc3", 10), (b"ab\xc3x", 2)])

@@ -372,8 +372,10 @@ def test_columns_of_parquet_files_of_any_name_are_examples(tmp_path):
 
     rows = {"id": [1], "question": [" ".join(WORDS[:8])], "options": [[" ".join(WORDS[8:]), "none"]]}
     parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
-    ngrams = read_ngrams([str(tmp_path / "a.parquet")])
-    assert ngrams.set_of([" ".join(WORDS[2:16])]) == 1
+    of_map = pyarrow.array([[("question", " ".join(WORDS))]], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    parquet.write_table(pyarrow.table({"note": ["short"], "parts": of_map}), tmp_path / "b.parquet")
+    for name in ("a.parquet", "b.parquet"):
+        assert read_ngrams([str(tmp_path / name)]).set_of([" ".join(WORDS[2:16])]) == 1
 
 
 def test_a_worker_elsewhere_needs_no_evaluation_set(corpora, tmp_path):

@@ -25,6 +25,7 @@ from data.errors import DataError
 from data.prepared import open_prepared
 from data.quickstart_corpus import read_standard_library
 from data.shards import PrepareConfig, PrepareProgress, prepare
+from data.survey import survey, without_held_out
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.tokenizer_training import sample_texts
 from data.torchvision_repair import repair_torchvision
@@ -382,6 +383,17 @@ def test_held_out_files_of_a_folder_are_not_trained_on(tmp_path):
             prepared(*inputs)
     with pytest.raises(DataError, match="corpus: is to be trained on and held out; name it as one of both"):
         prepared(corpus, held_out=corpus)
+
+
+@pytest.mark.parametrize("held_out", ["hf:a/b:train[:9]", "hf:a/b:train", "hf:./ds:train"])
+def test_rows_of_a_hub_s_split_are_not_on_both_sides(held_out, tmp_path, monkeypatch):
+    (tmp_path / "ds").mkdir()
+    monkeypatch.chdir(tmp_path)
+    inputs = ("hf:a/b:train[:50]", "hf:ds:train")
+    with pytest.raises(DataError, match=r"is held out, and rows of hf:.*, which is trained on, are of the same split"):
+        without_held_out(survey(inputs), inputs, [held_out])
+    for fine in ("hf:a/b:test", "hf:a/b:other:train", "hf:./other:train"):
+        without_held_out(survey(inputs), inputs, [fine])
 
 
 def test_a_folder_is_not_done_when_its_inputs_have_other_files(tmp_path):

@@ -8,9 +8,12 @@ import pytest
 from tiny import write_corpus
 
 from data.config import PrepareConfig
+from data.documents import Document
 from data.errors import DataError
 from data.prepared import open_prepared
 from data.shards import prepare
+from data.survey import survey
+from data.task import listings, stats_of, task_of
 from data.tokenizer import load_tokenizer, train_tokenizer
 
 LENGTH = 16
@@ -62,6 +65,7 @@ def test_the_rows_are_those_of_the_text(made, tmp_path, packing, appends_end):
     expected = folder_of(folder / "a.jsonl", made, tmp_path / "text", packing=packing)
     end = load_tokenizer(folder / "t.model").end_of_document
     stored = [[*each, end] if appends_end else each for each in documents]
+    stored[3:3] = [[], [end], [end]]  # documents with nothing in them
     write_megatron(tmp_path / "m.idx", stored)
     write_datatrove(tmp_path / "d.ds", stored, size=4)
     for name in ("m.idx", "d.ds"):
@@ -82,6 +86,35 @@ def test_wide_tokens_and_documents_of_several_sequences(made, tmp_path):
     head = content[:26] + len(places).to_bytes(8, "little")
     (tmp_path / "m.idx").write_bytes(head + content[34 : 34 + 12 * len(cut)] + places.tobytes())
     assert folder_of(tmp_path / "m.idx", made, tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("kind", ["idx", "ds"])
+def test_files_beside_an_index_that_change_are_noticed(made, tmp_path, kind):
+    """A folder that is ready, or half made, is not taken for the one of other tokens."""
+    _, documents = made
+    source, options = tmp_path / f"m.{kind}", {"tokenizer": str(made[0] / "t.model")}
+    write = write_megatron if kind == "idx" else write_datatrove
+    write(source, documents)
+    config = PrepareConfig(inputs=(str(source),), **options)
+    prepare(config, LENGTH, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    made_by = task_of(config, LENGTH, None).made_by
+    prepare(config, LENGTH, tmp_path / "out")
+    write(source, [[*each, 5] for each in documents])
+    assert task_of(config, LENGTH, None).made_by["files"] != made_by["files"]
+    with pytest.raises(DataError, match="had other files, or files of other sizes"):
+        prepare(config, LENGTH, tmp_path / "out")
+
+    found = survey([str(source)])
+    manifest["listings"] = listings(found, stats_of(found), has_beside=False)  # of an earlier version
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    prepare(config, LENGTH, tmp_path / "out")
+
+
+def test_tokens_alone_decide_whether_they_are_held_out():
+    tokens = [5, 7, 300]
+    kinds = (np.uint16, np.int32, np.uint32, np.int64)
+    assert len({Document(np.array(tokens, kind), "a").uniform() for kind in kinds}) == 1
 
 
 def test_other_vocabularies_are_refused(made, tmp_path):
