@@ -16,7 +16,8 @@ from quant.linear import is_learned_scale, quantized_layers
 def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
     """Write a source's weights, and the optimizer's state if asked for, into this rank's shards.
 
-    Averaged weights go on with the source's, if the engine has an average and the source one as well.
+    Averaged weights go on with the source's, if the engine has an average and the source one as well. Learned scales
+    that the source lacks begin as in a new run: as ones.
 
     Raises:
         CheckpointError: lists every parameter that only one side has, or that has another shape; or the source has
@@ -28,6 +29,11 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
     lacking = [shard.name for shard in shards if shard.name not in source.shapes]
     if lacking and any(layer.quant_config.learned for layer in quantized_layers(engine.model).values()):
         raise CheckpointError(f"{source.location} is of a phase without learned scales; it lacks {lacking[0]}")
+    for shard in shards:
+        if shard.name not in source.shapes:  # learned scales, as they are before they are used
+            for kind, tensor in shard.tensors.items():
+                tensor.fill_(1 if kind in ("weight", AVERAGE) else 0)
+            shard.step.fill_(0)
     shards = [shard for shard in shards if shard.name in source.shapes]
     if with_optimizer:
         check_moments(source, {shard.name: shard.tensors.keys() - {AVERAGE} for shard in shards})

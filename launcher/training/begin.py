@@ -162,7 +162,7 @@ def begin(
                 step=at.step,
                 phase=at.phase,
                 tensorboard=config.logging.tensorboard,
-                feeds=open_feeds(plan, folder.run_id, console.line),
+                feeds=open_feeds(plan, folder.run_id, at.step, console.line),
             )
             closing.callback(log.close)
             if log.num_damaged:
@@ -217,6 +217,7 @@ def begin(
         begins_ternary=source is not None and is_ternary(source),
         trained_with=trained_with(reader or source, phase),
     )
+    closing.callback(run.tracer.close)
     closing.callback(lambda: run.data.close())  # another one after a switch to other data
     if reader is not None:
         run.logged = value_of_first(sorted(log.keys_of_step) if log else [])

@@ -36,18 +36,25 @@ class Tracer:
         self._num_steps = num_steps if ranks.is_first else 0
         self._phase = -1
         self._steps = range(0)
+        self._profiler: Any = None
+        self._taken = range(0)
+        self._name = ""
 
     @contextmanager
     def around(self, phase: Phase, step: int) -> Iterator[None]:
         """Take a step, counted from 0, in the body."""
+        if step not in self._steps:  # a smoke test leaves steps out
+            self.close()
         if phase.index != self._phase:
             first = max(step, min(step + FIRST_STEPS, phase.end - self._num_steps))
             self._phase, self._steps = phase.index, range(first, min(phase.end, first + self._num_steps))
         if self._steps and step == self._steps[0]:
+            self._name, self._taken = f"{phase.precision}-step-{step + 1:08d}", range(step, step)
             self._begin()
         yield
+        self._taken = range(self._steps.start, step + 1)
         if self._steps and step == self._steps[-1]:
-            self._end(f"{phase.precision}-step-{self._steps[0] + 1:08d}")
+            self.close()
 
     def _begin(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes two lines to stderr for each trace
@@ -55,21 +62,25 @@ class Tracer:
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
-        self._profiler: Any = profile(activities=activities, record_shapes=True)
+        self._profiler = profile(activities=activities, record_shapes=True)
         self._profiler.start()
 
-    def _end(self, name: str) -> None:
-        self._profiler.stop()
+    def close(self) -> None:
+        """End a trace, if there is one, and write it; a process with an open one would crash at its end."""
+        if self._profiler is None:
+            return
+        profiler, name, self._profiler = self._profiler, self._name, None
+        profiler.stop()
         self._folder.mkdir(exist_ok=True)
         trace = self._folder / f"{name}.json.gz"
-        self._profiler.export_chrome_trace(str(trace))
+        profiler.export_chrome_trace(str(trace))
         by = f"self_{self._device.type}_time_total"
-        table = self._profiler.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60)
+        table = profiler.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60)
         trace.with_name(f"{name}.txt").write_text(table)
         if self._device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(trace.with_name(f"{name}.pickle")))
             torch.cuda.memory._record_memory_history(enabled=None)
-        first, last = self._steps[0] + 1, self._steps[-1] + 1
+        first, last = self._taken.start + 1, self._taken.stop
         self._console.line(
             f"Traced steps {first} to {last}: open {trace} in https://ui.perfetto.dev, or read {name}.txt"
         )

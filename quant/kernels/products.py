@@ -155,7 +155,8 @@ def scaled_product(
         way: how it is computed, which does not change the result.
 
     Raises:
-        ValueError: an operand is not in one piece, the numbers of terms differ, or the way is not for operands like these, see `can_stream`.
+        ValueError: an operand is not in one piece, the numbers of terms differ, or the way is not for operands like
+            these, see `can_stream`.
     """
     if not (a_MK.is_contiguous() and b_NK.is_contiguous()):
         raise ValueError(f"operands with strides {a_MK.stride()} and {b_NK.stride()}; must be in one piece")

@@ -15,4 +15,5 @@ def tracked_run(folder: Path) -> TrackedRun:
         config={"run": {"name": "tiny"}, "model": {"num_layers": 2}},
         phases=[("16-bit", 0), ("ternary", 3)],
         total_steps=6,
+        steps_taken=0,
     )

@@ -50,7 +50,7 @@ def serve(name: str, next_line: Callable[[], str], say: Callable[[str], None]) -
     sent = Sent(folder / f"{name}.json", run.run_id)
     tracker = open_tracker(name, run)
     say(f"{name}: {tracker.where}")
-    step = 0
+    step = run.steps_taken
     while line := next_line().strip():
         row = TrackedRow(**json.loads(line))
         step = row.step

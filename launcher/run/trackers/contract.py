@@ -23,6 +23,8 @@ class TrackedRun:
     phases: list[tuple[str, int]]
     """Of each phase: its precision, and the step after which it begins."""
     total_steps: int
+    steps_taken: int
+    """Before this start."""
 
 
 @dataclass(frozen=True, kw_only=True)

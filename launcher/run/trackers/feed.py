@@ -100,12 +100,13 @@ class Feed:
         self._is_off = True
 
 
-def open_feeds(plan: Plan, run_id: str | None, say: Callable[[str], None]) -> list[Feed]:
+def open_feeds(plan: Plan, run_id: str | None, steps_taken: int, say: Callable[[str], None]) -> list[Feed]:
     """Start the trackers that a run names.
 
     Args:
         plan: of the run; each tracker gets its configuration, without the secrets of URLs.
         run_id: the run's id, which stays the same when it resumes.
+        steps_taken: before this start.
         say: prints a line.
     """
     config = plan.config
@@ -117,6 +118,7 @@ def open_feeds(plan: Plan, run_id: str | None, say: Callable[[str], None]) -> li
         config=without_secrets(to_tree(config)),
         phases=[(phase.precision, phase.start) for phase in plan.phases],
         total_steps=plan.total_steps,
+        steps_taken=steps_taken,
     )
     feeds = []
     for name in config.logging.trackers:

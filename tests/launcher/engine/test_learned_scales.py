@@ -99,6 +99,19 @@ def test_scales_change_no_bit_of_a_16_bit_phase() -> None:
     assert with_scales == without
 
 
+def test_scales_that_a_checkpoint_lacks_are_ones_until_the_switch(shards: Path, tmp_path: Path) -> None:
+    """Memory that nothing has written to may hold anything."""
+    run_group(1, train_on, str(shards), str(tmp_path / "plain"), ["fsdp2"], {"phases": [PLAIN]}, [])
+    start = {"checkpoint": INTERVAL | {"start_from": str(tmp_path / "plain" / "fsdp2")}}
+    for engine in ("fsdp2", "zero-1"):
+        run_group(1, train_on, str(shards), str(tmp_path / "learned"), [engine], start, [2])
+        for step in (1, 2, 3):
+            assert all((scale == 1).all() for scale in scales(tmp_path / "learned" / engine, step).values())
+            moments = scales(tmp_path / "learned" / engine, step, "exp_avg")
+            assert len(moments) == 14
+            assert not any(moment.any() for moment in moments.values())
+
+
 @pytest.mark.slow
 def test_a_plain_16_bit_checkpoint_becomes_a_run_with_learned_scales_and_back(shards: Path, tmp_path: Path) -> None:
     run_group(1, train_on, str(shards), str(tmp_path / "plain"), ["fsdp2"], {"phases": [PLAIN]}, [])

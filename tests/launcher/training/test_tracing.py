@@ -5,12 +5,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_group
 from runs import run
 from tiny import tiny_config
 
+from launcher.config.transition import TransitionConfig
 from launcher.errors import ConfigError
+from launcher.plan.course import Phase
+from launcher.process.console import Console
+from launcher.process.ranks import Ranks
 from launcher.run.metrics_log import read_metrics
+from launcher.training.tracing import Tracer
 
 
 def with_and_without(shards: str, out: str) -> None:
@@ -39,6 +45,30 @@ def test_steps_of_each_phase_are_traced(shards: Path, tmp_path: Path) -> None:
     losses, traced = ([row["train/loss"] for row in each if "train/loss" in row] for each in rows)
     assert losses == traced
     assert len(losses) == 6
+
+
+def stopped_within_a_trace(shards: str, out: str) -> None:
+    phases = [{"precision": "16-bit", "steps": 9}]
+    config = tiny_config(Path(shards), Path(out), phases=phases, logging={"profile_steps": 4})
+    assert run(config, 4) == "interrupted"
+    assert not torch.autograd._profiler_enabled()  # with one, the process crashes at its end
+
+
+def test_a_run_that_stops_within_a_trace_writes_what_it_has(shards: Path, tmp_path: Path) -> None:
+    run_group(1, stopped_within_a_trace, str(shards), str(tmp_path))
+    trace = tmp_path / "profile" / "16-bit-step-00000003.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert len([event for event in events if event.get("name", "").startswith("Optimizer.step")]) == 2
+
+
+def test_a_trace_ends_where_steps_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a smoke test leaves out all but the first and the last of a phase."""
+    phase = Phase(index=0, precision="16-bit", start=0, end=20, quantization=None, transition=TransitionConfig())
+    tracer = Tracer(tmp_path / "profile", Ranks(0, 1, 0, torch.device("cpu")), 3, Console(silent=False))
+    for step in (0, 1, 2, 18, 19):
+        with tracer.around(phase, step):
+            assert torch.autograd._profiler_enabled() == (step == 2)
+    assert "Traced steps 3 to 3" in capsys.readouterr().out
 
 
 def test_a_negative_number_of_steps_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tracked import tracked_run
 from launcher.process.console import Console
 from launcher.run.metrics_log import read_metrics
 from launcher.run.trackers import feed
+from launcher.run.trackers.client import serve
 from launcher.run.trackers.contract import TrackedRow
 from launcher.run.trackers.sent import Sent
 
@@ -217,3 +220,16 @@ def test_figures_are_sent_and_lists_and_texts_are_not() -> None:
     sent = feed.tracked(row | {"quant/layers": {"names": ["a"]}, "quant/flips": [0.5, 0.5]})
     assert sent.values == {"tokens": 32, "phase": 1, "train/loss": 2.5}
     assert (sent.step, sent.tokens, sent.phase, sent.precision) == (4, 32, 1, "ternary")
+
+
+@pytest.mark.parametrize("taken", [3, 6])
+def test_a_start_that_has_nothing_left_to_log_completes_its_run(
+    taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a run whose summary did not fit on the disk."""
+    ends: list[bool] = []
+    tracker = SimpleNamespace(where="here", close=lambda complete: ends.append(complete))
+    monkeypatch.setattr("launcher.run.trackers.client.open_tracker", lambda name, run: tracker)
+    lines = iter([json.dumps(asdict(replace(tracked_run(tmp_path), steps_taken=taken))), ""])
+    serve("stand-in", lambda: next(lines), lambda text: None)
+    assert ends == [taken == 6]
