@@ -126,7 +126,7 @@ def test_held_out_text_must_be_there_or_be_made(shards, tmp_path):
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_a_phase_that_is_measured_on_its_own_sources_needs_held_out_rows_of_them(objective, shards, tmp_path):
     pairs = [pair(f"question {n}", "yes", "no") for n in range(24)]
-    make, records = (prepare_chats, some_chats(24)) if objective == "sft" else (prepare_pairs, pairs)
+    make, records = (prepare_chats, some_chats(36)) if objective == "sft" else (prepare_pairs, pairs)
     text = prepare_text(tmp_path, 96)
     own = {
         held_out: make(tmp_path, 96, *records, out=f"own-{held_out}", validation_fraction=held_out)
@@ -371,7 +371,9 @@ def told_of(tree, tmp_path, monkeypatch):
 
 
 def test_a_teacher_that_cannot_teach_is_found_before_the_first_step(shards, models, tmp_path, monkeypatch):
-    teachers = [models / "ternary", models / "sound", models / "words", shards, shards.parent]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("no model")
+    teachers = [models / "ternary", models / "sound", models / "words", shards, tmp_path / "other"]
     tree = tiny_tree(shards, tmp_path / "run")
     tree["phases"] = phases(*map(str, teachers))
     told = told_of(tree, tmp_path, monkeypatch)
@@ -380,7 +382,7 @@ def test_a_teacher_that_cannot_teach_is_found_before_the_first_step(shards, mode
     assert ternary == f"{models}/ternary cannot teach this model:\nit is ternary; a teacher must be in 16 bits"
     assert words == f"{models}/words cannot teach this model:\nits vocab_size is 64, the model's 320"
     assert data.startswith(f"{shards} is prepared data (of `tritrain prepare`), not a model")
-    assert no_model.startswith(f"{shards.parent}: not a checkpoint of a known kind.")
+    assert no_model.startswith(f"{tmp_path}/other: not a checkpoint of a known kind.")
 
 
 def test_what_a_run_cannot_begin_with_is_found_at_once(shards, models, tmp_path, monkeypatch):
