@@ -50,10 +50,9 @@ class Filters:
             blocks: gives its text, at each call; records of chats and pairs as JSON.
         """
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        if self.duplicates and self.content != "text":
-            digest.update(canonical("".join(blocks())).encode())
-        for block in blocks() if self.duplicates and self.content == "text" else ():
-            digest.update(block.encode())
+        if self.duplicates:
+            for block in blocks() if self.content == "text" else [canonical("".join(blocks()))]:
+                digest.update(block.encode())
         if self.ngrams is None:
             return digest.digest(), 0
         if self.content == "text":

@@ -147,8 +147,8 @@ def assign_splits(
         start: place to begin at.
         stop: number of the first file that is not read.
     """
+    share = config.validation_fraction
     for place, document in placed_documents(config.inputs, files, start=start, stop=stop, content=config.content):
-        share = config.validation_fraction
         is_held_out = share and document.uniform(is_record=config.content != "text") < share
         yield VALIDATION if is_held_out else TRAIN, place, document
     if config.validation_inputs:

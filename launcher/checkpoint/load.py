@@ -26,14 +26,13 @@ def load_state(source: Source, engine: Engine, *, with_optimizer: bool) -> None:
     shards = list(engine.shards())
     names = {name for name, _ in engine.model.named_parameters()}
     check_fits(source, {shard.name: shard.shape for shard in shards}, names)
-    lacking = [shard.name for shard in shards if shard.name not in source.shapes]
+    lacking = [shard for shard in shards if shard.name not in source.shapes]
     if lacking and any(layer.quant_config.learned for layer in quantized_layers(engine.model).values()):
-        raise CheckpointError(f"{source.location} is of a phase without learned scales; it lacks {lacking[0]}")
-    for shard in shards:
-        if shard.name not in source.shapes:  # learned scales, as they are before they are used
-            for kind, tensor in shard.tensors.items():
-                tensor.fill_(1 if kind in ("weight", AVERAGE) else 0)
-            shard.step.fill_(0)
+        raise CheckpointError(f"{source.location} is of a phase without learned scales; it lacks {lacking[0].name}")
+    for shard in lacking:  # learned scales, as they are before they are used
+        for kind, tensor in shard.tensors.items():
+            tensor.fill_(1 if kind in ("weight", AVERAGE) else 0)
+        shard.step.fill_(0)
     shards = [shard for shard in shards if shard.name in source.shapes]
     if with_optimizer:
         check_moments(source, {shard.name: shard.tensors.keys() - {AVERAGE} for shard in shards})

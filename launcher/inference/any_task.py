@@ -308,20 +308,19 @@ def build_requests(task: Any, model: Any, prompting: Prompting, limit: int | Non
             f"{task.task_name}: the prompts cannot be made ({type(error).__name__}: {error}); each example must have "
             "the columns that the task reads"
         ) from error
-    check_answers(task)
     config = task.dump_config()
+    check_answers(task, config)
     config.pop("metadata", None)  # says where the definition lies
     asked = [[request.arguments, request.doc, request.repeats] for request in task.instances]
     return xxhash.xxh3_128_hexdigest(json.dumps([config, asked], default=name_of, sort_keys=True).encode())
 
 
-def check_answers(task: Any) -> None:
+def check_answers(task: Any, config: Mapping[str, Any]) -> None:
     """Refuse right answers that are none of the choices; lm-evaluation-harness would count the examples as wrong.
 
     Raises:
         DataError: there is one.
     """
-    config = task.dump_config()
     if config.get("output_type") != "multiple_choice" or config.get("process_results") is not None:
         return
     for number, example in {request.doc_id: request.doc for request in task.instances}.items():

@@ -3,6 +3,7 @@
 import errno
 import json
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,15 @@ def results_of(path: Path, model: str) -> list[dict[str, Any]]:
     Raises:
         DataError: it is another file.
     """
+    return with_most_examples(record for record in read_results(path) if record["model"] == model)
+
+
+def with_most_examples(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each task, asked in one way, the record with the most examples, and of equals the newest."""
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for record in read_results(path):
+    for record in records:
         task = tuple(record.get(key) for key in ("task", "num_fewshot", "chat_template", "system_instruction"))
-        if record["model"] == model and record["num_examples"] >= best.get(task, {"num_examples": 0})["num_examples"]:
+        if record["num_examples"] >= best.get(task, {"num_examples": 0})["num_examples"]:
             best[task] = record
     return list(best.values())
 

@@ -16,7 +16,7 @@ from launcher.plan.plan import make_plan
 from launcher.run.metrics_log import sound_rows
 from launcher.run.requeue import read_state
 from launcher.run.row_losses import RowLosses, read_row_losses
-from launcher.run.scores import RESULTS, read_results
+from launcher.run.scores import RESULTS, read_results, with_most_examples
 from launcher.study.arms import Arm, Point, place_of
 from launcher.study.config import NO_BASELINE, POST_TRAINING, Study, parse_study
 from launcher.study.results import STANDS_FOR, Row, Standing, Status, results_of
@@ -192,19 +192,14 @@ def _rows_of(folder: Path, arm: Arm) -> RowLosses | None:
 
 
 def _scores_of(path: Path, step: int) -> dict[str, float]:
-    """Scores at the end: of each task, asked in one way, that of the most examples, and of equals the newest.
-
-    Groups are left out, because their tasks are there.
-    """
-    best: dict[str, tuple[int, float]] = {}
-    for record in read_results(path):
+    """Scores at the end, as of `with_most_examples`; without groups, whose tasks are counted already."""
+    found = {}
+    at_end = (each for each in read_results(path) if each.get("step") == step and "tasks" not in each)
+    for record in with_most_examples(at_end):
         metrics = [record["metric"], *record["scores"]]
         metric = next((each for each in metrics if each.partition(",")[0] in SHARES), None)
         score = record["scores"].get(metric, {}).get("value")
-        if score is None or record.get("step") != step or "tasks" in record:
-            continue
-        shots = f" {record['num_fewshot']}-shot" if record.get("num_fewshot") else ""
-        name = f"{record['task']}{shots}{' chat' * bool(record.get('chat_template'))} {metric}"
-        if record["num_examples"] >= best.get(name, (0, 0.0))[0]:
-            best[name] = record["num_examples"], float(score)
-    return {name: score for name, (_, score) in best.items()}
+        if score is not None:
+            shots = f" {record['num_fewshot']}-shot" if record.get("num_fewshot") else ""
+            found[f"{record['task']}{shots}{' chat' * bool(record.get('chat_template'))} {metric}"] = float(score)
+    return found
