@@ -85,14 +85,17 @@ def survey(inputs: Iterable[str]) -> Survey:
     return found
 
 
-def with_beside(path: Path) -> list[Path]:
-    """A file of an input, and those beside it that are read with it."""
-    suffix, beside = suffix_of(path), []
+def beside(path: Path) -> list[Path]:
+    """The files that are read with a file of an input, which they lie beside: a token file's tokens, or its index."""
+    suffix = suffix_of(path)
     if suffix == MEGATRON:
-        beside = [path.with_suffix(".bin")]
-    elif suffix in TOKEN_KINDS:
-        beside = [path.with_name(f"{path.name}.{end}") for end in ("index", "metadata")]
-    return [path, *(each for each in beside if each.is_file())]
+        return [path.with_suffix(".bin")]
+    return [path.with_name(f"{path.name}.{end}") for end in ("index", "metadata")] if suffix in TOKEN_KINDS else []
+
+
+def with_beside(path: Path) -> list[Path]:
+    """A file of an input, and those beside it that are there."""
+    return [path, *(each for each in beside(path) if each.is_file())]
 
 
 def without_held_out(files: Survey, inputs: Sequence[str], held_out: Sequence[str]) -> Survey:

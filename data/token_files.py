@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from data.documents import Document
 from data.errors import DataError
+from data.survey import beside
 
 MAGIC = b"MMIDIDX\x00\x00"
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -43,7 +44,7 @@ def read_megatron(path: Path) -> Iterator[Document]:
     lengths = np.frombuffer(content, np.int32, num_sequences, 34)
     offsets = np.frombuffer(content, np.int64, num_sequences, 34 + 4 * num_sequences)
     places = np.frombuffer(content, np.int64, num_places, 34 + 12 * num_sequences)
-    tokens_path = path.with_suffix(".bin")
+    (tokens_path,) = beside(path)
     tokens = _mapped(tokens_path, dtype)
     is_ordered = num_places > 0 and places[0] == 0 and places[-1] == num_sequences and (np.diff(places) >= 0).all()
     begins, is_whole = offsets // dtype.itemsize, (offsets % dtype.itemsize == 0).all()
@@ -64,7 +65,7 @@ def read_datatrove(path: Path) -> Iterator[Document]:
     Raises:
         DataError: it lacks the files beside it, or does not fit them.
     """
-    index, metadata = (path.with_name(f"{path.name}.{end}") for end in ("index", "metadata"))
+    index, metadata = beside(path)
     for each in (index, metadata):
         if not each.is_file():
             raise DataError(f"{each}: missing; datatrove writes it beside {path.name}")
